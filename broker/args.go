@@ -1,0 +1,300 @@
+package broker
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strconv"
+	"unicode/utf8"
+)
+
+// Limits of a step's arguments; over any of them the request is malformed.
+const (
+	MaxArgs        = 64       // arguments
+	MaxArgName     = 64       // bytes
+	MaxArgString   = 8 << 10  // bytes
+	MaxArgElements = 256      // elements of a list
+	MaxArgsBytes   = 64 << 10 // bytes of the whole object
+)
+
+// Value is one argument: a string, an integer, a boolean or a list of strings. The zero Value
+// is the empty string. Values compare with [Value.Equal].
+type Value struct {
+	kind valueKind
+	s    string
+	n    int64
+	list []string
+}
+
+type valueKind uint8
+
+const (
+	stringValue valueKind = iota
+	intValue
+	boolValue
+	listValue
+)
+
+// String, Int, Bool and List make Values.
+func String(s string) Value  { return Value{kind: stringValue, s: s} }
+func Int(n int64) Value      { return Value{kind: intValue, n: n} }
+func List(s ...string) Value { return Value{kind: listValue, list: slices.Clone(s)} }
+func Bool(b bool) (v Value) {
+	v.kind = boolValue
+	if b {
+		v.n = 1
+	}
+	return v
+}
+
+// Text gives the string of a string value.
+func (v Value) Text() (string, bool) { return v.s, v.kind == stringValue }
+
+// Int64 gives the integer of an integer value.
+func (v Value) Int64() (int64, bool) { return v.n, v.kind == intValue }
+
+// Truth gives the boolean of a boolean value.
+func (v Value) Truth() (value, ok bool) { return v.n != 0, v.kind == boolValue }
+
+// Strings gives the elements of a list value; the caller must not change them.
+func (v Value) Strings() ([]string, bool) { return v.list, v.kind == listValue }
+
+// Equal reports whether v and w are the same value of the same kind.
+func (v Value) Equal(w Value) bool {
+	return v.kind == w.kind && v.s == w.s && v.n == w.n && slices.Equal(v.list, w.list)
+}
+
+// Kind is "string", "integer", "boolean" or "list".
+func (v Value) Kind() string {
+	return [...]string{"string", "integer", "boolean", "list"}[v.kind]
+}
+
+// MarshalJSON writes the canonical form.
+func (v Value) MarshalJSON() ([]byte, error) { return v.append(nil), nil }
+
+func (v Value) append(b []byte) []byte {
+	switch v.kind {
+	case intValue:
+		return strconv.AppendInt(b, v.n, 10)
+	case boolValue:
+		return strconv.AppendBool(b, v.n != 0)
+	case listValue:
+		b = append(b, '[')
+		for i, s := range v.list {
+			if i > 0 {
+				b = append(b, ',')
+			}
+			b = appendString(b, s)
+		}
+		return append(b, ']')
+	default:
+		return appendString(b, v.s)
+	}
+}
+
+// appendString escapes only what JSON requires (RFC 8785 section 3.2.2.2).
+func appendString(b []byte, s string) []byte {
+	const hex = "0123456789abcdef"
+	b = append(b, '"')
+	for i := 0; i < len(s); i++ {
+		switch c := s[i]; {
+		case c == '"' || c == '\\':
+			b = append(b, '\\', c)
+		case c >= 0x20:
+			b = append(b, c)
+		case bytes.IndexByte([]byte("\b\t\n\f\r"), c) >= 0:
+			b = append(b, '\\', "btn.fr"[c-8])
+		default:
+			b = append(b, '\\', 'u', '0', '0', hex[c>>4], hex[c&15])
+		}
+	}
+	return append(b, '"')
+}
+
+// Args are a step's arguments in their one canonical form. The zero Args are none.
+type Args struct {
+	names  []string // sorted
+	values map[string]Value
+	canon  []byte // canonical JSON, made once
+}
+
+// NewArgs makes Args of values.
+func NewArgs(values map[string]Value) (Args, error) {
+	if len(values) > MaxArgs {
+		return Args{}, fmt.Errorf("more than %d arguments", MaxArgs)
+	}
+	a := Args{names: slices.Sorted(maps.Keys(values)), values: maps.Clone(values)}
+	b := []byte{'{'}
+	for i, name := range a.names {
+		if err := checkArgName(name); err != nil {
+			return Args{}, err
+		}
+		if err := values[name].check(); err != nil {
+			return Args{}, fmt.Errorf("argument %q: %w", name, err)
+		}
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = values[name].append(append(appendString(b, name), ':'))
+	}
+	if a.canon = append(b, '}'); len(a.canon) > MaxArgsBytes {
+		return Args{}, fmt.Errorf("arguments take more than %d bytes", MaxArgsBytes)
+	}
+	return a, nil
+}
+
+func (v Value) check() error {
+	if len(v.list) > MaxArgElements {
+		return fmt.Errorf("more than %d elements", MaxArgElements)
+	}
+	for _, s := range append(slices.Clone(v.list), v.s) {
+		if len(s) > MaxArgString {
+			return fmt.Errorf("longer than %d bytes", MaxArgString)
+		}
+		if !utf8.ValidString(s) {
+			return errors.New("not valid UTF-8")
+		}
+	}
+	return nil
+}
+
+// checkArgName allows lower-case letters, digits and underscores, beginning with a letter:
+// names reach policy contexts and configuration, never SQL or a path.
+func checkArgName(s string) error {
+	ok := s != "" && len(s) <= MaxArgName && s[0] >= 'a' && s[0] <= 'z'
+	for i := 0; ok && i < len(s); i++ {
+		c := s[i]
+		ok = c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || c == '_'
+	}
+	if !ok {
+		return errors.New("argument names are lower-case letters, digits and underscores, at most 64")
+	}
+	return nil
+}
+
+// ParseArgs reads one JSON object of strings, integers, booleans and lists of strings. It
+// refuses duplicate names, null, fractions, nesting, anything after the object, and whatever
+// is over a limit above.
+func ParseArgs(raw []byte) (Args, error) {
+	if len(raw) > MaxArgsBytes {
+		return Args{}, fmt.Errorf("arguments take more than %d bytes", MaxArgsBytes)
+	}
+	if !utf8.Valid(raw) {
+		return Args{}, errors.New("arguments are not valid UTF-8")
+	}
+	dec := json.NewDecoder(bytes.NewReader(raw))
+	dec.UseNumber()
+	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
+		return Args{}, errors.New("arguments must be a JSON object")
+	}
+	values := map[string]Value{}
+	for dec.More() {
+		t, err := dec.Token()
+		if err != nil {
+			return Args{}, errors.New("arguments are not valid JSON")
+		}
+		name := t.(string) // a member's name: the decoder allows nothing else here
+		if _, twice := values[name]; twice {
+			return Args{}, fmt.Errorf("argument %.70q is given twice", name)
+		}
+		if values[name], err = parseValue(dec); err != nil {
+			return Args{}, fmt.Errorf("argument %.70q: %w", name, err)
+		}
+		if len(values) > MaxArgs {
+			return Args{}, fmt.Errorf("more than %d arguments", MaxArgs)
+		}
+	}
+	if _, err := dec.Token(); err != nil {
+		return Args{}, errors.New("arguments are not valid JSON")
+	}
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+		return Args{}, errors.New("something follows the arguments")
+	}
+	return NewArgs(values)
+}
+
+func parseValue(dec *json.Decoder) (Value, error) {
+	t, err := dec.Token()
+	if err != nil {
+		return Value{}, errors.New("not valid JSON")
+	}
+	switch t := t.(type) {
+	case string:
+		return plainString(t)
+	case bool:
+		return Bool(t), nil
+	case json.Number:
+		n, err := strconv.ParseInt(t.String(), 10, 64)
+		if err != nil || strconv.FormatInt(n, 10) != t.String() {
+			return Value{}, errors.New("numbers must be 64-bit integers without fraction or exponent")
+		}
+		return Int(n), nil
+	case json.Delim:
+		if t == '[' {
+			return parseList(dec)
+		}
+	}
+	return Value{}, errors.New("must be a string, an integer, a boolean or a list of strings")
+}
+
+func parseList(dec *json.Decoder) (Value, error) {
+	list := []string{}
+	for dec.More() {
+		t, err := dec.Token()
+		if err != nil {
+			return Value{}, errors.New("not valid JSON")
+		}
+		s, ok := t.(string)
+		if !ok {
+			return Value{}, errors.New("lists hold strings only")
+		}
+		v, err := plainString(s)
+		if err != nil {
+			return Value{}, err
+		}
+		if list = append(list, v.s); len(list) > MaxArgElements {
+			return Value{}, fmt.Errorf("more than %d elements", MaxArgElements)
+		}
+	}
+	if _, err := dec.Token(); err != nil {
+		return Value{}, errors.New("not valid JSON")
+	}
+	return Value{kind: listValue, list: list}, nil
+}
+
+// plainString refuses U+FFFD: encoding/json puts it where a lone surrogate stood, and two
+// different inputs would become one argument.
+func plainString(s string) (Value, error) {
+	if bytes.ContainsRune([]byte(s), utf8.RuneError) {
+		return Value{}, errors.New("has a lone surrogate or U+FFFD")
+	}
+	return String(s), nil
+}
+
+// Names are the argument names in order; the caller must not change them.
+func (a Args) Names() []string { return a.names }
+
+// Get gives the named argument.
+func (a Args) Get(name string) (Value, bool) { v, ok := a.values[name]; return v, ok }
+
+// Canonical is the canonical JSON, "{}" for none; the caller must not change it.
+func (a Args) Canonical() []byte {
+	if a.canon == nil {
+		return []byte("{}")
+	}
+	return a.canon
+}
+
+// Digest is the SHA-256 of the canonical form; a grant is bound to it.
+func (a Args) Digest() [32]byte { return sha256.Sum256(a.Canonical()) }
+
+// MarshalJSON writes the canonical form.
+func (a Args) MarshalJSON() ([]byte, error) { return a.Canonical(), nil }
+
+// UnmarshalJSON is [ParseArgs].
+func (a *Args) UnmarshalJSON(raw []byte) (err error) { *a, err = ParseArgs(raw); return err }

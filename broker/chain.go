@@ -1,0 +1,141 @@
+package broker
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Chain is one task's tree of delegations and the unit of revocation.
+type Chain struct {
+	ID     ChainID           `json:"id"`
+	Task   string            `json:"task"`
+	Opener spiffeid.ID       `json:"opener"`
+	Opened time.Time         `json:"opened"`
+	Labels map[string]string `json:"labels,omitempty"`
+	Root   DelegationID      `json:"root"`
+}
+
+// Delegation is a node of a chain: its holder may use, or may pass on, some tools until a time.
+type Delegation struct {
+	ID      DelegationID `json:"id"`
+	Chain   ChainID      `json:"chain"`
+	Parent  DelegationID `json:"parent,omitempty"` // empty: the root
+	Holder  spiffeid.ID  `json:"holder"`
+	Scope   Scope        `json:"scope"`
+	Budget  Budget       `json:"budget"`
+	Depth   int          `json:"depth"` // how many more times it may be passed on
+	Created time.Time    `json:"created"`
+	Expires time.Time    `json:"expires"`
+	Tokens  []Handle     `json:"tokens,omitempty"` // every Vault token it ever had; revoking kills all
+	Fence   *Fence       `json:"fence,omitempty"`
+}
+
+// Limits of a chain. A request beyond them is malformed or denied with the limit's name.
+const (
+	MaxDepth    = 8              // delegations below the root
+	MaxChainTTL = 24 * time.Hour // a delegation's life
+	MaxTask     = 256            // bytes of a task's or purpose's text
+	MaxLabels   = 16             // labels of a chain, each name and value at most 64 bytes
+)
+
+// DefaultChainTTL is a chain's life where the opener does not ask for less or more.
+const DefaultChainTTL = time.Hour
+
+// Budget limits what may happen under a delegation, its descendants included. Zero in a field
+// means no limit of its own; an ancestor's still counts.
+type Budget struct {
+	Steps     int              `json:"steps,omitempty"`      // steps in all
+	Live      int              `json:"live,omitempty"`       // secrets alive at once, those being minted included
+	PerMinute int              `json:"per_minute,omitempty"` // steps begun in any one minute of the clock
+	Tools     map[ToolName]int `json:"tools,omitempty"`      // steps in all with one tool
+}
+
+// wider names the limits in which child is not within b.
+func (b Budget) wider(child Budget) (wider []string) {
+	over := func(name string, parent, child int) {
+		if parent > 0 && (child == 0 || child > parent) {
+			wider = append(wider, "budget:"+name)
+		}
+	}
+	over("steps", b.Steps, child.Steps)
+	over("live", b.Live, child.Live)
+	over("per_minute", b.PerMinute, child.PerMinute)
+	for tool, n := range b.Tools {
+		over("tools:"+string(tool), n, child.Tools[tool])
+	}
+	return wider
+}
+
+func (b Budget) check() error {
+	bad := b.Steps < 0 || b.Live < 0 || b.PerMinute < 0 || len(b.Tools) > MaxRights
+	for tool, n := range b.Tools {
+		if _, err := ParseToolName(string(tool)); err != nil {
+			return err
+		}
+		bad = bad || n < 0
+	}
+	if bad {
+		return fmt.Errorf("a budget's limits are not negative and name at most %d tools", MaxRights)
+	}
+	return nil
+}
+
+// Usage counts what has happened under a delegation, descendants included.
+type Usage struct {
+	Steps  int               `json:"steps"`
+	Live   int               `json:"live"`
+	Minute int64             `json:"minute"` // minutes since 1970 in which the last step began
+	InIt   int               `json:"in_it"`  // steps begun in that minute
+	Tools  map[ToolName]Past `json:"tools,omitempty"`
+}
+
+// Past is what a chain has done with one tool.
+type Past struct {
+	Count int       `json:"count"`
+	First time.Time `json:"first"`
+	Last  time.Time `json:"last"`
+}
+
+// exceeded names the limit of b that one more step with tool at now would break; empty: none.
+func (u Usage) exceeded(b Budget, tool ToolName, now time.Time) string {
+	switch {
+	case b.Steps > 0 && u.Steps >= b.Steps:
+		return "budget:steps"
+	case b.Live > 0 && u.Live >= b.Live:
+		return "budget:live"
+	case b.Tools[tool] > 0 && u.Tools[tool].Count >= b.Tools[tool]:
+		return "budget:tools:" + string(tool)
+	case b.PerMinute > 0 && u.Minute == now.Unix()/60 && u.InIt >= b.PerMinute:
+		return "budget:per_minute"
+	}
+	return ""
+}
+
+// begin counts one more step.
+func (u *Usage) begin(tool ToolName, now time.Time) {
+	u.Steps++
+	u.Live++
+	if minute := now.Unix() / 60; minute != u.Minute {
+		u.Minute, u.InIt = minute, 0
+	}
+	u.InIt++
+	if u.Tools == nil {
+		u.Tools = map[ToolName]Past{}
+	}
+	p := u.Tools[tool]
+	if p.Count == 0 {
+		p.First = now
+	}
+	p.Count, p.Last = p.Count+1, now
+	u.Tools[tool] = p
+}
+
+// Fence is the mark after which no secret is handed out under what carries it.
+type Fence struct {
+	Generation int          `json:"generation"` // of the fence on this node: 1, and more when it is fenced again
+	At         time.Time    `json:"at"`
+	Revocation RevocationID `json:"revocation"`
+	Frozen     bool         `json:"frozen,omitempty"` // may be lifted; a later revocation makes it final
+}

@@ -1,0 +1,89 @@
+package broker
+
+import (
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// GrantState is how far a grant has come. States only go forward.
+type GrantState string
+
+// The states of a grant.
+const (
+	StateIntent GrantState = "INTENT" // recorded; nothing exists in Vault that could mint
+	StateHandle GrantState = "HANDLE" // the step's token is recorded; a mint may have been sent
+	StateIssued GrantState = "ISSUED" // the lease is recorded and the secret may be handed over
+	StateClosed GrantState = "CLOSED" // over, and why we believe so is in Evidence
+)
+
+// Grant is the recorded permission for one step. It holds all that is known of the secret but
+// the secret.
+type Grant struct {
+	ID         GrantID      `json:"id"`
+	Chain      ChainID      `json:"chain"`
+	Delegation DelegationID `json:"delegation"`
+	Caller     spiffeid.ID  `json:"caller"`
+	Tool       ToolName     `json:"tool"`
+	Backend    string       `json:"backend"`
+	Narrowing  Narrowing    `json:"narrowing"`
+	Args       Args         `json:"args"`
+	Purpose    string       `json:"purpose,omitempty"`
+	Path       string       `json:"path,omitempty"` // Vault mount and role that it is minted at
+	State      GrantState   `json:"state"`
+	Created    time.Time    `json:"created"`
+	Expires    time.Time    `json:"expires"`
+	Bundle     string       `json:"bundle"`
+	Policies   []string     `json:"policies,omitempty"`
+	Token      Handle       `json:"token,omitzero"`   // from HANDLE on
+	Settles    time.Time    `json:"settles,omitzero"` // from HANDLE on: no mint sent for it can complete after this
+	Lease      Lease        `json:"lease,omitzero"`   // from ISSUED on
+	Fence      *Fence       `json:"fence,omitempty"`  // on this grant alone
+	Ending     Ending       `json:"ending,omitempty"`
+	Ended      time.Time    `json:"ended,omitzero"`
+	Outcome    Outcome      `json:"outcome,omitempty"`
+	Evidence   []Evidence   `json:"evidence,omitempty"`
+}
+
+// Ending says why a grant came to its end.
+type Ending string
+
+// The endings.
+const (
+	EndingClosed  Ending = "closed"  // by its agent
+	EndingExpired Ending = "expired" // its time was over
+	EndingRevoked Ending = "revoked" // fenced
+	EndingFailed  Ending = "failed"  // it never came to a hand-over
+)
+
+// Outcome is what is known of a secret's life. The zero value is that nothing is.
+type Outcome string
+
+// The outcomes.
+const (
+	OutcomeUnknown Outcome = ""       // not proven either way
+	OutcomeAlive   Outcome = "alive"  // shown to work still
+	OutcomeDead    Outcome = "dead"   // shown not to work
+	OutcomeStatic  Outcome = "static" // it cannot be ended, only rotated: it works on
+)
+
+// Evidence is one check of whether a secret is dead.
+type Evidence struct {
+	At      time.Time `json:"at"`
+	Check   string    `json:"check"` // what was asked of whom: "vault: lease lookup", "postgres: pg_roles and pg_stat_activity"
+	Outcome Outcome   `json:"outcome,omitempty"`
+	Answer  string    `json:"answer"` // in a few words; no secret
+}
+
+// Handle is a Vault token as the ledger knows it: by its accessor, which can end but not use it.
+type Handle struct {
+	Accessor string    `json:"accessor"`
+	Expires  time.Time `json:"expires,omitzero"` // its hard end, however often it is renewed
+}
+
+// Lease is what Vault gave for a grant.
+type Lease struct {
+	ID      string    `json:"id,omitempty"`  // Vault's lease id; empty where the engine gives none
+	Ref     string    `json:"ref,omitempty"` // what the backend calls it: a role name, a serial number, a token id
+	Expires time.Time `json:"expires"`
+}

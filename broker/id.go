@@ -1,0 +1,63 @@
+package broker
+
+import (
+	"encoding/base32"
+	"fmt"
+	"io"
+)
+
+// Ids are two letters and 24 characters of base32, 120 random bits: opaque, of one length, in
+// an alphabet that needs no quoting in a path, a role name or a token's display name
+// (hardening.md rule 6).
+type (
+	// ChainID names a chain, "ch…".
+	ChainID string
+	// DelegationID names a node of a chain, "dl…".
+	DelegationID string
+	// GrantID names a grant, "gr…". It is part of the credential's name at the backend.
+	GrantID string
+	// RevocationID names a revocation, "rv…".
+	RevocationID string
+)
+
+const idLength = 26
+
+var idEncoding = base32.NewEncoding("0123456789abcdefghjkmnpqrstvwxyz").WithPadding(base32.NoPadding)
+
+// newID draws an id with the given two-letter prefix from random.
+func newID(random io.Reader, prefix string) (string, error) {
+	var raw [15]byte
+	if _, err := io.ReadFull(random, raw[:]); err != nil {
+		return "", fmt.Errorf("drawing an id: %w", err)
+	}
+	return prefix + idEncoding.EncodeToString(raw[:]), nil
+}
+
+func parseID(s, prefix, what string) error {
+	if len(s) != idLength || s[:2] != prefix {
+		return fmt.Errorf("%s id must be %q and 24 characters", what, prefix)
+	}
+	for i := 2; i < len(s); i++ {
+		c := s[i]
+		if !(c >= '0' && c <= '9' || c >= 'a' && c <= 'z' && c != 'i' && c != 'l' && c != 'o' && c != 'u') {
+			return fmt.Errorf("%s id has a character outside its alphabet", what)
+		}
+	}
+	return nil
+}
+
+// ParseChainID accepts exactly what this package makes.
+func ParseChainID(s string) (ChainID, error) { return ChainID(s), parseID(s, "ch", "chain") }
+
+// ParseDelegationID accepts exactly what this package makes.
+func ParseDelegationID(s string) (DelegationID, error) {
+	return DelegationID(s), parseID(s, "dl", "delegation")
+}
+
+// ParseGrantID accepts exactly what this package makes.
+func ParseGrantID(s string) (GrantID, error) { return GrantID(s), parseID(s, "gr", "grant") }
+
+// ParseRevocationID accepts exactly what this package makes.
+func ParseRevocationID(s string) (RevocationID, error) {
+	return RevocationID(s), parseID(s, "rv", "revocation")
+}

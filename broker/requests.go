@@ -1,0 +1,127 @@
+package broker
+
+import (
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// OpenRequest asks for a new chain, whose root the caller holds.
+type OpenRequest struct {
+	Task   string            // what it is for, in the words of whoever started the agent; 1 to 256 bytes
+	Rights []Right           // what may happen under it
+	Budget Budget            // over the whole chain
+	Depth  int               // how many times it may be passed on, 0 to MaxDepth
+	TTL    time.Duration     // zero: DefaultChainTTL
+	Labels map[string]string // for policies and selectors
+}
+
+// DelegateRequest asks to pass on less than the caller's own delegation to another SPIFFE ID.
+type DelegateRequest struct {
+	From   DelegationID
+	To     spiffeid.ID
+	Rights []Right
+	Budget Budget        // zero fields take the parent's limit
+	Depth  int           // how many times the receiver may pass it on; less than the parent's
+	TTL    time.Duration // zero: as long as the parent
+}
+
+// StepRequest asks for one secret for one step.
+type StepRequest struct {
+	Delegation DelegationID
+	Tool       ToolName
+	Args       Args
+	Purpose    string        // for the audit only; at most 256 bytes
+	Key        string        // idempotency key, at most 128 bytes; empty: every request is another step
+	TTL        time.Duration // zero: as long as tool, policy and delegation allow
+}
+
+// Issued is the answer to a step.
+type Issued struct {
+	Grant    Grant
+	Secret   Secret // empty when Repeated
+	Repeated bool   // the key was used for the same step before: the grant, never a second secret
+}
+
+// ReportRequest says that policy was broken under a delegation.
+type ReportRequest struct {
+	Delegation DelegationID
+	Grant      GrantID // empty: none in particular
+	Violation  ViolationCode
+	Detail     string // for the audit; at most 256 bytes
+}
+
+// Reported is what a report led to.
+type Reported struct {
+	Consequence Consequence
+	Revocation  RevocationID // empty when nothing was revoked
+}
+
+// Standing is how a delegation stands for its holder.
+type Standing struct {
+	Delegation Delegation
+	Fence      *Fence    // the nearest fence over it; nil when it may be used
+	Ended      []GrantID // the holder's grants under it that are fenced and whose steps must stop
+}
+
+// Operator is a person or system that may look and revoke, as the operators' listener
+// established. The zero Operator is refused.
+type Operator struct{ Name string }
+
+// RevokeRequest asks for a final revocation, or for a freeze.
+type RevokeRequest struct {
+	Selector   Selector
+	Reason     string // for the audit and the report; at most 256 bytes
+	Plan       string // a plan's token: refuse when the set has grown since; empty: whatever is there
+	IncludeNew bool   // with Plan: go on when the set has grown
+	Freeze     bool   // no new secrets, but nothing is cut; may be lifted
+}
+
+// Plan is what a revocation would hit, as of a revision.
+type Plan struct {
+	Token     string           `json:"token"` // stands for exactly this set
+	Selector  string           `json:"selector"`
+	Revision  Revision         `json:"revision"`
+	Made      time.Time        `json:"made"`
+	Chains    int              `json:"chains"`
+	Nodes     int              `json:"delegations"`
+	Grants    int              `json:"grants"` // not over yet
+	Issued    int              `json:"issued"` // of these, handed over
+	ByTool    map[ToolName]int `json:"by_tool,omitempty"`
+	ByLabel   map[string]int   `json:"by_narrowing,omitempty"`
+	ByCaller  map[string]int   `json:"by_caller,omitempty"`
+	Static    int              `json:"static"` // cannot be ended, only rotated
+	LatestEnd time.Time        `json:"latest_end,omitzero"`
+}
+
+// Closure is the honest state of a revocation.
+type Closure string
+
+// The closures. A revocation is CLOSED only with evidence for every grant.
+const (
+	ClosureUnknown Closure = "UNKNOWN" // some are not proven either way
+	ClosurePartial Closure = "PARTIAL" // some are known to be alive
+	ClosureClosed  Closure = "CLOSED"  // all are dead, with evidence
+)
+
+// Revocation is one act of revoking and how far it has come.
+type Revocation struct {
+	ID        RevocationID `json:"id"`
+	Selector  string       `json:"selector"`
+	Reason    string       `json:"reason"`
+	By        string       `json:"by"`
+	Freeze    bool         `json:"freeze,omitempty"`
+	Lifted    bool         `json:"lifted,omitempty"` // a freeze that is over
+	Asked     time.Time    `json:"asked"`
+	Fenced    time.Time    `json:"fenced"`           // nothing is handed out from here on
+	Revision  Revision     `json:"revision"`         // of the fence
+	Settled   time.Time    `json:"settled,omitzero"` // when Closure became CLOSED, or final with statics left
+	Closure   Closure      `json:"closure"`
+	Grants    int          `json:"grants"`              // that were not over when it was fenced
+	Dead      int          `json:"dead"`                // of these, proven dead
+	Alive     int          `json:"alive"`               // of these, shown to work still, statics included
+	Unknown   int          `json:"unknown"`             // of these, not proven either way
+	Static    int          `json:"static"`              // of these alive, that can only be rotated
+	Tokens    int          `json:"tokens"`              // delegation tokens not shown revoked yet
+	LatestEnd time.Time    `json:"latest_end,omitzero"` // what is left ends by itself by then; zero: nothing is left, or never
+}
