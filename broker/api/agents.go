@@ -1,0 +1,139 @@
+package api
+
+import (
+	"time"
+
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// IdempotencyKey is the header that makes repeating a step safe: the same key for the same step
+// answers with the same grant, and never with a second secret. At most 128 bytes.
+const IdempotencyKey = "Idempotency-Key"
+
+// Constraint limits one argument. Its JSON form is the broker's, for example {"one_of":["orders"]}.
+type Constraint = jsontext.Value
+
+// Right is what a delegation may do with one tool.
+type Right struct {
+	Tool     string                `json:"tool"`
+	Use      bool                  `json:"use,omitzero"`      // may take steps with the tool
+	Delegate bool                  `json:"delegate,omitzero"` // may pass the tool on
+	Args     map[string]Constraint `json:"args,omitzero"`     // each named argument must be given and inside; others are free
+}
+
+// Budget limits what may happen under a delegation, its descendants included. A limit that is
+// left out is none of its own; an ancestor's still counts.
+type Budget struct {
+	Steps     int            `json:"steps,omitzero"`      // steps in all
+	Live      int            `json:"live,omitzero"`       // secrets alive at once
+	PerMinute int            `json:"per_minute,omitzero"` // steps begun in any one minute of the clock
+	Tools     map[string]int `json:"tools,omitzero"`      // steps in all with one tool
+}
+
+// OpenRequest asks for a new chain, whose root the caller holds.
+type OpenRequest struct {
+	Task       string            `json:"task"`                 // what it is for; 1 to 256 bytes
+	Rights     []Right           `json:"rights"`               // what may happen under it
+	Budget     Budget            `json:"budget,omitzero"`      // over the whole chain
+	Depth      int               `json:"depth,omitzero"`       // how many times it may be passed on, 0 to 8
+	TTLSeconds int64             `json:"ttl_seconds,omitzero"` // its life; left out: one hour
+	Labels     map[string]string `json:"labels,omitzero"`      // for policies and selectors
+}
+
+// DelegateRequest asks to pass on less than the caller's own delegation.
+type DelegateRequest struct {
+	To         string  `json:"to"`                   // the receiver's SPIFFE ID
+	Rights     []Right `json:"rights"`               // inside what the caller may pass on
+	Budget     Budget  `json:"budget,omitzero"`      // limits that are left out take the parent's
+	Depth      int     `json:"depth,omitzero"`       // how many times the receiver may pass it on; less than the parent's
+	TTLSeconds int64   `json:"ttl_seconds,omitzero"` // its life; left out: as long as the parent
+}
+
+// StepRequest asks for one secret for one step. Its idempotency key is a header.
+type StepRequest struct {
+	Tool       string         `json:"tool"`
+	Args       jsontext.Value `json:"args,omitzero"`        // an object of strings, integers, booleans and lists of strings
+	Purpose    string         `json:"purpose,omitzero"`     // for the audit; at most 256 bytes
+	TTLSeconds int64          `json:"ttl_seconds,omitzero"` // the secret's life; left out: as long as is allowed
+}
+
+// ReportRequest says that policy was broken under a delegation.
+type ReportRequest struct {
+	Delegation string `json:"delegation"`
+	Grant      string `json:"grant,omitzero"`  // left out: none in particular
+	Violation  string `json:"violation"`       // lower-case words joined by underscores, such as "canary"
+	Detail     string `json:"detail,omitzero"` // for the audit; at most 256 bytes
+}
+
+// Nothing is the body of a request that needs no more words than its path: {}.
+type Nothing struct{}
+
+// Delegation is a node of a chain as its holder sees it.
+type Delegation struct {
+	ID      string    `json:"id"`
+	Chain   string    `json:"chain"`
+	Parent  string    `json:"parent,omitzero"` // left out: the root
+	Holder  string    `json:"holder"`          // a SPIFFE ID
+	Rights  []Right   `json:"rights"`
+	Budget  Budget    `json:"budget,omitzero"`
+	Depth   int       `json:"depth"` // how many more times it may be passed on
+	Created time.Time `json:"created"`
+	Expires time.Time `json:"expires"`
+	Fence   *Fence    `json:"fence,omitzero"` // on this node itself
+}
+
+// Fence is the mark after which no secret is handed out under what carries it.
+type Fence struct {
+	At         time.Time `json:"at"`
+	Revocation string    `json:"revocation"`
+	Frozen     bool      `json:"frozen,omitzero"` // may be lifted; otherwise final
+}
+
+// Standing is how a delegation stands for its holder, and the data of a "standing" event.
+type Standing struct {
+	Delegation *Delegation `json:"delegation,omitzero"` // not in events
+	Fence      *Fence      `json:"fence,omitzero"`      // the nearest fence over it; left out: it may be used
+	Ended      []string    `json:"ended"`               // the holder's grants under it whose steps must stop now
+}
+
+// Grant is the recorded permission for one step as its caller sees it.
+type Grant struct {
+	ID         string    `json:"id"`
+	Chain      string    `json:"chain"`
+	Delegation string    `json:"delegation"`
+	Tool       string    `json:"tool"`
+	Narrowing  string    `json:"narrowing"` // where the secret's narrowing is enforced: "native", "proxy" or "none"
+	State      string    `json:"state"`     // "INTENT", "HANDLE", "ISSUED" or "CLOSED"
+	Created    time.Time `json:"created"`
+	Expires    time.Time `json:"expires"`           // the secret works no longer
+	Bundle     string    `json:"bundle"`            // digest of the policy bundle that decided
+	Policies   []string  `json:"policies,omitzero"` // ids of the policies that decided
+	Ending     string    `json:"ending,omitzero"`   // "closed", "expired", "revoked" or "failed"
+	Ended      time.Time `json:"ended,omitzero"`
+	Outcome    string    `json:"outcome,omitzero"` // "dead", "alive" or "static"; left out: not proven either way
+}
+
+// Issued is the answer to a step.
+type Issued struct {
+	Grant    Grant          `json:"grant"`
+	Secret   jsontext.Value `json:"secret,omitzero"`   // an object whose members the tool's documentation lists; left out when repeated
+	Repeated bool           `json:"repeated,omitzero"` // the key was used for the same step before: this is its grant, and no second secret
+}
+
+// Reported is what a report led to.
+type Reported struct {
+	Consequence string `json:"consequence"`         // "deny", "revoke-step", "revoke-subtree", "revoke-chain" or "freeze-caller"
+	Revocation  string `json:"revocation,omitzero"` // left out: nothing was revoked
+}
+
+// Health is the answer of /healthz.
+type Health struct {
+	Status string `json:"status"` // "ok"; anything else is a problem
+}
+
+// The names of events on streams, each with the type of its data.
+const (
+	EventStanding   = "standing"   // Standing
+	EventRevocation = "revocation" // Revocation
+	EventProblem    = "problem"    // Problem: the stream ends, and opening it again gives the same
+)

@@ -1,0 +1,297 @@
+package api_test
+
+import (
+	"bytes"
+	"flag"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"os"
+	"reflect"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+
+	"github.com/pawlsec/pawl/broker/api"
+)
+
+var update = flag.Bool("update", false, "write openapi.json and problems.md anew")
+
+// operation is one endpoint as the document describes it. A test in broker/server holds the
+// document against the handlers.
+type operation struct {
+	listener, method, path, summary string
+	query                           []string // name: what it does
+	in, out                         any      // out nil: the answer is no JSON of ours
+	status                          int
+	stream                          string // the events, for a stream
+}
+
+var operations = []operation{
+	{"agents", "post", "/v1/chains", "Open a chain and hold its root delegation", nil, api.OpenRequest{}, api.Delegation{}, 201, ""},
+	{"agents", "get", "/v1/delegations/{id}", "How a delegation stands for its holder", nil, nil, api.Standing{}, 200, ""},
+	{"agents", "post", "/v1/delegations/{id}/delegate", "Pass on less than the delegation to another SPIFFE ID", nil, api.DelegateRequest{}, api.Delegation{}, 201, ""},
+	{"agents", "post", "/v1/delegations/{id}/steps", "Take a step: one secret for one tool call (200 when the idempotency key repeats one)", nil, api.StepRequest{}, api.Issued{}, 201, ""},
+	{"agents", "get", "/v1/delegations/{id}/events", "Follow how a delegation stands, until it is over", nil, nil, nil, 200, "standing events with a Standing, once at first and then when it has changed; a problem event before an early end; a comment at least every 15 s"},
+	{"agents", "post", "/v1/grants/{id}/close", "End a step: its secret is revoked", nil, api.Nothing{}, api.Grant{}, 200, ""},
+	{"agents", "post", "/v1/violations", "Report that policy was broken", nil, api.ReportRequest{}, api.Reported{}, 200, ""},
+
+	{"operators", "get", "/v1/chains", "List the chains", []string{"all: true to see those that are over, too"}, nil, api.Chains{}, 200, ""},
+	{"operators", "get", "/v1/chains/{id}", "One chain with its delegations and grants", nil, nil, api.ChainView{}, 200, ""},
+	{"operators", "get", "/v1/chains/{id}/audit", "The audit log of one chain", page, nil, api.Entries{}, 200, ""},
+	{"operators", "post", "/v1/plans", "What a revocation would hit", nil, api.PlanRequest{}, api.Plan{}, 200, ""},
+	{"operators", "post", "/v1/revocations", "Revoke or freeze: answers once it is fenced, before all is dead", nil, api.RevokeRequest{}, api.Revocation{}, 202, ""},
+	{"operators", "get", "/v1/revocations", "List the revocations", nil, nil, api.Revocations{}, 200, ""},
+	{"operators", "get", "/v1/revocations/{id}", "How far a revocation has come", nil, nil, api.Revocation{}, 200, ""},
+	{"operators", "get", "/v1/revocations/{id}/events", "Follow a revocation until it is settled", nil, nil, nil, 200, "revocation events with a Revocation, once at first and then when it has changed; a problem event before an early end; a comment at least every 15 s"},
+	{"operators", "post", "/v1/revocations/{id}/unfreeze", "Ask to lift a freeze; it takes two operators", nil, api.Nothing{}, api.Revocation{}, 200, ""},
+	{"operators", "get", "/v1/audit", "The audit log", page, nil, api.Entries{}, 200, ""},
+
+	{"both", "get", "/v1/openapi.json", "This document", nil, nil, nil, 200, ""},
+	{"both", "get", "/healthz", "Whether requests can be answered at all", nil, nil, api.Health{}, 200, ""},
+}
+
+var page = []string{"after: the revision after which to begin; 0 unless given", "limit: at most so many lines; 100 unless given, never over 1000"}
+
+type object = map[string]any
+
+// TestOpenAPI holds openapi.json against the types; with -update it writes the file.
+func TestOpenAPI(t *testing.T) {
+	s := schemas{defs: object{}, comments: comments(t)}
+	paths := object{}
+	for _, op := range operations {
+		at := op.path
+		item, _ := paths[at].(object)
+		if item == nil {
+			item = object{}
+			paths[at] = item
+		}
+		described := s.operation(op)
+		if other, taken := item[op.method]; taken {
+			t.Fatalf("%s %s is described twice: %v", op.method, op.path, other)
+		}
+		item[op.method] = described
+	}
+	doc := object{
+		"openapi": "3.1.0",
+		"info": object{
+			"title": "Pawl", "version": "1",
+			"description": "A credential broker for agent workloads. Agents and operators have a listener each, and an operation's x-listener says which one has it. Every refusal is a Problem.",
+			"license":     object{"name": "Apache-2.0", "identifier": "Apache-2.0"},
+		},
+		"paths":      paths,
+		"components": object{"schemas": s.defs, "securitySchemes": object{"svid": object{"type": "mutualTLS", "description": "An X.509-SVID."}, "jwt-svid": object{"type": "http", "scheme": "bearer", "bearerFormat": "JWT-SVID"}}},
+	}
+	s.ref(reflect.TypeFor[api.Problem]())
+	golden(t, "openapi.json", encode(t, doc))
+	for _, r := range regexp.MustCompile(`#/components/schemas/(\w+)`).FindAllStringSubmatch(string(api.OpenAPI), -1) {
+		if s.defs[r[1]] == nil {
+			t.Errorf("the document refers to schema %q, which it does not have", r[1])
+		}
+	}
+}
+
+func encode(t *testing.T, v any) []byte {
+	t.Helper()
+	b, err := json.Marshal(v, json.Deterministic(true), jsontext.WithIndent("  "))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return append(b, '\n')
+}
+
+func golden(t *testing.T, name string, want []byte) {
+	t.Helper()
+	if *update {
+		if err := os.WriteFile(name, want, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Errorf("%s is out of date: run go test ./broker/api -update and read the difference", name)
+	}
+}
+
+// schemas collects the JSON schemas of Go types.
+type schemas struct {
+	defs     object
+	comments map[string]string // by "Type" and "Type.member"
+}
+
+func (s *schemas) operation(op operation) object {
+	out := object{"description": op.summary}
+	switch {
+	case op.stream != "":
+		out["content"] = object{"text/event-stream": object{"schema": object{"type": "string", "description": op.stream}}}
+		s.ref(reflect.TypeFor[api.Standing]())
+		s.ref(reflect.TypeFor[api.Revocation]())
+	case op.out == nil:
+		out["content"] = object{"application/json": object{"schema": object{"type": "object"}}}
+	default:
+		out["content"] = object{"application/json": object{"schema": s.ref(reflect.TypeOf(op.out))}}
+	}
+	responses := object{fmt.Sprint(op.status): out, "default": object{
+		"description": "A refusal or failure",
+		"content":     object{api.ProblemType: object{"schema": s.ref(reflect.TypeFor[api.Problem]())}},
+	}}
+	described := object{
+		"operationId": operationID(op), "summary": op.summary, "x-listener": op.listener,
+		"responses": responses, "security": []any{object{"svid": []string{}}, object{"jwt-svid": []string{}}},
+	}
+	switch op.listener {
+	case "both":
+		described["security"] = []any{}
+	case "operators":
+		described["security"] = []any{object{"svid": []string{}}}
+	}
+	if op.in != nil {
+		described["requestBody"] = object{"required": true, "content": object{"application/json": object{"schema": s.ref(reflect.TypeOf(op.in))}}}
+	}
+	if p := parameters(op); p != nil {
+		described["parameters"] = p
+	}
+	if _, step := op.in.(api.StepRequest); step {
+		responses["200"] = object{"description": "The step was taken before with the same idempotency key: its grant, and no second secret", "content": out["content"]}
+	}
+	return described
+}
+
+// operationID is made of the method and the path's fixed segments: post_delegations_steps.
+func operationID(op operation) string {
+	words := []string{op.method}
+	for _, w := range strings.FieldsFunc(strings.TrimPrefix(op.path, "/v1"), func(r rune) bool { return r == '/' }) {
+		if w == "{id}" {
+			w = "one"
+		}
+		words = append(words, strings.TrimSuffix(w, ".json"))
+	}
+	if op.listener == "operators" {
+		words = append([]string{"operator"}, words...)
+	}
+	return strings.Join(words, "_")
+}
+
+func parameters(op operation) (all []any) {
+	if strings.Contains(op.path, "{id}") {
+		all = append(all, object{"name": "id", "in": "path", "required": true, "schema": object{"type": "string", "pattern": "^(ch|dl|gr|rv)[0-9a-z]{24}$"}})
+	}
+	for _, q := range op.query {
+		name, what, _ := strings.Cut(q, ": ")
+		schema := object{"type": "integer", "minimum": 0}
+		if name == "all" {
+			schema = object{"type": "boolean"}
+		}
+		all = append(all, object{"name": name, "in": "query", "description": what, "schema": schema})
+	}
+	if _, step := op.in.(api.StepRequest); step {
+		all = append(all, object{"name": api.IdempotencyKey, "in": "header", "description": "makes repeating the step safe", "schema": object{"type": "string", "maxLength": 128}})
+	}
+	return all
+}
+
+func (s *schemas) ref(t reflect.Type) object {
+	if s.defs[t.Name()] == nil {
+		s.defs[t.Name()] = object{} // before its members, which may refer to it
+		s.defs[t.Name()] = s.structure(t)
+	}
+	return object{"$ref": "#/components/schemas/" + t.Name()}
+}
+
+func (s *schemas) structure(t reflect.Type) object {
+	members, required := object{}, []string{}
+	for _, f := range reflect.VisibleFields(t) {
+		tag := f.Tag.Get("json")
+		if tag == "" {
+			continue
+		}
+		name, options, _ := strings.Cut(tag, ",")
+		schema := s.of(f.Type)
+		owner := t
+		if len(f.Index) > 1 {
+			owner = t.FieldByIndex(f.Index[:1]).Type
+		}
+		if text := s.comments[owner.Name()+"."+f.Name]; text != "" {
+			schema["description"] = text
+		}
+		members[name] = schema
+		if options == "" {
+			required = append(required, name)
+		}
+	}
+	out := object{"type": "object", "properties": members}
+	if text := s.comments[t.Name()]; text != "" {
+		out["description"] = text
+	}
+	if len(required) > 0 {
+		out["required"] = required
+	}
+	if strings.HasSuffix(t.Name(), "Request") || t == reflect.TypeFor[api.Nothing]() {
+		out["additionalProperties"] = false // the broker refuses what it does not know
+	}
+	return out
+}
+
+func (s *schemas) of(t reflect.Type) object {
+	switch {
+	case t == reflect.TypeFor[time.Time]():
+		return object{"type": "string", "format": "date-time"}
+	case t == reflect.TypeFor[jsontext.Value]():
+		return object{"type": "object"}
+	}
+	switch t.Kind() {
+	case reflect.Pointer:
+		return s.of(t.Elem())
+	case reflect.Struct:
+		return s.ref(t)
+	case reflect.Slice:
+		return object{"type": "array", "items": s.of(t.Elem())}
+	case reflect.Map:
+		return object{"type": "object", "additionalProperties": s.of(t.Elem())}
+	case reflect.Bool:
+		return object{"type": "boolean"}
+	case reflect.Int, reflect.Int64, reflect.Uint64:
+		return object{"type": "integer", "minimum": 0}
+	case reflect.String:
+		return object{"type": "string"}
+	}
+	panic("no schema for " + t.String())
+}
+
+// comments reads what the package's source says of its types and their members.
+func comments(t *testing.T) map[string]string {
+	t.Helper()
+	all := map[string]string{}
+	for _, name := range []string{"agents.go", "operators.go", "problem.go"} {
+		file, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.ParseComments)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range file.Decls {
+			decl, ok := d.(*ast.GenDecl)
+			if !ok || decl.Tok != token.TYPE {
+				continue
+			}
+			spec := decl.Specs[0].(*ast.TypeSpec)
+			all[spec.Name.Name] = oneLine(decl.Doc.Text())
+			structure, ok := spec.Type.(*ast.StructType)
+			for i := 0; ok && i < len(structure.Fields.List); i++ {
+				field := structure.Fields.List[i]
+				for _, n := range field.Names {
+					all[spec.Name.Name+"."+n.Name] = oneLine(field.Comment.Text())
+				}
+			}
+		}
+	}
+	return all
+}
+
+func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }

@@ -1,0 +1,143 @@
+package api
+
+import (
+	"time"
+
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+// Chain is one task's tree of delegations.
+type Chain struct {
+	ID     string            `json:"id"`
+	Task   string            `json:"task"`
+	Opener string            `json:"opener"` // a SPIFFE ID
+	Opened time.Time         `json:"opened"`
+	Labels map[string]string `json:"labels,omitzero"`
+	Root   string            `json:"root"` // id of the root delegation
+}
+
+// ChainSummary is a chain in a list.
+type ChainSummary struct {
+	Chain       Chain     `json:"chain"`
+	Delegations int       `json:"delegations"`
+	Live        int       `json:"live"`           // grants that are not over
+	Expires     time.Time `json:"expires"`        // of the root
+	Fence       *Fence    `json:"fence,omitzero"` // over the whole chain
+}
+
+// Chains is the list of chains, the latest first.
+type Chains struct {
+	Chains []ChainSummary `json:"chains"`
+}
+
+// ChainView is one chain with everything under it.
+type ChainView struct {
+	Chain       Chain         `json:"chain"`
+	Delegations []Delegation  `json:"delegations"`
+	Grants      []GrantRecord `json:"grants"`
+}
+
+// GrantRecord is a grant as operators see it: all that is known of the secret but the secret.
+type GrantRecord struct {
+	Grant
+	Caller   string         `json:"caller"` // a SPIFFE ID
+	Args     jsontext.Value `json:"args"`
+	Purpose  string         `json:"purpose,omitzero"`
+	Path     string         `json:"path,omitzero"`  // Vault mount and role that it is minted at
+	Lease    string         `json:"lease,omitzero"` // Vault's lease id
+	Ref      string         `json:"ref,omitzero"`   // what the backend calls the secret
+	Fence    *Fence         `json:"fence,omitzero"` // on this grant alone
+	Evidence []Evidence     `json:"evidence,omitzero"`
+}
+
+// Evidence is one check of whether a secret is dead.
+type Evidence struct {
+	At      time.Time `json:"at"`
+	Check   string    `json:"check"`            // what was asked of whom
+	Outcome string    `json:"outcome,omitzero"` // "dead", "alive" or "static"; left out: not proven either way
+	Answer  string    `json:"answer"`
+}
+
+// PlanRequest asks what a revocation would hit.
+type PlanRequest struct {
+	Selector string `json:"selector"`
+}
+
+// Plan is what a revocation would hit, as of a revision of the ledger.
+type Plan struct {
+	Plan        string         `json:"plan"` // stands for exactly this set, in a RevokeRequest
+	Selector    string         `json:"selector"`
+	Revision    uint64         `json:"revision"`
+	Made        time.Time      `json:"made"`
+	Chains      int            `json:"chains"`
+	Delegations int            `json:"delegations"`
+	Grants      int            `json:"grants"` // not over yet
+	Issued      int            `json:"issued"` // of these, handed over
+	ByTool      map[string]int `json:"by_tool"`
+	ByNarrowing map[string]int `json:"by_narrowing"`
+	ByCaller    map[string]int `json:"by_caller"`
+	Static      int            `json:"static"`              // cannot be ended, only rotated
+	LatestEnd   time.Time      `json:"latest_end,omitzero"` // what lives ends by itself by then
+}
+
+// RevokeRequest asks for a final revocation, or for a freeze.
+type RevokeRequest struct {
+	Selector   string `json:"selector"`
+	Reason     string `json:"reason"`               // for the audit and the report; at most 256 bytes
+	Plan       string `json:"plan,omitzero"`        // refuse when the set has grown since; left out: whatever is there
+	IncludeNew bool   `json:"include_new,omitzero"` // with a plan: go on when the set has grown
+	Freeze     bool   `json:"freeze,omitzero"`      // no new secrets, but nothing is cut; may be lifted
+}
+
+// Revocation is one act of revoking and how far it has come, and the data of a "revocation"
+// event. Fenced and dead are two things: from Fenced on nothing is handed out, and Dead counts
+// what was shown not to work.
+type Revocation struct {
+	ID        string    `json:"id"`
+	Selector  string    `json:"selector"`
+	Reason    string    `json:"reason"`
+	By        string    `json:"by"`
+	Freeze    bool      `json:"freeze,omitzero"`
+	Lifted    bool      `json:"lifted,omitzero"` // a freeze that is over
+	Asked     time.Time `json:"asked"`
+	Fenced    time.Time `json:"fenced"`
+	Revision  uint64    `json:"revision"`            // of the fence in the ledger
+	Settled   time.Time `json:"settled,omitzero"`    // the closure will not change any more
+	Closure   string    `json:"closure"`             // "CLOSED", "PARTIAL" or "UNKNOWN"
+	Grants    int       `json:"grants"`              // that were not over when it was fenced
+	Dead      int       `json:"dead"`                // of these, proven dead
+	Alive     int       `json:"alive"`               // of these, shown to work still, statics included
+	Unknown   int       `json:"unknown"`             // of these, not proven either way
+	Static    int       `json:"static"`              // of these alive, that can only be rotated
+	Tokens    int       `json:"tokens"`              // delegation tokens not shown revoked yet
+	LatestEnd time.Time `json:"latest_end,omitzero"` // what is left ends by itself by then; left out: nothing is left, or never
+}
+
+// Revocations is the list of revocations, the latest first.
+type Revocations struct {
+	Revocations []Revocation `json:"revocations"`
+}
+
+// Entry is one line of the audit log.
+type Entry struct {
+	Revision   uint64    `json:"revision"` // numbers the lines from 1, without gaps
+	At         time.Time `json:"at"`
+	Actor      string    `json:"actor"` // a SPIFFE ID, an operator's name, or "pawl"
+	Op         string    `json:"op"`
+	Chain      string    `json:"chain,omitzero"`
+	Delegation string    `json:"delegation,omitzero"`
+	Grant      string    `json:"grant,omitzero"`
+	Revocation string    `json:"revocation,omitzero"`
+	Tool       string    `json:"tool,omitzero"`
+	Code       string    `json:"code,omitzero"`
+	Bundle     string    `json:"bundle,omitzero"`
+	Policies   []string  `json:"policies,omitzero"`
+	Detail     string    `json:"detail,omitzero"`
+}
+
+// Entries is a page of the audit log, the oldest first. The next page is after Next; an empty
+// page is the end for now.
+type Entries struct {
+	Entries []Entry `json:"entries"`
+	Next    uint64  `json:"next"`
+}
