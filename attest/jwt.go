@@ -1,0 +1,232 @@
+package attest
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/rsa"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+	"github.com/pawlsec/pawl/broker"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// MaxJWT is the longest token looked at, in bytes.
+const MaxJWT = 8 << 10
+
+// jwtHeader has the members that a JWT-SVID may have (JWT-SVID standard, section 2). Any
+// other, such as jku, x5c or crit, is refused.
+type jwtHeader struct {
+	Alg string         `json:"alg"`
+	Kid string         `json:"kid"`
+	Typ jsontext.Value `json:"typ"`
+}
+
+// jwtClaims are the claims that decide. The rest is not looked at.
+type jwtClaims struct {
+	Sub string         `json:"sub"`
+	Aud jsontext.Value `json:"aud"`
+	Exp *int64         `json:"exp"`
+	Iat *int64         `json:"iat"`
+	Nbf *int64         `json:"nbf"`
+}
+
+// parsedJWT is a token taken apart, its signature not checked yet.
+type parsedJWT struct {
+	text   string
+	signed string // header.payload
+	header jwtHeader
+	claims jwtClaims
+	id     spiffeid.ID
+}
+
+// token verifies a JWT-SVID.
+func (a *Attestor) token(text string) (broker.Caller, error) {
+	if a.config.JWT == nil {
+		return broker.Caller{}, refuse("tokens are not accepted here: come with a client certificate")
+	}
+	t, err := parseJWT(text)
+	if err != nil {
+		return broker.Caller{}, refuse("the token is not an acceptable JWT-SVID: %v", err)
+	}
+	if err := a.admit(t.id); err != nil {
+		return broker.Caller{}, err
+	}
+	bundle, err := a.config.JWT.GetJWTBundleForTrustDomain(t.id.TrustDomain())
+	if err != nil {
+		return broker.Caller{}, noBundle(t.id.TrustDomain(), err)
+	}
+	key, ok := bundle.FindJWTAuthority(t.header.Kid)
+	if !ok {
+		return broker.Caller{}, refuse("the token is not signed by a current authority of %q", t.id.TrustDomain().Name())
+	}
+	if !permits(key, t.header.Alg) {
+		return broker.Caller{}, refuse("the token's algorithm is not its key's")
+	}
+	return a.vouchJWT(t, key)
+}
+
+// vouchJWT checks what depends on a key and on the time. The key is a pointer, since permits
+// knows no other kind, and so can be compared with the one that vouched before.
+func (a *Attestor) vouchJWT(t parsedJWT, key crypto.PublicKey) (broker.Caller, error) {
+	digest, now := sha256.Sum256([]byte(t.text)), a.config.Now()
+	v, ok := a.seen.get(digest, key, now)
+	if !ok {
+		var err error
+		if v, err = a.verifyJWT(t, key, now); err != nil {
+			return broker.Caller{}, err
+		}
+		a.seen.put(digest, v)
+	}
+	caller, err := a.unlessDenied(v)
+	if err == nil && a.replay != nil {
+		err = a.replay.use(caller.Key, v.until, now)
+	}
+	return caller, err
+}
+
+func (a *Attestor) verifyJWT(t parsedJWT, key crypto.PublicKey, now time.Time) (vouched, error) {
+	v := vouched{by: key, caller: broker.Caller{
+		ID: t.id, Proof: broker.ProofJWT, Key: sha256.Sum256([]byte(t.signed)),
+	}}
+	if err := a.claims(t.claims, &v, now); err != nil {
+		return vouched{}, err
+	}
+	// The algorithm given here is the header's, which permits has tied to the key.
+	jws, err := jose.ParseSignedCompact(t.text, []jose.SignatureAlgorithm{jose.SignatureAlgorithm(t.header.Alg)})
+	if err != nil {
+		return vouched{}, refuse("the token is not an acceptable JWT-SVID").Because(err)
+	}
+	if _, err := jws.Verify(key); err != nil {
+		return vouched{}, refuse("the token's signature is wrong").Because(err)
+	}
+	return v, nil
+}
+
+// claims checks audience and times, and notes in v when they hold.
+func (a *Attestor) claims(c jwtClaims, v *vouched, now time.Time) error {
+	if aud, ok := onlyAudience(c.Aud); !ok || aud != a.config.Audience {
+		return refuse("the token is not for audience %q alone", a.config.Audience)
+	}
+	if c.Exp == nil {
+		return refuse("the token has no end")
+	}
+	exp := time.Unix(*c.Exp, 0).UTC()
+	v.caller.NotAfter, v.until = exp, exp.Add(a.config.Leeway)
+	if !now.Before(v.until) {
+		return refuse("the token is past its end").With(broker.CodeExpired)
+	}
+	if exp.After(now.Add(a.config.MaxJWTLife)) {
+		return refuse("the token ends more than %v from now", a.config.MaxJWTLife)
+	}
+	for _, start := range []*int64{c.Iat, c.Nbf} {
+		if start != nil {
+			v.from = later(v.from, time.Unix(*start, 0).Add(-a.config.Leeway))
+		}
+	}
+	if now.Before(v.from) {
+		return refuse("the token is from the future")
+	}
+	return nil
+}
+
+// onlyAudience gives the single audience of a string or of a list of one.
+func onlyAudience(raw jsontext.Value) (string, bool) {
+	var one string
+	if raw.Kind() == '"' && json.Unmarshal(raw, &one) == nil {
+		return one, true
+	}
+	var list []string
+	if raw.Kind() != '[' || json.Unmarshal(raw, &list) != nil || len(list) != 1 {
+		return "", false
+	}
+	return list[0], true
+}
+
+// parseJWT takes a token apart, strictly: one spelling for one token. Its errors hold nothing
+// of the token.
+func parseJWT(text string) (parsedJWT, error) {
+	if len(text) > MaxJWT {
+		return parsedJWT{}, fmt.Errorf("longer than %d bytes", MaxJWT)
+	}
+	if strings.Count(text, ".") != 2 {
+		return parsedJWT{}, errors.New("not three parts joined by dots")
+	}
+	t := parsedJWT{text: text, signed: text[:strings.LastIndexByte(text, '.')]}
+	var raw [3][]byte
+	for i, part := range strings.Split(text, ".") {
+		var ok bool
+		if raw[i], ok = decodePart(part); !ok {
+			return parsedJWT{}, errors.New("not canonical base64url without padding")
+		}
+	}
+	if err := json.Unmarshal(raw[0], &t.header, json.RejectUnknownMembers(true)); err != nil {
+		return parsedJWT{}, errors.New("its header is not one object of alg, kid and typ")
+	}
+	if err := t.header.check(); err != nil {
+		return parsedJWT{}, err
+	}
+	if err := json.Unmarshal(raw[1], &t.claims); err != nil || !t.claims.sane() {
+		return parsedJWT{}, errors.New("its claims are not one object, or a claim is of the wrong kind")
+	}
+	var err error
+	if t.id, err = ParseID(t.claims.Sub); err != nil {
+		return parsedJWT{}, fmt.Errorf("its subject is not a workload's SPIFFE ID: %w", err)
+	}
+	return t, nil
+}
+
+// decodePart refuses what Go's decoder is lenient about: line breaks, and bits beyond the end.
+func decodePart(s string) ([]byte, bool) {
+	if s == "" || strings.ContainsAny(s, "\r\n") {
+		return nil, false
+	}
+	raw, err := base64.RawURLEncoding.Strict().DecodeString(s)
+	return raw, err == nil
+}
+
+func (h jwtHeader) check() error {
+	switch {
+	case !slices.Contains(algorithms, h.Alg):
+		return errors.New("its algorithm is not accepted")
+	case h.Kid == "":
+		return errors.New("it does not name its key")
+	case len(h.Typ) > 0 && string(h.Typ) != `"JWT"` && string(h.Typ) != `"JOSE"`:
+		return errors.New("it is of another type")
+	}
+	return nil
+}
+
+// sane keeps times inside what time.Time can add to and subtract from.
+func (c jwtClaims) sane() bool {
+	for _, t := range []*int64{c.Exp, c.Iat, c.Nbf} {
+		if t != nil && (*t < 0 || *t > math.MaxInt32*1000) {
+			return false
+		}
+	}
+	return true
+}
+
+var algorithms = []string{"ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"}
+
+// permits ties algorithms to a key's kind and curve, which go-jose does not (a bundle does not
+// keep a JWK's own alg).
+func permits(key crypto.PublicKey, alg string) bool {
+	switch k := key.(type) {
+	case *ecdsa.PublicKey:
+		want := map[int]string{256: "ES256", 384: "ES384", 521: "ES512"}[k.Curve.Params().BitSize]
+		return alg == want
+	case *rsa.PublicKey:
+		return goodKey(k) && (strings.HasPrefix(alg, "RS") || strings.HasPrefix(alg, "PS"))
+	}
+	return false
+}
