@@ -1,0 +1,59 @@
+package brokertest_test
+
+import (
+	"errors"
+	"testing"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
+)
+
+func TestMemory(t *testing.T) {
+	brokertest.Ledger(t, func(testing.TB) broker.Ledger { return brokertest.NewMemory() },
+		func(_ testing.TB, l broker.Ledger) broker.Ledger { return l })
+}
+
+func TestMemoryFaults(t *testing.T) {
+	m := brokertest.NewMemory()
+	step := func(key string) error {
+		return m.Update(t.Context(), func(tx broker.Tx) error {
+			if _, err := tx.Append(broker.Entry{Op: broker.OpIntent, Detail: key}); err != nil {
+				return err
+			}
+			return tx.Put(key, []byte("1"))
+		})
+	}
+	faults := []brokertest.Fault{brokertest.None, brokertest.NotCommitted, brokertest.CommittedButFails}
+	m.Fail(func(n int, entries []broker.Entry) brokertest.Fault {
+		if want := []string{"a", "b", "c"}[n-1]; len(entries) != 1 || entries[0].Detail != want {
+			t.Errorf("fault %d is asked about %v, want the entry %q", n, entries, want)
+		}
+		return faults[n-1]
+	})
+	for i, c := range []struct {
+		key               string
+		fails, notApplied bool
+	}{{"a", false, false}, {"b", true, true}, {"c", true, false}} {
+		err := step(c.key)
+		if errors.Is(err, brokertest.ErrFault) != c.fails || errors.Is(err, broker.ErrNotCommitted) != c.notApplied {
+			t.Errorf("update %d with fault %d = %v", i+1, faults[i], err)
+		}
+		err = m.View(t.Context(), func(tx broker.Tx) error {
+			v, err := tx.Get(c.key)
+			if (v == nil) != c.notApplied {
+				t.Errorf("after fault %d the record is %q", faults[i], v)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	m.Fail(nil)
+	if err := step("d"); err != nil {
+		t.Errorf("Update without faults = %v, want nil", err)
+	}
+	if got, err := m.Entries(t.Context(), 2, 10); err != nil || len(got) != 1 || got[0].Detail != "d" {
+		t.Errorf("Entries(2, 10) = %v, %v, want the entry d alone", got, err)
+	}
+}

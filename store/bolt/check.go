@@ -1,0 +1,310 @@
+package bolt
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"os"
+	"strconv"
+
+	"go.etcd.io/bbolt"
+)
+
+// The file format of bbolt, version 2, as far as reading needs it. Integers are in the
+// machine's own order.
+const (
+	magic      = 0xED0CDAED
+	format     = 2
+	pageHeader = 16 // id u64, flags u16, count u16, overflow u32
+	element    = 16 // leaf: flags, pos, key size, value size, u32 each; branch: pos, key size u32, page u64
+	metaSize   = 64
+	noFreelist = ^uint64(0)
+
+	flagBranch = 0x01
+	flagLeaf   = 0x02
+	flagBucket = 0x01 // of a leaf element
+
+	maxPages = 64 // of depth: a file of 2^63 bytes has fewer
+)
+
+var order = binary.NativeEndian
+
+// image is a ledger file under inspection. It trusts no number in it.
+type image struct {
+	file     io.ReaderAt
+	pageSize uint64
+	root     uint64
+	freelist uint64
+	pages    uint64   // the high-water mark: pages below it may be in use
+	txid     uint64   // of the newest transaction
+	used     []uint64 // a bit for each page that was reached
+}
+
+// checkFile reads the ledger at path without bbolt's help: every page that can be reached is
+// where it says, keys are in order, each record carries its seal, each audit entry follows from
+// the one before, and the head sums up exactly what is there. It takes about as long as reading
+// and hashing the file. Errors wrap ErrDamaged or ErrNewer.
+func checkFile(path string) (head, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return head{}, err
+	}
+	defer func() { _ = f.Close() }() // read only
+	info, err := f.Stat()
+	if err != nil {
+		return head{}, err
+	}
+	im, err := readImage(f, uint64(info.Size()))
+	if err != nil {
+		return head{}, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	return im.check()
+}
+
+// readImage reads the two meta pages. Both must be whole and of consecutive transactions: bbolt
+// would go on with the older one, without the last transaction, which may be a fence.
+func readImage(f io.ReaderAt, size uint64) (*image, error) {
+	first, err := readMeta(f, 0)
+	if err != nil {
+		return nil, fmt.Errorf("meta page 0: %w", err)
+	}
+	second, err := readMeta(f, first.pageSize)
+	if err != nil {
+		return nil, fmt.Errorf("meta page 1: %w", err)
+	}
+	im, older := first, second
+	if second.txid > first.txid {
+		im, older = second, first
+	}
+	switch {
+	case im.txid != older.txid+1 || im.pageSize != older.pageSize:
+		return nil, errors.New("the meta pages do not belong together")
+	case im.freelist != noFreelist:
+		return nil, errors.New("another program wrote to it: there is a list of free pages")
+	case im.pages > size/im.pageSize:
+		return nil, fmt.Errorf("it is cut: %d bytes, and %d pages of %d are in use", size, im.pages, im.pageSize)
+	}
+	im.used = make([]uint64, im.pages/64+1)
+	return im, nil
+}
+
+func readMeta(f io.ReaderAt, at uint64) (*image, error) {
+	var page [pageHeader + metaSize]byte
+	if _, err := f.ReadAt(page[:], int64(at)); err != nil {
+		return nil, err
+	}
+	b := page[pageHeader:]
+	sum := fnv.New64a()
+	sum.Write(b[:metaSize-8])
+	im := &image{
+		file:     f,
+		pageSize: uint64(order.Uint32(b[8:])),
+		root:     order.Uint64(b[16:]),
+		freelist: order.Uint64(b[32:]),
+		pages:    order.Uint64(b[40:]),
+		txid:     order.Uint64(b[48:]),
+	}
+	switch {
+	case order.Uint32(b) != magic || order.Uint32(b[4:]) != format:
+		return nil, errors.New("not bbolt's format, version 2")
+	case order.Uint64(b[56:]) != sum.Sum64():
+		return nil, errors.New("its checksum is wrong")
+	case im.pageSize < 512 || im.pageSize > 1<<24 || im.pageSize&(im.pageSize-1) != 0:
+		return nil, fmt.Errorf("pages of %d bytes", im.pageSize)
+	}
+	return im, nil
+}
+
+// check walks everything and recounts the head.
+func (im *image) check() (head, error) {
+	buckets := map[string][]byte{}
+	err := im.tree(im.root, bucketElements, func(key, val []byte) error {
+		buckets[string(key)] = val
+		return nil
+	})
+	if err != nil {
+		return head{}, err
+	}
+	meta := map[string][]byte{}
+	err = im.bucket(buckets[string(bucketMeta)], func(key, val []byte) error {
+		meta[string(key)] = val
+		return nil
+	})
+	if err != nil {
+		return head{}, err
+	}
+	if err := checkSchema(meta[string(keySchema)]); err != nil {
+		return head{}, err
+	}
+	stored, err := decodeHead(meta[string(keyHead)])
+	if err != nil {
+		return head{}, err
+	}
+	var h head
+	if err := im.bucket(buckets[string(bucketLog)], h.verify); err != nil {
+		return head{}, err
+	}
+	err = im.bucket(buckets[string(bucketRecords)], func(key, val []byte) error {
+		h.add(val)
+		return checkRecord(key, val)
+	})
+	if err != nil {
+		return head{}, err
+	}
+	return h, h.match(stored)
+}
+
+func checkSchema(b []byte) error {
+	n, err := strconv.Atoi(string(b))
+	switch {
+	case err != nil || n < 1:
+		return fmt.Errorf("%w: it names no schema", ErrDamaged)
+	case n > schema:
+		return fmt.Errorf("%w: it has schema %d, this one knows schemas up to %d; run the newer version", ErrNewer, n, schema)
+	}
+	return nil
+}
+
+// bucket walks the elements of a bucket, given its value in the root.
+func (im *image) bucket(val []byte, f func(key, val []byte) error) error {
+	if len(val) < 16 { // root page, sequence
+		return fmt.Errorf("%w: a bucket is missing", ErrDamaged)
+	}
+	if root := order.Uint64(val); root != 0 {
+		return im.tree(root, 0, f)
+	}
+	w := walk{im: im, f: f}
+	return w.end(w.node(val[16:], 0))
+}
+
+// bucketElements is the flags of each leaf element of the root.
+const bucketElements = flagBucket
+
+func (im *image) tree(root uint64, flags uint32, f func(key, val []byte) error) error {
+	w := walk{im: im, flags: flags, f: f}
+	return w.end(w.page(root, 0))
+}
+
+// walk goes through one tree in order.
+type walk struct {
+	im    *image
+	flags uint32 // that each leaf element must have
+	f     func(key, val []byte) error
+	last  []byte // key seen last; nil: none yet
+	seen  bool
+}
+
+// end says that a damaged structure is one.
+func (w *walk) end(err error) error {
+	if err == nil || errors.Is(err, ErrDamaged) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", ErrDamaged, err)
+}
+
+func (w *walk) page(id uint64, depth int) error {
+	b, err := w.im.read(id)
+	if err != nil {
+		return err
+	}
+	return w.node(b, depth)
+}
+
+// read gives page id with what overflows it, and marks it as used.
+func (im *image) read(id uint64) ([]byte, error) {
+	if id < 2 || id >= im.pages {
+		return nil, fmt.Errorf("page %d is outside the file", id)
+	}
+	b := make([]byte, im.pageSize)
+	if _, err := im.file.ReadAt(b, int64(id*im.pageSize)); err != nil {
+		return nil, err
+	}
+	if got := order.Uint64(b); got != id {
+		return nil, fmt.Errorf("page %d says it is page %d", id, got)
+	}
+	n := 1 + uint64(order.Uint32(b[12:]))
+	if n > im.pages-id {
+		return nil, fmt.Errorf("page %d reaches outside the file", id)
+	}
+	for i := id; i < id+n; i++ {
+		if im.used[i/64]>>(i%64)&1 != 0 {
+			return nil, fmt.Errorf("page %d is used twice", i)
+		}
+		im.used[i/64] |= 1 << (i % 64)
+	}
+	if n == 1 {
+		return b, nil
+	}
+	whole := make([]byte, n*im.pageSize)
+	_, err := im.file.ReadAt(whole, int64(id*im.pageSize))
+	return whole, err
+}
+
+func (w *walk) node(b []byte, depth int) error {
+	if len(b) < pageHeader || depth > maxPages {
+		return errors.New("a page that cannot be")
+	}
+	flags, count := order.Uint16(b[8:]), int(order.Uint16(b[10:]))
+	if flags != flagLeaf && flags != flagBranch || pageHeader+count*element > len(b) {
+		return fmt.Errorf("page %d has flags %#x and %d elements", order.Uint64(b), flags, count)
+	}
+	for i := range count {
+		var err error
+		at := b[pageHeader+i*element:]
+		if flags == flagLeaf {
+			err = w.leaf(at)
+		} else {
+			err = w.branch(at, i, depth)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// leaf visits one element of a leaf; at begins with it and holds the rest of the page.
+func (w *walk) leaf(at []byte) error {
+	pos, ksize, vsize := uint64(order.Uint32(at[4:])), uint64(order.Uint32(at[8:])), uint64(order.Uint32(at[12:]))
+	if pos+ksize+vsize > uint64(len(at)) {
+		return errors.New("an element reaches outside its page")
+	}
+	key, val := at[pos:pos+ksize], at[pos+ksize:pos+ksize+vsize]
+	switch {
+	case order.Uint32(at) != w.flags:
+		return errors.New("an element of the wrong kind")
+	case ksize == 0 || w.seen && bytes.Compare(w.last, key) >= 0:
+		return errors.New("keys out of order")
+	}
+	w.last, w.seen = key, true
+	return w.f(key, val)
+}
+
+// branch visits the page under one element of a branch. All its keys must lie between this
+// element's and the next one's, or looking one up would miss it.
+func (w *walk) branch(at []byte, i, depth int) error {
+	pos, ksize, child := uint64(order.Uint32(at)), uint64(order.Uint32(at[4:])), order.Uint64(at[8:])
+	if pos+ksize > uint64(len(at)) || ksize > bbolt.MaxKeySize {
+		return errors.New("an element reaches outside its page")
+	}
+	key := at[pos : pos+ksize]
+	if i > 0 && bytes.Compare(w.last, key) >= 0 {
+		return errors.New("keys out of order")
+	}
+	// No key below may be less than this one.
+	inner := walk{im: w.im, flags: w.flags, f: w.f, last: w.last, seen: w.seen}
+	first := true
+	inner.f = func(k, v []byte) error {
+		if first && bytes.Compare(k, key) < 0 {
+			return errors.New("keys out of order")
+		}
+		first = false
+		return w.f(k, v)
+	}
+	err := inner.page(child, depth+1)
+	w.last, w.seen = inner.last, inner.seen
+	return err
+}
