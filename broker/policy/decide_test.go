@@ -1,0 +1,181 @@
+package policy_test
+
+import (
+	"reflect"
+	"testing"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+type change = func(*broker.Question)
+
+func caller(s string) change { return func(q *broker.Question) { q.Caller.ID = id(s) } }
+func args(a broker.Args) change {
+	return func(q *broker.Question) { q.Args = a }
+}
+func label(k, v string) change {
+	return func(q *broker.Question) { q.Chain.Labels = map[string]string{k: v} }
+}
+func past(tool broker.ToolName, n int, last time.Duration) change {
+	return func(q *broker.Question) {
+		if q.History == nil {
+			q.History = map[broker.ToolName]broker.Past{}
+		}
+		q.History[tool] = broker.Past{Count: n, First: noon.Add(-last - time.Minute), Last: noon.Add(-last)}
+	}
+}
+func delegate(to string) change {
+	return func(q *broker.Question) { q.Action, q.Receiver = broker.ActionDelegate, id(to) }
+}
+func report(code broker.ViolationCode) change {
+	return func(q *broker.Question) { q.Action, q.Violation = broker.ActionReport, code }
+}
+func action(a broker.Action) change { return func(q *broker.Question) { q.Action = a } }
+
+func TestDecide(t *testing.T) {
+	const ci = `@id("ci") permit(principal in AgentGroup::"spiffe://acme.example/ci", action == Action::"use", resource == Tool::"db.read")`
+	const all = `@id("all") @any("principal action tool") permit(principal, action, resource);`
+	denied, allowed := broker.Decision{}, broker.Decision{Allow: true, Policies: []string{"ci"}}
+	forbidden := func(c broker.Consequence, ids ...string) broker.Decision {
+		return broker.Decision{Policies: ids, Consequence: c}
+	}
+	for _, tt := range []struct {
+		name, cedar string
+		q           broker.Question
+		want        broker.Decision
+	}{
+		{"no policy denies", ``, use("db.read"), denied},
+		{"group", ci + ";", use("db.read"), allowed},
+		{"group is not the agent of its name", ci + ";", use("db.read", caller("spiffe://acme.example/ci")), denied},
+		{"group is not a text prefix", ci + ";", use("db.read", caller("spiffe://acme.example/cicd/x")), denied},
+		{"group of another domain", ci + ";", use("db.read", caller("spiffe://evil.example/ci/runner")), denied},
+		{"other tool", ci + ";", use("db.write"), denied},
+		{"other action", ci + ";", use("db.read", action(broker.ActionOpen)), denied},
+		{"unknown tool", all, use("db.drop"), denied},
+		{"unknown action", all, use("db.read", action("become-root")), denied},
+		{"nobody", all, use("db.read", func(q *broker.Question) { q.Caller = broker.Caller{} }), denied},
+		{"trust domain", `@id("ci") permit(principal in TrustDomain::"acme.example", action == Action::"use", resource in ToolGroup::"db");`,
+			use("db.read"), allowed},
+		{"set of strings", ci + ` when { ["a", "b"].containsAll(context.args.tables) };`, use("db.read", args(list("a", "b"))), allowed},
+		{"set of strings, one outside", ci + ` when { ["a", "b"].containsAll(context.args.tables) };`, use("db.read", args(list("a", "c"))), denied},
+		{"label", ci + ` when { context.chain.labels has env && context.chain.labels.env == "prod" };`, use("db.read", label("env", "prod")), allowed},
+		{"no label", ci + ` when { context.chain.labels has env && context.chain.labels.env == "prod" };`, use("db.read"), denied},
+		{"demanded label of the tool", ci + ` when { resource.narrowing == "native" && resource.backend == "postgres" };`, use("db.read"), allowed},
+		{"office hours", ci + ` when { context.now.hour >= 8 && context.now.hour < 18 && context.now.weekday <= 5 };`, use("db.read"), allowed},
+		{"after hours", ci + ` when { context.now.hour >= 13 };`, use("db.read"), denied},
+		{"age, depth and opener", ci + ` when { context.chain.age_seconds == 60 && context.chain.depth == 0 && context.chain.opener in AgentGroup::"spiffe://acme.example/ci" };`,
+			use("db.read"), allowed},
+		{"whole context", ci + ` when { {c: context}.c.used.contains("mail") };`, use("db.read", past("mail", 1, 0)), allowed},
+
+		{"forbid wins", ci + `; @id("no") forbid(principal, action, resource);`, use("db.read"), forbidden(0, "no")},
+		{"harshest forbid", `@id("a") @violation("revoke-step") forbid(principal, action, resource);
+			@id("b") @violation("revoke-chain") forbid(principal, action, resource == Tool::"db.read");
+			@id("c") @violation("freeze-caller") forbid(principal, action, resource == Tool::"mail");`,
+			use("db.read"), forbidden(broker.ConsequenceRevokeChain, "a", "b")},
+		{"failing forbid denies", ci + `; @id("no") @violation("revoke-chain") forbid(principal, action, resource) when { context.args.env == "x" };`,
+			use("db.read"), broker.Decision{Failed: true, Policies: []string{"ci", "no"}}},
+		{"failing permit denies", ci + `; @id("odd") permit(principal == Agent::"spiffe://acme.example/ci/runner", action == Action::"use", resource == Tool::"db.read") when { context.args.env == "x" };`,
+			use("db.read"), broker.Decision{Failed: true, Policies: []string{"ci", "odd"}}},
+		{"a failing policy whose scope is elsewhere does not matter", ci + `; @id("no") forbid(principal, action, resource == Tool::"mail") when { context.nothing };`,
+			use("db.read"), allowed},
+
+		{"tightest limits", `@id("a") @ttl("30s") @approval("1 of oncall") @any("tool") permit(principal in TrustDomain::"acme.example", action == Action::"use", resource);
+			@id("b") @ttl("10s") @approval("2 of oncall") @narrowing("proxy") permit(principal in TrustDomain::"acme.example", action == Action::"use", resource == Tool::"db.read");
+			@id("c") @narrowing("native") @approval("1 of owners") permit(principal in TrustDomain::"acme.example", action == Action::"use", resource == Tool::"db.read");`,
+			use("db.read"), broker.Decision{Allow: true, Policies: []string{"a", "b", "c"}, TTL: 10 * time.Second,
+				Narrowing: broker.NarrowNative, Approval: "2 of oncall and 1 of owners"}},
+
+		{"delegate within the domain", all, use("db.read", delegate("spiffe://acme.example/x")), broker.Decision{Allow: true, Policies: []string{"all"}}},
+		{"delegate across names nobody", all, use("db.read", delegate("spiffe://b.example/x")), broker.Decision{Allow: true, Policies: []string{"all"}}},
+		{"delegate across with both named", all + `@id("x") @domains("acme.example b.example") @ttl("5s") permit(principal in TrustDomain::"acme.example", action == Action::"delegate", resource == Tool::"db.read");`,
+			use("db.read", delegate("spiffe://b.example/x")),
+			broker.Decision{Allow: true, Policies: []string{"x"}, TTL: 5 * time.Second, Domains: []string{"acme.example", "b.example"}}},
+		{"delegate across with others named", all + `@id("x") @domains("c.example b.example") permit(principal in TrustDomain::"acme.example", action == Action::"delegate", resource == Tool::"db.read");`,
+			use("db.read", delegate("spiffe://b.example/x")), broker.Decision{Allow: true, Policies: []string{"all", "x"}}},
+		{"receiver", `@id("ci") permit(principal in TrustDomain::"acme.example", action == Action::"delegate", resource == Tool::"db.read") when { context.receiver in AgentGroup::"spiffe://acme.example/ci" };`,
+			use("db.read", delegate("spiffe://acme.example/ci/sub")), allowed},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := load(t, tt.cedar).Decide(tt.q); !reflect.DeepEqual(got, tt.want) {
+				t.Errorf("Decide(%v %v) = %+v, want %+v", tt.q.Action, tt.q.Tool.Name, got, tt.want)
+			}
+		})
+	}
+}
+
+// The history rules of issue 3, as an author writes them.
+func TestHistoryRules(t *testing.T) {
+	const rules = `
+@id("work") permit(principal in AgentGroup::"spiffe://acme.example/ci", action == Action::"use", resource in ToolGroup::"db");
+@id("mail") permit(principal in AgentGroup::"spiffe://acme.example/ci", action == Action::"use", resource == Tool::"mail");
+
+@id("never-mail-after-read") @violation("revoke-chain")
+forbid(principal, action == Action::"use", resource == Tool::"mail") when { context.used.contains("db.read") };
+
+@id("write-only-after-read")
+forbid(principal, action == Action::"use", resource == Tool::"db.write") unless { context.used.contains("db.read") };
+
+@id("at-most-three-writes")
+forbid(principal, action == Action::"use", resource == Tool::"db.write")
+when { context.history has "db.write" && context.history["db.write"].count >= 3 };
+
+@id("cool-down")
+forbid(principal, action == Action::"use", resource == Tool::"db.read")
+when { context.history has "db.read" && context.history["db.read"].since_last_seconds < 10 };`
+	p := load(t, rules)
+	for _, tt := range []struct {
+		name  string
+		q     broker.Question
+		allow bool
+		by    string
+	}{
+		{"mail first", use("mail"), true, "mail"},
+		{"mail after read", use("mail", past("db.read", 1, time.Hour)), false, "never-mail-after-read"},
+		{"mail after something else", use("mail", past("db.write", 1, time.Hour)), true, "mail"},
+		{"write first", use("db.write"), false, "write-only-after-read"},
+		{"write after read", use("db.write", past("db.read", 1, 0)), true, "work"},
+		{"third write", use("db.write", past("db.read", 1, 0), past("db.write", 2, 0)), true, "work"},
+		{"fourth write", use("db.write", past("db.read", 1, 0), past("db.write", 3, 0)), false, "at-most-three-writes"},
+		{"read too soon", use("db.read", past("db.read", 1, 9*time.Second)), false, "cool-down"},
+		{"read in time", use("db.read", past("db.read", 1, 10*time.Second)), true, "work"},
+		{"read with the clock gone back", use("db.read", past("db.read", 1, -time.Hour)), false, "cool-down"},
+	} {
+		d := p.Decide(tt.q)
+		if d.Allow != tt.allow || len(d.Policies) != 1 || d.Policies[0] != tt.by {
+			t.Errorf("%s: Decide = %+v, want allow %v by %q", tt.name, d, tt.allow, tt.by)
+		}
+	}
+	if w := p.Warnings(); len(w) != 0 {
+		t.Errorf("Warnings() = %q, want none", w)
+	}
+}
+
+func TestReports(t *testing.T) {
+	const rules = `
+@id("trusted") @any("tool") permit(principal == Agent::"spiffe://acme.example/siem", action == Action::"report", resource);
+@id("writes") @violation("revoke-subtree") forbid(principal, action == Action::"report", resource == Tool::"db.write");
+@id("test-chains") @violation("deny") forbid(principal, action == Action::"report", resource == Tool::"mail") when { context.violation == "canary" };
+@id("suspended") forbid(principal == Agent::"spiffe://acme.example/suspended", action, resource);
+@id("fails") forbid(principal == Agent::"spiffe://acme.example/odd", action, resource) when { context.args.env == "x" };`
+	p := load(t, rules)
+	for _, tt := range []struct {
+		name  string
+		q     broker.Question
+		allow bool
+		want  broker.Consequence
+	}{
+		{"table", use("", report("canary")), false, broker.ConsequenceFreezeCaller},
+		{"table, trusted reporter", use("", report("canary"), caller("spiffe://acme.example/siem")), true, broker.ConsequenceFreezeCaller},
+		{"table, unknown tool", use("gone", report("outside_scope")), false, broker.ConsequenceRevokeStep},
+		{"unknown code", use("db.read", report("untidy")), false, broker.ConsequenceDeny},
+		{"policy over table", use("db.write", report("canary")), false, broker.ConsequenceRevokeSubtree},
+		{"policy milder than table", use("mail", report("canary")), false, broker.ConsequenceDeny},
+		{"a forbid without a word leaves the table", use("db.read", report("canary"), caller("spiffe://acme.example/suspended")), false, broker.ConsequenceFreezeCaller},
+		{"failing leaves the table", use("mail", report("canary"), caller("spiffe://acme.example/odd")), false, broker.ConsequenceFreezeCaller},
+	} {
+		if d := p.Decide(tt.q); d.Allow != tt.allow || d.Consequence != tt.want {
+			t.Errorf("%s: Decide = %+v, want allow %v and %v", tt.name, d, tt.allow, tt.want)
+		}
+	}
+}

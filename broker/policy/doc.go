@@ -1,0 +1,45 @@
+// Package policy reads a signed Cedar bundle and answers decisions as a pure function.
+//
+// A bundle is the platform team's whole word: the tools, the Cedar policies over them, an
+// optional Cedar schema, and what follows each violation. Authors keep it as a directory
+// ([Build]), platform keys sign it ([Sign]), a broker accepts it from enough of the keys it
+// trusts ([Verify]), compiles it ([Load]) and swaps it in whole ([Running]). A [Policy] never
+// changes, reads no clock and keeps nothing between decisions.
+//
+// # What a policy sees
+//
+//	principal  Agent::"spiffe://td/a/b", in TrustDomain::"td" and in AgentGroup::"spiffe://td/a",
+//	           one group for each directory above it; principal.id is the SPIFFE ID as a string
+//	action     Action::"open", "use", "delegate" or "report"
+//	resource   Tool::"db.orders.read", in ToolGroup::"db" and ToolGroup::"db.orders"; resource.name,
+//	           resource.backend, resource.narrowing. A report that names no tool has Tool::""
+//
+//	context.args       the step's arguments: strings, longs, booleans, sets of strings
+//	context.chain      task, opener (an Agent), labels, depth, age_seconds
+//	context.history    for each tool the chain has used before: count, since_first_seconds,
+//	                   since_last_seconds. Ask first: context.history has "db.read" && …
+//	context.used       the set of their names
+//	context.proof      "x509-svid" or "jwt-svid"
+//	context.now        hour (0–23), weekday (1 is Monday) and time (a datetime), in UTC
+//	context.receiver   an Agent, for delegate only
+//	context.violation  the code, for report only
+//
+// # What follows
+//
+// Nothing is allowed unless a permit says so, and a forbid beats every permit. A policy that
+// fails to evaluate denies, be it a forbid or a permit. Annotations say the rest:
+//
+//	@id("…")                     the name in decisions; else the file's name, "#" and its number there
+//	@violation("revoke-chain")   on a forbid: what follows. The harshest of those that match counts
+//	@approval("2 of oncall")     on a permit: who must approve first
+//	@ttl("30s")                  on a permit: the longest life of the secret
+//	@narrowing("native")         on a permit: the weakest label accepted
+//	@domains("a.example b.example")  on a permit to delegate: it reaches across these trust domains
+//	@any("principal tool")       on a permit: the parts that it deliberately leaves open
+//	@remedy("…")                 how to ask, shown to whoever is denied
+//	@description("…")            for the reader
+//
+// When several permits match, all their limits hold together: the shortest life, the strongest
+// label, every approval. A permit more can therefore tighten, but never loosen, what another
+// grants under conditions.
+package policy

@@ -1,0 +1,204 @@
+package policy
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/cedar-policy/cedar-go"
+	scope "github.com/cedar-policy/cedar-go/x/exp/ast"
+	"github.com/pawlsec/pawl/broker"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// lint finds what Cedar accepts and what can yet never match: misspelt tools, actions, agents
+// and members of the context.
+func (p *Policy) lint() {
+	if len(p.rules) == 0 {
+		p.warnings = append(p.warnings, "the bundle has no policy, so everything is denied")
+	}
+	shape := p.shape()
+	for _, r := range p.rules {
+		warn := func(format string, args ...any) {
+			p.warnings = append(p.warnings, fmt.Sprintf("%s: policy %q: ", r.where, r.id)+fmt.Sprintf(format, args...))
+		}
+		p.lintScope(r, warn)
+		seen := map[string]bool{}
+		for _, c := range r.scope().Conditions {
+			scope.Inspect(scope.NewNode(c.Body), func(n scope.IsNode) bool {
+				for _, text := range p.lintNode(n, shape) {
+					if !seen[text] {
+						seen[text] = true
+						warn("%s", text)
+					}
+				}
+				return true
+			})
+		}
+	}
+}
+
+func (p *Policy) lintScope(r *rule, warn func(string, ...any)) {
+	s := r.scope()
+	subject := []cedar.EntityType{typeAgent, typeAgentGroup, typeTrustDomain}
+	p.lintTarget("principal", s.Principal, subject, warn)
+	p.lintTarget("resource", s.Resource, []cedar.EntityType{typeTool, typeToolGroup}, warn)
+	if len(r.actions()) == 0 {
+		warn("can match nothing: its scope names no Action")
+	}
+	for _, a := range r.actions() {
+		if !slices.Contains(actions(), a) {
+			warn("can match nothing with Action::%q: there is no such action", a)
+		}
+	}
+}
+
+// lintTarget looks at one side of a scope; the first of types is the side's own.
+func (p *Policy) lintTarget(side string, s scope.IsScopeNode, types []cedar.EntityType, warn func(string, ...any)) {
+	own := types[0]
+	switch n := s.(type) {
+	case scope.ScopeTypeIs:
+		if n.Type != own {
+			warn("can match nothing: %s is always %s, never %s", side, own, n.Type)
+		}
+	case scope.ScopeTypeIsIn:
+		if n.Type != own {
+			warn("can match nothing: %s is always %s, never %s", side, own, n.Type)
+		}
+	case scope.ScopeTypeEq:
+		types = types[:1]
+	}
+	e := target(s)
+	if e.IsZero() {
+		return
+	}
+	if !slices.Contains(types, e.Type) {
+		warn("can match nothing: %s can not be %s", side, e)
+	} else if why := p.unknown(e); why != "" {
+		warn("can match nothing: %s", why)
+	}
+}
+
+// unknown says why an entity cannot occur, empty when it can.
+func (p *Policy) unknown(e cedar.EntityUID) string {
+	id := string(e.ID)
+	ok := true
+	switch e.Type {
+	case typeAgent:
+		_, err := spiffeid.FromString(id)
+		ok = err == nil
+	case typeAgentGroup:
+		ok = prefixed(id)
+	case typeTrustDomain:
+		td, err := spiffeid.TrustDomainFromString(id)
+		ok = err == nil && td.Name() == id
+	case typeTool:
+		_, ok = p.tools[broker.ToolName(id)]
+	case typeToolGroup:
+		ok = false
+		for _, t := range p.tools {
+			ok = ok || t.entity.Parents.Contains(e)
+		}
+	case typeAction:
+		ok = slices.Contains(actions(), broker.Action(id))
+	default:
+		ok = false
+	}
+	if ok {
+		return ""
+	}
+	return fmt.Sprintf("%s does not exist", e)
+}
+
+// fields are the members of a record by name; nil fields are a value, or may be anything.
+type fields map[string]fields
+
+// shape is what policies may look at in this bundle.
+func (p *Policy) shape() fields {
+	past := fields{"count": nil, "since_first_seconds": nil, "since_last_seconds": nil}
+	args, history := fields{}, fields{}
+	for name, t := range p.tools {
+		history[string(name)] = past
+		for arg := range t.Arguments {
+			args[arg] = nil
+		}
+	}
+	return fields{
+		"principal": {"id": nil},
+		"action":    {},
+		"resource":  {"name": nil, "backend": nil, "narrowing": nil},
+		"context": {
+			"args": args, "history": history, "used": nil, "proof": nil, "receiver": nil, "violation": nil,
+			"chain": {"task": nil, "opener": nil, "labels": nil, "depth": nil, "age_seconds": nil},
+			"now":   {"hour": nil, "weekday": nil, "time": nil},
+		},
+	}
+}
+
+func (p *Policy) lintNode(n scope.IsNode, shape fields) (found []string) {
+	entity := func(v cedar.Value) {
+		if e, ok := v.(cedar.EntityUID); ok && p.unknown(e) != "" {
+			found = append(found, p.unknown(e))
+		}
+	}
+	switch n := n.(type) {
+	case scope.NodeValue:
+		entity(n.Value)
+		if set, ok := n.Value.(cedar.Set); ok {
+			for v := range set.All() {
+				entity(v)
+			}
+		}
+	case scope.NodeTypeAccess:
+		found = missing(n.StrOpNode, shape)
+	case scope.NodeTypeHas:
+		found = missing(n.StrOpNode, shape)
+	case scope.NodeTypeContains:
+		if name, ok := usedName(n.BinaryNode); ok && p.tools[broker.ToolName(name)] == nil {
+			found = append(found, fmt.Sprintf("context.used never has %q: there is no such tool", name))
+		}
+	}
+	return found
+}
+
+// usedName gives the tool in context.used.contains("tool").
+func usedName(n scope.BinaryNode) (string, bool) {
+	left, ok := n.Left.(scope.NodeTypeAccess)
+	if !ok || left.Value != "used" {
+		return "", false
+	}
+	v, ok := n.Right.(scope.NodeValue)
+	if !ok {
+		return "", false
+	}
+	name, ok := v.Value.(cedar.String)
+	return string(name), ok
+}
+
+// missing names a member that no request can have.
+func missing(n scope.StrOpNode, shape fields) []string {
+	where, names, ok := follow(n.Arg, shape)
+	if !ok || names == nil {
+		return nil
+	}
+	if _, has := names[string(n.Value)]; has {
+		return nil
+	}
+	return []string{fmt.Sprintf("%s never has a member %q", where, n.Value)}
+}
+
+// follow gives the members of what an expression like context.args stands for.
+func follow(n scope.IsNode, shape fields) (where string, names fields, ok bool) {
+	switch n := n.(type) {
+	case scope.NodeTypeVariable:
+		names, ok = shape[string(n.Name)]
+		return string(n.Name), names, ok
+	case scope.NodeTypeAccess:
+		where, names, ok = follow(n.Arg, shape)
+		if !ok {
+			return "", nil, false
+		}
+		names, ok = names[string(n.Value)]
+		return where + "." + string(n.Value), names, ok
+	}
+	return "", nil, false
+}

@@ -1,0 +1,148 @@
+package policy
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/cedar-policy/cedar-go"
+	"github.com/cedar-policy/cedar-go/x/exp/schema"
+	"github.com/cedar-policy/cedar-go/x/exp/schema/validate"
+	"github.com/pawlsec/pawl/broker"
+)
+
+// Policy is one compiled bundle. It is immutable, implements [broker.Policy], and is safe for
+// concurrent use.
+type Policy struct {
+	bundle     Bundle
+	digest     string
+	tools      map[broker.ToolName]*tool
+	nameless   *tool   // stands for the tool of a report that names none
+	rules      []*rule // in the order of their ids
+	byID       map[cedar.PolicyID]*rule
+	violations map[broker.ViolationCode]broker.Consequence
+	warnings   []string
+}
+
+var _ broker.Policy = (*Policy)(nil)
+
+// tool is a declared tool and what is known of it to Cedar.
+type tool struct {
+	broker.Tool
+	uid      cedar.EntityUID
+	entity   cedar.Entity
+	relevant map[broker.Action][]bySubject
+}
+
+// Load compiles a bundle. It refuses what cannot be meant: text that is not Cedar, two policies
+// with one id, unknown or misplaced annotations, open scopes without their mark. What is legal
+// but can match nothing, it reports in [Policy.Warnings]. Errors begin with "file:line: ".
+func Load(b Bundle) (*Policy, error) {
+	p := &Policy{
+		bundle:     b,
+		digest:     b.Digest(),
+		tools:      make(map[broker.ToolName]*tool, len(b.content.Tools)),
+		violations: make(map[broker.ViolationCode]broker.Consequence, len(b.content.Violations)),
+	}
+	for _, d := range b.content.Tools {
+		t, err := d.tool()
+		if err != nil {
+			return nil, fmt.Errorf("tools.yaml: tool %.60q: %w", d.Name, err)
+		}
+		p.tools[t.Name] = newTool(t)
+	}
+	p.nameless = newTool(broker.Tool{})
+	for code, name := range b.content.Violations {
+		p.violations[code], _ = broker.ParseConsequence(name) // content.check saw to it
+	}
+	if err := p.compile(b.content.Policies); err != nil {
+		return nil, err
+	}
+	if err := p.conform(b.content.Schema); err != nil {
+		return nil, err
+	}
+	p.lint()
+	idx := newIndex(p.rules)
+	for _, t := range p.tools {
+		t.relevant = idx.of(t)
+	}
+	p.nameless.relevant = idx.of(p.nameless)
+	return p, nil
+}
+
+func (p *Policy) compile(docs []document) error {
+	p.byID = map[cedar.PolicyID]*rule{}
+	for _, d := range docs {
+		list, err := cedar.NewPolicyListFromBytes(d.File, []byte(d.Text))
+		if err != nil {
+			return fmt.Errorf("%s: %s", d.File, strings.TrimPrefix(err.Error(), "parser error: "))
+		}
+		for i, one := range list {
+			r, err := newRule(one, cedar.PolicyID(fmt.Sprintf("%s#%d", d.File, i+1)))
+			if err != nil {
+				return fmt.Errorf("%s: %w", r.where, err)
+			}
+			if first, taken := p.byID[r.id]; taken {
+				return fmt.Errorf("%s: policy id %q is taken by %s", r.where, r.id, first.where)
+			}
+			p.byID[r.id] = r
+			p.rules = append(p.rules, r)
+		}
+		if len(p.rules) > MaxPolicies {
+			return fmt.Errorf("%s: more than %d policies", d.File, MaxPolicies)
+		}
+	}
+	slices.SortFunc(p.rules, func(a, b *rule) int { return cmp.Compare(a.id, b.id) })
+	return nil
+}
+
+// conform holds the policies against the authors' own schema, if they gave one.
+func (p *Policy) conform(doc *document) error {
+	if doc == nil {
+		return nil
+	}
+	var s schema.Schema
+	s.SetFilename(doc.File)
+	if err := s.UnmarshalCedar([]byte(doc.Text)); err != nil {
+		return fmt.Errorf("%s: %w", doc.File, err)
+	}
+	resolved, err := s.Resolve()
+	if err != nil {
+		return fmt.Errorf("%s: %w", doc.File, err)
+	}
+	v := validate.New(resolved)
+	for _, r := range p.rules {
+		if err := v.Policy(string(r.id), r.scope()); err != nil {
+			return fmt.Errorf("%s: policy %q against the schema: %w", r.where, r.id, err)
+		}
+	}
+	return nil
+}
+
+// Tool gives a declared tool.
+func (p *Policy) Tool(name broker.ToolName) (broker.Tool, bool) {
+	if t, ok := p.tools[name]; ok {
+		return t.Tool, true
+	}
+	return broker.Tool{}, false
+}
+
+// Tools are the declared tools in the order of their names.
+func (p *Policy) Tools() []broker.Tool {
+	tools := make([]broker.Tool, 0, len(p.tools))
+	for _, t := range p.tools {
+		tools = append(tools, t.Tool)
+	}
+	slices.SortFunc(tools, func(a, b broker.Tool) int { return cmp.Compare(a.Name, b.Name) })
+	return tools
+}
+
+// Digest identifies the bundle: "sha256:" and hex.
+func (p *Policy) Digest() string { return p.digest }
+
+// Bundle is what the policy was loaded from.
+func (p *Policy) Bundle() Bundle { return p.bundle }
+
+// Warnings are policies or parts of them that can match nothing, one line each.
+func (p *Policy) Warnings() []string { return slices.Clone(p.warnings) }

@@ -1,0 +1,194 @@
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/cedar-policy/cedar-go"
+	scope "github.com/cedar-policy/cedar-go/x/exp/ast"
+	"github.com/pawlsec/pawl/broker"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// rule is one Cedar policy and what its annotations say.
+type rule struct {
+	id     cedar.PolicyID
+	where  string // file:line
+	policy *cedar.Policy
+	forbid bool
+	reads  reads
+
+	violation   bool // has a consequence of its own
+	consequence broker.Consequence
+
+	approval  approval
+	ttl       time.Duration // zero: no limit
+	narrowing broker.Narrowing
+	domains   []string
+	remedy    string
+	open      []string // what @any leaves open
+}
+
+// approval is "2 of oncall"; the zero approval is nobody's.
+type approval struct {
+	count int
+	group string
+}
+
+// newRule gives a rule with its place even when it fails.
+func newRule(p *cedar.Policy, id cedar.PolicyID) (*rule, error) {
+	at := p.Position()
+	r := &rule{id: id, policy: p, forbid: p.Effect() == cedar.Forbid, where: fmt.Sprintf("%s:%d", at.Filename, at.Line)}
+	for _, a := range r.scope().Annotations {
+		if err := r.annotate(string(a.Key), string(a.Value)); err != nil {
+			return r, fmt.Errorf("@%s: %w", a.Key, err)
+		}
+	}
+	r.reads = readsOf(r.scope())
+	if len(r.domains) > 0 && !slices.Contains(r.actions(), broker.ActionDelegate) {
+		return r, errors.New("@domains: the permit is not about delegating")
+	}
+	return r, r.checkOpen()
+}
+
+func (r *rule) scope() *scope.Policy { return (*scope.Policy)(r.policy.AST()) }
+
+func (r *rule) annotate(key, value string) (err error) {
+	switch key {
+	case "id":
+		r.id = cedar.PolicyID(value)
+		if !segment(strings.NewReplacer("/", "-", "#", "-", ":", "-").Replace(value)) {
+			return fmt.Errorf("%.60q must be letters, digits and any of -_./#:", value)
+		}
+		return nil
+	case "description", "remedy":
+		if key == "remedy" {
+			r.remedy = value
+		}
+		if len(value) > 256 {
+			return errors.New("longer than 256 bytes")
+		}
+		return nil
+	case "violation":
+		if !r.forbid {
+			return errors.New("belongs on a forbid")
+		}
+		if r.consequence, r.violation = broker.ParseConsequence(value); !r.violation {
+			return fmt.Errorf("%.40q is not deny, revoke-step, revoke-subtree, revoke-chain or freeze-caller", value)
+		}
+		return nil
+	}
+	if r.forbid && slices.Contains([]string{"approval", "ttl", "narrowing", "domains", "any"}, key) {
+		return errors.New("belongs on a permit")
+	}
+	switch key {
+	case "approval":
+		r.approval, err = parseApproval(value)
+	case "ttl":
+		r.ttl, err = parseTTL(value)
+	case "narrowing":
+		r.narrowing, err = broker.ParseNarrowing(value)
+	case "domains":
+		r.domains, err = parseDomains(value)
+	case "any":
+		r.open = strings.Fields(value)
+	default:
+		return errors.New("unknown annotation")
+	}
+	return err
+}
+
+func parseApproval(s string) (approval, error) {
+	n, group, ok := strings.Cut(s, " of ")
+	count, err := strconv.Atoi(n)
+	if _, bad := broker.ParseToolName(group); !ok || err != nil || bad != nil || count < 1 || count > 9 || n != strconv.Itoa(count) {
+		return approval{}, fmt.Errorf("%.60q is not like \"2 of oncall\"", s)
+	}
+	return approval{count, group}, nil
+}
+
+func parseDomains(s string) ([]string, error) {
+	domains := strings.Fields(s)
+	for _, d := range domains {
+		if td, err := spiffeid.TrustDomainFromString(d); err != nil || td.Name() != d {
+			return nil, fmt.Errorf("%.60q is not a trust domain's name", d)
+		}
+	}
+	if len(domains) < 2 {
+		return nil, errors.New("names the trust domains on both sides, so at least two")
+	}
+	return domains, nil
+}
+
+// actions are those that the scope names; all four when it names none.
+func (r *rule) actions() (names []broker.Action) {
+	var uids []cedar.EntityUID
+	switch s := r.scope().Action.(type) {
+	case scope.ScopeTypeEq:
+		uids = []cedar.EntityUID{s.Entity}
+	case scope.ScopeTypeIn:
+		uids = []cedar.EntityUID{s.Entity}
+	case scope.ScopeTypeInSet:
+		uids = s.Entities
+	default:
+		return actions()
+	}
+	for _, uid := range uids {
+		if a := broker.Action(uid.ID); uid.Type == typeAction && !slices.Contains(names, a) {
+			names = append(names, a)
+		}
+	}
+	return names
+}
+
+// subject is the entity that the scope asks the principal to be or to be in; the zero UID when
+// any will do.
+func (r *rule) subject() cedar.EntityUID { return target(r.scope().Principal) }
+
+// object is the same for the resource.
+func (r *rule) object() cedar.EntityUID { return target(r.scope().Resource) }
+
+func target(s scope.IsScopeNode) cedar.EntityUID {
+	switch s := s.(type) {
+	case scope.ScopeTypeEq:
+		return s.Entity
+	case scope.ScopeTypeIn:
+		return s.Entity
+	case scope.ScopeTypeIsIn:
+		return s.Entity
+	}
+	return cedar.EntityUID{}
+}
+
+// checkOpen demands that a permit for any principal, action or tool says so, and says so only
+// then (hardening.md, policy documents). A forbid for all needs no mark: it only takes away.
+func (r *rule) checkOpen() error {
+	if r.forbid {
+		return nil
+	}
+	var open []string
+	if r.subject().IsZero() {
+		open = append(open, "principal")
+	}
+	if _, any := r.scope().Action.(scope.ScopeTypeAll); any {
+		open = append(open, "action")
+	}
+	if r.object().IsZero() {
+		open = append(open, "tool")
+	}
+	for _, part := range open {
+		if !slices.Contains(r.open, part) {
+			return fmt.Errorf("permits any %s; if that is meant, say @any(%q)", part, strings.Join(open, " "))
+		}
+	}
+	for _, part := range r.open {
+		if !slices.Contains(open, part) {
+			return fmt.Errorf("@any: %.20q is not left open by the scope", part)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,150 @@
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// toolDecl is a tool as a payload carries it.
+type toolDecl struct {
+	Name      string               `json:"name"`
+	Backend   string               `json:"backend"`
+	Narrowing string               `json:"narrowing"`
+	TTL       string               `json:"ttl,omitempty"`
+	Arguments map[string]paramDecl `json:"arguments,omitempty"`
+	Vault     vaultDecl            `json:"vault"`
+	Settings  map[string]string    `json:"settings,omitempty"`
+}
+
+type paramDecl struct {
+	Kind       string             `json:"kind"`
+	Required   bool               `json:"required,omitempty"`
+	Constraint *broker.Constraint `json:"constraint,omitempty"`
+}
+
+type vaultDecl struct {
+	Policy string `json:"policy"`
+	Path   string `json:"path"`
+}
+
+// toolYAML is a tool as its author writes it.
+type toolYAML struct {
+	Name      string               `yaml:"name"`
+	Backend   string               `yaml:"backend"`
+	Narrowing string               `yaml:"narrowing"`
+	TTL       string               `yaml:"ttl"`
+	Arguments map[string]paramYAML `yaml:"arguments"`
+	Vault     struct {
+		Policy string `yaml:"policy"`
+		Path   string `yaml:"path"`
+	} `yaml:"vault"`
+	Settings map[string]string `yaml:"settings"`
+}
+
+type paramYAML struct {
+	Kind       string `yaml:"kind"`
+	Required   bool   `yaml:"required"`
+	Constraint any    `yaml:"constraint"`
+}
+
+// decl puts the author's words into the payload's form.
+func (y toolYAML) decl() (toolDecl, error) {
+	d := toolDecl{Name: y.Name, Backend: y.Backend, Narrowing: y.Narrowing, TTL: y.TTL,
+		Vault: vaultDecl(y.Vault), Settings: y.Settings}
+	if ttl, err := time.ParseDuration(y.TTL); err == nil {
+		d.TTL = ttl.String() // one spelling; what does not parse is refused by tool
+	}
+	for name, p := range y.Arguments {
+		decl := paramDecl{Kind: p.Kind, Required: p.Required}
+		if p.Constraint != nil {
+			raw, err := asJSON(p.Constraint)
+			if err != nil {
+				return d, fmt.Errorf("argument %q: constraint %w", name, err)
+			}
+			c, err := broker.ParseConstraint(raw)
+			if err != nil {
+				return d, fmt.Errorf("argument %q: %w", name, err)
+			}
+			decl.Constraint = &c
+		}
+		if d.Arguments == nil {
+			d.Arguments = make(map[string]paramDecl, len(y.Arguments))
+		}
+		d.Arguments[name] = decl
+	}
+	return d, nil
+}
+
+// tool checks the declaration and gives the broker's form of it.
+func (d toolDecl) tool() (t broker.Tool, err error) {
+	if t.Name, err = broker.ParseToolName(d.Name); err != nil {
+		return t, err
+	}
+	if _, err := broker.ParseToolName(d.Backend); err != nil {
+		return t, fmt.Errorf("backend %.60q is not a name", d.Backend)
+	}
+	t.Backend = d.Backend
+	if t.Narrowing, err = broker.ParseNarrowing(d.Narrowing); err != nil {
+		return t, err
+	}
+	if d.TTL != "" {
+		if t.TTL, err = parseTTL(d.TTL); err != nil {
+			return t, err
+		}
+	}
+	if t.Arguments, err = parameters(d.Arguments); err != nil {
+		return t, err
+	}
+	if !segment(d.Vault.Policy) {
+		return t, errors.New("vault.policy must be one word of letters, digits, '-', '_' and '.'")
+	}
+	t.Policy, t.Path, t.Settings = d.Vault.Policy, strings.Split(d.Vault.Path, "/"), maps.Clone(d.Settings)
+	if len(t.Path) < 2 || !all(t.Path, segment) {
+		return t, errors.New("vault.path must be words of letters, digits, '-', '_' and '.' joined by slashes, at least two")
+	}
+	return t, nil
+}
+
+func parameters(decls map[string]paramDecl) (map[string]broker.Parameter, error) {
+	if len(decls) > broker.MaxArgs {
+		return nil, fmt.Errorf("more than %d arguments", broker.MaxArgs)
+	}
+	params := make(map[string]broker.Parameter, len(decls))
+	for _, name := range slices.Sorted(maps.Keys(decls)) {
+		d := decls[name]
+		if _, err := broker.NewArgs(map[string]broker.Value{name: {}}); err != nil {
+			return nil, fmt.Errorf("argument %.70q: %w", name, err)
+		}
+		if !slices.Contains([]string{"string", "integer", "boolean", "list"}, d.Kind) {
+			return nil, fmt.Errorf("argument %q: kind %.20q is not string, integer, boolean or list", name, d.Kind)
+		}
+		params[name] = broker.Parameter(d)
+	}
+	return params, nil
+}
+
+// parseTTL accepts what a secret may live: whole seconds up to [broker.MaxTTL].
+func parseTTL(s string) (time.Duration, error) {
+	d, err := time.ParseDuration(s)
+	if err != nil || d <= 0 || d > broker.MaxTTL || d%time.Second != 0 {
+		return 0, fmt.Errorf("ttl %.20q is not a whole number of seconds up to %v", s, broker.MaxTTL)
+	}
+	return d, nil
+}
+
+// segment allows one path segment that means the same everywhere (hardening.md, CVE-2026-3605).
+func segment(s string) bool {
+	return len(s) > 0 && len(s) <= 128 && strings.Trim(s, ".") != "" && strings.IndexFunc(s, func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '_' || r == '.')
+	}) < 0
+}
+
+func all[T any](s []T, f func(T) bool) bool {
+	return !slices.ContainsFunc(s, func(v T) bool { return !f(v) })
+}
