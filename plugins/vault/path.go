@@ -1,0 +1,71 @@
+package vault
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+)
+
+// Limits of a path.
+const (
+	maxSegment  = 128 // bytes
+	maxSegments = 16
+)
+
+// CheckPath reports whether segments can be part of a Vault path: each at most 128 bytes of
+// letters, digits, dots, hyphens and underscores, beginning with a letter or digit, without two
+// dots in a row. No spelling of such a path means another (hardening.md, rows on path tricks).
+func CheckPath(segments []string) error {
+	if len(segments) == 0 || len(segments) > maxSegments {
+		return fmt.Errorf("a vault path has between 1 and %d segments", maxSegments)
+	}
+	for i, s := range segments {
+		if err := checkSegment(s); err != nil {
+			return fmt.Errorf("segment %d of a vault path: %w", i+1, err)
+		}
+	}
+	return nil
+}
+
+func checkSegment(s string) error {
+	if s == "" || len(s) > maxSegment {
+		return fmt.Errorf("must have between 1 and %d bytes", maxSegment)
+	}
+	for i := 0; i < len(s); i++ {
+		c := s[i]
+		alnum := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+		if !alnum && (i == 0 || c != '.' && c != '-' && c != '_') || c == '.' && s[i-1] == '.' {
+			return errors.New("is letters, digits, and after the first also '.', '-' and '_', without '..'")
+		}
+	}
+	return nil
+}
+
+// join makes the path of checked segments.
+func join(segments []string) (string, error) {
+	if err := CheckPath(segments); err != nil {
+		return "", err
+	}
+	return strings.Join(segments, "/"), nil
+}
+
+// checkPolicy allows the names that Vault keeps as they are: it lower-cases and trims others,
+// and what is normalised after a check was not checked (hardening.md, CVE-2025-5999).
+func checkPolicy(name string) error {
+	if err := checkSegment(name); err != nil {
+		return fmt.Errorf("vault policy %.40q: %w", name, err)
+	}
+	if strings.ToLower(name) != name || name == "root" || name == "default" {
+		return fmt.Errorf("vault policy %q: must be lower-case and neither root nor default", name)
+	}
+	return nil
+}
+
+// checkLease refuses an id that is not a path of segments: it goes into a request's body, and
+// its prefix into a path.
+func checkLease(id string) error {
+	if err := CheckPath(strings.Split(id, "/")); err != nil {
+		return fmt.Errorf("lease id: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,317 @@
+package vault
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Access is what one tool needs of Vault: the policy that its steps' tokens hold, and the one
+// path that the policy opens. The tool's backend says which path that is.
+type Access struct {
+	Policy string   // "pawl-tool-…"
+	Path   []string // the mint path, in full
+	Write  bool     // minted by a write, not by a read
+	Leased bool     // leases appear below Path
+}
+
+// SetupConfig says what a Vault must be taught so that a broker can use it.
+type SetupConfig struct {
+	BrokerID spiffeid.ID // required
+	Tools    []Access    // required: a broker without tools has no use for Vault
+	Reads    [][]string  // paths that proofs read with the broker's token; a last segment of "*" opens all below
+
+	TrustPEM string // PEM of the trust domain's X.509 authorities; makes the cert auth role
+
+	JWTKeysPEM  []string // PEM public keys of the trust domain's JWT authorities; makes the jwt auth role
+	JWKSURL     string   // in their place: where Vault fetches them itself, and so follows rotation
+	JWTAudience string   // required with either: the one audience of the broker's JWT-SVID
+
+	Role       string        // auth role; empty: "pawl-broker"
+	TokenRole  string        // as in Config
+	Delegation string        // as in Config
+	LoginTTL   time.Duration // the login token's period; zero: 1 hour. A broker that dies takes all its tokens with it after that, and delegations sooner
+}
+
+// Write is one request of the plan, with the reason for it.
+type Write struct {
+	Why    string         `json:"why"`
+	Method string         `json:"method"`
+	Path   string         `json:"path"`
+	Data   map[string]any `json:"data"`
+	exists bool           // "path is already in use" means that it is done
+}
+
+// Plan gives the writes in order. It touches nothing; a platform team can read it, and carry it
+// out by itself with `vault write`.
+func (s SetupConfig) Plan() ([]Write, error) {
+	if err := s.complete(); err != nil {
+		return nil, fmt.Errorf("vault setup: %w", err)
+	}
+	plan := []Write{
+		policy("What the broker's own token may do", s.Role, s.brokerPolicy()),
+		policy("What a delegation's token may do besides its tools", s.Delegation, delegationPolicy),
+	}
+	for _, a := range s.policies() {
+		plan = append(plan, policy("What a step's token may do: mint, and nothing else", a[0].Policy, toolPolicy(a)))
+	}
+	plan = append(plan, Write{
+		Why:    "The role by which the broker makes tokens of root delegations: our tools' policies, never orphans, no policy of the broker's own",
+		Method: "POST", Path: "auth/token/roles/" + s.TokenRole,
+		Data: map[string]any{
+			"allowed_policies_glob": []string{"pawl-tool-*"}, "allowed_policies": []string{s.Delegation},
+			"orphan": false, "renewable": true, "token_type": "service", "token_no_default_policy": true,
+		},
+	})
+	if s.TrustPEM != "" {
+		plan = append(plan, enable("cert"), s.certRole())
+	}
+	if s.JWTAudience != "" {
+		plan = append(plan, enable("jwt"), s.jwtConfig(), s.jwtRole())
+	}
+	return plan, nil
+}
+
+func (s *SetupConfig) complete() error {
+	orText(&s.Role, "pawl-broker")
+	orText(&s.TokenRole, "pawl-chain")
+	orText(&s.Delegation, "pawl-delegation")
+	if s.LoginTTL == 0 {
+		s.LoginTTL = time.Hour
+	}
+	jwt := len(s.JWTKeysPEM) > 0 || s.JWKSURL != ""
+	switch {
+	case s.BrokerID.IsZero():
+		return errors.New("BrokerID is required")
+	case len(s.Tools) == 0:
+		return errors.New("Tools is required")
+	case s.TrustPEM == "" && !jwt:
+		return errors.New("TrustPEM, JWTKeysPEM or JWKSURL is required: a broker that cannot prove itself cannot log in")
+	case jwt != (s.JWTAudience != ""):
+		return errors.New("JWTAudience goes with JWTKeysPEM or JWKSURL: without one every audience would pass")
+	case len(s.JWTKeysPEM) > 0 && s.JWKSURL != "":
+		return errors.New("JWTKeysPEM and JWKSURL exclude each other")
+	case s.LoginTTL < time.Minute:
+		return errors.New("LoginTTL must be at least a minute")
+	case strings.ContainsAny(s.BrokerID.String(), "*,"):
+		return errors.New("BrokerID must not hold '*' or ',': Vault reads them as patterns")
+	case s.TrustPEM != "" && !x509.NewCertPool().AppendCertsFromPEM([]byte(s.TrustPEM)):
+		return errors.New("TrustPEM holds no certificate")
+	}
+	if err := errors.Join(checkPolicy(s.Role), checkSegment(s.TokenRole), checkPolicy(s.Delegation)); err != nil {
+		return err
+	}
+	for _, a := range s.Tools {
+		if err := errors.Join(CheckPath(a.Path), checkPolicy(a.Policy)); err != nil {
+			return err
+		}
+		if !strings.HasPrefix(a.Policy, "pawl-tool-") {
+			return fmt.Errorf("policy %q of a tool must begin with pawl-tool-: the token role allows no other", a.Policy)
+		}
+	}
+	for _, r := range s.Reads {
+		if err := CheckPath(trimStar(r)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func trimStar(path []string) []string {
+	if n := len(path); n > 1 && path[n-1] == "*" {
+		return path[:n-1]
+	}
+	return path
+}
+
+// policies groups the tools by policy, in the order of names; some tools share one.
+func (s *SetupConfig) policies() (groups [][]Access) {
+	tools := slices.SortedStableFunc(slices.Values(s.Tools), func(a, b Access) int { return strings.Compare(a.Policy, b.Policy) })
+	for _, a := range tools {
+		if n := len(groups); n > 0 && groups[n-1][0].Policy == a.Policy {
+			groups[n-1] = append(groups[n-1], a)
+			continue
+		}
+		groups = append(groups, []Access{a})
+	}
+	return groups
+}
+
+func policy(why, name, text string) Write {
+	return Write{Why: why, Method: "PUT", Path: "sys/policies/acl/" + name, Data: map[string]any{"policy": text}}
+}
+
+func enable(method string) Write {
+	return Write{Why: "The auth method that checks the broker's SVID", Method: "POST", Path: "sys/auth/" + method,
+		Data: map[string]any{"type": method}, exists: true}
+}
+
+// delegationPolicy lets plain creation happen, where Vault holds the child to a subset.
+const delegationPolicy = `# Make the tokens of steps and of narrower delegations. Vault refuses a wider one.
+path "auth/token/create" { capabilities = ["create", "update"] }
+# Live on while the chain is in use. Without renewal the token ends within minutes.
+path "auth/token/renew-self" { capabilities = ["update"] }
+`
+
+func toolPolicy(tool []Access) string {
+	var b strings.Builder
+	b.WriteString("# Mint one secret.\n")
+	for _, a := range tool {
+		can := `"read"`
+		if a.Write {
+			can = `"create", "update"`
+		}
+		fmt.Fprintf(&b, "path %q { capabilities = [%s] }\n", strings.Join(a.Path, "/"), can)
+	}
+	return b.String()
+}
+
+// brokerPolicy holds none of the tools' rights: the broker cannot mint with its own token.
+func (s *SetupConfig) brokerPolicy() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, `# Make the tokens of root delegations, through the role that limits them.
+path "auth/token/create/%s" { capabilities = ["create", "update"] }
+# Stay logged in.
+path "auth/token/renew-self" { capabilities = ["update"] }
+# Kill a delegation or a step. Needs the accessor, which only its maker knows.
+path "auth/token/revoke-accessor" { capabilities = ["update"] }
+# Name the leases that Vault has given up revoking; Vault demands sudo for it.
+path "sys/leases" { capabilities = ["read", "sudo"] }
+`, s.TokenRole)
+	var leases []string
+	for _, a := range s.Tools {
+		if a.Leased {
+			leases = append(leases, strings.Join(a.Path, "/"))
+		}
+	}
+	slices.Sort(leases)
+	if leases = slices.Compact(leases); len(leases) > 0 {
+		under := make([]string, len(leases))
+		for i, p := range leases {
+			under[i] = fmt.Sprintf("%q", p+"/*")
+		}
+		only := strings.Join(under, ", ")
+		fmt.Fprintf(&b, `# End a lease, and see whether it has ended: leases of our tools only.
+path "sys/leases/revoke" {
+  capabilities = ["create", "update"]
+  allowed_parameters = { "lease_id" = [%s], "sync" = [] }
+}
+path "sys/leases/lookup" {
+  capabilities = ["create", "update"]
+  allowed_parameters = { "lease_id" = [%s] }
+}
+# Find leases that the ledger does not know; Vault demands sudo for a list.
+`, only, only)
+		for _, p := range leases {
+			fmt.Fprintf(&b, "path %q { capabilities = [\"list\", \"sudo\"] }\n", "sys/leases/lookup/"+p+"/")
+		}
+	}
+	if len(s.Reads) > 0 {
+		b.WriteString("# Read what proves a secret dead.\n")
+	}
+	for _, r := range s.Reads {
+		fmt.Fprintf(&b, "path %q { capabilities = [\"read\"] }\n", strings.Join(r, "/"))
+	}
+	return b.String()
+}
+
+// tokenFields are common to both auth roles. The period keeps the login token, and so the tree
+// below it, alive for as long as it is renewed.
+func (s *SetupConfig) tokenFields(more map[string]any) map[string]any {
+	more["token_policies"] = []string{s.Role}
+	more["token_no_default_policy"] = true
+	more["token_type"] = "service"
+	more["token_period"] = text(ceil(s.LoginTTL))
+	return more
+}
+
+func (s *SetupConfig) certRole() Write {
+	return Write{
+		Why:    "Log in with an X.509-SVID of exactly this SPIFFE ID. The authority is a copy: Client.SyncTrust follows its rotation",
+		Method: "POST", Path: "auth/cert/certs/" + s.Role,
+		Data: s.tokenFields(map[string]any{
+			"certificate": s.TrustPEM, "allowed_uri_sans": []string{s.BrokerID.String()}, "display_name": s.Role,
+		}),
+	}
+}
+
+func (s *SetupConfig) jwtConfig() Write {
+	data := map[string]any{"jwt_validation_pubkeys": s.JWTKeysPEM}
+	why := "The keys that sign JWT-SVIDs. They are copies: give JWKSURL to have Vault follow their rotation"
+	if s.JWKSURL != "" {
+		data, why = map[string]any{"jwks_url": s.JWKSURL}, "Where Vault fetches the keys that sign JWT-SVIDs"
+	}
+	return Write{Why: why, Method: "POST", Path: "auth/jwt/config", Data: data}
+}
+
+func (s *SetupConfig) jwtRole() Write {
+	return Write{
+		Why:    "Log in with a JWT-SVID of exactly this SPIFFE ID and audience",
+		Method: "POST", Path: "auth/jwt/role/" + s.Role,
+		Data: s.tokenFields(map[string]any{
+			"role_type": "jwt", "user_claim": "sub", "bound_subject": s.BrokerID.String(),
+			"bound_audiences": []string{s.JWTAudience}, "clock_skew_leeway": 5, "expiration_leeway": 5, "not_before_leeway": 5,
+		}),
+	}
+}
+
+// Admin is somebody who may configure Vault. Its token is used for Setup and not kept.
+type Admin struct {
+	Address string
+	Roots   *x509.CertPool
+	Token   string
+}
+
+// Setup carries out the plan and returns it. It may be repeated: each write sets a state.
+func Setup(ctx context.Context, admin Admin, s SetupConfig) ([]Write, error) {
+	plan, err := s.Plan()
+	if err != nil {
+		return nil, err
+	}
+	for _, w := range plan {
+		if err := admin.Write(ctx, w); err != nil {
+			return plan, fmt.Errorf("vault setup: %w", err)
+		}
+	}
+	return plan, nil
+}
+
+// Write carries out one write.
+func (a Admin) Write(ctx context.Context, w Write) error {
+	base, err := url.Parse(a.Address)
+	if err != nil || base.Scheme != "https" || a.Roots == nil || !opaque(a.Token) {
+		return errors.New("an admin needs an https address, roots and a token")
+	}
+	wire := newWire(&url.URL{Scheme: "https", Host: base.Host}, "", 1<<20, &tls.Config{RootCAs: a.Roots, MinVersion: tls.VersionTLS12})
+	defer wire.close()
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	_, err = wire.send(ctx, call{method: w.Method, path: w.Path, token: a.Token, body: w.Data})
+	if w.exists && gone(err, "path is already in use") {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("writing %q: %w", w.Path, err)
+	}
+	return nil
+}
+
+// SyncTrust writes the trust domain's X.509 authorities into the cert auth role, with an admin
+// token or one whose policy opens just that path. Vault's copy ages, and SPIRE rotates its
+// authorities within hours: call it with each new bundle. Two sets overlap during a rotation,
+// so trustPEM holds both.
+func SyncTrust(ctx context.Context, admin Admin, s SetupConfig, trustPEM string) error {
+	s.TrustPEM = trustPEM
+	if err := s.complete(); err != nil {
+		return fmt.Errorf("vault trust: %w", err)
+	}
+	return admin.Write(ctx, s.certRole())
+}
