@@ -1,0 +1,107 @@
+package parts
+
+import (
+	"context"
+	"errors"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+)
+
+// TB is the part of testing.TB that is used here, so that no program of ours links package testing.
+type TB interface {
+	Helper()
+	Context() context.Context
+	Cleanup(func())
+	Errorf(format string, args ...any)
+	Fatalf(format string, args ...any)
+	Skipf(format string, args ...any)
+}
+
+// The servers that all tests of a process share. They live as long as the process, and its watchers end them: no
+// test is the last one for sure, and a Vault for each test would cost a second each.
+var shared struct {
+	vault    once[*VaultServer]
+	postgres once[*PostgresServer]
+}
+
+type once[T any] struct {
+	sync.Once
+	server T
+	err    error
+}
+
+func (o *once[T]) get(start func() (T, error)) (T, error) {
+	o.Do(func() { o.server, o.err = start() })
+	return o.server, o.err
+}
+
+// NeedVault returns the Vault that the tests of this process share: mount engines under names of your own, and do
+// not seal, pause or end it. Where there is none the test is skipped, or fails if PAWL_REQUIRE names "vault". It
+// builds nothing: `make parts` does.
+func NeedVault(t TB) *VaultServer {
+	t.Helper()
+	server, err := shared.vault.get(func() (*VaultServer, error) {
+		return Vault(t.Context(), VaultConfig{Binaries: Binaries{NoBuild: true}})
+	})
+	demand(t, "vault", err)
+	return server
+}
+
+// OwnVault returns a Vault for this test alone, to seal, pause and kill as it likes. It is closed with the test.
+func OwnVault(t TB, config VaultConfig) *VaultServer {
+	t.Helper()
+	config.Binaries.NoBuild = true
+	server, err := Vault(t.Context(), config)
+	demand(t, "vault", err)
+	closeWith(t, server.Close)
+	return server
+}
+
+// NeedPostgreSQL returns the cluster that the tests of this process share: work in a database from CreateDatabase,
+// and with roles under names of your own. It takes 300 connections. Skipping is as for NeedVault, with "postgres".
+func NeedPostgreSQL(t TB) *PostgresServer {
+	t.Helper()
+	server, err := shared.postgres.get(func() (*PostgresServer, error) {
+		return PostgreSQL(t.Context(), PostgresConfig{NoSync: true, MaxConnections: 300})
+	})
+	demand(t, "postgres", err)
+	return server
+}
+
+// OwnPostgreSQL returns a cluster for this test alone, closed with the test.
+func OwnPostgreSQL(t TB, config PostgresConfig) *PostgresServer {
+	t.Helper()
+	server, err := PostgreSQL(t.Context(), config)
+	demand(t, "postgres", err)
+	closeWith(t, server.Close)
+	return server
+}
+
+// demand ends the test unless err is nil: what is missing skips it, what is broken fails it.
+func demand(t TB, name string, err error) {
+	t.Helper()
+	switch {
+	case err == nil:
+	case !errors.Is(err, ErrMissing):
+		t.Fatalf("starting %s: %v", name, err)
+	case required(name):
+		t.Fatalf("PAWL_REQUIRE demands %s: %v", name, err)
+	default:
+		t.Skipf("NOT TESTED, %v", err)
+	}
+}
+
+func required(name string) bool {
+	names := strings.Split(os.Getenv("PAWL_REQUIRE"), ",")
+	return slices.Contains(names, name) || slices.Contains(names, "all")
+}
+
+func closeWith(t TB, closeServer func() error) {
+	t.Cleanup(func() {
+		if err := closeServer(); err != nil {
+			t.Errorf("closing a server: %v", err)
+		}
+	})
+}

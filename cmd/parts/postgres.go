@@ -1,0 +1,244 @@
+package parts
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// PostgresConfig says what PostgreSQL to run.
+type PostgresConfig struct {
+	// MaxConnections is PostgreSQL's max_connections. Zero is 100.
+	MaxConnections int
+	// NoSync trades durability over a power cut for speed (fsync=off). A kill loses nothing either way.
+	NoSync bool
+	// Settings are further server settings, such as "log_statement": "all". Nil adds none.
+	Settings map[string]string
+}
+
+// PostgresServer is a real PostgreSQL cluster on a loopback port and a Unix socket, with SCRAM on both and one
+// superuser, postgres. Its methods are not safe for concurrent use with Start.
+type PostgresServer struct {
+	nest     *nest
+	run      command
+	process  *process
+	port     int
+	password string
+}
+
+// PostgreSQL creates a cluster and starts it, as the user postgres when we are root. It returns ErrMissing where
+// PostgreSQL is not installed.
+func PostgreSQL(ctx context.Context, config PostgresConfig) (*PostgresServer, error) {
+	bin, err := postgresBin()
+	if err != nil {
+		return nil, err
+	}
+	owner, err := postgresOwner()
+	if err != nil {
+		return nil, err
+	}
+	nest, err := newNest("postgres", "QUIT")
+	if err != nil {
+		return nil, err
+	}
+	s := &PostgresServer{nest: nest, password: rand.Text()}
+	if err := s.initialise(ctx, bin, owner); err != nil {
+		return nil, errors.Join(fmt.Errorf("creating a PostgreSQL cluster: %w", err), s.Close())
+	}
+	if s.port, err = freePort(); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	s.run = command{path: filepath.Join(bin, "postgres"), args: s.arguments(config), user: owner}
+	if err := s.Start(ctx); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+// postgresBin is the directory of the newest PostgreSQL that has both programs we need.
+func postgresBin() (string, error) {
+	var candidates []string
+	if path, err := exec.LookPath("postgres"); err == nil {
+		if real, err := filepath.EvalSymlinks(path); err == nil {
+			path = real
+		}
+		candidates = append(candidates, filepath.Dir(path))
+	}
+	debian, err := filepath.Glob("/usr/lib/postgresql/*/bin")
+	if err != nil {
+		return "", fmt.Errorf("looking for PostgreSQL: %w", err)
+	}
+	newest, newestDir := 0, ""
+	for _, dir := range debian {
+		if version, err := strconv.Atoi(filepath.Base(filepath.Dir(dir))); err == nil && version > newest {
+			newest, newestDir = version, dir
+		}
+	}
+	for _, dir := range append(candidates, newestDir) {
+		_, serverErr := os.Stat(filepath.Join(dir, "postgres"))
+		_, initErr := os.Stat(filepath.Join(dir, "initdb"))
+		if serverErr == nil && initErr == nil {
+			return dir, nil
+		}
+	}
+	return "", missing("PostgreSQL", "install the package postgresql, or put its bin directory on PATH")
+}
+
+// postgresOwner is the user to run as: nil for ourselves, since only root is refused by PostgreSQL.
+func postgresOwner() (*syscall.Credential, error) {
+	if os.Geteuid() != 0 {
+		return nil, nil
+	}
+	account, err := user.Lookup("postgres")
+	if err != nil {
+		return nil, missing("the user postgres", "PostgreSQL does not run as root; its Debian package makes that user")
+	}
+	uid, uidErr := strconv.ParseUint(account.Uid, 10, 32)
+	gid, gidErr := strconv.ParseUint(account.Gid, 10, 32)
+	if err := errors.Join(uidErr, gidErr); err != nil {
+		return nil, fmt.Errorf("reading the user postgres: %w", err)
+	}
+	return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, nil
+}
+
+// initialise makes the data directory. The password passes through a file because initdb takes it no other way.
+func (s *PostgresServer) initialise(ctx context.Context, bin string, owner *syscall.Credential) error {
+	passwordFile := s.nest.path("password")
+	if err := os.WriteFile(passwordFile, []byte(s.password), 0o600); err != nil {
+		return err
+	}
+	if owner != nil {
+		for _, path := range []string{s.nest.dir, passwordFile} {
+			if err := os.Chown(path, int(owner.Uid), int(owner.Gid)); err != nil {
+				return err
+			}
+		}
+	}
+	process, err := s.nest.start(command{path: filepath.Join(bin, "initdb"), user: owner, args: []string{
+		"--pgdata=" + s.nest.path("data"), "--username=postgres", "--pwfile=" + passwordFile,
+		"--auth=scram-sha-256", "--encoding=UTF8", "--no-locale", "--no-sync",
+	}})
+	if err != nil {
+		return err
+	}
+	select {
+	case <-process.exited:
+	case <-ctx.Done():
+		return errors.Join(context.Cause(ctx), process.kill())
+	}
+	if !process.cmd.ProcessState.Success() {
+		return process.failure(fmt.Errorf("ended: %s", process.cmd.ProcessState))
+	}
+	return errors.Join(os.Remove(passwordFile), s.nest.watch(0))
+}
+
+func (s *PostgresServer) arguments(config PostgresConfig) []string {
+	settings := map[string]string{
+		"listen_addresses":        "127.0.0.1",
+		"port":                    strconv.Itoa(s.port),
+		"unix_socket_directories": s.nest.dir,
+		"max_connections":         "100",
+	}
+	if config.MaxConnections > 0 {
+		settings["max_connections"] = strconv.Itoa(config.MaxConnections)
+	}
+	if config.NoSync {
+		settings["fsync"], settings["full_page_writes"], settings["synchronous_commit"] = "off", "off", "off"
+	}
+	for name, value := range config.Settings {
+		settings[name] = value
+	}
+	arguments := []string{"-D", s.nest.path("data")}
+	for name, value := range settings {
+		arguments = append(arguments, "-c", name+"="+value)
+	}
+	return arguments
+}
+
+// Start starts the cluster after Stop or Kill, on the same port and with the same data, and returns when it accepts
+// connections.
+func (s *PostgresServer) Start(ctx context.Context) (err error) {
+	if s.process, err = s.nest.start(s.run); err != nil {
+		return err
+	}
+	err = s.process.ready(ctx, func(ctx context.Context) error {
+		conn, err := pgx.Connect(ctx, s.DSN("postgres"))
+		if err != nil {
+			return errors.New("no connection yet") // pgx's text quotes the DSN, and so the password
+		}
+		return conn.Close(ctx)
+	})
+	if err != nil {
+		return fmt.Errorf("starting PostgreSQL: %w", err)
+	}
+	return nil
+}
+
+// DSN is the URL of a database for the superuser, over TCP.
+func (s *PostgresServer) DSN(database string) string {
+	return s.DSNFor("postgres", s.password, database)
+}
+
+// DSNFor is the URL of a database for a role, over TCP and without TLS.
+func (s *PostgresServer) DSNFor(role, password, database string) string {
+	dsn := url.URL{
+		Scheme:   "postgres",
+		User:     url.UserPassword(role, password),
+		Host:     s.Address(),
+		Path:     database,
+		RawQuery: "sslmode=disable",
+	}
+	return dsn.String()
+}
+
+// Address is host:port. It stays the same over a Start.
+func (s *PostgresServer) Address() string { return fmt.Sprintf("127.0.0.1:%d", s.port) }
+
+// SocketDir is the directory of the Unix socket, to be given as the host. It also wants a password.
+func (s *PostgresServer) SocketDir() string { return s.nest.dir }
+
+// Password is the superuser's.
+func (s *PostgresServer) Password() string { return s.password }
+
+// Log is the end of the server's log.
+func (s *PostgresServer) Log() string { return s.process.tail() }
+
+// CreateDatabase makes an empty database and returns its DSN for the superuser.
+func (s *PostgresServer) CreateDatabase(ctx context.Context) (dsn string, err error) {
+	conn, err := pgx.Connect(ctx, s.DSN("postgres"))
+	if err != nil {
+		return "", errors.New("connecting to PostgreSQL: " + strings.ReplaceAll(err.Error(), s.password, "[redacted]"))
+	}
+	defer func() { err = errors.Join(err, conn.Close(ctx)) }()
+	name := "db_" + strings.ToLower(rand.Text())
+	if _, err := conn.Exec(ctx, "CREATE DATABASE "+pgx.Identifier{name}.Sanitize()); err != nil {
+		return "", fmt.Errorf("creating a database: %w", err)
+	}
+	return s.DSN(name), nil
+}
+
+// Stop ends the cluster in order, cutting its sessions.
+func (s *PostgresServer) Stop() error { return s.process.end(syscall.SIGINT) }
+
+// Kill ends the server process as a crash would; its sessions end by themselves right after.
+func (s *PostgresServer) Kill() error { return s.process.kill() }
+
+// Close ends the cluster and removes all it had.
+func (s *PostgresServer) Close() error {
+	var err error
+	if s.process != nil {
+		err = s.process.end(syscall.SIGQUIT)
+	}
+	return errors.Join(err, s.nest.close())
+}

@@ -1,0 +1,260 @@
+package parts
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/hashicorp/vault/api"
+)
+
+// VaultConfig says what Vault to run.
+type VaultConfig struct {
+	// Persistent keeps state in files, so that Restart finds it again. False keeps everything in memory.
+	Persistent bool
+	// MaxRequestDuration bounds one request, and so how long a mint that was sent may still complete. Zero is
+	// Vault's default of 90 s.
+	MaxRequestDuration time.Duration
+	// LogLevel is trace, debug, info, warn or error. Empty is warn.
+	LogLevel string
+	// Binaries says where the program comes from. Zero finds or builds it.
+	Binaries Binaries
+}
+
+// VaultServer is a real Vault with TLS on a loopback port, initialised and unsealed. It asks clients for a
+// certificate and demands none, so TLS certificate auth works. Root token and unseal key are only in memory.
+// Its methods are not safe for concurrent use with Restart.
+type VaultServer struct {
+	config    VaultConfig
+	nest      *nest
+	run       command
+	process   *process
+	address   string
+	authority []byte
+	unsealKey string
+	rootToken string
+}
+
+// Vault starts a Vault server. It returns ErrMissing where there is none and none can be built.
+func Vault(ctx context.Context, config VaultConfig) (*VaultServer, error) {
+	path, official, err := config.Binaries.Vault(ctx)
+	if err != nil {
+		return nil, err
+	}
+	nest, err := newNest("vault", "KILL")
+	if err != nil {
+		return nil, err
+	}
+	v := &VaultServer{config: config, nest: nest}
+	if err := v.prepare(path, official); err != nil {
+		return nil, errors.Join(fmt.Errorf("preparing Vault: %w", err), v.Close())
+	}
+	if err := v.start(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("starting Vault: %w", err), v.Close())
+	}
+	return v, nil
+}
+
+// prepare writes the files that the server reads and decides how it is called.
+func (v *VaultServer) prepare(path string, official bool) error {
+	authority, certificate, key, err := serverCertificate(time.Now())
+	if err != nil {
+		return err
+	}
+	port, err := freePort()
+	if err != nil {
+		return err
+	}
+	v.authority, v.address = authority, fmt.Sprintf("127.0.0.1:%d", port)
+	for name, text := range map[string][]byte{"ca.pem": authority, "cert.pem": certificate, "key.pem": key} {
+		if err := os.WriteFile(v.nest.path(name), text, 0o600); err != nil {
+			return err
+		}
+	}
+	if !official {
+		v.run = command{path: path, args: v.flags()}
+		return nil
+	}
+	settings, err := json.Marshal(v.settings())
+	if err != nil {
+		return err
+	}
+	file := v.nest.path("config.json")
+	v.run = command{path: path, args: []string{"server", "-config=" + file}}
+	return os.WriteFile(file, settings, 0o600)
+}
+
+func (v *VaultServer) logLevel() string {
+	if v.config.LogLevel == "" {
+		return "warn"
+	}
+	return v.config.LogLevel
+}
+
+// flags are for the server built from cmd/parts/vaultserver.
+func (v *VaultServer) flags() []string {
+	flags := []string{
+		"-address=" + v.address,
+		"-cert=" + v.nest.path("cert.pem"),
+		"-key=" + v.nest.path("key.pem"),
+		"-max-request-duration=" + v.config.MaxRequestDuration.String(),
+		"-log-level=" + v.logLevel(),
+	}
+	if v.config.Persistent {
+		flags = append(flags, "-storage="+v.nest.path("storage"))
+	}
+	return flags
+}
+
+// settings are the configuration file of an official vault or bao.
+func (v *VaultServer) settings() map[string]any {
+	listener := map[string]any{
+		"address":       v.address,
+		"tls_cert_file": v.nest.path("cert.pem"),
+		"tls_key_file":  v.nest.path("key.pem"),
+	}
+	if v.config.MaxRequestDuration > 0 {
+		listener["max_request_duration"] = v.config.MaxRequestDuration.String()
+	}
+	storage := map[string]any{"inmem": map[string]any{}}
+	if v.config.Persistent {
+		storage = map[string]any{"file": map[string]any{"path": v.nest.path("storage")}}
+	}
+	return map[string]any{
+		"listener":      []any{map[string]any{"tcp": listener}},
+		"storage":       storage,
+		"api_addr":      v.Address(),
+		"disable_mlock": true,
+		"log_level":     v.logLevel(),
+	}
+}
+
+// start runs the server and leaves it unsealed: initialised if its storage is new.
+func (v *VaultServer) start(ctx context.Context) error {
+	client, err := v.Client()
+	if err != nil {
+		return err
+	}
+	v.process, err = v.nest.start(v.run)
+	if err != nil {
+		return err
+	}
+	var initialised bool
+	err = v.process.ready(ctx, func(ctx context.Context) (err error) {
+		initialised, err = client.Sys().InitStatusWithContext(ctx)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if !initialised {
+		secrets, err := client.Sys().InitWithContext(ctx, &api.InitRequest{SecretShares: 1, SecretThreshold: 1})
+		if err != nil {
+			return fmt.Errorf("initialising: %w", err)
+		}
+		v.unsealKey, v.rootToken = secrets.KeysB64[0], secrets.RootToken
+	}
+	return v.Unseal(ctx)
+}
+
+// Client returns a new client that holds the root token and never retries.
+func (v *VaultServer) Client() (*api.Client, error) {
+	config := api.DefaultConfig()
+	if config.Error != nil {
+		return nil, fmt.Errorf("preparing a Vault client: %w", config.Error)
+	}
+	config.Address, config.MaxRetries = v.Address(), 0
+	if err := config.ConfigureTLS(&api.TLSConfig{CACertBytes: v.authority}); err != nil {
+		return nil, fmt.Errorf("preparing a Vault client: %w", err)
+	}
+	client, err := api.NewClient(config)
+	if err != nil {
+		return nil, fmt.Errorf("preparing a Vault client: %w", err)
+	}
+	client.ClearNamespace() // what VAULT_NAMESPACE and VAULT_TOKEN hold is for another server
+	client.SetToken(v.rootToken)
+	return client, nil
+}
+
+// Address is the server's URL, https://127.0.0.1:port. It stays the same over a Restart.
+func (v *VaultServer) Address() string { return "https://" + v.address }
+
+// CAPEM is the certificate authority to verify the server with, CAFile the file that holds it.
+func (v *VaultServer) CAPEM() []byte { return v.authority }
+
+// CAFile is the file that holds CAPEM, until Close.
+func (v *VaultServer) CAFile() string { return v.nest.path("ca.pem") }
+
+// RootToken is the token that may do everything. It is another one after a Restart that lost its memory.
+func (v *VaultServer) RootToken() string { return v.rootToken }
+
+// Log is the end of the server's log.
+func (v *VaultServer) Log() string { return v.process.tail() }
+
+// Seal seals the server, as an operator would.
+func (v *VaultServer) Seal(ctx context.Context) error {
+	client, err := v.Client()
+	if err != nil {
+		return err
+	}
+	if err := client.Sys().SealWithContext(ctx); err != nil {
+		return fmt.Errorf("sealing Vault: %w", err)
+	}
+	return nil
+}
+
+// Unseal unseals the server and returns when it answers requests again.
+func (v *VaultServer) Unseal(ctx context.Context) error {
+	client, err := v.Client()
+	if err != nil {
+		return err
+	}
+	status, err := client.Sys().UnsealWithContext(ctx, v.unsealKey)
+	if err != nil {
+		return fmt.Errorf("unsealing Vault: %w", err)
+	}
+	if status.Sealed {
+		return errors.New("unsealing Vault: it is still sealed")
+	}
+	return v.process.ready(ctx, func(ctx context.Context) error {
+		health, err := client.Sys().HealthWithContext(ctx)
+		if err == nil && (health.Sealed || health.Standby) {
+			err = errors.New("still sealed or on standby")
+		}
+		return err
+	})
+}
+
+// Pause stops the process where it stands: connections are accepted by the system and nobody answers.
+func (v *VaultServer) Pause() error { return v.process.signal(syscall.SIGSTOP) }
+
+// Continue undoes Pause.
+func (v *VaultServer) Continue() error { return v.process.signal(syscall.SIGCONT) }
+
+// Kill ends the process as a crash would, and returns when it is gone. Restart starts it again.
+func (v *VaultServer) Kill() error { return v.process.kill() }
+
+// Restart ends the process in order if it still runs, starts it on the same address and unseals it. Without
+// Persistent everything in it is lost and RootToken is new.
+func (v *VaultServer) Restart(ctx context.Context) error {
+	if err := v.process.end(syscall.SIGTERM); err != nil {
+		return fmt.Errorf("stopping Vault: %w", err)
+	}
+	if err := v.start(ctx); err != nil {
+		return fmt.Errorf("restarting Vault: %w", err)
+	}
+	return nil
+}
+
+// Close ends the server and removes all it had.
+func (v *VaultServer) Close() error {
+	var err error
+	if v.process != nil {
+		err = v.process.kill()
+	}
+	return errors.Join(err, v.nest.close())
+}

@@ -1,0 +1,221 @@
+// Command vaultserver is HashiCorp Vault cut down to the engines that Pawl works with, as a real server for
+// development and tests on machines that have no vault of their own.
+//
+// Vault is under the Business Source License 1.1. That is why this is a module of its own: nothing here is ever
+// linked into the product. The server starts sealed, as `vault server` does; package parts initialises and unseals
+// both over the API, so that root token and unseal key never touch a disk.
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"flag"
+	"fmt"
+	"maps"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	jwtauth "github.com/hashicorp/vault-plugin-auth-jwt"
+	kv "github.com/hashicorp/vault-plugin-secrets-kv"
+	"github.com/hashicorp/vault/audit"
+	"github.com/hashicorp/vault/builtin/credential/approle"
+	"github.com/hashicorp/vault/builtin/credential/cert"
+	"github.com/hashicorp/vault/builtin/logical/database"
+	"github.com/hashicorp/vault/builtin/logical/pki"
+	"github.com/hashicorp/vault/builtin/logical/ssh"
+	"github.com/hashicorp/vault/builtin/logical/transit"
+	vaulthttp "github.com/hashicorp/vault/http"
+	"github.com/hashicorp/vault/internalshared/configutil"
+	"github.com/hashicorp/vault/plugins/database/postgresql"
+	"github.com/hashicorp/vault/sdk/helper/consts"
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/hashicorp/vault/sdk/physical"
+	"github.com/hashicorp/vault/sdk/physical/file"
+	"github.com/hashicorp/vault/sdk/physical/inmem"
+	"github.com/hashicorp/vault/vault"
+)
+
+// options are the command line.
+type options struct {
+	address     string
+	certFile    string
+	keyFile     string
+	storage     string        // directory; empty keeps everything in memory
+	maxDuration time.Duration // of one request; zero is Vault's own default of 90 s
+	logLevel    string
+}
+
+func main() {
+	var o options
+	flag.StringVar(&o.address, "address", "127.0.0.1:0", "`host:port` to listen on; port 0 takes a free one")
+	flag.StringVar(&o.certFile, "cert", "", "PEM `file` with the server's certificate (required)")
+	flag.StringVar(&o.keyFile, "key", "", "PEM `file` with the certificate's key (required)")
+	flag.StringVar(&o.storage, "storage", "", "`directory` that keeps state over a restart; in memory if empty")
+	flag.DurationVar(&o.maxDuration, "max-request-duration", 0, "how long one request may take; 0 is Vault's default, 90s")
+	flag.StringVar(&o.logLevel, "log-level", "warn", "trace, debug, info, warn or error")
+	flag.Parse()
+
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, o)
+	stop()
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "vaultserver: error: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+// run serves until ctx ends, then seals the core so that file storage is left whole.
+func run(ctx context.Context, o options) error {
+	logger := hclog.New(&hclog.LoggerOptions{Name: "vault", Level: hclog.LevelFromString(o.logLevel), Output: os.Stderr})
+	listener, err := listen(o)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = listener.Close() }() // the server below has closed it on every path but an early error
+	url := "https://" + listener.Addr().String()
+
+	core, err := newCore(o, url, logger)
+	if err != nil {
+		return fmt.Errorf("starting the core: %w", err)
+	}
+	server := &http.Server{
+		Handler: vaulthttp.Handler.Handler(&vault.HandlerProperties{
+			Core:           core,
+			ListenerConfig: &configutil.Listener{Address: listener.Addr().String(), MaxRequestDuration: o.maxDuration},
+		}),
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       30 * time.Second,
+		ErrorLog:          logger.StandardLogger(nil),
+	}
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	fmt.Println("ready", url)
+
+	select {
+	case err := <-served:
+		return fmt.Errorf("serving on %s: %w", url, err)
+	case <-ctx.Done():
+	}
+	closeErr := server.Close()
+	<-served
+	return errors.Join(closeErr, core.ShutdownWait())
+}
+
+// listen asks every client for a certificate and demands none: the cert auth method looks at what came.
+func listen(o options) (net.Listener, error) {
+	pair, err := tls.LoadX509KeyPair(o.certFile, o.keyFile)
+	if err != nil {
+		return nil, fmt.Errorf("loading -cert and -key: %w", err)
+	}
+	listener, err := tls.Listen("tcp", o.address, &tls.Config{
+		Certificates: []tls.Certificate{pair},
+		ClientAuth:   tls.RequestClientCert,
+		MinVersion:   tls.VersionTLS12,
+		NextProtos:   []string{"h2", "http/1.1"},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("listening: %w", err)
+	}
+	return listener, nil
+}
+
+func newCore(o options, url string, logger hclog.Logger) (*vault.Core, error) {
+	storage, err := newStorage(o.storage, logger)
+	if err != nil {
+		return nil, fmt.Errorf("opening storage: %w", err)
+	}
+	if o.maxDuration > 0 {
+		vault.DefaultMaxRequestDuration = o.maxDuration // a revocation in the background is bounded by this one
+	}
+	return vault.NewCore(&vault.CoreConfig{
+		Physical:           storage,
+		Logger:             logger,
+		RedirectAddr:       url,
+		DisableMlock:       true, // needs a privilege that a test does not have
+		BuiltinRegistry:    builtins{},
+		LogicalBackends:    engines,
+		CredentialBackends: authMethods,
+		AuditBackends:      map[string]audit.Factory{"file": audit.NewFileBackend},
+	})
+}
+
+func newStorage(dir string, logger hclog.Logger) (physical.Backend, error) {
+	if dir == "" {
+		return inmem.NewInmem(nil, logger)
+	}
+	return file.NewFileBackend(map[string]string{"path": dir}, logger)
+}
+
+var (
+	engines = map[string]logical.Factory{
+		"database": database.Factory,
+		"kv":       kv.Factory,
+		"pki":      pki.Factory,
+		"ssh":      ssh.Factory,
+		"transit":  transit.Factory,
+	}
+	authMethods = map[string]logical.Factory{
+		"approle": approle.Factory,
+		"cert":    cert.Factory,
+		"jwt":     jwtauth.Factory,
+		"oidc":    jwtauth.Factory,
+	}
+	databases = map[string]func() (any, error){
+		"postgresql-database-plugin": postgresql.New,
+	}
+)
+
+// builtins tells the core's plugin catalogue what is compiled in. Without it the database engine finds no plugin.
+type builtins struct{}
+
+func (builtins) Get(name string, kind consts.PluginType) (func() (any, error), bool) {
+	var factory logical.Factory
+	var ok bool
+	switch kind {
+	case consts.PluginTypeDatabase:
+		plugin, ok := databases[name]
+		return plugin, ok
+	case consts.PluginTypeSecrets:
+		factory, ok = engines[name]
+	case consts.PluginTypeCredential:
+		factory, ok = authMethods[name]
+	}
+	if !ok {
+		return nil, false
+	}
+	return func() (any, error) { return factory, nil }, true
+}
+
+func (b builtins) Contains(name string, kind consts.PluginType) bool {
+	_, ok := b.Get(name, kind)
+	return ok
+}
+
+func (builtins) Keys(kind consts.PluginType) []string {
+	switch kind {
+	case consts.PluginTypeDatabase:
+		return keys(databases)
+	case consts.PluginTypeSecrets:
+		return keys(engines)
+	case consts.PluginTypeCredential:
+		return keys(authMethods)
+	}
+	return nil
+}
+
+func (b builtins) DeprecationStatus(name string, kind consts.PluginType) (consts.DeprecationStatus, bool) {
+	return consts.Supported, b.Contains(name, kind)
+}
+
+func (builtins) IsBuiltinEntPlugin(string, consts.PluginType) bool { return false }
+
+func keys[V any](m map[string]V) []string {
+	return slices.Sorted(maps.Keys(m))
+}
