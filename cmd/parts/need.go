@@ -24,6 +24,7 @@ type TB interface {
 var shared struct {
 	vault    once[*VaultServer]
 	postgres once[*PostgresServer]
+	spire    once[*SPIREServers]
 }
 
 type once[T any] struct {
@@ -75,6 +76,36 @@ func OwnPostgreSQL(t TB, config PostgresConfig) *PostgresServer {
 	t.Helper()
 	server, err := PostgreSQL(t.Context(), config)
 	demand(t, "postgres", err)
+	closeWith(t, server.Close)
+	return server
+}
+
+// NeedSPIRE returns the SPIRE server and agent that the tests of this process share. Skipping is as for NeedVault,
+// with "spire".
+func NeedSPIRE(t TB) *SPIREServers {
+	t.Helper()
+	servers, err := shared.spire.get(func() (*SPIREServers, error) {
+		return SPIRE(t.Context(), SPIREConfig{Binaries: Binaries{NoBuild: true}})
+	})
+	demand(t, "spire", err)
+	return servers
+}
+
+// OwnSPIRE returns a SPIRE server and agent for this test alone, closed with the test.
+func OwnSPIRE(t TB, config SPIREConfig) *SPIREServers {
+	t.Helper()
+	config.Binaries.NoBuild = true
+	servers, err := SPIRE(t.Context(), config)
+	demand(t, "spire", err)
+	closeWith(t, servers.Close)
+	return servers
+}
+
+// OwnSSHD returns an sshd for this test alone, closed with the test. Skipping is as for NeedVault, with "sshd".
+func OwnSSHD(t TB, config SSHDConfig) *SSHDServer {
+	t.Helper()
+	server, err := SSHD(t.Context(), config)
+	demand(t, "sshd", err)
 	closeWith(t, server.Close)
 	return server
 }

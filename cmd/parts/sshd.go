@@ -1,0 +1,181 @@
+package parts
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"strconv"
+
+	"golang.org/x/crypto/ssh"
+)
+
+// SSHDConfig says what sshd to run.
+type SSHDConfig struct {
+	// UserCAKeys are the authorities whose user certificates are taken, in the form of an authorized_keys file.
+	// Nil takes none.
+	UserCAKeys []byte
+	// RevokedKeys is a key revocation list, or public keys one a line. Nil revokes nothing; Revoke changes it.
+	RevokedKeys []byte
+	// Principals are the names that a certificate must bear one of to log in as any user. Nil leaves sshd's own
+	// rule: the certificate must bear the user's name.
+	Principals []string
+	// Settings are further lines of sshd_config. Nil adds none.
+	Settings []string
+}
+
+// SSHDServer is a real OpenSSH server on a loopback port that takes certificates only. Safe for concurrent use.
+type SSHDServer struct {
+	nest    *nest
+	process *process
+	port    int
+	hostKey ssh.PublicKey
+}
+
+// SSHD starts an sshd. It returns ErrMissing where there is none, or where we are not root: another user's sshd can
+// log in nobody else.
+func SSHD(ctx context.Context, config SSHDConfig) (*SSHDServer, error) {
+	path, err := sshdPath()
+	if err != nil {
+		return nil, err
+	}
+	if os.Geteuid() != 0 {
+		return nil, missing("root, for sshd", "run as root")
+	}
+	nest, err := newNest("sshd", "KILL")
+	if err != nil {
+		return nil, err
+	}
+	s := &SSHDServer{nest: nest}
+	if err := s.prepare(config); err != nil {
+		return nil, errors.Join(fmt.Errorf("preparing sshd: %w", err), s.Close())
+	}
+	// -D and -e keep it in the foreground with its log on standard error.
+	s.process, err = nest.start(command{path: path, args: []string{"-D", "-e", "-f", nest.path("sshd_config")}})
+	if err == nil {
+		err = s.process.ready(ctx, s.answers)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("starting sshd: %w", err), s.Close())
+	}
+	return s, nil
+}
+
+// sshdPath is absolute, which sshd demands of the way it is called.
+func sshdPath() (string, error) {
+	if path, err := exec.LookPath("sshd"); err == nil {
+		return path, nil
+	}
+	const debian = "/usr/sbin/sshd"
+	if _, err := os.Stat(debian); err != nil {
+		return "", missing("sshd", "install the package openssh-server")
+	}
+	return debian, nil
+}
+
+func (s *SSHDServer) prepare(config SSHDConfig) (err error) {
+	if s.port, err = freePort(); err != nil {
+		return err
+	}
+	public, private, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		return err
+	}
+	if s.hostKey, err = ssh.NewPublicKey(public); err != nil {
+		return err
+	}
+	block, err := ssh.MarshalPrivateKey(private, "")
+	if err != nil {
+		return err
+	}
+	files := map[string][]byte{
+		"host_key":    pem.EncodeToMemory(block),
+		"user_ca":     config.UserCAKeys,
+		"revoked":     config.RevokedKeys,
+		"sshd_config": s.settings(config),
+	}
+	if config.Principals != nil {
+		var lines bytes.Buffer
+		for _, principal := range config.Principals {
+			fmt.Fprintln(&lines, principal)
+		}
+		files["principals"] = lines.Bytes()
+	}
+	for name, text := range files {
+		if err := os.WriteFile(s.nest.path(name), text, 0o600); err != nil {
+			return err
+		}
+	}
+	const separation = "/run/sshd" // compiled into Debian's sshd, which will not start without it
+	return os.MkdirAll(separation, 0o755)
+}
+
+func (s *SSHDServer) settings(config SSHDConfig) []byte {
+	lines := []string{
+		"ListenAddress " + s.Address(),
+		"HostKey " + s.nest.path("host_key"),
+		"TrustedUserCAKeys " + s.nest.path("user_ca"),
+		"RevokedKeys " + s.nest.path("revoked"),
+		"AuthorizedKeysFile none",
+		"AuthenticationMethods publickey",
+		"PermitRootLogin prohibit-password",
+		"UsePAM no",
+		"StrictModes no", // the temporary directory is below one that all may write to
+		"PidFile none",
+		"LogLevel VERBOSE",
+	}
+	if config.Principals != nil {
+		lines = append(lines, "AuthorizedPrincipalsFile "+s.nest.path("principals"))
+	}
+	var text bytes.Buffer
+	for _, line := range append(lines, config.Settings...) {
+		fmt.Fprintln(&text, line)
+	}
+	return text.Bytes()
+}
+
+// answers succeeds when the server greets.
+func (s *SSHDServer) answers(ctx context.Context) error {
+	var dialer net.Dialer
+	conn, err := dialer.DialContext(ctx, "tcp", s.Address())
+	if err != nil {
+		return err
+	}
+	greeting := make([]byte, len("SSH-2.0"))
+	_, err = conn.Read(greeting)
+	return errors.Join(err, conn.Close())
+}
+
+// Address is host:port.
+func (s *SSHDServer) Address() string { return "127.0.0.1:" + strconv.Itoa(s.port) }
+
+// HostKey is the key that the server must show.
+func (s *SSHDServer) HostKey() ssh.PublicKey { return s.hostKey }
+
+// Revoke replaces the list of revoked keys (see SSHDConfig). sshd reads it anew at every login.
+func (s *SSHDServer) Revoke(list []byte) error {
+	// sshd refuses everybody while it cannot read the list, so the new one takes the old one's place at once.
+	fresh := s.nest.path("revoked.new")
+	if err := os.WriteFile(fresh, list, 0o600); err != nil {
+		return fmt.Errorf("writing revoked keys: %w", err)
+	}
+	return os.Rename(fresh, s.nest.path("revoked"))
+}
+
+// Log is the end of the server's log, with each login and why it was refused.
+func (s *SSHDServer) Log() string { return s.process.tail() }
+
+// Close ends the server and removes all it had. A session that is still open ends when its client closes it.
+func (s *SSHDServer) Close() error {
+	var err error
+	if s.process != nil {
+		err = s.process.kill()
+	}
+	return errors.Join(err, s.nest.close())
+}
