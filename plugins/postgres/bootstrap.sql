@@ -1,0 +1,503 @@
+-- What Pawl needs in a database that it issues credentials for. Run as a superuser, in one
+-- transaction, as often as you like. PostgreSQL 15 or newer.
+--
+-- Who may do what:
+--   pawl_maker    owns everything here and cannot log in. It makes and drops roles, so from PostgreSQL
+--                 16 on it reaches only the roles it made. A table can be granted to agents when
+--                 pawl_maker holds the verb on it WITH GRANT OPTION, and is withdrawn from all of them
+--                 by REVOKE … FROM pawl_maker CASCADE.
+--   pawl_vault    Vault's connection: makes and ends logins whose names have our form, nothing else.
+--   pawl_shaper   makes shapes: groups that hold exactly some verbs on some tables.
+--   pawl_revoker  severs, inspects and removes agents' logins, by grant id.
+-- Every function takes names apart by pattern before it uses them, quotes with %I and %L, and looks
+-- nothing up outside pg_catalog (pg_temp is named last, or it would come first).
+
+SET LOCAL search_path = pg_catalog, pg_temp;
+
+DO $$
+BEGIN
+    IF current_setting('server_version_num')::int < 150000 THEN
+        RAISE 'PostgreSQL 15 or newer is needed: before it everybody may create in schema public';
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'pawl_maker') THEN
+        CREATE ROLE pawl_maker NOLOGIN CREATEROLE;
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'pawl_vault') THEN
+        CREATE ROLE pawl_vault LOGIN CONNECTION LIMIT 64;
+    END IF;
+    GRANT pg_signal_backend TO pawl_maker;
+    EXECUTE format('GRANT CREATE, CONNECT ON DATABASE %I TO pawl_maker WITH GRANT OPTION', current_database());
+    CREATE SCHEMA IF NOT EXISTS pawl AUTHORIZATION pawl_maker;
+    IF (SELECT nspowner FROM pg_namespace WHERE nspname = 'pawl') <> 'pawl_maker'::regrole THEN
+        RAISE 'schema pawl belongs to somebody else';
+    END IF;
+    IF to_regprocedure('pawl.version()') IS NOT NULL THEN
+        IF pawl.version() > 1 THEN
+            RAISE 'schema pawl is of a newer version than this script';
+        END IF;
+    END IF;
+END $$;
+
+SET LOCAL ROLE pawl_maker;
+
+-- The two groups of the broker are made by pawl_maker, so that it may put logins into them.
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'pawl_shaper') THEN
+        CREATE ROLE pawl_shaper NOLOGIN;
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'pawl_revoker') THEN
+        CREATE ROLE pawl_revoker NOLOGIN;
+    END IF;
+END $$;
+
+CREATE OR REPLACE FUNCTION pawl.version() RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT 1';
+
+CREATE TABLE IF NOT EXISTS pawl.shapes (
+    shape     text PRIMARY KEY,
+    spec      text NOT NULL,
+    last_used timestamptz NOT NULL DEFAULT now()
+);
+
+-- One row a grant: PostgreSQL itself refuses a second credential for it. The oid finds sessions that
+-- outlive their role. A row without a name bars a grant that has no credential from ever getting one.
+CREATE TABLE IF NOT EXISTS pawl.logins (
+    grant_id text PRIMARY KEY,
+    name     text,
+    role     oid,
+    ended    timestamptz
+);
+CREATE INDEX IF NOT EXISTS logins_role ON pawl.logins (role);
+
+CREATE OR REPLACE FUNCTION pawl.is_login(name text) RETURNS boolean LANGUAGE sql IMMUTABLE AS
+$$ SELECT name ~ '^pawl-gr[0-9a-hjkmnp-tv-z]{24}-[0-9a-f]{12}-[A-Za-z0-9]{8}$' $$;
+
+-- Our logins as PostgreSQL knows them, by the grant id in the name.
+CREATE OR REPLACE VIEW pawl.roles AS
+    SELECT substr(rolname, 6, 26) AS grant_id, rolname::text AS name, oid AS role, rolcanlogin, rolvaliduntil
+    FROM pg_roles WHERE pawl.is_login(rolname);
+
+-- ---------------------------------------------------------------- shapes
+
+-- A specification is the canonical JSON that the broker hashed; its hash is the shape's name, so nobody
+-- can pass one off as another.
+CREATE OR REPLACE FUNCTION pawl.check_spec(in_shape text, in_spec text) RETURNS jsonb
+LANGUAGE plpgsql AS $$
+DECLARE
+    s jsonb;
+BEGIN
+    IF octet_length(in_spec) > 65536
+        OR in_shape IS DISTINCT FROM left(encode(sha256(convert_to(in_spec, 'UTF8')), 'hex'), 12) THEN
+        RAISE 'shape is not the hash of its specification' USING ERRCODE = '22023';
+    END IF;
+    s := in_spec::jsonb;
+    IF s->>'database' IS DISTINCT FROM current_database()
+        OR EXISTS (SELECT FROM jsonb_object_keys(s) k WHERE k NOT IN
+            ('database', 'tables', 'verbs', 'filter', 'connections', 'statement_ms', 'idle_ms'))
+        OR jsonb_array_length(s->'tables') NOT BETWEEN 1 AND 32
+        OR jsonb_array_length(s->'verbs') NOT BETWEEN 1 AND 4
+        OR EXISTS (SELECT FROM jsonb_array_elements(s->'tables') t
+            WHERE jsonb_array_length(t) <> 2 OR t->>0 IS NULL OR t->>1 IS NULL)
+        OR EXISTS (SELECT FROM jsonb_array_elements_text(s->'verbs') v
+            WHERE v IS NULL OR v NOT IN ('select', 'insert', 'update', 'delete'))
+        OR (s ? 'filter' AND (s#>>'{filter,column}' IS NULL OR s#>>'{filter,value}' IS NULL))
+        OR ((s->>'connections')::int BETWEEN 1 AND 100) IS NOT TRUE
+        OR ((s->>'statement_ms')::int BETWEEN 1 AND 86400000) IS NOT TRUE
+        OR ((s->>'idle_ms')::int BETWEEN 1 AND 86400000) IS NOT TRUE THEN
+        RAISE 'malformed specification' USING ERRCODE = '22023';
+    END IF;
+    RETURN s;
+END $$;
+
+-- Refuses a table that pawl_maker does not hold all the verbs on WITH GRANT OPTION, in the same words as
+-- one that does not exist. What pawl_maker itself owns is ours and no agent's.
+CREATE OR REPLACE FUNCTION pawl.check_grantable(s jsonb) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    t record;
+BEGIN
+    FOR t IN SELECT e->>0 AS nsp, e->>1 AS rel, (
+            SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+            WHERE n.nspname = e->>0 AND c.relname = e->>1 AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+                AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast', 'pawl')
+                AND c.relowner <> 'pawl_maker'::regrole) AS oid
+        FROM jsonb_array_elements(s->'tables') e LOOP
+        IF t.oid IS NULL OR EXISTS (SELECT FROM jsonb_array_elements_text(s->'verbs') v
+            WHERE NOT has_table_privilege(t.oid, v || ' WITH GRANT OPTION')) THEN
+            RAISE 'table %.% may not be granted', t.nsp, t.rel USING ERRCODE = '42501';
+        END IF;
+    END LOOP;
+END $$;
+
+-- Where the shape's group reaches a table: itself, or the view that filters its rows.
+CREATE OR REPLACE FUNCTION pawl.reach(in_shape text, s jsonb, nsp text, rel text) RETURNS text
+LANGUAGE sql STABLE AS
+$$ SELECT format('%I.%I', CASE WHEN s ? 'filter' THEN 'pawl_' || in_shape ELSE nsp END, rel) $$;
+
+-- Whether the group still has all that the shape says. A table that was dropped and made again, or
+-- withdrawn, makes it false.
+CREATE OR REPLACE FUNCTION pawl.shape_holds(in_shape text, s jsonb) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    grp oid := (SELECT oid FROM pg_roles WHERE rolname = 'pawl-shape-' || in_shape);
+BEGIN
+    RETURN grp IS NOT NULL AND NOT EXISTS (
+        SELECT FROM jsonb_array_elements(s->'tables') e, jsonb_array_elements_text(s->'verbs') v
+        WHERE has_table_privilege(grp, to_regclass(pawl.reach(in_shape, s, e->>0, e->>1)), v) IS NOT TRUE);
+END $$;
+
+CREATE OR REPLACE FUNCTION pawl.grant_table(grp text, s jsonb, nsp text, rel text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    verbs text := (SELECT string_agg(v, ', ') FROM jsonb_array_elements_text(s->'verbs') v);
+    seq   regclass;
+BEGIN
+    IF NOT has_schema_privilege('public', nsp, 'USAGE') THEN
+        EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', nsp, grp);
+    END IF;
+    EXECUTE format('GRANT %s ON %I.%I TO %I', verbs, nsp, rel, grp);
+    -- A serial column's default calls nextval with the agent's own rights.
+    FOR seq IN SELECT d.objid FROM pg_depend d JOIN pg_class c ON c.oid = d.objid AND c.relkind = 'S'
+        WHERE d.refobjid = format('%I.%I', nsp, rel)::regclass AND d.deptype = 'a'
+            AND s->'verbs' ? 'insert' AND has_sequence_privilege(d.objid, 'USAGE WITH GRANT OPTION') LOOP
+        EXECUTE format('GRANT USAGE ON SEQUENCE %s TO %I', seq, grp);
+    END LOOP;
+END $$;
+
+-- The filter is a view with a security barrier, so that no function of the agent's sees a row before
+-- the filter did; WITH CHECK OPTION keeps writes inside it.
+CREATE OR REPLACE FUNCTION pawl.grant_view(in_shape text, grp text, s jsonb, nsp text, rel text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    verbs text := (SELECT string_agg(v, ', ') FROM jsonb_array_elements_text(s->'verbs') v);
+BEGIN
+    EXECUTE format('CREATE VIEW %s WITH (security_barrier) AS SELECT * FROM %I.%I WHERE %I = %L %s',
+        pawl.reach(in_shape, s, nsp, rel), nsp, rel, s#>>'{filter,column}', s#>>'{filter,value}',
+        CASE WHEN s->'verbs' <> '["select"]' THEN 'WITH CASCADED CHECK OPTION' END);
+    EXECUTE format('GRANT %s ON %s TO %I', verbs, pawl.reach(in_shape, s, nsp, rel), grp);
+END $$;
+
+CREATE OR REPLACE FUNCTION pawl.build_shape(in_shape text, s jsonb) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    grp text := 'pawl-shape-' || in_shape;
+    t   record;
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = grp) THEN
+        EXECUTE format('CREATE ROLE %I NOLOGIN', grp);
+    END IF;
+    IF NOT has_database_privilege('public', current_database(), 'CONNECT') THEN
+        EXECUTE format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), grp);
+    END IF;
+    IF s ? 'filter' THEN
+        EXECUTE format('DROP SCHEMA IF EXISTS %I CASCADE', 'pawl_' || in_shape);
+        EXECUTE format('CREATE SCHEMA %I', 'pawl_' || in_shape);
+        EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', 'pawl_' || in_shape, grp);
+    END IF;
+    FOR t IN SELECT e->>0 AS nsp, e->>1 AS rel FROM jsonb_array_elements(s->'tables') e LOOP
+        IF s ? 'filter' THEN
+            PERFORM pawl.grant_view(in_shape, grp, s, t.nsp, t.rel);
+        ELSE
+            PERFORM pawl.grant_table(grp, s, t.nsp, t.rel);
+        END IF;
+    END LOOP;
+END $$;
+
+-- Makes the group of a shape, once. Grants on one table by two transactions collide ("tuple concurrently
+-- updated"), so one lock serves all shapes; who finds the shape made takes no lock.
+CREATE OR REPLACE FUNCTION pawl.ensure_shape(in_shape text, in_spec text) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
+DECLARE
+    s     jsonb := pawl.check_spec(in_shape, in_spec);
+    known text;
+BEGIN
+    PERFORM pawl.check_grantable(s);
+    FOR look IN 1..2 LOOP
+        SELECT spec INTO known FROM pawl.shapes WHERE shape = in_shape;
+        IF known <> in_spec THEN
+            RAISE 'shape % is taken by another specification', in_shape USING ERRCODE = '22023';
+        END IF;
+        IF known IS NOT NULL AND pawl.shape_holds(in_shape, s) THEN
+            UPDATE pawl.shapes SET last_used = now()
+            WHERE shape = in_shape AND last_used < now() - interval '1 minute';
+            RETURN;
+        END IF;
+        PERFORM pg_advisory_xact_lock(hashtext('pawl.shapes'));
+    END LOOP;
+    PERFORM pawl.build_shape(in_shape, s);
+    INSERT INTO pawl.shapes (shape, spec) VALUES (in_shape, in_spec)
+    ON CONFLICT (shape) DO UPDATE SET last_used = now();
+END $$;
+
+-- ---------------------------------------------------------------- logins, made and ended for Vault
+
+-- Only a SCRAM verifier is taken for a password: the password itself never comes here, so it cannot be
+-- in this server's log.
+CREATE OR REPLACE FUNCTION pawl.check_verifier(verifier text, expires timestamptz, longest interval)
+RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF (verifier ~ '^SCRAM-SHA-256\$[0-9]{4,7}:[A-Za-z0-9+/]{8,64}={0,2}\$[A-Za-z0-9+/]{43}=:[A-Za-z0-9+/]{43}=$')
+        IS NOT TRUE THEN
+        RAISE 'the password must be a SCRAM-SHA-256 verifier' USING ERRCODE = '22023',
+            HINT = 'Set password_authentication=scram-sha-256 on the connection in Vault.';
+    END IF;
+    IF (expires > now() AND expires <= now() + longest) IS NOT TRUE THEN
+        RAISE 'a login ends within %', longest USING ERRCODE = '22023';
+    END IF;
+END $$;
+
+-- What Vault's creation statement calls. The login is a member of its shape's group and holds
+-- nothing of its own; its settings spare the database, they are no boundary.
+CREATE OR REPLACE FUNCTION pawl.grant_login(login text, verifier text, expires timestamptz) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    in_shape text := substr(login, 33, 12);
+    s        jsonb;
+BEGIN
+    IF pawl.is_login(login) IS NOT TRUE THEN
+        RAISE 'not the name of an agent''s login' USING ERRCODE = '22023';
+    END IF;
+    PERFORM pawl.check_verifier(verifier, expires, interval '1 hour');
+    -- The share lock keeps the shape from being collected before this commits.
+    SELECT spec::jsonb INTO s FROM pawl.shapes WHERE shape = in_shape FOR KEY SHARE;
+    IF s IS NULL THEN
+        RAISE 'no shape %', in_shape USING ERRCODE = '22023';
+    END IF;
+    INSERT INTO pawl.logins (grant_id, name) VALUES (substr(login, 6, 26), login);
+    EXECUTE format('CREATE ROLE %I LOGIN CONNECTION LIMIT %s PASSWORD %L VALID UNTIL %L IN ROLE %I',
+        login, (s->>'connections')::int, verifier, expires, 'pawl-shape-' || in_shape);
+    EXECUTE format('ALTER ROLE %I SET statement_timeout = %L', login, s->>'statement_ms');
+    EXECUTE format('ALTER ROLE %I SET idle_in_transaction_session_timeout = %L', login, s->>'idle_ms');
+    IF s ? 'filter' THEN
+        EXECUTE format('ALTER ROLE %I SET search_path = %I', login, 'pawl_' || in_shape);
+    END IF;
+    UPDATE pawl.logins l SET role = r.role FROM pawl.roles r WHERE r.name = login AND l.grant_id = r.grant_id;
+END $$;
+
+-- Takes login and rights from the given logins. Leaving the group cuts at once whoever is still
+-- inside, and whoever such a login was granted to (PostgreSQL 15 lets a login grant itself).
+CREATE OR REPLACE FUNCTION pawl.disable(names text[]) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    r record;
+BEGIN
+    FOR r IN SELECT p.name FROM pawl.roles p JOIN unnest(names) n ON n = p.name WHERE p.rolcanlogin LOOP
+        EXECUTE format('ALTER ROLE %I NOLOGIN', r.name);
+    END LOOP;
+    FOR r IN SELECT p.name, g.rolname FROM pawl.roles p JOIN unnest(names) n ON n = p.name
+        JOIN pg_auth_members m ON m.member = p.role JOIN pg_roles g ON g.oid = m.roleid
+        WHERE g.rolname LIKE 'pawl-%' LOOP
+        EXECUTE format('REVOKE %I FROM %I', r.rolname, r.name);
+    END LOOP;
+END $$;
+
+-- Ends the sessions of roles and waits for that, two seconds at most; true when none is left.
+CREATE OR REPLACE FUNCTION pawl.hang_up(roles oid[]) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    patience timestamptz := clock_timestamp() + interval '2 seconds';
+    n        int;
+BEGIN
+    LOOP
+        PERFORM pg_stat_clear_snapshot(); -- or every look in a transaction gives the first one's answer
+        SELECT count(pg_terminate_backend(pid)) INTO n FROM pg_stat_activity WHERE usesysid = ANY (roles);
+        IF n = 0 OR clock_timestamp() > patience THEN
+            RETURN n = 0;
+        END IF;
+        PERFORM pg_sleep(0.01);
+    END LOOP;
+END $$;
+
+-- Drops a role that can no longer log in and has no session. One that owns something in another
+-- database stays, without login or rights: raising here would undo that.
+CREATE OR REPLACE FUNCTION pawl.drop_role(name text) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    EXECUTE format('GRANT %I TO pawl_maker', name); -- DROP OWNED needs the rights of the role
+    EXECUTE format('DROP OWNED BY %I CASCADE', name);
+    EXECUTE format('DROP ROLE %I', name);
+    RETURN true;
+EXCEPTION WHEN dependent_objects_still_exist OR insufficient_privilege OR object_in_use THEN
+    RETURN false;
+END $$;
+
+-- What Vault's revocation statement calls: NOLOGIN, sessions, objects, role, in this order, for DROP
+-- ROLE alone leaves sessions alive. Ending again, or what never was, is no error.
+CREATE OR REPLACE FUNCTION pawl.end_logins(names text[]) RETURNS int LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
+DECLARE
+    here    oid[];
+    r       record;
+    dropped int := 0;
+BEGIN
+    IF names IS NULL OR EXISTS (SELECT FROM unnest(names) n WHERE pawl.is_login(n) IS NOT TRUE) THEN
+        RAISE 'not names of agents'' logins' USING ERRCODE = '22023';
+    END IF;
+    PERFORM FROM pawl.logins WHERE grant_id IN (SELECT substr(n, 6, 26) FROM unnest(names) n)
+    ORDER BY grant_id FOR UPDATE;
+    here := ARRAY(SELECT role FROM pawl.roles WHERE name = ANY (names));
+    PERFORM pawl.disable(names);
+    UPDATE pawl.logins l SET ended = now() FROM unnest(names) n
+    WHERE l.grant_id = substr(n, 6, 26) AND l.ended IS NULL;
+    IF pawl.hang_up(here) THEN
+        FOR r IN SELECT p.name FROM pawl.roles p WHERE p.name = ANY (names) LOOP
+            dropped := dropped + pawl.drop_role(r.name)::int;
+        END LOOP;
+    END IF;
+    RETURN dropped;
+END $$;
+
+-- ---------------------------------------------------------------- the broker's own logins
+
+CREATE OR REPLACE FUNCTION pawl.is_service(login text) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT login ~ '^pawl-[A-Za-z0-9][A-Za-z0-9._-]{0,47}-[A-Za-z0-9]{8}$'
+        AND login !~ '^pawl-(gr[0-9a-z]{24}-|shape-)'
+$$;
+
+-- A step's token cannot make one of these: the display name that begins with a grant id is refused.
+CREATE OR REPLACE FUNCTION pawl.grant_service_login(login text, verifier text, expires timestamptz, duty text)
+RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF pawl.is_service(login) IS NOT TRUE OR (duty IN ('shaper', 'revoker')) IS NOT TRUE THEN
+        RAISE 'not a login of the broker''s' USING ERRCODE = '22023';
+    END IF;
+    PERFORM pawl.check_verifier(verifier, expires, interval '25 hours');
+    EXECUTE format('CREATE ROLE %I LOGIN CONNECTION LIMIT 16 PASSWORD %L VALID UNTIL %L IN ROLE %I',
+        login, verifier, expires, 'pawl_' || duty);
+END $$;
+
+CREATE OR REPLACE FUNCTION pawl.end_service_login(login text) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
+DECLARE
+    known oid := (SELECT r.oid FROM pg_roles r WHERE r.rolname = login AND EXISTS (
+        SELECT FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid
+        WHERE m.member = r.oid AND g.rolname IN ('pawl_shaper', 'pawl_revoker')));
+BEGIN
+    IF pawl.is_service(login) IS NOT TRUE THEN
+        RAISE 'not a login of the broker''s' USING ERRCODE = '22023';
+    END IF;
+    IF known IS NULL THEN
+        RETURN false;
+    END IF;
+    EXECUTE format('ALTER ROLE %I NOLOGIN', login);
+    RETURN pawl.hang_up(ARRAY[known]) AND pawl.drop_role(login);
+END $$;
+
+-- ---------------------------------------------------------------- severing and proving
+
+CREATE OR REPLACE FUNCTION pawl.check_grants(grants text[]) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF grants IS NULL OR EXISTS (SELECT FROM unnest(grants) g
+        WHERE (g ~ '^gr[0-9a-hjkmnp-tv-z]{24}$') IS NOT TRUE) THEN
+        RAISE 'not a list of grant ids' USING ERRCODE = '22023';
+    END IF;
+END $$;
+
+-- What is left of the given grants' credentials; of all when grants is null. A session counts even
+-- when its role is gone.
+CREATE OR REPLACE FUNCTION pawl.inspect(grants text[]) RETURNS TABLE (
+    grant_id text, name text, role oid, can_login boolean, in_group boolean, valid_until timestamptz, sessions int)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM pg_stat_clear_snapshot();
+    RETURN QUERY
+    WITH busy AS (SELECT usesysid, count(*)::int AS n FROM pg_stat_activity GROUP BY usesysid),
+    known AS (
+        SELECT r.grant_id, r.name, r.role, r.rolcanlogin, r.rolvaliduntil FROM pawl.roles r
+        UNION ALL
+        SELECT l.grant_id, l.name, l.role, false, NULL FROM busy b JOIN pawl.logins l ON l.role = b.usesysid
+        WHERE NOT EXISTS (SELECT FROM pg_roles p WHERE p.oid = l.role))
+    SELECT k.grant_id, k.name, k.role, k.rolcanlogin,
+        EXISTS (SELECT FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid
+            WHERE m.member = k.role AND g.rolname LIKE 'pawl-%'),
+        k.rolvaliduntil, coalesce(b.n, 0)
+    FROM known k LEFT JOIN busy b ON b.usesysid = k.role
+    WHERE grants IS NULL OR k.grant_id IN (SELECT unnest(grants));
+END $$;
+
+-- Cuts the given grants. Call it until all three counts are zero: a login that began before the
+-- commit is found by the next call. A grant that is being ended in another transaction is passed
+-- over, so that nobody can hold up the rest.
+CREATE OR REPLACE FUNCTION pawl.sever(grants text[], OUT severed int, OUT passed_over int, OUT sessions int)
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
+DECLARE
+    locked text[];
+    alive  text[];
+    ours   text[];
+BEGIN
+    PERFORM pawl.check_grants(grants);
+    -- Two transactions that alter one role collide, so the rows are locked first.
+    locked := ARRAY(SELECT l.grant_id FROM pawl.logins l WHERE l.grant_id IN (SELECT unnest(grants))
+        FOR UPDATE SKIP LOCKED);
+    alive := ARRAY(SELECT i.name FROM pawl.inspect(grants) i WHERE i.can_login OR i.in_group);
+    ours := ARRAY(SELECT a FROM unnest(alive) a WHERE substr(a, 6, 26) IN (SELECT unnest(locked))
+        OR NOT EXISTS (SELECT FROM pawl.logins l WHERE l.grant_id = substr(a, 6, 26)));
+    PERFORM pawl.disable(ours);
+    severed := cardinality(ours);
+    passed_over := cardinality(alive) - severed;
+    SELECT count(pg_terminate_backend(a.pid)) INTO sessions
+    FROM pawl.inspect(grants) i JOIN pg_stat_activity a ON a.usesysid = i.role;
+END $$;
+
+-- Bars grants from ever getting a credential, and waits for those being made; gives how many of
+-- the grants can log in nevertheless, because theirs was made just before.
+CREATE OR REPLACE FUNCTION pawl.bar(grants text[]) RETURNS int LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+BEGIN
+    PERFORM pawl.check_grants(grants);
+    INSERT INTO pawl.logins (grant_id, ended) SELECT g, now() FROM unnest(grants) g ORDER BY g
+    ON CONFLICT (grant_id) DO NOTHING;
+    RETURN (SELECT count(*) FROM pawl.roles r WHERE r.rolcanlogin AND r.grant_id IN (SELECT unnest(grants)));
+END $$;
+
+-- Drops the logins of grants; gives how many.
+CREATE OR REPLACE FUNCTION pawl.remove(grants text[]) RETURNS int LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM pawl.check_grants(grants);
+    RETURN pawl.end_logins(ARRAY(SELECT r.name FROM pawl.roles r WHERE r.grant_id IN (SELECT unnest(grants))));
+END $$;
+
+-- Clears away what nobody will miss: logins ten minutes past their end (Vault failed to end them),
+-- shapes that were not used for the given time and have no member, records of a day ago.
+CREATE OR REPLACE FUNCTION pawl.collect(unused interval, OUT logins int, OUT shapes int, OUT records int)
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
+DECLARE
+    r record;
+BEGIN
+    IF (unused >= interval '1 hour') IS NOT TRUE THEN
+        RAISE 'shapes are kept for an hour at least: brokers remember those they made' USING ERRCODE = '22023';
+    END IF;
+    logins := pawl.end_logins(ARRAY(SELECT name FROM pawl.roles
+        WHERE rolvaliduntil < now() - interval '10 minutes' LIMIT 1000));
+    shapes := 0;
+    PERFORM pg_advisory_xact_lock(hashtext('pawl.shapes'));
+    FOR r IN SELECT s.shape, 'pawl-shape-' || s.shape AS grp FROM pawl.shapes s
+        WHERE s.last_used < now() - unused AND NOT EXISTS (SELECT FROM pg_auth_members m
+            JOIN pg_roles g ON g.oid = m.roleid JOIN pawl.roles l ON l.role = m.member
+            WHERE g.rolname = 'pawl-shape-' || s.shape)
+        FOR UPDATE SKIP LOCKED LIMIT 1000 LOOP
+        EXECUTE format('DROP SCHEMA IF EXISTS %I CASCADE', 'pawl_' || r.shape);
+        IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = r.grp) OR pawl.drop_role(r.grp) THEN
+            DELETE FROM pawl.shapes WHERE shape = r.shape;
+            shapes := shapes + 1;
+        END IF;
+    END LOOP;
+    DELETE FROM pawl.logins l WHERE l.ended < now() - interval '1 day'
+        AND NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.usesysid = l.role)
+        AND NOT EXISTS (SELECT FROM pg_roles p WHERE p.oid = l.role);
+    GET DIAGNOSTICS records = ROW_COUNT;
+END $$;
+
+-- ---------------------------------------------------------------- who may call what
+
+REVOKE ALL ON SCHEMA pawl FROM PUBLIC;
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA pawl FROM PUBLIC, pawl_vault, pawl_shaper, pawl_revoker;
+REVOKE ALL ON ALL TABLES IN SCHEMA pawl FROM PUBLIC, pawl_vault, pawl_shaper, pawl_revoker;
+GRANT USAGE ON SCHEMA pawl TO pawl_vault, pawl_shaper, pawl_revoker;
+GRANT EXECUTE ON FUNCTION pawl.version() TO pawl_vault, pawl_shaper, pawl_revoker;
+GRANT EXECUTE ON FUNCTION pawl.grant_login(text, text, timestamptz), pawl.end_logins(text[]),
+    pawl.grant_service_login(text, text, timestamptz, text), pawl.end_service_login(text) TO pawl_vault;
+GRANT EXECUTE ON FUNCTION pawl.ensure_shape(text, text) TO pawl_shaper;
+GRANT EXECUTE ON FUNCTION pawl.sever(text[]), pawl.bar(text[]), pawl.inspect(text[]), pawl.remove(text[]),
+    pawl.collect(interval) TO pawl_revoker;
+
+RESET ROLE;

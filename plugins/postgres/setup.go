@@ -1,0 +1,172 @@
+package postgres
+
+import (
+	"context"
+	"crypto/hmac"
+	"crypto/pbkdf2"
+	"crypto/rand"
+	"crypto/sha256"
+	_ "embed"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+//go:embed bootstrap.sql
+var bootstrap string
+
+// schemaVersion is what pawl.version() answers.
+const schemaVersion = 1
+
+// Bootstrap is the script that [Setup] runs, for platform teams that run it themselves: as a
+// superuser, in one transaction.
+func Bootstrap() string { return bootstrap }
+
+// SetupConfig says how to set up a database.
+type SetupConfig struct {
+	// VaultPassword is given to pawl_vault, the role of Vault's connection. Empty leaves the password
+	// as it is; Vault's rotate-root replaces it with one that nobody else knows.
+	VaultPassword string
+	// Tables may be granted to agents. None is added when empty; none is ever withdrawn here.
+	Tables []Grantable
+}
+
+// Grantable is a table and the verbs on it that agents may get.
+type Grantable struct {
+	Table string   // "schema.table", or "table" in public
+	Verbs []string // of select, insert, update, delete
+}
+
+// Setup makes or updates what bootstrap.sql describes, over a superuser's connection, in one
+// transaction. It may be repeated.
+func Setup(ctx context.Context, conn *pgx.Conn, cfg SetupConfig) error {
+	statements := []string{bootstrap}
+	if cfg.VaultPassword != "" {
+		verifier, err := Verifier(cfg.VaultPassword)
+		if err != nil {
+			return err
+		}
+		statements = append(statements, fmt.Sprintf("ALTER ROLE pawl_vault PASSWORD '%s'", verifier))
+	}
+	for _, g := range cfg.Tables {
+		t, err := parseTable(g.Table, "public")
+		if err != nil {
+			return fmt.Errorf("grantable table %q: %w", g.Table, err)
+		}
+		verbs, err := parseVerbs(g.Verbs)
+		if err != nil {
+			return fmt.Errorf("grantable table %q: %w", g.Table, err)
+		}
+		statements = append(statements,
+			fmt.Sprintf("GRANT USAGE ON SCHEMA %s TO pawl_maker WITH GRANT OPTION", pgx.Identifier{t[0]}.Sanitize()),
+			fmt.Sprintf("GRANT %s ON %s TO pawl_maker WITH GRANT OPTION", strings.Join(verbs, ", "), pgx.Identifier(t[:]).Sanitize()))
+	}
+	tx, err := conn.Begin(ctx)
+	if err != nil {
+		return fmt.Errorf("setting up the database: %w", err)
+	}
+	defer func() { _ = tx.Rollback(ctx) }() // after Commit it does nothing
+	for _, sql := range statements {
+		if _, err := tx.Exec(ctx, sql, pgx.QueryExecModeSimpleProtocol); err != nil {
+			return fmt.Errorf("setting up the database: %w", err)
+		}
+	}
+	if err := tx.Commit(ctx); err != nil {
+		return fmt.Errorf("setting up the database: %w", err)
+	}
+	return nil
+}
+
+// Verifier makes the SCRAM-SHA-256 verifier of a password (RFC 5803, as PostgreSQL stores it), so that
+// the password itself is in no statement and so in no log. The password must be printable ASCII:
+// anything else would need SASLprep.
+func Verifier(password string) (string, error) {
+	for i := 0; i < len(password); i++ {
+		if password[i] < ' ' || password[i] > '~' {
+			return "", errors.New("the password is not printable ASCII")
+		}
+	}
+	const iterations = 4096
+	salt := make([]byte, 16)
+	if _, err := rand.Read(salt); err != nil {
+		return "", fmt.Errorf("drawing salt: %w", err)
+	}
+	salted, err := pbkdf2.Key(sha256.New, password, salt, iterations, sha256.Size)
+	if err != nil {
+		return "", fmt.Errorf("deriving a verifier: %w", err)
+	}
+	stored := sha256.Sum256(mac(salted, "Client Key"))
+	b64 := base64.StdEncoding.EncodeToString
+	return fmt.Sprintf("SCRAM-SHA-256$%d:%s$%s:%s", iterations, b64(salt), b64(stored[:]), b64(mac(salted, "Server Key"))), nil
+}
+
+func mac(key []byte, text string) []byte {
+	h := hmac.New(sha256.New, key)
+	h.Write([]byte(text))
+	return h.Sum(nil)
+}
+
+// VaultSetup says what Vault needs in order to issue for one database.
+type VaultSetup struct {
+	Mount      string                   // of the database engine, such as "database"
+	Connection string                   // name of the connection there
+	Address    string                   // host:port as Vault reaches it
+	Database   string                   // its name
+	SSLMode    string                   // of Vault's connection; empty is verify-full
+	Tools      map[string]time.Duration // Vault role of each tool, and the tool's TTL; zero is broker.DefaultTTL
+	Service    map[Purpose]string       // Vault role of the broker's own credentials, for both purposes
+	ServiceTTL time.Duration            // of those; zero is 4 h, the most is 24 h
+}
+
+// VaultWrite is one write to Vault.
+type VaultWrite struct {
+	Path []string
+	Data map[string]any
+}
+
+// Writes gives the writes, the connection first. To it the caller adds "password", that of pawl_vault;
+// after it, rotate-root leaves Vault alone in knowing it. Leases made of these roles cannot be renewed.
+func (v VaultSetup) Writes() []VaultWrite {
+	sslmode, serviceTTL := v.SSLMode, v.ServiceTTL
+	if sslmode == "" {
+		sslmode = "verify-full"
+	}
+	if serviceTTL <= 0 {
+		serviceTTL = 4 * time.Hour
+	}
+	var roles []VaultWrite
+	var allowed []string
+	role := func(name string, ttl time.Duration, create, end string) {
+		seconds := fmt.Sprintf("%ds", int(ttl.Seconds()))
+		allowed = append(allowed, name)
+		roles = append(roles, VaultWrite{Path: []string{v.Mount, "roles", name}, Data: map[string]any{
+			"db_name": v.Connection, "default_ttl": seconds, "max_ttl": seconds,
+			"creation_statements": []string{create}, "revocation_statements": []string{end},
+		}})
+	}
+	for _, name := range slices.Sorted(maps.Keys(v.Tools)) {
+		role(name, ttl(v.Tools[name]), "SELECT pawl.grant_login('{{name}}', '{{password}}', '{{expiration}}')",
+			"SELECT pawl.end_logins(ARRAY['{{name}}'])")
+	}
+	for _, purpose := range slices.Sorted(maps.Keys(v.Service)) {
+		role(v.Service[purpose], min(serviceTTL, 24*time.Hour), fmt.Sprintf(
+			"SELECT pawl.grant_service_login('{{name}}', '{{password}}', '{{expiration}}', '%s')", purpose),
+			"SELECT pawl.end_service_login('{{name}}')")
+	}
+	connection := VaultWrite{Path: []string{v.Mount, "config", v.Connection}, Data: map[string]any{
+		"plugin_name":             "postgresql-database-plugin",
+		"connection_url":          fmt.Sprintf("postgresql://{{username}}:{{password}}@%s/%s?sslmode=%s", v.Address, v.Database, sslmode),
+		"username":                "pawl_vault",
+		"password_authentication": "scram-sha-256", // the password itself never reaches the database
+		"username_template":       `{{ printf "pawl-%s-%s" (.DisplayName | replace "token-" "") (random 8) | truncate 63 }}`,
+		"allowed_roles":           allowed,
+		"max_open_connections":    16,
+	}}
+	return append([]VaultWrite{connection}, roles...)
+}
