@@ -30,9 +30,9 @@ type verdict struct {
 }
 
 // relevant gives the rules whose scope may match.
-func (p *Policy) relevant(t *tool, a broker.Action, caller spiffeid.ID) []*rule {
-	subjects := append(groups(caller), uid(typeAgent, caller.String()), cedar.EntityUID{})
-	return pick(t.relevant[a], subjects)
+func (p *Policy) relevant(t *tool, a broker.Action, caller spiffeid.ID) ([]*rule, reads) {
+	s := t.relevant[a]
+	return s.pick(append(groups(caller), uid(typeAgent, caller.String()), cedar.EntityUID{})), s.reads
 }
 
 // about finds the tool that a question is about.
@@ -49,26 +49,23 @@ func actions() []broker.Action {
 	return []broker.Action{broker.ActionOpen, broker.ActionUse, broker.ActionDelegate, broker.ActionReport}
 }
 
-// chooser gives the rules to evaluate.
-type chooser func(*tool, broker.Action, spiffeid.ID) []*rule
+// chooser gives the rules to evaluate and what they look at.
+type chooser func(*tool, broker.Action, spiffeid.ID) ([]*rule, reads)
 
 func (p *Policy) evaluate(q *broker.Question, choose chooser) (v verdict) {
 	t, ok := p.about(q)
 	if !ok || q.Caller.ID.IsZero() || !slices.Contains(actions(), q.Action) {
 		return v
 	}
-	if v.rules = choose(t, q.Action, q.Caller.ID); len(v.rules) == 0 {
+	rules, look := choose(t, q.Action, q.Caller.ID)
+	if v.rules = rules; len(rules) == 0 {
 		return v
 	}
-	var need reads
-	for _, r := range v.rules {
-		need.add(r.reads)
-	}
-	_, found := cedar.Authorize(batch(v.rules), &world{tool: t}, cedar.Request{
+	_, found := cedar.Authorize(batch(rules), &world{tool: t}, cedar.Request{
 		Principal: uid(typeAgent, q.Caller.ID.String()),
 		Action:    uid(typeAction, string(q.Action)),
 		Resource:  t.uid,
-		Context:   contextOf(q, need),
+		Context:   contextOf(q, look),
 	})
 	for _, reason := range found.Reasons {
 		v.decided = append(v.decided, p.byID[reason.PolicyID])

@@ -42,4 +42,31 @@
 // When several permits match, all their limits hold together: the shortest life, the strongest
 // label, every approval. A permit more can therefore tighten, but never loosen, what another
 // grants under conditions.
+//
+// # Policy test files
+//
+// A policy test file is YAML with one list:
+//
+//	tests:
+//	  - name: reads the ticket it works on        # what the row shows
+//	    caller: spiffe://acme.example/support/it  # required
+//	    action: use                               # open, use (when absent), delegate, report
+//	    tool: tickets.read                        # may be absent in a report
+//	    args: {ticket: T-1, fields: [title]}      # strings, integers, booleans, lists of strings
+//	    receiver: spiffe://acme.example/sub       # for delegate
+//	    violation: canary                         # for report
+//	    proof: jwt-svid                           # x509-svid when absent
+//	    at: 2026-03-02T10:00:00Z                  # that Monday's ten o'clock when absent
+//	    chain: {task: nightly, opener: spiffe://…, labels: {env: prod}, age: 10m, depth: 1}
+//	    history: {db.read: {count: 2, first: 5m, last: 30s}}  # how long ago
+//	    expect: allow                             # required: allow or deny
+//	    consequence: revoke-chain                 # of the expected deny; deny when absent
+//	    approval: 2 of oncall                     # of the expected allow; nobody's when absent
+//	    failed: true                              # the deny is for a policy that failed; false when absent
+//	    ttl: 30s                                  # not looked at when absent, and so the next two
+//	    narrowing: native
+//	    policies: [ticket-reader]                 # all that decided
+//
+// An allow to delegate into another trust domain that no permit names counts as a deny, and so
+// does one with a weaker tool than the permits demand: the broker refuses both.
 package policy

@@ -1,6 +1,9 @@
 package policy
 
 import (
+	"maps"
+	"slices"
+
 	"github.com/cedar-policy/cedar-go"
 	"github.com/pawlsec/pawl/broker"
 )
@@ -33,24 +36,36 @@ func newIndex(rules []*rule) index {
 // of gives for each action the slices whose rules' scopes may match the tool: those for itself,
 // for its groups and for any tool. No rule outside them can match, since Cedar evaluates a
 // policy's conditions only when its scope holds, and so none outside can fail either.
-func (idx index) of(t *tool) map[broker.Action][]bySubject {
-	relevant := map[broker.Action][]bySubject{}
+func (idx index) of(t *tool) map[broker.Action]slice {
+	relevant := map[broker.Action]slice{}
 	for action, byObject := range idx {
-		keys := append([]cedar.EntityUID{{}, t.uid}, t.entity.Parents.Slice()...)
-		for _, key := range keys {
-			if rules, ok := byObject[key]; ok {
-				relevant[action] = append(relevant[action], rules)
+		s := slice{reads: reads{}}
+		for _, key := range append([]cedar.EntityUID{{}, t.uid}, t.entity.Parents.Slice()...) {
+			rules, ok := byObject[key]
+			if !ok {
+				continue
+			}
+			s.rules = append(s.rules, rules)
+			for _, r := range slices.Concat(slices.Collect(maps.Values(rules))...) {
+				s.reads.add(r.reads)
 			}
 		}
+		relevant[action] = s
 	}
 	return relevant
 }
 
-// pick gives the rules for one principal out of slices.
-func pick(slices []bySubject, subjects []cedar.EntityUID) (rules []*rule) {
-	for _, s := range slices {
+// slice is the rules that may match one action on one tool, and what they look at.
+type slice struct {
+	rules []bySubject
+	reads reads
+}
+
+// pick gives the rules for one principal, which is all of the subjects.
+func (s slice) pick(subjects []cedar.EntityUID) (rules []*rule) {
+	for _, one := range s.rules {
 		for _, subject := range subjects {
-			rules = append(rules, s[subject]...)
+			rules = append(rules, one[subject]...)
 		}
 	}
 	return rules

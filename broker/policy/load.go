@@ -32,7 +32,7 @@ type tool struct {
 	broker.Tool
 	uid      cedar.EntityUID
 	entity   cedar.Entity
-	relevant map[broker.Action][]bySubject
+	relevant map[broker.Action]slice
 }
 
 // Load compiles a bundle. It refuses what cannot be meant: text that is not Cedar, two policies

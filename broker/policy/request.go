@@ -5,7 +5,6 @@ import (
 	"time"
 
 	"github.com/cedar-policy/cedar-go"
-	scope "github.com/cedar-policy/cedar-go/x/exp/ast"
 	"github.com/pawlsec/pawl/broker"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -91,103 +90,69 @@ func groups(id spiffeid.ID) []cedar.EntityUID {
 	return all
 }
 
-// reads says which costly parts of the context a policy looks at.
-type reads struct{ args, history, used, now bool }
-
-func (r *reads) add(o reads) {
-	r.args, r.history, r.used, r.now = r.args || o.args, r.history || o.history, r.used || o.used, r.now || o.now
-}
-
-// readsOf finds them. A context that is not followed by a member's name is read whole.
-func readsOf(p *scope.Policy) (r reads) {
-	direct, bare := 0, 0
-	visit := func(n scope.IsNode) bool {
-		switch n := n.(type) {
-		case scope.NodeTypeVariable:
-			if n.Name == "context" {
-				bare++
-			}
-		case scope.NodeTypeAccess:
-			direct += r.member(n.StrOpNode)
-		case scope.NodeTypeHas:
-			direct += r.member(n.StrOpNode)
-		}
-		return true
-	}
-	for _, c := range p.Conditions {
-		scope.Inspect(scope.NewNode(c.Body), visit)
-	}
-	if bare > direct {
-		r = reads{true, true, true, true}
-	}
-	return r
-}
-
-// member counts 1 when the operator's left side is the context itself.
-func (r *reads) member(n scope.StrOpNode) int {
-	if v, ok := n.Arg.(scope.NodeTypeVariable); !ok || v.Name != "context" {
-		return 0
-	}
-	switch n.Value {
-	case "args":
-		r.args = true
-	case "history":
-		r.history = true
-	case "used":
-		r.used = true
-	case "now":
-		r.now = true
-	}
-	return 1
-}
-
-// contextOf makes the context, without the costly parts that nobody reads.
+// contextOf makes the part of the context that is read. Cedar hashes every record it is given,
+// so that building all of it would cost more than deciding.
 func contextOf(q *broker.Question, r reads) cedar.Record {
-	labels := make(cedar.RecordMap, len(q.Chain.Labels))
-	for name, value := range q.Chain.Labels {
-		labels[cedar.String(name)] = cedar.String(value)
+	c := make(cedar.RecordMap, len(r))
+	add := func(member string, value func(names) cedar.Value) {
+		if n, read := r[member]; read {
+			c[cedar.String(member)] = value(n)
+		}
 	}
-	chain := cedar.RecordMap{
-		"task":        cedar.String(q.Chain.Task),
-		"labels":      cedar.NewRecord(labels),
-		"depth":       cedar.Long(q.Depth),
-		"age_seconds": seconds(q.Chain.Opened, q.Now),
-	}
-	if !q.Chain.Opener.IsZero() {
-		chain["opener"] = uid(typeAgent, q.Chain.Opener.String())
-	}
-	c := cedar.RecordMap{"chain": cedar.NewRecord(chain), "proof": cedar.String(q.Caller.Proof)}
-	if r.args {
-		c["args"] = argsOf(q.Args)
-	}
-	if r.history {
-		c["history"] = historyOf(q.History, q.Now)
-	}
-	if r.used {
-		c["used"] = usedOf(q.History)
-	}
-	if r.now {
-		now := q.Now.UTC()
-		c["now"] = cedar.NewRecord(cedar.RecordMap{
-			"hour":    cedar.Long(now.Hour()),
-			"weekday": cedar.Long((int(now.Weekday())+6)%7 + 1),
-			"time":    cedar.NewDatetime(now),
-		})
-	}
-	if q.Action == broker.ActionDelegate {
-		c["receiver"] = uid(typeAgent, q.Receiver.String())
-	}
-	if q.Action == broker.ActionReport {
-		c["violation"] = cedar.String(q.Violation)
+	add("args", func(n names) cedar.Value { return argsOf(q.Args, n) })
+	add("chain", func(n names) cedar.Value { return chainOf(q, n) })
+	add("history", func(n names) cedar.Value { return historyOf(q.History, n, q.Now) })
+	add("used", func(names) cedar.Value { return usedOf(q.History) })
+	add("proof", func(names) cedar.Value { return cedar.String(q.Caller.Proof) })
+	add("now", func(names) cedar.Value { return nowOf(q.Now.UTC()) })
+	switch q.Action {
+	case broker.ActionDelegate:
+		add("receiver", func(names) cedar.Value { return uid(typeAgent, q.Receiver.String()) })
+	case broker.ActionReport:
+		add("violation", func(names) cedar.Value { return cedar.String(q.Violation) })
 	}
 	return cedar.NewRecord(c)
 }
 
-func argsOf(args broker.Args) cedar.Record {
-	m := make(cedar.RecordMap, len(args.Names()))
+func chainOf(q *broker.Question, n names) cedar.Value {
+	m := cedar.RecordMap{}
+	if n.has("task") {
+		m["task"] = cedar.String(q.Chain.Task)
+	}
+	if n.has("opener") && !q.Chain.Opener.IsZero() {
+		m["opener"] = uid(typeAgent, q.Chain.Opener.String())
+	}
+	if n.has("labels") {
+		labels := make(cedar.RecordMap, len(q.Chain.Labels))
+		for name, value := range q.Chain.Labels {
+			labels[cedar.String(name)] = cedar.String(value)
+		}
+		m["labels"] = cedar.NewRecord(labels)
+	}
+	if n.has("depth") {
+		m["depth"] = cedar.Long(q.Depth)
+	}
+	if n.has("age_seconds") {
+		m["age_seconds"] = seconds(q.Chain.Opened, q.Now)
+	}
+	return cedar.NewRecord(m)
+}
+
+func nowOf(now time.Time) cedar.Value {
+	return cedar.NewRecord(cedar.RecordMap{
+		"hour":    cedar.Long(now.Hour()),
+		"weekday": cedar.Long((int(now.Weekday())+6)%7 + 1),
+		"time":    cedar.NewDatetime(now),
+	})
+}
+
+func argsOf(args broker.Args, n names) cedar.Value {
+	m := cedar.RecordMap{}
 	for _, name := range args.Names() {
-		v, _ := args.Get(name)
-		m[cedar.String(name)] = valueOf(v)
+		if n.has(name) {
+			v, _ := args.Get(name)
+			m[cedar.String(name)] = valueOf(v)
+		}
 	}
 	return cedar.NewRecord(m)
 }
@@ -210,10 +175,10 @@ func valueOf(v broker.Value) cedar.Value {
 	return cedar.String(s)
 }
 
-func historyOf(history map[broker.ToolName]broker.Past, now time.Time) cedar.Record {
-	m := make(cedar.RecordMap, len(history))
+func historyOf(history map[broker.ToolName]broker.Past, n names, now time.Time) cedar.Value {
+	m := cedar.RecordMap{}
 	for name, past := range history {
-		if past.Count > 0 {
+		if past.Count > 0 && n.has(string(name)) {
 			m[cedar.String(name)] = cedar.NewRecord(cedar.RecordMap{
 				"count":               cedar.Long(past.Count),
 				"since_first_seconds": seconds(past.First, now),
@@ -224,7 +189,7 @@ func historyOf(history map[broker.ToolName]broker.Past, now time.Time) cedar.Rec
 	return cedar.NewRecord(m)
 }
 
-func usedOf(history map[broker.ToolName]broker.Past) cedar.Set {
+func usedOf(history map[broker.ToolName]broker.Past) cedar.Value {
 	var names []cedar.Value
 	for name, past := range history {
 		if past.Count > 0 {

@@ -1,0 +1,299 @@
+package policy
+
+import (
+	"fmt"
+	"io/fs"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Result is the outcome of one row.
+type Result struct {
+	File string
+	Line int
+	Name string
+	Fail string // what was wrong, empty for a row that passed
+}
+
+// String is "file:line: name: ok" or what was wrong instead of ok.
+func (r Result) String() string {
+	outcome := r.Fail
+	if outcome == "" {
+		outcome = "ok"
+	}
+	return fmt.Sprintf("%s:%d: %s: %s", r.File, r.Line, r.Name, outcome)
+}
+
+type testYAML struct {
+	Name      string              `yaml:"name"`
+	Caller    string              `yaml:"caller"`
+	Action    string              `yaml:"action"`
+	Tool      string              `yaml:"tool"`
+	Args      map[string]any      `yaml:"args"`
+	Receiver  string              `yaml:"receiver"`
+	Violation string              `yaml:"violation"`
+	Proof     string              `yaml:"proof"`
+	At        string              `yaml:"at"`
+	Chain     chainYAML           `yaml:"chain"`
+	History   map[string]pastYAML `yaml:"history"`
+
+	Expect      string   `yaml:"expect"`
+	Consequence string   `yaml:"consequence"`
+	Approval    string   `yaml:"approval"`
+	Failed      bool     `yaml:"failed"`
+	TTL         string   `yaml:"ttl"`
+	Narrowing   string   `yaml:"narrowing"`
+	Policies    []string `yaml:"policies"`
+}
+
+type chainYAML struct {
+	Task   string            `yaml:"task"`
+	Opener string            `yaml:"opener"` // the caller when absent
+	Labels map[string]string `yaml:"labels"`
+	Age    string            `yaml:"age"`
+	Depth  int               `yaml:"depth"`
+}
+
+type pastYAML struct {
+	Count int    `yaml:"count"`
+	First string `yaml:"first"` // as long ago as last when absent
+	Last  string `yaml:"last"`  // now when absent
+}
+
+// Test builds an author's directory and runs the policy test files in it, *.test.yaml. A
+// directory without one is an error.
+func Test(dir fs.FS) (*Policy, []Result, error) {
+	s, err := Build(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	p, err := Load(s.Unsigned())
+	if err != nil {
+		return nil, nil, err
+	}
+	files, err := fs.Glob(dir, "*.test.yaml")
+	if err == nil && len(files) == 0 {
+		err = fmt.Errorf("no *.test.yaml: %w", fs.ErrNotExist)
+	}
+	var results []Result
+	for _, file := range files {
+		raw, err := readFile(dir, file)
+		if err != nil {
+			return nil, nil, err
+		}
+		some, err := RunTests(p, file, raw)
+		if err != nil {
+			return nil, nil, err
+		}
+		results = append(results, some...)
+	}
+	return p, results, err
+}
+
+// RunTests runs a policy test file. The error is for a file that makes no sense and begins with
+// "file:line: "; rows that fail are results.
+func RunTests(p *Policy, file string, raw []byte) ([]Result, error) {
+	rows, err := readTests(file, raw)
+	if err != nil {
+		return nil, err
+	}
+	results := make([]Result, 0, len(rows))
+	for _, r := range rows {
+		q, err := r.value.question()
+		if err != nil {
+			return nil, fmt.Errorf("%s:%d: %w", file, r.line, err)
+		}
+		want, err := r.value.want()
+		if err != nil {
+			return nil, fmt.Errorf("%s:%d: %w", file, r.line, err)
+		}
+		results = append(results, Result{file, r.line, r.value.Name, want.differs(p, q)})
+	}
+	return results, nil
+}
+
+// Questions gives the questions of a policy test file, for [Diff].
+func Questions(file string, raw []byte) ([]broker.Question, error) {
+	rows, err := readTests(file, raw)
+	if err != nil {
+		return nil, err
+	}
+	questions := make([]broker.Question, 0, len(rows))
+	for _, r := range rows {
+		q, err := r.value.question()
+		if err != nil {
+			return nil, fmt.Errorf("%s:%d: %w", file, r.line, err)
+		}
+		questions = append(questions, q)
+	}
+	return questions, nil
+}
+
+func readTests(file string, raw []byte) ([]row[testYAML], error) {
+	var doc struct {
+		Tests []row[testYAML] `yaml:"tests"`
+	}
+	if err := readYAML(file, raw, &doc); err != nil {
+		return nil, err
+	}
+	if len(doc.Tests) == 0 {
+		return nil, fmt.Errorf("%s: has no tests", file)
+	}
+	return doc.Tests, nil
+}
+
+func (y testYAML) question() (q broker.Question, err error) {
+	if q.Caller.ID, err = spiffeid.FromString(y.Caller); err != nil {
+		return q, fmt.Errorf("caller: %w", err)
+	}
+	q.Action, q.Tool.Name, q.Violation = broker.Action(y.Action), broker.ToolName(y.Tool), broker.ViolationCode(y.Violation)
+	if y.Action == "" {
+		q.Action = broker.ActionUse
+	}
+	if !slices.Contains(actions(), q.Action) {
+		return q, fmt.Errorf("action %.40q is not open, use, delegate or report", y.Action)
+	}
+	q.Caller.Proof = broker.Proof(y.Proof)
+	switch q.Caller.Proof {
+	case "":
+		q.Caller.Proof = broker.ProofX509
+	case broker.ProofX509, broker.ProofJWT:
+	default:
+		return q, fmt.Errorf("proof %.40q is not x509-svid or jwt-svid", y.Proof)
+	}
+	if (y.Receiver != "") != (q.Action == broker.ActionDelegate) || (y.Violation != "") != (q.Action == broker.ActionReport) {
+		return q, fmt.Errorf("a receiver belongs to delegate and a violation to report, always and only")
+	}
+	if y.Receiver != "" {
+		if q.Receiver, err = spiffeid.FromString(y.Receiver); err != nil {
+			return q, fmt.Errorf("receiver: %w", err)
+		}
+	}
+	q.Now = time.Date(2026, 3, 2, 10, 0, 0, 0, time.UTC)
+	if y.At != "" {
+		if q.Now, err = time.Parse(time.RFC3339, y.At); err != nil {
+			return q, fmt.Errorf("at: %.40q is not like 2026-03-02T10:00:00Z", y.At)
+		}
+	}
+	if err := y.past(&q); err != nil {
+		return q, err
+	}
+	if y.Args == nil {
+		return q, nil
+	}
+	text, err := asJSON(y.Args)
+	if err != nil {
+		return q, fmt.Errorf("args %w", err)
+	}
+	q.Args, err = broker.ParseArgs(text)
+	return q, err
+}
+
+// past fills in what happened before the question.
+func (y testYAML) past(q *broker.Question) (err error) {
+	q.Chain = broker.Chain{Task: y.Chain.Task, Labels: y.Chain.Labels, Opener: q.Caller.ID}
+	q.Depth = y.Chain.Depth
+	if y.Chain.Opener != "" {
+		if q.Chain.Opener, err = spiffeid.FromString(y.Chain.Opener); err != nil {
+			return fmt.Errorf("chain.opener: %w", err)
+		}
+	}
+	if q.Chain.Opened, err = ago(q.Now, y.Chain.Age); err != nil {
+		return fmt.Errorf("chain.age: %w", err)
+	}
+	q.History = make(map[broker.ToolName]broker.Past, len(y.History))
+	for name, h := range y.History {
+		past := broker.Past{Count: h.Count}
+		if past.Last, err = ago(q.Now, h.Last); err != nil {
+			return fmt.Errorf("history of %q: last: %w", name, err)
+		}
+		if past.First = past.Last; h.First != "" {
+			if past.First, err = ago(q.Now, h.First); err != nil {
+				return fmt.Errorf("history of %q: first: %w", name, err)
+			}
+		}
+		q.History[broker.ToolName(name)] = past
+	}
+	return nil
+}
+
+// ago is the instant that a duration before now; an empty text is now.
+func ago(now time.Time, s string) (time.Time, error) {
+	if s == "" {
+		return now, nil
+	}
+	d, err := time.ParseDuration(s)
+	if err != nil || d < 0 {
+		return now, fmt.Errorf("%.40q is not a duration like 10m", s)
+	}
+	return now.Add(-d), nil
+}
+
+// expectation is what a row wants; of the decision, what it does not state is not compared.
+type expectation struct {
+	broker.Decision
+	ttl, narrowing, policies bool // stated
+}
+
+func (y testYAML) want() (w expectation, err error) {
+	w.Allow, w.Approval, w.Failed, w.Policies = y.Expect == "allow", y.Approval, y.Failed, slices.Sorted(slices.Values(y.Policies))
+	w.ttl, w.narrowing, w.policies = y.TTL != "", y.Narrowing != "", y.Policies != nil
+	if y.Expect != "allow" && y.Expect != "deny" {
+		return w, fmt.Errorf("expect must be allow or deny")
+	}
+	if y.Consequence != "" {
+		var ok bool
+		if w.Consequence, ok = broker.ParseConsequence(y.Consequence); !ok {
+			return w, fmt.Errorf("consequence %.40q is unknown", y.Consequence)
+		}
+	}
+	if w.ttl {
+		if w.TTL, err = parseTTL(y.TTL); err != nil {
+			return w, err
+		}
+	}
+	if w.narrowing {
+		w.Narrowing, err = broker.ParseNarrowing(y.Narrowing)
+	}
+	return w, err
+}
+
+// differs tells what is not as expected; empty: nothing.
+func (w expectation) differs(p *Policy, q broker.Question) string {
+	e := p.Explain(q)
+	got := e.Decision
+	var why []string
+	note := func(what string, got, want any) {
+		if !reflect.DeepEqual(got, want) {
+			why = append(why, fmt.Sprintf("%s is %v, want %v", what, got, want))
+		}
+	}
+	answer := func(allow bool) string {
+		if allow {
+			return "allow"
+		}
+		return "deny"
+	}
+	got.Allow = got.Allow && all(e.Missing, func(m string) bool { return strings.HasPrefix(m, "approval:") })
+	if got.Allow != w.Allow {
+		why = append(why, fmt.Sprintf("answer is %s, want %s: %s", answer(got.Allow), answer(w.Allow), e.Why))
+	}
+	note("consequence", got.Consequence, w.Consequence)
+	note("approval", got.Approval, w.Approval)
+	note("failed", got.Failed, w.Failed)
+	if w.ttl {
+		note("ttl", got.TTL, w.TTL)
+	}
+	if w.narrowing {
+		note("narrowing", got.Narrowing, w.Narrowing)
+	}
+	if w.policies && !slices.Equal(got.Policies, w.Policies) {
+		note("policies", got.Policies, w.Policies)
+	}
+	return strings.Join(why, "; ")
+}

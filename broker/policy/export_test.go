@@ -1,0 +1,14 @@
+package policy
+
+import (
+	"github.com/pawlsec/pawl/broker"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// DecideUnsliced is Decide over every policy of the bundle and the whole context: what slicing is held against.
+func (p *Policy) DecideUnsliced(q broker.Question) broker.Decision {
+	return p.settle(&q, p.evaluate(&q, func(*tool, broker.Action, spiffeid.ID) ([]*rule, reads) { return p.rules, every() }))
+}
+
+// Relevant counts the policies that Decide evaluates.
+func (p *Policy) Relevant(q broker.Question) int { return len(p.evaluate(&q, p.relevant).rules) }

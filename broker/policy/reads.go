@@ -1,0 +1,104 @@
+package policy
+
+import (
+	"maps"
+
+	scope "github.com/cedar-policy/cedar-go/x/exp/ast"
+)
+
+// reads says what policies look at in the context: its members, and of each the members' names.
+type reads map[string]names
+
+// names is a set; nil is every name.
+type names map[string]bool
+
+func (n names) has(name string) bool { return n == nil || n[name] }
+
+// every is the whole context.
+func every() reads {
+	r := reads{}
+	for _, member := range []string{"args", "chain", "history", "used", "proof", "now", "receiver", "violation"} {
+		r[member] = nil
+	}
+	return r
+}
+
+// add widens r by what o looks at.
+func (r reads) add(o reads) {
+	for member, n := range o {
+		have, known := r[member]
+		switch {
+		case !known:
+			r[member] = maps.Clone(n)
+		case n == nil:
+			r[member] = nil
+		case have != nil:
+			maps.Copy(have, n)
+		}
+	}
+}
+
+// readsOf looks for context.member.name, context.member and a bare context. Each expression is
+// met from the outside in, so what is part of a longer one was seen with it and counts once.
+func readsOf(p *scope.Policy) reads {
+	found := reads{}
+	followed := map[string]int{} // how often "" (the context) or a member is part of something longer
+	bare := map[string]int{}     // how often it is met at all
+	meet := func(n scope.StrOpNode, longer bool) {
+		switch member, depth := contextMember(n.Arg); depth {
+		case 0:
+			followed[""]++
+			if _, known := found[string(n.Value)]; !known {
+				found[string(n.Value)] = names{}
+			}
+			if longer {
+				bare[string(n.Value)]++
+			}
+		case 1:
+			followed[member]++
+			if found[member] == nil {
+				found[member] = names{}
+			}
+			found[member][string(n.Value)] = true
+		}
+	}
+	for _, c := range p.Conditions {
+		scope.Inspect(scope.NewNode(c.Body), func(n scope.IsNode) bool {
+			switch n := n.(type) {
+			case scope.NodeTypeVariable:
+				if n.Name == "context" {
+					bare[""]++
+				}
+			case scope.NodeTypeAccess:
+				meet(n.StrOpNode, true)
+			case scope.NodeTypeHas:
+				meet(n.StrOpNode, false)
+			}
+			return true
+		})
+	}
+	if bare[""] > followed[""] {
+		return every()
+	}
+	for member := range found {
+		if bare[member] > followed[member] {
+			found[member] = nil
+		}
+	}
+	return found
+}
+
+// contextMember tells the context itself (0), a member of it (its name, 1) and all else (-1) apart.
+func contextMember(n scope.IsNode) (member string, depth int) {
+	switch n := n.(type) {
+	case scope.NodeTypeVariable:
+		if n.Name == "context" {
+			return "", 0
+		}
+	case scope.NodeTypeAccess:
+		if _, depth := contextMember(n.Arg); depth == 0 {
+			return string(n.Value), 1
+		}
+	}
+	return "", -1
+}
