@@ -244,10 +244,11 @@ func (s *SetupConfig) certRole() Write {
 }
 
 func (s *SetupConfig) jwtConfig() Write {
-	data := map[string]any{"jwt_validation_pubkeys": s.JWTKeysPEM}
+	algorithms := []string{"ES256", "ES384", "RS256"} // Vault's own default is RS256 alone; SPIRE signs with ES256
+	data := map[string]any{"jwt_validation_pubkeys": s.JWTKeysPEM, "jwt_supported_algs": algorithms}
 	why := "The keys that sign JWT-SVIDs. They are copies: give JWKSURL to have Vault follow their rotation"
 	if s.JWKSURL != "" {
-		data, why = map[string]any{"jwks_url": s.JWKSURL}, "Where Vault fetches the keys that sign JWT-SVIDs"
+		data, why = map[string]any{"jwks_url": s.JWKSURL, "jwt_supported_algs": algorithms}, "Where Vault fetches the keys that sign JWT-SVIDs"
 	}
 	return Write{Why: why, Method: "POST", Path: "auth/jwt/config", Data: data}
 }
