@@ -147,11 +147,7 @@ func (im *image) check() (head, error) {
 	if err := im.bucket(buckets[string(bucketLog)], h.verify); err != nil {
 		return head{}, err
 	}
-	err = im.bucket(buckets[string(bucketRecords)], func(key, val []byte) error {
-		h.add(val)
-		return checkRecord(key, val)
-	})
-	if err != nil {
+	if err := im.bucket(buckets[string(bucketRecords)], h.count); err != nil {
 		return head{}, err
 	}
 	return h, h.match(stored)

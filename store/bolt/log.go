@@ -116,6 +116,15 @@ func (h head) match(stored head) error {
 	return nil
 }
 
+// count goes on to a record, unless it is not what was put.
+func (h *head) count(key, stored []byte) error {
+	if err := checkRecord(key, stored); err != nil {
+		return err
+	}
+	h.add(stored)
+	return nil
+}
+
 func logKey(r broker.Revision) []byte { return binary.BigEndian.AppendUint64(nil, uint64(r)) }
 
 // seal gives a record as it is stored.
@@ -199,11 +208,7 @@ func (l *Ledger) Verify(ctx context.Context) error {
 			return err
 		}
 		err = btx.Bucket(bucketRecords).ForEach(func(k, v []byte) error {
-			if err := errors.Join(ctx.Err(), checkRecord(k, v)); err != nil {
-				return err
-			}
-			h.add(v)
-			return nil
+			return errors.Join(ctx.Err(), h.count(k, v))
 		})
 		if err != nil {
 			return err

@@ -173,7 +173,8 @@ func (l *Ledger) commit(batch []*request) (ran []*request, err error) {
 		return batch, notCommitted(err)
 	}
 	t := &tx{records: btx.Bucket(bucketRecords), log: btx.Bucket(bucketLog), head: l.head}
-	t.log.FillPercent = 1 // entries only ever go to the end
+	t.log.FillPercent = 1       // entries only ever go to the end
+	t.records.FillPercent = 0.8 // costs nothing where keys are random, saves writes where they are not
 	for _, r := range batch {
 		if o, ok := l.run(r, t); !ok {
 			r.done <- o

@@ -1,0 +1,410 @@
+package bolt_test
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	"go.etcd.io/bbolt"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/store/bolt"
+)
+
+func TestOpen(t *testing.T) {
+	if _, err := bolt.Open(bolt.Config{}); err == nil || !strings.Contains(err.Error(), "Path") {
+		t.Errorf("Open without a path = %v, want an error that names Path", err)
+	}
+	path := filepath.Join(t.TempDir(), "ledger")
+	l := mustOpen(t, bolt.Config{Path: path, Reserve: 1 << 20})
+	for _, name := range []string{path, path + ".reserve"} {
+		info, err := os.Stat(name)
+		if err != nil || info.Mode() != 0o600 {
+			t.Errorf("%s has mode %v, %v, want 0600", name, info.Mode(), err)
+		}
+	}
+	_, err := bolt.Open(bolt.Config{Path: path, LockTimeout: 1})
+	if !errors.Is(err, bolt.ErrInUse) || !strings.Contains(err.Error(), path) {
+		t.Errorf("Open of a ledger in use = %v, want ErrInUse and the path", err)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatalf("Close = %v, want nil", err)
+	}
+	if err := l.Close(); err != nil {
+		t.Errorf("Close again = %v, want nil", err)
+	}
+	if err := l.Update(t.Context(), enter(broker.OpOpen, "a")); !errors.Is(err, bolt.ErrClosed) || !errors.Is(err, broker.ErrNotCommitted) {
+		t.Errorf("Update after Close = %v, want ErrClosed and ErrNotCommitted", err)
+	}
+}
+
+// TestOpenRefuses changes a good ledger through bbolt itself, so that the file's structure is
+// whole and only what is in it is wrong.
+func TestOpenRefuses(t *testing.T) {
+	log := func(tx *bbolt.Tx) *bbolt.Bucket { return tx.Bucket([]byte("log")) }
+	records := func(tx *bbolt.Tx) *bbolt.Bucket { return tx.Bucket([]byte("records")) }
+	for _, c := range []struct {
+		name   string
+		change func(*bbolt.Tx) error
+		want   error
+		says   string
+	}{
+		{"newer schema", func(tx *bbolt.Tx) error { return tx.Bucket([]byte("meta")).Put([]byte("schema"), []byte("2")) },
+			bolt.ErrNewer, "schema 2, this one knows schemas up to 1"},
+		{"no schema", func(tx *bbolt.Tx) error { return tx.Bucket([]byte("meta")).Delete([]byte("schema")) },
+			bolt.ErrDamaged, "schema"},
+		{"no head", func(tx *bbolt.Tx) error { return tx.Bucket([]byte("meta")).Delete([]byte("head")) },
+			bolt.ErrDamaged, "head"},
+		{"no log", func(tx *bbolt.Tx) error { return tx.DeleteBucket([]byte("log")) },
+			bolt.ErrDamaged, "bucket"},
+		{"entry changed", func(tx *bbolt.Tx) error {
+			k := []byte{0, 0, 0, 0, 0, 0, 0, 7}
+			return log(tx).Put(k, bytes.Replace(log(tx).Get(k), []byte("fence"), []byte("hence"), 1))
+		}, bolt.ErrDamaged, "entry 7 does not follow"},
+		{"entry lost", func(tx *bbolt.Tx) error { return log(tx).Delete([]byte{0, 0, 0, 0, 0, 0, 0, 7}) },
+			bolt.ErrDamaged, "entry 7 is missing"},
+		{"last entry lost", func(tx *bbolt.Tx) error {
+			k, _ := log(tx).Cursor().Last()
+			return log(tx).Delete(k)
+		}, bolt.ErrDamaged, "ends at revision 19, the head says 20"},
+		{"record changed", func(tx *bbolt.Tx) error {
+			v := bytes.Clone(records(tx).Get([]byte("d/03")))
+			v[len(v)-1] ^= 1
+			return records(tx).Put([]byte("d/03"), v)
+		}, bolt.ErrDamaged, `"d/03"`},
+		{"record moved", func(tx *bbolt.Tx) error {
+			return records(tx).Put([]byte("d/03"), bytes.Clone(records(tx).Get([]byte("d/04"))))
+		}, bolt.ErrDamaged, `"d/03"`},
+		{"record lost", func(tx *bbolt.Tx) error { return records(tx).Delete([]byte("d/03")) },
+			bolt.ErrDamaged, "19 records, the head says 20"},
+		{"record that was once true", func(tx *bbolt.Tx) error { return records(tx).Put([]byte("d/03"), bolt.Seal("d/03", "older")) },
+			bolt.ErrDamaged, "not those the head sums up"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "ledger")
+			fill(t, path, 20)
+			change(t, path, c.change)
+			before, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = bolt.Open(bolt.Config{Path: path, Reserve: -1})
+			if !errors.Is(err, c.want) || !strings.Contains(fmt.Sprint(err), path) || !strings.Contains(fmt.Sprint(err), c.says) {
+				t.Errorf("Open = %v, want %v with the path and %q", err, c.want, c.says)
+			}
+			if after, err := os.ReadFile(path); err != nil || !bytes.Equal(before, after) {
+				t.Errorf("Open changed what it refused (%v)", err)
+			}
+		})
+	}
+}
+
+// change runs f on the file without the ledger's knowledge.
+func change(t *testing.T, path string, f func(*bbolt.Tx) error) {
+	t.Helper()
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{NoFreelistSync: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(db.Update(f), db.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// fill makes a ledger with n fenced nodes.
+func fill(t testing.TB, path string, n int) {
+	t.Helper()
+	l := mustOpen(t, bolt.Config{Path: path, Reserve: -1})
+	for i := range n {
+		if err := l.Update(t.Context(), enter(broker.OpFence, fmt.Sprintf("d/%02d", i))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestDamage flips bits in, overwrites and cuts ledger files. A file that still opens must hold
+// exactly what it held.
+func TestDamage(t *testing.T) {
+	good := newSpecimen(t)
+	opened := 0
+	const rounds = 200
+	for seed := range uint64(rounds) {
+		bad, what := good.damage(rand.New(rand.NewPCG(seed, 1)))
+		if good.survives(t, bad, fmt.Sprintf("seed %d: %s", seed, what)) {
+			opened++
+		}
+	}
+	t.Logf("%d of %d damaged files opened with everything equal, %d were refused", opened, rounds, rounds-opened)
+	if opened == 0 || opened > rounds/2 {
+		t.Errorf("%d of %d damaged files opened: the damage does not test what it should", opened, rounds)
+	}
+}
+
+// FuzzDamage looks for damage that goes unnoticed: bytes at an offset are xored.
+func FuzzDamage(f *testing.F) {
+	good := newSpecimen(f)
+	f.Add(uint32(0), []byte{1})
+	f.Add(uint32(4096+10), []byte{1, 0})
+	f.Add(uint32(2*4096+12), []byte{0, 0, 0, 0x80})
+	f.Fuzz(func(t *testing.T, at uint32, mask []byte) {
+		bad := bytes.Clone(good.bytes)
+		for i, m := range mask {
+			bad[(int(at)+i)%len(bad)] ^= m
+		}
+		good.survives(t, bad, fmt.Sprintf("%x at %d", mask, at))
+	})
+}
+
+// specimen is a ledger file, and what is in it.
+type specimen struct {
+	bytes []byte // up to the last page in use
+	dump  string
+}
+
+func newSpecimen(t testing.TB) specimen {
+	path := filepath.Join(t.TempDir(), "ledger")
+	random := rand.New(rand.NewPCG(1, 2))
+	for range 4 { // opened again, so that pages are freed and used again
+		l := mustOpen(t, bolt.Config{Path: path, Reserve: -1})
+		for range 40 {
+			err := l.Update(t.Context(), func(tx broker.Tx) error {
+				for range 3 {
+					var value []byte
+					if n := random.IntN(1500); n > 200 {
+						value = bytes.Repeat([]byte{byte(n)}, n)
+					}
+					if err := tx.Put(fmt.Sprintf("g/%03d", random.IntN(200)), value); err != nil {
+						return err
+					}
+				}
+				return enter(broker.OpIntent, "big")(tx)
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		big := func(tx broker.Tx) error {
+			return errors.Join(enter(broker.OpFence, "d/1")(tx), tx.Put("big", make([]byte, 10_000)))
+		}
+		if err := errors.Join(l.Update(t.Context(), big), l.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	all, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = db.View(func(tx *bbolt.Tx) error {
+		all = all[:tx.Size()]
+		return nil
+	})
+	if err := errors.Join(err, db.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return specimen{all, mustDump(t, path)}
+}
+
+// damage gives a damaged copy and says what was done to it.
+func (s specimen) damage(r *rand.Rand) (bad []byte, what string) {
+	bad = bytes.Clone(s.bytes)
+	at := r.IntN(len(bad))
+	switch r.IntN(5) {
+	case 0:
+		return bad[:at], fmt.Sprintf("cut to %d bytes", at)
+	case 1:
+		sector := at / 512 * 512
+		clear(bad[sector:min(sector+512, len(bad))])
+		return bad, fmt.Sprintf("sector at %d is zeros", sector)
+	case 2: // where the structure is
+		at = at/4096*4096 + r.IntN(64)
+	}
+	bit := r.IntN(8)
+	bad[min(at, len(bad)-1)] ^= 1 << bit
+	return bad, fmt.Sprintf("bit %d of byte %d flipped", bit, at)
+}
+
+// survives reports whether the file opens, and fails the test when it does and differs.
+func (s specimen) survives(t *testing.T, bad []byte, what string) bool {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "damage") // t.TempDir keeps all until the end
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	path := filepath.Join(dir, "ledger")
+	if err := os.WriteFile(path, bad, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got, err := dump(t, path)
+	switch {
+	case err != nil && len(bad) == 0:
+	case err != nil && !errors.Is(err, bolt.ErrDamaged) && !errors.Is(err, bolt.ErrNewer):
+		t.Errorf("%s: Open = %v, want ErrDamaged", what, err)
+	case err != nil && !strings.Contains(err.Error(), path):
+		t.Errorf("%s: Open = %v, want the path in it", what, err)
+	case err == nil && got != s.dump:
+		t.Errorf("%s: it opened and holds something else", what)
+	}
+	return err == nil
+}
+
+// dump is everything a ledger holds.
+func dump(t testing.TB, path string) (string, error) {
+	l, err := bolt.Open(bolt.Config{Path: path, Reserve: -1})
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = l.Close() }() // only read
+	var b strings.Builder
+	err = l.View(t.Context(), func(tx broker.Tx) error {
+		err := tx.Scan("", "", func(k string, v []byte) bool {
+			again, err := tx.Get(k) // by another way through the tree
+			if err != nil || !bytes.Equal(again, v) {
+				t.Errorf("Get(%s) differs from Scan (%v)", k, err)
+			}
+			fmt.Fprintf(&b, "%s=%x\n", k, v)
+			return true
+		})
+		return err
+	})
+	if err != nil {
+		return "", err
+	}
+	entries, err := l.Entries(t.Context(), 0, 1<<30)
+	fmt.Fprint(&b, entries)
+	return b.String(), errors.Join(err, l.Verify(t.Context()))
+}
+
+func mustDump(t testing.TB, path string) string {
+	t.Helper()
+	s, err := dump(t, path)
+	if err != nil {
+		t.Fatalf("Open(%q) = %v, want nil", path, err)
+	}
+	return s
+}
+
+// TestKilled kills a process that writes, again and again. What it was told is durable must be
+// there, and the file must be whole.
+func TestKilled(t *testing.T) {
+	if path := os.Getenv("PAWL_TEST_LEDGER"); path != "" {
+		writeForEver(t, path)
+		return
+	}
+	path := filepath.Join(t.TempDir(), "ledger")
+	told := map[string]bool{}
+	for round := range 5 {
+		cmd := exec.Command(os.Args[0], "-test.run=^TestKilled$")
+		cmd.Env = append(os.Environ(), "PAWL_TEST_LEDGER="+path, fmt.Sprintf("PAWL_TEST_ROUND=%d", round))
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		lines := bufio.NewScanner(out)
+		for n := 0; lines.Scan(); n++ {
+			if key, ok := strings.CutPrefix(lines.Text(), "done "); ok {
+				told[key] = true
+			}
+			if n == 300+100*round {
+				_ = cmd.Process.Kill() // it may be gone already; Wait says so
+			}
+		}
+		_ = cmd.Wait() // it was killed
+
+		l := mustOpen(t, bolt.Config{Path: path, Reserve: -1})
+		there := map[string]bool{}
+		for _, key := range keys(t, l) {
+			there[key] = true
+		}
+		for key := range told {
+			if !there[key] {
+				t.Errorf("round %d: %s was acknowledged and is gone", round, key)
+			}
+		}
+		if len(told) < 300*(round+1) {
+			t.Fatalf("round %d: only %d updates were acknowledged", round, len(told))
+		}
+		if err := errors.Join(l.Verify(t.Context()), l.Close()); err != nil {
+			t.Fatalf("round %d: %v", round, err)
+		}
+	}
+}
+
+// writeForEver writes from many goroutines and says what is done, until it is killed.
+func writeForEver(t *testing.T, path string) {
+	l := mustOpen(t, bolt.Config{Path: path, Reserve: -1})
+	var mu sync.Mutex // guards stdout's lines
+	var wg sync.WaitGroup
+	for w := range 16 {
+		wg.Go(func() {
+			for i := range 100_000 {
+				key := "g/" + os.Getenv("PAWL_TEST_ROUND") + "/" + strconv.Itoa(w) + "/" + strconv.Itoa(i)
+				if err := l.Update(t.Context(), enter(broker.OpIntent, key)); err != nil {
+					return
+				}
+				mu.Lock()
+				fmt.Println("done " + key)
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// TestTreeShapes checks the reader of the file against bbolt's writer over many shapes of tree:
+// whatever a ledger wrote, it opens again, and bbolt's own check agrees.
+func TestTreeShapes(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "ledger")
+	for seed := range uint64(12) {
+		r := rand.New(rand.NewPCG(seed, 3))
+		l := mustOpen(t, bolt.Config{Path: path, Reserve: -1})
+		for range 30 {
+			err := l.Update(t.Context(), func(tx broker.Tx) error {
+				for range r.IntN(300) {
+					key := fmt.Sprintf("%c/%d", 'a'+rune(r.IntN(3)), r.IntN(3000))
+					value := make([]byte, r.IntN(900))
+					if r.IntN(10) < int(seed%10) {
+						value = nil
+					}
+					if err := tx.Put(key, value); err != nil {
+						return err
+					}
+				}
+				_, err := tx.Append(broker.Entry{At: brokertest.Epoch, Op: broker.OpIntent})
+				return err
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := l.Close(); err != nil {
+			t.Fatal(err)
+		}
+		change(t, path, func(tx *bbolt.Tx) error {
+			for err := range tx.Check() {
+				t.Errorf("bbolt finds: %v", err)
+			}
+			return nil
+		})
+	}
+}
