@@ -99,6 +99,12 @@ type trust struct{ *x509bundle.Bundle }
 
 func (trust) GetX509SVID() (*x509svid.SVID, error) { return nil, errors.New("no SVID") }
 
+// trustWith is a Source with one SVID for ever.
+type trustWith struct {
+	*x509bundle.Bundle
+	x509svid.Source
+}
+
 // source trusts the issuer for example.org.
 func (ca *issuer) source() attest.Source {
 	td := spiffeid.RequireTrustDomainFromString("example.org")

@@ -1,0 +1,199 @@
+package attest_test
+
+import (
+	"bufio"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/pawlsec/pawl/attest"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+)
+
+// pipes is a listener whose connections are in memory, so that synctest's clock rules them.
+type pipes struct {
+	conns chan net.Conn
+	done  chan struct{}
+}
+
+func newPipes() *pipes { return &pipes{make(chan net.Conn), make(chan struct{})} }
+
+func (p *pipes) dial() net.Conn {
+	client, server := net.Pipe()
+	p.conns <- server
+	return client
+}
+
+func (p *pipes) Accept() (net.Conn, error) {
+	select {
+	case c := <-p.conns:
+		return c, nil
+	case <-p.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (p *pipes) Close() error   { close(p.done); return nil }
+func (p *pipes) Addr() net.Addr { return &net.UnixAddr{Name: "pipes", Net: "pipe"} }
+
+// open reports whether the other side still waits on the connection. It takes a nanosecond.
+func open(c net.Conn) bool {
+	_ = c.SetReadDeadline(time.Now().Add(time.Nanosecond))
+	_, err := c.Read(make([]byte, 1))
+	return !errors.Is(err, io.EOF)
+}
+
+func TestHandshakeTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newWorkload(t, &clock{start})
+		inner := newPipes()
+		l := attest.Listener(inner, newAttestor(t, config(s, &clock{start})).ServerTLS(), attest.Limits{})
+		silent := inner.dial()
+		time.Sleep(5*time.Second - time.Millisecond) // the bubble's clock, not ours
+		synctest.Wait()
+		if !open(silent) {
+			t.Error("a silent client is dropped before 5 s")
+		}
+		time.Sleep(time.Millisecond)
+		synctest.Wait()
+		if open(silent) {
+			t.Error("a silent client is kept after 5 s")
+		}
+		if err := l.Close(); err != nil {
+			t.Errorf("Close = %v", err)
+		}
+	})
+}
+
+// TestHandshakeCap fills the listener with silent clients: the oldest makes room, and an
+// honest client gets in.
+func TestHandshakeCap(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newWorkload(t, &clock{start})
+		inner := newPipes()
+		config := newAttestor(t, config(s, &clock{start})).ServerTLS()
+		l := attest.Listener(inner, config, attest.Limits{Handshakes: 2})
+		silent := []net.Conn{inner.dial(), inner.dial()}
+		synctest.Wait()
+		if !open(silent[0]) || !open(silent[1]) {
+			t.Error("at the limit a handshake is dropped")
+		}
+		silent = append(silent, inner.dial())
+		synctest.Wait()
+		if open(silent[0]) || !open(silent[1]) || !open(silent[2]) {
+			t.Error("one beyond the limit: want only the oldest dropped")
+		}
+
+		trust := tlsconfig.TLSClientConfig(s.Source(s.ID("/any")), tlsconfig.AuthorizeAny())
+		trust.Time = func() time.Time { return start }
+		trust.InsecureSkipVerify, trust.VerifyPeerCertificate = true, nil // the server's clock is not this one
+		honest := tls.Client(inner.dial(), trust)
+		done := make(chan error, 1)
+		go func() { done <- honest.HandshakeContext(t.Context()) }()
+		conn, err := l.Accept()
+		if err != nil {
+			t.Fatalf("Accept = %v", err)
+		}
+		if err := <-done; err != nil || !conn.(*tls.Conn).ConnectionState().HandshakeComplete {
+			t.Errorf("an honest client's handshake = %v", err)
+		}
+		if open(silent[1]) || !open(silent[2]) {
+			t.Error("the honest client: want the then oldest dropped for it")
+		}
+		go func() { _, _ = io.Copy(io.Discard, honest) }() // a pipe has no room for close_notify
+		_ = conn.Close()
+		if err := l.Close(); err != nil {
+			t.Errorf("Close = %v", err)
+		}
+		if open(silent[2]) {
+			t.Error("Close leaves a handshake open")
+		}
+		if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Accept after Close = %v, want %v", err, net.ErrClosed)
+		}
+	})
+}
+
+// failing accepts nothing but errors.
+type failing struct{ net.Listener }
+
+func (failing) Accept() (net.Conn, error) { return nil, errors.New("too many open files") }
+func (failing) Close() error              { return nil }
+
+func TestAcceptErrorIsPassedOn(t *testing.T) {
+	l := attest.Listener(failing{}, &tls.Config{}, attest.Limits{})
+	for range 2 {
+		if _, err := l.Accept(); err == nil || errors.Is(err, net.ErrClosed) {
+			t.Errorf("Accept = %v, want the inner error", err)
+		}
+	}
+	if err := l.Close(); err != nil {
+		t.Errorf("Close = %v", err)
+	}
+}
+
+func TestConnectionAge(t *testing.T) {
+	for name, http2 := range map[string]bool{"HTTP/1.1": false, "HTTP/2": true} {
+		s := newWorkload(t, &clock{time.Now()})
+		var age atomic.Int64
+		limits := attest.Limits{Now: func() time.Time { return start.Add(time.Duration(age.Load())) }}
+		a := newAttestor(t, config(s, &clock{time.Now()}))
+		server := a.ServerTLS()
+		if !http2 {
+			server.NextProtos = nil
+		}
+		url := serve(t, a, server, limits)
+		c := client(t, s, s.Source(s.ID("/agent/a")), tls.VersionTLS13, false)
+		ask := func(what string, reused bool) {
+			t.Helper()
+			if got := get(t, c, url, ""); got.status != http.StatusOK || got.reused != reused || (got.proto == 2) != http2 {
+				t.Errorf("%s, %s: got %d, connection reused %v, want 200, %v", name, what, got.status, got.reused, reused)
+			}
+		}
+		ask("at first", false)
+		age.Store(int64(5*time.Minute - 1))
+		ask("just before its age", true)
+		age.Store(int64(5 * time.Minute))
+		ask("at its age, the last answer", true)
+		ask("then", false)
+	}
+}
+
+func TestHeaderLimits(t *testing.T) {
+	s := newWorkload(t, &clock{time.Now()})
+	a := newAttestor(t, config(s, &clock{time.Now()}))
+	server := a.ServerTLS()
+	server.NextProtos = nil
+	url := serve(t, a, server, attest.Limits{Header: time.Second})
+	trust := tlsconfig.MTLSClientConfig(s.Source(s.ID("/agent/a")), s.Source(s.ID("/any")), tlsconfig.AuthorizeAny())
+	send := func(text string) (*http.Response, error) {
+		conn, err := tls.Dial("tcp", strings.TrimPrefix(url, "https://"), trust)
+		if err != nil {
+			t.Fatalf("Dial = %v", err)
+		}
+		defer conn.Close()
+		_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+		if _, err := io.WriteString(conn, text); err != nil {
+			return nil, err
+		}
+		return http.ReadResponse(bufio.NewReader(conn), nil)
+	}
+	const head = "GET / HTTP/1.1\r\nHost: pawl\r\nX: "
+	if resp, err := send(head + strings.Repeat("x", 32<<10-len(head)-4) + "\r\n\r\n"); err != nil || resp.StatusCode != http.StatusOK {
+		t.Errorf("a header of 32 KiB: %v, want 200", err)
+	}
+	// net/http adds 4 KiB to the limit that it is given.
+	if resp, err := send(head + strings.Repeat("x", 36<<10) + "\r\n\r\n"); err != nil || resp.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
+		t.Errorf("a header of 36 KiB: %v, want 431", err)
+	}
+	if _, err := send(head); !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
+		t.Errorf("a header that does not end: %v, want the connection closed", err)
+	}
+}
