@@ -1,52 +1,149 @@
 package broker
 
 import (
-	"encoding/json"
 	"fmt"
+	"slices"
+	"strings"
 )
 
-// Constraint limits one argument. The zero Constraint allows nothing.
-type Constraint struct {
-	oneOf []string
+// Constraint limits one argument of a step. The zero Constraint allows nothing.
+//
+// Each has one kind, named by the one member of its wire form:
+//
+//	{"exact":"x"}                      the value itself; also an integer, a boolean or a list
+//	{"one_of":["a","b"]}               one of these strings, or integers, or booleans
+//	{"not_one_of":["a","b"]}           a value of their kind, but none of them
+//	{"range":{"min":1,"max":9}}        an integer in between, ends included, each end optional
+//	{"prefix":"a/"}                    a string that begins so; for paths use subpath
+//	{"glob":"web-*"}                   a string; * is any run, ? any one character, neither is a slash
+//	{"cidr":"10.0.0.0/8"}              an address or a network inside, in canonical spelling
+//	{"subset":["a","b"]}               a list of some of these; the empty list is outside
+//	{"subpath":"/srv/data"}            this absolute path or one below it, in canonical spelling
+//	{"url":{"scheme":"https","host":"*.example.org","port":8443,"path":"/v1"}}
+//	{"shell":{"command":["systemctl",["restart","status"]],"words":["web-*"]}}
+//	{"all":[…]}                        inside each of these; not nested
+//
+// Only exact and subset take lists; the others refuse a list whatever its elements. Strings
+// compare byte by byte: where a callee takes two spellings for one thing (case, Unicode forms,
+// 010 for 8), not_one_of is weak, and the kinds that know a canonical spelling (cidr, subpath,
+// url, shell) refuse every other one. An empty list counts as outside a subset for the reason
+// that a missing argument does: it may mean "all".
+type Constraint struct{ bound bound }
+
+// Limits of a constraint. The values in it are also within the limits of arguments.
+const (
+	MaxConstraint      = 16 << 10 // bytes of the canonical wire form
+	MaxConstraintSet   = 256      // members of one_of, not_one_of and subset; words of a command line
+	MaxConstraintText  = 256      // bytes of a glob, a subpath, a host, a path or a word
+	MaxConstraintParts = 8        // parts of all
+)
+
+// bound is one kind of constraint. A bound is immutable, and valid once it is made.
+type bound interface {
+	takes() valueKind           // the only kind of value it can allow
+	allows(Value) bool          // whether the value is inside
+	covers(bound) bool          // whether all of a bound that is not finite is inside; false where undecided
+	name() string               // the member of the wire form
+	appendBody(b []byte) []byte // and what it holds
+	fmt.Stringer                // for people
 }
+
+// finite bounds can list all they allow, which decides what covers them for every other kind.
+type finite interface {
+	values() (all []Value, ok bool)
+}
+
+// leading bounds allow only strings that begin with lead.
+type leading interface{ lead() string }
 
 // Allows reports whether v is inside the constraint.
-func (c Constraint) Allows(v Value) bool {
-	s, ok := v.Text()
-	for _, o := range c.oneOf {
-		if ok && o == s {
-			return true
-		}
-	}
-	return false
-}
+func (c Constraint) Allows(v Value) bool { return c.bound != nil && c.bound.allows(v) }
 
-// Covers reports whether every value that d allows is allowed by c.
+// Covers reports whether every value that d allows is allowed by c. It is never true wrongly.
+// Where that would take several parts of d together, or several words of c, or a likeness
+// between kinds that this package does not know of, it is false.
 func (c Constraint) Covers(d Constraint) bool {
-	for _, s := range d.oneOf {
-		if !c.Allows(String(s)) {
-			return false
+	if d.bound == nil {
+		return true
+	}
+	return c.bound != nil && boundCovers(c.bound, d.bound)
+}
+
+func boundCovers(c, d bound) bool {
+	if f, ok := d.(finite); ok {
+		if values, ok := f.values(); ok {
+			return !slices.ContainsFunc(values, func(v Value) bool { return !c.allows(v) })
 		}
 	}
-	return true
+	if parts, ok := c.(allOf); ok {
+		return !slices.ContainsFunc(parts, func(p bound) bool { return !boundCovers(p, d) })
+	}
+	if c.covers(d) {
+		return true
+	}
+	parts, ok := d.(allOf)
+	return ok && slices.ContainsFunc(parts, func(p bound) bool { return boundCovers(c, p) })
 }
 
-// ParseConstraint reads the wire form.
-func ParseConstraint(raw []byte) (c Constraint, err error) { return c, c.UnmarshalJSON(raw) }
-
-// MarshalJSON writes the wire form.
-func (c Constraint) MarshalJSON() ([]byte, error) {
-	return json.Marshal(map[string]any{"one_of": c.oneOf})
+// String says in words what is allowed.
+func (c Constraint) String() string {
+	if c.bound == nil {
+		return "nothing"
+	}
+	return c.bound.String()
 }
 
-// UnmarshalJSON is [ParseConstraint].
-func (c *Constraint) UnmarshalJSON(raw []byte) error {
-	var w struct {
-		OneOf []string `json:"one_of"`
+// The constructors below make the constraints whose text needs no checking; the others come
+// from [ParseConstraint]. What that would refuse, such as a set over the limits, they turn
+// into the zero Constraint.
+
+// Exact allows v alone.
+func Exact(v Value) Constraint { return constraintOf(newExact(v)) }
+
+// OneOf allows these strings.
+func OneOf(s ...string) Constraint { return constraintOf(newOneOf(stringValues(s))) }
+
+// NotOneOf allows strings other than these; at least one is needed.
+func NotOneOf(s ...string) Constraint { return constraintOf(newNotOneOf(stringValues(s))) }
+
+// Range allows the integers from min to max, both included.
+func Range(min, max int64) Constraint { return constraintOf(newInterval(min, max)) }
+
+// Prefix allows the strings that begin with s, which is not empty.
+func Prefix(s string) Constraint { return constraintOf(newPrefix(s)) }
+
+// Subset allows the lists of one or more elements that are all among s.
+func Subset(s ...string) Constraint { return constraintOf(newSubset(s)) }
+
+// All allows what every one of parts allows; at least one is needed.
+func All(parts ...Constraint) Constraint {
+	bounds := make([]bound, len(parts))
+	for i, p := range parts {
+		bounds[i] = p.bound
 	}
-	if err := json.Unmarshal(raw, &w); err != nil {
-		return fmt.Errorf("constraint: %w", err)
+	return constraintOf(newAllOf(bounds))
+}
+
+func constraintOf(r bound, err error) Constraint {
+	if err != nil || r == nil || len(appendBound(nil, r)) > MaxConstraint {
+		return Constraint{}
 	}
-	c.oneOf = w.OneOf
-	return nil
+	return Constraint{r}
+}
+
+func stringValues(s []string) []Value {
+	values := make([]Value, len(s))
+	for i := range s {
+		values[i] = String(s[i])
+	}
+	return values
+}
+
+// listing shows values for people.
+func listing(values []Value) string {
+	s := make([]string, len(values))
+	for i, v := range values {
+		s[i] = string(v.append(nil))
+	}
+	return strings.Join(s, ", ")
 }

@@ -1,0 +1,287 @@
+package broker_test
+
+import (
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// grove is a fixed set of constraints and values, with the reference's answer for every pair, so
+// that looking at a call in a tree costs nothing.
+type grove struct {
+	wires       [][]byte
+	constraints []broker.Constraint
+	values      []broker.Value
+	inside      [][]bool // by constraint and value, from the reference
+	within      [][]int  // by constraint: the values inside
+	covered     [][]int  // by constraint: those that it covers
+}
+
+func newGrove(p pick) *grove {
+	w := &grove{}
+	for len(w.constraints) < 300 {
+		wire := anyConstraint(p, oneFrom(p, append(slices.Clone(constraintKinds), "all")...))
+		if c, err := broker.ParseConstraint(wire); err == nil {
+			w.wires, w.constraints = append(w.wires, wire), append(w.constraints, c)
+		}
+	}
+	for len(w.values) < 400 {
+		w.values = append(w.values, anyValueFor(p, oneFrom(p, constraintKinds...)))
+	}
+	for i, c := range w.constraints {
+		inside := make([]bool, len(w.values))
+		var within, covered []int
+		for j, v := range w.values {
+			inside[j] = referenceAllows(w.wires[i], v)
+			if inside[j] {
+				within = append(within, j)
+			}
+		}
+		for j, d := range w.constraints {
+			if c.Covers(d) {
+				covered = append(covered, j)
+			}
+		}
+		w.inside, w.within, w.covered = append(w.inside, inside), append(w.within, within), append(w.covered, covered)
+	}
+	return w
+}
+
+// treeNode is a scope as the reference sees it: constraints by their place in the grove.
+type treeNode struct {
+	parent int
+	rights map[broker.ToolName]treeRight
+	scope  broker.Scope
+}
+
+type treeRight struct {
+	use, delegate bool
+	args          map[string]int
+}
+
+var treeTools = []broker.ToolName{"deploy", "psql", "ssh"}
+
+func (w *grove) scope(t *testing.T, rights map[broker.ToolName]treeRight) broker.Scope {
+	var list []broker.Right
+	for tool, r := range rights {
+		args := map[string]broker.Constraint{}
+		for name, c := range r.args {
+			args[name] = w.constraints[c]
+		}
+		list = append(list, broker.Right{Tool: tool, Use: r.use, Delegate: r.delegate, Args: args})
+	}
+	s, err := broker.NewScope(list)
+	if err != nil {
+		t.Fatalf("NewScope(%v): %v", list, err)
+	}
+	return s
+}
+
+// grow draws rights: of nothing in particular for a root, else near those of a parent, mostly
+// narrower and sometimes not.
+func (w *grove) grow(p pick, parent map[broker.ToolName]treeRight) map[broker.ToolName]treeRight {
+	rights := map[broker.ToolName]treeRight{}
+	for len(rights) == 0 {
+		for _, tool := range treeTools {
+			above, held := parent[tool]
+			if p(3) == 0 || !held && parent != nil && p(20) > 0 {
+				continue
+			}
+			r := treeRight{use: p(2) == 0, delegate: p(3) > 0, args: map[string]int{}}
+			r.use = r.use || !r.delegate
+			for _, name := range []string{"a", "b"} {
+				c, limited := above.args[name]
+				switch {
+				case limited && p(20) == 0: // left free
+				case limited && p(10) > 0 && len(w.covered[c]) > 0:
+					r.args[name] = oneFrom(p, w.covered[c]...)
+				case limited || p(2) == 0:
+					r.args[name] = p(len(w.constraints))
+				}
+			}
+			rights[tool] = r
+		}
+	}
+	return rights
+}
+
+// allows is the reference for a call: a value for each argument, -1 for one that is not given.
+func (w *grove) allows(r treeRight, call map[string]int) bool {
+	for name, c := range r.args {
+		if call[name] < 0 || !w.inside[c][call[name]] {
+			return false
+		}
+	}
+	return true
+}
+
+// call draws arguments, by preference from what the right allows.
+func (w *grove) call(p pick, r treeRight) map[string]int {
+	call := map[string]int{}
+	for _, name := range []string{"a", "b"} {
+		call[name] = p(len(w.values)+1) - 1
+		if c, limited := r.args[name]; limited && len(w.within[c]) > 0 && p(10) > 0 {
+			call[name] = oneFrom(p, w.within[c]...)
+		}
+	}
+	return call
+}
+
+// TestNoTreeWidens grows trees of delegations by the rule of Scope.Wider alone and asks the
+// reference about calls: none that a node allows is refused by the node above it.
+func TestNoTreeWidens(t *testing.T) {
+	const trees, nodes = 100_000, 5
+	random := rand.New(rand.NewPCG(3, 20251124))
+	p := pick(random.IntN)
+	w := newGrove(p)
+	accepted, refused, allowed := 0, 0, 0
+	for range trees {
+		root := w.grow(p, nil)
+		tree := []treeNode{{parent: -1, rights: root, scope: w.scope(t, root)}}
+		for range nodes {
+			parent := p(len(tree))
+			rights := w.grow(p, tree[parent].rights)
+			child := treeNode{parent, rights, w.scope(t, rights)}
+			if len(tree[parent].scope.Wider(child.scope)) > 0 {
+				refused++
+				continue
+			}
+			accepted++
+			tree = append(tree, child)
+			for _, tool := range treeTools {
+				if r, held := rights[tool]; held {
+					allowed += w.check(t, tree, tool, w.call(p, r))
+				}
+			}
+		}
+	}
+	t.Logf("%d trees, %d delegations accepted, %d refused, %d allowed calls compared", trees, accepted, refused, allowed)
+	if accepted < trees || refused < trees || allowed < trees/2 {
+		t.Errorf("%d accepted, %d refused, %d allowed calls: too few for the property to say anything", accepted, refused, allowed)
+	}
+}
+
+// check compares a call under the newest node with every node above, if the node allows it, and
+// gives the number of calls compared.
+func (w *grove) check(t *testing.T, tree []treeNode, tool broker.ToolName, call map[string]int) int {
+	leaf := tree[len(tree)-1]
+	r := leaf.rights[tool]
+	values := map[string]broker.Value{}
+	for name, v := range call {
+		if v >= 0 {
+			values[name] = w.values[v]
+		}
+	}
+	args, err := broker.NewArgs(values)
+	if err != nil {
+		t.Fatalf("NewArgs(%v): %v", values, err)
+	}
+	mine, _ := leaf.scope.Right(tool)
+	want := w.allows(r, call)
+	if got := len(mine.Allows(args)) == 0; got != want {
+		t.Fatalf("right %v allows %s = %v, want %v", mine, args.Canonical(), got, want)
+	}
+	if !want {
+		return 0
+	}
+	for up := leaf.parent; up >= 0; up = tree[up].parent {
+		above, held := tree[up].rights[tool]
+		if !held || !above.delegate || !w.allows(above, call) {
+			t.Fatalf("%s with %s is allowed by %v and not by %v above it", tool, args.Canonical(), leaf.scope, tree[up].scope)
+		}
+	}
+	return 1
+}
+
+func TestScopeWider(t *testing.T) {
+	use := func(tool string, args ...string) broker.Right {
+		r := broker.Right{Tool: broker.ToolName(tool), Use: true, Args: map[string]broker.Constraint{}}
+		for _, a := range args {
+			name, wire, _ := strings.Cut(a, "=")
+			r.Args[name] = mustParse(t, wire)
+		}
+		return r
+	}
+	pass := func(r broker.Right) broker.Right { r.Use, r.Delegate = false, true; return r }
+	for name, row := range map[string]struct {
+		parent, child []broker.Right
+		want          string
+	}{
+		"same tool, for use":            {[]broker.Right{pass(use("a"))}, []broker.Right{use("a")}, ""},
+		"passed on further":             {[]broker.Right{pass(use("a"))}, []broker.Right{pass(use("a"))}, ""},
+		"use cannot be passed on":       {[]broker.Right{use("a")}, []broker.Right{use("a")}, "tool:a"},
+		"a tool the parent lacks":       {[]broker.Right{pass(use("a"))}, []broker.Right{use("a"), use("b")}, "tool:b"},
+		"narrower argument":             {[]broker.Right{pass(use("a", `x={"prefix":"p"}`))}, []broker.Right{use("a", `x={"exact":"pq"}`)}, ""},
+		"further argument":              {[]broker.Right{pass(use("a"))}, []broker.Right{use("a", `x={"exact":"pq"}`)}, ""},
+		"argument left free":            {[]broker.Right{pass(use("a", `x={"prefix":"p"}`))}, []broker.Right{use("a")}, "tool:a:argument:x"},
+		"wider argument":                {[]broker.Right{pass(use("a", `x={"exact":"p"}`))}, []broker.Right{use("a", `x={"prefix":"p"}`)}, "tool:a:argument:x"},
+		"two arguments, one is wider":   {[]broker.Right{pass(use("a", `x={"exact":"p"}`, `y={"range":{"max":3}}`))}, []broker.Right{use("a", `x={"exact":"p"}`, `y={"range":{"max":4}}`)}, "tool:a:argument:y"},
+		"what allows nothing is inside": {[]broker.Right{pass(use("a", `x={"exact":"p"}`))}, []broker.Right{use("a", `x={"one_of":[]}`)}, ""},
+	} {
+		parent, err := broker.NewScope(row.parent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		child, err := broker.NewScope(row.child)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Join(parent.Wider(child), " "); got != row.want {
+			t.Errorf("%s: Wider = %q, want %q", name, got, row.want)
+		}
+	}
+	if got := (broker.Scope{}).Wider(broker.Scope{use("a")}); len(got) != 1 {
+		t.Errorf("the zero Scope passes on %v", got)
+	}
+}
+
+func TestRightAllows(t *testing.T) {
+	right := broker.Right{Tool: "a", Use: true, Args: map[string]broker.Constraint{"x": broker.OneOf("1"), "y": broker.Range(0, 9)}}
+	for raw, want := range map[string]string{
+		`{"x":"1","y":5}`:         "",
+		`{"x":"1","y":5,"z":"q"}`: "",
+		`{"x":"1"}`:               "y",
+		`{"x":"2","y":10}`:        "x y",
+		`{"x":"1","y":"5"}`:       "y",
+		`{}`:                      "x y",
+	} {
+		args, err := broker.ParseArgs([]byte(raw))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Join(right.Allows(args), " "); got != want {
+			t.Errorf("Right.Allows(%s) = %q outside, want %q", raw, got, want)
+		}
+	}
+}
+
+func TestNewScope(t *testing.T) {
+	r := func(tool string) broker.Right { return broker.Right{Tool: broker.ToolName(tool), Use: true} }
+	many := func(n int) (rights []broker.Right) {
+		for i := range n {
+			rights = append(rights, r("t"+strings.Repeat("a", i/26)+string(rune('a'+i%26))))
+		}
+		return rights
+	}
+	if s, err := broker.NewScope([]broker.Right{r("b"), r("a")}); err != nil || s[0].Tool != "a" || s[1].Tool != "b" {
+		t.Errorf("NewScope(b, a) = %v, %v, want a, b", s, err)
+	}
+	if _, err := broker.NewScope(many(broker.MaxRights)); err != nil {
+		t.Errorf("NewScope at the limit: %v", err)
+	}
+	for name, rights := range map[string][]broker.Right{
+		"none":             nil,
+		"over the limit":   many(broker.MaxRights + 1),
+		"two for one tool": {r("a"), r("a")},
+		"to nothing":       {{Tool: "a"}},
+		"bad tool":         {r("A")},
+		"bad argument":     {{Tool: "a", Use: true, Args: map[string]broker.Constraint{"X": broker.OneOf("a")}}},
+	} {
+		if s, err := broker.NewScope(rights); err == nil {
+			t.Errorf("NewScope(%s) = %v, want an error", name, s)
+		}
+	}
+}
