@@ -1,9 +1,14 @@
 package broker
 
-import "time"
+import (
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
 
 // Subject is what a [Selector] looks at: a delegation, or a grant under it. For a delegation
-// the fields from Grant on are zero.
+// the fields from Grant to Bundle are zero.
 type Subject struct {
 	Chain  Chain
 	Path   []Delegation // root first; the last holds the grant
@@ -15,14 +20,218 @@ type Subject struct {
 	At     time.Time // when the grant or delegation was made
 }
 
-// Selector says what a revocation is about.
-type Selector struct{ text string }
+// Selector says what a revocation is about. It is made by [ParseSelector]; the zero Selector
+// matches nothing.
+//
+//	chain:ch…                 of this chain
+//	subtree:dl…               this delegation, or anything below it
+//	spiffe:spiffe://td/a/b    held by exactly this SPIFFE ID
+//	spiffe:spiffe://td/a/*    held by a SPIFFE ID below /a; spiffe://td/* is the whole trust domain
+//	task:"rotate the keys"    of a chain opened for exactly this task
+//	label.env:prod            of a chain with this label
+//	since:2026-01-02T03:04:05Z, until:…   made at or after, made before
+//	grant:gr…                 this grant
+//	tool:deploy               a grant for this tool
+//	arg.table:users           a grant with this argument, as text; of a list, one element
+//	vault:database/creds/x    a grant minted at this mount and role
+//	vault:database/*          or anywhere below
+//	bundle:sha256:…           a grant decided under this policy bundle
+//
+// Terms join with not, and, or (binding in that order) and parentheses; a value with other
+// characters than visible ASCII, or with a parenthesis or quote in it, is quoted as in Go.
+//
+// The holder is that of the delegation itself, or of the one the grant is directly under, not
+// of its ancestors. The terms from grant to bundle ask for facts that only grants have: of a
+// delegation they are neither true nor false, and what hangs on such an answer matches nothing.
+// So neither tool:x nor not tool:x matches a delegation, while (tool:x or chain:ch…) matches the
+// delegations of that chain. The same holds for since and until where the time is not known.
+type Selector struct{ root *selectorNode }
 
-// ParseSelector reads the selector language.
-func ParseSelector(s string) (Selector, error) { return Selector{s}, nil }
+// selectorNode is one term, or an operator over others.
+type selectorNode struct {
+	op    string // "and", "or", "not"; empty for a term
+	parts []*selectorNode
+	term  selectorTerm
+}
 
-// String is the selector as it was written.
-func (s Selector) String() string { return s.text }
+// selectorTerm is one condition; its value is in canonical spelling.
+type selectorTerm struct {
+	key, name, value string    // key or key.name, and value
+	at               time.Time // of since and until
+}
+
+// selectorVerdict is the answer of three-valued logic, ordered so that and is min and or is max.
+type selectorVerdict int8
+
+const (
+	selectorNo selectorVerdict = iota - 1
+	selectorOpen
+	selectorYes
+)
+
+func yesIf(b bool) selectorVerdict {
+	if b {
+		return selectorYes
+	}
+	return selectorNo
+}
 
 // Matches reports whether the subject is meant.
-func (s Selector) Matches(Subject) bool { return false }
+func (s Selector) Matches(subject Subject) bool {
+	return s.root != nil && s.root.holds(subject) == selectorYes
+}
+
+// Target names the one chain, delegation or grant that the selector is about, so that it can be
+// fenced by itself; the other two are empty. ok is false when the selector is any other query.
+func (s Selector) Target() (chain ChainID, node DelegationID, grant GrantID, ok bool) {
+	if s.root == nil {
+		return "", "", "", false
+	}
+	switch t := s.root.term; t.key {
+	case "chain":
+		return ChainID(t.value), "", "", true
+	case "subtree":
+		return "", DelegationID(t.value), "", true
+	case "grant":
+		return "", "", GrantID(t.value), true
+	}
+	return "", "", "", false
+}
+
+// String is the selector in canonical spelling, which [ParseSelector] reads back; it is empty
+// for the zero Selector.
+func (s Selector) String() string {
+	if s.root == nil {
+		return ""
+	}
+	return s.root.String()
+}
+
+// MarshalText is [Selector.String].
+func (s Selector) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// UnmarshalText is [ParseSelector], but reads no text as the zero Selector.
+func (s *Selector) UnmarshalText(text []byte) (err error) {
+	*s = Selector{}
+	if len(text) > 0 {
+		*s, err = ParseSelector(string(text))
+	}
+	return err
+}
+
+func (n *selectorNode) holds(s Subject) selectorVerdict {
+	switch n.op {
+	case "not":
+		return -n.parts[0].holds(s)
+	case "and":
+		v := selectorYes
+		for _, p := range n.parts {
+			v = min(v, p.holds(s))
+		}
+		return v
+	case "or":
+		v := selectorNo
+		for _, p := range n.parts {
+			v = max(v, p.holds(s))
+		}
+		return v
+	}
+	return n.term.holds(s)
+}
+
+func (t selectorTerm) holds(s Subject) selectorVerdict {
+	switch t.key {
+	case "chain":
+		return yesIf(string(s.Chain.ID) == t.value)
+	case "subtree":
+		return yesIf(slices.ContainsFunc(s.Path, func(d Delegation) bool { return string(d.ID) == t.value }))
+	case "spiffe":
+		return yesIf(len(s.Path) > 0 && withinPath(t.value, s.Path[len(s.Path)-1].Holder.String()))
+	case "task":
+		return yesIf(s.Chain.Task == t.value)
+	case "label":
+		value, ok := s.Chain.Labels[t.name]
+		return yesIf(ok && value == t.value)
+	case "since", "until":
+		if s.At.IsZero() {
+			return selectorOpen
+		}
+		return yesIf(s.At.Before(t.at) == (t.key == "until"))
+	}
+	if s.Grant == "" {
+		return selectorOpen
+	}
+	switch t.key {
+	case "grant":
+		return yesIf(string(s.Grant) == t.value)
+	case "tool":
+		return yesIf(string(s.Tool) == t.value)
+	case "arg":
+		value, ok := s.Args.Get(t.name)
+		return yesIf(ok && argReads(value, t.value))
+	case "vault":
+		return yesIf(withinPath(t.value, s.Vault))
+	case "bundle":
+		return yesIf(s.Bundle == t.value)
+	}
+	panic("broker: a selector term was parsed that has no meaning: " + t.key)
+}
+
+// withinPath compares with a path, or with what is below the segments before "/*".
+func withinPath(pattern, path string) bool {
+	if prefix, ok := strings.CutSuffix(pattern, "*"); ok {
+		return strings.HasPrefix(path, prefix) && path != prefix
+	}
+	return path == pattern
+}
+
+// argReads compares an argument with a text.
+func argReads(v Value, text string) bool {
+	switch v.kind {
+	case intValue:
+		return strconv.FormatInt(v.n, 10) == text
+	case boolValue:
+		return strconv.FormatBool(v.n != 0) == text
+	case listValue:
+		return slices.Contains(v.list, text)
+	}
+	return v.s == text
+}
+
+func (n *selectorNode) String() string {
+	switch n.op {
+	case "":
+		return n.term.String()
+	case "not":
+		return "not " + n.parts[0].within("not")
+	}
+	s := make([]string, len(n.parts))
+	for i, p := range n.parts {
+		s[i] = p.within(n.op)
+	}
+	return strings.Join(s, " "+n.op+" ")
+}
+
+// within puts parentheses around a node that binds less than the operator over it.
+func (n *selectorNode) within(op string) string {
+	if n.op == "or" && op != "or" || n.op == "and" && op == "not" {
+		return "(" + n.String() + ")"
+	}
+	return n.String()
+}
+
+func (t selectorTerm) String() string {
+	key := t.key
+	if t.name != "" {
+		key += "." + t.name
+	}
+	if t.value == "" || strings.ContainsFunc(t.value, func(r rune) bool { return !isBare(r) }) {
+		return key + ":" + strconv.Quote(t.value)
+	}
+	return key + ":" + t.value
+}
+
+// isBare says which characters a value may have without being quoted.
+func isBare(r rune) bool {
+	return r > ' ' && r < 0x7f && r != '(' && r != ')' && r != '"'
+}
