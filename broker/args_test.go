@@ -1,0 +1,179 @@
+package broker_test
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/json"
+	"fmt"
+	"math"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+func TestParseArgsIsCanonical(t *testing.T) {
+	for raw, want := range map[string]string{
+		`{}`:                                   `{}`,
+		` { "b" : 1 , "a" : "x" } `:            `{"a":"x","b":1}`,
+		`{"a":true,"b":false}`:                 `{"a":true,"b":false}`,
+		`{"a":[]}`:                             `{"a":[]}`,
+		`{"a":["y","x","y"]}`:                  `{"a":["y","x","y"]}`,
+		`{"a":-9223372036854775808}`:           `{"a":-9223372036854775808}`,
+		`{"a":9223372036854775807}`:            `{"a":9223372036854775807}`,
+		`{"a":"\u00e9\ud83d\ude00\/"}`:         `{"a":"é😀/"}`,
+		`{"a":"\u0000\b\t\n\f\r\u001f\u007f"}`: "{\"a\":\"\\u0000\\b\\t\\n\\f\\r\\u001f\x7f\"}",
+		`{"a":"\"\\<>&\u2028"}`:                "{\"a\":\"\\\"\\\\<>&\u2028\"}",
+		`{"\u0061":1}`:                         `{"a":1}`,
+	} {
+		a, err := broker.ParseArgs([]byte(raw))
+		if err != nil || string(a.Canonical()) != want {
+			t.Errorf("ParseArgs(%s) = %s, %v, want %s", raw, a.Canonical(), err, want)
+			continue
+		}
+		if a.Digest() != sha256.Sum256([]byte(want)) {
+			t.Errorf("Digest of %s is not that of its canonical form", raw)
+		}
+	}
+	var zero broker.Args
+	if raw, err := json.Marshal(zero); err != nil || string(raw) != "{}" || zero.Digest() != sha256.Sum256([]byte("{}")) {
+		t.Errorf("the zero Args marshal as %s, %v, want {}", raw, err)
+	}
+}
+
+func TestParseArgsRefuses(t *testing.T) {
+	for _, raw := range []string{
+		``, ` `, `null`, `[]`, `"a"`, `1`, `{`, `}`, `{}x`, `{}{}`, `{"a":1}]`, `{"a"}`, `{"a":}`, `{"a":1,}`, `{,}`, `{"a":1 "b":2}`, `{a:1}`, `{'a':1}`, `{"a" 1}`,
+		`{"a":1,"a":1}`, `{"a":1,"\u0061":2}`, `{"a":null}`, `{"a":{}}`, `{"a":{"b":1}}`, `{"a":[1]}`, `{"a":[null]}`, `{"a":[["x"]]}`, `{"a":["x",]}`, `{"a":["x" "y"]}`, `{"a":["x"}`,
+		`{"a":1.0}`, `{"a":1e3}`, `{"a":-0}`, `{"a":01}`, `{"a":+1}`, `{"a":9223372036854775808}`, `{"a":0x1}`, `{"a":NaN}`, `{"a":True}`,
+		`{"A":1}`, `{"":1}`, `{"1a":1}`, `{"_a":1}`, `{"a-b":1}`, `{"a.b":1}`, `{"é":1}`, `{"a b":1}`,
+		`{"a":"\ud800"}`, `{"a":"\udc00\ud800"}`, "{\"a\":\"\xff\"}", "{\"a\":\"\uFFFD\"}", `{"a":["\ud800"]}`, "{\"a\":\"\n\"}", `{"a":"\x"}`, `{"a":"`,
+		"\ufeff{}",
+	} {
+		if a, err := broker.ParseArgs([]byte(raw)); err == nil {
+			t.Errorf("ParseArgs(%q) = %s, want an error", raw, a.Canonical())
+		}
+	}
+}
+
+func TestArgsLimits(t *testing.T) {
+	repeat := func(n int, each func(i int) string) string {
+		s := make([]string, n)
+		for i := range s {
+			s[i] = each(i)
+		}
+		return strings.Join(s, ",")
+	}
+	for name, raw := range map[string]func(over int) string{
+		"arguments": func(n int) string {
+			return "{" + repeat(broker.MaxArgs+n, func(i int) string { return fmt.Sprintf(`"a%d":1`, i) }) + "}"
+		},
+		"name":    func(n int) string { return `{"` + strings.Repeat("a", broker.MaxArgName+n) + `":1}` },
+		"string":  func(n int) string { return `{"a":"` + strings.Repeat("a", broker.MaxArgString+n) + `"}` },
+		"element": func(n int) string { return `{"a":["` + strings.Repeat("a", broker.MaxArgString+n) + `"]}` },
+		"elements": func(n int) string {
+			return `{"a":[` + repeat(broker.MaxArgElements+n, func(int) string { return `""` }) + `]}`
+		},
+		"bytes": func(n int) string {
+			start := "{" + repeat(7, func(i int) string { return fmt.Sprintf(`"a%d":"%s"`, i, strings.Repeat("a", broker.MaxArgString)) }) + `,"b":"`
+			return start + strings.Repeat("a", broker.MaxArgsBytes-len(start)-2+n) + `"}`
+		},
+	} {
+		if _, err := broker.ParseArgs([]byte(raw(0))); err != nil {
+			t.Errorf("%s at the limit: %v", name, err)
+		}
+		if _, err := broker.ParseArgs([]byte(raw(1))); err == nil {
+			t.Errorf("%s over the limit: accepted, want an error", name)
+		}
+	}
+}
+
+func TestNewArgsRefuses(t *testing.T) {
+	for name, values := range map[string]map[string]broker.Value{
+		"bad name":         {"A": broker.Int(1)},
+		"bad UTF-8":        {"a": broker.String("\xff")},
+		"bad UTF-8 inside": {"a": broker.List("\xff")},
+		"long":             {"a": broker.String(strings.Repeat("a", broker.MaxArgString+1))},
+		"long list":        {"a": broker.List(make([]string, broker.MaxArgElements+1)...)},
+	} {
+		if a, err := broker.NewArgs(values); err == nil {
+			t.Errorf("NewArgs(%s) = %.80s, want an error", name, a.Canonical())
+		}
+	}
+}
+
+func TestArgsGet(t *testing.T) {
+	a, err := broker.NewArgs(map[string]broker.Value{"n": broker.Int(5), "b": broker.Bool(true), "s": broker.String("x"), "l": broker.List("x", "y")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := fmt.Sprint(a.Names()); got != "[b l n s]" {
+		t.Errorf("Names() = %s, want them in order", got)
+	}
+	if _, ok := a.Get("none"); ok {
+		t.Error("Get(none) found something")
+	}
+	var again broker.Args
+	if err := json.Unmarshal(a.Canonical(), &again); err != nil || again.Digest() != a.Digest() {
+		t.Errorf("Unmarshal(%s) = %s, %v", a.Canonical(), again.Canonical(), err)
+	}
+}
+
+func TestValue(t *testing.T) {
+	values := map[string]broker.Value{
+		"string": broker.String("1"), "integer": broker.Int(1), "boolean": broker.Bool(true), "list": broker.List("1"),
+	}
+	for kind, v := range values {
+		if v.Kind() != kind {
+			t.Errorf("Kind() = %s, want %s", v.Kind(), kind)
+		}
+		_, text := v.Text()
+		_, number := v.Int64()
+		_, truth := v.Truth()
+		_, list := v.Strings()
+		if text != (kind == "string") || number != (kind == "integer") || truth != (kind == "boolean") || list != (kind == "list") {
+			t.Errorf("a %s gives itself as string %v, integer %v, boolean %v, list %v", kind, text, number, truth, list)
+		}
+		for other, w := range values {
+			if v.Equal(w) != (kind == other) {
+				t.Errorf("%s Equal %s = %v", kind, other, v.Equal(w))
+			}
+		}
+	}
+	if broker.Bool(false).Equal(broker.Int(0)) || broker.Bool(false).Equal(broker.Bool(true)) || broker.List("a", "b").Equal(broker.List("b", "a")) {
+		t.Error("different values are equal")
+	}
+	if broker.Int(math.MinInt64).Equal(broker.Int(math.MaxInt64)) || !(broker.Value{}).Equal(broker.String("")) || !broker.List().Equal(broker.List([]string{}...)) {
+		t.Error("equal values differ")
+	}
+	elements := []string{"a"}
+	v := broker.List(elements...)
+	elements[0] = "b"
+	if !v.Equal(broker.List("a")) {
+		t.Error("List keeps the caller's slice")
+	}
+}
+
+func FuzzParseArgs(f *testing.F) {
+	for _, raw := range []string{`{}`, `{"a":"x","b":[1]}`, `{"a":["x","\u00e9"],"n":-5,"t":true}`, `{"a":1,"a":2}`, `{"a":"\ud800"}`, ` {"a" : "\u2028<"} `, `{"a":1e2}`, `{"a":null}x`} {
+		f.Add([]byte(raw))
+	}
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		a, err := broker.ParseArgs(raw)
+		if err != nil {
+			return
+		}
+		canon := a.Canonical()
+		again, err := broker.ParseArgs(canon)
+		if err != nil || !bytes.Equal(again.Canonical(), canon) {
+			t.Fatalf("%q has the canonical form %s, which reads as %s, %v", raw, canon, again.Canonical(), err)
+		}
+		if !json.Valid(raw) {
+			t.Fatalf("%q is accepted and is not JSON", raw)
+		}
+		if !reflect.DeepEqual(fromJSON(raw), fromJSON(canon)) {
+			t.Fatalf("%q and its canonical form %s are different to encoding/json", raw, canon)
+		}
+	})
+}
