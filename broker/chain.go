@@ -134,7 +134,7 @@ func (u *Usage) begin(tool ToolName, now time.Time) {
 
 // Fence is the mark after which no secret is handed out under what carries it.
 type Fence struct {
-	Generation int          `json:"generation"` // of the fence on this node: 1, and more when it is fenced again
+	Generation Revision     `json:"generation"` // the revision at which it was set: it only goes up
 	At         time.Time    `json:"at"`
 	Revocation RevocationID `json:"revocation"`
 	Frozen     bool         `json:"frozen,omitempty"` // may be lifted; a later revocation makes it final

@@ -102,6 +102,8 @@ func keyGrant(id GrantID) string                 { return "g/" + string(id) }
 func keyLive(c ChainID, g GrantID) string        { return "l/" + string(c) + "/" + string(g) }
 func keyPast(c ChainID, g GrantID) string        { return "p/" + string(c) + "/" + string(g) }
 func keyRevocation(id RevocationID) string       { return "r/" + string(id) }
+func keyCut(d DelegationID, g GrantID) string    { return "x/" + string(d) + "/" + string(g) }
+func keyStatics(id RevocationID) string          { return "s/" + string(id) }
 func keyRule(id RevocationID) string             { return "f/" + string(id) }
 func keyEvent(c ChainID, r Revision) string      { return fmt.Sprintf("e/%s/%016x", c, uint64(r)) }
 func keyOnce(d DelegationID, digest [32]byte) string {

@@ -111,7 +111,11 @@ type Revocation struct {
 	Reason    string       `json:"reason"`
 	By        string       `json:"by"`
 	Freeze    bool         `json:"freeze,omitempty"`
-	Lifted    bool         `json:"lifted,omitempty"` // a freeze that is over
+	Lifted    bool         `json:"lifted,omitempty"`    // a freeze that is over
+	Unfreezer string       `json:"unfreezer,omitempty"` // the first operator who asked to lift it
+	Chain     ChainID      `json:"chain,omitempty"`     // of Node or Grant
+	Node      DelegationID `json:"node,omitempty"`      // the fence is on this node
+	Grant     GrantID      `json:"grant,omitempty"`     // or on this grant; else it is a rule
 	Asked     time.Time    `json:"asked"`
 	Fenced    time.Time    `json:"fenced"`           // nothing is handed out from here on
 	Revision  Revision     `json:"revision"`         // of the fence

@@ -1,0 +1,33 @@
+package brokertest
+
+import "github.com/pawlsec/pawl/broker"
+
+// Policy is a policy as a function, over a set of tools.
+type Policy struct {
+	Tools  map[broker.ToolName]broker.Tool
+	Answer func(broker.Question) broker.Decision // nil allows everything
+}
+
+// AllowAll has the named tools, on the backend "target", for everybody.
+func AllowAll(names ...broker.ToolName) *Policy {
+	p := &Policy{Tools: map[broker.ToolName]broker.Tool{}}
+	for _, n := range names {
+		p.Tools[n] = broker.Tool{Name: n, Backend: "target", Narrowing: broker.NarrowNative, Policy: "pawl-tool-" + string(n),
+			Path: []string{"target", "creds"}, Arguments: map[string]broker.Parameter{"table": {Kind: "string"}}}
+	}
+	return p
+}
+
+// Decide implements [broker.Policy].
+func (p *Policy) Decide(q broker.Question) broker.Decision {
+	if p.Answer == nil {
+		return broker.Decision{Allow: q.Action != broker.ActionReport}
+	}
+	return p.Answer(q)
+}
+
+// Tool implements [broker.Policy].
+func (p *Policy) Tool(name broker.ToolName) (broker.Tool, bool) { t, ok := p.Tools[name]; return t, ok }
+
+// Digest implements [broker.Policy].
+func (p *Policy) Digest() string { return "test" }

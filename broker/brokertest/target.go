@@ -1,0 +1,127 @@
+package brokertest
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// Target is a backend in memory that knows one login for each grant and refuses those that
+// were cut. Safe for concurrent use.
+type Target struct {
+	// Fault is asked before each call ("prepare", "sever", "prove"); an error makes it fail.
+	Fault func(point string) error
+
+	mu     sync.Mutex // guards what follows
+	n      int
+	logins map[broker.GrantID]string // password of each login that works
+	severs int
+}
+
+// NewTarget makes an empty Target.
+func NewTarget() *Target { return &Target{logins: map[broker.GrantID]string{}} }
+
+func (t *Target) fault(point string) error {
+	if t.Fault == nil {
+		return nil
+	}
+	return t.Fault(point)
+}
+
+func (t *Target) create(id broker.GrantID) (password string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.n++
+	t.logins[id] = fmt.Sprintf("marker-%d", t.n)
+	return t.logins[id]
+}
+
+func (t *Target) drop(id broker.GrantID) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.logins, id)
+}
+
+// Login reports whether a secret as an agent got it works.
+func (t *Target) Login(secret []byte) bool {
+	var s struct{ Grant, Password string }
+	if json.Unmarshal(secret, &s) != nil {
+		return false
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	p, ok := t.logins[broker.GrantID(s.Grant)]
+	return ok && p == s.Password
+}
+
+// Alive gives the grants whose logins work.
+func (t *Target) Alive() (ids []broker.GrantID) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for id := range t.logins {
+		ids = append(ids, id)
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+// Severs counts the calls of Sever that cut something or could have.
+func (t *Target) Severs() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.severs
+}
+
+// Load implements [broker.Backend].
+func (t *Target) Load(broker.Tool) error { return nil }
+
+// Prepare implements [broker.Backend].
+func (t *Target) Prepare(_ context.Context, _ broker.Tool, g broker.Grant) (broker.Mint, string, error) {
+	if err := t.fault("prepare"); err != nil {
+		return broker.Mint{}, "", err
+	}
+	return broker.Mint{Path: []string{"target", "creds"}, Leased: true, TTL: broker.MaxTTL,
+		Finish: func(answer map[string]any, _ time.Time) (broker.Finished, error) {
+			secret, err := json.Marshal(map[string]any{"grant": g.ID, "password": answer["password"]})
+			return broker.Finished{Secret: broker.NewSecret(secret), Ref: "login-" + string(g.ID)}, err
+		}}, string(g.ID), nil
+}
+
+// Sever implements [broker.Severer].
+func (t *Target) Sever(_ context.Context, grants []broker.Grant) error {
+	if err := t.fault("sever"); err != nil {
+		return err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.severs++
+	for _, g := range grants {
+		delete(t.logins, g.ID)
+	}
+	return nil
+}
+
+// Prove implements [broker.Prover].
+func (t *Target) Prove(_ context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
+	if err := t.fault("prove"); err != nil {
+		return nil, err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	found := make([]broker.Evidence, len(grants))
+	for i, g := range grants {
+		found[i] = broker.Evidence{Check: "target: try the login", Outcome: broker.OutcomeDead, Answer: "refused"}
+		if _, alive := t.logins[g.ID]; alive {
+			found[i].Outcome, found[i].Answer = broker.OutcomeAlive, "accepted"
+		}
+	}
+	return found, nil
+}
+
+// Find implements [broker.Finder].
+func (t *Target) Find(context.Context) ([]broker.GrantID, error) { return t.Alive(), nil }

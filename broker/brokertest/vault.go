@@ -1,0 +1,202 @@
+package brokertest
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// Vault is a token tree and its leases in memory, with the manners of the real one that matter
+// to the procedures: a token ends with its parent, a lease with its token, and what is minted
+// outlives an answer that is lost. It mints into a [Target]. Safe for concurrent use.
+type Vault struct {
+	// Fault is asked before and after each call ("child", "child done", …) that makes or ends
+	// something; an error makes the call fail there. Nil: nothing fails.
+	Fault func(point string) error
+
+	Target *Target
+
+	mu     sync.Mutex // guards what follows
+	n      int
+	tokens map[string]*token
+	held   map[broker.DelegationID]string
+	leases map[string]string // lease → accessor
+}
+
+type token struct {
+	parent string
+	dead   bool
+	grant  broker.GrantID
+	lease  string
+}
+
+// NewVault makes a Vault that mints into target.
+func NewVault(target *Target) *Vault {
+	return &Vault{Target: target, tokens: map[string]*token{}, held: map[broker.DelegationID]string{}, leases: map[string]string{}}
+}
+
+// Restarted is the same Vault as a new process of the broker finds it: no token is in memory.
+func (v *Vault) Restarted() *Vault {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return &Vault{Target: v.Target, n: v.n + 1_000_000, tokens: maps.Clone(v.tokens),
+		held: map[broker.DelegationID]string{}, leases: maps.Clone(v.leases)}
+}
+
+// Leases gives the leases that are alive.
+func (v *Vault) LeaseIDs() []string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return slices.Sorted(maps.Keys(v.leases))
+}
+
+func (v *Vault) fault(point string) error {
+	if v.Fault == nil {
+		return nil
+	}
+	return v.Fault(point)
+}
+
+// Holds implements [broker.TokenTree].
+func (v *Vault) Holds(id broker.DelegationID) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	t := v.tokens[v.held[id]]
+	return t != nil && !t.dead
+}
+
+// Branch implements [broker.TokenTree].
+func (v *Vault) Branch(_ context.Context, d broker.Delegation, _ []string) (broker.Handle, error) {
+	if err := v.fault("branch"); err != nil {
+		return broker.Handle{}, err
+	}
+	v.mu.Lock()
+	parent := ""
+	if d.Parent != "" {
+		if parent = v.held[d.Parent]; parent == "" || v.tokens[parent].dead {
+			v.mu.Unlock()
+			return broker.Handle{}, broker.ErrNoParent
+		}
+	}
+	h := v.makeLocked(token{parent: parent}, d.Expires)
+	v.mu.Unlock()
+	return h, v.fault("branch done")
+}
+
+func (v *Vault) makeLocked(t token, expires time.Time) broker.Handle {
+	v.n++
+	accessor := fmt.Sprintf("accessor-%d", v.n)
+	v.tokens[accessor] = &t
+	return broker.Handle{Accessor: accessor, Expires: expires}
+}
+
+// Keep implements [broker.TokenTree].
+func (v *Vault) Keep(id broker.DelegationID, h broker.Handle) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.held[id] = h.Accessor
+}
+
+// Child implements [broker.Minter].
+func (v *Vault) Child(_ context.Context, g broker.Grant, _, _ string) (broker.Handle, error) {
+	if err := v.fault("child"); err != nil {
+		return broker.Handle{}, err
+	}
+	v.mu.Lock()
+	parent := v.held[g.Delegation]
+	if parent == "" || v.tokens[parent].dead {
+		v.mu.Unlock()
+		return broker.Handle{}, fmt.Errorf("the delegation's token is gone: %w", broker.ErrNotMinted)
+	}
+	h := v.makeLocked(token{parent: parent, grant: g.ID}, g.Expires)
+	v.mu.Unlock()
+	return h, v.fault("child done")
+}
+
+// Mint implements [broker.Minter].
+func (v *Vault) Mint(_ context.Context, h broker.Handle, m broker.Mint) (broker.Lease, broker.Secret, error) {
+	if err := v.fault("mint"); err != nil {
+		return broker.Lease{}, broker.Secret{}, err
+	}
+	v.mu.Lock()
+	t := v.tokens[h.Accessor]
+	if t == nil || t.dead {
+		v.mu.Unlock()
+		return broker.Lease{}, broker.Secret{}, fmt.Errorf("permission denied: %w", broker.ErrNotMinted)
+	}
+	v.mu.Unlock()
+	password := v.Target.create(t.grant) // the credential exists before the lease is written
+	if err := v.fault("mint created"); err != nil {
+		return broker.Lease{}, broker.Secret{}, err
+	}
+	v.mu.Lock()
+	v.n++
+	lease := fmt.Sprintf("target/creds/%d", v.n)
+	t.lease = lease
+	v.leases[lease] = h.Accessor
+	v.mu.Unlock()
+	if err := v.fault("mint done"); err != nil {
+		return broker.Lease{}, broker.Secret{}, err
+	}
+	done, err := m.Finish(map[string]any{"password": password}, h.Expires)
+	return broker.Lease{ID: lease, Ref: done.Ref, Expires: h.Expires}, done.Secret, err
+}
+
+// Kill implements [broker.Killer]. As in Vault, what hangs below ends too.
+func (v *Vault) Kill(_ context.Context, accessor string) error {
+	if err := v.fault("kill"); err != nil {
+		return err
+	}
+	v.mu.Lock()
+	v.killLocked(accessor)
+	v.mu.Unlock()
+	return v.fault("kill done")
+}
+
+func (v *Vault) killLocked(accessor string) {
+	t := v.tokens[accessor]
+	if t == nil || t.dead {
+		return
+	}
+	t.dead = true
+	if t.lease != "" {
+		delete(v.leases, t.lease)
+		v.Target.drop(t.grant)
+	}
+	for child, c := range v.tokens {
+		if c.parent == accessor {
+			v.killLocked(child)
+		}
+	}
+}
+
+// Revoke implements [broker.Killer].
+func (v *Vault) Revoke(_ context.Context, lease string) error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if accessor, ok := v.leases[lease]; ok {
+		delete(v.leases, lease)
+		v.Target.drop(v.tokens[accessor].grant)
+	}
+	return nil
+}
+
+// Gone implements [broker.Killer].
+func (v *Vault) Gone(_ context.Context, leases []string) ([]bool, error) {
+	if err := v.fault("gone"); err != nil {
+		return nil, err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	gone := make([]bool, len(leases))
+	for i, l := range leases {
+		_, there := v.leases[l]
+		gone[i] = !there
+	}
+	return gone, nil
+}

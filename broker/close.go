@@ -1,0 +1,71 @@
+package broker
+
+import (
+	"context"
+)
+
+func unknownGrant(op string) *Error {
+	return Errorf(NotFound, op, "no such grant, or it is not yours").With(CodeGrantUnknown)
+}
+
+// Close ends a step's secret. It waits for the proof that it is dead for as long as ctx allows;
+// the grant's State tells whether that came in time. Closing again is no error.
+//
+// Errors: Unauthenticated, NotFound, Unavailable (the end could not be recorded; the secret
+// ends with its time).
+func (b *Broker) Close(ctx context.Context, c Caller, id GrantID) (Grant, error) {
+	const op = "close"
+	now := b.cfg.Now()
+	if err := c.authentic(op, now); err != nil {
+		return Grant{}, err
+	}
+	var g Grant
+	if err := b.view(ctx, op, func(tx Tx) error { return ownGrant(tx, op, c, id, &g) }); err != nil {
+		return Grant{}, err
+	}
+	woken, cancel := b.hub.watch(g.Chain)
+	defer cancel()
+	err := b.update(ctx, op, func(tx Tx) error {
+		if err := ownGrant(tx, op, c, id, &g); err != nil || g.State == StateClosed || g.Ending != "" {
+			return err
+		}
+		g.Ending = EndingClosed
+		if err := save(tx, keyGrant(id), g); err != nil {
+			return err
+		}
+		e := g.entry(OpEnd, now)
+		e.Actor, e.Detail = c.ID.String(), string(EndingClosed)
+		_, err := enter(tx, e)
+		return err
+	})
+	if err != nil {
+		return Grant{}, err
+	}
+	b.closer.hurry(g)
+	for g.State != StateClosed {
+		select {
+		case <-ctx.Done():
+			return g, nil
+		case <-b.ctx.Done():
+			return g, nil
+		case <-woken:
+		}
+		woken, cancel = b.rewatch(g.Chain, cancel)
+		if err := b.view(ctx, op, func(tx Tx) error { return ownGrant(tx, op, c, id, &g) }); err != nil {
+			return g, nil // the end is recorded; only the proof was not waited for
+		}
+	}
+	return g, nil
+}
+
+func ownGrant(tx Tx, op string, c Caller, id GrantID, g *Grant) error {
+	found, ok, err := load[Grant](tx, keyGrant(id))
+	if err != nil {
+		return err
+	}
+	if !ok || found.Caller != c.ID {
+		return unknownGrant(op)
+	}
+	*g = found
+	return nil
+}

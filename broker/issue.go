@@ -1,0 +1,460 @@
+package broker
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"strings"
+	"time"
+)
+
+// issue is one run of the numbered procedure of architecture.md, "Issue". Its methods are the
+// steps; between any two of them the process may die, and [Broker.Resume] must find enough in
+// the ledger to leave nothing alive that it does not know.
+type issue struct {
+	b      *Broker
+	c      Caller
+	r      StepRequest
+	policy Policy
+	tool   Tool
+	now    time.Time
+	asked  Question // what was decided, with the history as it was then
+	answer Decision
+	grant  Grant
+	again  bool // the idempotency key was used for this step before
+}
+
+// Issue gives one secret for one step with one tool, or nothing.
+//
+// Errors: Malformed, Unauthenticated, NotFound (the delegation is not the caller's), Denied,
+// Revoked, Expired, Conflict (idempotency key), Unavailable. After Unavailable with
+// CodeOutcomeUnknown the broker hunts down what may have been minted; ask again with a new key.
+func (b *Broker) Issue(ctx context.Context, c Caller, r StepRequest) (Issued, error) {
+	s := &issue{b: b, c: c, r: r, policy: b.cfg.Policy(), now: b.cfg.Now()}
+	p, err := s.decide(ctx) // steps 0 and 1
+	if err != nil {
+		return Issued{}, err
+	}
+	if err := s.intend(ctx); err != nil { // step 2
+		if KindOf(err) == Unavailable {
+			b.closer.hurry(s.grant) // whether it was recorded may not be known
+		}
+		return Issued{}, s.explain(ctx, p, err)
+	}
+	if s.again {
+		return Issued{Grant: s.grant, Repeated: true}, nil
+	}
+	b.closer.begin(s.grant)
+	defer b.closer.settled(s.grant.ID)
+	secret, err := s.mint(ctx)
+	if err != nil {
+		b.closer.hurry(s.grant)
+		return Issued{}, err
+	}
+	return Issued{Grant: s.grant, Secret: secret}, nil // step 7 is the server's
+}
+
+const opIssue = "issue"
+
+// decide is steps 0 and 1: who asks, for what exactly, and may they.
+func (s *issue) decide(ctx context.Context) (p path, err error) {
+	if err := s.c.authentic(opIssue, s.now); err != nil {
+		return p, err
+	}
+	if err := checkText(opIssue, "purpose", s.r.Purpose, 0, MaxTask); err != nil {
+		return p, err
+	}
+	if err := checkText(opIssue, "idempotency key", s.r.Key, 0, 128); err != nil {
+		return p, err
+	}
+	if s.r.TTL < 0 {
+		return p, Errorf(Malformed, opIssue, "the lifetime is negative")
+	}
+	p, history, err := s.b.held(ctx, opIssue, s.c, s.r.Delegation, s.now)
+	if err != nil {
+		return p, err
+	}
+	s.tool, _ = s.policy.Tool(s.r.Tool)
+	s.asked = Question{Action: ActionUse, Caller: s.c, Tool: s.tool, Args: s.r.Args, Chain: p.chain, Depth: len(p.nodes) - 1,
+		History: history, Now: s.now}
+	// Policy speaks before scope: a forbidden tool is a violation whether it was delegated or not.
+	if s.answer, err = s.b.permit(ctx, opIssue, s.policy, s.asked, s.r.Tool, p); err != nil {
+		return p, err
+	}
+	if err := s.inScope(ctx, p); err != nil {
+		return p, err
+	}
+	if err := s.meets(ctx, p, s.answer); err != nil {
+		return p, err
+	}
+	return p, s.narrow(p, s.answer)
+}
+
+// inScope checks the tool and each argument against the declaration and every ancestor.
+func (s *issue) inScope(ctx context.Context, p path) error {
+	if wrong := s.tool.Check(s.r.Args); len(wrong) > 0 {
+		return s.b.denied(ctx, s.c, p, s.tool.Name, Errorf(Denied, opIssue, "the arguments are not what tool %q takes: %s", s.tool.Name, strings.Join(wrong, ", ")).
+			With(CodeArgumentOutside).Lacks("see the tool's declaration", prefixed("argument:", wrong)...))
+	}
+	for i, d := range p.nodes {
+		right, ok := d.Scope.Right(s.tool.Name)
+		if leaf := i == len(p.nodes)-1; !ok || leaf && !right.Use {
+			return s.b.violated(ctx, s.c, p, ViolationScope, s.tool.Name, Errorf(Denied, opIssue, "your delegation does not let you use tool %q", s.tool.Name).
+				With(CodeToolNotDelegated).Lacks("ask whoever delegated to you for a delegation that has it", "tool:"+string(s.tool.Name)+":use"))
+		}
+		if outside := right.Allows(s.r.Args); len(outside) > 0 {
+			return s.b.violated(ctx, s.c, p, ViolationScope, s.tool.Name, Errorf(Denied, opIssue, "outside your delegation of tool %q: %s", s.tool.Name, strings.Join(outside, ", ")).
+				With(CodeArgumentOutside).Lacks("stay inside the delegation, or ask for a wider one", prefixed("argument:", outside)...))
+		}
+	}
+	return nil
+}
+
+func prefixed(prefix string, names []string) []string {
+	out := make([]string, len(names))
+	for i, n := range names {
+		out[i] = prefix + n
+	}
+	return out
+}
+
+// meets checks what an allow asks for in return.
+func (s *issue) meets(ctx context.Context, p path, d Decision) error {
+	if s.tool.Narrowing < d.Narrowing {
+		return s.b.denied(ctx, s.c, p, s.tool.Name, Errorf(Denied, opIssue, "policy wants secrets narrowed %q and tool %q gives %q", d.Narrowing, s.tool.Name, s.tool.Narrowing).
+			With(CodeNarrowingTooWeak).Decided(d.Policies).Lacks("use a tool whose secrets are narrower", "narrowing:"+d.Narrowing.String()))
+	}
+	if d.Approval != "" {
+		return s.b.denied(ctx, s.c, p, s.tool.Name, Errorf(Denied, opIssue, "this step must be approved first: %s", d.Approval).
+			With(CodeApprovalNeeded).Decided(d.Policies).Lacks("have it approved by "+d.Approval, "approval:"+d.Approval))
+	}
+	return nil
+}
+
+// narrow makes the grant: its life is the least of all that bounds it.
+func (s *issue) narrow(p path, d Decision) error {
+	ttl := s.tool.ttl()
+	for _, bound := range []time.Duration{s.r.TTL, d.TTL} {
+		if bound > 0 {
+			ttl = min(ttl, bound)
+		}
+	}
+	expires := s.now.Add(ttl)
+	for _, end := range append(ends(p.nodes), s.c.NotAfter) {
+		if end.Before(expires) {
+			expires = end
+		}
+	}
+	// Vault counts in seconds, and a life below one would round to none or to more.
+	if expires = expires.Truncate(time.Second); expires.Sub(s.now) < time.Second {
+		return Errorf(Expired, opIssue, "less than a second is left of the delegation or of your identity").With(CodeExpired)
+	}
+	id, err := newID(s.b.cfg.Random, "gr")
+	if err != nil {
+		return err
+	}
+	s.grant = Grant{ID: GrantID(id), Chain: p.chain.ID, Delegation: p.leaf().ID, Caller: s.c.ID, Tool: s.tool.Name,
+		Backend: s.tool.Backend, Narrowing: s.tool.Narrowing, Args: s.r.Args, Purpose: s.r.Purpose,
+		Path: strings.Join(s.tool.Path, "/"), State: StateIntent, Created: s.now, Expires: expires,
+		Bundle: s.policy.Digest(), Policies: d.Policies}
+	return nil
+}
+
+func ends(nodes []Delegation) (ends []time.Time) {
+	for _, d := range nodes {
+		ends = append(ends, d.Expires)
+	}
+	return ends
+}
+
+// intend is step 2, one transaction: nothing on the path is fenced, no budget of the path is
+// exceeded, policy allows it with the history as it is now, the key is new → INTENT. A crash
+// after it leaves an INTENT under which nothing can have been made in Vault.
+func (s *issue) intend(ctx context.Context) error {
+	return s.b.update(ctx, opIssue, s.recordIntent)
+}
+
+func (s *issue) recordIntent(tx Tx) error {
+	s.again = false
+	p, err := readPath(tx, opIssue, s.grant.Delegation)
+	if err != nil {
+		return err
+	}
+	if err := s.b.usable(tx, opIssue, p, p.subject(s.grant), s.now); err != nil {
+		return err
+	}
+	if known, err := s.once(tx); known || err != nil {
+		return err
+	}
+	if err := s.spend(tx, p); err != nil {
+		return err
+	}
+	if err := save(tx, keyGrant(s.grant.ID), s.grant); err != nil {
+		return err
+	}
+	if err := tx.Put(keyLive(s.grant.Chain, s.grant.ID), []byte{}); err != nil {
+		return err
+	}
+	_, err = enter(tx, s.entry(OpIntent, s.grant.Purpose))
+	return err
+}
+
+// once looks the idempotency key up, and takes it when it is new.
+func (s *issue) once(tx Tx) (known bool, err error) {
+	if s.r.Key == "" {
+		return false, nil
+	}
+	key := keyOnce(s.grant.Delegation, sha256.Sum256([]byte(s.r.Key)))
+	raw, err := tx.Get(key)
+	if err != nil {
+		return false, err
+	}
+	if raw == nil {
+		return false, tx.Put(key, []byte(s.grant.ID))
+	}
+	old, _, err := load[Grant](tx, keyGrant(GrantID(raw)))
+	if err != nil {
+		return false, err
+	}
+	if old.Caller != s.grant.Caller {
+		return false, errReplay
+	}
+	if old.Tool != s.grant.Tool || old.Args.Digest() != s.grant.Args.Digest() {
+		return false, Errorf(Conflict, opIssue, "this idempotency key was used for another step").
+			With(CodeKeyReused).Lacks("use a new key for a new step")
+	}
+	s.grant, s.again = old, true
+	return true, nil
+}
+
+var errReplay = Errorf(Conflict, opIssue, "this idempotency key was used by somebody else").With(CodeKeyReused)
+
+// spend counts the step on every node of the path that counts, in-flight steps included.
+func (s *issue) spend(tx Tx, p path) error {
+	for i, d := range p.nodes {
+		u, _, err := load[Usage](tx, keyUsage(d.ID))
+		if err != nil {
+			return err
+		}
+		if i == 0 {
+			if err := s.stillAllowed(u); err != nil {
+				return err
+			}
+		}
+		if limit := u.exceeded(d.Budget, s.tool.Name, s.now); limit != "" {
+			return s.overBudget(limit)
+		}
+		u.begin(s.tool.Name, s.now)
+		if err := save(tx, keyUsage(d.ID), u); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// stillAllowed decides again when other steps of the chain have begun since: a rule over the
+// history must hold when steps race. A decision is a pure function, so that is cheap here.
+func (s *issue) stillAllowed(u Usage) error {
+	begun := 0
+	for _, past := range s.asked.History {
+		begun += past.Count
+	}
+	if begun == u.Steps {
+		return nil
+	}
+	q := s.asked
+	q.History = u.Tools
+	d := s.policy.Decide(q)
+	if !d.Allow || d.Failed {
+		return &forbidding{q, d}
+	}
+	if d.Approval != s.answer.Approval || d.Narrowing != s.answer.Narrowing || d.TTL != s.answer.TTL {
+		return Errorf(Conflict, opIssue, "another step of the chain came between; ask again").After(time.Millisecond)
+	}
+	return nil
+}
+
+// forbidding carries a deny out of a transaction, so that its consequence follows after it.
+type forbidding struct {
+	q Question
+	d Decision
+}
+
+func (*forbidding) Error() string { return "policy forbids it with the history as it is now" }
+
+func (s *issue) overBudget(limit string) *Error {
+	e := Errorf(Denied, opIssue, "the budget is used up: %s", strings.TrimPrefix(limit, "budget:")).
+		With(CodeBudgetExhausted).Lacks("ask whoever delegated to you for more", limit)
+	if limit == "budget:per_minute" {
+		return e.With(CodeTooFast).After(time.Minute - time.Duration(s.now.Unix()%60)*time.Second)
+	}
+	return e
+}
+
+// explain records a refusal of step 2 and lets policy say what follows a budget that is used
+// up or a replayed key.
+func (s *issue) explain(ctx context.Context, p path, err error) error {
+	var no *forbidding
+	var e *Error
+	switch {
+	case errors.As(err, &no):
+		return s.b.forbidden(ctx, opIssue, no.q, no.d, p)
+	case !errors.As(err, &e):
+		return err
+	case e == errReplay:
+		copy := *errReplay
+		return s.b.violated(ctx, s.c, p, ViolationReplay, s.tool.Name, &copy)
+	case e.Code == CodeBudgetExhausted || e.Code == CodeTooFast:
+		return s.b.violated(ctx, s.c, p, ViolationBudget, s.tool.Name, e)
+	case e.Kind == Unavailable || e.Kind == Internal:
+		return e
+	}
+	return s.b.denied(ctx, s.c, p, s.tool.Name, e)
+}
+
+// mint is steps 3 to 6. After an error from it the grant is the closer's: whatever may exist is
+// named in the ledger by then.
+func (s *issue) mint(ctx context.Context) (Secret, error) {
+	if err := s.b.branch(ctx, opIssue, s.grant.Delegation, s.policy); err != nil {
+		return Secret{}, err
+	}
+	m, name, err := s.b.cfg.Backends[s.grant.Backend].Prepare(ctx, s.tool, s.grant)
+	if err != nil {
+		return Secret{}, asUnavailable(err, CodeBackendDown, "the tool's target cannot be prepared; nothing was made")
+	}
+	// Step 3: a token that can mint this once. A crash before its accessor is recorded leaves a
+	// token that nobody has, with no lease, that ends with the grant.
+	token, err := s.b.cfg.Vault.Child(ctx, s.grant, name, s.tool.Policy)
+	if err != nil {
+		return Secret{}, asUnavailable(err, CodeVaultDown, "Vault makes no token for the step; nothing was minted")
+	}
+	// Step 4: from here on the ledger can end whatever the token makes.
+	if err := s.handle(ctx, token); err != nil {
+		s.b.kill(ctx, token)
+		return Secret{}, err
+	}
+	// Step 5, once. The client's own going away must not cut it in two.
+	mintCtx, cancel := after(ctx, s.b.cfg.MintTimeout)
+	defer cancel()
+	lease, secret, err := s.b.cfg.Vault.Mint(mintCtx, token, m)
+	if err != nil {
+		return Secret{}, s.mintFailed(ctx, err)
+	}
+	// Step 6, the commit point: handed over only when nothing is fenced now.
+	if err := s.issued(ctx, lease); err != nil {
+		secret.Wipe()
+		return Secret{}, err
+	}
+	return secret, nil
+}
+
+// handle is step 4.
+func (s *issue) handle(ctx context.Context, token Handle) error {
+	return s.b.update(ctx, opIssue, func(tx Tx) error {
+		g, err := s.still(tx)
+		if err != nil {
+			return err
+		}
+		g.State, g.Token = StateHandle, token
+		g.Settles = s.b.cfg.Now().Add(s.b.cfg.MintTimeout + s.b.cfg.MintBound)
+		s.grant = g
+		if err := save(tx, keyGrant(g.ID), g); err != nil {
+			return err
+		}
+		_, err = enter(tx, s.entry(OpHandle, ""))
+		return err
+	})
+}
+
+// issued is step 6. When it refuses, the lease is recorded all the same, so that it can be
+// ended by name.
+func (s *issue) issued(ctx context.Context, lease Lease) error {
+	var refused error
+	err := s.b.update(ctx, opIssue, func(tx Tx) error {
+		g, err := s.still(tx)
+		if refused = err; err != nil && KindOf(err) != Revoked && KindOf(err) != Expired {
+			return err
+		}
+		op := OpIssued
+		if g.State = StateIssued; refused != nil {
+			g.State, op = StateHandle, OpEnd
+			g.Ending = EndingFailed
+		}
+		g.Lease = lease
+		s.grant = g
+		if err := save(tx, keyGrant(g.ID), g); err != nil {
+			return err
+		}
+		_, err = enter(tx, s.entry(op, ""))
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return refused
+}
+
+// still reads the grant again and refuses it when anything over it is fenced or out of time.
+// The grant is given with the refusal.
+func (s *issue) still(tx Tx) (Grant, error) {
+	g, ok, err := load[Grant](tx, keyGrant(s.grant.ID))
+	if err != nil || !ok || g.State == StateClosed {
+		return s.grant, Errorf(Expired, opIssue, "the grant is over").With(CodeExpired).Because(err)
+	}
+	if g.Fence != nil {
+		return g, fencedError(opIssue, g.Fence)
+	}
+	p, err := readPath(tx, opIssue, g.Delegation)
+	if err != nil {
+		return g, err
+	}
+	now := s.b.cfg.Now()
+	if err := s.b.usable(tx, opIssue, p, p.subject(g), now); err != nil {
+		return g, err
+	}
+	if !now.Before(g.Expires) {
+		return g, Errorf(Expired, opIssue, "the step took longer than its secret would have lived").With(CodeExpired)
+	}
+	return g, nil
+}
+
+// mintFailed sorts what a failed mint may have left. The closer ends it either way.
+func (s *issue) mintFailed(ctx context.Context, err error) error {
+	if errors.Is(err, ErrNotMinted) {
+		return asUnavailable(err, CodeVaultDown, "Vault did not mint; nothing was made")
+	}
+	clean, cancel := after(ctx, s.b.cfg.MintTimeout)
+	defer cancel()
+	recordErr := s.b.update(clean, opIssue, func(tx Tx) error {
+		_, err := enter(tx, s.entry(OpUnknown, "the mint's outcome is not known"))
+		return err
+	})
+	if recordErr != nil {
+		s.b.cfg.Alarm("recording a mint whose outcome is unknown", recordErr)
+	}
+	return Errorf(Unavailable, opIssue, "it is not known whether Vault minted; whatever exists is being ended").
+		With(CodeOutcomeUnknown).Because(err).Lacks("ask again, with a new idempotency key").After(time.Second)
+}
+
+func (s *issue) entry(op Op, detail string) Entry {
+	return Entry{At: s.b.cfg.Now(), Actor: s.c.ID.String(), Op: op, Chain: s.grant.Chain, Delegation: s.grant.Delegation,
+		Grant: s.grant.ID, Tool: s.grant.Tool, Bundle: s.grant.Bundle, Policies: s.grant.Policies, Detail: detail}
+}
+
+// asUnavailable keeps a classified error and makes Unavailable of any other.
+func asUnavailable(err error, code Code, msg string) error {
+	var e *Error
+	if errors.As(err, &e) {
+		return e
+	}
+	return Errorf(Unavailable, opIssue, "%s", msg).With(code).Because(err).After(time.Second)
+}
+
+// kill ends a token that the ledger may not know, best effort: it has a hard end of its own.
+func (b *Broker) kill(ctx context.Context, token Handle) {
+	clean, cancel := after(ctx, b.cfg.MintTimeout)
+	defer cancel()
+	if err := b.cfg.Vault.Kill(clean, token.Accessor); err != nil {
+		b.cfg.Alarm("ending an unused token", err)
+	}
+}

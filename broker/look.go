@@ -1,0 +1,183 @@
+package broker
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+)
+
+// ChainSummary is one line about a chain.
+type ChainSummary struct {
+	Chain       Chain
+	Delegations int
+	Live        int    // grants that are not over
+	Fence       *Fence // on the root
+	Steps       int    // begun in all
+}
+
+// ChainView is all that the ledger holds of one chain.
+type ChainView struct {
+	Chain       Chain
+	Delegations []Delegation // ancestors before descendants
+	Grants      []Grant      // by time of creation; those that are over come too
+}
+
+// Chains lists chains, newest first: those that may still do something, or all.
+func (b *Broker) Chains(ctx context.Context, all bool) (list []ChainSummary, err error) {
+	now := b.cfg.Now()
+	err = b.view(ctx, "chains", func(tx Tx) error {
+		list = nil
+		var ids []ChainID
+		if err := tx.Scan("c/", "", func(key string, _ []byte) bool {
+			ids = append(ids, ChainID(key[2:]))
+			return true
+		}); err != nil {
+			return err
+		}
+		for _, id := range ids {
+			s, err := summary(tx, id)
+			if err != nil {
+				return err
+			}
+			root, _, err := load[Delegation](tx, keyDelegation(s.Chain.Root))
+			if err != nil {
+				return err
+			}
+			if s.Fence = root.Fence; all || s.Live > 0 || s.Fence == nil && now.Before(root.Expires) {
+				list = append(list, s)
+			}
+		}
+		return nil
+	})
+	slices.SortFunc(list, func(a, b ChainSummary) int { return b.Chain.Opened.Compare(a.Chain.Opened) })
+	return list, err
+}
+
+func summary(tx Tx, id ChainID) (s ChainSummary, err error) {
+	if s.Chain, _, err = load[Chain](tx, keyChain(id)); err != nil {
+		return s, err
+	}
+	u, _, err := load[Usage](tx, keyUsage(s.Chain.Root))
+	s.Live, s.Steps = u.Live, u.Steps
+	if err != nil {
+		return s, err
+	}
+	return s, eachMember(tx, id, func(DelegationID) error { s.Delegations++; return nil })
+}
+
+// Chain gives one chain whole.
+//
+// Errors: NotFound, Unavailable.
+func (b *Broker) Chain(ctx context.Context, id ChainID) (v ChainView, err error) {
+	err = b.view(ctx, "chain", func(tx Tx) error {
+		v = ChainView{}
+		var ok bool
+		if v.Chain, ok, err = load[Chain](tx, keyChain(id)); err != nil {
+			return err
+		}
+		if !ok {
+			return Errorf(NotFound, "chain", "there is no chain %s", id)
+		}
+		if err := eachMember(tx, id, func(d DelegationID) error {
+			node, _, err := load[Delegation](tx, keyDelegation(d))
+			v.Delegations = append(v.Delegations, node)
+			return err
+		}); err != nil {
+			return err
+		}
+		add := func(g Grant) error { v.Grants = append(v.Grants, g); return nil }
+		if err := eachLive(tx, id, add); err != nil {
+			return err
+		}
+		return eachPast(tx, id, add)
+	})
+	rootFirst(v.Delegations)
+	slices.SortFunc(v.Grants, func(a, b Grant) int {
+		return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.ID, b.ID))
+	})
+	return v, err
+}
+
+// rootFirst orders delegations so that each comes after its parent, siblings by age.
+func rootFirst(nodes []Delegation) {
+	slices.SortFunc(nodes, func(a, b Delegation) int {
+		return cmp.Or(cmp.Compare(b.Depth, a.Depth), a.Created.Compare(b.Created), cmp.Compare(a.ID, b.ID))
+	})
+}
+
+func eachPast(tx Tx, chain ChainID, f func(Grant) error) error {
+	prefix := "p/" + string(chain) + "/"
+	var ids []GrantID
+	if err := tx.Scan(prefix, "", func(key string, _ []byte) bool {
+		ids = append(ids, GrantID(key[len(prefix):]))
+		return true
+	}); err != nil {
+		return err
+	}
+	for _, id := range ids {
+		g, _, err := load[Grant](tx, keyGrant(id))
+		if err != nil {
+			return err
+		}
+		if err := f(g); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Revocation gives one revocation with its counts as last recorded.
+//
+// Errors: NotFound with CodeRevocationUnknown, Unavailable.
+func (b *Broker) Revocation(ctx context.Context, id RevocationID) (rv Revocation, err error) {
+	err = b.view(ctx, "revocation", func(tx Tx) error {
+		var ok bool
+		if rv, ok, err = load[Revocation](tx, keyRevocation(id)); err != nil || !ok {
+			return orUnknownRevocation("revocation", err)
+		}
+		return nil
+	})
+	if rv.Grants < 0 {
+		rv.Grants = 0 // fenced, and not looked at yet
+	}
+	return rv, err
+}
+
+// Revocations lists all revocations and freezes, newest first.
+func (b *Broker) Revocations(ctx context.Context) (list []Revocation, err error) {
+	err = b.view(ctx, "revocations", func(tx Tx) error {
+		list = nil
+		return eachRevocation(tx, func(rv Revocation) error {
+			rv.Grants = max(rv.Grants, 0)
+			list = append(list, rv)
+			return nil
+		})
+	})
+	slices.SortFunc(list, func(a, b Revocation) int { return b.Fenced.Compare(a.Fenced) })
+	return list, err
+}
+
+// tally is the revocation's numbers in words.
+func (rv Revocation) tally() string {
+	return fmt.Sprintf("%s: %d dead, %d alive, %d unknown of %d", rv.Closure, rv.Dead, rv.Alive, rv.Unknown, rv.Grants)
+}
+
+// ChainEntries gives the audit entries of one chain after a revision, at most limit of them.
+func (b *Broker) ChainEntries(ctx context.Context, id ChainID, after Revision, limit int) (list []Entry, err error) {
+	prefix := keyEvent(id, 0)[:len("e/")+idLength+1]
+	err = b.view(ctx, "audit", func(tx Tx) error {
+		list = nil
+		var bad error
+		scanErr := tx.Scan(prefix, keyEvent(id, after), func(_ string, raw []byte) bool {
+			var e Entry
+			if bad = json.Unmarshal(raw, &e); bad == nil {
+				list = append(list, e)
+			}
+			return bad == nil && len(list) < limit
+		})
+		return cmp.Or(bad, scanErr)
+	})
+	return list, err
+}

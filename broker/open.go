@@ -1,0 +1,268 @@
+package broker
+
+import (
+	"cmp"
+	"context"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Open begins a chain for a task and gives its root, held by the caller. Nothing is made in
+// Vault before the first step needs it.
+//
+// Errors: Malformed, Unauthenticated, Denied, Unavailable.
+func (b *Broker) Open(ctx context.Context, c Caller, r OpenRequest) (Delegation, error) {
+	const op = "open"
+	now := b.cfg.Now()
+	if err := c.authentic(op, now); err != nil {
+		return Delegation{}, err
+	}
+	scope, err := checkOpen(op, r)
+	if err != nil {
+		return Delegation{}, err
+	}
+	chain := Chain{Task: r.Task, Opener: c.ID, Opened: now, Labels: r.Labels}
+	root := Delegation{Holder: c.ID, Scope: scope, Budget: r.Budget, Depth: r.Depth, Created: now,
+		Expires: now.Add(cmp.Or(r.TTL, DefaultChainTTL))}
+	if err := b.identify(&chain, &root); err != nil {
+		return Delegation{}, err
+	}
+	policy := b.cfg.Policy()
+	var deciders []string
+	for _, right := range scope {
+		q := Question{Action: ActionOpen, Caller: c, Chain: chain, Now: now}
+		d, err := b.permit(ctx, op, policy, q, right.Tool, path{})
+		if err != nil {
+			return Delegation{}, err
+		}
+		deciders = append(deciders, d.Policies...)
+	}
+	err = b.update(ctx, op, func(tx Tx) error {
+		f, err := b.fenceOver(tx, path{chain: chain, nodes: []Delegation{root}}, Subject{})
+		if err != nil {
+			return err
+		}
+		if f != nil {
+			return fencedError(op, f)
+		}
+		if err := save(tx, keyChain(chain.ID), chain); err != nil {
+			return err
+		}
+		return saveDelegation(tx, root, Entry{At: now, Actor: c.ID.String(), Op: OpOpen,
+			Bundle: policy.Digest(), Policies: unique(deciders), Detail: r.Task})
+	})
+	if err != nil {
+		return Delegation{}, err
+	}
+	return root, nil
+}
+
+func (b *Broker) identify(chain *Chain, root *Delegation) error {
+	ch, err := newID(b.cfg.Random, "ch")
+	if err != nil {
+		return err
+	}
+	dl, err := newID(b.cfg.Random, "dl")
+	if err != nil {
+		return err
+	}
+	chain.ID, chain.Root = ChainID(ch), DelegationID(dl)
+	root.ID, root.Chain = chain.Root, chain.ID
+	return nil
+}
+
+func checkOpen(op string, r OpenRequest) (Scope, error) {
+	if err := checkText(op, "task", r.Task, 1, MaxTask); err != nil {
+		return nil, err
+	}
+	if len(r.Labels) > MaxLabels {
+		return nil, Errorf(Malformed, op, "at most %d labels", MaxLabels)
+	}
+	for name, value := range r.Labels {
+		if err := checkArgName(name); err != nil {
+			return nil, Errorf(Malformed, op, "label names are lower-case letters, digits and underscores, at most 64")
+		}
+		if err := checkText(op, "the value of label "+name, value, 0, 64); err != nil {
+			return nil, err
+		}
+	}
+	return checkShare(op, r.Rights, r.Budget, r.Depth, r.TTL)
+}
+
+// checkShare validates what opening and delegating have in common.
+func checkShare(op string, rights []Right, budget Budget, depth int, ttl time.Duration) (Scope, error) {
+	scope, err := NewScope(rights)
+	if err != nil {
+		return nil, Errorf(Malformed, op, "%v", err)
+	}
+	if err := budget.check(); err != nil {
+		return nil, Errorf(Malformed, op, "%v", err)
+	}
+	if depth < 0 || depth > MaxDepth {
+		return nil, Errorf(Malformed, op, "depth must be 0 to %d", MaxDepth)
+	}
+	if ttl < 0 || ttl > MaxChainTTL {
+		return nil, Errorf(Malformed, op, "the lifetime must be at most %s", MaxChainTTL)
+	}
+	return scope, nil
+}
+
+// saveDelegation writes a new node and its entry.
+func saveDelegation(tx Tx, d Delegation, e Entry) error {
+	e.Chain, e.Delegation = d.Chain, d.ID
+	if err := save(tx, keyDelegation(d.ID), d); err != nil {
+		return err
+	}
+	if err := tx.Put(keyMember(d.Chain, d.ID), []byte{}); err != nil {
+		return err
+	}
+	_, err := enter(tx, e)
+	return err
+}
+
+// Delegate passes on less than the caller's own delegation to another SPIFFE ID and gives the
+// child. The child allows nothing that the parent may not pass on (architecture.md: authority
+// that passes through Pawl only ever gets narrower).
+//
+// Errors: Malformed, Unauthenticated, NotFound, Denied, Revoked, Expired, Unavailable.
+func (b *Broker) Delegate(ctx context.Context, c Caller, r DelegateRequest) (Delegation, error) {
+	const op = "delegate"
+	now := b.cfg.Now()
+	if err := c.authentic(op, now); err != nil {
+		return Delegation{}, err
+	}
+	scope, err := checkShare(op, r.Rights, r.Budget, r.Depth, r.TTL)
+	if err != nil {
+		return Delegation{}, err
+	}
+	if r.To.IsZero() || r.To.Path() == "" {
+		return Delegation{}, Errorf(Malformed, op, "the receiver must be the SPIFFE ID of a workload")
+	}
+	id, err := newID(b.cfg.Random, "dl")
+	if err != nil {
+		return Delegation{}, err
+	}
+	p, history, err := b.held(ctx, op, c, r.From, now)
+	if err != nil {
+		return Delegation{}, err
+	}
+	child := p.leaf().child(r, scope, now)
+	child.ID = DelegationID(id)
+	if err := b.checkChild(ctx, op, c, p, child); err != nil {
+		return Delegation{}, err
+	}
+	policy := b.cfg.Policy()
+	q := Question{Action: ActionDelegate, Caller: c, Receiver: r.To, Chain: p.chain, Depth: len(p.nodes) - 1,
+		History: history, Now: now}
+	deciders, err := b.permitAll(ctx, op, policy, q, scope, p)
+	if err != nil {
+		return Delegation{}, err
+	}
+	err = b.update(ctx, op, func(tx Tx) error {
+		p, err := readPath(tx, op, r.From)
+		if err != nil {
+			return err
+		}
+		if err := b.usable(tx, op, p, Subject{}, now); err != nil {
+			return err
+		}
+		return saveDelegation(tx, child, Entry{At: now, Actor: c.ID.String(), Op: OpDelegate,
+			Bundle: policy.Digest(), Policies: deciders, Detail: "to " + r.To.String()})
+	})
+	if err != nil {
+		return Delegation{}, err
+	}
+	return child, nil
+}
+
+// child is what r makes of d, before it is checked to be narrower.
+func (d Delegation) child(r DelegateRequest, scope Scope, now time.Time) Delegation {
+	expires := d.Expires
+	if r.TTL > 0 && now.Add(r.TTL).Before(expires) {
+		expires = now.Add(r.TTL)
+	}
+	budget := Budget{
+		Steps:     cmp.Or(r.Budget.Steps, d.Budget.Steps),
+		Live:      cmp.Or(r.Budget.Live, d.Budget.Live),
+		PerMinute: cmp.Or(r.Budget.PerMinute, d.Budget.PerMinute),
+		Tools:     map[ToolName]int{},
+	}
+	for tool, n := range d.Budget.Tools {
+		budget.Tools[tool] = n
+	}
+	for tool, n := range r.Budget.Tools {
+		budget.Tools[tool] = cmp.Or(n, budget.Tools[tool])
+	}
+	return Delegation{Chain: d.Chain, Parent: d.ID, Holder: r.To, Scope: scope, Budget: budget,
+		Depth: r.Depth, Created: now, Expires: expires}
+}
+
+// checkChild refuses a child that is wider than its parent in anything.
+func (b *Broker) checkChild(ctx context.Context, op string, c Caller, p path, child Delegation) error {
+	parent := p.leaf()
+	if parent.Depth == 0 {
+		return b.denied(ctx, c, p, "", Errorf(Denied, op, "this delegation may not be passed on any further").
+			With(CodeDelegationDepth).Lacks("open the chain with more depth", "depth"))
+	}
+	wider := append(parent.Scope.Wider(child.Scope), parent.Budget.wider(child.Budget)...)
+	if child.Depth >= parent.Depth {
+		wider = append(wider, "depth")
+	}
+	if len(wider) > 0 {
+		return b.denied(ctx, c, p, "", Errorf(Denied, op, "the delegation asks for more than yours may pass on").
+			With(CodeDelegationWider).Lacks("ask for less, or for a wider delegation from whoever gave you yours", wider...))
+	}
+	return nil
+}
+
+// permitAll asks policy for each tool of a scope, and that a permit names both trust domains
+// when the receiver is in another.
+func (b *Broker) permitAll(ctx context.Context, op string, policy Policy, q Question, scope Scope, p path) (deciders []string, err error) {
+	for _, right := range scope {
+		d, err := b.permit(ctx, op, policy, q, right.Tool, p)
+		if err != nil {
+			return nil, err
+		}
+		if !named(d.Domains, q.Caller.ID.TrustDomain(), q.Receiver.TrustDomain()) {
+			return nil, b.denied(ctx, q.Caller, p, right.Tool,
+				Errorf(Denied, op, "the receiver is in another trust domain and no policy names both").
+					With(CodeForeignDomain).Decided(d.Policies).Lacks("a permit that names both trust domains", "domain:"+q.Receiver.TrustDomain().Name()))
+		}
+		deciders = append(deciders, d.Policies...)
+	}
+	return unique(deciders), nil
+}
+
+func named(domains []string, from, to spiffeid.TrustDomain) bool {
+	return from == to || slices.Contains(domains, from.Name()) && slices.Contains(domains, to.Name())
+}
+
+func unique(s []string) []string {
+	slices.Sort(s)
+	return slices.Compact(s)
+}
+
+// held reads the path to a delegation that the caller holds, and the chain's history. One that
+// somebody else holds is answered like one that does not exist.
+func (b *Broker) held(ctx context.Context, op string, c Caller, id DelegationID, now time.Time) (p path, history map[ToolName]Past, err error) {
+	err = b.view(ctx, op, func(tx Tx) error {
+		if p, err = readPath(tx, op, id); err != nil {
+			return err
+		}
+		u, _, err := load[Usage](tx, keyUsage(p.root().ID))
+		history = u.Tools
+		if err != nil || p.leaf().Holder != c.ID {
+			return err
+		}
+		return b.usable(tx, op, p, Subject{}, now)
+	})
+	if err != nil {
+		return path{}, nil, err
+	}
+	if p.leaf().Holder != c.ID {
+		return path{}, nil, b.violated(ctx, c, p, ViolationHolder, "", unknownDelegation(op))
+	}
+	return p, history, nil
+}

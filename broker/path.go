@@ -1,0 +1,165 @@
+package broker
+
+import (
+	"fmt"
+	"sync"
+	"time"
+)
+
+// path is a delegation and its ancestors, root first, with their chain.
+type path struct {
+	chain Chain
+	nodes []Delegation
+}
+
+func (p path) leaf() Delegation { return p.nodes[len(p.nodes)-1] }
+func (p path) root() Delegation { return p.nodes[0] }
+
+// readPath walks from a delegation to its root. A delegation that is not there is NotFound in
+// the words that one of somebody else's is, too.
+func readPath(tx Tx, op string, id DelegationID) (path, error) {
+	var p path
+	for next := id; next != ""; {
+		d, ok, err := load[Delegation](tx, keyDelegation(next))
+		if err != nil {
+			return path{}, err
+		}
+		if !ok {
+			return path{}, unknownDelegation(op)
+		}
+		if len(p.nodes) > MaxDepth {
+			return path{}, fmt.Errorf("delegation %s is deeper than %d", id, MaxDepth)
+		}
+		p.nodes = append([]Delegation{d}, p.nodes...)
+		next = d.Parent
+	}
+	c, ok, err := load[Chain](tx, keyChain(p.leaf().Chain))
+	if err == nil && !ok {
+		err = fmt.Errorf("delegation %s is of no chain", id)
+	}
+	p.chain = c
+	return p, err
+}
+
+func unknownDelegation(op string) *Error {
+	return Errorf(NotFound, op, "no such delegation, or it is not yours").With(CodeDelegationUnknown)
+}
+
+// usable refuses a path on which anything is fenced or past its time. subject is what is to
+// happen under it; its Grant is empty for a further delegation.
+func (b *Broker) usable(tx Tx, op string, p path, subject Subject, now time.Time) error {
+	f, err := b.fenceOver(tx, p, subject)
+	if err != nil {
+		return err
+	}
+	if f != nil {
+		return fencedError(op, f)
+	}
+	for _, d := range p.nodes {
+		if !now.Before(d.Expires) {
+			return Errorf(Expired, op, "the delegation ended at %s", d.Expires.UTC().Format(time.RFC3339)).With(CodeExpired)
+		}
+	}
+	return nil
+}
+
+func fencedError(op string, f *Fence) *Error {
+	e := Errorf(Revoked, op, "revoked at %s; nothing more is handed out", f.At.UTC().Format(time.RFC3339)).With(CodeFenced)
+	if f.Frozen {
+		e = Errorf(Revoked, op, "frozen at %s; nothing is handed out until it is lifted", f.At.UTC().Format(time.RFC3339)).
+			With(CodeFrozen).Lacks("an operator can lift the freeze")
+	}
+	e.Revocation = f.Revocation
+	return e
+}
+
+// fenceOver gives the fence that covers the path or subject: on a node, or a rule that matches
+// a node or the subject. A final fence is given before a freeze.
+func (b *Broker) fenceOver(tx Tx, p path, subject Subject) (found *Fence, err error) {
+	for i := range p.nodes {
+		found = harder(found, p.nodes[i].Fence)
+	}
+	rules, err := b.rules.read(tx)
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range rules {
+		if r.covers(p, subject) {
+			found = harder(found, &r.Fence)
+		}
+	}
+	return found, nil
+}
+
+func harder(a, b *Fence) *Fence {
+	if a == nil || b != nil && a.Frozen && !b.Frozen {
+		return b
+	}
+	return a
+}
+
+// queryFence is a rule: a fence over whatever its selector matches. A final rule is about the chains that
+// were open when it was written; a freeze is about later ones as well, until it is lifted.
+type queryFence struct {
+	Fence    Fence  `json:"fence"`
+	Selector string `json:"selector"`
+	selector Selector
+}
+
+func (r queryFence) covers(p path, subject Subject) bool {
+	if !r.Fence.Frozen && p.chain.Opened.After(r.Fence.At) {
+		return false
+	}
+	for i, d := range p.nodes {
+		if r.selector.Matches(Subject{Chain: p.chain, Path: p.nodes[:i+1], At: d.Created}) {
+			return true
+		}
+	}
+	return subject.Grant != "" && r.selector.Matches(subject)
+}
+
+// ruleCache keeps parsed rules; which rules there are is read in every transaction.
+type ruleCache struct {
+	mu     sync.Mutex // guards parsed
+	parsed map[string]queryFence
+}
+
+func (c *ruleCache) read(tx Tx) (rules []queryFence, err error) {
+	scanErr := tx.Scan("f/", "", func(key string, raw []byte) bool {
+		var r queryFence
+		if r, err = c.parse(tx, key, raw); err == nil {
+			rules = append(rules, r)
+		}
+		return err == nil
+	})
+	if err == nil {
+		err = scanErr
+	}
+	return rules, err
+}
+
+func (c *ruleCache) parse(tx Tx, key string, raw []byte) (queryFence, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if r, ok := c.parsed[string(raw)]; ok {
+		return r, nil
+	}
+	r, _, err := load[queryFence](tx, key)
+	if err != nil {
+		return queryFence{}, err
+	}
+	if r.selector, err = ParseSelector(r.Selector); err != nil {
+		return queryFence{}, fmt.Errorf("rule %q: %w", key, err)
+	}
+	if len(c.parsed) > 1024 || c.parsed == nil {
+		c.parsed = map[string]queryFence{}
+	}
+	c.parsed[string(raw)] = r
+	return r, nil
+}
+
+// subject is a grant under p as selectors see it.
+func (p path) subject(g Grant) Subject {
+	return Subject{Chain: p.chain, Path: p.nodes, Grant: g.ID, Tool: g.Tool, Args: g.Args,
+		Vault: g.Path, Bundle: g.Bundle, At: g.Created}
+}

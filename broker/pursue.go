@@ -1,0 +1,255 @@
+package broker
+
+import (
+	"context"
+	"time"
+)
+
+// pursue starts steps 2 to 6 of revoke in the background. [Broker.Resume] starts it for every
+// revocation that has not settled; it is the same function.
+func (b *Broker) pursue(rv Revocation) {
+	if rv.Freeze {
+		return
+	}
+	b.background(func() {
+		p := pursuit{b: b, rv: rv, tokens: map[string]bool{}}
+		for wait := 10 * time.Millisecond; b.ctx.Err() == nil; wait = min(wait*2, 5*time.Second) {
+			woken, cancel := b.hub.watch(rv.Chain)
+			done, err := p.round(b.ctx)
+			if err != nil {
+				b.cfg.Alarm("pursuing revocation "+string(rv.ID), err)
+			}
+			if done || !b.pause(woken, wait, p.least) {
+				cancel()
+				return
+			}
+			cancel()
+		}
+	})
+}
+
+// pause waits until woken, for at least least and at most d longer; false means that the broker
+// stops.
+func (b *Broker) pause(woken <-chan struct{}, d, least time.Duration) bool {
+	first := time.NewTimer(least)
+	defer first.Stop()
+	select {
+	case <-b.ctx.Done():
+		return false
+	case <-first.C:
+	}
+	most := time.NewTimer(d)
+	defer most.Stop()
+	select {
+	case <-b.ctx.Done():
+		return false
+	case <-woken:
+	case <-most.C:
+	}
+	return true
+}
+
+// pursuit carries one revocation from fenced to closure.
+type pursuit struct {
+	b      *Broker
+	rv     Revocation
+	queued map[GrantID]bool // given to the closer by this process
+	tokens map[string]bool  // accessors that Vault confirmed as revoked, to this process
+	least  time.Duration    // between two rounds: looking costs more the more is left
+}
+
+// round looks at what is left, has it ended, and records the closure when it changed.
+func (p *pursuit) round(ctx context.Context) (done bool, err error) {
+	left, nodes, err := p.left(ctx)
+	if err != nil {
+		return false, err
+	}
+	p.least = 5*time.Millisecond + time.Duration(len(left))*50*time.Microsecond
+	if p.queued == nil {
+		p.queued = map[GrantID]bool{}
+	}
+	for _, g := range left {
+		if !p.queued[g.ID] {
+			p.queued[g.ID] = true
+			p.b.closer.hurry(g)
+		}
+	}
+	pending := p.killTokens(ctx, nodes)
+	return p.record(ctx, left, pending)
+}
+
+// left lists the grants under the revocation that are not over, and its nodes, root first.
+func (p *pursuit) left(ctx context.Context) (grants []Grant, nodes []Delegation, err error) {
+	err = p.b.view(ctx, "revoke", func(tx Tx) error {
+		grants, nodes, err = p.b.under(tx, p.rv)
+		return err
+	})
+	return grants, nodes, err
+}
+
+// under lists what is under a revocation: grants that are not over, and delegations with the
+// ancestors before their descendants.
+func (b *Broker) under(tx Tx, rv Revocation) (grants []Grant, nodes []Delegation, err error) {
+	covers, err := b.covering(tx, rv)
+	if err != nil {
+		return nil, nil, err
+	}
+	paths := map[DelegationID]path{}
+	err = eachLive(tx, rv.Chain, func(g Grant) error {
+		p, ok := paths[g.Delegation]
+		if !ok {
+			if p, err = readPath(tx, "revoke", g.Delegation); err != nil {
+				return err
+			}
+			paths[g.Delegation] = p
+		}
+		if covers(p, p.subject(g)) {
+			grants = append(grants, g)
+		}
+		return nil
+	})
+	if err != nil || rv.Grant != "" {
+		return grants, nil, err
+	}
+	err = eachMember(tx, rv.Chain, func(id DelegationID) error {
+		p, err := readPath(tx, "revoke", id)
+		if err == nil && len(p.leaf().Tokens) > 0 && covers(p, Subject{}) {
+			nodes = append(nodes, p.leaf())
+		}
+		return err
+	})
+	rootFirst(nodes)
+	return grants, nodes, err
+}
+
+// covering gives the test of whether a path or a grant on it is meant by a revocation.
+func (b *Broker) covering(tx Tx, rv Revocation) (func(path, Subject) bool, error) {
+	switch {
+	case rv.Node != "":
+		return func(p path, _ Subject) bool {
+			for _, d := range p.nodes {
+				if d.ID == rv.Node {
+					return true
+				}
+			}
+			return false
+		}, nil
+	case rv.Grant != "":
+		return func(_ path, s Subject) bool { return s.Grant == rv.Grant }, nil
+	}
+	s, err := ParseSelector(rv.Selector)
+	r := queryFence{selector: s, Fence: Fence{At: rv.Fenced, Frozen: rv.Freeze}}
+	return r.covers, err
+}
+
+// killTokens ends the delegations' tokens, root first, so that what hangs below ends with one
+// call where Vault can do it. It gives how many are not confirmed yet.
+func (p *pursuit) killTokens(ctx context.Context, nodes []Delegation) (pending int) {
+	now := p.b.cfg.Now()
+	for _, d := range nodes {
+		for _, t := range d.Tokens {
+			if p.tokens[t.Accessor] || !t.Expires.IsZero() && now.After(t.Expires) {
+				continue
+			}
+			if pending > 0 {
+				pending++ // Vault has just not answered: do not ask it a thousand times more
+				continue
+			}
+			killCtx, cancel := context.WithTimeout(ctx, p.b.cfg.MintTimeout)
+			err := p.b.cfg.Vault.Kill(killCtx, t.Accessor)
+			cancel()
+			if err != nil {
+				p.b.cfg.Alarm("revoking the tokens of "+string(p.rv.ID), err)
+				pending++
+				continue
+			}
+			p.tokens[t.Accessor] = true
+		}
+	}
+	return pending
+}
+
+// record works the counts out and stores them when they changed. A revocation has settled
+// when nothing is left that work or time can change.
+func (p *pursuit) record(ctx context.Context, left []Grant, pending int) (done bool, err error) {
+	now := p.b.cfg.Now()
+	err = p.b.update(ctx, "revoke", func(tx Tx) error {
+		rv, ok, err := load[Revocation](tx, keyRevocation(p.rv.ID))
+		if err != nil || !ok {
+			return orUnknownRevocation("revoke", err)
+		}
+		before := rv
+		if err := rv.count(tx, left); err != nil {
+			return err
+		}
+		rv.Tokens = pending
+		done = len(left) == 0 && pending == 0
+		if done && rv.Settled.IsZero() {
+			rv.Settled = now
+		}
+		if p.rv = rv; before == rv {
+			return nil
+		}
+		if err := save(tx, keyRevocation(rv.ID), rv); err != nil {
+			return err
+		}
+		op := OpEvidence
+		if before.Closure != rv.Closure {
+			op = OpClosure
+		}
+		_, err = enter(tx, Entry{At: now, Actor: "pawl", Op: op, Chain: rv.Chain, Delegation: rv.Node, Revocation: rv.ID,
+			Detail: rv.tally()})
+		return err
+	})
+	return done, err
+}
+
+// count brings the revocation's numbers up to date: what is left decides the closure, and what
+// is over was proven, except a static secret.
+func (rv *Revocation) count(tx Tx, left []Grant) error {
+	if rv.Grants < len(left) {
+		rv.Grants = len(left) // the first look after the fence; none can join later
+	}
+	rv.Alive, rv.Unknown, rv.LatestEnd = 0, 0, time.Time{}
+	for _, g := range left {
+		if g.Outcome == OutcomeAlive {
+			rv.Alive++
+		} else {
+			rv.Unknown++
+		}
+		if end := g.latestEnd(); end.After(rv.LatestEnd) {
+			rv.LatestEnd = end
+		}
+	}
+	rv.Static = 0
+	raw, err := tx.Get(keyStatics(rv.ID))
+	if err != nil {
+		return err
+	}
+	rv.Static = len(raw) / idLength
+	rv.Alive += rv.Static
+	rv.Dead = rv.Grants - rv.Alive - rv.Unknown
+	switch {
+	case rv.Alive > 0:
+		rv.Closure = ClosurePartial
+	case rv.Unknown > 0 || rv.Tokens > 0:
+		rv.Closure = ClosureUnknown
+	default:
+		rv.Closure = ClosureClosed
+	}
+	return nil
+}
+
+// latestEnd is when the grant's secret is over even if nobody can do anything about it.
+func (g Grant) latestEnd() time.Time {
+	end := g.Expires
+	for _, t := range []time.Time{g.Lease.Expires, g.Token.Expires} {
+		if t.After(end) {
+			end = t
+		}
+	}
+	if g.State == StateHandle && g.Lease.Expires.IsZero() {
+		end = end.Add(g.Settles.Sub(g.Created)) // a mint still on its way lives its whole life from then
+	}
+	return end
+}

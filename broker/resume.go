@@ -1,0 +1,87 @@
+package broker
+
+import (
+	"context"
+	"slices"
+)
+
+// Resume takes up what the ledger holds and starts the background work. Grants that were under
+// way when a process died are hunted down, grants that are alive end when their time comes, and
+// revocations go on. It is called once, before the first request.
+//
+// Errors: Unavailable when the ledger cannot be read or written.
+func (b *Broker) Resume(ctx context.Context) error {
+	const op = "resume"
+	var alive []dueGrant
+	var abandoned []Grant
+	var unsettled []Revocation
+	err := b.view(ctx, op, func(tx Tx) error {
+		alive, abandoned, unsettled = nil, nil, nil
+		err := eachLive(tx, "", func(g Grant) error {
+			if g.State == StateIssued && g.Ending == "" {
+				alive = append(alive, dueGrant{at: g.Expires, id: g.ID, backend: g.Backend})
+			} else {
+				abandoned = append(abandoned, g)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		return eachRevocation(tx, func(rv Revocation) error {
+			if rv.Settled.IsZero() {
+				unsettled = append(unsettled, rv)
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		return err
+	}
+	if err := b.update(ctx, op, func(tx Tx) error {
+		_, err := enter(tx, Entry{At: b.cfg.Now(), Actor: "pawl", Op: OpResume})
+		return err
+	}); err != nil {
+		return err
+	}
+	b.closer.fill(alive)
+	b.background(b.closer.run)
+	b.background(b.runSweeps)
+	for _, g := range abandoned {
+		b.closer.hurry(g)
+	}
+	for _, rv := range unsettled {
+		b.pursue(rv)
+	}
+	return nil
+}
+
+// fill takes many due grants at once.
+func (c *closer) fill(due []dueGrant) {
+	slices.SortFunc(due, func(a, b dueGrant) int { return a.at.Compare(b.at) }) // sorted is a heap
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.due = append(due, c.due...)
+}
+
+func eachRevocation(tx Tx, f func(Revocation) error) error {
+	var ids []RevocationID
+	if err := tx.Scan("r/", "", func(key string, _ []byte) bool {
+		ids = append(ids, RevocationID(key[2:]))
+		return true
+	}); err != nil {
+		return err
+	}
+	for _, id := range ids {
+		rv, ok, err := load[Revocation](tx, keyRevocation(id))
+		if err != nil {
+			return err
+		}
+		if ok {
+			if err := f(rv); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,224 @@
+package broker
+
+import (
+	"context"
+	"time"
+)
+
+// target is what a fence is put on: one node, one grant, or, when both are empty, whatever the
+// selector matches.
+type target struct {
+	node  DelegationID
+	grant GrantID
+}
+
+// fencing is one fence to be written.
+type fencing struct {
+	by, reason, selector string
+	target               target
+	freeze               bool
+	now                  time.Time
+}
+
+// fence is step 1 of revoke, inside the caller's transaction: one mark, whatever hangs below.
+func (b *Broker) fence(tx Tx, f fencing) (Revocation, error) {
+	id, err := newID(b.cfg.Random, "rv")
+	if err != nil {
+		return Revocation{}, err
+	}
+	rv := Revocation{ID: RevocationID(id), Selector: f.selector, Reason: f.reason, By: f.by, Freeze: f.freeze,
+		Asked: f.now, Fenced: f.now, Closure: ClosureUnknown, Grants: -1}
+	op := OpFence
+	if f.freeze {
+		op = OpFreeze
+	}
+	entry := Entry{At: f.now, Actor: f.by, Op: op, Revocation: rv.ID, Detail: f.reason}
+	switch {
+	case f.target.node != "":
+		return b.fenceNode(tx, f, rv, entry)
+	case f.target.grant != "":
+		return b.fenceGrant(tx, f, rv, entry)
+	}
+	if rv.Revision, err = enter(tx, entry); err != nil {
+		return Revocation{}, err
+	}
+	r := queryFence{Fence: Fence{Generation: rv.Revision, At: f.now, Revocation: rv.ID, Frozen: f.freeze}, Selector: f.selector}
+	if err := save(tx, keyRule(rv.ID), r); err != nil {
+		return Revocation{}, err
+	}
+	return rv, save(tx, keyRevocation(rv.ID), rv)
+}
+
+func (b *Broker) fenceNode(tx Tx, f fencing, rv Revocation, entry Entry) (Revocation, error) {
+	d, ok, err := load[Delegation](tx, keyDelegation(f.target.node))
+	if err != nil {
+		return Revocation{}, err
+	}
+	if !ok {
+		return Revocation{}, unknownDelegation("revoke")
+	}
+	rv.Chain, rv.Node = d.Chain, d.ID
+	if rv.Selector == "" {
+		rv.Selector = "subtree:" + string(d.ID)
+	}
+	entry.Chain, entry.Delegation = d.Chain, d.ID
+	if rv.Revision, err = enter(tx, entry); err != nil {
+		return Revocation{}, err
+	}
+	mark := &Fence{Generation: rv.Revision, At: f.now, Revocation: rv.ID, Frozen: f.freeze}
+	if d.Fence == nil || d.Fence.Frozen && !f.freeze {
+		d.Fence = mark
+	}
+	if err := save(tx, keyDelegation(d.ID), d); err != nil {
+		return Revocation{}, err
+	}
+	return rv, save(tx, keyRevocation(rv.ID), rv)
+}
+
+func (b *Broker) fenceGrant(tx Tx, f fencing, rv Revocation, entry Entry) (Revocation, error) {
+	g, ok, err := load[Grant](tx, keyGrant(f.target.grant))
+	if err != nil {
+		return Revocation{}, err
+	}
+	if !ok {
+		return Revocation{}, unknownGrant("revoke")
+	}
+	rv.Chain, rv.Grant = g.Chain, g.ID
+	if rv.Selector == "" {
+		rv.Selector = "grant:" + string(g.ID)
+	}
+	entry.Chain, entry.Delegation, entry.Grant, entry.Tool = g.Chain, g.Delegation, g.ID, g.Tool
+	if rv.Revision, err = enter(tx, entry); err != nil {
+		return Revocation{}, err
+	}
+	if g.Fence == nil || g.Fence.Frozen && !f.freeze {
+		g.Fence = &Fence{Generation: rv.Revision, At: f.now, Revocation: rv.ID, Frozen: f.freeze}
+	}
+	if err := save(tx, keyGrant(g.ID), g); err != nil {
+		return Revocation{}, err
+	}
+	return rv, save(tx, keyRevocation(rv.ID), rv)
+}
+
+// Revoke fences what the selector means and returns: from then on nothing under it is handed
+// out. Cutting and proving go on in the background; [Broker.Revocation] tells how far they are.
+// With Freeze nothing is cut and an operator can lift it.
+//
+// Errors: Malformed, Unauthenticated, NotFound, Conflict (the plan is stale), Unavailable.
+func (b *Broker) Revoke(ctx context.Context, o Operator, r RevokeRequest) (Revocation, error) {
+	const op = "revoke"
+	if err := o.check(op); err != nil {
+		return Revocation{}, err
+	}
+	if err := checkText(op, "reason", r.Reason, 1, MaxTask); err != nil {
+		return Revocation{}, err
+	}
+	if r.Plan != "" {
+		if err := b.checkPlan(ctx, r); err != nil {
+			return Revocation{}, err
+		}
+	}
+	f := fencing{by: o.Name, reason: r.Reason, selector: r.Selector.String(), freeze: r.Freeze, now: b.cfg.Now()}
+	var rv Revocation
+	err := b.update(ctx, op, func(tx Tx) (err error) {
+		if f.target, err = resolve(tx, r.Selector); err != nil {
+			return err
+		}
+		rv, err = b.fence(tx, f)
+		return err
+	})
+	if err != nil {
+		return Revocation{}, err
+	}
+	b.pursue(rv)
+	return rv, nil
+}
+
+// resolve finds the one node or grant that a selector names; the zero target stands for a rule.
+func resolve(tx Tx, s Selector) (target, error) {
+	chain, node, grant, ok := s.Target()
+	if !ok {
+		return target{}, nil
+	}
+	if chain != "" {
+		c, known, err := load[Chain](tx, keyChain(chain))
+		if err == nil && !known {
+			err = Errorf(NotFound, "revoke", "there is no chain %s", chain)
+		}
+		return target{node: c.Root}, err
+	}
+	return target{node: node, grant: grant}, nil
+}
+
+func (o Operator) check(op string) error {
+	if o.Name == "" {
+		return Errorf(Unauthenticated, op, "no operator")
+	}
+	return nil
+}
+
+// Unfreeze lifts a freeze once a second operator has asked for it; the first call records the
+// first. What was revoked stays revoked.
+//
+// Errors: Unauthenticated, NotFound, Conflict (it is no freeze, or is lifted), Denied with
+// CodeSecondPerson after the first call.
+func (b *Broker) Unfreeze(ctx context.Context, o Operator, id RevocationID) (rv Revocation, err error) {
+	const op = "unfreeze"
+	if err := o.check(op); err != nil {
+		return Revocation{}, err
+	}
+	second := false
+	err = b.update(ctx, op, func(tx Tx) error {
+		var ok bool
+		if rv, ok, err = load[Revocation](tx, keyRevocation(id)); err != nil || !ok {
+			return orUnknownRevocation(op, err)
+		}
+		if !rv.Freeze || rv.Lifted {
+			return Errorf(Conflict, op, "%s is not a freeze that is in force", id)
+		}
+		if second = rv.Unfreezer != "" && rv.Unfreezer != o.Name; !second {
+			rv.Unfreezer = o.Name
+		} else if err := b.lift(tx, &rv); err != nil {
+			return err
+		}
+		if _, err := enter(tx, Entry{At: b.cfg.Now(), Actor: o.Name, Op: OpUnfreeze, Chain: rv.Chain, Delegation: rv.Node,
+			Grant: rv.Grant, Revocation: id, Detail: map[bool]string{false: "asked for", true: "lifted"}[second]}); err != nil {
+			return err
+		}
+		return save(tx, keyRevocation(id), rv)
+	})
+	if err == nil && !second {
+		err = Errorf(Denied, op, "recorded; a second operator must ask for the same").With(CodeSecondPerson).
+			Lacks("another operator repeats this command", "operator")
+	}
+	return rv, err
+}
+
+// lift takes a freeze's mark away where it is still that freeze's.
+func (b *Broker) lift(tx Tx, rv *Revocation) error {
+	rv.Lifted, rv.Settled = true, b.cfg.Now()
+	switch {
+	case rv.Node != "":
+		d, _, err := load[Delegation](tx, keyDelegation(rv.Node))
+		if err != nil || d.Fence == nil || d.Fence.Revocation != rv.ID {
+			return err
+		}
+		d.Fence = nil
+		return save(tx, keyDelegation(d.ID), d)
+	case rv.Grant != "":
+		g, _, err := load[Grant](tx, keyGrant(rv.Grant))
+		if err != nil || g.Fence == nil || g.Fence.Revocation != rv.ID {
+			return err
+		}
+		g.Fence = nil
+		return save(tx, keyGrant(g.ID), g)
+	}
+	return tx.Put(keyRule(rv.ID), nil)
+}
+
+func orUnknownRevocation(op string, err error) error {
+	if err != nil {
+		return err
+	}
+	return Errorf(NotFound, op, "there is no such revocation").With(CodeRevocationUnknown)
+}

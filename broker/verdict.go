@@ -1,0 +1,73 @@
+package broker
+
+import "time"
+
+// verdict judges one grant by what was found of it. Dead takes an answer from every part that
+// could know better: Vault has ended the token, knows the lease no more, no mint can still be
+// under way, and the target, where it can be asked, refuses the secret.
+type verdict struct {
+	g       Grant
+	killed  error      // of revoking the step's token
+	gone    goneAnswer // of the lease
+	found   Evidence   // of the target; zero when it cannot be asked
+	probed  bool       // the target can be asked
+	minting bool       // an issue of this process is at work
+	now     time.Time
+}
+
+func (v verdict) outcome() (Outcome, []Evidence) {
+	if v.g.State == StateIntent {
+		if v.minting {
+			return OutcomeUnknown, nil
+		}
+		return OutcomeDead, []Evidence{{At: v.now, Check: "ledger", Outcome: OutcomeDead,
+			Answer: "no token was recorded for it, so nothing was minted"}}
+	}
+	evidence := []Evidence{v.token(), v.lease()}
+	if v.probed {
+		evidence = append(evidence, v.found)
+	}
+	outcome := OutcomeDead
+	for _, e := range evidence {
+		switch {
+		case e.Outcome == OutcomeStatic:
+			return OutcomeStatic, evidence
+		case e.Outcome == OutcomeAlive:
+			outcome = OutcomeAlive
+		case e.Outcome == OutcomeUnknown && outcome == OutcomeDead:
+			outcome = OutcomeUnknown
+		}
+	}
+	return outcome, evidence
+}
+
+func (v verdict) token() Evidence {
+	e := Evidence{At: v.now, Check: "vault: revoke the step's token", Outcome: OutcomeDead, Answer: "revoked, or gone before"}
+	if v.killed != nil {
+		e.Outcome, e.Answer = OutcomeUnknown, "Vault did not confirm"
+	}
+	return e
+}
+
+func (v verdict) lease() Evidence {
+	e := Evidence{At: v.now, Check: "vault: look the lease up", Outcome: OutcomeDead, Answer: "gone"}
+	switch {
+	case v.gone.asked && !v.gone.answered:
+		e.Outcome, e.Answer = OutcomeUnknown, "Vault did not answer"
+	case v.gone.asked && !v.gone.gone:
+		// Vault still lists it: what the target says decides whether it works, but it is not over.
+		e.Outcome, e.Answer = OutcomeUnknown, "still there"
+	case v.gone.asked:
+	case v.g.State == StateHandle && (v.minting || v.now.Before(v.g.Settles)):
+		e.Check, e.Outcome, e.Answer = "ledger", OutcomeUnknown, "a mint may still be on its way until "+v.g.Settles.UTC().Format(time.RFC3339)
+	case v.g.State == StateHandle:
+		e.Check, e.Answer = "ledger", "no mint can be on its way any more"
+	case v.probed:
+		e.Check, e.Answer = "ledger", "this engine gives no lease; the target decides"
+	case v.now.Before(v.g.latestEnd()):
+		e.Check, e.Outcome, e.Answer = "ledger", OutcomeAlive, "it has no lease and ends by itself at "+v.g.latestEnd().UTC().Format(time.RFC3339)
+	default:
+		e.Check, e.Answer = "ledger", "past its own end"
+	}
+	return e
+}

@@ -1,0 +1,154 @@
+package broker_test
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
+)
+
+// world is a broker on a ledger, a Vault and a target in memory. It is made inside a synctest
+// bubble, whose clock stands still until everybody waits.
+type world struct {
+	*broker.Broker
+	t      *testing.T
+	ledger *brokertest.Memory
+	vault  *brokertest.Vault
+	target *brokertest.Target
+	policy *brokertest.Policy
+}
+
+func newWorld(t *testing.T) *world {
+	w := &world{t: t, ledger: brokertest.NewMemory(), target: brokertest.NewTarget(),
+		policy: brokertest.AllowAll("db.read", "db.write", "deploy")}
+	w.vault = brokertest.NewVault(w.target)
+	w.start(w.ledger)
+	return w
+}
+
+// start makes a broker over the world's parts, as a new process would.
+func (w *world) start(ledger broker.Ledger) {
+	w.t.Helper()
+	b, err := broker.New(broker.Config{Ledger: ledger, Policy: func() broker.Policy { return w.policy }, Vault: w.vault,
+		Backends: map[string]broker.Backend{"target": w.target}, Now: time.Now, Random: rand.Reader,
+		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: -1})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if err := b.Resume(ctx); err != nil {
+		w.t.Fatal(err)
+	}
+	w.Broker = b
+	w.t.Cleanup(b.Stop)
+}
+
+var ctx = context.Background()
+
+// as is a caller with an SVID that is good for an hour.
+func as(name string) broker.Caller {
+	return broker.Caller{ID: spiffeid.RequireFromString("spiffe://example.org/" + name), Proof: broker.ProofX509,
+		NotAfter: time.Now().Add(time.Hour)}
+}
+
+func use(tools ...broker.ToolName) (rights []broker.Right) {
+	for _, t := range tools {
+		rights = append(rights, broker.Right{Tool: t, Use: true, Delegate: true})
+	}
+	return rights
+}
+
+func (w *world) open(holder string, r broker.OpenRequest) broker.Delegation {
+	w.t.Helper()
+	if r.Task == "" {
+		r.Task = "a task"
+	}
+	if r.Rights == nil {
+		r.Rights = use("db.read", "db.write", "deploy")
+	}
+	d, err := w.Open(ctx, as(holder), r)
+	if err != nil {
+		w.t.Fatalf("Open(%v) = %v, want a root", r, err)
+	}
+	return d
+}
+
+// draw opens the chain of a drawing; each name is also the holder's.
+func (w *world) draw(drawing string) map[string]broker.Delegation {
+	w.t.Helper()
+	root, err := brokertest.ParseChain(drawing)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	made := map[string]broker.Delegation{}
+	root.Walk(func(parent, n *brokertest.Node) {
+		if parent == nil {
+			made[n.Name] = w.open(n.Name, broker.OpenRequest{Depth: broker.MaxDepth})
+			return
+		}
+		from := made[parent.Name]
+		d, err := w.Delegate(ctx, as(parent.Name), broker.DelegateRequest{From: from.ID, To: as(n.Name).ID,
+			Rights: use("db.read", "db.write", "deploy"), Depth: from.Depth - 1})
+		if err != nil {
+			w.t.Fatalf("Delegate(%s -> %s) = %v", parent.Name, n.Name, err)
+		}
+		made[n.Name] = d
+	})
+	return made
+}
+
+func step(d broker.Delegation, tool broker.ToolName) broker.StepRequest {
+	return broker.StepRequest{Delegation: d.ID, Tool: tool}
+}
+
+func (w *world) issue(holder string, r broker.StepRequest) broker.Issued {
+	w.t.Helper()
+	got, err := w.Issue(ctx, as(holder), r)
+	if err != nil {
+		w.t.Fatalf("Issue(%s, %s) = %v, want a secret", holder, r.Tool, err)
+	}
+	return got
+}
+
+// refused fails unless err is of the kind and has the code.
+func refused(t *testing.T, what string, err error, kind broker.Kind, code broker.Code) {
+	t.Helper()
+	var e *broker.Error
+	if !errors.As(err, &e) || e.Kind != kind || e.Code != code {
+		t.Fatalf("%s = %v, want kind %s and code %q", what, err, kind, code)
+	}
+}
+
+// pass lets the bubble's time pass.
+func pass(d time.Duration) { <-time.After(d) }
+
+// over fails unless nothing is alive at the target or in Vault, and the ledger knows that.
+func (w *world) over() {
+	w.t.Helper()
+	if alive, leases := w.target.Alive(), w.vault.LeaseIDs(); len(alive)+len(leases) > 0 {
+		w.t.Fatalf("alive at the target: %v, leases in Vault: %v; want none", alive, leases)
+	}
+	chains, err := w.Chains(ctx, true)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, c := range chains {
+		v, err := w.Chain(ctx, c.Chain.ID)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		for _, g := range v.Grants {
+			if g.State != broker.StateClosed {
+				w.t.Errorf("grant %s is %s (%s, %v), want CLOSED", g.ID, g.State, g.Ending, g.Evidence)
+			}
+		}
+		if c.Live != 0 {
+			w.t.Errorf("chain %s counts %d live grants, want 0", c.Chain.ID, c.Live)
+		}
+	}
+}
