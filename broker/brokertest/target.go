@@ -125,3 +125,6 @@ func (t *Target) Prove(_ context.Context, grants []broker.Grant) ([]broker.Evide
 
 // Find implements [broker.Finder].
 func (t *Target) Find(context.Context) ([]broker.GrantID, error) { return t.Alive(), nil }
+
+// Plant makes a login behind the broker's back.
+func (t *Target) Plant(id broker.GrantID) { t.create(id) }

@@ -1,0 +1,331 @@
+package broker_test
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+func selector(t *testing.T, format string, args ...any) broker.Selector {
+	t.Helper()
+	s, err := broker.ParseSelector(fmt.Sprintf(format, args...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+var responder = broker.Operator{Name: "ana"}
+
+func (w *world) revoke(format string, args ...any) broker.Revocation {
+	w.t.Helper()
+	rv, err := w.Revoke(ctx, responder, broker.RevokeRequest{Selector: selector(w.t, format, args...), Reason: "a test"})
+	if err != nil {
+		w.t.Fatalf("Revoke("+format+") = %v", append(args, err)...)
+	}
+	return rv
+}
+
+func (w *world) closure(rv broker.Revocation, want broker.Closure) broker.Revocation {
+	w.t.Helper()
+	got, err := w.Revocation(ctx, rv.ID)
+	if err != nil || got.Closure != want {
+		w.t.Fatalf("revocation %s = %+v, %v; want %s", rv.ID, got, err, want)
+	}
+	return got
+}
+
+// TestFenceReaches revokes one thing in a chain and says who may go on.
+func TestFenceReaches(t *testing.T) {
+	all := []string{"root", "planner", "fetcher", "writer", "other"}
+	for _, row := range []struct {
+		name   string
+		what   func(map[string]broker.Delegation) string
+		fenced []string
+	}{
+		{"a leaf", func(d map[string]broker.Delegation) string { return "subtree:" + string(d["writer"].ID) }, []string{"writer"}},
+		{"a subtree", func(d map[string]broker.Delegation) string { return "subtree:" + string(d["planner"].ID) }, []string{"planner", "fetcher", "writer"}},
+		{"the chain", func(d map[string]broker.Delegation) string { return "chain:" + string(d["root"].Chain) }, all},
+		{"a caller", func(map[string]broker.Delegation) string { return "spiffe:spiffe://example.org/planner" }, []string{"planner", "fetcher", "writer"}},
+		{"by query", func(map[string]broker.Delegation) string {
+			return "spiffe:spiffe://example.org/fetcher or spiffe:spiffe://example.org/other"
+		}, []string{"fetcher", "other"}},
+		{"a tool", func(map[string]broker.Delegation) string { return "tool:db.read" }, all},
+		{"another tool", func(map[string]broker.Delegation) string { return "tool:deploy" }, nil},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				d := w.draw("root -> {planner -> {fetcher, writer}, other}")
+				secrets := map[string]broker.Issued{}
+				for _, name := range all {
+					secrets[name] = w.issue(name, step(d[name], "db.read"))
+				}
+				rv := w.revoke("%s", row.what(d))
+				fenced := map[string]bool{}
+				for _, name := range row.fenced {
+					fenced[name] = true
+				}
+				for _, name := range all {
+					_, err := w.Issue(ctx, as(name), step(d[name], "db.read"))
+					if got := errors.Is(err, broker.Revoked); got != fenced[name] {
+						t.Errorf("Issue by %s = %v, want fenced %v", name, err, fenced[name])
+					}
+				}
+				pass(100 * time.Millisecond)
+				for _, name := range all {
+					if works := w.target.Login(secrets[name].Secret.Reveal()); works == fenced[name] {
+						t.Errorf("the secret of %s works: %v", name, works)
+					}
+				}
+				if got := w.closure(rv, broker.ClosureClosed); got.Dead != len(row.fenced) || got.Grants != len(row.fenced) {
+					t.Errorf("revocation = %+v, want %d dead", got, len(row.fenced))
+				}
+			})
+		})
+	}
+}
+
+// TestClosureTellsTheTruth stops parts one after the other and looks at what is claimed.
+func TestClosureTellsTheTruth(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("root", broker.OpenRequest{})
+		secrets := []broker.Issued{w.issue("root", step(root, "db.read")), w.issue("root", step(root, "deploy"))}
+		vaultDown, targetDown := true, true
+		down := func(is *bool) func(string) error {
+			return func(string) error {
+				if *is {
+					return errors.New("connection refused")
+				}
+				return nil
+			}
+		}
+		w.vault.Fault, w.target.Fault = down(&vaultDown), down(&targetDown)
+		rv := w.revoke("chain:%s", root.Chain)
+		pass(time.Second)
+		got := w.closure(rv, broker.ClosureUnknown)
+		if got.Unknown != 2 || got.Dead != 0 || got.LatestEnd.Before(secrets[0].Grant.Expires) {
+			t.Errorf("everything down: %+v, want 2 unknown that end at %v or later", got, secrets[0].Grant.Expires)
+		}
+		targetDown = false
+		pass(20 * time.Second)
+		if alive := w.target.Alive(); len(alive) != 2 {
+			// Severing is tried once at once; after that Vault and the probe decide.
+			t.Logf("alive at the target: %v", alive)
+		}
+		if got := w.closure(rv, w.mustNotBeClosed(rv)); got.Dead != 0 {
+			t.Errorf("Vault down: %+v, want none called dead", got)
+		}
+		vaultDown = false
+		pass(20 * time.Second)
+		w.closure(rv, broker.ClosureClosed)
+		w.over()
+	})
+}
+
+func (w *world) mustNotBeClosed(rv broker.Revocation) broker.Closure {
+	got, _ := w.Revocation(ctx, rv.ID)
+	if got.Closure == broker.ClosureClosed {
+		w.t.Errorf("CLOSED while Vault does not answer: %+v", got)
+	}
+	return got.Closure
+}
+
+// TestRevocationGoesOnAfterARestart: what a fence began, the next process finishes.
+func TestRevocationGoesOnAfterARestart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("root", broker.OpenRequest{})
+		w.issue("root", step(root, "db.read"))
+		w.vault.Fault = func(string) error { return errors.New("sealed") }
+		rv := w.revoke("chain:%s", root.Chain)
+		w.Stop()
+		w.vault = w.vault.Restarted()
+		w.start(w.ledger)
+		_, err := w.Issue(ctx, as("root"), step(root, "db.read"))
+		refused(t, "Issue after the restart", err, broker.Revoked, broker.CodeFenced)
+		pass(time.Second)
+		w.closure(rv, broker.ClosureClosed)
+		w.over()
+	})
+}
+
+// TestNothingAfterTheAcknowledgement: agents ask as fast as they can while the chain is
+// revoked; no secret is handed over by an Issue that began to answer after Revoke returned.
+func TestNothingAfterTheAcknowledgement(t *testing.T) {
+	for range 50 {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t)
+			root := w.open("root", broker.OpenRequest{})
+			acknowledged := make(chan struct{})
+			var wg sync.WaitGroup
+			for range 16 {
+				wg.Go(func() {
+					for range 20 {
+						var after bool
+						select {
+						case <-acknowledged:
+							after = true
+						default:
+						}
+						if _, err := w.Issue(ctx, as("root"), step(root, "db.read")); err == nil && after {
+							t.Error("a secret was handed over after the acknowledgement")
+						}
+					}
+				})
+			}
+			wg.Go(func() {
+				rv := w.revoke("chain:%s", root.Chain)
+				close(acknowledged)
+				_ = rv
+			})
+			wg.Wait()
+			pass(10 * time.Second)
+			w.over()
+		})
+	}
+}
+
+func TestFreezeAndUnfreeze(t *testing.T) {
+	for _, what := range []string{"chain:%[1]s", "spiffe:spiffe://example.org/root"} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t)
+			root := w.open("root", broker.OpenRequest{})
+			got := w.issue("root", step(root, "db.read"))
+			text := what
+			if what == "chain:%[1]s" {
+				text = fmt.Sprintf(what, root.Chain)
+			}
+			rv, err := w.Revoke(ctx, responder, broker.RevokeRequest{Selector: selector(t, "%s", text), Reason: "a look", Freeze: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = w.Issue(ctx, as("root"), step(root, "db.read"))
+			refused(t, "Issue while frozen", err, broker.Revoked, broker.CodeFrozen)
+			pass(time.Second)
+			if !w.target.Login(got.Secret.Reveal()) {
+				t.Fatal("freezing cut a secret")
+			}
+			for range 2 {
+				_, err = w.Unfreeze(ctx, responder, rv.ID)
+				refused(t, "Unfreeze by one person", err, broker.Denied, broker.CodeSecondPerson)
+			}
+			if _, err = w.Unfreeze(ctx, broker.Operator{Name: "ben"}, rv.ID); err != nil {
+				t.Fatal(err)
+			}
+			w.issue("root", step(root, "db.read"))
+			_, err = w.Unfreeze(ctx, responder, rv.ID)
+			refused(t, "Unfreeze again", err, broker.Conflict, "")
+		})
+	}
+}
+
+// TestRevokingAFrozenNodeIsFinal: a lifted freeze must not lift a revocation.
+func TestRevokingAFrozenNodeIsFinal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("root", broker.OpenRequest{})
+		s := selector(t, "chain:%s", root.Chain)
+		frozen, err := w.Revoke(ctx, responder, broker.RevokeRequest{Selector: s, Reason: "a look", Freeze: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.revoke("chain:%s", root.Chain)
+		_, _ = w.Unfreeze(ctx, responder, frozen.ID)
+		_, _ = w.Unfreeze(ctx, broker.Operator{Name: "ben"}, frozen.ID)
+		_, err = w.Issue(ctx, as("root"), step(root, "db.read"))
+		refused(t, "Issue", err, broker.Revoked, broker.CodeFenced)
+	})
+}
+
+func TestPlan(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		d := w.draw("root -> planner")
+		w.issue("root", step(d["root"], "db.read"))
+		w.issue("planner", step(d["planner"], "deploy"))
+		s := selector(t, "chain:%s", d["root"].Chain)
+		plan, err := w.Plan(ctx, responder, s)
+		if err != nil || plan.Grants != 2 || plan.Nodes != 2 || plan.Chains != 1 || plan.ByTool["deploy"] != 1 ||
+			plan.ByCaller["spiffe://example.org/planner"] != 1 {
+			t.Fatalf("Plan = %+v, %v; want 2 grants under 2 delegations", plan, err)
+		}
+		w.issue("planner", step(d["planner"], "deploy"))
+		r := broker.RevokeRequest{Selector: s, Reason: "a test", Plan: plan.Token}
+		_, err = w.Revoke(ctx, responder, r)
+		refused(t, "Revoke of a set that has grown", err, broker.Conflict, broker.CodePlanStale)
+		w.issue("planner", step(d["planner"], "db.read")) // nothing was fenced
+		r.IncludeNew = true
+		if _, err = w.Revoke(ctx, responder, r); err != nil {
+			t.Fatal(err)
+		}
+		_, err = w.Plan(ctx, responder, selector(t, "tool:db.write"))
+		refused(t, "Plan of nothing", err, broker.NotFound, broker.CodeSelectorEmpty)
+		_, err = w.Revoke(ctx, responder, broker.RevokeRequest{Selector: s, Reason: "a test", Plan: "pl00"})
+		refused(t, "Revoke by an unknown plan", err, broker.Conflict, broker.CodePlanUnknown)
+	})
+}
+
+// TestViolationRevokesTheChain: a forbidden tool ends everything that the chain holds.
+func TestViolationRevokesTheChain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		d := w.draw("root -> planner -> writer")
+		for range 5 {
+			w.issue("root", step(d["root"], "db.read"))
+			w.issue("writer", step(d["writer"], "db.read"))
+		}
+		w.policy.Answer = func(q broker.Question) broker.Decision {
+			if q.Tool.Name == "deploy" {
+				return broker.Decision{Policies: []string{"no-deploy"}, Consequence: broker.ConsequenceRevokeChain}
+			}
+			return broker.Decision{Allow: true}
+		}
+		changed, cancel := w.Watch(d["root"].Chain)
+		defer cancel()
+		_, err := w.Issue(ctx, as("writer"), step(d["writer"], "deploy"))
+		refused(t, "Issue of a forbidden tool", err, broker.Denied, broker.CodeViolation)
+		var e *broker.Error
+		errors.As(err, &e)
+		<-changed
+		for _, name := range []string{"root", "planner", "writer"} {
+			_, err := w.Issue(ctx, as(name), step(d[name], "db.read"))
+			refused(t, "Issue by "+name, err, broker.Revoked, broker.CodeFenced)
+			s, err := w.Standing(ctx, as(name), d[name].ID)
+			if err != nil || s.Fence == nil {
+				t.Errorf("Standing of %s = %+v, %v; want fenced", name, s, err)
+			}
+		}
+		pass(time.Second)
+		w.over()
+		if rv, err := w.Revocation(ctx, e.Revocation); err != nil || rv.Closure != broker.ClosureClosed || rv.Dead != 10 {
+			t.Errorf("revocation = %+v, %v; want CLOSED with 10 dead", rv, err)
+		}
+		s, err := w.Standing(ctx, as("writer"), d["writer"].ID)
+		if err != nil || len(s.Ended) != 5 {
+			t.Errorf("Standing = %+v, %v; want the 5 steps that were cut", s, err)
+		}
+	})
+}
+
+func TestSweepEndsStrays(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("root", broker.OpenRequest{})
+		got := w.issue("root", step(root, "db.read"))
+		w.target.Plant("gr000000000000000000000000")
+		s, err := w.Sweep(ctx)
+		if err != nil || s.Logins != 1 {
+			t.Fatalf("Sweep = %+v, %v; want 1 login that nobody asked for", s, err)
+		}
+		if alive := w.target.Alive(); len(alive) != 1 || alive[0] != got.Grant.ID {
+			t.Fatalf("alive after the sweep: %v, want the one that the ledger knows", alive)
+		}
+	})
+}
