@@ -18,11 +18,11 @@ type Chain struct {
 
 // ChainSummary is a chain in a list.
 type ChainSummary struct {
-	Chain       Chain     `json:"chain"`
-	Delegations int       `json:"delegations"`
-	Live        int       `json:"live"`           // grants that are not over
-	Expires     time.Time `json:"expires"`        // of the root
-	Fence       *Fence    `json:"fence,omitzero"` // over the whole chain
+	Chain       Chain  `json:"chain"`
+	Delegations int    `json:"delegations"`
+	Live        int    `json:"live"`           // grants that are not over
+	Steps       int    `json:"steps"`          // begun in all
+	Fence       *Fence `json:"fence,omitzero"` // over the whole chain
 }
 
 // Chains is the list of chains, the latest first.
@@ -98,7 +98,8 @@ type Revocation struct {
 	Reason    string    `json:"reason"`
 	By        string    `json:"by"`
 	Freeze    bool      `json:"freeze,omitzero"`
-	Lifted    bool      `json:"lifted,omitzero"` // a freeze that is over
+	Unfreezer string    `json:"unfreezer,omitzero"` // the first operator who asked to lift the freeze
+	Lifted    bool      `json:"lifted,omitzero"`    // a freeze that is over
 	Asked     time.Time `json:"asked"`
 	Fenced    time.Time `json:"fenced"`
 	Revision  uint64    `json:"revision"`            // of the fence in the ledger

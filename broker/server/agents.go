@@ -1,0 +1,224 @@
+package server
+
+import (
+	"context"
+	"log/slog"
+	"net/http"
+	"time"
+
+	"github.com/go-json-experiment/json/jsontext"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/api"
+)
+
+func (s *Server) agentRoutes() []route {
+	return append(s.commonRoutes(),
+		route{"POST", "/v1/chains", nil, forAgent(s, s.openChain)},
+		route{"GET", "/v1/delegations/{id}", nil, forAgent(s, s.standing)},
+		route{"POST", "/v1/delegations/{id}/delegate", nil, forAgent(s, s.delegate)},
+		route{"POST", "/v1/delegations/{id}/steps", nil, forAgent(s, s.step)},
+		route{"GET", "/v1/delegations/{id}/events", nil, s.standingEvents},
+		route{"POST", "/v1/grants/{id}/close", nil, forAgent(s, s.closeGrant)},
+		route{"POST", "/v1/violations", nil, forAgent(s, s.report)},
+	)
+}
+
+// commonRoutes need no identity and are on both listeners.
+func (s *Server) commonRoutes() []route {
+	return []route{
+		{"GET", "/v1/openapi.json", nil, func(x *exchange) error {
+			x.w.Header().Set("Content-Type", "application/json")
+			return x.write(http.StatusOK, api.OpenAPI)
+		}},
+		{"GET", "/healthz", nil, func(x *exchange) error {
+			if err := s.cfg.Ready(); err != nil {
+				return api.NewProblem(api.KindUnavailable, api.Code(broker.CodeIssuingStopped), "").Because(err)
+			}
+			return reply(x, func(none) (answer, error) { return answer{status: http.StatusOK, body: api.Health{Status: "ok"}}, nil })
+		}},
+	}
+}
+
+func (s *Server) openChain(x *exchange, c broker.Caller, in api.OpenRequest) (answer, error) {
+	rights, err := rightsOf(in.Rights)
+	if err != nil {
+		return answer{}, err
+	}
+	ttl, err := seconds(in.TTLSeconds)
+	if err != nil {
+		return answer{}, err
+	}
+	d, err := s.cfg.Broker.Open(x.Context(), c, broker.OpenRequest{
+		Task: in.Task, Rights: rights, Budget: budgetOf(in.Budget), Depth: in.Depth, TTL: ttl, Labels: in.Labels,
+	})
+	x.note(slog.String("chain", string(d.Chain)), slog.String("delegation", string(d.ID)))
+	return answer{status: http.StatusCreated, body: wireDelegation(d)}, err
+}
+
+func (s *Server) delegate(x *exchange, c broker.Caller, in api.DelegateRequest) (answer, error) {
+	from, err := pathID(x, "delegation", broker.ParseDelegationID)
+	if err != nil {
+		return answer{}, err
+	}
+	to, err := receiver(in.To)
+	if err != nil {
+		return answer{}, err
+	}
+	rights, err := rightsOf(in.Rights)
+	if err != nil {
+		return answer{}, err
+	}
+	ttl, err := seconds(in.TTLSeconds)
+	if err != nil {
+		return answer{}, err
+	}
+	d, err := s.cfg.Broker.Delegate(x.Context(), c, broker.DelegateRequest{
+		From: from, To: to, Rights: rights, Budget: budgetOf(in.Budget), Depth: in.Depth, TTL: ttl,
+	})
+	x.note(slog.String("chain", string(d.Chain)), slog.String("child", string(d.ID)), slog.String("to", to.String()))
+	return answer{status: http.StatusCreated, body: wireDelegation(d)}, err
+}
+
+// maxSPIFFEID is the standard's limit in bytes, which go-spiffe does not hold.
+const maxSPIFFEID = 2048
+
+func receiver(s string) (spiffeid.ID, error) {
+	if len(s) > maxSPIFFEID {
+		return spiffeid.ID{}, malformed("to takes more than %d bytes", maxSPIFFEID)
+	}
+	id, err := spiffeid.FromString(s)
+	if err != nil {
+		return spiffeid.ID{}, malformed("to is not a SPIFFE ID")
+	}
+	return id, nil
+}
+
+func (s *Server) standing(x *exchange, c broker.Caller, _ none) (answer, error) {
+	id, err := pathID(x, "delegation", broker.ParseDelegationID)
+	if err != nil {
+		return answer{}, err
+	}
+	st, err := s.cfg.Broker.Standing(x.Context(), c, id)
+	d := wireDelegation(st.Delegation)
+	return answer{status: http.StatusOK, body: api.Standing{Delegation: &d, Fence: wireFence(st.Fence), Ended: texts(st.Ended)}}, err
+}
+
+// step is the one place where a secret is encoded; it is wiped when the answer has been sent.
+func (s *Server) step(x *exchange, c broker.Caller, in api.StepRequest) (answer, error) {
+	r, err := stepRequest(x, in)
+	if err != nil {
+		return answer{}, err
+	}
+	issued, err := s.cfg.Broker.Issue(x.Context(), c, r)
+	if err != nil {
+		return answer{}, err
+	}
+	g := issued.Grant
+	x.note(slog.String("chain", string(g.Chain)), slog.String("grant", string(g.ID)),
+		slog.String("decision", "allow"), slog.Any("policies", g.Policies))
+	out := api.Issued{Grant: wireGrant(g), Repeated: issued.Repeated}
+	if issued.Repeated {
+		return answer{status: http.StatusOK, body: out}, nil
+	}
+	out.Secret = jsontext.Value(issued.Secret.Reveal())
+	return answer{status: http.StatusCreated, body: out, sent: func(err error) {
+		issued.Secret.Wipe()
+		if err != nil { // nobody has it, so nobody will close it
+			s.abandon(x.Context(), c, g.ID)
+		}
+	}}, nil
+}
+
+func stepRequest(x *exchange, in api.StepRequest) (r broker.StepRequest, err error) {
+	if r.Delegation, err = pathID(x, "delegation", broker.ParseDelegationID); err != nil {
+		return r, err
+	}
+	if r.Tool, err = broker.ParseToolName(in.Tool); err != nil {
+		return r, malformed("%v", err)
+	}
+	x.note(slog.String("tool", string(r.Tool)))
+	if in.Args != nil {
+		if r.Args, err = broker.ParseArgs(in.Args); err != nil {
+			return r, malformed("%v", err)
+		}
+	}
+	if keys := x.Header.Values(api.IdempotencyKey); len(keys) > 0 {
+		if len(keys) > 1 || keys[0] == "" {
+			return r, malformed("the header %s must be given once and not be empty", api.IdempotencyKey)
+		}
+		r.Key = keys[0]
+	}
+	r.Purpose = in.Purpose
+	r.TTL, err = seconds(in.TTLSeconds)
+	return r, err
+}
+
+// abandon closes a grant whose secret did not arrive. It waits for the record, not for the proof.
+func (s *Server) abandon(ctx context.Context, c broker.Caller, id broker.GrantID) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+	defer cancel()
+	if _, err := s.cfg.Broker.Close(ctx, c, id); err != nil {
+		s.cfg.Log.Warn("closing an undelivered grant", "grant", string(id), "error", err.Error())
+	}
+}
+
+func (s *Server) closeGrant(x *exchange, c broker.Caller, _ api.Nothing) (answer, error) {
+	id, err := pathID(x, "grant", broker.ParseGrantID)
+	if err != nil {
+		return answer{}, err
+	}
+	ctx, cancel := context.WithTimeout(x.Context(), s.cfg.CloseWait)
+	defer cancel()
+	g, err := s.cfg.Broker.Close(ctx, c, id)
+	return answer{status: http.StatusOK, body: wireGrant(g)}, err
+}
+
+func (s *Server) report(x *exchange, c broker.Caller, in api.ReportRequest) (answer, error) {
+	r := broker.ReportRequest{Violation: broker.ViolationCode(in.Violation), Detail: in.Detail}
+	var err error
+	if r.Delegation, err = broker.ParseDelegationID(in.Delegation); err != nil {
+		return answer{}, malformed("%v", err)
+	}
+	if in.Grant != "" {
+		if r.Grant, err = broker.ParseGrantID(in.Grant); err != nil {
+			return answer{}, malformed("%v", err)
+		}
+	}
+	x.note(slog.String("delegation", in.Delegation), slog.String("grant", in.Grant))
+	rep, err := s.cfg.Broker.Report(x.Context(), c, r)
+	x.note(slog.String("revocation", string(rep.Revocation)))
+	return answer{status: http.StatusOK, body: api.Reported{Consequence: rep.Consequence.String(), Revocation: string(rep.Revocation)}}, err
+}
+
+// standingEvents streams how a delegation stands until it is over, or the caller's SVID is.
+func (s *Server) standingEvents(x *exchange) error {
+	if err := checkType[none](x); err != nil {
+		return err
+	}
+	c, err := s.identify(x)
+	if err != nil {
+		return err
+	}
+	id, err := pathID(x, "delegation", broker.ParseDelegationID)
+	if err != nil {
+		return err
+	}
+	first, err := s.cfg.Broker.Standing(x.Context(), c, id)
+	if err != nil {
+		return err
+	}
+	d := first.Delegation
+	x.note(slog.String("chain", string(d.Chain)))
+	return s.follow(x, feed{
+		who: c.ID.String(), event: api.EventStanding, chain: d.Chain, until: c.NotAfter,
+		look: func(ctx context.Context) (any, bool, error) {
+			if !s.cfg.Now().Before(d.Expires) {
+				return nil, true, broker.Errorf(broker.Expired, "standing", "the delegation is over").With(broker.CodeExpired)
+			}
+			st, err := s.cfg.Broker.Standing(ctx, c, id)
+			return api.Standing{Fence: wireFence(st.Fence), Ended: texts(st.Ended)}, st.Fence != nil && !st.Fence.Frozen, err
+		},
+	})
+}

@@ -1,0 +1,312 @@
+package server_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/server"
+)
+
+const (
+	chainID      = broker.ChainID("ch0123456789abcdefghjkmnpq")
+	delegationID = broker.DelegationID("dl0123456789abcdefghjkmnpq")
+	grantID      = broker.GrantID("gr0123456789abcdefghjkmnpq")
+	revocationID = broker.RevocationID("rv0123456789abcdefghjkmnpq")
+
+	marker = "hunter2-marker" // the secret: it must be in one answer and nowhere else
+)
+
+var (
+	noon  = time.Date(2030, 1, 2, 12, 0, 0, 0, time.FixedZone("elsewhere", 3600))
+	agent = spiffeid.RequireFromString("spiffe://example.org/agent")
+)
+
+// fake answers every call with one full object, or with err. It notes what it was asked.
+type fake struct {
+	mu       sync.Mutex // guards everything below
+	err      error
+	panics   any
+	asked    any
+	limit    int
+	closed   []broker.GrantID
+	repeated bool
+	secret   []byte
+	standing broker.Standing
+	standErr error // of Standing alone, after the first call
+	stood    int
+	rev      broker.Revocation
+	changed  chan struct{}
+	onIssue  func()
+	looked   func() // called after each Standing
+}
+
+func newFake() *fake {
+	d := delegation()
+	return &fake{secret: []byte(`{"password":"` + marker + `"}`), standing: broker.Standing{Delegation: d},
+		rev: revocation(), changed: make(chan struct{})}
+}
+
+func (f *fake) answer(asked any) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.panics != nil {
+		panic(f.panics)
+	}
+	f.asked = asked
+	return f.err
+}
+
+// change alters what the fake knows and has every watcher look again.
+func (f *fake) change(alter func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	alter()
+	close(f.changed)
+	f.changed = make(chan struct{})
+}
+
+func fence() *broker.Fence {
+	return &broker.Fence{Generation: 1, At: noon, Revocation: revocationID, Frozen: true}
+}
+
+func delegation() broker.Delegation {
+	c, err := broker.ParseConstraint([]byte(`{"one_of":["orders"]}`))
+	if err != nil {
+		panic(err)
+	}
+	return broker.Delegation{
+		ID: delegationID, Chain: chainID, Parent: delegationID, Holder: agent,
+		Scope:  broker.Scope{{Tool: "postgres", Use: true, Delegate: true, Args: map[string]broker.Constraint{"table": c}}},
+		Budget: broker.Budget{Steps: 1, Live: 2, PerMinute: 3, Tools: map[broker.ToolName]int{"postgres": 4}},
+		Depth:  5, Created: noon, Expires: noon.Add(time.Hour), Fence: fence(),
+		Tokens: []broker.Handle{{Accessor: "accessor-marker"}},
+	}
+}
+
+func grant() broker.Grant {
+	args, err := broker.ParseArgs([]byte(`{"table":"orders"}`))
+	if err != nil {
+		panic(err)
+	}
+	return broker.Grant{
+		ID: grantID, Chain: chainID, Delegation: delegationID, Caller: agent, Tool: "postgres", Backend: "postgres",
+		Narrowing: broker.NarrowNative, Args: args, Purpose: "reading", Path: "database/creds", State: broker.StateIssued,
+		Created: noon, Expires: noon.Add(time.Minute), Bundle: "sha256:00", Policies: []string{"p1"},
+		Token: broker.Handle{Accessor: "accessor-marker"}, Lease: broker.Lease{ID: "database/creds/x", Ref: "pawl-x", Expires: noon.Add(30 * time.Second)},
+		Fence: fence(), Ending: broker.EndingClosed, Ended: noon, Outcome: broker.OutcomeDead,
+		Evidence: []broker.Evidence{{At: noon, Check: "vault", Outcome: broker.OutcomeDead, Answer: "gone"}},
+	}
+}
+
+func chain() broker.Chain {
+	return broker.Chain{ID: chainID, Task: "t", Opener: agent, Opened: noon, Labels: map[string]string{"env": "prod"}, Root: delegationID}
+}
+
+func revocation() broker.Revocation {
+	return broker.Revocation{ID: revocationID, Selector: "chain:x", Reason: "r", By: "ann", Unfreezer: "bob", Asked: noon, Fenced: noon,
+		Revision: 7, Closure: broker.ClosurePartial, Grants: 4, Dead: 1, Alive: 1, Unknown: 2, Static: 1, Tokens: 1, LatestEnd: noon}
+}
+
+func entry() broker.Entry {
+	return broker.Entry{Revision: 9, At: noon, Actor: "pawl", Op: broker.OpFence, Chain: chainID, Delegation: delegationID, Grant: grantID,
+		Revocation: revocationID, Tool: "postgres", Code: broker.CodeFenced, Bundle: "sha256:00", Policies: []string{"p1"}, Detail: "d"}
+}
+
+func (f *fake) Open(_ context.Context, _ broker.Caller, r broker.OpenRequest) (broker.Delegation, error) {
+	return delegation(), f.answer(r)
+}
+
+func (f *fake) Delegate(_ context.Context, _ broker.Caller, r broker.DelegateRequest) (broker.Delegation, error) {
+	return delegation(), f.answer(r)
+}
+
+func (f *fake) Standing(_ context.Context, _ broker.Caller, id broker.DelegationID) (broker.Standing, error) {
+	err := f.answer(id)
+	if f.looked != nil {
+		defer f.looked()
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.stood++; f.stood > 1 && f.standErr != nil {
+		err = f.standErr
+	}
+	return f.standing, err
+}
+
+func (f *fake) Issue(_ context.Context, _ broker.Caller, r broker.StepRequest) (broker.Issued, error) {
+	if f.onIssue != nil {
+		f.onIssue()
+	}
+	if f.repeated {
+		return broker.Issued{Grant: grant(), Repeated: true}, f.answer(r)
+	}
+	return broker.Issued{Grant: grant(), Secret: broker.NewSecret(f.secret)}, f.answer(r)
+}
+
+func (f *fake) Close(_ context.Context, _ broker.Caller, id broker.GrantID) (broker.Grant, error) {
+	err := f.answer(id)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.closed = append(f.closed, id)
+	return grant(), err
+}
+
+func (f *fake) Report(_ context.Context, _ broker.Caller, r broker.ReportRequest) (broker.Reported, error) {
+	return broker.Reported{Consequence: broker.ConsequenceRevokeChain, Revocation: revocationID}, f.answer(r)
+}
+
+func (f *fake) Watch(broker.ChainID) (<-chan struct{}, func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.changed, func() {}
+}
+
+func (f *fake) Plan(_ context.Context, _ broker.Operator, s broker.Selector) (broker.Plan, error) {
+	return broker.Plan{Token: "pl", Selector: s.String(), Revision: 3, Made: noon, Chains: 1, Nodes: 2, Grants: 3, Issued: 2,
+		ByTool: map[broker.ToolName]int{"postgres": 3}, ByLabel: map[string]int{"native": 3}, ByCaller: map[string]int{agent.String(): 3},
+		Static: 1, LatestEnd: noon}, f.answer(s)
+}
+
+func (f *fake) Revoke(_ context.Context, _ broker.Operator, r broker.RevokeRequest) (broker.Revocation, error) {
+	return revocation(), f.answer(r)
+}
+
+func (f *fake) Unfreeze(_ context.Context, _ broker.Operator, id broker.RevocationID) (broker.Revocation, error) {
+	return revocation(), f.answer(id)
+}
+
+func (f *fake) Revocation(_ context.Context, id broker.RevocationID) (broker.Revocation, error) {
+	err := f.answer(id)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.rev, err
+}
+
+func (f *fake) Revocations(context.Context) ([]broker.Revocation, error) {
+	return []broker.Revocation{revocation()}, f.answer(nil)
+}
+
+func (f *fake) Chains(_ context.Context, all bool) ([]broker.ChainSummary, error) {
+	return []broker.ChainSummary{{Chain: chain(), Delegations: 1, Live: 2, Steps: 3, Fence: fence()}}, f.answer(all)
+}
+
+func (f *fake) Chain(_ context.Context, id broker.ChainID) (broker.ChainView, error) {
+	return broker.ChainView{Chain: chain(), Delegations: []broker.Delegation{delegation()}, Grants: []broker.Grant{grant()}}, f.answer(id)
+}
+
+func (f *fake) Entries(_ context.Context, after broker.Revision, limit int) ([]broker.Entry, error) {
+	f.limit = limit
+	return []broker.Entry{entry()}, f.answer(after)
+}
+
+func (f *fake) ChainEntries(_ context.Context, _ broker.ChainID, after broker.Revision, limit int) ([]broker.Entry, error) {
+	return f.Entries(context.Background(), after, limit)
+}
+
+// rig is a server over a fake. A request has an identity when it has the header Test-Identity.
+type rig struct {
+	*server.Server
+	fake *fake
+	log  *bytes.Buffer
+}
+
+func newRig(t *testing.T, alter ...func(*server.Config)) rig {
+	t.Helper()
+	r := rig{fake: newFake(), log: new(bytes.Buffer)}
+	cfg := server.Config{
+		Broker: r.fake, Now: func() time.Time { return noon },
+		Log: slog.New(slog.NewJSONHandler(r.log, nil)),
+		Identify: func(req *http.Request) (broker.Caller, error) {
+			if req.Header.Get("Test-Identity") == "" {
+				return broker.Caller{}, errors.New("no certificate")
+			}
+			return broker.Caller{ID: agent, Proof: broker.ProofX509, NotAfter: noon.Add(time.Hour)}, nil
+		},
+		Operator: func(req *http.Request) (broker.Operator, error) {
+			if req.Header.Get("Test-Identity") == "" {
+				return broker.Operator{}, broker.Errorf(broker.Unauthenticated, "operator", "no operator")
+			}
+			return broker.Operator{Name: "ann"}, nil
+		},
+	}
+	for _, a := range alter {
+		a(&cfg)
+	}
+	s, err := server.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Server = s
+	return r
+}
+
+func (r rig) handler(listener string) http.Handler {
+	if listener == "operators" {
+		return r.Operators()
+	}
+	return r.Agents()
+}
+
+// ask sends an identified request; a body is declared as JSON. More are headers, as in "Name: value".
+func (r rig) ask(listener, method, path, body string, more ...string) *httptest.ResponseRecorder {
+	req := httptest.NewRequest(method, path, strings.NewReader(body))
+	req.Header.Set("Test-Identity", "yes")
+	if method == http.MethodPost {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	for _, h := range more {
+		name, value, _ := strings.Cut(h, ": ")
+		switch req.Header.Del(name); value {
+		case "":
+		case "(empty)":
+			req.Header.Set(name, "")
+		default:
+			req.Header.Set(name, value)
+		}
+	}
+	w := httptest.NewRecorder()
+	r.handler(listener).ServeHTTP(w, req)
+	return w
+}
+
+func problem(t *testing.T, w *httptest.ResponseRecorder) (p api.Problem) {
+	t.Helper()
+	if err := json.Unmarshal(w.Body.Bytes(), &p); err != nil {
+		t.Fatalf("answer %d %q is no problem: %v", w.Code, w.Body, err)
+	}
+	if got := w.Header().Get("Content-Type"); got != api.ProblemType || p.Status != w.Code || p.Request == "" {
+		t.Errorf("problem %+v came with status %d and type %q", p, w.Code, got)
+	}
+	return p
+}
+
+func decoded[T any](t *testing.T, w *httptest.ResponseRecorder) (v T) {
+	t.Helper()
+	if err := json.Unmarshal(w.Body.Bytes(), &v, json.RejectUnknownMembers(true)); err != nil {
+		t.Fatalf("answer %d %q: %v", w.Code, w.Body, err)
+	}
+	return v
+}
+
+func values(t *testing.T, raw []byte) map[string]jsontext.Value {
+	t.Helper()
+	var v map[string]jsontext.Value
+	if err := json.Unmarshal(raw, &v); err != nil {
+		t.Fatal(err)
+	}
+	return v
+}

@@ -1,0 +1,186 @@
+package server
+
+import (
+	"context"
+	"log/slog"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/api"
+)
+
+func (s *Server) operatorRoutes() []route {
+	page := []string{"after", "limit"}
+	routes := append(s.commonRoutes(),
+		route{"GET", "/v1/chains", []string{"all"}, forOperator(s, s.chains)},
+		route{"GET", "/v1/chains/{id}", nil, forOperator(s, s.chain)},
+		route{"GET", "/v1/chains/{id}/audit", page, forOperator(s, s.chainAudit)},
+		route{"POST", "/v1/plans", nil, forOperator(s, s.plan)},
+		route{"POST", "/v1/revocations", nil, forOperator(s, s.revoke)},
+		route{"GET", "/v1/revocations", nil, forOperator(s, s.revocations)},
+		route{"GET", "/v1/revocations/{id}", nil, forOperator(s, s.revocation)},
+		route{"GET", "/v1/revocations/{id}/events", nil, s.revocationEvents},
+		route{"POST", "/v1/revocations/{id}/unfreeze", nil, forOperator(s, s.unfreeze)},
+		route{"GET", "/v1/audit", page, forOperator(s, s.audit)},
+	)
+	if s.cfg.Metrics != nil {
+		routes = append(routes, route{"GET", "/metrics", nil, func(x *exchange) error {
+			if _, err := s.operator(x); err != nil {
+				return err
+			}
+			s.cfg.Metrics.ServeHTTP(x.w, x.Request)
+			return nil
+		}})
+	}
+	return routes
+}
+
+func (s *Server) chains(x *exchange, _ broker.Operator, _ none) (answer, error) {
+	all := false
+	switch x.URL.Query().Get("all") {
+	case "true":
+		all = true
+	case "", "false":
+	default:
+		return answer{}, malformed("all is true or false")
+	}
+	list, err := s.cfg.Broker.Chains(x.Context(), all)
+	return answer{status: http.StatusOK, body: api.Chains{Chains: each(list, wireSummary)}}, err
+}
+
+func (s *Server) chain(x *exchange, _ broker.Operator, _ none) (answer, error) {
+	id, err := pathID(x, "chain", broker.ParseChainID)
+	if err != nil {
+		return answer{}, err
+	}
+	v, err := s.cfg.Broker.Chain(x.Context(), id)
+	return answer{status: http.StatusOK, body: api.ChainView{
+		Chain: wireChain(v.Chain), Delegations: each(v.Delegations, wireDelegation), Grants: each(v.Grants, wireRecord),
+	}}, err
+}
+
+func (s *Server) plan(x *exchange, o broker.Operator, in api.PlanRequest) (answer, error) {
+	selector, err := broker.ParseSelector(in.Selector)
+	if err != nil {
+		return answer{}, malformed("%v", err)
+	}
+	p, err := s.cfg.Broker.Plan(x.Context(), o, selector)
+	return answer{status: http.StatusOK, body: wirePlan(p)}, err
+}
+
+// revoke answers once nothing more is handed out; that all is dead takes longer, so 202.
+func (s *Server) revoke(x *exchange, o broker.Operator, in api.RevokeRequest) (answer, error) {
+	selector, err := broker.ParseSelector(in.Selector)
+	if err != nil {
+		return answer{}, malformed("%v", err)
+	}
+	rv, err := s.cfg.Broker.Revoke(x.Context(), o, broker.RevokeRequest{
+		Selector: selector, Reason: in.Reason, Plan: in.Plan, IncludeNew: in.IncludeNew, Freeze: in.Freeze,
+	})
+	x.note(slog.String("revocation", string(rv.ID)))
+	return answer{status: http.StatusAccepted, body: wireRevocation(rv)}, err
+}
+
+func (s *Server) unfreeze(x *exchange, o broker.Operator, _ api.Nothing) (answer, error) {
+	id, err := pathID(x, "revocation", broker.ParseRevocationID)
+	if err != nil {
+		return answer{}, err
+	}
+	rv, err := s.cfg.Broker.Unfreeze(x.Context(), o, id)
+	return answer{status: http.StatusOK, body: wireRevocation(rv)}, err
+}
+
+func (s *Server) revocations(x *exchange, _ broker.Operator, _ none) (answer, error) {
+	list, err := s.cfg.Broker.Revocations(x.Context())
+	return answer{status: http.StatusOK, body: api.Revocations{Revocations: each(list, wireRevocation)}}, err
+}
+
+func (s *Server) revocation(x *exchange, _ broker.Operator, _ none) (answer, error) {
+	id, err := pathID(x, "revocation", broker.ParseRevocationID)
+	if err != nil {
+		return answer{}, err
+	}
+	rv, err := s.cfg.Broker.Revocation(x.Context(), id)
+	return answer{status: http.StatusOK, body: wireRevocation(rv)}, err
+}
+
+// lookLeast keeps a busy broker from being asked for every single grant's progress.
+const lookLeast = 100 * time.Millisecond
+
+func (s *Server) revocationEvents(x *exchange) error {
+	if err := checkType[none](x); err != nil {
+		return err
+	}
+	o, err := s.operator(x)
+	if err != nil {
+		return err
+	}
+	id, err := pathID(x, "revocation", broker.ParseRevocationID)
+	if err != nil {
+		return err
+	}
+	return s.follow(x, feed{
+		who: "operator " + o.Name, event: api.EventRevocation, least: lookLeast,
+		look: func(ctx context.Context) (any, bool, error) {
+			rv, err := s.cfg.Broker.Revocation(ctx, id)
+			// A freeze cuts nothing, so there is nothing to wait for.
+			return wireRevocation(rv), rv.Freeze || !rv.Settled.IsZero(), err
+		},
+	})
+}
+
+func (s *Server) audit(x *exchange, _ broker.Operator, _ none) (answer, error) {
+	after, limit, err := pageOf(x)
+	if err != nil {
+		return answer{}, err
+	}
+	list, err := s.cfg.Broker.Entries(x.Context(), after, limit)
+	return entries(list, after), err
+}
+
+func (s *Server) chainAudit(x *exchange, _ broker.Operator, _ none) (answer, error) {
+	id, err := pathID(x, "chain", broker.ParseChainID)
+	if err != nil {
+		return answer{}, err
+	}
+	after, limit, err := pageOf(x)
+	if err != nil {
+		return answer{}, err
+	}
+	list, err := s.cfg.Broker.ChainEntries(x.Context(), id, after, limit)
+	return entries(list, after), err
+}
+
+func entries(list []broker.Entry, after broker.Revision) answer {
+	next := after
+	if len(list) > 0 {
+		next = list[len(list)-1].Revision
+	}
+	return answer{status: http.StatusOK, body: api.Entries{Entries: each(list, wireEntry), Next: uint64(next)}}
+}
+
+// Lines of the audit log on one page.
+const (
+	defaultPage = 100
+	maxPage     = 1000
+)
+
+func pageOf(x *exchange) (after broker.Revision, limit int, err error) {
+	limit = defaultPage
+	query := x.URL.Query()
+	if text := query.Get("after"); query.Has("after") {
+		n, err := strconv.ParseUint(text, 10, 63)
+		if err != nil {
+			return 0, 0, malformed("after is a revision")
+		}
+		after = broker.Revision(n)
+	}
+	if text := query.Get("limit"); query.Has("limit") {
+		if limit, err = strconv.Atoi(text); err != nil || limit < 1 || limit > maxPage {
+			return 0, 0, malformed("limit is 1 to %d", maxPage)
+		}
+	}
+	return after, limit, nil
+}

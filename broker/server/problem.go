@@ -1,0 +1,108 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/go-json-experiment/json"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/api"
+)
+
+// problemOf is the one map from the broker's errors to what travels. An error that nobody gave
+// a kind is internal, and its text stays inside.
+func problemOf(err error) *api.Problem {
+	var p *api.Problem
+	if errors.As(err, &p) {
+		return p
+	}
+	var e *broker.Error
+	switch {
+	case !errors.As(err, &e) && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)):
+		return api.NewProblem(api.KindUnavailable, "", "the time for this request is over").Because(err)
+	case e == nil || kindOf(e.Kind) == api.KindInternal:
+		return api.NewProblem(api.KindInternal, "", "").Because(err)
+	}
+	p = api.NewProblem(kindOf(e.Kind), api.Code(e.Code), e.Msg).After(e.RetryAfter).Because(err)
+	p.Policies, p.Missing, p.Remedy, p.Revocation = e.Policies, e.Missing, e.Remedy, string(e.Revocation)
+	return p
+}
+
+func kindOf(k broker.Kind) api.Kind {
+	switch k {
+	case broker.Malformed:
+		return api.KindMalformed
+	case broker.Unauthenticated:
+		return api.KindUnauthenticated
+	case broker.Denied:
+		return api.KindDenied
+	case broker.NotFound:
+		return api.KindNotFound
+	case broker.Revoked:
+		return api.KindRevoked
+	case broker.Expired:
+		return api.KindExpired
+	case broker.Conflict:
+		return api.KindConflict
+	case broker.Unavailable:
+		return api.KindUnavailable
+	}
+	return api.KindInternal
+}
+
+func malformed(format string, args ...any) *api.Problem {
+	return api.NewProblem(api.KindMalformed, "", fmt.Sprintf(format, args...))
+}
+
+// noIdentity is the problem for a failure to identify: 401, unless it says what else it is.
+func noIdentity(err error) error {
+	var e *broker.Error
+	if errors.As(err, &e) {
+		return err
+	}
+	return api.NewProblem(api.KindUnauthenticated, "", "").Because(err)
+}
+
+// refuse answers with a problem.
+func (s *Server) refuse(x *exchange, err error) {
+	p := *problemOf(err)
+	p.Request = x.id
+	body, err := json.Marshal(&p)
+	if err != nil {
+		panic("a problem always encodes")
+	}
+	h := x.w.Header()
+	h.Set("Content-Type", api.ProblemType)
+	if p.RetryAfterMS > 0 {
+		h.Set("Retry-After", strconv.FormatInt((p.RetryAfterMS+999)/1000, 10))
+	}
+	if p.Status == http.StatusUnauthorized {
+		h.Set("WWW-Authenticate", `Bearer realm="pawl"`)
+	}
+	_ = x.write(p.Status, body) // the client is gone; the log has the rest
+}
+
+// socketTime is how long a client may take to send a body, or to take one write. The socket's
+// clock is the system's, whatever Config.Now says.
+const socketTime = 10 * time.Second
+
+// write sends an answer's status and body within socketTime.
+func (x *exchange) write(status int, body []byte) error {
+	control := http.NewResponseController(x.w)
+	_ = control.SetWriteDeadline(time.Now().Add(socketTime)) // a recorder in a test has no socket
+	x.w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	x.w.WriteHeader(status)
+	_, err := x.w.Write(body)
+	if err == nil {
+		err = control.Flush()
+	}
+	if err != nil && !errors.Is(err, http.ErrNotSupported) {
+		return api.NewProblem(api.KindUnavailable, api.CodeNoAnswer, "").Because(err)
+	}
+	return nil
+}

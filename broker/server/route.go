@@ -1,0 +1,180 @@
+package server
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"path"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pawlsec/pawl/broker/api"
+)
+
+// route is one endpoint.
+type route struct {
+	method, path string
+	query        []string // the names of query parameters that it knows
+	do           endpoint
+}
+
+// endpoint answers a request, or returns the error to answer with if nothing was written yet.
+type endpoint func(*exchange) error
+
+// exchange is one request, its answer, and what the log will say of both.
+type exchange struct {
+	*http.Request
+	w      *recorder
+	id     string // names the request in the log and in a problem
+	events []slog.Attr
+}
+
+// note adds to the request's line in the log. No secret, no body.
+func (x *exchange) note(attrs ...slog.Attr) { x.events = append(x.events, attrs...) }
+
+// recorder remembers the status, and so whether an answer has begun.
+type recorder struct {
+	http.ResponseWriter
+	status int
+}
+
+func (w *recorder) WriteHeader(status int) {
+	if w.status == 0 {
+		w.status = status
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *recorder) Write(b []byte) (int, error) {
+	if w.status == 0 {
+		w.status = http.StatusOK
+	}
+	return w.ResponseWriter.Write(b)
+}
+
+// Unwrap is for http.ResponseController.
+func (w *recorder) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// router answers each route's method and path exactly, and everything else with a problem.
+func (s *Server) router(routes []route) http.Handler {
+	mux := http.NewServeMux()
+	methods := map[string][]string{}
+	for _, r := range routes {
+		mux.Handle(r.method+" "+r.path, s.serve(r))
+		methods[r.path] = append(methods[r.path], r.method)
+	}
+	for path, allowed := range methods {
+		mux.Handle(path, s.serve(route{path: path, do: refuseMethod(allowed)}))
+	}
+	nowhere := s.serve(route{path: "none", do: func(*exchange) error {
+		return api.NewProblem(api.KindNotFound, api.CodeNoEndpoint, "")
+	}})
+	mux.Handle("/", nowhere)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// The mux would redirect a path that is not clean, and undo escapes before it matches.
+		if r.URL.RawPath != "" || path.Clean(r.URL.Path) != r.URL.Path {
+			nowhere.ServeHTTP(w, r)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})
+}
+
+func refuseMethod(allowed []string) endpoint {
+	slices.Sort(allowed)
+	return func(x *exchange) error {
+		x.w.Header().Set("Allow", strings.Join(allowed, ", "))
+		return api.NewProblem(api.KindMalformed, api.CodeMethod, "")
+	}
+}
+
+// serve runs one endpoint: what holds for every request is here.
+func (s *Server) serve(r route) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		begun := s.cfg.Now()
+		x := &exchange{Request: req, w: &recorder{ResponseWriter: w}, id: rand.Text()}
+		x.w.Header().Set("Cache-Control", "no-store")
+		x.w.Header().Set("X-Content-Type-Options", "nosniff")
+		err := s.run(r, x)
+		if errors.Is(err, http.ErrAbortHandler) {
+			panic(http.ErrAbortHandler) // net/http closes the connection
+		}
+		if err != nil && x.w.status == 0 {
+			s.refuse(x, err)
+		}
+		s.log(r, x, err, s.cfg.Now().Sub(begun))
+	})
+}
+
+// run turns a panic of one request into that request's error. A CVE of the kind that this
+// stops is number 52 in hardening.md.
+func (s *Server) run(r route, x *exchange) (err error) {
+	defer func() {
+		switch p := recover().(type) {
+		case nil:
+		case runtime.Error:
+			err = fmt.Errorf("panic: %w\n%s", p, debug.Stack())
+		case error:
+			err = p // http.ErrAbortHandler; of others the text may hold what a log must not
+			if !errors.Is(p, http.ErrAbortHandler) {
+				err = fmt.Errorf("panic: %T\n%s", p, debug.Stack())
+			}
+		default:
+			err = fmt.Errorf("panic: %T\n%s", p, debug.Stack())
+		}
+	}()
+	// GET routes match HEAD too; an endless answer without a body helps nobody.
+	if r.method != "" && x.Method != r.method {
+		return refuseMethod([]string{r.method})(x)
+	}
+	if err := checkQuery(x.URL, r.query); r.method != "" && err != nil {
+		return err
+	}
+	return r.do(x)
+}
+
+// checkQuery refuses parameters that the endpoint does not know: a misspelt limit must not
+// pass for none.
+func checkQuery(u *url.URL, known []string) error {
+	values, err := url.ParseQuery(u.RawQuery)
+	if err != nil {
+		return malformed("the query cannot be read")
+	}
+	for name, given := range values {
+		if !slices.Contains(known, name) {
+			return malformed("there is no query parameter %.40q here", name)
+		}
+		if len(given) != 1 {
+			return malformed("query parameter %q is given twice", name)
+		}
+	}
+	return nil
+}
+
+func (s *Server) log(r route, x *exchange, err error, took time.Duration) {
+	level, attrs := slog.LevelInfo, []slog.Attr{
+		slog.String("request", x.id), slog.String("method", x.Method), slog.String("path", r.path),
+		slog.Int("status", x.w.status), slog.Duration("took", took),
+	}
+	if err != nil {
+		p := problemOf(err)
+		attrs = append(attrs, slog.String("code", string(p.Code)))
+		switch p.Kind {
+		case api.KindInternal:
+			level = slog.LevelError
+		case api.KindUnavailable:
+			level = slog.LevelWarn
+		}
+		if len(p.Policies) > 0 {
+			attrs = append(attrs, slog.Any("policies", p.Policies))
+		}
+		attrs = append(attrs, slog.String("error", err.Error()))
+	}
+	s.cfg.Log.LogAttrs(x.Context(), level, "request", append(attrs, x.events...)...)
+}

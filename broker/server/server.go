@@ -1,0 +1,135 @@
+// Package server is Pawl over HTTP: it identifies whoever asks, decodes strictly, makes one
+// call and encodes the answer. It has one handler for agents and another, for a listener of
+// its own, for operators, and it alone maps the broker's errors to problems.
+package server
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// Broker is what the handlers call; *broker.Broker is one. Every method is safe for concurrent
+// use and returns a *broker.Error.
+type Broker interface {
+	Delegations
+	Steps
+	Watcher
+	Revoker
+	Revocations
+	Chains
+	Audit
+}
+
+// Delegations opens chains and passes them on.
+type Delegations interface {
+	Open(context.Context, broker.Caller, broker.OpenRequest) (broker.Delegation, error)
+	Delegate(context.Context, broker.Caller, broker.DelegateRequest) (broker.Delegation, error)
+	Standing(context.Context, broker.Caller, broker.DelegationID) (broker.Standing, error)
+}
+
+// Steps gives and ends the secrets of steps. Close waits for proof as long as its context allows.
+type Steps interface {
+	Issue(context.Context, broker.Caller, broker.StepRequest) (broker.Issued, error)
+	Close(context.Context, broker.Caller, broker.GrantID) (broker.Grant, error)
+	Report(context.Context, broker.Caller, broker.ReportRequest) (broker.Reported, error)
+}
+
+// Watcher says when to look again: the channel is closed, or sent on, at the next change of
+// the chain, or of any chain when the id is empty. cancel must be called.
+type Watcher interface {
+	Watch(broker.ChainID) (changed <-chan struct{}, cancel func())
+}
+
+// Revoker plans, revokes and lifts.
+type Revoker interface {
+	Plan(context.Context, broker.Operator, broker.Selector) (broker.Plan, error)
+	Revoke(context.Context, broker.Operator, broker.RevokeRequest) (broker.Revocation, error)
+	Unfreeze(context.Context, broker.Operator, broker.RevocationID) (broker.Revocation, error)
+}
+
+// Revocations tells how far revocations have come.
+type Revocations interface {
+	Revocation(context.Context, broker.RevocationID) (broker.Revocation, error)
+	Revocations(context.Context) ([]broker.Revocation, error)
+}
+
+// Chains shows chains.
+type Chains interface {
+	Chains(ctx context.Context, all bool) ([]broker.ChainSummary, error)
+	Chain(context.Context, broker.ChainID) (broker.ChainView, error)
+}
+
+// Audit shows the log.
+type Audit interface {
+	Entries(ctx context.Context, after broker.Revision, limit int) ([]broker.Entry, error)
+	ChainEntries(ctx context.Context, id broker.ChainID, after broker.Revision, limit int) ([]broker.Entry, error)
+}
+
+// Config is what a [Server] is made of.
+type Config struct {
+	Broker Broker // required
+
+	// Identify says which agent asks, and is asked for every request to the agents' handler.
+	// Its errors are answered with 401 unless they have a kind. Required.
+	Identify func(*http.Request) (broker.Caller, error)
+	// Operator says which operator asks, and is asked for every request to the operators'
+	// handler. Errors as for Identify. Required.
+	Operator func(*http.Request) (broker.Operator, error)
+
+	Log       *slog.Logger     // one event for each request, never a body; nil: none
+	Now       func() time.Time // required
+	Ready     func() error     // what /healthz asks; its error is logged and answered with 503. Nil: always ready
+	Metrics   http.Handler     // operators' GET /metrics; nil: there is no such endpoint
+	Heartbeat time.Duration    // the longest silence on a stream; zero: 15 s
+	Streams   int              // open streams of one caller; zero: 256
+	CloseWait time.Duration    // how long closing a step waits for the proof; zero: 5 s
+}
+
+// Server is the HTTP side of a broker. Make one with [New].
+type Server struct {
+	cfg    Config
+	closed chan struct{} // closed by Close
+	once   sync.Once     // of Close
+
+	mu   sync.Mutex     // guards open
+	open map[string]int // streams by who holds them
+}
+
+// New validates cfg.
+func New(cfg Config) (*Server, error) {
+	for name, missing := range map[string]bool{
+		"Broker": cfg.Broker == nil, "Identify": cfg.Identify == nil,
+		"Operator": cfg.Operator == nil, "Now": cfg.Now == nil,
+	} {
+		if missing {
+			return nil, fmt.Errorf("server: Config.%s is required", name)
+		}
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Ready == nil {
+		cfg.Ready = func() error { return nil }
+	}
+	cfg.Heartbeat = cmp.Or(cfg.Heartbeat, 15*time.Second)
+	cfg.Streams = cmp.Or(cfg.Streams, 256)
+	cfg.CloseWait = cmp.Or(cfg.CloseWait, 5*time.Second)
+	return &Server{cfg: cfg, closed: make(chan struct{}), open: map[string]int{}}, nil
+}
+
+// Agents is the handler of the agents' listener.
+func (s *Server) Agents() http.Handler { return s.router(s.agentRoutes()) }
+
+// Operators is the handler of the operators' listener.
+func (s *Server) Operators() http.Handler { return s.router(s.operatorRoutes()) }
+
+// Close ends every open stream, so that http.Server.Shutdown need not wait for them. It may be
+// called more than once.
+func (s *Server) Close() { s.once.Do(func() { close(s.closed) }) }
