@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"syscall"
 	"time"
 
 	pb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -99,9 +100,25 @@ func (s *Server) Listen(path string) (addr string, err error) {
 	if path, err = filepath.Abs(path); err != nil {
 		return "", fmt.Errorf("workload: resolving the socket's path: %w", err)
 	}
+	removeStale(path)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.listenLocked(path, 0o666, api{server: s, identify: s.peerIDs}, grpc.Creds(peerCredentials{}))
+}
+
+// removeStale takes away a socket that a killed process has left behind. One in use stays, and
+// so does whatever is not a socket: then listening fails.
+func removeStale(path string) {
+	info, err := os.Lstat(path)
+	if err != nil || info.Mode().Type() != os.ModeSocket {
+		return
+	}
+	conn, err := net.Dial("unix", path)
+	if err == nil {
+		_ = conn.Close() // it only had to answer
+	} else if errors.Is(err, syscall.ECONNREFUSED) {
+		_ = os.Remove(path) // listening tells better what is wrong
+	}
 }
 
 // Socket serves the Workload API on a unix socket of its own, where everybody who connects is

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
@@ -317,6 +318,31 @@ func TestHeaderIsRequired(t *testing.T) {
 	}
 	if _, err := client.FetchJWTSVID(ctx, &pb.JWTSVIDRequest{}); status.Code(err) != codes.InvalidArgument {
 		t.Errorf("no audience: FetchJWTSVID = %v, want InvalidArgument", err)
+	}
+}
+
+func TestListenWhereSomethingIs(t *testing.T) {
+	dir := t.TempDir()
+	stale, used, file := filepath.Join(dir, "stale"), filepath.Join(dir, "used"), filepath.Join(dir, "file")
+	left, err := net.ListenUnix("unix", &net.UnixAddr{Name: stale, Net: "unix"})
+	if err != nil {
+		t.Fatalf("ListenUnix = %v", err)
+	}
+	left.SetUnlinkOnClose(false) // like a process that was killed
+	if err := left.Close(); err != nil {
+		t.Fatalf("Close = %v", err)
+	}
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatalf("WriteFile = %v", err)
+	}
+	s := newServer(t, workload.Config{})
+	if _, err := s.Listen(used); err != nil {
+		t.Fatalf("Listen = %v", err)
+	}
+	for path, ok := range map[string]bool{stale: true, used: false, file: false} {
+		if _, err := s.Listen(path); (err == nil) != ok {
+			t.Errorf("Listen(%s) = %v, want success %v", filepath.Base(path), err, ok)
+		}
 	}
 }
 
