@@ -118,17 +118,25 @@ func Open(c Config) (*Ledger, error) {
 	if err := l.open(c.LockTimeout); err != nil {
 		return nil, fmt.Errorf("opening ledger %q: %w", c.Path, explain(err))
 	}
-	l.full.Store(l.reserve.take() != nil)
+	switch err := l.reserve.take(); {
+	case noRoom(err):
+		l.full.Store(true)
+	case err != nil:
+		return nil, fmt.Errorf("opening ledger %q: %w", c.Path, errors.Join(err, l.db.Close()))
+	}
 	go l.write()
 	return l, nil
 }
 
 func (l *Ledger) open(timeout time.Duration) error {
-	if _, err := os.Stat(l.path); errors.Is(err, os.ErrNotExist) {
-		if err := create(l.path); err != nil {
-			return err
-		}
-	} else if err != nil {
+	info, err := os.Stat(l.path)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		err = create(l.path)
+	case err == nil && info.Size() < int64(2*os.Getpagesize()): // an empty file too was a ledger once
+		err = fmt.Errorf("%w: it is cut to %d bytes", ErrDamaged, info.Size())
+	}
+	if err != nil {
 		return err
 	}
 	if err := inspect(l.path, timeout); err != nil {

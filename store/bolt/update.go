@@ -175,12 +175,15 @@ func (l *Ledger) commit(batch []*request) (ran []*request, err error) {
 	t := &tx{records: btx.Bucket(bucketRecords), log: btx.Bucket(bucketLog), head: l.head}
 	t.log.FillPercent = 1       // entries only ever go to the end
 	t.records.FillPercent = 0.8 // costs nothing where keys are random, saves writes where they are not
-	for _, r := range batch {
+	for i, r := range batch {
 		if o, ok := l.run(r, t); !ok {
 			r.done <- o
 			continue
 		}
 		ran = append(ran, r)
+		if err := t.keep(); err != nil { // part of it may be in btx: nobody's work is kept
+			return append(ran, batch[i+1:]...), errors.Join(notCommitted(err), btx.Rollback())
+		}
 	}
 	if t.head == l.head {
 		_ = btx.Rollback() // nothing was put: nothing to lose
@@ -199,7 +202,7 @@ func (l *Ledger) commit(batch []*request) (ran []*request, err error) {
 	return ran, nil
 }
 
-// run runs one function and keeps what it did in t when it succeeds.
+// run runs one function; ok says that what it left in t is to be kept.
 func (l *Ledger) run(r *request, t *tx) (o outcome, ok bool) {
 	t.begin()
 	defer func() {
@@ -216,9 +219,6 @@ func (l *Ledger) run(r *request, t *tx) (o outcome, ok bool) {
 	case len(t.entries) > 0 && !t.ending && l.full.Load():
 		return outcome{err: notCommitted(ErrDiskFull)}, false
 	}
-	if err := t.keep(); err != nil {
-		return outcome{err: notCommitted(err)}, false
-	}
 	return outcome{}, true
 }
 
@@ -228,8 +228,9 @@ func (l *Ledger) finish(btx *bbolt.Tx) (err error) {
 	id := btx.ID()
 	defer func() {
 		if v := recover(); v != nil { // bbolt's assertions
-			err = fmt.Errorf("committing: %v", v)
+			err = fmt.Errorf("committing, outcome unknown: %v", v)
 			l.stop(err)
+			_ = btx.Rollback() // or Close would wait for it for ever
 		}
 	}()
 	if err = btx.Commit(); err == nil {
@@ -268,6 +269,7 @@ func (l *Ledger) stop(cause error) {
 // left behind is not known.
 func isFull(err error) bool {
 	var at *fs.PathError
-	return errors.As(err, &at) && at.Op == "write" &&
-		(errors.Is(at.Err, syscall.ENOSPC) || errors.Is(at.Err, syscall.EDQUOT))
+	return errors.As(err, &at) && at.Op == "write" && noRoom(at.Err)
 }
+
+func noRoom(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
