@@ -155,9 +155,11 @@ BEGIN
     END IF;
     EXECUTE format('GRANT %s ON %I.%I TO %I', verbs, nsp, rel, grp);
     -- A serial column's default calls nextval with the agent's own rights.
-    FOR seq IN SELECT d.objid FROM pg_depend d JOIN pg_class c ON c.oid = d.objid AND c.relkind = 'S'
-        WHERE d.refobjid = format('%I.%I', nsp, rel)::regclass AND d.deptype = 'a'
-            AND s->'verbs' ? 'insert' AND has_sequence_privilege(d.objid, 'USAGE WITH GRANT OPTION') LOOP
+    -- (CASE fixes the order: asking it of anything but a sequence is an error.)
+    FOR seq IN SELECT c.oid FROM pg_depend d JOIN pg_class c ON c.oid = d.objid
+        WHERE d.refobjid = format('%I.%I', nsp, rel)::regclass AND d.classid = 'pg_class'::regclass
+            AND d.deptype = 'a' AND s->'verbs' ? 'insert'
+            AND CASE WHEN c.relkind = 'S' THEN has_sequence_privilege(c.oid, 'USAGE WITH GRANT OPTION') END LOOP
         EXECUTE format('GRANT USAGE ON SEQUENCE %s TO %I', seq, grp);
     END LOOP;
 END $$;
@@ -272,8 +274,8 @@ BEGIN
     UPDATE pawl.logins l SET role = r.role FROM pawl.roles r WHERE r.name = login AND l.grant_id = r.grant_id;
 END $$;
 
--- Takes login and rights from the given logins. Leaving the group cuts at once whoever is still
--- inside, and whoever such a login was granted to (PostgreSQL 15 lets a login grant itself).
+-- Takes login and rights from the given logins. Leaving the group stops the next statement of whoever
+-- is still inside, or comes in while this is not committed yet.
 CREATE OR REPLACE FUNCTION pawl.disable(names text[]) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     r record;
@@ -389,8 +391,8 @@ BEGIN
     END IF;
 END $$;
 
--- What is left of the given grants' credentials; of all when grants is null. A session counts even
--- when its role is gone.
+-- What is left of the given grants' credentials; when grants is null, of all that were made in this
+-- database (roles are the whole cluster's). A session counts even when its role is gone.
 CREATE OR REPLACE FUNCTION pawl.inspect(grants text[]) RETURNS TABLE (
     grant_id text, name text, role oid, can_login boolean, in_group boolean, valid_until timestamptz, sessions int)
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -408,7 +410,8 @@ BEGIN
             WHERE m.member = k.role AND g.rolname LIKE 'pawl-%'),
         k.rolvaliduntil, coalesce(b.n, 0)
     FROM known k LEFT JOIN busy b ON b.usesysid = k.role
-    WHERE grants IS NULL OR k.grant_id IN (SELECT unnest(grants));
+    WHERE k.grant_id IN (SELECT unnest(grants))
+        OR grants IS NULL AND EXISTS (SELECT FROM pawl.logins l WHERE l.grant_id = k.grant_id);
 END $$;
 
 -- Cuts the given grants. Call it until all three counts are zero: a login that began before the
@@ -466,8 +469,8 @@ BEGIN
     IF (unused >= interval '1 hour') IS NOT TRUE THEN
         RAISE 'shapes are kept for an hour at least: brokers remember those they made' USING ERRCODE = '22023';
     END IF;
-    logins := pawl.end_logins(ARRAY(SELECT name FROM pawl.roles
-        WHERE rolvaliduntil < now() - interval '10 minutes' LIMIT 1000));
+    logins := pawl.end_logins(ARRAY(SELECT o.name FROM pawl.roles o JOIN pawl.logins USING (grant_id)
+        WHERE o.rolvaliduntil < now() - interval '10 minutes' LIMIT 1000));
     shapes := 0;
     PERFORM pg_advisory_xact_lock(hashtext('pawl.shapes'));
     FOR r IN SELECT s.shape, 'pawl-shape-' || s.shape AS grp FROM pawl.shapes s

@@ -1,0 +1,204 @@
+package postgres_test
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// TestNarrow makes out-of-scope calls with the raw secret: PostgreSQL itself refuses each.
+func TestNarrow(tt *testing.T) {
+	t := newTarget(tt)
+	c := t.mint(`{"tables":["orders","items"],"verbs":["select"]}`)
+	other := t.mint(`{"tables":["t1"],"verbs":["select","insert"]}`)
+	group := "pawl-shape-" + strings.Split(other.User, "-")[2]
+	conn := t.login(c)
+	ctx := t.Context()
+	for _, sql := range []string{"SELECT * FROM orders", "SELECT * FROM " + c.Names["public.items"]} {
+		if _, err := conn.Exec(ctx, sql); err != nil {
+			t.Errorf("%s = %v, want no error", sql, err)
+		}
+	}
+	const denied = "42501"
+	for _, row := range []struct{ what, sql, want string }{
+		{"another table", "SELECT * FROM t1", denied},
+		{"a table nobody may have", "SELECT * FROM salaries", denied},
+		{"another schema", "SELECT * FROM closed.t", denied},
+		{"insert", "INSERT INTO orders (customer) VALUES (1)", denied},
+		{"update", "UPDATE orders SET customer = 1", denied},
+		{"delete", "DELETE FROM orders", denied},
+		{"truncate", "TRUNCATE orders", denied},
+		{"lock", "DO $$BEGIN LOCK orders IN ACCESS EXCLUSIVE MODE; END$$", denied},
+		{"alter", "ALTER TABLE orders ADD x int", denied},
+		{"drop", "DROP TABLE orders", denied},
+		{"create table", "CREATE TABLE public.mine (id int)", denied},
+		{"create function", "CREATE FUNCTION public.f() RETURNS int LANGUAGE sql AS 'SELECT 1'", denied},
+		{"create schema", "CREATE SCHEMA mine", denied},
+		{"create role", "CREATE ROLE mine", denied},
+		{"create database", "CREATE DATABASE mine", denied},
+		{"create extension", "CREATE EXTENSION dblink", denied},
+		{"policy", "CREATE POLICY p ON orders", denied},
+		{"trigger", "CREATE TRIGGER x BEFORE INSERT ON orders EXECUTE FUNCTION suppress_redundant_updates_trigger()", denied},
+		{"superuser", "SET ROLE postgres", denied},
+		{"maker", "SET ROLE pawl_maker", denied},
+		{"vault", "SET ROLE pawl_vault", denied},
+		{"another shape", `SET ROLE "` + group + `"`, denied},
+		{"another agent", `SET ROLE "` + other.User + `"`, denied},
+		{"session", "SET SESSION AUTHORIZATION postgres", denied},
+		{"join another shape", `GRANT "` + group + `" TO "` + c.User + `"`, denied},
+		{"lend itself", `GRANT "` + c.User + `" TO "` + other.User + `"`, denied},
+		{"another agent's password", `ALTER ROLE "` + other.User + `" PASSWORD 'x'`, denied},
+		{"longer life", `ALTER ROLE "` + c.User + `" VALID UNTIL 'infinity'`, denied},
+		{"createrole", `ALTER ROLE "` + c.User + `" CREATEROLE`, denied},
+		{"passwords", "SELECT rolpassword FROM pg_authid", denied},
+		{"records", "SELECT * FROM pawl.logins", denied},
+		{"shapes", "SELECT * FROM pawl.shapes", denied},
+		{"functions: sever", "SELECT pawl.sever(ARRAY['" + string(other.grant.ID) + "'])", denied},
+		{"functions: grant", "SELECT pawl.grant_login('a', 'b', now())", denied},
+		{"functions: shape", "SELECT pawl.ensure_shape('a', 'b')", denied},
+		{"functions: disable", "SELECT pawl.disable(ARRAY['" + other.User + "'])", denied},
+		{"program", "COPY orders TO PROGRAM 'cat'", denied},
+		{"file", "SELECT pg_read_file('postgresql.conf')", denied},
+		{"import", "SELECT lo_import('/etc/hostname')", denied},
+		{"server settings", "ALTER SYSTEM SET log_statement = 'all'", denied},
+		{"preload", "SET session_preload_libraries = 'x'", denied},
+		{"somebody else's session", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'pawl_vault'", denied},
+	} {
+		if _, err := conn.Exec(ctx, row.sql); codeOf(err) != row.want {
+			t.Errorf("%s: %s = %v, want %v", row.what, row.sql, codeOf(err), row.want)
+		}
+	}
+	// Passing rights on is answered with a warning only, so look at what came of it.
+	if _, err := conn.Exec(ctx, "GRANT SELECT ON orders TO PUBLIC"); err != nil && codeOf(err) != denied {
+		t.Errorf("GRANT to PUBLIC = %v, want %v or a warning", codeOf(err), denied)
+	}
+	if n := t.count("SELECT has_table_privilege('public', 'orders', 'SELECT')::int"); n != 0 {
+		t.Error("an agent granted a table to PUBLIC")
+	}
+}
+
+// TestNarrowVerbs holds that what was asked for works: a serial column wants its sequence.
+func TestNarrowVerbs(tt *testing.T) {
+	t := newTarget(tt)
+	t.exec("REVOKE ALL ON SEQUENCE orders_id_seq FROM PUBLIC; GRANT USAGE ON SEQUENCE orders_id_seq TO pawl_maker WITH GRANT OPTION")
+	conn := t.login(t.mint(`{"tables":["orders"],"verbs":["insert","update","select"]}`))
+	if _, err := conn.Exec(t.Context(), "INSERT INTO orders (customer, what) VALUES (7, 'x'); UPDATE orders SET what = 'y' WHERE customer = 7"); err != nil {
+		t.Errorf("insert and update = %v, want no error", err)
+	}
+	if _, err := conn.Exec(t.Context(), "DELETE FROM orders"); codeOf(err) != "42501" {
+		t.Errorf("DELETE = %v, want 42501", codeOf(err))
+	}
+}
+
+// TestFilter holds that the agent sees and writes only its rows.
+func TestFilter(tt *testing.T) {
+	t := newTarget(tt)
+	c := t.mint(`{"tables":["orders"],"verbs":["select","insert","update"],"filter_column":"customer","filter_value":"1"}`)
+	conn := t.login(c)
+	ctx := t.Context()
+	for _, name := range []string{"orders", c.Names["public.orders"]} {
+		var rows, others int
+		if err := conn.QueryRow(ctx, "SELECT count(*), count(*) FILTER (WHERE customer <> 1) FROM "+name).Scan(&rows, &others); err != nil || rows != 100 || others != 0 {
+			t.Errorf("rows of %s = %d, %d of others, %v, want 100, 0", name, rows, others, err)
+		}
+	}
+	// A cheap function of the agent's own must not be run on rows that the filter hides.
+	leak := `CREATE FUNCTION pg_temp.leak(c int) RETURNS bool LANGUAGE plpgsql COST 0.0001 AS
+		$$ BEGIN IF c <> 1 THEN RAISE 'saw %', c; END IF; RETURN true; END $$`
+	if _, err := conn.Exec(ctx, leak); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Exec(ctx, "SELECT * FROM orders WHERE pg_temp.leak(customer)"); err != nil {
+		t.Errorf("a function of the agent's = %v, want no row of others seen", err)
+	}
+	otherView := t.mint(`{"tables":["orders"],"filter_column":"customer","filter_value":"2"}`).Names["public.orders"]
+	for sql, want := range map[string]string{
+		"SELECT * FROM public.orders":                  "42501",
+		"SELECT * FROM " + otherView:                   "42501",
+		"INSERT INTO orders (customer) VALUES (2)":     "44000",
+		"UPDATE orders SET customer = 2":               "44000",
+		"DELETE FROM orders":                           "42501",
+		"CREATE OR REPLACE VIEW orders AS SELECT 1 id": "42501",
+	} {
+		if _, err := conn.Exec(ctx, sql); codeOf(err) != want {
+			t.Errorf("%s = %v, want %v", sql, codeOf(err), want)
+		}
+	}
+	if _, err := conn.Exec(ctx, "INSERT INTO orders (customer, what) VALUES (1, 'mine'); UPDATE orders SET what = 'ours'"); err != nil {
+		t.Errorf("writing own rows = %v, want no error", err)
+	}
+	if n := t.count("SELECT count(*) FROM orders WHERE what = 'ours' AND customer <> 1"); n != 0 {
+		t.Errorf("rows of others that were changed = %d, want 0", n)
+	}
+}
+
+// TestFilterValue holds that a value is a value, whatever it looks like.
+func TestFilterValue(tt *testing.T) {
+	t := newTarget(tt)
+	for _, value := range []string{`1 OR true`, `1'; DROP TABLE orders; --`, `1) OR (1=1`, `$1`, `x`, ``} {
+		g := newGrant(`{"tables":["orders"],"filter_column":"customer","filter_value":` + quote(value) + `}`)
+		if _, err := t.tryMint(g); broker.KindOf(err) != broker.Denied {
+			t.Errorf("filter customer = %q: %v, want denied", value, err)
+		}
+		g = newGrant(`{"tables":["orders"],"filter_column":"what","filter_value":` + quote(value) + `}`)
+		c, err := t.tryMint(g)
+		if err != nil {
+			t.Errorf("filter what = %q: %v, want a credential that sees nothing", value, err)
+			continue
+		}
+		var n int
+		if err := t.login(c).QueryRow(t.Context(), "SELECT count(*) FROM orders").Scan(&n); err != nil || n != 0 {
+			t.Errorf("rows with what = %q: %d, %v, want 0", value, n, err)
+		}
+	}
+}
+
+func quote(s string) string { b, _ := broker.String(s).MarshalJSON(); return string(b) }
+
+// TestDenied holds that what pawl_maker cannot grant is refused before any token is made, in words that do
+// not tell a closed table from none.
+func TestDenied(tt *testing.T) {
+	t := newTarget(tt)
+	var texts []string
+	for _, args := range []string{
+		`{"tables":["salaries"],"verbs":["select"]}`, `{"tables":["nowhere"],"verbs":["select"]}`, `{"tables":["items"],"verbs":["insert"]}`,
+		`{"tables":["orders","salaries"],"verbs":["select"]}`, `{"tables":["closed.t"],"verbs":["select"]}`,
+		`{"tables":["orders"],"filter_column":"nowhere","filter_value":"1"}`,
+	} {
+		_, _, err := t.backend.Prepare(t.Context(), tool(), newGrant(args))
+		if broker.KindOf(err) != broker.Denied {
+			t.Errorf("Prepare(%s) = %v, want denied", args, err)
+			continue
+		}
+		e := err.(*broker.Error)
+		texts = append(texts, e.Msg)
+		if e.Msg != texts[0] || e.Code != broker.CodeArgumentOutside {
+			t.Errorf("Prepare(%s) = %q %v, want as for the others: %q", args, e.Msg, e.Code, texts[0])
+		}
+	}
+	if n := t.count("SELECT count(*) FROM pawl.shapes"); n != 0 {
+		t.Errorf("shapes after refusals = %d, want 0", n)
+	}
+}
+
+// TestWithdrawn holds that a table that is dropped and made again, or withdrawn, is asked about again.
+func TestWithdrawn(tt *testing.T) {
+	t := newTarget(tt)
+	args := `{"tables":["items"],"verbs":["select"]}`
+	t.mint(args)
+	t.exec("DROP TABLE items; CREATE TABLE items (id int); GRANT SELECT ON items TO pawl_maker WITH GRANT OPTION")
+	t.backend = t.newBackend(configNow(nil)) // as after a while: it remembers nothing
+	if _, err := t.login(t.mint(args)).Exec(t.Context(), "SELECT * FROM items"); err != nil {
+		t.Errorf("SELECT from the new table = %v, want no error", err)
+	}
+	c := t.mint(args)
+	t.exec("REVOKE ALL ON items FROM pawl_maker CASCADE")
+	if _, err := t.login(c).Exec(t.Context(), "SELECT * FROM items"); codeOf(err) != "42501" {
+		t.Errorf("SELECT from a withdrawn table = %v, want 42501", codeOf(err))
+	}
+	t.backend = t.newBackend(configNow(nil))
+	if _, err := t.tryMint(newGrant(args)); broker.KindOf(err) != broker.Denied {
+		t.Errorf("minting for a withdrawn table = %v, want denied", err)
+	}
+}

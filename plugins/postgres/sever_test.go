@@ -1,0 +1,431 @@
+package postgres_test
+
+import (
+	"context"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/cmd/parts"
+	"github.com/pawlsec/pawl/plugins/postgres"
+)
+
+func configNow(now func() time.Time) postgres.Config {
+	return postgres.Config{Now: now, CollectEvery: -1}
+}
+
+// cursor opens a session and reads the first row of many.
+func (t *target) cursor(c credential) *pgx.Conn {
+	t.Helper()
+	conn := t.login(c)
+	for _, sql := range []string{"BEGIN", "DECLARE c CURSOR FOR SELECT o.id FROM orders o, generate_series(1, 1000)", "FETCH c"} {
+		if _, err := conn.Exec(t.Context(), sql); err != nil {
+			t.Fatalf("%s = %v, want no error", sql, err)
+		}
+	}
+	return conn
+}
+
+// cutOff reports whether the session answers no more.
+func (t *target) cutOff(conn *pgx.Conn) bool {
+	_, err := conn.Exec(t.Context(), "FETCH c")
+	return err != nil && conn.IsClosed()
+}
+
+// each runs f for 0 to n-1, a few at a time.
+func each(n, lanes int, f func(i int)) {
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range lanes {
+		wg.Go(func() {
+			for i := int(next.Add(1)) - 1; i < n; i = int(next.Add(1)) - 1 {
+				f(i)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// TestSeverMany cuts 1,000 logins with an open cursor each. It logs how long that takes.
+func TestSeverMany(tt *testing.T) {
+	n := 1000
+	if testing.Short() {
+		n = 100
+	}
+	t := targetOn(tt, parts.OwnPostgreSQL(tt, parts.PostgresConfig{NoSync: true, MaxConnections: n + 50}))
+	creds, grants, conns := make([]credential, n), make([]broker.Grant, n), make([]*pgx.Conn, n)
+	t.mint(`{"tables":["orders"]}`) // makes the shape
+	each(n, 8, func(i int) {
+		creds[i] = t.mint(`{"tables":["orders"]}`)
+		grants[i] = creds[i].grant
+		conns[i] = t.cursor(creds[i])
+	})
+	start := time.Now()
+	t.sever(grants...)
+	t.Logf("severed %d logins with a session each in %v", n, time.Since(start))
+	start = time.Now()
+	for i, e := range t.prove(grants...) {
+		if e.Outcome != broker.OutcomeDead {
+			t.Errorf("Prove(%s) = %v %q, want dead", grants[i].ID, e.Outcome, e.Answer)
+		}
+	}
+	t.Logf("proved %d dead in %v", n, time.Since(start))
+	each(n, 8, func(i int) {
+		if !t.cutOff(conns[i]) {
+			t.Errorf("the session of %s goes on after Sever", creds[i].User)
+		}
+		if !t.refusesLogin(creds[i]) {
+			t.Errorf("%s logs in after Sever", creds[i].User)
+		}
+	})
+}
+
+// TestSeverHard cuts a login that has all that keeps a role from being dropped, and 100 sessions; then
+// Vault ends it.
+func TestSeverHard(tt *testing.T) {
+	t := newTarget(tt)
+	c := t.mint(`{"tables":["orders"]}`)
+	conns := make([]*pgx.Conn, 100)
+	each(len(conns), 4, func(i int) { conns[i] = t.cursor(c) })
+	if _, err := conns[0].Exec(t.Context(), "CREATE TEMP TABLE mine AS SELECT * FROM orders; SELECT lo_create(0); COMMIT; BEGIN; LOCK mine"); err != nil {
+		t.Fatal(err)
+	}
+	if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeAlive || e.Answer != "100 sessions are open" {
+		t.Errorf("Prove(%s) = %v %q, want alive with 100 sessions", c.grant.ID, e.Outcome, e.Answer)
+	}
+	t.sever(c.grant)
+	for i, conn := range conns {
+		if !t.cutOff(conn) {
+			t.Errorf("session %d goes on after Sever", i)
+		}
+	}
+	if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeDead {
+		t.Errorf("Prove(%s) = %v %q, want dead", c.grant.ID, e.Outcome, e.Answer)
+	}
+	for range 2 { // Vault repeats what it is not sure of
+		if _, err := t.vault.Exec(t.Context(), "SELECT pawl.end_logins(ARRAY[$1])", c.User); err != nil {
+			t.Errorf("end_logins(%s) = %v, want no error", c.User, err)
+		}
+	}
+	if n := t.count("SELECT count(*) FROM pg_roles WHERE rolname = $1", c.User); n != 0 {
+		t.Errorf("roles called %s = %d, want 0", c.User, n)
+	}
+}
+
+// TestEndLogins is Vault's revocation alone: sessions end with the login, and what it owns elsewhere keeps
+// the role but not the login.
+func TestEndLogins(tt *testing.T) {
+	t := newTarget(tt)
+	c, stuck := t.mint(`{"tables":["orders"]}`), t.mint(`{"tables":["orders"]}`)
+	conn := t.cursor(c)
+	elsewhere, err := pgx.Connect(t.Context(), strings.Replace(stuck.URL, t.name, "postgres", 1))
+	if err != nil {
+		t.Fatalf("connecting to another database: %v", codeOf(err))
+	}
+	if _, err := elsewhere.Exec(t.Context(), "SELECT lo_create(0)"); err != nil {
+		t.Fatal(err)
+	}
+	_ = elsewhere.Close(t.Context())
+	if _, err := t.vault.Exec(t.Context(), "SELECT pawl.end_logins($1)", []string{c.User, stuck.User}); err != nil {
+		t.Fatalf("end_logins = %v, want no error", err)
+	}
+	if !t.cutOff(conn) {
+		t.Errorf("the session goes on after end_logins")
+	}
+	for _, c := range []credential{c, stuck} {
+		if e := t.prove(c.grant)[0]; !t.refusesLogin(c) || e.Outcome != broker.OutcomeDead {
+			t.Errorf("Prove(%s) after end_logins = %v %q, want dead", c.grant.ID, e.Outcome, e.Answer)
+		}
+	}
+	if n := t.count("SELECT count(*) FROM pg_roles WHERE rolname = ANY ($1)", []string{c.User, stuck.User}); n != 1 {
+		t.Errorf("roles left = %d, want the one that owns something in another database", n)
+	}
+}
+
+// TestSeverWhileLoggingIn severs against agents that log in as fast as they can.
+func TestSeverWhileLoggingIn(tt *testing.T) {
+	t := newTarget(tt)
+	for range 5 {
+		c := t.mint(`{"tables":["orders"]}`)
+		ctx, stop := context.WithCancel(t.Context())
+		var in sync.WaitGroup
+		var logins atomic.Int64
+		started := make(chan struct{}, 4)
+		held := make(chan *pgx.Conn, 1000)
+		for range 4 {
+			in.Go(func() {
+				for first := true; ctx.Err() == nil && len(held) < 90; first = false {
+					if conn, err := pgx.Connect(ctx, c.URL); err == nil {
+						logins.Add(1)
+						held <- conn
+					}
+					if first {
+						started <- struct{}{}
+					}
+				}
+			})
+		}
+		for range 4 {
+			<-started
+		}
+		t.sever(c.grant)
+		e := t.prove(c.grant)[0]
+		stop()
+		in.Wait()
+		close(held)
+		if e.Outcome != broker.OutcomeDead {
+			t.Errorf("Prove after Sever under %d logins = %v %q, want dead", logins.Load(), e.Outcome, e.Answer)
+		}
+		for conn := range held {
+			if _, err := conn.Exec(t.Context(), "SELECT 1"); err == nil {
+				t.Error("a session goes on after Sever")
+			}
+			_ = conn.Close(t.Context())
+		}
+		if n := t.count("SELECT count(*) FROM pg_stat_activity WHERE usename = $1", c.User); n != 0 {
+			t.Errorf("sessions of %s = %d, want 0", c.User, n)
+		}
+	}
+}
+
+// TestSeverBesideEnding runs Sever and Vault's revocation of the same logins against each other.
+func TestSeverBesideEnding(tt *testing.T) {
+	t := newTarget(tt)
+	var grants []broker.Grant
+	var names []string
+	for range 100 {
+		c := t.mint(`{"tables":["orders"]}`)
+		grants, names = append(grants, c.grant), append(names, c.User)
+	}
+	var wg sync.WaitGroup
+	for range 3 {
+		wg.Go(func() { t.sever(grants...) })
+	}
+	each(len(names), 4, func(i int) {
+		if _, err := t.vault.Exec(t.Context(), "SELECT pawl.end_logins(ARRAY[$1])", names[i]); err != nil {
+			t.Errorf("end_logins beside Sever = %v, want no error", err)
+		}
+	})
+	wg.Wait()
+	if n := t.count("SELECT count(*) FROM pg_roles WHERE rolname = ANY ($1)", names); n != 0 {
+		t.Errorf("roles left = %d, want 0", n)
+	}
+}
+
+// TestBarred holds that after Sever a late mint makes nothing, and that a grant has one credential at most.
+func TestBarred(tt *testing.T) {
+	t := newTarget(tt)
+	g := newGrant(`{"tables":["orders"]}`)
+	t.sever(g, g)
+	if _, err := t.tryMint(g); codeOf(err) != "23505" {
+		t.Errorf("minting after Sever = %v, want 23505", codeOf(err))
+	}
+	c := t.mint(`{"tables":["orders"]}`)
+	if _, err := t.tryMint(c.grant); codeOf(err) != "23505" {
+		t.Errorf("a second mint for one grant = %v, want 23505", codeOf(err))
+	}
+	if e := t.prove(g, c.grant); e[0].Outcome != broker.OutcomeDead || e[1].Outcome != broker.OutcomeAlive {
+		t.Errorf("Prove = %v, %v, want dead, alive", e[0].Outcome, e[1].Outcome)
+	}
+}
+
+// TestBarWaits holds that Sever waits for a mint that is being committed, and cuts what it made.
+func TestBarWaits(tt *testing.T) {
+	t := newTarget(tt)
+	g := newGrant(`{"tables":["orders"]}`)
+	m, display, err := t.backend.Prepare(t.Context(), tool(), g)
+	if err != nil {
+		t.Fatal(err)
+	}
+	verifier, err := postgres.Verifier("some password")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tx, err := t.vault.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tx.Exec(t.Context(), "SELECT pawl.grant_login($1, $2, $3)", "pawl-"+display+"-"+random8(), verifier, time.Now().Add(m.TTL)); err != nil {
+		t.Fatal(err)
+	}
+	severed := make(chan error, 1)
+	go func() { severed <- t.backend.Sever(t.Context(), []broker.Grant{g}) }()
+	t.await("SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pawl.bar%' AND wait_event_type = 'Lock'", 1)
+	if err := tx.Commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-severed; err != nil {
+		t.Errorf("Sever beside a mint = %v, want nil", err)
+	}
+	if e := t.prove(g)[0]; e.Outcome != broker.OutcomeDead || e.Answer == "no role, no session" {
+		t.Errorf("Prove after Sever beside a mint = %v %q, want dead, with a role", e.Outcome, e.Answer)
+	}
+}
+
+// await polls until the query counts at least n.
+func (t *target) await(sql string, n int) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for t.count(sql) < n {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			t.Fatalf("%s never was %d", sql, n)
+		}
+	}
+}
+
+// TestGhost holds that a session whose role was dropped under it is found and ended: DROP ROLE is not dead.
+func TestGhost(tt *testing.T) {
+	t := newTarget(tt)
+	c := t.mint(`{"tables":["orders"]}`)
+	conn := t.cursor(c)
+	t.exec(`DROP ROLE "` + c.User + `"`)
+	if t.cutOff(conn) {
+		t.Fatal("PostgreSQL ended the session of a dropped role: this test is void")
+	}
+	if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeAlive {
+		t.Errorf("Prove(ghost) = %v %q, want alive", e.Outcome, e.Answer)
+	}
+	if found := t.find(); !found[c.grant.ID] {
+		t.Errorf("Find() misses the ghost")
+	}
+	t.sever(c.grant)
+	if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeDead || !t.cutOff(conn) {
+		t.Errorf("Prove(ghost) after Sever = %v %q, want dead", e.Outcome, e.Answer)
+	}
+}
+
+func (t *target) find() map[broker.GrantID]bool {
+	t.Helper()
+	ids, err := t.backend.Find(t.Context())
+	if err != nil {
+		t.Fatalf("Find() = %v, want nil", err)
+	}
+	found := map[broker.GrantID]bool{}
+	for _, id := range ids {
+		found[id] = true
+	}
+	return found
+}
+
+// TestFind holds that what lives is listed, in this database only, and what is dead is not.
+func TestFind(tt *testing.T) {
+	t := newTarget(tt)
+	a, b := t.mint(`{"tables":["orders"]}`), t.mint(`{"tables":["items"],"verbs":["select"]}`)
+	other := newTarget(tt)
+	foreign := other.mint(`{"tables":["orders"]}`)
+	t.sever(b.grant)
+	found := t.find()
+	if len(found) != 1 || !found[a.grant.ID] || found[foreign.grant.ID] {
+		t.Errorf("Find() = %v, want only %v", found, a.grant.ID)
+	}
+	if err := t.backend.Remove(t.Context(), []broker.GrantID{a.grant.ID, b.grant.ID}); err != nil {
+		t.Errorf("Remove = %v, want nil", err)
+	}
+	if n := t.count("SELECT count(*) FROM pg_roles WHERE rolname = ANY ($1)", []string{a.User, b.User}); n != 0 {
+		t.Errorf("roles after Remove = %d, want 0", n)
+	}
+}
+
+// TestMintMany makes 1,200 logins over 8 connections, on 5 tables each: none may fail.
+func TestMintMany(tt *testing.T) {
+	t := newTarget(tt)
+	start := time.Now()
+	each(1200, 8, func(i int) {
+		args := `{"tables":["t1","t2","t3","t4","t5"],"verbs":["select"]}`
+		if i%2 == 1 {
+			args = `{"tables":["t1","t2","t3","t4","t5"]}`
+		}
+		if _, err := t.tryMint(newGrant(args)); err != nil {
+			t.Errorf("mint %d: %v", i, err)
+		}
+	})
+	t.Logf("1200 mints in %v", time.Since(start))
+	if n := t.count("SELECT count(*) FROM pawl.shapes"); n != 2 {
+		t.Errorf("shapes = %d, want 2", n)
+	}
+}
+
+// TestShapesAtOnce makes many shapes over the same tables at once, each by several callers.
+func TestShapesAtOnce(tt *testing.T) {
+	t := newTarget(tt)
+	verbs := []string{`["select"]`, `["insert"]`, `["update"]`, `["delete"]`, `["select","insert"]`, `["select","update"]`, `["delete","select"]`, `["delete","insert"]`}
+	each(64, 8, func(i int) {
+		if _, err := t.tryMint(newGrant(`{"tables":["t1","t2","orders"],"verbs":` + verbs[i%len(verbs)] + `}`)); err != nil {
+			t.Errorf("mint %d: %v", i, err)
+		}
+	})
+	if n := t.count("SELECT count(*) FROM pawl.shapes"); n != len(verbs) {
+		t.Errorf("shapes = %d, want %d", n, len(verbs))
+	}
+}
+
+// TestSeverWithVaultDown holds that severing goes on under the credential that is there, that the next one is
+// looked for at half its life, and that one the database refuses is replaced.
+func TestSeverWithVaultDown(tt *testing.T) {
+	t := newTarget(tt)
+	var clock atomic.Int64
+	clock.Store(time.Now().UnixNano())
+	t.backend = t.newBackend(configNow(func() time.Time { return time.Unix(0, clock.Load()) }))
+	if err := t.backend.Check(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.creds.set(func(s *serviceLogins) { s.down = true })
+	clock.Add(int64(40 * time.Minute))
+	c := newGrant(`{"tables":["orders"]}`)
+	t.sever(c)
+	clock.Add(int64(30 * time.Minute))
+	if err := t.backend.Sever(t.Context(), []broker.Grant{c}); err == nil {
+		t.Error("Sever under a credential that is over = nil, want an error")
+	}
+	t.creds.set(func(s *serviceLogins) { s.down, s.life = false, 3*time.Hour })
+	t.sever(c)
+	// Vault ends all leases: sessions are cut and the login is gone. The next call must find its way.
+	for _, name := range t.creds.names() {
+		if _, err := t.vault.Exec(t.Context(), "SELECT pawl.end_service_login($1)", name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.sever(c)
+}
+
+func (s *serviceLogins) set(f func(*serviceLogins)) { s.mu.Lock(); defer s.mu.Unlock(); f(s) }
+
+func (s *serviceLogins) names() []string { s.mu.Lock(); defer s.mu.Unlock(); return s.made }
+
+// TestCollect holds that old logins and unused shapes go, and nothing else.
+func TestCollect(tt *testing.T) {
+	t := newTarget(tt)
+	old, used := t.mint(`{"tables":["orders"],"filter_column":"customer","filter_value":"1"}`), t.mint(`{"tables":["t1"]}`)
+	t.exec("UPDATE pawl.shapes SET last_used = now() - interval '2 hours'")
+	t.exec(`ALTER ROLE "` + old.User + `" VALID UNTIL '2020-01-01'`)
+	if e := t.prove(old.grant)[0]; e.Outcome != broker.OutcomeUnknown {
+		t.Errorf("Prove(past its end) = %v %q, want unknown", e.Outcome, e.Answer)
+	}
+	if err := t.backend.Collect(t.Context(), time.Minute); err == nil {
+		t.Error("Collect(1 minute) = nil, want an error")
+	}
+	if err := t.backend.Collect(t.Context(), time.Hour); err != nil {
+		t.Fatalf("Collect(1 hour) = %v, want nil", err)
+	}
+	if n := t.count("SELECT count(*) FROM pawl.shapes"); n != 1 {
+		t.Errorf("shapes left = %d, want the one in use", n)
+	}
+	if n := t.count("SELECT count(*) FROM pg_namespace WHERE nspname LIKE 'pawl\\_%'"); n != 0 {
+		t.Errorf("schemas of shapes left = %d, want 0", n)
+	}
+	if e := t.prove(old.grant, used.grant); e[0].Answer != "no role, no session" || e[1].Outcome != broker.OutcomeAlive {
+		t.Errorf("Prove = %q, %v, want no role, alive", e[0].Answer, e[1].Outcome)
+	}
+	t.backend = t.newBackend(configNow(nil))
+	t.mint(`{"tables":["orders"],"filter_column":"customer","filter_value":"1"}`)
+}

@@ -1,0 +1,209 @@
+package postgres_test
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/plugins/postgres"
+)
+
+// nobody is Credentials where no test gets that far.
+type nobody struct{}
+
+func (nobody) Credential(context.Context, postgres.Purpose) (string, string, time.Time, error) {
+	return "", "", time.Time{}, errors.New("nobody's")
+}
+
+func offline(t testing.TB) *postgres.Backend {
+	t.Helper()
+	b, err := postgres.New(postgres.Config{DSN: "host=db.test port=5433 dbname=app", Credentials: nobody{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(b.Close)
+	return b
+}
+
+func TestNewRefuses(t *testing.T) {
+	for _, cfg := range []postgres.Config{
+		{}, {DSN: "host=x dbname=app"}, {Credentials: nobody{}},
+		{Credentials: nobody{}, DSN: "host=x dbname=app password=MARKER-SECRET"},
+		{Credentials: nobody{}, DSN: "postgres://u:MARKER-SECRET@x/app"},
+		{Credentials: nobody{}, DSN: "postgres://u:MARKER-SECRET@x:port/app"},
+		{Credentials: nobody{}, DSN: "host=x dbname='a b'"},
+	} {
+		_, err := postgres.New(cfg)
+		if err == nil || strings.Contains(err.Error(), "MARKER-SECRET") {
+			t.Errorf("New(%q) gives no error, or one with the password in it", strings.ReplaceAll(cfg.DSN, "MARKER-SECRET", "…"))
+		}
+	}
+}
+
+func TestLoad(t *testing.T) {
+	b := offline(t)
+	change := func(f func(*broker.Tool)) broker.Tool {
+		x := tool()
+		x.Settings, x.Arguments = maps.Clone(x.Settings), maps.Clone(x.Arguments)
+		f(&x)
+		return x
+	}
+	set := func(name, value string) broker.Tool { return change(func(x *broker.Tool) { x.Settings[name] = value }) }
+	fixed := func(required bool) broker.Tool {
+		return change(func(x *broker.Tool) {
+			x.Settings["filter_column"] = "customer"
+			delete(x.Arguments, "filter_column")
+			x.Arguments["filter_value"] = broker.Parameter{Kind: "string", Required: required}
+		})
+	}
+	for _, row := range []struct {
+		what string
+		tool broker.Tool
+		ok   bool
+	}{
+		{"as it is", tool(), true},
+		{"host", set("host", "db-1.internal"), true}, {"socket", set("host", "/run/postgresql"), true}, {"port", set("port", "65535"), true},
+		{"database", set("dbname", "app"), true}, {"tables", set("tables", "orders,other.items"), true},
+		{"100 connections", set("connections", "100"), true}, {"24 hours", set("statement_timeout", "24h"), true},
+		{"fixed column", fixed(true), true},
+		{"fixed tables", change(func(x *broker.Tool) { x.Settings["tables"] = "orders"; delete(x.Arguments, "tables") }), true},
+		{"label proxy", change(func(x *broker.Tool) { x.Narrowing = broker.NarrowProxy }), false},
+		{"label none", change(func(x *broker.Tool) { x.Narrowing = broker.NarrowNone }), false},
+		{"no path", change(func(x *broker.Tool) { x.Path = nil }), false},
+		{"three segments", change(func(x *broker.Tool) { x.Path = []string{"a", "b", "c"} }), false},
+		{"dots", change(func(x *broker.Tool) { x.Path = []string{"database", ".."} }), false},
+		{"slash", change(func(x *broker.Tool) { x.Path = []string{"database/creds", "x"} }), false},
+		{"unknown setting", set("Host", "x"), false}, {"creation statements", set("creation_statements", "x"), false},
+		{"another database", set("dbname", "other"), false}, {"host with a space", set("host", "a b"), false}, {"host with @", set("host", "a@b"), false},
+		{"no host", set("host", ""), false}, {"port 0", set("port", "0"), false}, {"port +1", set("port", "+1"), false}, {"port 65536", set("port", "65536"), false},
+		{"sslmode", set("sslmode", "off"), false}, {"schema", set("schema", "pg_catalog"), false}, {"own schema", set("schema", "pawl"), false},
+		{"verb", set("verbs", "select,truncate"), false}, {"verb case", set("verbs", "SELECT"), false}, {"verb space", set("verbs", "select, insert"), false},
+		{"101 connections", set("connections", "101"), false}, {"no timeout", set("statement_timeout", "0s"), false}, {"over 24 hours", set("idle_timeout", "24h1ms"), false},
+		{"table", set("tables", "orders;"), false}, {"no table", set("tables", ""), false},
+		{"fixed column that may be left out", fixed(false), false},
+		{"two columns", set("filter_column", "customer"), false},
+		{"value without column", change(func(x *broker.Tool) { delete(x.Arguments, "filter_column") }), false},
+		{"column without value", change(func(x *broker.Tool) { delete(x.Arguments, "filter_value") }), false},
+		{"no tables at all", change(func(x *broker.Tool) { delete(x.Arguments, "tables") }), false},
+		{"unknown argument", change(func(x *broker.Tool) { x.Arguments["where"] = broker.Parameter{Kind: "string"} }), false},
+		{"kind", change(func(x *broker.Tool) { x.Arguments["verbs"] = broker.Parameter{Kind: "string"} }), false},
+	} {
+		if err := b.Load(row.tool); (err == nil) != row.ok {
+			t.Errorf("%s: Load() = %v, want ok = %v", row.what, err, row.ok)
+		}
+	}
+}
+
+// TestPrepareRefuses holds what is refused before the database is asked.
+func TestPrepareRefuses(t *testing.T) {
+	b := offline(t)
+	narrow := tool()
+	narrow.Settings = map[string]string{"tables": "orders", "verbs": "select"}
+	for _, args := range []string{
+		`{"tables":[]}`, `{"tables":["orders","salaries"]}`, `{"tables":["Orders"]}`, `{"tables":["other.orders"]}`, `{"tables":["orders "]}`,
+		`{"tables":["orders"],"verbs":["insert"]}`, `{"tables":["orders"],"verbs":[]}`, `{"tables":["orders"],"verbs":["SELECT"]}`,
+		`{"tables":["public.public.orders"]}`, `{"tables":["."]}`, `{"tables":["pawl.logins"]}`, `{"tables":["orders\""]}`,
+		`{"filter_column":"a"}`, `{"filter_value":"1"}`, `{"filter_column":"a b","filter_value":"1"}`, `{"filter_column":"a","filter_value":"\u0000"}`,
+		`{"filter_column":"a","filter_value":"` + strings.Repeat("x", 1025) + `"}`,
+	} {
+		if _, _, err := b.Prepare(t.Context(), narrow, newGrant(args)); broker.KindOf(err) != broker.Denied {
+			t.Errorf("Prepare(%s) = %v, want denied", args, err)
+		}
+	}
+	_, _, err := b.Prepare(t.Context(), narrow, newGrant(`{"filter_column":"a","filter_value":"`+strings.Repeat("x", 1024)+`"}`))
+	if broker.KindOf(err) != broker.Unavailable {
+		t.Errorf("Prepare without a database = %v, want unavailable", err)
+	}
+	g := newGrant(`{"tables":["orders"]}`)
+	g.ID = "gr'; DROP"
+	if _, _, err := b.Prepare(t.Context(), narrow, g); err == nil {
+		t.Error("Prepare(a grant id with quotes) = nil, want an error")
+	}
+}
+
+// TestFinish holds that an answer for another step, or of another shape, is refused.
+func TestFinish(tt *testing.T) {
+	t := newTarget(tt)
+	g := newGrant(`{"tables":["orders"]}`)
+	m, display, err := t.backend.Prepare(t.Context(), tool(), g)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := []string{"database", "creds", "pawl-app"}; !reflect.DeepEqual(m.Path, want) || !m.Leased || m.TTL != time.Minute || len(display) != 39 {
+		t.Errorf("Prepare = %v leased %v ttl %v %q, want %v, true, 1m", m.Path, m.Leased, m.TTL, display, want)
+	}
+	other := "pawl-" + string(newGrant(`{}`).ID) + display[26:] + "-abcdefgh"
+	for _, answer := range []map[string]any{
+		nil, {}, {"username": "pawl-" + display + "-abcdefgh"}, {"username": "pawl-" + display + "-abcdefgh", "password": 1},
+		{"username": 1, "password": "MARKER"}, {"username": other, "password": "MARKER"}, {"username": "postgres", "password": "MARKER"},
+		{"username": "pawl-" + display[:27] + "0123456789ab-abcdefgh", "password": "MARKER"},
+		{"username": "pawl-" + display + "-abc'efgh", "password": "MARKER"}, {"username": "pawl-" + display + "-abcdefghi", "password": "MARKER"},
+	} {
+		if _, err := m.Finish(answer, time.Time{}); err == nil || strings.Contains(err.Error(), "MARKER") {
+			t.Errorf("Finish(%v) gives no error, or one with the password in it", answer["username"])
+		}
+	}
+	f, err := m.Finish(map[string]any{"username": "pawl-" + display + "-abcdefgh", "password": "p@ss/w:rd?"}, time.Time{})
+	if err != nil || f.Ref != "pawl-"+display+"-abcdefgh" || f.Secret.Empty() {
+		t.Errorf("Finish(ours) = %v, %v, want a secret and its name", f.Ref, err)
+	}
+}
+
+// TestVaultSetup holds the statements that Vault gets to the functions that are there.
+func TestVaultSetup(tt *testing.T) {
+	t := newTarget(tt)
+	writes := postgres.VaultSetup{Mount: "database", Connection: "app", Address: "db.test:5432", Database: "app",
+		Tools:   map[string]time.Duration{"pawl-app": 0, "pawl-long": time.Hour},
+		Service: map[postgres.Purpose]string{postgres.Shaper: "pawl-shaper", postgres.Revoker: "pawl-revoker"}}.Writes()
+	if len(writes) != 5 || !reflect.DeepEqual(writes[0].Data["allowed_roles"], []string{"pawl-app", "pawl-long", "pawl-revoker", "pawl-shaper"}) {
+		t.Fatalf("Writes() = %v, want a connection and four roles", writes)
+	}
+	for i, ttl := range []string{"60s", "900s", "14400s", "14400s"} {
+		role := writes[i+1]
+		if role.Data["default_ttl"] != ttl || role.Data["max_ttl"] != ttl {
+			t.Errorf("%v: ttl = %v, %v, want %v", role.Path, role.Data["default_ttl"], role.Data["max_ttl"], ttl)
+		}
+		for _, kind := range []string{"creation_statements", "revocation_statements"} {
+			sql := role.Data[kind].([]string)[0]
+			sql = strings.NewReplacer("{{name}}", "no such name", "{{password}}", "x", "{{expiration}}", "2026-01-01 00:00:00+0000").Replace(sql)
+			if _, err := t.vault.Exec(t.Context(), sql); codeOf(err) != "22023" { // found, allowed, and refused for the name
+				t.Errorf("%v %s = %v, want 22023", role.Path, sql, codeOf(err))
+			}
+		}
+	}
+}
+
+// FuzzPrepare feeds arguments as they come from outside. What is accepted asks for plain names only.
+func FuzzPrepare(f *testing.F) {
+	for _, args := range []string{`{"tables":["a.b","c"]}`, `{"tables":["a"],"verbs":["select"],"filter_column":"x","filter_value":"1"}`, `{"tables":["a\"b"]}`, `{}`} {
+		f.Add(args)
+	}
+	b := offline(f)
+	f.Fuzz(func(t *testing.T, text string) {
+		args, err := broker.ParseArgs([]byte(text))
+		if err != nil || len(tool().Check(args)) > 0 {
+			return
+		}
+		g := newGrant(`{}`)
+		g.Args = args
+		// Without a database, whatever passes the checks ends as Unavailable.
+		switch _, _, err := b.Prepare(t.Context(), tool(), g); broker.KindOf(err) {
+		case broker.Denied:
+		case broker.Unavailable:
+			tables, _ := args.Get("tables")
+			names, _ := tables.Strings()
+			for _, name := range names {
+				if strings.Trim(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.") != "" || strings.Count(name, ".") > 1 {
+					t.Errorf("Prepare accepts the table %q", name)
+				}
+			}
+		default:
+			t.Errorf("Prepare(%s) = %v, want denied or unavailable", text, err)
+		}
+	})
+}
