@@ -1,0 +1,62 @@
+# What people and .ci/run call. Needs Go, git and make; what a test needs beyond that and does not find is said at
+# the end of `make test`. PAWL_REQUIRE=all (or vault,spire,postgres,sshd) makes that a failure.
+
+GO       ?= go
+PACKAGES ?= ./...
+TIMEOUT  ?= 20m
+FUZZTIME ?= 3s
+
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
+
+# The race detector needs a C compiler; without one the tests run without it.
+RACE := $(shell [ "$$($(GO) env CGO_ENABLED)" = 1 ] && echo -race)
+
+.PHONY: build parts test demo bench chaos fuzz lint vuln clean
+
+build: ## build/pawl
+	$(GO) build -o build/pawl ./cmd/pawl
+
+parts: ## the real Vault and SPIRE that tests run, about ten minutes once
+	$(GO) run ./cmd/parts/build
+
+test: parts
+	$(GO) vet $(PACKAGES)
+	$(GO) run ./cmd/parts/gotest $(RACE) -count=1 -timeout $(TIMEOUT) $(PACKAGES)
+
+demo: parts
+	$(GO) run ./cmd/pawl/demo
+
+bench: parts
+	$(GO) test -run '^$$' -bench . -benchmem -timeout $(TIMEOUT) $(PACKAGES)
+
+chaos: parts
+	$(GO) test -run Chaos -v -count=1 -timeout 60m $(PACKAGES)
+
+# A target that fails is run again: an input that broke it was saved and breaks it again, while Go's own fuzzer
+# sometimes fails only because its time was up.
+fuzz:
+	@set -e; for package in $$($(GO) list $(PACKAGES)); do \
+		names=$$($(GO) test -list '^Fuzz' $$package); \
+		for name in $$(echo "$$names" | grep '^Fuzz' || true); do \
+			fuzz="$(GO) test -run=^$$ -fuzz=^$$name$$ -fuzztime=$(FUZZTIME) $$package"; \
+			echo "$$package $$name"; $$fuzz || $$fuzz; \
+		done; \
+	done
+
+lint:
+	@unformatted=$$(gofmt -l .); if [ -n "$$unformatted" ]; then echo "not formatted by gofmt:"; echo "$$unformatted"; exit 1; fi
+	$(GO) vet $(PACKAGES)
+	GOBIN=$(CURDIR)/build/bin $(GO) install $(STATICCHECK)
+	build/bin/staticcheck $(PACKAGES)
+
+# govulncheck ends with 3 when it found something. Not reaching its database is no finding, and is said.
+vuln:
+	GOBIN=$(CURDIR)/build/bin $(GO) install $(GOVULNCHECK)
+	@status=0; build/bin/govulncheck $(PACKAGES) >build/vuln.log 2>&1 || status=$$?; cat build/vuln.log; \
+	if [ $$status -ne 0 ] && [ $$status -ne 3 ] && grep -q 'vuln\.go\.dev' build/vuln.log; then \
+		echo "vuln: NOT CHECKED: the database at vuln.go.dev cannot be reached from here"; status=0; \
+	fi; exit $$status
+
+clean:
+	rm -rf build
