@@ -109,28 +109,7 @@ func TestVerifyRefuses(t *testing.T) {
 	trust := policy.Trust{Keys: public[:3], Need: 2}
 	good := sign(t, s, private[:2]...)
 	other := version(t, "4", someCedar)
-	signed := func(payload string) []byte { // by two trusted keys, whatever it says
-		var e struct {
-			Payload    string           `json:"payload"`
-			Signatures []map[string]any `json:"signatures"`
-		}
-		e.Payload = b64(payload)
-		for _, k := range private[:2] {
-			signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.EdDSA, Key: k}, (&jose.SignerOptions{}).WithType("pawl-bundle+jws"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			one, err := signer.Sign([]byte(payload))
-			if err != nil {
-				t.Fatal(err)
-			}
-			compact, _ := one.CompactSerialize()
-			parts := strings.Split(compact, ".")
-			e.Signatures = append(e.Signatures, map[string]any{"protected": parts[0], "signature": parts[2]})
-		}
-		out, _ := json.Marshal(e)
-		return out
-	}
+	signed := func(payload string) []byte { return policy.SignRaw([]byte(payload), private[:2]...) } // whatever it says
 	head := func(s string) func(map[string]any, map[string]any) {
 		return func(_, first map[string]any) { first["protected"] = b64(s) }
 	}

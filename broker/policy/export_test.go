@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"github.com/go-jose/go-jose/v4"
 	"github.com/pawlsec/pawl/broker"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -12,3 +13,12 @@ func (p *Policy) DecideUnsliced(q broker.Question) broker.Decision {
 
 // Relevant counts the policies that Decide evaluates.
 func (p *Policy) Relevant(q broker.Question) int { return len(p.evaluate(&q, p.relevant).rules) }
+
+// SignRaw signs any payload.
+func SignRaw(payload []byte, keys ...jose.JSONWebKey) []byte {
+	jws, err := addSignatures(envelope{Payload: encode(payload)}, keys)
+	if err != nil {
+		panic(err)
+	}
+	return jws
+}

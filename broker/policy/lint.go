@@ -176,7 +176,7 @@ func usedName(n scope.BinaryNode) (string, bool) {
 
 // missing names a member that no request can have.
 func missing(n scope.StrOpNode, shape fields) []string {
-	where, names, ok := follow(n.Arg, shape)
+	where, names, ok := follow(n.Arg, shape, maxShape)
 	if !ok || names == nil {
 		return nil
 	}
@@ -186,14 +186,20 @@ func missing(n scope.StrOpNode, shape fields) []string {
 	return []string{fmt.Sprintf("%s never has a member %q", where, n.Value)}
 }
 
+// maxShape is how many members deep the shape goes.
+const maxShape = 4
+
 // follow gives the members of what an expression like context.args stands for.
-func follow(n scope.IsNode, shape fields) (where string, names fields, ok bool) {
+func follow(n scope.IsNode, shape fields, deep int) (where string, names fields, ok bool) {
 	switch n := n.(type) {
 	case scope.NodeTypeVariable:
 		names, ok = shape[string(n.Name)]
 		return string(n.Name), names, ok
 	case scope.NodeTypeAccess:
-		where, names, ok = follow(n.Arg, shape)
+		if deep == 0 {
+			return "", nil, false
+		}
+		where, names, ok = follow(n.Arg, shape, deep-1)
 		if !ok {
 			return "", nil, false
 		}

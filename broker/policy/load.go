@@ -76,7 +76,7 @@ func (p *Policy) compile(docs []document) error {
 	for _, d := range docs {
 		list, err := cedar.NewPolicyListFromBytes(d.File, []byte(d.Text))
 		if err != nil {
-			return fmt.Errorf("%s: %s", d.File, strings.TrimPrefix(err.Error(), "parser error: "))
+			return fmt.Errorf("%s", place(d.File, err))
 		}
 		for i, one := range list {
 			r, err := newRule(one, cedar.PolicyID(fmt.Sprintf("%s#%d", d.File, i+1)))
@@ -95,6 +95,15 @@ func (p *Policy) compile(docs []document) error {
 	}
 	slices.SortFunc(p.rules, func(a, b *rule) int { return cmp.Compare(a.id, b.id) })
 	return nil
+}
+
+// place puts the file's name where Cedar, which parses bytes, has none.
+func place(file string, err error) string {
+	text := strings.TrimPrefix(err.Error(), "parser error: ")
+	if at, ok := strings.CutPrefix(text, "parse error at <input>:"); ok {
+		return file + ":" + at
+	}
+	return file + ": " + text
 }
 
 // conform holds the policies against the authors' own schema, if they gave one.

@@ -88,17 +88,18 @@ func readsOf(p *scope.Policy) reads {
 	return found
 }
 
-// contextMember tells the context itself (0), a member of it (its name, 1) and all else (-1) apart.
+// contextMember tells the context itself (0), a member of it (its name, 1) and all else (-1)
+// apart. It looks two steps deep and no further, so that a long chain of members costs little.
 func contextMember(n scope.IsNode) (member string, depth int) {
-	switch n := n.(type) {
-	case scope.NodeTypeVariable:
-		if n.Name == "context" {
-			return "", 0
-		}
-	case scope.NodeTypeAccess:
-		if _, depth := contextMember(n.Arg); depth == 0 {
-			return string(n.Value), 1
-		}
+	isContext := func(n scope.IsNode) bool {
+		v, ok := n.(scope.NodeTypeVariable)
+		return ok && v.Name == "context"
+	}
+	if isContext(n) {
+		return "", 0
+	}
+	if a, ok := n.(scope.NodeTypeAccess); ok && isContext(a.Arg) {
+		return string(a.Value), 1
 	}
 	return "", -1
 }

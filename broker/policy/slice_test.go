@@ -27,7 +27,9 @@ func randomCedar(r *rand.Rand, n int) string {
 		resource := one(r, `resource == Tool::"db.read"`, `resource in ToolGroup::"db"`, `resource is Tool in ToolGroup::"db"`, `resource == Tool::"mail"`, `resource`, `resource is Tool`)
 		when := one(r, ``, ``, ` when { context.args.env == "prod" }`, ` when { context.args has env && context.args.env == "prod" }`,
 			` unless { context.used.contains("mail") }`, ` when { context.chain.depth < 2 }`, ` when { context.receiver in AgentGroup::"spiffe://a.example/ci" }`,
-			` when { context.history has mail && context.history.mail.count > 1 }`)
+			` when { context.history has mail && context.history.mail.count > 1 }`,
+			` when { context.args == {env: "prod"} }`, ` when { {all: context.history}.all has mail }`, ` unless { {all: context}.all.chain.depth < 2 }`,
+			` when { context has now && context.now.hour == 12 && context.proof != "x" }`)
 		var notes string
 		effect := one(r, "permit", "permit", "forbid")
 		if effect == "permit" {

@@ -11,6 +11,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/go-json-experiment/json"
 	"github.com/pawlsec/pawl/broker"
@@ -227,8 +228,8 @@ func (c content) check() error {
 		if path.Ext(d.File) != ".cedar" || !segment(d.File) || d.File <= last {
 			return fmt.Errorf("policy file %.60q is named badly, twice or out of order", d.File)
 		}
-		if last = d.File; len(d.Text) > MaxFile {
-			return fmt.Errorf("%s: larger than %d bytes", d.File, MaxFile)
+		if last = d.File; len(d.Text) > MaxFile || !utf8.ValidString(d.Text) {
+			return fmt.Errorf("%s: larger than %d bytes or not UTF-8", d.File, MaxFile)
 		}
 	}
 	if c.Schema != nil && (c.Schema.File != "schema.cedarschema" || len(c.Schema.Text) > MaxFile) {

@@ -17,6 +17,9 @@ func readYAML(file string, raw []byte, v any) error {
 	if len(raw) > MaxFile {
 		return fmt.Errorf("%s: larger than %d bytes", file, MaxFile)
 	}
+	if nested(raw) {
+		return fmt.Errorf("%s: nested more than %d deep", file, maxNesting)
+	}
 	f, err := parser.ParseBytes(raw, 0)
 	if err != nil {
 		return located(file, err)
@@ -30,6 +33,32 @@ func readYAML(file string, raw []byte, v any) error {
 		return fmt.Errorf("%s:%d: anchors, aliases, merge keys and tags are not used here", file, line(p.odd))
 	}
 	return located(file, yaml.NewDecoder(bytes.NewReader(nil), yaml.Strict()).DecodeFromNode(f.Docs[0].Body, v))
+}
+
+const maxNesting = 32
+
+// nested finds depth before the parser does, whose time grows with its square: brackets, and
+// the dashes and question marks that open several levels on one line.
+func nested(raw []byte) bool {
+	depth := 0
+	for text := range bytes.Lines(raw) {
+		rest := bytes.TrimLeft(text, " -?:")
+		if lead := text[:len(text)-len(rest)]; len(lead)-bytes.Count(lead, []byte(" ")) > maxNesting {
+			return true
+		}
+		for _, c := range rest {
+			switch c {
+			case '[', '{':
+				depth++
+			case ']', '}':
+				depth--
+			}
+			if depth > maxNesting {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // plain finds what would make a document mean more than it shows.

@@ -1,0 +1,98 @@
+package policy_test
+
+import (
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"testing/fstest"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/policy"
+)
+
+func TestExplain(t *testing.T) {
+	const rules = `
+@id("read") @remedy("name your tables") permit(principal in TrustDomain::"acme.example", action == Action::"use", resource == Tool::"db.read") when { context.args has tables };
+@id("read-other") permit(principal in TrustDomain::"other.example", action == Action::"use", resource == Tool::"db.read") when { false };
+@id("write") @approval("2 of oncall") permit(principal in TrustDomain::"acme.example", action == Action::"use", resource == Tool::"db.write");
+@id("mail") @narrowing("proxy") permit(principal in TrustDomain::"acme.example", action in [Action::"use", Action::"delegate"], resource == Tool::"mail");
+@id("never") @remedy("do not") forbid(principal == Agent::"spiffe://acme.example/bad", action, resource);
+@id("odd") forbid(principal == Agent::"spiffe://acme.example/odd", action, resource) when { context.args.env == "x" };`
+	p := load(t, rules)
+	for _, tt := range []struct {
+		name    string
+		q       broker.Question
+		granted bool
+		unmet   []string
+		missing []string
+		remedy  string
+	}{
+		{"granted", use("db.read", args(list("a"))), true, nil, nil, ""},
+		{"condition", use("db.read"), false, []string{"read"}, []string{"permit:use:db.read"}, "name your tables"},
+		{"no permit", use("db.read", action(broker.ActionOpen)), false, nil, []string{"permit:open:db.read"}, "ask the platform team for a permit for spiffe://acme.example/ci/runner to open"},
+		{"approval", use("db.write"), false, nil, []string{"approval:2 of oncall"}, "ask 2 of oncall to approve"},
+		{"narrowing", use("mail"), false, nil, []string{"narrowing:proxy"}, "narrowed more strongly"},
+		{"domains", use("mail", delegate("spiffe://b.example/x")), false, nil, []string{"narrowing:proxy", "domains:acme.example b.example"}, "narrowed"},
+		{"forbidden", use("db.read", args(list("a")), caller("spiffe://acme.example/bad")), false, nil, nil, "do not"},
+		{"failed", use("db.read", args(list("a")), caller("spiffe://acme.example/odd")), false, nil, nil, "give every argument"},
+		{"unknown tool", use("gone"), false, nil, []string{"tool:gone"}, "declare the tool"},
+	} {
+		e := p.Explain(tt.q)
+		if e.Granted != tt.granted || !slices.Equal(e.Unmet, tt.unmet) || !slices.Equal(e.Missing, tt.missing) || !strings.Contains(e.Remedy, tt.remedy) || e.Why == "" {
+			t.Errorf("%s: Explain = %+v, want granted %v, unmet %v, missing %v, remedy %q", tt.name, e, tt.granted, tt.unmet, tt.missing, tt.remedy)
+		}
+		if d := p.Decide(tt.q); !reflect.DeepEqual(e.Decision, d) {
+			t.Errorf("%s: Explain decides %+v, Decide %+v", tt.name, e.Decision, d)
+		}
+		if said := e.Why + e.Remedy + strings.Join(e.Unmet, ""); strings.Contains(said, "context") || strings.Contains(said, "read-other") {
+			t.Errorf("%s: Explain shows policy text or another caller's policy: %+v", tt.name, e)
+		}
+	}
+}
+
+func TestShadow(t *testing.T) {
+	live := load(t, someCedar)
+	candidate := load(t, someCedar+`@id("fewer") @violation("revoke-chain") forbid(principal, action, resource == Tool::"db.read") when { context.chain.depth > 1 };`)
+	var found []policy.Difference
+	s := policy.Shadow{Live: live, Candidate: candidate, Report: func(d policy.Difference) { found = append(found, d) }}
+	deep := use("db.read", func(q *broker.Question) { q.Depth = 2 })
+	for _, q := range []broker.Question{use("db.read"), deep, use("mail")} {
+		if got, want := s.Decide(q), live.Decide(q); !reflect.DeepEqual(got, want) {
+			t.Errorf("Decide = %+v, want the live bundle's %+v", got, want)
+		}
+	}
+	want := `spiffe://acme.example/ci/runner use "db.read": live allow by ["ci"], candidate deny (revoke-chain) by ["fewer"]`
+	if len(found) != 1 || found[0].String() != want {
+		t.Errorf("reported %v, want [%s]", found, want)
+	}
+	if got := policy.Diff(live, candidate, use("db.read"), deep); len(got) != 1 || got[0].Question.Depth != 2 {
+		t.Errorf("Diff = %v, want the deep question", got)
+	}
+	if s.Digest() != live.Digest() {
+		t.Errorf("Digest() = %s, want the live bundle's", s.Digest())
+	}
+}
+
+func TestChanges(t *testing.T) {
+	dir := sources(`// only a comment is new here
+@id("ci") permit(principal in AgentGroup::"spiffe://acme.example/ci",
+  action == Action::"use", resource == Tool::"db.read");
+@id("new") forbid(principal, action, resource == Tool::"mail");`)
+	dir["bundle.yaml"] = &fstest.MapFile{Data: []byte("name: acme\nversion: 4\n")}
+	dir["tools.yaml"] = &fstest.MapFile{Data: []byte(strings.Replace(strings.Split(toolsYAML, "  - name: mail")[0], "ttl: 60s", "ttl: 30s", 1) +
+		"  - {name: chat, backend: kv, narrowing: none, vault: {policy: p, path: kv/chat}}\n  - {name: mail, backend: kv, narrowing: none, vault: {policy: pawl-mail, path: kv/mail}}\n")}
+	delete(dir, "violations.yaml")
+	to, err := policy.Load(build(t, dir).Unsigned())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, c := range policy.Changes(load(t, someCedar), to) {
+		got = append(got, c.String())
+	}
+	want := []string{"changed version ", "added tool chat", "changed tool db.read", "added policy new", "removed violation canary", "removed violation outside_scope"}
+	if !slices.Equal(got, want) {
+		t.Errorf("Changes = %q, want %q", got, want)
+	}
+}
