@@ -415,9 +415,12 @@ BEGIN
 END $$;
 
 -- Cuts the given grants. Call it until all three counts are zero: a login that began before the
--- commit is found by the next call. A grant that is being ended in another transaction is passed
--- over, so that nobody can hold up the rest.
-CREATE OR REPLACE FUNCTION pawl.sever(grants text[], OUT severed int, OUT passed_over int, OUT sessions int)
+-- commit is found by a later call. A grant that is being ended in another transaction is passed
+-- over, so that nobody can hold up the rest. What starts up was perhaps let in before the commit and
+-- is in no list of sessions yet, but in a transaction (InitPostgres begins it before authentication): once
+-- those processes have gone by, a call that counts nothing is the last.
+CREATE OR REPLACE FUNCTION pawl.sever(
+    grants text[], OUT severed int, OUT passed_over int, OUT sessions int, OUT starting int[])
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
 DECLARE
@@ -435,6 +438,10 @@ BEGIN
     PERFORM pawl.disable(ours);
     severed := cardinality(ours);
     passed_over := cardinality(alive) - severed;
+    PERFORM pg_stat_clear_snapshot();
+    starting := ARRAY(SELECT pid FROM pg_locks WHERE locktype = 'virtualxid' AND granted
+        EXCEPT SELECT pid FROM pg_stat_activity WHERE usesysid IS NOT NULL OR datid IS NOT NULL);
+    -- Sessions are counted last, so that whoever started up in between is among them.
     SELECT count(pg_terminate_backend(a.pid)) INTO sessions
     FROM pawl.inspect(grants) i JOIN pg_stat_activity a ON a.usesysid = i.role;
 END $$;

@@ -3,6 +3,7 @@ package postgres
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -34,18 +35,34 @@ func (b *Backend) Sever(ctx context.Context, grants []broker.Grant) error {
 	}
 }
 
-// cut repeats until a whole pass finds nothing: a session that began before the commit of one pass is
-// seen by the next.
+// startup is how long cut waits for a process that is starting up. The login is refused to whoever is
+// still being authenticated after that, and a session that was let in just before has no rights left.
+const startup = 500 * time.Millisecond
+
+// cut repeats until a whole pass finds nothing, and whatever was starting up at the first such pass
+// has either become a session, which a pass saw, or gone.
 func (b *Backend) cut(ctx context.Context, ids []string) error {
+	var quiet bool           // whether there was such a pass
+	var waited time.Duration // since then
+	var before []int32       // the processes that were starting up then and are still
 	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		var severed, passedOver, sessions int
-		err := b.revoker.query(ctx, "SELECT severed, passed_over, sessions FROM pawl.sever($1)", []any{ids},
-			&severed, &passedOver, &sessions)
+		var starting []int32
+		err := b.revoker.query(ctx, "SELECT severed, passed_over, sessions, starting FROM pawl.sever($1)", []any{ids},
+			&severed, &passedOver, &sessions, &starting)
 		if err != nil {
 			return err
 		}
+		if !quiet {
+			before = starting
+		}
+		before = slices.DeleteFunc(before, func(pid int32) bool { return !slices.Contains(starting, pid) })
 		if severed == 0 && passedOver == 0 && sessions == 0 {
-			return nil
+			quiet = true
+			if len(before) == 0 || waited > startup {
+				return nil
+			}
+			waited += pause
 		}
 		timer := time.NewTimer(pause)
 		select {
