@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"path"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -128,7 +129,7 @@ func (s *Server) X509SVID(id spiffeid.ID) (*x509svid.SVID, error) {
 	}
 	signer := s.authorities[len(s.authorities)-1]
 	cert, err := sign(&x509.Certificate{
-		Subject:               pkix.Name{Organization: []string{"development"}},
+		Subject:               pkix.Name{Organization: []string{"development"}, CommonName: path.Base(id.Path())}, // Vault's cert auth wants a name
 		URIs:                  []*url.URL{id.URL()},
 		NotBefore:             now.Add(-backdate),
 		NotAfter:              now.Add(s.ttl),

@@ -1,0 +1,131 @@
+package dev
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/pawlsec/pawl/broker/policy"
+	"github.com/pawlsec/pawl/cmd/wire"
+	"github.com/pawlsec/pawl/plugins/postgres"
+	"github.com/pawlsec/pawl/plugins/vault"
+)
+
+const vaultLogin = "pawl_vault"
+
+// setupPostgres makes a small shop and what agents may get of it.
+func (e *Env) setupPostgres(ctx context.Context) (err error) {
+	if e.Database, err = e.Postgres.CreateDatabase(ctx); err != nil {
+		return err
+	}
+	conn, err := pgx.Connect(ctx, e.Database)
+	if err != nil {
+		return err
+	}
+	defer conn.Close(ctx) //nolint:errcheck // the work is committed by then
+	if _, err := conn.Exec(ctx, `
+		CREATE TABLE orders (id serial PRIMARY KEY, item text NOT NULL, price numeric NOT NULL);
+		CREATE TABLE customers (id serial PRIMARY KEY, name text NOT NULL);
+		INSERT INTO orders (item, price) VALUES ('ratchet', 12.50), ('pawl', 3.20), ('spring', 0.80);
+		INSERT INTO customers (name) VALUES ('Ada'), ('Grace');`); err != nil {
+		return err
+	}
+	return postgres.Setup(ctx, conn, postgres.SetupConfig{VaultPassword: e.vaultPassword(), Tables: []postgres.Grantable{
+		{Table: "orders", Verbs: []string{"select", "insert", "update", "delete"}},
+		{Table: "customers", Verbs: []string{"select"}},
+	}})
+}
+
+// vaultPassword is the one of pawl_vault, made once; rotate-root replaces it.
+func (e *Env) vaultPassword() string {
+	if e.password == "" {
+		e.password = rand.Text()
+	}
+	return e.password
+}
+
+func (e *Env) shopDSN() string {
+	host, port, _ := strings.Cut(e.Postgres.Address(), ":")
+	return fmt.Sprintf("host=%s port=%s dbname=%s sslmode=disable", host, port, e.databaseName())
+}
+
+func (e *Env) databaseName() string {
+	u, err := url.Parse(e.Database)
+	if err != nil {
+		panic("dev: the DSN that was just made does not parse")
+	}
+	return strings.TrimPrefix(u.Path, "/")
+}
+
+// setupVault teaches a fresh Vault what the broker needs, as a platform team would with
+// `pawl vault bootstrap`.
+func (e *Env) setupVault(ctx context.Context) error {
+	for _, w := range e.mounts() {
+		if err := e.admin().Write(ctx, w); err != nil {
+			return err
+		}
+	}
+	bundle := e.Identities.Bundle()
+	var authorities strings.Builder
+	for _, cert := range bundle.X509Authorities() {
+		if err := pem.Encode(&authorities, &pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}); err != nil {
+			return err
+		}
+	}
+	running, err := e.tools()
+	if err != nil {
+		return err
+	}
+	_, err = vault.Setup(ctx, e.admin(), vault.SetupConfig{BrokerID: BrokerID, TrustPEM: authorities.String(),
+		Tools: wire.Access(running.Tools(), e.Config.Backends), Reads: wire.Reads(running.Tools(), e.Config.Backends)})
+	return err
+}
+
+func (e *Env) tools() (*policy.Policy, error) {
+	running, err := wire.LoadPolicy(e.Config.Policy)
+	if err != nil {
+		return nil, err
+	}
+	return running.Current(), nil
+}
+
+func (e *Env) admin() vault.Admin {
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(e.Vault.CAPEM())
+	return vault.Admin{Address: e.Vault.Address(), Roots: roots, Token: e.Vault.RootToken()}
+}
+
+func (e *Env) mounts() []vault.Write {
+	post := func(path string, data map[string]any) vault.Write {
+		return vault.Write{Method: "POST", Path: path, Data: data}
+	}
+	writes := []vault.Write{
+		post("sys/mounts/secret", map[string]any{"type": "kv", "options": map[string]any{"version": "2"}}),
+		post("secret/data/notes", map[string]any{"data": map[string]any{"note": "kept in a drawer"}}),
+		post("sys/mounts/pki", map[string]any{"type": "pki"}),
+		post("pki/root/generate/internal", map[string]any{"common_name": "Pawl development", "key_type": "ec", "ttl": "24h"}),
+		post("pki/roles/pawl-client", map[string]any{"allowed_domains": "agents.pawl.dev", "allow_subdomains": true,
+			"client_flag": true, "server_flag": false, "key_type": "ec", "key_bits": 256, "generate_lease": true, "max_ttl": "5m"}),
+	}
+	if e.Postgres == nil {
+		return writes
+	}
+	writes = append(writes, post("sys/mounts/database", map[string]any{"type": "database"}))
+	setup := postgres.VaultSetup{Mount: "database", Connection: "shop", Address: e.Postgres.Address(), Database: e.databaseName(),
+		SSLMode: "disable", Tools: map[string]time.Duration{"pawl-db-read": 0, "pawl-db-admin": 0},
+		Service: map[postgres.Purpose]string{postgres.Shaper: "pawl-shaper", postgres.Revoker: "pawl-revoker"}}
+	for _, w := range setup.Writes() {
+		if w.Data["username"] == vaultLogin {
+			w.Data["password"] = e.vaultPassword()
+		}
+		writes = append(writes, post(strings.Join(w.Path, "/"), w.Data))
+	}
+	return append(writes, post("database/rotate-root/shop", map[string]any{}))
+}

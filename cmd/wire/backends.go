@@ -1,0 +1,182 @@
+package wire
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/policy"
+	"github.com/pawlsec/pawl/plugins/kv"
+	"github.com/pawlsec/pawl/plugins/pki"
+	"github.com/pawlsec/pawl/plugins/postgres"
+	"github.com/pawlsec/pawl/plugins/vault"
+	"github.com/pawlsec/pawl/store/bolt"
+)
+
+// backends makes the configured targets.
+func (s *Server) backends(configured map[string]Backend, log *slog.Logger) (map[string]broker.Backend, error) {
+	made := map[string]broker.Backend{}
+	for name, c := range configured {
+		b, err := s.backend(c, log)
+		if err != nil {
+			return nil, fmt.Errorf("backends.%s: %w", name, err)
+		}
+		made[name] = b
+	}
+	return made, nil
+}
+
+func (s *Server) backend(c Backend, log *slog.Logger) (broker.Backend, error) {
+	switch c.Plugin {
+	case "kv":
+		return kv.New(kv.Config{}), nil
+	case "pki":
+		return pki.New(pki.Config{Vault: s.Vault})
+	case "postgres":
+		b, err := postgres.New(postgres.Config{DSN: c.DSN, Credentials: serviceLogins{s.Vault, c}, Log: log})
+		if err == nil {
+			s.later(b.Close)
+		}
+		return b, err
+	}
+	return nil, fmt.Errorf("plugin %q is not in this build", c.Plugin)
+}
+
+// serviceLogins fetches the broker's own database logins from Vault, with its own token.
+type serviceLogins struct {
+	vault *vault.Client
+	c     Backend
+}
+
+// Credential implements [postgres.Credentials].
+func (l serviceLogins) Credential(ctx context.Context, p postgres.Purpose) (username, password string, expires time.Time, err error) {
+	role := cmp.Or(l.c.Shaper, "pawl-shaper")
+	if p == postgres.Revoker {
+		role = cmp.Or(l.c.Revoker, "pawl-revoker")
+	}
+	asked := time.Now()
+	data, err := l.vault.Read(ctx, []string{cmp.Or(l.c.Mount, "database"), "creds", role})
+	if err != nil {
+		return "", "", time.Time{}, err
+	}
+	username, _ = data["username"].(string)
+	password, _ = data["password"].(string)
+	if username == "" || password == "" {
+		return "", "", time.Time{}, errors.New("vault gave no database login")
+	}
+	return username, password, asked.Add(cmp.Or(l.c.ServiceTTL, 4*time.Hour)), nil
+}
+
+// checkTools has each backend check the tools that name it.
+func checkTools(tools []broker.Tool, backends map[string]broker.Backend) error {
+	var wrong []error
+	for _, t := range tools {
+		b, ok := backends[t.Backend]
+		if !ok {
+			wrong = append(wrong, fmt.Errorf("tool %q names backend %q, which is not configured", t.Name, t.Backend))
+			continue
+		}
+		if err := b.Load(t); err != nil {
+			wrong = append(wrong, fmt.Errorf("tool %q: %w", t.Name, err))
+		}
+	}
+	return errors.Join(wrong...)
+}
+
+// minting is what a backend says about the Vault path of a tool's mint.
+type minting interface {
+	Access(broker.Tool) (path []string, write, leased bool)
+}
+
+// Access gives the Vault policy and mint path of each tool, for setting Vault up.
+func Access(tools []broker.Tool, backends map[string]Backend) (list []vault.Access) {
+	for _, t := range tools {
+		var m minting
+		switch backends[t.Backend].Plugin {
+		case "kv":
+			m = &kv.Backend{}
+		case "pki":
+			m = &pki.Backend{}
+		case "postgres":
+			m = &postgres.Backend{}
+		default:
+			continue
+		}
+		path, write, leased := m.Access(t)
+		list = append(list, vault.Access{Policy: t.Policy, Path: path, Write: write, Leased: leased})
+	}
+	return list
+}
+
+// Reads gives the Vault paths that the broker itself reads for its backends: to prove secrets
+// dead, and its own database logins.
+func Reads(tools []broker.Tool, backends map[string]Backend) (paths [][]string) {
+	seen := map[string]bool{}
+	add := func(path ...string) {
+		if key := strings.Join(path, "/"); !seen[key] {
+			seen[key] = true
+			paths = append(paths, path)
+		}
+	}
+	for _, t := range tools {
+		switch b := backends[t.Backend]; b.Plugin {
+		case "pki":
+			add(t.Path[0], "cert", "*")
+		case "postgres":
+			mount := cmp.Or(b.Mount, "database")
+			add(mount, "creds", cmp.Or(b.Shaper, "pawl-shaper"))
+			add(mount, "creds", cmp.Or(b.Revoker, "pawl-revoker"))
+		}
+	}
+	return paths
+}
+
+// leaseLister is the Vault client with the paths whose leases are ours: those of the running
+// bundle's tools.
+type leaseLister struct {
+	*vault.Client
+	policy   *policy.Running
+	backends map[string]broker.Backend
+}
+
+// Leases implements [broker.LeaseLister].
+func (l leaseLister) Leases(ctx context.Context) ([]broker.FoundLease, error) {
+	var prefixes [][]string
+	seen := map[string]bool{}
+	for _, t := range l.policy.Current().Tools() {
+		m, ok := l.backends[t.Backend].(minting)
+		if !ok {
+			continue
+		}
+		path, _, leased := m.Access(t)
+		if key := strings.Join(path, "/"); leased && !seen[key] {
+			seen[key] = true
+			prefixes = append(prefixes, path)
+		}
+	}
+	if len(prefixes) == 0 {
+		return nil, nil
+	}
+	listed, err := l.Client.Leases(ctx, prefixes...)
+	found := make([]broker.FoundLease, len(listed))
+	for i, lease := range listed {
+		found[i] = broker.FoundLease{ID: lease.ID, Issued: lease.Issued}
+	}
+	return found, err
+}
+
+// engine is the broker with the ledger's own audit log.
+type engine struct {
+	*broker.Broker
+	ledger *bolt.Ledger
+}
+
+// Entries implements server.Audit.
+func (e engine) Entries(ctx context.Context, after broker.Revision, limit int) ([]broker.Entry, error) {
+	return e.ledger.Entries(ctx, after, limit)
+}

@@ -1,0 +1,174 @@
+// Package wire makes a running broker out of a configuration: it is the one place that knows
+// every part and puts them together.
+package wire
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/goccy/go-yaml"
+)
+
+// Config is the configuration file of `pawl server`. Unknown keys are errors. Durations are
+// written like 90s or 4h.
+type Config struct {
+	TrustDomains []string           `yaml:"trust_domains"` // whose workloads may come; required
+	WorkloadAPI  string             `yaml:"workload_api"`  // unix:///path of the SPIFFE Workload API; empty: $SPIFFE_ENDPOINT_SOCKET
+	JWTAudience  string             `yaml:"jwt_audience"`  // accept JWT-SVIDs for this one audience; empty: only X.509-SVIDs
+	Listen       Listen             `yaml:"listen"`        // required
+	Operators    []string           `yaml:"operators"`     // SPIFFE IDs that may look and revoke over TLS; empty: only the local socket
+	Ledger       string             `yaml:"ledger"`        // file; required
+	Policy       Policy             `yaml:"policy"`        // required
+	Vault        Vault              `yaml:"vault"`         // required
+	Backends     map[string]Backend `yaml:"backends"`      // by the name that tools use; at least one
+	SweepEvery   time.Duration      `yaml:"sweep_every"`   // how often strays are looked for; zero: 1m
+}
+
+// Listen says where the broker is reached. An address without a host is all interfaces.
+type Listen struct {
+	Agents    string `yaml:"agents"`    // host:port, TLS; required
+	Operators string `yaml:"operators"` // host:port, TLS; empty: operators use the socket
+	Socket    string `yaml:"socket"`    // unix socket for local operators (root, or the broker's own user); required: revoking must work when TLS cannot
+}
+
+// Policy says which bundle rules.
+type Policy struct {
+	Bundle string `yaml:"bundle"` // signed bundle, a file; required
+	Keys   string `yaml:"keys"`   // JWK set of the platform keys, a file; required
+	Need   int    `yaml:"need"`   // how many of them must have signed; zero: 1
+}
+
+// Vault says which Vault, and how the broker is known there.
+type Vault struct {
+	Address     string        `yaml:"address"`      // https://host:port; required
+	CA          string        `yaml:"ca"`           // PEM file of the authorities of its certificate; required
+	Namespace   string        `yaml:"namespace"`    // empty: the root namespace
+	Auth        string        `yaml:"auth"`         // cert or jwt: with which SVID the broker logs in; empty: cert
+	Mount       string        `yaml:"mount"`        // of the auth method; empty: its name
+	Role        string        `yaml:"role"`         // of the auth method; empty: pawl-broker
+	Audience    string        `yaml:"audience"`     // of the JWT-SVID for Vault; required with jwt
+	MintTimeout time.Duration `yaml:"mint_timeout"` // how long a mint is waited for; zero: 10s
+	MintBound   time.Duration `yaml:"mint_bound"`   // Vault's max_request_duration; zero: 90s
+}
+
+// Backend is one target of secrets. Which of the fields count is the plugin's matter; one that
+// does not must be absent.
+type Backend struct {
+	Plugin string `yaml:"plugin"` // postgres, pki, ssh, jwt or kv; required
+
+	DSN        string        `yaml:"dsn"`         // postgres: host, port, dbname, sslmode; never a user or password
+	Mount      string        `yaml:"mount"`       // postgres: the database engine's mount; empty: database
+	Shaper     string        `yaml:"shaper"`      // postgres: Vault role of the broker's own login that makes shapes; empty: pawl-shaper
+	Revoker    string        `yaml:"revoker"`     // postgres: of the one that severs; empty: pawl-revoker
+	ServiceTTL time.Duration `yaml:"service_ttl"` // postgres: the life of both; zero: 4h
+	KRL        string        `yaml:"krl"`         // ssh: key revocation list that sshd reads; empty: none, and secrets live until their end
+	CA         string        `yaml:"ca"`          // ssh: public key file of Vault's SSH authority; required with krl
+	Issuer     string        `yaml:"issuer"`      // jwt: the iss claim; required
+}
+
+// MaxConfig is the largest configuration file in bytes.
+const MaxConfig = 1 << 20
+
+// ReadConfig reads and validates a file.
+func ReadConfig(path string) (Config, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return Config{}, err
+	}
+	defer f.Close() //nolint:errcheck // only read
+	raw, err := io.ReadAll(io.LimitReader(f, MaxConfig+1))
+	if err != nil {
+		return Config{}, err
+	}
+	c, err := ParseConfig(raw)
+	if err != nil {
+		return Config{}, fmt.Errorf("%s: %w", path, err)
+	}
+	return c, nil
+}
+
+// ParseConfig reads YAML strictly: unknown and duplicate keys, several documents and missing
+// required fields are errors that name the line or field.
+func ParseConfig(raw []byte) (Config, error) {
+	var c Config
+	if len(raw) > MaxConfig {
+		return c, fmt.Errorf("larger than %d bytes", MaxConfig)
+	}
+	dec := yaml.NewDecoder(bytes.NewReader(raw), yaml.Strict())
+	if err := dec.Decode(&c); err != nil {
+		if errors.Is(err, io.EOF) {
+			return c, errors.New("is empty; see `pawl server --example`")
+		}
+		return c, errors.New(strings.TrimSpace(yaml.FormatError(err, false, true)))
+	}
+	if err := dec.Decode(new(any)); !errors.Is(err, io.EOF) {
+		return c, errors.New("holds more than one document")
+	}
+	return c, c.check()
+}
+
+func (c Config) check() error {
+	var missing []error
+	need := func(name string, ok bool) {
+		if !ok {
+			missing = append(missing, fmt.Errorf("%s is required", name))
+		}
+	}
+	need("trust_domains", len(c.TrustDomains) > 0)
+	need("listen.agents", c.Listen.Agents != "")
+	need("listen.socket", c.Listen.Socket != "")
+	need("ledger", c.Ledger != "")
+	need("policy.bundle", c.Policy.Bundle != "")
+	need("policy.keys", c.Policy.Keys != "")
+	need("vault.address", c.Vault.Address != "")
+	need("vault.ca", c.Vault.CA != "")
+	need("backends", len(c.Backends) > 0)
+	if c.Vault.Auth == "jwt" {
+		need("vault.audience", c.Vault.Audience != "")
+	} else if c.Vault.Auth != "" && c.Vault.Auth != "cert" {
+		missing = append(missing, fmt.Errorf("vault.auth is %q; it is cert or jwt", c.Vault.Auth))
+	}
+	if c.Listen.Operators != "" {
+		need("operators (with listen.operators)", len(c.Operators) > 0)
+	}
+	for name, b := range c.Backends {
+		missing = append(missing, b.check("backends."+name))
+	}
+	return errors.Join(missing...)
+}
+
+// check refuses fields that the plugin would pass over: a setting that does nothing misleads.
+func (b Backend) check(name string) error {
+	own := map[string]bool{"dsn": b.DSN != "", "mount": b.Mount != "", "shaper": b.Shaper != "", "revoker": b.Revoker != "",
+		"service_ttl": b.ServiceTTL != 0, "krl": b.KRL != "", "ca": b.CA != "", "issuer": b.Issuer != ""}
+	takes := map[string][]string{
+		"postgres": {"dsn", "mount", "shaper", "revoker", "service_ttl"}, "ssh": {"krl", "ca"},
+		"jwt": {"issuer"}, "pki": nil, "kv": nil,
+	}
+	fields, known := takes[b.Plugin]
+	if !known {
+		return fmt.Errorf("%s.plugin is %q; it is postgres, pki, ssh, jwt or kv", name, b.Plugin)
+	}
+	for _, f := range fields {
+		delete(own, f)
+	}
+	for f, set := range own {
+		if set {
+			return fmt.Errorf("%s.%s means nothing to plugin %s", name, f, b.Plugin)
+		}
+	}
+	switch {
+	case b.Plugin == "postgres" && b.DSN == "":
+		return fmt.Errorf("%s.dsn is required", name)
+	case b.Plugin == "jwt" && b.Issuer == "":
+		return fmt.Errorf("%s.issuer is required", name)
+	case b.Plugin == "ssh" && (b.KRL == "") != (b.CA == ""):
+		return fmt.Errorf("%s.krl and ca go together", name)
+	}
+	return nil
+}

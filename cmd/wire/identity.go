@@ -1,0 +1,130 @@
+package wire
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"golang.org/x/sys/unix"
+
+	"github.com/pawlsec/pawl/attest"
+	"github.com/pawlsec/pawl/broker"
+)
+
+// certificate is the current SVID as a TLS client certificate.
+func certificate(source x509svid.Source) (*tls.Certificate, error) {
+	svid, err := source.GetX509SVID()
+	if err != nil {
+		return nil, fmt.Errorf("the broker's own SVID: %w", err)
+	}
+	c := &tls.Certificate{PrivateKey: svid.PrivateKey, Leaf: svid.Certificates[0]}
+	for _, cert := range svid.Certificates {
+		c.Certificate = append(c.Certificate, cert.Raw)
+	}
+	return c, nil
+}
+
+func jwtFor(source *workloadapi.JWTSource, audience string) func(context.Context) (string, error) {
+	return func(ctx context.Context) (string, error) {
+		svid, err := source.FetchJWTSVID(ctx, jwtsvid.Params{Audience: audience})
+		if err != nil {
+			return "", fmt.Errorf("the broker's own JWT-SVID: %w", err)
+		}
+		return svid.Marshal(), nil
+	}
+}
+
+// operators says who may look and revoke: listed SPIFFE IDs over TLS, and over the local socket
+// root and the broker's own user. The socket needs no SVID, so that revoking works when the
+// broker's own has expired (hardening.md, "SVID rotation").
+type operators struct {
+	listed []string
+	a      *attest.Attestor
+}
+
+func newOperators(listed []string, a *attest.Attestor) operators { return operators{listed, a} }
+
+func (o operators) identify(r *http.Request) (broker.Operator, error) {
+	if peer, ok := r.Context().Value(peerKey{}).(peerUser); ok {
+		if peer.err != nil || peer.uid != 0 && int(peer.uid) != os.Getuid() {
+			return broker.Operator{}, broker.Errorf(broker.Unauthenticated, "operator", "only root and the broker's own user may use this socket")
+		}
+		return broker.Operator{Name: fmt.Sprintf("local:uid=%d", peer.uid)}, nil
+	}
+	c, err := o.a.Identify(r)
+	if err != nil {
+		return broker.Operator{}, err
+	}
+	if !slices.Contains(o.listed, c.ID.String()) {
+		return broker.Operator{}, broker.Errorf(broker.Unauthenticated, "operator", "%s is not an operator of this broker", c.ID)
+	}
+	return broker.Operator{Name: c.ID.String()}, nil
+}
+
+// peerKey is the context key of the user at the other end of the local socket. It travels in the
+// context because that is the only way from a connection to its requests.
+type peerKey struct{}
+
+type peerUser struct {
+	uid uint32
+	err error
+}
+
+func withPeer(ctx context.Context, conn net.Conn) context.Context {
+	uid, err := peerUID(conn)
+	return context.WithValue(ctx, peerKey{}, peerUser{uid, err})
+}
+
+func peerUID(conn net.Conn) (uint32, error) {
+	c, ok := conn.(*net.UnixConn)
+	if !ok {
+		return 0, errors.New("not a unix socket")
+	}
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) {
+		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return 0, err
+	}
+	if credErr != nil {
+		return 0, credErr
+	}
+	return cred.Uid, nil
+}
+
+// serveSocket serves operators on a unix socket. One left behind by a process that died is
+// replaced; one that answers belongs to another broker.
+func (s *Server) serveSocket(path string, h http.Handler) error {
+	if conn, err := net.Dial("unix", path); err == nil {
+		_ = conn.Close()
+		return fmt.Errorf("%q is in use by another process", path)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return err
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		_ = l.Close()
+		return err
+	}
+	srv := attest.Server(h, attest.Limits{})
+	srv.ConnContext = withPeer
+	s.serve(srv, l)
+	return nil
+}

@@ -1,0 +1,261 @@
+package wire
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"github.com/pawlsec/pawl/attest"
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/policy"
+	"github.com/pawlsec/pawl/broker/server"
+	"github.com/pawlsec/pawl/plugins/vault"
+	"github.com/pawlsec/pawl/store/bolt"
+)
+
+// Server is a running broker with its listeners. Make one with [Start].
+type Server struct {
+	Broker *broker.Broker
+	Policy *policy.Running
+	Ledger *bolt.Ledger
+	Vault  *vault.Client
+
+	agents, operators net.Addr
+	failed            chan error
+	closers           []func() // in the order of making; Close runs them backwards
+	closing           sync.Once
+}
+
+// Start puts the parts together and serves. ctx bounds the start, not the serving. Vault need
+// not be up: fencing works without it.
+func Start(ctx context.Context, c Config, log *slog.Logger) (s *Server, err error) {
+	s = &Server{failed: make(chan error, 3)}
+	defer func() {
+		if err != nil {
+			s.Close()
+		}
+	}()
+	if s.Policy, err = LoadPolicy(c.Policy); err != nil {
+		return s, err
+	}
+	for _, w := range s.Policy.Current().Warnings() {
+		log.Warn("policy", "warning", w)
+	}
+	source, jwts, err := s.identity(ctx, c)
+	if err != nil {
+		return s, err
+	}
+	attestor, err := newAttestor(c, source, jwts)
+	if err != nil {
+		return s, err
+	}
+	if s.Vault, err = s.login(c.Vault, source, jwts, log); err != nil {
+		return s, err
+	}
+	if s.Ledger, err = bolt.Open(bolt.Config{Path: c.Ledger}); err != nil {
+		return s, err
+	}
+	s.later(func() { logClose(log, "ledger", s.Ledger.Close()) })
+	backends, err := s.backends(c.Backends, log)
+	if err != nil {
+		return s, err
+	}
+	if err := checkTools(s.Policy.Current().Tools(), backends); err != nil {
+		return s, err
+	}
+	if s.Broker, err = broker.New(broker.Config{
+		Ledger: s.Ledger, Policy: s.Policy.Policy, Vault: leaseLister{s.Vault, s.Policy, backends}, Backends: backends,
+		Now: time.Now, Random: rand.Reader, Alarm: func(op string, err error) { log.Error("alarm", "op", op, "error", err) },
+		MintTimeout: c.Vault.MintTimeout, MintBound: c.Vault.MintBound, SweepEvery: c.SweepEvery,
+	}); err != nil {
+		return s, err
+	}
+	s.later(s.Broker.Stop)
+	if err := s.Broker.Resume(ctx); err != nil {
+		return s, err
+	}
+	return s, s.listen(c, attestor, log)
+}
+
+// later has Close run f, before what was given to later earlier.
+func (s *Server) later(f func()) { s.closers = append(s.closers, f) }
+
+// Close stops serving, then the background work, then the parts, and waits for each. What was
+// under way is in the ledger.
+func (s *Server) Close() {
+	s.closing.Do(func() {
+		for i := len(s.closers) - 1; i >= 0; i-- {
+			s.closers[i]()
+		}
+	})
+}
+
+// Failed gives the error of a listener that stopped by itself.
+func (s *Server) Failed() <-chan error { return s.failed }
+
+// Agents and Operators are the addresses that are listened on; Operators is nil without one.
+func (s *Server) Agents() net.Addr    { return s.agents }
+func (s *Server) Operators() net.Addr { return s.operators }
+
+func logClose(log *slog.Logger, what string, err error) {
+	if err != nil {
+		log.Error("closing", "part", what, "error", err)
+	}
+}
+
+// LoadPolicy verifies and loads the configured bundle.
+func LoadPolicy(c Policy) (*policy.Running, error) {
+	jws, trust, err := readBundle(c)
+	if err != nil {
+		return nil, err
+	}
+	running, err := policy.NewRunning(jws, trust)
+	if err != nil {
+		return nil, fmt.Errorf("policy bundle %q: %w", c.Bundle, err)
+	}
+	return running, nil
+}
+
+func readBundle(c Policy) ([]byte, policy.Trust, error) {
+	raw, err := os.ReadFile(c.Keys)
+	if err != nil {
+		return nil, policy.Trust{}, fmt.Errorf("policy keys: %w", err)
+	}
+	keys, err := policy.ParseKeySet(raw)
+	if err != nil {
+		return nil, policy.Trust{}, fmt.Errorf("policy keys %q: %w", c.Keys, err)
+	}
+	jws, err := os.ReadFile(c.Bundle)
+	if err != nil {
+		return nil, policy.Trust{}, fmt.Errorf("policy bundle: %w", err)
+	}
+	return jws, policy.Trust{Keys: keys, Need: max(c.Need, 1)}, nil
+}
+
+// ReloadPolicy reads the bundle file again and puts it in force when it is newer; otherwise the
+// running bundle stays.
+func (s *Server) ReloadPolicy(c Config) (*policy.Policy, error) {
+	jws, _, err := readBundle(c.Policy)
+	if err != nil {
+		return nil, err
+	}
+	return s.Policy.Replace(jws, false)
+}
+
+func (s *Server) identity(ctx context.Context, c Config) (*workloadapi.X509Source, *workloadapi.JWTSource, error) {
+	var options []workloadapi.ClientOption
+	if c.WorkloadAPI != "" {
+		options = append(options, workloadapi.WithAddr(c.WorkloadAPI))
+	}
+	client := workloadapi.WithClientOptions(options...)
+	x509s, err := workloadapi.NewX509Source(ctx, client)
+	if err != nil {
+		return nil, nil, fmt.Errorf("getting the broker's own SVID from the Workload API: %w", err)
+	}
+	s.later(func() { _ = x509s.Close() }) // it only stops watching
+	jwts, err := workloadapi.NewJWTSource(ctx, client)
+	if err != nil {
+		return nil, nil, fmt.Errorf("getting JWT bundles from the Workload API: %w", err)
+	}
+	s.later(func() { _ = jwts.Close() }) // it only stops watching
+	return x509s, jwts, nil
+}
+
+func newAttestor(c Config, source *workloadapi.X509Source, jwts *workloadapi.JWTSource) (*attest.Attestor, error) {
+	config := attest.Config{TrustDomains: c.TrustDomains, Source: source}
+	if c.JWTAudience != "" {
+		config.JWT, config.Audience = jwts, c.JWTAudience
+	}
+	return attest.New(config)
+}
+
+func (s *Server) listen(c Config, a *attest.Attestor, log *slog.Logger) error {
+	operators := newOperators(c.Operators, a)
+	srv, err := server.New(server.Config{Broker: engine{s.Broker, s.Ledger}, Identify: a.Identify, Operator: operators.identify,
+		Log: log, Now: time.Now, Ready: s.Vault.Ready})
+	if err != nil {
+		return err
+	}
+	if s.agents, err = s.serveTLS(c.Listen.Agents, a, srv.Agents(), log); err != nil {
+		return fmt.Errorf("listening for agents: %w", err)
+	}
+	if c.Listen.Operators != "" {
+		if s.operators, err = s.serveTLS(c.Listen.Operators, a, srv.Operators(), log); err != nil {
+			return fmt.Errorf("listening for operators: %w", err)
+		}
+	}
+	if err := s.serveSocket(c.Listen.Socket, srv.Operators()); err != nil {
+		return fmt.Errorf("listening on the operators' socket: %w", err)
+	}
+	s.later(srv.Close)
+	return nil
+}
+
+func (s *Server) serveTLS(address string, a *attest.Attestor, h http.Handler, log *slog.Logger) (net.Addr, error) {
+	inner, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	limits := attest.Limits{Log: log}
+	s.serve(attest.Server(h, limits), attest.Listener(inner, a.ServerTLS(), limits))
+	return inner.Addr(), nil
+}
+
+// serve runs h on l until Close.
+func (s *Server) serve(h *http.Server, l net.Listener) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := h.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			s.failed <- err
+		}
+	}()
+	s.later(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		if h.Shutdown(ctx) != nil {
+			_ = h.Close() // what is still open after the grace is cut
+		}
+		<-done
+	})
+}
+
+func (s *Server) login(c Vault, source *workloadapi.X509Source, jwts *workloadapi.JWTSource, log *slog.Logger) (*vault.Client, error) {
+	pem, err := os.ReadFile(c.CA)
+	if err != nil {
+		return nil, fmt.Errorf("vault.ca: %w", err)
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("vault.ca %q holds no certificate", c.CA)
+	}
+	role := c.Role
+	if role == "" {
+		role = "pawl-broker"
+	}
+	login := vault.Login{Mount: c.Mount}
+	if c.Auth == "jwt" {
+		login.JWTRole, login.JWT = role, jwtFor(jwts, c.Audience)
+	} else {
+		login.CertRole = role
+		login.Certificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return certificate(source) }
+	}
+	client, err := vault.New(vault.Config{Address: c.Address, Roots: roots, Namespace: c.Namespace, Login: login,
+		MintTimeout: c.MintTimeout, Log: log})
+	if err != nil {
+		return nil, err
+	}
+	s.later(client.Close)
+	return client, nil
+}
