@@ -1,6 +1,8 @@
 package policy
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"io/fs"
 	"reflect"
@@ -14,10 +16,10 @@ import (
 
 // Result is the outcome of one row.
 type Result struct {
-	File string
-	Line int
-	Name string
-	Fail string // what was wrong, empty for a row that passed
+	File string `json:"file"`
+	Line int    `json:"line"`
+	Name string `json:"name"`
+	Fail string `json:"fail,omitempty"` // what was wrong, empty for a row that passed
 }
 
 // String is "file:line: name: ok" or what was wrong instead of ok.
@@ -148,43 +150,37 @@ func readTests(file string, raw []byte) ([]row[testYAML], error) {
 }
 
 func (y testYAML) question() (q broker.Question, err error) {
-	if q.Caller.ID, err = spiffeid.FromString(y.Caller); err != nil {
-		return q, fmt.Errorf("caller: %w", err)
-	}
-	q.Action, q.Tool.Name, q.Violation = broker.Action(y.Action), broker.ToolName(y.Tool), broker.ViolationCode(y.Violation)
-	if y.Action == "" {
-		q.Action = broker.ActionUse
+	q = broker.Question{
+		Action:    cmp.Or(broker.Action(y.Action), broker.ActionUse),
+		Tool:      broker.Tool{Name: broker.ToolName(y.Tool)},
+		Violation: broker.ViolationCode(y.Violation),
+		Caller:    broker.Caller{Proof: cmp.Or(broker.Proof(y.Proof), broker.ProofX509)},
+		Now:       time.Date(2026, 3, 2, 10, 0, 0, 0, time.UTC),
 	}
 	if !slices.Contains(actions(), q.Action) {
 		return q, fmt.Errorf("action %.40q is not open, use, delegate or report", y.Action)
 	}
-	q.Caller.Proof = broker.Proof(y.Proof)
-	switch q.Caller.Proof {
-	case "":
-		q.Caller.Proof = broker.ProofX509
-	case broker.ProofX509, broker.ProofJWT:
-	default:
+	if q.Caller.Proof != broker.ProofX509 && q.Caller.Proof != broker.ProofJWT {
 		return q, fmt.Errorf("proof %.40q is not x509-svid or jwt-svid", y.Proof)
 	}
 	if (y.Receiver != "") != (q.Action == broker.ActionDelegate) || (y.Violation != "") != (q.Action == broker.ActionReport) {
-		return q, fmt.Errorf("a receiver belongs to delegate and a violation to report, always and only")
+		return q, errors.New("a receiver belongs to delegate and a violation to report, always and only")
+	}
+	if q.Caller.ID, err = spiffeid.FromString(y.Caller); err != nil {
+		return q, fmt.Errorf("caller: %w", err)
 	}
 	if y.Receiver != "" {
 		if q.Receiver, err = spiffeid.FromString(y.Receiver); err != nil {
 			return q, fmt.Errorf("receiver: %w", err)
 		}
 	}
-	q.Now = time.Date(2026, 3, 2, 10, 0, 0, 0, time.UTC)
 	if y.At != "" {
 		if q.Now, err = time.Parse(time.RFC3339, y.At); err != nil {
 			return q, fmt.Errorf("at: %.40q is not like 2026-03-02T10:00:00Z", y.At)
 		}
 	}
-	if err := y.past(&q); err != nil {
+	if err := y.past(&q); err != nil || y.Args == nil {
 		return q, err
-	}
-	if y.Args == nil {
-		return q, nil
 	}
 	text, err := asJSON(y.Args)
 	if err != nil {
@@ -244,7 +240,7 @@ func (y testYAML) want() (w expectation, err error) {
 	w.Allow, w.Approval, w.Failed, w.Policies = y.Expect == "allow", y.Approval, y.Failed, slices.Sorted(slices.Values(y.Policies))
 	w.ttl, w.narrowing, w.policies = y.TTL != "", y.Narrowing != "", y.Policies != nil
 	if y.Expect != "allow" && y.Expect != "deny" {
-		return w, fmt.Errorf("expect must be allow or deny")
+		return w, errors.New("expect must be allow or deny")
 	}
 	if y.Consequence != "" {
 		var ok bool

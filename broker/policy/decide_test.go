@@ -97,9 +97,9 @@ func TestDecide(t *testing.T) {
 
 		{"delegate within the domain", all, use("db.read", delegate("spiffe://acme.example/x")), broker.Decision{Allow: true, Policies: []string{"all"}}},
 		{"delegate across names nobody", all, use("db.read", delegate("spiffe://b.example/x")), broker.Decision{Allow: true, Policies: []string{"all"}}},
-		{"delegate across with both named", all + `@id("x") @domains("acme.example b.example") @ttl("5s") permit(principal in TrustDomain::"acme.example", action == Action::"delegate", resource == Tool::"db.read");`,
+		{"delegate across with both named", all + `@id("x") @domains("acme.example b.example") permit(principal in TrustDomain::"acme.example", action == Action::"delegate", resource == Tool::"db.read");`,
 			use("db.read", delegate("spiffe://b.example/x")),
-			broker.Decision{Allow: true, Policies: []string{"x"}, TTL: 5 * time.Second, Domains: []string{"acme.example", "b.example"}}},
+			broker.Decision{Allow: true, Policies: []string{"x"}, Domains: []string{"acme.example", "b.example"}}},
 		{"delegate across with others named", all + `@id("x") @domains("c.example b.example") permit(principal in TrustDomain::"acme.example", action == Action::"delegate", resource == Tool::"db.read");`,
 			use("db.read", delegate("spiffe://b.example/x")), broker.Decision{Allow: true, Policies: []string{"all", "x"}}},
 		{"receiver", `@id("ci") permit(principal in TrustDomain::"acme.example", action == Action::"delegate", resource == Tool::"db.read") when { context.receiver in AgentGroup::"spiffe://acme.example/ci" };`,

@@ -31,9 +31,9 @@
 //
 //	@id("…")                     the name in decisions; else the file's name, "#" and its number there
 //	@violation("revoke-chain")   on a forbid: what follows. The harshest of those that match counts
-//	@approval("2 of oncall")     on a permit: who must approve first
-//	@ttl("30s")                  on a permit: the longest life of the secret
-//	@narrowing("native")         on a permit: the weakest label accepted
+//	@approval("2 of oncall")     on a permit to use: who must approve first
+//	@ttl("30s")                  on a permit to use: the longest life of the secret
+//	@narrowing("native")         on a permit to use: the weakest label accepted
 //	@domains("a.example b.example")  on a permit to delegate: it reaches across these trust domains
 //	@any("principal tool")       on a permit: the parts that it deliberately leaves open
 //	@remedy("…")                 how to ask, shown to whoever is denied

@@ -12,12 +12,12 @@ import (
 // granted. It names policies and repeats the question's own words; it holds no policy text
 // and nothing of other callers.
 type Explanation struct {
-	Decision broker.Decision
-	Granted  bool     // allowed, and nothing is missing
-	Why      string   // one line for people
-	Unmet    []string // ids of permits for just this caller, action and tool whose conditions did not hold
-	Missing  []string // "tool:x", "permit:use:x", "approval:2 of oncall", "narrowing:native", "domains:a.example b.example"
-	Remedy   string   // how to ask; the policies' own @remedy where they have one
+	Decision broker.Decision `json:"decision"`
+	Granted  bool            `json:"granted"`           // allowed, and nothing is missing
+	Why      string          `json:"why"`               // one line for people
+	Unmet    []string        `json:"unmet,omitempty"`   // ids of permits for just this caller, action and tool whose conditions did not hold
+	Missing  []string        `json:"missing,omitempty"` // "tool:x", "permit:use:x", "approval:2 of oncall", "narrowing:native", "domains:a.example b.example"
+	Remedy   string          `json:"remedy,omitempty"`  // how to ask; the policies' own @remedy where they have one
 }
 
 // Explain answers a question like [Policy.Decide] and says why.

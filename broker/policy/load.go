@@ -2,6 +2,7 @@ package policy
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -76,7 +77,7 @@ func (p *Policy) compile(docs []document) error {
 	for _, d := range docs {
 		list, err := cedar.NewPolicyListFromBytes(d.File, []byte(d.Text))
 		if err != nil {
-			return fmt.Errorf("%s", place(d.File, err))
+			return errors.New(place(d.File, err))
 		}
 		for i, one := range list {
 			r, err := newRule(one, cedar.PolicyID(fmt.Sprintf("%s#%d", d.File, i+1)))

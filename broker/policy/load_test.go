@@ -74,6 +74,7 @@ func TestBuildRefuses(t *testing.T) {
 		{"narrowing", file("main.cedar", `@narrowing("tight") `+permit), `@narrowing: narrowing "tight"`},
 		{"one domain", file("main.cedar", `@domains("a.example") permit(principal in TrustDomain::"a", action == Action::"delegate", resource == Tool::"mail");`), "@domains: names the trust domains on both sides"},
 		{"domains without delegating", file("main.cedar", `@domains("a.example b.example") `+permit), "not about delegating"},
+		{"approval of a chain", file("main.cedar", `@approval("1 of oncall") permit(principal in TrustDomain::"a.example", action in [Action::"open", Action::"use"], resource == Tool::"mail");`), "kept for Action::\"use\""},
 		{"open principal", file("main.cedar", `permit(principal, action == Action::"use", resource == Tool::"mail");`), `permits any principal; if that is meant, say @any("principal")`},
 		{"open tool by type", file("main.cedar", `@any("principal") permit(principal is Agent, action == Action::"use", resource is Tool);`), "permits any tool"},
 		{"open action", file("main.cedar", `@any("principal tool") permit(principal, action, resource);`), "permits any action"},

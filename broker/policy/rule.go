@@ -49,10 +49,23 @@ func newRule(p *cedar.Policy, id cedar.PolicyID) (*rule, error) {
 		}
 	}
 	r.reads = readsOf(r.scope())
-	if len(r.domains) > 0 && !slices.Contains(r.actions(), broker.ActionDelegate) {
-		return r, errors.New("@domains: the permit is not about delegating")
+	if err := r.checkReach(); err != nil {
+		return r, err
 	}
 	return r, r.checkOpen()
+}
+
+// checkReach refuses limits where nothing would keep them: the broker holds a step to them, and
+// a chain or a delegation only to the trust domains.
+func (r *rule) checkReach() error {
+	limits := r.approval.count > 0 || r.ttl > 0 || r.narrowing > broker.NarrowNone
+	if limits && !slices.Equal(r.actions(), []broker.Action{broker.ActionUse}) {
+		return errors.New("@approval, @ttl and @narrowing are kept for Action::\"use\"; give the other actions a permit of their own")
+	}
+	if len(r.domains) > 0 && !slices.Contains(r.actions(), broker.ActionDelegate) {
+		return errors.New("@domains: the permit is not about delegating")
+	}
+	return nil
 }
 
 func (r *rule) scope() *scope.Policy { return (*scope.Policy)(r.policy.AST()) }

@@ -95,9 +95,9 @@ func (s Shadow) Digest() string { return s.Live.Digest() }
 
 // Change is one thing that is not the same in two bundles.
 type Change struct {
-	What string // "tool", "policy", "violation", "schema" or "version"
-	Name string // which one; empty for schema and version
-	How  string // "added", "removed" or "changed"
+	What string `json:"what"`           // "tool", "policy", "violation", "schema" or "version"
+	Name string `json:"name,omitempty"` // which one; empty for schema and version
+	How  string `json:"how"`            // "added", "removed" or "changed"
 }
 
 func (c Change) String() string { return fmt.Sprintf("%s %s %s", c.How, c.What, c.Name) }

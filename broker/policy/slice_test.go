@@ -42,7 +42,9 @@ func randomCedar(r *rand.Rand, n int) string {
 			if len(open) > 0 {
 				notes = fmt.Sprintf("@any(%q) ", strings.Join(open, " "))
 			}
-			notes += one(r, "", `@ttl("10s") `, `@approval("1 of oncall") `, `@narrowing("proxy") `)
+			if action == `action == Action::"use"` {
+				notes += one(r, "", `@ttl("10s") `, `@approval("1 of oncall") `, `@narrowing("proxy") `)
+			}
 		} else {
 			notes = one(r, "", `@violation("revoke-step") `, `@violation("freeze-caller") `)
 		}

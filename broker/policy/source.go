@@ -213,7 +213,7 @@ func (c content) check() error {
 		return fmt.Errorf("bundle.yaml: name %.60q must be lower-case words joined by dots or hyphens", c.Name)
 	}
 	if c.Version < 1 || c.Version > 1<<53 { // a number in any JSON reader
-		return fmt.Errorf("bundle.yaml: version must be a number from 1 up")
+		return errors.New("bundle.yaml: version must be a number from 1 up")
 	}
 	if len(c.Tools) > MaxTools {
 		return fmt.Errorf("tools.yaml: more than %d tools", MaxTools)
