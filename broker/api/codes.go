@@ -15,6 +15,7 @@ const (
 	CodeTooFast        Code = "too_fast"
 	CodeTooManyStreams Code = "too_many_streams"
 	CodeNoAnswer       Code = "no_answer"
+	CodeRepeated       Code = "repeated"
 )
 
 // Reason is what is known of a code once and for all.
@@ -88,5 +89,6 @@ func Reasons() []Reason {
 		{"second_person_needed", KindDenied, "It takes two people", false, "Have another operator ask for the same."},
 		{"reporter_not_trusted", KindDenied, "You may not report on this chain", false, "Report from an identity that policy trusts."},
 		{CodeNoAnswer, KindUnavailable, "The broker's answer did not arrive", true, "Made by clients, never sent. Ask again with the same idempotency key; without one, the request may have been carried out."},
+		{CodeRepeated, KindConflict, "The step was taken before, and its secret is given once", false, "Made by clients, never sent. Close the grant that the key names and take the step again with another key."},
 	}
 }

@@ -23,7 +23,7 @@ func TestReasons(t *testing.T) {
 		}
 		seen[r.Code] = true
 		status, again := fmt.Sprintf("%d", r.Status()), "no"
-		if r.Code == api.CodeNoAnswer {
+		if r.Code == api.CodeNoAnswer || r.Code == api.CodeRepeated {
 			status = "none"
 		}
 		if r.Retryable {

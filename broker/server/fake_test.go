@@ -31,8 +31,8 @@ const (
 )
 
 var (
-	noon  = time.Date(2030, 1, 2, 12, 0, 0, 0, time.FixedZone("elsewhere", 3600))
-	agent = spiffeid.RequireFromString("spiffe://example.org/agent")
+	noon    = time.Date(2030, 1, 2, 12, 0, 0, 0, time.FixedZone("elsewhere", 3600))
+	agentID = spiffeid.RequireFromString("spiffe://example.org/agent")
 )
 
 // fake answers every call with one full object, or with err. It notes what it was asked.
@@ -89,7 +89,7 @@ func delegation() broker.Delegation {
 		panic(err)
 	}
 	return broker.Delegation{
-		ID: delegationID, Chain: chainID, Parent: delegationID, Holder: agent,
+		ID: delegationID, Chain: chainID, Parent: delegationID, Holder: agentID,
 		Scope:  broker.Scope{{Tool: "postgres", Use: true, Delegate: true, Args: map[string]broker.Constraint{"table": c}}},
 		Budget: broker.Budget{Steps: 1, Live: 2, PerMinute: 3, Tools: map[broker.ToolName]int{"postgres": 4}},
 		Depth:  5, Created: noon, Expires: noon.Add(time.Hour), Fence: fence(),
@@ -103,7 +103,7 @@ func grant() broker.Grant {
 		panic(err)
 	}
 	return broker.Grant{
-		ID: grantID, Chain: chainID, Delegation: delegationID, Caller: agent, Tool: "postgres", Backend: "postgres",
+		ID: grantID, Chain: chainID, Delegation: delegationID, Caller: agentID, Tool: "postgres", Backend: "postgres",
 		Narrowing: broker.NarrowNative, Args: args, Purpose: "reading", Path: "database/creds", State: broker.StateIssued,
 		Created: noon, Expires: noon.Add(time.Minute), Bundle: "sha256:00", Policies: []string{"p1"},
 		Token: broker.Handle{Accessor: "accessor-marker"}, Lease: broker.Lease{ID: "database/creds/x", Ref: "pawl-x", Expires: noon.Add(30 * time.Second)},
@@ -113,7 +113,7 @@ func grant() broker.Grant {
 }
 
 func chain() broker.Chain {
-	return broker.Chain{ID: chainID, Task: "t", Opener: agent, Opened: noon, Labels: map[string]string{"env": "prod"}, Root: delegationID}
+	return broker.Chain{ID: chainID, Task: "t", Opener: agentID, Opened: noon, Labels: map[string]string{"env": "prod"}, Root: delegationID}
 }
 
 func revocation() broker.Revocation {
@@ -177,7 +177,7 @@ func (f *fake) Watch(broker.ChainID) (<-chan struct{}, func()) {
 
 func (f *fake) Plan(_ context.Context, _ broker.Operator, s broker.Selector) (broker.Plan, error) {
 	return broker.Plan{Token: "pl", Selector: s.String(), Revision: 3, Made: noon, Chains: 1, Nodes: 2, Grants: 3, Issued: 2,
-		ByTool: map[broker.ToolName]int{"postgres": 3}, ByLabel: map[string]int{"native": 3}, ByCaller: map[string]int{agent.String(): 3},
+		ByTool: map[broker.ToolName]int{"postgres": 3}, ByLabel: map[string]int{"native": 3}, ByCaller: map[string]int{agentID.String(): 3},
 		Static: 1, LatestEnd: noon}, f.answer(s)
 }
 
@@ -234,7 +234,7 @@ func newRig(t *testing.T, alter ...func(*server.Config)) rig {
 			if req.Header.Get("Test-Identity") == "" {
 				return broker.Caller{}, errors.New("no certificate")
 			}
-			return broker.Caller{ID: agent, Proof: broker.ProofX509, NotAfter: noon.Add(time.Hour)}, nil
+			return broker.Caller{ID: agentID, Proof: broker.ProofX509, NotAfter: noon.Add(time.Hour)}, nil
 		},
 		Operator: func(req *http.Request) (broker.Operator, error) {
 			if req.Header.Get("Test-Identity") == "" {

@@ -321,7 +321,7 @@ func TestConversions(t *testing.T) {
 		{"agents", "/v1/chains", `{"task":"t","labels":{"env":"prod"},` + shared + `}`, 201,
 			broker.OpenRequest{Task: "t", Rights: rights, Budget: budget, Depth: 2, TTL: time.Minute, Labels: map[string]string{"env": "prod"}}},
 		{"agents", "/v1/delegations/" + string(delegationID) + "/delegate", `{"to":"spiffe://example.org/agent",` + shared + `}`, 201,
-			broker.DelegateRequest{From: delegationID, To: agent, Rights: rights, Budget: budget, Depth: 2, TTL: time.Minute}},
+			broker.DelegateRequest{From: delegationID, To: agentID, Rights: rights, Budget: budget, Depth: 2, TTL: time.Minute}},
 		{"agents", "/v1/violations", `{"delegation":"` + string(delegationID) + `","grant":"` + string(grantID) + `","violation":"canary","detail":"d"}`, 200,
 			broker.ReportRequest{Delegation: delegationID, Grant: grantID, Violation: "canary", Detail: "d"}},
 		{"agents", "/v1/grants/" + string(grantID) + "/close", `{}`, 200, grantID},

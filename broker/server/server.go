@@ -15,8 +15,8 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Broker is what the handlers call; *broker.Broker is one. Every method is safe for concurrent
-// use and returns a *broker.Error.
+// Broker is what the handlers call; *broker.Broker with the Entries of its ledger is one. Every
+// method is safe for concurrent use; an error that is no *broker.Error is answered with 500.
 type Broker interface {
 	Delegations
 	Steps

@@ -164,7 +164,7 @@ func TestStreamEnds(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r := newRig(t, ticking, func(c *server.Config) {
 					c.Identify = func(*http.Request) (broker.Caller, error) {
-						return broker.Caller{ID: agent, Proof: broker.ProofX509, NotAfter: noon.Add(2 * time.Hour)}, nil
+						return broker.Caller{ID: agentID, Proof: broker.ProofX509, NotAfter: noon.Add(2 * time.Hour)}, nil
 					}
 				})
 				l := listen(t, r.Agents(), events)
@@ -189,7 +189,7 @@ func TestStreamEndsWithIdentity(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, ticking, func(c *server.Config) {
 			c.Identify = func(*http.Request) (broker.Caller, error) {
-				return broker.Caller{ID: agent, Proof: broker.ProofX509, NotAfter: noon.Add(time.Minute)}, nil
+				return broker.Caller{ID: agentID, Proof: broker.ProofX509, NotAfter: noon.Add(time.Minute)}, nil
 			}
 		})
 		l := listen(t, r.Agents(), events)

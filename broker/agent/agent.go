@@ -1,0 +1,166 @@
+// Package agent is the SDK for agents: open a chain or join one, pass less of it on, and take
+// steps, each with a secret of its own that lives until the step is closed.
+//
+//	d, err := client.Open(ctx, agent.Chain{Task: "weekly report", Rights: []agent.Right{{Tool: "postgres", Use: true}}})
+//	…
+//	err = d.Step(ctx, "postgres", agent.Args{"table": "orders"}, func(ctx context.Context, s *agent.Secret) error {
+//		return query(ctx, s.Field("username"), s.Field("password"))
+//	})
+//
+// When the broker revokes, the context of every running step under the delegation ends with
+// the cause [ErrRevoked]. Errors are of the broker's kinds: errors.Is(err, agent.ErrDenied);
+// errors.As to *[Error] gives the code and what to do. Nothing is retried and nothing logged.
+package agent
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/api/client"
+)
+
+// The kinds of errors, as targets of errors.Is.
+const (
+	ErrMalformed       = api.KindMalformed       // the request cannot mean anything
+	ErrUnauthenticated = api.KindUnauthenticated // the broker does not accept the identity
+	ErrDenied          = api.KindDenied          // policy, scope or budget says no
+	ErrNotFound        = api.KindNotFound        // does not exist, or is not yours
+	ErrRevoked         = api.KindRevoked         // fenced: stop
+	ErrExpired         = api.KindExpired         // its time is over
+	ErrConflict        = api.KindConflict        // the state moved, or the key was used before
+	ErrUnavailable     = api.KindUnavailable     // no answer, or a part that is needed cannot answer
+	ErrInternal        = api.KindInternal        // the broker failed
+)
+
+// Error is the one type of the broker's refusals and of lost answers. See [api.Problem].
+type Error = api.Problem
+
+// The shapes of requests and answers are the wire's.
+type (
+	Right      = api.Right      // what may happen with one tool
+	Constraint = api.Constraint // limits one argument, as JSON
+	Budget     = api.Budget     // how much may happen
+	Grant      = api.Grant      // what the broker recorded of a step
+	Info       = api.Delegation // what a delegation allows, and until when
+)
+
+// Args are the arguments of a step: strings, integers, booleans and lists of strings.
+type Args map[string]any
+
+// Source gives the agent's SVID and the trust bundles; a *workloadapi.X509Source is one.
+type Source = client.Source
+
+// Config says where the broker is and who the agent is. Beside Address it has exactly one of
+// Source, TLS and HTTPClient; a unix socket needs none.
+type Config struct {
+	Address    string       // "https://host:port", or "unix:/path" of a socket; required
+	Source     Source       // the agent's identity, followed through its rotations; needs ServerID
+	ServerID   spiffeid.ID  // the broker's identity; required with Source, and only with it
+	TLS        *tls.Config  // for whoever does not use Source
+	HTTPClient *http.Client // used as it is, http:// included
+
+	// FailClosed ends the contexts of running steps with ErrUnavailable when the broker was not
+	// heard of for so long, since a revocation could not be heard of either. The broker speaks
+	// every 15 s. Zero: a lost stream is opened again and steps go on meanwhile; their secrets
+	// still end with their time.
+	FailClosed time.Duration
+}
+
+// Client speaks to one broker as one agent. Make one with [New]; it is safe for concurrent use.
+type Client struct {
+	http       *client.Client
+	failClosed time.Duration
+	ctx        context.Context // ends with Close: the life of what runs in the background
+	stop       context.CancelFunc
+
+	mu   sync.Mutex     // guards adding to work, which must not happen after Close
+	work sync.WaitGroup // what runs in the background
+}
+
+// New validates cfg. It opens no connection.
+func New(cfg Config) (*Client, error) {
+	h, err := client.New(client.Config{Address: cfg.Address, Source: cfg.Source, ServerID: cfg.ServerID, TLS: cfg.TLS, HTTP: cfg.HTTPClient})
+	if err != nil {
+		return nil, fmt.Errorf("agent: %w", err)
+	}
+	c := &Client{http: h, failClosed: cfg.FailClosed}
+	c.ctx, c.stop = context.WithCancel(context.Background())
+	return c, nil
+}
+
+// Close stops listening for revocations, ends the contexts of running steps with the cause
+// context.Canceled and returns when nothing of the client runs any more. Secrets that were not
+// closed end with their time.
+func (c *Client) Close() error {
+	c.mu.Lock()
+	c.stop()
+	c.mu.Unlock()
+	c.work.Wait()
+	c.http.Close()
+	return nil
+}
+
+// background runs f unless the client is closed; Close waits for it.
+func (c *Client) background(f func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ctx.Err() == nil {
+		c.work.Go(f)
+	}
+}
+
+// Chain asks for a new chain.
+type Chain struct {
+	Task   string            // what it is for, in the words of whoever gave the task; 1 to 256 bytes
+	Rights []Right           // what may happen under it
+	Budget Budget            // over the whole chain; zero: no limits
+	Depth  int               // how many times it may be passed on, 0 to 8
+	TTL    time.Duration     // its life, in whole seconds; zero: one hour
+	Labels map[string]string // for policies and selectors
+}
+
+// Open opens a chain whose root the agent holds. It blocks for one request.
+func (c *Client) Open(ctx context.Context, ch Chain) (*Delegation, error) {
+	in := api.OpenRequest{Task: ch.Task, Rights: ch.Rights, Budget: ch.Budget, Depth: ch.Depth, TTLSeconds: seconds(ch.TTL), Labels: ch.Labels}
+	var info Info
+	if err := c.http.Call(ctx, http.MethodPost, "/v1/chains", nil, in, &info); err != nil {
+		return nil, fmt.Errorf("opening a chain: %w", err)
+	}
+	return c.delegation(info), nil
+}
+
+// Join takes up a delegation that was passed on to the agent, by the id that Delegate gave to
+// whoever passed it on. It blocks for one request; one that is fenced is refused with ErrRevoked.
+func (c *Client) Join(ctx context.Context, id string) (*Delegation, error) {
+	var st api.Standing
+	if err := c.http.Call(ctx, http.MethodGet, "/v1/delegations/"+segment(id), nil, nil, &st); err != nil {
+		return nil, fmt.Errorf("joining a delegation: %w", err)
+	}
+	if st.Delegation == nil {
+		return nil, fmt.Errorf("joining a delegation: %w", api.NewProblem(ErrUnavailable, api.CodeNoAnswer, "the answer has no delegation"))
+	}
+	if st.Fence != nil && !st.Fence.Frozen {
+		return nil, fmt.Errorf("joining a delegation: %w", revoked(st.Fence.Revocation))
+	}
+	return c.delegation(*st.Delegation), nil
+}
+
+// EndGrant ends a step by its grant's id, such as one that a *[Repeated] names. It blocks until
+// the secret is dead or the broker has waited long enough for that.
+func (c *Client) EndGrant(ctx context.Context, id string) (Grant, error) {
+	var g Grant
+	if err := c.http.Call(ctx, http.MethodPost, "/v1/grants/"+segment(id)+"/close", nil, api.Nothing{}, &g); err != nil {
+		return Grant{}, fmt.Errorf("closing a step: %w", err)
+	}
+	return g, nil
+}
+
+// OneOf is the constraint that an argument is one of the given texts.
+func OneOf(texts ...string) Constraint { return encode(map[string][]string{"one_of": texts}) }

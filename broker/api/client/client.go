@@ -1,0 +1,223 @@
+// Package client is the HTTP half that the agents' SDK and the operators' client share: one
+// request with one answer or problem, and streams of events.
+package client
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"github.com/pawlsec/pawl/broker/api"
+)
+
+// Source gives the caller's X.509-SVID and the trust bundles, both as they are now, such as
+// *workloadapi.X509Source does.
+type Source interface {
+	x509svid.Source
+	x509bundle.Source
+}
+
+// Config says where the broker is and how to know it. Beside Address it has exactly one of
+// Source, TLS and HTTP; a unix socket needs none.
+type Config struct {
+	Address  string        // "https://host:port", or "unix:/path" of a socket; required
+	Source   Source        // the caller's identity; needs ServerID
+	ServerID spiffeid.ID   // the broker's identity; required with Source, and only with it
+	TLS      *tls.Config   // for whoever does not use Source
+	HTTP     *http.Client  // used as it is, http:// included
+	Fresh    time.Duration // for how long a connection takes new requests, since it keeps the identity it began with; zero: 10 s
+	Silence  time.Duration // the longest silence on a stream before it counts as lost; zero: 45 s
+}
+
+// Client sends requests. Make one with [New]; it is safe for concurrent use.
+type Client struct {
+	base    string
+	fixed   *http.Client // of Config.HTTP
+	dial    func() *http.Transport
+	fresh   time.Duration
+	silence time.Duration
+
+	mu   sync.Mutex // guards pool, and the fields of every pool
+	pool *pool      // takes new requests; nil until the first
+}
+
+// pool is the connections that were opened within one span of Config.Fresh.
+type pool struct {
+	transport *http.Transport
+	made      time.Time
+	users     int
+	retired   bool
+}
+
+// New validates cfg. It opens no connection.
+func New(cfg Config) (*Client, error) {
+	c := &Client{fixed: cfg.HTTP, fresh: cmp.Or(cfg.Fresh, 10*time.Second), silence: cmp.Or(cfg.Silence, 45*time.Second)}
+	socket, unix := strings.CutPrefix(cfg.Address, "unix:")
+	given := 0
+	for _, have := range []bool{cfg.Source != nil, cfg.TLS != nil, cfg.HTTP != nil} {
+		if have {
+			given++
+		}
+	}
+	switch {
+	case given > 1 || given == 1 && unix || given == 0 && !unix:
+		return nil, errors.New("exactly one of Source, TLS and HTTP is needed, and none for a unix socket")
+	case (cfg.Source != nil) != !cfg.ServerID.IsZero():
+		return nil, errors.New("Source and ServerID go together")
+	case unix:
+		c.base = "http://pawl"
+	default:
+		u, err := url.Parse(cfg.Address)
+		if err != nil || u.Host == "" || u.Path != "" || u.RawQuery != "" || u.Scheme != "https" && cfg.HTTP == nil {
+			return nil, fmt.Errorf("Address %q is not https://host:port or unix:/path", cfg.Address)
+		}
+		c.base = u.Scheme + "://" + u.Host
+	}
+	config := cfg.TLS
+	if cfg.Source != nil {
+		config = tlsconfig.MTLSClientConfig(cfg.Source, cfg.Source, tlsconfig.AuthorizeID(cfg.ServerID))
+		config.MinVersion = tls.VersionTLS13
+	}
+	c.dial = func() *http.Transport { return transport(config, socket) }
+	return c, nil
+}
+
+// transport asks no proxy of the environment and keeps no connection for long.
+func transport(config *tls.Config, socket string) *http.Transport {
+	t := &http.Transport{
+		TLSClientConfig: config.Clone(), ForceAttemptHTTP2: true, TLSHandshakeTimeout: 5 * time.Second,
+		MaxIdleConnsPerHost: 64, IdleConnTimeout: 30 * time.Second, MaxResponseHeaderBytes: 64 << 10,
+	}
+	if socket != "" {
+		var d net.Dialer
+		t.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) { return d.DialContext(ctx, "unix", socket) }
+	}
+	return t
+}
+
+// Close closes idle connections, and each other one when its request is over.
+func (c *Client) Close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.retireLocked()
+}
+
+func (c *Client) retireLocked() {
+	if p := c.pool; p != nil {
+		c.pool, p.retired = nil, true
+		p.transport.CloseIdleConnections()
+	}
+}
+
+// take gives the client for one request; release must be called once the answer was read.
+func (c *Client) take() (h *http.Client, release func()) {
+	if c.fixed != nil {
+		return c.fixed, func() {}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.pool != nil && time.Since(c.pool.made) >= c.fresh {
+		c.retireLocked()
+	}
+	if c.pool == nil {
+		c.pool = &pool{transport: c.dial(), made: time.Now()}
+	}
+	p := c.pool
+	p.users++
+	return &http.Client{Transport: p.transport, CheckRedirect: stay}, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if p.users--; p.retired {
+			p.transport.CloseIdleConnections()
+		}
+	}
+}
+
+// stay follows no redirect: what is sent is meant for the broker alone.
+func stay(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+
+// maxAnswer is the largest answer that is read, in bytes.
+const maxAnswer = 16 << 20
+
+// Call sends one request once and reads its answer into out, unless that is nil. A nil in is a
+// request without a body. Every error is an *[api.Problem].
+//
+// Once a byte has been written a request with a body is not sent again. net/http would do so
+// for one with the header Idempotency-Key, spelt like this, so whoever wants to send that
+// spells it in lower case, which means the same to the broker.
+func (c *Client) Call(ctx context.Context, method, path string, header http.Header, in, out any) error {
+	var body io.Reader
+	if in != nil {
+		raw, err := json.Marshal(in)
+		if err != nil {
+			return api.NewProblem(api.KindMalformed, "", "the request does not encode as JSON").Because(err)
+		}
+		body = bytes.NewReader(raw)
+	}
+	h, release := c.take()
+	defer release()
+	resp, err := c.send(ctx, h, method, path, header, body)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	defer clear(raw) // it may hold a secret
+	if err != nil || len(raw) > maxAnswer {
+		return noAnswer(cmp.Or(err, errors.New("the answer is too large")))
+	}
+	if resp.StatusCode < 200 || resp.StatusCode > 299 {
+		return refusal(resp.StatusCode, raw)
+	}
+	if out != nil && json.Unmarshal(raw, out) != nil { // its error may quote a secret
+		return noAnswer(errors.New("the answer is not what the broker sends"))
+	}
+	return nil
+}
+
+func (c *Client) send(ctx context.Context, h *http.Client, method, path string, header http.Header, body io.Reader) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, c.base+path, body)
+	if err != nil {
+		return nil, api.NewProblem(api.KindMalformed, "", err.Error())
+	}
+	for name, values := range header {
+		req.Header[name] = values
+	}
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	resp, err := h.Do(req)
+	if err != nil {
+		return nil, noAnswer(err)
+	}
+	return resp, nil
+}
+
+func noAnswer(err error) *api.Problem {
+	return api.NewProblem(api.KindUnavailable, api.CodeNoAnswer, err.Error()).Because(err)
+}
+
+// refusal reads the problem of an answer; one without a problem is not the broker's.
+func refusal(status int, raw []byte) *api.Problem {
+	var p api.Problem
+	if err := json.Unmarshal(raw, &p); err != nil || p.Code == "" || p.Kind == "" {
+		return noAnswer(fmt.Errorf("status %d without a problem: something else answered in the broker's place", status))
+	}
+	return &p
+}

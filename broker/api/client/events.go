@@ -1,0 +1,127 @@
+package client
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"time"
+
+	"github.com/go-json-experiment/json"
+
+	"github.com/pawlsec/pawl/broker/api"
+)
+
+// Event is one event of a stream. One without a name is a comment: the broker is there.
+type Event struct {
+	Name string
+	Data []byte
+}
+
+// maxEvent is the largest event that is read, in bytes.
+const maxEvent = 1 << 20
+
+// Events reads the events of a text/event-stream.
+type Events struct {
+	in *bufio.Reader
+}
+
+// NewEvents reads from r.
+func NewEvents(r io.Reader) *Events { return &Events{in: bufio.NewReader(r)} }
+
+// Next waits for the next event. It returns io.EOF after the last whole one; a piece of an
+// event before the end is dropped, as the standard has it. An event over 1 MiB is an error.
+func (e *Events) Next() (Event, error) {
+	var ev Event
+	var data []byte
+	size, some := 0, false
+	for {
+		line, err := e.line(maxEvent - size)
+		if err != nil {
+			return Event{}, err
+		}
+		size += len(line)
+		name, value, _ := bytes.Cut(line, []byte(":"))
+		value = bytes.TrimPrefix(value, []byte(" "))
+		switch {
+		case len(line) == 0 && some:
+			ev.Data = bytes.TrimSuffix(data, []byte("\n"))
+			return ev, nil
+		case len(line) > 0 && len(name) == 0 && !some && ev.Name == "":
+			return Event{}, nil
+		case len(line) == 0:
+			ev.Name = "" // a name without data is no event
+		case string(name) == "event":
+			ev.Name = string(value)
+		case string(name) == "data":
+			data, some = append(append(data, value...), '\n'), true
+		}
+	}
+}
+
+// line reads up to a newline, which may follow a carriage return.
+func (e *Events) line(most int) ([]byte, error) {
+	var line []byte
+	for {
+		piece, err := e.in.ReadSlice('\n')
+		if len(line)+len(piece) > most {
+			return nil, errors.New("an event is too large")
+		}
+		line = append(line, piece...)
+		if err == nil {
+			return bytes.TrimSuffix(line[:len(line)-1], []byte("\r")), nil
+		}
+		if !errors.Is(err, bufio.ErrBufferFull) {
+			return nil, err
+		}
+	}
+}
+
+// Follow opens a stream and calls f with each event until the stream ends, which is nil, or f
+// returns an error, which it gives back. Other errors are an *[api.Problem]; a stream that was
+// silent for too long is one.
+func (c *Client) Follow(ctx context.Context, path string, f func(Event) error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	alarm := time.AfterFunc(c.silence, func() { cancel(fmt.Errorf("nothing was heard for %s", c.silence)) })
+	defer alarm.Stop()
+	h, release := c.take()
+	defer release()
+	resp, err := c.send(ctx, h, http.MethodGet, path, http.Header{"Accept": {"text/event-stream"}}, nil)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK || resp.Header.Get("Content-Type") != "text/event-stream" {
+		raw, _ := io.ReadAll(io.LimitReader(resp.Body, maxEvent)) // what arrived is a problem, or is none
+		return refusal(resp.StatusCode, raw)
+	}
+	for events := NewEvents(resp.Body); ; alarm.Reset(c.silence) {
+		ev, err := events.Next()
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil
+		case err != nil && ctx.Err() != nil:
+			return noAnswer(context.Cause(ctx))
+		case err != nil:
+			return noAnswer(err)
+		}
+		if err := f(ev); err != nil {
+			return err
+		}
+	}
+}
+
+// Problem reads the data of a problem event.
+func (ev Event) Problem() *api.Problem { return refusal(http.StatusOK, ev.Data) }
+
+// Read reads the event's data into v.
+func (ev Event) Read(v any) error {
+	if json.Unmarshal(ev.Data, v) != nil {
+		return noAnswer(fmt.Errorf("a %q event is not what the broker sends", ev.Name))
+	}
+	return nil
+}

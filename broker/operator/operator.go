@@ -1,0 +1,130 @@
+// Package operator is the client for operators: it looks at chains, plans and carries out
+// revocations, follows them and reads the audit log. Errors are *[api.Problem].
+package operator
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+
+	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/api/client"
+)
+
+// Config says where the operators' listener is and who the operator is.
+type Config = client.Config
+
+// Client speaks to one broker as one operator. Make one with [New]; it is safe for concurrent
+// use. Each method but Follow blocks for one request, which it never repeats.
+type Client struct{ http *client.Client }
+
+// New validates cfg. It opens no connection.
+func New(cfg Config) (*Client, error) {
+	h, err := client.New(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("operator: %w", err)
+	}
+	return &Client{h}, nil
+}
+
+// Close closes idle connections.
+func (c *Client) Close() { c.http.Close() }
+
+// Chains lists the chains that may still do something, or all; the latest first.
+func (c *Client) Chains(ctx context.Context, all bool) ([]api.ChainSummary, error) {
+	path := "/v1/chains"
+	if all {
+		path += "?all=true"
+	}
+	list, err := get[api.Chains](ctx, c, path)
+	return list.Chains, err
+}
+
+// Chain gives one chain with its delegations and grants.
+func (c *Client) Chain(ctx context.Context, id string) (api.ChainView, error) {
+	return get[api.ChainView](ctx, c, "/v1/chains/"+url.PathEscape(id))
+}
+
+// Plan tells what a revocation would hit.
+func (c *Client) Plan(ctx context.Context, selector string) (api.Plan, error) {
+	return post[api.Plan](ctx, c, "/v1/plans", api.PlanRequest{Selector: selector})
+}
+
+// Revoke revokes or freezes. When it returns, what the request means is fenced; that it is
+// dead is what [Client.Follow] waits for.
+func (c *Client) Revoke(ctx context.Context, r api.RevokeRequest) (api.Revocation, error) {
+	return post[api.Revocation](ctx, c, "/v1/revocations", r)
+}
+
+// Revocations lists the revocations, the latest first.
+func (c *Client) Revocations(ctx context.Context) ([]api.Revocation, error) {
+	list, err := get[api.Revocations](ctx, c, "/v1/revocations")
+	return list.Revocations, err
+}
+
+// Revocation tells how far a revocation has come.
+func (c *Client) Revocation(ctx context.Context, id string) (api.Revocation, error) {
+	return get[api.Revocation](ctx, c, "/v1/revocations/"+url.PathEscape(id))
+}
+
+// Unfreeze asks to lift a freeze. The first operator to ask gets a problem with the code
+// "second_person_needed", and the second the lifted freeze.
+func (c *Client) Unfreeze(ctx context.Context, id string) (api.Revocation, error) {
+	return post[api.Revocation](ctx, c, "/v1/revocations/"+url.PathEscape(id)+"/unfreeze", api.Nothing{})
+}
+
+// Follow calls f with how far a revocation has come, at once and whenever that has changed,
+// until it is settled, which is nil, or f returns an error. A lost stream is an error of the
+// kind unavailable; following again begins with the present, so nothing is missed.
+func (c *Client) Follow(ctx context.Context, id string, f func(api.Revocation) error) error {
+	settled := false
+	err := c.http.Follow(ctx, "/v1/revocations/"+url.PathEscape(id)+"/events", func(ev client.Event) error {
+		switch ev.Name {
+		case api.EventProblem:
+			return ev.Problem()
+		case api.EventRevocation:
+			var rv api.Revocation
+			if err := ev.Read(&rv); err != nil {
+				return err
+			}
+			settled = rv.Freeze || !rv.Settled.IsZero()
+			return f(rv)
+		}
+		return nil // a comment, or an event of a later version
+	})
+	if err == nil && !settled {
+		return api.NewProblem(api.KindUnavailable, api.CodeNoAnswer, "the stream ended before the revocation was settled")
+	}
+	return err
+}
+
+// Audit gives at most limit lines of the audit log after a revision, and after which revision
+// the next page is. Zero for limit is the broker's default.
+func (c *Client) Audit(ctx context.Context, after uint64, limit int) (api.Entries, error) {
+	return get[api.Entries](ctx, c, "/v1/audit"+page(after, limit))
+}
+
+// ChainAudit is Audit for one chain.
+func (c *Client) ChainAudit(ctx context.Context, id string, after uint64, limit int) (api.Entries, error) {
+	return get[api.Entries](ctx, c, "/v1/chains/"+url.PathEscape(id)+"/audit"+page(after, limit))
+}
+
+func page(after uint64, limit int) string {
+	q := url.Values{"after": {strconv.FormatUint(after, 10)}}
+	if limit > 0 {
+		q.Set("limit", strconv.Itoa(limit))
+	}
+	return "?" + q.Encode()
+}
+
+func get[Out any](ctx context.Context, c *Client, path string) (out Out, err error) {
+	err = c.http.Call(ctx, http.MethodGet, path, nil, nil, &out)
+	return out, err
+}
+
+func post[Out any](ctx context.Context, c *Client, path string, in any) (out Out, err error) {
+	err = c.http.Call(ctx, http.MethodPost, path, nil, in, &out)
+	return out, err
+}
