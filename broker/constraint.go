@@ -20,7 +20,11 @@ import (
 //	{"subset":["a","b"]}               a list of some of these; the empty list is outside
 //	{"subpath":"/srv/data"}            this absolute path or one below it, in canonical spelling
 //	{"url":{"scheme":"https","host":"*.example.org","port":8443,"path":"/v1"}}
+//	                                   a URL, canonical too; "*." is any name below, the port is the
+//	                                   scheme's own unless given, the path is this or below, the query free
 //	{"shell":{"command":["systemctl",["restart","status"]],"words":["web-*"]}}
+//	                                   a command line: this word, then one of these, then any number of
+//	                                   words that match one of the patterns; no metacharacters
 //	{"all":[…]}                        inside each of these; not nested
 //
 // Only exact and subset take lists; the others refuse a list whatever its elements. Strings
@@ -33,7 +37,9 @@ type Constraint struct{ bound bound }
 // Limits of a constraint. The values in it are also within the limits of arguments.
 const (
 	MaxConstraint      = 16 << 10 // bytes of the canonical wire form
-	MaxConstraintSet   = 256      // members of one_of, not_one_of and subset; words of a command line
+	MaxConstraintSet   = 256      // members of one_of, not_one_of and subset, choices for a word
+	MaxConstraintWords = 32       // words of a command, patterns for further words
+	MaxConstraintLine  = 2 << 10  // bytes of a command line
 	MaxConstraintText  = 256      // bytes of a glob, a subpath, a host, a path or a word
 	MaxConstraintParts = 8        // parts of all
 )

@@ -99,10 +99,14 @@ func stands(p, q []unit) bool {
 				reached[i+1] = reached[i+1] || reached[i] && c.class == unitRun
 			}
 		}
+		any := false
 		for i := len(q) - 1; i >= 0; i-- {
 			reached[i+1] = reached[i] && u.standsFor(q[i])
+			any = any || reached[i+1]
 		}
-		reached[0] = false
+		if reached[0] = false; !any {
+			return false
+		}
 	}
 	return reached[len(q)]
 }

@@ -186,7 +186,7 @@ func evaluateShell(rule map[string]any, s string) bool {
 	words := strings.Split(s, " ")
 	command := rule["command"].([]any)
 	patterns, _ := rule["words"].([]any)
-	if len(words) < len(command) || len(words) > 256 {
+	if len(words) < len(command) || len(s) > 2048 {
 		return false
 	}
 	for i, w := range words {

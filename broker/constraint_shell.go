@@ -19,19 +19,25 @@ type shell struct {
 }
 
 func newShell(command [][]string, words []string) (bound, error) {
-	if len(command) == 0 || len(command)+len(words) > MaxConstraintSet {
-		return nil, fmt.Errorf("a command is needed, and at most %d words", MaxConstraintSet)
+	if len(command) == 0 || len(command) > MaxConstraintWords || len(words) > MaxConstraintWords {
+		return nil, fmt.Errorf("a command of at most %d words is needed, and as many patterns are allowed", MaxConstraintWords)
 	}
 	var r shell
+	longest := -1 // line of the command alone
 	for i, choices := range command {
 		choices = slices.Compact(slices.Sorted(slices.Values(choices)))
 		if len(choices) == 0 || len(choices) > MaxConstraintSet {
 			return nil, fmt.Errorf("a word of a command has 1 to %d choices", MaxConstraintSet)
 		}
+		widest := 0
 		for _, word := range choices {
+			widest = max(widest, len(word))
 			if len(word) > MaxConstraintText || !plainWord(word, "") || i == 0 && strings.Contains(word, "=") {
 				return nil, errors.New("a command's words are letters, digits and _ - . / : = , @ +, the first one without =")
 			}
+		}
+		if longest += 1 + widest; longest > MaxConstraintLine {
+			return nil, fmt.Errorf("a command has at most %d bytes", MaxConstraintLine)
 		}
 		r.command = append(r.command, choices)
 	}
@@ -62,8 +68,11 @@ func (r shell) name() string     { return "shell" }
 func (r shell) takes() valueKind { return stringValue }
 
 func (r shell) allows(v Value) bool {
+	if v.kind != stringValue || len(v.s) > MaxConstraintLine {
+		return false
+	}
 	words := strings.Split(v.s, " ")
-	if v.kind != stringValue || len(words) < len(r.command) || len(words) > MaxConstraintSet {
+	if len(words) < len(r.command) {
 		return false
 	}
 	for i, word := range words {

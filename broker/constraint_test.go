@@ -324,9 +324,17 @@ func TestConstraintLimits(t *testing.T) {
 		"members":  func(n int) string { return `{"one_of":` + set(broker.MaxConstraintSet+n) + `}` },
 		"excluded": func(n int) string { return `{"not_one_of":` + set(broker.MaxConstraintSet+n) + `}` },
 		"subset":   func(n int) string { return `{"subset":` + set(broker.MaxConstraintSet+n) + `}` },
-		"words":    func(n int) string { return `{"shell":{"command":` + set(broker.MaxConstraintSet+n) + `}}` },
-		"pattern":  func(n int) string { return `{"glob":"` + a(broker.MaxConstraintText+n) + `"}` },
-		"path":     func(n int) string { return `{"subpath":"/` + a(broker.MaxConstraintText-1+n) + `"}` },
+		"command":  func(n int) string { return `{"shell":{"command":` + set(broker.MaxConstraintWords+n) + `}}` },
+		"words": func(n int) string {
+			return `{"shell":{"command":["a"],"words":` + set(broker.MaxConstraintWords+n) + `}}`
+		},
+		"choices": func(n int) string { return `{"shell":{"command":[` + set(broker.MaxConstraintSet+n) + `]}}` },
+		"word":    func(n int) string { return `{"shell":{"command":["` + a(broker.MaxConstraintText+n) + `"]}}` },
+		"host": func(n int) string {
+			return `{"url":{"scheme":"https","host":"` + strings.Repeat("a.", 126) + a(1+n) + `"}}`
+		},
+		"pattern": func(n int) string { return `{"glob":"` + a(broker.MaxConstraintText+n) + `"}` },
+		"path":    func(n int) string { return `{"subpath":"/` + a(broker.MaxConstraintText-1+n) + `"}` },
 		"url path": func(n int) string {
 			return `{"url":{"scheme":"https","host":"h","path":"/` + a(broker.MaxConstraintText-1+n) + `"}}`
 		},
@@ -341,6 +349,16 @@ func TestConstraintLimits(t *testing.T) {
 		}
 		if _, err := broker.ParseConstraint([]byte(wire(1))); err == nil {
 			t.Errorf("%s over the limit: accepted, want an error", name)
+		}
+	}
+}
+
+func TestShellLineLimit(t *testing.T) {
+	c := mustParse(t, `{"shell":{"command":["ls"],"words":["*"]}}`)
+	for over, want := range []bool{true, false} {
+		line := "ls " + strings.Repeat("a", broker.MaxConstraintLine-3+over)
+		if got := c.Allows(broker.String(line)); got != want {
+			t.Errorf("a line of %d bytes allowed = %v, want %v", len(line), got, want)
 		}
 	}
 }

@@ -180,7 +180,7 @@ func (t selectorTerm) holds(s Subject) selectorVerdict {
 // withinPath compares with a path, or with what is below the segments before "/*".
 func withinPath(pattern, path string) bool {
 	if prefix, ok := strings.CutSuffix(pattern, "*"); ok {
-		return strings.HasPrefix(path, prefix) && path != prefix
+		return strings.HasPrefix(path, prefix)
 	}
 	return path == pattern
 }

@@ -96,8 +96,7 @@ func (p *selectorParser) word(w string) bool {
 func (p *selectorParser) either() (*selectorNode, error) { return p.joined("or", p.both) }
 func (p *selectorParser) both() (*selectorNode, error)   { return p.joined("and", p.single) }
 
-// joined reads operands of one operator. Operands that are of the same operator themselves are
-// spliced in, so that every query has one tree.
+// joined reads the operands of one operator.
 func (p *selectorParser) joined(op string, operand func() (*selectorNode, error)) (*selectorNode, error) {
 	var parts []*selectorNode
 	for {
@@ -105,19 +104,15 @@ func (p *selectorParser) joined(op string, operand func() (*selectorNode, error)
 		if err != nil {
 			return nil, err
 		}
-		if n.op == op {
-			parts = append(parts, n.parts...)
-		} else {
-			parts = append(parts, n)
+		parts = append(parts, n)
+		if p.word(op) {
+			continue
 		}
-		if !p.word(op) {
-			break
+		if len(parts) == 1 {
+			return n, nil
 		}
+		return &selectorNode{op: op, parts: parts}, nil
 	}
-	if len(parts) == 1 {
-		return parts[0], nil
-	}
-	return &selectorNode{op: op, parts: parts}, nil
 }
 
 // single reads a term, a parenthesis, or the negation of one.
