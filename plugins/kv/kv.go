@@ -1,0 +1,93 @@
+// Package kv hands out static secrets from Vault's KV engine, version 2. Such a secret is as
+// wide as it is and outlives every step: its label is none, and nothing here says otherwise.
+package kv
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// Config has one field.
+type Config struct {
+	Now func() time.Time // zero: time.Now
+}
+
+// Backend implements [broker.Backend] and [broker.Prover]. Safe for concurrent use.
+type Backend struct{ now func() time.Time }
+
+// New makes a Backend.
+func New(cfg Config) *Backend {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	return &Backend{now: cfg.Now}
+}
+
+var segment = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+
+func isSegment(s string) bool { return segment.MatchString(s) && !strings.Contains(s, "..") }
+
+// Load implements [broker.Backend]. The tool's Path is the mount and then the secret's path; it
+// takes no settings. A label other than none is refused, since nothing narrows a static secret.
+func (b *Backend) Load(t broker.Tool) error {
+	if t.Narrowing != broker.NarrowNone {
+		return fmt.Errorf("tool %q: a static secret is labelled none, not %s", t.Name, t.Narrowing)
+	}
+	if len(t.Path) < 2 {
+		return fmt.Errorf("tool %q: the path is a mount and at least one more segment", t.Name)
+	}
+	for _, s := range t.Path {
+		if !isSegment(s) {
+			return fmt.Errorf("tool %q: segment %.40q of the path is not one", t.Name, s)
+		}
+	}
+	if len(t.Settings) > 0 {
+		return fmt.Errorf("tool %q: kv takes no settings", t.Name)
+	}
+	return nil
+}
+
+// Access gives the Vault path of the tool's mint and how it is used there.
+func (b *Backend) Access(t broker.Tool) (path []string, write, leased bool) {
+	return append([]string{t.Path[0], "data"}, t.Path[1:]...), false, false
+}
+
+// Prepare implements [broker.Backend]. The secret is the object that is stored, as it is.
+func (b *Backend) Prepare(_ context.Context, t broker.Tool, g broker.Grant) (broker.Mint, string, error) {
+	if err := b.Load(t); err != nil {
+		return broker.Mint{}, "", err
+	}
+	path, _, _ := b.Access(t)
+	return broker.Mint{Path: path, Finish: finish}, string(g.ID), nil
+}
+
+func finish(answer map[string]any, _ time.Time) (broker.Finished, error) {
+	data, ok := answer["data"].(map[string]any)
+	if !ok || len(data) == 0 {
+		return broker.Finished{}, errors.New("kv: the secret is deleted or empty")
+	}
+	raw, err := json.Marshal(data)
+	if err != nil {
+		return broker.Finished{}, errors.New("kv: encoding the secret")
+	}
+	meta, _ := answer["metadata"].(map[string]any)
+	version, _ := meta["version"].(json.Number)
+	return broker.Finished{Secret: broker.NewSecret(raw), Ref: "version " + version.String()}, nil
+}
+
+// Prove implements [broker.Prover]: a static secret works until somebody rotates it.
+func (b *Backend) Prove(_ context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
+	out := make([]broker.Evidence, len(grants))
+	for i := range out {
+		out[i] = broker.Evidence{At: b.now().UTC(), Check: "kv: the kind of secret", Outcome: broker.OutcomeStatic,
+			Answer: "static: it works until it is rotated"}
+	}
+	return out, nil
+}

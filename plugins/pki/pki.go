@@ -1,0 +1,263 @@
+// Package pki narrows a certificate from Vault's PKI engine to the names of one step, checks
+// that exactly those came back, and proves its revocation.
+package pki
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// Reader reads one Vault path with the broker's own rights; nil when nothing is there.
+// plugins/vault's Client is one.
+type Reader interface {
+	Read(ctx context.Context, path []string) (map[string]any, error)
+}
+
+// Config says what the backend stands on.
+type Config struct {
+	Vault Reader           // required; must be allowed to read <mount>/cert/*
+	Now   func() time.Time // zero: time.Now
+}
+
+// Backend implements [broker.Backend] and [broker.Prover]. Vault revokes; there is nothing to
+// sever without it. Safe for concurrent use.
+type Backend struct {
+	vault Reader
+	now   func() time.Time
+}
+
+// New makes a Backend.
+func New(cfg Config) (*Backend, error) {
+	if cfg.Vault == nil {
+		return nil, errors.New("pki: Vault is required")
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	return &Backend{vault: cfg.Vault, now: cfg.Now}, nil
+}
+
+// names are what a certificate is asked for.
+type names struct {
+	common string
+	dns    []string
+	uris   []string
+	ips    []string
+}
+
+// Load implements [broker.Backend]. The tool's Path is mount and role; the role must have
+// generate_lease, or every mint is refused. Settings:
+//
+//	arg.<argument>  the fields that the argument fills: common_name, alt_names, uri_sans, ip_sans, joined by commas
+//	common_name, alt_names, uri_sans, ip_sans   a fixed value (lists joined by commas)
+//	usage           "client", "server" or "both": the extended key usage that must come back; default client
+//
+// Each field has one source, each argument at least one field, and there is at least one name.
+func (b *Backend) Load(t broker.Tool) error {
+	_, err := load(t)
+	return err
+}
+
+// Access gives the Vault path of the tool's mint and how it is used there.
+func (b *Backend) Access(t broker.Tool) (path []string, write, leased bool) {
+	return []string{t.Path[0], "issue", t.Path[1]}, true, true
+}
+
+// Prepare implements [broker.Backend].
+func (b *Backend) Prepare(_ context.Context, t broker.Tool, g broker.Grant) (broker.Mint, string, error) {
+	fields, err := load(t)
+	if err != nil {
+		return broker.Mint{}, "", err
+	}
+	want, err := fields.names(g.Args)
+	if err != nil {
+		return broker.Mint{}, "", broker.Errorf(broker.Malformed, "issue", "%s", err).With(broker.CodeArgumentOutside)
+	}
+	life := (g.Expires.Sub(b.now()) + time.Second - 1).Truncate(time.Second)
+	path, _, _ := b.Access(t)
+	return broker.Mint{
+		Path: path, Leased: true, TTL: life,
+		Data: map[string]any{
+			"common_name": want.common, "exclude_cn_from_sans": true, "ttl": fmt.Sprintf("%ds", int64(life/time.Second)),
+			"alt_names": strings.Join(want.dns, ","), "uri_sans": strings.Join(want.uris, ","), "ip_sans": strings.Join(want.ips, ","),
+		},
+		Finish: func(answer map[string]any, _ time.Time) (broker.Finished, error) {
+			return b.finish(answer, want, usages[fields["usage"].fixed], life)
+		},
+	}, string(g.ID), nil
+}
+
+var usages = map[string][]x509.ExtKeyUsage{
+	"":       {x509.ExtKeyUsageClientAuth},
+	"client": {x509.ExtKeyUsageClientAuth},
+	"server": {x509.ExtKeyUsageServerAuth},
+	"both":   {x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
+}
+
+// secret is what the agent gets.
+type secret struct {
+	Certificate string   `json:"certificate"`
+	PrivateKey  string   `json:"private_key"`
+	CAChain     []string `json:"ca_chain"`
+	Serial      string   `json:"serial_number"`
+}
+
+// finish refuses a certificate that is anything but what was asked for: the role may add names,
+// usages or time, and then the secret could do more than the step.
+func (b *Backend) finish(answer map[string]any, want names, usage []x509.ExtKeyUsage, life time.Duration) (broker.Finished, error) {
+	var s secret
+	s.Certificate, _ = answer["certificate"].(string)
+	s.PrivateKey, _ = answer["private_key"].(string)
+	s.Serial, _ = answer["serial_number"].(string)
+	block, rest := pem.Decode([]byte(s.Certificate))
+	if block == nil || len(strings.TrimSpace(string(rest))) > 0 || s.PrivateKey == "" {
+		return broker.Finished{}, errors.New("pki: the answer is not a certificate with its key")
+	}
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return broker.Finished{}, errors.New("pki: the certificate cannot be read")
+	}
+	if s.Serial != serial(cert) {
+		return broker.Finished{}, errors.New("pki: the serial number is not the certificate's")
+	}
+	if err := exact(cert, want, usage); err != nil {
+		return broker.Finished{}, err
+	}
+	if cert.NotAfter.After(b.now().Add(life + time.Second)) {
+		return broker.Finished{}, errors.New("pki: the certificate lives longer than the step")
+	}
+	chain, _ := answer["ca_chain"].([]any)
+	for _, c := range chain {
+		if text, ok := c.(string); ok {
+			s.CAChain = append(s.CAChain, text)
+		}
+	}
+	raw, err := json.Marshal(s)
+	if err != nil {
+		return broker.Finished{}, errors.New("pki: encoding the secret")
+	}
+	return broker.Finished{Secret: broker.NewSecret(raw), Ref: s.Serial, Expires: cert.NotAfter.UTC()}, nil
+}
+
+func exact(cert *x509.Certificate, want names, usage []x509.ExtKeyUsage) error {
+	var uris, ips []string
+	for _, u := range cert.URIs {
+		uris = append(uris, u.String())
+	}
+	for _, ip := range cert.IPAddresses {
+		ips = append(ips, ip.String())
+	}
+	switch {
+	case cert.IsCA || cert.KeyUsage&(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0:
+		return errors.New("pki: the certificate could sign others")
+	case cert.Subject.CommonName != want.common || !same(cert.DNSNames, want.dns) || !same(uris, want.uris) ||
+		!same(ips, want.ips) || len(cert.EmailAddresses) > 0:
+		return errors.New("pki: the certificate's names are not exactly those of the step")
+	case !slices.Equal(slices.Sorted(slices.Values(cert.ExtKeyUsage)), slices.Sorted(slices.Values(usage))) || len(cert.UnknownExtKeyUsage) > 0:
+		return errors.New("pki: the certificate's extended key usage is not the tool's: set client_flag, server_flag and ext_key_usage of the role")
+	}
+	return nil
+}
+
+func same(a, b []string) bool {
+	return slices.Equal(slices.Sorted(slices.Values(a)), slices.Sorted(slices.Values(b)))
+}
+
+// serial is a certificate's number as Vault writes it.
+func serial(cert *x509.Certificate) string {
+	var parts []string
+	for _, b := range cert.SerialNumber.Bytes() {
+		parts = append(parts, fmt.Sprintf("%02x", b))
+	}
+	return strings.Join(parts, ":")
+}
+
+// Prove implements [broker.Prover]. It asks Vault for each certificate's revocation time. What
+// revocation means is in the answer: a server that looks at no revocation list takes the
+// certificate until its end. Where the answer of the mint was lost only time proves.
+func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
+	out := make([]broker.Evidence, len(grants))
+	for i, g := range grants {
+		e, err := b.prove(ctx, g)
+		if err != nil {
+			return nil, fmt.Errorf("pki: proving grant %s: %w", g.ID, err)
+		}
+		out[i] = e
+	}
+	return out, nil
+}
+
+func (b *Backend) prove(ctx context.Context, g broker.Grant) (broker.Evidence, error) {
+	now := b.now().UTC()
+	end := g.Expires
+	if g.Lease.Expires.After(end) {
+		end = g.Lease.Expires
+	}
+	e := broker.Evidence{At: now, Check: "pki: the certificate's end"}
+	if now.After(end.Add(2 * time.Second)) {
+		e.Outcome, e.Answer = broker.OutcomeDead, "it ended at "+end.UTC().Format(time.RFC3339)
+		return e, nil
+	}
+	mount, _, _ := strings.Cut(g.Path, "/")
+	if g.Lease.Ref == "" || mount == "" {
+		e.Answer = "the answer of the mint was lost; what it made ends by " + end.UTC().Format(time.RFC3339)
+		return e, nil
+	}
+	e.Check = "pki: the revocation time of the certificate in Vault"
+	data, err := b.vault.Read(ctx, []string{mount, "cert", strings.ReplaceAll(g.Lease.Ref, ":", "-")})
+	if err != nil {
+		return e, err
+	}
+	revoked, _ := data["revocation_time"].(json.Number)
+	at, err := revoked.Int64()
+	switch {
+	case data == nil || err != nil:
+		e.Answer = "Vault does not know the certificate: the role has no_store, or another engine is mounted"
+	case at > 0:
+		e.Outcome = broker.OutcomeDead
+		e.Answer = "revoked at " + time.Unix(at, 0).UTC().Format(time.RFC3339) + "; a server that checks no CRL or OCSP takes it until " + end.UTC().Format(time.RFC3339)
+	default:
+		e.Outcome, e.Answer = broker.OutcomeAlive, "not revoked"
+	}
+	return e, nil
+}
+
+// checkDNS, checkURI and checkIP refuse what would be several names, or none: Vault splits
+// lists at commas.
+func checkDNS(s string) error {
+	ok := s != "" && len(s) <= 253 && s[0] != '.' && s[0] != '-' && !strings.Contains(s, "..")
+	for i := 0; ok && i < len(s); i++ {
+		c := s[i]
+		ok = c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || c == '-' || c == '.'
+	}
+	if !ok {
+		return errors.New("is not a lower-case DNS name without wildcard")
+	}
+	return nil
+}
+
+func checkURI(s string) error {
+	u, err := url.Parse(s)
+	if err != nil || u.Scheme == "" || u.String() != s || strings.ContainsAny(s, ",* ") || len(s) > 2048 {
+		return errors.New("is not a URI in its plain form, without comma, star or blank")
+	}
+	return nil
+}
+
+func checkIP(s string) error {
+	if ip := net.ParseIP(s); ip == nil || ip.String() != s {
+		return errors.New("is not an IP address in its plain form")
+	}
+	return nil
+}

@@ -1,0 +1,335 @@
+package pki_test
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	"net"
+	"net/url"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/api"
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/cmd/parts"
+	"github.com/pawlsec/pawl/plugins/pki"
+)
+
+type reader struct{ *api.Client }
+
+func (r reader) Read(ctx context.Context, path []string) (map[string]any, error) {
+	s, err := r.Logical().ReadWithContext(ctx, strings.Join(path, "/"))
+	if err != nil || s == nil {
+		return nil, err
+	}
+	return s.Data, nil
+}
+
+type none struct{}
+
+func (none) Read(context.Context, []string) (map[string]any, error) { return nil, errors.New("down") }
+
+func newBackend(t *testing.T, v pki.Reader) *pki.Backend {
+	t.Helper()
+	b, err := pki.New(pki.Config{Vault: v})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func tool(settings map[string]string, args ...string) broker.Tool {
+	t := broker.Tool{Name: "cert", Backend: "pki", Narrowing: broker.NarrowNative, Path: []string{"pki", "agent"}, Settings: settings,
+		Arguments: map[string]broker.Parameter{}}
+	for _, a := range args {
+		name, kind, _ := strings.Cut(a, ":")
+		t.Arguments[name] = broker.Parameter{Kind: kind, Required: true}
+	}
+	return t
+}
+
+func TestLoad(t *testing.T) {
+	b := newBackend(t, none{})
+	good := map[string]string{"arg.name": "common_name,alt_names", "uri_sans": "spiffe://example.org/a"}
+	badPath := tool(good, "name:string")
+	badPath.Path = []string{"pki", "../a"}
+	optional := tool(good)
+	optional.Arguments["name"] = broker.Parameter{Kind: "string"}
+	for i, row := range []struct {
+		tool broker.Tool
+		ok   bool
+	}{
+		{tool(good, "name:string"), true},
+		{tool(map[string]string{"arg.names": "alt_names", "usage": "server"}, "names:list"), true},
+		{tool(map[string]string{"common_name": "a.example.org"}), true},
+		{tool(good), false}, {tool(good, "name:integer"), false}, {optional, false}, {badPath, false},
+		{tool(good, "name:string", "other:string"), false},
+		{tool(map[string]string{"usage": "client"}), false}, {tool(nil), false},
+		{tool(map[string]string{"common_name": "a.example.org", "usage": "any"}), false},
+		{tool(map[string]string{"common_name": "a.example.org,b.example.org"}), false},
+		{tool(map[string]string{"common_name": "*.example.org"}), false},
+		{tool(map[string]string{"common_name": "{{name}}.example.org", "arg.name": "alt_names"}, "name:string"), false},
+		{tool(map[string]string{"arg.name": "ou"}, "name:string"), false},
+		{tool(map[string]string{"arg.name": "alt_names", "alt_names": "a"}, "name:string"), false},
+		{tool(map[string]string{"arg.names": "common_name"}, "names:list"), false},
+		{tool(map[string]string{"common_name": "a", "color": "red"}), false},
+	} {
+		if err := b.Load(row.tool); (err == nil) != row.ok {
+			t.Errorf("row %d: Load(%v) = %v, want ok %v", i, row.tool.Settings, err, row.ok)
+		}
+	}
+}
+
+// TestArguments holds that one argument is one name: Vault splits lists at commas.
+func TestArguments(t *testing.T) {
+	b := newBackend(t, none{})
+	for field, rows := range map[string]map[string]bool{
+		"alt_names": {"a.example.org": true, "a.example.org,evil.example.org": false, "*.example.org": false, "": false, "A.example.org": false,
+			"a..b": false, ".a": false, "a b": false, "a\x00": false, "é.example.org": false, strings.Repeat("a", 254): false},
+		"uri_sans": {"spiffe://example.org/a": true, "spiffe://example.org/a,spiffe://example.org/b": false, "a": false, "spiffe://example.org/*": false, "spiffe://example.org/a b": false},
+		"ip_sans":  {"10.0.0.1": true, "::1": true, "10.0.0.1,10.0.0.2": false, "10.0.0.0/8": false, "010.0.0.1": false},
+	} {
+		for value, ok := range rows {
+			args, err := broker.NewArgs(map[string]broker.Value{"x": broker.String(value)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, _, err = b.Prepare(t.Context(), tool(map[string]string{"arg.x": field}, "x:string"),
+				broker.Grant{ID: "gr1", Args: args, Expires: time.Now().Add(time.Minute)})
+			if (err == nil) != ok || err != nil && !errors.Is(err, broker.Malformed) {
+				t.Errorf("Prepare(%s = %q) = %v, want ok %v", field, value, err, ok)
+			}
+		}
+	}
+}
+
+// engine is a real pki engine.
+type engine struct {
+	*api.Client
+	mount string
+	roots *x509.CertPool
+}
+
+var count atomic.Int64
+
+func newEngine(t *testing.T, role map[string]any) *engine {
+	t.Helper()
+	c, err := parts.NeedVault(t).Client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := &engine{Client: c, mount: fmt.Sprintf("pki-%d", count.Add(1)), roots: x509.NewCertPool()}
+	e.write(t, "sys/mounts/"+e.mount, map[string]any{"type": "pki", "config": map[string]any{"max_lease_ttl": "24h"}})
+	root := e.write(t, e.mount+"/root/generate/internal", map[string]any{"common_name": "test", "key_type": "ec", "ttl": "24h"})
+	e.roots.AppendCertsFromPEM([]byte(root.Data["certificate"].(string)))
+	e.write(t, e.mount+"/roles/agent", role)
+	return e
+}
+
+func (e *engine) write(t *testing.T, path string, data map[string]any) *api.Secret {
+	t.Helper()
+	s, err := e.Logical().WriteWithContext(t.Context(), path, data)
+	if err != nil {
+		t.Fatalf("writing %q: %v", path, err)
+	}
+	return s
+}
+
+// role makes client certificates and adds nothing of its own.
+func role(more map[string]any) map[string]any {
+	r := map[string]any{"generate_lease": true, "key_type": "ec", "allow_any_name": true, "allowed_uri_sans": "spiffe://example.org/*",
+		"require_cn": false, "server_flag": false, "client_flag": true, "max_ttl": "1h"}
+	for k, v := range more {
+		r[k] = v
+	}
+	return r
+}
+
+// issued is a secret as the agent sees it, with the lease that Vault gave.
+type issued struct {
+	Certificate string `json:"certificate"`
+	PrivateKey  string `json:"private_key"`
+	Serial      string `json:"serial_number"`
+	lease       string
+	finished    broker.Finished
+}
+
+func (e *engine) issue(t *testing.T, b *pki.Backend, uri string) (issued, error) {
+	t.Helper()
+	args, err := broker.NewArgs(map[string]broker.Value{"id": broker.String(uri)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tl := tool(map[string]string{"arg.id": "uri_sans", "common_name": "agent.example.org"}, "id:string")
+	tl.Path[0] = e.mount
+	m, _, err := b.Prepare(t.Context(), tl, broker.Grant{ID: "gr1", Args: args, Expires: time.Now().Add(time.Minute)})
+	if err != nil {
+		t.Fatalf("Prepare() = %v", err)
+	}
+	s := e.write(t, strings.Join(m.Path, "/"), m.Data)
+	if s.LeaseID == "" || time.Duration(s.LeaseDuration)*time.Second > m.TTL {
+		t.Errorf("lease %q of %d s, want one within %v", s.LeaseID, s.LeaseDuration, m.TTL)
+	}
+	f, err := m.Finish(s.Data, time.Time{})
+	if err != nil {
+		return issued{}, err
+	}
+	out := issued{lease: s.LeaseID, finished: f}
+	return out, json.Unmarshal(f.Secret.Reveal(), &out)
+}
+
+// TestRealExact holds that a role which gives more than was asked is refused.
+func TestRealExact(t *testing.T) {
+	for name, more := range map[string]map[string]any{
+		"server usage too": {"server_flag": true},
+		"another usage":    {"ext_key_usage": "CodeSigning"},
+	} {
+		e := newEngine(t, role(more))
+		if _, err := e.issue(t, newBackend(t, reader{e.Client}), "spiffe://example.org/a"); err == nil {
+			t.Errorf("a certificate with %s was taken", name)
+		}
+	}
+}
+
+// TestRealNarrow makes out-of-scope calls with the raw secret: the TLS peers refuse each.
+func TestRealNarrow(t *testing.T) {
+	e := newEngine(t, role(nil))
+	s, err := e.issue(t, newBackend(t, reader{e.Client}), "spiffe://example.org/orders/read")
+	if err != nil {
+		t.Fatalf("issue = %v", err)
+	}
+	pair, err := tls.X509KeyPair([]byte(s.Certificate), []byte(s.PrivateKey))
+	if err != nil {
+		t.Fatal(err)
+	}
+	demand := func(id string) *tls.Config { // a server of the service that id names
+		return &tls.Config{Certificates: []tls.Certificate{e.serverPair(t)}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: e.roots,
+			VerifyConnection: func(c tls.ConnectionState) error {
+				if u := c.PeerCertificates[0].URIs; len(u) != 1 || u[0].String() != id {
+					return errors.New("not this identity")
+				}
+				return nil
+			}}
+	}
+	client := &tls.Config{RootCAs: e.roots, ServerName: "server.example.org", Certificates: []tls.Certificate{pair}}
+	if err := handshake(t, client, demand("spiffe://example.org/orders/read")); err != nil {
+		t.Fatalf("in scope: %v", err)
+	}
+	forged := client.Clone()
+	forged.Certificates = []tls.Certificate{forge(t, pair, "spiffe://example.org/orders/write")}
+	for name, pairOf := range map[string][2]*tls.Config{
+		"another name":               {client, demand("spiffe://example.org/orders/write")},
+		"a name forged with its key": {forged, demand("spiffe://example.org/orders/write")},
+		"acting as a server": {{RootCAs: e.roots, ServerName: "agent.example.org"},
+			{Certificates: []tls.Certificate{pair}}},
+	} {
+		if err := handshake(t, pairOf[0], pairOf[1]); err == nil {
+			t.Errorf("out of scope, %s: the handshake succeeded", name)
+		}
+	}
+}
+
+// serverPair is the service's own certificate, from the same authority.
+func (e *engine) serverPair(t *testing.T) tls.Certificate {
+	t.Helper()
+	e.write(t, e.mount+"/roles/server", map[string]any{"allow_any_name": true, "key_type": "ec", "client_flag": false})
+	s := e.write(t, e.mount+"/issue/server", map[string]any{"common_name": "server.example.org", "ttl": "1h"})
+	pair, err := tls.X509KeyPair([]byte(s.Data["certificate"].(string)), []byte(s.Data["private_key"].(string)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pair
+}
+
+// forge signs another name with the certificate's key.
+func forge(t *testing.T, by tls.Certificate, id string) tls.Certificate {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	uri, err := url.Parse(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{SerialNumber: big.NewInt(7), URIs: []*url.URL{uri},
+		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Minute),
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}, by.Leaf, &key.PublicKey, by.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der, by.Certificate[0]}, PrivateKey: key}
+}
+
+// handshake sends one byte from server to client and gives what either side said against it.
+func handshake(t *testing.T, client, server *tls.Config) error {
+	t.Helper()
+	l, err := tls.Listen("tcp", "127.0.0.1:0", server)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	done := make(chan error, 1)
+	go func() {
+		conn, err := l.Accept()
+		if err == nil {
+			_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+			_, err = conn.Write([]byte{1})
+			_ = conn.Close()
+		}
+		done <- err
+	}()
+	conn, err := net.DialTimeout("tcp", l.Addr().String(), 5*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+	_, err = io.ReadFull(tls.Client(conn, client), make([]byte, 1))
+	_ = conn.Close()
+	return errors.Join(err, <-done)
+}
+
+func TestRealProve(t *testing.T) {
+	e := newEngine(t, role(nil))
+	b := newBackend(t, reader{e.Client})
+	s, err := e.issue(t, b, "spiffe://example.org/a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := broker.Grant{ID: "gr1", Path: e.mount + "/agent", Expires: time.Now().Add(time.Minute), Lease: broker.Lease{Ref: s.finished.Ref, Expires: s.finished.Expires}}
+	lost, over, unknown := g, g, g
+	lost.Lease = broker.Lease{}
+	over.Expires, over.Lease.Expires = time.Now().Add(-time.Minute), time.Now().Add(-time.Minute)
+	unknown.Lease.Ref = "01:02"
+	outcomes := func() string {
+		ev, err := b.Prove(t.Context(), []broker.Grant{g, lost, over, unknown})
+		if err != nil {
+			t.Fatalf("Prove() = %v", err)
+		}
+		var out []string
+		for _, one := range ev {
+			out = append(out, string(one.Outcome))
+		}
+		return strings.Join(out, ",")
+	}
+	if got := outcomes(); got != "alive,,dead," {
+		t.Errorf("Prove() before = %q", got)
+	}
+	e.write(t, "sys/leases/revoke", map[string]any{"lease_id": s.lease, "sync": true})
+	if got := outcomes(); got != "dead,,dead," {
+		t.Errorf("Prove() after the lease's revocation = %q", got)
+	}
+	if _, err := newBackend(t, none{}).Prove(t.Context(), []broker.Grant{g}); err == nil {
+		t.Error("Prove() with Vault down gave evidence")
+	}
+}
