@@ -36,7 +36,8 @@ func compact(t testing.TB, key crypto.Signer, alg, header, claims string) string
 	switch key := key.(type) {
 	case *ecdsa.PrivateKey:
 		r, s, e := ecdsa.Sign(rand.Reader, key, h.Sum(nil))
-		size := (key.Curve.Params().BitSize + 7) / 8
+		// As long as the algorithm wants it, also when that is not the curve's.
+		size := max((key.Curve.Params().BitSize+7)/8, map[string]int{"ES384": 48, "ES512": 66}[alg])
 		err, sig = e, append(r.FillBytes(make([]byte, size)), s.FillBytes(make([]byte, size))...)
 	case *rsa.PrivateKey:
 		if alg[0] == 'P' {
