@@ -1,0 +1,200 @@
+// Package jwt has Vault's transit engine sign a token for one step: one audience, one subject,
+// the digest of the arguments, an end. A verifier that asks nobody takes the token until then;
+// one that asks the broker's introspection refuses it from the revocation on.
+package jwt
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/big"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// Reader reads one Vault path with the broker's own rights; nil when nothing is there.
+// plugins/vault's Client is one.
+type Reader interface {
+	Read(ctx context.Context, path []string) (map[string]any, error)
+}
+
+// Config says what the backend stands on.
+type Config struct {
+	Vault  Reader           // required; must be allowed to read <mount>/keys/<key>
+	Issuer string           // required: the iss claim, an https URL or a SPIFFE ID
+	Now    func() time.Time // zero: time.Now
+}
+
+// Backend implements [broker.Backend], [broker.Severer] and [broker.Prover]. Safe for
+// concurrent use.
+type Backend struct {
+	cfg Config
+
+	mu      sync.Mutex // guards what follows; never held over the network
+	keys    map[string]signingKey
+	severed map[broker.GrantID]time.Time // until when
+}
+
+// New makes a Backend.
+func New(cfg Config) (*Backend, error) {
+	u, err := url.Parse(cfg.Issuer)
+	switch {
+	case cfg.Vault == nil:
+		return nil, errors.New("jwt: Vault is required")
+	case err != nil || u.Scheme != "https" && u.Scheme != "spiffe" || u.Host == "":
+		return nil, errors.New("jwt: Issuer must be an https URL or a SPIFFE ID")
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	return &Backend{cfg: cfg, keys: map[string]signingKey{}, severed: map[broker.GrantID]time.Time{}}, nil
+}
+
+// Access gives the Vault path of the tool's mint and how it is used there.
+func (b *Backend) Access(t broker.Tool) (path []string, write, leased bool) {
+	return []string{t.Path[0], "sign", t.Path[1], "sha2-256"}, true, false
+}
+
+// header and claims are the token's two parts, in the order in which they are written.
+type header struct {
+	Algorithm string `json:"alg"`
+	Key       string `json:"kid"` // the transit key's name and version
+	Type      string `json:"typ"`
+}
+
+type claims struct {
+	Issuer   string `json:"iss"`
+	Subject  string `json:"sub"`
+	Audience string `json:"aud"`
+	Expires  int64  `json:"exp"`
+	Issued   int64  `json:"iat"`
+	ID       string `json:"jti"`
+	Scope    string `json:"scope,omitempty"`
+	Chain    string `json:"pawl_chain"`
+	Tool     string `json:"pawl_tool"`
+	Args     string `json:"pawl_args"` // SHA-256 of the canonical arguments, in hex
+}
+
+// Prepare implements [broker.Backend].
+func (b *Backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (broker.Mint, string, error) {
+	s, err := load(t)
+	if err != nil {
+		return broker.Mint{}, "", err
+	}
+	c, err := s.claims(g)
+	if err != nil {
+		return broker.Mint{}, "", broker.Errorf(broker.Malformed, "issue", "%s", err).With(broker.CodeArgumentOutside)
+	}
+	key, err := b.key(ctx, t.Path)
+	if err != nil {
+		return broker.Mint{}, "", err
+	}
+	now := b.cfg.Now()
+	digest := g.Args.Digest()
+	c.Issuer, c.Subject, c.ID, c.Chain, c.Tool = b.cfg.Issuer, g.Caller.String(), string(g.ID), string(g.Chain), string(t.Name)
+	c.Issued, c.Expires, c.Args = now.Unix(), g.Expires.Unix(), hex.EncodeToString(digest[:])
+	if c.Expires <= c.Issued {
+		return broker.Mint{}, "", broker.Errorf(broker.Expired, "issue", "less than a second is left").With(broker.CodeExpired)
+	}
+	input, err := signingInput(header{"ES256", t.Path[1] + ":" + strconv.Itoa(key.version), "JWT"}, c)
+	if err != nil {
+		return broker.Mint{}, "", err
+	}
+	path, _, _ := b.Access(t)
+	return broker.Mint{
+		Path: path, TTL: g.Expires.Sub(now) + time.Second,
+		Data: map[string]any{"input": base64.StdEncoding.EncodeToString([]byte(input)), "marshaling_algorithm": "jws", "key_version": key.version},
+		Finish: func(answer map[string]any, _ time.Time) (broker.Finished, error) {
+			return finish(answer, input, key, c)
+		},
+	}, string(g.ID), nil
+}
+
+func signingInput(h header, c claims) (string, error) {
+	rawHeader, err := json.Marshal(h)
+	if err != nil {
+		return "", fmt.Errorf("jwt: encoding the header: %w", err)
+	}
+	rawClaims, err := json.Marshal(c)
+	if err != nil {
+		return "", fmt.Errorf("jwt: encoding the claims: %w", err)
+	}
+	return base64.RawURLEncoding.EncodeToString(rawHeader) + "." + base64.RawURLEncoding.EncodeToString(rawClaims), nil
+}
+
+// finish takes the signature "vault:v<version>:<base64url>" and checks it: a token that nobody
+// can verify is not handed out.
+func finish(answer map[string]any, input string, key signingKey, c claims) (broker.Finished, error) {
+	text, _ := answer["signature"].(string)
+	signature, ok := strings.CutPrefix(text, "vault:v"+strconv.Itoa(key.version)+":")
+	raw, err := base64.RawURLEncoding.Strict().DecodeString(signature)
+	if !ok || err != nil || len(raw) != 64 {
+		return broker.Finished{}, errors.New("jwt: the answer is not a signature by the key's version")
+	}
+	digest := sha256.Sum256([]byte(input))
+	if !ecdsa.Verify(key.public, digest[:], new(big.Int).SetBytes(raw[:32]), new(big.Int).SetBytes(raw[32:])) {
+		return broker.Finished{}, errors.New("jwt: the signature does not verify")
+	}
+	secret, err := json.Marshal(map[string]string{"token": input + "." + signature, "token_type": "Bearer"})
+	if err != nil {
+		return broker.Finished{}, errors.New("jwt: encoding the secret")
+	}
+	return broker.Finished{Secret: broker.NewSecret(secret), Ref: c.ID, Expires: time.Unix(c.Expires, 0).UTC()}, nil
+}
+
+// Sever implements [broker.Severer]. The list is in memory: the ledger has the fences, and
+// resuming a revocation severs again.
+func (b *Backend) Sever(_ context.Context, grants []broker.Grant) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	now := b.cfg.Now()
+	for id, until := range b.severed {
+		if now.After(until) {
+			delete(b.severed, id)
+		}
+	}
+	for _, g := range grants {
+		b.severed[g.ID] = g.Expires.Add(leeway)
+	}
+	return nil
+}
+
+// leeway is how far behind a verifier's clock may be.
+const leeway = time.Minute
+
+// Severed reports whether introspection refuses the token with this id (jti), its time apart.
+func (b *Backend) Severed(id broker.GrantID) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	_, ok := b.severed[id]
+	return ok
+}
+
+// Prove implements [broker.Prover]. A token cannot be called back: before its end, dead means
+// that introspection refuses it, and the answer says so.
+func (b *Backend) Prove(_ context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
+	out := make([]broker.Evidence, len(grants))
+	now := b.cfg.Now().UTC()
+	for i, g := range grants {
+		end := g.Expires.UTC().Format(time.RFC3339)
+		e := broker.Evidence{At: now, Check: "jwt: introspection", Outcome: broker.OutcomeAlive, Answer: "active until " + end}
+		switch {
+		case now.After(g.Expires.Add(leeway)):
+			e.Check, e.Outcome, e.Answer = "jwt: the token's end", broker.OutcomeDead, "it ended at "+end
+		case b.Severed(g.ID):
+			e.Outcome, e.Answer = broker.OutcomeDead, "inactive; a verifier that does not ask takes it until "+end
+		}
+		out[i] = e
+	}
+	return out, nil
+}

@@ -1,0 +1,73 @@
+package jwt
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"strconv"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// signingKey is the newest version of a transit key.
+type signingKey struct {
+	version int
+	public  *ecdsa.PublicKey
+	read    time.Time
+}
+
+// keyAge is how long a key is taken as the newest before Vault is asked again.
+const keyAge = time.Minute
+
+func (b *Backend) key(ctx context.Context, path []string) (signingKey, error) {
+	name := path[0] + "/" + path[1]
+	b.mu.Lock()
+	k, ok := b.keys[name]
+	b.mu.Unlock()
+	if now := b.cfg.Now(); ok && now.Sub(k.read) < keyAge && !now.Before(k.read) {
+		return k, nil
+	}
+	data, err := b.cfg.Vault.Read(ctx, []string{path[0], "keys", path[1]})
+	if err == nil {
+		k, err = parseKey(data)
+	}
+	if err != nil {
+		return signingKey{}, broker.Errorf(broker.Unavailable, "issue", "the signing key cannot be used").With(broker.CodeBackendDown).Because(err)
+	}
+	k.read = b.cfg.Now()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.keys[name] = k
+	return k, nil
+}
+
+func parseKey(data map[string]any) (signingKey, error) {
+	if data["type"] != "ecdsa-p256" {
+		return signingKey{}, errors.New("jwt: the transit key must be of type ecdsa-p256")
+	}
+	latest, _ := data["latest_version"].(json.Number)
+	version, err := strconv.Atoi(latest.String())
+	if err != nil || version < 1 {
+		return signingKey{}, errors.New("jwt: the transit key has no version")
+	}
+	versions, _ := data["keys"].(map[string]any)
+	entry, _ := versions[latest.String()].(map[string]any)
+	text, _ := entry["public_key"].(string)
+	block, _ := pem.Decode([]byte(text))
+	if block == nil {
+		return signingKey{}, errors.New("jwt: the transit key has no public key")
+	}
+	public, err := x509.ParsePKIXPublicKey(block.Bytes)
+	if err != nil {
+		return signingKey{}, errors.New("jwt: the transit key's public key cannot be read")
+	}
+	ec, ok := public.(*ecdsa.PublicKey)
+	if !ok || ec.Curve.Params().BitSize != 256 {
+		return signingKey{}, errors.New("jwt: the transit key is not on P-256")
+	}
+	return signingKey{version: version, public: ec}, nil
+}

@@ -1,0 +1,132 @@
+package jwt
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// settings say where the audience and scope come from: an argument or a fixed value.
+type settings struct{ audience, scope source }
+
+type source struct{ arg, fixed string }
+
+var segment = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+
+func isSegment(s string) bool { return segment.MatchString(s) && !strings.Contains(s, "..") }
+
+// Load implements [broker.Backend]. The tool's Path is the transit mount and the key, which must
+// be of type ecdsa-p256. Settings:
+//
+//	audience, scope   a fixed value
+//	arg.<argument>    "audience" or "scope": the argument fills it
+//
+// A token has exactly one audience. Arguments that fill neither are in the token as part of
+// their digest.
+func (b *Backend) Load(t broker.Tool) error {
+	_, err := load(t)
+	return err
+}
+
+func load(t broker.Tool) (s settings, err error) {
+	if len(t.Path) != 2 || !isSegment(t.Path[0]) || !isSegment(t.Path[1]) {
+		return s, fmt.Errorf("tool %q: the path is a mount and a key", t.Name)
+	}
+	for _, key := range slices.Sorted(maps.Keys(t.Settings)) {
+		if err := s.set(t, key, t.Settings[key]); err != nil {
+			return s, fmt.Errorf("tool %q: setting %q: %w", t.Name, key, err)
+		}
+	}
+	if s.audience == (source{}) {
+		return s, fmt.Errorf("tool %q: an audience is needed: without one every service would take the token", t.Name)
+	}
+	return s, nil
+}
+
+func (s *settings) set(t broker.Tool, key, value string) error {
+	name, isArg := strings.CutPrefix(key, "arg.")
+	field, src := key, source{fixed: value}
+	if isArg {
+		field, src = value, source{arg: name}
+		if p, ok := t.Arguments[name]; !ok || !p.Required || p.Kind != "string" && (p.Kind != "list" || field != "scope") {
+			return fmt.Errorf("the tool has no required argument %q that is a string", name)
+		}
+	}
+	var into *source
+	switch field {
+	case "audience":
+		into = &s.audience
+	case "scope":
+		into = &s.scope
+	default:
+		return errors.New("there is no such setting or claim")
+	}
+	if *into != (source{}) {
+		return errors.New("the claim has two sources")
+	}
+	*into = src
+	if isArg {
+		return nil
+	}
+	return check(field, value)
+}
+
+// check refuses what would be several audiences, or a scope token that is two.
+func check(field, s string) error {
+	if s == "" || len(s) > 1024 {
+		return errors.New("must have between 1 and 1,024 bytes")
+	}
+	for i := 0; i < len(s); i++ {
+		blank := s[i] == ' ' && field == "scope" && i > 0 && i < len(s)-1 && s[i-1] != ' '
+		if s[i] <= ' ' && !blank || s[i] >= 0x7f || strings.IndexByte(`"\{}`, s[i]) >= 0 {
+			return errors.New("has a character that audiences and RFC 6749 scopes have not")
+		}
+	}
+	return nil
+}
+
+func (src source) values(args broker.Args) ([]string, error) {
+	if src.arg == "" {
+		return []string{src.fixed}, nil
+	}
+	v, _ := args.Get(src.arg)
+	if list, ok := v.Strings(); ok && len(list) > 0 {
+		return list, nil
+	}
+	if s, ok := v.Text(); ok && s != "" {
+		return []string{s}, nil
+	}
+	return nil, fmt.Errorf("argument %q is needed", src.arg)
+}
+
+// claims gives the claims that settings and arguments decide.
+func (s settings) claims(g broker.Grant) (c claims, err error) {
+	audience, err := s.audience.values(g.Args)
+	if err != nil {
+		return c, err
+	}
+	if len(audience) != 1 || check("audience", audience[0]) != nil {
+		return c, errors.New("the audience must be one name")
+	}
+	c.Audience = audience[0]
+	if s.scope == (source{}) {
+		return c, nil
+	}
+	scope, err := s.scope.values(g.Args)
+	if err != nil {
+		return c, err
+	}
+	for _, one := range scope {
+		// An argument's element is one scope; only a fixed value may be several.
+		if check("scope", one) != nil || s.scope.arg != "" && strings.Contains(one, " ") {
+			return c, errors.New("a scope must be one name")
+		}
+	}
+	c.Scope = strings.Join(scope, " ")
+	return c, nil
+}
