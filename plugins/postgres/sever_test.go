@@ -2,6 +2,7 @@ package postgres_test
 
 import (
 	"context"
+	"fmt"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -355,17 +356,19 @@ func TestMintMany(tt *testing.T) {
 	}
 }
 
-// TestShapesAtOnce makes many shapes over the same tables at once, each by several callers.
+// TestShapesAtOnce makes many shapes over the same tables at once, each by several callers, without the
+// backend's second tries: the lock in the database must do.
 func TestShapesAtOnce(tt *testing.T) {
 	t := newTarget(tt)
-	verbs := []string{`["select"]`, `["insert"]`, `["update"]`, `["delete"]`, `["select","insert"]`, `["select","update"]`, `["delete","select"]`, `["delete","insert"]`}
-	each(64, 8, func(i int) {
-		if _, err := t.tryMint(newGrant(`{"tables":["t1","t2","orders"],"verbs":` + verbs[i%len(verbs)] + `}`)); err != nil {
-			t.Errorf("mint %d: %v", i, err)
+	shaper := t.as(postgres.Shaper)
+	each(160, 8, func(i int) {
+		spec := fmt.Sprintf(`{"connections":%d,"database":%q,"idle_ms":1000,"statement_ms":1000,"tables":[["public","t1"],["public","t2"],["public","orders"]],"verbs":["select"]}`, i%40+1, t.name)
+		if _, err := shaper.Exec(t.Context(), "SELECT pawl.ensure_shape($1, $2)", hashOf(spec), spec); err != nil {
+			t.Errorf("ensure_shape %d: %v", i, err)
 		}
 	})
-	if n := t.count("SELECT count(*) FROM pawl.shapes"); n != len(verbs) {
-		t.Errorf("shapes = %d, want %d", n, len(verbs))
+	if n := t.count("SELECT count(*) FROM pawl.shapes"); n != 40 {
+		t.Errorf("shapes = %d, want 40", n)
 	}
 }
 
