@@ -1,0 +1,185 @@
+package demo
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/pawlsec/pawl/broker/agent"
+)
+
+// held is a secret that an agent was given, and a copy of it such as a thief would have made.
+type held struct {
+	step  *agent.Step
+	login login
+	cert  *tls.Certificate
+	p     *play
+}
+
+// login is what the postgres backend delivers.
+type login struct {
+	Username, Password, Host, Port, Database string
+}
+
+func (l login) dsn() string {
+	return fmt.Sprintf("host=%s port=%s dbname=%s user=%s password=%s sslmode=disable connect_timeout=5", l.Host, l.Port, l.Database, l.Username, l.Password)
+}
+
+// login takes a step on a table.
+func (p *play) login(ctx context.Context, _ string, d *agent.Delegation, table string) (*held, error) {
+	step, err := d.Begin(ctx, "db.read", agent.Args{"tables": []string{table}})
+	if err != nil {
+		return nil, err
+	}
+	s := step.Secret()
+	h := &held{step: step, p: p, login: login{Username: s.Field("username"), Password: s.Field("password"),
+		Host: s.Field("host"), Port: s.Field("port"), Database: s.Field("database")}}
+	p.live = append(p.live, h)
+	return h, nil
+}
+
+// certificate takes a step that gives a client certificate.
+func (p *play) certificate(ctx context.Context, d *agent.Delegation) error {
+	step, err := d.Begin(ctx, "tls.call", agent.Args{"name": "writer.agents.pawl.dev"})
+	if err != nil {
+		return err
+	}
+	s := step.Secret()
+	cert, err := tls.X509KeyPair([]byte(s.Field("certificate")), []byte(s.Field("private_key")))
+	if err != nil {
+		return errors.New("the secret is not what the pki backend documents")
+	}
+	p.live = append(p.live, &held{step: step, cert: &cert, p: p})
+	return nil
+}
+
+// holdTen takes ten steps, each agent some, and leaves a database session open in the middle of
+// a cursor.
+func (p *play) holdTen(ctx context.Context) error {
+	certificates := 3
+	if p.env.Postgres == nil {
+		certificates = 10
+	}
+	for range certificates {
+		if err := p.certificate(ctx, p.part); err != nil {
+			return err
+		}
+	}
+	for i := range 10 - certificates {
+		d := p.root
+		if i%2 == 0 {
+			d = p.part
+		}
+		if _, err := p.login(ctx, "", d, "orders"); err != nil {
+			return err
+		}
+	}
+	for _, h := range p.live {
+		if err := h.works(ctx); err != nil {
+			return fmt.Errorf("a live secret does not work: %w", err)
+		}
+	}
+	if p.env.Postgres == nil {
+		p.note("ten_live", "10 certificates are live, and each one opens the TLS server")
+		return nil
+	}
+	var err error
+	if p.session, err = openSession(ctx, p.live[len(p.live)-1].login); err != nil {
+		return err
+	}
+	p.note("ten_live", "7 logins and 3 certificates are live; each one works, and one login has a session open with a cursor in the middle of a table")
+	return nil
+}
+
+// works tries the secret at its backend.
+func (h *held) works(ctx context.Context) error {
+	if h.cert != nil {
+		return h.p.door.enter(ctx, *h.cert)
+	}
+	conn, err := pgx.Connect(ctx, h.login.dsn())
+	if err != nil {
+		return err
+	}
+	defer conn.Close(ctx) //nolint:errcheck // only a probe
+	return conn.Ping(ctx)
+}
+
+func (h *held) read(ctx context.Context, table string) (rows int, err error) {
+	conn, err := pgx.Connect(ctx, h.login.dsn())
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close(ctx) //nolint:errcheck // only read
+	err = conn.QueryRow(ctx, "SELECT count(*) FROM "+pgx.Identifier{table}.Sanitize()).Scan(&rows)
+	return rows, err
+}
+
+// refused runs a statement that PostgreSQL must refuse, and gives its words.
+func (h *held) refused(ctx context.Context, sql string) (said string, err error) {
+	conn, err := pgx.Connect(ctx, h.login.dsn())
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close(ctx) //nolint:errcheck // nothing was changed
+	_, err = conn.Exec(ctx, sql)
+	var pg *pgconn.PgError
+	if !errors.As(err, &pg) || pg.Code != "42501" { // insufficient_privilege
+		return "", fmt.Errorf("answered with %v", err)
+	}
+	return pg.Message, nil
+}
+
+// untilDead tries every secret until its backend refuses it, and the open session until it is
+// cut. It gives when the last one was refused, and how many never were.
+func (p *play) untilDead(ctx context.Context, since time.Time) (ms float64, alive int) {
+	deadline := time.Now().Add(20 * time.Second)
+	left := append([]*held{}, p.live...)
+	for {
+		var working []*held
+		for _, h := range left {
+			if h.works(ctx) == nil {
+				working = append(working, h)
+			}
+		}
+		left = working
+		cut := p.session.cut(ctx)
+		if len(left) == 0 && cut || time.Now().After(deadline) {
+			if alive = len(left); !cut {
+				alive++
+			}
+			return milliseconds(time.Since(since)), alive
+		}
+	}
+}
+
+// session is a database session in the middle of reading.
+type session struct{ conn *pgx.Conn }
+
+func openSession(ctx context.Context, l login) (*session, error) {
+	conn, err := pgx.Connect(ctx, l.dsn())
+	if err != nil {
+		return nil, err
+	}
+	_, err = conn.Exec(ctx, "BEGIN; DECLARE reading CURSOR FOR SELECT * FROM orders; FETCH 1 FROM reading")
+	return &session{conn}, err
+}
+
+// cut reports whether the session is over: its cursor gives nothing more.
+func (s *session) cut(ctx context.Context) bool {
+	if s == nil {
+		return true
+	}
+	_, err := s.conn.Exec(ctx, "FETCH 0 FROM reading")
+	return err != nil
+}
+
+func (s *session) close() {
+	if s != nil {
+		_ = s.conn.Close(context.Background()) // it is cut, or about to be
+	}
+}
