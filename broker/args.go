@@ -19,8 +19,12 @@ const (
 	MaxArgName     = 64       // bytes
 	MaxArgString   = 8 << 10  // bytes
 	MaxArgElements = 256      // elements of a list
-	MaxArgsBytes   = 64 << 10 // bytes of the whole object
+	MaxArgsBytes   = 64 << 10 // bytes of the whole object in its canonical form
 )
+
+// escaped is how many times longer an encoder may make the canonical form: encoding/json
+// writes < as six bytes.
+const escaped = 6
 
 // Value is one argument: a string, an integer, a boolean or a list of strings. The zero Value
 // is the empty string. Values compare with [Value.Equal].
@@ -181,7 +185,7 @@ func checkArgName(s string) error {
 // refuses duplicate names, null, fractions, nesting, anything after the object, and whatever
 // is over a limit above.
 func ParseArgs(raw []byte) (Args, error) {
-	if len(raw) > MaxArgsBytes {
+	if len(raw) > escaped*MaxArgsBytes {
 		return Args{}, fmt.Errorf("arguments take more than %d bytes", MaxArgsBytes)
 	}
 	if !utf8.Valid(raw) {

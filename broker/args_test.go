@@ -177,3 +177,23 @@ func FuzzParseArgs(f *testing.F) {
 		}
 	})
 }
+
+// TestArgsReadBack: what the ledger's encoding makes longer is still read.
+func TestArgsReadBack(t *testing.T) {
+	values := map[string]broker.Value{}
+	for _, name := range []string{"a", "b", "c", "d", "e", "f", "g"} {
+		values[name] = broker.String(strings.Repeat("<", broker.MaxArgString))
+	}
+	args, err := broker.NewArgs(values)
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := json.Marshal(broker.Grant{Args: args})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var back broker.Grant
+	if err := json.Unmarshal(raw, &back); err != nil || back.Args.Digest() != args.Digest() {
+		t.Errorf("reading a grant back = %v, want the same arguments", err)
+	}
+}

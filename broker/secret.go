@@ -2,6 +2,8 @@ package broker
 
 import (
 	"encoding/json"
+	"fmt"
+	"io"
 	"log/slog"
 )
 
@@ -11,22 +13,36 @@ const redacted = "[redacted]"
 // documentation lists ({"username":…,"password":…}). It prints, logs and marshals as
 // "[redacted]"; it lives in memory between mint and delivery and nowhere else.
 // The zero value is empty.
-type Secret struct{ b []byte }
+//
+// The bytes are behind a pointer because fmt does not call the methods of what it finds in an
+// unexported field: there it prints an address.
+type Secret struct{ b *[]byte }
 
 // NewSecret takes ownership of b.
-func NewSecret(b []byte) Secret { return Secret{b} }
+func NewSecret(b []byte) Secret { return Secret{&b} }
 
 // Reveal opens the secret. Two places may call it: the API encoder and the minter.
-func (s Secret) Reveal() []byte { return s.b }
+func (s Secret) Reveal() []byte {
+	if s.b == nil {
+		return nil
+	}
+	return *s.b
+}
 
 // Empty reports whether there is nothing inside.
-func (s Secret) Empty() bool { return len(s.b) == 0 }
+func (s Secret) Empty() bool { return s.b == nil || len(*s.b) == 0 }
 
 // Wipe overwrites the bytes. Copies that an encoder made are out of its reach.
-func (s Secret) Wipe() { clear(s.b) }
+func (s Secret) Wipe() {
+	if s.b != nil {
+		clear(*s.b)
+	}
+}
+
+// Format prints "[redacted]" for every verb.
+func (s Secret) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, redacted) } // printing cannot be refused
 
 func (s Secret) String() string               { return redacted }
-func (s Secret) GoString() string             { return redacted }
 func (s Secret) LogValue() slog.Value         { return slog.StringValue(redacted) }
 func (s Secret) MarshalJSON() ([]byte, error) { return json.Marshal(redacted) }
 func (s Secret) MarshalText() ([]byte, error) { return []byte(redacted), nil }

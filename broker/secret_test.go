@@ -35,7 +35,7 @@ func TestSecretIsRedacted(t *testing.T) {
 		"itself": secret, "pointer": &secret, "struct": issued, "pointer to struct": &issued, "slice": []broker.Secret{secret},
 		"map": map[string]broker.Secret{"a": secret}, "any": []any{secret, &secret}, "array": [1]broker.Secret{secret},
 	} {
-		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%X"} {
+		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "%d", "%o"} {
 			if got := fmt.Sprintf(verb, v); shows(got) {
 				t.Errorf("%s of %s shows the secret", verb, name)
 			}
@@ -50,6 +50,14 @@ func TestSecretIsRedacted(t *testing.T) {
 		}
 		if shows(log.String()) {
 			t.Errorf("slog of %s shows the secret", name)
+		}
+	}
+	type hidden struct{ s broker.Secret } // fmt calls no methods here
+	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "%d", "%o"} {
+		for _, v := range []any{hidden{secret}, &hidden{secret}, []hidden{{secret}}} {
+			if got := fmt.Sprintf(verb, v); shows(got) {
+				t.Errorf("%s of an unexported field shows the secret", verb)
+			}
 		}
 	}
 	type envelope struct{ S broker.Secret }

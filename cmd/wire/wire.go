@@ -40,6 +40,12 @@ type Server struct {
 // Start puts the parts together and serves. ctx bounds the start, not the serving. Vault need
 // not be up: fencing works without it.
 func Start(ctx context.Context, c Config, log *slog.Logger) (s *Server, err error) {
+	return StartWith(ctx, c, log, func(*broker.Config) {})
+}
+
+// StartWith is Start with a last word on the engine's parts, for tests that put faults between
+// them.
+func StartWith(ctx context.Context, c Config, log *slog.Logger, change func(*broker.Config)) (s *Server, err error) {
 	s = &Server{failed: make(chan error, 3)}
 	defer func() {
 		if err != nil {
@@ -74,11 +80,13 @@ func Start(ctx context.Context, c Config, log *slog.Logger) (s *Server, err erro
 	if err := checkTools(s.Policy.Current().Tools(), backends); err != nil {
 		return s, err
 	}
-	if s.Broker, err = broker.New(broker.Config{
+	parts := broker.Config{
 		Ledger: s.Ledger, Policy: s.Policy.Policy, Vault: leaseLister{s.Vault, s.Policy, backends}, Backends: backends,
 		Now: time.Now, Random: rand.Reader, Alarm: func(op string, err error) { log.Error("alarm", "op", op, "error", err) },
 		MintTimeout: c.Vault.MintTimeout, MintBound: c.Vault.MintBound, SweepEvery: c.SweepEvery,
-	}); err != nil {
+	}
+	change(&parts)
+	if s.Broker, err = broker.New(parts); err != nil {
 		return s, err
 	}
 	s.later(s.Broker.Stop)
