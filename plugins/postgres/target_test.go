@@ -203,8 +203,17 @@ func (t *target) tryMint(g broker.Grant) (credential, error) {
 	if err != nil {
 		return credential{}, err
 	}
+	return t.read(g, f), nil
+}
+
+// read opens a secret as the agent does.
+func (t *target) read(g broker.Grant, f broker.Finished) credential {
+	t.Helper()
 	c := credential{grant: g}
-	return c, json.Unmarshal(f.Secret.Reveal(), &c)
+	if err := json.Unmarshal(f.Secret.Reveal(), &c); err != nil {
+		t.Errorf("the secret of %s is not JSON", g.ID)
+	}
+	return c
 }
 
 // login opens a session with the raw credential.
