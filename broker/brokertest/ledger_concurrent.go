@@ -3,6 +3,7 @@ package brokertest
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -39,6 +40,7 @@ func add(tx broker.Tx, key string, n int) error {
 	if err != nil {
 		return err
 	}
+	runtime.Gosched() // a ledger that lets others in between shows it
 	return tx.Put(key, strconv.AppendInt(nil, int64(old+n), 10))
 }
 
@@ -140,6 +142,7 @@ func (t *ledgerTest) intent(root, leaf, grant string) (rev broker.Revision) {
 				return err
 			}
 		}
+		runtime.Gosched()
 		if err := tx.Put(grant, []byte("INTENT")); err != nil {
 			return err
 		}
@@ -160,6 +163,7 @@ func testPhantom(t *ledgerTest) {
 			if err != nil || live >= limit {
 				return err
 			}
+			runtime.Gosched()
 			return put(fmt.Sprintf("l/%02d", i), "")(tx)
 		})
 	})

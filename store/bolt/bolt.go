@@ -7,6 +7,11 @@
 // The file defends itself. Every record carries a digest, the audit log is a chain of digests,
 // and the head counts and sums up both. Open reads the whole file before it trusts any of it
 // and refuses one that was cut or changed: a ledger that lost a fence is worse than none.
+//
+// What a file cannot tell about itself: that it is an older copy, put back whole; that the disk
+// acknowledged the last commit and lost all of it; or that somebody who may write it made it
+// anew, digests included. For these the log's digest must be known elsewhere. Damage to pages
+// that are free and to the unused ends of others is not seen, and does nothing.
 package bolt
 
 import (
