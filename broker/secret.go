@@ -14,30 +14,26 @@ const redacted = "[redacted]"
 // "[redacted]"; it lives in memory between mint and delivery and nowhere else.
 // The zero value is empty.
 //
-// The bytes are behind a pointer because fmt does not call the methods of what it finds in an
-// unexported field: there it prints an address.
-type Secret struct{ b *[]byte }
+// The bytes are behind a function because fmt calls no methods of what it finds in an unexported
+// field, and follows pointers there: of a function it prints an address.
+type Secret struct{ open func() []byte }
 
 // NewSecret takes ownership of b.
-func NewSecret(b []byte) Secret { return Secret{&b} }
+func NewSecret(b []byte) Secret { return Secret{func() []byte { return b }} }
 
 // Reveal opens the secret. Two places may call it: the API encoder and the minter.
 func (s Secret) Reveal() []byte {
-	if s.b == nil {
+	if s.open == nil {
 		return nil
 	}
-	return *s.b
+	return s.open()
 }
 
 // Empty reports whether there is nothing inside.
-func (s Secret) Empty() bool { return s.b == nil || len(*s.b) == 0 }
+func (s Secret) Empty() bool { return len(s.Reveal()) == 0 }
 
 // Wipe overwrites the bytes. Copies that an encoder made are out of its reach.
-func (s Secret) Wipe() {
-	if s.b != nil {
-		clear(*s.b)
-	}
-}
+func (s Secret) Wipe() { clear(s.Reveal()) }
 
 // Format prints "[redacted]" for every verb.
 func (s Secret) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, redacted) } // printing cannot be refused

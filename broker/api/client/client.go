@@ -40,7 +40,7 @@ type Config struct {
 	Source   Source        // the caller's identity; needs ServerID
 	ServerID spiffeid.ID   // the broker's identity; required with Source, and only with it
 	TLS      *tls.Config   // for whoever does not use Source
-	HTTP     *http.Client  // used as it is, http:// included
+	HTTP     *http.Client  // used as it is, http:// included, save that no redirect is followed
 	Fresh    time.Duration // for how long a connection takes new requests, since it keeps the identity it began with; zero: 10 s
 	Silence  time.Duration // the longest silence on a stream before it counts as lost; zero: 45 s
 }
@@ -67,8 +67,11 @@ type pool struct {
 
 // New validates cfg. It opens no connection.
 func New(cfg Config) (*Client, error) {
-	c := &Client{fixed: cfg.HTTP, fresh: cmp.Or(cfg.Fresh, 10*time.Second), silence: cmp.Or(cfg.Silence, 45*time.Second)}
+	c := &Client{fresh: cmp.Or(cfg.Fresh, 10*time.Second), silence: cmp.Or(cfg.Silence, 45*time.Second)}
 	socket, unix := strings.CutPrefix(cfg.Address, "unix:")
+	if !unix {
+		socket = ""
+	}
 	given := 0
 	for _, have := range []bool{cfg.Source != nil, cfg.TLS != nil, cfg.HTTP != nil} {
 		if have {
@@ -88,6 +91,11 @@ func New(cfg Config) (*Client, error) {
 			return nil, fmt.Errorf("Address %q is not https://host:port or unix:/path", cfg.Address)
 		}
 		c.base = u.Scheme + "://" + u.Host
+	}
+	if cfg.HTTP != nil {
+		fixed := *cfg.HTTP
+		fixed.CheckRedirect = stay
+		c.fixed = &fixed
 	}
 	config := cfg.TLS
 	if cfg.Source != nil {

@@ -72,7 +72,11 @@ func (e *Events) line(most int) ([]byte, error) {
 		}
 		line = append(line, piece...)
 		if err == nil {
-			return bytes.TrimSuffix(line[:len(line)-1], []byte("\r")), nil
+			line = bytes.TrimSuffix(line[:len(line)-1], []byte("\r"))
+			if bytes.IndexByte(line, '\r') >= 0 {
+				return nil, errors.New("a carriage return inside a line") // by itself it would end the line
+			}
+			return line, nil
 		}
 		if !errors.Is(err, bufio.ErrBufferFull) {
 			return nil, err
