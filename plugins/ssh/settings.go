@@ -1,0 +1,162 @@
+package ssh
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// source says where a value comes from: an argument or, when that is empty, the settings.
+type source struct{ arg, fixed string }
+
+// settings are the sources of a certificate's principal, force_command and source_address, and
+// its extensions.
+type settings struct {
+	fields     map[string]source
+	extensions map[string]string
+}
+
+// checks are the fields, and what a value must be.
+var checks = map[string]func(string) error{"principal": checkPrincipal, "force_command": checkCommand, "source_address": checkAddresses}
+
+// extensions are those that may be granted: none that forwards anything.
+var extensions = []string{"permit-pty", "permit-user-rc", "no-touch-required"}
+
+var (
+	segment   = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+	principal = regexp.MustCompile(`^[a-z_][a-z0-9_.-]{0,63}$`)
+)
+
+func isSegment(s string) bool { return segment.MatchString(s) && !strings.Contains(s, "..") }
+
+// Load implements [broker.Backend]. The tool's Path is mount and role. Settings:
+//
+//	principal        the one user name to log in as; required
+//	force_command    the command that sshd runs whatever is asked for; required for the label native
+//	source_address   addresses and networks to log in from, joined by commas
+//	arg.<argument>   in place of a fixed value: which of these the argument fills, whole
+//	extensions       permit-pty, permit-user-rc, no-touch-required, joined by commas; none unless named. Forwarding is never granted
+//
+// A fixed command takes no values from arguments: text that a shell will read is not spliced.
+func (b *Backend) Load(t broker.Tool) error {
+	_, err := load(t)
+	return err
+}
+
+func load(t broker.Tool) (settings, error) {
+	s := settings{fields: map[string]source{}, extensions: map[string]string{}}
+	if len(t.Path) != 2 || !isSegment(t.Path[0]) || !isSegment(t.Path[1]) {
+		return s, fmt.Errorf("tool %q: the path is a mount and a role", t.Name)
+	}
+	for _, key := range slices.Sorted(maps.Keys(t.Settings)) {
+		if err := s.set(t, key, t.Settings[key]); err != nil {
+			return s, fmt.Errorf("tool %q: setting %q: %w", t.Name, key, err)
+		}
+	}
+	for name := range t.Arguments {
+		if t.Settings["arg."+name] == "" {
+			return s, fmt.Errorf("tool %q: argument %q reaches nothing: set arg.%s", t.Name, name, name)
+		}
+	}
+	if _, ok := s.fields["principal"]; !ok {
+		return s, fmt.Errorf("tool %q: a principal is needed", t.Name)
+	}
+	if _, ok := s.fields["force_command"]; !ok && t.Narrowing == broker.NarrowNative {
+		return s, fmt.Errorf("tool %q: without force_command the certificate opens a shell: it is not labelled native", t.Name)
+	}
+	return s, nil
+}
+
+func (s *settings) set(t broker.Tool, key, value string) error {
+	if key == "extensions" {
+		for e := range strings.SplitSeq(value, ",") {
+			if !slices.Contains(extensions, e) {
+				return fmt.Errorf("there is no extension %.40q to grant", e)
+			}
+			s.extensions[e] = ""
+		}
+		return nil
+	}
+	field, src := key, source{fixed: value}
+	name, isArg := strings.CutPrefix(key, "arg.")
+	if isArg {
+		field, src = value, source{arg: name}
+		if p, ok := t.Arguments[name]; !ok || !p.Required || p.Kind != "string" {
+			return fmt.Errorf("the tool has no required argument %q that is a string", name)
+		}
+	}
+	check, known := checks[field]
+	if !known {
+		return errors.New("there is no such setting or field")
+	}
+	if _, twice := s.fields[field]; twice {
+		return errors.New("the field has two sources")
+	}
+	s.fields[field] = src
+	if isArg {
+		return nil
+	}
+	if strings.Contains(value, "{{") || strings.Contains(value, "${arg") {
+		return errors.New("a value is fixed or an argument, never a template")
+	}
+	return check(value)
+}
+
+// wants gives the certificate that settings and arguments ask for.
+func (s settings) wants(args broker.Args) (w wants, err error) {
+	w.options, w.extensions = map[string]string{}, s.extensions
+	for field, src := range s.fields {
+		value := src.fixed
+		if src.arg != "" {
+			v, _ := args.Get(src.arg)
+			value, _ = v.Text()
+			if err := checks[field](value); err != nil {
+				return w, fmt.Errorf("argument %q: %w", src.arg, err)
+			}
+		}
+		if field == "principal" {
+			w.principal = value
+			continue
+		}
+		w.options[strings.ReplaceAll(field, "_", "-")] = value
+	}
+	return w, nil
+}
+
+// checkPrincipal refuses lists, which Vault splits at commas, and patterns.
+func checkPrincipal(s string) error {
+	if !principal.MatchString(s) {
+		return errors.New("is not a user name")
+	}
+	return nil
+}
+
+func checkCommand(s string) error {
+	if s == "" || len(s) > 4096 {
+		return errors.New("must have between 1 and 4,096 bytes")
+	}
+	for i := 0; i < len(s); i++ {
+		if s[i] < ' ' || s[i] == 0x7f {
+			return errors.New("has a control character")
+		}
+	}
+	return nil
+}
+
+func checkAddresses(s string) error {
+	for a := range strings.SplitSeq(s, ",") {
+		if ip, err := netip.ParseAddr(a); err == nil && ip.Zone() == "" {
+			continue
+		}
+		if p, err := netip.ParsePrefix(a); err != nil || p != p.Masked() || p.Bits() == 0 {
+			return errors.New("is not a list of addresses and networks")
+		}
+	}
+	return nil
+}

@@ -1,0 +1,359 @@
+package ssh_test
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/vault/api"
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/cmd/parts"
+	"github.com/pawlsec/pawl/plugins/ssh"
+	xssh "golang.org/x/crypto/ssh"
+)
+
+func newBackend(t *testing.T, krl string, now func() time.Time) *ssh.Backend {
+	t.Helper()
+	b, err := ssh.New(ssh.Config{KRL: krl, Now: now})
+	if err != nil {
+		t.Fatalf("New(%q) = %v", krl, err)
+	}
+	return b
+}
+
+func tool(mount string, narrow broker.Narrowing, settings map[string]string, args ...string) broker.Tool {
+	t := broker.Tool{Name: "restart", Backend: "ssh", Narrowing: narrow, Path: []string{mount, "agent"}, Settings: settings, Arguments: map[string]broker.Parameter{}}
+	for _, a := range args {
+		t.Arguments[a] = broker.Parameter{Kind: "string", Required: true}
+	}
+	return t
+}
+
+func TestLoad(t *testing.T) {
+	b := newBackend(t, "", nil)
+	with := func(more ...string) map[string]string {
+		m := map[string]string{"principal": "root", "force_command": "/usr/bin/uptime -p"}
+		for i := 0; i < len(more); i += 2 {
+			m[more[i]] = more[i+1]
+		}
+		return m
+	}
+	for i, row := range []struct {
+		tool broker.Tool
+		ok   bool
+	}{
+		{tool("ssh", broker.NarrowNative, with()), true},
+		{tool("ssh", broker.NarrowNative, with("source_address", "10.0.0.0/8,::1", "extensions", "permit-pty")), true},
+		{tool("ssh", broker.NarrowNative, map[string]string{"arg.user": "principal", "arg.run": "force_command"}, "user", "run"), true},
+		{tool("ssh", broker.NarrowNone, map[string]string{"principal": "root"}), true},
+		{tool("ssh", broker.NarrowNative, map[string]string{"principal": "root"}), false},
+		{tool("ssh", broker.NarrowNone, map[string]string{"force_command": "x"}), false},
+		{tool("..", broker.NarrowNative, with()), false},
+		{tool("ssh", broker.NarrowNative, with(), "unused"), false},
+		{tool("ssh", broker.NarrowNative, with("force_command", "restart {{service}}")), false},
+		{tool("ssh", broker.NarrowNative, with("force_command", "a\nb")), false},
+		{tool("ssh", broker.NarrowNative, with("principal", "root,admin")), false},
+		{tool("ssh", broker.NarrowNative, with("principal", "*")), false},
+		{tool("ssh", broker.NarrowNative, with("source_address", "0.0.0.0/0")), false},
+		{tool("ssh", broker.NarrowNative, with("source_address", "10.0.0.1/8")), false},
+		{tool("ssh", broker.NarrowNative, with("extensions", "permit-port-forwarding")), false},
+		{tool("ssh", broker.NarrowNative, with("arg.user", "principal"), "user"), false},
+		{tool("ssh", broker.NarrowNative, with("arg.user", "key_id"), "user"), false},
+	} {
+		if err := b.Load(row.tool); (err == nil) != row.ok {
+			t.Errorf("row %d: Load(%v) = %v, want ok %v", i, row.tool.Settings, err, row.ok)
+		}
+	}
+}
+
+func grant(t *testing.T, n int, run string) broker.Grant {
+	t.Helper()
+	args, err := broker.NewArgs(map[string]broker.Value{"run": broker.String(run)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return broker.Grant{ID: broker.GrantID(fmt.Sprintf("gr%024d", n)), Args: args, Expires: time.Now().Add(time.Minute)}
+}
+
+// engine is a real ssh engine.
+type engine struct {
+	*api.Client
+	mount string
+	ca    string
+}
+
+var count atomic.Int64
+
+func newEngine(t *testing.T, more map[string]any) *engine {
+	t.Helper()
+	c, err := parts.NeedVault(t).Client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := &engine{Client: c, mount: fmt.Sprintf("ssh-%d", count.Add(1))}
+	e.write(t, "sys/mounts/"+e.mount, map[string]any{"type": "ssh"})
+	e.ca = e.write(t, e.mount+"/config/ca", map[string]any{"generate_signing_key": true, "key_type": "ed25519"})["public_key"].(string)
+	role := map[string]any{"key_type": "ca", "allow_user_certificates": true, "allowed_users": "*", "allow_user_key_ids": true,
+		"allowed_critical_options": "force-command,source-address", "allowed_extensions": "permit-pty", "max_ttl": "15m", "algorithm_signer": "default"}
+	for k, v := range more {
+		role[k] = v
+	}
+	e.write(t, e.mount+"/roles/agent", role)
+	return e
+}
+
+func (e *engine) write(t *testing.T, path string, data map[string]any) map[string]any {
+	t.Helper()
+	s, err := e.Logical().WriteWithContext(t.Context(), path, data)
+	if err != nil {
+		t.Fatalf("writing %q: %v", path, err)
+	}
+	if s == nil {
+		return nil
+	}
+	return s.Data
+}
+
+// issued is a secret as the agent sees it.
+type issued struct {
+	PrivateKey  string `json:"private_key"`
+	Certificate string `json:"certificate"`
+}
+
+func (e *engine) issue(t *testing.T, b *ssh.Backend, g broker.Grant) (issued, error) {
+	t.Helper()
+	m, _, err := b.Prepare(t.Context(), tool(e.mount, broker.NarrowNative, map[string]string{"principal": "root", "arg.run": "force_command", "source_address": "127.0.0.1"}, "run"), g)
+	if err != nil {
+		t.Fatalf("Prepare() = %v", err)
+	}
+	f, err := m.Finish(e.write(t, strings.Join(m.Path, "/"), m.Data), time.Time{})
+	if err != nil {
+		return issued{}, err
+	}
+	if !strings.HasPrefix(f.Ref, "pawl-"+string(g.ID)+" serial ") || f.Expires.After(g.Expires.Add(time.Second)) {
+		t.Errorf("Finish() = %q until %v", f.Ref, f.Expires)
+	}
+	var s issued
+	return s, json.Unmarshal(f.Secret.Reveal(), &s)
+}
+
+// TestRealExact holds that a role which gives more than was asked is refused.
+func TestRealExact(t *testing.T) {
+	b := newBackend(t, "", nil)
+	for name, more := range map[string]map[string]any{
+		"an extension": {"default_extensions": map[string]any{"permit-port-forwarding": ""}},
+		"two":          {"default_extensions": map[string]any{"permit-agent-forwarding": "", "permit-pty": ""}},
+	} {
+		if _, err := newEngine(t, more).issue(t, b, grant(t, 1, "id")); err == nil {
+			t.Errorf("a certificate with %s of the role was taken", name)
+		}
+	}
+}
+
+// login runs a command over a real sshd.
+func login(t *testing.T, server *parts.SSHDServer, s issued, user, command string) (string, *xssh.Client, error) {
+	t.Helper()
+	key, err := xssh.ParsePrivateKey([]byte(s.PrivateKey))
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, _, _, _, err := xssh.ParseAuthorizedKey([]byte(s.Certificate))
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := xssh.NewCertSigner(public.(*xssh.Certificate), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := xssh.Dial("tcp", server.Address(), &xssh.ClientConfig{User: user, Auth: []xssh.AuthMethod{xssh.PublicKeys(signer)},
+		HostKeyCallback: xssh.FixedHostKey(server.HostKey()), Timeout: 10 * time.Second})
+	if err != nil {
+		return "", nil, err
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	session, err := c.NewSession()
+	if err != nil {
+		return "", c, err
+	}
+	out, err := session.Output(command)
+	return string(out), c, err
+}
+
+// TestRealNarrow makes out-of-scope calls with the raw secret at a real sshd, then severs it.
+func TestRealNarrow(t *testing.T) {
+	e := newEngine(t, nil)
+	krl := filepath.Join(t.TempDir(), "krl")
+	b := newBackend(t, krl, nil)
+	server := parts.OwnSSHD(t, parts.SSHDConfig{UserCAKeys: []byte(e.ca), Principals: []string{"root"}})
+	g := grant(t, 1, "echo narrow")
+	s, err := e.issue(t, b, g)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, client, err := login(t, server, s, "root", "cat /etc/shadow")
+	if err != nil || out != "narrow\n" {
+		t.Fatalf("another command: %q, %v, want what the forced command says", out, err)
+	}
+	if conn, err := client.Dial("tcp", server.Address()); err == nil {
+		_ = conn.Close()
+		t.Error("out of scope: a port was forwarded")
+	}
+	if session, err := client.NewSession(); err != nil || session.RequestPty("xterm", 24, 80, nil) == nil {
+		t.Errorf("out of scope: a terminal was given (%v)", err)
+	}
+	if ok, _, err := client.SendRequest("tcpip-forward", true, xssh.Marshal(struct {
+		Addr string
+		Port uint32
+	}{"127.0.0.1", 0})); err == nil && ok {
+		t.Error("out of scope: a port of the server was opened")
+	}
+	elsewhere := grant(t, 2, "echo narrow")
+	m, _, err := b.Prepare(t.Context(), tool(e.mount, broker.NarrowNative, map[string]string{"principal": "nobody", "arg.run": "force_command"}, "run"), elsewhere)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := m.Finish(e.write(t, strings.Join(m.Path, "/"), m.Data), time.Time{})
+	var other issued
+	if err != nil || json.Unmarshal(f.Secret.Reveal(), &other) != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := login(t, server, other, "root", "id"); err == nil {
+		t.Error("out of scope: another principal logged in as root")
+	}
+	// Severing: this one and no other, and a certificate whose answer was lost.
+	lost := grant(t, 3, "echo lost")
+	lostSecret, err := e.issue(t, b, lost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	live, err := e.issue(t, b, grant(t, 4, "echo live"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Sever(t.Context(), []broker.Grant{g, lost}); err != nil {
+		t.Fatalf("Sever() = %v", err)
+	}
+	raw, err := os.ReadFile(krl)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := server.Revoke(raw); err != nil {
+		t.Fatal(err)
+	}
+	for name, one := range map[string]issued{"severed": s, "lost": lostSecret} {
+		if _, _, err := login(t, server, one, "root", "id"); err == nil {
+			t.Errorf("the %s certificate logged in", name)
+		}
+	}
+	if out, _, err := login(t, server, live, "root", "id"); err != nil || out != "live\n" {
+		t.Errorf("the other certificate: %q, %v", out, err)
+	}
+	evidence, err := b.Prove(t.Context(), []broker.Grant{g, lost, grant(t, 4, "")})
+	if err != nil || evidence[0].Outcome != broker.OutcomeDead || evidence[1].Outcome != broker.OutcomeDead || evidence[2].Outcome != broker.OutcomeAlive {
+		t.Errorf("Prove() = %+v, %v", evidence, err)
+	}
+}
+
+// TestKRL asks OpenSSH itself what our list revokes.
+func TestKRL(t *testing.T) {
+	keygen, err := exec.LookPath("ssh-keygen")
+	if err != nil {
+		t.Skip("NOT TESTED, there is no ssh-keygen")
+	}
+	dir := t.TempDir()
+	run := func(args ...string) error {
+		return exec.CommandContext(t.Context(), keygen, args...).Run()
+	}
+	for _, name := range []string{"ca", "a", "b"} {
+		if err := run("-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i, name := range []string{"a", "b"} {
+		id := fmt.Sprintf("pawl-gr%024d", i+1)
+		if err := run("-q", "-s", filepath.Join(dir, "ca"), "-I", id, "-n", "root", "-V", "+5m", filepath.Join(dir, name+".pub")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	krl := filepath.Join(dir, "krl")
+	revoked := func(name string) bool { // ssh-keygen -Q ends with 1 for a revoked key
+		err := run("-Q", "-f", krl, filepath.Join(dir, name+"-cert.pub"))
+		var exit *exec.ExitError
+		if err != nil && (!errors.As(err, &exit) || exit.ExitCode() != 1) {
+			t.Fatalf("ssh-keygen -Q: %v", err)
+		}
+		return err != nil
+	}
+	now := time.Now()
+	b := newBackend(t, krl, func() time.Time { return now })
+	if revoked("a") || revoked("b") {
+		t.Error("the empty list revokes")
+	}
+	for range 2 {
+		if err := b.Sever(t.Context(), []broker.Grant{grant(t, 1, "")}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !revoked("a") || revoked("b") {
+		t.Errorf("after Sever(a): revoked a %v, b %v", revoked("a"), revoked("b"))
+	}
+	b = newBackend(t, krl, func() time.Time { return now }) // a restart
+	if err := b.Sever(t.Context(), []broker.Grant{grant(t, 2, "")}); err != nil {
+		t.Fatal(err)
+	}
+	if !revoked("a") || !revoked("b") {
+		t.Errorf("after a restart and Sever(b): revoked a %v, b %v", revoked("a"), revoked("b"))
+	}
+	now = now.Add(broker.MaxTTL + 2*time.Minute) // all are over
+	if err := b.Sever(t.Context(), []broker.Grant{{ID: "gr000000000000000000000009", Expires: now.Add(time.Minute)}}); err != nil {
+		t.Fatal(err)
+	}
+	if revoked("a") || revoked("b") {
+		t.Error("certificates that ended are still listed")
+	}
+	if err := os.WriteFile(krl, []byte("ssh-ed25519 AAAA somebody else's"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ssh.New(ssh.Config{KRL: krl}); err == nil {
+		t.Error("New() took a file that is not ours, and would have overwritten it")
+	}
+	if _, err := b.Prove(t.Context(), []broker.Grant{grant(t, 1, "")}); err == nil {
+		t.Error("Prove() with an unreadable list gave evidence")
+	}
+}
+
+func TestProveWithoutList(t *testing.T) {
+	b := newBackend(t, "", nil)
+	g, over := grant(t, 1, ""), grant(t, 2, "")
+	over.Expires = time.Now().Add(-2 * time.Minute)
+	if err := b.Sever(t.Context(), []broker.Grant{g}); err != nil {
+		t.Fatal(err)
+	}
+	e, err := b.Prove(t.Context(), []broker.Grant{g, over})
+	if err != nil || e[0].Outcome != broker.OutcomeAlive || e[1].Outcome != broker.OutcomeDead {
+		t.Errorf("Prove() = %+v, %v, want alive, dead", e, err)
+	}
+}
+
+func FuzzKRL(f *testing.F) {
+	f.Add(ssh.EncodeKRL(nil, 1, time.Unix(1, 0)))
+	f.Add(ssh.EncodeKRL([]string{"a", "b"}, 2, time.Unix(1, 0)))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		ids, version, err := ssh.DecodeKRL(raw)
+		if err != nil {
+			return
+		}
+		again, v, err := ssh.DecodeKRL(ssh.EncodeKRL(ids, version, time.Unix(0, 0)))
+		if err != nil || v != version || !slices.Equal(ids, again) {
+			t.Errorf("DecodeKRL(EncodeKRL(%q)) = %q, %v", ids, again, err)
+		}
+	})
+}
