@@ -86,6 +86,23 @@ func TestSignWithES256(t *testing.T) {
 	}
 }
 
+func TestSignRefuses(t *testing.T) {
+	private, public := keys(t, 1)
+	s := build(t, sources(someCedar))
+	if _, err := policy.Sign(s); err == nil || !strings.Contains(err.Error(), "no key") {
+		t.Errorf("Sign without a key = %v", err)
+	}
+	if _, err := policy.Sign(s, public...); err == nil || !strings.Contains(err.Error(), "public key") {
+		t.Errorf("Sign with a public key = %v", err)
+	}
+	if _, err := policy.Sign(s, jose.JSONWebKey{Key: []byte(strings.Repeat("k", 32))}); err == nil || !strings.Contains(err.Error(), "not valid") {
+		t.Errorf("Sign with a symmetric key = %v", err)
+	}
+	if _, err := policy.Cosign([]byte("{}"), private...); !errors.Is(err, policy.ErrNonsense) {
+		t.Errorf("Cosign of nonsense = %v", err)
+	}
+}
+
 // edit changes the envelope.
 func edit(t testing.TB, jws []byte, f func(m map[string]any, first map[string]any)) []byte {
 	t.Helper()

@@ -75,3 +75,30 @@ func TestRunTestsRefuses(t *testing.T) {
 		}
 	}
 }
+
+func TestQuestions(t *testing.T) {
+	raw, err := os.ReadFile("testdata/ci/ci.test.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	questions, err := policy.Questions("ci.test.yaml", raw)
+	if err != nil {
+		t.Fatalf("Questions: %v", err)
+	}
+	live, _, err := policy.Test(os.DirFS("testdata/ci"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	allowed := 0
+	for _, d := range policy.Diff(live, load(t, ""), questions...) {
+		if d.Live.Allow {
+			allowed++
+		}
+	}
+	if allowed != 5 { // the rows that expect allow, and the delegation abroad that the broker refuses
+		t.Errorf("Diff against an empty bundle found %d lost allows of %d questions, want 5", allowed, len(questions))
+	}
+	if _, err := policy.Questions("t.yaml", []byte("tests:\n  - caller: me\n")); err == nil || !strings.HasPrefix(err.Error(), "t.yaml:2: caller") {
+		t.Errorf("Questions of nobody = %v", err)
+	}
+}

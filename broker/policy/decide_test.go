@@ -50,6 +50,7 @@ func TestDecide(t *testing.T) {
 		{"group is not the agent of its name", ci + ";", use("db.read", caller("spiffe://acme.example/ci")), denied},
 		{"group is not a text prefix", ci + ";", use("db.read", caller("spiffe://acme.example/cicd/x")), denied},
 		{"group of another domain", ci + ";", use("db.read", caller("spiffe://evil.example/ci/runner")), denied},
+		{"only agents are in groups", ci + ` when { User::"spiffe://acme.example/ci/x" in AgentGroup::"spiffe://acme.example/ci" };`, use("db.read"), denied},
 		{"other tool", ci + ";", use("db.write"), denied},
 		{"other action", ci + ";", use("db.read", action(broker.ActionOpen)), denied},
 		{"unknown tool", all, use("db.drop"), denied},

@@ -19,6 +19,7 @@ func TestExplain(t *testing.T) {
 @id("mail") @narrowing("proxy") permit(principal in TrustDomain::"acme.example", action == Action::"use", resource == Tool::"mail");
 @id("mail-on") permit(principal in TrustDomain::"acme.example", action == Action::"delegate", resource == Tool::"mail");
 @id("never") @remedy("do not") forbid(principal == Agent::"spiffe://acme.example/bad", action, resource);
+@id("lock") forbid(principal, action, resource == Tool::"db.read") when { context.chain.depth > 7 };
 @id("odd") forbid(principal == Agent::"spiffe://acme.example/odd", action, resource) when { context.args.env == "x" };`
 	p := load(t, rules)
 	for _, tt := range []struct {
@@ -54,7 +55,7 @@ func TestExplain(t *testing.T) {
 
 func TestShadow(t *testing.T) {
 	live := load(t, someCedar)
-	candidate := load(t, someCedar+`@id("fewer") @violation("revoke-chain") forbid(principal, action, resource == Tool::"db.read") when { context.chain.depth > 1 };`)
+	candidate := load(t, strings.Replace(someCedar, `"ci"`, `"renamed"`, 1)+`@id("fewer") @violation("revoke-chain") forbid(principal, action, resource == Tool::"db.read") when { context.chain.depth > 1 };`)
 	var found []policy.Difference
 	s := policy.Shadow{Live: live, Candidate: candidate, Report: func(d policy.Difference) { found = append(found, d) }}
 	deep := use("db.read", func(q *broker.Question) { q.Depth = 2 })
@@ -69,6 +70,9 @@ func TestShadow(t *testing.T) {
 	}
 	if got := policy.Diff(live, candidate, use("db.read"), deep); len(got) != 1 || got[0].Question.Depth != 2 {
 		t.Errorf("Diff = %v, want the deep question", got)
+	}
+	if tool, ok := s.Tool("mail"); !ok || tool.Backend != "kv" {
+		t.Errorf("Tool(mail) = %+v, %v", tool, ok)
 	}
 	if s.Digest() != live.Digest() {
 		t.Errorf("Digest() = %s, want the live bundle's", s.Digest())
