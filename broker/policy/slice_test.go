@@ -141,7 +141,7 @@ func BenchmarkDecide(b *testing.B) {
 		for _, way := range []struct {
 			name   string
 			decide func(broker.Question) broker.Decision
-		}{{"sliced", p.Decide}, {"unsliced", p.DecideUnsliced}} {
+		}{{"sliced", p.Decide}, {"unsliced", p.Unsliced()}} {
 			b.Run(fmt.Sprintf("policies=%d/%s", n, way.name), func(b *testing.B) {
 				b.ReportAllocs()
 				took := make([]time.Duration, 0, 1<<20)
