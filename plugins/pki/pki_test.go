@@ -201,6 +201,34 @@ func TestRealExact(t *testing.T) {
 	}
 }
 
+// TestRealOther holds that the answer to another step is refused.
+func TestRealOther(t *testing.T) {
+	e := newEngine(t, role(nil))
+	b := newBackend(t, reader{e.Client})
+	prepare := func(settings map[string]string) broker.Mint {
+		tl := tool(settings)
+		tl.Path[0] = e.mount
+		m, _, err := b.Prepare(t.Context(), tl, broker.Grant{ID: "gr1", Expires: time.Now().Add(time.Minute)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return m
+	}
+	want := prepare(map[string]string{"common_name": "a", "uri_sans": "spiffe://example.org/a"})
+	for _, other := range []map[string]string{
+		{"common_name": "a", "uri_sans": "spiffe://example.org/b"},
+		{"common_name": "a", "uri_sans": "spiffe://example.org/a,spiffe://example.org/b"},
+		{"common_name": "b", "uri_sans": "spiffe://example.org/a"},
+		{"common_name": "a", "uri_sans": "spiffe://example.org/a", "alt_names": "a"},
+		{"common_name": "a", "uri_sans": "spiffe://example.org/a", "ip_sans": "10.0.0.1"},
+	} {
+		m := prepare(other)
+		if _, err := want.Finish(e.write(t, strings.Join(m.Path, "/"), m.Data).Data, time.Time{}); err == nil {
+			t.Errorf("Finish() took a certificate for %v", other)
+		}
+	}
+}
+
 // TestRealNarrow makes out-of-scope calls with the raw secret: the TLS peers refuse each.
 func TestRealNarrow(t *testing.T) {
 	e := newEngine(t, role(nil))

@@ -217,7 +217,12 @@ func TestRealRotation(t *testing.T) {
 	next := newAuthority(t)
 	trust(s.ca.pem + next.pem)
 	s.shown.Store(next.svid(t, brokerID, "pawl"))
-	until(t, 5*time.Second, "a new login", func() bool { return !c.Holds(rootID) && c.Ready() == nil })
+	until(t, 5*time.Second, "a new login", func() bool {
+		if err := c.Ready(); err != nil {
+			t.Fatalf("Ready() on the way to a new login = %v", err)
+		}
+		return !c.Holds(rootID)
+	})
 	branch(t, c, delegation(rootID, ""), s.a())
 	issue(t, c, rootID, s.a(), s.mint("a"))
 }
@@ -396,6 +401,16 @@ func TestRealDeadMan(t *testing.T) {
 	until(t, 10*time.Second, "the lease's end after the broker's", func() bool {
 		gone, err := root.Gone(t.Context(), []string{lease.ID})
 		return err == nil && gone[0]
+	})
+	// The use of a child is the use of its parent: neither ends, though the parent idles.
+	cfg.Idle = 3 * time.Second
+	busy := open(t, cfg)
+	branch(t, busy, delegation(rootID, ""), s.a())
+	branch(t, busy, delegation(childID, rootID), s.a())
+	begun = time.Now()
+	until(t, 10*time.Second, "use for twice the idle time", func() bool {
+		child(t, busy, childID, time.Minute, s.a())
+		return time.Since(begun) > 6500*time.Millisecond
 	})
 	// Without use, renewal stops.
 	cfg.Idle = time.Second
