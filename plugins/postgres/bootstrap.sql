@@ -72,9 +72,10 @@ CREATE INDEX IF NOT EXISTS logins_role ON pawl.logins (role);
 CREATE OR REPLACE FUNCTION pawl.is_login(name text) RETURNS boolean LANGUAGE sql IMMUTABLE AS
 $$ SELECT name ~ '^pawl-gr[0-9a-hjkmnp-tv-z]{24}-[0-9a-f]{12}-[A-Za-z0-9]{8}$' $$;
 
--- Our logins as PostgreSQL knows them, by the grant id in the name.
+-- Our logins as PostgreSQL knows them, by the grant id in the name. (The name is no text here: an index is
+-- on it.)
 CREATE OR REPLACE VIEW pawl.roles AS
-    SELECT substr(rolname, 6, 26) AS grant_id, rolname::text AS name, oid AS role, rolcanlogin, rolvaliduntil
+    SELECT substr(rolname, 6, 26) AS grant_id, rolname AS name, oid AS role, rolcanlogin, rolvaliduntil
     FROM pg_roles WHERE pawl.is_login(rolname);
 
 -- ---------------------------------------------------------------- shapes
@@ -271,7 +272,7 @@ BEGIN
     IF s ? 'filter' THEN
         EXECUTE format('ALTER ROLE %I SET search_path = %I', login, 'pawl_' || in_shape);
     END IF;
-    UPDATE pawl.logins l SET role = r.role FROM pawl.roles r WHERE r.name = login AND l.grant_id = r.grant_id;
+    UPDATE pawl.logins SET role = (SELECT oid FROM pg_roles WHERE rolname = login) WHERE grant_id = substr(login, 6, 26);
 END $$;
 
 -- Takes login and rights from the given logins. Leaving the group stops the next statement of whoever
@@ -401,7 +402,7 @@ BEGIN
     RETURN QUERY
     WITH busy AS (SELECT usesysid, count(*)::int AS n FROM pg_stat_activity GROUP BY usesysid),
     known AS (
-        SELECT r.grant_id, r.name, r.role, r.rolcanlogin, r.rolvaliduntil FROM pawl.roles r
+        SELECT r.grant_id, r.name::text, r.role, r.rolcanlogin, r.rolvaliduntil FROM pawl.roles r
         UNION ALL
         SELECT l.grant_id, l.name, l.role, false, NULL FROM busy b JOIN pawl.logins l ON l.role = b.usesysid
         WHERE NOT EXISTS (SELECT FROM pg_roles p WHERE p.oid = l.role))
@@ -462,7 +463,7 @@ CREATE OR REPLACE FUNCTION pawl.remove(grants text[]) RETURNS int LANGUAGE plpgs
 SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM pawl.check_grants(grants);
-    RETURN pawl.end_logins(ARRAY(SELECT r.name FROM pawl.roles r WHERE r.grant_id IN (SELECT unnest(grants))));
+    RETURN pawl.end_logins(ARRAY(SELECT r.name::text FROM pawl.roles r WHERE r.grant_id IN (SELECT unnest(grants))));
 END $$;
 
 -- Clears away what nobody will miss: logins ten minutes past their end (Vault failed to end them),
@@ -476,7 +477,7 @@ BEGIN
     IF (unused >= interval '1 hour') IS NOT TRUE THEN
         RAISE 'shapes are kept for an hour at least: brokers remember those they made' USING ERRCODE = '22023';
     END IF;
-    logins := pawl.end_logins(ARRAY(SELECT o.name FROM pawl.roles o JOIN pawl.logins USING (grant_id)
+    logins := pawl.end_logins(ARRAY(SELECT o.name::text FROM pawl.roles o JOIN pawl.logins USING (grant_id)
         WHERE o.rolvaliduntil < now() - interval '10 minutes' LIMIT 1000));
     shapes := 0;
     PERFORM pg_advisory_xact_lock(hashtext('pawl.shapes'));
