@@ -424,6 +424,9 @@ func TestClientClose(t *testing.T) {
 		if err := c.Close(); err != nil {
 			t.Errorf("Close = %v, want nil", err)
 		}
+		if step.Context().Err() == nil {
+			t.Error("Close returned while something of the client ran")
+		}
 	}
 	wantEnd(t, step.Context(), context.Canceled)
 	if _, err := d.Begin(t.Context(), "db", nil); !errors.Is(err, context.Canceled) {

@@ -261,6 +261,40 @@ func TestSentOnce(t *testing.T) {
 	}
 }
 
+// TestConnectionsEnd: a connection that was busy when the client closed ends with its request.
+func TestConnectionsEnd(t *testing.T) {
+	busy, goOn, closed := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	s := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		close(busy)
+		<-goOn
+		_, _ = io.WriteString(w, "{}")
+	}))
+	s.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateClosed {
+			close(closed)
+		}
+	}
+	s.EnableHTTP2 = true
+	s.StartTLS()
+	defer s.Close()
+	pool := x509.NewCertPool()
+	pool.AddCert(s.Certificate())
+	c := newClient(t, client.Config{Address: s.URL, TLS: &tls.Config{RootCAs: pool}})
+	answered := make(chan error)
+	go func() { answered <- c.Call(t.Context(), "GET", "/", nil, nil, nil) }()
+	<-busy
+	c.Close()
+	close(goOn)
+	if err := <-answered; err != nil {
+		t.Errorf("Call over Close = %v, want its answer", err)
+	}
+	select {
+	case <-closed:
+	case <-time.After(10 * time.Second):
+		t.Error("the connection is open 10 s after the client closed")
+	}
+}
+
 func TestCancelled(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	c := plain(t, func(_ http.ResponseWriter, r *http.Request) {
@@ -286,6 +320,8 @@ func TestFollow(t *testing.T) {
 			func(err error) bool {
 				return errors.Is(err, api.KindUnavailable) && strings.Contains(err.Error(), "nothing was heard")
 			}},
+		"silence from the start": {func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, nil,
+			func(err error) bool { return errors.Is(err, api.KindUnavailable) }},
 		"refused": {func(w http.ResponseWriter, _ *http.Request) {
 			w.WriteHeader(404)
 			_, _ = io.WriteString(w, `{"code":"delegation_unknown","kind":"not_found"}`)
