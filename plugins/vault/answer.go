@@ -31,6 +31,7 @@ type auth struct {
 	Type          string
 	Policies      []string // the token's own
 	Identity      []string // added by an entity or group
+	Members       map[string]any
 }
 
 // maxDepth bounds the nesting of an answer.
@@ -176,21 +177,33 @@ func (d decoder) texts(list *[]string) error {
 	return nil
 }
 
+// auth reads the member twice: once for us, strictly, and once as it is, for a mint whose answer
+// is a token.
 func (d decoder) auth() (*auth, error) {
 	if d.null() {
 		return nil, nil
 	}
+	raw, err := d.ReadValue()
+	if err != nil {
+		return nil, errShape
+	}
 	var a auth
-	return &a, d.object(2, map[string]func() error{
-		"client_token":      func() error { return d.text(&a.Token) },
-		"accessor":          func() error { return d.text(&a.Accessor) },
-		"lease_duration":    func() error { return d.integer(&a.LeaseDuration) },
-		"renewable":         func() error { return d.boolean(&a.Renewable) },
-		"orphan":            func() error { return d.boolean(&a.Orphan) },
-		"token_type":        func() error { return d.text(&a.Type) },
-		"token_policies":    func() error { return d.texts(&a.Policies) },
-		"identity_policies": func() error { return d.texts(&a.Identity) },
+	own := decoder{jsontext.NewDecoder(bytes.NewBuffer(raw))}
+	err = own.object(2, map[string]func() error{
+		"client_token":      func() error { return own.text(&a.Token) },
+		"accessor":          func() error { return own.text(&a.Accessor) },
+		"lease_duration":    func() error { return own.integer(&a.LeaseDuration) },
+		"renewable":         func() error { return own.boolean(&a.Renewable) },
+		"orphan":            func() error { return own.boolean(&a.Orphan) },
+		"token_type":        func() error { return own.text(&a.Type) },
+		"token_policies":    func() error { return own.texts(&a.Policies) },
+		"identity_policies": func() error { return own.texts(&a.Identity) },
 	})
+	if err != nil {
+		return nil, err
+	}
+	a.Members, err = decoder{jsontext.NewDecoder(bytes.NewBuffer(raw))}.data()
+	return &a, err
 }
 
 func (d decoder) data() (map[string]any, error) {

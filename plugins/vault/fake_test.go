@@ -5,6 +5,8 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"fmt"
+	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -28,6 +30,7 @@ const (
 type fake struct {
 	*httptest.Server
 	mint http.HandlerFunc
+	bend func(auth map[string]any) // changes what a new token is said to be; nil: nothing
 
 	mu   sync.Mutex
 	made int
@@ -37,7 +40,7 @@ type fake struct {
 func newFake(t *testing.T, mint http.HandlerFunc) *fake {
 	f := &fake{mint: mint, seen: map[string]int{}}
 	f.Server = httptest.NewUnstartedServer(f)
-	f.Config.ErrorLog = nil
+	f.Config.ErrorLog = log.New(io.Discard, "", 0)
 	f.StartTLS()
 	t.Cleanup(f.Close)
 	return f
@@ -57,10 +60,14 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			Renewable bool
 		}
 		_ = json.NewDecoder(r.Body).Decode(&t)
-		writeJSON(w, map[string]any{"auth": map[string]any{
+		auth := map[string]any{
 			"client_token": fmt.Sprintf("%s-token-%d", marker, n), "accessor": fmt.Sprintf("accessor-%d", n),
 			"lease_duration": 60, "renewable": t.Renewable, "token_type": "service", "token_policies": t.Policies, "orphan": false,
-		}})
+		}
+		if f.bend != nil {
+			f.bend(auth)
+		}
+		writeJSON(w, map[string]any{"auth": auth})
 	case path == "auth/token/renew-self":
 		writeJSON(w, map[string]any{"auth": map[string]any{"client_token": "t", "accessor": "a", "lease_duration": 60, "token_type": "service"}})
 	default:

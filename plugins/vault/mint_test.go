@@ -236,6 +236,63 @@ func TestMintFinish(t *testing.T) {
 	}
 }
 
+// TestMintToken holds the rows of a mint whose answer is a token.
+func TestMintToken(t *testing.T) {
+	const token = `{"auth":{"client_token":"` + marker + `","accessor":"acc","lease_duration":60,"token_type":"service","orphan":false}}`
+	for name, row := range map[string]struct {
+		answer string
+		ok     bool
+	}{
+		"good":        {token, true},
+		"too long":    {strings.Replace(token, "60", "61", 1), false},
+		"endless":     {strings.Replace(token, "60", "0", 1), false},
+		"orphan":      {strings.Replace(token, "false", "true", 1), false},
+		"batch":       {strings.Replace(token, `"service"`, `"batch"`, 1), false},
+		"no accessor": {strings.Replace(token, `"acc"`, `""`, 1), false},
+		"twice":       {strings.Replace(token, `"accessor"`, `"accessor":"b","accessor"`, 1), false},
+		"other case":  {strings.Replace(token, `"accessor"`, `"Accessor":"b","accessor"`, 1), false},
+		"a secret":    {good, false},
+	} {
+		c := newFake(t, say(200, row.answer)).client(t, nil)
+		m := plain("auth", "own", "create")
+		m.Leased, m.Auth = false, true
+		m.Finish = func(data map[string]any, end time.Time) (broker.Finished, error) {
+			text, _ := data["client_token"].(string)
+			return broker.Finished{Secret: broker.NewSecret([]byte(text)), Expires: end}, nil
+		}
+		_, secret, err := c.Mint(t.Context(), child(t, c, rootID, time.Minute, "pawl-tool-a"), m)
+		if (err == nil) != row.ok || err == nil && string(secret.Reveal()) != marker || errors.Is(err, broker.ErrNotMinted) {
+			t.Errorf("Mint() of a token, %s = %v, want ok %v", name, err, row.ok)
+		}
+	}
+}
+
+// TestTokenAnswers holds that a token which is not what was asked for is ended and refused.
+func TestTokenAnswers(t *testing.T) {
+	for name, bend := range map[string]func(map[string]any){
+		"an entity's policy": func(a map[string]any) { a["identity_policies"] = []string{"admin"} },
+		"another policy":     func(a map[string]any) { a["token_policies"] = []string{"pawl-tool-a", "default"} },
+		"no policy":          func(a map[string]any) { a["token_policies"] = nil },
+		"no parent":          func(a map[string]any) { a["orphan"] = true },
+		"renewable":          func(a map[string]any) { a["renewable"] = true },
+		"no end":             func(a map[string]any) { a["lease_duration"] = 0 },
+		"another type":       func(a map[string]any) { a["token_type"] = "batch" },
+		"no accessor":        func(a map[string]any) { delete(a, "accessor") },
+		"a broken token":     func(a map[string]any) { a["client_token"] = "a\r\nX: b" },
+	} {
+		f := newFake(t, say(204, ""))
+		c := f.client(t, nil)
+		f.bend = bend
+		_, err := c.Child(t.Context(), broker.Grant{ID: grantID, Delegation: rootID, Expires: time.Now().Add(time.Minute)}, "x", "pawl-tool-a")
+		if err == nil || strings.Contains(err.Error(), marker) {
+			t.Errorf("Child() with %s = %v, want a refusal", name, err)
+		}
+		if ended := f.count("POST auth/token/revoke-accessor"); ended == 0 && name != "no accessor" {
+			t.Errorf("a token with %s was not ended", name)
+		}
+	}
+}
+
 func FuzzAnswer(f *testing.F) {
 	for _, s := range []string{good, "{}", "null", `{"lease_id":1}`, `{"auth":{"accessor":null}}`, `{"errors":["a"]}`, `{"data":{"a":[1,{"b":null}]}}`} {
 		f.Add([]byte(s))

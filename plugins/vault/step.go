@@ -104,8 +104,11 @@ func certain(err error) bool {
 // the outcome unknown and the caller ends the token.
 func (c *Client) accept(a answer, path string, s step, m broker.Mint) (broker.Lease, broker.Secret, error) {
 	now := c.cfg.Now()
+	if m.Auth && a.Auth != nil && a.Data == nil && a.LeaseID == "" {
+		return c.acceptToken(a, s, m)
+	}
 	switch {
-	case a.Data == nil || a.Auth != nil || a.Wrapped:
+	case m.Auth || a.Data == nil || a.Auth != nil || a.Wrapped:
 		return broker.Lease{}, broker.Secret{}, errors.New("vault's answer is not a secret")
 	case m.Leased && a.LeaseID == "":
 		return broker.Lease{}, broker.Secret{}, errors.New("vault's answer has no lease id: nothing could end this secret")
@@ -128,7 +131,29 @@ func (c *Client) accept(a answer, path string, s step, m broker.Mint) (broker.Le
 		}
 		lease.ID, lease.Expires = a.LeaseID, end
 	}
-	f, err := m.Finish(a.Data, end)
+	return finish(m, a.Data, lease, end, now)
+}
+
+// acceptToken checks an answer that is a token. One below the step's token ends with it.
+func (c *Client) acceptToken(a answer, s step, m broker.Mint) (broker.Lease, broker.Secret, error) {
+	if err := a.token("service"); err != nil {
+		return broker.Lease{}, broker.Secret{}, err
+	}
+	life := seconds(a.Auth.LeaseDuration)
+	if a.Auth.Orphan || m.TTL > 0 && life > ceil(m.TTL) {
+		return broker.Lease{}, broker.Secret{}, errors.New("vault's token outlives the step's, or lives longer than the tool allows")
+	}
+	now := c.cfg.Now()
+	end := now.Add(life)
+	if end.After(s.expires) {
+		end = s.expires
+	}
+	return finish(m, a.Auth.Members, broker.Lease{Expires: end}, end, now)
+}
+
+// finish has the backend turn the answer into what the agent gets.
+func finish(m broker.Mint, data map[string]any, lease broker.Lease, end, now time.Time) (broker.Lease, broker.Secret, error) {
+	f, err := m.Finish(data, end)
 	if err != nil {
 		return broker.Lease{}, broker.Secret{}, fmt.Errorf("reading the secret: %w", err)
 	}

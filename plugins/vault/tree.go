@@ -157,6 +157,9 @@ func (c *Client) create(ctx context.Context, parent *node, path string, t newTok
 		return nil, fmt.Errorf("creating a vault token: %w", err)
 	}
 	if err := a.token("service"); err != nil {
+		if a.Auth != nil && opaque(a.Auth.Accessor) {
+			c.discard(ctx, a.Auth.Accessor)
+		}
 		return nil, fmt.Errorf("creating a vault token: %w", err)
 	}
 	want := slices.Compact(slices.Sorted(slices.Values(t.Policies)))
