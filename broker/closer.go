@@ -275,7 +275,7 @@ func (l *lane) runSettle() {
 		for len(grants) > 0 {
 			batch := grants[:min(len(grants), 1000)]
 			grants = grants[len(batch):]
-			for _, g := range l.close(batch) {
+			for _, g := range l.close(batch, taken) {
 				due := l.later(g.ID, taken[g.ID])
 				if settles := g.Settles.Add(time.Millisecond); settles.After(l.b.cfg.Now()) && settles.Before(due.at) {
 					due.at = settles // then an answer is possible
@@ -288,18 +288,20 @@ func (l *lane) runSettle() {
 
 // later is when to look again: soon at first, since Vault has usually only queued its part.
 func (l *lane) later(id GrantID, attempt int) dueGrant {
-	wait := min(10*time.Millisecond<<min(attempt, 12), 15*time.Second)
+	wait := min(10*time.Millisecond<<min(attempt, 12), 10*time.Second)
 	wait += rand.N(wait/2 + 1)
 	return dueGrant{at: l.b.cfg.Now().Add(wait), id: id, backend: l.backend, attempt: attempt + 1}
 }
 
-// close kills and proves a batch, closes what is proven, and gives the rest.
-func (l *lane) close(batch []Grant) (rest []Grant) {
+// close kills and proves a batch, closes what is proven, and gives the rest. attempts says how
+// often each has been looked at.
+func (l *lane) close(batch []Grant, attempts map[GrantID]int) (rest []Grant) {
 	ctx, cancel := context.WithTimeout(l.b.ctx, time.Minute)
 	defer cancel()
 	killed := l.kill(ctx, batch)
 	found := l.prove(ctx, batch)
 	gone := l.gone(ctx, batch)
+	l.revokeLeft(ctx, batch, gone, attempts)
 	now := l.b.cfg.Now()
 	for i := range batch {
 		g := &batch[i]
@@ -415,6 +417,27 @@ func (l *lane) gone(ctx context.Context, batch []Grant) []goneAnswer {
 		answers[i].answered, answers[i].gone = true, gone[k]
 	}
 	return answers
+}
+
+// patience is how many looks Vault gets to end a lease after its token, more than a second in
+// all, before the lease is revoked by name.
+const patience = 7
+
+// revokeLeft revokes leases that outlived their token. Vault writes a lease without looking at
+// the token again (facts.md), so one that was written during the kill is in nobody's queue.
+func (l *lane) revokeLeft(ctx context.Context, batch []Grant, gone []goneAnswer, attempts map[GrantID]int) {
+	l.each(len(batch), func(i int) {
+		if !gone[i].answered || gone[i].gone || attempts[batch[i].ID] < patience {
+			return
+		}
+		one, cancel := context.WithTimeout(ctx, l.b.cfg.MintTimeout)
+		defer cancel()
+		if err := l.b.cfg.Vault.Revoke(one, batch[i].Lease.ID); err == nil {
+			gone[i].gone = true
+		} else if l.b.ctx.Err() == nil {
+			l.b.cfg.Alarm("revoking a lease that outlived its token", err)
+		}
+	})
 }
 
 // record stores what was found: closed grants leave the live ones and give back their place in

@@ -47,8 +47,10 @@ func (b *Broker) denied(ctx context.Context, c Caller, p path, tool ToolName, e 
 
 // violated asks policy what follows a breach that the broker noticed, and carries it out.
 func (b *Broker) violated(ctx context.Context, c Caller, p path, v ViolationCode, tool ToolName, e *Error) error {
+	policy := b.cfg.Policy()
 	q := Question{Action: ActionReport, Caller: c, Violation: v, Chain: p.chain, Depth: len(p.nodes) - 1, Now: b.cfg.Now()}
-	if d := b.cfg.Policy().Decide(q); d.Consequence != ConsequenceDeny {
+	q.Tool, _ = policy.Tool(tool) // the zero Tool when it is not known
+	if d := policy.Decide(q); d.Consequence != ConsequenceDeny {
 		return b.punish(ctx, c, p, d.Consequence, v, tool, e)
 	}
 	return b.denied(ctx, c, p, tool, e)
@@ -120,10 +122,17 @@ func (b *Broker) Report(ctx context.Context, c Caller, r ReportRequest) (Reporte
 	if err != nil {
 		return Reported{}, err
 	}
-	d := b.cfg.Policy().Decide(Question{Action: ActionReport, Caller: c, Violation: r.Violation, Chain: p.chain,
-		Depth: len(p.nodes) - 1, Now: now})
-	if !d.Allow && !p.holds(c) {
-		return Reported{}, b.denied(ctx, c, p, "", unknownDelegation(op))
+	policy := b.cfg.Policy()
+	q := Question{Action: ActionReport, Caller: c, Violation: r.Violation, Chain: p.chain, Depth: len(p.nodes) - 1, Now: now}
+	q.Tool, _ = policy.Tool(g.Tool) // the zero Tool when the report names no grant
+	d := policy.Decide(q)
+	if !d.Allow {
+		if !p.holds(c) {
+			return Reported{}, b.denied(ctx, c, p, "", unknownDelegation(op))
+		}
+		// A holder may stop its own chain, and nobody beyond it: otherwise an agent could pass a
+		// little on to another one and have that frozen everywhere.
+		d.Consequence = min(d.Consequence, ConsequenceRevokeChain)
 	}
 	return b.carryOutReport(ctx, c, r, p, d.Consequence, now)
 }

@@ -2,13 +2,16 @@ package broker
 
 import (
 	"encoding/base32"
+	"encoding/binary"
 	"fmt"
 	"io"
 )
 
-// Ids are two letters and 24 characters of base32, 120 random bits: opaque, of one length, in
-// an alphabet that needs no quoting in a path, a role name or a token's display name
-// (hardening.md rule 6).
+// Ids are two letters and 24 characters of base32: opaque, of one length, in an alphabet that
+// needs no quoting in a path, a role name or a token's display name (hardening.md rule 6). They
+// begin with the time in milliseconds, because a ledger that writes pages writes three times
+// less when new keys are neighbours, and 72 random bits follow. An id is no authority: it does
+// nothing for whoever is not the holder.
 type (
 	// ChainID names a chain, "ch…".
 	ChainID string
@@ -24,12 +27,15 @@ const idLength = 26
 
 var idEncoding = base32.NewEncoding("0123456789abcdefghjkmnpqrstvwxyz").WithPadding(base32.NoPadding)
 
-// newID draws an id with the given two-letter prefix from random.
-func newID(random io.Reader, prefix string) (string, error) {
+// newID draws an id with the given two-letter prefix.
+func (b *Broker) newID(prefix string) (string, error) {
 	var raw [15]byte
-	if _, err := io.ReadFull(random, raw[:]); err != nil {
+	if _, err := io.ReadFull(b.cfg.Random, raw[6:]); err != nil {
 		return "", fmt.Errorf("drawing an id: %w", err)
 	}
+	var ms [8]byte
+	binary.BigEndian.PutUint64(ms[:], uint64(b.cfg.Now().UnixMilli()))
+	copy(raw[:6], ms[2:])
 	return prefix + idEncoding.EncodeToString(raw[:]), nil
 }
 

@@ -149,7 +149,7 @@ func (s *issue) narrow(p path, d Decision) error {
 	if expires = expires.Truncate(time.Second); expires.Sub(s.now) < time.Second {
 		return Errorf(Expired, opIssue, "less than a second is left of the delegation or of your identity").With(CodeExpired)
 	}
-	id, err := newID(s.b.cfg.Random, "gr")
+	id, err := s.b.newID("gr")
 	if err != nil {
 		return err
 	}

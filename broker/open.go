@@ -60,11 +60,11 @@ func (b *Broker) Open(ctx context.Context, c Caller, r OpenRequest) (Delegation,
 }
 
 func (b *Broker) identify(chain *Chain, root *Delegation) error {
-	ch, err := newID(b.cfg.Random, "ch")
+	ch, err := b.newID("ch")
 	if err != nil {
 		return err
 	}
-	dl, err := newID(b.cfg.Random, "dl")
+	dl, err := b.newID("dl")
 	if err != nil {
 		return err
 	}
@@ -140,7 +140,7 @@ func (b *Broker) Delegate(ctx context.Context, c Caller, r DelegateRequest) (Del
 	if r.To.IsZero() || r.To.Path() == "" {
 		return Delegation{}, Errorf(Malformed, op, "the receiver must be the SPIFFE ID of a workload")
 	}
-	id, err := newID(b.cfg.Random, "dl")
+	id, err := b.newID("dl")
 	if err != nil {
 		return Delegation{}, err
 	}

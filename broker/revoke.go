@@ -22,7 +22,7 @@ type fencing struct {
 
 // fence is step 1 of revoke, inside the caller's transaction: one mark, whatever hangs below.
 func (b *Broker) fence(tx Tx, f fencing) (Revocation, error) {
-	id, err := newID(b.cfg.Random, "rv")
+	id, err := b.newID("rv")
 	if err != nil {
 		return Revocation{}, err
 	}
