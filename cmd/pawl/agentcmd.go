@@ -1,0 +1,154 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"github.com/pawlsec/pawl/broker/agent"
+)
+
+// stepFlags are what `pawl step` is told.
+type stepFlags struct {
+	address, serverID, task, tool, delegation, purpose string
+	args                                               []string
+	ttl                                                time.Duration
+	print                                              bool
+}
+
+func stepCommand() *cobra.Command {
+	var f stepFlags
+	c := &cobra.Command{
+		Use: "step --tool TOOL [--arg NAME=TEXT | --arg NAME:=JSON]… -- COMMAND [ARGUMENT]…", Short: "Take one step and run a command with its secret",
+		Long: "Take one step as the agent that the SPIFFE Workload API says we are, run the command with the\n" +
+			"secret in its environment (PAWL_SECRET_USERNAME, PAWL_SECRET_PASSWORD, …), and end the secret\n" +
+			"when the command ends. When the chain is revoked the command is ended. The exit status is the\n" +
+			"command's. Without --delegation a chain of its own is opened for it.",
+		Example: "  pawl step --tool db.read --arg 'tables:=[\"orders\"]' -- \\\n    sh -c 'psql \"$PAWL_SECRET_URL\" -c \"SELECT * FROM orders\"'",
+		RunE: func(cmd *cobra.Command, command []string) error {
+			if f.print == (len(command) > 0) {
+				return misuse{hinted{errors.New("either a command after -- or --print is needed"), "pawl step --help shows an example"}}
+			}
+			return takeStep(cmd, f, command)
+		},
+	}
+	flags := c.Flags()
+	flags.StringVar(&f.address, "address", os.Getenv("PAWL_ADDRESS"), "the broker, https://host:port ($PAWL_ADDRESS)")
+	flags.StringVar(&f.serverID, "server-id", os.Getenv("PAWL_SERVER_ID"), "the broker's SPIFFE ID ($PAWL_SERVER_ID)")
+	flags.StringVar(&f.tool, "tool", "", "the tool; required")
+	flags.StringArrayVar(&f.args, "arg", nil, "an argument: name=text, or name:=json for lists, numbers and booleans")
+	flags.StringVar(&f.delegation, "delegation", "", "the delegation to use; empty: a chain is opened")
+	flags.StringVar(&f.task, "task", "pawl step", "what the chain is for, when one is opened")
+	flags.StringVar(&f.purpose, "purpose", "", "why, for the audit")
+	flags.DurationVar(&f.ttl, "ttl", 0, "the secret's life; zero: as long as is allowed")
+	flags.BoolVar(&f.print, "print", false, "print the secret and end it when standard input closes")
+	_ = c.MarkFlagRequired("tool") // the flag exists: it was made two lines above
+	return c
+}
+
+func takeStep(cmd *cobra.Command, f stepFlags, command []string) error {
+	args, err := parseArgs(f.args)
+	if err != nil {
+		return misuse{err}
+	}
+	ctx := cmd.Context()
+	client, err := newAgent(ctx, f.address, f.serverID)
+	if err != nil {
+		return err
+	}
+	defer client.Close() //nolint:errcheck // the step is closed by then
+	var d *agent.Delegation
+	if f.delegation != "" {
+		d, err = client.Join(ctx, f.delegation)
+	} else {
+		d, err = client.Open(ctx, agent.Chain{Task: f.task, Rights: []agent.Right{{Tool: f.tool, Use: true}}})
+	}
+	if err != nil {
+		return err
+	}
+	return d.Step(ctx, f.tool, args, func(ctx context.Context, s *agent.Secret) error {
+		if f.print {
+			return printSecret(cmd, s)
+		}
+		return runWith(ctx, s, command)
+	}, agent.StepOptions{Purpose: f.purpose, TTL: f.ttl})
+}
+
+func newAgent(ctx context.Context, address, serverID string) (*agent.Client, error) {
+	id, err := spiffeid.FromString(serverID)
+	if address == "" || err != nil {
+		return nil, misuse{hinted{errors.New("the broker's address and SPIFFE ID are needed"), "set PAWL_ADDRESS and PAWL_SERVER_ID; `pawl dev --env FILE` writes them"}}
+	}
+	wait, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	source, err := workloadapi.NewX509Source(wait)
+	if err != nil {
+		return nil, hinted{fmt.Errorf("getting our SVID from the Workload API: %w", err), "set SPIFFE_ENDPOINT_SOCKET, and register this workload"}
+	}
+	return agent.New(agent.Config{Address: address, Source: source, ServerID: id})
+}
+
+// parseArgs reads name=text and name:=json.
+func parseArgs(given []string) (agent.Args, error) {
+	args := agent.Args{}
+	for _, a := range given {
+		name, value, ok := strings.Cut(a, "=")
+		if !ok {
+			return nil, hinted{fmt.Errorf("--arg %q has no =", a), "write name=text, or name:=json"}
+		}
+		if plain, isJSON := strings.CutSuffix(name, ":"); isJSON {
+			var v any
+			dec := json.NewDecoder(strings.NewReader(value))
+			dec.UseNumber()
+			if err := dec.Decode(&v); err != nil {
+				return nil, hinted{fmt.Errorf("--arg %s: not JSON", plain), `write a list as 'name:=["a","b"]'`}
+			}
+			if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+				return nil, fmt.Errorf("--arg %s: something follows the JSON", plain)
+			}
+			args[plain] = v
+			continue
+		}
+		args[name] = value
+	}
+	return args, nil
+}
+
+func printSecret(cmd *cobra.Command, s *agent.Secret) error {
+	raw := s.JSON()
+	defer clear(raw)
+	if _, err := fmt.Fprintf(cmd.OutOrStdout(), "%s\n", raw); err != nil {
+		return err
+	}
+	_, err := io.Copy(io.Discard, cmd.InOrStdin())
+	return err
+}
+
+// runWith runs the command with the secret's members in its environment. The command ends with
+// ctx, which ends when the step is revoked.
+func runWith(ctx context.Context, s *agent.Secret, command []string) error {
+	run := exec.CommandContext(ctx, command[0], command[1:]...)
+	run.Stdin, run.Stdout, run.Stderr = os.Stdin, os.Stdout, os.Stderr
+	run.Env = os.Environ()
+	var members map[string]json.RawMessage
+	raw := s.JSON()
+	defer clear(raw)
+	if err := json.Unmarshal(raw, &members); err != nil {
+		return errors.New("the secret is not a JSON object")
+	}
+	for name := range members {
+		run.Env = append(run.Env, "PAWL_SECRET_"+strings.ToUpper(name)+"="+s.Field(name))
+	}
+	run.WaitDelay = 5 * time.Second
+	return run.Run()
+}

@@ -1,0 +1,397 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/operator"
+)
+
+// operatorFlags say which broker, and how the operator is known there.
+type operatorFlags struct {
+	socket, address, serverID string
+	json                      bool
+}
+
+func (f *operatorFlags) add(c *cobra.Command) {
+	flags := c.PersistentFlags()
+	flags.StringVar(&f.socket, "socket", os.Getenv("PAWL_SOCKET"), "the broker's local socket ($PAWL_SOCKET)")
+	flags.StringVar(&f.address, "operators", os.Getenv("PAWL_OPERATORS"), "or its operators' listener, https://host:port, as the Workload API says we are ($PAWL_OPERATORS)")
+	flags.StringVar(&f.serverID, "server-id", os.Getenv("PAWL_SERVER_ID"), "the broker's SPIFFE ID, with --operators ($PAWL_SERVER_ID)")
+	flags.BoolVar(&f.json, "json", false, "print JSON")
+}
+
+// client connects as the flags say: the local socket unless --operators is given.
+func (f *operatorFlags) client(ctx context.Context) (*operator.Client, error) {
+	if f.address == "" {
+		if f.socket == "" {
+			return nil, misuse{hinted{errors.New("--socket or --operators is needed"), "the socket's path is listen.socket in the broker's configuration"}}
+		}
+		return operator.New(operator.Config{Address: "unix:" + f.socket})
+	}
+	id, err := spiffeid.FromString(f.serverID)
+	if err != nil {
+		return nil, misuse{hinted{errors.New("--server-id is needed with --operators"), "it is the broker's SPIFFE ID"}}
+	}
+	wait, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	source, err := workloadapi.NewX509Source(wait)
+	if err != nil {
+		return nil, hinted{fmt.Errorf("getting our SVID from the Workload API: %w", err), "set SPIFFE_ENDPOINT_SOCKET, or use --socket on the broker's machine"}
+	}
+	return operator.New(operator.Config{Address: f.address, Source: source, ServerID: id})
+}
+
+// run gives a command's RunE that has a client.
+func (f *operatorFlags) run(do func(cmd *cobra.Command, c *operator.Client, args []string) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		c, err := f.client(cmd.Context())
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		return do(cmd, c, args)
+	}
+}
+
+// show prints v as JSON when that was asked for, and otherwise what text writes.
+func (f *operatorFlags) show(cmd *cobra.Command, v any, text func(w io.Writer)) error {
+	if f.json {
+		enc := json.NewEncoder(cmd.OutOrStdout())
+		enc.SetIndent("", "  ")
+		return enc.Encode(v)
+	}
+	w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 4, 2, ' ', 0)
+	text(w)
+	return w.Flush()
+}
+
+func chainCommand() *cobra.Command {
+	var f operatorFlags
+	var all bool
+	c := &cobra.Command{Use: "chain", Short: "What is alive", Long: "Look at chains: one task's tree of delegations each.",
+		Example: "  pawl chain list\n  pawl chain show ch0123456789abcdefghjkmnpq"}
+	f.add(c)
+	list := &cobra.Command{
+		Use: "list", Short: "List the chains that may still do something", Args: cobra.NoArgs, Long: "List the chains that may still do something, the latest first.",
+		Example: "  pawl chain list\n  pawl chain list --all --json",
+		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, _ []string) error {
+			chains, err := c.Chains(cmd.Context(), all)
+			if err != nil {
+				return err
+			}
+			return f.show(cmd, chains, func(w io.Writer) {
+				fmt.Fprintln(w, "CHAIN\tSTATE\tLIVE\tSTEPS\tDELEGATIONS\tOPENED\tOPENER\tTASK")
+				for _, s := range chains {
+					fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%d\t%s\t%s\t%s\n", s.Chain.ID, fenceWord(s.Fence), s.Live, s.Steps, s.Delegations,
+						s.Chain.Opened.UTC().Format(time.RFC3339), s.Chain.Opener, oneLine(s.Chain.Task))
+				}
+			})
+		}),
+	}
+	list.Flags().BoolVar(&all, "all", false, "those that are over, too")
+	show := &cobra.Command{
+		Use: "show CHAIN", Short: "Show one chain's delegations and grants", Args: cobra.ExactArgs(1), Long: "Show one chain: who holds what, and every grant with how it stands.",
+		Example: "  pawl chain show ch0123456789abcdefghjkmnpq",
+		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, args []string) error {
+			v, err := c.Chain(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return f.show(cmd, v, func(w io.Writer) { writeChain(w, v) })
+		}),
+	}
+	c.AddCommand(list, show)
+	return c
+}
+
+func fenceWord(f *api.Fence) string {
+	switch {
+	case f == nil:
+		return "open"
+	case f.Frozen:
+		return "frozen"
+	}
+	return "fenced"
+}
+
+// writeChain draws the tree, and under each delegation its grants.
+func writeChain(w io.Writer, v api.ChainView) {
+	fmt.Fprintf(w, "%s  %s, opened by %s\n", v.Chain.ID, oneLine(v.Chain.Task), v.Chain.Opener)
+	children := map[string][]api.Delegation{}
+	for _, d := range v.Delegations {
+		children[d.Parent] = append(children[d.Parent], d)
+	}
+	grants := map[string][]api.GrantRecord{}
+	for _, g := range v.Grants {
+		grants[g.Delegation] = append(grants[g.Delegation], g)
+	}
+	var draw func(parent, indent string)
+	draw = func(parent, indent string) {
+		for _, d := range children[parent] {
+			fmt.Fprintf(w, "%s%s  %s  %s until %s\n", indent, d.ID, d.Holder, fenceWord(d.Fence), d.Expires.UTC().Format(time.RFC3339))
+			for _, g := range grants[d.ID] {
+				fmt.Fprintf(w, "%s    %s  %s  %s %s  %s\n", indent, g.ID, g.Tool, g.State, g.Outcome, g.Args)
+			}
+			draw(d.ID, indent+"  ")
+		}
+	}
+	draw("", "  ")
+}
+
+// revokeFlags are what `pawl revoke` is told.
+type revokeFlags struct {
+	operatorFlags
+	reason, from                    string
+	plan, yes, includeNew, noFollow bool
+}
+
+func revokeCommand() *cobra.Command {
+	var f revokeFlags
+	c := &cobra.Command{
+		Use: "revoke SELECTOR", Short: "Stop what a selector means, for good", Args: cobra.ExactArgs(1),
+		Long: "Stop what a selector means, for good: from the acknowledgement on nothing is handed out under it,\n" +
+			"what was handed out is cut at its backend, and the closure says what is proven dead:\n" +
+			"CLOSED all of it, PARTIAL some is known alive, UNKNOWN some is not proven.\n\n" +
+			"Without --yes it shows what would be hit and changes nothing. A plan stands for exactly that set:\n" +
+			"--from-plan stops when the set has grown since, unless --include-new.\n\n" +
+			"A selector is made of chain:ID, subtree:DELEGATION, grant:ID, spiffe:ID or spiffe:PREFIX/*, task:\"text\",\n" +
+			"tool:NAME, arg.NAME:value, vault:mount/role, bundle:DIGEST, label.NAME:value, since:TIME, until:TIME,\n" +
+			"joined by and, or, not and parentheses.",
+		Example: "  pawl revoke chain:ch0123456789abcdefghjkmnpq\n" +
+			"  pawl revoke chain:ch0123456789abcdefghjkmnpq --yes --reason 'leaked in a chat'\n" +
+			"  pawl revoke 'spiffe:spiffe://example.org/ci/* and tool:deploy' --yes --reason 'compromised runner'",
+		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, args []string) error {
+			return revoke(cmd, c, f, args[0], false)
+		}),
+	}
+	f.addRevoke(c)
+	watch := &cobra.Command{
+		Use: "watch REVOCATION", Short: "Follow a revocation until it is settled", Args: cobra.ExactArgs(1), Long: "Follow a revocation until it is settled. It goes on whether anybody follows it or not.",
+		Example: "  pawl revoke watch rv0123456789abcdefghjkmnpq",
+		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, args []string) error {
+			return follow(cmd, c, &f.operatorFlags, args[0])
+		}),
+	}
+	list := &cobra.Command{
+		Use: "list", Short: "List revocations and freezes", Args: cobra.NoArgs, Long: "List revocations and freezes, the latest first.", Example: "  pawl revoke list",
+		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, _ []string) error {
+			all, err := c.Revocations(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return f.show(cmd, all, func(w io.Writer) {
+				fmt.Fprintln(w, "REVOCATION\tSTATE\tFENCED\tDEAD\tALIVE\tUNKNOWN\tBY\tSELECTOR")
+				for _, r := range all {
+					fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d\t%d\t%s\t%s\n", r.ID, stateWord(r), r.Fenced.UTC().Format(time.RFC3339), r.Dead, r.Alive, r.Unknown, r.By, r.Selector)
+				}
+			})
+		}),
+	}
+	c.AddCommand(watch, list)
+	return c
+}
+
+func (f *revokeFlags) addRevoke(c *cobra.Command) {
+	f.add(c)
+	flags := c.Flags()
+	flags.BoolVar(&f.plan, "plan", false, "show what would be hit and change nothing, as without --yes")
+	flags.BoolVar(&f.yes, "yes", false, "do it")
+	flags.StringVar(&f.reason, "reason", "", "why, for the audit and the report; required with --yes")
+	flags.StringVar(&f.from, "from-plan", "", "the plan's token: stop when the set has grown since")
+	flags.BoolVar(&f.includeNew, "include-new", false, "with --from-plan: go on when the set has grown")
+	flags.BoolVar(&f.noFollow, "no-follow", false, "do not wait for the closure")
+}
+
+func freezeCommand() *cobra.Command {
+	var f revokeFlags
+	c := &cobra.Command{
+		Use: "freeze SELECTOR", Short: "Stop what a selector means for now: no new secrets, nothing is cut", Args: cobra.ExactArgs(1),
+		Long: "Hand out nothing under what a selector means, until it is lifted. What was handed out lives to its\n" +
+			"end. A freeze by SPIFFE ID holds for chains that are opened later, too. See pawl unfreeze.",
+		Example: "  pawl freeze spiffe:spiffe://example.org/agent/planner --yes --reason 'looking into it'",
+		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, args []string) error {
+			return revoke(cmd, c, f, args[0], true)
+		}),
+	}
+	f.addRevoke(c)
+	return c
+}
+
+func unfreezeCommand() *cobra.Command {
+	var f operatorFlags
+	c := &cobra.Command{
+		Use: "unfreeze REVOCATION", Short: "Lift a freeze; takes two operators", Args: cobra.ExactArgs(1),
+		Long: "Lift a freeze. Two different operators must ask for it; what was revoked stays revoked.", Example: "  pawl unfreeze rv0123456789abcdefghjkmnpq",
+		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, args []string) error {
+			r, err := c.Unfreeze(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return f.show(cmd, r, func(w io.Writer) { fmt.Fprintf(w, "%s is lifted\n", r.ID) })
+		}),
+	}
+	f.add(c)
+	return c
+}
+
+func revoke(cmd *cobra.Command, c *operator.Client, f revokeFlags, selector string, freeze bool) error {
+	if f.plan || !f.yes {
+		plan, err := c.Plan(cmd.Context(), selector)
+		if err != nil {
+			return err
+		}
+		return f.show(cmd, plan, func(w io.Writer) { writePlan(w, plan, cmd.Name(), f.plan) })
+	}
+	if f.reason == "" {
+		return misuse{hinted{errors.New("--reason is required with --yes"), "the audit and the report need to say why"}}
+	}
+	r, err := c.Revoke(cmd.Context(), api.RevokeRequest{Selector: selector, Reason: f.reason, Plan: f.from, IncludeNew: f.includeNew, Freeze: freeze})
+	if err != nil {
+		return err
+	}
+	if freeze || f.noFollow {
+		return f.show(cmd, r, func(w io.Writer) { writeRevocation(w, r) })
+	}
+	return follow(cmd, c, &f.operatorFlags, r.ID)
+}
+
+func writePlan(w io.Writer, p api.Plan, verb string, asked bool) {
+	fmt.Fprintf(w, "%s would hit %d chains, %d delegations and %d grants, %d of them handed out\n", p.Selector, p.Chains, p.Delegations, p.Grants, p.Issued)
+	for _, part := range []struct {
+		title  string
+		counts map[string]int
+	}{{"by tool", p.ByTool}, {"by narrowing", p.ByNarrowing}, {"by caller", p.ByCaller}} {
+		for _, name := range sortedKeys(part.counts) {
+			fmt.Fprintf(w, "  %s\t%s\t%d\n", part.title, name, part.counts[name])
+		}
+	}
+	if p.Static > 0 {
+		fmt.Fprintf(w, "%d cannot be ended, only rotated\n", p.Static)
+	}
+	if !p.LatestEnd.IsZero() {
+		fmt.Fprintf(w, "left alone, the last of them ends at %s\n", p.LatestEnd.UTC().Format(time.RFC3339))
+	}
+	fmt.Fprintf(w, "plan %s\n", p.Plan)
+	if !asked {
+		fmt.Fprintf(w, "nothing was changed; to do it: pawl %s '%s' --yes --reason … --from-plan %s\n", verb, p.Selector, p.Plan)
+	}
+}
+
+func sortedKeys(m map[string]int) (keys []string) {
+	for k := range m {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	return keys
+}
+
+func stateWord(r api.Revocation) string {
+	switch {
+	case r.Lifted:
+		return "LIFTED"
+	case r.Freeze:
+		return "FROZEN"
+	}
+	return r.Closure
+}
+
+func writeRevocation(w io.Writer, r api.Revocation) {
+	if r.Freeze {
+		fmt.Fprintf(w, "%s  %s at %s  %s\n", r.ID, strings.ToLower(stateWord(r)), r.Fenced.UTC().Format(time.RFC3339), r.Selector)
+		return
+	}
+	fmt.Fprintf(w, "%s  fenced at %s  %s: %d of %d dead, %d alive, %d unknown", r.ID, r.Fenced.UTC().Format(time.RFC3339Nano), r.Closure, r.Dead, r.Grants, r.Alive, r.Unknown)
+	if r.Static > 0 {
+		fmt.Fprintf(w, ", %d to be rotated", r.Static)
+	}
+	if !r.LatestEnd.IsZero() {
+		fmt.Fprintf(w, "; what is left ends by itself by %s", r.LatestEnd.UTC().Format(time.RFC3339))
+	}
+	fmt.Fprintln(w)
+}
+
+// follow prints how far a revocation has come: one line that is rewritten in a terminal, a line
+// for each change in a pipe. A settled revocation that is not CLOSED is a failure to the shell.
+func follow(cmd *cobra.Command, c *operator.Client, f *operatorFlags, id string) error {
+	var last api.Revocation
+	err := c.Follow(cmd.Context(), id, func(r api.Revocation) error {
+		last = r
+		if f.json {
+			return json.NewEncoder(cmd.OutOrStdout()).Encode(r)
+		}
+		writeRevocation(cmd.OutOrStdout(), r)
+		return nil
+	})
+	if err != nil {
+		return hinted{err, "it goes on without us: pawl revoke watch " + id}
+	}
+	if last.Closure != "CLOSED" {
+		return hinted{fmt.Errorf("%s is settled as %s: %d secrets can only be rotated", id, last.Closure, last.Static), "rotate them where they are kept"}
+	}
+	return nil
+}
+
+func auditCommand() *cobra.Command {
+	var f operatorFlags
+	var chain string
+	var after uint64
+	c := &cobra.Command{
+		Use: "audit", Short: "What happened", Args: cobra.NoArgs, Long: "Print the audit log, oldest first: every change of the ledger has its line.",
+		Example: "  pawl audit\n  pawl audit --chain ch0123456789abcdefghjkmnpq --json",
+		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, _ []string) error {
+			for {
+				var page api.Entries
+				var err error
+				if chain != "" {
+					page, err = c.ChainAudit(cmd.Context(), chain, after, 500)
+				} else {
+					page, err = c.Audit(cmd.Context(), after, 500)
+				}
+				if err != nil {
+					return err
+				}
+				if len(page.Entries) == 0 {
+					return nil
+				}
+				if err := f.show(cmd, page.Entries, func(w io.Writer) { writeEntries(w, page.Entries) }); err != nil {
+					return err
+				}
+				after = page.Entries[len(page.Entries)-1].Revision
+			}
+		}),
+	}
+	f.add(c)
+	c.Flags().StringVar(&chain, "chain", "", "of one chain")
+	c.Flags().Uint64Var(&after, "after", 0, "only entries after this revision")
+	return c
+}
+
+func writeEntries(w io.Writer, entries []api.Entry) {
+	for _, e := range entries {
+		fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Revision, e.At.UTC().Format("2006-01-02T15:04:05.000Z"), e.Op, e.Actor,
+			firstOf(e.Grant, e.Delegation, e.Chain, e.Revocation), e.Tool, e.Code, oneLine(e.Detail))
+	}
+}
+
+func firstOf(ids ...string) string {
+	for _, id := range ids {
+		if id != "" {
+			return id
+		}
+	}
+	return ""
+}

@@ -1,0 +1,312 @@
+package main
+
+import (
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/spf13/cobra"
+
+	"github.com/pawlsec/pawl/attest"
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/policy"
+	"github.com/pawlsec/pawl/cmd/wire"
+)
+
+func policyCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use: "policy", Short: "Make keys; sign, verify, test and compare policy bundles",
+		Long: "A policy bundle is a directory with bundle.yaml, tools.yaml and *.cedar, signed by enough of the\n" +
+			"platform's keys. A broker takes no other, and its version only goes up.",
+		Example: "  pawl policy keygen --private ana.key --public ana.pub\n  pawl policy test ./policy\n" +
+			"  pawl policy sign ./policy --key ana.key --out policy.jws\n  pawl policy verify policy.jws --keys policy-keys.json --need 1",
+	}
+	c.AddCommand(keygenCommand(), signCommand(), verifyCommand(), policyTestCommand(), diffCommand())
+	return c
+}
+
+func keygenCommand() *cobra.Command {
+	var private, public string
+	c := &cobra.Command{
+		Use: "keygen --private FILE --public FILE", Short: "Make a platform key", Args: cobra.NoArgs,
+		Long:    "Make a platform key. The private half signs bundles and never goes to a broker; the public half is\nadded to the set of keys that the broker trusts. Files that exist are not overwritten.",
+		Example: "  pawl policy keygen --private ana.key --public ana.pub",
+		RunE: func(*cobra.Command, []string) error {
+			if private == "" || public == "" {
+				return misuse{errors.New("--private and --public are required")}
+			}
+			secret, open, err := policy.GenerateKey(rand.Reader)
+			if err != nil {
+				return err
+			}
+			if err := writeNewJSON(private, secret, 0o600); err != nil {
+				return err
+			}
+			return writeNewJSON(public, jose.JSONWebKeySet{Keys: []jose.JSONWebKey{open}}, 0o644)
+		},
+	}
+	c.Flags().StringVar(&private, "private", "", "file of the private key")
+	c.Flags().StringVar(&public, "public", "", "file of the public key, as a set that a broker can trust")
+	return c
+}
+
+func writeNewJSON(path string, v any, mode os.FileMode) error {
+	raw, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(append(raw, '\n'))
+	return errors.Join(err, f.Close())
+}
+
+func signCommand() *cobra.Command {
+	var key, out string
+	c := &cobra.Command{
+		Use: "sign DIR|BUNDLE --key FILE --out FILE", Short: "Sign a bundle's directory, or add a signature to a bundle", Args: cobra.ExactArgs(1),
+		Long:    "Sign a bundle's directory, or add a signature to a signed bundle, so that the holders of several\nkeys need not meet.",
+		Example: "  pawl policy sign ./policy --key ana.key --out policy.jws\n  pawl policy sign policy.jws --key ben.key --out policy.jws",
+		RunE: func(_ *cobra.Command, args []string) error {
+			if key == "" || out == "" {
+				return misuse{errors.New("--key and --out are required")}
+			}
+			raw, err := os.ReadFile(key)
+			if err != nil {
+				return err
+			}
+			private, err := policy.ParseKey(raw)
+			if err != nil {
+				return fmt.Errorf("%s: %w", key, err)
+			}
+			jws, err := signed(args[0], private)
+			if err != nil {
+				return err
+			}
+			return os.WriteFile(out, jws, 0o644)
+		},
+	}
+	c.Flags().StringVar(&key, "key", "", "file of the private key")
+	c.Flags().StringVar(&out, "out", "", "file of the signed bundle")
+	return c
+}
+
+func signed(path string, key jose.JSONWebKey) ([]byte, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if info.IsDir() {
+		source, err := policy.Build(os.DirFS(path))
+		if err != nil {
+			return nil, err
+		}
+		return policy.Sign(source, key)
+	}
+	jws, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	return policy.Cosign(jws, key)
+}
+
+func verifyCommand() *cobra.Command {
+	var keys string
+	var need int
+	c := &cobra.Command{
+		Use: "verify BUNDLE --keys FILE [--need N]", Short: "Say whether a broker would take a bundle, and why not", Args: cobra.ExactArgs(1),
+		Long: "Say whether a broker with these keys would take a bundle, and why not.", Example: "  pawl policy verify policy.jws --keys policy-keys.json --need 2",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if keys == "" {
+				return misuse{errors.New("--keys is required")}
+			}
+			running, err := wire.LoadPolicy(wire.Policy{Bundle: args[0], Keys: keys, Need: need})
+			if err != nil {
+				return err
+			}
+			p := running.Current()
+			fmt.Fprintf(cmd.OutOrStdout(), "%s version %d is good: %d tools, signed by %s\n%s\n", p.Bundle().Name(), p.Bundle().Version(),
+				len(p.Tools()), strings.Join(p.Bundle().Signers, ", "), p.Digest())
+			for _, w := range p.Warnings() {
+				fmt.Fprintf(cmd.ErrOrStderr(), "pawl: warning: %s\n", w)
+			}
+			return nil
+		},
+	}
+	c.Flags().StringVar(&keys, "keys", "", "JWK set of the platform's public keys")
+	c.Flags().IntVar(&need, "need", 1, "how many of them must have signed")
+	return c
+}
+
+func policyTestCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "test DIR", Short: "Run a bundle's policy tests, *.test.yaml", Args: cobra.ExactArgs(1),
+		Long: "Build a bundle's directory and run the policy test files in it.", Example: "  pawl policy test ./policy",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			p, results, err := policy.Test(os.DirFS(args[0]))
+			if err != nil {
+				return err
+			}
+			for _, w := range p.Warnings() {
+				fmt.Fprintf(cmd.ErrOrStderr(), "pawl: warning: %s\n", w)
+			}
+			failed := 0
+			for _, r := range results {
+				fmt.Fprintln(cmd.OutOrStdout(), r)
+				if r.Fail != "" {
+					failed++
+				}
+			}
+			if failed > 0 {
+				return fmt.Errorf("%d of %d policy tests failed", failed, len(results))
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "%d policy tests passed\n", len(results))
+			return nil
+		},
+	}
+}
+
+func diffCommand() *cobra.Command {
+	var questions string
+	c := &cobra.Command{
+		Use: "diff DIR DIR", Short: "Say what differs between two bundles' directories", Args: cobra.ExactArgs(2),
+		Long:    "Say what differs between two bundles' directories, and, with --questions, which of the questions of a\npolicy test file they answer differently.",
+		Example: "  pawl policy diff ./policy ./policy.next --questions ./policy/ci.test.yaml",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			from, err := loadDir(args[0])
+			if err != nil {
+				return err
+			}
+			to, err := loadDir(args[1])
+			if err != nil {
+				return err
+			}
+			for _, change := range policy.Changes(from, to) {
+				fmt.Fprintln(cmd.OutOrStdout(), change)
+			}
+			if questions == "" {
+				return nil
+			}
+			raw, err := os.ReadFile(questions)
+			if err != nil {
+				return err
+			}
+			asked, err := policy.Questions(questions, raw)
+			if err != nil {
+				return err
+			}
+			for _, d := range policy.Diff(from, to, asked...) {
+				fmt.Fprintln(cmd.OutOrStdout(), d)
+			}
+			return nil
+		},
+	}
+	c.Flags().StringVar(&questions, "questions", "", "a policy test file whose questions both are asked")
+	return c
+}
+
+func loadDir(dir string) (*policy.Policy, error) {
+	source, err := policy.Build(os.DirFS(dir))
+	if err != nil {
+		return nil, err
+	}
+	return policy.Load(source.Unsigned())
+}
+
+// explainFlags are one question.
+type explainFlags struct {
+	caller, action, tool, receiver, task string
+	args, used                           []string
+	json                                 bool
+}
+
+func explainCommand() *cobra.Command {
+	var f explainFlags
+	c := &cobra.Command{
+		Use: "explain DIR --caller SPIFFE-ID --tool TOOL", Short: "Say why something is allowed or not, and what is missing", Args: cobra.ExactArgs(1),
+		Long:    "Ask a bundle's directory one question and say which policies decided and what a request would need\nto be granted.",
+		Example: "  pawl explain ./policy --caller spiffe://example.org/agent/ci --tool deploy --arg environment=production",
+		RunE:    func(cmd *cobra.Command, args []string) error { return explain(cmd, f, args[0]) },
+	}
+	flags := c.Flags()
+	flags.StringVar(&f.caller, "caller", "", "who asks; required")
+	flags.StringVar(&f.action, "action", "use", "open, use or delegate")
+	flags.StringVar(&f.tool, "tool", "", "the tool; required")
+	flags.StringArrayVar(&f.args, "arg", nil, "an argument: name=text, or name:=json")
+	flags.StringVar(&f.receiver, "to", "", "the receiver, for delegate")
+	flags.StringVar(&f.task, "task", "explain", "the chain's task")
+	flags.StringArrayVar(&f.used, "used", nil, "a tool that the chain used before, a minute ago")
+	flags.BoolVar(&f.json, "json", false, "print JSON")
+	return c
+}
+
+func explain(cmd *cobra.Command, f explainFlags, dir string) error {
+	p, err := loadDir(dir)
+	if err != nil {
+		return err
+	}
+	q, err := f.question(p)
+	if err != nil {
+		return misuse{err}
+	}
+	e := p.Explain(q)
+	if f.json {
+		return json.NewEncoder(cmd.OutOrStdout()).Encode(e)
+	}
+	out := cmd.OutOrStdout()
+	word := map[bool]string{true: "granted", false: "refused"}[e.Granted]
+	fmt.Fprintf(out, "%s: %s\n", word, e.Why)
+	for title, list := range map[string][]string{"decided by": e.Decision.Policies, "conditions not met": e.Unmet, "missing": e.Missing} {
+		if len(list) > 0 {
+			fmt.Fprintf(out, "  %s: %s\n", title, strings.Join(list, ", "))
+		}
+	}
+	if e.Remedy != "" {
+		fmt.Fprintf(out, "  how to ask: %s\n", e.Remedy)
+	}
+	return nil
+}
+
+func (f explainFlags) question(p *policy.Policy) (q broker.Question, err error) {
+	id, err := attest.ParseID(f.caller)
+	if err != nil {
+		return q, fmt.Errorf("--caller: %w", err)
+	}
+	now := time.Now()
+	q = broker.Question{Action: broker.Action(f.action), Now: now, History: map[broker.ToolName]broker.Past{},
+		Caller: broker.Caller{ID: id, Proof: broker.ProofX509, NotAfter: now.Add(time.Hour)},
+		Chain:  broker.Chain{Task: f.task, Opener: id, Opened: now.Add(-time.Minute)}}
+	name, err := broker.ParseToolName(f.tool)
+	if err != nil {
+		return q, fmt.Errorf("--tool: %w", err)
+	}
+	var known bool
+	if q.Tool, known = p.Tool(name); !known {
+		return q, fmt.Errorf("the bundle has no tool %q", name)
+	}
+	if f.receiver != "" {
+		if q.Receiver, err = attest.ParseID(f.receiver); err != nil {
+			return q, fmt.Errorf("--to: %w", err)
+		}
+	}
+	for _, used := range f.used {
+		q.History[broker.ToolName(used)] = broker.Past{Count: 1, First: now.Add(-time.Minute), Last: now.Add(-time.Minute)}
+	}
+	given, err := parseArgs(f.args)
+	if err != nil {
+		return q, err
+	}
+	raw, err := json.Marshal(given)
+	if err != nil {
+		return q, err
+	}
+	q.Args, err = broker.ParseArgs(raw)
+	return q, err
+}

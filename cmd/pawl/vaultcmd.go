@@ -1,0 +1,120 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"github.com/pawlsec/pawl/cmd/wire"
+	"github.com/pawlsec/pawl/plugins/postgres"
+	"github.com/pawlsec/pawl/plugins/vault"
+)
+
+func vaultCommand() *cobra.Command {
+	c := &cobra.Command{Use: "vault", Short: "What Vault and the targets must be taught", Long: "What Vault and the targets must be taught, with the least rights that will do.",
+		Example: "  pawl vault plan --config pawl.yaml --broker spiffe://example.org/pawl"}
+	c.AddCommand(vaultPlanCommand(), postgresSQLCommand())
+	return c
+}
+
+func vaultPlanCommand() *cobra.Command {
+	var config, id, trust string
+	c := &cobra.Command{
+		Use: "plan --config FILE --broker SPIFFE-ID", Short: "Print the writes that Vault needs, each with its reason", Args: cobra.NoArgs,
+		Long:    "Print the writes that Vault needs as JSON lines, each with its reason: policies, the token role, the\nauth role. Nothing is written. The trust domain's authorities come from --trust, or from the Workload API.",
+		Example: "  pawl vault plan --config pawl.yaml --broker spiffe://example.org/pawl --trust bundle.pem",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			setup, err := vaultSetup(cmd.Context(), config, id, trust)
+			if err != nil {
+				return err
+			}
+			plan, err := setup.Plan()
+			if err != nil {
+				return err
+			}
+			enc := json.NewEncoder(cmd.OutOrStdout())
+			enc.SetEscapeHTML(false)
+			for _, w := range plan {
+				if err := enc.Encode(w); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	}
+	c.Flags().StringVar(&config, "config", "", "the broker's configuration; required")
+	c.Flags().StringVar(&id, "broker", "", "the broker's SPIFFE ID; required")
+	c.Flags().StringVar(&trust, "trust", "", "PEM file of the trust domain's X.509 authorities; empty: ask the Workload API")
+	return c
+}
+
+func vaultSetup(ctx context.Context, file, id, trust string) (vault.SetupConfig, error) {
+	broker, err := spiffeid.FromString(id)
+	if file == "" || err != nil {
+		return vault.SetupConfig{}, misuse{errors.New("--config and --broker are required")}
+	}
+	config, err := wire.ReadConfig(file)
+	if err != nil {
+		return vault.SetupConfig{}, err
+	}
+	running, err := wire.LoadPolicy(config.Policy)
+	if err != nil {
+		return vault.SetupConfig{}, err
+	}
+	authorities, err := trustPEM(ctx, broker.TrustDomain(), config.WorkloadAPI, trust)
+	if err != nil {
+		return vault.SetupConfig{}, err
+	}
+	tools := running.Current().Tools()
+	return vault.SetupConfig{BrokerID: broker, TrustPEM: authorities, Role: config.Vault.Role,
+		Tools: wire.Access(tools, config.Backends), Reads: wire.Reads(tools, config.Backends)}, nil
+}
+
+func trustPEM(ctx context.Context, td spiffeid.TrustDomain, api, file string) (string, error) {
+	if file != "" {
+		raw, err := os.ReadFile(file)
+		return string(raw), err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	var options []workloadapi.ClientOption
+	if api != "" {
+		options = append(options, workloadapi.WithAddr(api))
+	}
+	bundles, err := workloadapi.FetchX509Bundles(ctx, options...)
+	if err != nil {
+		return "", hinted{fmt.Errorf("asking the Workload API for the trust bundle: %w", err), "give the authorities with --trust"}
+	}
+	bundle, err := bundles.GetX509BundleForTrustDomain(td)
+	if err != nil {
+		return "", err
+	}
+	var out bytes.Buffer
+	for _, cert := range bundle.X509Authorities() {
+		if err := pem.Encode(&out, &pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}); err != nil {
+			return "", err
+		}
+	}
+	return out.String(), nil
+}
+
+func postgresSQLCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "postgres-sql", Short: "Print the script that a PostgreSQL target needs", Args: cobra.NoArgs,
+		Long:    "Print the script that a PostgreSQL target needs: the schema pawl with the functions that make, cut and\ncollect agents' logins. It is run once by a superuser and may be repeated.",
+		Example: "  pawl vault postgres-sql | psql --single-transaction shop",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			_, err := fmt.Fprint(cmd.OutOrStdout(), postgres.Bootstrap())
+			return err
+		},
+	}
+}
