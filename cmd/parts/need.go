@@ -116,7 +116,7 @@ func demand(t TB, name string, err error) {
 	switch {
 	case err == nil:
 	case !errors.Is(err, ErrMissing):
-		t.Fatalf("starting %s: %v", name, err)
+		t.Fatalf("%v", err)
 	case required(name):
 		t.Fatalf("PAWL_REQUIRE demands %s: %v", name, err)
 	default:

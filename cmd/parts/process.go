@@ -50,7 +50,7 @@ func (n *nest) start(c command) (*process, error) {
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: c.user}
 	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("starting %s: %w", name, err)
+		return nil, fmt.Errorf("running %s: %w", name, err)
 	}
 	p := &process{nest: n, cmd: cmd, log: logFile, exited: make(chan struct{})}
 	go func() {

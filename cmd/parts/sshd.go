@@ -69,14 +69,12 @@ func SSHD(ctx context.Context, config SSHDConfig) (*SSHDServer, error) {
 
 // sshdPath is absolute, which sshd demands of the way it is called.
 func sshdPath() (string, error) {
-	if path, err := exec.LookPath("sshd"); err == nil {
-		return path, nil
+	for _, name := range []string{"sshd", "/usr/sbin/sshd"} { // Debian's, which is not on everybody's PATH
+		if path, err := exec.LookPath(name); err == nil {
+			return path, nil
+		}
 	}
-	const debian = "/usr/sbin/sshd"
-	if _, err := os.Stat(debian); err != nil {
-		return "", missing("sshd", "install the package openssh-server")
-	}
-	return debian, nil
+	return "", missing("sshd", "install the package openssh-server")
 }
 
 func (s *SSHDServer) prepare(config SSHDConfig) (err error) {
