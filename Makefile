@@ -24,8 +24,8 @@ test: parts
 	$(GO) vet $(PACKAGES)
 	$(GO) run ./cmd/parts/gotest $(RACE) -count=1 -timeout $(TIMEOUT) $(PACKAGES)
 
-demo: parts
-	$(GO) run ./cmd/pawl/demo
+demo: parts build ## the main job on real parts, half a minute
+	build/pawl demo
 
 bench: parts
 	$(GO) test -run '^$$' -bench . -benchmem -timeout $(TIMEOUT) $(PACKAGES)
