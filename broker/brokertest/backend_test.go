@@ -1,0 +1,274 @@
+package brokertest_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
+)
+
+// strict is a Target that checks its tool and keeps a mint within its grant's life.
+type strict struct{ *brokertest.Target }
+
+func (s strict) Load(t broker.Tool) error {
+	if len(t.Path) != 2 || t.Path[0] != "target" || t.Path[1] != "creds" || len(t.Settings) > 0 {
+		return errors.New("not a tool of this target")
+	}
+	return nil
+}
+
+func (s strict) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (broker.Mint, string, error) {
+	if v, _ := g.Args.Get("table"); v.Equal(broker.String("salaries")) {
+		return broker.Mint{}, "", errors.New("not that table")
+	}
+	m, name, err := s.Target.Prepare(ctx, t, g)
+	finish := m.Finish
+	m.TTL = time.Until(g.Expires)
+	m.Finish = func(answer map[string]any, end time.Time) (broker.Finished, error) {
+		if answer["password"] == nil {
+			return broker.Finished{}, errors.New("no password")
+		}
+		return finish(answer, end)
+	}
+	return m, name, err
+}
+
+// rig judges a backend over the target: Vault is brokertest's, with one delegation.
+func rig(t *testing.T, target *brokertest.Target, b broker.Backend) brokertest.Rig {
+	t.Helper()
+	v := brokertest.NewVault(target)
+	d := broker.Delegation{ID: "dl000000000000000000000000", Expires: time.Now().Add(time.Hour)}
+	h, err := v.Branch(t.Context(), d, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v.Keep(d.ID, h)
+	var mu sync.Mutex // guards tokens
+	tokens := map[broker.GrantID]string{}
+	args, _ := broker.NewArgs(map[string]broker.Value{"table": broker.String("orders")})
+	outside, _ := broker.NewArgs(map[string]broker.Value{"table": broker.String("salaries")})
+	tool := broker.Tool{Name: "db.read", Backend: "target", Path: []string{"target", "creds"}}
+	wrong := tool
+	wrong.Path = []string{"other", "creds"}
+	return brokertest.Rig{
+		Backend: b, Tool: tool, Wrong: []broker.Tool{wrong}, Args: args, Outside: []broker.Args{outside},
+		Mint: func(ctx context.Context, g *broker.Grant, m broker.Mint, name string) (s broker.Secret, err error) {
+			if g.Token, err = v.Child(ctx, *g, name, ""); err != nil {
+				return s, err
+			}
+			mu.Lock()
+			tokens[g.ID] = g.Token.Accessor
+			mu.Unlock()
+			g.Lease, s, err = v.Mint(ctx, g.Token, m)
+			return s, err
+		},
+		End: func(ctx context.Context, g broker.Grant) error {
+			mu.Lock()
+			defer mu.Unlock()
+			return v.Kill(ctx, tokens[g.ID])
+		},
+		Works: func(_ context.Context, _ broker.Grant, s broker.Secret) (bool, error) {
+			return target.Login(s.Reveal()), nil
+		},
+		Credentials: func(context.Context) (int, error) { return len(target.Alive()), nil },
+	}
+}
+
+func TestBackend(t *testing.T) {
+	target := brokertest.NewTarget()
+	brokertest.Backend(t, rig(t, target, strict{target}))
+	if alive := target.Alive(); len(alive) > 0 {
+		t.Errorf("the suite left %d logins alive, want none", len(alive))
+	}
+}
+
+// backend is a broker.Backend put together of parts, each of which may be broken.
+type backend struct {
+	strict
+	load    func(broker.Tool) error
+	prepare func(*broker.Mint, *string)
+	sever   func([]broker.Grant) error
+	prove   func([]broker.Grant, []broker.Evidence) []broker.Evidence
+	find    func() []broker.GrantID
+}
+
+func (b backend) Load(t broker.Tool) error {
+	if b.load != nil {
+		return b.load(t)
+	}
+	return b.strict.Load(t)
+}
+
+func (b backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (broker.Mint, string, error) {
+	m, name, err := b.strict.Prepare(ctx, t, g)
+	if b.prepare != nil {
+		b.prepare(&m, &name)
+	}
+	return m, name, err
+}
+
+func (b backend) Sever(ctx context.Context, grants []broker.Grant) error {
+	if b.sever != nil {
+		return b.sever(grants)
+	}
+	return b.strict.Sever(ctx, grants)
+}
+
+func (b backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
+	found, err := b.strict.Prove(ctx, grants)
+	if b.prove != nil {
+		return b.prove(grants, found), err
+	}
+	return found, err
+}
+
+func (b backend) Find(ctx context.Context) ([]broker.GrantID, error) {
+	if b.find != nil {
+		return b.find(), nil
+	}
+	return b.strict.Find(ctx)
+}
+
+// all gives every grant the same outcome.
+func all(o broker.Outcome) func([]broker.Grant, []broker.Evidence) []broker.Evidence {
+	return func(grants []broker.Grant, _ []broker.Evidence) []broker.Evidence {
+		found := make([]broker.Evidence, len(grants))
+		for i := range found {
+			found[i] = broker.Evidence{Check: "target: a look", Outcome: o, Answer: "trust me"}
+		}
+		return found
+	}
+}
+
+// TestBackendFails holds that the suite sees each way to break a promise, and says which.
+func TestBackendFails(t *testing.T) {
+	idle := func([]broker.Grant) error { return nil }
+	for _, row := range []struct {
+		name string
+		make func(*brokertest.Target) broker.Backend
+		want string // in what CheckBackend says
+	}{
+		{"claims a revoke and a proof", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, sever: idle, prove: all(broker.OutcomeDead)}
+		}, "the backend lies"},
+		{"claims a revoke", func(t *brokertest.Target) broker.Backend { return backend{strict: strict{t}, sever: idle} }, `want "dead"`},
+		{"claims a proof", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, prove: all(broker.OutcomeDead)}
+		}, "the backend lies"},
+		{"never proves", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, prove: all(broker.OutcomeAlive)}
+		}, `want "dead"`},
+		{"does not know", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, prove: all(broker.OutcomeUnknown)}
+		}, `want "alive"`},
+		{"cannot prove", func(t *brokertest.Target) broker.Backend {
+			return struct {
+				broker.Backend
+				broker.Severer
+			}{strict{t}, t}
+		}, "cannot prove"},
+		{"cuts everything", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, sever: func([]broker.Grant) error {
+				for _, id := range t.Alive() {
+					_ = t.Sever(context.Background(), []broker.Grant{{ID: id}})
+				}
+				return nil
+			}}
+		}, "leaves the other"},
+		{"knows only what has a lease", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, prove: func(grants []broker.Grant, found []broker.Evidence) []broker.Evidence {
+				for i, g := range grants {
+					if g.Lease.Ref == "" {
+						found[i].Outcome = broker.OutcomeDead
+					}
+				}
+				return found
+			}}
+		}, "whose answer was lost"},
+		{"answers in another order", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, prove: func(_ []broker.Grant, found []broker.Evidence) []broker.Evidence {
+				for i := range len(found) / 2 {
+					found[i], found[len(found)-1-i] = found[len(found)-1-i], found[i]
+				}
+				return found
+			}}
+		}, "Prove of two"},
+		{"answers too few", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, prove: func(_ []broker.Grant, found []broker.Evidence) []broker.Evidence {
+				return found[:0]
+			}}
+		}, "0 answers for 1"},
+		{"fails what was never made", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, sever: func(grants []broker.Grant) error {
+				for _, g := range grants {
+					if g.State == broker.StateIntent {
+						return errors.New("no such login")
+					}
+				}
+				return t.Sever(context.Background(), grants)
+			}}
+		}, "came to nothing"},
+		{"tells the secret", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, prove: func(_ []broker.Grant, found []broker.Evidence) []broker.Evidence {
+				for i := range found {
+					for n := range 100 {
+						found[i].Answer += fmt.Sprintf(" marker-%d", n)
+					}
+				}
+				return found
+			}}
+		}, "part of the secret"},
+		{"loads anything", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, load: func(broker.Tool) error { return nil }}
+		}, "no-such-setting"},
+		{"makes a login to prepare", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, prepare: func(_ *broker.Mint, name *string) { t.Plant(broker.GrantID(*name)) }}
+		}, "credentials: only Vault makes one"},
+		{"splices a path", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, prepare: func(m *broker.Mint, _ *string) { m.Path = []string{"target", "../creds"} }}
+		}, "plain segments"},
+		{"takes any life", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, prepare: func(m *broker.Mint, _ *string) { m.TTL = time.Hour }}
+		}, "that the grant has left"},
+		{"takes no end for an end", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, prepare: func(m *broker.Mint, _ *string) { m.TTL = 0 }}
+		}, "that the grant has left"},
+		{"drops the grant's id", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, prepare: func(_ *broker.Mint, name *string) { *name = "step" }}
+		}, "the display name"},
+		{"takes an empty answer", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, prepare: func(m *broker.Mint, _ *string) {
+				m.Finish = func(map[string]any, time.Time) (broker.Finished, error) {
+					return broker.Finished{Secret: broker.NewSecret([]byte("{}"))}, nil
+				}
+			}}
+		}, "made a secret of"},
+		{"finds nothing", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, find: func() []broker.GrantID { return nil }}
+		}, "Find does not name"},
+	} {
+		target := brokertest.NewTarget()
+		err := brokertest.CheckBackend(t.Context(), rig(t, target, row.make(target)))
+		if err == nil || !strings.Contains(err.Error(), row.want) {
+			t.Errorf("CheckBackend(one that %s) = %v, want a fault with %q", row.name, err, row.want)
+		}
+	}
+	target := brokertest.NewTarget()
+	nobody := rig(t, target, struct {
+		broker.Backend
+		broker.Prover
+	}{strict{target}, target})
+	nobody.End = nil
+	if err := brokertest.CheckBackend(t.Context(), nobody); err == nil || !strings.Contains(err.Error(), "nothing revokes here") {
+		t.Errorf("CheckBackend(one that nobody can revoke) = %v, want a fault", err)
+	}
+	if err := brokertest.CheckBackend(t.Context(), brokertest.Rig{}); err == nil {
+		t.Error("CheckBackend(nothing) = nil, want a fault")
+	}
+}
