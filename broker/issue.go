@@ -315,18 +315,15 @@ func (s *issue) explain(ctx context.Context, p path, err error) error {
 // mint is steps 3 to 6. After an error from it the grant is the closer's: whatever may exist is
 // named in the ledger by then.
 func (s *issue) mint(ctx context.Context) (Secret, error) {
-	if err := s.b.branch(ctx, opIssue, s.grant.Delegation, s.policy); err != nil {
-		return Secret{}, err
-	}
 	m, name, err := s.b.cfg.Backends[s.grant.Backend].Prepare(ctx, s.tool, s.grant)
 	if err != nil {
 		return Secret{}, asUnavailable(err, CodeBackendDown, "the tool's target cannot be prepared; nothing was made")
 	}
 	// Step 3: a token that can mint this once. A crash before its accessor is recorded leaves a
 	// token that nobody has, with no lease, that ends with the grant.
-	token, err := s.b.cfg.Vault.Child(ctx, s.grant, name, s.tool.Policy)
+	token, err := s.child(ctx, name)
 	if err != nil {
-		return Secret{}, asUnavailable(err, CodeVaultDown, "Vault makes no token for the step; nothing was minted")
+		return Secret{}, err
 	}
 	// Step 4: from here on the ledger can end whatever the token makes.
 	if err := s.handle(ctx, token); err != nil {
@@ -346,6 +343,24 @@ func (s *issue) mint(ctx context.Context) (Secret, error) {
 		return Secret{}, err
 	}
 	return secret, nil
+}
+
+// child makes the step's token. A delegation's token that has ended meanwhile is made anew,
+// once: nothing was minted yet.
+func (s *issue) child(ctx context.Context, name string) (Handle, error) {
+	for again := false; ; again = true {
+		if err := s.b.branch(ctx, opIssue, s.grant.Delegation, s.policy); err != nil {
+			return Handle{}, err
+		}
+		token, err := s.b.cfg.Vault.Child(ctx, s.grant, name, s.tool.Policy)
+		if errors.Is(err, ErrNoParent) && !again {
+			continue
+		}
+		if err != nil {
+			return Handle{}, asUnavailable(err, CodeVaultDown, "Vault makes no token for the step; nothing was minted")
+		}
+		return token, nil
+	}
 }
 
 // handle is step 4.

@@ -114,6 +114,15 @@ func (e *Env) mounts() []vault.Write {
 		post("pki/roles/pawl-client", map[string]any{"allowed_domains": "agents.pawl.dev", "allow_subdomains": true,
 			"client_flag": true, "server_flag": false, "key_type": "ec", "key_bits": 256, "generate_lease": true, "max_ttl": "5m"}),
 	}
+	writes = append(writes,
+		post("sys/mounts/transit", map[string]any{"type": "transit"}),
+		post("transit/keys/pawl-tokens", map[string]any{"type": "ecdsa-p256"}),
+		post("sys/mounts/ssh", map[string]any{"type": "ssh"}),
+		post("ssh/config/ca", map[string]any{"generate_signing_key": true, "key_type": "ssh-ed25519"}),
+		post("ssh/roles/pawl-uptime", map[string]any{"key_type": "ca", "allow_user_certificates": true, "allowed_users": "pawl",
+			"allowed_critical_options": "force-command,source-address", "allowed_extensions": "", "default_extensions": map[string]any{},
+			"allow_user_key_ids": true, "max_ttl": "5m"}),
+	)
 	if e.Postgres == nil {
 		return writes
 	}

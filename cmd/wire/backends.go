@@ -11,9 +11,11 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/policy"
+	"github.com/pawlsec/pawl/plugins/jwt"
 	"github.com/pawlsec/pawl/plugins/kv"
 	"github.com/pawlsec/pawl/plugins/pki"
 	"github.com/pawlsec/pawl/plugins/postgres"
+	"github.com/pawlsec/pawl/plugins/ssh"
 	"github.com/pawlsec/pawl/plugins/vault"
 	"github.com/pawlsec/pawl/store/bolt"
 )
@@ -37,6 +39,10 @@ func (s *Server) backend(c Backend, log *slog.Logger) (broker.Backend, error) {
 		return kv.New(kv.Config{}), nil
 	case "pki":
 		return pki.New(pki.Config{Vault: s.Vault})
+	case "ssh":
+		return ssh.New(ssh.Config{KRL: c.KRL})
+	case "jwt":
+		return jwt.New(jwt.Config{Vault: s.Vault, Issuer: c.Issuer})
 	case "postgres":
 		b, err := postgres.New(postgres.Config{DSN: c.DSN, Credentials: serviceLogins{s.Vault, c}, Log: log})
 		if err == nil {
@@ -102,6 +108,10 @@ func Access(tools []broker.Tool, backends map[string]Backend) (list []vault.Acce
 			m = &kv.Backend{}
 		case "pki":
 			m = &pki.Backend{}
+		case "ssh":
+			m = &ssh.Backend{}
+		case "jwt":
+			m = &jwt.Backend{}
 		case "postgres":
 			m = &postgres.Backend{}
 		default:
@@ -127,6 +137,8 @@ func Reads(tools []broker.Tool, backends map[string]Backend) (paths [][]string) 
 		switch b := backends[t.Backend]; b.Plugin {
 		case "pki":
 			add(t.Path[0], "cert", "*")
+		case "jwt":
+			add(t.Path[0], "keys", t.Path[1])
 		case "postgres":
 			mount := cmp.Or(b.Mount, "database")
 			add(mount, "creds", cmp.Or(b.Shaper, "pawl-shaper"))

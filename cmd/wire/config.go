@@ -67,7 +67,6 @@ type Backend struct {
 	Revoker    string        `yaml:"revoker"`     // postgres: of the one that severs; empty: pawl-revoker
 	ServiceTTL time.Duration `yaml:"service_ttl"` // postgres: the life of both; zero: 4h
 	KRL        string        `yaml:"krl"`         // ssh: key revocation list that sshd reads; empty: none, and secrets live until their end
-	CA         string        `yaml:"ca"`          // ssh: public key file of Vault's SSH authority; required with krl
 	Issuer     string        `yaml:"issuer"`      // jwt: the iss claim; required
 }
 
@@ -145,9 +144,9 @@ func (c Config) check() error {
 // check refuses fields that the plugin would pass over: a setting that does nothing misleads.
 func (b Backend) check(name string) error {
 	own := map[string]bool{"dsn": b.DSN != "", "mount": b.Mount != "", "shaper": b.Shaper != "", "revoker": b.Revoker != "",
-		"service_ttl": b.ServiceTTL != 0, "krl": b.KRL != "", "ca": b.CA != "", "issuer": b.Issuer != ""}
+		"service_ttl": b.ServiceTTL != 0, "krl": b.KRL != "", "issuer": b.Issuer != ""}
 	takes := map[string][]string{
-		"postgres": {"dsn", "mount", "shaper", "revoker", "service_ttl"}, "ssh": {"krl", "ca"},
+		"postgres": {"dsn", "mount", "shaper", "revoker", "service_ttl"}, "ssh": {"krl"},
 		"jwt": {"issuer"}, "pki": nil, "kv": nil,
 	}
 	fields, known := takes[b.Plugin]
@@ -167,8 +166,6 @@ func (b Backend) check(name string) error {
 		return fmt.Errorf("%s.dsn is required", name)
 	case b.Plugin == "jwt" && b.Issuer == "":
 		return fmt.Errorf("%s.issuer is required", name)
-	case b.Plugin == "ssh" && (b.KRL == "") != (b.CA == ""):
-		return fmt.Errorf("%s.krl and ca go together", name)
 	}
 	return nil
 }
