@@ -3,9 +3,9 @@ package broker
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"fmt"
 	"slices"
+	"strconv"
 )
 
 // ChainSummary is one line about a chain.
@@ -164,20 +164,38 @@ func (rv Revocation) tally() string {
 	return fmt.Sprintf("%s: %d dead, %d alive, %d unknown of %d", rv.Closure, rv.Dead, rv.Alive, rv.Unknown, rv.Grants)
 }
 
-// ChainEntries gives the audit entries of one chain after a revision, at most limit of them.
+// Entries gives at most limit entries of the audit log after a revision, oldest first.
+//
+// Errors: Unavailable.
+func (b *Broker) Entries(ctx context.Context, after Revision, limit int) ([]Entry, error) {
+	list, err := b.cfg.Ledger.Entries(ctx, after, limit)
+	if err != nil {
+		return nil, Errorf(Unavailable, "audit", "the ledger cannot be read now").With(CodeLedgerDown).Because(err)
+	}
+	return list, nil
+}
+
+// ChainEntries is [Broker.Entries] for one chain.
 func (b *Broker) ChainEntries(ctx context.Context, id ChainID, after Revision, limit int) (list []Entry, err error) {
+	var revisions []Revision
 	prefix := keyEvent(id, 0)[:len("e/")+idLength+1]
 	err = b.view(ctx, "audit", func(tx Tx) error {
-		list = nil
+		revisions = nil
 		var bad error
-		scanErr := tx.Scan(prefix, keyEvent(id, after), func(_ string, raw []byte) bool {
-			var e Entry
-			if bad = json.Unmarshal(raw, &e); bad == nil {
-				list = append(list, e)
-			}
-			return bad == nil && len(list) < limit
+		scanErr := tx.Scan(prefix, keyEvent(id, after), func(key string, _ []byte) bool {
+			var n uint64
+			n, bad = strconv.ParseUint(key[len(prefix):], 16, 64)
+			revisions = append(revisions, Revision(n))
+			return bad == nil && len(revisions) < limit
 		})
 		return cmp.Or(bad, scanErr)
 	})
+	for _, r := range revisions {
+		one, err := b.Entries(ctx, r-1, 1)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, one...)
+	}
 	return list, err
 }

@@ -17,7 +17,6 @@ import (
 	"github.com/pawlsec/pawl/plugins/postgres"
 	"github.com/pawlsec/pawl/plugins/ssh"
 	"github.com/pawlsec/pawl/plugins/vault"
-	"github.com/pawlsec/pawl/store/bolt"
 )
 
 // backends makes the configured targets.
@@ -180,15 +179,4 @@ func (l leaseLister) Leases(ctx context.Context) ([]broker.FoundLease, error) {
 		found[i] = broker.FoundLease{ID: lease.ID, Issued: lease.Issued}
 	}
 	return found, err
-}
-
-// engine is the broker with the ledger's own audit log.
-type engine struct {
-	*broker.Broker
-	ledger *bolt.Ledger
-}
-
-// Entries implements server.Audit.
-func (e engine) Entries(ctx context.Context, after broker.Revision, limit int) ([]broker.Entry, error) {
-	return e.ledger.Entries(ctx, after, limit)
 }

@@ -190,7 +190,7 @@ func newAttestor(c Config, source *workloadapi.X509Source, jwts *workloadapi.JWT
 
 func (s *Server) listen(c Config, a *attest.Attestor, log *slog.Logger) error {
 	operators := newOperators(c.Operators, a)
-	srv, err := server.New(server.Config{Broker: engine{s.Broker, s.Ledger}, Identify: a.Identify, Operator: operators.identify,
+	srv, err := server.New(server.Config{Broker: s.Broker, Identify: a.Identify, Operator: operators.identify,
 		Log: log, Now: time.Now, Ready: s.Vault.Ready})
 	if err != nil {
 		return err
