@@ -127,11 +127,66 @@ func (b *Broker) Revoke(ctx context.Context, o Operator, r RevokeRequest) (Revoc
 		rv, err = b.fence(tx, f)
 		return err
 	})
+	if KindOf(err) == Unavailable {
+		return Revocation{}, b.cutUnrecorded(ctx, r, f, err)
+	}
 	if err != nil {
 		return Revocation{}, err
 	}
 	b.pursue(rv)
 	return rv, nil
+}
+
+// cutUnrecorded does what can be done when the ledger takes no fence: issuing has stopped with
+// it, so that what is known is all there is, and it is cut now (revoking works when everything
+// else is broken). The command must be repeated, since nothing keeps the fence.
+func (b *Broker) cutUnrecorded(ctx context.Context, r RevokeRequest, f fencing, cause error) error {
+	if r.Freeze {
+		return cause
+	}
+	clean, cancel := after(ctx, 30*time.Second)
+	defer cancel()
+	var grants []Grant
+	var nodes []Delegation
+	err := b.view(clean, "revoke", func(tx Tx) (err error) {
+		if f.target, err = resolve(tx, r.Selector); err != nil {
+			return err
+		}
+		grants, nodes, err = b.under(tx, Revocation{Selector: f.selector, Node: f.target.node, Grant: f.target.grant, Fenced: f.now})
+		return err
+	})
+	if err != nil {
+		return cause
+	}
+	failed := b.cutNow(clean, grants, nodes)
+	return Errorf(Unavailable, "revoke", "the ledger takes no fence: %d secrets known to it were cut without a record, %d calls failed; nothing keeps later ones from being handed out once the ledger is back", len(grants), failed).
+		With(CodeLedgerDown).Because(cause).Lacks("repeat the command until it is acknowledged", "ledger")
+}
+
+// cutNow severs and kills without looking at the ledger, and gives how many calls failed.
+func (b *Broker) cutNow(ctx context.Context, grants []Grant, nodes []Delegation) (failed int) {
+	by := map[string][]Grant{}
+	var tokens []Handle
+	for _, d := range nodes {
+		tokens = append(tokens, d.Tokens...)
+	}
+	for _, g := range grants {
+		by[g.Backend] = append(by[g.Backend], g)
+		if g.Token.Accessor != "" {
+			tokens = append(tokens, g.Token)
+		}
+	}
+	for name, cut := range by {
+		if s, ok := b.cfg.Backends[name].(Severer); ok && s.Sever(ctx, cut) != nil {
+			failed++
+		}
+	}
+	for _, t := range tokens {
+		if b.cfg.Vault.Kill(ctx, t.Accessor) != nil {
+			failed++
+		}
+	}
+	return failed
 }
 
 // resolve finds the one node or grant that a selector names; the zero target stands for a rule.

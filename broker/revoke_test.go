@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
 )
 
 func selector(t *testing.T, format string, args ...any) broker.Selector {
@@ -326,6 +327,53 @@ func TestSweepEndsStrays(t *testing.T) {
 		}
 		if alive := w.target.Alive(); len(alive) != 1 || alive[0] != got.Grant.ID {
 			t.Fatalf("alive after the sweep: %v, want the one that the ledger knows", alive)
+		}
+	})
+}
+
+// TestRevokingWithoutALedger: what is known is cut although nothing can be recorded, and the
+// answer does not claim a fence.
+func TestRevokingWithoutALedger(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("root", broker.OpenRequest{})
+		got := w.issue("root", step(root, "db.read"))
+		w.ledger.Fail(func(int, []broker.Entry) brokertest.Fault { return brokertest.NotCommitted })
+		_, err := w.Revoke(ctx, responder, broker.RevokeRequest{Selector: selector(t, "chain:%s", root.Chain), Reason: "a test"})
+		refused(t, "Revoke", err, broker.Unavailable, broker.CodeLedgerDown)
+		if w.target.Login(got.Secret.Reveal()) {
+			t.Error("the secret works although it was known")
+		}
+		_, err = w.Issue(ctx, as("root"), step(root, "db.read"))
+		refused(t, "Issue", err, broker.Unavailable, broker.CodeLedgerDown)
+		w.ledger.Fail(nil)
+		w.revoke("chain:%s", root.Chain)
+		pass(10 * time.Second)
+		w.over()
+	})
+}
+
+// TestSpentRulesGo: a rule is read in every transaction, so it goes when nothing can fall under it.
+func TestSpentRulesGo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.open("root", broker.OpenRequest{})
+		w.revoke("tool:deploy")
+		for _, row := range []struct {
+			after time.Duration
+			rules int
+		}{{time.Hour, 1}, {broker.MaxChainTTL, 0}} {
+			pass(row.after)
+			if _, err := w.Sweep(ctx); err != nil {
+				t.Fatal(err)
+			}
+			rules := 0
+			_ = w.ledger.View(ctx, func(tx broker.Tx) error {
+				return tx.Scan("f/", "", func(string, []byte) bool { rules++; return true })
+			})
+			if rules != row.rules {
+				t.Errorf("%d rules after %v more, want %d", rules, row.after, row.rules)
+			}
 		}
 	})
 }

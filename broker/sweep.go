@@ -2,6 +2,7 @@ package broker
 
 import (
 	"context"
+	"fmt"
 	"time"
 )
 
@@ -32,6 +33,9 @@ type Strays struct {
 // what the ledger does not know: the answer of a mint that was lost, or somebody minting behind
 // the broker (revoke, step 4). It runs on a schedule as well.
 func (b *Broker) Sweep(ctx context.Context) (s Strays, err error) {
+	if err := b.dropSpentRules(ctx); err != nil {
+		return s, err
+	}
 	if lister, ok := b.cfg.Vault.(LeaseLister); ok {
 		if s.Leases, err = b.sweepLeases(ctx, lister); err != nil {
 			return s, err
@@ -48,6 +52,33 @@ func (b *Broker) Sweep(ctx context.Context) (s Strays, err error) {
 		}
 	}
 	return s, nil
+}
+
+// dropSpentRules takes final rules away once every chain that was open when they were written
+// has ended: each transaction reads every rule.
+func (b *Broker) dropSpentRules(ctx context.Context) error {
+	now := b.cfg.Now()
+	var spent []RevocationID
+	if err := b.view(ctx, "sweep", func(tx Tx) error {
+		rules, err := b.rules.read(tx)
+		for _, r := range rules {
+			if !r.Fence.Frozen && now.Sub(r.Fence.At) > MaxChainTTL {
+				spent = append(spent, r.Fence.Revocation)
+			}
+		}
+		return err
+	}); err != nil || len(spent) == 0 {
+		return err
+	}
+	return b.update(ctx, "sweep", func(tx Tx) error {
+		for _, id := range spent {
+			if err := tx.Put(keyRule(id), nil); err != nil {
+				return err
+			}
+		}
+		_, err := enter(tx, Entry{At: now, Actor: "pawl", Op: OpEnd, Detail: fmt.Sprintf("%d rules that no open chain can fall under", len(spent))})
+		return err
+	})
 }
 
 func (b *Broker) sweepLeases(ctx context.Context, lister LeaseLister) (n int, err error) {
