@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"errors"
+	"slices"
 )
 
 // branch sees to it that Vault holds a usable token for a delegation and each of its ancestors:
@@ -22,7 +23,7 @@ func (b *Broker) branch(ctx context.Context, op string, id DelegationID, policy 
 	}
 	var d Delegation
 	if err := b.view(ctx, op, func(tx Tx) error {
-		p, err := readPath(tx, op, id)
+		p, err := b.readPath(tx, op, id)
 		if err == nil {
 			d = p.leaf()
 		}
@@ -52,7 +53,7 @@ func (b *Broker) branch(ctx context.Context, op string, id DelegationID, policy 
 
 func (b *Broker) recordToken(ctx context.Context, op string, id DelegationID, token Handle) error {
 	return b.update(ctx, op, func(tx Tx) error {
-		p, err := readPath(tx, op, id)
+		p, err := b.readPath(tx, op, id)
 		if err != nil {
 			return err
 		}
@@ -61,7 +62,7 @@ func (b *Broker) recordToken(ctx context.Context, op string, id DelegationID, to
 			return err
 		}
 		d := p.leaf()
-		d.Tokens = append(d.Tokens, token)
+		d.Tokens = append(slices.Clip(d.Tokens), token)
 		if err := save(tx, keyDelegation(id), d); err != nil {
 			return err
 		}

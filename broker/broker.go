@@ -36,6 +36,8 @@ type Broker struct {
 	hub    hub
 	closer *closer
 	rules  ruleCache
+	nodes  recordCache[Delegation]
+	chains recordCache[Chain]
 	plans  planBook
 
 	branching keyedLocks // one delegation's token is made once at a time

@@ -249,7 +249,7 @@ func (b *Broker) mustEnd(tx Tx, g *Grant, now time.Time) (bool, error) {
 		g.Ending = EndingRevoked
 		return true, nil
 	}
-	p, err := readPath(tx, "close", g.Delegation)
+	p, err := b.readPath(tx, "close", g.Delegation)
 	if err != nil {
 		return false, err
 	}
@@ -486,7 +486,7 @@ func (b *Broker) finish(tx Tx, g *Grant, now time.Time) error {
 	if err := tx.Put(keyPast(g.Chain, g.ID), []byte{}); err != nil {
 		return err
 	}
-	p, err := readPath(tx, "close", g.Delegation)
+	p, err := b.readPath(tx, "close", g.Delegation)
 	if err != nil {
 		return err
 	}

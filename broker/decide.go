@@ -110,7 +110,7 @@ func (b *Broker) Report(ctx context.Context, c Caller, r ReportRequest) (Reporte
 	var p path
 	var g Grant
 	err := b.view(ctx, op, func(tx Tx) (err error) {
-		if p, err = readPath(tx, op, r.Delegation); err != nil || r.Grant == "" {
+		if p, err = b.readPath(tx, op, r.Delegation); err != nil || r.Grant == "" {
 			return err
 		}
 		var ok bool

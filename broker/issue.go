@@ -176,7 +176,7 @@ func (s *issue) intend(ctx context.Context) error {
 
 func (s *issue) recordIntent(tx Tx) error {
 	s.again = false
-	p, err := readPath(tx, opIssue, s.grant.Delegation)
+	p, err := s.b.readPath(tx, opIssue, s.grant.Delegation)
 	if err != nil {
 		return err
 	}
@@ -419,7 +419,7 @@ func (s *issue) still(tx Tx) (Grant, error) {
 	if g.Fence != nil {
 		return g, fencedError(opIssue, g.Fence)
 	}
-	p, err := readPath(tx, opIssue, g.Delegation)
+	p, err := s.b.readPath(tx, opIssue, g.Delegation)
 	if err != nil {
 		return g, err
 	}

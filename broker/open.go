@@ -161,7 +161,7 @@ func (b *Broker) Delegate(ctx context.Context, c Caller, r DelegateRequest) (Del
 		return Delegation{}, err
 	}
 	err = b.update(ctx, op, func(tx Tx) error {
-		p, err := readPath(tx, op, r.From)
+		p, err := b.readPath(tx, op, r.From)
 		if err != nil {
 			return err
 		}
@@ -248,7 +248,7 @@ func unique(s []string) []string {
 // somebody else holds is answered like one that does not exist.
 func (b *Broker) held(ctx context.Context, op string, c Caller, id DelegationID, now time.Time) (p path, history map[ToolName]Past, err error) {
 	err = b.view(ctx, op, func(tx Tx) error {
-		if p, err = readPath(tx, op, id); err != nil {
+		if p, err = b.readPath(tx, op, id); err != nil {
 			return err
 		}
 		u, _, err := load[Usage](tx, keyUsage(p.root().ID))

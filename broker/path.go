@@ -1,6 +1,8 @@
 package broker
 
 import (
+	"bytes"
+	"encoding/json"
 	"fmt"
 	"sync"
 	"time"
@@ -17,10 +19,10 @@ func (p path) root() Delegation { return p.nodes[0] }
 
 // readPath walks from a delegation to its root. A delegation that is not there is NotFound in
 // the words that one of somebody else's is, too.
-func readPath(tx Tx, op string, id DelegationID) (path, error) {
+func (b *Broker) readPath(tx Tx, op string, id DelegationID) (path, error) {
 	var p path
 	for next := id; next != ""; {
-		d, ok, err := load[Delegation](tx, keyDelegation(next))
+		d, ok, err := b.nodes.load(tx, keyDelegation(next))
 		if err != nil {
 			return path{}, err
 		}
@@ -33,12 +35,50 @@ func readPath(tx Tx, op string, id DelegationID) (path, error) {
 		p.nodes = append([]Delegation{d}, p.nodes...)
 		next = d.Parent
 	}
-	c, ok, err := load[Chain](tx, keyChain(p.leaf().Chain))
+	c, ok, err := b.chains.load(tx, keyChain(p.leaf().Chain))
 	if err == nil && !ok {
 		err = fmt.Errorf("delegation %s is of no chain", id)
 	}
 	p.chain = c
 	return p, err
+}
+
+// recordCache keeps decoded records beside the bytes they were decoded from. The ledger is
+// read every time; only decoding again what has not changed is spared. What it gives is shared
+// and must not be changed in place.
+type recordCache[T any] struct {
+	mu   sync.RWMutex // guards kept
+	kept map[string]keptRecord[T]
+}
+
+type keptRecord[T any] struct {
+	raw []byte
+	rec T
+}
+
+const maxKept = 1 << 16
+
+func (c *recordCache[T]) load(tx Tx, key string) (rec T, ok bool, err error) {
+	raw, err := tx.Get(key)
+	if err != nil || raw == nil {
+		return rec, false, err
+	}
+	c.mu.RLock()
+	k, known := c.kept[key]
+	c.mu.RUnlock()
+	if known && bytes.Equal(k.raw, raw) {
+		return k.rec, true, nil
+	}
+	if err := json.Unmarshal(raw, &rec); err != nil {
+		return rec, false, fmt.Errorf("reading record %q: %w", key, err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.kept == nil || len(c.kept) >= maxKept {
+		c.kept = map[string]keptRecord[T]{}
+	}
+	c.kept[key] = keptRecord[T]{bytes.Clone(raw), rec}
+	return rec, true, nil
 }
 
 func unknownDelegation(op string) *Error {

@@ -148,7 +148,7 @@ func (b *Broker) inScopeOf(tx Tx, rv Revocation, plan *Plan, set *[]string) ([]G
 		chains[g.Chain] = true
 	}
 	err = eachMember(tx, rv.Chain, func(id DelegationID) error {
-		p, err := readPath(tx, "plan", id)
+		p, err := b.readPath(tx, "plan", id)
 		if err != nil || rv.Grant != "" || !covers(p, Subject{}) || !rv.Fenced.Before(p.leaf().Expires) {
 			return err
 		}

@@ -98,7 +98,7 @@ func (b *Broker) under(tx Tx, rv Revocation) (grants []Grant, nodes []Delegation
 	err = eachLive(tx, rv.Chain, func(g Grant) error {
 		p, ok := paths[g.Delegation]
 		if !ok {
-			if p, err = readPath(tx, "revoke", g.Delegation); err != nil {
+			if p, err = b.readPath(tx, "revoke", g.Delegation); err != nil {
 				return err
 			}
 			paths[g.Delegation] = p
@@ -112,7 +112,7 @@ func (b *Broker) under(tx Tx, rv Revocation) (grants []Grant, nodes []Delegation
 		return grants, nil, err
 	}
 	err = eachMember(tx, rv.Chain, func(id DelegationID) error {
-		p, err := readPath(tx, "revoke", id)
+		p, err := b.readPath(tx, "revoke", id)
 		if err == nil && len(p.leaf().Tokens) > 0 && covers(p, Subject{}) {
 			nodes = append(nodes, p.leaf())
 		}

@@ -87,7 +87,7 @@ func (b *Broker) Standing(ctx context.Context, c Caller, id DelegationID) (s Sta
 		return Standing{}, err
 	}
 	err = b.view(ctx, op, func(tx Tx) error {
-		p, err := readPath(tx, op, id)
+		p, err := b.readPath(tx, op, id)
 		if err != nil {
 			return err
 		}
