@@ -1,0 +1,331 @@
+package rules_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/pawlsec/pawl"
+
+// pkg is what `go list` says about a package.
+type pkg struct {
+	ImportPath, Name, Doc              string
+	Imports, TestImports, XTestImports []string
+}
+
+// ours is the package's path in the module, and whether it is one of ours; the module's root is ".".
+func ours(importPath string) (string, bool) {
+	if importPath == module {
+		return ".", true
+	}
+	return strings.CutPrefix(importPath, module+"/")
+}
+
+func isStandard(importPath string) bool {
+	first, _, _ := strings.Cut(importPath, "/")
+	return !strings.Contains(first, ".")
+}
+
+// row says what the packages of a pattern may import of ours, and why nothing else.
+type row struct {
+	pattern string
+	may     []string // patterns
+	tests   []string // what their tests may besides that, themselves, brokertest and cmd/parts
+	why     string
+}
+
+// The table of architecture.md, "Packages". The first row that fits a package counts, and a package
+// that none fits is an error: whoever adds one says here where it stands.
+var rows = []row{
+	{"broker", nil, []string{"store/*"}, "the words and procedures stand on nothing: everything else may change without them"},
+	{"broker/api", nil, nil, "wire types are a contract with clients in other languages, not a view of our own types"},
+	{"broker/api/client", []string{"broker/api"}, nil, "a client knows the wire and nothing behind it"},
+	{"broker/agent", []string{"broker/api", "broker/api/client"}, nil, "whoever links the SDK must not link the broker, a store or Vault"},
+	{"broker/operator", []string{"broker/api", "broker/api/client"}, nil, "a client knows the wire and nothing behind it"},
+	{"broker/server", []string{"broker", "broker/api"}, []string{"broker/agent", "broker/operator", "broker/api/client"}, "HTTP must not know Vault or a store"},
+	{"broker/brokertest", []string{"broker"}, nil, "what every ledger and backend is tested with cannot know one of them"},
+	{"broker/*", []string{"broker"}, nil, "parts of the broker meet in package broker's ports only"},
+	{"attest", []string{"broker"}, []string{"attest/workload"}, "it makes a Caller of an SVID and decides nothing"},
+	{"attest/workload", nil, nil, "others start it in their tests of anything that speaks SPIFFE"},
+	{"store/*", []string{"broker"}, nil, "adapters never import each other: each can be taken away alone"},
+	{"plugins/*", []string{"broker"}, nil, "adapters never import each other: each can be taken away alone"},
+	{"cmd/parts", nil, nil, "tests of everything start servers by it, so it can stand on nothing that they test"},
+	{"cmd/parts/*", []string{"cmd/parts"}, nil, "the builders and runners of real servers know nothing of the product"},
+	{"cmd/wire", []string{"attest", "broker", "broker/*", "store/*", "plugins/*"}, nil, "it makes a broker of parts; commands make something of it"},
+	{"cmd/*", []string{"*", "*/*", "*/*/*"}, []string{"*", "*/*", "*/*/*"}, "commands wire everything"},
+	{".", nil, []string{"*", "*/*"}, "the root has no product code"},
+}
+
+// only says who may be imported by nobody but some.
+var only = []struct {
+	pattern string
+	by      []string // patterns; none: tests alone
+	why     string
+}{
+	{"broker/brokertest", nil, "it has failures to order, which a running broker must not"},
+	{"cmd/parts", []string{"cmd/*", "cmd/parts/*"}, "it starts servers with root tokens, which is for development"},
+	{"cmd/*", []string{"cmd/*", "cmd/parts/*"}, "only cmd wires, and nothing stands on the wiring"},
+}
+
+// homes says where a package from outside may be used, and why not elsewhere.
+var homes = []struct {
+	path string // it and what is below
+	in   []string
+	why  string
+}{
+	{"github.com/cedar-policy/cedar-go", []string{"broker/policy"}, "a decision is asked for in broker's words"},
+	{"github.com/go-jose/go-jose/v4", []string{"attest", "attest/workload", "broker/policy", "cmd/pawl"}, "signatures are checked where outside bytes come in"},
+	{"github.com/hashicorp/vault/api", []string{"cmd/parts"}, "the stock client re-sends mints and follows redirects (hardening.md, Vault answers)"},
+	{"github.com/jackc/pgx/v5", []string{"plugins/postgres", "store/postgres", "cmd/*"}, "one plugin and one store talk to PostgreSQL"},
+	{"go.etcd.io/bbolt", []string{"store/bolt"}, "the ledger's file has one owner"},
+	{"github.com/spf13/cobra", []string{"cmd/pawl"}, "commands are the surface, not the inside"},
+	{"google.golang.org/grpc", []string{"attest/workload"}, "only the Workload API is gRPC"},
+	{"golang.org/x/crypto/ssh", []string{"plugins/ssh", "cmd/*"}, "one plugin speaks SSH"},
+	{"testing", []string{"broker/brokertest"}, "no program of ours links package testing"},
+	{"pgregory.net/rapid", nil, "it draws cases for tests"},
+}
+
+// never says what a package must not import of the standard library.
+var never = []struct {
+	in, path, why string
+}{
+	{"broker", "os", "it does no I/O: what it needs of the world it asks for over a port"},
+	{"broker", "os/exec", "it does no I/O: what it needs of the world it asks for over a port"},
+	{"broker", "net", "it does no I/O: what it needs of the world it asks for over a port"},
+	{"broker", "net/http", "it does no I/O, and kinds are mapped to HTTP in broker/server"},
+	{"broker", "crypto/rand", "randomness comes from Config, so that tests can say what it is"},
+	{"broker", "database/sql", "it does no I/O: what it needs of the world it asks for over a port"},
+	{"broker", "log", "it answers errors and raises alarms over a port"},
+	{"broker/policy", "os", "a decision is a pure function of a bundle and a question"},
+	{"broker/policy", "net", "a decision is a pure function of a bundle and a question"},
+	{"broker/policy", "net/http", "a decision is a pure function of a bundle and a question"},
+	{"broker/policy", "context", "a decision waits for nothing"},
+	{"plugins/[^e]*", "os/exec", "starting programs is plugins/exec's matter alone"},
+	{"store/*", "net/http", "a store serves nobody"},
+}
+
+func matches(pattern, p string) bool {
+	ok, err := path.Match(pattern, p)
+	if err != nil {
+		panic("rules: a pattern of the table is malformed: " + pattern)
+	}
+	return ok
+}
+
+func matchesAny(patterns []string, p string) bool {
+	return slices.ContainsFunc(patterns, func(pattern string) bool { return matches(pattern, p) })
+}
+
+// breaches gives what the packages do that the tables forbid, each with the reason.
+func breaches(list []pkg) (found []string) {
+	for _, p := range list {
+		name, ok := ours(p.ImportPath)
+		if !ok {
+			found = append(found, fmt.Sprintf("%s is not in module %s", p.ImportPath, module))
+			continue
+		}
+		i := slices.IndexFunc(rows, func(r row) bool { return matches(r.pattern, name) })
+		if i < 0 {
+			found = append(found, fmt.Sprintf("no row says what %s may import: add one to rows", name))
+			continue
+		}
+		for _, imported := range p.Imports {
+			if why := forbidden(rows[i], name, imported); why != "" {
+				found = append(found, fmt.Sprintf("%s imports %s: %s", name, imported, why))
+			}
+		}
+		for _, imported := range append(p.TestImports, p.XTestImports...) {
+			if why := forbiddenInTests(rows[i], name, imported); why != "" {
+				found = append(found, fmt.Sprintf("a test of %s imports %s: %s", name, imported, why))
+			}
+		}
+	}
+	return found
+}
+
+// forbidden gives the reason why name must not import what it imports; empty: it may.
+func forbidden(r row, name, imported string) string {
+	for _, n := range never {
+		if matches(n.in, name) && n.path == imported {
+			return n.why
+		}
+	}
+	for _, h := range homes {
+		if (imported == h.path || strings.HasPrefix(imported, h.path+"/")) && !matchesAny(h.in, name) {
+			return h.why
+		}
+	}
+	other, isOurs := ours(imported)
+	if !isOurs {
+		if name == "broker" && !isStandard(imported) && imported != "github.com/spiffe/go-spiffe/v2/spiffeid" {
+			return "it imports the standard library and spiffeid, so that its rules can be read without learning anything else"
+		}
+		return ""
+	}
+	for _, o := range only {
+		if matches(o.pattern, other) && !matchesAny(o.by, name) {
+			return o.why
+		}
+	}
+	if !matchesAny(r.may, other) {
+		return r.why
+	}
+	return ""
+}
+
+func forbiddenInTests(r row, name, imported string) string {
+	other, isOurs := ours(imported)
+	if !isOurs || other == name || other == "broker/brokertest" || other == "cmd/parts" || matchesAny(r.may, other) || matchesAny(r.tests, other) {
+		return ""
+	}
+	return r.why
+}
+
+// list runs `go list` in the module's root.
+func list(t *testing.T, args ...string) []byte {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "go", append([]string{"list"}, args...)...)
+	cmd.Dir = root(t)
+	out, err := cmd.Output()
+	if err != nil {
+		var exit *exec.ExitError
+		if errors.As(err, &exit) {
+			err = fmt.Errorf("%w: %s", err, exit.Stderr)
+		}
+		t.Fatalf("go list %s: %v", strings.Join(args, " "), err)
+	}
+	return out
+}
+
+func root(t *testing.T) string {
+	t.Helper()
+	dir, err := filepath.Abs("../..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func packages(t *testing.T) (all []pkg) {
+	t.Helper()
+	dec := json.NewDecoder(bytes.NewReader(list(t, "-json=ImportPath,Name,Doc,Imports,TestImports,XTestImports", "./...")))
+	for {
+		var p pkg
+		if err := dec.Decode(&p); errors.Is(err, io.EOF) {
+			return all
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, p)
+	}
+}
+
+func TestImports(t *testing.T) {
+	all := packages(t)
+	if len(all) < 20 {
+		t.Fatalf("go list gave %d packages; the tree has more", len(all))
+	}
+	for _, breach := range breaches(all) {
+		t.Error(breach)
+	}
+	for _, r := range rows {
+		if r.why == "" {
+			t.Errorf("row %q has no reason", r.pattern)
+		}
+	}
+}
+
+func TestPackageComments(t *testing.T) {
+	for _, p := range packages(t) {
+		if p.Name == "" || strings.HasSuffix(p.Name, "_test") {
+			continue // tests alone
+		}
+		if want := commentStart(p); !strings.HasPrefix(p.Doc, want) {
+			t.Errorf("package comment of %s = %.40q, want %q and its job in one sentence", p.ImportPath, p.Doc, want)
+		}
+	}
+}
+
+func commentStart(p pkg) string {
+	if p.Name == "main" {
+		return "Command " + path.Base(p.ImportPath) + " "
+	}
+	return "Package " + p.Name + " "
+}
+
+// TestModuleGraph holds that the servers that tests run are in modules of their own.
+func TestModuleGraph(t *testing.T) {
+	for module := range strings.Lines(string(list(t, "-m", "-f", "{{.Path}}", "all"))) {
+		switch module = strings.TrimSpace(module); {
+		case module == "github.com/hashicorp/vault/api":
+		case strings.HasPrefix(module, "github.com/hashicorp/vault"), strings.HasPrefix(module, "github.com/openbao/openbao"),
+			strings.HasPrefix(module, "github.com/spiffe/spire"):
+			t.Errorf("%s is in the product's module graph: servers for tests are built from go.mod files of their own", module)
+		}
+	}
+	for dep := range strings.Lines(string(list(t, "-deps", "./cmd/pawl"))) {
+		switch dep = strings.TrimSpace(dep); dep {
+		case "testing", module + "/broker/brokertest":
+			t.Errorf("cmd/pawl links %s, which is for tests", dep)
+		}
+	}
+}
+
+// TestImportsBite feeds the tables what they must refuse.
+func TestImportsBite(t *testing.T) {
+	for _, row := range []struct {
+		name     string
+		imports  string
+		inTest   bool
+		breaches int
+	}{
+		{"broker", "strings", false, 0},
+		{"broker", "github.com/spiffe/go-spiffe/v2/spiffeid", false, 0},
+		{"broker", "github.com/spiffe/go-spiffe/v2/svid/x509svid", false, 1},
+		{"broker", "os", false, 1},
+		{"broker", module + "/broker/api", false, 1},
+		{"broker", module + "/broker/brokertest", false, 1},
+		{"broker", module + "/broker/brokertest", true, 0},
+		{"broker/policy", module + "/plugins/vault", false, 1},
+		{"broker/policy", "context", false, 1},
+		{"broker/audit", module + "/store/bolt", false, 1},
+		{"broker/server", module + "/plugins/vault", false, 1},
+		{"broker/server", module + "/broker/agent", false, 1},
+		{"broker/server", module + "/broker/agent", true, 0},
+		{"broker/agent", module + "/broker", false, 1},
+		{"broker/agent", module + "/broker/api/client", false, 0},
+		{"plugins/ssh", module + "/plugins/vault", false, 1},
+		{"plugins/ssh", module + "/plugins/vault", true, 1},
+		{"plugins/ssh", module + "/cmd/parts", false, 1},
+		{"plugins/ssh", module + "/cmd/parts", true, 0},
+		{"plugins/ssh", "github.com/hashicorp/vault/api", false, 1},
+		{"plugins/ssh", "github.com/jackc/pgx/v5/pgxpool", false, 1},
+		{"store/bolt", module + "/store/postgres", false, 1},
+		{"attest", module + "/attest/workload", false, 1},
+		{"cmd/parts", module + "/broker", false, 1},
+		{"cmd/wire", module + "/cmd/dev", false, 1},
+		{"cmd/pawl", module + "/cmd/dev", false, 0},
+		{"cmd/pawl", "testing", false, 1},
+		{"cmd/dev", module + "/broker/brokertest", false, 1},
+		{"console", module + "/broker", false, 1},
+	} {
+		p := pkg{ImportPath: module + "/" + row.name}
+		if row.inTest {
+			p.XTestImports = []string{row.imports}
+		} else {
+			p.Imports = []string{row.imports}
+		}
+		if got := breaches([]pkg{p}); len(got) != row.breaches {
+			t.Errorf("breaches(%s imports %s, in a test: %v) = %q, want %d", row.name, row.imports, row.inTest, got, row.breaches)
+		}
+	}
+}
