@@ -36,6 +36,9 @@ func stepCommand() *cobra.Command {
 			"command's. Without --delegation a chain of its own is opened for it.",
 		Example: "  pawl step --tool db.read --arg 'tables:=[\"orders\"]' -- \\\n    sh -c 'psql \"$PAWL_SECRET_URL\" -c \"SELECT * FROM orders\"'",
 		RunE: func(cmd *cobra.Command, command []string) error {
+			if err := required(cmd, "tool"); err != nil {
+				return err
+			}
 			if f.print == (len(command) > 0) {
 				return misuse{hinted{errors.New("either a command after -- or --print is needed"), "pawl step --help shows an example"}}
 			}
@@ -52,7 +55,6 @@ func stepCommand() *cobra.Command {
 	flags.StringVar(&f.purpose, "purpose", "", "why, for the audit")
 	flags.DurationVar(&f.ttl, "ttl", 0, "the secret's life; zero: as long as is allowed")
 	flags.BoolVar(&f.print, "print", false, "print the secret and end it when standard input closes")
-	_ = c.MarkFlagRequired("tool") // the flag exists: it was made two lines above
 	return c
 }
 
@@ -80,7 +82,11 @@ func takeStep(cmd *cobra.Command, f stepFlags, command []string) error {
 		if f.print {
 			return printSecret(cmd, s)
 		}
-		return runWith(ctx, s, command)
+		err := runWith(ctx, s, command)
+		if ended := context.Cause(ctx); err != nil && ended != nil {
+			return fmt.Errorf("%s was stopped, because its step ended: %w", command[0], ended)
+		}
+		return err
 	}, agent.StepOptions{Purpose: f.purpose, TTL: f.ttl})
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"os/signal"
 	"strings"
 	"syscall"
@@ -37,10 +38,15 @@ type hinted struct {
 func (h hinted) Error() string { return h.err.Error() }
 func (h hinted) Unwrap() error { return h.err }
 
-// report prints an error for people and gives the exit status: 0, 1 failed, 2 misused.
+// report prints an error for people and gives the exit status: 0, 1 failed, 2 misused, or that of
+// the command that a step ran.
 func report(err error) int {
 	if err == nil {
 		return 0
+	}
+	// The command that a step ran has said what it had to say.
+	if ran, ok := err.(*exec.ExitError); ok && ran.ExitCode() > 0 { //nolint:errorlint // wrapped, it is part of a longer story
+		return ran.ExitCode()
 	}
 	fmt.Fprintf(os.Stderr, "pawl: error: %s\n", oneLine(err.Error()))
 	var h hinted
@@ -87,11 +93,11 @@ For agents:
 For responders:
   pawl chain             what is alive
   pawl revoke            stop it, and be told the truth about what is dead
-  pawl freeze            stop it for now
+  pawl freeze            stop it for now; pawl unfreeze lifts it
   pawl audit             what happened
 
 Errors say what happened, and then what to do. Exit status: 0, 1 failed, 2 misused.
-Every command has --help, with an example.
+Every command has --help, with an example. pawl completion SHELL and pawl version do what they say.
 `
 
 func command() *cobra.Command {
@@ -106,7 +112,7 @@ func command() *cobra.Command {
 			return nil
 		},
 	}
-	root.SetHelpTemplate("{{with (or .Long .Short)}}{{. | trimTrailingWhitespaces}}{{end}}\n{{if .Runnable}}\nUsage:\n  {{.UseLine}}\n{{end}}{{if .HasExample}}\nExample:\n{{.Example}}\n{{end}}{{if .HasAvailableLocalFlags}}\nFlags:\n{{.LocalFlags.FlagUsages}}{{end}}")
+	root.SetHelpTemplate("{{with (or .Long .Short)}}{{. | trimTrailingWhitespaces}}{{end}}\n{{if .Runnable}}\nUsage:\n  {{.UseLine}}\n{{end}}{{if .HasAvailableSubCommands}}{{if .HasParent}}\nCommands:{{range .Commands}}{{if .IsAvailableCommand}}\n  {{rpad .Name .NamePadding}} {{.Short}}{{end}}{{end}}\n{{end}}{{end}}{{if .HasExample}}\nExample:\n{{.Example}}\n{{end}}{{if .HasAvailableLocalFlags}}\nFlags:\n{{.LocalFlags.FlagUsages}}{{end}}{{if .HasAvailableInheritedFlags}}{{.InheritedFlags.FlagUsages}}{{end}}")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return misuse{hinted{err, cmd.CommandPath() + " --help shows the flags"}}
 	})
@@ -118,8 +124,31 @@ func command() *cobra.Command {
 	return root
 }
 
-// mend makes wrong numbers of arguments a misuse, for every command below c too.
+// required makes a misuse of flags that were not given.
+func required(cmd *cobra.Command, flags ...string) error {
+	var missing []string
+	for _, name := range flags {
+		if f := cmd.Flag(name); f == nil || f.Value.String() == "" {
+			missing = append(missing, "--"+name)
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	return misuse{hinted{fmt.Errorf("%s needs %s", cmd.CommandPath(), strings.Join(missing, " and ")), cmd.CommandPath() + " --help shows an example"}}
+}
+
+// mend makes wrong numbers of arguments, and commands that a group does not have, a misuse, for
+// every command below c too.
 func mend(c *cobra.Command) {
+	if c.HasSubCommands() && !c.Runnable() {
+		c.RunE = func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return misuse{hinted{fmt.Errorf("there is no command %q below %s", args[0], cmd.CommandPath()), cmd.CommandPath() + " --help lists them"}}
+			}
+			return cmd.Help()
+		}
+	}
 	if check := c.Args; check != nil {
 		c.Args = func(cmd *cobra.Command, args []string) error {
 			if err := check(cmd, args); err != nil {

@@ -36,9 +36,9 @@ func keygenCommand() *cobra.Command {
 		Use: "keygen --private FILE --public FILE", Short: "Make a platform key", Args: cobra.NoArgs,
 		Long:    "Make a platform key. The private half signs bundles and never goes to a broker; the public half is\nadded to the set of keys that the broker trusts. Files that exist are not overwritten.",
 		Example: "  pawl policy keygen --private ana.key --public ana.pub",
-		RunE: func(*cobra.Command, []string) error {
-			if private == "" || public == "" {
-				return misuse{errors.New("--private and --public are required")}
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := required(cmd, "private", "public"); err != nil {
+				return err
 			}
 			secret, open, err := policy.GenerateKey(rand.Reader)
 			if err != nil {
@@ -74,9 +74,9 @@ func signCommand() *cobra.Command {
 		Use: "sign DIR|BUNDLE --key FILE --out FILE", Short: "Sign a bundle's directory, or add a signature to a bundle", Args: cobra.ExactArgs(1),
 		Long:    "Sign a bundle's directory, or add a signature to a signed bundle, so that the holders of several\nkeys need not meet.",
 		Example: "  pawl policy sign ./policy --key ana.key --out policy.jws\n  pawl policy sign policy.jws --key ben.key --out policy.jws",
-		RunE: func(_ *cobra.Command, args []string) error {
-			if key == "" || out == "" {
-				return misuse{errors.New("--key and --out are required")}
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := required(cmd, "key", "out"); err != nil {
+				return err
 			}
 			raw, err := os.ReadFile(key)
 			if err != nil {
@@ -106,7 +106,7 @@ func signed(path string, key jose.JSONWebKey) ([]byte, error) {
 	if info.IsDir() {
 		source, err := policy.Build(os.DirFS(path))
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("%s: %w", path, err)
 		}
 		return policy.Sign(source, key)
 	}
@@ -124,8 +124,8 @@ func verifyCommand() *cobra.Command {
 		Use: "verify BUNDLE --keys FILE [--need N]", Short: "Say whether a broker would take a bundle, and why not", Args: cobra.ExactArgs(1),
 		Long: "Say whether a broker with these keys would take a bundle, and why not.", Example: "  pawl policy verify policy.jws --keys policy-keys.json --need 2",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if keys == "" {
-				return misuse{errors.New("--keys is required")}
+			if err := required(cmd, "keys"); err != nil {
+				return err
 			}
 			running, err := wire.LoadPolicy(wire.Policy{Bundle: args[0], Keys: keys, Need: need})
 			if err != nil {
@@ -152,7 +152,7 @@ func policyTestCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			p, results, err := policy.Test(os.DirFS(args[0]))
 			if err != nil {
-				return err
+				return fmt.Errorf("%s: %w", args[0], err)
 			}
 			for _, w := range p.Warnings() {
 				fmt.Fprintf(cmd.ErrOrStderr(), "pawl: warning: %s\n", w)
@@ -215,7 +215,7 @@ func diffCommand() *cobra.Command {
 func loadDir(dir string) (*policy.Policy, error) {
 	source, err := policy.Build(os.DirFS(dir))
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%s: %w", dir, err)
 	}
 	return policy.Load(source.Unsigned())
 }
@@ -248,13 +248,16 @@ func explainCommand() *cobra.Command {
 }
 
 func explain(cmd *cobra.Command, f explainFlags, dir string) error {
+	if err := required(cmd, "caller", "tool"); err != nil {
+		return err
+	}
 	p, err := loadDir(dir)
 	if err != nil {
 		return err
 	}
 	q, err := f.question(p)
 	if err != nil {
-		return misuse{err}
+		return misuse{hinted{err, "pawl explain --help shows an example"}}
 	}
 	e := p.Explain(q)
 	if f.json {

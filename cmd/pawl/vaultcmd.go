@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"encoding/pem"
-	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -33,6 +32,9 @@ func vaultPlanCommand() *cobra.Command {
 		Long:    "Print the writes that Vault needs as JSON lines, each with its reason: policies, the token role, the\nauth role. Nothing is written. The trust domain's authorities come from --trust, or from the Workload API.",
 		Example: "  pawl vault plan --config pawl.yaml --broker spiffe://example.org/pawl --trust bundle.pem",
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := required(cmd, "config", "broker"); err != nil {
+				return err
+			}
 			setup, err := vaultSetup(cmd.Context(), config, id, trust)
 			if err != nil {
 				return err
@@ -59,8 +61,8 @@ func vaultPlanCommand() *cobra.Command {
 
 func vaultSetup(ctx context.Context, file, id, trust string) (vault.SetupConfig, error) {
 	broker, err := spiffeid.FromString(id)
-	if file == "" || err != nil {
-		return vault.SetupConfig{}, misuse{errors.New("--config and --broker are required")}
+	if err != nil {
+		return vault.SetupConfig{}, misuse{hinted{fmt.Errorf("--broker: %w", err), "it is the SPIFFE ID that the broker runs as"}}
 	}
 	config, err := wire.ReadConfig(file)
 	if err != nil {
