@@ -286,7 +286,8 @@ func TestDiesAnywhere(t *testing.T) {
 				}
 				return brokertest.None
 			})
-			w.vault.Fault, w.target.Fault = d.act, d.act
+			w.vault.Fail(d.act)
+			w.target.Fail(d.act)
 			got, err := w.Issue(ctx, as("planner"), step(root, "db.read"))
 			if err == nil {
 				ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
@@ -298,7 +299,7 @@ func TestDiesAnywhere(t *testing.T) {
 			w.Stop()
 
 			w.ledger.Fail(nil)
-			w.target.Fault = nil
+			w.target.Fail(nil)
 			w.vault = w.vault.Restarted()
 			w.start(w.ledger)
 			if got.Grant.ID != "" && d.at != "" {
@@ -330,9 +331,9 @@ func TestFaultsAreNotDeath(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				root := w.open("planner", broker.OpenRequest{})
-				acts := 0
+				var acts atomic.Int32
 				fail := func(string) error {
-					if acts++; acts == n {
+					if acts.Add(1) == int32(n) {
 						return fmt.Errorf("fault at act %d", n)
 					}
 					return nil
@@ -343,7 +344,8 @@ func TestFaultsAreNotDeath(t *testing.T) {
 					}
 					return brokertest.None
 				})
-				w.vault.Fault, w.target.Fault = fail, fail
+				w.vault.Fail(fail)
+				w.target.Fail(fail)
 				got, err := w.Issue(ctx, as("planner"), step(root, "db.read"))
 				if err != nil && !errors.Is(err, broker.Unavailable) {
 					t.Fatalf("fault %v at act %d: Issue = %v, want a secret or Unavailable", fault, n, err)
@@ -363,15 +365,15 @@ func TestUnknownIsAState(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("planner", broker.OpenRequest{})
-		w.vault.Fault = func(point string) error {
+		w.vault.Fail(func(point string) error {
 			if point == "mint created" {
 				return errors.New("the connection was cut")
 			}
 			return nil
-		}
+		})
 		_, err := w.Issue(ctx, as("planner"), step(root, "db.read"))
 		refused(t, "Issue", err, broker.Unavailable, broker.CodeOutcomeUnknown)
-		w.vault.Fault = nil
+		w.vault.Fail(nil)
 		pass(time.Second)
 		if alive := w.target.Alive(); len(alive) != 0 {
 			t.Fatalf("alive a second later: %v", alive)

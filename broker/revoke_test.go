@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -98,23 +99,26 @@ func TestClosureTellsTheTruth(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("root", broker.OpenRequest{})
 		secrets := []broker.Issued{w.issue("root", step(root, "db.read")), w.issue("root", step(root, "deploy"))}
-		vaultDown, targetDown := true, true
-		down := func(is *bool) func(string) error {
+		var vaultDown, targetDown atomic.Bool
+		vaultDown.Store(true)
+		targetDown.Store(true)
+		down := func(is *atomic.Bool) func(string) error {
 			return func(string) error {
-				if *is {
+				if is.Load() {
 					return errors.New("connection refused")
 				}
 				return nil
 			}
 		}
-		w.vault.Fault, w.target.Fault = down(&vaultDown), down(&targetDown)
+		w.vault.Fail(down(&vaultDown))
+		w.target.Fail(down(&targetDown))
 		rv := w.revoke("chain:%s", root.Chain)
 		pass(time.Second)
 		got := w.closure(rv, broker.ClosureUnknown)
 		if got.Unknown != 2 || got.Dead != 0 || got.LatestEnd.Before(secrets[0].Grant.Expires) {
 			t.Errorf("everything down: %+v, want 2 unknown that end at %v or later", got, secrets[0].Grant.Expires)
 		}
-		targetDown = false
+		targetDown.Store(false)
 		pass(20 * time.Second)
 		if alive := w.target.Alive(); len(alive) != 2 {
 			// Severing is tried once at once; after that Vault and the probe decide.
@@ -123,7 +127,7 @@ func TestClosureTellsTheTruth(t *testing.T) {
 		if got := w.closure(rv, w.mustNotBeClosed(rv)); got.Dead != 0 {
 			t.Errorf("Vault down: %+v, want none called dead", got)
 		}
-		vaultDown = false
+		vaultDown.Store(false)
 		pass(20 * time.Second)
 		w.closure(rv, broker.ClosureClosed)
 		w.over()
@@ -144,7 +148,7 @@ func TestRevocationGoesOnAfterARestart(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("root", broker.OpenRequest{})
 		w.issue("root", step(root, "db.read"))
-		w.vault.Fault = func(string) error { return errors.New("sealed") }
+		w.vault.Fail(func(string) error { return errors.New("sealed") })
 		rv := w.revoke("chain:%s", root.Chain)
 		w.Stop()
 		w.vault = w.vault.Restarted()

@@ -14,16 +14,20 @@ const redacted = "[redacted]"
 
 // Secret is one JSON object whose members the tool's documentation lists. It prints, logs and
 // marshals as "[redacted]", and is empty once its step is closed. It is safe for concurrent use.
-type Secret struct{ box *box }
+type Secret struct{ box func() *box }
 
-// box keeps the bytes behind a pointer, so that printing a Secret by reflection shows none.
+// box keeps the bytes. It is behind a function because fmt calls no methods of what it finds in
+// an unexported field, and follows pointers there: of a function it prints an address.
 type box struct {
 	mu  sync.Mutex // guards raw
 	raw []byte
 }
 
 // newSecret takes ownership of raw.
-func newSecret(raw []byte) *Secret { return &Secret{&box{raw: raw}} }
+func newSecret(raw []byte) *Secret {
+	b := &box{raw: raw}
+	return &Secret{func() *box { return b }}
+}
 
 // Field gives a member: the text of a string, and any other value as JSON. It is empty when
 // there is no such member, or the secret was wiped. The copy that it returns is out of Wipe's reach.
@@ -31,10 +35,11 @@ func (s Secret) Field(name string) string {
 	if s.box == nil {
 		return ""
 	}
-	s.box.mu.Lock()
-	defer s.box.mu.Unlock()
+	b := s.box()
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	var members map[string]jsontext.Value
-	if json.Unmarshal(s.box.raw, &members) != nil {
+	if json.Unmarshal(b.raw, &members) != nil {
 		return ""
 	}
 	value := members[name]
@@ -51,9 +56,10 @@ func (s Secret) JSON() []byte {
 	if s.box == nil {
 		return nil
 	}
-	s.box.mu.Lock()
-	defer s.box.mu.Unlock()
-	return append([]byte(nil), s.box.raw...)
+	b := s.box()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return append([]byte(nil), b.raw...)
 }
 
 // Wipe overwrites and empties the secret. Closing the step does it, too.
@@ -61,10 +67,11 @@ func (s Secret) Wipe() {
 	if s.box == nil {
 		return
 	}
-	s.box.mu.Lock()
-	defer s.box.mu.Unlock()
-	clear(s.box.raw)
-	s.box.raw = nil
+	b := s.box()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	clear(b.raw)
+	b.raw = nil
 }
 
 // Format prints "[redacted]" for every verb.

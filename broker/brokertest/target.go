@@ -14,10 +14,8 @@ import (
 // Target is a backend in memory that knows one login for each grant and refuses those that
 // were cut. Safe for concurrent use.
 type Target struct {
-	// Fault is asked before each call ("prepare", "sever", "prove"); an error makes it fail.
-	Fault func(point string) error
-
 	mu     sync.Mutex // guards what follows
+	fails  func(point string) error
 	n      int
 	logins map[broker.GrantID]string // password of each login that works
 	severs int
@@ -26,11 +24,22 @@ type Target struct {
 // NewTarget makes an empty Target.
 func NewTarget() *Target { return &Target{logins: map[broker.GrantID]string{}} }
 
+// Fail has f asked before each call ("prepare", "sever", "prove"); an error makes it fail. Nil:
+// nothing fails.
+func (t *Target) Fail(f func(point string) error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.fails = f
+}
+
 func (t *Target) fault(point string) error {
-	if t.Fault == nil {
+	t.mu.Lock()
+	f := t.fails
+	t.mu.Unlock()
+	if f == nil {
 		return nil
 	}
-	return t.Fault(point)
+	return f(point)
 }
 
 func (t *Target) create(id broker.GrantID) (password string) {

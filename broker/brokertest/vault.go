@@ -15,13 +15,10 @@ import (
 // to the procedures: a token ends with its parent, a lease with its token, and what is minted
 // outlives an answer that is lost. It mints into a [Target]. Safe for concurrent use.
 type Vault struct {
-	// Fault is asked before and after each call ("child", "child done", …) that makes or ends
-	// something; an error makes the call fail there. Nil: nothing fails.
-	Fault func(point string) error
-
 	Target *Target
 
 	mu     sync.Mutex // guards what follows
+	fails  func(point string) error
 	n      int
 	tokens map[string]*token
 	held   map[broker.DelegationID]string
@@ -55,11 +52,22 @@ func (v *Vault) LeaseIDs() []string {
 	return slices.Sorted(maps.Keys(v.leases))
 }
 
+// Fail has f asked before and after each call ("child", "child done", …) that makes or ends
+// something; an error makes the call fail there. Nil: nothing fails.
+func (v *Vault) Fail(f func(point string) error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.fails = f
+}
+
 func (v *Vault) fault(point string) error {
-	if v.Fault == nil {
+	v.mu.Lock()
+	f := v.fails
+	v.mu.Unlock()
+	if f == nil {
 		return nil
 	}
-	return v.Fault(point)
+	return f(point)
 }
 
 // Holds implements [broker.TokenTree].

@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/go-json-experiment/json"
-	"github.com/go-json-experiment/json/jsontext"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
@@ -298,15 +297,6 @@ func decoded[T any](t *testing.T, w *httptest.ResponseRecorder) (v T) {
 	t.Helper()
 	if err := json.Unmarshal(w.Body.Bytes(), &v, json.RejectUnknownMembers(true)); err != nil {
 		t.Fatalf("answer %d %q: %v", w.Code, w.Body, err)
-	}
-	return v
-}
-
-func values(t *testing.T, raw []byte) map[string]jsontext.Value {
-	t.Helper()
-	var v map[string]jsontext.Value
-	if err := json.Unmarshal(raw, &v); err != nil {
-		t.Fatal(err)
 	}
 	return v
 }

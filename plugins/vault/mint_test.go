@@ -53,7 +53,9 @@ func TestMintAnswers(t *testing.T) {
 		{"400", say(400, `{"errors":["`+marker+`"]}`), "no"},
 		{"403", say(403, `{"errors":["1 error occurred:\n\t* permission denied\n\n"]}`), "no"},
 		{"404", say(404, `{"errors":[]}`), "no"},
-		{"redirect", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, elsewhere.URL+r.URL.Path, 307) }, "unknown"},
+		{"redirect", func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, elsewhere.URL+r.URL.Path, http.StatusTemporaryRedirect)
+		}, "unknown"},
 		{"200 empty", say(200, ""), "unknown"},
 		{"204", say(204, ""), "unknown"},
 		{"200 null", say(200, "null"), "unknown"},

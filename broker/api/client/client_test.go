@@ -38,7 +38,6 @@ type authority struct {
 	t      *testing.T
 	root   *x509.Certificate
 	key    *ecdsa.PrivateKey
-	id     string
 	serial atomic.Int64
 }
 

@@ -1,0 +1,413 @@
+package broker
+
+import (
+	"context"
+	"math/rand/v2"
+	"sync"
+	"time"
+)
+
+// inbox collects ids until its one reader takes them all.
+type inbox struct {
+	mu   sync.Mutex // guards ids
+	ids  map[GrantID]int
+	wake chan struct{}
+}
+
+func newInbox() *inbox { return &inbox{ids: map[GrantID]int{}, wake: make(chan struct{}, 1)} }
+
+func (i *inbox) push(id GrantID, attempt int) {
+	i.mu.Lock()
+	i.ids[id] = max(i.ids[id], attempt)
+	i.mu.Unlock()
+	select {
+	case i.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (i *inbox) take() map[GrantID]int {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	taken := i.ids
+	i.ids = map[GrantID]int{}
+	return taken
+}
+
+// lane ends the grants of one backend.
+type lane struct {
+	b       *Broker
+	backend string
+	sever   *inbox // not cut yet
+	settle  *inbox // cut, as far as that could be done: to be killed in Vault and proven
+}
+
+func (l *lane) push(d dueGrant) {
+	if d.attempt == 0 {
+		l.sever.push(d.id, 0)
+	} else {
+		l.settle.push(d.id, d.attempt)
+	}
+}
+
+// runSever is step 2 of revoke for whatever has come in: everything at once, without Vault.
+func (l *lane) runSever() {
+	for l.await(l.sever) {
+		taken := l.sever.take()
+		grants := l.ending(taken)
+		if s, ok := l.b.cfg.Backends[l.backend].(Severer); ok && len(grants) > 0 {
+			ctx, cancel := context.WithTimeout(l.b.ctx, 30*time.Second)
+			if err := s.Sever(ctx, grants); err != nil && l.b.ctx.Err() == nil {
+				l.b.cfg.Alarm("severing at "+l.backend, err) // Vault may still end them
+			}
+			cancel()
+		}
+		for _, g := range grants {
+			l.settle.push(g.ID, 1)
+		}
+	}
+}
+
+func (l *lane) await(i *inbox) bool {
+	select {
+	case <-l.b.ctx.Done():
+		return false
+	case <-i.wake:
+		return true
+	}
+}
+
+// ending loads the grants and leaves out those that are over and those that need not end yet.
+func (l *lane) ending(ids map[GrantID]int) (grants []Grant) {
+	now := l.b.cfg.Now()
+	err := l.b.view(l.b.ctx, "close", func(tx Tx) error {
+		grants = nil
+		for id := range ids {
+			g, ok, err := load[Grant](tx, keyGrant(id))
+			if err != nil {
+				return err
+			}
+			if !ok || g.State == StateClosed {
+				continue
+			}
+			must, err := l.b.mustEnd(tx, &g, now)
+			if err != nil {
+				return err
+			}
+			if must {
+				grants = append(grants, g)
+			}
+		}
+		return nil
+	})
+	if err != nil && l.b.ctx.Err() == nil {
+		l.b.cfg.Alarm("reading what must end", err)
+		for id, attempt := range ids {
+			l.b.closer.at(l.later(id, attempt))
+		}
+		return nil
+	}
+	return grants
+}
+
+// mustEnd reports whether a grant that is not over has to end now, and says why in g.Ending.
+func (b *Broker) mustEnd(tx Tx, g *Grant, now time.Time) (bool, error) {
+	if g.Ending != "" {
+		return true, nil
+	}
+	if g.Fence != nil && !g.Fence.Frozen {
+		g.Ending = EndingRevoked
+		return true, nil
+	}
+	p, err := b.readPath(tx, "close", g.Delegation)
+	if err != nil {
+		return false, err
+	}
+	f, err := b.fenceOver(tx, p, p.subject(*g))
+	switch {
+	case err != nil:
+		return false, err
+	case f != nil && !f.Frozen:
+		g.Ending = EndingRevoked
+	case !now.Before(g.Expires):
+		g.Ending = EndingExpired
+	case g.State != StateIssued && !b.closer.isMinting(g.ID):
+		g.Ending = EndingFailed // whoever was issuing it is gone
+	}
+	return g.Ending != "", nil
+}
+
+// runSettle is steps 3 to 5 of revoke.
+func (l *lane) runSettle() {
+	for l.await(l.settle) {
+		taken := l.settle.take()
+		grants := l.ending(taken)
+		for len(grants) > 0 {
+			batch := grants[:min(len(grants), 1000)]
+			grants = grants[len(batch):]
+			for _, g := range l.close(batch, taken) {
+				due := l.later(g.ID, taken[g.ID])
+				if settles := g.Settles.Add(time.Millisecond); settles.After(l.b.cfg.Now()) && settles.Before(due.at) {
+					due.at = settles // then an answer is possible
+				}
+				l.b.closer.at(due)
+			}
+		}
+	}
+}
+
+// later is when to look again: soon at first, since Vault has usually only queued its part.
+func (l *lane) later(id GrantID, attempt int) dueGrant {
+	wait := min(10*time.Millisecond<<min(attempt, 12), 10*time.Second)
+	wait += rand.N(wait/2 + 1)
+	return dueGrant{at: l.b.cfg.Now().Add(wait), id: id, backend: l.backend, attempt: attempt + 1}
+}
+
+// close kills and proves a batch, closes what is proven, and gives the rest. attempts says how
+// often each has been looked at.
+func (l *lane) close(batch []Grant, attempts map[GrantID]int) (rest []Grant) {
+	ctx, cancel := context.WithTimeout(l.b.ctx, time.Minute)
+	defer cancel()
+	killed := l.kill(ctx, batch)
+	found := l.prove(ctx, batch)
+	gone := l.gone(ctx, batch)
+	l.revokeLeft(ctx, batch, gone, attempts)
+	now := l.b.cfg.Now()
+	for i := range batch {
+		g := &batch[i]
+		g.Outcome, g.Evidence = verdict{g: *g, killed: killed[i], gone: gone[i], found: found[i],
+			minting: l.b.closer.isMinting(g.ID), probed: l.probes(), now: now}.outcome()
+	}
+	if err := l.record(ctx, batch); err != nil && l.b.ctx.Err() == nil {
+		l.b.cfg.Alarm("recording what is over", err)
+		return batch
+	}
+	for _, g := range batch {
+		if g.State != StateClosed {
+			rest = append(rest, g)
+		}
+	}
+	return rest
+}
+
+// kill revokes the steps' tokens, some at once. After Vault failed to answer one it is not
+// asked for more in this round.
+func (l *lane) kill(ctx context.Context, batch []Grant) []error {
+	errs := make([]error, len(batch))
+	var down sync.Once
+	var silent error
+	var mu sync.Mutex // guards silent
+	l.each(len(batch), func(i int) {
+		if batch[i].Token.Accessor == "" {
+			return
+		}
+		mu.Lock()
+		errs[i] = silent
+		mu.Unlock()
+		if errs[i] != nil {
+			return
+		}
+		killCtx, cancel := context.WithTimeout(ctx, l.b.cfg.MintTimeout)
+		defer cancel()
+		if errs[i] = l.b.cfg.Vault.Kill(killCtx, batch[i].Token.Accessor); errs[i] != nil {
+			down.Do(func() {
+				mu.Lock()
+				silent = errs[i]
+				mu.Unlock()
+				if l.b.ctx.Err() == nil {
+					l.b.cfg.Alarm("revoking tokens in Vault", errs[i])
+				}
+			})
+		}
+	})
+	return errs
+}
+
+// each runs f for 0 to n-1 on the configured number of workers.
+func (l *lane) each(n int, f func(i int)) {
+	var wg sync.WaitGroup
+	next := make(chan int)
+	for range min(n, l.b.cfg.Workers) {
+		wg.Go(func() {
+			for i := range next {
+				f(i)
+			}
+		})
+	}
+	for i := range n {
+		next <- i
+	}
+	close(next)
+	wg.Wait()
+}
+
+func (l *lane) probes() bool {
+	_, ok := l.b.cfg.Backends[l.backend].(Prover)
+	return ok
+}
+
+// prove asks the target. A target that does not answer proves nothing.
+func (l *lane) prove(ctx context.Context, batch []Grant) []Evidence {
+	found := make([]Evidence, len(batch))
+	p, ok := l.b.cfg.Backends[l.backend].(Prover)
+	if !ok {
+		return found
+	}
+	answers, err := p.Prove(ctx, batch)
+	if err != nil || len(answers) != len(batch) {
+		for i := range found {
+			found[i] = Evidence{At: l.b.cfg.Now(), Check: l.backend, Answer: "the target did not answer"}
+		}
+		return found
+	}
+	return answers
+}
+
+// goneAnswer is what Vault said of a lease.
+type goneAnswer struct{ asked, answered, gone bool }
+
+func (l *lane) gone(ctx context.Context, batch []Grant) []goneAnswer {
+	answers := make([]goneAnswer, len(batch))
+	var leases []string
+	var at []int
+	for i, g := range batch {
+		if g.Lease.ID != "" {
+			answers[i].asked = true
+			leases, at = append(leases, g.Lease.ID), append(at, i)
+		}
+	}
+	if len(leases) == 0 {
+		return answers
+	}
+	gone, err := l.b.cfg.Vault.Gone(ctx, leases)
+	if err != nil || len(gone) != len(leases) {
+		return answers
+	}
+	for k, i := range at {
+		answers[i].answered, answers[i].gone = true, gone[k]
+	}
+	return answers
+}
+
+// patience is how many looks Vault gets to end a lease after its token, more than a second in
+// all, before the lease is revoked by name.
+const patience = 7
+
+// revokeLeft revokes leases that outlived their token. Vault writes a lease without looking at
+// the token again (facts.md), so one that was written during the kill is in nobody's queue.
+func (l *lane) revokeLeft(ctx context.Context, batch []Grant, gone []goneAnswer, attempts map[GrantID]int) {
+	l.each(len(batch), func(i int) {
+		if !gone[i].answered || gone[i].gone || attempts[batch[i].ID] < patience {
+			return
+		}
+		one, cancel := context.WithTimeout(ctx, l.b.cfg.MintTimeout)
+		defer cancel()
+		if err := l.b.cfg.Vault.Revoke(one, batch[i].Lease.ID); err == nil {
+			gone[i].gone = true
+		} else if l.b.ctx.Err() == nil {
+			l.b.cfg.Alarm("revoking a lease that outlived its token", err)
+		}
+	})
+}
+
+// record stores what was found: closed grants leave the live ones and give back their place in
+// the budgets. A grant whose outcome is as before is not written again.
+func (l *lane) record(ctx context.Context, batch []Grant) error {
+	now := l.b.cfg.Now()
+	return l.b.update(ctx, "close", func(tx Tx) error {
+		for i := range batch {
+			g := &batch[i]
+			old, ok, err := load[Grant](tx, keyGrant(g.ID))
+			if err != nil {
+				return err
+			}
+			over := g.Outcome == OutcomeDead || g.Outcome == OutcomeStatic
+			switch {
+			case !ok || old.State == StateClosed:
+				g.State = StateClosed
+			case g.State != old.State:
+				// An issue has moved it since it was read; the next round sees it as it is.
+			case over:
+				if err := l.b.finish(tx, g, now); err != nil {
+					return err
+				}
+			case g.Outcome != old.Outcome || old.Ending == "":
+				if err := save(tx, keyGrant(g.ID), *g); err != nil {
+					return err
+				}
+				if _, err := enter(tx, g.entry(OpEnd, now)); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+}
+
+// finish makes a grant CLOSED.
+func (b *Broker) finish(tx Tx, g *Grant, now time.Time) error {
+	g.State, g.Ended = StateClosed, now
+	if err := save(tx, keyGrant(g.ID), *g); err != nil {
+		return err
+	}
+	if err := tx.Put(keyLive(g.Chain, g.ID), nil); err != nil {
+		return err
+	}
+	if err := tx.Put(keyPast(g.Chain, g.ID), []byte{}); err != nil {
+		return err
+	}
+	p, err := b.readPath(tx, "close", g.Delegation)
+	if err != nil {
+		return err
+	}
+	for _, d := range p.nodes {
+		u, _, err := load[Usage](tx, keyUsage(d.ID))
+		if err != nil {
+			return err
+		}
+		u.Live = max(0, u.Live-1)
+		if err := save(tx, keyUsage(d.ID), u); err != nil {
+			return err
+		}
+	}
+	if g.Ending == EndingRevoked {
+		if err := tx.Put(keyCut(g.Delegation, g.ID), []byte{}); err != nil {
+			return err
+		}
+	}
+	if g.Outcome == OutcomeStatic && g.Ending == EndingRevoked {
+		if err := b.noteStatic(tx, p, *g); err != nil {
+			return err
+		}
+	}
+	_, err = enter(tx, g.entry(OpClosed, now))
+	return err
+}
+
+// noteStatic keeps a static secret in the books of the revocation that could not end it.
+func (b *Broker) noteStatic(tx Tx, p path, g Grant) error {
+	f := g.Fence
+	if over, err := b.fenceOver(tx, p, p.subject(g)); err != nil || f == nil && over == nil {
+		return err
+	} else if f == nil {
+		f = over
+	}
+	raw, err := tx.Get(keyStatics(f.Revocation))
+	if err != nil {
+		return err
+	}
+	return tx.Put(keyStatics(f.Revocation), append(raw[:len(raw):len(raw)], g.ID...))
+}
+
+func (g Grant) entry(op Op, now time.Time) Entry {
+	return Entry{At: now, Actor: "pawl", Op: op, Chain: g.Chain, Delegation: g.Delegation, Grant: g.ID, Tool: g.Tool,
+		Detail: string(g.Ending) + ", " + g.Outcome.String()}
+}
+
+// String is the outcome in words.
+func (o Outcome) String() string {
+	if o == OutcomeUnknown {
+		return "not proven either way"
+	}
+	return string(o)
+}
