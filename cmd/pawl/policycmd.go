@@ -266,9 +266,12 @@ func explain(cmd *cobra.Command, f explainFlags, dir string) error {
 	out := cmd.OutOrStdout()
 	word := map[bool]string{true: "granted", false: "refused"}[e.Granted]
 	fmt.Fprintf(out, "%s: %s\n", word, e.Why)
-	for title, list := range map[string][]string{"decided by": e.Decision.Policies, "conditions not met": e.Unmet, "missing": e.Missing} {
-		if len(list) > 0 {
-			fmt.Fprintf(out, "  %s: %s\n", title, strings.Join(list, ", "))
+	for _, part := range []struct {
+		title string
+		list  []string
+	}{{"decided by", e.Decision.Policies}, {"conditions not met", e.Unmet}, {"missing", e.Missing}} {
+		if len(part.list) > 0 {
+			fmt.Fprintf(out, "  %s: %s\n", part.title, strings.Join(part.list, ", "))
 		}
 	}
 	if e.Remedy != "" {
