@@ -1,0 +1,372 @@
+package audit
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// Source is what a report is compiled from; a *broker.Broker is one. Its errors are returned as
+// they are. Safe for concurrent use.
+type Source interface {
+	Revocation(context.Context, broker.RevocationID) (broker.Revocation, error)
+	Chains(ctx context.Context, all bool) ([]broker.ChainSummary, error)
+	Chain(context.Context, broker.ChainID) (broker.ChainView, error)
+	ChainEntries(ctx context.Context, id broker.ChainID, after broker.Revision, limit int) ([]broker.Entry, error)
+}
+
+// maxNearby is how many open chains are looked through for what stands close to a revocation.
+const maxNearby = 200
+
+// Compile makes the report of a revocation from the ledger as it is at now. log is the audit log after
+// a revision; it is read only for a revocation by a rule, whose own entries are of no chain.
+func Compile(ctx context.Context, src Source, log func(after broker.Revision) Log, id broker.RevocationID, now time.Time) (Report, error) {
+	rv, err := src.Revocation(ctx, id)
+	if err != nil {
+		return Report{}, err
+	}
+	covers, err := scope(rv)
+	if err != nil {
+		return Report{}, err
+	}
+	c := compiler{ctx: ctx, src: src, now: now, covers: covers, holders: map[string]bool{}, seen: map[broker.ChainID]bool{},
+		issued: map[broker.GrantID]broker.Revision{},
+		report: Report{Version: 1, Made: now.UTC(), Revocation: rv, Window: Window{Fenced: rv.Fenced}, Residual: Residual{Tokens: rv.Tokens}}}
+	for _, step := range []func() error{c.affected, func() error { return c.rule(log) }, c.nearby} {
+		if err := step(); err != nil {
+			return Report{}, err
+		}
+	}
+	c.window()
+	c.finish()
+	return c.report, nil
+}
+
+// compiler collects one report.
+type compiler struct {
+	ctx     context.Context
+	src     Source
+	now     time.Time
+	covers  covering
+	report  Report
+	holders map[string]bool                    // of delegations in scope
+	seen    map[broker.ChainID]bool            // chains looked through
+	issued  map[broker.GrantID]broker.Revision // when the secrets in scope were handed over
+}
+
+// covering says whether a delegation, by the path to it, or a grant under it, is in scope.
+type covering func(c broker.Chain, path []broker.Delegation, g *broker.Grant) bool
+
+// scope is the rule by which the engine itself decides what a fence covers.
+func scope(rv broker.Revocation) (covering, error) {
+	switch {
+	case rv.Node != "":
+		return func(_ broker.Chain, path []broker.Delegation, _ *broker.Grant) bool {
+			return slices.ContainsFunc(path, func(d broker.Delegation) bool { return d.ID == rv.Node })
+		}, nil
+	case rv.Grant != "":
+		return func(_ broker.Chain, _ []broker.Delegation, g *broker.Grant) bool { return g != nil && g.ID == rv.Grant }, nil
+	}
+	selector, err := broker.ParseSelector(rv.Selector)
+	if err != nil {
+		return nil, fmt.Errorf("selector of %s: %w", rv.ID, err)
+	}
+	return func(c broker.Chain, path []broker.Delegation, g *broker.Grant) bool {
+		if !rv.Freeze && c.Opened.After(rv.Fenced) {
+			return false
+		}
+		for i, d := range path {
+			if selector.Matches(broker.Subject{Chain: c, Path: path[:i+1], At: d.Created}) {
+				return true
+			}
+		}
+		return g != nil && selector.Matches(broker.Subject{Chain: c, Path: path, Grant: g.ID, Tool: g.Tool, Args: g.Args,
+			Vault: g.Path, Bundle: g.Bundle, At: g.Created})
+	}, nil
+}
+
+// affected looks through the chains that the revocation can be about.
+func (c *compiler) affected() error {
+	if chain := c.report.Revocation.Chain; chain != "" {
+		return c.look(chain)
+	}
+	all, err := c.src.Chains(c.ctx, true)
+	if err != nil {
+		return err
+	}
+	for _, s := range all {
+		if err := c.look(s.Chain.ID); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// look collects one chain when something of it is in scope.
+func (c *compiler) look(id broker.ChainID) error {
+	v, err := c.src.Chain(c.ctx, id)
+	if err != nil {
+		return err
+	}
+	paths := pathsOf(v)
+	found := Chain{ID: id, Task: v.Chain.Task, Opener: v.Chain.Opener.String(), Opened: v.Chain.Opened}
+	var outside []broker.Delegation
+	for _, d := range v.Delegations {
+		if !c.covers(v.Chain, paths[d.ID], nil) {
+			outside = append(outside, d)
+			continue
+		}
+		found.Delegations++
+		c.holders[d.Holder.String()] = true
+	}
+	var inside []broker.Grant
+	for _, g := range v.Grants {
+		if c.covers(v.Chain, paths[g.Delegation], &g) && !g.Created.After(c.report.Revocation.Fenced) {
+			inside = append(inside, g)
+			c.holders[g.Caller.String()] = true
+		}
+	}
+	if found.Grants = len(inside); found.Grants+found.Delegations == 0 {
+		return nil
+	}
+	c.seen[id] = true
+	c.report.Chains = append(c.report.Chains, found)
+	c.untouched(v, outside, paths, true)
+	entries, err := c.entries(id)
+	if err != nil {
+		return err
+	}
+	c.timeline(entries)
+	handed := map[broker.GrantID]broker.Entry{}
+	for _, e := range entries {
+		if e.Op == broker.OpIssued {
+			handed[e.Grant] = e
+		}
+	}
+	for _, g := range inside {
+		c.issued[g.ID] = handed[g.ID].Revision
+		c.grant(g, handed[g.ID].At)
+	}
+	return nil
+}
+
+// pathsOf gives the path, root first, of each delegation of a chain.
+func pathsOf(v broker.ChainView) map[broker.DelegationID][]broker.Delegation {
+	paths := map[broker.DelegationID][]broker.Delegation{}
+	for _, d := range v.Delegations { // ancestors come first
+		paths[d.ID] = append(slices.Clone(paths[d.Parent]), d)
+	}
+	return paths
+}
+
+// entries reads a chain's audit log whole.
+func (c *compiler) entries(id broker.ChainID) (all []broker.Entry, err error) {
+	const page = 1000
+	for after := broker.Revision(0); ; after = all[len(all)-1].Revision {
+		next, err := c.src.ChainEntries(c.ctx, id, after, page)
+		if err != nil {
+			return nil, err
+		}
+		if all = append(all, next...); len(next) < page {
+			return all, nil
+		}
+	}
+}
+
+// timeline keeps the entries that are about more than one grant's way, and finds the breach.
+func (c *compiler) timeline(entries []broker.Entry) {
+	for _, e := range entries {
+		switch e.Op {
+		case broker.OpToken, broker.OpIntent, broker.OpHandle, broker.OpIssued, broker.OpEnd, broker.OpClosed:
+			continue
+		case broker.OpViolation:
+			w := &c.report.Window
+			if e.Revision < c.report.Revocation.Revision && (w.Breach == nil || e.Revision < w.Breach.Revision) {
+				w.Breach = &e
+			}
+		}
+		c.report.Timeline = append(c.report.Timeline, e)
+	}
+}
+
+// grant collects one grant in scope, whose secret was handed over at a time, or never.
+func (c *compiler) grant(g broker.Grant, handed time.Time) {
+	fenced := c.report.Revocation.Fenced
+	out := Grant{ID: g.ID, Chain: g.Chain, Delegation: g.Delegation, Caller: g.Caller.String(), Tool: g.Tool,
+		Narrowing: g.Narrowing.String(), Args: string(g.Args.Canonical()), Purpose: g.Purpose, Path: g.Path, Lease: g.Lease.ID,
+		Ref: g.Lease.Ref, Created: g.Created, HandedOver: handed, Ended: g.Ended, Ending: g.Ending,
+		Before: !g.Ended.IsZero() && g.Ended.Before(fenced), Outcome: g.Outcome, LatestEnd: latestEnd(g), Evidence: g.Evidence}
+	c.report.Grants = append(c.report.Grants, out)
+	r := &c.report.Residual
+	switch {
+	case g.Outcome == broker.OutcomeStatic:
+		r.Rotate = append(r.Rotate, g.ID)
+	case g.Outcome == broker.OutcomeAlive:
+		r.Alive = append(r.Alive, g.ID)
+	case g.Outcome == broker.OutcomeUnknown:
+		r.Unproven = append(r.Unproven, g.ID)
+	case out.Before && !handed.IsZero():
+		r.OverBefore++
+	}
+	if g.Outcome == broker.OutcomeAlive || g.Outcome == broker.OutcomeUnknown {
+		r.LatestEnd = later(r.LatestEnd, out.LatestEnd)
+	}
+}
+
+// window says which secrets could be used between the breach and the fence.
+func (c *compiler) window() {
+	w := &c.report.Window
+	if w.Breach == nil {
+		return
+	}
+	for _, g := range c.report.Grants {
+		switch issued := c.issued[g.ID]; {
+		case issued == 0:
+		case issued > w.Breach.Revision:
+			w.Issued = append(w.Issued, g.ID)
+		case g.Ended.IsZero() || g.Ended.After(w.Breach.At):
+			w.Live = append(w.Live, g.ID)
+		}
+	}
+}
+
+// latestEnd is the latest moment at which the grant's secret can still work, if nobody ends it: that of its
+// lease or of its token, and for a mint whose answer is not known a whole life from its latest completion.
+func latestEnd(g broker.Grant) time.Time {
+	end := later(g.Expires, later(g.Lease.Expires, g.Token.Expires))
+	if g.State == broker.StateHandle && g.Lease.Expires.IsZero() {
+		end = end.Add(g.Settles.Sub(g.Created))
+	}
+	return end
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
+}
+
+// rule adds the entries of a revocation that is of no chain, and of its progress.
+func (c *compiler) rule(log func(broker.Revision) Log) error {
+	rv := c.report.Revocation
+	if rv.Chain != "" {
+		return nil
+	}
+	for e, err := range log(rv.Revision - 1) {
+		if err != nil {
+			return err
+		}
+		if e.Revocation == rv.ID && e.Chain == "" {
+			c.report.Timeline = append(c.report.Timeline, e)
+		}
+		if !rv.Settled.IsZero() && e.At.After(rv.Settled) {
+			break
+		}
+	}
+	return nil
+}
+
+// nearby looks for what the same holders have in other open chains.
+func (c *compiler) nearby() error {
+	open, err := c.src.Chains(c.ctx, false)
+	if err != nil {
+		return err
+	}
+	looked := 0
+	for _, s := range open {
+		if c.seen[s.Chain.ID] {
+			continue
+		}
+		if looked++; looked > maxNearby {
+			c.report.UntouchedMore++
+			continue
+		}
+		v, err := c.src.Chain(c.ctx, s.Chain.ID)
+		if err != nil {
+			return err
+		}
+		c.untouched(v, v.Delegations, pathsOf(v), false)
+	}
+	return nil
+}
+
+// untouched collects those of the delegations that can still be used.
+func (c *compiler) untouched(v broker.ChainView, nodes []broker.Delegation, paths map[broker.DelegationID][]broker.Delegation, same bool) {
+	live := map[broker.DelegationID]int{}
+	for _, g := range v.Grants {
+		if g.State != broker.StateClosed && !c.covers(v.Chain, paths[g.Delegation], &g) {
+			live[g.Delegation]++
+		}
+	}
+	for _, d := range nodes {
+		over := slices.ContainsFunc(paths[d.ID], func(d broker.Delegation) bool { return d.Fence != nil || !c.now.Before(d.Expires) })
+		if over || !same && !c.holders[d.Holder.String()] {
+			continue
+		}
+		c.report.Untouched = append(c.report.Untouched, Untouched{Chain: d.Chain, Delegation: d.ID, Holder: d.Holder.String(),
+			Expires: d.Expires, Live: live[d.ID], SameChain: same})
+	}
+}
+
+// finish puts things into order, cuts what is too long, and spells times in UTC.
+func (c *compiler) finish() {
+	r := &c.report
+	slices.SortFunc(r.Timeline, func(a, b broker.Entry) int { return cmp.Compare(a.Revision, b.Revision) })
+	if more := len(r.Timeline) - MaxTimeline; more > 0 {
+		r.Timeline, r.TimelineMore = r.Timeline[:MaxTimeline], more
+	}
+	slices.SortStableFunc(r.Grants, func(a, b Grant) int {
+		return cmp.Or(cmp.Compare(worry(a), worry(b)), a.Created.Compare(b.Created), cmp.Compare(a.ID, b.ID))
+	})
+	if more := len(r.Grants) - MaxGrants; more > 0 {
+		r.Grants, r.GrantsMore = r.Grants[:MaxGrants], more
+	}
+	r.utc()
+}
+
+// worry orders grants: what may still work, what was dead after the fence, what was over before.
+func worry(g Grant) int {
+	switch {
+	case g.Outcome != broker.OutcomeDead:
+		return 0
+	case g.Before:
+		return 2
+	}
+	return 1
+}
+
+// utc gives a report one spelling of its times, whatever clock the ledger was written with.
+func (r *Report) utc() {
+	rv := &r.Revocation
+	times := []*time.Time{&rv.Asked, &rv.Fenced, &rv.Settled, &rv.LatestEnd, &r.Window.Fenced, &r.Residual.LatestEnd}
+	if r.Window.Breach != nil {
+		times = append(times, &r.Window.Breach.At)
+	}
+	for i := range r.Chains {
+		times = append(times, &r.Chains[i].Opened)
+	}
+	for i := range r.Timeline {
+		times = append(times, &r.Timeline[i].At)
+	}
+	for i := range r.Untouched {
+		times = append(times, &r.Untouched[i].Expires)
+	}
+	for i := range r.Grants {
+		g := &r.Grants[i]
+		times = append(times, &g.Created, &g.HandedOver, &g.Ended, &g.LatestEnd)
+		g.Evidence = slices.Clone(g.Evidence)
+		for k := range g.Evidence {
+			times = append(times, &g.Evidence[k].At)
+		}
+	}
+	for _, t := range times {
+		if !t.IsZero() {
+			*t = t.UTC().Round(0)
+		}
+	}
+}

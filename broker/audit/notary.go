@@ -1,0 +1,86 @@
+package audit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// Entries reads the ledger's audit log: at most limit entries after a revision, oldest first.
+type Entries func(ctx context.Context, after broker.Revision, limit int) ([]broker.Entry, error)
+
+// From is the log after a revision, read page by page.
+func (read Entries) From(ctx context.Context, after broker.Revision) Log {
+	const page = 1000
+	return func(yield func(broker.Entry, error) bool) {
+		for {
+			list, err := read(ctx, after, page)
+			if err != nil {
+				yield(broker.Entry{}, err)
+				return
+			}
+			for _, e := range list {
+				if after = e.Revision; !yield(e, nil) {
+					return
+				}
+			}
+			if len(list) < page {
+				return
+			}
+		}
+	}
+}
+
+// NotaryConfig is what a [Notary] is made of; all of it is required.
+type NotaryConfig struct {
+	Source  Source
+	Entries Entries
+	Signer  *Signer
+	Now     func() time.Time
+}
+
+// Notary signs reports and checkpoints of one broker's ledger. Make one with [NewNotary]; it is safe
+// for concurrent use.
+type Notary struct {
+	cfg NotaryConfig
+
+	growing chan struct{} // full while somebody reads the log; guards tree
+	tree    Tree
+}
+
+// NewNotary validates cfg.
+func NewNotary(cfg NotaryConfig) (*Notary, error) {
+	if cfg.Source == nil || cfg.Entries == nil || cfg.Signer == nil || cfg.Now == nil {
+		return nil, errors.New("audit: every field of NotaryConfig is required")
+	}
+	return &Notary{cfg: cfg, growing: make(chan struct{}, 1)}, nil
+}
+
+// Report gives the signed report of a revocation as of now. Errors are the engine's: NotFound, Unavailable.
+func (n *Notary) Report(ctx context.Context, id broker.RevocationID) ([]byte, error) {
+	log := func(after broker.Revision) Log { return n.cfg.Entries.From(ctx, after) }
+	r, err := Compile(ctx, n.cfg.Source, log, id, n.cfg.Now())
+	if err != nil {
+		return nil, err
+	}
+	return n.cfg.Signer.Sign(r)
+}
+
+// Checkpoint gives a signed checkpoint of the log as it is now. The first one reads the log
+// whole, and each later one only what was added.
+func (n *Notary) Checkpoint(ctx context.Context) ([]byte, error) {
+	select {
+	case n.growing <- struct{}{}:
+		defer func() { <-n.growing }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	log := n.cfg.Entries.From(ctx, broker.Revision(n.tree.Size()))
+	if err := n.tree.Grow(log, 0); err != nil {
+		return nil, fmt.Errorf("reading the audit log for a checkpoint: %w", err)
+	}
+	return n.cfg.Signer.Checkpoint(&n.tree)
+}

@@ -1,0 +1,348 @@
+package audit_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/audit"
+	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/broker/policy"
+)
+
+// world is the real engine in memory.
+type world struct {
+	*broker.Broker
+	t      *testing.T
+	ledger *brokertest.Memory
+}
+
+func newWorld(t *testing.T) world {
+	t.Helper()
+	target, ledger := brokertest.NewTarget(), brokertest.NewMemory()
+	tools := brokertest.AllowAll("db")
+	b, err := broker.New(broker.Config{Ledger: ledger, Policy: func() broker.Policy { return tools }, Vault: brokertest.NewVault(target),
+		Backends: map[string]broker.Backend{"target": target}, Now: time.Now, Random: rand.Reader, SweepEvery: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Resume(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(b.Stop)
+	return world{b, t, ledger}
+}
+
+func as(name string) broker.Caller {
+	return broker.Caller{ID: spiffeid.RequireFromString("spiffe://example.org/" + name), Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
+}
+
+func (w world) open(holder, task string) broker.Delegation {
+	w.t.Helper()
+	d, err := w.Open(w.t.Context(), as(holder), broker.OpenRequest{Task: task, Depth: 1, Rights: []broker.Right{{Tool: "db", Use: true, Delegate: true}}})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return d
+}
+
+func (w world) delegate(from broker.Delegation, to string) broker.Delegation {
+	w.t.Helper()
+	d, err := w.Delegate(w.t.Context(), broker.Caller{ID: from.Holder, Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)},
+		broker.DelegateRequest{From: from.ID, To: as(to).ID, Rights: []broker.Right{{Tool: "db", Use: true}}})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return d
+}
+
+func (w world) issue(holder string, d broker.Delegation) broker.Grant {
+	w.t.Helper()
+	got, err := w.Issue(w.t.Context(), as(holder), broker.StepRequest{Delegation: d.ID, Tool: "db", Purpose: "a `purpose` | <b>"})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return got.Grant
+}
+
+// revoke waits until the revocation has settled.
+func (w world) revoke(selector string) broker.Revocation {
+	w.t.Helper()
+	s, err := broker.ParseSelector(selector)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	rv, err := w.Revoke(w.t.Context(), broker.Operator{Name: "ann"}, broker.RevokeRequest{Selector: s, Reason: "a test"})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	deadline := time.After(10 * time.Second)
+	for {
+		changed, cancel := w.Watch("")
+		now, err := w.Revocation(w.t.Context(), rv.ID)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		if !now.Settled.IsZero() {
+			cancel()
+			return now
+		}
+		select {
+		case <-changed:
+		case <-deadline:
+			w.t.Fatalf("%s did not settle: %+v", rv.ID, now)
+		}
+		cancel()
+	}
+}
+
+func (w world) notary(s *audit.Signer) *audit.Notary {
+	w.t.Helper()
+	n, err := audit.NewNotary(audit.NotaryConfig{Source: w.Broker, Entries: w.ledger.Entries, Signer: s, Now: time.Now})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return n
+}
+
+func newSigner(t testing.TB) (*audit.Signer, jose.JSONWebKey) {
+	t.Helper()
+	private, public, err := policy.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := audit.NewSigner("example.org/pawl", private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s, public
+}
+
+func grantIDs(list []audit.Grant) (ids []broker.GrantID) {
+	for _, g := range list {
+		ids = append(ids, g.ID)
+	}
+	return ids
+}
+
+// TestReport: root has one secret that is over, a violation is reported and stays without
+// consequence, sub has one secret from before and one from after it, then sub is revoked.
+func TestReport(t *testing.T) {
+	w := newWorld(t)
+	signer, key := newSigner(t)
+	root := w.open("root", "a task")
+	sub := w.delegate(root, "sub")
+	elsewhere := w.open("sub", "another task")
+	over := w.issue("sub", sub)
+	if _, err := w.Close(t.Context(), as("sub"), over.ID); err != nil {
+		t.Fatal(err)
+	}
+	kept := w.issue("root", root)
+	before := w.issue("sub", sub)
+	if _, err := w.Report(t.Context(), as("sub"), broker.ReportRequest{Delegation: sub.ID, Violation: "canary"}); err != nil {
+		t.Fatal(err)
+	}
+	within := w.issue("sub", sub)
+	rv := w.revoke("subtree:" + string(sub.ID))
+
+	jws, err := w.notary(signer).Report(t.Context(), rv.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := audit.VerifyReport(jws, key)
+	if err != nil {
+		t.Fatalf("VerifyReport = %v, want the report", err)
+	}
+	if r.Issuer != "example.org/pawl" || r.Revocation.ID != rv.ID || r.Revocation.Closure != broker.ClosureClosed || r.Revocation.Dead != 2 {
+		t.Errorf("the report is of %+v by %q, want %s CLOSED with 2 dead", r.Revocation, r.Issuer, rv.ID)
+	}
+	if got, want := grantIDs(r.Grants), []broker.GrantID{before.ID, within.ID, over.ID}; !slices.Equal(got, want) {
+		t.Errorf("grants = %v, want %v: those that the fence met before the one that was over", got, want)
+	}
+	for _, g := range r.Grants {
+		if g.Outcome != broker.OutcomeDead || len(g.Evidence) == 0 || g.HandedOver.IsZero() || g.Before != (g.ID == over.ID) {
+			t.Errorf("grant %+v, want it handed over and dead, with evidence", g)
+		}
+	}
+	if r.Window.Breach == nil || r.Window.Breach.Code != "canary" || !slices.Equal(r.Window.Issued, []broker.GrantID{within.ID}) ||
+		!slices.Equal(r.Window.Live, []broker.GrantID{before.ID}) {
+		t.Errorf("window = %+v, want the canary, %s issued in it and %s live", r.Window, within.ID, before.ID)
+	}
+	if left := r.Residual; len(left.Rotate)+len(left.Alive)+len(left.Unproven)+left.Tokens != 0 || left.OverBefore != 1 {
+		t.Errorf("residual = %+v, want the one secret that was over before", left)
+	}
+	want := map[broker.DelegationID]audit.Untouched{
+		root.ID:      {Chain: root.Chain, Delegation: root.ID, Holder: root.Holder.String(), Expires: root.Expires.UTC().Round(0), Live: 1, SameChain: true},
+		elsewhere.ID: {Chain: elsewhere.Chain, Delegation: elsewhere.ID, Holder: elsewhere.Holder.String(), Expires: elsewhere.Expires.UTC().Round(0)},
+	}
+	for _, u := range r.Untouched {
+		if u != want[u.Delegation] {
+			t.Errorf("untouched has %+v, want %+v", u, want[u.Delegation])
+		}
+	}
+	if len(r.Untouched) != len(want) {
+		t.Errorf("untouched = %+v, want the root and the other chain of sub", r.Untouched)
+	}
+	var ops []broker.Op
+	for _, e := range r.Timeline {
+		ops = append(ops, e.Op)
+	}
+	if !slices.Contains(ops, broker.OpFence) || !slices.Contains(ops, broker.OpClosure) || ops[0] != broker.OpOpen || slices.Contains(ops, broker.OpIssued) {
+		t.Errorf("timeline = %v, want the opening, the fence and the closure, and no single grant's way", ops)
+	}
+	if bytes.Contains(jws, []byte(kept.Token.Accessor)) || strings.Contains(r.Markdown(), "marker") {
+		t.Error("the report holds an accessor or a secret")
+	}
+}
+
+// TestReportOfRule: a rule over chains has its own entries in the timeline and every chain it meets.
+func TestReportOfRule(t *testing.T) {
+	w := newWorld(t)
+	signer, key := newSigner(t)
+	one, two, other := w.open("sub", "one"), w.open("sub", "two"), w.open("root", "three")
+	w.issue("sub", one)
+	w.issue("sub", two)
+	w.issue("root", other)
+	rv := w.revoke("spiffe:spiffe://example.org/sub")
+	jws, err := w.notary(signer).Report(t.Context(), rv.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := audit.VerifyReport(jws, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Chains) != 2 || len(r.Grants) != 2 || len(r.Untouched) != 0 {
+		t.Errorf("report has chains %+v, %d grants, untouched %+v; want both chains of sub and nothing else", r.Chains, len(r.Grants), r.Untouched)
+	}
+	if !slices.ContainsFunc(r.Timeline, func(e broker.Entry) bool { return e.Op == broker.OpFence && e.Revision == rv.Revision }) {
+		t.Errorf("timeline %+v lacks the fence", r.Timeline)
+	}
+	if r.Window.Breach != nil || !strings.Contains(r.Markdown(), "No violation is recorded") {
+		t.Errorf("window = %+v, want that no breach is recorded", r.Window)
+	}
+}
+
+// fixed answers with what it holds.
+type fixed struct {
+	rv   broker.Revocation
+	view broker.ChainView
+}
+
+func (f fixed) Revocation(context.Context, broker.RevocationID) (broker.Revocation, error) {
+	return f.rv, nil
+}
+func (f fixed) Chains(context.Context, bool) ([]broker.ChainSummary, error)     { return nil, nil }
+func (f fixed) Chain(context.Context, broker.ChainID) (broker.ChainView, error) { return f.view, nil }
+func (f fixed) ChainEntries(context.Context, broker.ChainID, broker.Revision, int) ([]broker.Entry, error) {
+	return nil, nil
+}
+
+// TestResidual: what is not dead is named for what it is, with the latest end of it all.
+func TestResidual(t *testing.T) {
+	noon := time.Date(2030, 1, 2, 12, 0, 0, 0, time.UTC)
+	grant := func(id string, o broker.Outcome, lease time.Duration, ended bool) broker.Grant {
+		g := broker.Grant{ID: broker.GrantID(id), Delegation: "dl", State: broker.StateIssued, Created: noon.Add(-time.Minute), Expires: noon.Add(time.Minute),
+			Lease: broker.Lease{ID: "lease", Expires: noon.Add(lease)}, Outcome: o}
+		if ended {
+			g.State, g.Ended = broker.StateClosed, noon.Add(-time.Second)
+		}
+		return g
+	}
+	f := fixed{rv: broker.Revocation{ID: "rv", Chain: "ch", Node: "dl", Selector: "chain:ch", Fenced: noon, Closure: broker.ClosurePartial},
+		view: broker.ChainView{Chain: broker.Chain{ID: "ch"}, Delegations: []broker.Delegation{{ID: "dl", Chain: "ch"}},
+			Grants: []broker.Grant{grant("static", broker.OutcomeStatic, 0, true), grant("alive", broker.OutcomeAlive, 5*time.Minute, false),
+				grant("unproven", broker.OutcomeUnknown, 7*time.Minute, false), grant("dead", broker.OutcomeDead, 9*time.Minute, true)}}}
+	r, err := audit.Compile(t.Context(), f, nil, "rv", noon)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := audit.Residual{Rotate: []broker.GrantID{"static"}, Alive: []broker.GrantID{"alive"}, Unproven: []broker.GrantID{"unproven"}, LatestEnd: noon.Add(7 * time.Minute)}
+	if !reflect.DeepEqual(r.Residual, want) {
+		t.Errorf("residual = %+v, want %+v", r.Residual, want)
+	}
+	if got := grantIDs(r.Grants); got[len(got)-1] != "dead" {
+		t.Errorf("grants = %v, want what is dead last", got)
+	}
+	page := r.Markdown()
+	for _, must := range []string{"To be rotated where they are kept: 1: static", "Shown to work still: 1: alive", "Not proven either way: 1: unproven", "**PARTIAL**"} {
+		if !strings.Contains(page, must) {
+			t.Errorf("the page lacks %q:\n%s", must, page)
+		}
+	}
+}
+
+// TestChangedReport: no byte of a signed report can be another one.
+func TestChangedReport(t *testing.T) {
+	signer, key := newSigner(t)
+	jws, err := signer.Sign(audit.Report{Version: 1, Revocation: broker.Revocation{ID: "rv", Reason: "a reason"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := audit.VerifyReport(jws, key); err != nil {
+		t.Fatal(err)
+	}
+	for i := range jws {
+		for _, b := range []byte{jws[i] ^ 1, 'A', 'B', '_', '.', '\n', 0} {
+			changed := slices.Clone(jws)
+			if changed[i] = b; b == jws[i] {
+				continue
+			}
+			if _, err := audit.VerifyReport(changed, key); !errors.Is(err, audit.ErrChanged) && !errors.Is(err, audit.ErrForeign) {
+				t.Fatalf("VerifyReport with byte %d as %q = %v, want that it was changed", i, b, err)
+			}
+		}
+		if _, err := audit.VerifyReport(jws[:i], key); err == nil {
+			t.Fatalf("VerifyReport of the first %d bytes = nil, want an error", i)
+		}
+	}
+	for _, more := range []string{"\n", ".", "A"} {
+		if _, err := audit.VerifyReport(append(slices.Clone(jws), more...), key); err == nil {
+			t.Errorf("VerifyReport with %q after it = nil, want an error", more)
+		}
+	}
+	if _, other := newSigner(t); true {
+		if _, err := audit.VerifyReport(jws, other); !errors.Is(err, audit.ErrForeign) {
+			t.Errorf("VerifyReport with another key = %v, want ErrForeign", err)
+		}
+	}
+}
+
+// TestMarkdown: text from outside cannot leave its code span or its cell.
+func TestMarkdown(t *testing.T) {
+	r := audit.Report{Revocation: broker.Revocation{Reason: "``` \n# Dead: all | <script>", By: "ann\u202e"},
+		Timeline: []broker.Entry{{Detail: "a | b"}}}
+	page := r.Markdown()
+	if strings.Contains(page, "\n# Dead") || strings.Contains(page, "\u202e") || !strings.Contains(page, "```` ``` ") || !strings.Contains(page, `a \| b`) {
+		t.Errorf("text from outside is not held in the page:\n%s", page)
+	}
+	fenced, dead := strings.Index(page, "## Fenced"), strings.Index(page, "## Dead")
+	if fenced < 0 || dead < fenced {
+		t.Errorf("fenced and dead are not two parts of the page:\n%s", page)
+	}
+}
+
+func FuzzVerifyReport(f *testing.F) {
+	signer, key := newSigner(f)
+	jws, err := signer.Sign(audit.Report{Version: 1})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(jws)
+	f.Add([]byte("..."))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		if _, err := audit.VerifyReport(raw, key); err == nil && !bytes.Equal(raw, jws) {
+			t.Errorf("VerifyReport took %q", raw)
+		}
+	})
+}

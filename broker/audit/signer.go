@@ -1,0 +1,110 @@
+package audit
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ed25519"
+	"encoding/base64"
+	"errors"
+	"fmt"
+
+	"github.com/go-jose/go-jose/v4"
+)
+
+// Signer signs reports and checkpoints. Make one with [NewSigner]; it is safe for concurrent use.
+type Signer struct {
+	name string
+	kid  string
+	key  ed25519.PrivateKey
+}
+
+// NewSigner takes the private Ed25519 key and the name under which the broker signs, such as
+// "example.org/pawl": no spaces, no plus sign.
+func NewSigner(name string, key jose.JSONWebKey) (*Signer, error) {
+	private, ok := key.Key.(ed25519.PrivateKey)
+	if !ok || len(private) != ed25519.PrivateKeySize {
+		return nil, errors.New("the signing key must be a private Ed25519 key")
+	}
+	s := &Signer{name: name, key: private}
+	if _, err := noteVerifier(name, s.public()); err != nil {
+		return nil, fmt.Errorf("%q cannot be the name of a signer: %w", name, err)
+	}
+	var err error
+	s.kid, err = thumbprint(s.public())
+	return s, err
+}
+
+func (s *Signer) public() ed25519.PublicKey {
+	return s.key.Public().(ed25519.PublicKey) // what the documentation of Public promises
+}
+
+// Name is the name that the signer was made with.
+func (s *Signer) Name() string { return s.name }
+
+// thumbprint is the RFC 7638 SHA-256 thumbprint.
+func thumbprint(key ed25519.PublicKey) (string, error) {
+	sum, err := (&jose.JSONWebKey{Key: key}).Thumbprint(crypto.SHA256)
+	return encode(sum), err
+}
+
+func encode(b []byte) string { return base64.RawURLEncoding.EncodeToString(b) }
+
+// header is the one protected header that a key signs reports with.
+func header(kid string) string {
+	return encode([]byte(`{"alg":"EdDSA","kid":"` + kid + `","typ":"` + ReportType + `"}`))
+}
+
+// jws is the payload in compact form, RFC 7515 section 7.1.
+func (s *Signer) jws(payload []byte) []byte {
+	signed := header(s.kid) + "." + encode(payload)
+	return []byte(signed + "." + encode(ed25519.Sign(s.key, []byte(signed))))
+}
+
+var (
+	// ErrForeign says that something was signed with another key, or is nothing that this package signs.
+	ErrForeign = errors.New("it is not signed with this key")
+	// ErrChanged says that something is not what was signed.
+	ErrChanged = errors.New("it is not what was signed")
+)
+
+// openJWS gives the payload that key signed. The header is compared, never believed: there is
+// exactly one that the key signs with.
+func openJWS(jws []byte, key jose.JSONWebKey) ([]byte, error) {
+	public, err := publicKey(key)
+	if err != nil {
+		return nil, err
+	}
+	kid, err := thumbprint(public)
+	if err != nil {
+		return nil, err
+	}
+	rest, ours := bytes.CutPrefix(jws, []byte(header(kid)+"."))
+	if !ours {
+		return nil, ErrForeign
+	}
+	body, signature, _ := bytes.Cut(rest, []byte("."))
+	payload, errPayload := strictly(body)
+	sig, errSig := strictly(signature)
+	signed := jws[:len(jws)-len(signature)-1]
+	if errPayload != nil || errSig != nil || len(sig) != ed25519.SignatureSize || !ed25519.Verify(public, signed, sig) {
+		return nil, ErrChanged
+	}
+	return payload, nil
+}
+
+// strictly decodes the one spelling of bytes; base64 by itself passes over line breaks.
+func strictly(text []byte) ([]byte, error) {
+	if bytes.ContainsAny(text, "\r\n") {
+		return nil, ErrChanged
+	}
+	return base64.RawURLEncoding.Strict().AppendDecode(nil, text)
+}
+
+// publicKey gives the public half of an Ed25519 key.
+func publicKey(key jose.JSONWebKey) (ed25519.PublicKey, error) {
+	public, ok := key.Public().Key.(ed25519.PublicKey)
+	if !ok || len(public) != ed25519.PublicKeySize {
+		return nil, errors.New("the key must be an Ed25519 key")
+	}
+	return public, nil
+}
