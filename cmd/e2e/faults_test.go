@@ -1,0 +1,149 @@
+package e2e_test
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// faults stands between the engine and its ports. Each act of the engine passes two points, one
+// before and one after it, such as "before mint #1" and "after commit of intent #2".
+type faults struct {
+	reach func(point string) // called on the goroutine of the act; what it does is the fault
+
+	mu   sync.Mutex // guards seen
+	seen map[string]int
+}
+
+func newFaults(reach func(point string)) *faults {
+	return &faults{reach: reach, seen: map[string]int{}}
+}
+
+// install puts the faults between the engine and its parts.
+func (f *faults) install(c *broker.Config) {
+	c.Ledger, c.Vault = faultyLedger{c.Ledger, f}, faultyVault{c.Vault, f}
+	c.Backends = maps.Clone(c.Backends) // the original is also for those who ask what a backend can do
+	for name, b := range c.Backends {
+		if t, ok := b.(target); ok {
+			c.Backends[name] = faultyTarget{t, f}
+		}
+	}
+}
+
+func (f *faults) at(place string) {
+	f.mu.Lock()
+	f.seen[place]++
+	point := fmt.Sprintf("%s #%d", place, f.seen[place])
+	f.mu.Unlock()
+	f.reach(point)
+}
+
+// around is used as `defer f.around("mint")()`.
+func (f *faults) around(act string) (after func()) {
+	f.at("before " + act)
+	return func() { f.at("after " + act) }
+}
+
+type faultyLedger struct {
+	broker.Ledger
+	*faults
+}
+
+func (l faultyLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
+	var what string
+	err := l.Ledger.Update(ctx, func(tx broker.Tx) error {
+		noting := &notingTx{Tx: tx}
+		if err := f(noting); err != nil {
+			return err
+		}
+		if what = ""; len(noting.ops) > 0 { // else it changes nothing
+			what = "commit of " + strings.Join(slices.Compact(noting.ops), "+")
+			l.at("before " + what)
+		}
+		return nil
+	})
+	if err == nil && what != "" {
+		l.at("after " + what)
+	}
+	return err
+}
+
+// notingTx notes which entries a transaction makes: they are what a commit is known by.
+type notingTx struct {
+	broker.Tx
+	ops []string
+}
+
+func (t *notingTx) Append(e broker.Entry) (broker.Revision, error) {
+	t.ops = append(t.ops, string(e.Op))
+	return t.Tx.Append(e)
+}
+
+type faultyVault struct {
+	broker.Vault
+	*faults
+}
+
+func (v faultyVault) Branch(ctx context.Context, d broker.Delegation, policies []string) (broker.Handle, error) {
+	defer v.around("branch")()
+	return v.Vault.Branch(ctx, d, policies)
+}
+
+func (v faultyVault) Child(ctx context.Context, g broker.Grant, displayName, policy string) (broker.Handle, error) {
+	defer v.around("child")()
+	return v.Vault.Child(ctx, g, displayName, policy)
+}
+
+func (v faultyVault) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (broker.Lease, broker.Secret, error) {
+	defer v.around("mint")()
+	return v.Vault.Mint(ctx, h, m)
+}
+
+func (v faultyVault) Kill(ctx context.Context, accessor string) error {
+	defer v.around("kill")()
+	return v.Vault.Kill(ctx, accessor)
+}
+
+func (v faultyVault) Gone(ctx context.Context, leases []string) ([]bool, error) {
+	defer v.around("gone")()
+	return v.Vault.Gone(ctx, leases)
+}
+
+// Leases implements [broker.LeaseLister].
+func (v faultyVault) Leases(ctx context.Context) ([]broker.FoundLease, error) {
+	return v.Vault.(broker.LeaseLister).Leases(ctx)
+}
+
+// target is a backend with everything a backend can have, such as PostgreSQL.
+type target interface {
+	broker.Backend
+	broker.Severer
+	broker.Prover
+	broker.Finder
+	broker.Remover
+}
+
+type faultyTarget struct {
+	target
+	*faults
+}
+
+func (b faultyTarget) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (broker.Mint, string, error) {
+	defer b.around("prepare")()
+	return b.target.Prepare(ctx, t, g)
+}
+
+func (b faultyTarget) Sever(ctx context.Context, grants []broker.Grant) error {
+	defer b.around("sever")()
+	return b.target.Sever(ctx, grants)
+}
+
+func (b faultyTarget) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
+	defer b.around("prove")()
+	return b.target.Prove(ctx, grants)
+}

@@ -1,0 +1,226 @@
+package e2e_test
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/goccy/go-yaml"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/operator"
+	"github.com/pawlsec/pawl/cmd/dev"
+	"github.com/pawlsec/pawl/cmd/parts"
+	"github.com/pawlsec/pawl/cmd/wire"
+)
+
+// bound is how long a request may take in Vault and how long a mint is waited for: short, since
+// a mint that was under way when the broker died is waited for as long as both.
+const bound = 2 * time.Second
+
+// newEnv starts everything but the broker.
+func newEnv(t *testing.T, c dev.Config) *dev.Env {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	c.External, c.MaxRequestDuration = true, bound
+	env, err := dev.Start(ctx, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(env.Close)
+	return env
+}
+
+// need skips where a real part is missing, or fails where PAWL_REQUIRE demands it.
+func need(t *testing.T, postgres bool) {
+	t.Helper()
+	parts.NeedVault(t)
+	if postgres {
+		parts.NeedPostgreSQL(t)
+	}
+}
+
+// world is a broker of its own, with a ledger of its own, in an environment that others may have
+// used before.
+type world struct {
+	t      *testing.T
+	env    *dev.Env
+	config wire.Config
+	file   string // of config
+	oracle oracle
+	before left // by others
+}
+
+func newWorld(t *testing.T, env *dev.Env, change func(*wire.Config)) *world {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "pawl-e2e-") // a test's own has too long a name for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) }) // a temporary directory
+	w := &world{t: t, env: env, config: env.Config, file: filepath.Join(dir, "pawl.yaml"), oracle: newOracle(t, env)}
+	w.config.Ledger, w.config.Listen.Socket = filepath.Join(dir, "ledger.db"), filepath.Join(dir, "admin.sock")
+	w.config.Listen.Agents, w.config.Listen.Operators, w.config.Operators = freeAddress(t), "", nil
+	w.config.Vault.MintTimeout, w.config.SweepEvery = bound, -1
+	if change != nil {
+		change(&w.config)
+	}
+	raw, err := yaml.Marshal(w.config)
+	if err == nil {
+		err = os.WriteFile(w.file, raw, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.before = w.oracle.left()
+	return w
+}
+
+// freeAddress is one that a broker can have again after it was killed.
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close() //nolint:errcheck // nobody connected
+	return l.Addr().String()
+}
+
+// here starts the broker in this process.
+func (w *world) here(log *slog.Logger, change func(*broker.Config)) *wire.Server {
+	w.t.Helper()
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	if change == nil {
+		change = func(*broker.Config) {}
+	}
+	ctx, cancel := context.WithTimeout(w.t.Context(), 30*time.Second)
+	defer cancel()
+	s, err := wire.StartWith(ctx, w.config, log, change)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(s.Close)
+	return s
+}
+
+func (w *world) agent(name string) *agent.Client {
+	w.t.Helper()
+	c, err := agent.New(agent.Config{Address: "https://" + w.config.Listen.Agents, Source: w.env.Identities.Source(dev.Agent(name)), ServerID: dev.BrokerID})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { _ = c.Close() }) // it always succeeds
+	return c
+}
+
+func (w *world) operator() *operator.Client {
+	w.t.Helper()
+	c, err := operator.New(operator.Config{Address: "unix:" + w.config.Listen.Socket})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(c.Close)
+	return c
+}
+
+// grants reads every grant of the ledger over the operators' socket.
+func (w *world) grants() (grants []api.GrantRecord) {
+	w.t.Helper()
+	o := w.operator()
+	chains, err := o.Chains(w.t.Context(), true)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, c := range chains {
+		v, err := o.Chain(w.t.Context(), c.Chain.ID)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		grants = append(grants, v.Grants...)
+	}
+	return grants
+}
+
+// settled waits until the ledger calls every grant over.
+func (w *world) settled(d time.Duration) {
+	w.t.Helper()
+	var open []string
+	if !within(d, func() bool {
+		open = nil
+		for _, g := range w.grants() {
+			if g.State != string(broker.StateClosed) {
+				open = append(open, g.ID+" "+g.State+" "+g.Ending)
+			}
+		}
+		return len(open) == 0
+	}) {
+		w.t.Errorf("after %v these grants are not over: %v", d, open)
+	}
+}
+
+// known checks that everything alive is a grant's that the ledger does not call over.
+func (w *world) known() {
+	w.t.Helper()
+	grants := w.grants() // first: what is over by then must be dead
+	found := w.oracle.left().without(w.before)
+	open, minting := map[string]bool{}, 0
+	leases := map[string]bool{}
+	for _, g := range grants {
+		if g.State == string(broker.StateClosed) {
+			continue
+		}
+		open[g.ID], leases[g.Lease] = true, true
+		if g.Lease == "" && g.State == string(broker.StateHandle) {
+			minting++ // its token is recorded, and the lease hangs on that
+		}
+	}
+	for _, role := range found.roles {
+		if id := grantOf(role); !open[id] {
+			w.t.Errorf("role %s lives and the ledger has no open grant for it", role)
+		}
+	}
+	for _, lease := range found.leases {
+		if !leases[lease] {
+			minting--
+		}
+	}
+	if minting < 0 {
+		w.t.Errorf("%v live, and the ledger knows fewer", found.leases)
+	}
+}
+
+// grantOf is the grant that a database role belongs to: pawl-<grant>-<random>.
+func grantOf(role string) string {
+	id, _, _ := strings.Cut(strings.TrimPrefix(role, "pawl-"), "-")
+	return id
+}
+
+// take takes a step on the table orders.
+func take(ctx context.Context, d *agent.Delegation, ttl time.Duration) (*agent.Step, login, error) {
+	step, err := d.Begin(ctx, "db.read", agent.Args{"tables": []string{"orders"}}, agent.StepOptions{TTL: ttl})
+	if err != nil {
+		return nil, login{}, err
+	}
+	s := step.Secret()
+	return step, login{s.Field("username"), s.Field("password"), s.Field("host"), s.Field("port"), s.Field("database")}, nil
+}
+
+// mustRefuse checks the kind of a refusal.
+func mustRefuse(t *testing.T, what string, err, want error) {
+	t.Helper()
+	if !errors.Is(err, want) {
+		t.Errorf("%s = %v, want %v", what, err, want)
+	}
+}
