@@ -3,6 +3,7 @@ package audit_test
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
 	"crypto/rand"
 	"errors"
 	"reflect"
@@ -17,7 +18,6 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/audit"
 	"github.com/pawlsec/pawl/broker/brokertest"
-	"github.com/pawlsec/pawl/broker/policy"
 )
 
 // world is the real engine in memory.
@@ -117,15 +117,15 @@ func (w world) notary(s *audit.Signer) *audit.Notary {
 
 func newSigner(t testing.TB) (*audit.Signer, jose.JSONWebKey) {
 	t.Helper()
-	private, public, err := policy.GenerateKey(rand.Reader)
+	public, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := audit.NewSigner("example.org/pawl", private)
+	s, err := audit.NewSigner("example.org/pawl", jose.JSONWebKey{Key: private})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return s, public
+	return s, jose.JSONWebKey{Key: public}
 }
 
 func grantIDs(list []audit.Grant) (ids []broker.GrantID) {
