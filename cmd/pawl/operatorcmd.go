@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"golang.org/x/term"
 
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/operator"
@@ -309,33 +310,47 @@ func stateWord(r api.Revocation) string {
 	return r.Closure
 }
 
-func writeRevocation(w io.Writer, r api.Revocation) {
+func writeRevocation(w io.Writer, r api.Revocation) { fmt.Fprintln(w, revocationLine(r)) }
+
+// revocationLine keeps fenced and dead apart: nothing is handed out from the one on, and the
+// other was shown.
+func revocationLine(r api.Revocation) string {
 	if r.Freeze {
-		fmt.Fprintf(w, "%s  %s at %s  %s\n", r.ID, strings.ToLower(stateWord(r)), r.Fenced.UTC().Format(time.RFC3339), r.Selector)
-		return
+		return fmt.Sprintf("%s  %s at %s  %s", r.ID, strings.ToLower(stateWord(r)), r.Fenced.UTC().Format(time.RFC3339), r.Selector)
 	}
-	fmt.Fprintf(w, "%s  fenced at %s  %s: %d of %d dead, %d alive, %d unknown", r.ID, r.Fenced.UTC().Format(time.RFC3339Nano), r.Closure, r.Dead, r.Grants, r.Alive, r.Unknown)
+	line := fmt.Sprintf("%s  fenced at %s  %s: %d of %d dead, %d alive, %d unknown", r.ID, r.Fenced.UTC().Format(time.RFC3339Nano),
+		r.Closure, r.Dead, r.Grants, r.Alive, r.Unknown)
 	if r.Static > 0 {
-		fmt.Fprintf(w, ", %d to be rotated", r.Static)
+		line += fmt.Sprintf(", %d to be rotated", r.Static)
 	}
 	if !r.LatestEnd.IsZero() {
-		fmt.Fprintf(w, "; what is left ends by itself by %s", r.LatestEnd.UTC().Format(time.RFC3339))
+		line += "; what is left ends by itself by " + r.LatestEnd.UTC().Format(time.RFC3339)
 	}
-	fmt.Fprintln(w)
+	return line
 }
 
 // follow prints how far a revocation has come: one line that is rewritten in a terminal, a line
 // for each change in a pipe. A settled revocation that is not CLOSED is a failure to the shell.
 func follow(cmd *cobra.Command, c *operator.Client, f *operatorFlags, id string) error {
+	out := cmd.OutOrStdout()
+	again, end := "", "" // in a terminal: back to the start of the line, and a line feed at the end
+	if term.IsTerminal(int(os.Stdout.Fd())) && out == os.Stdout && !f.json {
+		again, end = "\r\x1b[K", "\n"
+	}
 	var last api.Revocation
 	err := c.Follow(cmd.Context(), id, func(r api.Revocation) error {
 		last = r
 		if f.json {
-			return json.NewEncoder(cmd.OutOrStdout()).Encode(r)
+			return json.NewEncoder(out).Encode(r)
 		}
-		writeRevocation(cmd.OutOrStdout(), r)
-		return nil
+		line := revocationLine(r)
+		if again == "" {
+			line += "\n"
+		}
+		_, err := fmt.Fprint(out, again, line)
+		return err
 	})
+	fmt.Fprint(out, end)
 	if err != nil {
 		return hinted{err, "it goes on without us: pawl revoke watch " + id}
 	}
