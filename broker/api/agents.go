@@ -10,6 +10,12 @@ import (
 // answers with the same grant, and never with a second secret. At most 128 bytes.
 const IdempotencyKey = "Idempotency-Key"
 
+// SecurityEventType is the media type of a security event token (RFC 8417), which transmitters push.
+const SecurityEventType = "application/secevent+jwt"
+
+// MaxSecurityEvent is the largest security event token in bytes.
+const MaxSecurityEvent = 16 << 10
+
 // Constraint limits one argument. Its JSON form is the broker's, for example {"one_of":["orders"]}.
 type Constraint = jsontext.Value
 

@@ -16,6 +16,7 @@ const (
 	CodeTooManyStreams Code = "too_many_streams"
 	CodeNoAnswer       Code = "no_answer"
 	CodeRepeated       Code = "repeated"
+	CodeNoSigningKey   Code = "no_signing_key"
 )
 
 // Reason is what is known of a code once and for all.
@@ -88,6 +89,7 @@ func Reasons() []Reason {
 		{"plan_unknown", KindNotFound, "No such plan", false, "Make a new plan."},
 		{"second_person_needed", KindDenied, "It takes two people", false, "Have another operator ask for the same."},
 		{"reporter_not_trusted", KindDenied, "You may not report on this chain", false, "Report from an identity that policy trusts."},
+		{CodeNoSigningKey, KindUnavailable, "The broker has no key to sign with", false, "Have signing_key set in the broker's configuration."},
 		{CodeNoAnswer, KindUnavailable, "The broker's answer did not arrive", true, "Made by clients, never sent. Ask again with the same idempotency key; without one, the request may have been carried out."},
 		{CodeRepeated, KindConflict, "The step was taken before, and its secret is given once", false, "Made by clients, never sent. Close the grant that the key names and take the step again with another key."},
 	}

@@ -27,10 +27,13 @@ var update = flag.Bool("update", false, "write openapi.json and problems.md anew
 type operation struct {
 	listener, method, path, summary string
 	query                           []string // name: what it does
-	in, out                         any      // out nil: the answer is no JSON of ours
+	in, out                         any      // a type of ours, or a medium; out nil: the answer is no JSON of ours
 	status                          int
 	stream                          string // the events, for a stream
 }
+
+// medium is the media type of a body that is no JSON; empty: there is none.
+type medium string
 
 var operations = []operation{
 	{"agents", "post", "/v1/chains", "Open a chain and hold its root delegation", nil, api.OpenRequest{}, api.Delegation{}, 201, ""},
@@ -39,6 +42,7 @@ var operations = []operation{
 	{"agents", "post", "/v1/delegations/{id}/steps", "Take a step: one secret for one tool call (200 when the idempotency key repeats one)", nil, api.StepRequest{}, api.Issued{}, 201, ""},
 	{"agents", "get", "/v1/delegations/{id}/events", "Follow how a delegation stands, until it is over", nil, nil, nil, 200, "standing events with a Standing, once at first and then when it has changed; a problem event before an early end; a comment at least every 15 s"},
 	{"agents", "post", "/v1/grants/{id}/close", "End a step: its secret is revoked", nil, api.Nothing{}, api.Grant{}, 200, ""},
+	{"agents", "post", "/v1/security-events", "Push a security event token (RFC 8935), where transmitters are configured; it is known by its signature", nil, medium(api.SecurityEventType), medium(""), 202, ""},
 	{"agents", "post", "/v1/violations", "Report that policy was broken", nil, api.ReportRequest{}, api.Reported{}, 200, ""},
 
 	{"operators", "get", "/v1/chains", "List the chains", []string{"all: true to see those that are over, too"}, nil, api.Chains{}, 200, ""},
@@ -49,8 +53,10 @@ var operations = []operation{
 	{"operators", "get", "/v1/revocations", "List the revocations", nil, nil, api.Revocations{}, 200, ""},
 	{"operators", "get", "/v1/revocations/{id}", "How far a revocation has come", nil, nil, api.Revocation{}, 200, ""},
 	{"operators", "get", "/v1/revocations/{id}/events", "Follow a revocation until it is settled", nil, nil, nil, 200, "revocation events with a Revocation, once at first and then when it has changed; a problem event before an early end; a comment at least every 15 s"},
+	{"operators", "get", "/v1/revocations/{id}/report", "The signed report of a revocation: a compact JWS of typ pawl-report+jws", nil, nil, medium(api.ReportType), 200, ""},
 	{"operators", "post", "/v1/revocations/{id}/unfreeze", "Ask to lift a freeze; it takes two operators", nil, api.Nothing{}, api.Revocation{}, 200, ""},
 	{"operators", "get", "/v1/audit", "The audit log", page, nil, api.Entries{}, 200, ""},
+	{"operators", "get", "/v1/audit/checkpoint", "A signed checkpoint of the audit log: a note over the root of its Merkle tree", nil, nil, medium(api.CheckpointType), 200, ""},
 
 	{"both", "get", "/v1/openapi.json", "This document", nil, nil, nil, 200, ""},
 	{"both", "get", "/healthz", "Whether requests can be answered at all", nil, nil, api.Health{}, 200, ""},
@@ -134,6 +140,10 @@ func (s *schemas) operation(op operation) object {
 		out["content"] = object{"text/event-stream": object{"schema": object{"type": "string", "description": op.stream}}}
 		s.ref(reflect.TypeFor[api.Standing]())
 		s.ref(reflect.TypeFor[api.Revocation]())
+	case isMedium(op.out):
+		if m := op.out.(medium); m != "" {
+			out["content"] = m.content()
+		}
 	case op.out == nil:
 		out["content"] = object{"application/json": object{"schema": object{"type": "object"}}}
 	default:
@@ -153,7 +163,9 @@ func (s *schemas) operation(op operation) object {
 	case "operators":
 		described["security"] = []any{object{"svid": []string{}}}
 	}
-	if op.in != nil {
+	if m, ok := op.in.(medium); ok {
+		described["requestBody"], described["security"] = object{"required": true, "content": m.content()}, []any{}
+	} else if op.in != nil {
 		described["requestBody"] = object{"required": true, "content": object{"application/json": object{"schema": s.ref(reflect.TypeOf(op.in))}}}
 	}
 	if p := parameters(op); p != nil {
@@ -163,6 +175,12 @@ func (s *schemas) operation(op operation) object {
 		responses["200"] = object{"description": "The step was taken before with the same idempotency key: its grant, and no second secret", "content": out["content"]}
 	}
 	return described
+}
+
+func isMedium(v any) bool { _, ok := v.(medium); return ok }
+
+func (m medium) content() object {
+	return object{string(m): object{"schema": object{"type": "string"}}}
 }
 
 // operationID is made of the method and the path's fixed segments: post_delegations_steps.

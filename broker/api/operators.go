@@ -6,6 +6,12 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
+// Media types of what the broker signs.
+const (
+	ReportType     = "application/jose"          // a revocation's report, a compact JWS of typ "pawl-report+jws"
+	CheckpointType = "text/plain; charset=utf-8" // a checkpoint of the audit log, a signed note
+)
+
 // Chain is one task's tree of delegations.
 type Chain struct {
 	ID     string            `json:"id"`

@@ -14,7 +14,7 @@ import (
 )
 
 func (s *Server) agentRoutes() []route {
-	return append(s.commonRoutes(),
+	return append(append(s.commonRoutes(), s.signalRoutes()...),
 		route{"POST", "/v1/chains", nil, forAgent(s, s.openChain)},
 		route{"GET", "/v1/delegations/{id}", nil, forAgent(s, s.standing)},
 		route{"POST", "/v1/delegations/{id}/delegate", nil, forAgent(s, s.delegate)},

@@ -216,6 +216,17 @@ func (f *fake) ChainEntries(_ context.Context, _ broker.ChainID, after broker.Re
 	return f.Entries(context.Background(), after, limit)
 }
 
+// fakeNotary signs nothing and answers like its fake.
+type fakeNotary struct{ *fake }
+
+func (n fakeNotary) Report(_ context.Context, id broker.RevocationID) ([]byte, error) {
+	return []byte("a.b.c"), n.answer(id)
+}
+
+func (n fakeNotary) Checkpoint(context.Context) ([]byte, error) {
+	return []byte("pawl\n1\n"), n.answer(nil)
+}
+
 // rig is a server over a fake. A request has an identity when it has the header Test-Identity.
 type rig struct {
 	*server.Server
@@ -227,8 +238,9 @@ func newRig(t *testing.T, alter ...func(*server.Config)) rig {
 	t.Helper()
 	r := rig{fake: newFake(), log: new(bytes.Buffer)}
 	cfg := server.Config{
-		Broker: r.fake, Now: func() time.Time { return noon },
-		Log: slog.New(slog.NewJSONHandler(r.log, nil)),
+		Broker: r.fake, Now: func() time.Time { return noon }, Notary: fakeNotary{r.fake},
+		Signals: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusAccepted) }),
+		Log:     slog.New(slog.NewJSONHandler(r.log, nil)),
 		Identify: func(req *http.Request) (broker.Caller, error) {
 			if req.Header.Get("Test-Identity") == "" {
 				return broker.Caller{}, errors.New("no certificate")

@@ -99,6 +99,7 @@ var matrix = map[string]struct{ anonymous, elsewhere int }{
 	"agents GET /v1/delegations/{id}/events":       {401, 404},
 	"agents POST /v1/grants/{id}/close":            {401, 404},
 	"agents POST /v1/violations":                   {401, 404},
+	"agents POST /v1/security-events":              {202, 404},
 	"agents GET /v1/openapi.json":                  {200, 200},
 	"agents GET /healthz":                          {200, 200},
 	"operators GET /v1/chains":                     {401, 405},
@@ -111,6 +112,8 @@ var matrix = map[string]struct{ anonymous, elsewhere int }{
 	"operators GET /v1/revocations/{id}/events":    {401, 404},
 	"operators POST /v1/revocations/{id}/unfreeze": {401, 404},
 	"operators GET /v1/audit":                      {401, 404},
+	"operators GET /v1/audit/checkpoint":           {401, 404},
+	"operators GET /v1/revocations/{id}/report":    {401, 404},
 	"operators GET /v1/openapi.json":               {200, 200},
 	"operators GET /healthz":                       {200, 200},
 }

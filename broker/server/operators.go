@@ -25,6 +25,7 @@ func (s *Server) operatorRoutes() []route {
 		route{"POST", "/v1/revocations/{id}/unfreeze", nil, forOperator(s, s.unfreeze)},
 		route{"GET", "/v1/audit", page, forOperator(s, s.audit)},
 	)
+	routes = append(routes, s.notaryRoutes()...)
 	if s.cfg.Metrics != nil {
 		routes = append(routes, route{"GET", "/metrics", nil, func(x *exchange) error {
 			if _, err := s.operator(x); err != nil {

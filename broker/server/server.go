@@ -83,6 +83,9 @@ type Config struct {
 	// handler. Errors as for Identify. Required.
 	Operator func(*http.Request) (broker.Operator, error)
 
+	Notary  Notary       // signs reports and checkpoints; nil: both are refused
+	Signals http.Handler // agents' POST /v1/security-events; nil: there is no such endpoint
+
 	Log       *slog.Logger     // one event for each request, never a body; nil: none
 	Now       func() time.Time // required
 	Ready     func() error     // what /healthz asks; its error is logged and answered with 503. Nil: always ready
@@ -114,6 +117,9 @@ func New(cfg Config) (*Server, error) {
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Notary == nil {
+		cfg.Notary = unsigned{}
 	}
 	if cfg.Ready == nil {
 		cfg.Ready = func() error { return nil }

@@ -1,0 +1,60 @@
+package server
+
+import (
+	"context"
+	"net/http"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/api"
+)
+
+// Notary signs what the ledger holds, for those who do not trust the broker. Errors as for Broker.
+type Notary interface {
+	// Report gives the signed report of a revocation, as a compact JWS.
+	Report(context.Context, broker.RevocationID) ([]byte, error)
+	// Checkpoint gives a signed checkpoint of the audit log, as a note.
+	Checkpoint(context.Context) ([]byte, error)
+}
+
+// unsigned stands in for a Notary where there is no key to sign with.
+type unsigned struct{}
+
+func (unsigned) Report(context.Context, broker.RevocationID) ([]byte, error) { return nil, noKey() }
+func (unsigned) Checkpoint(context.Context) ([]byte, error)                  { return nil, noKey() }
+
+func noKey() error {
+	return api.NewProblem(api.KindUnavailable, api.CodeNoSigningKey, "this broker has no key to sign with")
+}
+
+func (s *Server) notaryRoutes() []route {
+	return []route{
+		{"GET", "/v1/revocations/{id}/report", nil, s.signed(api.ReportType, func(x *exchange) ([]byte, error) {
+			id, err := pathID(x, "revocation", broker.ParseRevocationID)
+			if err != nil {
+				return nil, err
+			}
+			return s.cfg.Notary.Report(x.Context(), id)
+		})},
+		{"GET", "/v1/audit/checkpoint", nil, s.signed(api.CheckpointType, func(x *exchange) ([]byte, error) {
+			return s.cfg.Notary.Checkpoint(x.Context())
+		})},
+	}
+}
+
+// signed is an operators' endpoint whose answer is no JSON but bytes that carry their signature.
+func (s *Server) signed(mediaType string, call func(*exchange) ([]byte, error)) endpoint {
+	return func(x *exchange) error {
+		if err := checkType[none](x); err != nil {
+			return err
+		}
+		if _, err := s.operator(x); err != nil {
+			return err
+		}
+		body, err := call(x)
+		if err != nil {
+			return err
+		}
+		x.w.Header().Set("Content-Type", mediaType)
+		return x.write(http.StatusOK, body)
+	}
+}

@@ -1,0 +1,49 @@
+package server_test
+
+import (
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/server"
+)
+
+// TestNoSigningKey: without a key a report is refused with words that an operator can act on.
+func TestNoSigningKey(t *testing.T) {
+	r := newRig(t, func(c *server.Config) { c.Notary = nil })
+	for _, path := range []string{"/v1/revocations/" + string(revocationID) + "/report", "/v1/audit/checkpoint"} {
+		p := problem(t, r.ask("operators", "GET", path, ""))
+		if p.Code != api.CodeNoSigningKey || p.Status != http.StatusServiceUnavailable || p.Retryable {
+			t.Errorf("%s without a key = %+v, want no_signing_key, not to be tried again", path, p)
+		}
+	}
+}
+
+// TestSecurityEvents: the endpoint is there only when it is wanted, and reads no more than its limit.
+func TestSecurityEvents(t *testing.T) {
+	read := -1
+	r := newRig(t, func(c *server.Config) {
+		c.Signals = http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+			body, err := io.ReadAll(req.Body)
+			if read = len(body); err != nil {
+				w.WriteHeader(http.StatusBadRequest)
+				return
+			}
+			w.WriteHeader(http.StatusAccepted)
+		})
+	})
+	const path = "/v1/security-events"
+	if w := r.ask("agents", "POST", path, strings.Repeat("x", api.MaxSecurityEvent), "Test-Identity: "); w.Code != http.StatusAccepted || read != api.MaxSecurityEvent {
+		t.Errorf("a token of the largest size = %d with %d bytes read, want 202 and all of them", w.Code, read)
+	}
+	read = -1
+	if w := r.ask("agents", "POST", path, strings.Repeat("x", api.MaxSecurityEvent+1)); w.Code != http.StatusRequestEntityTooLarge || read != -1 {
+		t.Errorf("a larger token = %d with %d bytes read, want 413 and none", w.Code, read)
+	}
+	without := newRig(t, func(c *server.Config) { c.Signals = nil })
+	if w := without.ask("agents", "POST", path, "x"); w.Code != http.StatusNotFound {
+		t.Errorf("without transmitters = %d, want 404", w.Code)
+	}
+}
