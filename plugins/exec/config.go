@@ -1,0 +1,109 @@
+package exec
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+var (
+	nameForm     = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
+	checksumForm = regexp.MustCompile(`^[0-9a-f]{64}$`)
+	envForm      = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*=[^\x00]*$`)
+	segmentForm  = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+	memberForm   = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.-]{0,63}$`)
+)
+
+func (cfg *Config) complete() error {
+	if !nameForm.MatchString(cfg.Name) {
+		return errors.New("Name is required: lower-case letters, digits and hyphens, at most 32")
+	}
+	if err := cfg.Program.check(); err != nil {
+		return fmt.Errorf("Program: %w", err)
+	}
+	if cfg.Probe != nil {
+		if err := cfg.Probe.check(); err != nil {
+			return fmt.Errorf("Probe: %w", err)
+		}
+	}
+	if cfg.Timeout < 0 || cfg.MaxOutput < 0 || cfg.Processes < 0 {
+		return errors.New("Timeout, MaxOutput and Processes must not be negative")
+	}
+	if cfg.Timeout == 0 {
+		cfg.Timeout = 10 * time.Second
+	}
+	if cfg.MaxOutput == 0 {
+		cfg.MaxOutput = 1 << 20
+	}
+	if cfg.Processes == 0 {
+		cfg.Processes = 8
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	return nil
+}
+
+func (p Program) check() error {
+	switch {
+	case !filepath.IsAbs(p.Path):
+		return errors.New("Path is required: an absolute one, so that no search path decides what runs")
+	case !checksumForm.MatchString(p.SHA256):
+		return errors.New("SHA256 is required: 64 lower-case hexadecimal digits")
+	case p.Dir != "" && !filepath.IsAbs(p.Dir):
+		return errors.New("Dir must be absolute")
+	}
+	for _, e := range p.Env {
+		if !envForm.MatchString(e) {
+			return errors.New(`Env holds what is not "NAME=value"`) // it may hold a secret: it is not shown
+		}
+	}
+	for _, a := range p.Args {
+		if strings.ContainsRune(a, 0) {
+			return errors.New("Args holds a zero byte")
+		}
+	}
+	return nil
+}
+
+// checkPath holds a path to the rules of Vault paths: no spelling of one means another.
+func checkPath(path []string) error {
+	if len(path) == 0 || len(path) > 16 {
+		return errors.New("a vault path has between 1 and 16 segments")
+	}
+	for i, s := range path {
+		if !segmentForm.MatchString(s) || strings.Contains(s, "..") {
+			return fmt.Errorf("segment %d of the path is not one", i+1)
+		}
+	}
+	return nil
+}
+
+// load checks what of a tool is the broker's part, and gives the setting pawl.ref.
+func load(t broker.Tool) (ref string, err error) {
+	if err := checkPath(t.Path); err != nil {
+		return "", err
+	}
+	for key, value := range t.Settings {
+		ok := true
+		switch key {
+		case "pawl.mint":
+			ok = value == "read" || value == "write"
+		case "pawl.lease":
+			ok = value == "required" || value == "none"
+		case "pawl.ref":
+			ok = memberForm.MatchString(value)
+		default:
+			ok = !strings.HasPrefix(key, "pawl.")
+		}
+		if !ok {
+			return "", fmt.Errorf("setting %.40q: there is no such setting or value", key)
+		}
+	}
+	return t.Settings["pawl.ref"], nil
+}
