@@ -381,3 +381,28 @@ func TestSpentRulesGo(t *testing.T) {
 		}
 	})
 }
+
+func TestActive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("root", broker.OpenRequest{})
+		want := func(when string, id broker.GrantID, want bool) {
+			t.Helper()
+			if got, err := w.Active(ctx, id); err != nil || got != want {
+				t.Errorf("Active %s = %v, %v; want %v", when, got, err, want)
+			}
+		}
+		closed, expired, revoked := w.issue("root", step(root, "db.read")), w.issue("root", step(root, "db.read")), broker.Issued{}
+		want("of a live grant", closed.Grant.ID, true)
+		if _, err := w.Close(ctx, as("root"), closed.Grant.ID); err != nil {
+			t.Fatal(err)
+		}
+		want("after Close", closed.Grant.ID, false)
+		pass(61 * time.Second)
+		want("after its time", expired.Grant.ID, false)
+		revoked = w.issue("root", step(root, "db.read"))
+		w.revoke("tool:db.read")
+		want("after a revocation", revoked.Grant.ID, false)
+		want("of nothing", "gr000000000000000000000000", false)
+	})
+}

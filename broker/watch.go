@@ -118,6 +118,25 @@ func (b *Broker) Standing(ctx context.Context, c Caller, id DelegationID) (s Sta
 	return s, err
 }
 
+// Active reports whether a grant's secret is good as far as the ledger knows: handed out, not
+// ended, not fenced and not past its time. It is what introspection of a secret answers from; a
+// freeze does not end what was handed out.
+//
+// Errors: Unavailable. A grant that does not exist is not active.
+func (b *Broker) Active(ctx context.Context, id GrantID) (active bool, err error) {
+	err = b.view(ctx, "introspect", func(tx Tx) error {
+		active = false
+		g, ok, err := load[Grant](tx, keyGrant(id))
+		if err != nil || !ok || g.State != StateIssued {
+			return err
+		}
+		ends, err := b.mustEnd(tx, &g, b.cfg.Now())
+		active = err == nil && !ends
+		return err
+	})
+	return active, err
+}
+
 // eachLive calls f with each grant of the chain, or of all chains when it is empty, that is
 // not over.
 func eachLive(tx Tx, chain ChainID, f func(Grant) error) (err error) {

@@ -221,6 +221,19 @@ func TestRealToken(t *testing.T) {
 			t.Errorf("out of scope, %s: the verifier took the token", row.name)
 		}
 	}
+	if got, err := b.Verify(t.Context(), tl, first); err != nil || got.Grant != g.ID || got.Audience != "orders" || got.Expires != g.Expires.Unix() {
+		t.Errorf("Verify() = %+v, %v; want the grant's token", got, err)
+	}
+	elsewhere := tl
+	elsewhere.Name = "billing"
+	for name, row := range map[string]struct {
+		tool  broker.Tool
+		token string
+	}{"altered": {tl, altered}, "of another tool": {elsewhere, first}, "no token": {tl, "a.b.c"}, "too long": {tl, first + strings.Repeat("A", 8<<10)}} {
+		if _, err := b.Verify(t.Context(), row.tool, row.token); err == nil {
+			t.Errorf("Verify() took one that is %s", name)
+		}
+	}
 	e.write(t, e.mount+"/keys/agents/rotate", nil)
 	if _, err := verify(token(), "agents:1", "orders", key, now); err != nil {
 		t.Errorf("before the key is read again: %v", err)
@@ -289,4 +302,15 @@ func TestProve(t *testing.T) {
 	if b.Severed(cut.ID) {
 		t.Error("Severed() after the end = true, want it forgotten")
 	}
+}
+
+func FuzzRead(f *testing.F) {
+	f.Add("eyJhbGciOiJFUzI1NiIsImtpZCI6ImE6MSIsInR5cCI6IkpXVCJ9.eyJqdGkiOiJncjAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMCIsInBhd2xfdG9vbCI6ImEifQ.AAAA")
+	f.Fuzz(func(t *testing.T, token string) {
+		if got, err := jwt.Read(token); err == nil {
+			if _, err := broker.ParseGrantID(string(got.Grant)); err != nil {
+				t.Errorf("Read(%q) = %+v, want a grant's id or an error", token, got)
+			}
+		}
+	})
 }
