@@ -178,25 +178,41 @@ func (c *Client) Call(ctx context.Context, method, path string, header http.Head
 		}
 		body = bytes.NewReader(raw)
 	}
-	h, release := c.take()
-	defer release()
-	resp, err := c.send(ctx, h, method, path, header, body)
+	raw, err := c.ask(ctx, method, path, header, body)
+	defer clear(raw) // it may hold a secret
 	if err != nil {
 		return err
-	}
-	defer resp.Body.Close()
-	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
-	defer clear(raw) // it may hold a secret
-	if err != nil || len(raw) > maxAnswer {
-		return noAnswer(cmp.Or(err, errors.New("the answer is too large")))
-	}
-	if resp.StatusCode < 200 || resp.StatusCode > 299 {
-		return refusal(resp.StatusCode, raw)
 	}
 	if out != nil && json.Unmarshal(raw, out) != nil { // its error may quote a secret
 		return noAnswer(errors.New("the answer is not what the broker sends"))
 	}
 	return nil
+}
+
+// Fetch sends one GET once and gives the bytes of its answer, at most 16 MiB. Every error is an
+// *[api.Problem].
+func (c *Client) Fetch(ctx context.Context, path string) ([]byte, error) {
+	return c.ask(ctx, http.MethodGet, path, nil, nil)
+}
+
+// ask gives the body of an answer that is no refusal.
+func (c *Client) ask(ctx context.Context, method, path string, header http.Header, body io.Reader) ([]byte, error) {
+	h, release := c.take()
+	defer release()
+	resp, err := c.send(ctx, h, method, path, header, body)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	if err != nil || len(raw) > maxAnswer {
+		clear(raw)
+		return nil, noAnswer(cmp.Or(err, errors.New("the answer is too large")))
+	}
+	if resp.StatusCode < 200 || resp.StatusCode > 299 {
+		return nil, refusal(resp.StatusCode, raw)
+	}
+	return raw, nil
 }
 
 func (c *Client) send(ctx context.Context, h *http.Client, method, path string, header http.Header, body io.Reader) (*http.Response, error) {

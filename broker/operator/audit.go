@@ -1,0 +1,18 @@
+package operator
+
+import (
+	"context"
+	"net/url"
+)
+
+// Report gives the signed report of a revocation, a compact JWS. A broker without a signing key
+// answers with the code "no_signing_key".
+func (c *Client) Report(ctx context.Context, id string) ([]byte, error) {
+	return c.http.Fetch(ctx, "/v1/revocations/"+url.PathEscape(id)+"/report")
+}
+
+// Checkpoint gives a signed checkpoint of the audit log, a note. Kept outside the broker it shows
+// later whether an entry before it was changed or taken away.
+func (c *Client) Checkpoint(ctx context.Context) ([]byte, error) {
+	return c.http.Fetch(ctx, "/v1/audit/checkpoint")
+}
