@@ -1,0 +1,155 @@
+package e2e_test
+
+import (
+	"os"
+	"slices"
+	"testing"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/broker/api"
+)
+
+// The four situations of the product's four users, each with the example bundle that broker/policy
+// tests decision by decision. Here agents with SVIDs of their own play them through.
+
+func situation(t *testing.T, name string) *stage {
+	t.Helper()
+	return newStage(t, os.DirFS("../../broker/policy/testdata/"+name))
+}
+
+// refused fails unless a step is refused with the code, decided by exactly these policies.
+func (s *stage) refused(d *agent.Delegation, tool string, args agent.Args, code broker.Code, policies ...string) *agent.Error {
+	s.t.Helper()
+	step, err := d.Begin(s.t.Context(), tool, args)
+	if err == nil {
+		s.t.Fatalf("Begin(%s, %v) gave grant %s, want %s", tool, args, step.Grant().ID, code)
+	}
+	p := refusal(s.t, tool, err, api.KindDenied, code)
+	if !slices.Equal(p.Policies, policies) {
+		s.t.Errorf("Begin(%s, %v) was decided by %v, want %v", tool, args, p.Policies, policies)
+	}
+	return p
+}
+
+// approval fails unless a step is refused only until it is approved, and says by whom.
+func (s *stage) approval(d *agent.Delegation, tool string, args agent.Args, by string, policies ...string) {
+	s.t.Helper()
+	p := s.refused(d, tool, args, broker.CodeApprovalNeeded, policies...)
+	if !slices.Equal(p.Missing, []string{"approval:" + by}) || p.Remedy == "" || p.Revocation != "" {
+		s.t.Errorf("Begin(%s) is missing %v, with remedy %q and revocation %q; want the approval of %s alone", tool, p.Missing, p.Remedy, p.Revocation, by)
+	}
+}
+
+// ended fails unless a chain is over: dead secrets, told agents and nothing more.
+func (s *stage) ended(d *agent.Delegation, tool string, args agent.Args, revocation string, held ...holding) {
+	s.t.Helper()
+	s.closed(revocation, len(held))
+	for _, h := range held {
+		if s.target.Login(h.secret) {
+			s.t.Error("a secret works after the revocation was closed")
+		}
+		hears(s.t, "its holder", h.step.Context())
+	}
+	if _, err := d.Begin(s.t.Context(), tool, args); err == nil {
+		s.t.Error("a step was given after the chain was revoked")
+	} else {
+		mustRefuse(s.t, "a step after the chain was revoked", err, agent.ErrRevoked)
+	}
+}
+
+// TestSupportAgentAsksBeforeARestart: it reads its ticket and looks around alone, and gets no secret
+// for a restart before a person has agreed.
+func TestSupportAgentAsksBeforeARestart(t *testing.T) {
+	s := situation(t, "support")
+	d := s.open("/support/agent", agent.Chain{Rights: rights("tickets.read", "host.inspect", "host.restart"), Labels: map[string]string{"ticket": "T-17"}})
+	restart := agent.Args{"host": "test-3", "service": "web"}
+
+	s.do(d, "tickets.read", agent.Args{"ticket": "T-17"})
+	s.refused(d, "tickets.read", agent.Args{"ticket": "T-18"}, broker.CodePolicyDenied)
+	s.refused(d, "host.restart", restart, broker.CodePolicyDenied, "look-before-restart")
+	s.do(d, "host.inspect", agent.Args{"host": "test-3"})
+	s.approval(d, "host.restart", restart, "1 of oncall", "support-restarts")
+	s.approval(d, "host.restart", agent.Args{"host": "prod-1", "service": "web"}, "2 of oncall", "support-restarts", "support-restarts-production")
+	s.refused(d, "host.restart", agent.Args{"host": "test-3", "service": "database"}, broker.CodeArgumentOutside)
+	s.do(d, "host.inspect", agent.Args{"host": "prod-1"}) // being refused has cost it nothing
+	if alive := s.target.Alive(); len(alive) != 0 {
+		t.Errorf("%d secrets are alive although every step was closed", len(alive))
+	}
+}
+
+// TestCIAssistantStaysInItsPolicy: it chooses its steps itself, inside the repositories and
+// environments that the signed bundle names, and production ends its chain.
+func TestCIAssistantStaysInItsPolicy(t *testing.T) {
+	s := situation(t, "ci")
+	assistant := s.open("/ci/assistant", agent.Chain{Rights: rights("repo.read", "repo.write", "deploy"), Depth: 1})
+	web := agent.Args{"repository": "web"}
+
+	s.do(assistant, "repo.read", web)
+	s.do(assistant, "repo.write", agent.Args{"repository": "api"})
+	s.refused(assistant, "repo.read", agent.Args{"repository": "payroll"}, broker.CodePolicyDenied)
+	s.refused(assistant, "deploy", agent.Args{"repository": "web", "environment": "staging"}, broker.CodePolicyDenied) // itself: never
+
+	deployer := s.share(assistant, "/ci/deployer", agent.Share{Rights: []agent.Right{{Tool: "deploy", Use: true, Args: map[string]agent.Constraint{"repository": agent.OneOf("web")}}}})
+	s.refused(deployer, "deploy", agent.Args{"repository": "api", "environment": "test"}, broker.CodeArgumentOutside)
+	s.do(deployer, "deploy", agent.Args{"repository": "web", "environment": "staging"})
+	s.refused(deployer, "deploy", agent.Args{"repository": "web", "environment": "staging"}, broker.CodePolicyDenied, "ten-minutes-between-stagings")
+
+	reading := s.hold(assistant, "repo.read", web)
+	deploying := s.hold(deployer, "deploy", agent.Args{"repository": "web", "environment": "test"})
+	p := s.refused(deployer, "deploy", agent.Args{"repository": "web", "environment": "production"}, broker.CodeViolation, "production-is-for-people")
+	s.ended(assistant, "repo.read", web, p.Revocation, reading, deploying)
+}
+
+// TestProcurementBotConnectsToWhatIsNamed: an integration that policy names waits for approval, and
+// any other ends the chain.
+func TestProcurementBotConnectsToWhatIsNamed(t *testing.T) {
+	s := situation(t, "procurement")
+	bot := s.open("/procurement/bot", agent.Chain{Rights: rights("catalogue.read", "order.create", "integration.add")})
+	catalogue := agent.Args{"tables": []string{"offers", "suppliers"}}
+
+	s.do(bot, "catalogue.read", catalogue)
+	s.do(bot, "order.create", agent.Args{"supplier": "paper-inc", "amount": 500})
+	s.approval(bot, "order.create", agent.Args{"supplier": "paper-inc", "amount": 501}, "1 of buyers", "bot-orders-more")
+	s.approval(bot, "integration.add", agent.Args{"integration": "erp", "scopes": []string{"read"}}, "1 of platform", "bot-adds-integrations")
+	s.refused(bot, "integration.add", agent.Args{"integration": "erp", "scopes": []string{"read", "admin"}}, broker.CodePolicyDenied)
+	s.refused(bot, "payment.send", nil, broker.CodeToolUnknown)
+
+	held := s.hold(bot, "catalogue.read", catalogue)
+	p := s.refused(bot, "integration.add", agent.Args{"integration": "pastebin", "scopes": []string{"read"}}, broker.CodeViolation, "unnamed-integrations")
+	if p.Remedy == "" {
+		t.Error("the refusal does not say how to ask")
+	}
+	s.ended(bot, "catalogue.read", catalogue, p.Revocation, held)
+}
+
+// TestCopilotStopsBeforeContainment: it reads and proposes; containing is the responder's, with the
+// incident lead's approval, and touching the evidence stops the copilot everywhere.
+func TestCopilotStopsBeforeContainment(t *testing.T) {
+	s := situation(t, "copilot")
+	all := rights("alert.read", "contain.isolate", "contain.disable", "evidence.delete")
+	copilot := s.open("/security/copilot", agent.Chain{Rights: all, Depth: 1})
+	alerts, host := agent.Args{"tables": []string{"alerts"}}, agent.Args{"host": "web-3"}
+
+	reading := s.hold(copilot, "alert.read", alerts)
+	p := s.refused(copilot, "contain.isolate", host, broker.CodeViolation, "copilot-stops-before-containment")
+	if p.Revocation != "" || !s.target.Login(reading.secret) {
+		t.Error("asking for containment revoked something; policy says revoke-step, and there is none")
+	}
+
+	contain := agent.Share{Rights: rights("contain.isolate", "contain.disable")}
+	if _, err := copilot.Delegate(t.Context(), s.identities.ID("/security/intern").String(), contain); err == nil {
+		t.Error("containment was passed on to an intern")
+	} else {
+		refusal(t, "Delegate to an intern", err, api.KindDenied, broker.CodePolicyDenied)
+	}
+	responder := s.share(copilot, "/security/responder", contain)
+	s.approval(responder, "contain.isolate", host, "1 of incident-lead", "responder-contains")
+	s.refused(responder, "contain.disable", agent.Args{"account": "eve"}, broker.CodeNarrowingTooWeak, "responder-contains")
+
+	elsewhere := s.open("/security/copilot", agent.Chain{Rights: all})
+	p = s.refused(copilot, "evidence.delete", nil, broker.CodeViolation, "evidence-stays")
+	s.ended(copilot, "alert.read", alerts, p.Revocation, reading)
+	_, err := elsewhere.Begin(t.Context(), "alert.read", alerts)
+	refusal(t, "a step of the copilot in another chain", err, api.KindRevoked, broker.CodeFrozen)
+}

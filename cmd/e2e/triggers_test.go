@@ -1,0 +1,284 @@
+package e2e_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/broker/api"
+)
+
+// Every trigger is played on this tree, in which writer is the offender, or the one whose
+// delegation is misused:
+//
+//	planner -> {writer -> helper, other}
+//
+// Each of the four holds a secret. writer, and whoever else may be frozen, has one in a chain of
+// its own besides, which only freezing the caller everywhere reaches.
+type offence struct {
+	*stage
+	tree  map[string]*agent.Delegation
+	live  map[string]holding
+	apart map[string]*agent.Delegation // chains of their own
+}
+
+const offendingTools = `
+tools:
+  - name: db.read
+    backend: shop
+    narrowing: native
+    arguments: {tables: {kind: list, required: true}}
+    vault: {policy: pawl-read, path: database/read}
+  - {name: db.write, backend: shop, narrowing: native, vault: {policy: pawl-write, path: database/write}}
+  - {name: mail.send, backend: mail, narrowing: native, vault: {policy: pawl-mail, path: transit/mail}}
+  - {name: db.admin, backend: shop, narrowing: native, vault: {policy: pawl-admin, path: database/admin}}
+  - {name: canary.keys, backend: mail, narrowing: none, vault: {policy: pawl-canary, path: kv/canary}}
+`
+
+// offendingPolicy has every offence followed by the same consequence.
+const offendingPolicy = `
+@id("work")
+@any("tool")
+permit (principal in TrustDomain::"acme.example", action in [Action::"open", Action::"delegate", Action::"use"], resource);
+
+@id("siem-reports")
+@any("tool")
+permit (principal == Agent::"spiffe://acme.example/siem", action == Action::"report", resource);
+
+@id("no-admin")
+@violation("%[1]s")
+forbid (principal, action == Action::"use", resource == Tool::"db.admin");
+
+@id("nobody-needs-the-canary")
+@violation("%[1]s")
+forbid (principal, action == Action::"use", resource in ToolGroup::"canary");
+
+@id("no-write-after-mail")
+@violation("%[1]s")
+forbid (principal, action == Action::"use", resource == Tool::"db.write")
+when { context.used.contains("mail.send") };
+`
+
+func newOffence(t *testing.T, consequence string) *offence {
+	violations := ""
+	for _, code := range []broker.ViolationCode{broker.ViolationScope, broker.ViolationBudget, broker.ViolationHolder, "data_leak"} {
+		violations += fmt.Sprintf("%s: %s\n", code, consequence)
+	}
+	o := &offence{stage: newStage(t, authors(map[string]string{"bundle.yaml": "{name: offences, version: 1}", "tools.yaml": offendingTools,
+		"main.cedar": fmt.Sprintf(offendingPolicy, consequence), "violations.yaml": violations})),
+		live: map[string]holding{}, apart: map[string]*agent.Delegation{}}
+	all := rights("db.read", "db.write", "mail.send", "db.admin", "canary.keys")
+	some := rights("db.write", "mail.send", "db.admin", "canary.keys")
+	some = append(some, agent.Right{Tool: "db.read", Use: true, Delegate: true, Args: map[string]agent.Constraint{"tables": agent.Constraint(`{"subset":["orders"]}`)}})
+	planner := o.open("/planner", agent.Chain{Rights: all, Depth: 3})
+	writer := o.share(planner, "/writer", agent.Share{Rights: some, Depth: 1, Budget: agent.Budget{Tools: map[string]int{"mail.send": 1}}})
+	o.tree = map[string]*agent.Delegation{"planner": planner, "writer": writer,
+		"helper": o.share(writer, "/helper", agent.Share{Rights: some}), "other": o.share(planner, "/other", agent.Share{Rights: some})}
+	for name, d := range o.tree {
+		o.live[name] = o.hold(d, "db.read", orders)
+	}
+	for _, name := range []string{"writer", "thief"} {
+		o.apart[name] = o.open("/"+name, agent.Chain{Rights: all})
+		o.live[name+" apart"] = o.hold(o.apart[name], "db.read", orders)
+	}
+	return o
+}
+
+var orders = agent.Args{"tables": []string{"orders"}}
+
+// begin has writer ask for a step, whose refusal is the trigger.
+func (o *offence) begin(tool string, args agent.Args) error {
+	_, err := o.tree["writer"].Begin(o.t.Context(), tool, args)
+	return err
+}
+
+// report sends a report as path, about writer's delegation and secret.
+func (o *offence) report(path string, grant bool) (out api.Reported, err error) {
+	w := o.tree["writer"]
+	in := api.ReportRequest{Delegation: w.ID(), Violation: "data_leak", Detail: "seen in a log"}
+	if grant {
+		in.Grant = o.live["writer"].step.Grant().ID
+	}
+	err = o.post(path, "/v1/violations", in, &out)
+	return out, err
+}
+
+// trigger is one event. A request is refused with the code when nothing follows, and as a
+// violation when something does; a report is answered.
+type trigger struct {
+	name   string
+	event  func(*offence) error
+	kind   api.Kind
+	code   broker.Code
+	frozen string // who freeze-caller freezes
+
+	report func(*offence) (api.Reported, error)
+	grant  bool // the report names a grant
+	limit  broker.Consequence
+}
+
+var triggers = []trigger{
+	{name: "forbidden tool", kind: api.KindDenied, code: broker.CodePolicyDenied, frozen: "writer",
+		event: func(o *offence) error { return o.begin("db.admin", nil) }},
+	{name: "canary tool", kind: api.KindDenied, code: broker.CodePolicyDenied, frozen: "writer",
+		event: func(o *offence) error { return o.begin("canary.keys", nil) }},
+	{name: "history rule", kind: api.KindDenied, code: broker.CodePolicyDenied, frozen: "writer",
+		event: func(o *offence) error { o.do(o.tree["writer"], "mail.send", nil); return o.begin("db.write", nil) }},
+	{name: "argument outside the delegation", kind: api.KindDenied, code: broker.CodeArgumentOutside, frozen: "writer",
+		event: func(o *offence) error {
+			return o.begin("db.read", agent.Args{"tables": []string{"orders", "people"}})
+		}},
+	{name: "budget", kind: api.KindDenied, code: broker.CodeBudgetExhausted, frozen: "writer",
+		event: func(o *offence) error { o.do(o.tree["writer"], "mail.send", nil); return o.begin("mail.send", nil) }},
+	{name: "wrong SPIFFE ID on a delegation", kind: api.KindNotFound, code: broker.CodeDelegationUnknown, frozen: "thief",
+		event: func(o *offence) error {
+			return o.post("/thief", "/v1/delegations/"+o.tree["writer"].ID()+"/steps", api.StepRequest{Tool: "db.write"}, new(api.Issued))
+		}},
+	{name: "report by a trusted reporter", frozen: "writer",
+		report: func(o *offence) (api.Reported, error) { return o.report("/siem", false) }},
+	{name: "report of one grant", frozen: "writer", grant: true,
+		report: func(o *offence) (api.Reported, error) { return o.report("/siem", true) }},
+	{name: "report by a holder above", limit: broker.ConsequenceRevokeChain,
+		report: func(o *offence) (api.Reported, error) { return o.report("/planner", false) }},
+}
+
+// dies lists who loses a secret by a consequence.
+func (tr trigger) dies(what broker.Consequence) []string {
+	switch {
+	case what == broker.ConsequenceDeny, what == broker.ConsequenceRevokeStep && tr.report == nil:
+		return nil // of a request that was refused there is no secret to revoke
+	case what == broker.ConsequenceRevokeStep && tr.grant:
+		return []string{"writer"}
+	case what <= broker.ConsequenceRevokeSubtree:
+		return []string{"writer", "helper"}
+	}
+	return []string{"planner", "writer", "helper", "other"}
+}
+
+// TestTriggers plays every trigger with every consequence, from the event to the closure. What
+// can be done with a key of somebody else's step is not among them: keys are a delegation's, a
+// delegation has one holder, and whoever else presents it is refused before (wrong SPIFFE ID).
+func TestTriggers(t *testing.T) {
+	for _, tr := range triggers {
+		for what := broker.ConsequenceDeny; what <= broker.ConsequenceFreezeCaller; what++ {
+			t.Run(tr.name+"/"+what.String(), func(t *testing.T) {
+				t.Parallel()
+				o := newOffence(t, what.String())
+				if tr.limit > 0 {
+					what = min(what, tr.limit)
+				}
+				o.after(tr, what, tr.play(o, what))
+			})
+		}
+	}
+}
+
+// play has the event happen, checks the answer and gives the revocation it set off.
+func (tr trigger) play(o *offence, what broker.Consequence) (revocation string) {
+	o.t.Helper()
+	if tr.report != nil {
+		answer, err := tr.report(o)
+		if err != nil || answer.Consequence != what.String() {
+			o.t.Fatalf("the report = %+v, %v, want %s", answer, err, what)
+		}
+		return answer.Revocation
+	}
+	code := broker.CodeViolation
+	if what == broker.ConsequenceDeny {
+		code = tr.code
+	}
+	return refusal(o.t, tr.name, tr.event(o), tr.kind, code).Revocation
+}
+
+// after checks what is dead, that its agents have heard, that everything else goes on, and that
+// the audit names the violation.
+func (o *offence) after(tr trigger, what broker.Consequence, revocation string) {
+	dying := map[string]bool{}
+	for _, name := range tr.dies(what) {
+		dying[name] = true
+	}
+	if (revocation != "") != (len(dying) > 0) {
+		o.t.Fatalf("%s set off revocation %q, want one to end %d secrets", what, revocation, len(dying))
+	}
+	if revocation != "" {
+		o.closed(revocation, len(dying))
+	}
+	for name, h := range o.live {
+		if works := o.target.Login(h.secret); works == dying[name] {
+			o.t.Errorf("after %s the secret of %s works: %v", what, name, works)
+		}
+		if dying[name] {
+			hears(o.t, name, h.step.Context())
+		} else if h.step.Context().Err() != nil {
+			o.t.Errorf("after %s the step of %s ended: %v", what, name, context.Cause(h.step.Context()))
+		}
+	}
+	oneStep := what == broker.ConsequenceRevokeStep && tr.grant
+	for name, d := range o.tree {
+		_, err := d.Begin(o.t.Context(), "db.read", orders)
+		if fenced := dying[name] && !oneStep; errors.Is(err, agent.ErrRevoked) != fenced || !fenced && err != nil {
+			o.t.Errorf("after %s a step of %s = %v, want it refused as revoked: %v", what, name, err, fenced)
+		}
+	}
+	for name, d := range o.apart {
+		_, err := d.Begin(o.t.Context(), "db.read", orders)
+		if what == broker.ConsequenceFreezeCaller && name == tr.frozen {
+			refusal(o.t, "a step of "+name+", frozen everywhere,", err, api.KindRevoked, broker.CodeFrozen)
+		} else if err != nil {
+			o.t.Errorf("after %s a step of %s in a chain of its own = %v", what, name, err)
+		}
+	}
+	o.audited(what, tr)
+}
+
+func hears(t *testing.T, name string, ctx context.Context) {
+	t.Helper()
+	select {
+	case <-ctx.Done():
+	case <-time.After(30 * time.Second):
+	}
+	if cause := context.Cause(ctx); !errors.Is(cause, agent.ErrRevoked) {
+		t.Errorf("the step of %s ended because of %v, want revoked", name, cause)
+	}
+}
+
+// audited looks for the one line that says what happened under writer's delegation.
+func (o *offence) audited(what broker.Consequence, tr trigger) {
+	o.t.Helper()
+	op := string(broker.OpViolation)
+	if what == broker.ConsequenceDeny && tr.report == nil {
+		op = string(broker.OpDenied)
+	}
+	page, err := o.operator().ChainAudit(o.t.Context(), o.tree["planner"].Info().Chain, 0, 1000)
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	found := 0
+	for _, e := range page.Entries {
+		if e.Op == op && e.Delegation == o.tree["writer"].ID() {
+			found++
+		}
+	}
+	if found != 1 {
+		o.t.Errorf("the audit has %d entries %q about the delegation, want 1", found, op)
+	}
+}
+
+// TestReportersAreTrustedByName: a report by whoever is neither named in policy nor a holder above
+// changes nothing and does not tell that the delegation exists.
+func TestReportersAreTrustedByName(t *testing.T) {
+	o := newOffence(t, "revoke-chain")
+	for _, path := range []string{"/thief", "/helper", "/siem/helper"} {
+		_, err := o.report(path, true)
+		refusal(t, "a report by "+path, err, api.KindNotFound, broker.CodeDelegationUnknown)
+	}
+	for name, h := range o.live {
+		if !o.target.Login(h.secret) {
+			t.Errorf("the secret of %s is dead", name)
+		}
+	}
+}
