@@ -1,0 +1,12 @@
+// Package signals takes security event tokens (RFC 8417) that others push (RFC 8935), and has the
+// engine stop whom they are about.
+//
+// A token is believed for its signature alone: by a key of a configured transmitter, with the one
+// algorithm that the key has, for exactly our audience, once, and soon after it was made. Of the
+// events, two of CAEP lead to something: session-revoked, and credential-change when it tells that
+// a credential was revoked or deleted. One that was created or updated is taken note of and nothing
+// follows, since identities rotate all the time.
+//
+// Which tokens came before is kept in memory: after a restart one that is still young would be
+// acted on once more.
+package signals

@@ -1,0 +1,70 @@
+package signals
+
+import (
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rsa"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/go-jose/go-jose/v4"
+)
+
+// ParseKeys reads a transmitter's JWK set. Every key is public, has a kid of its own and one
+// algorithm: that of its alg, or of its kind where it has none. Keys for other uses are passed over.
+func ParseKeys(raw []byte) ([]jose.JSONWebKey, error) {
+	var set jose.JSONWebKeySet
+	if err := json.Unmarshal(raw, &set); err != nil {
+		return nil, errors.New("it is no JWK set")
+	}
+	var keys []jose.JSONWebKey
+	seen := map[string]bool{}
+	for i, k := range set.Keys {
+		if k.Use != "" && k.Use != "sig" {
+			continue
+		}
+		alg, err := algorithm(k)
+		if err != nil {
+			return nil, fmt.Errorf("key %d: %w", i+1, err)
+		}
+		if k.KeyID == "" || len(k.KeyID) > maxID || seen[k.KeyID] {
+			return nil, fmt.Errorf("key %d has no kid of its own", i+1)
+		}
+		seen[k.KeyID] = true
+		keys = append(keys, jose.JSONWebKey{Key: k.Key, KeyID: k.KeyID, Algorithm: string(alg), Use: "sig"})
+	}
+	if len(keys) == 0 {
+		return nil, errors.New("it has no key for signatures")
+	}
+	return keys, nil
+}
+
+// algorithm binds a key to one algorithm: go-jose would take whatever the token asks for.
+func algorithm(k jose.JSONWebKey) (jose.SignatureAlgorithm, error) {
+	if !k.Valid() {
+		return "", errors.New("it is not valid")
+	}
+	var can []jose.SignatureAlgorithm // the first stands for a key without an alg
+	switch key := k.Key.(type) {
+	case ed25519.PublicKey:
+		can = []jose.SignatureAlgorithm{jose.EdDSA}
+	case *ecdsa.PublicKey:
+		can = map[int][]jose.SignatureAlgorithm{256: {jose.ES256}, 384: {jose.ES384}}[key.Curve.Params().BitSize]
+	case *rsa.PublicKey:
+		if key.N.BitLen() >= 2048 {
+			can = []jose.SignatureAlgorithm{jose.RS256, jose.PS256}
+		}
+	}
+	if len(can) == 0 {
+		return "", errors.New("it must be a public key: Ed25519, ECDSA over P-256 or P-384, or RSA of 2048 bits and more")
+	}
+	if k.Algorithm == "" {
+		return can[0], nil
+	}
+	if alg := jose.SignatureAlgorithm(k.Algorithm); slices.Contains(can, alg) {
+		return alg, nil
+	}
+	return "", fmt.Errorf("its alg %.20q is none that its kind has here", k.Algorithm)
+}
