@@ -30,7 +30,10 @@ var skips = []place{
 	{"cmd/parts/need.go", "the one place that knows what is missing"},
 	{"cmd/parts/gotest/main_test.go", "it tests how skips are told"},
 	{"plugins/ssh/ssh_test.go", "ssh-keygen is a second opinion, beside a real sshd"},
+	{"plugins/exec/exec_test.go", "Python is one language of many that a plugin can be in"},
+	{"plugins/exec/run_test.go", "only Linux shows a process its environment"},
 	{"store/bolt/fault_test.go", "mounting a small disk takes root"},
+	{"cmd/rules/docs_test.go", "psql comes with PostgreSQL on most systems, and not on all"},
 }
 
 // clocks is where time.Now may be read below broker, outside tests. Package broker itself has no row:
@@ -39,6 +42,7 @@ var clocks = []place{
 	{"broker/brokertest/backend.go", "its clock is that of testing/synctest"},
 	{"broker/server/exchange.go", "deadlines of sockets are the operating system's time"},
 	{"broker/server/problem.go", "deadlines of sockets are the operating system's time"},
+	{"broker/server/signals.go", "deadlines of sockets are the operating system's time"},
 	{"broker/server/stream.go", "deadlines of sockets are the operating system's time"},
 	{"broker/agent/step.go", "an SDK runs in somebody else's process"},
 	{"broker/api/client/client.go", "an SDK runs in somebody else's process"},
