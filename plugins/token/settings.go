@@ -1,0 +1,145 @@
+package token
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// settings say which policies a token gets.
+type settings struct {
+	fixed []string
+	by    map[string]map[string][]string // argument → value → policies
+	uses  int
+}
+
+var (
+	segment = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+	// lower is the form of policy names that Vault keeps as they are.
+	lower = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,127}$`)
+)
+
+const maxPolicies = 32
+
+// Load implements [broker.Backend]. The tool's Path is auth, token, create and a token role of
+// Vault's: see [Role]. Settings:
+//
+//	policies                      the policies of every token, joined by commas
+//	policies.<argument>.<value>   those that this value of the argument adds
+//	uses                          how often the token may be used, 1 to 1,000; without it as often as it lives
+//
+// An argument chooses among the values that are written here and reaches Vault in no other way,
+// so every argument is required, a string, and has at least one value. A token gets neither
+// default nor a policy of Pawl's own.
+func (b *Backend) Load(t broker.Tool) error {
+	_, err := load(t)
+	return err
+}
+
+func load(t broker.Tool) (settings, error) {
+	s := settings{by: map[string]map[string][]string{}}
+	if len(t.Path) != 4 || !slices.Equal(t.Path[:3], []string{"auth", "token", "create"}) ||
+		!segment.MatchString(t.Path[3]) || strings.Contains(t.Path[3], "..") {
+		return s, fmt.Errorf("tool %q: the path is auth, token, create and a token role", t.Name)
+	}
+	for _, key := range slices.Sorted(maps.Keys(t.Settings)) {
+		if err := s.set(t, key, t.Settings[key]); err != nil {
+			return s, fmt.Errorf("tool %q: setting %.80q: %w", t.Name, key, err)
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(t.Arguments)) {
+		if len(s.by[name]) == 0 {
+			return s, fmt.Errorf("tool %q: argument %q chooses no policies: the token would be the same without it", t.Name, name)
+		}
+	}
+	if len(s.fixed) == 0 && len(s.by) == 0 {
+		return s, fmt.Errorf("tool %q: policies are needed: a token without any can do nothing", t.Name)
+	}
+	return s, nil
+}
+
+func (s *settings) set(t broker.Tool, key, value string) (err error) {
+	if key == "uses" {
+		if s.uses, err = strconv.Atoi(value); err != nil || s.uses < 1 || s.uses > 1000 || strconv.Itoa(s.uses) != value {
+			return errors.New("is a number from 1 to 1,000")
+		}
+		return nil
+	}
+	policies, err := parse(value)
+	if err != nil {
+		return err
+	}
+	if key == "policies" {
+		s.fixed = policies
+		return nil
+	}
+	rest, ok := strings.CutPrefix(key, "policies.")
+	name, choice, found := strings.Cut(rest, ".")
+	if !ok || !found {
+		return errors.New("there is no such setting")
+	}
+	if p, ok := t.Arguments[name]; !ok || !p.Required || p.Kind != "string" {
+		return fmt.Errorf("the tool has no required argument %q that is a string", name)
+	}
+	if s.by[name] == nil {
+		s.by[name] = map[string][]string{}
+	}
+	s.by[name][choice] = policies
+	return nil
+}
+
+// parse reads policies joined by commas. Those of Pawl's own would mint other tools' secrets.
+func parse(value string) ([]string, error) {
+	list := strings.Split(value, ",")
+	for _, p := range list {
+		if !lower.MatchString(p) || strings.Contains(p, "..") || p == "root" || p == "default" || strings.HasPrefix(p, "pawl-") {
+			return nil, fmt.Errorf("policy %.40q: is lower-case letters, digits, '.', '-' and '_', and neither root, default nor Pawl's own", p)
+		}
+	}
+	return list, nil
+}
+
+// policies are those that the arguments choose, in order.
+func (s settings) policies(args broker.Args) ([]string, error) {
+	list := slices.Clone(s.fixed)
+	for name, choices := range s.by {
+		v, _ := args.Get(name)
+		text, ok := v.Text()
+		chosen, known := choices[text]
+		if !ok || !known {
+			return nil, fmt.Errorf("argument %q is none of the values that the tool has", name)
+		}
+		list = append(list, chosen...)
+	}
+	slices.Sort(list)
+	if list = slices.Compact(list); len(list) > maxPolicies {
+		return nil, fmt.Errorf("the arguments choose more than %d policies", maxPolicies)
+	}
+	return list, nil
+}
+
+// Role gives the token role that Vault needs for a tool: a path and the body of a write to it,
+// with which no token can have a policy that the tool's settings do not name.
+func Role(t broker.Tool) (path []string, data map[string]any, err error) {
+	s, err := load(t)
+	if err != nil {
+		return nil, nil, err
+	}
+	list := slices.Clone(s.fixed)
+	for _, choices := range s.by {
+		for _, policies := range choices {
+			list = append(list, policies...)
+		}
+	}
+	slices.Sort(list)
+	return []string{"auth", "token", "roles", t.Path[3]}, map[string]any{
+		"allowed_policies": slices.Compact(list), "orphan": false, "renewable": false,
+		"token_no_default_policy": true, "token_type": "service",
+	}, nil
+}
