@@ -95,18 +95,6 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// TestEmptyEnvironment holds that nothing of ours is handed over when nothing is configured.
-func TestEmptyEnvironment(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("NOT TESTED: an empty environment: there is no /proc here")
-	}
-	t.Setenv("PAWL_TEST_SECRET", marker)
-	p := program(t, "#!/bin/sh\ntest \"$(cat /proc/$$/environ | wc -c)\" -eq 0 && "+ok+"\n")
-	if err := backend(t, exec.Config{Program: p}).Load(broker.Tool{Name: "a", Path: []string{"a"}}); err != nil {
-		t.Errorf("Load() with a plugin that fails when it has an environment = %v", err)
-	}
-}
-
 // pipe is a named one: a process that has it open for writing is seen to end.
 func pipe(t *testing.T) string {
 	t.Helper()
