@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"context"
+	"errors"
 	"syscall"
 	"testing"
 	"time"
@@ -55,7 +56,9 @@ func fenceAt(t *testing.T, w *world, point string) {
 		t.Fatal(err)
 	}
 	close(goOn)
-	mustRefuse(t, "a step that was under way when its chain was fenced", <-answered, agent.ErrRevoked)
+	if err := <-answered; !errors.Is(err, agent.ErrRevoked) && !errors.Is(err, agent.ErrUnavailable) { // its token may be dead before it mints
+		t.Errorf("a step that was under way when its chain was fenced = %v, want a refusal", err)
+	}
 	if err := o.Follow(ctx, rv.ID, func(now api.Revocation) error { rv = now; return nil }); err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package e2e_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"log/slog"
@@ -8,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -96,11 +98,17 @@ func freeAddress(t *testing.T) string {
 	return l.Addr().String()
 }
 
-// here starts the broker in this process.
+// here starts the broker in this process. What it says is shown when the test fails.
 func (w *world) here(log *slog.Logger, change func(*broker.Config)) *wire.Server {
 	w.t.Helper()
 	if log == nil {
-		log = slog.New(slog.DiscardHandler)
+		said := &logBuffer{}
+		log = slog.New(slog.NewTextHandler(said, nil))
+		w.t.Cleanup(func() {
+			if w.t.Failed() {
+				w.t.Logf("the broker said:\n%s", said)
+			}
+		})
 	}
 	if change == nil {
 		change = func(*broker.Config) {}
@@ -113,6 +121,24 @@ func (w *world) here(log *slog.Logger, change func(*broker.Config)) *wire.Server
 	}
 	w.t.Cleanup(s.Close)
 	return s
+}
+
+// logBuffer holds what is logged; several may write.
+type logBuffer struct {
+	mu   sync.Mutex // guards text
+	text bytes.Buffer
+}
+
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.Write(p)
+}
+
+func (b *logBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.String()
 }
 
 func (w *world) agent(name string) *agent.Client {

@@ -1,0 +1,205 @@
+package e2e_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/pawlsec/pawl/cmd/dev"
+	"github.com/pawlsec/pawl/cmd/wire"
+)
+
+// The requests that a fault can be put on.
+const (
+	mintPath  = "/v1/database/creds/pawl-db-read"
+	childPath = "/v1/auth/token/create"
+)
+
+// fault answers in Vault's place. real asks Vault, and may be called from any goroutine.
+type fault func(w http.ResponseWriter, r *http.Request, real func() *httptest.ResponseRecorder)
+
+// proxy stands in front of the real Vault, with a certificate of its own, and spoils chosen
+// answers. It keeps a copy of every token that passes.
+type proxy struct {
+	server  *httptest.Server
+	forward *httputil.ReverseProxy
+
+	mu     sync.Mutex // guards what follows
+	path   string
+	fault  fault
+	asked  int             // requests for path since the fault was set
+	tokens map[string]bool // Vault tokens
+}
+
+func newProxy(t *testing.T, env *dev.Env) *proxy {
+	t.Helper()
+	base, err := url.Parse(env.Vault.Address())
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(env.Vault.CAPEM())
+	asBroker := func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { // TLS ends here, and Vault wants to see its client
+		svid, err := env.Identities.X509SVID(dev.BrokerID)
+		if err != nil {
+			return nil, err
+		}
+		return &tls.Certificate{Certificate: [][]byte{svid.Certificates[0].Raw}, PrivateKey: svid.PrivateKey}, nil
+	}
+	p := &proxy{tokens: map[string]bool{}}
+	p.forward = &httputil.ReverseProxy{
+		Rewrite:        func(r *httputil.ProxyRequest) { r.SetURL(base) },
+		Transport:      &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, GetClientCertificate: asBroker}},
+		ModifyResponse: p.keepTokens,
+		ErrorHandler:   func(w http.ResponseWriter, _ *http.Request, _ error) { panic(http.ErrAbortHandler) }, // Vault is not there: nor are we
+	}
+	p.server = httptest.NewTLSServer(p)
+	t.Cleanup(p.server.Close)
+	return p
+}
+
+// spoil puts a fault on a path, once.
+func (p *proxy) spoil(path string, f fault) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.path, p.fault, p.asked = path, f, 0
+}
+
+// requests is how often the spoiled path was asked for.
+func (p *proxy) requests() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.asked
+}
+
+func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	var now fault
+	p.mu.Lock()
+	if token := r.Header.Get("X-Vault-Token"); token != "" {
+		p.tokens[token] = true
+	}
+	if r.URL.Path == p.path {
+		p.asked++
+		now, p.fault = p.fault, nil
+	}
+	p.mu.Unlock()
+	if now == nil {
+		p.forward.ServeHTTP(w, r)
+		return
+	}
+	body, _ := io.ReadAll(r.Body) // what is missing, Vault refuses
+	now(w, r, func() *httptest.ResponseRecorder {
+		answer := httptest.NewRecorder()
+		again := r.Clone(context.WithoutCancel(r.Context())) // Vault goes on when the broker has given up
+		again.Body = io.NopCloser(bytes.NewReader(body))
+		p.forward.ServeHTTP(answer, again)
+		return answer
+	})
+}
+
+// keepTokens copies the token of a login or of a creation.
+func (p *proxy) keepTokens(answer *http.Response) error {
+	raw, err := io.ReadAll(answer.Body)
+	if err != nil {
+		return err
+	}
+	answer.Body = io.NopCloser(bytes.NewReader(raw))
+	var made struct {
+		Auth struct {
+			Token string `json:"client_token"`
+		}
+	}
+	if json.Unmarshal(raw, &made) == nil && made.Auth.Token != "" {
+		p.mu.Lock()
+		p.tokens[made.Auth.Token] = true
+		p.mu.Unlock()
+	}
+	return nil
+}
+
+// use has a broker reach Vault through the proxy.
+func (p *proxy) use(t *testing.T, c *wire.Config) {
+	t.Helper()
+	ca := filepath.Join(t.TempDir(), "proxy.pem")
+	if err := os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: p.server.Certificate().Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c.Vault.Address, c.Vault.CA = p.server.URL, ca
+}
+
+func status(code int) fault {
+	return func(w http.ResponseWriter, _ *http.Request, real func() *httptest.ResponseRecorder) {
+		real()
+		w.WriteHeader(code)
+		_, _ = io.WriteString(w, `{"errors":["internal error"]}`) // the broker has it or not
+	}
+}
+
+func body(change func(string) string) fault {
+	return func(w http.ResponseWriter, _ *http.Request, real func() *httptest.ResponseRecorder) {
+		_, _ = io.WriteString(w, change(real().Body.String())) // the broker has it or not
+	}
+}
+
+// member replaces one member of Vault's answer; nil leaves it out.
+func member(t *testing.T, name string, value any) fault {
+	return body(func(answer string) string {
+		var all map[string]any
+		if err := json.Unmarshal([]byte(answer), &all); err != nil {
+			t.Errorf("Vault's answer is no object")
+		}
+		if all[name] = value; value == nil {
+			delete(all, name)
+		}
+		raw, err := json.Marshal(all)
+		if err != nil {
+			t.Error(err)
+		}
+		return string(raw)
+	})
+}
+
+func cut(w http.ResponseWriter, _ *http.Request, real func() *httptest.ResponseRecorder) {
+	real()
+	panic(http.ErrAbortHandler)
+}
+
+// drip gives the answer a byte at a time, and never all of it.
+func drip(w http.ResponseWriter, r *http.Request, real func() *httptest.ResponseRecorder) {
+	for _, b := range real().Body.Bytes() {
+		if _, err := w.Write([]byte{b}); err != nil {
+			return
+		}
+		_ = http.NewResponseController(w).Flush() // the next write fails then
+		select {
+		case <-r.Context().Done():
+			return
+		case <-tick():
+		}
+	}
+}
+
+const hugePiece = 1 << 20
+
+func huge(w http.ResponseWriter, _ *http.Request, real func() *httptest.ResponseRecorder) {
+	real()
+	_, _ = io.WriteString(w, `{"data":{"username":"`) // the broker hangs up at its limit
+	for range 200 {
+		if _, err := io.WriteString(w, strings.Repeat("a", hugePiece)); err != nil {
+			return
+		}
+	}
+}
