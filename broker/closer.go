@@ -32,6 +32,7 @@ type dueGrant struct {
 	id      GrantID
 	backend string
 	attempt int
+	open    bool // the target has not said that it is dead: sever again
 }
 
 type dueHeap []dueGrant

@@ -43,8 +43,8 @@ type lane struct {
 }
 
 func (l *lane) push(d dueGrant) {
-	if d.attempt == 0 {
-		l.sever.push(d.id, 0)
+	if d.attempt == 0 || d.open {
+		l.sever.push(d.id, d.attempt)
 	} else {
 		l.settle.push(d.id, d.attempt)
 	}
@@ -63,7 +63,7 @@ func (l *lane) runSever() {
 			cancel()
 		}
 		for _, g := range grants {
-			l.settle.push(g.ID, 1)
+			l.settle.push(g.ID, max(taken[g.ID], 1))
 		}
 	}
 }
@@ -147,6 +147,7 @@ func (l *lane) runSettle() {
 			grants = grants[len(batch):]
 			for _, g := range l.close(batch, taken) {
 				due := l.later(g.ID, taken[g.ID])
+				due.open = l.isOpen(g)
 				if settles := g.Settles.Add(time.Millisecond); settles.After(l.b.cfg.Now()) && settles.Before(due.at) {
 					due.at = settles // then an answer is possible
 				}
@@ -154,6 +155,13 @@ func (l *lane) runSettle() {
 			}
 		}
 	}
+}
+
+// isOpen reports whether the target has not said that the grant's secret is dead: it was not
+// severed, since the target was down, or came to be after that.
+func (l *lane) isOpen(g Grant) bool {
+	n := len(g.Evidence)
+	return n > 0 && l.probes() && g.Evidence[n-1].Outcome != OutcomeDead
 }
 
 // later is when to look again: soon at first, since Vault has usually only queued its part.

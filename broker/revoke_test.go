@@ -406,3 +406,55 @@ func TestActive(t *testing.T) {
 		want("of nothing", "gr000000000000000000000000", false)
 	})
 }
+
+// TestDeadTakesEveryAnswer: as long as one part that could know better does not say dead,
+// nothing is called dead.
+func TestDeadTakesEveryAnswer(t *testing.T) {
+	for name, fail := range map[string]func(*world, broker.GrantID){
+		"Vault does not confirm that the token is revoked": func(w *world, _ broker.GrantID) {
+			w.vault.Fail(func(point string) error {
+				if point == "kill done" {
+					return errors.New("timeout")
+				}
+				return nil
+			})
+		},
+		"the target still lets it in": func(w *world, id broker.GrantID) {
+			w.target.Fail(func(point string) error {
+				if point == "prove" {
+					w.target.Plant(id)
+				}
+				return nil
+			})
+		},
+		"the target does not answer": func(w *world, _ broker.GrantID) {
+			w.target.Fail(func(point string) error {
+				if point == "prove" {
+					return errors.New("connection refused")
+				}
+				return nil
+			})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				root := w.open("root", broker.OpenRequest{})
+				got := w.issue("root", step(root, "db.read"))
+				fail(w, got.Grant.ID)
+				rv := w.revoke("grant:%s", got.Grant.ID)
+				pass(30 * time.Second)
+				if now, err := w.Revocation(ctx, rv.ID); err != nil || now.Closure == broker.ClosureClosed || now.Dead != 0 {
+					t.Errorf("revocation = %+v, %v; want it open", now, err)
+				}
+				w.vault.Fail(nil)
+				w.target.Fail(nil)
+				pass(30 * time.Second)
+				w.closure(rv, broker.ClosureClosed)
+				if alive := w.target.Alive(); len(alive) > 0 && name != "the target still lets it in" {
+					t.Errorf("alive: %v", alive)
+				}
+			})
+		})
+	}
+}
