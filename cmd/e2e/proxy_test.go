@@ -32,7 +32,7 @@ const (
 type fault func(w http.ResponseWriter, r *http.Request, real func() *httptest.ResponseRecorder)
 
 // proxy stands in front of the real Vault, with a certificate of its own, and spoils chosen
-// answers. It keeps a copy of every token that passes.
+// answers. It keeps a copy of every token and secret that passes.
 type proxy struct {
 	server  *httptest.Server
 	forward *httputil.ReverseProxy
@@ -41,7 +41,7 @@ type proxy struct {
 	path   string
 	fault  fault
 	asked  int             // requests for path since the fault was set
-	tokens map[string]bool // Vault tokens
+	passed map[string]bool // Vault tokens, passwords and private keys
 }
 
 func newProxy(t *testing.T, env *dev.Env) *proxy {
@@ -59,11 +59,11 @@ func newProxy(t *testing.T, env *dev.Env) *proxy {
 		}
 		return &tls.Certificate{Certificate: [][]byte{svid.Certificates[0].Raw}, PrivateKey: svid.PrivateKey}, nil
 	}
-	p := &proxy{tokens: map[string]bool{}}
+	p := &proxy{passed: map[string]bool{}}
 	p.forward = &httputil.ReverseProxy{
 		Rewrite:        func(r *httputil.ProxyRequest) { r.SetURL(base) },
 		Transport:      &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, GetClientCertificate: asBroker}},
-		ModifyResponse: p.keepTokens,
+		ModifyResponse: p.keep,
 		ErrorHandler:   func(w http.ResponseWriter, _ *http.Request, _ error) { panic(http.ErrAbortHandler) }, // Vault is not there: nor are we
 	}
 	p.server = httptest.NewTLSServer(p)
@@ -89,7 +89,7 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var now fault
 	p.mu.Lock()
 	if token := r.Header.Get("X-Vault-Token"); token != "" {
-		p.tokens[token] = true
+		p.passed[token] = true
 	}
 	if r.URL.Path == p.path {
 		p.asked++
@@ -110,8 +110,8 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// keepTokens copies the token of a login or of a creation.
-func (p *proxy) keepTokens(answer *http.Response) error {
+// keep copies what is secret in an answer.
+func (p *proxy) keep(answer *http.Response) error {
 	raw, err := io.ReadAll(answer.Body)
 	if err != nil {
 		return err
@@ -121,11 +121,18 @@ func (p *proxy) keepTokens(answer *http.Response) error {
 		Auth struct {
 			Token string `json:"client_token"`
 		}
+		Data struct {
+			Password   string
+			PrivateKey string `json:"private_key"`
+		}
 	}
-	if json.Unmarshal(raw, &made) == nil && made.Auth.Token != "" {
-		p.mu.Lock()
-		p.tokens[made.Auth.Token] = true
-		p.mu.Unlock()
+	_ = json.Unmarshal(raw, &made) // an answer of another shape holds none of these
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, secret := range []string{made.Auth.Token, made.Data.Password, made.Data.PrivateKey} {
+		if secret != "" {
+			p.passed[secret] = true
+		}
 	}
 	return nil
 }

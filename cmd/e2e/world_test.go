@@ -143,11 +143,16 @@ func (b *logBuffer) String() string {
 
 func (w *world) agent(name string) *agent.Client {
 	w.t.Helper()
-	c, err := agent.New(agent.Config{Address: "https://" + w.config.Listen.Agents, Source: w.env.Identities.Source(dev.Agent(name)), ServerID: dev.BrokerID})
+	return newAgent(w.t, agent.Config{Address: "https://" + w.config.Listen.Agents, Source: w.env.Identities.Source(dev.Agent(name)), ServerID: dev.BrokerID})
+}
+
+func newAgent(t *testing.T, config agent.Config) *agent.Client {
+	t.Helper()
+	c, err := agent.New(config)
 	if err != nil {
-		w.t.Fatal(err)
+		t.Fatal(err)
 	}
-	w.t.Cleanup(func() { _ = c.Close() }) // it always succeeds
+	t.Cleanup(func() { _ = c.Close() }) // it always succeeds
 	return c
 }
 

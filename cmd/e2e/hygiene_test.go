@@ -1,0 +1,296 @@
+package e2e_test
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+
+	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/cmd/dev"
+)
+
+// errorBodies keeps a copy of every refusal that an agent is sent.
+type errorBodies struct {
+	http.RoundTripper
+	bearer string // JWT-SVID; empty: none
+
+	mu   sync.Mutex // guards text
+	text bytes.Buffer
+	n    int
+}
+
+func (e *errorBodies) RoundTrip(r *http.Request) (*http.Response, error) {
+	if e.bearer != "" {
+		r = r.Clone(r.Context())
+		r.Header.Set("Authorization", "Bearer "+e.bearer)
+	}
+	answer, err := e.RoundTripper.RoundTrip(r)
+	if err != nil || answer.StatusCode < 400 {
+		return answer, err
+	}
+	raw, err := io.ReadAll(answer.Body)
+	if err != nil {
+		return nil, err
+	}
+	answer.Body = io.NopCloser(bytes.NewReader(raw))
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.n++
+	e.text.Write(raw)
+	return answer, nil
+}
+
+// needles are what must be found nowhere: a name for people, and the bytes.
+type needles map[string][]byte
+
+func (n needles) add(name string, secret []byte) {
+	if len(secret) < 12 {
+		panic("a needle so short proves nothing")
+	}
+	n[name] = bytes.Clone(secret)
+}
+
+// addPEM adds a line from the middle of a PEM text, and the bytes that it encodes.
+func (n needles) addPEM(name, text string) {
+	block, _ := pem.Decode([]byte(text))
+	if block == nil {
+		panic("not PEM")
+	}
+	n.add(name+", a line", []byte(strings.Split(text, "\n")[2]))
+	n.add(name+", the bytes", block.Bytes)
+}
+
+// find reports the names of what a haystack holds, in the clear or in base64.
+func (n needles) find(haystack []byte) (found []string) {
+	for name, needle := range n {
+		for _, form := range [][]byte{needle, []byte(base64.RawStdEncoding.EncodeToString(needle)), []byte(base64.RawURLEncoding.EncodeToString(needle))} {
+			if bytes.Contains(haystack, form) {
+				found = append(found, name)
+				break
+			}
+		}
+	}
+	return found
+}
+
+// TestNeedlesAreFound: what the next test looks with can find.
+func TestNeedlesAreFound(t *testing.T) {
+	n := needles{}
+	n.add("a", []byte("a secret of ours"))
+	for hay, want := range map[string]int{
+		"x a secret of ours y": 1, "x a secret of mine y": 0, `{"k":"` + base64.StdEncoding.EncodeToString(n["a"]) + `"}`: 1,
+	} {
+		if found := n.find([]byte(hay)); len(found) != want {
+			t.Errorf("find(%q) = %v, want %d", hay, found, want)
+		}
+	}
+}
+
+// TestSecretsAreNowhere plays steps, denials, violations and a Vault out of order, and looks for
+// every secret, token and SVID that was there in everything that is kept or said.
+func TestSecretsAreNowhere(t *testing.T) {
+	need(t, true)
+	env := newEnv(t, dev.Config{})
+	w := newWorld(t, env, nil)
+	p := newProxy(t, env)
+	p.use(t, &w.config)
+	log := &logBuffer{}
+	s := w.here(slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})), nil)
+	kept := needles{}
+	plain, bearer := w.tapped(t, kept, false), w.tapped(t, kept, true)
+	refused := w.playAll(t, p, kept, plain.client)
+	refused += w.playAll(t, p, kept, bearer.client)
+	if n := plain.n + bearer.n; n < refused {
+		t.Errorf("%d refusals were captured, want %d", n, refused)
+	}
+	w.settled(4 * bound)
+
+	p.mu.Lock()
+	for secret := range p.passed {
+		if name := fmt.Sprintf("secret %d that passed the proxy", len(kept)); strings.HasPrefix(secret, "-----BEGIN") {
+			kept.addPEM(name, secret)
+		} else {
+			kept.add(name, []byte(secret))
+		}
+	}
+	p.mu.Unlock()
+	kept.add("Vault's root token", []byte(env.Vault.RootToken()))
+	kept.add("the note in Vault", []byte("kept in a drawer"))
+	hay := map[string][]byte{
+		"audit entries": w.audit(t), "revocations and grants": w.looks(t),
+		"refusals": append(plain.text.Bytes(), bearer.text.Bytes()...),
+	}
+	s.Close()
+	hay["log"] = []byte(log.String())
+	files, err := filepath.Glob(filepath.Join(filepath.Dir(w.config.Ledger), "*"))
+	if err != nil || len(files) < 2 {
+		t.Fatalf("the broker's directory has %v, %v", files, err)
+	}
+	for _, f := range files {
+		if raw, err := os.ReadFile(f); err == nil { // the socket cannot be read
+			hay["file "+filepath.Base(f)] = raw
+		}
+	}
+	if len(kept) < 30 {
+		t.Errorf("only %d secrets were captured", len(kept))
+	}
+	for where, text := range hay {
+		if len(text) == 0 {
+			t.Errorf("%s: nothing to look through", where)
+		}
+		for _, name := range kept.find(text) {
+			t.Errorf("%s: holds %s", where, name)
+		}
+	}
+	t.Logf("looked for %d secrets in %d places", len(kept), len(hay))
+}
+
+// tapped is an agent's client whose refusals are kept.
+type tapped struct {
+	*errorBodies
+	client *agent.Client
+}
+
+func (w *world) tapped(t *testing.T, kept needles, jwt bool) tapped {
+	t.Helper()
+	id := dev.Agent("planner")
+	source := w.env.Identities.Source(id)
+	config := tlsconfig.TLSClientConfig(source, tlsconfig.AuthorizeID(dev.BrokerID))
+	e := &errorBodies{}
+	if jwt {
+		token, err := w.env.Identities.JWTSVID(id, "pawl")
+		if err != nil {
+			t.Fatal(err)
+		}
+		e.bearer = token
+		kept.add("JWT-SVID", []byte(token))
+		kept.add("signature of the JWT-SVID", []byte(token[strings.LastIndex(token, ".")+1:]))
+	} else {
+		config = tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(dev.BrokerID))
+		svid, err := source.GetX509SVID()
+		if err != nil {
+			t.Fatal(err)
+		}
+		key, err := x509.MarshalPKCS8PrivateKey(svid.PrivateKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		kept.add("the agent's private key", key)
+	}
+	transport := &http.Transport{TLSClientConfig: config, ForceAttemptHTTP2: true}
+	t.Cleanup(transport.CloseIdleConnections)
+	e.RoundTripper = transport
+	return tapped{e, newAgent(t, agent.Config{Address: "https://" + w.config.Listen.Agents, HTTPClient: &http.Client{Transport: e}})}
+}
+
+// playAll takes steps with every tool, is refused for every reason there is, and gives how often.
+func (w *world) playAll(t *testing.T, p *proxy, kept needles, c *agent.Client) (refused int) {
+	t.Helper()
+	ctx := t.Context()
+	rights := []agent.Right{{Tool: "db.read", Use: true, Args: map[string]agent.Constraint{"tables": agent.Constraint(`{"subset":["orders"]}`)}},
+		{Tool: "tls.call", Use: true}, {Tool: "notes.read", Use: true}}
+	d, err := c.Open(ctx, agent.Chain{Task: "hygiene", Rights: rights, Budget: agent.Budget{Tools: map[string]int{"notes.read": 1}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.keepSecrets(t, kept, d)
+	refuse := func(what string, err error) {
+		t.Helper()
+		if refused++; err == nil {
+			t.Errorf("%s: not refused", what)
+		}
+	}
+	begin := func(tool string, args agent.Args) error {
+		_, err := d.Begin(ctx, tool, args)
+		return err
+	}
+	refuse("a tool that is not there", begin("no.such", nil))
+	refuse("outside the delegation", begin("db.read", agent.Args{"tables": []string{"customers"}}))
+	refuse("an argument that is not there", begin("db.read", agent.Args{"tables": []string{"orders"}, "password": "x"}))
+	refuse("budget", begin("notes.read", nil))
+	_, err = c.Join(ctx, "dl"+strings.Repeat("0", 24))
+	refuse("a delegation that is not there", err)
+	for name, f := range map[string]fault{"500": status(500), "cut": cut, "half": body(func(s string) string { return s[:len(s)/2] }),
+		"no lease": member(t, "lease_id", nil), "echo": quoting} {
+		p.spoil(mintPath, f)
+		refuse(name+" after the mint", begin("db.read", agent.Args{"tables": []string{"orders"}}))
+	}
+	p.spoil(childPath, quoting)
+	refuse("echo in place of a token", begin("db.read", agent.Args{"tables": []string{"orders"}}))
+	if err := w.env.Vault.Seal(ctx); err != nil {
+		t.Fatal(err)
+	}
+	refuse("sealed", begin("tls.call", agent.Args{"name": "a.agents.pawl.dev"}))
+	if err := w.env.Vault.Unseal(ctx); err != nil {
+		t.Fatal(err)
+	}
+	refuse("a violation", begin("tls.call", agent.Args{"name": "root.agents.pawl.dev"}))
+	refuse("under the fence", begin("tls.call", agent.Args{"name": "a.agents.pawl.dev"}))
+	return refused
+}
+
+// quoting answers an error that holds the secret, as engines have been seen to do.
+func quoting(w http.ResponseWriter, r *http.Request, real func() *httptest.ResponseRecorder) {
+	said := real().Body.String()
+	w.WriteHeader(http.StatusInternalServerError)
+	_ = json.NewEncoder(w).Encode(map[string]any{"errors": []string{said, r.Header.Get("X-Vault-Token")}}) // the broker has it or not
+}
+
+// keepSecrets takes a step with each tool.
+func (w *world) keepSecrets(t *testing.T, kept needles, d *agent.Delegation) {
+	t.Helper()
+	_, l, err := take(t.Context(), d, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept.add("password of "+l.Username, []byte(l.Password))
+	cert, err := d.Begin(t.Context(), "tls.call", agent.Args{"name": "a.agents.pawl.dev"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept.addPEM("private key of "+cert.Grant().ID, cert.Secret().Field("private_key"))
+	note, err := d.Begin(t.Context(), "notes.read", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Contains(note.Secret().JSON(), []byte("kept in a drawer")) {
+		t.Error("the note is not what it was")
+	}
+}
+
+// audit is the whole audit log, as operators read it.
+func (w *world) audit(t *testing.T) []byte {
+	t.Helper()
+	page, err := w.operator().Audit(t.Context(), 0, 1000)
+	return encode(t, page, err)
+}
+
+// looks is everything else that operators are shown.
+func (w *world) looks(t *testing.T) []byte {
+	t.Helper()
+	revocations, err := w.operator().Revocations(t.Context())
+	return append(encode(t, revocations, err), encode(t, w.grants(), nil)...)
+}
+
+func encode(t *testing.T, v any, err error) []byte {
+	t.Helper()
+	raw, encodeErr := json.Marshal(v)
+	if err != nil || encodeErr != nil {
+		t.Fatal(err, encodeErr)
+	}
+	return raw
+}
