@@ -27,6 +27,8 @@ type Config struct {
 	Vault        Vault              `yaml:"vault"`         // required
 	Backends     map[string]Backend `yaml:"backends"`      // by the name that tools use; at least one
 	SweepEvery   time.Duration      `yaml:"sweep_every"`   // how often strays are looked for; zero: 1m
+	SigningKey   string             `yaml:"signing_key"`   // private Ed25519 JWK that signs reports and checkpoints, a file; empty: both are refused
+	Signals      []Signal           `yaml:"signals"`       // whose security events are believed; empty: none, and there is no such endpoint
 }
 
 // Listen says where the broker is reached. An address without a host is all interfaces.
@@ -137,6 +139,9 @@ func (c Config) check() error {
 	}
 	for name, b := range c.Backends {
 		missing = append(missing, b.check("backends."+name))
+	}
+	for i, s := range c.Signals {
+		missing = append(missing, s.check(fmt.Sprintf("signals.%d", i)))
 	}
 	return errors.Join(missing...)
 }

@@ -31,6 +31,7 @@ type Server struct {
 	Ledger *bolt.Ledger
 	Vault  *vault.Client
 
+	metrics           *metrics
 	agents, operators net.Addr
 	failed            chan error
 	closers           []func() // in the order of making; Close runs them backwards
@@ -86,10 +87,15 @@ func StartWith(ctx context.Context, c Config, log *slog.Logger, change func(*bro
 		MintTimeout: c.Vault.MintTimeout, MintBound: c.Vault.MintBound, SweepEvery: c.SweepEvery,
 	}
 	change(&parts)
+	s.metrics = newMetrics(func(name broker.ToolName) bool { _, ok := s.Policy.Current().Tool(name); return ok }, s.Vault.Ready)
+	parts.Ledger, parts.Alarm = counted{parts.Ledger, s.metrics}, s.metrics.alarm(parts.Alarm)
 	if s.Broker, err = broker.New(parts); err != nil {
 		return s, err
 	}
 	s.later(s.Broker.Stop)
+	if err := s.metrics.begin(ctx, s.Broker); err != nil {
+		return s, err
+	}
 	if err := s.Broker.Resume(ctx); err != nil {
 		return s, err
 	}
@@ -190,8 +196,16 @@ func newAttestor(c Config, source *workloadapi.X509Source, jwts *workloadapi.JWT
 
 func (s *Server) listen(c Config, a *attest.Attestor, log *slog.Logger) error {
 	operators := newOperators(c.Operators, a)
+	notary, err := s.notary(c)
+	if err != nil {
+		return err
+	}
+	receiver, err := s.receiver(c, log)
+	if err != nil {
+		return err
+	}
 	srv, err := server.New(server.Config{Broker: s.Broker, Identify: a.Identify, Operator: operators.identify,
-		Log: log, Now: time.Now, Ready: s.Vault.Ready})
+		Notary: notary, Signals: receiver, Metrics: s.metrics.handler(), Log: log, Now: time.Now, Ready: s.Vault.Ready})
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,103 @@
+package wire
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"os"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/audit"
+	"github.com/pawlsec/pawl/broker/policy"
+	"github.com/pawlsec/pawl/broker/server"
+	"github.com/pawlsec/pawl/broker/signals"
+)
+
+// Signal says whose security events are believed, and what follows from them.
+type Signal struct {
+	Issuer   string            `yaml:"issuer"`   // the iss of its tokens, exactly; required
+	Audience string            `yaml:"audience"` // the aud of tokens for this broker, exactly; required
+	Keys     string            `yaml:"keys"`     // JWK set of its public keys, a file; required
+	Action   string            `yaml:"action"`   // revoke or freeze what an event is about; required
+	Subjects map[string]string `yaml:"subjects"` // its names for its subjects and the selector that each means; others must be SPIFFE IDs
+}
+
+func (s Signal) check(name string) error {
+	var wrong []error
+	for field, value := range map[string]string{"issuer": s.Issuer, "audience": s.Audience, "keys": s.Keys} {
+		if value == "" {
+			wrong = append(wrong, fmt.Errorf("%s.%s is required", name, field))
+		}
+	}
+	if s.Action != "revoke" && s.Action != "freeze" {
+		wrong = append(wrong, fmt.Errorf("%s.action is %q; it is revoke or freeze", name, s.Action))
+	}
+	for subject, selector := range s.Subjects {
+		if _, err := broker.ParseSelector(selector); err != nil {
+			wrong = append(wrong, fmt.Errorf("%s.subjects.%s: %w", name, subject, err))
+		}
+	}
+	return errors.Join(wrong...)
+}
+
+// LoadSigner reads the configured signing key; nil without one.
+func LoadSigner(c Config) (*audit.Signer, error) {
+	if c.SigningKey == "" {
+		return nil, nil
+	}
+	raw, err := os.ReadFile(c.SigningKey)
+	if err != nil {
+		return nil, fmt.Errorf("signing_key: %w", err)
+	}
+	key, err := policy.ParseKey(raw)
+	clear(raw)
+	if err != nil {
+		return nil, fmt.Errorf("signing_key %q: %w", c.SigningKey, err)
+	}
+	signer, err := audit.NewSigner(c.TrustDomains[0]+"/pawl", key)
+	if err != nil {
+		return nil, fmt.Errorf("signing_key %q: %w", c.SigningKey, err)
+	}
+	return signer, nil
+}
+
+// notary signs with the configured key; without one the server refuses for it.
+func (s *Server) notary(c Config) (server.Notary, error) {
+	signer, err := LoadSigner(c)
+	if err != nil || signer == nil {
+		return nil, err
+	}
+	return audit.NewNotary(audit.NotaryConfig{Source: s.Broker, Entries: s.Broker.Entries, Signer: signer, Now: time.Now})
+}
+
+// LoadTransmitters reads the configured transmitters' keys.
+func LoadTransmitters(c Config) (list []signals.Transmitter, err error) {
+	for _, from := range c.Signals {
+		raw, err := os.ReadFile(from.Keys)
+		if err != nil {
+			return nil, fmt.Errorf("signals: keys of %s: %w", from.Issuer, err)
+		}
+		t := signals.Transmitter{Issuer: from.Issuer, Audience: from.Audience, Freeze: from.Action == "freeze", Subjects: map[string]broker.Selector{}}
+		if t.Keys, err = signals.ParseKeys(raw); err != nil {
+			return nil, fmt.Errorf("signals: keys of %s in %q: %w", from.Issuer, from.Keys, err)
+		}
+		for subject, text := range from.Subjects {
+			if t.Subjects[subject], err = broker.ParseSelector(text); err != nil {
+				return nil, fmt.Errorf("signals: subject %q of %s: %w", subject, from.Issuer, err)
+			}
+		}
+		list = append(list, t)
+	}
+	return list, nil
+}
+
+// receiver takes security events; nil without transmitters.
+func (s *Server) receiver(c Config, log *slog.Logger) (http.Handler, error) {
+	transmitters, err := LoadTransmitters(c)
+	if err != nil || len(transmitters) == 0 {
+		return nil, err
+	}
+	return signals.New(signals.Config{Transmitters: transmitters, Revoke: s.Broker.Revoke, Domains: c.TrustDomains, Now: time.Now, Log: log})
+}

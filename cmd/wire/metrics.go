@@ -1,0 +1,176 @@
+package wire
+
+import (
+	"context"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// metrics counts what the ledger commits. Labels are tools of the bundle and words of ours: no id,
+// no name that somebody outside can choose.
+type metrics struct {
+	registry *prometheus.Registry
+	known    func(broker.ToolName) bool
+
+	steps   *prometheus.CounterVec // by tool and outcome
+	fences  *prometheus.CounterVec // by kind
+	closure prometheus.Histogram
+	strays  prometheus.Counter
+	alarms  prometheus.Counter
+	live    atomic.Int64 // grants that are not over
+
+	mu     sync.Mutex // guards fenced
+	fenced map[broker.RevocationID]time.Time
+}
+
+// maxFenced bounds the revocations whose closure is waited for; one with statics never closes.
+const maxFenced = 10_000
+
+// newMetrics makes the metrics of a broker. known says which tools there are, ready whether Vault answers.
+func newMetrics(known func(broker.ToolName) bool, ready func() error) *metrics {
+	m := &metrics{registry: prometheus.NewRegistry(), known: known, fenced: map[broker.RevocationID]time.Time{}}
+	m.steps = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "pawl_steps_total",
+		Help: "Steps, and reported violations, by tool and outcome: issued, denied, violation, unknown (whether Vault minted)."}, []string{"tool", "outcome"})
+	m.fences = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "pawl_fences_total", Help: "Fences by kind: revoke, freeze."}, []string{"kind"})
+	m.closure = prometheus.NewHistogram(prometheus.HistogramOpts{Name: "pawl_closure_seconds", Help: "From fenced to closed with evidence, for revocations fenced since the start.",
+		Buckets: []float64{0.01, 0.05, 0.1, 0.4, 1, 4, 15, 60, 300, 3600}})
+	m.strays = prometheus.NewCounter(prometheus.CounterOpts{Name: "pawl_strays_total", Help: "Found alive under our names while the ledger did not know them."})
+	m.alarms = prometheus.NewCounter(prometheus.CounterOpts{Name: "pawl_alarms_total", Help: "What a person should look at; the log says what."})
+	m.registry.MustRegister(m.steps, m.fences, m.closure, m.strays, m.alarms, collectors.NewGoCollector(),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_live_grants", Help: "Grants that are not over."},
+			func() float64 { return float64(m.live.Load()) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_vault_ready", Help: "1 while the broker is logged in to Vault."},
+			func() float64 {
+				if ready() != nil {
+					return 0
+				}
+				return 1
+			}),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_closure_lag_seconds", Help: "Age of the oldest fence of this process that is not closed yet; 0 when there is none."},
+			func() float64 { return m.lag(time.Now()).Seconds() }))
+	return m
+}
+
+func (m *metrics) handler() http.Handler {
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{})
+}
+
+// lag is the age of the oldest fence whose closure is waited for.
+func (m *metrics) lag(now time.Time) (lag time.Duration) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, at := range m.fenced {
+		lag = max(lag, now.Sub(at))
+	}
+	return lag
+}
+
+// begin takes over how many grants were alive before anything is counted.
+func (m *metrics) begin(ctx context.Context, b *broker.Broker) error {
+	chains, err := b.Chains(ctx, true)
+	for _, c := range chains {
+		m.live.Add(int64(c.Live))
+	}
+	return err
+}
+
+// alarm counts and then does as f does.
+func (m *metrics) alarm(f func(string, error)) func(string, error) {
+	return func(op string, err error) {
+		m.alarms.Inc()
+		f(op, err)
+	}
+}
+
+// count counts one committed entry.
+func (m *metrics) count(e broker.Entry) {
+	switch e.Op {
+	case broker.OpIntent:
+		m.live.Add(1)
+	case broker.OpClosed:
+		m.live.Add(-1)
+	case broker.OpIssued:
+		m.step(e.Tool, "issued")
+	case broker.OpUnknown:
+		m.step(e.Tool, "unknown")
+	case broker.OpViolation:
+		m.step(e.Tool, "violation")
+	case broker.OpDenied:
+		if e.Detail == "issue" { // the procedure that refused
+			m.step(e.Tool, "denied")
+		}
+	case broker.OpStray:
+		m.strays.Inc()
+	case broker.OpFreeze:
+		m.fences.WithLabelValues("freeze").Inc()
+	case broker.OpFence:
+		m.fences.WithLabelValues("revoke").Inc()
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if len(m.fenced) < maxFenced {
+			m.fenced[e.Revocation] = e.At
+		}
+	case broker.OpClosure:
+		m.closed(e)
+	}
+}
+
+// step counts a step. What an agent made up is no label.
+func (m *metrics) step(tool broker.ToolName, outcome string) {
+	if !m.known(tool) {
+		tool = "other"
+	}
+	m.steps.WithLabelValues(string(tool), outcome).Inc()
+}
+
+// closed ends the wait for a revocation; its entry begins with the closure.
+func (m *metrics) closed(e broker.Entry) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	at, waited := m.fenced[e.Revocation]
+	if waited && strings.HasPrefix(e.Detail, string(broker.ClosureClosed)+":") {
+		m.closure.Observe(e.At.Sub(at).Seconds())
+		delete(m.fenced, e.Revocation)
+	}
+}
+
+// counted is a ledger that counts the entries of what it commits.
+type counted struct {
+	broker.Ledger
+	metrics *metrics
+}
+
+// Update implements [broker.Ledger].
+func (l counted) Update(ctx context.Context, f func(broker.Tx) error) error {
+	var entries []broker.Entry
+	err := l.Ledger.Update(ctx, func(tx broker.Tx) error {
+		entries = entries[:0] // it may run more than once
+		return f(&countedTx{tx, &entries})
+	})
+	if err == nil {
+		for _, e := range entries {
+			l.metrics.count(e)
+		}
+	}
+	return err
+}
+
+type countedTx struct {
+	broker.Tx
+	entries *[]broker.Entry
+}
+
+// Append implements [broker.Tx].
+func (t *countedTx) Append(e broker.Entry) (broker.Revision, error) {
+	*t.entries = append(*t.entries, e)
+	return t.Tx.Append(e)
+}

@@ -1,0 +1,104 @@
+package wire_test
+
+import (
+	"crypto/rand"
+	"errors"
+	"net/http/httptest"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/cmd/wire"
+)
+
+// TestMetrics: the numbers are those of what was committed, over a restart too, and no label holds what
+// an agent made up.
+func TestMetrics(t *testing.T) {
+	ctx := t.Context()
+	ledger, target, tools := brokertest.NewMemory(), brokertest.NewTarget(), brokertest.AllowAll("db")
+	start := func() (*broker.Broker, func() string) {
+		parts := broker.Config{Ledger: ledger, Policy: func() broker.Policy { return tools }, Vault: brokertest.NewVault(target),
+			Backends: map[string]broker.Backend{"target": target}, Now: time.Now, Random: rand.Reader, SweepEvery: -1,
+			Alarm: func(string, error) {}}
+		m := wire.Counting(&parts, func(name broker.ToolName) bool { return name == "db" }, func() error { return errors.New("no session") })
+		b, err := broker.New(parts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := wire.Begin(m, ctx, b); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(b.Stop)
+		return b, func() string {
+			w := httptest.NewRecorder()
+			m.Handler().ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+			return w.Body.String()
+		}
+	}
+	b, scrape := start()
+	agent := broker.Caller{ID: spiffeid.RequireFromString("spiffe://example.org/agent"), Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
+	root, err := b.Open(ctx, agent, broker.OpenRequest{Task: "t", Rights: []broker.Right{{Tool: "db", Use: true}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, err := b.Issue(ctx, agent, broker.StepRequest{Delegation: root.ID, Tool: "db"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := b.Issue(ctx, agent, broker.StepRequest{Delegation: root.ID, Tool: "made-up"}); !errors.Is(err, broker.Denied) {
+		t.Fatalf("a step with a tool that is not there = %v, want denied", err)
+	}
+	lines(t, scrape(), `pawl_steps_total{outcome="issued",tool="db"} 2`, `pawl_steps_total{outcome="denied",tool="other"} 1`,
+		`pawl_live_grants 2`, `pawl_vault_ready 0`, `pawl_closure_lag_seconds 0`)
+	b.Stop()
+
+	b, scrape = start()
+	lines(t, scrape(), `pawl_live_grants 2`)
+	selector, err := broker.ParseSelector("chain:" + string(root.Chain))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rv, err := b.Revoke(ctx, broker.Operator{Name: "ann"}, broker.RevokeRequest{Selector: selector, Reason: "test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	deadline := time.After(10 * time.Second)
+	for rv.Settled.IsZero() {
+		woken, cancel := b.Watch("")
+		if rv, err = b.Revocation(ctx, rv.ID); err != nil {
+			t.Fatal(err)
+		}
+		if rv.Settled.IsZero() {
+			select {
+			case <-woken:
+			case <-deadline:
+				t.Fatalf("%+v did not settle within 10 s", rv)
+			}
+		}
+		cancel()
+	}
+	b.Stop() // then everything is counted
+	page := scrape()
+	lines(t, page, `pawl_live_grants 0`, `pawl_fences_total{kind="revoke"} 1`, `pawl_closure_seconds_count 1`, `pawl_closure_lag_seconds 0`)
+	if found := regexp.MustCompile(`(ch|dl|gr|rv)[0-9a-z]{24}|spiffe:|marker|made-up`).FindString(page); found != "" {
+		t.Errorf("the metrics hold %q", found)
+	}
+}
+
+func lines(t *testing.T, page string, want ...string) {
+	t.Helper()
+	for _, line := range want {
+		if !strings.Contains("\n"+page, "\n"+line+"\n") {
+			t.Errorf("the metrics lack %q:\n%s", line, regexp.MustCompile(`(?m)^pawl_.*$`).FindAllString(page, -1))
+		}
+	}
+}
