@@ -23,8 +23,8 @@ func (b *Broker) Close(ctx context.Context, c Caller, id GrantID) (Grant, error)
 	if err := b.view(ctx, op, func(tx Tx) error { return ownGrant(tx, op, c, id, &g) }); err != nil {
 		return Grant{}, err
 	}
-	woken, cancel := b.hub.watch(g.Chain)
-	defer cancel()
+	over := b.closer.over(id)
+	defer b.closer.forget(id, over)
 	err := b.update(ctx, op, func(tx Tx) error {
 		if err := ownGrant(tx, op, c, id, &g); err != nil || g.State == StateClosed || g.Ending != "" {
 			return err
@@ -41,20 +41,20 @@ func (b *Broker) Close(ctx context.Context, c Caller, id GrantID) (Grant, error)
 	if err != nil {
 		return Grant{}, err
 	}
-	b.closer.hurry(g)
-	for g.State != StateClosed {
-		select {
-		case <-ctx.Done():
-			return g, nil
-		case <-b.ctx.Done():
-			return g, nil
-		case <-woken:
-		}
-		woken, cancel = b.rewatch(g.Chain, cancel)
-		if err := b.view(ctx, op, func(tx Tx) error { return ownGrant(tx, op, c, id, &g) }); err != nil {
-			return g, nil // the end is recorded; only the proof was not waited for
-		}
+	if g.State == StateClosed {
+		return g, nil
 	}
+	b.closer.hurry(g)
+	select {
+	case <-ctx.Done():
+		return g, nil // the end is recorded; only the proof was not waited for
+	case <-b.ctx.Done():
+		return g, nil
+	case <-over:
+	}
+	clean, cancel := after(ctx, b.cfg.MintTimeout)
+	defer cancel()
+	_ = b.view(clean, op, func(tx Tx) error { return ownGrant(tx, op, c, id, &g) }) // it is over either way
 	return g, nil
 }
 

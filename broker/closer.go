@@ -2,6 +2,7 @@ package broker
 
 import (
 	"container/heap"
+	"slices"
 	"sync"
 	"time"
 )
@@ -18,12 +19,14 @@ type closer struct {
 	mu      sync.Mutex // guards what follows
 	due     dueHeap
 	lanes   map[string]*lane
-	minting map[GrantID]bool // an issue of this process is at work on it: its mint may be under way
-	wake    chan struct{}    // of the clock: the heap has an earlier head
+	minting map[GrantID]bool            // an issue of this process is at work on it: its mint may be under way
+	waiting map[GrantID][]chan struct{} // who waits for a grant to be over
+	wake    chan struct{}               // of the clock: the heap has an earlier head
 }
 
 func newCloser(b *Broker) *closer {
-	return &closer{b: b, lanes: map[string]*lane{}, minting: map[GrantID]bool{}, wake: make(chan struct{}, 1)}
+	return &closer{b: b, lanes: map[string]*lane{}, minting: map[GrantID]bool{},
+		waiting: map[GrantID][]chan struct{}{}, wake: make(chan struct{}, 1)}
 }
 
 // dueGrant is a grant to be looked at at a time.
@@ -68,6 +71,37 @@ func (c *closer) isMinting(id GrantID) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.minting[id]
+}
+
+// over gives a channel that is closed when the closer has recorded the grant as CLOSED.
+func (c *closer) over(id GrantID) <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	done := make(chan struct{})
+	c.waiting[id] = append(c.waiting[id], done)
+	return done
+}
+
+// announce tells whoever waits that grants are over.
+func (c *closer) announce(ids []GrantID) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, id := range ids {
+		for _, done := range c.waiting[id] {
+			close(done)
+		}
+		delete(c.waiting, id)
+	}
+}
+
+// forget drops a channel that nobody waits on any more.
+func (c *closer) forget(id GrantID, done <-chan struct{}) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.waiting[id] = slices.DeleteFunc(c.waiting[id], func(d chan struct{}) bool { return d == done })
+	if len(c.waiting[id]) == 0 {
+		delete(c.waiting, id)
+	}
 }
 
 // hurry has a grant ended now.

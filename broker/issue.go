@@ -1,9 +1,12 @@
 package broker
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"strings"
 	"time"
 )
@@ -21,7 +24,8 @@ type issue struct {
 	asked  Question // what was decided, with the history as it was then
 	answer Decision
 	grant  Grant
-	again  bool // the idempotency key was used for this step before
+	saved  []byte // the grant as this issue recorded it last
+	again  bool   // the idempotency key was used for this step before
 }
 
 // Issue gives one secret for one step with one tool, or nothing.
@@ -189,7 +193,7 @@ func (s *issue) recordIntent(tx Tx) error {
 	if err := s.spend(tx, p); err != nil {
 		return err
 	}
-	if err := save(tx, keyGrant(s.grant.ID), s.grant); err != nil {
+	if err := s.save(tx, s.grant); err != nil {
 		return err
 	}
 	if err := tx.Put(keyLive(s.grant.Chain, s.grant.ID), []byte{}); err != nil {
@@ -373,7 +377,7 @@ func (s *issue) handle(ctx context.Context, token Handle) error {
 		g.State, g.Token = StateHandle, token
 		g.Settles = s.b.cfg.Now().Add(s.b.cfg.MintTimeout + s.b.cfg.MintBound)
 		s.grant = g
-		if err := save(tx, keyGrant(g.ID), g); err != nil {
+		if err := s.save(tx, g); err != nil {
 			return err
 		}
 		_, err = enter(tx, s.entry(OpHandle, ""))
@@ -397,7 +401,7 @@ func (s *issue) issued(ctx context.Context, lease Lease) error {
 		}
 		g.Lease = lease
 		s.grant = g
-		if err := save(tx, keyGrant(g.ID), g); err != nil {
+		if err := s.save(tx, g); err != nil {
 			return err
 		}
 		_, err = enter(tx, s.entry(op, ""))
@@ -409,10 +413,28 @@ func (s *issue) issued(ctx context.Context, lease Lease) error {
 	return refused
 }
 
+// save records the grant, and keeps what was recorded.
+func (s *issue) save(tx Tx, g Grant) (err error) {
+	if s.saved, err = json.Marshal(g); err != nil {
+		return fmt.Errorf("encoding grant %s: %w", g.ID, err)
+	}
+	s.grant = g
+	return tx.Put(keyGrant(g.ID), s.saved)
+}
+
+// load reads the grant, and decodes it only when it is not as this issue recorded it last.
+func (s *issue) load(tx Tx) (Grant, bool, error) {
+	raw, err := tx.Get(keyGrant(s.grant.ID))
+	if err == nil && raw != nil && bytes.Equal(raw, s.saved) {
+		return s.grant, true, nil
+	}
+	return load[Grant](tx, keyGrant(s.grant.ID))
+}
+
 // still reads the grant again and refuses it when anything over it is fenced or out of time.
 // The grant is given with the refusal.
 func (s *issue) still(tx Tx) (Grant, error) {
-	g, ok, err := load[Grant](tx, keyGrant(s.grant.ID))
+	g, ok, err := s.load(tx)
 	if err != nil || !ok || g.State == StateClosed {
 		return s.grant, Errorf(Expired, opIssue, "the grant is over").With(CodeExpired).Because(err)
 	}

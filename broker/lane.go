@@ -2,6 +2,7 @@ package broker
 
 import (
 	"context"
+	"maps"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -137,23 +138,47 @@ func (b *Broker) mustEnd(tx Tx, g *Grant, now time.Time) (bool, error) {
 	return g.Ending != "", nil
 }
 
-// runSettle is steps 3 to 5 of revoke.
+// batchSize is how many grants share one transaction of the closer. Every fence and intent waits
+// for the one that is running, so it is small.
+const batchSize = 200
+
+// runSettle is steps 3 to 5 of revoke. What comes in while many are being settled does not wait
+// for all of them: an agent's own Close is not held up by the revocation of another chain.
 func (l *lane) runSettle() {
 	for l.await(l.settle) {
-		taken := l.settle.take()
-		grants := l.ending(taken)
-		for len(grants) > 0 {
-			batch := grants[:min(len(grants), 1000)]
-			grants = grants[len(batch):]
-			for _, g := range l.close(batch, taken) {
-				due := l.later(g.ID, taken[g.ID])
-				due.open = l.isOpen(g)
-				if settles := g.Settles.Add(time.Millisecond); settles.After(l.b.cfg.Now()) && settles.Before(due.at) {
-					due.at = settles // then an answer is possible
+		left := l.settle.take()
+		for len(left) > 0 && l.b.ctx.Err() == nil {
+			batch := map[GrantID]int{}
+			for id, attempt := range left {
+				if len(batch) == batchSize {
+					break
 				}
-				l.b.closer.at(due)
+				batch[id] = attempt
+				delete(left, id)
 			}
+			l.settleBatch(batch)
+			fresh := l.settle.take()
+			if len(fresh) <= batchSize {
+				l.settleBatch(fresh)
+				continue
+			}
+			maps.Copy(left, fresh)
 		}
+	}
+}
+
+func (l *lane) settleBatch(taken map[GrantID]int) {
+	grants := l.ending(taken)
+	if len(grants) == 0 {
+		return
+	}
+	for _, g := range l.close(grants, taken) {
+		due := l.later(g.ID, taken[g.ID])
+		due.open = l.isOpen(g)
+		if settles := g.Settles.Add(time.Millisecond); settles.After(l.b.cfg.Now()) && settles.Before(due.at) {
+			due.at = settles // then an answer is possible
+		}
+		l.b.closer.at(due)
 	}
 }
 
@@ -322,23 +347,26 @@ func (l *lane) revokeLeft(ctx context.Context, batch []Grant, gone []goneAnswer,
 // the budgets. A grant whose outcome is as before is not written again.
 func (l *lane) record(ctx context.Context, batch []Grant) error {
 	now := l.b.cfg.Now()
-	return l.b.update(ctx, "close", func(tx Tx) error {
+	var over []GrantID
+	err := l.b.update(ctx, "close", func(tx Tx) error {
+		over = nil
+		ended := map[DelegationID]int{} // how many live grants each delegation has less
 		for i := range batch {
 			g := &batch[i]
 			old, ok, err := load[Grant](tx, keyGrant(g.ID))
 			if err != nil {
 				return err
 			}
-			over := g.Outcome == OutcomeDead || g.Outcome == OutcomeStatic
-			switch {
+			switch dead := g.Outcome == OutcomeDead || g.Outcome == OutcomeStatic; {
 			case !ok || old.State == StateClosed:
 				g.State = StateClosed
 			case g.State != old.State:
 				// An issue has moved it since it was read; the next round sees it as it is.
-			case over:
-				if err := l.b.finish(tx, g, now); err != nil {
+			case dead:
+				if err := l.b.finish(tx, g, now, ended); err != nil {
 					return err
 				}
+				over = append(over, g.ID)
 			case g.Outcome != old.Outcome || old.Ending == "":
 				if err := save(tx, keyGrant(g.ID), *g); err != nil {
 					return err
@@ -348,12 +376,23 @@ func (l *lane) record(ctx context.Context, batch []Grant) error {
 				}
 			}
 		}
-		return nil
+		return giveBack(tx, ended)
 	})
+	if err == nil {
+		l.b.closer.announce(over)
+	}
+	return err
 }
 
-// finish makes a grant CLOSED.
-func (b *Broker) finish(tx Tx, g *Grant, now time.Time) error {
+// finish makes a grant CLOSED, and counts it in ended for each delegation above it.
+func (b *Broker) finish(tx Tx, g *Grant, now time.Time, ended map[DelegationID]int) error {
+	p, err := b.readPath(tx, "close", g.Delegation)
+	if err != nil {
+		return err
+	}
+	for _, d := range p.nodes {
+		ended[d.ID]++
+	}
 	g.State, g.Ended = StateClosed, now
 	if err := save(tx, keyGrant(g.ID), *g); err != nil {
 		return err
@@ -364,32 +403,33 @@ func (b *Broker) finish(tx Tx, g *Grant, now time.Time) error {
 	if err := tx.Put(keyPast(g.Chain, g.ID), []byte{}); err != nil {
 		return err
 	}
-	p, err := b.readPath(tx, "close", g.Delegation)
-	if err != nil {
-		return err
-	}
-	for _, d := range p.nodes {
-		u, _, err := load[Usage](tx, keyUsage(d.ID))
-		if err != nil {
-			return err
-		}
-		u.Live = max(0, u.Live-1)
-		if err := save(tx, keyUsage(d.ID), u); err != nil {
-			return err
-		}
-	}
 	if g.Ending == EndingRevoked {
 		if err := tx.Put(keyCut(g.Delegation, g.ID), []byte{}); err != nil {
 			return err
 		}
-	}
-	if g.Outcome == OutcomeStatic && g.Ending == EndingRevoked {
-		if err := b.noteStatic(tx, p, *g); err != nil {
-			return err
+		if g.Outcome == OutcomeStatic {
+			if err := b.noteStatic(tx, p, *g); err != nil {
+				return err
+			}
 		}
 	}
 	_, err = enter(tx, g.entry(OpClosed, now))
 	return err
+}
+
+// giveBack takes ended grants off the delegations' counts of live ones.
+func giveBack(tx Tx, ended map[DelegationID]int) error {
+	for id, n := range ended {
+		u, _, err := load[Usage](tx, keyUsage(id))
+		if err != nil {
+			return err
+		}
+		u.Live = max(0, u.Live-n)
+		if err := save(tx, keyUsage(id), u); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // noteStatic keeps a static secret in the books of the revocation that could not end it.

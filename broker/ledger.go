@@ -133,10 +133,11 @@ func save(tx Tx, key string, rec any) error {
 	return tx.Put(key, raw)
 }
 
-// enter appends an entry and lists its revision under its chain, where reports look.
+// enter appends an entry and lists its revision under its chain, where reports look: all but the
+// inner steps of an issue, whose end says more.
 func enter(tx Tx, e Entry) (Revision, error) {
 	rev, err := tx.Append(e)
-	if err != nil || e.Chain == "" {
+	if err != nil || e.Chain == "" || e.Op == OpIntent || e.Op == OpHandle {
 		return rev, err
 	}
 	return rev, tx.Put(keyEvent(e.Chain, rev), []byte{})

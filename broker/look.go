@@ -175,7 +175,8 @@ func (b *Broker) Entries(ctx context.Context, after Revision, limit int) ([]Entr
 	return list, nil
 }
 
-// ChainEntries is [Broker.Entries] for one chain.
+// ChainEntries is [Broker.Entries] for one chain, without the inner steps of its issues: intent and
+// handle.
 func (b *Broker) ChainEntries(ctx context.Context, id ChainID, after Revision, limit int) (list []Entry, err error) {
 	var revisions []Revision
 	prefix := keyEvent(id, 0)[:len("e/")+idLength+1]

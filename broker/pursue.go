@@ -53,38 +53,74 @@ func (b *Broker) pause(woken <-chan struct{}, d, least time.Duration) bool {
 type pursuit struct {
 	b      *Broker
 	rv     Revocation
-	queued map[GrantID]bool // given to the closer by this process
-	tokens map[string]bool  // accessors that Vault confirmed as revoked, to this process
-	least  time.Duration    // between two rounds: looking costs more the more is left
+	queued map[GrantID]ChainID // what the fence covers and was not over, with its chain
+	tokens map[string]bool     // accessors that Vault confirmed as revoked, to this process
+	nodes  []Delegation        // with tokens, root first; after the fence none gets another
+	least  time.Duration       // between two rounds: looking costs more the more is left
 }
 
 // round looks at what is left, has it ended, and records the closure when it changed.
 func (p *pursuit) round(ctx context.Context) (done bool, err error) {
-	left, nodes, err := p.left(ctx)
+	if p.queued == nil {
+		err = p.begin(ctx)
+	}
+	if err != nil {
+		return false, err
+	}
+	left, err := p.left(ctx)
 	if err != nil {
 		return false, err
 	}
 	p.least = 5*time.Millisecond + time.Duration(len(left))*50*time.Microsecond
-	if p.queued == nil {
-		p.queued = map[GrantID]bool{}
-	}
-	for _, g := range left {
-		if !p.queued[g.ID] {
-			p.queued[g.ID] = true
-			p.b.closer.hurry(g)
-		}
-	}
-	pending := p.killTokens(ctx, nodes)
-	return p.record(ctx, left, pending)
+	return p.record(ctx, left, p.killTokens(ctx, p.nodes))
 }
 
-// left lists the grants under the revocation that are not over, and its nodes, root first.
-func (p *pursuit) left(ctx context.Context) (grants []Grant, nodes []Delegation, err error) {
-	err = p.b.view(ctx, "revoke", func(tx Tx) error {
-		grants, nodes, err = p.b.under(tx, p.rv)
+// begin lists what the fence covers, which nothing can join any more, and hands it to the closer.
+func (p *pursuit) begin(ctx context.Context) error {
+	var grants []Grant
+	err := p.b.view(ctx, "revoke", func(tx Tx) (err error) {
+		grants, p.nodes, err = p.b.under(tx, p.rv)
 		return err
 	})
-	return grants, nodes, err
+	if err != nil {
+		return err
+	}
+	p.queued = make(map[GrantID]ChainID, len(grants))
+	for _, g := range grants {
+		p.queued[g.ID] = g.Chain
+		p.b.closer.hurry(g)
+	}
+	return nil
+}
+
+// left gives what is not over of what the fence covers. Of many only the ids: to decode a
+// hundred thousand grants again for every look would take longer than to end them.
+func (p *pursuit) left(ctx context.Context) (grants []Grant, err error) {
+	const many = 1000
+	err = p.b.view(ctx, "revoke", func(tx Tx) error {
+		grants = nil
+		for id, chain := range p.queued {
+			live, err := tx.Get(keyLive(chain, id))
+			if err != nil {
+				return err
+			}
+			if live != nil {
+				grants = append(grants, Grant{ID: id})
+			}
+		}
+		if len(grants) > many {
+			return nil
+		}
+		for i := range grants {
+			g, _, err := load[Grant](tx, keyGrant(grants[i].ID))
+			if err != nil {
+				return err
+			}
+			grants[i] = g
+		}
+		return nil
+	})
+	return grants, err
 }
 
 // under lists what is under a revocation: grants that are not over, and delegations with the
@@ -210,7 +246,10 @@ func (rv *Revocation) count(tx Tx, left []Grant) error {
 	if rv.Grants < len(left) {
 		rv.Grants = len(left) // the first look after the fence; none can join later
 	}
-	rv.Alive, rv.Unknown, rv.LatestEnd = 0, 0, time.Time{}
+	rv.Alive, rv.Unknown = 0, 0
+	if len(left) == 0 || left[0].State != "" { // else only ids are known, and the end stands as it was
+		rv.LatestEnd = time.Time{}
+	}
 	for _, g := range left {
 		if g.Outcome == OutcomeAlive {
 			rv.Alive++

@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"slices"
+	"time"
 )
 
 // Resume takes up what the ledger holds and starts the background work. Grants that were under
@@ -17,11 +18,11 @@ func (b *Broker) Resume(ctx context.Context) error {
 	var unsettled []Revocation
 	err := b.view(ctx, op, func(tx Tx) error {
 		alive, abandoned, unsettled = nil, nil, nil
-		err := eachLive(tx, "", func(g Grant) error {
+		err := eachLiveAs(tx, "", func(g standing) error {
 			if g.State == StateIssued && g.Ending == "" {
 				alive = append(alive, dueGrant{at: g.Expires, id: g.ID, backend: g.Backend})
 			} else {
-				abandoned = append(abandoned, g)
+				abandoned = append(abandoned, Grant{ID: g.ID, Backend: g.Backend})
 			}
 			return nil
 		})
@@ -54,6 +55,16 @@ func (b *Broker) Resume(ctx context.Context) error {
 		b.pursue(rv)
 	}
 	return nil
+}
+
+// standing is the part of a [Grant] that says when it must end: of a hundred thousand, nothing
+// else is decoded.
+type standing struct {
+	ID      GrantID    `json:"id"`
+	State   GrantState `json:"state"`
+	Backend string     `json:"backend"`
+	Expires time.Time  `json:"expires"`
+	Ending  Ending     `json:"ending"`
 }
 
 // fill takes many due grants at once.

@@ -72,11 +72,6 @@ func (h *hub) fire(id ChainID) {
 // watcher looks again and then watches anew. cancel must be called.
 func (b *Broker) Watch(id ChainID) (changed <-chan struct{}, cancel func()) { return b.hub.watch(id) }
 
-func (b *Broker) rewatch(id ChainID, cancel func()) (<-chan struct{}, func()) {
-	cancel()
-	return b.hub.watch(id)
-}
-
 // Standing tells the holder of a delegation how it stands: fenced or not, and which of the
 // holder's own steps must stop.
 //
@@ -139,7 +134,10 @@ func (b *Broker) Active(ctx context.Context, id GrantID) (active bool, err error
 
 // eachLive calls f with each grant of the chain, or of all chains when it is empty, that is
 // not over.
-func eachLive(tx Tx, chain ChainID, f func(Grant) error) (err error) {
+func eachLive(tx Tx, chain ChainID, f func(Grant) error) error { return eachLiveAs(tx, chain, f) }
+
+// eachLiveAs is eachLive that decodes only what T asks for.
+func eachLiveAs[T any](tx Tx, chain ChainID, f func(T) error) error {
 	prefix := "l/"
 	if chain != "" {
 		prefix += string(chain) + "/"
@@ -152,7 +150,7 @@ func eachLive(tx Tx, chain ChainID, f func(Grant) error) (err error) {
 		return err
 	}
 	for _, id := range ids {
-		g, ok, err := load[Grant](tx, keyGrant(id))
+		g, ok, err := load[T](tx, keyGrant(id))
 		if err != nil {
 			return err
 		}
