@@ -94,7 +94,8 @@ For responders:
   pawl chain             what is alive
   pawl revoke            stop it, and be told the truth about what is dead
   pawl freeze            stop it for now; pawl unfreeze lifts it
-  pawl audit             what happened
+  pawl audit             what happened, and whether the log is whole
+  pawl report            what a revocation came to, signed
 
 Errors say what happened, and then what to do. Exit status: 0, 1 failed, 2 misused.
 Every command has --help, with an example. pawl completion SHELL and pawl version do what they say.
@@ -117,7 +118,7 @@ func command() *cobra.Command {
 		return misuse{hinted{err, cmd.CommandPath() + " --help shows the flags"}}
 	})
 	root.AddCommand(serverCommand(), devCommand(), demoCommand(), versionCommand(), policyCommand(), vaultCommand(),
-		stepCommand(), chainCommand(), revokeCommand(), freezeCommand(), unfreezeCommand(), auditCommand(), explainCommand())
+		stepCommand(), chainCommand(), revokeCommand(), freezeCommand(), unfreezeCommand(), auditCommand(), reportCommand(), explainCommand())
 	for _, c := range root.Commands() {
 		mend(c)
 	}

@@ -392,6 +392,7 @@ func auditCommand() *cobra.Command {
 	f.add(c)
 	c.Flags().StringVar(&chain, "chain", "", "of one chain")
 	c.Flags().Uint64Var(&after, "after", 0, "only entries after this revision")
+	c.AddCommand(auditVerifyCommand(&f))
 	return c
 }
 
