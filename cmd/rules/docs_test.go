@@ -179,7 +179,7 @@ func play(t *testing.T, bin string, run []block) {
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	state := t.TempDir()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "bash", "-c", script(run))
 	cmd.Dir, cmd.Env = dir, append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"), "RULES="+state)

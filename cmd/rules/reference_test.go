@@ -19,7 +19,7 @@ import (
 var update = flag.Bool("update", false, "write the table of docs/configuration.md")
 
 const (
-	tableBegins = "<!-- from cmd/wire/config.go, by go test ./cmd/rules -run Reference -update -->\n"
+	tableBegins = "<!-- from the comments in cmd/wire, by go test ./cmd/rules -run Reference -update -->\n"
 	tableEnds   = "<!-- end -->\n"
 )
 
@@ -36,12 +36,12 @@ func TestReference(t *testing.T) {
 	if !ok || !ended {
 		t.Fatalf("%s has no place for the table", page)
 	}
-	table := "\n| key | is | what it says |\n|---|---|---|\n" + keys(reflect.TypeFor[wire.Config](), "", fieldComments(t)) + "\n"
+	table := "\n| key | is | what it says |\n|---|---|---|\n" + keys(t, reflect.TypeFor[wire.Config](), "", fieldComments(t)) + "\n"
 	if table == old {
 		return
 	}
 	if !*update {
-		t.Fatalf("the table of %s is not what cmd/wire/config.go says; -update writes it", page)
+		t.Fatalf("the table of %s is not what cmd/wire says: run go test ./cmd/rules -run Reference -update", page)
 	}
 	if err := os.WriteFile(page, []byte(before+tableBegins+table+tableEnds+after), 0o644); err != nil {
 		t.Fatal(err)
@@ -49,55 +49,72 @@ func TestReference(t *testing.T) {
 }
 
 // keys gives a row for each key below a struct.
-func keys(s reflect.Type, prefix string, comments map[string]string) string {
+func keys(t *testing.T, s reflect.Type, prefix string, comments map[string]string) string {
+	t.Helper()
 	var out strings.Builder
 	for f := range s.Fields() {
 		name := prefix + f.Tag.Get("yaml")
-		what := comments[s.Name()+"."+f.Name]
+		what, ok := comments[s.Name()+"."+f.Name]
+		is, below := f.Type.Kind().String(), ""
 		switch {
 		case f.Type == reflect.TypeFor[time.Duration]():
-			fmt.Fprintf(&out, "| `%s` | duration | %s |\n", name, what)
+			is = "duration"
 		case f.Type.Kind() == reflect.Struct:
-			out.WriteString(keys(f.Type, name+".", comments))
+			out.WriteString(keys(t, f.Type, name+".", comments))
+			continue
 		case f.Type.Kind() == reflect.Map:
-			fmt.Fprintf(&out, "| `%s` | map | %s |\n", name, what)
-			out.WriteString(keys(f.Type.Elem(), name+".NAME.", comments))
+			below = name + ".NAME."
 		case f.Type.Kind() == reflect.Slice:
-			fmt.Fprintf(&out, "| `%s` | list | %s |\n", name, what)
-		default:
-			fmt.Fprintf(&out, "| `%s` | %s | %s |\n", name, f.Type.Kind(), what)
+			is, below = "list", name+"[]."
+		}
+		if !ok {
+			t.Errorf("key %s of the configuration says nothing of itself", name)
+		}
+		fmt.Fprintf(&out, "| `%s` | %s | %s |\n", name, is, what)
+		if below != "" && f.Type.Elem().Kind() == reflect.Struct {
+			out.WriteString(keys(t, f.Type.Elem(), below, comments))
 		}
 	}
 	return out.String()
 }
 
-// fieldComments reads what config.go says beside each field.
+// fieldComments reads what cmd/wire says beside the fields of its types.
 func fieldComments(t *testing.T) map[string]string {
 	t.Helper()
-	f, err := parser.ParseFile(token.NewFileSet(), filepath.Join(root(t), "cmd/wire/config.go"), nil, parser.ParseComments)
+	files, err := filepath.Glob(filepath.Join(root(t), "cmd/wire/*.go"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	comments := map[string]string{}
-	ast.Inspect(f, func(n ast.Node) bool {
-		spec, ok := n.(*ast.TypeSpec)
-		if !ok {
-			return true
+	for _, file := range files {
+		f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ParseComments)
+		if err != nil {
+			t.Fatal(err)
 		}
-		s, ok := spec.Type.(*ast.StructType)
-		if !ok {
-			return true
+		ast.Inspect(f, func(n ast.Node) bool {
+			spec, ok := n.(*ast.TypeSpec)
+			if !ok {
+				return true
+			}
+			if s, ok := spec.Type.(*ast.StructType); ok {
+				comment(comments, spec.Name.Name, s)
+			}
+			return false
+		})
+	}
+	return comments
+}
+
+func comment(comments map[string]string, name string, s *ast.StructType) {
+	for _, field := range s.Fields.List {
+		text := field.Comment.Text()
+		if text == "" {
+			text = field.Doc.Text()
 		}
-		for _, field := range s.Fields.List {
-			for _, name := range field.Names {
-				text := strings.TrimSpace(field.Comment.Text())
-				if text == "" {
-					t.Errorf("field %s.%s of the configuration says nothing of itself", spec.Name, name)
-				}
-				comments[spec.Name.Name+"."+name.Name] = strings.ReplaceAll(text, "|", `\|`)
+		for _, f := range field.Names {
+			if text != "" {
+				comments[name+"."+f.Name] = strings.ReplaceAll(strings.Join(strings.Fields(text), " "), "|", `\|`)
 			}
 		}
-		return false
-	})
-	return comments
+	}
 }
