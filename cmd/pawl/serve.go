@@ -59,6 +59,12 @@ func checkConfig(cmd *cobra.Command, c wire.Config) error {
 	if err != nil {
 		return err
 	}
+	if _, err := wire.LoadSigner(c); err != nil {
+		return err
+	}
+	if _, err := wire.LoadTransmitters(c); err != nil {
+		return err
+	}
 	fmt.Fprintf(cmd.OutOrStdout(), "configuration and policy bundle are good: %d tools, bundle %s\n",
 		len(running.Current().Tools()), running.Current().Digest())
 	for _, w := range running.Current().Warnings() {
