@@ -84,6 +84,35 @@ func TestKillWalk(t *testing.T) {
 	t.Run("revoked", func(t *testing.T) { killAtEach(t, envs, points, true) })
 	fence := slices.Index(points, "before commit of fence #1")
 	t.Run("left alone", func(t *testing.T) { killAtEach(t, envs, points[:fence], false) })
+	t.Run("recovering", func(t *testing.T) { killWhileRecovering(t, envs) })
+}
+
+// killWhileRecovering kills a broker that has just minted, and then the next one at each act with
+// which it hunts that down.
+func killWhileRecovering(t *testing.T, envs chan *dev.Env) {
+	var points []string
+	for _, act := range []string{"commit of resume", "sever", "kill", "prove", "commit of end", "commit of closed"} {
+		points = append(points, "before "+act+" #1", "after "+act+" #1")
+	}
+	for _, point := range points {
+		t.Run(point, func(t *testing.T) {
+			t.Parallel()
+			env := <-envs
+			defer func() { envs <- env }()
+			w := newWorld(t, env, nil)
+			first := startProcess(t, w.file, with(envKill, "after mint #2"))
+			if err := (&play{w: w}).run(t.Context()); err == nil {
+				t.Fatal("the broker minted twice and lives")
+			}
+			first.gone(t)
+			startProcess(t, w.file, with(envKill, point)).gone(t)
+			last := startProcess(t, w.file)
+			w.known()
+			w.settled(stepTTL + 3*bound)
+			w.oracle.untilNone(w.before, 5*time.Second)
+			last.end(t)
+		})
+	}
 }
 
 // walk plays once without dying and gives the points it passed, at most two of a kind.
