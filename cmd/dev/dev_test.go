@@ -2,55 +2,50 @@ package dev_test
 
 import (
 	"context"
-	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
-	"github.com/jackc/pgx/v5"
-
-	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/cmd/dev"
+	"github.com/pawlsec/pawl/cmd/parts"
+	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-func TestFirstSecret(t *testing.T) {
+// TestStartAndClose: what Start brings up serves, the configuration file says how, and Close
+// leaves nothing behind.
+func TestStartAndClose(t *testing.T) {
+	parts.NeedVault(t)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	e, err := dev.Start(ctx, dev.Config{Progress: os.Stderr})
+	var told strings.Builder
+	e, err := dev.Start(ctx, dev.Config{NoPostgres: true, Progress: &told})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer e.Close()
-	b := e.Broker.Broker
-	c := broker.Caller{ID: dev.Agent("planner"), Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
-	root, err := b.Open(ctx, c, broker.OpenRequest{Task: "look", Rights: []broker.Right{{Tool: "db.read", Use: true}, {Tool: "tls.call", Use: true}, {Tool: "notes.read", Use: true}}})
-	if err != nil {
-		t.Fatal(err)
+	if c, err := wire.ReadConfig(e.ConfigFile); err != nil || fmt.Sprint(c) != fmt.Sprint(e.Config) {
+		t.Errorf("ReadConfig(%s) = %+v, %v, want %+v", e.ConfigFile, c, err, e.Config)
 	}
-	args, _ := broker.NewArgs(map[string]broker.Value{"tables": broker.List("orders")})
-	name, _ := broker.NewArgs(map[string]broker.Value{"name": broker.String("a.agents.pawl.dev")})
-	for _, r := range []broker.StepRequest{{Tool: "db.read", Args: args}, {Tool: "tls.call", Args: name}, {Tool: "notes.read"}} {
-		r.Delegation = root.ID
-		began := time.Now()
-		got, err := b.Issue(ctx, c, r)
-		if err != nil {
-			t.Fatal(err)
+	if err := e.Broker.Vault.Ready(); err != nil {
+		t.Errorf("Ready() = %v right after Start", err)
+	}
+	if e.Postgres != nil || e.Database != "" || !strings.Contains(told.String(), "starting the broker") {
+		t.Errorf("Start with NoPostgres has the database %q and told %q", e.Database, &told)
+	}
+	addresses := []string{e.Broker.Agents().String(), e.Broker.Operators().String(), strings.TrimPrefix(e.Vault.Address(), "https://")}
+	e.Close()
+	for _, a := range addresses {
+		if conn, err := net.Dial("tcp", a); err == nil {
+			_ = conn.Close()
+			t.Errorf("%s answers after Close", a)
 		}
-		t.Log(r.Tool, time.Since(began), got.Grant.Lease)
-		if r.Tool == "db.read" {
-			var s struct{ Username, Password, Host, Port, Database string }
-			_ = json.Unmarshal(got.Secret.Reveal(), &s)
-			conn, err := pgx.Connect(ctx, e.Postgres.DSNFor(s.Username, s.Password, s.Database))
-			if err != nil {
-				t.Fatal(err)
-			}
-			var n int
-			if err := conn.QueryRow(ctx, "SELECT count(*) FROM orders").Scan(&n); err != nil || n != 3 {
-				t.Fatal(n, err)
-			}
-		}
-		began = time.Now()
-		g, err := b.Close(ctx, c, got.Grant.ID)
-		t.Log(r.Tool, time.Since(began), g.State, g.Outcome, g.Evidence, err)
+	}
+	if _, err := os.Stat(e.Dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("Stat(%s) = %v after Close, want nothing there", e.Dir, err)
 	}
 }
