@@ -83,6 +83,15 @@ func (e *Env) setupVault(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	roles, err := wire.TokenRoles(running.Tools(), e.Config.Backends)
+	if err != nil {
+		return err
+	}
+	for _, w := range roles {
+		if err := e.admin().Write(ctx, w); err != nil {
+			return err
+		}
+	}
 	_, err = vault.Setup(ctx, e.admin(), vault.SetupConfig{BrokerID: BrokerID, TrustPEM: authorities.String(),
 		Tools: wire.Access(running.Tools(), e.Config.Backends), Reads: wire.Reads(running.Tools(), e.Config.Backends)})
 	return err
@@ -109,6 +118,7 @@ func (e *Env) mounts() []vault.Write {
 	writes := []vault.Write{
 		post("sys/mounts/secret", map[string]any{"type": "kv", "options": map[string]any{"version": "2"}}),
 		post("secret/data/notes", map[string]any{"data": map[string]any{"note": "kept in a drawer"}}),
+		post("sys/policies/acl/dev-notes", map[string]any{"policy": `path "secret/data/notes" { capabilities = ["read"] }`}),
 		post("sys/mounts/pki", map[string]any{"type": "pki"}),
 		post("pki/root/generate/internal", map[string]any{"common_name": "Pawl development", "key_type": "ec", "ttl": "24h"}),
 		post("pki/roles/pawl-client", map[string]any{"allowed_domains": "agents.pawl.dev", "allow_subdomains": true,

@@ -32,6 +32,7 @@ func TestEveryTool(t *testing.T) {
 		{"tls.call", map[string]broker.Value{"name": broker.String("a.agents.pawl.dev")}, broker.OutcomeDead},
 		{"api.call", map[string]broker.Value{"audience": broker.String("https://mail.pawl.dev")}, broker.OutcomeDead},
 		{"host.uptime", nil, broker.OutcomeDead},
+		{"notes.fetch", nil, broker.OutcomeDead},
 		{"notes.read", nil, broker.OutcomeStatic},
 	}
 	var rights []broker.Right

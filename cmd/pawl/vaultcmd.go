@@ -35,7 +35,7 @@ func vaultPlanCommand() *cobra.Command {
 			if err := required(cmd, "config", "broker"); err != nil {
 				return err
 			}
-			setup, err := vaultSetup(cmd.Context(), config, id, trust)
+			setup, roles, err := vaultSetup(cmd.Context(), config, id, trust)
 			if err != nil {
 				return err
 			}
@@ -43,6 +43,7 @@ func vaultPlanCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			plan = append(plan, roles...)
 			enc := json.NewEncoder(cmd.OutOrStdout())
 			enc.SetEscapeHTML(false)
 			for _, w := range plan {
@@ -59,26 +60,27 @@ func vaultPlanCommand() *cobra.Command {
 	return c
 }
 
-func vaultSetup(ctx context.Context, file, id, trust string) (vault.SetupConfig, error) {
+func vaultSetup(ctx context.Context, file, id, trust string) (vault.SetupConfig, []vault.Write, error) {
 	broker, err := spiffeid.FromString(id)
 	if err != nil {
-		return vault.SetupConfig{}, misuse{hinted{fmt.Errorf("--broker: %w", err), "it is the SPIFFE ID that the broker runs as"}}
+		return vault.SetupConfig{}, nil, misuse{hinted{fmt.Errorf("--broker: %w", err), "it is the SPIFFE ID that the broker runs as"}}
 	}
 	config, err := wire.ReadConfig(file)
 	if err != nil {
-		return vault.SetupConfig{}, err
+		return vault.SetupConfig{}, nil, err
 	}
 	running, err := wire.LoadPolicy(config.Policy)
 	if err != nil {
-		return vault.SetupConfig{}, err
+		return vault.SetupConfig{}, nil, err
 	}
 	authorities, err := trustPEM(ctx, broker.TrustDomain(), config.WorkloadAPI, trust)
 	if err != nil {
-		return vault.SetupConfig{}, err
+		return vault.SetupConfig{}, nil, err
 	}
 	tools := running.Current().Tools()
+	roles, err := wire.TokenRoles(tools, config.Backends)
 	return vault.SetupConfig{BrokerID: broker, TrustPEM: authorities, Role: config.Vault.Role,
-		Tools: wire.Access(tools, config.Backends), Reads: wire.Reads(tools, config.Backends)}, nil
+		Tools: wire.Access(tools, config.Backends), Reads: wire.Reads(tools, config.Backends)}, roles, err
 }
 
 func trustPEM(ctx context.Context, td spiffeid.TrustDomain, api, file string) (string, error) {

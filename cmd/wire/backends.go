@@ -11,11 +11,13 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/policy"
+	"github.com/pawlsec/pawl/plugins/exec"
 	"github.com/pawlsec/pawl/plugins/jwt"
 	"github.com/pawlsec/pawl/plugins/kv"
 	"github.com/pawlsec/pawl/plugins/pki"
 	"github.com/pawlsec/pawl/plugins/postgres"
 	"github.com/pawlsec/pawl/plugins/ssh"
+	"github.com/pawlsec/pawl/plugins/token"
 	"github.com/pawlsec/pawl/plugins/vault"
 )
 
@@ -23,7 +25,7 @@ import (
 func (s *Server) backends(configured map[string]Backend, log *slog.Logger) (map[string]broker.Backend, error) {
 	made := map[string]broker.Backend{}
 	for name, c := range configured {
-		b, err := s.backend(c, log)
+		b, err := s.backend(name, c, log)
 		if err != nil {
 			return nil, fmt.Errorf("backends.%s: %w", name, err)
 		}
@@ -32,7 +34,7 @@ func (s *Server) backends(configured map[string]Backend, log *slog.Logger) (map[
 	return made, nil
 }
 
-func (s *Server) backend(c Backend, log *slog.Logger) (broker.Backend, error) {
+func (s *Server) backend(name string, c Backend, log *slog.Logger) (broker.Backend, error) {
 	switch c.Plugin {
 	case "kv":
 		return kv.New(kv.Config{}), nil
@@ -42,6 +44,10 @@ func (s *Server) backend(c Backend, log *slog.Logger) (broker.Backend, error) {
 		return ssh.New(ssh.Config{KRL: c.KRL})
 	case "jwt":
 		return jwt.New(jwt.Config{Vault: s.Vault, Issuer: c.Issuer})
+	case "token":
+		return token.New(token.Config{Vault: s.Vault})
+	case "exec":
+		return exec.New(exec.Config{Name: name, Program: *c.Program.program(), Probe: c.Probe.program(), Timeout: c.Timeout})
 	case "postgres":
 		b, err := postgres.New(postgres.Config{DSN: c.DSN, Credentials: serviceLogins{s.Vault, c}, Log: log})
 		if err == nil {
@@ -50,6 +56,13 @@ func (s *Server) backend(c Backend, log *slog.Logger) (broker.Backend, error) {
 		return b, err
 	}
 	return nil, fmt.Errorf("plugin %q is not in this build", c.Plugin)
+}
+
+func (p *Program) program() *exec.Program {
+	if p == nil {
+		return nil
+	}
+	return &exec.Program{Path: p.Path, SHA256: p.SHA256, Args: p.Args, Env: p.Env}
 }
 
 // serviceLogins fetches the broker's own database logins from Vault, with its own token.
@@ -111,6 +124,10 @@ func Access(tools []broker.Tool, backends map[string]Backend) (list []vault.Acce
 			m = &ssh.Backend{}
 		case "jwt":
 			m = &jwt.Backend{}
+		case "token":
+			m = &token.Backend{}
+		case "exec":
+			m = &exec.Backend{}
 		case "postgres":
 			m = &postgres.Backend{}
 		default:
@@ -145,6 +162,22 @@ func Reads(tools []broker.Tool, backends map[string]Backend) (paths [][]string) 
 		}
 	}
 	return paths
+}
+
+// TokenRoles gives the writes that tools of the token plugin need in Vault, beside the plan of
+// [vault.SetupConfig].
+func TokenRoles(tools []broker.Tool, backends map[string]Backend) (writes []vault.Write, err error) {
+	for _, t := range tools {
+		if backends[t.Backend].Plugin != "token" {
+			continue
+		}
+		path, data, err := token.Role(t)
+		if err != nil {
+			return nil, fmt.Errorf("tool %q: %w", t.Name, err)
+		}
+		writes = append(writes, vault.Write{Why: "What tokens of tool " + string(t.Name) + " may be", Method: "POST", Path: strings.Join(path, "/"), Data: data})
+	}
+	return writes, nil
 }
 
 // leaseLister is the Vault client with the paths whose leases are ours: those of the running

@@ -61,7 +61,7 @@ type Vault struct {
 // Backend is one target of secrets. Which of the fields count is the plugin's matter; one that
 // does not must be absent.
 type Backend struct {
-	Plugin string `yaml:"plugin"` // postgres, pki, ssh, jwt or kv; required
+	Plugin string `yaml:"plugin"` // postgres, pki, ssh, jwt, token, kv or exec; required
 
 	DSN        string        `yaml:"dsn"`         // postgres: host, port, dbname, sslmode; never a user or password
 	Mount      string        `yaml:"mount"`       // postgres: the database engine's mount; empty: database
@@ -70,6 +70,17 @@ type Backend struct {
 	ServiceTTL time.Duration `yaml:"service_ttl"` // postgres: the life of both; zero: 4h
 	KRL        string        `yaml:"krl"`         // ssh: key revocation list that sshd reads; empty: none, and secrets live until their end
 	Issuer     string        `yaml:"issuer"`      // jwt: the iss claim; required
+	Program    *Program      `yaml:"program"`     // exec: the plugin; required
+	Probe      *Program      `yaml:"probe"`       // exec: proves in its place, so that what cuts is not what says it is cut; empty: the plugin does
+	Timeout    time.Duration `yaml:"timeout"`     // exec: of one start to its end; zero: 10s
+}
+
+// Program is an external plugin.
+type Program struct {
+	Path   string   `yaml:"path"`   // absolute; one file that needs no other beside it; required
+	SHA256 string   `yaml:"sha256"` // its checksum, 64 lower-case hexadecimal digits, checked at every start; required
+	Args   []string `yaml:"args"`   // after the program's name
+	Env    []string `yaml:"env"`    // NAME=value; empty: the environment is empty
 }
 
 // MaxConfig is the largest configuration file in bytes.
@@ -149,14 +160,15 @@ func (c Config) check() error {
 // check refuses fields that the plugin would pass over: a setting that does nothing misleads.
 func (b Backend) check(name string) error {
 	own := map[string]bool{"dsn": b.DSN != "", "mount": b.Mount != "", "shaper": b.Shaper != "", "revoker": b.Revoker != "",
-		"service_ttl": b.ServiceTTL != 0, "krl": b.KRL != "", "issuer": b.Issuer != ""}
+		"service_ttl": b.ServiceTTL != 0, "krl": b.KRL != "", "issuer": b.Issuer != "",
+		"program": b.Program != nil, "probe": b.Probe != nil, "timeout": b.Timeout != 0}
 	takes := map[string][]string{
 		"postgres": {"dsn", "mount", "shaper", "revoker", "service_ttl"}, "ssh": {"krl"},
-		"jwt": {"issuer"}, "pki": nil, "kv": nil,
+		"jwt": {"issuer"}, "exec": {"program", "probe", "timeout"}, "pki": nil, "kv": nil, "token": nil,
 	}
 	fields, known := takes[b.Plugin]
 	if !known {
-		return fmt.Errorf("%s.plugin is %q; it is postgres, pki, ssh, jwt or kv", name, b.Plugin)
+		return fmt.Errorf("%s.plugin is %q; it is postgres, pki, ssh, jwt, token, kv or exec", name, b.Plugin)
 	}
 	for _, f := range fields {
 		delete(own, f)
@@ -169,6 +181,8 @@ func (b Backend) check(name string) error {
 	switch {
 	case b.Plugin == "postgres" && b.DSN == "":
 		return fmt.Errorf("%s.dsn is required", name)
+	case b.Plugin == "exec" && b.Program == nil:
+		return fmt.Errorf("%s.program is required", name)
 	case b.Plugin == "jwt" && b.Issuer == "":
 		return fmt.Errorf("%s.issuer is required", name)
 	}

@@ -120,3 +120,23 @@ func each(ctx context.Context, n int, f func(context.Context, int) error) error 
 }
 
 var _ broker.Vault = (*Client)(nil)
+
+// TokensGone reports for each accessor whether Vault says that there is no such token. An error
+// answers for none of them.
+func (c *Client) TokensGone(ctx context.Context, accessors []string) ([]bool, error) {
+	out := make([]bool, len(accessors))
+	err := each(ctx, len(accessors), func(ctx context.Context, i int) error {
+		if !opaque(accessors[i]) {
+			return errors.New("looking a vault token up: not an accessor")
+		}
+		_, err := c.command(ctx, call{method: "POST", path: "auth/token/lookup-accessor", body: map[string]string{"accessor": accessors[i]}})
+		if out[i] = gone(err, "invalid accessor"); out[i] {
+			return nil
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}

@@ -183,6 +183,8 @@ path "auth/token/create/%s" { capabilities = ["create", "update"] }
 path "auth/token/renew-self" { capabilities = ["update"] }
 # Kill a delegation or a step. Needs the accessor, which only its maker knows.
 path "auth/token/revoke-accessor" { capabilities = ["update"] }
+# See whether a token is gone. Needs the accessor, too.
+path "auth/token/lookup-accessor" { capabilities = ["update"] }
 # Name the leases that Vault has given up revoking; Vault demands sudo for it.
 path "sys/leases" { capabilities = ["read", "sudo"] }
 `, s.TokenRole)
