@@ -56,6 +56,7 @@ func keys(t *testing.T, s reflect.Type, prefix string, comments map[string]strin
 		name := prefix + f.Tag.Get("yaml")
 		what, ok := comments[s.Name()+"."+f.Name]
 		is, below := f.Type.Kind().String(), ""
+		var of reflect.Type
 		switch {
 		case f.Type == reflect.TypeFor[time.Duration]():
 			is = "duration"
@@ -63,16 +64,18 @@ func keys(t *testing.T, s reflect.Type, prefix string, comments map[string]strin
 			out.WriteString(keys(t, f.Type, name+".", comments))
 			continue
 		case f.Type.Kind() == reflect.Map:
-			below = name + ".NAME."
+			below, of = name+".NAME.", f.Type.Elem()
 		case f.Type.Kind() == reflect.Slice:
-			is, below = "list", name+"[]."
+			is, below, of = "list", name+"[].", f.Type.Elem()
+		case f.Type.Kind() == reflect.Pointer:
+			is, below, of = "map", name+".", f.Type.Elem()
 		}
 		if !ok {
 			t.Errorf("key %s of the configuration says nothing of itself", name)
 		}
 		fmt.Fprintf(&out, "| `%s` | %s | %s |\n", name, is, what)
-		if below != "" && f.Type.Elem().Kind() == reflect.Struct {
-			out.WriteString(keys(t, f.Type.Elem(), below, comments))
+		if of != nil && of.Kind() == reflect.Struct {
+			out.WriteString(keys(t, of, below, comments))
 		}
 	}
 	return out.String()
