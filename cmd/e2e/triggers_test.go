@@ -239,7 +239,7 @@ func hears(t *testing.T, name string, ctx context.Context) {
 	t.Helper()
 	select {
 	case <-ctx.Done():
-	case <-time.After(30 * time.Second):
+	case <-time.After(10 * time.Second):
 	}
 	if cause := context.Cause(ctx); !errors.Is(cause, agent.ErrRevoked) {
 		t.Errorf("the step of %s ended because of %v, want revoked", name, cause)

@@ -1,0 +1,254 @@
+package e2e_test
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"math/big"
+	"testing"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/cmd/dev"
+)
+
+// outage is a chain that holds logins and certificates while a part of the world is down.
+type outage struct {
+	*world
+	root    *agent.Delegation
+	logins  []login
+	serials []*big.Int
+	end     time.Time // when the last secret ends if nobody does anything: what PostgreSQL and the certificates say
+}
+
+// each is how many of each kind are held.
+const each = 4
+
+func newOutage(t *testing.T) *outage {
+	t.Helper()
+	need(t, true)
+	o := &outage{world: newWorld(t, newEnv(t, dev.Config{}), nil)}
+	o.here(nil, nil)
+	o.root = o.open()
+	for range each {
+		_, l, err := take(t.Context(), o.root, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		o.logins = append(o.logins, l)
+		o.certificate(o.root)
+	}
+	o.readEnds()
+	return o
+}
+
+func (o *outage) open() *agent.Delegation {
+	o.t.Helper()
+	d, err := o.agent("planner").Open(o.t.Context(), agent.Chain{Task: "outage", Rights: rights("db.read", "tls.call")})
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	return d
+}
+
+func (o *outage) certificate(d *agent.Delegation) {
+	o.t.Helper()
+	step, err := d.Begin(o.t.Context(), "tls.call", agent.Args{"name": "a.agents.pawl.dev"})
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	block, _ := pem.Decode([]byte(step.Secret().Field("certificate")))
+	if block == nil {
+		o.t.Fatal("the secret holds no certificate")
+	}
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	o.serials = append(o.serials, cert.SerialNumber)
+	o.lives(cert.NotAfter)
+}
+
+func (o *outage) lives(until time.Time) {
+	if until.After(o.end) {
+		o.end = until
+	}
+}
+
+// vaultAdds is how much later than the lease Vault's database engine sets VALID UNTIL. The ledger
+// knows the lease.
+const vaultAdds = 5 * time.Second
+
+// readEnds asks PostgreSQL how long each login can be used.
+func (o *outage) readEnds() {
+	o.t.Helper()
+	conn := o.oracle.superuser()
+	defer conn.Close(context.Background()) //nolint:errcheck // only read
+	for _, l := range o.logins {
+		var until time.Time
+		if err := conn.QueryRow(o.t.Context(), "SELECT rolvaliduntil FROM pg_roles WHERE rolname = $1", l.Username).Scan(&until); err != nil {
+			o.t.Fatalf("reading VALID UNTIL of %s: %v", l.Username, err)
+		}
+		o.lives(until.Add(-vaultAdds))
+	}
+}
+
+func (o *outage) revoke(chain string) api.Revocation {
+	o.t.Helper()
+	rv, err := o.operator().Revoke(o.t.Context(), api.RevokeRequest{Selector: "chain:" + chain, Reason: "an outage"})
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	return rv
+}
+
+// look reads a revocation while something is down, and checks what it claims: not closed, no more
+// dead than can be known, and an end that is not before the true one.
+func (o *outage) look(id string, known int, end time.Time) api.Revocation {
+	o.t.Helper()
+	rv, err := o.operator().Revocation(o.t.Context(), id)
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	if rv.Closure == string(broker.ClosureClosed) || !rv.Settled.IsZero() {
+		o.t.Fatalf("the revocation is %s although a part that must prove it is down: %+v", rv.Closure, rv)
+	}
+	if rv.Grants == 0 {
+		return rv // fenced, and nobody has counted yet
+	}
+	if rv.Dead > known || rv.Dead+rv.Alive+rv.Unknown != rv.Grants {
+		o.t.Fatalf("%d are called dead, %d alive and %d unknown of %d, want at most %d dead", rv.Dead, rv.Alive, rv.Unknown, rv.Grants, known)
+	}
+	if rv.LatestEnd.Before(end.Truncate(time.Second)) {
+		o.t.Fatalf("the latest end is said to be %v, and it is %v", rv.LatestEnd, end)
+	}
+	return rv
+}
+
+// follow waits for CLOSED with so many dead. Nobody helps.
+func (o *outage) follow(id string, dead int) {
+	o.t.Helper()
+	ctx, cancel := context.WithTimeout(o.t.Context(), 2*time.Minute)
+	defer cancel()
+	var last api.Revocation
+	if err := o.operator().Follow(ctx, id, func(rv api.Revocation) error { last = rv; return nil }); err != nil {
+		o.t.Fatalf("following the revocation: %v; it is %+v", err, last)
+	}
+	if last.Closure != string(broker.ClosureClosed) || last.Dead != dead || last.Grants != dead {
+		o.t.Errorf("the revocation is %s with %d of %d dead, want CLOSED with %d", last.Closure, last.Dead, last.Grants, dead)
+	}
+}
+
+// of counts the chain's grants for a tool that are over, and those that are not but were looked at.
+func (o *outage) of(tool string) (over, looked int) {
+	o.t.Helper()
+	for _, g := range o.grants() {
+		switch {
+		case g.Tool != tool || g.Chain != o.root.Info().Chain:
+		case g.State == string(broker.StateClosed):
+			over++
+		case len(g.Evidence) > 0:
+			looked++
+		}
+	}
+	return over, looked
+}
+
+func (o *outage) over() {
+	o.t.Helper()
+	for _, l := range o.logins {
+		if o.oracle.works(l) {
+			o.t.Errorf("login %s works", l.Username)
+		}
+	}
+	for _, serial := range o.serials {
+		if !o.oracle.revoked(serial) {
+			o.t.Errorf("certificate %v is not on the revocation list", serial)
+		}
+	}
+	o.oracle.untilNone(o.before, 30*time.Second)
+	if n := o.oracle.irrevocable(); n != "0" {
+		o.t.Errorf("Vault has given up %s leases", n)
+	}
+}
+
+// TestDeadPostgreSQL: logins of a database that is down are unknown until it is back; certificates
+// of the same chain are dead meanwhile, and so is another chain.
+func TestDeadPostgreSQL(t *testing.T) {
+	o := newOutage(t)
+	if err := o.env.Postgres.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	rv := o.revoke(o.root.Info().Chain)
+	_, err := o.root.Begin(t.Context(), "tls.call", agent.Args{"name": "a.agents.pawl.dev"})
+	mustRefuse(t, "a step after the acknowledgement", err, agent.ErrRevoked)
+	if !within(30*time.Second, func() bool {
+		o.look(rv.ID, each, o.end)
+		dead, _ := o.of("tls.call")
+		_, looked := o.of("db.read")
+		return dead == each && looked == each
+	}) {
+		t.Fatal("the certificates are not dead, or the logins were not looked at, although only PostgreSQL is down")
+	}
+	for _, serial := range o.serials {
+		if !o.oracle.revoked(serial) {
+			t.Errorf("certificate %v is called dead and is not on the revocation list", serial)
+		}
+	}
+
+	other := o.open()
+	o.certificate(other)
+	o.follow(o.revoke(other.Info().Chain).ID, 1)
+	if !within(10*time.Second, func() bool { return o.look(rv.ID, each, o.end).Dead == each }) {
+		t.Errorf("the revocation does not count %d dead", each)
+	}
+
+	if err := o.env.Postgres.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	o.follow(rv.ID, 2*each)
+	o.over()
+}
+
+// TestDeadVault: with Vault down a fence is acknowledged and logins are cut at their database all
+// the same; nothing is called dead before Vault is back to say so.
+func TestDeadVault(t *testing.T) {
+	for _, row := range []struct {
+		name     string
+		down, up func(*dev.Env, context.Context) error
+	}{
+		{"paused", func(e *dev.Env, _ context.Context) error { return e.Vault.Pause() }, func(e *dev.Env, _ context.Context) error { return e.Vault.Continue() }},
+		{"killed", func(e *dev.Env, _ context.Context) error { return e.Vault.Kill() }, func(e *dev.Env, ctx context.Context) error { return e.Vault.Restart(ctx) }},
+		{"sealed", func(e *dev.Env, ctx context.Context) error { return e.Vault.Seal(ctx) }, func(e *dev.Env, ctx context.Context) error { return e.Vault.Unseal(ctx) }},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			o := newOutage(t)
+			if err := row.down(o.env, t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			rv := o.revoke(o.root.Info().Chain)
+			_, err := o.root.Begin(t.Context(), "tls.call", agent.Args{"name": "a.agents.pawl.dev"})
+			mustRefuse(t, "a step after the acknowledgement", err, agent.ErrRevoked)
+			if !within(30*time.Second, func() bool {
+				o.look(rv.ID, 0, o.end)
+				for _, l := range o.logins {
+					if o.oracle.works(l) {
+						return false
+					}
+				}
+				_, logins := o.of("db.read")
+				_, certificates := o.of("tls.call")
+				return logins == each && certificates == each
+			}) {
+				t.Fatal("the logins work, or were not looked at, although only Vault is down")
+			}
+			if err := row.up(o.env, t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			o.follow(rv.ID, 2*each)
+			o.over()
+		})
+	}
+}
