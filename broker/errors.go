@@ -44,36 +44,35 @@ type Code string
 
 // The codes of refusals that an agent or operator can act on.
 const (
-	CodeToolUnknown        Code = "tool_unknown"         // no such tool in the running policy bundle
-	CodeToolNotDelegated   Code = "tool_not_delegated"   // the delegation does not hold the tool for use
-	CodeArgumentOutside    Code = "argument_outside"     // an argument is outside the delegation or the tool's declaration
-	CodePolicyDenied       Code = "policy_denied"        // no permit, or a forbid
-	CodeViolation          Code = "violation"            // forbidden, and policy says that something follows
-	CodeApprovalNeeded     Code = "approval_needed"      // allowed once the obligation is met
-	CodeNarrowingTooWeak   Code = "narrowing_too_weak"   // policy demands a stronger label than the tool's
-	CodeBudgetExhausted    Code = "budget_exhausted"     // a limit of the chain is used up
-	CodeTooFast            Code = "too_fast"             // a limit per minute is used up; retry later
-	CodeDelegationUnknown  Code = "delegation_unknown"   // no such delegation, or not held by the caller
-	CodeDelegationWider    Code = "delegation_wider"     // asks for more than the parent may pass on
-	CodeDelegationDepth    Code = "delegation_depth"     // may not be passed on any further
-	CodeForeignDomain      Code = "foreign_trust_domain" // receiver in another trust domain without a policy that names both
-	CodeGrantUnknown       Code = "grant_unknown"        // no such grant, or not the caller's
-	CodeGrantMismatch      Code = "grant_mismatch"       // the grant is for another tool, argument or step
-	CodeKeyReused          Code = "key_reused"           // the idempotency key was used for another step
-	CodeFenced             Code = "fenced"               // the chain, node, grant or a rule over it is revoked
-	CodeFrozen             Code = "frozen"               // no new secrets for now; may be lifted
-	CodeExpired            Code = "expired"              // the delegation, grant or identity is past its time
-	CodeLedgerDown         Code = "ledger_unavailable"   // the ledger cannot commit
-	CodeVaultDown          Code = "vault_unavailable"    // Vault cannot mint; nothing is left behind
-	CodeOutcomeUnknown     Code = "outcome_unknown"      // a mint may have happened; it is being hunted down. Ask again with a new key
-	CodeBackendDown        Code = "backend_unavailable"  // the tool's target cannot be prepared
-	CodeIssuingStopped     Code = "issuing_stopped"      // the broker itself is in doubt (clock, restore, identity)
-	CodeRevocationUnknown  Code = "revocation_unknown"   // no such revocation
-	CodeSelectorEmpty      Code = "selector_matches_nothing"
-	CodePlanStale          Code = "plan_stale"           // the set has grown since the plan
-	CodePlanUnknown        Code = "plan_unknown"         // the token is not one of ours, or too old
-	CodeSecondPerson       Code = "second_person_needed" // unfreezing takes two people
-	CodeReporterNotTrusted Code = "reporter_not_trusted" // may not report on this chain
+	CodeToolUnknown       Code = "tool_unknown"         // no such tool in the running policy bundle
+	CodeToolNotDelegated  Code = "tool_not_delegated"   // the delegation does not hold the tool for use
+	CodeArgumentOutside   Code = "argument_outside"     // an argument is outside the delegation or the tool's declaration
+	CodePolicyDenied      Code = "policy_denied"        // no permit, or a forbid
+	CodeViolation         Code = "violation"            // forbidden, and policy says that something follows
+	CodeApprovalNeeded    Code = "approval_needed"      // allowed once the obligation is met
+	CodeNarrowingTooWeak  Code = "narrowing_too_weak"   // policy demands a stronger label than the tool's
+	CodeBudgetExhausted   Code = "budget_exhausted"     // a limit of the chain is used up
+	CodeTooFast           Code = "too_fast"             // a limit per minute is used up; retry later
+	CodeDelegationUnknown Code = "delegation_unknown"   // no such delegation, or not held by the caller
+	CodeDelegationWider   Code = "delegation_wider"     // asks for more than the parent may pass on
+	CodeDelegationDepth   Code = "delegation_depth"     // may not be passed on any further
+	CodeForeignDomain     Code = "foreign_trust_domain" // receiver in another trust domain without a policy that names both
+	CodeGrantUnknown      Code = "grant_unknown"        // no such grant, or not the caller's
+	CodeKeyOtherTool      Code = "key_other_tool"       // the idempotency key was used for a step with another tool
+	CodeKeyOtherArguments Code = "key_other_arguments"  // the idempotency key was used for a step with other arguments
+	CodeFenced            Code = "fenced"               // the chain, node, grant or a rule over it is revoked
+	CodeFrozen            Code = "frozen"               // no new secrets for now; may be lifted
+	CodeExpired           Code = "expired"              // the delegation, grant or identity is past its time
+	CodeLedgerDown        Code = "ledger_unavailable"   // the ledger cannot commit
+	CodeVaultDown         Code = "vault_unavailable"    // Vault cannot mint; nothing is left behind
+	CodeOutcomeUnknown    Code = "outcome_unknown"      // a mint may have happened; it is being hunted down. Ask again with a new key
+	CodeBackendDown       Code = "backend_unavailable"  // the tool's target cannot be prepared
+	CodeIssuingStopped    Code = "issuing_stopped"      // the broker itself is in doubt (clock, restore, identity)
+	CodeRevocationUnknown Code = "revocation_unknown"   // no such revocation
+	CodeSelectorEmpty     Code = "selector_matches_nothing"
+	CodePlanStale         Code = "plan_stale"           // the set has grown since the plan
+	CodePlanUnknown       Code = "plan_unknown"         // the token is not one of ours, or too old
+	CodeSecondPerson      Code = "second_person_needed" // unfreezing takes two people
 )
 
 // Error is the one type that leaves this package as an error.

@@ -220,18 +220,19 @@ func (s *issue) once(tx Tx) (known bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	if old.Caller != s.grant.Caller {
-		return false, errReplay
+	// A key is looked up under its delegation, which one caller holds: from anybody else it is
+	// refused with the delegation.
+	if old.Tool != s.grant.Tool {
+		return false, Errorf(Conflict, opIssue, "this idempotency key was used for a step with tool %q", old.Tool).
+			With(CodeKeyOtherTool).Lacks("use a new key for a new step", "tool:"+string(old.Tool))
 	}
-	if old.Tool != s.grant.Tool || old.Args.Digest() != s.grant.Args.Digest() {
-		return false, Errorf(Conflict, opIssue, "this idempotency key was used for another step").
-			With(CodeKeyReused).Lacks("use a new key for a new step")
+	if old.Args.Digest() != s.grant.Args.Digest() {
+		return false, Errorf(Conflict, opIssue, "this idempotency key was used for a step with other arguments").
+			With(CodeKeyOtherArguments).Lacks("use a new key for a new step", "arguments")
 	}
 	s.grant, s.again = old, true
 	return true, nil
 }
-
-var errReplay = Errorf(Conflict, opIssue, "this idempotency key was used by somebody else").With(CodeKeyReused)
 
 // spend counts the step on every node of the path that counts, in-flight steps included.
 func (s *issue) spend(tx Tx, p path) error {
@@ -305,9 +306,6 @@ func (s *issue) explain(ctx context.Context, p path, err error) error {
 		return s.b.forbidden(ctx, opIssue, no.q, no.d, p)
 	case !errors.As(err, &e):
 		return err
-	case e == errReplay:
-		copy := *errReplay
-		return s.b.violated(ctx, s.c, p, ViolationReplay, s.tool.Name, &copy)
 	case e.Code == CodeBudgetExhausted || e.Code == CodeTooFast:
 		return s.b.violated(ctx, s.c, p, ViolationBudget, s.tool.Name, e)
 	case e.Kind == Unavailable || e.Kind == Internal:

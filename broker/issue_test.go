@@ -176,7 +176,13 @@ func TestIdempotencyKey(t *testing.T) {
 		}
 		r.Tool = "deploy"
 		_, err := w.Issue(ctx, as("planner"), r)
-		refused(t, "the key for another tool", err, broker.Conflict, broker.CodeKeyReused)
+		refused(t, "the key for another tool", err, broker.Conflict, broker.CodeKeyOtherTool)
+		r.Tool = "db.read"
+		r.Args, _ = broker.NewArgs(map[string]broker.Value{"table": broker.String("orders")})
+		_, err = w.Issue(ctx, as("planner"), r)
+		refused(t, "the key for other arguments", err, broker.Conflict, broker.CodeKeyOtherArguments)
+		_, err = w.Issue(ctx, as("writer"), r)
+		refused(t, "the key from another caller", err, broker.NotFound, broker.CodeDelegationUnknown)
 		if n := len(w.target.Alive()); n != 1 {
 			t.Fatalf("%d secrets were made, want 1", n)
 		}

@@ -91,8 +91,7 @@ const (
 	ViolationForbidden ViolationCode = "forbidden_tool"   // a forbid with @violation
 	ViolationScope     ViolationCode = "outside_scope"    // tool or argument outside the delegation
 	ViolationBudget    ViolationCode = "budget_exhausted" // one step too many
-	ViolationReplay    ViolationCode = "replay"           // an idempotency key from another caller
-	ViolationHolder    ViolationCode = "wrong_holder"     // a delegation presented by somebody else
+	ViolationHolder    ViolationCode = "wrong_holder"     // a delegation presented by somebody else: a replay
 	ViolationCanary    ViolationCode = "canary"           // a tool that nobody has business with
 	ViolationHeartbeat ViolationCode = "lost_heartbeat"   // an agent that promised to be heard was not
 	ViolationReported  ViolationCode = "reported"         // a reporter's word, with no code of its own

@@ -38,7 +38,7 @@ func TestStatus(t *testing.T) {
 	for code, want := range map[api.Code]int{
 		"malformed": http.StatusBadRequest, "unauthenticated": http.StatusUnauthorized,
 		"policy_denied": http.StatusForbidden, "delegation_unknown": http.StatusNotFound,
-		"fenced": http.StatusConflict, "frozen": http.StatusConflict, "key_reused": http.StatusConflict,
+		"fenced": http.StatusConflict, "frozen": http.StatusConflict, "key_other_tool": http.StatusConflict,
 		"expired": http.StatusGone, "too_fast": http.StatusTooManyRequests,
 		"too_large": http.StatusRequestEntityTooLarge, "media_type": http.StatusUnsupportedMediaType,
 		"method_not_allowed": http.StatusMethodNotAllowed, "vault_unavailable": http.StatusServiceUnavailable,

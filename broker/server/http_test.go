@@ -135,7 +135,7 @@ func TestErrors(t *testing.T) {
 		"no code":         {broker.Errorf(broker.NotFound, "op", "shown"), 404, "not_found", api.KindNotFound, ""},
 		"revoked":         {broker.Errorf(broker.Revoked, "op", "shown").With(broker.CodeFenced), 409, "fenced", api.KindRevoked, ""},
 		"expired":         {broker.Errorf(broker.Expired, "op", "shown").With(broker.CodeExpired), 410, "expired", api.KindExpired, ""},
-		"conflict":        {broker.Errorf(broker.Conflict, "op", "shown").With(broker.CodeKeyReused), 409, "key_reused", api.KindConflict, ""},
+		"conflict":        {broker.Errorf(broker.Conflict, "op", "shown").With(broker.CodeKeyOtherTool), 409, "key_other_tool", api.KindConflict, ""},
 		"unavailable":     {broker.Errorf(broker.Unavailable, "op", "shown").With(broker.CodeVaultDown).After(time.Second).Because(inside), 503, "vault_unavailable", api.KindUnavailable, "1"},
 		"wrapped":         {fmt.Errorf("inside-marker: %w", broker.Errorf(broker.Denied, "op", "shown")), 403, "denied", api.KindDenied, ""},
 		"internal":        {broker.Errorf(broker.Internal, "op", "inside-marker").With(broker.CodeFenced).Because(inside), 500, "internal", api.KindInternal, ""},
