@@ -34,7 +34,7 @@ func Read(token string) (Token, error) {
 	if len(token) > maxToken || len(parts) != 3 {
 		return Token{}, errors.New("jwt: not a token")
 	}
-	signed, err := jose.ParseSigned(token, []jose.SignatureAlgorithm{jose.ES256})
+	signed, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.ES256})
 	if err != nil {
 		return Token{}, errors.New("jwt: not a token of ours")
 	}
@@ -65,7 +65,7 @@ func (b *Backend) Verify(ctx context.Context, t broker.Tool, token string) (Toke
 	if err != nil {
 		return Token{}, err
 	}
-	signed, err := jose.ParseSigned(token, []jose.SignatureAlgorithm{jose.ES256})
+	signed, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.ES256})
 	if err != nil || signed.Signatures[0].Header.KeyID != t.Path[1]+":"+strconv.Itoa(key.version) {
 		return Token{}, errors.New("jwt: not signed by the tool's key")
 	}
