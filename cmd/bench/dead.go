@@ -1,0 +1,285 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/broker/api"
+)
+
+// login is a live database credential, with an open session that reads through a cursor where
+// there is room for one.
+type login struct {
+	username, password string
+	session            *pgx.Conn
+}
+
+// way is one way to end many credentials at once.
+type way struct {
+	name  string
+	label string // of the row that compares with it; empty: it is ours
+	// issue makes n credentials and gives how to end them all with one command.
+	issue func(ctx context.Context, w *world, n int) (logins []login, end func(context.Context) error, err error)
+}
+
+var ways = []way{
+	{"pawl", "", issueOurs},
+	{"vault token revoke, best statements", "vs_vault_best", issueUnderToken("best")},
+	{"vault revoke-prefix, best statements", "vs_revoke_prefix", issueForPrefix},
+	{"vault lease by lease, best statements", "vs_lease_by_lease", issueForLeases},
+	{"vault token revoke, default statements", "vs_vault_token", issueUnderToken("default")}, // last: it may still be at work when it is given up
+}
+
+// most is how many credentials get an open session each.
+const most = 1000
+
+// measureDead ends n credentials in each way, in turns, and times from the command until an
+// observer that belongs to neither side sees them all dead.
+func measureDead(ctx context.Context, b *bench) error {
+	if b.world.env.Postgres == nil {
+		return errors.New("there is no PostgreSQL on this machine")
+	}
+	for _, n := range pick(b, []int{1, 10, 100, 1000, 10_000}, []int{1, 10, 100, 1000}) {
+		err := errLate
+		if !b.late(time.Duration(n) * 60 * time.Millisecond) {
+			err = b.dead(ctx, n)
+		}
+		if err != nil {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			b.report.leaveOut(fmt.Sprintf("dead.postgres.%d", n), err)
+		}
+	}
+	if b.quick {
+		b.report.leaveOut("dead.postgres.10000", errors.New("it takes minutes: not in a quick run"))
+	}
+	return nil
+}
+
+// rounds are fewer the longer one takes.
+func (b *bench) rounds(n int) int {
+	switch {
+	case n >= 10_000 || b.quick && n >= 100:
+		return 1
+	case n >= 1000 || b.quick:
+		return 2
+	}
+	return 5
+}
+
+// dead ends n credentials in each way, round by round. A way of theirs that fails is left out;
+// without ours there is nothing to report.
+func (b *bench) dead(ctx context.Context, n int) error {
+	seen := make([]deaths, len(ways))
+	for range b.rounds(n) {
+		for i, way := range ways {
+			if seen[i].failed || b.quick && n >= 1000 && way.label != "" && !strings.HasPrefix(way.label, "vs_vault") {
+				continue // a quick run compares with what the aims are about
+			}
+			d, err := b.end(ctx, way, n)
+			switch {
+			case err != nil && way.label == "":
+				return err
+			case err != nil:
+				seen[i].failed = true
+				b.report.leaveOut(fmt.Sprintf("dead.postgres.%d.%s", n, way.label), err)
+			default:
+				seen[i].dead = append(seen[i].dead, d.dead.Seconds())
+				seen[i].command = append(seen[i].command, d.command.Seconds())
+				seen[i].left = max(seen[i].left, d.sessions)
+			}
+		}
+	}
+	b.reportDead(n, seen)
+	return nil
+}
+
+// deaths are the rounds of one way.
+type deaths struct {
+	dead, command samples // in seconds
+	left          int     // sessions that stayed
+	failed        bool
+}
+
+func (b *bench) reportDead(n int, seen []deaths) {
+	name, ours := fmt.Sprintf("dead.postgres.%d.", n), seen[0]
+	note := "each with an open session and cursor"
+	if n > most {
+		note = "without sessions: PostgreSQL would have to take as many connections"
+	}
+	b.report.add(row{Name: name + "seconds", Unit: "s", N: n * len(ours.dead), Against: ways[1].name, Note: note}, ours.dead, seen[1].dead)
+	b.report.add(row{Name: name + "closed_seconds", Unit: "s", N: n * len(ours.command),
+		Note: "until the broker has evidence for each and calls the revocation CLOSED"}, ours.command, nil)
+	for i, way := range ways {
+		if way.label == "" || len(seen[i].dead) == 0 {
+			continue
+		}
+		more := note
+		if seen[i].left > 0 {
+			more += fmt.Sprintf("; theirs left %d sessions open and reading, and is timed to the end of the logins alone", seen[i].left)
+		}
+		b.report.add(row{Name: name + way.label, Unit: "s", N: n * len(ours.dead), Against: way.name, Note: more}, ours.dead, seen[i].dead)
+	}
+}
+
+// death is what the observer saw.
+type death struct {
+	dead     time.Duration // until no login and, unless some were left, no session was there
+	command  time.Duration // until the command, with whatever it waits for, was over
+	sessions int           // that were open after the logins were gone and stayed
+}
+
+// end makes credentials, ends them and watches.
+func (b *bench) end(ctx context.Context, way way, n int) (d death, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 12*time.Minute)
+	defer cancel()
+	w := b.world
+	logins, command, err := way.issue(ctx, w, n)
+	defer func() { hangUp(logins) }()
+	if err != nil {
+		return d, fmt.Errorf("making %d credentials: %w", n, err)
+	}
+	if n <= most {
+		if err := each(8, n, func(i int) error { return logins[i].enter(ctx, w) }); err != nil {
+			return d, fmt.Errorf("opening sessions: %w", err)
+		}
+	}
+	o, err := newObserver(ctx, w, logins)
+	if err != nil {
+		return d, err
+	}
+	defer o.close()
+	var commanded sync.WaitGroup
+	var commandErr error
+	began := time.Now()
+	commanded.Go(func() {
+		commandErr = command(ctx)
+		d.command = time.Since(began)
+	})
+	at, sessions, err := o.untilDead(ctx)
+	commanded.Wait()
+	if err := errors.Join(err, commandErr); err != nil {
+		return d, err
+	}
+	d.dead, d.sessions = at.Sub(began), sessions
+	return d, confirm(ctx, w, logins, sessions)
+}
+
+// enter opens a session and a cursor in it.
+func (l *login) enter(ctx context.Context, w *world) (err error) {
+	if l.session, err = pgx.Connect(ctx, w.env.Postgres.DSNFor(l.username, l.password, w.database())); err != nil {
+		return errors.New("a login that was just made does not work") // pgx's text quotes the DSN
+	}
+	_, err = l.session.Exec(ctx, "BEGIN; DECLARE c CURSOR FOR SELECT * FROM orders; FETCH 1 FROM c")
+	return err
+}
+
+func hangUp(logins []login) {
+	_ = each(16, len(logins), func(i int) error {
+		if s := logins[i].session; s != nil {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+			defer cancel()
+			_ = s.Close(ctx) // it is dead, or is to be
+		}
+		return nil
+	})
+}
+
+// confirm tries what the observer called dead: cursors of some sessions, and some logins.
+func confirm(ctx context.Context, w *world, logins []login, sessions int) error {
+	step := max(1, len(logins)/50)
+	for i := 0; i < len(logins); i += step {
+		l := logins[i]
+		if l.session != nil && sessions == 0 {
+			if _, err := l.session.Exec(ctx, "FETCH 1 FROM c"); err == nil {
+				return errors.New("a cursor reads on although the observer saw no session")
+			}
+		}
+		if conn, err := pgx.Connect(ctx, w.env.Postgres.DSNFor(l.username, l.password, w.database())); err == nil {
+			return errors.Join(errors.New("a login works although the observer saw none"), conn.Close(ctx))
+		}
+	}
+	return nil
+}
+
+// issueOurs takes n steps under one chain; the command is the revocation of the chain.
+func issueOurs(ctx context.Context, w *world, n int) (logins []login, end func(context.Context) error, err error) {
+	client, err := w.agent("bench-dead")
+	if err != nil {
+		return nil, nil, err
+	}
+	d, err := client.Open(ctx, agent.Chain{Task: "bench", Rights: []agent.Right{{Tool: "db.read", Use: true}}})
+	if err != nil {
+		return nil, nil, errors.Join(err, client.Close())
+	}
+	logins = make([]login, n)
+	err = each(16, n, func(i int) error {
+		s, err := d.Begin(ctx, "db.read", agent.Args{"tables": []string{"orders"}})
+		if err == nil {
+			logins[i].username, logins[i].password = s.Secret().Field("username"), s.Secret().Field("password")
+		}
+		return err
+	})
+	return logins, func(ctx context.Context) error {
+		defer client.Close() //nolint:errcheck // it always succeeds
+		rv, err := w.operator.Revoke(ctx, api.RevokeRequest{Selector: "chain:" + d.Info().Chain, Reason: "bench"})
+		if err != nil {
+			return err
+		}
+		return w.settled(ctx, rv.ID)
+	}, err
+}
+
+// issueUnderToken makes credentials of a role with one token; the command is its revocation.
+func issueUnderToken(role string) func(context.Context, *world, int) ([]login, func(context.Context) error, error) {
+	return func(ctx context.Context, w *world, n int) ([]login, func(context.Context) error, error) {
+		logins, _, accessor, err := w.direct.credentials(ctx, role, n)
+		return logins, func(ctx context.Context) error {
+			_, err := w.direct.ask(ctx, "POST", "auth/token/revoke-accessor", map[string]any{"accessor": accessor})
+			return err
+		}, err
+	}
+}
+
+func issueForPrefix(ctx context.Context, w *world, n int) ([]login, func(context.Context) error, error) {
+	logins, _, _, err := w.direct.credentials(ctx, "best", n)
+	return logins, func(ctx context.Context) error {
+		_, err := w.direct.ask(ctx, "POST", "sys/leases/revoke-prefix/plain/creds/best", map[string]any{"sync": true})
+		return err
+	}, err
+}
+
+func issueForLeases(ctx context.Context, w *world, n int) ([]login, func(context.Context) error, error) {
+	logins, leases, _, err := w.direct.credentials(ctx, "best", n)
+	return logins, func(ctx context.Context) error {
+		return each(16, n, func(i int) error {
+			_, err := w.direct.ask(ctx, "POST", "sys/leases/revoke", map[string]any{"lease_id": leases[i], "sync": true})
+			return err
+		})
+	}, err
+}
+
+// credentials makes n database credentials below one token.
+func (c *vaultClient) credentials(ctx context.Context, role string, n int) (logins []login, leases []string, accessor string, err error) {
+	token, accessor, err := c.child(ctx)
+	if err != nil {
+		return nil, nil, "", err
+	}
+	mine := c.as(token)
+	defer mine.close()
+	logins, leases = make([]login, n), make([]string, n)
+	err = each(16, n, func(i int) error {
+		a, err := mine.ask(ctx, "GET", "plain/creds/"+role, nil)
+		logins[i].username, logins[i].password, leases[i] = a.text("username"), a.text("password"), a.LeaseID
+		return err
+	})
+	return logins, leases, accessor, err
+}

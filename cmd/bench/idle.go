@@ -1,0 +1,85 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/goccy/go-yaml"
+
+	"github.com/pawlsec/pawl/cmd/wire"
+)
+
+// measureIdle is what the broker takes when it has nothing to do: memory, disk, time to start.
+func measureIdle(ctx context.Context, b *bench) error {
+	w := b.world
+	ours, err := resident(w.broker.cmd.Process.Pid)
+	if err != nil {
+		return err
+	}
+	var beside samples
+	if theirs, err := resident(w.vaultPID); err == nil {
+		beside = samples{theirs / 1e6}
+	}
+	b.report.add(row{Name: "idle.rss_mb", Unit: "MB", Against: "Vault", Note: "after one step"}, samples{ours / 1e6}, beside)
+	if err := b.binarySize(); err != nil {
+		return err
+	}
+	return b.coldStart(ctx)
+}
+
+func (b *bench) binarySize() error {
+	info, err := os.Stat(b.world.program)
+	if err != nil {
+		return err
+	}
+	var beside samples
+	if vault, err := os.Stat(fmt.Sprintf("/proc/%d/exe", b.world.vaultPID)); err == nil {
+		beside = samples{float64(vault.Size()) / 1e6}
+	}
+	b.report.add(row{Name: "binary.size_mb", Unit: "MB", Against: "the Vault server of this run, built with six engines"},
+		samples{float64(info.Size()) / 1e6}, beside)
+	return nil
+}
+
+// coldStart times from starting the program to serving, beside the one that runs.
+func (b *bench) coldStart(ctx context.Context) error {
+	c, err := wire.ReadConfig(b.world.config)
+	if err != nil {
+		return err
+	}
+	dir := filepath.Join(b.dir, "cold")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	c.Listen.Socket, c.Ledger = filepath.Join(dir, "s"), filepath.Join(dir, "ledger.db")
+	for name, backend := range c.Backends {
+		if backend.KRL != "" {
+			backend.KRL = filepath.Join(dir, "krl")
+			c.Backends[name] = backend
+		}
+	}
+	raw, err := yaml.Marshal(c)
+	if err != nil {
+		return err
+	}
+	file := filepath.Join(dir, "pawl.yaml")
+	if err := os.WriteFile(file, raw, 0o600); err != nil {
+		return err
+	}
+	var took samples
+	for range pick(b, 5, 3) {
+		p, err := startBroker(ctx, b.world.program, file, filepath.Join(dir, "log"))
+		if err != nil {
+			return err
+		}
+		took = append(took, p.started.Seconds())
+		if err := errors.Join(p.stop(), os.RemoveAll(c.Ledger), os.RemoveAll(c.Ledger+".reserve")); err != nil {
+			return err
+		}
+	}
+	b.report.add(row{Name: "coldstart.seconds", Unit: "s", Note: "from starting the program to serving, with a new ledger"}, took, nil)
+	return nil
+}

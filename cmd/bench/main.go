@@ -1,0 +1,193 @@
+// Bench measures Pawl beside what one would use instead, both in the same run, and writes the
+// table, build/bench.json, a chart and docs/performance.md.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"runtime/pprof"
+	"syscall"
+	"time"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := command(ctx, os.Args[1:])
+	stop()
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+	case err != nil:
+		fmt.Fprintln(os.Stderr, "bench: error: "+err.Error())
+		os.Exit(1)
+	}
+}
+
+// options is what the command line says.
+type options struct {
+	quick   bool
+	root    string         // of the source tree: build/ and docs/ are below it
+	only    *regexp.Regexp // sections to measure
+	page    bool           // write docs/performance.md
+	profile string         // of this process; empty: none
+}
+
+func command(ctx context.Context, args []string) error {
+	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
+	var o options
+	flags.BoolVar(&o.quick, "quick", false, "fewer of everything, in under three minutes")
+	flags.StringVar(&o.root, "C", ".", "root of the source tree")
+	flags.BoolVar(&o.page, "page", true, "write docs/performance.md and its chart; never from a part of the sections")
+	flags.StringVar(&o.profile, "cpuprofile", "", "file for a profile of this process, in which the engine's rows run")
+	only := flags.String("only", "", "regular expression of the sections to measure; empty: all")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	var err error
+	if o.only, err = regexp.Compile(*only); err != nil {
+		return err
+	}
+	if o.root, err = filepath.Abs(o.root); err != nil {
+		return err
+	}
+	o.page = o.page && *only == ""
+	if o.profile != "" {
+		f, err := os.Create(o.profile)
+		if err != nil {
+			return err
+		}
+		defer f.Close() //nolint:errcheck // a profile that is cut says so when it is read
+		if err := pprof.StartCPUProfile(f); err != nil {
+			return err
+		}
+		defer pprof.StopCPUProfile()
+	}
+	ctx, cancel := context.WithTimeout(ctx, 90*time.Minute)
+	defer cancel()
+	return run(ctx, o)
+}
+
+// section is a part of the run. What it cannot measure it leaves out of the report with a word
+// why; its error is a row that is missing, never the end of the run.
+type section struct {
+	name string
+	real bool // stands on the real Vault, PostgreSQL and broker
+	run  func(context.Context, *bench) error
+}
+
+var sections = []section{
+	{"policy", false, measurePolicy},
+	{"ledger", false, measureLedger},
+	{"fence", false, measureFence},
+	{"resume", false, measureResume},
+	{"idle", true, measureIdle},
+	{"issue", true, measureIssue},
+	{"chain", true, measureChain},
+	{"dead", true, measureDead},
+	{"events", true, measureEvents},
+	{"vault-down", true, measureVaultDown}, // last: Vault is another process afterwards
+}
+
+// bench is one run.
+type bench struct {
+	options
+	report report
+	dir    string // for ledgers and files of this run, on the disk of the source tree
+	world  *world // the real servers; nil until a section needs them
+}
+
+// pick gives n in a whole run and quick in a quick one.
+func pick[T any](b *bench, n, quick T) T {
+	if b.quick {
+		return quick
+	}
+	return n
+}
+
+// errLate is why a quick run leaves out what is long.
+var errLate = errors.New("the time of a quick run was over")
+
+// late reports whether a quick run has no time left for something that takes so long.
+func (b *bench) late(takes time.Duration) bool {
+	return b.quick && time.Since(b.report.began)+takes > 170*time.Second
+}
+
+func run(ctx context.Context, o options) error {
+	build := filepath.Join(o.root, "build")
+	if err := os.MkdirAll(build, 0o755); err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp(build, "bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir) //nolint:errcheck // below build/, which `make clean` removes
+	b := &bench{options: o, dir: dir}
+	b.report.began = time.Now()
+	b.report.machine = machine()
+	defer func() {
+		if b.world != nil {
+			b.world.close()
+		}
+	}()
+	for _, s := range sections {
+		if !o.only.MatchString(s.name) {
+			continue
+		}
+		if err := b.section(ctx, s); err != nil {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			b.report.leaveOut(s.name, err)
+			fmt.Fprintf(os.Stderr, "bench: %s: left out: %v\n", s.name, err)
+		}
+	}
+	b.report.took = time.Since(b.report.began)
+	if err := b.write(build); err != nil {
+		return err
+	}
+	return nil
+}
+
+func (b *bench) section(ctx context.Context, s section) error {
+	began := time.Now()
+	fmt.Fprintf(os.Stderr, "bench: %s\n", s.name)
+	if s.real && b.world == nil {
+		w, err := newWorld(ctx, b)
+		if err != nil {
+			return err
+		}
+		b.world = w
+	}
+	err := s.run(ctx, b)
+	fmt.Fprintf(os.Stderr, "bench: %s: %.1f s\n", s.name, time.Since(began).Seconds())
+	return err
+}
+
+// write prints the table and stores everything.
+func (b *bench) write(build string) error {
+	r := &b.report
+	r.judge()
+	r.table(os.Stdout)
+	if err := r.writeJSON(filepath.Join(build, "bench.json")); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(build, "bench.svg"), []byte(r.chart()), 0o644); err != nil {
+		return err
+	}
+	if !b.page {
+		return nil
+	}
+	docs := filepath.Join(b.root, "docs")
+	if err := os.MkdirAll(docs, 0o755); err != nil {
+		return err
+	}
+	return errors.Join(
+		os.WriteFile(filepath.Join(docs, "performance.svg"), []byte(r.chart()), 0o644),
+		os.WriteFile(filepath.Join(docs, "performance.md"), []byte(r.page(b.quick)), 0o644))
+}

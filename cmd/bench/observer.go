@@ -1,0 +1,87 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// observer looks at the database over the superuser's connection. It knows roles by their oid,
+// since a session outlives the name of its role.
+type observer struct {
+	conn *pgx.Conn
+	oids []uint32
+}
+
+func newObserver(ctx context.Context, w *world, logins []login) (*observer, error) {
+	conn, err := pgx.Connect(ctx, w.env.Database)
+	if err != nil {
+		return nil, err
+	}
+	o := &observer{conn: conn}
+	names := make([]string, len(logins))
+	for i, l := range logins {
+		names[i] = l.username
+	}
+	rows, err := conn.Query(ctx, "SELECT oid FROM pg_roles WHERE rolname = ANY($1)", names)
+	if err == nil {
+		o.oids, err = pgx.CollectRows(rows, pgx.RowTo[uint32])
+	}
+	if err == nil && len(o.oids) != len(logins) {
+		err = fmt.Errorf("of %d credentials the database knows %d", len(logins), len(o.oids))
+	}
+	if err != nil {
+		o.close()
+		return nil, err
+	}
+	return o, nil
+}
+
+func (o *observer) close() {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	_ = o.conn.Close(ctx) // it only looked
+}
+
+// look counts the roles that may log in and the sessions.
+func (o *observer) look(ctx context.Context) (logins, sessions int, err error) {
+	err = o.conn.QueryRow(ctx, `SELECT (SELECT count(*) FROM pg_authid WHERE oid = ANY($1) AND rolcanlogin),
+		(SELECT count(*) FROM pg_stat_activity WHERE usesysid = ANY($1))`, o.oids).Scan(&logins, &sessions)
+	return logins, sessions, err
+}
+
+// untilDead looks every few milliseconds until no login and no session is left and gives when
+// it saw that. Sessions that are still as many a second after the last login went are left
+// there: then it is the time when the last login had gone.
+func (o *observer) untilDead(ctx context.Context) (at time.Time, left int, err error) {
+	var refused, changed time.Time // when the last login had gone, and when a session last went
+	var before int
+	tick := time.NewTicker(4 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		logins, sessions, err := o.look(ctx)
+		if err != nil {
+			return at, 0, err
+		}
+		now := time.Now()
+		if logins == 0 && refused.IsZero() {
+			refused, changed = now, now
+		}
+		if sessions != before {
+			before, changed = sessions, now
+		}
+		switch {
+		case logins == 0 && sessions == 0:
+			return now, 0, nil
+		case logins == 0 && now.Sub(changed) > time.Second:
+			return refused, sessions, nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return at, 0, ctx.Err()
+		}
+	}
+}

@@ -1,0 +1,190 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// brokerProcess is `pawl server`, alone in a process so that its time and memory can be read.
+type brokerProcess struct {
+	cmd     *exec.Cmd
+	agents  string // address
+	started time.Duration
+	exited  chan struct{}
+}
+
+// startBroker starts the program and returns when it serves.
+func startBroker(ctx context.Context, program, config, log string) (*brokerProcess, error) {
+	cmd := exec.Command(program, "server", "--config", config)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		return nil, err
+	}
+	file, err := os.Create(log)
+	if err != nil {
+		return nil, err
+	}
+	began := time.Now()
+	if err := cmd.Start(); err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	p := &brokerProcess{cmd: cmd, exited: make(chan struct{})}
+	serving := make(chan string, 1)
+	go func() {
+		defer close(p.exited)
+		readLog(stderr, file, serving)
+		_ = cmd.Wait()   // it was told to end, or its log tells why it did
+		_ = file.Close() // a log of a run that is over
+	}()
+	select {
+	case p.agents = <-serving:
+		p.started = time.Since(began)
+		return p, nil
+	case <-p.exited:
+		text, _ := os.ReadFile(log)
+		return nil, fmt.Errorf("the broker ended: %s", bytes.TrimSpace(text[max(0, len(text)-1000):]))
+	case <-ctx.Done():
+		return nil, errors.Join(ctx.Err(), p.stop())
+	}
+}
+
+// readLog copies the log, but the line of each request, and tells the address of its first
+// "serving" line.
+func readLog(from io.Reader, to io.Writer, serving chan<- string) {
+	lines := bufio.NewScanner(from)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		var line struct{ Msg, Agents string }
+		if json.Unmarshal(lines.Bytes(), &line) == nil && line.Msg == "serving" {
+			serving <- line.Agents
+		}
+		if line.Msg != "request" {
+			_, _ = fmt.Fprintf(to, "%s\n", lines.Bytes()) // the log is for whoever looks into a failure
+		}
+	}
+	_, _ = io.Copy(io.Discard, from) // a line beyond all bounds must not stop the broker
+}
+
+func (p *brokerProcess) stop() error {
+	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	select {
+	case <-p.exited:
+	case <-time.After(15 * time.Second):
+		_ = p.cmd.Process.Kill() // it had its time
+		<-p.exited
+	}
+	return nil
+}
+
+// errNoProc says that this system does not tell about processes as Linux does.
+var errNoProc = errors.New("there is no /proc")
+
+// cpuTime is the processor time that a process has used, to the system's tick of 10 ms.
+func cpuTime(pid int) (time.Duration, error) {
+	fields, err := procStat(pid)
+	if err != nil {
+		return 0, err
+	}
+	user, userErr := strconv.ParseInt(fields[11], 10, 64)
+	system, systemErr := strconv.ParseInt(fields[12], 10, 64)
+	if err := errors.Join(userErr, systemErr); err != nil {
+		return 0, err
+	}
+	return time.Duration(user+system) * 10 * time.Millisecond, nil
+}
+
+// procStat gives the fields of /proc/PID/stat from the state on.
+func procStat(pid int) ([]string, error) {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errNoProc, err)
+	}
+	_, rest, ok := strings.Cut(string(raw), ") ")
+	fields := strings.Fields(rest)
+	if !ok || len(fields) < 13 {
+		return nil, errNoProc
+	}
+	return fields, nil
+}
+
+// resident is a process's memory in bytes.
+func resident(pid int) (float64, error) {
+	kb, err := procLine(fmt.Sprintf("/proc/%d/status", pid), "VmRSS:")
+	if err != nil {
+		return 0, err
+	}
+	n, err := strconv.ParseFloat(strings.TrimSuffix(kb, " kB"), 64)
+	return n * 1024, err
+}
+
+func procLine(file, key string) (string, error) {
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", errNoProc, err)
+	}
+	for line := range strings.Lines(string(raw)) {
+		if rest, ok := strings.CutPrefix(line, key); ok {
+			return strings.TrimSpace(strings.TrimPrefix(strings.TrimSpace(rest), ":")), nil
+		}
+	}
+	return "", errNoProc
+}
+
+// childWith finds the child of this process whose command line holds text.
+func childWith(text string) (pid int, err error) {
+	dirs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return 0, err
+	}
+	for _, dir := range dirs {
+		line, err := os.ReadFile(dir + "/cmdline")
+		if err != nil || !bytes.Contains(line, []byte(text)) {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(dir))
+		if err != nil {
+			continue
+		}
+		if fields, err := procStat(pid); err == nil && fields[1] == strconv.Itoa(os.Getpid()) {
+			return pid, nil
+		}
+	}
+	return 0, errors.New("the process was not found")
+}
+
+// machine describes where this runs.
+func machine() (lines []string) {
+	model, err := procLine("/proc/cpuinfo", "model name")
+	if err != nil {
+		model = runtime.GOARCH
+	}
+	lines = append(lines, fmt.Sprintf("%d × %s, which clients, broker, Vault and PostgreSQL share", runtime.NumCPU(), model))
+	if total, err := procLine("/proc/meminfo", "MemTotal:"); err == nil {
+		kb, _ := strconv.ParseFloat(strings.TrimSuffix(total, " kB"), 64) // zero is seen to be wrong
+		lines = append(lines, fmt.Sprintf("%.0f GB of memory", kb/1e6))
+	}
+	if kernel, err := os.ReadFile("/proc/sys/kernel/osrelease"); err == nil {
+		lines = append(lines, "Linux "+strings.TrimSpace(string(kernel)))
+	}
+	lines = append(lines, runtime.Version())
+	if load, err := os.ReadFile("/proc/loadavg"); err == nil {
+		lines = append(lines, "load of the machine when the run began: "+strings.Fields(string(load))[0])
+	}
+	return lines
+}

@@ -1,0 +1,114 @@
+package main
+
+import (
+	"math"
+	"slices"
+	"sync"
+	"time"
+)
+
+// samples are measurements of one thing.
+type samples []float64
+
+// quantile gives the smallest sample that a share q of all do not exceed; NaN without samples.
+func (s samples) quantile(q float64) float64 {
+	if len(s) == 0 {
+		return math.NaN()
+	}
+	sorted := slices.Sorted(slices.Values(s))
+	at := int(math.Ceil(q*float64(len(sorted)))) - 1
+	return sorted[min(max(at, 0), len(sorted)-1)]
+}
+
+func (s samples) median() float64 { return s.quantile(0.5) }
+
+func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+
+// loop is what a closed loop of clients measured.
+type loop struct {
+	took      time.Duration
+	latencies samples // in milliseconds
+	err       error   // the first; the client that had it stopped
+}
+
+func (l loop) perSecond() float64 { return float64(len(l.latencies)) / l.took.Seconds() }
+
+// closedLoop has each client call f again and again, until d is over or most calls were begun
+// by all of them together.
+func closedLoop(clients int, d time.Duration, most int, f func(client int) error) loop {
+	var mu sync.Mutex // guards l and begun
+	var l loop
+	begun := 0
+	next := func(end time.Time) bool {
+		mu.Lock()
+		defer mu.Unlock()
+		begun++
+		return begun <= most && l.err == nil && time.Now().Before(end)
+	}
+	var wg sync.WaitGroup
+	start := time.Now()
+	for c := range clients {
+		wg.Go(func() {
+			var mine samples
+			for next(start.Add(d)) {
+				began := time.Now()
+				if err := f(c); err != nil {
+					mu.Lock()
+					l.err = err
+					mu.Unlock()
+					break
+				}
+				mine = append(mine, ms(time.Since(began)))
+			}
+			mu.Lock()
+			l.latencies = append(l.latencies, mine...)
+			mu.Unlock()
+		})
+	}
+	wg.Wait()
+	l.took = time.Since(start)
+	return l
+}
+
+// each calls f for 0 to n-1 from several workers; the first error ends it.
+func each(workers, n int, f func(i int) error) error {
+	var mu sync.Mutex // guards next and first
+	var first error
+	next := 0
+	take := func() (int, bool) {
+		mu.Lock()
+		defer mu.Unlock()
+		next++
+		return next - 1, next <= n && first == nil
+	}
+	var wg sync.WaitGroup
+	for range min(workers, n) {
+		wg.Go(func() {
+			for i, ok := take(); ok; i, ok = take() {
+				if err := f(i); err != nil {
+					mu.Lock()
+					first = err
+					mu.Unlock()
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return first
+}
+
+// pace calls f n times, so many a second, without waiting for what was begun before.
+func pace(perSecond float64, stop <-chan struct{}, f func(i int)) {
+	var wg sync.WaitGroup
+	tick := time.NewTicker(time.Duration(float64(time.Second) / perSecond))
+	defer tick.Stop()
+	for i := 0; ; i++ {
+		select {
+		case <-stop:
+			wg.Wait()
+			return
+		case <-tick.C:
+			wg.Go(func() { f(i) })
+		}
+	}
+}
