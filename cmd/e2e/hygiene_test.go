@@ -103,6 +103,7 @@ func TestNeedlesAreFound(t *testing.T) {
 // TestSecretsAreNowhere plays steps, denials, violations and a Vault out of order, and looks for
 // every secret, token and SVID that was there in everything that is kept or said.
 func TestSecretsAreNowhere(t *testing.T) {
+	t.Parallel()
 	need(t, true)
 	env := newEnv(t, dev.Config{})
 	w := newWorld(t, env, nil)

@@ -16,6 +16,7 @@ import (
 // TestFenceWhileIssuing holds an issue at each of its acts, revokes the chain, and lets the issue
 // go on only after the fence was acknowledged: nothing is handed out, and nothing lives on.
 func TestFenceWhileIssuing(t *testing.T) {
+	t.Parallel()
 	need(t, true)
 	env := newEnv(t, dev.Config{})
 	for _, point := range []string{
@@ -72,6 +73,7 @@ func fenceAt(t *testing.T, w *world, point string) {
 // TestPausedIssuer stops the whole broker in the middle of an issue, as a hypervisor may, until
 // the secret's time is over.
 func TestPausedIssuer(t *testing.T) {
+	t.Parallel()
 	need(t, true)
 	env := newEnv(t, dev.Config{})
 	for _, point := range []string{"before child #1", "before mint #1", "after mint #1"} {
@@ -89,17 +91,19 @@ func pauseAt(t *testing.T, w *world, point string) {
 		t.Fatal(err)
 	}
 	answered := make(chan error, 1)
-	asked := time.Now()
 	go func() {
 		_, _, err := take(ctx, d, life)
 		answered <- err
 	}()
 	p.reached(t, point)
-	within(2*life, func() bool { return time.Since(asked) > life })
+	stopped := time.Now() // the secret's life began before
+	within(2*life, func() bool { return time.Since(stopped) > life })
 	if err := p.cmd.Process.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	mustRefuse(t, "a step that was paused for longer than its secret lives", <-answered, agent.ErrExpired)
+	if err := <-answered; !errors.Is(err, agent.ErrExpired) && !errors.Is(err, agent.ErrUnavailable) { // the mint's time is over, too
+		t.Errorf("a step that was paused for longer than its secret lives = %v, want a refusal", err)
+	}
 	w.settled(4 * bound)
 	w.oracle.untilNone(w.before, 2*time.Second)
 	p.end(t)

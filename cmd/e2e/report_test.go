@@ -27,6 +27,7 @@ type captured struct {
 // TestReportIsTrue revokes a chain of two agents with many live secrets of three tools, and holds
 // the broker's report against what the backends say (hardening.md, P1, P3 and P8).
 func TestReportIsTrue(t *testing.T) {
+	t.Parallel()
 	need(t, true)
 	w := newWorld(t, newEnv(t, dev.Config{}), nil)
 	w.here(nil, nil)

@@ -51,6 +51,7 @@ const vaultAudience = "vault"
 // One agent shows its X.509-SVID and another one a JWT-SVID; both take steps without a failed
 // request while broker and agent each get two new SVIDs.
 func TestSPIRERotation(t *testing.T) {
+	t.Parallel()
 	need(t, false)
 	group := brokerGroup(t)
 	spire := parts.OwnSPIRE(t, parts.SPIREConfig{TrustDomain: dev.TrustDomain, SVIDLifetime: 16 * time.Second})

@@ -34,6 +34,7 @@ type ill struct {
 // agent is told what happened, no mint is sent twice, no token goes elsewhere, and in the end
 // nothing lives.
 func TestBadVault(t *testing.T) {
+	t.Parallel()
 	need(t, true)
 	env := newEnv(t, dev.Config{})
 	p := newProxy(t, env)
@@ -127,6 +128,7 @@ func (w *world) healthy(d *agent.Delegation) {
 // TestVaultOutOfOrder seals, kills and pauses Vault under a broker with a live secret: steps are
 // refused, fences hold, and what was revoked meanwhile is dead when Vault is back.
 func TestVaultOutOfOrder(t *testing.T) {
+	t.Parallel()
 	need(t, true)
 	env := newEnv(t, dev.Config{})
 	v := env.Vault
@@ -198,6 +200,7 @@ func TestVaultOutOfOrder(t *testing.T) {
 
 // TestSlowTarget has PostgreSQL make a login wait for longer than a mint may take.
 func TestSlowTarget(t *testing.T) {
+	t.Parallel()
 	need(t, true)
 	w := newWorld(t, newEnv(t, dev.Config{}), nil)
 	w.here(nil, nil)
