@@ -96,6 +96,7 @@ For responders:
   pawl freeze            stop it for now; pawl unfreeze lifts it
   pawl audit             what happened, and whether the log is whole
   pawl report            what a revocation came to, signed
+  pawl drill             rehearse it on real parts of its own, and measure
 
 Errors say what happened, and then what to do. Exit status: 0, 1 failed, 2 misused.
 Every command has --help, with an example. pawl completion SHELL and pawl version do what they say.
@@ -118,7 +119,7 @@ func command() *cobra.Command {
 		return misuse{hinted{err, cmd.CommandPath() + " --help shows the flags"}}
 	})
 	root.AddCommand(serverCommand(), devCommand(), demoCommand(), versionCommand(), policyCommand(), vaultCommand(),
-		stepCommand(), chainCommand(), revokeCommand(), freezeCommand(), unfreezeCommand(), auditCommand(), reportCommand(), explainCommand())
+		stepCommand(), chainCommand(), revokeCommand(), freezeCommand(), unfreezeCommand(), auditCommand(), reportCommand(), explainCommand(), drillCommand())
 	for _, c := range root.Commands() {
 		mend(c)
 	}

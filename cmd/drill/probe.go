@@ -1,0 +1,210 @@
+package drill
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/cmd/dev"
+)
+
+// secret is what a thief would have copied of a step: a login's DSN or a certificate's serial.
+type secret struct {
+	step       *agent.Step
+	login, dsn string
+	cert       *big.Int  // of a certificate, nil for a login
+	ends       time.Time // by itself
+}
+
+func (s *secret) kind() string {
+	if s.cert != nil {
+		return "certificate"
+	}
+	return "login"
+}
+
+// take takes the i-th step: the holders take turns, and every fourth round is of certificates.
+func (d *drill) take(ctx context.Context, i int) (*secret, error) {
+	from := d.tree[holders[i%len(holders)]]
+	if d.env.Postgres == nil || i/len(holders)%4 == 3 {
+		return takeCertificate(ctx, from)
+	}
+	step, err := from.Begin(ctx, "db.read", agent.Args{"tables": []string{"orders"}})
+	if err != nil {
+		return nil, err
+	}
+	s := step.Secret()
+	return &secret{step: step, ends: step.Grant().Expires, login: s.Field("username"), dsn: fmt.Sprintf("host=%s port=%s dbname=%s user=%s password=%s sslmode=disable connect_timeout=5",
+		s.Field("host"), s.Field("port"), s.Field("database"), s.Field("username"), s.Field("password"))}, nil
+}
+
+func takeCertificate(ctx context.Context, from *agent.Delegation) (*secret, error) {
+	step, err := from.Begin(ctx, "tls.call", agent.Args{"name": "drill.agents.pawl.dev"})
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode([]byte(step.Secret().Field("certificate")))
+	if block == nil {
+		return nil, errors.New("the secret is not what the pki backend documents")
+	}
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("reading the certificate: %w", err)
+	}
+	return &secret{step: step, ends: step.Grant().Expires, cert: cert.SerialNumber}, nil
+}
+
+// works asks the backend, not the broker: PostgreSQL takes the login, or Vault's revocation list
+// does not have the certificate. An error is an answer that is neither.
+func (s *secret) works(ctx context.Context, env *dev.Env) (bool, error) {
+	if s.cert != nil {
+		revoked, err := revocationList(ctx, env)
+		return !revoked[s.cert.String()], err
+	}
+	conn, err := pgx.Connect(ctx, s.dsn)
+	if err == nil {
+		_ = conn.Close(ctx) // it only had to open
+		return true, nil
+	}
+	var refusal *pgconn.PgError
+	if !errors.As(err, &refusal) || !strings.HasPrefix(refusal.Code, "28") { // invalid authorization
+		return false, errors.New("PostgreSQL answers with something that is no refusal")
+	}
+	return false, nil
+}
+
+// revocationList reads the serial numbers on the list of Vault's PKI, which is public.
+func revocationList(ctx context.Context, env *dev.Env) (map[string]bool, error) {
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(env.Vault.CAPEM())
+	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots}}}
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, env.Vault.Address()+"/v1/pki/crl", nil)
+	if err != nil {
+		return nil, err
+	}
+	answer, err := client.Do(r)
+	if err != nil {
+		return nil, fmt.Errorf("fetching the revocation list: %w", err)
+	}
+	defer answer.Body.Close() //nolint:errcheck // only read
+	raw, err := io.ReadAll(io.LimitReader(answer.Body, 16<<20))
+	if err != nil {
+		return nil, fmt.Errorf("fetching the revocation list: %w", err)
+	}
+	list, err := x509.ParseRevocationList(raw)
+	if err != nil {
+		return nil, fmt.Errorf("reading the revocation list: %w", err)
+	}
+	serials := map[string]bool{}
+	for _, e := range list.RevokedCertificateEntries {
+		serials[e.SerialNumber.String()] = true
+	}
+	return serials, nil
+}
+
+// usableLogins asks PostgreSQL, over the superuser's connection, which agents' logins could be used:
+// those that may log in, and those with a session.
+func usableLogins(ctx context.Context, conn *pgx.Conn) (map[string]bool, error) {
+	rows, err := conn.Query(ctx, `SELECT rolname FROM pg_roles WHERE rolcanlogin AND rolname LIKE 'pawl-gr%'
+		UNION SELECT usename FROM pg_stat_activity WHERE usename LIKE 'pawl-gr%'`)
+	if err != nil {
+		return nil, err
+	}
+	names, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	usable := map[string]bool{}
+	for _, name := range names {
+		usable[name] = true
+	}
+	return usable, err
+}
+
+// hunt asks the two backends over and over what still works, and notes when each secret does not.
+// To ask takes a moment, so that a death is noted a little late and never early. In the end each
+// secret is tried as its thief would.
+func (d *drill) hunt(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	var logins, certs []*secret
+	for _, s := range d.live {
+		if s.cert != nil {
+			certs = append(certs, s)
+		} else {
+			logins = append(logins, s)
+		}
+	}
+	var logged, listed []float64
+	var failed error
+	var work sync.WaitGroup
+	work.Go(func() {
+		listed = d.watch(ctx, certs, func() (func(*secret) bool, error) {
+			revoked, err := revocationList(ctx, d.env)
+			return func(s *secret) bool { return !revoked[s.cert.String()] }, err
+		})
+	})
+	work.Go(func() {
+		if len(logins) == 0 {
+			return
+		}
+		conn, err := pgx.Connect(ctx, d.env.Database)
+		if failed = err; err != nil {
+			return
+		}
+		defer conn.Close(context.WithoutCancel(ctx)) //nolint:errcheck // only read
+		logged = d.watch(ctx, logins, func() (func(*secret) bool, error) {
+			usable, err := usableLogins(ctx, conn)
+			return func(s *secret) bool { return usable[s.login] }, err
+		})
+	})
+	work.Wait()
+	d.result.DeadMS = sorted(append(logged, listed...))
+	if failed != nil {
+		return failed
+	}
+	return d.tryAll(context.WithoutCancel(ctx))
+}
+
+// watch asks until nothing works any more, and gives when each stopped. What cannot be asked is
+// asked again.
+func (d *drill) watch(ctx context.Context, left []*secret, ask func() (works func(*secret) bool, err error)) (died []float64) {
+	for left = slices.Clone(left); len(left) > 0 && ctx.Err() == nil; {
+		works, err := ask()
+		at := d.since()
+		left = slices.DeleteFunc(left, func(s *secret) bool {
+			if err != nil || works(s) {
+				return false
+			}
+			died = append(died, at)
+			return true
+		})
+	}
+	return died
+}
+
+// tryAll counts the secrets that their backends still take.
+func (d *drill) tryAll(ctx context.Context) error {
+	var alive atomic.Int32
+	err := each(ctx, len(d.live), func(ctx context.Context, i int) error {
+		works, err := d.live[i].works(ctx, d.env)
+		if works {
+			alive.Add(1)
+		}
+		return err
+	})
+	d.result.Alive = int(alive.Load())
+	return err
+}
