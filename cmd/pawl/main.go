@@ -85,6 +85,7 @@ To run it:
   pawl server            serve, by a configuration file
   pawl policy            make keys; build, sign, verify, test and compare policy bundles
   pawl vault             what Vault must be taught
+  pawl doctor            what is wrong, and what to do about it
 
 For agents:
   pawl step              take one step and run a command with its secret
@@ -119,7 +120,7 @@ func command() *cobra.Command {
 		return misuse{hinted{err, cmd.CommandPath() + " --help shows the flags"}}
 	})
 	root.AddCommand(serverCommand(), devCommand(), demoCommand(), versionCommand(), policyCommand(), vaultCommand(),
-		stepCommand(), chainCommand(), revokeCommand(), freezeCommand(), unfreezeCommand(), auditCommand(), reportCommand(), explainCommand(), drillCommand())
+		stepCommand(), chainCommand(), revokeCommand(), freezeCommand(), unfreezeCommand(), auditCommand(), reportCommand(), explainCommand(), drillCommand(), doctorCommand())
 	for _, c := range root.Commands() {
 		mend(c)
 	}

@@ -1,0 +1,341 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"github.com/pawlsec/pawl/cmd/wire"
+	"github.com/pawlsec/pawl/plugins/vault"
+)
+
+func doctorCommand() *cobra.Command {
+	var file string
+	c := &cobra.Command{
+		Use: "doctor --config FILE", Short: "Check everything a broker needs, and say what is wrong", Args: cobra.NoArgs,
+		Long: "Check what the broker of a configuration file needs, as the user and on the machine that it runs\n" +
+			"as and on: policy bundle, Workload API, Vault and its rights there, ledger, backends. One line each,\n" +
+			"and what to do about each that is wrong. Nothing is changed; a running broker is left alone.",
+		Example: "  pawl doctor --config pawl.yaml",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := required(cmd, "config"); err != nil {
+				return err
+			}
+			config, err := wire.ReadConfig(file)
+			if err != nil {
+				return hinted{err, "docs/configuration.md explains each key"}
+			}
+			d := doctor{c: config, out: cmd.OutOrStdout()}
+			return d.examine(cmd.Context())
+		},
+	}
+	c.Flags().StringVar(&file, "config", "", "the broker's configuration; required")
+	return c
+}
+
+// doctor examines the parts of one configuration.
+type doctor struct {
+	c    wire.Config
+	out  io.Writer
+	svid *x509svid.SVID // the broker's own; nil until it was fetched
+	ill  int
+}
+
+// checkTime bounds each check.
+const checkTime = 10 * time.Second
+
+// examine makes all checks, each whether or not those before it passed.
+func (d *doctor) examine(ctx context.Context) error {
+	for _, check := range []struct {
+		what, hint string
+		run        func(context.Context) (found string, err error)
+	}{
+		{"policy bundle", "sign one with `pawl policy sign`, by keys that policy.keys lists", d.policy},
+		{"identity", "is the Workload API at workload_api, and has it an entry for this process?", d.identity},
+		{"vault", "is it up and unsealed, and is vault.ca the authority of its certificate?", d.vaultAnswers},
+		{"vault rights", "`pawl vault plan` prints what Vault must be taught, the auth role included", d.vaultRights},
+		{"ledger", "it needs a directory that the broker may write to, and room to grow", d.ledger},
+		{"broker", "start it with `pawl server`; when it runs, its log says what it waits for", d.broker},
+	} {
+		d.note(ctx, check.what, check.hint, check.run)
+	}
+	names := make([]string, 0, len(d.c.Backends))
+	for name := range d.c.Backends {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		d.note(ctx, "backend "+name, "issuing with its tools fails until this is mended; everything else goes on",
+			func(ctx context.Context) (string, error) { return reach(ctx, d.c.Backends[name]) })
+	}
+	if d.ill > 0 {
+		return fmt.Errorf("%d things are wrong", d.ill)
+	}
+	return nil
+}
+
+func (d *doctor) note(ctx context.Context, what, hint string, run func(context.Context) (string, error)) {
+	ctx, cancel := context.WithTimeout(ctx, checkTime)
+	defer cancel()
+	found, err := run(ctx)
+	if err != nil {
+		d.ill++
+		fmt.Fprintf(d.out, "WRONG  %-16s %s\n       %-16s hint: %s\n", what, oneLine(err.Error()), "", hint)
+		return
+	}
+	fmt.Fprintf(d.out, "ok     %-16s %s\n", what, found)
+}
+
+func (d *doctor) policy(context.Context) (string, error) {
+	running, err := wire.LoadPolicy(d.c.Policy)
+	if err != nil {
+		return "", err
+	}
+	p := running.Current()
+	return fmt.Sprintf("%d tools, %d warnings, %s", len(p.Tools()), len(p.Warnings()), p.Digest()), nil
+}
+
+func (d *doctor) options() (options []workloadapi.ClientOption) {
+	if d.c.WorkloadAPI != "" {
+		options = append(options, workloadapi.WithAddr(d.c.WorkloadAPI))
+	}
+	return options
+}
+
+func (d *doctor) identity(ctx context.Context) (string, error) {
+	got, err := workloadapi.FetchX509Context(ctx, d.options()...)
+	if err != nil {
+		return "", err
+	}
+	for _, name := range d.c.TrustDomains {
+		td, err := spiffeid.TrustDomainFromString(name)
+		if err != nil {
+			return "", fmt.Errorf("trust_domains: %w", err)
+		}
+		if !got.Bundles.Has(td) {
+			return "", fmt.Errorf("the Workload API has no bundle of %s, so none of its workloads is let in", td)
+		}
+	}
+	d.svid = got.DefaultSVID()
+	end := d.svid.Certificates[0].NotAfter
+	if left := time.Until(end); left <= 0 {
+		return "", fmt.Errorf("the SVID of %s ended at %s", d.svid.ID, end.UTC().Format(time.RFC3339))
+	}
+	return fmt.Sprintf("%s until %s", d.svid.ID, end.UTC().Format(time.RFC3339)), nil
+}
+
+// vaultRoots reads the authorities of Vault's certificate.
+func (d *doctor) vaultRoots() (*x509.CertPool, error) {
+	pem, err := os.ReadFile(d.c.Vault.CA)
+	if err != nil {
+		return nil, fmt.Errorf("vault.ca: %w", err)
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("vault.ca %q holds no certificate", d.c.Vault.CA)
+	}
+	return roots, nil
+}
+
+// vaultAnswers asks for Vault's health, which needs no login.
+func (d *doctor) vaultAnswers(ctx context.Context) (string, error) {
+	roots, err := d.vaultRoots()
+	if err != nil {
+		return "", err
+	}
+	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, DisableKeepAlives: true}
+	client := &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, d.c.Vault.Address+"/v1/sys/health", nil)
+	if err != nil {
+		return "", err
+	}
+	answer, err := client.Do(r)
+	if err != nil {
+		return "", err
+	}
+	_ = answer.Body.Close() // the status says it all
+	switch answer.StatusCode {
+	case http.StatusOK, http.StatusTooManyRequests: // active, or a standby that forwards
+		return d.c.Vault.Address + " is unsealed", nil
+	case http.StatusNotImplemented:
+		return "", fmt.Errorf("%s is not initialised", d.c.Vault.Address)
+	case http.StatusServiceUnavailable:
+		return "", fmt.Errorf("%s is sealed", d.c.Vault.Address)
+	}
+	return "", fmt.Errorf("%s answers %s", d.c.Vault.Address, answer.Status)
+}
+
+// vaultRights logs in as the broker does, and reads what its background work reads.
+func (d *doctor) vaultRights(ctx context.Context) (string, error) {
+	if d.svid == nil {
+		return "", errors.New("not tried: there is no SVID to log in with")
+	}
+	roots, err := d.vaultRoots()
+	if err != nil {
+		return "", err
+	}
+	client, err := vault.New(vault.Config{Address: d.c.Vault.Address, Roots: roots, Namespace: d.c.Vault.Namespace, Login: d.login()})
+	if err != nil {
+		return "", err
+	}
+	defer client.Close()
+	for tick := time.NewTicker(20 * time.Millisecond); ; {
+		err := client.Ready()
+		if err == nil {
+			tick.Stop()
+			break
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			tick.Stop()
+			return "", fmt.Errorf("logging in: %w", err)
+		}
+	}
+	stuck, err := client.Irrevocable(ctx)
+	if err != nil {
+		return "", fmt.Errorf("listing leases that Vault gave up: %w", err)
+	}
+	if len(stuck) > 0 {
+		return "", fmt.Errorf("vault has given up revoking %d leases; somebody must end them by hand", len(stuck))
+	}
+	running, err := wire.LoadPolicy(d.c.Policy)
+	if err != nil {
+		return "logged in; the tools' rights are not known without a policy bundle", nil
+	}
+	leased := 0
+	for _, tool := range wire.Access(running.Current().Tools(), d.c.Backends) {
+		if !tool.Leased {
+			continue
+		}
+		if _, err := client.Leases(ctx, tool.Path); err != nil {
+			return "", fmt.Errorf("listing the leases of policy %s: %w", tool.Policy, err)
+		}
+		leased++
+	}
+	return fmt.Sprintf("logged in, may list the leases of %d tools, none is given up", leased), nil
+}
+
+func (d *doctor) login() vault.Login {
+	role := cmp.Or(d.c.Vault.Role, "pawl-broker")
+	if d.c.Vault.Auth == "jwt" {
+		return vault.Login{Mount: d.c.Vault.Mount, JWTRole: role, JWT: func(ctx context.Context) (string, error) {
+			svid, err := workloadapi.FetchJWTSVID(ctx, jwtsvid.Params{Audience: d.c.Vault.Audience}, d.options()...)
+			if err != nil {
+				return "", err
+			}
+			return svid.Marshal(), nil
+		}}
+	}
+	return vault.Login{Mount: d.c.Vault.Mount, CertRole: role, Certificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		c := &tls.Certificate{PrivateKey: d.svid.PrivateKey, Leaf: d.svid.Certificates[0]}
+		for _, cert := range d.svid.Certificates {
+			c.Certificate = append(c.Certificate, cert.Raw)
+		}
+		return c, nil
+	}}
+}
+
+// leastFree is the room on the ledger's disk below which the doctor complains, in bytes.
+const leastFree = 256 << 20
+
+// ledger looks at the file and its disk, and does not open it: a running broker has it locked.
+func (d *doctor) ledger(context.Context) (string, error) {
+	dir := filepath.Dir(d.c.Ledger)
+	const write, search = 2, 1 // access(2)
+	if err := syscall.Access(dir, write|search); err != nil {
+		return "", fmt.Errorf("directory %q: %w", dir, err)
+	}
+	what := "will be made at the first start"
+	switch info, err := os.Stat(d.c.Ledger); {
+	case errors.Is(err, os.ErrNotExist):
+	case err != nil:
+		return "", err
+	case !info.Mode().IsRegular() || info.Mode().Perm()&0o077 != 0:
+		return "", fmt.Errorf("%q has mode %s, and only the broker's user may read it", d.c.Ledger, info.Mode())
+	default:
+		what = fmt.Sprintf("%d MiB", info.Size()>>20)
+	}
+	var disk syscall.Statfs_t
+	if err := syscall.Statfs(dir, &disk); err != nil {
+		return "", fmt.Errorf("directory %q: %w", dir, err)
+	}
+	free := disk.Bavail * uint64(disk.Bsize)
+	if free < leastFree {
+		return "", fmt.Errorf("only %d MiB are free in %q", free>>20, dir)
+	}
+	return fmt.Sprintf("%s, %s; %d MiB free", d.c.Ledger, what, free>>20), nil
+}
+
+// broker asks a running broker over the operators' socket how it is.
+func (d *doctor) broker(ctx context.Context) (string, error) {
+	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var dial net.Dialer
+		return dial.DialContext(ctx, "unix", d.c.Listen.Socket)
+	}}
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://socket/healthz", nil)
+	if err != nil {
+		return "", err
+	}
+	answer, err := (&http.Client{Transport: transport}).Do(r)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+		return "not running", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	_ = answer.Body.Close() // the status says it all
+	if answer.StatusCode != http.StatusOK {
+		return "", fmt.Errorf("it runs and is not ready: %s", answer.Status)
+	}
+	return "running and ready", nil
+}
+
+// reach looks whether a backend is there, without a credential.
+func reach(ctx context.Context, b wire.Backend) (string, error) {
+	switch {
+	case b.Plugin == "postgres":
+		c, err := pgx.ParseConfig(b.DSN)
+		if err != nil {
+			return "", errors.New("dsn does not parse")
+		}
+		network, address := pgconn.NetworkAddress(c.Host, c.Port)
+		var dial net.Dialer
+		conn, err := dial.DialContext(ctx, network, address)
+		if err != nil {
+			return "", err
+		}
+		_ = conn.Close() // it only had to open
+		return address + " accepts connections", nil
+	case b.Plugin == "ssh" && b.KRL != "":
+		if err := syscall.Access(filepath.Dir(b.KRL), 2|1); err != nil { // write and search, access(2)
+			return "", fmt.Errorf("the directory of krl: %w", err)
+		}
+		return b.KRL + " can be written", nil
+	case b.Plugin == "exec" && b.Program != nil:
+		if err := syscall.Access(b.Program.Path, 1); err != nil { // execute, access(2)
+			return "", fmt.Errorf("program: %w", err)
+		}
+		return b.Program.Path + " can be run", nil
+	}
+	return "in Vault", nil
+}
