@@ -70,7 +70,7 @@ func (b *bench) rounds(n int) int {
 	case n >= 10_000 || b.quick && n >= 100:
 		return 1
 	case n >= 1000 || b.quick:
-		return 2
+		return 3
 	}
 	return 5
 }

@@ -16,10 +16,10 @@ import (
 // errHeard ends a stream that has told what it was opened for.
 var errHeard = errors.New("heard")
 
-// measureEvents opens streams of events on one chain, 250 for each of its agents, fences the
+// measureEvents opens streams of events on one chain, 200 for each of its agents, fences the
 // chain and times when each stream has told of it.
 func measureEvents(ctx context.Context, b *bench) error {
-	const perAgent = 250
+	const perAgent = 200 // over one connection, which takes 250 requests at once
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
 	defer cancel()
 	w, listeners := b.world, pick(b, 10_000, 1000)
@@ -47,8 +47,11 @@ func measureEvents(ctx context.Context, b *bench) error {
 			return err
 		}
 		defer c.Close()
-		for range perAgent {
-			go l.listen(ctx, c, "/v1/delegations/"+id+"/events")
+		first := make(chan struct{})
+		go l.listen(ctx, c, "/v1/delegations/"+id+"/events", first)
+		<-first // now there is a connection for the others
+		for range perAgent - 1 {
+			go l.listen(ctx, c, "/v1/delegations/"+id+"/events", make(chan struct{}))
 		}
 	}
 	l.ready.Wait()
@@ -93,10 +96,12 @@ func (l *listening) failed() error {
 	return l.err
 }
 
-func (l *listening) listen(ctx context.Context, c *client.Client, path string) {
-	var ready sync.Once
+// listen follows a stream until it tells of the fence; opened is closed once it has begun.
+func (l *listening) listen(ctx context.Context, c *client.Client, path string, opened chan<- struct{}) {
+	var once sync.Once
+	ready := func() { once.Do(func() { close(opened); l.ready.Done() }) }
 	defer l.done.Done()
-	defer ready.Do(l.ready.Done)
+	defer ready()
 	err := c.Follow(ctx, path, func(ev client.Event) error {
 		if ev.Name != api.EventStanding {
 			return nil
@@ -105,7 +110,7 @@ func (l *listening) listen(ctx context.Context, c *client.Client, path string) {
 		if err := ev.Read(&st); err != nil {
 			return err
 		}
-		ready.Do(l.ready.Done)
+		ready()
 		if st.Fence == nil {
 			return nil
 		}

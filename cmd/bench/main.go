@@ -99,6 +99,7 @@ type bench struct {
 	report report
 	dir    string // for ledgers and files of this run, on the disk of the source tree
 	world  *world // the real servers; nil until a section needs them
+	broken error  // why there is no world
 }
 
 // pick gives n in a whole run and quick in a quick one.
@@ -131,7 +132,7 @@ func run(ctx context.Context, o options) error {
 	b.report.began = time.Now()
 	b.report.machine = machine()
 	defer func() {
-		if b.world != nil {
+		if b.broken == nil && b.world != nil {
 			b.world.close()
 		}
 	}()
@@ -148,21 +149,17 @@ func run(ctx context.Context, o options) error {
 		}
 	}
 	b.report.took = time.Since(b.report.began)
-	if err := b.write(build); err != nil {
-		return err
-	}
-	return nil
+	return b.write(build)
 }
 
 func (b *bench) section(ctx context.Context, s section) error {
 	began := time.Now()
 	fmt.Fprintf(os.Stderr, "bench: %s\n", s.name)
-	if s.real && b.world == nil {
-		w, err := newWorld(ctx, b)
-		if err != nil {
-			return err
-		}
-		b.world = w
+	if s.real && b.world == nil && b.broken == nil {
+		b.world, b.broken = newWorld(ctx, b)
+	}
+	if s.real && b.broken != nil {
+		return b.broken
 	}
 	err := s.run(ctx, b)
 	fmt.Fprintf(os.Stderr, "bench: %s: %.1f s\n", s.name, time.Since(began).Seconds())

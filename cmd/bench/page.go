@@ -105,9 +105,10 @@ var reasons = []struct{ prefix, suffix, why string }{
 	{"issue.", "added_p50_ms", " On top of the direct call come three synced commits of the ledger and one request to Vault for the step's own token."},
 	{"issue.", "cpu_vs_vault", " Beside cheap calls (a KV read) the broker's own work, TLS with the agent, three records and their audit, is more than Vault's."},
 	{"issue.", "throughput", " A step is two requests to Vault and three commits; the login is made by a function that also records and limits it."},
-	{"ledger.", "", " Three durable transactions for each issue, each with its audit entry."},
+	{"ledger.", "", " Three durable transactions for each issue, each with its audit entry; bbolt alone, beside it, checks and audits nothing."},
+	{"fence.while_closing", "", " Closing many grants writes long transactions, and a fence waits for the one that is being written."},
 	{"fence.", "p99_ms", " The fence waits for the commit before it: on a shared disk that is the slowest sync of a hundred."},
-	{"policy.", "", " Where the scope of every policy applies nothing can be left aside."},
+	{"policy.", "", " The median is far below: one call in a hundred is interrupted by a collection or by other work of the machine."},
 }
 
 func reason(name string) string {

@@ -29,7 +29,7 @@ type brokerProcess struct {
 // startBroker starts the program and returns when it serves.
 func startBroker(ctx context.Context, program, config, log string) (*brokerProcess, error) {
 	cmd := exec.Command(program, "server", "--config", config)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = withParent()
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
 		return nil, err

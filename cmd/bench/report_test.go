@@ -19,6 +19,9 @@ func TestQuantile(t *testing.T) {
 			t.Errorf("%v.quantile(%v) = %v, want %v", s, row.q, got, row.want)
 		}
 	}
+	if got := (samples{4, 1, 2, 9}).median(); got != 3 {
+		t.Errorf("median of 1, 2, 4, 9 = %v, want 3", got)
+	}
 	if s[0] != 5 {
 		t.Error("quantile has sorted its receiver")
 	}

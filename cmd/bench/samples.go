@@ -20,7 +20,14 @@ func (s samples) quantile(q float64) float64 {
 	return sorted[min(max(at, 0), len(sorted)-1)]
 }
 
-func (s samples) median() float64 { return s.quantile(0.5) }
+// median is the middle sample, or what lies between the middle two.
+func (s samples) median() float64 {
+	if len(s)%2 == 1 || len(s) == 0 {
+		return s.quantile(0.5)
+	}
+	sorted := slices.Sorted(slices.Values(s))
+	return (sorted[len(s)/2-1] + sorted[len(s)/2]) / 2
+}
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
