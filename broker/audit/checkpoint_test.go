@@ -81,6 +81,19 @@ func TestProofs(t *testing.T) {
 	}
 }
 
+// TestAdd: a tree takes the next entry and no other.
+func TestAdd(t *testing.T) {
+	var tree audit.Tree
+	for _, r := range []broker.Revision{0, 2} {
+		if err := tree.Add(broker.Entry{Revision: r}); !errors.Is(err, audit.ErrChanged) || tree.Size() != 0 {
+			t.Errorf("Add of entry %d to an empty tree = %v, want ErrChanged", r, err)
+		}
+	}
+	if err := tree.Add(broker.Entry{Revision: 1}); err != nil || tree.Size() != 1 {
+		t.Errorf("Add of entry 1 = %v, want it in", err)
+	}
+}
+
 // TestVerify: a log that goes on after the checkpoint is good; one that was cut, changed or added to
 // before it is not.
 func TestVerify(t *testing.T) {

@@ -143,6 +143,7 @@ func TestReport(t *testing.T) {
 	root := w.open("root", "a task")
 	sub := w.delegate(root, "sub")
 	elsewhere := w.open("sub", "another task")
+	w.revoke("subtree:" + string(w.delegate(w.open("root", "a task of which a part was stopped before"), "sub").ID))
 	over := w.issue("sub", sub)
 	if _, err := w.Close(t.Context(), as("sub"), over.ID); err != nil {
 		t.Fatal(err)

@@ -1,6 +1,7 @@
 package signals
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -37,7 +38,10 @@ type Config struct {
 	// Domains are the trust domains of which an event may name SPIFFE IDs. Required.
 	Domains []string
 	Now     func() time.Time // required
-	Log     *slog.Logger     // one event for each token, never the token; nil: none
+	// Remember is how many tokens of the last minutes are remembered; more are told to come again later.
+	// Only what a transmitter signed is. Zero: 16,384.
+	Remember int
+	Log      *slog.Logger // one event for each token, never the token; nil: none
 }
 
 // Receiver takes tokens and has the engine act. It is the http.Handler of the push endpoint. Make one
@@ -55,9 +59,6 @@ type Receiver struct {
 // seenID names a token that came, and seen says until when its coming again must be refused.
 type seenID struct{ issuer, id string }
 
-// maxSeen is how many tokens of the last minutes are remembered. Only what a transmitter signed gets in.
-const maxSeen = 16 << 10
-
 // New validates cfg.
 func New(cfg Config) (*Receiver, error) {
 	if len(cfg.Transmitters) == 0 || cfg.Revoke == nil || cfg.Now == nil || len(cfg.Domains) == 0 {
@@ -66,6 +67,7 @@ func New(cfg Config) (*Receiver, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	cfg.Remember = cmp.Or(cfg.Remember, 16<<10)
 	r := &Receiver{cfg: cfg, by: map[string]Transmitter{}, keys: map[string]map[string]jose.JSONWebKey{}, in: map[string]bool{},
 		seen: map[seenID]time.Time{}}
 	for _, d := range cfg.Domains {
@@ -208,14 +210,14 @@ func (r *Receiver) once(id seenID, until, now time.Time) error {
 	if _, again := r.seen[id]; again {
 		return &Refusal{"invalid_request", "the token came before"}
 	}
-	if len(r.seen) >= maxSeen {
+	if len(r.seen) >= r.cfg.Remember {
 		for old, end := range r.seen {
 			if now.After(end) {
 				delete(r.seen, old)
 			}
 		}
 	}
-	if len(r.seen) >= maxSeen {
+	if len(r.seen) >= r.cfg.Remember {
 		return broker.Errorf(broker.Unavailable, "signal", "too many tokens came within %s", MaxAge).After(time.Minute)
 	}
 	r.seen[id] = until
