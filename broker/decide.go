@@ -86,7 +86,9 @@ func (b *Broker) punish(ctx context.Context, c Caller, p path, what Consequence,
 		b.cfg.Alarm("fencing after a violation", err)
 		return err
 	}
-	b.pursue(first)
+	if first.ID != "" {
+		b.pursue(first)
+	}
 	e.Code, e.Revocation = CodeViolation, first.ID
 	return e
 }

@@ -86,4 +86,8 @@ type Lease struct {
 	ID      string    `json:"id,omitempty"`  // Vault's lease id; empty where the engine gives none
 	Ref     string    `json:"ref,omitempty"` // what the backend calls it: a role name, a serial number, a token id
 	Expires time.Time `json:"expires"`
+
+	// Outlives is when the target itself lets the secret in no more, where that is later than
+	// Expires: what bounds it when nobody can end it sooner.
+	Outlives time.Time `json:"outlives,omitzero"`
 }

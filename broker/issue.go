@@ -52,6 +52,7 @@ func (b *Broker) Issue(ctx context.Context, c Caller, r StepRequest) (Issued, er
 	defer b.closer.settled(s.grant.ID)
 	secret, err := s.mint(ctx)
 	if err != nil {
+		b.closer.settled(s.grant.ID) // first: the closer leaves alone what is being minted
 		b.closer.hurry(s.grant)
 		return Issued{}, err
 	}
@@ -453,8 +454,14 @@ func (s *issue) still(tx Tx) (Grant, error) {
 	return g, nil
 }
 
-// mintFailed sorts what a failed mint may have left. The closer ends it either way.
+// mintFailed sorts what a failed mint may have left. The closer ends it either way. A fence that
+// killed the step's token is what the agent is told of, not Vault's refusal.
 func (s *issue) mintFailed(ctx context.Context, err error) error {
+	var over error
+	if s.b.view(context.WithoutCancel(ctx), opIssue, func(tx Tx) error { _, over = s.still(tx); return nil }) == nil &&
+		(KindOf(over) == Revoked || KindOf(over) == Expired) && over != nil {
+		return over
+	}
 	if errors.Is(err, ErrNotMinted) {
 		return asUnavailable(err, CodeVaultDown, "Vault did not mint; nothing was made")
 	}

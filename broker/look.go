@@ -137,11 +137,16 @@ func (b *Broker) Revocation(ctx context.Context, id RevocationID) (rv Revocation
 		if rv, ok, err = load[Revocation](tx, keyRevocation(id)); err != nil || !ok {
 			return orUnknownRevocation("revocation", err)
 		}
-		return nil
+		if rv.Grants >= 0 || rv.Freeze {
+			rv.Grants = max(rv.Grants, 0)
+			return nil
+		}
+		left, _, err := b.under(tx, rv) // fenced just now, and not counted yet
+		if err != nil {
+			return err
+		}
+		return rv.count(tx, left)
 	})
-	if rv.Grants < 0 {
-		rv.Grants = 0 // fenced, and not looked at yet
-	}
 	return rv, err
 }
 

@@ -282,7 +282,7 @@ func (rv *Revocation) count(tx Tx, left []Grant) error {
 // latestEnd is when the grant's secret is over even if nobody can do anything about it.
 func (g Grant) latestEnd() time.Time {
 	end := g.Expires
-	for _, t := range []time.Time{g.Lease.Expires, g.Token.Expires} {
+	for _, t := range []time.Time{g.Lease.Expires, g.Lease.Outlives, g.Token.Expires} {
 		if t.After(end) {
 			end = t
 		}

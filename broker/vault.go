@@ -73,6 +73,8 @@ type Finished struct {
 	Secret  Secret
 	Ref     string    // the backend's name for it; empty when it has none
 	Expires time.Time // its end; zero: the lease's
+
+	Outlives time.Time // when the target lets it in no more by itself; zero: at its end
 }
 
 // Backend is what Vault cannot do alone for one kind of target. A Backend that can also cut or

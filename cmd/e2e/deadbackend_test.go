@@ -77,10 +77,6 @@ func (o *outage) lives(until time.Time) {
 	}
 }
 
-// vaultAdds is how much later than the lease Vault's database engine sets VALID UNTIL. The ledger
-// knows the lease.
-const vaultAdds = 5 * time.Second
-
 // readEnds asks PostgreSQL how long each login can be used.
 func (o *outage) readEnds() {
 	o.t.Helper()
@@ -91,7 +87,7 @@ func (o *outage) readEnds() {
 		if err := conn.QueryRow(o.t.Context(), "SELECT rolvaliduntil FROM pg_roles WHERE rolname = $1", l.Username).Scan(&until); err != nil {
 			o.t.Fatalf("reading VALID UNTIL of %s: %v", l.Username, err)
 		}
-		o.lives(until.Add(-vaultAdds))
+		o.lives(until)
 	}
 }
 
@@ -114,9 +110,6 @@ func (o *outage) look(id string, known int, end time.Time) api.Revocation {
 	}
 	if rv.Closure == string(broker.ClosureClosed) || !rv.Settled.IsZero() {
 		o.t.Fatalf("the revocation is %s although a part that must prove it is down: %+v", rv.Closure, rv)
-	}
-	if rv.Grants == 0 {
-		return rv // fenced, and nobody has counted yet
 	}
 	if rv.Dead > known || rv.Dead+rv.Alive+rv.Unknown != rv.Grants {
 		o.t.Fatalf("%d are called dead, %d alive and %d unknown of %d, want at most %d dead", rv.Dead, rv.Alive, rv.Unknown, rv.Grants, known)

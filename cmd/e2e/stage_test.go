@@ -58,9 +58,7 @@ func newStage(t *testing.T, dir fs.FS) *stage {
 	}
 	b, err := broker.New(broker.Config{Ledger: brokertest.NewMemory(), Policy: running.Policy, Vault: brokertest.NewVault(s.target), Backends: backends,
 		Now: time.Now, Random: rand.Reader, SweepEvery: -1, Alarm: func(op string, err error) {
-			if op != "pursuing revocation " { // of no revocation, which a refused step's revoke-step sets off: see decide.go, punish
-				t.Errorf("alarm: %s: %v", op, err)
-			}
+			t.Errorf("alarm: %s: %v", op, err)
 		}})
 	if err != nil {
 		t.Fatal(err)

@@ -43,10 +43,15 @@ func (b *Backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (b
 	display := string(g.ID) + "-" + shape
 	m := broker.Mint{Path: []string{s.mount, "creds", s.role}, Leased: true, TTL: ttl(t.TTL)}
 	m.Finish = func(answer map[string]any, _ time.Time) (broker.Finished, error) {
-		return s.finish(b.database, sp, "pawl-"+display+"-", answer)
+		f, err := s.finish(b.database, sp, "pawl-"+display+"-", answer)
+		f.Outlives = b.cfg.Now().Add(ttl(t.TTL) + vaultMargin)
+		return f, err
 	}
 	return m, display, nil
 }
+
+// vaultMargin is how much later than the lease Vault sets VALID UNTIL (measured).
+const vaultMargin = 5 * time.Second
 
 // ttl is what the Vault role of the tool must be set to: Vault's database engine has no shorter life for
 // a shorter step, whose token's end is what ends it.

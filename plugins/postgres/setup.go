@@ -164,7 +164,7 @@ func (v VaultSetup) Writes() []VaultWrite {
 		"connection_url":          fmt.Sprintf("postgresql://{{username}}:{{password}}@%s/%s?sslmode=%s", v.Address, v.Database, sslmode),
 		"username":                "pawl_vault",
 		"password_authentication": "scram-sha-256", // the password itself never reaches the database
-		"username_template":       `{{ printf "pawl-%s-%s" (.DisplayName | replace "token-" "") (random 8) | truncate 63 }}`,
+		"username_template":       `{{ printf "pawl-%s-%s" (.DisplayName | replace "token-" "" | replace "://" "-" | replace "/" "-" | truncate 48) (random 8) }}`,
 		"allowed_roles":           allowed,
 		"max_open_connections":    16,
 	}}
