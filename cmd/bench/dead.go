@@ -139,7 +139,11 @@ type death struct {
 
 // end makes credentials, ends them and watches.
 func (b *bench) end(ctx context.Context, way way, n int) (d death, err error) {
-	ctx, cancel := context.WithTimeout(ctx, 12*time.Minute)
+	patience := 12 * time.Minute
+	if b.quick {
+		patience = min(patience, quickTime-time.Since(b.report.began))
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, errLate)
 	defer cancel()
 	w := b.world
 	logins, command, err := way.issue(ctx, w, n)
