@@ -7,6 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -115,6 +117,29 @@ func (p *process) signal(s syscall.Signal) error {
 		return fmt.Errorf("sending %v to %s: %w", s, filepath.Base(p.cmd.Path), err)
 	}
 	return nil
+}
+
+// pause stops the process and returns when each of its threads stands still: the signal is delivered to
+// one after the other, and those that still run go on answering. Where there is no /proc it does not wait.
+func (p *process) pause() error {
+	if err := p.signal(syscall.SIGSTOP); err != nil {
+		return err
+	}
+	tasks := fmt.Sprintf("/proc/%d/task/*/stat", p.cmd.Process.Pid)
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); runtime.Gosched() {
+		files, err := filepath.Glob(tasks)
+		if err != nil || len(files) == 0 || !slices.ContainsFunc(files, runs) {
+			return nil
+		}
+	}
+	return fmt.Errorf("%s does not stand still", filepath.Base(p.cmd.Path))
+}
+
+// runs reports whether the thread of a stat file in /proc is neither stopped nor gone.
+func runs(stat string) bool {
+	raw, err := os.ReadFile(stat)
+	_, after, ok := strings.Cut(string(raw), ") ")
+	return err == nil && ok && !strings.HasPrefix(after, "T") && !strings.HasPrefix(after, "t")
 }
 
 // kill ends the group at once and returns when it has been waited for. Killing what has ended is no error.

@@ -230,7 +230,7 @@ func (v *VaultServer) Unseal(ctx context.Context) error {
 }
 
 // Pause stops the process where it stands: connections are accepted by the system and nobody answers.
-func (v *VaultServer) Pause() error { return v.process.signal(syscall.SIGSTOP) }
+func (v *VaultServer) Pause() error { return v.process.pause() }
 
 // Continue undoes Pause.
 func (v *VaultServer) Continue() error { return v.process.signal(syscall.SIGCONT) }
