@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"os/signal"
 	"strconv"
 	"strings"
 	"sync"
@@ -55,7 +56,12 @@ func serve(path string) error {
 			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL) // nothing can refuse it
 			select {}
 		case os.Getenv(envStop):
+			// The signal may reach another thread first, and this one would go on meanwhile: it waits for the
+			// word to go on as well.
+			on := make(chan os.Signal, 1)
+			signal.Notify(on, syscall.SIGCONT)
 			_ = syscall.Kill(os.Getpid(), syscall.SIGSTOP) // nothing can refuse it
+			<-on
 		}
 	})
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
