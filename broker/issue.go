@@ -434,6 +434,9 @@ func (s *issue) load(tx Tx) (Grant, bool, error) {
 // The grant is given with the refusal.
 func (s *issue) still(tx Tx) (Grant, error) {
 	g, ok, err := s.load(tx)
+	if ok && g.State == StateClosed && g.Ending == EndingRevoked {
+		return g, Errorf(Revoked, opIssue, "revoked while it was on its way; nothing more is handed out").With(CodeFenced)
+	}
 	if err != nil || !ok || g.State == StateClosed {
 		return s.grant, Errorf(Expired, opIssue, "the grant is over").With(CodeExpired).Because(err)
 	}
