@@ -84,10 +84,10 @@ func (t turn) perIssue(cpu time.Duration) float64 { return ms(cpu) / float64(len
 
 // measureIssue runs a closed loop of clients against the broker and against Vault, in turns.
 func measureIssue(ctx context.Context, b *bench) error {
-	for _, t := range targets(b.world) {
-		for _, clients := range []int{1, 16, 64} {
+	for _, clients := range []int{1, 16, 64} {
+		for _, t := range targets(b.world) {
 			err := errLate
-			if !b.late(20 * time.Second) {
+			if !b.late(5 * time.Second) {
 				err = b.issue(ctx, t, clients)
 			}
 			if err != nil {

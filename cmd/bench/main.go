@@ -86,9 +86,9 @@ var sections = []section{
 	{"fence", false, measureFence},
 	{"resume", false, measureResume},
 	{"idle", true, measureIdle},
+	{"dead", true, measureDead}, // before what a quick run can leave out in parts
 	{"issue", true, measureIssue},
 	{"chain", true, measureChain},
-	{"dead", true, measureDead},
 	{"events", true, measureEvents},
 	{"vault-down", true, measureVaultDown}, // last: Vault is another process afterwards
 }
