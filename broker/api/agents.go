@@ -132,6 +132,22 @@ type Reported struct {
 	Revocation  string `json:"revocation,omitzero"` // left out: nothing was revoked
 }
 
+// FormType is the media type of an introspection's request (RFC 7662): the one member "token".
+const FormType = "application/x-www-form-urlencoded"
+
+// Introspection says whether a token that a step was given is good still (RFC 7662). Of one that
+// is not, it says nothing else.
+type Introspection struct {
+	Active   bool   `json:"active"`
+	Issuer   string `json:"iss,omitzero"`
+	Subject  string `json:"sub,omitzero"` // the agent's SPIFFE ID
+	Audience string `json:"aud,omitzero"`
+	Scope    string `json:"scope,omitzero"`
+	Expires  int64  `json:"exp,omitzero"` // seconds since 1970
+	Issued   int64  `json:"iat,omitzero"` // seconds since 1970
+	ID       string `json:"jti,omitzero"` // the grant's id
+}
+
 // Health is the answer of /healthz.
 type Health struct {
 	Status string `json:"status"` // "ok"; anything else is a problem

@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -14,7 +15,7 @@ import (
 )
 
 func (s *Server) agentRoutes() []route {
-	return append(append(s.commonRoutes(), s.signalRoutes()...),
+	return append(slices.Concat(s.commonRoutes(), s.signalRoutes(), s.introspectRoute()),
 		route{"POST", "/v1/chains", nil, forAgent(s, s.openChain)},
 		route{"GET", "/v1/delegations/{id}", nil, forAgent(s, s.standing)},
 		route{"POST", "/v1/delegations/{id}/delegate", nil, forAgent(s, s.delegate)},

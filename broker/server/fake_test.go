@@ -240,7 +240,17 @@ func newRig(t *testing.T, alter ...func(*server.Config)) rig {
 	cfg := server.Config{
 		Broker: r.fake, Now: func() time.Time { return noon }, Notary: fakeNotary{r.fake},
 		Signals: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusAccepted) }),
-		Log:     slog.New(slog.NewJSONHandler(r.log, nil)),
+		Introspect: func(_ context.Context, token string) (api.Introspection, error) {
+			if token == "down" {
+				return api.Introspection{}, broker.Errorf(broker.Unavailable, "introspect", "down")
+			}
+			if token != "good" {
+				return api.Introspection{}, nil
+			}
+			return api.Introspection{Active: true, Issuer: "https://pawl.example.org", Subject: agentID.String(), Audience: "mail",
+				Scope: "read", Expires: noon.Unix() + 60, Issued: noon.Unix(), ID: string(grantID)}, nil
+		},
+		Log: slog.New(slog.NewJSONHandler(r.log, nil)),
 		Identify: func(req *http.Request) (broker.Caller, error) {
 			if req.Header.Get("Test-Identity") == "" {
 				return broker.Caller{}, errors.New("no certificate")

@@ -99,6 +99,7 @@ var matrix = map[string]struct{ anonymous, elsewhere int }{
 	"agents GET /v1/delegations/{id}/events":       {401, 404},
 	"agents POST /v1/grants/{id}/close":            {401, 404},
 	"agents POST /v1/violations":                   {401, 404},
+	"agents POST /v1/introspect":                   {401, 404},
 	"agents POST /v1/security-events":              {202, 404},
 	"agents GET /v1/openapi.json":                  {200, 200},
 	"agents GET /healthz":                          {200, 200},
@@ -132,10 +133,10 @@ func TestMatrix(t *testing.T) {
 		url, body := request(path, op)
 		r := newRig(t)
 		r.Close() // a stream that opens against expectation ends
-		if w := r.ask(listener, method, url, body, "Test-Identity: "); w.Code != want.anonymous {
+		if w := r.ask(listener, method, url, body, contentType(op), "Test-Identity: "); w.Code != want.anonymous {
 			t.Errorf("%s without an identity = %d, want %d", name, w.Code, want.anonymous)
 		}
-		if w := r.ask(other, method, url, body); w.Code != want.elsewhere {
+		if w := r.ask(other, method, url, body, contentType(op)); w.Code != want.elsewhere {
 			t.Errorf("%s on the %s' listener = %d, want %d", name, other, w.Code, want.elsewhere)
 		}
 		if want.anonymous == http.StatusUnauthorized && r.fake.asked != nil {
@@ -158,7 +159,9 @@ func request(path string, op operation) (url, body string) {
 	case strings.HasPrefix(path, "/v1/revocations"):
 		id = string(revocationID)
 	}
-	if op.RequestBody != nil {
+	if contentType(op) == "Content-Type: "+api.FormType {
+		body = "token=good"
+	} else if op.RequestBody != nil {
 		body = map[string]string{
 			"OpenRequest":     `{"task":"t","rights":[{"tool":"postgres","use":true}]}`,
 			"DelegateRequest": `{"to":"spiffe://example.org/b","rights":[{"tool":"postgres","use":true}]}`,
@@ -172,6 +175,16 @@ func request(path string, op operation) (url, body string) {
 	return strings.ReplaceAll(path, "{id}", id), body
 }
 
+// contentType is the header that the operation's body needs.
+func contentType(op operation) string {
+	if op.RequestBody != nil {
+		if _, form := op.RequestBody.Content[api.FormType]; form {
+			return "Content-Type: " + api.FormType
+		}
+	}
+	return "Content-Type: application/json"
+}
+
 func name(s schema) string { return strings.TrimPrefix(s.Ref, "#/components/schemas/") }
 
 // TestDocumentedAnswers: with an identity each endpoint gives the status and body that the
@@ -182,7 +195,7 @@ func TestDocumentedAnswers(t *testing.T) {
 		url, body := request(path, op)
 		r := newRig(t)
 		r.Close() // streams end after their first event
-		w := r.ask(listener, method, url, body)
+		w := r.ask(listener, method, url, body, contentType(op))
 		promised, ok := op.Responses[fmt.Sprint(w.Code)]
 		if !ok || w.Code >= 300 {
 			t.Errorf("%s %s = %d %s, which the document does not promise", method, path, w.Code, w.Body)

@@ -47,3 +47,33 @@ func TestSecurityEvents(t *testing.T) {
 		t.Errorf("without transmitters = %d, want 404", w.Code)
 	}
 }
+
+func TestIntrospect(t *testing.T) {
+	r := newRig(t)
+	const path = "/v1/introspect"
+	form := "Content-Type: " + api.FormType
+	for _, row := range []struct {
+		name, body string
+		headers    []string
+		status     int
+		says       string
+	}{
+		{"a good token", "token=good&token_type_hint=access_token", []string{form}, 200, `{"active":true,`},
+		{"another", "token=bad", []string{form}, 200, `{"active":false}`},
+		{"nobody can tell", "token=down", []string{form}, 503, ""},
+		{"no identity", "token=good", []string{form, "Test-Identity: "}, 401, ""},
+		{"no token", "", []string{form}, 400, ""},
+		{"two tokens", "token=good&token=bad", []string{form}, 400, ""},
+		{"not a form", `{"token":"good"}`, nil, 415, ""},
+		{"too long", "token=" + strings.Repeat("x", api.MaxBody), []string{form}, 413, ""},
+	} {
+		w := r.ask("agents", "POST", path, row.body, row.headers...)
+		if w.Code != row.status || !strings.HasPrefix(w.Body.String(), row.says) {
+			t.Errorf("%s = %d %s, want %d %s", row.name, w.Code, w.Body, row.status, row.says)
+		}
+	}
+	without := newRig(t, func(c *server.Config) { c.Introspect = nil })
+	if w := without.ask("agents", "POST", path, "token=good", form); w.Code != 404 {
+		t.Errorf("without jwt backends = %d, want 404", w.Code)
+	}
+}

@@ -86,6 +86,8 @@ type Config struct {
 	Notary  Notary       // signs reports and checkpoints; nil: both are refused
 	Signals http.Handler // agents' POST /v1/security-events; nil: there is no such endpoint
 
+	Introspect Introspect // agents' POST /v1/introspect; nil: there is no such endpoint
+
 	Log       *slog.Logger     // one event for each request, never a body; nil: none
 	Now       func() time.Time // required
 	Ready     func() error     // what /healthz asks; its error is logged and answered with 503. Nil: always ready

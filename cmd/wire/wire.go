@@ -99,7 +99,7 @@ func StartWith(ctx context.Context, c Config, log *slog.Logger, change func(*bro
 	if err := s.Broker.Resume(ctx); err != nil {
 		return s, err
 	}
-	return s, s.listen(c, attestor, log)
+	return s, s.listen(c, attestor, backends, log)
 }
 
 // later has Close run f, before what was given to later earlier.
@@ -194,7 +194,7 @@ func newAttestor(c Config, source *workloadapi.X509Source, jwts *workloadapi.JWT
 	return attest.New(config)
 }
 
-func (s *Server) listen(c Config, a *attest.Attestor, log *slog.Logger) error {
+func (s *Server) listen(c Config, a *attest.Attestor, backends map[string]broker.Backend, log *slog.Logger) error {
 	operators := newOperators(c.Operators, a)
 	notary, err := s.notary(c)
 	if err != nil {
@@ -205,7 +205,7 @@ func (s *Server) listen(c Config, a *attest.Attestor, log *slog.Logger) error {
 		return err
 	}
 	srv, err := server.New(server.Config{Broker: s.Broker, Identify: a.Identify, Operator: operators.identify,
-		Notary: notary, Signals: receiver, Metrics: s.metrics.handler(), Log: log, Now: time.Now, Ready: s.Vault.Ready})
+		Notary: notary, Signals: receiver, Introspect: introspect(s.Broker, s.Policy, backends), Metrics: s.metrics.handler(), Log: log, Now: time.Now, Ready: s.Vault.Ready})
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,57 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"net/url"
+	"time"
+
+	"github.com/pawlsec/pawl/broker/api"
+)
+
+// Introspect tells whether a token is good still. A token that is not ours, or of which nothing is
+// known, is not active; an error says that nobody could find out.
+type Introspect func(ctx context.Context, token string) (api.Introspection, error)
+
+// introspectRoute is where the services that take tokens ask (RFC 7662). Its request is a form, as
+// the standard has it, so it does not go through forAgent.
+func (s *Server) introspectRoute() []route {
+	if s.cfg.Introspect == nil {
+		return nil
+	}
+	return []route{{"POST", "/v1/introspect", nil, func(x *exchange) error {
+		if given := x.Header.Values("Content-Type"); len(given) != 1 || given[0] != api.FormType {
+			return api.NewProblem(api.KindMalformed, api.CodeMediaType, "the Content-Type must be "+api.FormType)
+		}
+		if _, err := s.identify(x); err != nil {
+			return err
+		}
+		token, err := formToken(x)
+		if err != nil {
+			return err
+		}
+		return reply(x, func(none) (answer, error) {
+			said, err := s.cfg.Introspect(x.Context(), token)
+			return answer{status: http.StatusOK, body: said}, err
+		})
+	}}}
+}
+
+// formToken reads the one member that a form may have beside its hint.
+func formToken(x *exchange) (string, error) {
+	control := http.NewResponseController(x.w)
+	_ = control.SetReadDeadline(time.Now().Add(socketTime)) // a recorder in a test has no socket
+	body, err := io.ReadAll(http.MaxBytesReader(x.w, x.Body, api.MaxBody))
+	_ = control.SetReadDeadline(time.Time{})
+	var tooLarge *http.MaxBytesError
+	if errors.As(err, &tooLarge) {
+		return "", api.NewProblem(api.KindMalformed, api.CodeTooLarge, "")
+	}
+	form, parseErr := url.ParseQuery(string(body))
+	if err != nil || parseErr != nil || len(form["token"]) != 1 || form.Get("token") == "" {
+		return "", malformed("the form must have one token")
+	}
+	return form.Get("token"), nil
+}
