@@ -165,7 +165,10 @@ func (s *schemas) operation(op operation) object {
 		described["security"] = []any{object{"svid": []string{}}}
 	}
 	if m, ok := op.in.(medium); ok {
-		described["requestBody"], described["security"] = object{"required": true, "content": m.content()}, []any{}
+		described["requestBody"] = object{"required": true, "content": m.content()}
+		if m == api.SecurityEventType { // its signature says who sends it
+			described["security"] = []any{}
+		}
 	} else if op.in != nil {
 		described["requestBody"] = object{"required": true, "content": object{"application/json": object{"schema": s.ref(reflect.TypeOf(op.in))}}}
 	}

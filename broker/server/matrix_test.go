@@ -34,6 +34,7 @@ type operation struct {
 		Name string `json:"name"`
 		In   string `json:"in"`
 	} `json:"parameters"`
+	Security []map[string][]string `json:"security"`
 }
 
 type media struct {
@@ -135,6 +136,9 @@ func TestMatrix(t *testing.T) {
 		r.Close() // a stream that opens against expectation ends
 		if w := r.ask(listener, method, url, body, contentType(op), "Test-Identity: "); w.Code != want.anonymous {
 			t.Errorf("%s without an identity = %d, want %d", name, w.Code, want.anonymous)
+		}
+		if open := want.anonymous != http.StatusUnauthorized; open != (len(op.Security) == 0) {
+			t.Errorf("%s without an identity = %d, and the document says its security is %v", name, want.anonymous, op.Security)
 		}
 		if w := r.ask(other, method, url, body, contentType(op)); w.Code != want.elsewhere {
 			t.Errorf("%s on the %s' listener = %d, want %d", name, other, w.Code, want.elsewhere)

@@ -10,10 +10,16 @@ import (
 	"github.com/pawlsec/pawl/plugins/jwt"
 )
 
+// active is what introspection says of a grant's token, and so what proves it dead. Backends are
+// made before the broker, and ask only once it runs.
+func (s *Server) active(ctx context.Context, id broker.GrantID) (bool, error) {
+	return s.Broker.Active(ctx, id)
+}
+
 // introspect answers about tokens of the jwt backends; nil when there is none. The signature is
 // the tool's key's matter, whether the grant stands the ledger's: so what was revoked stays refused
 // over a restart.
-func introspect(b *broker.Broker, running *policy.Running, backends map[string]broker.Backend) server.Introspect {
+func introspect(active func(context.Context, broker.GrantID) (bool, error), running *policy.Running, backends map[string]broker.Backend) server.Introspect {
 	issues := false
 	for _, backend := range backends {
 		_, is := backend.(*jwt.Backend)
@@ -39,8 +45,8 @@ func introspect(b *broker.Broker, running *policy.Running, backends map[string]b
 		if err != nil {
 			return api.Introspection{}, nil
 		}
-		active, err := b.Active(ctx, t.Grant)
-		if err != nil || !active {
+		good, err := active(ctx, t.Grant)
+		if err != nil || !good {
 			return api.Introspection{}, err
 		}
 		return api.Introspection{Active: true, Issuer: t.Issuer, Subject: t.Subject, Audience: t.Audience, Scope: t.Scope,

@@ -205,7 +205,7 @@ func (s *Server) listen(c Config, a *attest.Attestor, backends map[string]broker
 		return err
 	}
 	srv, err := server.New(server.Config{Broker: s.Broker, Identify: a.Identify, Operator: operators.identify,
-		Notary: notary, Signals: receiver, Introspect: introspect(s.Broker, s.Policy, backends), Metrics: s.metrics.handler(), Log: log, Now: time.Now, Ready: s.Vault.Ready})
+		Notary: notary, Signals: receiver, Introspect: introspect(s.active, s.Policy, backends), Metrics: s.metrics.handler(), Log: log, Now: time.Now, Ready: s.Vault.Ready})
 	if err != nil {
 		return err
 	}

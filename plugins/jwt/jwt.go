@@ -33,16 +33,18 @@ type Config struct {
 	Vault  Reader           // required; must be allowed to read <mount>/keys/<key>
 	Issuer string           // required: the iss claim, an https URL or a SPIFFE ID
 	Now    func() time.Time // zero: time.Now
+
+	// Active answers introspection: whether the token with this id (jti) is good still. Required:
+	// what proves a token dead is what a service that asks would be told.
+	Active func(context.Context, broker.GrantID) (bool, error)
 }
 
-// Backend implements [broker.Backend], [broker.Severer] and [broker.Prover]. Safe for
-// concurrent use.
+// Backend implements [broker.Backend] and [broker.Prover]. Safe for concurrent use.
 type Backend struct {
 	cfg Config
 
-	mu      sync.Mutex // guards what follows; never held over the network
-	keys    map[string]signingKey
-	severed map[broker.GrantID]time.Time // until when
+	mu   sync.Mutex // guards keys; never held over the network
+	keys map[string]signingKey
 }
 
 // New makes a Backend.
@@ -51,13 +53,15 @@ func New(cfg Config) (*Backend, error) {
 	switch {
 	case cfg.Vault == nil:
 		return nil, errors.New("jwt: Vault is required")
+	case cfg.Active == nil:
+		return nil, errors.New("jwt: Active is required")
 	case err != nil || u.Scheme != "https" && u.Scheme != "spiffe" || u.Host == "":
 		return nil, errors.New("jwt: Issuer must be an https URL or a SPIFFE ID")
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	return &Backend{cfg: cfg, keys: map[string]signingKey{}, severed: map[broker.GrantID]time.Time{}}, nil
+	return &Backend{cfg: cfg, keys: map[string]signingKey{}}, nil
 }
 
 // Access gives the Vault path of the tool's mint and how it is used there.
@@ -152,49 +156,27 @@ func finish(answer map[string]any, input string, key signingKey, c claims) (brok
 	return broker.Finished{Secret: broker.NewSecret(secret), Ref: c.ID, Expires: time.Unix(c.Expires, 0).UTC()}, nil
 }
 
-// Sever implements [broker.Severer]. The list is in memory: the ledger has the fences, and
-// resuming a revocation severs again.
-func (b *Backend) Sever(_ context.Context, grants []broker.Grant) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	now := b.cfg.Now()
-	for id, until := range b.severed {
-		if now.After(until) {
-			delete(b.severed, id)
-		}
-	}
-	for _, g := range grants {
-		b.severed[g.ID] = g.Expires.Add(leeway)
-	}
-	return nil
-}
-
 // leeway is how far behind a verifier's clock may be.
 const leeway = time.Minute
 
-// Severed reports whether introspection refuses the token with this id (jti), its time apart.
-func (b *Backend) Severed(id broker.GrantID) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	_, ok := b.severed[id]
-	return ok
-}
-
 // Prove implements [broker.Prover]. A token cannot be called back: before its end, dead means
-// that introspection refuses it, and the answer says so.
-func (b *Backend) Prove(_ context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
+// that introspection refuses it, which is asked here, and the answer says so.
+func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	out := make([]broker.Evidence, len(grants))
-	now := b.cfg.Now().UTC()
 	for i, g := range grants {
-		end := g.Expires.UTC().Format(time.RFC3339)
-		e := broker.Evidence{At: now, Check: "jwt: introspection", Outcome: broker.OutcomeAlive, Answer: "active until " + end}
-		switch {
-		case now.After(g.Expires.Add(leeway)):
-			e.Check, e.Outcome, e.Answer = "jwt: the token's end", broker.OutcomeDead, "it ended at "+end
-		case b.Severed(g.ID):
-			e.Outcome, e.Answer = broker.OutcomeDead, "inactive; a verifier that does not ask takes it until "+end
+		now, end := b.cfg.Now().UTC(), g.Expires.UTC().Format(time.RFC3339)
+		if now.After(g.Expires.Add(leeway)) {
+			out[i] = broker.Evidence{At: now, Check: "jwt: the token's end", Outcome: broker.OutcomeDead, Answer: "it ended at " + end}
+			continue
 		}
-		out[i] = e
+		active, err := b.cfg.Active(ctx, g.ID)
+		if err != nil {
+			return nil, err
+		}
+		out[i] = broker.Evidence{At: now, Check: "jwt: introspection", Outcome: broker.OutcomeAlive, Answer: "active until " + end}
+		if !active {
+			out[i].Outcome, out[i].Answer = broker.OutcomeDead, "inactive; a verifier that does not ask takes it until "+end
+		}
 	}
 	return out, nil
 }

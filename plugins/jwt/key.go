@@ -13,11 +13,12 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// signingKey is the newest version of a transit key.
+// signingKey is a transit key: its newest version signs, and those that Vault still lists verify.
 type signingKey struct {
-	version int
-	public  *ecdsa.PublicKey
-	read    time.Time
+	version  int
+	public   *ecdsa.PublicKey         // of version
+	versions map[int]*ecdsa.PublicKey // public is one of them
+	read     time.Time
 }
 
 // keyAge is how long a key is taken as the newest before Vault is asked again.
@@ -54,20 +55,37 @@ func parseKey(data map[string]any) (signingKey, error) {
 	if err != nil || version < 1 {
 		return signingKey{}, errors.New("jwt: the transit key has no version")
 	}
-	versions, _ := data["keys"].(map[string]any)
-	entry, _ := versions[latest.String()].(map[string]any)
-	text, _ := entry["public_key"].(string)
+	k := signingKey{version: version, versions: map[int]*ecdsa.PublicKey{}}
+	listed, _ := data["keys"].(map[string]any)
+	for name, entry := range listed {
+		n, err := strconv.Atoi(name)
+		if err != nil {
+			return signingKey{}, errors.New("jwt: the transit key has a version that is no number")
+		}
+		if k.versions[n], err = parsePublic(entry); err != nil {
+			return signingKey{}, err
+		}
+	}
+	if k.public = k.versions[version]; k.public == nil {
+		return signingKey{}, errors.New("jwt: the transit key has no public key")
+	}
+	return k, nil
+}
+
+func parsePublic(entry any) (*ecdsa.PublicKey, error) {
+	fields, _ := entry.(map[string]any)
+	text, _ := fields["public_key"].(string)
 	block, _ := pem.Decode([]byte(text))
 	if block == nil {
-		return signingKey{}, errors.New("jwt: the transit key has no public key")
+		return nil, errors.New("jwt: the transit key has no public key")
 	}
 	public, err := x509.ParsePKIXPublicKey(block.Bytes)
 	if err != nil {
-		return signingKey{}, errors.New("jwt: the transit key's public key cannot be read")
+		return nil, errors.New("jwt: the transit key's public key cannot be read")
 	}
 	ec, ok := public.(*ecdsa.PublicKey)
 	if !ok || ec.Curve.Params().BitSize != 256 {
-		return signingKey{}, errors.New("jwt: the transit key is not on P-256")
+		return nil, errors.New("jwt: the transit key is not on P-256")
 	}
-	return signingKey{version: version, public: ec}, nil
+	return ec, nil
 }

@@ -54,7 +54,7 @@ func Read(token string) (Token, error) {
 		Issued: c.Issued, Expires: c.Expires}, nil
 }
 
-// Verify checks that the newest version of the tool's key signed the token, as of this issuer.
+// Verify checks that a version of the tool's key that Vault still has signed the token, as of this issuer.
 // Whether the token is still good is the ledger's to say.
 func (b *Backend) Verify(ctx context.Context, t broker.Tool, token string) (Token, error) {
 	read, err := Read(token)
@@ -66,10 +66,16 @@ func (b *Backend) Verify(ctx context.Context, t broker.Tool, token string) (Toke
 		return Token{}, err
 	}
 	signed, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.ES256})
-	if err != nil || signed.Signatures[0].Header.KeyID != t.Path[1]+":"+strconv.Itoa(key.version) {
+	if err != nil {
+		return Token{}, errors.New("jwt: not a token of ours")
+	}
+	name, text, _ := strings.Cut(signed.Signatures[0].Header.KeyID, ":")
+	version, err := strconv.Atoi(text)
+	public := key.versions[version]
+	if name != t.Path[1] || err != nil || public == nil {
 		return Token{}, errors.New("jwt: not signed by the tool's key")
 	}
-	if _, err := signed.Verify(key.public); err != nil {
+	if _, err := signed.Verify(public); err != nil {
 		return Token{}, errors.New("jwt: the signature does not verify")
 	}
 	if read.Issuer != b.cfg.Issuer || read.Tool != t.Name {

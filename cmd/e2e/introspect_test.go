@@ -1,0 +1,174 @@
+package e2e_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"encoding/json"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+
+	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/cmd/dev"
+)
+
+// service is what takes tokens: another workload, which asks the broker with its own SVID.
+type service struct {
+	*world
+	http *http.Client
+}
+
+func newService(w *world) service {
+	source := w.env.Identities.Source(dev.Agent("orders"))
+	tr := &http.Transport{TLSClientConfig: tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(dev.BrokerID))}
+	w.t.Cleanup(tr.CloseIdleConnections)
+	return service{w, &http.Client{Transport: tr, Timeout: 10 * time.Second}}
+}
+
+// ask is what the broker answers about a token.
+func (s service) ask(token string) (answer api.Introspection) {
+	s.t.Helper()
+	s.http.CloseIdleConnections() // the broker may have been started again
+	resp, err := s.http.PostForm("https://"+s.config.Listen.Agents+"/v1/introspect", url.Values{"token": {token}})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer resp.Body.Close() //nolint:errcheck // only read
+	raw, err := io.ReadAll(resp.Body)
+	if err == nil {
+		err = json.Unmarshal(raw, &answer)
+	}
+	if err != nil || resp.StatusCode != http.StatusOK {
+		s.t.Fatalf("introspection = %d, %v", resp.StatusCode, err)
+	}
+	return answer
+}
+
+// want checks whether each token is active.
+func (s service) want(when string, tokens map[string]string, active ...string) {
+	s.t.Helper()
+	for name, token := range tokens {
+		want := false
+		for _, a := range active {
+			want = want || a == name
+		}
+		got := s.ask(token)
+		if got.Active != want || !want && got != (api.Introspection{}) {
+			s.t.Errorf("%s: the token %s is active: %v with subject %q, want active %v and nothing said of one that is not", when, name, got.Active, got.Subject, want)
+		}
+	}
+}
+
+var ordersCall = agent.Args{"audience": "https://orders.pawl.dev", "order": 7}
+
+func takeToken(t *testing.T, d *agent.Delegation, ttl time.Duration) (*agent.Step, string) {
+	t.Helper()
+	step, err := d.Begin(t.Context(), "api.call", ordersCall, agent.StepOptions{TTL: ttl})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return step, step.Secret().Field("token")
+}
+
+// TestIntrospection: a service that asks is told the truth about a token from the moment of its
+// revocation, its closing or its end, by the next broker as well, and the evidence of a dead one is
+// what that service is told.
+func TestIntrospection(t *testing.T) {
+	t.Parallel()
+	need(t, false)
+	w := newWorld(t, newEnv(t, dev.Config{NoPostgres: true}), nil)
+	broker := w.here(nil, nil)
+	planner := w.agent("planner")
+	open := func() *agent.Delegation {
+		t.Helper()
+		d, err := planner.Open(t.Context(), agent.Chain{Task: "orders", Rights: []agent.Right{{Tool: "api.call", Use: true}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	kept, cut := open(), open()
+	tokens := map[string]string{}
+	_, tokens["live"] = takeToken(t, kept, 0)
+	_, tokens["short"] = takeToken(t, kept, 2*time.Second)
+	closing, token := takeToken(t, kept, 0)
+	tokens["closed"] = token
+	revoked, token := takeToken(t, cut, 0)
+	tokens["revoked"] = token
+	tokens["foreign"], tokens["altered"] = foreign(t, tokens["live"]), altered(tokens["live"])
+	s := newService(w)
+	s.want("at first", tokens, "live", "short", "closed", "revoked")
+	if got := s.ask(tokens["live"]); got.Subject != dev.Agent("planner").String() || got.Audience != "https://orders.pawl.dev" || got.Scope != "read" ||
+		got.Issuer != "https://pawl.dev" || got.Expires <= time.Now().Unix() {
+		t.Errorf("introspection = %+v, want what the token says", got)
+	}
+
+	if err := closing.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	rv, err := w.operator().Revoke(t.Context(), api.RevokeRequest{Selector: "subtree:" + cut.ID(), Reason: "leaked"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.want("once fenced", map[string]string{"closed": tokens["closed"], "revoked": tokens["revoked"]})
+	if err := w.operator().Follow(t.Context(), rv.ID, func(now api.Revocation) error { rv = now; return nil }); err != nil || rv.Closure != "CLOSED" || rv.Dead != 1 {
+		t.Errorf("the revocation = %s with %d dead, %v; want CLOSED with the token", rv.Closure, rv.Dead, err)
+	}
+	for _, g := range w.grants() {
+		if last := len(g.Evidence) - 1; g.ID == revoked.Grant().ID && (last < 0 || g.Evidence[last].Check != "jwt: introspection" || !strings.HasPrefix(g.Evidence[last].Answer, "inactive")) {
+			t.Errorf("evidence = %+v, want what introspection answers", g.Evidence)
+		}
+	}
+	if !within(5*time.Second, func() bool { return !s.ask(tokens["short"]).Active }) {
+		t.Error("a token is active after its end")
+	}
+	s.want("after a revocation, a close and an end", tokens, "live")
+	broker.Close()
+	w.here(nil, nil)
+	s.want("after a restart", tokens, "live")
+}
+
+// foreign is a token with the claims and the header of another, by a key that is not Vault's.
+func foreign(t *testing.T, like string) string {
+	t.Helper()
+	parsed, err := jose.ParseSignedCompact(like, []jose.SignatureAlgorithm{jose.ES256})
+	if err != nil {
+		t.Fatal("the broker's token does not parse")
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: key, KeyID: parsed.Signatures[0].Header.KeyID}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed, err := signer.Sign(parsed.UnsafePayloadWithoutVerification())
+	if err != nil {
+		t.Fatal(err)
+	}
+	token, err := signed.CompactSerialize()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return token
+}
+
+// altered is a token of which one character of the claims was changed.
+func altered(token string) string {
+	head, rest, _ := strings.Cut(token, ".")
+	at := len(rest) / 4
+	other := byte('A')
+	if rest[at] == other {
+		other = 'B'
+	}
+	return head + "." + rest[:at] + string(other) + rest[at+1:]
+}
