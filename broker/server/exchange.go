@@ -119,6 +119,18 @@ func decode[In any](x *exchange, in *In) error {
 	if bodiless[In]() {
 		return nil
 	}
+	body, err := x.body()
+	if err != nil {
+		return err
+	}
+	if err := api.Decode(body, in); err != nil {
+		return malformed("%v", err)
+	}
+	return nil
+}
+
+// body reads the request's body whole, within the bounds of size and time.
+func (x *exchange) body() ([]byte, error) {
 	control := http.NewResponseController(x.w)
 	_ = control.SetReadDeadline(time.Now().Add(socketTime)) // a recorder in a test has no socket
 	body, err := io.ReadAll(http.MaxBytesReader(x.w, x.Body, api.MaxBody))
@@ -126,12 +138,9 @@ func decode[In any](x *exchange, in *In) error {
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
-		return api.NewProblem(api.KindMalformed, api.CodeTooLarge, "")
+		return nil, api.NewProblem(api.KindMalformed, api.CodeTooLarge, "")
 	case err != nil:
-		return malformed("the body did not arrive").Because(err)
+		return nil, malformed("the body did not arrive").Because(err)
 	}
-	if err := api.Decode(body, in); err != nil {
-		return malformed("%v", err)
-	}
-	return nil
+	return body, nil
 }

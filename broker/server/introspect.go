@@ -2,11 +2,8 @@ package server
 
 import (
 	"context"
-	"errors"
-	"io"
 	"net/http"
 	"net/url"
-	"time"
 
 	"github.com/pawlsec/pawl/broker/api"
 )
@@ -41,16 +38,12 @@ func (s *Server) introspectRoute() []route {
 
 // formToken reads the one member that a form may have beside its hint.
 func formToken(x *exchange) (string, error) {
-	control := http.NewResponseController(x.w)
-	_ = control.SetReadDeadline(time.Now().Add(socketTime)) // a recorder in a test has no socket
-	body, err := io.ReadAll(http.MaxBytesReader(x.w, x.Body, api.MaxBody))
-	_ = control.SetReadDeadline(time.Time{})
-	var tooLarge *http.MaxBytesError
-	if errors.As(err, &tooLarge) {
-		return "", api.NewProblem(api.KindMalformed, api.CodeTooLarge, "")
+	body, err := x.body()
+	if err != nil {
+		return "", err
 	}
-	form, parseErr := url.ParseQuery(string(body))
-	if err != nil || parseErr != nil || len(form["token"]) != 1 || form.Get("token") == "" {
+	form, err := url.ParseQuery(string(body))
+	if err != nil || len(form["token"]) != 1 || form.Get("token") == "" {
 		return "", malformed("the form must have one token")
 	}
 	return form.Get("token"), nil
