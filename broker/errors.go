@@ -73,6 +73,7 @@ const (
 	CodePlanStale         Code = "plan_stale"           // the set has grown since the plan
 	CodePlanUnknown       Code = "plan_unknown"         // the token is not one of ours, or too old
 	CodeSecondPerson      Code = "second_person_needed" // unfreezing takes two people
+	CodePolicyOlder       Code = "policy_older"         // a policy bundle that is not newer than the one in force
 )
 
 // Error is the one type that leaves this package as an error.

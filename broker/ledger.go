@@ -92,6 +92,7 @@ const (
 	OpClosure   Op = "closure"  // a revocation's state changed
 	OpStray     Op = "stray"    // something lives under our names that the ledger does not know
 	OpResume    Op = "resume"
+	OpPolicy    Op = "policy" // a policy bundle came into force
 )
 
 // The keys of the ledger. Ids have one length and alphabet, so no key is a prefix of another

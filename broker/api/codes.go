@@ -88,6 +88,7 @@ func Reasons() []Reason {
 		{"plan_stale", KindConflict, "The set has grown since the plan", false, "Look at a new plan, or include what is new."},
 		{"plan_unknown", KindNotFound, "No such plan", false, "Make a new plan."},
 		{"second_person_needed", KindDenied, "It takes two people", false, "Have another operator ask for the same."},
+		{"policy_older", KindConflict, "The policy bundle is not newer than the one in force", false, "Give it a higher version, or have an operator roll back to it."},
 		{CodeNoSigningKey, KindUnavailable, "The broker has no key to sign with", false, "Have signing_key set in the broker's configuration."},
 		{CodeNoAnswer, KindUnavailable, "The broker's answer did not arrive", true, "Made by clients, never sent. Ask again with the same idempotency key; without one, the request may have been carried out."},
 		{CodeRepeated, KindConflict, "The step was taken before, and its secret is given once", false, "Made by clients, never sent. Close the grant that the key names and take the step again with another key."},

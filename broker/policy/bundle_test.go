@@ -8,6 +8,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -192,7 +193,7 @@ func TestRunning(t *testing.T) {
 		{"under-signed", sign(t, version(t, "4", someCedar), private[0]), false, "2 needed, 1 valid"},
 		{"nonsense", []byte("{}"), false, "not a signed bundle"},
 	} {
-		if _, err := r.Replace(tt.jws, tt.rollback); err == nil || !strings.Contains(err.Error(), tt.says) {
+		if _, err := r.Replace(tt.jws, tt.rollback, nil); err == nil || !strings.Contains(err.Error(), tt.says) {
 			t.Errorf("%s: Replace = %v, want it to say %q", tt.name, err, tt.says)
 		}
 		if got := r.Policy().Digest(); got != want {
@@ -203,14 +204,20 @@ func TestRunning(t *testing.T) {
 		n        string
 		rollback bool
 	}{{"3", false}, {"5", false}, {"4", true}} {
-		p, err := r.Replace(signed(step.n, someCedar), step.rollback)
+		p, err := r.Replace(signed(step.n, someCedar), step.rollback, nil)
 		if err != nil || p != r.Current() {
 			t.Errorf("Replace with version %s = %v, want it running", step.n, err)
 		}
 	}
+	want = r.Current().Digest()
+	if _, err := r.Replace(signed("6", someCedar), false, func(next *policy.Policy) error {
+		return fmt.Errorf("no to version %d", next.Bundle().Version())
+	}); err == nil || err.Error() != "no to version 6" || r.Current().Digest() != want {
+		t.Errorf("Replace that is not agreed to = %v, running %s, want %s to stay", err, r.Current().Digest(), want)
+	}
 	foreign := sources(someCedar)
 	foreign["bundle.yaml"].Data = []byte("name: other\nversion: 9\n")
-	if _, err := r.Replace(sign(t, build(t, foreign), private...), true); err == nil || !strings.Contains(err.Error(), `"other" cannot take the place of "acme"`) {
+	if _, err := r.Replace(sign(t, build(t, foreign), private...), true, nil); err == nil || !strings.Contains(err.Error(), `"other" cannot take the place of "acme"`) {
 		t.Errorf("Replace with another bundle = %v", err)
 	}
 }

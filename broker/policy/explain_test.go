@@ -1,6 +1,7 @@
 package policy_test
 
 import (
+	"errors"
 	"reflect"
 	"slices"
 	"strings"
@@ -56,17 +57,27 @@ func TestExplain(t *testing.T) {
 func TestShadow(t *testing.T) {
 	live := load(t, someCedar)
 	candidate := load(t, strings.Replace(someCedar, `"ci"`, `"renamed"`, 1)+`@id("fewer") @violation("revoke-chain") forbid(principal, action, resource == Tool::"db.read") when { context.chain.depth > 1 };`)
-	var found []policy.Difference
-	s := policy.Shadow{Live: live, Candidate: candidate, Report: func(d policy.Difference) { found = append(found, d) }}
+	found := make(chan policy.Difference, 9)
+	shadow := policy.NewShadow(policy.ShadowReport{Differs: func(d policy.Difference) { found <- d },
+		Missed: func(err error) { t.Errorf("missed: %v", err) }})
+	defer shadow.Close()
+	if s := shadow.Beside(live); s != broker.Policy(live) {
+		t.Errorf("Beside without a candidate = %T, want the live bundle itself", s)
+	}
+	shadow.Try(candidate)
+	s := shadow.Beside(live)
 	deep := use("db.read", func(q *broker.Question) { q.Depth = 2 })
-	for _, q := range []broker.Question{use("db.read"), deep, use("mail")} {
+	last := use("db.read", func(q *broker.Question) { q.Depth = 3 })
+	for _, q := range []broker.Question{use("db.read"), deep, use("mail"), last} {
 		if got, want := s.Decide(q), live.Decide(q); !reflect.DeepEqual(got, want) {
 			t.Errorf("Decide = %+v, want the live bundle's %+v", got, want)
 		}
 	}
 	want := `spiffe://acme.example/ci/runner use "db.read": live allow by ["ci"], candidate deny (revoke-chain) by ["fewer"]`
-	if len(found) != 1 || found[0].String() != want {
-		t.Errorf("reported %v, want [%s]", found, want)
+	for depth := 2; depth <= 3; depth++ { // in the order of the questions, so nothing else was reported
+		if d := <-found; d.Question.Depth != depth || d.String() != want {
+			t.Errorf("reported %v at depth %d, want %s at %d", d, d.Question.Depth, want, depth)
+		}
 	}
 	if got := policy.Diff(live, candidate, use("db.read"), deep); len(got) != 1 || got[0].Question.Depth != 2 {
 		t.Errorf("Diff = %v, want the deep question", got)
@@ -76,6 +87,41 @@ func TestShadow(t *testing.T) {
 	}
 	if s.Digest() != live.Digest() {
 		t.Errorf("Digest() = %s, want the live bundle's", s.Digest())
+	}
+}
+
+// TestShadowIsNoDanger: a candidate that breaks, and one that is slower than the questions come,
+// change no answer and hold nobody up.
+func TestShadowIsNoDanger(t *testing.T) {
+	live := load(t, someCedar)
+	want := live.Decide(use("db.read"))
+	missed := make(chan error, 1<<16)
+	held := make(chan struct{})
+	shadow := policy.NewShadow(policy.ShadowReport{Missed: func(err error) { missed <- err }, Differs: func(policy.Difference) { <-held }})
+	defer shadow.Close()
+	ask := func(candidate *policy.Policy) {
+		t.Helper()
+		shadow.Try(candidate)
+		if got := shadow.Beside(live).Decide(use("db.read")); !reflect.DeepEqual(got, want) {
+			t.Fatalf("Decide = %+v, want the live bundle's %+v", got, want)
+		}
+	}
+	ask(policy.Broken())
+	if err := <-missed; !strings.Contains(err.Error(), "the candidate broke") {
+		t.Errorf("missed because of %v, want that the candidate broke", err)
+	}
+	forbids := load(t, `@id("no") forbid(principal, action, resource);`)
+	for range 3000 { // more than wait
+		ask(forbids)
+	}
+	close(held)
+	select {
+	case err := <-missed:
+		if !errors.Is(err, policy.ErrShadowBusy) {
+			t.Errorf("missed because of %v, want %v", err, policy.ErrShadowBusy)
+		}
+	default:
+		t.Error("nothing was missed while the candidate was held")
 	}
 }
 

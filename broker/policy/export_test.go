@@ -23,6 +23,9 @@ func (p *Policy) Unsliced() func(broker.Question) broker.Decision {
 	}
 }
 
+// Broken is a policy that panics on a question about db.read.
+func Broken() *Policy { return &Policy{tools: map[broker.ToolName]*tool{"db.read": nil}} }
+
 // Relevant counts the policies that Decide evaluates.
 func (p *Policy) Relevant(q broker.Question) int { return len(p.evaluate(&q, p.relevant).rules) }
 

@@ -64,9 +64,11 @@ func (r *Running) Current() *Policy { return r.current.Load() }
 // Policy is [Running.Current] in the form that the engine's configuration wants.
 func (r *Running) Policy() broker.Policy { return r.current.Load() }
 
-// Replace puts a verified bundle in force by the rules of [Replace]. After an error the running
-// one stays. Trust's Least does not hold back a deliberate rollback.
-func (r *Running) Replace(jws []byte, rollback bool) (*Policy, error) {
+// Replace puts a verified bundle in force by the rules of [Replace], if agree does too: it is
+// asked last, right before, and may record that the bundle comes into force; nil agrees with
+// everything. After an error the running one stays. Trust's Least does not hold back a deliberate
+// rollback.
+func (r *Running) Replace(jws []byte, rollback bool, agree func(*Policy) error) (*Policy, error) {
 	r.swap.Lock()
 	defer r.swap.Unlock()
 	trust := r.trust
@@ -83,6 +85,11 @@ func (r *Running) Replace(jws []byte, rollback bool) (*Policy, error) {
 	}
 	if err := Replace(r.current.Load(), next, rollback); err != nil {
 		return nil, err
+	}
+	if agree != nil {
+		if err := agree(next); err != nil {
+			return nil, err
+		}
 	}
 	r.current.Store(next)
 	return next, nil

@@ -2,10 +2,13 @@ package policy
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"maps"
 	"reflect"
 	"slices"
+	"sync"
+	"sync/atomic"
 
 	"github.com/go-json-experiment/json"
 	"github.com/pawlsec/pawl/broker"
@@ -68,30 +71,105 @@ func Diff(live, candidate *Policy, questions ...broker.Question) (found []Differ
 	return found
 }
 
-// Shadow answers by the live bundle and evaluates a candidate beside it, so that a bundle can be
-// tried on real questions before it counts. All fields are required. Report is called in the
-// course of a decision, by many at once: it must be quick and safe for concurrent use.
+// Shadow evaluates a candidate bundle beside a live one, so that it can be tried on real questions
+// before it counts. It never decides: the live answer is given first, and what it is compared with
+// is worked out behind it, by one goroutine, from a queue of bounded length. Make one with
+// [NewShadow]; it is safe for concurrent use.
 type Shadow struct {
-	Live, Candidate *Policy
-	Report          func(Difference)
+	report    ShadowReport
+	candidate atomic.Pointer[Policy]
+	asked     chan answered
+	done      chan struct{} // closed when the goroutine is gone
+	stop      chan struct{} // closed by Close
+	closing   sync.Once
 }
 
-var _ broker.Policy = Shadow{}
+// ShadowReport is told what a [Shadow] finds. Both fields are required.
+type ShadowReport struct {
+	Differs func(Difference) // one at a time
+	Missed  func(error)      // a question was not compared: there were too many, or the candidate broke on it. Must be quick and safe for concurrent use
+}
 
-// Decide gives the live answer.
-func (s Shadow) Decide(q broker.Question) broker.Decision {
-	live := s.Live.Decide(q)
-	if d, differs := compare(s.Candidate, q, live); differs {
-		s.Report(d)
+// ErrShadowBusy says that questions come faster than a candidate answers them.
+var ErrShadowBusy = errors.New("more questions than the candidate can keep up with")
+
+// shadowQueue is how many questions wait for a candidate's answer.
+const shadowQueue = 1024
+
+// answered is a question, its live answer, and who is to be asked, too.
+type answered struct {
+	candidate *Policy
+	question  broker.Question
+	live      broker.Decision
+}
+
+// NewShadow starts without a candidate.
+func NewShadow(report ShadowReport) *Shadow {
+	s := &Shadow{report: report, asked: make(chan answered, shadowQueue), done: make(chan struct{}), stop: make(chan struct{})}
+	go s.run()
+	return s
+}
+
+// Close ends the comparing and waits for it. It may be called more than once.
+func (s *Shadow) Close() {
+	s.closing.Do(func() { close(s.stop) })
+	<-s.done
+}
+
+// Try makes p the candidate; nil: there is none.
+func (s *Shadow) Try(p *Policy) { s.candidate.Store(p) }
+
+// Beside gives a policy that answers by live alone, and has the candidate, if there is one, asked
+// the same.
+func (s *Shadow) Beside(live *Policy) broker.Policy {
+	if c := s.candidate.Load(); c != nil {
+		return shadowed{live, c, s}
 	}
 	return live
 }
 
-// Tool gives the live bundle's tool.
-func (s Shadow) Tool(name broker.ToolName) (broker.Tool, bool) { return s.Live.Tool(name) }
+// shadowed is a live bundle whose answers are compared.
+type shadowed struct {
+	*Policy
+	candidate *Policy
+	shadow    *Shadow
+}
 
-// Digest is the live bundle's.
-func (s Shadow) Digest() string { return s.Live.Digest() }
+// Decide gives the live answer.
+func (p shadowed) Decide(q broker.Question) broker.Decision {
+	live := p.Policy.Decide(q)
+	q.History = maps.Clone(q.History) // the engine counts the step in it
+	select {
+	case p.shadow.asked <- answered{p.candidate, q, live}:
+	default:
+		p.shadow.report.Missed(ErrShadowBusy)
+	}
+	return live
+}
+
+func (s *Shadow) run() {
+	defer close(s.done)
+	for {
+		select {
+		case a := <-s.asked:
+			s.compare(a)
+		case <-s.stop:
+			return
+		}
+	}
+}
+
+// compare asks the candidate. Whatever it does stays here.
+func (s *Shadow) compare(a answered) {
+	defer func() {
+		if p := recover(); p != nil {
+			s.report.Missed(fmt.Errorf("the candidate broke: %v", p))
+		}
+	}()
+	if d, differs := compare(a.candidate, a.question, a.live); differs {
+		s.report.Differs(d)
+	}
+}
 
 // Change is one thing that is not the same in two bundles.
 type Change struct {

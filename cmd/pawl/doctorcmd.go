@@ -106,11 +106,10 @@ func (d *doctor) note(ctx context.Context, what, hint string, run func(context.C
 }
 
 func (d *doctor) policy(context.Context) (string, error) {
-	running, err := wire.LoadPolicy(d.c.Policy)
+	p, err := wire.CheckPolicy(d.c)
 	if err != nil {
 		return "", err
 	}
-	p := running.Current()
 	return fmt.Sprintf("%d tools, %d warnings, %s", len(p.Tools()), len(p.Warnings()), p.Digest()), nil
 }
 

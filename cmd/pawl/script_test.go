@@ -16,9 +16,14 @@ func TestScripts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	example, err := filepath.Abs("../../docs/example/policy")
+	if err != nil {
+		t.Fatal(err)
+	}
 	testscript.Run(t, testscript.Params{Dir: "testdata/script", RequireExplicitExec: true, RequireUniqueNames: true,
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("BUNDLES", bundles)
+			e.Setenv("EXAMPLE", example)
 			for _, name := range []string{"PAWL_ADDRESS", "PAWL_SERVER_ID", "PAWL_SOCKET", "PAWL_OPERATORS", "SPIFFE_ENDPOINT_SOCKET"} {
 				e.Setenv(name, "")
 			}

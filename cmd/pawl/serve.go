@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -13,6 +14,7 @@ import (
 
 	_ "embed"
 
+	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/cmd/demo"
 	"github.com/pawlsec/pawl/cmd/dev"
 	"github.com/pawlsec/pawl/cmd/wire"
@@ -24,12 +26,16 @@ var exampleConfig string
 func serverCommand() *cobra.Command {
 	var file string
 	var example, check bool
+	var rollback int64
 	c := &cobra.Command{
 		Use: "server --config FILE", Short: "Serve agents and operators, by a configuration file", Args: cobra.NoArgs,
-		Long: "Serve agents and operators. A signal HUP reads the policy bundle again; one that is not newer\n" +
-			"or not signed leaves the running one in force. TERM and INT end the server; what was under way\n" +
-			"is in the ledger, and the next start goes on with it.",
-		Example: "  pawl server --example > pawl.yaml\n  pawl server --config pawl.yaml --check\n  pawl server --config pawl.yaml",
+		Long: "Serve agents and operators. A signal HUP reads the policy bundle again; one that is not newer,\n" +
+			"not signed, or whose tools the backends do not take leaves the running one in force. TERM and\n" +
+			"INT end the server; what was under way is in the ledger, and the next start goes on with it.\n" +
+			"The ledger remembers which bundle was in force last and refuses an older one at the start, unless\n" +
+			"--allow-policy-rollback names its version; the audit log has who started it so.",
+		Example: "  pawl server --example > pawl.yaml\n  pawl server --config pawl.yaml --check\n  pawl server --config pawl.yaml\n" +
+			"  pawl server --config pawl.yaml --allow-policy-rollback 3",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if example {
 				fmt.Fprint(cmd.OutOrStdout(), exampleConfig)
@@ -45,17 +51,18 @@ func serverCommand() *cobra.Command {
 			if check {
 				return checkConfig(cmd, config)
 			}
-			return serve(cmd.Context(), config)
+			return serve(cmd.Context(), config, rollback)
 		},
 	}
 	c.Flags().StringVar(&file, "config", "", "configuration file")
 	c.Flags().BoolVar(&example, "example", false, "print a commented configuration and exit")
+	c.Flags().Int64Var(&rollback, "allow-policy-rollback", 0, "version of the policy bundle that may follow a newer one, this once")
 	c.Flags().BoolVar(&check, "check", false, "check configuration and policy bundle and exit")
 	return c
 }
 
 func checkConfig(cmd *cobra.Command, c wire.Config) error {
-	running, err := wire.LoadPolicy(c.Policy)
+	p, err := wire.CheckPolicy(c)
 	if err != nil {
 		return err
 	}
@@ -66,16 +73,20 @@ func checkConfig(cmd *cobra.Command, c wire.Config) error {
 		return err
 	}
 	fmt.Fprintf(cmd.OutOrStdout(), "configuration and policy bundle are good: %d tools, bundle %s\n",
-		len(running.Current().Tools()), running.Current().Digest())
-	for _, w := range running.Current().Warnings() {
+		len(p.Tools()), p.Digest())
+	for _, w := range p.Warnings() {
 		fmt.Fprintf(cmd.ErrOrStderr(), "pawl: warning: %s\n", w)
 	}
 	return nil
 }
 
-func serve(ctx context.Context, c wire.Config) error {
+func serve(ctx context.Context, c wire.Config, rollback int64) error {
 	log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
-	s, err := wire.Start(ctx, c, log)
+	s, err := wire.StartRolledBack(ctx, c, log, rollback)
+	var refused *broker.Error
+	if errors.As(err, &refused) && refused.Code == broker.CodePolicyOlder {
+		return hinted{err, refused.Remedy}
+	}
 	if err != nil {
 		return err
 	}
@@ -92,8 +103,8 @@ func serve(ctx context.Context, c wire.Config) error {
 		case err := <-s.Failed():
 			return err
 		case <-reload:
-			if p, err := s.ReloadPolicy(c); err != nil {
-				log.Error("the policy bundle on disk is refused; the running one stays", "error", err)
+			if p, err := s.ReloadPolicy(ctx, c); err != nil {
+				log.Error("the policy bundle on disk is refused; the running one stays", "error", err, "bundle", s.Policy.Current().Digest())
 			} else {
 				log.Info("policy bundle in force", "bundle", p.Digest())
 			}

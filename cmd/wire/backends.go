@@ -106,6 +106,37 @@ func checkTools(tools []broker.Tool, backends map[string]broker.Backend) error {
 	return errors.Join(wrong...)
 }
 
+// offline makes the configured targets for checking tools alone: they reach no Vault and nothing
+// else. done gives them back.
+func offline(configured map[string]Backend) (made map[string]broker.Backend, done func(), err error) {
+	s := &Server{}
+	made = map[string]broker.Backend{}
+	for name, c := range configured {
+		c.KRL = "" // a running broker may hold it
+		if c.Plugin == "postgres" {
+			b, err := postgres.New(postgres.Config{DSN: c.DSN, Credentials: noLogins{}})
+			if err != nil {
+				s.Close()
+				return nil, nil, fmt.Errorf("backends.%s: %w", name, err)
+			}
+			s.later(b.Close)
+			made[name] = b
+		} else if made[name], err = s.backend(name, c, nil); err != nil {
+			s.Close()
+			return nil, nil, fmt.Errorf("backends.%s: %w", name, err)
+		}
+	}
+	return made, s.Close, nil
+}
+
+// noLogins keeps a backend that only checks from connecting.
+type noLogins struct{}
+
+// Credential implements [postgres.Credentials].
+func (noLogins) Credential(context.Context, postgres.Purpose) (username, password string, expires time.Time, err error) {
+	return "", "", time.Time{}, errors.New("only checking")
+}
+
 // minting is what a backend says about the Vault path of a tool's mint.
 type minting interface {
 	Access(broker.Tool) (path []string, write, leased bool)

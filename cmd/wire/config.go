@@ -43,6 +43,9 @@ type Policy struct {
 	Bundle string `yaml:"bundle"` // signed bundle, a file; required
 	Keys   string `yaml:"keys"`   // JWK set of the platform keys, a file; required
 	Need   int    `yaml:"need"`   // how many of them must have signed; zero: 1
+
+	// Candidate never decides.
+	Candidate string `yaml:"candidate"` // a second signed bundle, a file, that is asked the same questions; where it would answer differently is logged and counted; empty: none
 }
 
 // Vault says which Vault, and how the broker is known there.

@@ -28,6 +28,10 @@ type metrics struct {
 	alarms  prometheus.Counter
 	live    atomic.Int64 // grants that are not over
 
+	differences *prometheus.CounterVec // of a candidate policy, by action and tool
+	missed      prometheus.Counter
+	candidate   atomic.Bool // whether there is one
+
 	mu     sync.Mutex // guards fenced
 	fenced map[broker.RevocationID]time.Time
 }
@@ -45,9 +49,19 @@ func newMetrics(known func(broker.ToolName) bool, ready func() error) *metrics {
 		Buckets: []float64{0.01, 0.05, 0.1, 0.4, 1, 4, 15, 60, 300, 3600}})
 	m.strays = prometheus.NewCounter(prometheus.CounterOpts{Name: "pawl_strays_total", Help: "Found alive under our names while the ledger did not know them."})
 	m.alarms = prometheus.NewCounter(prometheus.CounterOpts{Name: "pawl_alarms_total", Help: "What a person should look at; the log says what."})
-	m.registry.MustRegister(m.steps, m.fences, m.closure, m.strays, m.alarms, collectors.NewGoCollector(),
+	m.differences = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "pawl_shadow_differences_total",
+		Help: "Questions that the candidate policy bundle would answer differently, by action and tool."}, []string{"action", "tool"})
+	m.missed = prometheus.NewCounter(prometheus.CounterOpts{Name: "pawl_shadow_missed_total", Help: "Questions that the candidate policy bundle was not asked, or broke on."})
+	m.registry.MustRegister(m.differences, m.missed, m.steps, m.fences, m.closure, m.strays, m.alarms, collectors.NewGoCollector(),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_live_grants", Help: "Grants that are not over."},
 			func() float64 { return float64(m.live.Load()) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_shadow_candidate", Help: "1 while a candidate policy bundle is compared."},
+			func() float64 {
+				if m.candidate.Load() {
+					return 1
+				}
+				return 0
+			}),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_vault_ready", Help: "1 while the broker is logged in to Vault."},
 			func() float64 {
 				if ready() != nil {
@@ -124,12 +138,22 @@ func (m *metrics) count(e broker.Entry) {
 	}
 }
 
-// step counts a step. What an agent made up is no label.
+// step counts a step.
 func (m *metrics) step(tool broker.ToolName, outcome string) {
+	m.steps.WithLabelValues(m.label(tool), outcome).Inc()
+}
+
+// differs counts a question that the candidate policy would answer differently.
+func (m *metrics) differs(q broker.Question) {
+	m.differences.WithLabelValues(string(q.Action), m.label(q.Tool.Name)).Inc()
+}
+
+// label is the tool's name. What an agent made up is no label.
+func (m *metrics) label(tool broker.ToolName) string {
 	if !m.known(tool) {
 		tool = "other"
 	}
-	m.steps.WithLabelValues(string(tool), outcome).Inc()
+	return string(tool)
 }
 
 // closed ends the wait for a revocation; its entry begins with the closure.

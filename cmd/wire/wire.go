@@ -32,6 +32,9 @@ type Server struct {
 	Vault  *vault.Client
 
 	metrics           *metrics
+	shadow            *policy.Shadow
+	targets           map[string]broker.Backend
+	log               *slog.Logger
 	agents, operators net.Addr
 	failed            chan error
 	closers           []func() // in the order of making; Close runs them backwards
@@ -41,13 +44,24 @@ type Server struct {
 // Start puts the parts together and serves. ctx bounds the start, not the serving. Vault need
 // not be up: fencing works without it.
 func Start(ctx context.Context, c Config, log *slog.Logger) (s *Server, err error) {
-	return StartWith(ctx, c, log, func(*broker.Config) {})
+	return start(ctx, c, log, func(*broker.Config) {}, 0)
 }
 
 // StartWith is Start with a last word on the engine's parts, for tests that put faults between
 // them.
 func StartWith(ctx context.Context, c Config, log *slog.Logger, change func(*broker.Config)) (s *Server, err error) {
-	s = &Server{failed: make(chan error, 3)}
+	return start(ctx, c, log, change, 0)
+}
+
+// StartRolledBack is Start for a policy bundle that is not newer than the one that was in force
+// last: exactly this version of it is taken, and the audit says that it was, and for whom. Zero is
+// Start.
+func StartRolledBack(ctx context.Context, c Config, log *slog.Logger, version int64) (s *Server, err error) {
+	return start(ctx, c, log, func(*broker.Config) {}, version)
+}
+
+func start(ctx context.Context, c Config, log *slog.Logger, change func(*broker.Config), rollback int64) (s *Server, err error) {
+	s = &Server{failed: make(chan error, 3), log: log}
 	defer func() {
 		if err != nil {
 			s.Close()
@@ -56,9 +70,7 @@ func StartWith(ctx context.Context, c Config, log *slog.Logger, change func(*bro
 	if s.Policy, err = LoadPolicy(c.Policy); err != nil {
 		return s, err
 	}
-	for _, w := range s.Policy.Current().Warnings() {
-		log.Warn("policy", "warning", w)
-	}
+	warn(log, s.Policy.Current())
 	source, jwts, err := s.identity(ctx, c)
 	if err != nil {
 		return s, err
@@ -74,25 +86,31 @@ func StartWith(ctx context.Context, c Config, log *slog.Logger, change func(*bro
 		return s, err
 	}
 	s.later(func() { logClose(log, "ledger", s.Ledger.Close()) })
-	backends, err := s.backends(c.Backends, log)
-	if err != nil {
+	if s.targets, err = s.backends(c.Backends, log); err != nil {
 		return s, err
 	}
+	backends := s.targets
 	if err := checkTools(s.Policy.Current().Tools(), backends); err != nil {
 		return s, err
 	}
 	parts := broker.Config{
-		Ledger: s.Ledger, Policy: s.Policy.Policy, Vault: leaseLister{s.Vault, s.Policy, backends}, Backends: backends,
+		Ledger: s.Ledger, Policy: func() broker.Policy { return s.shadow.Beside(s.Policy.Current()) }, Vault: leaseLister{s.Vault, s.Policy, backends}, Backends: backends,
 		Now: time.Now, Random: rand.Reader, Alarm: func(op string, err error) { log.Error("alarm", "op", op, "error", err) },
 		MintTimeout: c.Vault.MintTimeout, MintBound: c.Vault.MintBound, SweepEvery: c.SweepEvery,
 	}
 	change(&parts)
 	s.metrics = newMetrics(func(name broker.ToolName) bool { _, ok := s.Policy.Current().Tool(name); return ok }, s.Vault.Ready)
+	s.shadow = newShadow(log, s.metrics)
+	s.later(s.shadow.Close)
 	parts.Ledger, parts.Alarm = counted{parts.Ledger, s.metrics}, s.metrics.alarm(parts.Alarm)
 	if s.Broker, err = broker.New(parts); err != nil {
 		return s, err
 	}
 	s.later(s.Broker.Stop)
+	if err := s.adopt(ctx, s.Policy.Current(), rollback); err != nil {
+		return s, err
+	}
+	s.tryCandidate(c)
 	if err := s.metrics.begin(ctx, s.Broker); err != nil {
 		return s, err
 	}
@@ -126,45 +144,6 @@ func logClose(log *slog.Logger, what string, err error) {
 	if err != nil {
 		log.Error("closing", "part", what, "error", err)
 	}
-}
-
-// LoadPolicy verifies and loads the configured bundle.
-func LoadPolicy(c Policy) (*policy.Running, error) {
-	jws, trust, err := readBundle(c)
-	if err != nil {
-		return nil, err
-	}
-	running, err := policy.NewRunning(jws, trust)
-	if err != nil {
-		return nil, fmt.Errorf("policy bundle %q: %w", c.Bundle, err)
-	}
-	return running, nil
-}
-
-func readBundle(c Policy) ([]byte, policy.Trust, error) {
-	raw, err := os.ReadFile(c.Keys)
-	if err != nil {
-		return nil, policy.Trust{}, fmt.Errorf("policy keys: %w", err)
-	}
-	keys, err := policy.ParseKeySet(raw)
-	if err != nil {
-		return nil, policy.Trust{}, fmt.Errorf("policy keys %q: %w", c.Keys, err)
-	}
-	jws, err := os.ReadFile(c.Bundle)
-	if err != nil {
-		return nil, policy.Trust{}, fmt.Errorf("policy bundle: %w", err)
-	}
-	return jws, policy.Trust{Keys: keys, Need: max(c.Need, 1)}, nil
-}
-
-// ReloadPolicy reads the bundle file again and puts it in force when it is newer; otherwise the
-// running bundle stays.
-func (s *Server) ReloadPolicy(c Config) (*policy.Policy, error) {
-	jws, _, err := readBundle(c.Policy)
-	if err != nil {
-		return nil, err
-	}
-	return s.Policy.Replace(jws, false)
 }
 
 func (s *Server) identity(ctx context.Context, c Config) (*workloadapi.X509Source, *workloadapi.JWTSource, error) {
