@@ -11,13 +11,14 @@ import (
 	"github.com/pawlsec/pawl/store/bolt"
 )
 
-// BenchmarkIssue is the engine and the embedded ledger, with a Vault and a target in memory.
-func BenchmarkIssue(b *testing.B) {
+// newBenchBroker is the engine on the embedded ledger, with a Vault and a target in memory.
+func newBenchBroker(b *testing.B) *broker.Broker {
+	b.Helper()
 	ledger, err := bolt.Open(bolt.Config{Path: filepath.Join(b.TempDir(), "ledger.db"), Reserve: -1})
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer ledger.Close() //nolint:errcheck // a temporary file
+	b.Cleanup(func() { _ = ledger.Close() }) // a temporary file
 	target := brokertest.NewTarget()
 	policy := brokertest.AllowAll("db.read")
 	pawl, err := broker.New(broker.Config{Ledger: ledger, Policy: func() broker.Policy { return policy }, Vault: brokertest.NewVault(target),
@@ -28,7 +29,12 @@ func BenchmarkIssue(b *testing.B) {
 	if err := pawl.Resume(ctx); err != nil {
 		b.Fatal(err)
 	}
-	defer pawl.Stop()
+	b.Cleanup(pawl.Stop)
+	return pawl
+}
+
+func BenchmarkIssue(b *testing.B) {
+	pawl := newBenchBroker(b)
 	b.SetParallelism(32) // 64 clients on two cores
 	b.RunParallel(func(pb *testing.PB) {
 		c := as("planner")
@@ -45,4 +51,24 @@ func BenchmarkIssue(b *testing.B) {
 		}
 	})
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "issues/s")
+}
+
+// BenchmarkStanding is what each agent of a chain asks for when a fence was set in it, with a thousand
+// live secrets under the chain.
+func BenchmarkStanding(b *testing.B) {
+	pawl, c := newBenchBroker(b), as("planner")
+	root, err := pawl.Open(ctx, c, broker.OpenRequest{Task: "bench", Rights: use("db.read")})
+	if err != nil {
+		b.Fatal(err)
+	}
+	for range 1000 {
+		if _, err := pawl.Issue(ctx, c, step(root, "db.read")); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for b.Loop() {
+		if _, err := pawl.Standing(ctx, c, root.ID); err != nil {
+			b.Fatal(err)
+		}
+	}
 }

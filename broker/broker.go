@@ -91,7 +91,7 @@ func (b *Broker) update(ctx context.Context, op string, f func(Tx) error) error 
 		return f(&touched)
 	})
 	if err == nil {
-		b.hub.wake(touched.chains)
+		b.hub.wake(touched.names)
 		return nil
 	}
 	var e *Error
@@ -112,14 +112,14 @@ func (b *Broker) view(ctx context.Context, op string, f func(Tx) error) error {
 	return Errorf(Unavailable, op, "the ledger cannot be read now").With(CodeLedgerDown).Because(err)
 }
 
-// touchedTx remembers which chains a transaction made entries for.
+// touchedTx remembers whom the entries of a transaction are about.
 type touchedTx struct {
 	Tx
-	chains []ChainID
+	names []topicName
 }
 
 func (t *touchedTx) Append(e Entry) (Revision, error) {
-	t.chains = append(t.chains, e.Chain)
+	t.names = append(t.names, topicName{e.Chain, e.Op == OpFence || e.Op == OpFreeze || e.Op == OpUnfreeze})
 	return t.Tx.Append(e)
 }
 

@@ -14,7 +14,7 @@ func (b *Broker) pursue(rv Revocation) {
 	b.background(func() {
 		p := pursuit{b: b, rv: rv, tokens: map[string]bool{}}
 		for wait := 10 * time.Millisecond; b.ctx.Err() == nil; wait = min(wait*2, 5*time.Second) {
-			woken, cancel := b.hub.watch(rv.Chain)
+			woken, cancel := b.hub.watch(topicName{chain: rv.Chain})
 			done, err := p.round(b.ctx)
 			if err != nil {
 				b.cfg.Alarm("pursuing revocation "+string(rv.ID), err)

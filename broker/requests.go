@@ -61,7 +61,7 @@ type Reported struct {
 type Standing struct {
 	Delegation Delegation
 	Fence      *Fence    // the nearest fence over it; nil when it may be used
-	Ended      []GrantID // the holder's grants under it that are fenced and whose steps must stop
+	Ended      []GrantID // the holder's grants under it that were fenced by themselves or a rule, and whose steps must stop; under a final Fence all must, and none is listed
 }
 
 // Operator is a person or system that may look and revoke, as the operators' listener

@@ -97,6 +97,11 @@ func (b *Broker) fenceGrant(tx Tx, f fencing, rv Revocation, entry Entry) (Revoc
 	if err := save(tx, keyGrant(g.ID), g); err != nil {
 		return Revocation{}, err
 	}
+	if !f.freeze {
+		if err := tx.Put(keyCut(g.Delegation, g.ID), []byte{}); err != nil {
+			return Revocation{}, err
+		}
+	}
 	return rv, save(tx, keyRevocation(rv.ID), rv)
 }
 

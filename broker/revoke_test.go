@@ -312,10 +312,6 @@ func TestViolationRevokesTheChain(t *testing.T) {
 		if rv, err := w.Revocation(ctx, e.Revocation); err != nil || rv.Closure != broker.ClosureClosed || rv.Dead != 10 {
 			t.Errorf("revocation = %+v, %v; want CLOSED with 10 dead", rv, err)
 		}
-		s, err := w.Standing(ctx, as("writer"), d["writer"].ID)
-		if err != nil || len(s.Ended) != 5 {
-			t.Errorf("Standing = %+v, %v; want the 5 steps that were cut", s, err)
-		}
 	})
 }
 

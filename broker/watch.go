@@ -2,33 +2,40 @@ package broker
 
 import (
 	"context"
+	"slices"
 	"sync"
 )
 
 // hub tells watchers to look again. It carries no data and never blocks whoever woke it.
 type hub struct {
-	mu    sync.Mutex // guards chains
-	chans map[ChainID]*topic
+	mu     sync.Mutex // guards topics
+	topics map[topicName]*topic
 }
 
-// topic is one chain's watchers, who share a channel that is closed when they must look again.
+// topicName is what a watcher waits for: any change of a chain, or only that a fence over it was
+// set or lifted. The empty chain stands for all.
+type topicName struct {
+	chain  ChainID
+	fences bool
+}
+
+// topic is the watchers of one name, who share a channel that is closed when they must look again.
 type topic struct {
 	changed  chan struct{}
 	watchers int
 }
 
-// watch gives a channel that is closed at the next change of the chain, or of any chain when
-// the id is empty. cancel must be called.
-func (h *hub) watch(id ChainID) (changed <-chan struct{}, cancel func()) {
+// watch gives a channel that is closed at the next change. cancel must be called.
+func (h *hub) watch(name topicName) (changed <-chan struct{}, cancel func()) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.chans == nil {
-		h.chans = map[ChainID]*topic{}
+	if h.topics == nil {
+		h.topics = map[topicName]*topic{}
 	}
-	t, ok := h.chans[id]
+	t, ok := h.topics[name]
 	if !ok {
 		t = &topic{changed: make(chan struct{})}
-		h.chans[id] = t
+		h.topics[name] = t
 	}
 	t.watchers++
 	var once sync.Once
@@ -36,41 +43,54 @@ func (h *hub) watch(id ChainID) (changed <-chan struct{}, cancel func()) {
 		once.Do(func() {
 			h.mu.Lock()
 			defer h.mu.Unlock()
-			if t.watchers--; t.watchers == 0 && h.chans[id] == t {
-				delete(h.chans, id)
+			if t.watchers--; t.watchers == 0 && h.topics[name] == t {
+				delete(h.topics, name)
 			}
 		})
 	}
 }
 
-// wake has the watchers of the chains look again; an empty id stands for a rule, which may be
-// about any.
-func (h *hub) wake(chains []ChainID) {
+// wake has those look again whom one of the names is about. An entry of no chain is a rule's, which
+// may be about any.
+func (h *hub) wake(names []topicName) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for _, id := range chains {
-		if id == "" {
-			for id := range h.chans {
-				h.fire(id)
+	for _, n := range names {
+		if n.chain == "" {
+			for name := range h.topics {
+				if n.fences || !name.fences {
+					h.fire(name)
+				}
 			}
-			return
+			continue
 		}
-		h.fire(id)
-		h.fire("")
+		h.fire(topicName{chain: n.chain})
+		h.fire(topicName{})
+		if n.fences {
+			h.fire(n)
+		}
 	}
 }
 
 // fire closes the topic's channel; who watches on takes a new one.
-func (h *hub) fire(id ChainID) {
-	if t, ok := h.chans[id]; ok {
+func (h *hub) fire(name topicName) {
+	if t, ok := h.topics[name]; ok {
 		close(t.changed)
-		delete(h.chans, id)
+		delete(h.topics, name)
 	}
 }
 
-// Watch gives a channel that is closed when something about the chain has changed, so that the
-// watcher looks again and then watches anew. cancel must be called.
-func (b *Broker) Watch(id ChainID) (changed <-chan struct{}, cancel func()) { return b.hub.watch(id) }
+// Watch gives a channel that is closed when something about the chain has changed, or about any
+// when the id is empty, so that the watcher looks again and then watches anew. cancel must be called.
+func (b *Broker) Watch(id ChainID) (changed <-chan struct{}, cancel func()) {
+	return b.hub.watch(topicName{chain: id})
+}
+
+// WatchFences is [Broker.Watch] for whoever asks only for [Broker.Standing]: the channel is closed
+// when a fence that may be over the chain was set or lifted, and not by each step of a busy chain.
+func (b *Broker) WatchFences(id ChainID) (changed <-chan struct{}, cancel func()) {
+	return b.hub.watch(topicName{id, true})
+}
 
 // Standing tells the holder of a delegation how it stands: fenced or not, and which of the
 // holder's own steps must stop.
@@ -93,24 +113,42 @@ func (b *Broker) Standing(ctx context.Context, c Caller, id DelegationID) (s Sta
 		if s.Fence, err = b.fenceOver(tx, p, Subject{}); err != nil {
 			return err
 		}
-		if err := tx.Scan(keyCut(id, ""), "", func(key string, _ []byte) bool {
-			s.Ended = append(s.Ended, GrantID(key[len(key)-idLength:]))
-			return true
-		}); err != nil {
-			return err
+		if s.Fence != nil && !s.Fence.Frozen {
+			return nil
 		}
-		return eachLive(tx, p.chain.ID, func(g Grant) error {
-			if g.Delegation != id {
-				return nil
-			}
-			f, err := b.fenceOver(tx, p, p.subject(g))
-			if f = harder(g.Fence, f); err == nil && f != nil && !f.Frozen {
-				s.Ended = append(s.Ended, g.ID)
-			}
-			return err
-		})
+		return b.eachCut(tx, p, func(g GrantID) { s.Ended = append(s.Ended, g) })
 	})
 	return s, err
+}
+
+// eachCut calls f with each grant directly under the path's leaf that was fenced by itself or by a
+// rule. Of a grant's own fence there is a mark; only for rules must the live grants be looked at, so
+// that the agents of a chain with thousands of them hear of a fence at once.
+func (b *Broker) eachCut(tx Tx, p path, f func(GrantID)) error {
+	leaf := p.leaf().ID
+	marked := map[GrantID]bool{}
+	if err := tx.Scan(keyCut(leaf, ""), "", func(key string, _ []byte) bool {
+		id := GrantID(key[len(key)-idLength:])
+		marked[id] = true
+		f(id)
+		return true
+	}); err != nil {
+		return err
+	}
+	rules, err := b.rules.read(tx)
+	if err != nil || !slices.ContainsFunc(rules, func(r queryFence) bool { return !r.Fence.Frozen }) {
+		return err
+	}
+	return eachLive(tx, p.chain.ID, func(g Grant) error {
+		if g.Delegation != leaf || marked[g.ID] {
+			return nil
+		}
+		over, err := b.fenceOver(tx, p, p.subject(g))
+		if err == nil && over != nil && !over.Frozen {
+			f(g.ID)
+		}
+		return err
+	})
 }
 
 // Active reports whether a grant's secret is good as far as the ledger knows: handed out, not

@@ -99,7 +99,7 @@ type Fence struct {
 type Standing struct {
 	Delegation *Delegation `json:"delegation,omitzero"` // not in events
 	Fence      *Fence      `json:"fence,omitzero"`      // the nearest fence over it; left out: it may be used
-	Ended      []string    `json:"ended"`               // the holder's grants under it whose steps must stop now
+	Ended      []string    `json:"ended"`               // the holder's grants under it whose steps must stop now; under a final fence all must, and none is listed
 }
 
 // Grant is the recorded permission for one step as its caller sees it.

@@ -213,7 +213,8 @@ func (s *Server) standingEvents(x *exchange) error {
 	d := first.Delegation
 	x.note(slog.String("chain", string(d.Chain)))
 	return s.follow(x, feed{
-		who: c.ID.String(), event: api.EventStanding, chain: d.Chain, until: c.NotAfter,
+		who: c.ID.String(), event: api.EventStanding, until: c.NotAfter,
+		watch: func() (<-chan struct{}, func()) { return s.cfg.Broker.WatchFences(d.Chain) },
 		look: func(ctx context.Context) (any, bool, error) {
 			if !s.cfg.Now().Before(d.Expires) {
 				return nil, true, broker.Errorf(broker.Expired, "standing", "the delegation is over").With(broker.CodeExpired)

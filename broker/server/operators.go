@@ -124,6 +124,7 @@ func (s *Server) revocationEvents(x *exchange) error {
 	}
 	return s.follow(x, feed{
 		who: "operator " + o.Name, event: api.EventRevocation, least: lookLeast,
+		watch: func() (<-chan struct{}, func()) { return s.cfg.Broker.Watch("") },
 		look: func(ctx context.Context) (any, bool, error) {
 			rv, err := s.cfg.Broker.Revocation(ctx, id)
 			// A freeze cuts nothing, so there is nothing to wait for.

@@ -42,9 +42,11 @@ type Steps interface {
 }
 
 // Watcher says when to look again: the channel is closed, or sent on, at the next change of
-// the chain, or of any chain when the id is empty. cancel must be called.
+// the chain, or of any chain when the id is empty; of WatchFences, only when a fence that may be over
+// the chain is set or lifted. cancel must be called.
 type Watcher interface {
 	Watch(broker.ChainID) (changed <-chan struct{}, cancel func())
+	WatchFences(broker.ChainID) (changed <-chan struct{}, cancel func())
 }
 
 // Revoker plans, revokes and lifts.

@@ -11,17 +11,17 @@ import (
 
 	"github.com/go-json-experiment/json"
 
-	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/api"
 )
 
 // feed is what a stream shows.
 type feed struct {
-	who   string         // whom the stream counts against
-	event string         // the name of its events
-	chain broker.ChainID // whose changes matter; empty: any chain's
-	until time.Time      // the end of who's identity; zero: none
-	least time.Duration  // between two looks
+	who   string        // whom the stream counts against
+	event string        // the name of its events
+	until time.Time     // the end of who's identity; zero: none
+	least time.Duration // between two looks
+	// watch gives a channel that is closed when it is time to look again.
+	watch func() (changed <-chan struct{}, cancel func())
 	// look gives an event's data, and whether it is the last.
 	look func(context.Context) (data any, final bool, err error)
 }
@@ -55,7 +55,7 @@ func (s *Server) follow(x *exchange, f feed) error {
 	}
 	for {
 		// Watch before looking: a change in between is then seen.
-		changed, cancel := s.cfg.Broker.Watch(f.chain)
+		changed, cancel := f.watch()
 		final, err := st.look(f)
 		if err == nil && !final {
 			err = s.wait(x.Context(), st, changed, beat.C, over, f.least)
