@@ -407,10 +407,10 @@ func (b *Broker) finish(tx Tx, g *Grant, now time.Time, ended map[DelegationID]i
 		if err := tx.Put(keyCut(g.Delegation, g.ID), []byte{}); err != nil {
 			return err
 		}
-		if g.Outcome == OutcomeStatic {
-			if err := b.noteStatic(tx, p, *g); err != nil {
-				return err
-			}
+	}
+	if g.Outcome == OutcomeStatic { // over, and yet it works: whatever revokes it later counts it, too
+		if err := tx.Put(keyStatic(g.Chain, g.ID), []byte{}); err != nil {
+			return err
 		}
 	}
 	_, err = enter(tx, g.entry(OpClosed, now))
@@ -430,21 +430,6 @@ func giveBack(tx Tx, ended map[DelegationID]int) error {
 		}
 	}
 	return nil
-}
-
-// noteStatic keeps a static secret in the books of the revocation that could not end it.
-func (b *Broker) noteStatic(tx Tx, p path, g Grant) error {
-	f := g.Fence
-	if over, err := b.fenceOver(tx, p, p.subject(g)); err != nil || f == nil && over == nil {
-		return err
-	} else if f == nil {
-		f = over
-	}
-	raw, err := tx.Get(keyStatics(f.Revocation))
-	if err != nil {
-		return err
-	}
-	return tx.Put(keyStatics(f.Revocation), append(raw[:len(raw):len(raw)], g.ID...))
 }
 
 func (g Grant) entry(op Op, now time.Time) Entry {

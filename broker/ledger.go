@@ -106,7 +106,7 @@ func keyLive(c ChainID, g GrantID) string        { return "l/" + string(c) + "/"
 func keyPast(c ChainID, g GrantID) string        { return "p/" + string(c) + "/" + string(g) }
 func keyRevocation(id RevocationID) string       { return "r/" + string(id) }
 func keyCut(d DelegationID, g GrantID) string    { return "x/" + string(d) + "/" + string(g) }
-func keyStatics(id RevocationID) string          { return "s/" + string(id) }
+func keyStatic(c ChainID, g GrantID) string      { return "w/" + string(c) + "/" + string(g) }
 func keyRule(id RevocationID) string             { return "f/" + string(id) }
 func keyEvent(c ChainID, r Revision) string      { return fmt.Sprintf("e/%s/%016x", c, uint64(r)) }
 func keyOnce(d DelegationID, digest [32]byte) string {

@@ -145,7 +145,9 @@ func (b *Broker) Revocation(ctx context.Context, id RevocationID) (rv Revocation
 		if err != nil {
 			return err
 		}
-		return rv.count(tx, left)
+		static, err := b.worksOn(tx, rv)
+		rv.count(found{left: left, static: len(static), total: len(left) + len(static)})
+		return err
 	})
 	return rv, err
 }

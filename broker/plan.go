@@ -177,7 +177,7 @@ func (p *Plan) count(grants []Grant) {
 		p.ByTool[g.Tool]++
 		p.ByLabel[g.Narrowing.String()]++
 		p.ByCaller[g.Caller.String()]++
-		if end := g.latestEnd(); end.After(p.LatestEnd) {
+		if end := g.LatestEnd(); end.After(p.LatestEnd) {
 			p.LatestEnd = end
 		}
 	}

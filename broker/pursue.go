@@ -53,7 +53,10 @@ func (b *Broker) pause(woken <-chan struct{}, d, least time.Duration) bool {
 type pursuit struct {
 	b      *Broker
 	rv     Revocation
-	queued map[GrantID]ChainID // what the fence covers and was not over, with its chain
+	queued map[GrantID]ChainID // what the fence covers and was not over when last looked at, with its chain
+	static map[GrantID]bool    // what it covers and is over, and works on
+	total  int                 // of both, when the pursuit began
+	latest time.Time           // the latest end of what was queued then
 	tokens map[string]bool     // accessors that Vault confirmed as revoked, to this process
 	nodes  []Delegation        // with tokens, root first; after the fence none gets another
 	least  time.Duration       // between two rounds: looking costs more the more is left
@@ -78,16 +81,26 @@ func (p *pursuit) round(ctx context.Context) (done bool, err error) {
 // begin lists what the fence covers, which nothing can join any more, and hands it to the closer.
 func (p *pursuit) begin(ctx context.Context) error {
 	var grants []Grant
+	var static []GrantID
 	err := p.b.view(ctx, "revoke", func(tx Tx) (err error) {
-		grants, p.nodes, err = p.b.under(tx, p.rv)
+		if grants, p.nodes, err = p.b.under(tx, p.rv); err != nil {
+			return err
+		}
+		static, err = p.b.worksOn(tx, p.rv)
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	p.queued = make(map[GrantID]ChainID, len(grants))
+	p.queued, p.static, p.total = make(map[GrantID]ChainID, len(grants)), map[GrantID]bool{}, len(grants)+len(static)
+	for _, id := range static {
+		p.static[id] = true
+	}
 	for _, g := range grants {
 		p.queued[g.ID] = g.Chain
+		if end := g.LatestEnd(); end.After(p.latest) {
+			p.latest = end
+		}
 		p.b.closer.hurry(g)
 	}
 	return nil
@@ -97,8 +110,9 @@ func (p *pursuit) begin(ctx context.Context) error {
 // hundred thousand grants again for every look would take longer than to end them.
 func (p *pursuit) left(ctx context.Context) (grants []Grant, err error) {
 	const many = 1000
+	var over, static []GrantID
 	err = p.b.view(ctx, "revoke", func(tx Tx) error {
-		grants = nil
+		grants, over, static = nil, nil, nil
 		for id, chain := range p.queued {
 			live, err := tx.Get(keyLive(chain, id))
 			if err != nil {
@@ -106,6 +120,15 @@ func (p *pursuit) left(ctx context.Context) (grants []Grant, err error) {
 			}
 			if live != nil {
 				grants = append(grants, Grant{ID: id})
+				continue
+			}
+			over = append(over, id)
+			works, err := tx.Get(keyStatic(chain, id))
+			if err != nil {
+				return err
+			}
+			if works != nil {
+				static = append(static, id)
 			}
 		}
 		if len(grants) > many {
@@ -120,7 +143,33 @@ func (p *pursuit) left(ctx context.Context) (grants []Grant, err error) {
 		}
 		return nil
 	})
-	return grants, err
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range over {
+		delete(p.queued, id)
+	}
+	for _, id := range static {
+		p.static[id] = true
+	}
+	return grants, nil
+}
+
+// worksOn lists what a revocation covers of the static secrets whose grants are over. Their time was
+// over, not their use.
+func (b *Broker) worksOn(tx Tx, rv Revocation) (ids []GrantID, err error) {
+	covers, err := b.covering(tx, rv)
+	if err != nil {
+		return nil, err
+	}
+	err = eachStatic(tx, rv.Chain, func(g Grant) error {
+		p, err := b.readPath(tx, "revoke", g.Delegation)
+		if err == nil && covers(p, p.subject(g)) {
+			ids = append(ids, g.ID)
+		}
+		return err
+	})
+	return ids, err
 }
 
 // under lists what is under a revocation: grants that are not over, and delegations with the
@@ -215,10 +264,8 @@ func (p *pursuit) record(ctx context.Context, left []Grant, pending int) (done b
 			return orUnknownRevocation("revoke", err)
 		}
 		before := rv
-		if err := rv.count(tx, left); err != nil {
-			return err
-		}
 		rv.Tokens = pending
+		rv.count(found{left: left, static: len(p.static), total: p.total, latest: p.latest})
 		done = len(left) == 0 && pending == 0
 		if done && rv.Settled.IsZero() {
 			rv.Settled = now
@@ -240,33 +287,32 @@ func (p *pursuit) record(ctx context.Context, left []Grant, pending int) (done b
 	return done, err
 }
 
+// found is what a look at a revocation's grants found.
+type found struct {
+	left   []Grant   // not over; of many only the ids
+	static int       // over, and works on
+	total  int       // of both, when they were first listed
+	latest time.Time // the latest end of what was left then
+}
+
 // count brings the revocation's numbers up to date: what is left decides the closure, and what
 // is over was proven, except a static secret.
-func (rv *Revocation) count(tx Tx, left []Grant) error {
-	if rv.Grants < len(left) {
-		rv.Grants = len(left) // the first look after the fence; none can join later
-	}
-	rv.Alive, rv.Unknown = 0, 0
-	if len(left) == 0 || left[0].State != "" { // else only ids are known, and the end stands as it was
-		rv.LatestEnd = time.Time{}
-	}
-	for _, g := range left {
+func (rv *Revocation) count(f found) {
+	rv.Grants = max(rv.Grants, f.total) // none can join after the fence
+	rv.Alive, rv.Unknown, rv.Static, rv.LatestEnd = f.static, 0, f.static, time.Time{}
+	for _, g := range f.left {
 		if g.Outcome == OutcomeAlive {
 			rv.Alive++
 		} else {
 			rv.Unknown++
 		}
-		if end := g.latestEnd(); end.After(rv.LatestEnd) {
+		if end := g.LatestEnd(); end.After(rv.LatestEnd) {
 			rv.LatestEnd = end
 		}
 	}
-	rv.Static = 0
-	raw, err := tx.Get(keyStatics(rv.ID))
-	if err != nil {
-		return err
+	if len(f.left) > 0 && f.left[0].State == "" { // only their ids are known
+		rv.LatestEnd = f.latest
 	}
-	rv.Static = len(raw) / idLength
-	rv.Alive += rv.Static
 	rv.Dead = rv.Grants - rv.Alive - rv.Unknown
 	switch {
 	case rv.Alive > 0:
@@ -276,11 +322,10 @@ func (rv *Revocation) count(tx Tx, left []Grant) error {
 	default:
 		rv.Closure = ClosureClosed
 	}
-	return nil
 }
 
-// latestEnd is when the grant's secret is over even if nobody can do anything about it.
-func (g Grant) latestEnd() time.Time {
+// LatestEnd is when the grant's secret is over even if nobody can do anything about it.
+func (g Grant) LatestEnd() time.Time {
 	end := g.Expires
 	for _, t := range []time.Time{g.Lease.Expires, g.Lease.Outlives, g.Token.Expires} {
 		if t.After(end) {

@@ -121,7 +121,7 @@ type Revocation struct {
 	Revision  Revision     `json:"revision"`         // of the fence
 	Settled   time.Time    `json:"settled,omitzero"` // when Closure became CLOSED, or final with statics left
 	Closure   Closure      `json:"closure"`
-	Grants    int          `json:"grants"`              // that were not over when it was fenced
+	Grants    int          `json:"grants"`              // that were not over when it was fenced, and static secrets handed out before
 	Dead      int          `json:"dead"`                // of these, proven dead
 	Alive     int          `json:"alive"`               // of these, shown to work still, statics included
 	Unknown   int          `json:"unknown"`             // of these, not proven either way

@@ -64,8 +64,8 @@ func (v verdict) lease() Evidence {
 		e.Check, e.Answer = "ledger", "no mint can be on its way any more"
 	case v.probed:
 		e.Check, e.Answer = "ledger", "this engine gives no lease; the target decides"
-	case v.now.Before(v.g.latestEnd()):
-		e.Check, e.Outcome, e.Answer = "ledger", OutcomeAlive, "it has no lease and ends by itself at "+v.g.latestEnd().UTC().Format(time.RFC3339)
+	case v.now.Before(v.g.LatestEnd()):
+		e.Check, e.Outcome, e.Answer = "ledger", OutcomeAlive, "it has no lease and ends by itself at "+v.g.LatestEnd().UTC().Format(time.RFC3339)
 	default:
 		e.Check, e.Answer = "ledger", "past its own end"
 	}

@@ -176,7 +176,16 @@ func eachLive(tx Tx, chain ChainID, f func(Grant) error) error { return eachLive
 
 // eachLiveAs is eachLive that decodes only what T asks for.
 func eachLiveAs[T any](tx Tx, chain ChainID, f func(T) error) error {
-	prefix := "l/"
+	return eachListed(tx, "l/", chain, f)
+}
+
+// eachStatic calls f with each grant of the chain, or of all chains when it is empty, that is over
+// while its secret works on.
+func eachStatic(tx Tx, chain ChainID, f func(Grant) error) error {
+	return eachListed(tx, "w/", chain, f)
+}
+
+func eachListed[T any](tx Tx, prefix string, chain ChainID, f func(T) error) error {
 	if chain != "" {
 		prefix += string(chain) + "/"
 	}

@@ -27,16 +27,28 @@ type world struct {
 func newWorld(t *testing.T) *world {
 	w := &world{t: t, ledger: brokertest.NewMemory(), target: brokertest.NewTarget(),
 		policy: brokertest.AllowAll("db.read", "db.write", "deploy")}
+	w.policy.Tools["note"] = broker.Tool{Name: "note", Backend: "keeper", Narrowing: broker.NarrowNone, Path: []string{"kv", "notes"}}
 	w.vault = brokertest.NewVault(w.target)
 	w.start(w.ledger)
 	return w
+}
+
+// keeper hands out what cannot be ended.
+type keeper struct{ *brokertest.Target }
+
+func (k keeper) Prove(_ context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
+	found := make([]broker.Evidence, len(grants))
+	for i := range found {
+		found[i] = broker.Evidence{At: time.Now(), Check: "keeper", Outcome: broker.OutcomeStatic, Answer: "it can only be rotated"}
+	}
+	return found, nil
 }
 
 // start makes a broker over the world's parts, as a new process would.
 func (w *world) start(ledger broker.Ledger) {
 	w.t.Helper()
 	b, err := broker.New(broker.Config{Ledger: ledger, Policy: func() broker.Policy { return w.policy }, Vault: w.vault,
-		Backends: map[string]broker.Backend{"target": w.target}, Now: time.Now, Random: rand.Reader,
+		Backends: map[string]broker.Backend{"target": w.target, "keeper": keeper{w.target}}, Now: time.Now, Random: rand.Reader,
 		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: -1})
 	if err != nil {
 		w.t.Fatal(err)

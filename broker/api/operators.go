@@ -111,7 +111,7 @@ type Revocation struct {
 	Revision  uint64    `json:"revision"`            // of the fence in the ledger
 	Settled   time.Time `json:"settled,omitzero"`    // the closure will not change any more
 	Closure   string    `json:"closure"`             // "CLOSED", "PARTIAL" or "UNKNOWN"
-	Grants    int       `json:"grants"`              // that were not over when it was fenced
+	Grants    int       `json:"grants"`              // that were not over when it was fenced, and static secrets handed out before
 	Dead      int       `json:"dead"`                // of these, proven dead
 	Alive     int       `json:"alive"`               // of these, shown to work still, statics included
 	Unknown   int       `json:"unknown"`             // of these, not proven either way
