@@ -40,6 +40,8 @@ type Broker struct {
 	chains recordCache[Chain]
 	plans  planBook
 
+	pursued pursuits
+
 	branching keyedLocks // one delegation's token is made once at a time
 
 	ctx  context.Context // ends with Stop: the lifetime of background work

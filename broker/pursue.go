@@ -2,16 +2,18 @@ package broker
 
 import (
 	"context"
+	"sync"
 	"time"
 )
 
 // pursue starts steps 2 to 6 of revoke in the background. [Broker.Resume] starts it for every
 // revocation that has not settled; it is the same function.
 func (b *Broker) pursue(rv Revocation) {
-	if rv.Freeze {
+	if rv.Freeze || !rv.Settled.IsZero() || !b.pursued.begin(rv.ID) {
 		return
 	}
 	b.background(func() {
+		defer b.pursued.end(rv.ID)
 		p := pursuit{b: b, rv: rv, tokens: map[string]bool{}}
 		for wait := 10 * time.Millisecond; b.ctx.Err() == nil; wait = min(wait*2, 5*time.Second) {
 			woken, cancel := b.hub.watch(topicName{chain: rv.Chain})
@@ -26,6 +28,33 @@ func (b *Broker) pursue(rv Revocation) {
 			cancel()
 		}
 	})
+}
+
+// pursuits are the revocations that this process is at work on. A command that is repeated finds
+// its revocation standing, and must not start a second pursuit, nor miss the first: the answer of the transaction
+// that fenced may have been lost.
+type pursuits struct {
+	mu sync.Mutex // guards at
+	at map[RevocationID]bool
+}
+
+func (p *pursuits) begin(id RevocationID) (first bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.at[id] {
+		return false
+	}
+	if p.at == nil {
+		p.at = map[RevocationID]bool{}
+	}
+	p.at[id] = true
+	return true
+}
+
+func (p *pursuits) end(id RevocationID) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.at, id)
 }
 
 // pause waits until woken, for at least least and at most d longer; false means that the broker
@@ -196,7 +225,7 @@ func (b *Broker) under(tx Tx, rv Revocation) (grants []Grant, nodes []Delegation
 	if err != nil || rv.Grant != "" {
 		return grants, nil, err
 	}
-	err = eachMember(tx, rv.Chain, func(id DelegationID) error {
+	err = eachRecent(tx, rv.Chain, rv.Fenced, func(id DelegationID) error {
 		p, err := b.readPath(tx, "revoke", id)
 		if err == nil && len(p.leaf().Tokens) > 0 && covers(p, Subject{}) {
 			nodes = append(nodes, p.leaf())

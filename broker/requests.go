@@ -121,6 +121,8 @@ type Revocation struct {
 	Revision  Revision     `json:"revision"`         // of the fence
 	Settled   time.Time    `json:"settled,omitzero"` // when Closure became CLOSED, or final with statics left
 	Closure   Closure      `json:"closure"`
+	Nothing   bool         `json:"nothing,omitempty"`   // a rule under which nothing fell when it was written; later steps may
+	Repeated  bool         `json:"-"`                   // the command was given before and stands: nothing was changed by this one
 	Grants    int          `json:"grants"`              // that were not over when it was fenced, and static secrets handed out before
 	Dead      int          `json:"dead"`                // of these, proven dead
 	Alive     int          `json:"alive"`               // of these, shown to work still, statics included

@@ -18,9 +18,12 @@ type fencing struct {
 	target               target
 	freeze               bool
 	now                  time.Time
+	look                 bool // say of a rule whether anything falls under it, and refuse a final one without sense
 }
 
-// fence is step 1 of revoke, inside the caller's transaction: one mark, whatever hangs below.
+// fence is step 1 of revoke, inside the caller's transaction: one mark, whatever hangs below. Where the
+// same stands already, or a final mark where a freeze is asked for, nothing is written and the revocation
+// that stands is given: neither a thief who tries again nor a signal that is repeated makes the ledger grow.
 func (b *Broker) fence(tx Tx, f fencing) (Revocation, error) {
 	id, err := b.newID("rv")
 	if err != nil {
@@ -39,14 +42,82 @@ func (b *Broker) fence(tx Tx, f fencing) (Revocation, error) {
 	case f.target.grant != "":
 		return b.fenceGrant(tx, f, rv, entry)
 	}
+	return b.fenceRule(tx, f, rv, entry)
+}
+
+// fenceRule writes a rule. There is one of each kind for a selector: a final rule is about the chains that
+// were open when it was written, so a repeated one takes the place of the first when there are others now.
+func (b *Broker) fenceRule(tx Tx, f fencing, rv Revocation, entry Entry) (Revocation, error) {
+	s, err := ParseSelector(f.selector)
+	if err != nil {
+		return Revocation{}, Errorf(Malformed, "revoke", "%v", err)
+	}
+	first, err := b.sameRule(tx, s.String(), f.freeze)
+	if err != nil {
+		return Revocation{}, err
+	}
+	mark := Fence{At: f.now, Revocation: rv.ID, Frozen: f.freeze}
+	if f.freeze && first != nil {
+		rv, _, err := alreadyBy(tx, first, true)
+		return rv, err
+	}
+	var since time.Time
+	if first != nil {
+		since = first.At
+	}
+	if f.look {
+		how, err := b.reachOf(tx, queryFence{Fence: mark, Selector: s.String(), selector: s}, since, f.now)
+		if err != nil {
+			return Revocation{}, err
+		}
+		if how == reachNothing && first != nil {
+			rv, _, err := alreadyBy(tx, first, false)
+			return rv, err
+		}
+		if how == reachNothing && !f.freeze {
+			return Revocation{}, matchesNothing("revoke")
+		}
+		rv.Nothing = how != reachNow
+	}
 	if rv.Revision, err = enter(tx, entry); err != nil {
 		return Revocation{}, err
 	}
-	r := queryFence{Fence: Fence{Generation: rv.Revision, At: f.now, Revocation: rv.ID, Frozen: f.freeze}, Selector: f.selector}
-	if err := save(tx, keyRule(rv.ID), r); err != nil {
+	if first != nil {
+		if err := tx.Put(keyRule(first.Revocation), nil); err != nil {
+			return Revocation{}, err
+		}
+	}
+	mark.Generation = rv.Revision
+	if err := save(tx, keyRule(rv.ID), queryFence{Fence: mark, Selector: s.String()}); err != nil {
 		return Revocation{}, err
 	}
 	return rv, save(tx, keyRevocation(rv.ID), rv)
+}
+
+func matchesNothing(op string) *Error {
+	return Errorf(NotFound, op, "the selector matches nothing that is open or alive, and no step that can still be taken").
+		With(CodeSelectorEmpty).Lacks("check its spelling; pawl chain list shows what there is", "selector")
+}
+
+// sameRule gives the mark of the rule in force with this selector and of this kind.
+func (b *Broker) sameRule(tx Tx, selector string, freeze bool) (*Fence, error) {
+	rules, err := b.rules.read(tx)
+	for i := range rules {
+		if rules[i].Selector == selector && rules[i].Fence.Frozen == freeze {
+			return &rules[i].Fence, err
+		}
+	}
+	return nil, err
+}
+
+// alreadyBy gives the revocation whose mark is in force, when that is as hard as what is asked for.
+func alreadyBy(tx Tx, mark *Fence, freeze bool) (rv Revocation, stands bool, err error) {
+	if mark == nil || mark.Frozen && !freeze {
+		return Revocation{}, false, nil
+	}
+	rv, stands, err = load[Revocation](tx, keyRevocation(mark.Revocation))
+	rv.Repeated = stands
+	return rv, stands, err
 }
 
 func (b *Broker) fenceNode(tx Tx, f fencing, rv Revocation, entry Entry) (Revocation, error) {
@@ -57,6 +128,9 @@ func (b *Broker) fenceNode(tx Tx, f fencing, rv Revocation, entry Entry) (Revoca
 	if !ok {
 		return Revocation{}, unknownDelegation("revoke")
 	}
+	if old, stands, err := alreadyBy(tx, d.Fence, f.freeze); err != nil || stands {
+		return old, err
+	}
 	rv.Chain, rv.Node = d.Chain, d.ID
 	if rv.Selector == "" {
 		rv.Selector = "subtree:" + string(d.ID)
@@ -65,10 +139,7 @@ func (b *Broker) fenceNode(tx Tx, f fencing, rv Revocation, entry Entry) (Revoca
 	if rv.Revision, err = enter(tx, entry); err != nil {
 		return Revocation{}, err
 	}
-	mark := &Fence{Generation: rv.Revision, At: f.now, Revocation: rv.ID, Frozen: f.freeze}
-	if d.Fence == nil || d.Fence.Frozen && !f.freeze {
-		d.Fence = mark
-	}
+	d.Fence = &Fence{Generation: rv.Revision, At: f.now, Revocation: rv.ID, Frozen: f.freeze}
 	if err := save(tx, keyDelegation(d.ID), d); err != nil {
 		return Revocation{}, err
 	}
@@ -83,6 +154,9 @@ func (b *Broker) fenceGrant(tx Tx, f fencing, rv Revocation, entry Entry) (Revoc
 	if !ok {
 		return Revocation{}, unknownGrant("revoke")
 	}
+	if old, stands, err := alreadyBy(tx, g.Fence, f.freeze); err != nil || stands {
+		return old, err
+	}
 	rv.Chain, rv.Grant = g.Chain, g.ID
 	if rv.Selector == "" {
 		rv.Selector = "grant:" + string(g.ID)
@@ -91,9 +165,7 @@ func (b *Broker) fenceGrant(tx Tx, f fencing, rv Revocation, entry Entry) (Revoc
 	if rv.Revision, err = enter(tx, entry); err != nil {
 		return Revocation{}, err
 	}
-	if g.Fence == nil || g.Fence.Frozen && !f.freeze {
-		g.Fence = &Fence{Generation: rv.Revision, At: f.now, Revocation: rv.ID, Frozen: f.freeze}
-	}
+	g.Fence = &Fence{Generation: rv.Revision, At: f.now, Revocation: rv.ID, Frozen: f.freeze}
 	if err := save(tx, keyGrant(g.ID), g); err != nil {
 		return Revocation{}, err
 	}
@@ -107,7 +179,12 @@ func (b *Broker) fenceGrant(tx Tx, f fencing, rv Revocation, entry Entry) (Revoc
 
 // Revoke fences what the selector means and returns: from then on nothing under it is handed
 // out. Cutting and proving go on in the background; [Broker.Revocation] tells how far they are.
-// With Freeze nothing is cut and an operator can lift it.
+// With Freeze nothing is cut and an operator can lift it. A command that stands already is answered with
+// its revocation, Repeated.
+//
+// A final rule is about what is open: one that matches nothing open, and no step that can still be taken, is
+// refused with CodeSelectorEmpty. A freeze by a rule is about later chains as well; Nothing says that it covers
+// nothing yet.
 //
 // Errors: Malformed, Unauthenticated, NotFound, Conflict (the plan is stale), Unavailable.
 func (b *Broker) Revoke(ctx context.Context, o Operator, r RevokeRequest) (Revocation, error) {
@@ -123,7 +200,7 @@ func (b *Broker) Revoke(ctx context.Context, o Operator, r RevokeRequest) (Revoc
 			return Revocation{}, err
 		}
 	}
-	f := fencing{by: o.Name, reason: r.Reason, selector: r.Selector.String(), freeze: r.Freeze, now: b.cfg.Now()}
+	f := fencing{by: o.Name, reason: r.Reason, selector: r.Selector.String(), freeze: r.Freeze, now: b.cfg.Now(), look: true}
 	var rv Revocation
 	err := b.update(ctx, op, func(tx Tx) (err error) {
 		if f.target, err = resolve(tx, r.Selector); err != nil {

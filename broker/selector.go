@@ -18,6 +18,8 @@ type Subject struct {
 	Vault  string    // Vault mount and role, joined by slashes
 	Bundle string    // digest of the policy bundle that decided
 	At     time.Time // when the grant or delegation was made
+
+	later map[string]Parameter // not nil: Grant is not made yet, and these are the arguments it may have; made at At or after
 }
 
 // Selector says what a revocation is about. It is made by [ParseSelector]; the zero Selector
@@ -156,6 +158,9 @@ func (t selectorTerm) holds(s Subject) selectorVerdict {
 		if s.At.IsZero() {
 			return selectorOpen
 		}
+		if s.later != nil && s.At.Before(t.at) {
+			return selectorOpen // it may be made before or after
+		}
 		return yesIf(s.At.Before(t.at) == (t.key == "until"))
 	}
 	if s.Grant == "" {
@@ -167,6 +172,12 @@ func (t selectorTerm) holds(s Subject) selectorVerdict {
 	case "tool":
 		return yesIf(string(s.Tool) == t.value)
 	case "arg":
+		if s.later != nil {
+			if _, takes := s.later[t.name]; !takes {
+				return selectorNo
+			}
+			return selectorOpen
+		}
 		value, ok := s.Args.Get(t.name)
 		return yesIf(ok && argReads(value, t.value))
 	case "vault":

@@ -42,5 +42,9 @@ func TestStaticSecretsOutliveTheirGrants(t *testing.T) {
 		}
 		pass(time.Minute)
 		check("pursued")
+		pass(25 * time.Hour)
+		if got := w.revoke("spiffe:spiffe://example.org/child"); got.Nothing {
+			t.Errorf("a rule over a chain that is over = %+v, want it about the secrets that work on", got)
+		}
 	})
 }

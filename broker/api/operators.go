@@ -118,6 +118,9 @@ type Revocation struct {
 	Static    int       `json:"static"`              // of these alive, that can only be rotated
 	Tokens    int       `json:"tokens"`              // delegation tokens not shown revoked yet
 	LatestEnd time.Time `json:"latest_end,omitzero"` // what is left ends by itself by then; left out: nothing is left, or never
+
+	CoversNothing bool `json:"covers_nothing,omitzero"` // a rule under which nothing fell when it was written; what is asked for later may
+	Repeated      bool `json:"repeated,omitzero"`       // of the answer to a command: the same stood already, as it is here, and this command changed nothing
 }
 
 // Revocations is the list of revocations, the latest first.

@@ -141,6 +141,9 @@ func (r *Receiver) Receive(ctx context.Context, token []byte) (Signal, error) {
 	s.Selector = selector.String()
 	rv, err := r.cfg.Revoke(ctx, broker.Operator{Name: "set:" + t.Issuer}, broker.RevokeRequest{Selector: selector,
 		Reason: reason(event, o.claims.ID), Freeze: t.Freeze})
+	if broker.KindOf(err) == broker.NotFound {
+		return s, nil // whoever it is about has nothing here: sending it again would change nothing
+	}
 	if err != nil {
 		r.forget(seenID{t.Issuer, o.claims.ID})
 		return s, err

@@ -488,3 +488,28 @@ func FuzzReceive(f *testing.F) {
 		}
 	})
 }
+
+// TestAboutNothing: an event about somebody who has nothing here is taken, and followed by nothing. Any other
+// error of the engine has it sent again.
+func TestAboutNothing(t *testing.T) {
+	for _, row := range []struct {
+		err    error
+		status int
+	}{
+		{broker.Errorf(broker.NotFound, "revoke", "nothing").With(broker.CodeSelectorEmpty), http.StatusAccepted},
+		{broker.Errorf(broker.NotFound, "revoke", "there is no such chain"), http.StatusAccepted},
+		{broker.Errorf(broker.Unavailable, "revoke", "the ledger is down").With(broker.CodeLedgerDown), http.StatusServiceUnavailable},
+	} {
+		r := newRig(t)
+		r.err = row.err
+		token := r.token(t, goodHeader(), goodClaims(), nil)
+		if w := push(r, token, setType); w.Code != row.status {
+			t.Errorf("status with %v = %d, want %d", row.err, w.Code, row.status)
+		}
+		r = newRig(t)
+		r.err = row.err
+		if s, err := r.Receive(t.Context(), []byte(r.token(t, goodHeader(), goodClaims(), nil))); err == nil && s.Revocation != "" {
+			t.Errorf("Receive with %v = %+v, want no revocation", row.err, s)
+		}
+	}
+}

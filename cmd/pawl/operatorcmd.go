@@ -315,18 +315,29 @@ func writeRevocation(w io.Writer, r api.Revocation) { fmt.Fprintln(w, revocation
 // revocationLine keeps fenced and dead apart: nothing is handed out from the one on, and the
 // other was shown.
 func revocationLine(r api.Revocation) string {
+	var note string
+	if r.CoversNothing {
+		note = "; nothing fell under it when it was written, what is asked for later may"
+	}
+	if r.Repeated {
+		note += "; it stood already"
+	}
 	if r.Freeze {
-		return fmt.Sprintf("%s  %s at %s  %s", r.ID, strings.ToLower(stateWord(r)), r.Fenced.UTC().Format(time.RFC3339), r.Selector)
+		return fmt.Sprintf("%s  %s at %s  %s%s", r.ID, strings.ToLower(stateWord(r)), r.Fenced.UTC().Format(time.RFC3339), r.Selector, note)
 	}
 	line := fmt.Sprintf("%s  fenced at %s  %s: %d of %d dead, %d alive, %d unknown", r.ID, r.Fenced.UTC().Format(time.RFC3339Nano),
 		r.Closure, r.Dead, r.Grants, r.Alive, r.Unknown)
 	if r.Static > 0 {
 		line += fmt.Sprintf(", %d to be rotated", r.Static)
 	}
-	if !r.LatestEnd.IsZero() {
-		line += "; what is left ends by itself by " + r.LatestEnd.UTC().Format(time.RFC3339)
+	switch end := r.LatestEnd.UTC().Format(time.RFC3339); {
+	case r.LatestEnd.IsZero():
+	case r.Static > 0:
+		line += "; what else is left ends by itself by " + end
+	default:
+		line += "; what is left ends by itself by " + end
 	}
-	return line
+	return line + note
 }
 
 // follow prints how far a revocation has come: one line that is rewritten in a terminal, a line

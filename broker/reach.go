@@ -1,0 +1,123 @@
+package broker
+
+import (
+	"encoding/binary"
+	"errors"
+	"strings"
+	"time"
+)
+
+// reach is what a rule is about at the moment at which it is written.
+type reach int8
+
+const (
+	reachNothing reach = iota // nothing, and nothing that is open now can come under it
+	reachLater                // nothing, but a step under a delegation that is open now may
+	reachNow                  // something that is open or works
+)
+
+// errReached ends a scan early.
+var errReached = errors.New("found")
+
+// reachOf says what r is about in the caller's transaction, among chains opened after since. It stops
+// at the first thing found, so that only a rule about nothing has everything looked at.
+func (b *Broker) reachOf(tx Tx, r queryFence, since, now time.Time) (how reach, err error) {
+	meant := func(g Grant) error {
+		p, err := b.readPath(tx, "revoke", g.Delegation)
+		if err == nil && p.chain.Opened.After(since) && r.covers(p, p.subject(g)) {
+			how, err = reachNow, errReached
+		}
+		return err
+	}
+	policy := b.cfg.Policy()
+	for _, look := range []func() error{
+		func() error { return eachLive(tx, "", meant) },
+		func() error { return eachStatic(tx, "", meant) },
+		func() error {
+			return b.eachOpen(tx, "", now, func(p path) error {
+				switch {
+				case !p.chain.Opened.After(since):
+				case r.covers(p, Subject{}):
+					how = reachNow
+					return errReached
+				case r.mayCover(p, policy, now):
+					how = reachLater
+				}
+				return nil
+			})
+		},
+	} {
+		if err := look(); errors.Is(err, errReached) {
+			return reachNow, nil
+		} else if err != nil {
+			return how, err
+		}
+	}
+	return how, nil
+}
+
+// eachOpen calls f with the path to each delegation under which something can still be handed out.
+func (b *Broker) eachOpen(tx Tx, chain ChainID, now time.Time, f func(path) error) error {
+	return eachRecent(tx, chain, now, func(id DelegationID) error {
+		p, err := b.readPath(tx, "revoke", id)
+		if err != nil {
+			return err
+		}
+		fence, err := b.fenceOver(tx, p, Subject{})
+		if err != nil || fence != nil && !fence.Frozen || !now.Before(p.leaf().Expires) {
+			return err
+		}
+		return f(p)
+	})
+}
+
+// eachRecent is eachMember without most of those that are over: a chain lives no longer than MaxChainTTL and its id
+// begins with the time, so of all chains the older ones are not read.
+func eachRecent(tx Tx, chain ChainID, now time.Time, f func(DelegationID) error) error {
+	if chain != "" {
+		return eachMember(tx, chain, f)
+	}
+	var ids []DelegationID
+	if err := tx.Scan("m/", "m/ch"+idTime(now.Add(-MaxChainTTL)), func(key string, _ []byte) bool {
+		ids = append(ids, DelegationID(key[len(key)-idLength:]))
+		return true
+	}); err != nil {
+		return err
+	}
+	for _, id := range ids {
+		if err := f(id); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// idTime is how ids that were made at a time begin, after their prefix.
+func idTime(t time.Time) string {
+	var ms [8]byte
+	binary.BigEndian.PutUint64(ms[:], uint64(max(0, t.UnixMilli())))
+	return idEncoding.EncodeToString(ms[2:])[:9] // 45 of the 48 bits: whole characters, 8 ms
+}
+
+// mayCover reports whether a step that p's holder can still take, with a tool as policy has it now, can fall
+// under the rule.
+func (r queryFence) mayCover(p path, policy Policy, now time.Time) bool {
+	for _, right := range p.leaf().Scope {
+		t, known := policy.Tool(right.Tool)
+		if !known || !right.Use {
+			continue
+		}
+		s := Subject{Chain: p.chain, Path: p.nodes, Grant: laterGrant, Tool: t.Name, Vault: strings.Join(t.Path, "/"),
+			Bundle: policy.Digest(), At: now, later: t.Arguments}
+		if s.later == nil {
+			s.later = map[string]Parameter{}
+		}
+		if r.selector.root.holds(s) != selectorNo {
+			return true
+		}
+	}
+	return false
+}
+
+// laterGrant stands for a grant that is not made yet; no selector can name it.
+const laterGrant GrantID = "later"
