@@ -62,6 +62,7 @@ type Mint struct {
 	Data   map[string]any // body; nil means that the path is read
 	Leased bool           // an answer without a lease id is then refused
 	Auth   bool           // the answer is a token: Finish gets its "auth" member for data
+	Wrap   bool           // with Auth: asked for wrapped; Finish gets "wrap_info", whose "auth" is what Vault says of the token inside
 	TTL    time.Duration  // the longest life accepted; an answer with more is refused
 	// Finish turns the answer's data into what the agent gets, and gives the name by which the
 	// backend knows it. expires is the end that Vault's lease gave, zero without a lease.

@@ -142,6 +142,11 @@ type minting interface {
 	Access(broker.Tool) (path []string, write, leased bool)
 }
 
+// wrapping is what a backend says whose tools may have their mint wrapped.
+type wrapping interface {
+	Wraps(broker.Tool) bool
+}
+
 // Access gives the Vault policy and mint path of each tool, for setting Vault up.
 func Access(tools []broker.Tool, backends map[string]Backend) (list []vault.Access) {
 	for _, t := range tools {
@@ -165,7 +170,8 @@ func Access(tools []broker.Tool, backends map[string]Backend) (list []vault.Acce
 			continue
 		}
 		path, write, leased := m.Access(t)
-		list = append(list, vault.Access{Policy: t.Policy, Path: path, Write: write, Leased: leased})
+		w, ok := m.(wrapping)
+		list = append(list, vault.Access{Policy: t.Policy, Path: path, Write: write, Leased: leased, Wrap: ok && w.Wraps(t)})
 	}
 	return list
 }

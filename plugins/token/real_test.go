@@ -29,15 +29,16 @@ type real struct {
 	name    string // unlike any other test's
 	tool    broker.Tool
 
-	mu    sync.Mutex // guards steps
-	steps map[broker.GrantID]string
+	mu     sync.Mutex // guards what follows
+	steps  map[broker.GrantID]string
+	opened map[string]string // the token inside, by wrapping token
 }
 
 func newReal(t *testing.T) *real {
 	server := parts.NeedVault(t)
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(server.CAPEM())
-	v := &real{address: server.Address(), root: server.RootToken(), name: "token-" + strings.ToLower(t.Name()), steps: map[broker.GrantID]string{},
+	v := &real{address: server.Address(), root: server.RootToken(), name: "token-" + strings.NewReplacer("/", "-", "_", "-").Replace(strings.ToLower(t.Name())), steps: map[broker.GrantID]string{}, opened: map[string]string{},
 		http: &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}, Timeout: 10 * time.Second}}
 	t.Cleanup(v.http.CloseIdleConnections)
 	v.tool = broker.Tool{Name: "vault.read", Backend: "token", Narrowing: broker.NarrowNative, Path: []string{"auth", "token", "create", v.name},
@@ -62,6 +63,11 @@ path "auth/token/revoke-accessor" { capabilities = ["update"] }`)
 
 // ask sends one request. Numbers of the answer keep their digits, as in plugins/vault.
 func (v *real) ask(ctx context.Context, token, method, path string, body any) (status int, answer map[string]any, err error) {
+	return v.send(ctx, token, method, path, body, "")
+}
+
+// send asks for the answer wrapped where wrap says for how long.
+func (v *real) send(ctx context.Context, token, method, path string, body any, wrap string) (status int, answer map[string]any, err error) {
 	raw, err := json.Marshal(body)
 	if err != nil {
 		return 0, nil, err
@@ -71,6 +77,9 @@ func (v *real) ask(ctx context.Context, token, method, path string, body any) (s
 		return 0, nil, err
 	}
 	r.Header.Set("X-Vault-Token", token)
+	if wrap != "" {
+		r.Header.Set("X-Vault-Wrap-TTL", wrap)
+	}
 	resp, err := v.http.Do(r)
 	if err != nil {
 		return 0, nil, err
@@ -137,20 +146,68 @@ func (v *real) mint(ctx context.Context, g *broker.Grant, m broker.Mint, _ strin
 	v.mu.Lock()
 	v.steps[g.ID] = accessor
 	v.mu.Unlock()
-	status, answer, err := v.ask(ctx, step, "POST", strings.Join(m.Path, "/"), m.Data)
-	auth, ok := answer["auth"].(map[string]any)
+	wrap := ""
+	if m.Wrap {
+		wrap = fmt.Sprintf("%ds", int64(m.TTL/time.Second))
+	}
+	status, answer, err := v.send(ctx, step, "POST", strings.Join(m.Path, "/"), m.Data, wrap)
+	got, ok := answer["auth"].(map[string]any)
+	if m.Wrap {
+		if got, ok = answer["wrap_info"].(map[string]any); ok {
+			got["auth"] = v.lookUp(ctx, got["wrapped_accessor"])
+		}
+	}
 	if err != nil || !ok {
 		return broker.Secret{}, fmt.Errorf("vault answered %d %v, %w", status, answer["errors"], err)
 	}
-	f, err := m.Finish(auth, g.Expires)
+	f, err := m.Finish(got, g.Expires)
 	g.Lease = broker.Lease{Ref: f.Ref, Expires: g.Expires}
 	return f.Secret, err
 }
 
-func reveal(s broker.Secret) string {
-	var members struct{ Token string }
-	_ = json.Unmarshal(s.Reveal(), &members) // then it is empty and opens nothing
-	return members.Token
+// lookUp gives what Vault's root sees of a token; nil when there is none.
+func (v *real) lookUp(ctx context.Context, accessor any) map[string]any {
+	_, answer, _ := v.ask(ctx, v.root, "POST", "auth/token/lookup-accessor", map[string]any{"accessor": accessor})
+	data, _ := answer["data"].(map[string]any)
+	return data
+}
+
+// members are those of a secret.
+func members(s broker.Secret) (m struct {
+	Token    string
+	Wrapping string `json:"wrapping_token"`
+	Path     string `json:"creation_path"`
+}) {
+	_ = json.Unmarshal(s.Reveal(), &m) // then it is empty and opens nothing
+	return m
+}
+
+// raw is the token of a secret, unwrapped where it came wrapped: once, as a tool does, and kept.
+func (v *real) raw(ctx context.Context, s broker.Secret) string {
+	m := members(s)
+	if m.Wrapping == "" {
+		return m.Token
+	}
+	v.mu.Lock()
+	token, ok := v.opened[m.Wrapping]
+	v.mu.Unlock()
+	if ok {
+		return token
+	}
+	_, token, _ = v.unwrap(ctx, m.Wrapping)
+	if token != "" {
+		v.mu.Lock()
+		v.opened[m.Wrapping] = token
+		v.mu.Unlock()
+	}
+	return token
+}
+
+func (v *real) unwrap(ctx context.Context, wrapping string) (status int, token string, err error) {
+	status, answer, err := v.ask(ctx, wrapping, "POST", "sys/wrapping/unwrap", nil)
+	auth, _ := answer["auth"].(map[string]any)
+	token, _ = auth["client_token"].(string)
+	return status, token, err
 }
 
 func (v *real) rig(t *testing.T) brokertest.Rig {
@@ -172,7 +229,11 @@ func (v *real) rig(t *testing.T) brokertest.Rig {
 			return v.Kill(ctx, accessor)
 		},
 		Works: func(ctx context.Context, _ broker.Grant, s broker.Secret) (bool, error) {
-			status, _, err := v.ask(ctx, reveal(s), "GET", v.name+"/test", nil)
+			raw := v.raw(ctx, s)
+			if raw == "" {
+				return false, nil // it does not open
+			}
+			status, _, err := v.ask(ctx, raw, "GET", v.name+"/test", nil)
 			if status != 200 && status != 403 {
 				err = errors.Join(err, fmt.Errorf("vault answered %d", status))
 			}
@@ -188,15 +249,26 @@ func (v *real) rig(t *testing.T) brokertest.Rig {
 }
 
 func TestRealBackend(t *testing.T) {
-	v := newReal(t)
-	// A step's token is a credential that the engine makes, not Prepare: the count stays.
-	brokertest.Backend(t, v.rig(t))
+	for _, wrap := range []string{"true", "false"} {
+		t.Run("wrap "+wrap, func(t *testing.T) {
+			v := newReal(t)
+			v.tool.Settings["wrap"] = wrap
+			// A step's token is a credential that the engine makes, not Prepare: the count stays.
+			brokertest.Backend(t, v.rig(t))
+		})
+	}
 }
 
 // TestRealNarrow takes the raw secret and tries what its step was not for: Vault refuses.
 func TestRealNarrow(t *testing.T) {
+	for _, wrap := range []string{"true", "false"} {
+		t.Run("wrap "+wrap, func(t *testing.T) { testNarrow(t, wrap) })
+	}
+}
+
+func testNarrow(t *testing.T, wrap string) {
 	v := newReal(t)
-	v.tool.Settings["uses"] = "20"
+	v.tool.Settings["uses"], v.tool.Settings["wrap"] = "20", wrap
 	r := v.rig(t)
 	g := grant(t, `{"env":"test"}`)
 	g.Created = time.Now()
@@ -209,7 +281,7 @@ func TestRealNarrow(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	raw := reveal(secret)
+	raw := v.raw(t.Context(), secret)
 	for _, row := range []struct {
 		method, path string
 		body         any
@@ -230,11 +302,11 @@ func TestRealNarrow(t *testing.T) {
 			t.Errorf("%s %s with the raw secret = %d, %v, want %d", row.method, row.path, status, err, row.want)
 		}
 	}
-	_, answer, err := v.ask(t.Context(), v.root, "POST", "auth/token/lookup-accessor", map[string]string{"accessor": g.Lease.Ref})
-	data, _ := answer["data"].(map[string]any)
-	if err != nil || fmt.Sprint(data["explicit_max_ttl"]) != "30" || fmt.Sprint(data["renewable"]) != "false" || fmt.Sprint(data["num_uses"]) != "11" ||
+	accessor, _, _ := strings.Cut(g.Lease.Ref, ",")
+	data := v.lookUp(t.Context(), accessor)
+	if fmt.Sprint(data["explicit_max_ttl"]) != "30" || fmt.Sprint(data["renewable"]) != "false" || fmt.Sprint(data["num_uses"]) != "11" ||
 		!strings.Contains(fmt.Sprint(data["meta"]), string(g.ID)) {
-		t.Errorf("Vault says of the token: %v, %v", data, err)
+		t.Errorf("Vault says of the token: %v", data)
 	}
 	// The step's token ends it.
 	if err := r.End(t.Context(), g); err != nil {
@@ -243,6 +315,107 @@ func TestRealNarrow(t *testing.T) {
 	if works, err := r.Works(t.Context(), g, secret); works || err != nil {
 		t.Errorf("after the step's token was killed Vault takes the secret: %v, %v", works, err)
 	}
+}
+
+// TestRealWrap unwraps as a tool does, and revokes before and after that: either way nothing
+// that Vault's root can see is left.
+func TestRealWrap(t *testing.T) {
+	v := newReal(t)
+	r := v.rig(t)
+	mint := func() (broker.Grant, broker.Secret) {
+		t.Helper()
+		g := grant(t, `{"env":"test"}`)
+		g.Expires = time.Now().Add(30 * time.Second)
+		m, name, err := r.Backend.Prepare(t.Context(), v.tool, g)
+		if err != nil || !m.Wrap {
+			t.Fatalf("Prepare() = wrap %v, %v, want wrapped without being told", m.Wrap, err)
+		}
+		secret, err := v.mint(t.Context(), &g, m, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return g, secret
+	}
+	alive := func(g broker.Grant) (inside, wrapping bool) {
+		t.Helper()
+		one, other, ok := strings.Cut(g.Lease.Ref, ",")
+		if !ok {
+			t.Fatalf("the lease names %q, want two accessors", g.Lease.Ref)
+		}
+		return v.lookUp(t.Context(), one) != nil, v.lookUp(t.Context(), other) != nil
+	}
+	cut := func(when string, g broker.Grant, s broker.Secret) {
+		t.Helper()
+		prove := func(want broker.Outcome) {
+			t.Helper()
+			found, err := r.Backend.(broker.Prover).Prove(t.Context(), []broker.Grant{g})
+			if err != nil || found[0].Outcome != want {
+				t.Errorf("Prove(%s) = %v, %v, want %s", when, found, err, want)
+			}
+		}
+		prove(broker.OutcomeAlive)
+		if inside, wrapping := alive(g); !inside || wrapping != (when == "before") {
+			t.Errorf("%s it was unwrapped, the token is known %v and what wraps it %v", when, inside, wrapping)
+		}
+		if err := r.End(t.Context(), g); err != nil { // Vault alone, by the step's token
+			t.Fatal(err)
+		}
+		if inside, wrapping := alive(g); inside || wrapping != (when == "before") {
+			t.Errorf("revoked %s it was unwrapped, the step's token leaves the token %v and what wraps it %v", when, inside, wrapping)
+		}
+		if err := r.Backend.(broker.Severer).Sever(t.Context(), []broker.Grant{g}); err != nil {
+			t.Errorf("Sever(%s) = %v", when, err)
+		}
+		if inside, wrapping := alive(g); inside || wrapping {
+			t.Errorf("revoked %s it was unwrapped: the token is known %v, what wraps it %v", when, inside, wrapping)
+		}
+		if status, _, err := v.unwrap(t.Context(), members(s).Wrapping); err != nil || status < 400 {
+			t.Errorf("revoked %s it was unwrapped: unwrapping = %d, %v", when, status, err)
+		}
+		prove(broker.OutcomeDead)
+	}
+	g, secret := mint()
+	if m := members(secret); m.Token != "" || m.Wrapping == "" || m.Path != strings.Join(v.tool.Path, "/") {
+		t.Errorf("the secret is wrapped %v, made at %q, and bare %v", m.Wrapping != "", m.Path, m.Token != "")
+	}
+	cut("before", g, secret)
+
+	g, secret = mint()
+	if status, _, err := v.ask(t.Context(), members(secret).Wrapping, "GET", v.name+"/test", nil); err != nil || status != 403 {
+		t.Errorf("what the token may do, with its wrapping = %d, %v, want 403", status, err)
+	}
+	cut("after", g, secret) // its one use is gone
+
+	g, secret = mint()
+	status, raw, err := v.unwrap(t.Context(), members(secret).Wrapping)
+	if err != nil || status != 200 {
+		t.Fatalf("unwrapping = %d, %v", status, err)
+	}
+	if status, _, err := v.unwrap(t.Context(), members(secret).Wrapping); err != nil || status != 400 {
+		t.Errorf("unwrapping again = %d, %v, want 400", status, err)
+	}
+	if status, _, err := v.ask(t.Context(), raw, "GET", v.name+"/test", nil); err != nil || status != 200 {
+		t.Errorf("reading with what was inside = %d, %v, want 200", status, err)
+	}
+	cut("after", g, secret)
+	if status, _, err := v.ask(t.Context(), raw, "GET", v.name+"/test", nil); err != nil || status != 403 {
+		t.Errorf("reading with what was inside, revoked = %d, %v, want 403", status, err)
+	}
+
+	// Who opens it on the way and wraps it again cannot make that look like ours.
+	g, secret = mint()
+	_, raw, err = v.unwrap(t.Context(), members(secret).Wrapping)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, answer, err := v.send(t.Context(), v.root, "POST", "sys/wrapping/wrap", map[string]string{"client_token": raw}, "30s")
+	forged, _ := answer["wrap_info"].(map[string]any)
+	_, seen, errSeen := v.ask(t.Context(), v.root, "POST", "sys/wrapping/lookup", map[string]any{"token": forged["token"]})
+	data, _ := seen["data"].(map[string]any)
+	if err != nil || errSeen != nil || data["creation_path"] != "sys/wrapping/wrap" {
+		t.Errorf("Vault says of what was wrapped again: made at %v, %v, %v", data["creation_path"], err, errSeen)
+	}
+	cut("after", g, secret)
 }
 
 // TestRealRole holds that Vault's own role keeps a step's token from making anything else, and

@@ -17,6 +17,7 @@ type settings struct {
 	fixed []string
 	by    map[string]map[string][]string // argument → value → policies
 	uses  int
+	wrap  bool
 }
 
 var (
@@ -33,6 +34,12 @@ const maxPolicies = 32
 //	policies                      the policies of every token, joined by commas
 //	policies.<argument>.<value>   those that this value of the argument adds
 //	uses                          how often the token may be used, 1 to 1,000; without it as often as it lives
+//	wrap                          false hands the token over as it is; without it, or true, Vault wraps it
+//
+// What is handed over is a wrapping token: it opens the token once, within the step's life, and
+// nothing else. So a copy of it, in a log or at a proxy, is either useless already or leaves the
+// tool without its token, which it notices. A tool that can only take the token itself says
+// wrap: "false".
 //
 // An argument chooses among the values that are written here and reaches Vault in no other way,
 // so every argument is required, a string, and has at least one value. A token gets neither
@@ -43,7 +50,7 @@ func (b *Backend) Load(t broker.Tool) error {
 }
 
 func load(t broker.Tool) (settings, error) {
-	s := settings{by: map[string]map[string][]string{}}
+	s := settings{by: map[string]map[string][]string{}, wrap: true}
 	if len(t.Path) != 4 || !slices.Equal(t.Path[:3], []string{"auth", "token", "create"}) ||
 		!segment.MatchString(t.Path[3]) || strings.Contains(t.Path[3], "..") {
 		return s, fmt.Errorf("tool %q: the path is auth, token, create and a token role", t.Name)
@@ -68,6 +75,12 @@ func (s *settings) set(t broker.Tool, key, value string) (err error) {
 	if key == "uses" {
 		if s.uses, err = strconv.Atoi(value); err != nil || s.uses < 1 || s.uses > 1000 || strconv.Itoa(s.uses) != value {
 			return errors.New("is a number from 1 to 1,000")
+		}
+		return nil
+	}
+	if key == "wrap" {
+		if s.wrap = value == "true"; !s.wrap && value != "false" {
+			return errors.New("is true or false")
 		}
 		return nil
 	}

@@ -1,4 +1,4 @@
-// Package token hands out Vault tokens to tools that speak Vault themselves: a child of the
+// Package token hands out Vault tokens to tools that speak Vault themselves, wrapped: a child of the
 // step's token with the policies of the step's arguments, an end, and nothing else.
 package token
 
@@ -69,17 +69,27 @@ func (b *Backend) Prepare(_ context.Context, t broker.Tool, g broker.Grant) (bro
 	digest := g.Args.Digest()
 	ttl := fmt.Sprintf("%ds", int64(life/time.Second))
 	return broker.Mint{
-		Path: t.Path, Auth: true, TTL: life,
+		Path: t.Path, Auth: true, Wrap: s.wrap, TTL: life,
 		Data: map[string]any{
 			"policies": policies, "no_default_policy": true, "renewable": false, "type": "service",
 			"ttl": ttl, "explicit_max_ttl": ttl, "num_uses": s.uses, "display_name": string(g.ID),
 			"meta": map[string]string{"pawl_grant": string(g.ID), "pawl_chain": string(g.Chain), "pawl_tool": string(t.Name),
 				"pawl_args": hex.EncodeToString(digest[:])},
 		},
-		Finish: func(auth map[string]any, _ time.Time) (broker.Finished, error) {
-			return finish(auth, policies, s.uses)
+		Finish: func(answer map[string]any, _ time.Time) (broker.Finished, error) {
+			if s.wrap {
+				return finishWrapped(answer, policies, s.uses)
+			}
+			return finish(answer, policies, s.uses)
 		},
 	}, string(g.ID), nil
+}
+
+// Wraps reports whether the tool's mint is asked for wrapped, so that its Vault policy can
+// refuse every other.
+func (b *Backend) Wraps(t broker.Tool) bool {
+	s, err := load(t)
+	return err == nil && s.wrap
 }
 
 // finish refuses a token that is anything but what was asked for: Vault's token role may add
@@ -87,27 +97,63 @@ func (b *Backend) Prepare(_ context.Context, t broker.Tool, g broker.Grant) (bro
 func finish(auth map[string]any, policies []string, uses int) (broker.Finished, error) {
 	token, _ := auth["client_token"].(string)
 	accessor, _ := auth["accessor"].(string)
-	kind, _ := auth["token_type"].(string)
-	orphan, said := auth["orphan"].(bool)
-	renewable, _ := auth["renewable"].(bool)
-	got, ok := texts(auth["token_policies"])
-	identity, okToo := texts(auth["identity_policies"])
+	if !opaque(token) || !opaque(accessor) {
+		return broker.Finished{}, errors.New("token: the answer is not a service token")
+	}
+	if err := narrow(auth, "token_type", "token_policies", policies, uses); err != nil {
+		return broker.Finished{}, err
+	}
+	return handOver(map[string]string{"token": token}, accessor)
+}
+
+// finishWrapped is finish for a token that Vault keeps: "auth" is what Vault says of it by its
+// accessor. Both are named, because the wrapping token hangs on no other: killing the step's ends
+// what is inside and leaves it.
+func finishWrapped(answer map[string]any, policies []string, uses int) (broker.Finished, error) {
+	token, _ := answer["token"].(string)
+	wrapping, _ := answer["accessor"].(string)
+	accessor, _ := answer["wrapped_accessor"].(string)
+	path, _ := answer["creation_path"].(string)
+	inside, _ := answer["auth"].(map[string]any)
+	if !opaque(token) || !opaque(wrapping) || !opaque(accessor) || !opaque(path) || strings.Contains(wrapping+accessor, pair) {
+		return broker.Finished{}, errors.New("token: the answer is not a wrapped token")
+	}
+	if err := narrow(inside, "type", "policies", policies, uses); err != nil {
+		return broker.Finished{}, err
+	}
+	return handOver(map[string]string{"wrapping_token": token, "creation_path": path}, accessor+pair+wrapping)
+}
+
+// pair joins the accessors of a wrapped token and of what wraps it; no accessor of Vault's has it.
+const pair = ","
+
+// narrow holds a token to what was asked for. Vault has other names for kind and policies where
+// a token is made than where it is looked up.
+func narrow(token map[string]any, kind, list string, policies []string, uses int) error {
+	orphan, said := token["orphan"].(bool)
+	renewable, _ := token["renewable"].(bool)
+	got, ok := texts(token[list])
+	identity, okToo := texts(token["identity_policies"])
 	slices.Sort(got)
 	switch {
-	case !opaque(token) || !opaque(accessor) || kind != "service":
-		return broker.Finished{}, errors.New("token: the answer is not a service token")
+	case token[kind] != "service":
+		return errors.New("token: the answer is not a service token")
 	case !said || orphan || renewable:
-		return broker.Finished{}, errors.New("token: the token would outlive the step's")
+		return errors.New("token: the token would outlive the step's")
 	case !ok || !okToo || !slices.Equal(got, policies) || len(identity) > 0:
-		return broker.Finished{}, errors.New("token: the token has other policies than were asked for")
-	case fmt.Sprint(auth["num_uses"]) != fmt.Sprint(uses):
-		return broker.Finished{}, errors.New("token: the token may be used more often, or less, than was asked for")
+		return errors.New("token: the token has other policies than were asked for")
+	case fmt.Sprint(token["num_uses"]) != fmt.Sprint(uses):
+		return errors.New("token: the token may be used more often, or less, than was asked for")
 	}
-	secret, err := json.Marshal(map[string]string{"token": token})
+	return nil
+}
+
+func handOver(members map[string]string, ref string) (broker.Finished, error) {
+	secret, err := json.Marshal(members)
 	if err != nil {
 		return broker.Finished{}, errors.New("token: encoding the secret")
 	}
-	return broker.Finished{Secret: broker.NewSecret(secret), Ref: accessor}, nil
+	return broker.Finished{Secret: broker.NewSecret(secret), Ref: ref}, nil
 }
 
 // texts reads a list of strings; none is one.
@@ -141,7 +187,9 @@ func (b *Backend) Sever(ctx context.Context, grants []broker.Grant) error {
 		slots <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-slots }()
-			errs[i] = b.cfg.Vault.Kill(ctx, g.Lease.Ref)
+			for _, accessor := range strings.Split(g.Lease.Ref, pair) { // what is inside first: it is what can do something
+				errs[i] = errors.Join(errs[i], b.cfg.Vault.Kill(ctx, accessor))
+			}
 		})
 	}
 	wg.Wait()
@@ -153,8 +201,8 @@ func (b *Backend) Sever(ctx context.Context, grants []broker.Grant) error {
 func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	var accessors []string
 	for _, g := range grants {
-		if accessor := g.Lease.Ref; accessor != "" {
-			accessors = append(accessors, accessor)
+		if g.Lease.Ref != "" {
+			accessors = append(accessors, strings.Split(g.Lease.Ref, pair)...)
 		}
 	}
 	var gone []bool
@@ -173,13 +221,25 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 			out[i] = b.nameless(g)
 			continue
 		}
-		out[i] = broker.Evidence{At: b.cfg.Now().UTC(), Check: "vault: look the token up", Outcome: broker.OutcomeAlive, Answer: "known"}
-		if gone[0] {
-			out[i].Outcome, out[i].Answer = broker.OutcomeDead, "no such token"
-		}
-		gone = gone[1:]
+		n := 1 + strings.Count(g.Lease.Ref, pair)
+		out[i] = b.known(gone[:n])
+		gone = gone[n:]
 	}
 	return out, nil
+}
+
+// known judges a token by whether Vault still has it, and what wraps it.
+func (b *Backend) known(gone []bool) broker.Evidence {
+	e := broker.Evidence{At: b.cfg.Now().UTC(), Check: "vault: look the token up", Outcome: broker.OutcomeAlive, Answer: "known"}
+	switch {
+	case len(gone) == 1 && gone[0]:
+		e.Outcome, e.Answer = broker.OutcomeDead, "no such token"
+	case len(gone) == 2 && gone[0] && gone[1]:
+		e.Outcome, e.Answer = broker.OutcomeDead, "no such token, and none that wraps it"
+	case len(gone) == 2 && gone[0]:
+		e.Answer = "the wrapping token is known; what it wraps is not"
+	}
+	return e
 }
 
 // nameless judges a grant of which no answer is known.

@@ -53,7 +53,7 @@ func backend(t *testing.T, v token.Tokens, now time.Time) *token.Backend {
 func tool(settings ...string) broker.Tool {
 	t := broker.Tool{Name: "vault.read", Backend: "token", Narrowing: broker.NarrowNative, Path: []string{"auth", "token", "create", "app"},
 		Arguments: map[string]broker.Parameter{"env": {Kind: "string", Required: true}},
-		Settings:  map[string]string{"policies": "base", "policies.env.test": "app-test", "policies.env.prod": "app-prod,audit", "uses": "3"}}
+		Settings:  map[string]string{"policies": "base", "policies.env.test": "app-test", "policies.env.prod": "app-prod,audit", "uses": "3", "wrap": "false"}}
 	for i := 0; i < len(settings); i += 2 {
 		t.Settings[settings[i]] = settings[i+1]
 	}
@@ -120,6 +120,8 @@ func TestLoad(t *testing.T) {
 		"no uses":              {tool("uses", "0"), false},
 		"too many uses":        {tool("uses", "1001"), false},
 		"uses in words":        {tool("uses", "+3"), false},
+		"wrapped":              {tool("wrap", "true"), true},
+		"wrap in words":        {tool("wrap", "yes"), false},
 	} {
 		if err := b.Load(row.tool); (err == nil) != row.ok {
 			t.Errorf("Load(%s) = %v, want ok %v", name, err, row.ok)
@@ -184,6 +186,40 @@ func TestFinish(t *testing.T) {
 	}
 }
 
+// TestFinishWrapped holds the same of a token that Vault keeps.
+func TestFinishWrapped(t *testing.T) {
+	b := backend(t, &tokens{}, noon)
+	m, _, err := b.Prepare(t.Context(), tool("wrap", "true"), grant(t, `{"env":"test"}`))
+	if err != nil || !m.Wrap || !b.Wraps(tool("wrap", "true")) || b.Wraps(tool()) {
+		t.Fatalf("Prepare() = wrap %v, %v", m.Wrap, err)
+	}
+	inside := map[string]any{"accessor": "acc-1", "type": "service", "orphan": false, "renewable": false,
+		"policies": []any{"base", "app-test"}, "num_uses": json.Number("3"), "ttl": json.Number("60")}
+	good := map[string]any{"token": "hvs.marker", "accessor": "acc-2", "wrapped_accessor": "acc-1", "creation_path": "auth/token/create/app",
+		"ttl": json.Number("60"), "auth": inside}
+	f, err := m.Finish(good, noon.Add(time.Minute))
+	if err != nil || f.Ref != "acc-1,acc-2" || string(f.Secret.Reveal()) != `{"creation_path":"auth/token/create/app","wrapping_token":"hvs.marker"}` {
+		t.Fatalf("Finish() = ref %q, %v", f.Ref, err)
+	}
+	for name, change := range map[string]any{
+		"token": "", "accessor": nil, "accessor ": "a,b", "wrapped_accessor": nil, "wrapped_accessor ": "", "creation_path": "", "auth": nil, "auth ": "x",
+		"auth/type": "batch", "auth/orphan": true, "auth/orphan ": nil, "auth/renewable": true, "auth/num_uses": json.Number("0"),
+		"auth/policies": []any{"base", "app-test", "default"}, "auth/policies ": nil, "auth/identity_policies": []any{"more"},
+	} {
+		answer := maps.Clone(good)
+		key, within, ok := strings.Cut(strings.TrimSpace(name), "/")
+		if ok {
+			bent := maps.Clone(inside)
+			bent[within] = change
+			change = bent
+		}
+		answer[key] = change
+		if f, err := m.Finish(answer, noon); err == nil || !f.Secret.Empty() || strings.Contains(err.Error(), "marker") {
+			t.Errorf("Finish(%s: %v) = %v, want a refusal that shows no token", name, change, err)
+		}
+	}
+}
+
 func TestSeverAndProve(t *testing.T) {
 	v := &tokens{known: map[string]bool{"one": true, "other": true}}
 	named := func(ref string) broker.Grant {
@@ -205,6 +241,10 @@ func TestSeverAndProve(t *testing.T) {
 	}
 	const alive, dead, unknown = broker.OutcomeAlive, broker.OutcomeDead, broker.OutcomeUnknown
 	prove(noon, alive, unknown, alive, dead, dead)
+	pairs := []broker.Grant{named("gone,other"), named("other,gone"), named("gone,gone")}
+	if found, err := backend(t, v, noon).Prove(t.Context(), pairs); err != nil || found[0].Outcome != alive || found[1].Outcome != alive || found[2].Outcome != dead {
+		t.Errorf("Prove() of wrapped tokens = %v, %v, want dead only without both", found, err)
+	}
 	for range 2 {
 		if err := backend(t, v, noon).Sever(t.Context(), grants[:2]); err != nil {
 			t.Errorf("Sever() = %v", err)

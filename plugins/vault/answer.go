@@ -17,7 +17,7 @@ type answer struct {
 	LeaseDuration int64          // seconds
 	Data          map[string]any // numbers are json.Number; nil when absent or null
 	Auth          *auth
-	Wrapped       bool
+	Wrap          *wrap
 	Errors        []string
 }
 
@@ -54,7 +54,7 @@ func decodeAnswer(raw []byte) (a answer, err error) {
 		"data":           func() (err error) { a.Data, err = d.data(); return err },
 		"auth":           func() (err error) { a.Auth, err = d.auth(); return err },
 		"errors":         func() error { return d.texts(&a.Errors) },
-		"wrap_info":      func() (err error) { a.Wrapped, err = d.present(); return err },
+		"wrap_info":      func() (err error) { a.Wrap, err = d.wrap(); return err },
 	})
 	if err != nil {
 		return answer{}, err
@@ -114,16 +114,6 @@ func (d decoder) null() bool {
 	}
 	_, err := d.ReadToken()
 	return err == nil
-}
-
-func (d decoder) present() (bool, error) {
-	if d.null() {
-		return false, nil
-	}
-	if d.SkipValue() != nil {
-		return true, errShape
-	}
-	return true, nil
 }
 
 func (d decoder) text(s *string) error {

@@ -296,7 +296,7 @@ func TestTokenAnswers(t *testing.T) {
 }
 
 func FuzzAnswer(f *testing.F) {
-	for _, s := range []string{good, "{}", "null", `{"lease_id":1}`, `{"auth":{"accessor":null}}`, `{"errors":["a"]}`, `{"data":{"a":[1,{"b":null}]}}`} {
+	for _, s := range []string{good, "{}", "null", `{"lease_id":1}`, `{"auth":{"accessor":null}}`, `{"errors":["a"]}`, `{"wrap_info":{"token":"a","ttl":1}}`, `{"data":{"a":[1,{"b":null}]}}`} {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, raw []byte) {

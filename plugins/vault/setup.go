@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker"
 )
 
 // Access is what one tool needs of Vault: the policy that its steps' tokens hold, and the one
@@ -21,6 +23,7 @@ type Access struct {
 	Path   []string // the mint path, in full
 	Write  bool     // minted by a write, not by a read
 	Leased bool     // leases appear below Path
+	Wrap   bool     // the answer is asked for wrapped; Vault then refuses to give it in any other way
 }
 
 // SetupConfig says what a Vault must be taught so that a broker can use it.
@@ -169,7 +172,11 @@ func toolPolicy(tool []Access) string {
 		if a.Write {
 			can = `"create", "update"`
 		}
-		fmt.Fprintf(&b, "path %q { capabilities = [%s] }\n", strings.Join(a.Path, "/"), can)
+		wrapped := " " // without these bounds Vault gives the answer as it is to whoever does not ask for it wrapped
+		if a.Wrap {
+			wrapped = fmt.Sprintf("\n  min_wrapping_ttl = \"1s\"\n  max_wrapping_ttl = %q\n", text(broker.MaxTTL))
+		}
+		fmt.Fprintf(&b, "path %q { capabilities = [%s]%s}\n", strings.Join(a.Path, "/"), can, wrapped)
 	}
 	return b.String()
 }

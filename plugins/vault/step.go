@@ -66,12 +66,15 @@ func (c *Client) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (brok
 		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: the step's token is not in memory: %w", broker.ErrNotMinted)
 	}
 	path, err := join(m.Path)
-	if err != nil || m.Finish == nil {
+	if err != nil || m.Finish == nil || m.Wrap && (!m.Auth || m.TTL <= 0) {
 		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: the mint is malformed: %w", errors.Join(err, broker.ErrNotMinted))
 	}
 	r := call{method: "GET", path: path, token: s.token, once: true}
 	if m.Data != nil {
 		r.method, r.body = "POST", m.Data
+	}
+	if m.Wrap {
+		r.wrap = text(ceil(m.TTL))
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.MintTimeout)
 	defer cancel()
@@ -82,7 +85,7 @@ func (c *Client) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (brok
 	if err != nil {
 		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: %w", err)
 	}
-	lease, secret, err := c.accept(a, path, s, m)
+	lease, secret, err := c.accept(ctx, a, path, s, m)
 	if err != nil {
 		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: %w", err)
 	}
@@ -102,13 +105,16 @@ func certain(err error) bool {
 
 // accept checks the answer of a mint. Whatever it refuses exists in Vault, so its errors leave
 // the outcome unknown and the caller ends the token.
-func (c *Client) accept(a answer, path string, s step, m broker.Mint) (broker.Lease, broker.Secret, error) {
+func (c *Client) accept(ctx context.Context, a answer, path string, s step, m broker.Mint) (broker.Lease, broker.Secret, error) {
 	now := c.cfg.Now()
+	if m.Wrap {
+		return c.acceptWrapped(ctx, a, path, s, m)
+	}
 	if m.Auth && a.Auth != nil && a.Data == nil && a.LeaseID == "" {
 		return c.acceptToken(a, s, m)
 	}
 	switch {
-	case m.Auth || a.Data == nil || a.Auth != nil || a.Wrapped:
+	case m.Auth || a.Data == nil || a.Auth != nil || a.Wrap != nil:
 		return broker.Lease{}, broker.Secret{}, errors.New("vault's answer is not a secret")
 	case m.Leased && a.LeaseID == "":
 		return broker.Lease{}, broker.Secret{}, errors.New("vault's answer has no lease id: nothing could end this secret")

@@ -193,7 +193,7 @@ func (c *Client) discard(ctx context.Context, accessor string) {
 // token checks that an answer brings one.
 func (a answer) token(kind string) error {
 	switch {
-	case a.Auth == nil || !opaque(a.Auth.Token) || !opaque(a.Auth.Accessor) || a.Wrapped:
+	case a.Auth == nil || !opaque(a.Auth.Token) || !opaque(a.Auth.Accessor) || a.Wrap != nil:
 		return errors.New("vault's answer brings no token")
 	case a.Auth.Type != kind:
 		return fmt.Errorf("vault's token is not of type %s", kind)

@@ -56,9 +56,10 @@ type call struct {
 	path   string // below /v1/; a constant or the result of join
 	query  string // a constant
 	token  string
-	body   any  // nil: none
-	once   bool // no layer may send it twice
-	fresh  bool // on a new connection
+	body   any    // nil: none
+	wrap   string // how long a wrapping token for the answer lives; empty: the answer comes as it is
+	once   bool   // no layer may send it twice
+	fresh  bool   // on a new connection
 }
 
 // errUnsent says that a request certainly never left.
@@ -145,6 +146,9 @@ func (w *wire) request(ctx context.Context, c call) (*http.Request, error) {
 	}
 	if w.namespace != "" {
 		req.Header["X-Vault-Namespace"] = []string{w.namespace}
+	}
+	if c.wrap != "" {
+		req.Header["X-Vault-Wrap-Ttl"] = []string{c.wrap}
 	}
 	req.Header["X-Vault-Request"] = []string{"true"}
 	return req, nil
