@@ -32,6 +32,7 @@ var skips = []place{
 	{"plugins/ssh/ssh_test.go", "ssh-keygen is a second opinion, beside a real sshd"},
 	{"plugins/exec/exec_test.go", "Python is one language of many that a plugin can be in"},
 	{"store/bolt/fault_test.go", "mounting a small disk takes root"},
+	{"cmd/wire/start_test.go", "mounting a small disk takes root"},
 	{"cmd/rules/docs_test.go", "psql comes with PostgreSQL on most systems, and not on all"},
 }
 

@@ -32,9 +32,9 @@ func certificate(source x509svid.Source) (*tls.Certificate, error) {
 	return c, nil
 }
 
-func jwtFor(source *workloadapi.JWTSource, audience string) func(context.Context) (string, error) {
+func jwtFor(o *own, audience string) func(context.Context) (string, error) {
 	return func(ctx context.Context) (string, error) {
-		svid, err := source.FetchJWTSVID(ctx, jwtsvid.Params{Audience: audience})
+		svid, err := workloadapi.FetchJWTSVID(ctx, jwtsvid.Params{Audience: audience}, o.options...)
 		if err != nil {
 			return "", fmt.Errorf("the broker's own JWT-SVID: %w", err)
 		}

@@ -14,8 +14,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/workloadapi"
-
 	"github.com/pawlsec/pawl/attest"
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/policy"
@@ -41,8 +39,9 @@ type Server struct {
 	closing           sync.Once
 }
 
-// Start puts the parts together and serves. ctx bounds the start, not the serving. Vault need
-// not be up: fencing works without it.
+// Start puts the parts together and serves. ctx bounds the start, not the serving. Neither Vault nor
+// the Workload API need be up: fencing over the operators' socket works without them, nothing is
+// issued, and the broker goes on trying. What is wrong with the configuration is an error.
 func Start(ctx context.Context, c Config, log *slog.Logger) (s *Server, err error) {
 	return start(ctx, c, log, func(*broker.Config) {}, 0)
 }
@@ -71,15 +70,16 @@ func start(ctx context.Context, c Config, log *slog.Logger, change func(*broker.
 		return s, err
 	}
 	warn(log, s.Policy.Current())
-	source, jwts, err := s.identity(ctx, c)
+	me, err := newOwn(c, log)
 	if err != nil {
 		return s, err
 	}
-	attestor, err := newAttestor(c, source, jwts)
+	attestor, err := newAttestor(c, me)
 	if err != nil {
 		return s, err
 	}
-	if s.Vault, err = s.login(c.Vault, source, jwts, log); err != nil {
+	s.identify(me, c.JWTAudience != "")
+	if s.Vault, err = s.login(c.Vault, me, log); err != nil {
 		return s, err
 	}
 	if s.Ledger, err = bolt.Open(bolt.Config{Path: c.Ledger}); err != nil {
@@ -117,8 +117,18 @@ func start(ctx context.Context, c Config, log *slog.Logger, change func(*broker.
 	if err := s.Broker.Resume(ctx); err != nil {
 		return s, err
 	}
-	return s, s.listen(c, attestor, backends, log)
+	if err := s.listen(c, attestor, me, backends, log); err != nil {
+		return s, err
+	}
+	wait, cancel := context.WithTimeout(ctx, identityWait)
+	defer cancel()
+	me.await(wait)
+	return s, nil
 }
+
+// identityWait is how long Start waits for the broker's identity with the listeners open already, so
+// that whoever started a healthy broker finds it ready.
+const identityWait = 5 * time.Second
 
 // later has Close run f, before what was given to later earlier.
 func (s *Server) later(f func()) { s.closers = append(s.closers, f) }
@@ -146,34 +156,16 @@ func logClose(log *slog.Logger, what string, err error) {
 	}
 }
 
-func (s *Server) identity(ctx context.Context, c Config) (*workloadapi.X509Source, *workloadapi.JWTSource, error) {
-	var options []workloadapi.ClientOption
-	if c.WorkloadAPI != "" {
-		options = append(options, workloadapi.WithAddr(c.WorkloadAPI))
-	}
-	client := workloadapi.WithClientOptions(options...)
-	x509s, err := workloadapi.NewX509Source(ctx, client)
-	if err != nil {
-		return nil, nil, fmt.Errorf("getting the broker's own SVID from the Workload API: %w", err)
-	}
-	s.later(func() { _ = x509s.Close() }) // it only stops watching
-	jwts, err := workloadapi.NewJWTSource(ctx, client)
-	if err != nil {
-		return nil, nil, fmt.Errorf("getting JWT bundles from the Workload API: %w", err)
-	}
-	s.later(func() { _ = jwts.Close() }) // it only stops watching
-	return x509s, jwts, nil
-}
-
-func newAttestor(c Config, source *workloadapi.X509Source, jwts *workloadapi.JWTSource) (*attest.Attestor, error) {
-	config := attest.Config{TrustDomains: c.TrustDomains, Source: source}
+func newAttestor(c Config, me *own) (*attest.Attestor, error) {
+	config := attest.Config{TrustDomains: c.TrustDomains, Source: me}
 	if c.JWTAudience != "" {
-		config.JWT, config.Audience = jwts, c.JWTAudience
+		config.JWT, config.Audience = me, c.JWTAudience
 	}
 	return attest.New(config)
 }
 
-func (s *Server) listen(c Config, a *attest.Attestor, backends map[string]broker.Backend, log *slog.Logger) error {
+// listen opens the operators' socket before all else. Agents can connect once the broker has an identity.
+func (s *Server) listen(c Config, a *attest.Attestor, me *own, backends map[string]broker.Backend, log *slog.Logger) error {
 	operators := newOperators(c.Operators, a)
 	notary, err := s.notary(c)
 	if err != nil {
@@ -184,10 +176,15 @@ func (s *Server) listen(c Config, a *attest.Attestor, backends map[string]broker
 		return err
 	}
 	srv, err := server.New(server.Config{Broker: s.Broker, Identify: a.Identify, Operator: operators.identify,
-		Notary: notary, Signals: receiver, Introspect: introspect(s.active, s.Policy, backends), Metrics: s.metrics.handler(), Log: log, Now: time.Now, Ready: s.Vault.Ready})
+		Notary: notary, Signals: receiver, Introspect: introspect(s.active, s.Policy, backends), Metrics: s.metrics.handler(), Log: log, Now: time.Now,
+		Ready: func() error { return errors.Join(me.ready(), s.Vault.Ready()) }})
 	if err != nil {
 		return err
 	}
+	if err := s.serveSocket(c.Listen.Socket, srv.Operators()); err != nil {
+		return fmt.Errorf("listening on the operators' socket: %w", err)
+	}
+	defer s.later(srv.Close) // the first thing that Close does: it ends the streams
 	if s.agents, err = s.serveTLS(c.Listen.Agents, a, srv.Agents(), log); err != nil {
 		return fmt.Errorf("listening for agents: %w", err)
 	}
@@ -196,10 +193,6 @@ func (s *Server) listen(c Config, a *attest.Attestor, backends map[string]broker
 			return fmt.Errorf("listening for operators: %w", err)
 		}
 	}
-	if err := s.serveSocket(c.Listen.Socket, srv.Operators()); err != nil {
-		return fmt.Errorf("listening on the operators' socket: %w", err)
-	}
-	s.later(srv.Close)
 	return nil
 }
 
@@ -232,7 +225,7 @@ func (s *Server) serve(h *http.Server, l net.Listener) {
 	})
 }
 
-func (s *Server) login(c Vault, source *workloadapi.X509Source, jwts *workloadapi.JWTSource, log *slog.Logger) (*vault.Client, error) {
+func (s *Server) login(c Vault, me *own, log *slog.Logger) (*vault.Client, error) {
 	pem, err := os.ReadFile(c.CA)
 	if err != nil {
 		return nil, fmt.Errorf("vault.ca: %w", err)
@@ -247,10 +240,13 @@ func (s *Server) login(c Vault, source *workloadapi.X509Source, jwts *workloadap
 	}
 	login := vault.Login{Mount: c.Mount}
 	if c.Auth == "jwt" {
-		login.JWTRole, login.JWT = role, jwtFor(jwts, c.Audience)
+		login.JWTRole, login.JWT = role, jwtFor(me, c.Audience)
 	} else {
 		login.CertRole = role
-		login.Certificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return certificate(source) }
+		login.Certificate = func(r *tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			me.await(r.Context()) // else the first login of every start would come too soon
+			return certificate(me)
+		}
 	}
 	client, err := vault.New(vault.Config{Address: c.Address, Roots: roots, Namespace: c.Namespace, Login: login,
 		MintTimeout: c.MintTimeout, Log: log})

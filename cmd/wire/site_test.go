@@ -1,0 +1,174 @@
+package wire_test
+
+import (
+	"crypto/rand"
+	"encoding/json"
+	"encoding/pem"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"testing"
+	"testing/fstest"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/attest/workload"
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/broker/operator"
+	"github.com/pawlsec/pawl/broker/policy"
+	"github.com/pawlsec/pawl/cmd/wire"
+)
+
+// site is a place with a trust domain of its own and a broker by configuration. Its Vault is down.
+type site struct {
+	t          *testing.T
+	dir        string
+	identities *workload.Server
+	behind     atomic.Int64 // nanoseconds by which the identities' clock is late
+	config     wire.Config
+	public     jose.JSONWebKey // verifies what the broker signs
+}
+
+func newSite(t *testing.T, domain string) *site {
+	t.Helper()
+	s := &site{t: t}
+	var err error
+	if s.dir, err = os.MkdirTemp("", "pawl"); err != nil { // a socket's path must be short
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(s.dir) }) // a temporary directory
+	s.identities, err = workload.New(workload.Config{TrustDomain: domain,
+		Now:      func() time.Time { return time.Now().Add(-time.Duration(s.behind.Load())) },
+		Identify: func(workload.Peer) []spiffeid.ID { return []spiffeid.ID{s.identities.ID("/pawl")} }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.identities.Close() }) // its sockets end with it
+	private, public, err := policy.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.public = public
+	source, err := policy.Build(fstest.MapFS{
+		"bundle.yaml": {Data: []byte("{name: site, version: 1}")},
+		"tools.yaml":  {Data: []byte("tools:\n  - {name: notes.read, backend: notes, narrowing: none, vault: {policy: pawl-notes, path: secret/notes}}\n")},
+		"main.cedar":  {Data: []byte("@id(\"all\")\n@any(\"action tool\")\npermit (principal in TrustDomain::\"" + domain + "\", action, resource);\n")},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	bundle, err := policy.Sign(source, private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	authority := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.identities.Bundle().X509Authorities()[0].Raw})
+	s.config = wire.Config{
+		TrustDomains: []string{domain}, WorkloadAPI: "unix://" + s.path("workload.sock"),
+		Listen: wire.Listen{Agents: freeAddress(t), Socket: s.path("admin.sock")}, Ledger: s.path("ledger.db"),
+		Policy:     wire.Policy{Bundle: s.file("policy.jws", bundle), Keys: s.file("keys.json", jose.JSONWebKeySet{Keys: []jose.JSONWebKey{public}})},
+		Vault:      wire.Vault{Address: "https://127.0.0.1:1", CA: s.file("ca.pem", authority)},
+		Backends:   map[string]wire.Backend{"notes": {Plugin: "kv"}},
+		SweepEvery: -1, SigningKey: s.file("signing.key", private),
+	}
+	return s
+}
+
+// freeAddress is one that a broker can have, and have again.
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close() //nolint:errcheck // nobody connected
+	return l.Addr().String()
+}
+
+func (s *site) path(name string) string { return filepath.Join(s.dir, name) }
+
+// file writes bytes as they are and everything else as JSON.
+func (s *site) file(name string, v any) string {
+	s.t.Helper()
+	raw, is := v.([]byte)
+	if !is {
+		var err error
+		if raw, err = json.Marshal(v); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(s.path(name), raw, 0o600); err != nil {
+		s.t.Fatal(err)
+	}
+	return s.path(name)
+}
+
+// identify brings the Workload API up.
+func (s *site) identify() {
+	s.t.Helper()
+	if _, err := s.identities.Listen(s.path("workload.sock")); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func (s *site) start() *wire.Server {
+	s.t.Helper()
+	w, err := wire.Start(s.t.Context(), s.config, slog.New(slog.DiscardHandler))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(w.Close)
+	return w
+}
+
+// open makes a chain of an agent's, past the listener.
+func (s *site) open(w *wire.Server, labels map[string]string) broker.Delegation {
+	s.t.Helper()
+	caller := broker.Caller{ID: s.identities.ID("/agent"), Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
+	root, err := w.Broker.Open(s.t.Context(), caller, broker.OpenRequest{Task: "t", Labels: labels,
+		Rights: []broker.Right{{Tool: "notes.read", Use: true}}})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return root
+}
+
+// operator is somebody at the local socket.
+func (s *site) operator() *operator.Client {
+	s.t.Helper()
+	c, err := operator.New(operator.Config{Address: "unix:" + s.config.Listen.Socket})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(c.Close)
+	return c
+}
+
+// agent is the agent over the network, with an SVID of its own that is good.
+func (s *site) agent() *agent.Client {
+	s.t.Helper()
+	c, err := agent.New(agent.Config{Address: "https://" + s.config.Listen.Agents, Source: s.identities.Source(s.identities.ID("/agent")), ServerID: s.identities.ID("/pawl")})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { _ = c.Close() }) // it always succeeds
+	return c
+}
+
+// within waits for what others bring about.
+func within(t *testing.T, d time.Duration, what string, ok func() bool) {
+	t.Helper()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for end := time.After(d); !ok(); {
+		select {
+		case <-end:
+			t.Fatalf("still not so after %v: %s", d, what)
+		case <-tick.C:
+		}
+	}
+}
