@@ -39,6 +39,7 @@ type Broker struct {
 	nodes  recordCache[Delegation]
 	chains recordCache[Chain]
 	plans  planBook
+	rolls  rolls
 
 	pursued pursuits
 

@@ -90,6 +90,7 @@ const (
 	OpEvidence  Op = "evidence" // what a check of a fenced grant found
 	OpClosed    Op = "closed"   // a grant is over, with evidence
 	OpClosure   Op = "closure"  // a revocation's state changed
+	OpHeard     Op = "heard"    // a holder acknowledged a revocation
 	OpStray     Op = "stray"    // something lives under our names that the ledger does not know
 	OpResume    Op = "resume"
 	OpPolicy    Op = "policy" // a policy bundle came into force

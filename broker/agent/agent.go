@@ -8,7 +8,7 @@
 //	})
 //
 // When the broker revokes, the context of every running step under the delegation ends with
-// the cause [ErrRevoked]. Errors are of the broker's kinds: errors.Is(err, agent.ErrDenied);
+// the cause [ErrRevoked], and the broker is told that this was heard. Errors are of the broker's kinds: errors.Is(err, agent.ErrDenied);
 // errors.As to *[Error] gives the code and what to do. Nothing is retried and nothing logged.
 package agent
 

@@ -39,6 +39,8 @@ type script struct {
 	refuse  bool        // streams
 	feeds   []chan text // open streams
 	joined  api.Standing
+	heard   []string      // bodies
+	told    chan struct{} // has a value for each heard that was answered
 	opened  chan struct{} // has a value for each stream that was opened
 }
 
@@ -46,7 +48,7 @@ type script struct {
 type text string
 
 func newScript(t *testing.T) *script {
-	return &script{t: t, life: time.Minute, opened: make(chan struct{}, 100)}
+	return &script{t: t, life: time.Minute, opened: make(chan struct{}, 100), told: make(chan struct{}, 100)}
 }
 
 func (s *script) client(cfg agent.Config) *agent.Client {
@@ -110,7 +112,7 @@ func event(name string, data any) text {
 }
 
 func (s *script) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	_, _ = io.Copy(io.Discard, r.Body) // so that the connection is used again
+	body, _ := io.ReadAll(r.Body) // so that the connection is used again
 	switch path := r.URL.EscapedPath(); {
 	case path == "/v1/chains":
 		reply(w, 201, agent.Info{ID: "dl1", Chain: "ch1"})
@@ -122,6 +124,8 @@ func (s *script) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.step(w, r)
 	case strings.HasSuffix(path, "/close"):
 		s.close(w, strings.Split(path, "/")[3])
+	case strings.HasSuffix(path, "/heard"):
+		s.hear(w, string(body))
 	case strings.HasSuffix(path, "/events"):
 		s.events(w, r)
 	default:
@@ -162,6 +166,20 @@ func (s *script) close(w http.ResponseWriter, id string) {
 	}
 	s.closed = append(s.closed, id)
 	reply(w, 200, api.Grant{ID: id})
+}
+
+func (s *script) hear(w http.ResponseWriter, body string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.heard = append(s.heard, body)
+	if s.answer != nil {
+		if p := s.answer(); p != nil {
+			reply(w, p.Status, p)
+			return
+		}
+	}
+	reply(w, 200, api.Heard{})
+	s.told <- struct{}{}
 }
 
 func (s *script) events(w http.ResponseWriter, r *http.Request) {
@@ -303,6 +321,54 @@ func TestPushed(t *testing.T) {
 			wantRunning(t, two.Context())
 			wantRunning(t, d.Context())
 		})
+	}
+}
+
+// TestAcknowledge: what was heard is acknowledged once the steps were told, although one of their
+// functions hangs, and again when the answer is lost.
+func TestAcknowledge(t *testing.T) {
+	s := newScript(t)
+	d := s.open(agent.Config{})
+	step := s.begin(d) // never closed: whoever uses it hangs
+	s.stream()
+	lost := 2
+	s.mu.Lock()
+	s.answer = func() *api.Problem {
+		if step.Context().Err() == nil {
+			t.Error("acknowledged before the step's context had ended")
+		}
+		if lost--; lost >= 0 {
+			return api.NewProblem(api.KindUnavailable, "ledger_unavailable", "")
+		}
+		return nil
+	}
+	s.mu.Unlock()
+	s.say(standing(api.Standing{Fence: &api.Fence{Revocation: "rv1"}}))
+	await(t, s.told, "the acknowledgement")
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.heard) != 3 || s.heard[2] != `{"revocation":"rv1"}` {
+		t.Errorf("the broker was told %q, want rv1 three times", s.heard)
+	}
+}
+
+// TestAcknowledgesOnlyRevocations: an end that is no revocation has nothing to acknowledge.
+func TestAcknowledgesOnlyRevocations(t *testing.T) {
+	for _, event := range []text{event(api.EventProblem, api.NewProblem(api.KindExpired, "", "over")),
+		standing(api.Standing{Fence: &api.Fence{}})} {
+		s := newScript(t)
+		c := s.client(agent.Config{})
+		d, err := c.Open(t.Context(), agent.Chain{Task: "t"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		over := d.Context()
+		s.stream()
+		s.say(event)
+		await(t, over.Done(), "the delegation to end")
+		if err := c.Close(); err != nil || len(s.heard) != 0 {
+			t.Errorf("Close = %v after the broker was told %q, want nil and nothing", err, s.heard)
+		}
 	}
 }
 

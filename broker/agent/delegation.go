@@ -121,17 +121,45 @@ func (d *Delegation) follow() {
 		})
 		if final(err) {
 			d.over(err)
+			d.acknowledge(err)
 			return
 		}
-		pause := time.NewTimer(wait/2 + rand.N(wait/2))
-		select {
-		case <-pause.C:
-		case <-d.ctx.Done():
-		}
-		pause.Stop()
+		pause(d.ctx, wait)
 		wait = min(2*wait, longest)
 	}
 	d.over(context.Cause(d.ctx))
+}
+
+// ackTime is how long one attempt to acknowledge a revocation may take. Close waits for it.
+const ackTime = 2 * time.Second
+
+// acknowledge tells the broker that the revocation was heard of and that the contexts of the
+// delegation's steps have ended. Whether the functions under them have returned is not waited for:
+// one that hangs must not hide that its agent knows.
+func (d *Delegation) acknowledge(heard error) {
+	var p *Error
+	if !errors.As(heard, &p) || p.Kind != ErrRevoked || p.Revocation == "" {
+		return
+	}
+	for wait := firstWait; d.client.ctx.Err() == nil; wait = min(2*wait, longest) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(d.client.ctx), ackTime)
+		err := d.client.http.Call(ctx, http.MethodPost, d.path("/heard"), nil, api.HeardRequest{Revocation: p.Revocation}, nil)
+		cancel()
+		if !errors.Is(err, ErrUnavailable) {
+			return
+		}
+		pause(d.client.ctx, wait)
+	}
+}
+
+// pause waits for d, of which a random half, or until ctx ends.
+func pause(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d/2 + rand.N(d/2))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
 }
 
 // final tells an end from what may pass.

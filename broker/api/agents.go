@@ -71,6 +71,14 @@ type ReportRequest struct {
 	Detail     string `json:"detail,omitzero"` // for the audit; at most 256 bytes
 }
 
+// HeardRequest says that a delegation's holder is there, and what it has heard of.
+type HeardRequest struct {
+	Revocation string `json:"revocation,omitzero"` // one over the delegation, for which every step under it was told to stop; left out: a sign of life and no more
+}
+
+// Heard is the answer to a HeardRequest.
+type Heard struct{}
+
 // Nothing is the body of a request that needs no more words than its path: {}.
 type Nothing struct{}
 

@@ -121,6 +121,22 @@ type Revocation struct {
 
 	CoversNothing bool `json:"covers_nothing,omitzero"` // a rule under which nothing fell when it was written; what is asked for later may
 	Repeated      bool `json:"repeated,omitzero"`       // of the answer to a command: the same stood already, as it is here, and this command changed nothing
+
+	Acknowledged *Acknowledged `json:"acknowledged,omitzero"` // who has heard of it; not in lists, and left out when nobody was to hear
+}
+
+// Acknowledged counts the holders who said that they have heard of a revocation and told their
+// steps to stop. It is no part of the closure: a secret is dead whether its holder knows or not.
+type Acknowledged struct {
+	Agents int      `json:"agents"` // delegations under it that were open when it was fenced
+	Heard  int      `json:"heard"`  // of these, acknowledged by their holders
+	Silent []Silent `json:"silent"` // the first 50 of the others
+}
+
+// Silent is a holder who has not said that it has heard.
+type Silent struct {
+	Delegation string `json:"delegation"`
+	Holder     string `json:"holder"` // a SPIFFE ID
 }
 
 // Revocations is the list of revocations, the latest first.

@@ -14,6 +14,7 @@ import (
 // they are. Safe for concurrent use.
 type Source interface {
 	Revocation(context.Context, broker.RevocationID) (broker.Revocation, error)
+	Acknowledgements(context.Context, broker.RevocationID) ([]broker.Acknowledgement, error)
 	Chains(ctx context.Context, all bool) ([]broker.ChainSummary, error)
 	Chain(context.Context, broker.ChainID) (broker.ChainView, error)
 	ChainEntries(ctx context.Context, id broker.ChainID, after broker.Revision, limit int) ([]broker.Entry, error)
@@ -36,7 +37,7 @@ func Compile(ctx context.Context, src Source, log func(after broker.Revision) Lo
 	c := compiler{ctx: ctx, src: src, now: now, covers: covers, holders: map[string]bool{}, seen: map[broker.ChainID]bool{},
 		issued: map[broker.GrantID]broker.Revision{},
 		report: Report{Version: 1, Made: now.UTC(), Revocation: rv, Window: Window{Fenced: rv.Fenced}, Residual: Residual{Tokens: rv.Tokens}}}
-	for _, step := range []func() error{c.affected, func() error { return c.rule(log) }, c.nearby} {
+	for _, step := range []func() error{c.acknowledged, c.affected, func() error { return c.rule(log) }, c.nearby} {
 		if err := step(); err != nil {
 			return Report{}, err
 		}
@@ -87,6 +88,18 @@ func scope(rv broker.Revocation) (covering, error) {
 		return g != nil && selector.Matches(broker.Subject{Chain: c, Path: path, Grant: g.ID, Tool: g.Tool, Args: g.Args,
 			Vault: g.Path, Bundle: g.Bundle, At: g.Created})
 	}, nil
+}
+
+// acknowledged takes over who was to hear of the revocation.
+func (c *compiler) acknowledged() error {
+	list, err := c.src.Acknowledgements(c.ctx, c.report.Revocation.ID)
+	if more := len(list) - MaxAgents; more > 0 {
+		// Those who have not said so are what somebody may have to go after.
+		slices.SortStableFunc(list, func(a, b broker.Acknowledgement) int { return a.At.Compare(b.At) })
+		list, c.report.AgentsMore = list[:MaxAgents], more
+	}
+	c.report.Agents = list
+	return err
 }
 
 // affected looks through the chains that the revocation can be about.
@@ -181,7 +194,8 @@ func (c *compiler) entries(id broker.ChainID) (all []broker.Entry, err error) {
 func (c *compiler) timeline(entries []broker.Entry) {
 	for _, e := range entries {
 		switch e.Op {
-		case broker.OpToken, broker.OpIntent, broker.OpHandle, broker.OpIssued, broker.OpEnd, broker.OpClosed:
+		case broker.OpToken, broker.OpIntent, broker.OpHandle, broker.OpIssued, broker.OpEnd, broker.OpClosed,
+			broker.OpHeard: // they stand with the agents
 			continue
 		case broker.OpViolation:
 			w := &c.report.Window
@@ -352,6 +366,9 @@ func (r *Report) utc() {
 	}
 	for i := range r.Timeline {
 		times = append(times, &r.Timeline[i].At)
+	}
+	for i := range r.Agents {
+		times = append(times, &r.Agents[i].At)
 	}
 	for i := range r.Untouched {
 		times = append(times, &r.Untouched[i].Expires)

@@ -18,6 +18,7 @@ func (r Report) Markdown() string {
 	p.line("Issued by %s at %s, as the ledger was then.", code(r.Issuer), at(r.Made))
 	p.fenced(r)
 	p.dead(r)
+	p.agents(r)
 	p.window(r)
 	p.residual(r)
 	p.untouched(r)
@@ -83,6 +84,22 @@ func (p *page) dead(r Report) {
 		p.line("- Not settled when this report was made")
 	} else {
 		p.line("- Settled: %s", at(rv.Settled))
+	}
+}
+
+func (p *page) agents(r Report) {
+	if len(r.Agents) == 0 {
+		return
+	}
+	p.heading("Heard")
+	p.line("Whose delegations were open when it was fenced, and when they acknowledged that their steps were told to stop. What is dead is dead without it.")
+	p.line("")
+	p.head("holder", "delegation", "acknowledged")
+	for _, a := range r.Agents {
+		p.row(code(a.Holder.String()), string(a.Delegation), at(a.At))
+	}
+	if r.AgentsMore > 0 {
+		p.line("\n%d more are not listed.", r.AgentsMore)
 	}
 }
 

@@ -20,6 +20,7 @@ const (
 	MaxReport   = 64 << 20 // bytes of its JWS
 	MaxGrants   = 5000     // grants listed
 	MaxTimeline = 5000     // entries of the timeline
+	MaxAgents   = 5000     // holders listed who were to hear of it
 )
 
 // Report tells what a revocation was about and what it came to, as the ledger had it when the
@@ -30,15 +31,17 @@ type Report struct {
 	Made       time.Time         `json:"made"`
 	Revocation broker.Revocation `json:"revocation"`
 
-	Chains        []Chain        `json:"chains"`           // with something in its scope
-	Timeline      []broker.Entry `json:"timeline"`         // what was decided and what followed; the grants' own steps are with them
-	TimelineMore  int            `json:"timeline_more"`    // entries that were left out, the latest of the timeline
-	Grants        []Grant        `json:"grants"`           // in its scope, those that may still work first
-	GrantsMore    int            `json:"grants_more"`      // that were left out
-	Window        Window         `json:"window"`           // between the breach and the fence
-	Residual      Residual       `json:"residual"`         // what is left to worry about
-	Untouched     []Untouched    `json:"untouched"`        // what stands close to it and was not revoked
-	UntouchedMore int            `json:"untouched_unseen"` // open chains that were not looked through for it
+	Chains        []Chain                  `json:"chains"`               // with something in its scope
+	Timeline      []broker.Entry           `json:"timeline"`             // what was decided and what followed; the grants' own steps are with them
+	TimelineMore  int                      `json:"timeline_more"`        // entries that were left out, the latest of the timeline
+	Grants        []Grant                  `json:"grants"`               // in its scope, those that may still work first
+	GrantsMore    int                      `json:"grants_more"`          // that were left out
+	Agents        []broker.Acknowledgement `json:"agents,omitzero"`      // who was to hear of it, and when they said that they had; no part of the closure
+	AgentsMore    int                      `json:"agents_more,omitzero"` // that were left out, after those who have not said so
+	Window        Window                   `json:"window"`               // between the breach and the fence
+	Residual      Residual                 `json:"residual"`             // what is left to worry about
+	Untouched     []Untouched              `json:"untouched"`            // what stands close to it and was not revoked
+	UntouchedMore int                      `json:"untouched_unseen"`     // open chains that were not looked through for it
 }
 
 // Chain is a chain with something in the revocation's scope.

@@ -6,6 +6,7 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"reflect"
 	"slices"
 	"strings"
@@ -154,7 +155,11 @@ func TestReport(t *testing.T) {
 		t.Fatal(err)
 	}
 	within := w.issue("sub", sub)
-	rv := w.revoke("subtree:" + string(sub.ID))
+	deaf := w.delegate(root, "deaf")
+	rv := w.revoke(fmt.Sprintf("subtree:%s or subtree:%s", sub.ID, deaf.ID))
+	if err := w.Heard(t.Context(), as("sub"), sub.ID, rv.ID); err != nil {
+		t.Fatal(err)
+	}
 
 	jws, err := w.notary(signer).Report(t.Context(), rv.ID)
 	if err != nil {
@@ -182,6 +187,17 @@ func TestReport(t *testing.T) {
 	if left := r.Residual; len(left.Rotate)+len(left.Alive)+len(left.Unproven)+left.Tokens != 0 || left.OverBefore != 1 {
 		t.Errorf("residual = %+v, want the one secret that was over before", left)
 	}
+	if len(r.Agents) != 2 || r.AgentsMore != 0 {
+		t.Errorf("agents = %+v, want the two whose delegations were open", r.Agents)
+	}
+	for _, a := range r.Agents {
+		if a.At.IsZero() != (a.Delegation == deaf.ID) || a.Holder != as("sub").ID && a.Holder != as("deaf").ID {
+			t.Errorf("agent %+v, want sub with a time and deaf without", a)
+		}
+	}
+	if page := r.Markdown(); !strings.Contains(page, "| `spiffe://example.org/deaf` | "+string(deaf.ID)+" | never |") {
+		t.Errorf("the page does not say who has not heard:\n%s", page)
+	}
 	want := map[broker.DelegationID]audit.Untouched{
 		root.ID:      {Chain: root.Chain, Delegation: root.ID, Holder: root.Holder.String(), Expires: root.Expires.UTC().Round(0), Live: 1, SameChain: true},
 		elsewhere.ID: {Chain: elsewhere.Chain, Delegation: elsewhere.ID, Holder: elsewhere.Holder.String(), Expires: elsewhere.Expires.UTC().Round(0)},
@@ -198,7 +214,7 @@ func TestReport(t *testing.T) {
 	for _, e := range r.Timeline {
 		ops = append(ops, e.Op)
 	}
-	if !slices.Contains(ops, broker.OpFence) || !slices.Contains(ops, broker.OpClosure) || ops[0] != broker.OpOpen || slices.Contains(ops, broker.OpIssued) {
+	if !slices.Contains(ops, broker.OpFence) || !slices.Contains(ops, broker.OpClosure) || ops[0] != broker.OpOpen || slices.Contains(ops, broker.OpIssued) || slices.Contains(ops, broker.OpHeard) {
 		t.Errorf("timeline = %v, want the opening, the fence and the closure, and no single grant's way", ops)
 	}
 	if bytes.Contains(jws, []byte(kept.Token.Accessor)) || strings.Contains(r.Markdown(), "marker") {
@@ -236,12 +252,16 @@ func TestReportOfRule(t *testing.T) {
 
 // fixed answers with what it holds.
 type fixed struct {
-	rv   broker.Revocation
-	view broker.ChainView
+	rv    broker.Revocation
+	view  broker.ChainView
+	heard []broker.Acknowledgement
 }
 
 func (f fixed) Revocation(context.Context, broker.RevocationID) (broker.Revocation, error) {
 	return f.rv, nil
+}
+func (f fixed) Acknowledgements(context.Context, broker.RevocationID) ([]broker.Acknowledgement, error) {
+	return f.heard, nil
 }
 func (f fixed) Chains(context.Context, bool) ([]broker.ChainSummary, error)     { return nil, nil }
 func (f fixed) Chain(context.Context, broker.ChainID) (broker.ChainView, error) { return f.view, nil }
@@ -280,6 +300,20 @@ func TestResidual(t *testing.T) {
 		if !strings.Contains(page, must) {
 			t.Errorf("the page lacks %q:\n%s", must, page)
 		}
+	}
+}
+
+// TestManyAgents: of more holders than a report lists, those who have not acknowledged stay in it.
+func TestManyAgents(t *testing.T) {
+	noon := time.Date(2030, 1, 2, 12, 0, 0, 0, time.UTC)
+	f := fixed{rv: broker.Revocation{ID: "rv", Chain: "ch", Node: "dl", Selector: "chain:ch", Fenced: noon}, view: broker.ChainView{Chain: broker.Chain{ID: "ch"}}}
+	for range audit.MaxAgents {
+		f.heard = append(f.heard, broker.Acknowledgement{Delegation: "heard", At: noon})
+	}
+	f.heard = append(f.heard, broker.Acknowledgement{Delegation: "silent"})
+	r, err := audit.Compile(t.Context(), f, nil, "rv", noon)
+	if err != nil || len(r.Agents) != audit.MaxAgents || r.AgentsMore != 1 || r.Agents[0].Delegation != "silent" {
+		t.Errorf("Compile lists %d agents and %d more, %v; want %d, the silent one first, and 1", len(r.Agents), r.AgentsMore, err, audit.MaxAgents)
 	}
 }
 

@@ -21,6 +21,7 @@ func (s *Server) agentRoutes() []route {
 		route{"POST", "/v1/delegations/{id}/delegate", nil, forAgent(s, s.delegate)},
 		route{"POST", "/v1/delegations/{id}/steps", nil, forAgent(s, s.step)},
 		route{"GET", "/v1/delegations/{id}/events", nil, s.standingEvents},
+		route{"POST", "/v1/delegations/{id}/heard", nil, forAgent(s, s.heard)},
 		route{"POST", "/v1/grants/{id}/close", nil, forAgent(s, s.closeGrant)},
 		route{"POST", "/v1/violations", nil, forAgent(s, s.report)},
 	)
@@ -104,6 +105,21 @@ func (s *Server) standing(x *exchange, c broker.Caller, _ none) (answer, error) 
 	st, err := s.cfg.Broker.Standing(x.Context(), c, id)
 	d := wireDelegation(st.Delegation)
 	return answer{status: http.StatusOK, body: api.Standing{Delegation: &d, Fence: wireFence(st.Fence), Ended: texts(st.Ended)}}, err
+}
+
+func (s *Server) heard(x *exchange, c broker.Caller, in api.HeardRequest) (answer, error) {
+	id, err := pathID(x, "delegation", broker.ParseDelegationID)
+	if err != nil {
+		return answer{}, err
+	}
+	var rv broker.RevocationID
+	if in.Revocation != "" {
+		if rv, err = broker.ParseRevocationID(in.Revocation); err != nil {
+			return answer{}, malformed("%v", err)
+		}
+		x.note(slog.String("revocation", in.Revocation))
+	}
+	return answer{status: http.StatusOK, body: api.Heard{}}, s.cfg.Broker.Heard(x.Context(), c, id, rv)
 }
 
 // step is the one place where a secret is encoded; it is wiped when the answer has been sent.

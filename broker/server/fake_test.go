@@ -168,6 +168,14 @@ func (f *fake) Report(_ context.Context, _ broker.Caller, r broker.ReportRequest
 	return broker.Reported{Consequence: broker.ConsequenceRevokeChain, Revocation: revocationID}, f.answer(r)
 }
 
+func (f *fake) Heard(_ context.Context, _ broker.Caller, id broker.DelegationID, rv broker.RevocationID) error {
+	return f.answer([]string{string(id), string(rv)})
+}
+
+func (f *fake) Acknowledgements(_ context.Context, id broker.RevocationID) ([]broker.Acknowledgement, error) {
+	return []broker.Acknowledgement{{Chain: chainID, Delegation: delegationID, Holder: agentID, At: noon}, {Chain: chainID, Delegation: delegationID, Holder: agentID}}, f.answer(id)
+}
+
 func (f *fake) Watch(broker.ChainID) (<-chan struct{}, func()) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

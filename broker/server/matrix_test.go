@@ -98,6 +98,7 @@ var matrix = map[string]struct{ anonymous, elsewhere int }{
 	"agents POST /v1/delegations/{id}/delegate":    {401, 404},
 	"agents POST /v1/delegations/{id}/steps":       {401, 404},
 	"agents GET /v1/delegations/{id}/events":       {401, 404},
+	"agents POST /v1/delegations/{id}/heard":       {401, 404},
 	"agents POST /v1/grants/{id}/close":            {401, 404},
 	"agents POST /v1/violations":                   {401, 404},
 	"agents POST /v1/introspect":                   {401, 404},
@@ -170,6 +171,7 @@ func request(path string, op operation) (url, body string) {
 			"OpenRequest":     `{"task":"t","rights":[{"tool":"postgres","use":true}]}`,
 			"DelegateRequest": `{"to":"spiffe://example.org/b","rights":[{"tool":"postgres","use":true}]}`,
 			"StepRequest":     `{"tool":"postgres"}`,
+			"HeardRequest":    `{"revocation":"` + string(revocationID) + `"}`,
 			"ReportRequest":   `{"delegation":"` + string(delegationID) + `","violation":"canary"}`,
 			"PlanRequest":     `{"selector":"chain:` + string(chainID) + `"}`,
 			"RevokeRequest":   `{"selector":"chain:` + string(chainID) + `","reason":"r"}`,
@@ -283,6 +285,7 @@ func (d document) check(s schema, raw jsontext.Value, at string) (faults []strin
 // seldom are members that the fake's objects do not have.
 var seldom = map[string]bool{
 	"Standing.fence": true, "Issued.repeated": true, "Revocation.freeze": true, "Revocation.lifted": true, "Revocation.settled": true,
+	"Revocation.acknowledged": true, "Revocations.revocations.acknowledged": true, // only of one that is looked at: TestAcknowledged
 	"Revocations.revocations.freeze": true, "Revocations.revocations.lifted": true, "Revocations.revocations.settled": true,
 	"Problem.policies": true, "Problem.missing": true, "Problem.remedy": true, "Problem.retry_after_ms": true, "Problem.revocation": true,
 }

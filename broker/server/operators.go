@@ -103,8 +103,23 @@ func (s *Server) revocation(x *exchange, _ broker.Operator, _ none) (answer, err
 	if err != nil {
 		return answer{}, err
 	}
-	rv, err := s.cfg.Broker.Revocation(x.Context(), id)
-	return answer{status: http.StatusOK, body: wireRevocation(rv)}, err
+	out, _, err := s.progress(x.Context(), id)
+	return answer{status: http.StatusOK, body: out}, err
+}
+
+// progress gives a revocation with who has heard of it, and whether it will not change any more.
+func (s *Server) progress(ctx context.Context, id broker.RevocationID) (out api.Revocation, settled bool, err error) {
+	rv, err := s.cfg.Broker.Revocation(ctx, id)
+	if err != nil {
+		return out, false, err
+	}
+	out = wireRevocation(rv)
+	if rv.Freeze { // it stops no step and cuts nothing, so there is nothing to wait for
+		return out, true, nil
+	}
+	list, err := s.cfg.Broker.Acknowledgements(ctx, id)
+	out.Acknowledged = wireAcknowledged(list)
+	return out, !rv.Settled.IsZero(), err
 }
 
 // lookLeast keeps a busy broker from being asked for every single grant's progress.
@@ -125,11 +140,7 @@ func (s *Server) revocationEvents(x *exchange) error {
 	return s.follow(x, feed{
 		who: "operator " + o.Name, event: api.EventRevocation, least: lookLeast,
 		watch: func() (<-chan struct{}, func()) { return s.cfg.Broker.Watch("") },
-		look: func(ctx context.Context) (any, bool, error) {
-			rv, err := s.cfg.Broker.Revocation(ctx, id)
-			// A freeze cuts nothing, so there is nothing to wait for.
-			return wireRevocation(rv), rv.Freeze || !rv.Settled.IsZero(), err
-		},
+		look:  func(ctx context.Context) (any, bool, error) { return s.progress(ctx, id) },
 	})
 }
 

@@ -32,6 +32,7 @@ type Delegations interface {
 	Open(context.Context, broker.Caller, broker.OpenRequest) (broker.Delegation, error)
 	Delegate(context.Context, broker.Caller, broker.DelegateRequest) (broker.Delegation, error)
 	Standing(context.Context, broker.Caller, broker.DelegationID) (broker.Standing, error)
+	Heard(context.Context, broker.Caller, broker.DelegationID, broker.RevocationID) error
 }
 
 // Steps gives and ends the secrets of steps. Close waits for proof as long as its context allows.
@@ -60,6 +61,7 @@ type Revoker interface {
 type Revocations interface {
 	Revocation(context.Context, broker.RevocationID) (broker.Revocation, error)
 	Revocations(context.Context) ([]broker.Revocation, error)
+	Acknowledgements(context.Context, broker.RevocationID) ([]broker.Acknowledgement, error)
 }
 
 // Chains shows chains.

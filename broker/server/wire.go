@@ -176,6 +176,25 @@ func wireRevocation(r broker.Revocation) api.Revocation {
 	}
 }
 
+// maxSilent is how many holders who have not acknowledged are named.
+const maxSilent = 50
+
+func wireAcknowledged(list []broker.Acknowledgement) *api.Acknowledged {
+	if len(list) == 0 {
+		return nil
+	}
+	out := &api.Acknowledged{Agents: len(list), Silent: []api.Silent{}}
+	for _, a := range list {
+		switch {
+		case !a.At.IsZero():
+			out.Heard++
+		case len(out.Silent) < maxSilent:
+			out.Silent = append(out.Silent, api.Silent{Delegation: string(a.Delegation), Holder: a.Holder.String()})
+		}
+	}
+	return out
+}
+
 func wireEntry(e broker.Entry) api.Entry {
 	return api.Entry{
 		Revision: uint64(e.Revision), At: utc(e.At), Actor: e.Actor, Op: string(e.Op), Chain: string(e.Chain),

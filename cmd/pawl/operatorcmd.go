@@ -340,6 +340,24 @@ func revocationLine(r api.Revocation) string {
 	return line + note
 }
 
+// heardLine says which agents know of a revocation. It is no part of what is dead.
+func heardLine(a *api.Acknowledged) string {
+	line := fmt.Sprintf("%d of %d agents acknowledged", a.Heard, a.Agents)
+	const most = 5
+	for i, s := range a.Silent {
+		switch {
+		case i == most:
+			return line + fmt.Sprintf(", and %d more", a.Agents-a.Heard-most)
+		case i == 0:
+			line += "; not yet: "
+		default:
+			line += ", "
+		}
+		line += s.Holder + " (" + s.Delegation + ")"
+	}
+	return line
+}
+
 // follow prints how far a revocation has come: one line that is rewritten in a terminal, a line
 // for each change in a pipe. A settled revocation that is not CLOSED is a failure to the shell.
 func follow(cmd *cobra.Command, c *operator.Client, f *operatorFlags, id string) error {
@@ -364,6 +382,9 @@ func follow(cmd *cobra.Command, c *operator.Client, f *operatorFlags, id string)
 	fmt.Fprint(out, end)
 	if err != nil {
 		return hinted{err, "it goes on without us: pawl revoke watch " + id}
+	}
+	if now, err := c.Revocation(cmd.Context(), id); err == nil && now.Acknowledged != nil && !f.json {
+		fmt.Fprintln(out, heardLine(now.Acknowledged)) // as it is now: the closure does not wait for it
 	}
 	if last.Closure != "CLOSED" {
 		return hinted{fmt.Errorf("%s is settled as %s: %d secrets can only be rotated", id, last.Closure, last.Static), "rotate them where they are kept"}
