@@ -9,6 +9,15 @@
 --   pawl_vault    Vault's connection: makes and ends logins whose names have our form, nothing else.
 --   pawl_shaper   makes shapes: groups that hold exactly some verbs on some tables.
 --   pawl_revoker  severs, inspects and removes agents' logins, by grant id.
+--
+-- PostgreSQL decides in pg_hba.conf from where somebody may log in. A tool with the setting "network: NAME"
+-- makes its logins members of pawl_net_NAME, and is refused until pg_hba.conf keeps members of it out of
+-- everywhere else. For the network "office", before any line that speaks for all users of this database:
+--
+--   hostssl  DATABASE  +pawl_net_office  10.1.0.0/16  scram-sha-256
+--   host     DATABASE  +pawl_net_office  all          reject
+--   local    DATABASE  +pawl_net_office               reject
+--
 -- Every function takes names apart by pattern before it uses them, quotes with %I and %L, and looks
 -- nothing up outside pg_catalog (pg_temp is named last, or it would come first).
 
@@ -26,6 +35,7 @@ BEGIN
         CREATE ROLE pawl_vault LOGIN CONNECTION LIMIT 64;
     END IF;
     GRANT pg_signal_backend TO pawl_maker;
+    GRANT EXECUTE ON FUNCTION pg_hba_file_rules() TO pawl_maker;
     EXECUTE format('GRANT CREATE, CONNECT ON DATABASE %I TO pawl_maker WITH GRANT OPTION', current_database());
     CREATE SCHEMA IF NOT EXISTS pawl AUTHORIZATION pawl_maker;
     IF (SELECT nspowner FROM pg_namespace WHERE nspname = 'pawl') <> 'pawl_maker'::regrole THEN
@@ -94,7 +104,8 @@ BEGIN
     s := in_spec::jsonb;
     IF s->>'database' IS DISTINCT FROM current_database()
         OR EXISTS (SELECT FROM jsonb_object_keys(s) k WHERE k NOT IN
-            ('database', 'tables', 'verbs', 'filter', 'connections', 'statement_ms', 'idle_ms'))
+            ('database', 'tables', 'verbs', 'filter', 'network', 'connections', 'statement_ms', 'idle_ms'))
+        OR (s ? 'network' AND (s->>'network' ~ '^[a-z][a-z0-9_]{0,31}$') IS NOT TRUE)
         OR jsonb_array_length(s->'tables') NOT BETWEEN 1 AND 32
         OR jsonb_array_length(s->'verbs') NOT BETWEEN 1 AND 4
         OR EXISTS (SELECT FROM jsonb_array_elements(s->'tables') t
@@ -129,6 +140,27 @@ BEGIN
     END LOOP;
 END $$;
 
+-- Refuses a network that pg_hba.conf, as it is in the file now, does not confine: for TCP and for the Unix
+-- socket, a line that rejects all members, and before it none that may let in users of any name.
+CREATE OR REPLACE FUNCTION pawl.check_network(net text) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    confined int;
+BEGIN
+    WITH rules AS (
+        SELECT h.ordinality AS n, h.type = 'local' AS socket, h.auth_method = 'reject' AS bars, h.address, h.error,
+            h.user_name = ARRAY['+pawl_net_' || net] AS ours,
+            EXISTS (SELECT FROM unnest(h.user_name) u WHERE u = 'all' OR u LIKE '/%') AS anybody,
+            EXISTS (SELECT FROM unnest(h.database) d WHERE d IN ('all', current_database())) AS here,
+            EXISTS (SELECT FROM unnest(h.database) d WHERE d IN ('sameuser', 'samerole', 'samegroup') OR d LIKE '/%') AS perhaps
+        FROM pg_hba_file_rules() WITH ORDINALITY h)
+    SELECT count(DISTINCT r.socket) INTO confined FROM rules r
+    WHERE r.ours AND r.bars AND r.here AND (r.socket OR r.address = 'all') AND NOT EXISTS (SELECT FROM rules e
+        WHERE e.n < r.n AND e.socket = r.socket AND e.anybody AND (e.here OR e.perhaps) AND NOT e.bars);
+    IF confined <> 2 OR EXISTS (SELECT FROM pg_hba_file_rules() h WHERE h.error IS NOT NULL) THEN
+        RAISE 'pg_hba.conf does not confine network %', net USING ERRCODE = '42501';
+    END IF;
+END $$;
+
 -- Where the shape's group reaches a table: itself, or the view that filters its rows.
 CREATE OR REPLACE FUNCTION pawl.reach(in_shape text, s jsonb, nsp text, rel text) RETURNS text
 LANGUAGE sql STABLE AS
@@ -140,7 +172,9 @@ CREATE OR REPLACE FUNCTION pawl.shape_holds(in_shape text, s jsonb) RETURNS bool
 DECLARE
     grp oid := (SELECT oid FROM pg_roles WHERE rolname = 'pawl-shape-' || in_shape);
 BEGIN
-    RETURN grp IS NOT NULL AND NOT EXISTS (
+    RETURN grp IS NOT NULL AND (s ? 'network' AND NOT EXISTS (SELECT FROM pg_auth_members m JOIN pg_roles n ON n.oid = m.roleid
+            WHERE m.member = grp AND n.rolname = 'pawl_net_' || (s->>'network'))) IS NOT TRUE
+        AND NOT EXISTS (
         SELECT FROM jsonb_array_elements(s->'tables') e, jsonb_array_elements_text(s->'verbs') v
         WHERE has_table_privilege(grp, to_regclass(pawl.reach(in_shape, s, e->>0, e->>1)), v) IS NOT TRUE);
 END $$;
@@ -181,10 +215,17 @@ END $$;
 CREATE OR REPLACE FUNCTION pawl.build_shape(in_shape text, s jsonb) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     grp text := 'pawl-shape-' || in_shape;
+    net text := 'pawl_net_' || (s->>'network');
     t   record;
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = grp) THEN
         EXECUTE format('CREATE ROLE %I NOLOGIN', grp);
+    END IF;
+    IF s ? 'network' THEN
+        IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = net) THEN
+            EXECUTE format('CREATE ROLE %I NOLOGIN', net);
+        END IF;
+        EXECUTE format('GRANT %I TO %I', net, grp);
     END IF;
     IF NOT has_database_privilege('public', current_database(), 'CONNECT') THEN
         EXECUTE format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), grp);
@@ -213,6 +254,9 @@ DECLARE
     known text;
 BEGIN
     PERFORM pawl.check_grantable(s);
+    IF s ? 'network' THEN
+        PERFORM pawl.check_network(s->>'network');
+    END IF;
     FOR look IN 1..2 LOOP
         SELECT spec INTO known FROM pawl.shapes WHERE shape = in_shape;
         IF known <> in_spec THEN
@@ -491,6 +535,12 @@ BEGIN
             DELETE FROM pawl.shapes WHERE shape = r.shape;
             shapes := shapes + 1;
         END IF;
+    END LOOP;
+    -- Networks of which no shape is a member; a shape may be another database's.
+    FOR r IN SELECT n.rolname FROM pg_roles n WHERE n.rolname ~ '^pawl_net_[a-z][a-z0-9_]*$' AND NOT EXISTS (
+        SELECT FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.member
+        WHERE m.roleid = n.oid AND g.rolname LIKE 'pawl-shape-%') LOOP
+        PERFORM pawl.drop_role(r.rolname);
     END LOOP;
     DELETE FROM pawl.logins l WHERE l.ended < now() - interval '1 day'
         AND NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.usesysid = l.role)

@@ -1,8 +1,12 @@
 package postgres_test
 
 import (
+	"context"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
 
 	"github.com/pawlsec/pawl/broker"
 )
@@ -75,6 +79,34 @@ func TestNarrow(tt *testing.T) {
 	}
 	if n := t.count("SELECT has_table_privilege('public', 'orders', 'SELECT')::int"); n != 0 {
 		t.Error("an agent granted a table to PUBLIC")
+	}
+}
+
+// TestNarrowLimits holds that the server stops a statement that takes too long, a transaction in
+// which nothing happens, and one connection too many.
+func TestNarrowLimits(tt *testing.T) {
+	t := newTarget(tt)
+	tool := tool()
+	tool.Settings["connections"], tool.Settings["statement_timeout"], tool.Settings["idle_timeout"] = "2", "200ms", "100ms"
+	c, err := t.tryMintWith(tool, newGrant(`{"tables":["orders"]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, second := t.login(c), t.login(c)
+	if third, err := pgx.Connect(t.Context(), c.URL); codeOf(err) != "53300" {
+		t.Errorf("a third connection = %v, %v, want 53300", third != nil, codeOf(err))
+	}
+	if _, err := conn.Exec(t.Context(), "SELECT pg_sleep(10)"); codeOf(err) != "57014" {
+		t.Errorf("a statement of 10 s = %v, want 57014", codeOf(err))
+	}
+	if _, err := second.Exec(t.Context(), "BEGIN"); err != nil {
+		t.Fatal(codeOf(err))
+	}
+	// The server says so unasked, and hangs up: reading is waiting for it.
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if _, err := second.PgConn().ReceiveMessage(ctx); codeOf(err) != "25P03" {
+		t.Errorf("an idle transaction = %v, want 25P03", codeOf(err))
 	}
 }
 

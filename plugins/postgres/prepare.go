@@ -65,7 +65,7 @@ func ttl(tool time.Duration) time.Duration {
 // narrow reads the arguments. Each that is left out is the whole of the setting.
 func (s settings) narrow(database string, args broker.Args) (spec, error) {
 	sp := spec{Connections: s.connections, Database: database, Tables: s.tables, Verbs: s.verbs,
-		StatementMS: s.statement.Milliseconds(), IdleMS: s.idle.Milliseconds()}
+		StatementMS: s.statement.Milliseconds(), IdleMS: s.idle.Milliseconds(), Network: s.network}
 	if v, given := args.Get(argTables); given || len(s.tables) == 0 {
 		names, _ := v.Strings()
 		tables, err := parseTables(names, s.schema)
@@ -140,7 +140,7 @@ func (b *Backend) ensure(ctx context.Context, shape, text string) error {
 	var void any
 	err := b.shaper.query(ctx, "SELECT pawl.ensure_shape($1, $2)::text", []any{shape, text}, &void)
 	if err != nil && failureOf(err) == asked {
-		return outside(argTables, "the database lets agents have no such table, verb or filter").Because(err)
+		return outside(argTables, "the database lets agents have no such table, verb or filter, or its pg_hba.conf does not confine the tool's network").Because(err)
 	}
 	if err != nil {
 		return broker.Errorf(broker.Unavailable, "prepare", "database %q cannot be prepared; nothing was made", b.database).

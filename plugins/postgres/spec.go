@@ -18,6 +18,7 @@ type spec struct {
 	Database    string   `json:"database"`
 	Filter      *filter  `json:"filter,omitempty"`
 	IdleMS      int64    `json:"idle_ms"`
+	Network     string   `json:"network,omitempty"` // members of pawl_net_… are confined in pg_hba.conf
 	StatementMS int64    `json:"statement_ms"`
 	Tables      []table  `json:"tables"`
 	Verbs       []string `json:"verbs"`

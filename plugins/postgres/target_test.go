@@ -186,8 +186,10 @@ func (t *target) mint(args string) credential {
 	return c
 }
 
-func (t *target) tryMint(g broker.Grant) (credential, error) {
-	m, display, err := t.backend.Prepare(t.Context(), tool(), g)
+func (t *target) tryMint(g broker.Grant) (credential, error) { return t.tryMintWith(tool(), g) }
+
+func (t *target) tryMintWith(tool broker.Tool, g broker.Grant) (credential, error) {
+	m, display, err := t.backend.Prepare(t.Context(), tool, g)
 	if err != nil {
 		return credential{}, err
 	}

@@ -32,6 +32,7 @@ type settings struct {
 	tables       []table       // the most that may be asked for; empty: whatever pawl_maker may grant
 	verbs        []string      // the most that may be asked for
 	filterColumn string        // every step is filtered by this column
+	network      string        // from where alone logins come in, by pg_hba.conf; empty: from wherever that lets everybody in
 	connections  int           // of one credential at a time
 	statement    time.Duration // statement_timeout
 	idle         time.Duration // idle_in_transaction_session_timeout
@@ -49,6 +50,8 @@ var sslmodes = []string{"disable", "allow", "prefer", "require", "verify-ca", "v
 //   - tables, verbs: comma-separated, the most that a step may ask for, and what it gets when it does
 //     not ask; any table that pawl_maker may grant, and select
 //   - filter_column: every step must give filter_value, and sees only the rows where the column equals it
+//   - network: a lower-case name; logins are members of pawl_net_NAME, which pg_hba.conf confines to the
+//     addresses that the platform wrote there (bootstrap.sql has the lines); refused while it does not
 //   - connections: at a time under one credential, 1 to 100; 4
 //   - statement_timeout, idle_timeout: as 30s, at most 24h; 30s and 10s. The agent can change them: they
 //     spare the database and are no boundary
@@ -113,6 +116,10 @@ func (b *Backend) set(s *settings, name, value string) (err error) {
 	case "filter_column":
 		s.filterColumn = value
 		_, err = parseFilter(value, "")
+	case "network":
+		if s.network = value; !isNetwork(value) {
+			err = errors.New("not a lower-case letter and then lower-case letters, digits and underscores, at most 32")
+		}
 	case "connections":
 		s.connections, err = number(value, 100)
 	case "statement_timeout":
@@ -163,6 +170,11 @@ func isHost(s string) bool {
 		}
 	}
 	return s != "" && len(s) <= 255
+}
+
+// isNetwork accepts what may follow pawl_net_ in a role's name.
+func isNetwork(s string) bool {
+	return isName(s) && len(s) <= 32 && s[0] != '_' && s == strings.ToLower(s)
 }
 
 // isSegment accepts one segment of a Vault path that has only one spelling.
