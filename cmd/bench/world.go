@@ -59,7 +59,7 @@ func newWorld(ctx context.Context, b *bench) (w *world, err error) {
 	if err := build.Run(); err != nil {
 		return w, fmt.Errorf("building pawl: %w", err)
 	}
-	if w.env, err = dev.Start(ctx, dev.Config{External: true, MaxConnections: 1300, SVIDTTL: 4 * time.Hour, Progress: os.Stderr}); err != nil {
+	if w.env, err = dev.Start(ctx, dev.Config{External: true, ForgetfulVault: true, MaxConnections: 1300, SVIDTTL: 4 * time.Hour, Progress: os.Stderr}); err != nil {
 		return w, err
 	}
 	w.later(w.env.Close)

@@ -39,6 +39,8 @@ type Config struct {
 	Progress io.Writer
 	// NoPostgres leaves PostgreSQL out even where there is one.
 	NoPostgres bool
+	// ForgetfulVault keeps Vault's storage in memory: it cannot be started again.
+	ForgetfulVault bool
 	// MaxConnections of PostgreSQL; zero: 300.
 	MaxConnections int
 	// Agents and Operators are the addresses to listen on; empty: free ports of the loopback.
@@ -154,7 +156,7 @@ func (e *Env) identities(c Config) (err error) {
 
 func (e *Env) servers(ctx context.Context, c Config) (err error) {
 	e.say("starting Vault")
-	if e.Vault, err = parts.Vault(ctx, parts.VaultConfig{Persistent: true, MaxRequestDuration: c.MaxRequestDuration,
+	if e.Vault, err = parts.Vault(ctx, parts.VaultConfig{Persistent: !c.ForgetfulVault, MaxRequestDuration: c.MaxRequestDuration,
 		Binaries: parts.Binaries{Progress: e.progress}}); err != nil {
 		return fmt.Errorf("starting Vault: %w", err)
 	}
