@@ -68,6 +68,11 @@ func (b Budget) wider(child Budget) (wider []string) {
 	return wider
 }
 
+// limits reports whether there is any limit.
+func (b Budget) limits() bool {
+	return b.Steps > 0 || b.Live > 0 || b.PerMinute > 0 || len(b.Tools) > 0
+}
+
 func (b Budget) check() error {
 	bad := b.Steps < 0 || b.Live < 0 || b.PerMinute < 0 || len(b.Tools) > MaxRights
 	for tool, n := range b.Tools {

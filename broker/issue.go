@@ -39,18 +39,21 @@ func (b *Broker) Issue(ctx context.Context, c Caller, r StepRequest) (Issued, er
 	if err != nil {
 		return Issued{}, err
 	}
+	early := s.early(ctx, p)              // step 3, beside step 2 where that wastes nothing
 	if err := s.intend(ctx); err != nil { // step 2
+		early.drop(ctx, b)
 		if KindOf(err) == Unavailable {
 			b.closer.hurry(s.grant) // whether it was recorded may not be known
 		}
 		return Issued{}, s.explain(ctx, p, err)
 	}
 	if s.again {
+		early.drop(ctx, b)
 		return Issued{Grant: s.grant, Repeated: true}, nil
 	}
 	b.closer.begin(s.grant)
 	defer b.closer.settled(s.grant.ID)
-	secret, err := s.mint(ctx)
+	secret, err := s.mint(ctx, early)
 	if err != nil {
 		b.closer.settled(s.grant.ID) // first: the closer leaves alone what is being minted
 		b.closer.hurry(s.grant)
@@ -317,14 +320,10 @@ func (s *issue) explain(ctx context.Context, p path, err error) error {
 
 // mint is steps 3 to 6. After an error from it the grant is the closer's: whatever may exist is
 // named in the ledger by then.
-func (s *issue) mint(ctx context.Context) (Secret, error) {
-	m, name, err := s.b.cfg.Backends[s.grant.Backend].Prepare(ctx, s.tool, s.grant)
-	if err != nil {
-		return Secret{}, asUnavailable(err, CodeBackendDown, "the tool's target cannot be prepared; nothing was made")
-	}
+func (s *issue) mint(ctx context.Context, early *stepToken) (Secret, error) {
 	// Step 3: a token that can mint this once. A crash before its accessor is recorded leaves a
 	// token that nobody has, with no lease, that ends with the grant.
-	token, err := s.child(ctx, name)
+	m, token, err := s.token(ctx, early)
 	if err != nil {
 		return Secret{}, err
 	}
@@ -346,24 +345,6 @@ func (s *issue) mint(ctx context.Context) (Secret, error) {
 		return Secret{}, err
 	}
 	return secret, nil
-}
-
-// child makes the step's token. A delegation's token that has ended meanwhile is made anew,
-// once: nothing was minted yet.
-func (s *issue) child(ctx context.Context, name string) (Handle, error) {
-	for again := false; ; again = true {
-		if err := s.b.branch(ctx, opIssue, s.grant.Delegation, s.policy); err != nil {
-			return Handle{}, err
-		}
-		token, err := s.b.cfg.Vault.Child(ctx, s.grant, name, s.tool.Policy)
-		if errors.Is(err, ErrNoParent) && !again {
-			continue
-		}
-		if err != nil {
-			return Handle{}, asUnavailable(err, CodeVaultDown, "Vault makes no token for the step; nothing was minted")
-		}
-		return token, nil
-	}
 }
 
 // handle is step 4.

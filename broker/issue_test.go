@@ -275,13 +275,29 @@ func (d *dead) act(point string) error {
 
 // TestDiesAnywhere kills the broker before and after each thing that issue and close do to the
 // ledger, to Vault and at the target, starts it again, and finds nothing alive that is not meant to be.
+// A second step of a delegation has its token made while its intent is committed, in either order.
 func TestDiesAnywhere(t *testing.T) {
 	points := map[string]bool{}
+	for _, steps := range []int{0, 1} {
+		dieAnywhere(t, points, steps)
+	}
+	for _, want := range []string{"ledger", "ledger committed", "branch", "branch done", "child", "child done", "mint", "mint created", "mint done", "kill", "sever", "prove"} {
+		if !points[want] {
+			t.Errorf("the walk never died at %q: %v", want, points)
+		}
+	}
+}
+
+// dieAnywhere takes some steps, and dies at each act of one more.
+func dieAnywhere(t *testing.T, points map[string]bool, steps int) {
 	for n := 1; ; n++ {
 		finished := false
 		synctest.Test(t, func(t *testing.T) {
 			w := newWorld(t)
 			root := w.open("planner", broker.OpenRequest{})
+			for range steps {
+				w.issue("planner", step(root, "db.read"))
+			}
 			d := &dead{left: n}
 			w.ledger.Fail(func(_ int, entries []broker.Entry) brokertest.Fault {
 				if d.act("ledger") != nil {
@@ -316,15 +332,10 @@ func TestDiesAnywhere(t *testing.T) {
 			w.issue("planner", step(root, "db.read")) // and it still works
 		})
 		if t.Failed() {
-			t.Fatalf("after dying at act %d", n)
+			t.Fatalf("after %d steps and dying at act %d", steps, n)
 		}
 		if finished {
-			break
-		}
-	}
-	for _, want := range []string{"ledger", "ledger committed", "branch", "branch done", "child", "child done", "mint", "mint created", "mint done", "kill", "sever", "prove"} {
-		if !points[want] {
-			t.Errorf("the walk never died at %q: %v", want, points)
+			return
 		}
 	}
 }

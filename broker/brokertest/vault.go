@@ -52,6 +52,18 @@ func (v *Vault) LeaseIDs() []string {
 	return slices.Sorted(maps.Keys(v.leases))
 }
 
+// Steps counts the tokens of steps that are alive.
+func (v *Vault) Steps() (n int) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, t := range v.tokens {
+		if t.grant != "" && !t.dead {
+			n++
+		}
+	}
+	return n
+}
+
 // Fail has f asked before and after each call ("child", "child done", …) that makes or ends
 // something; an error makes the call fail there. Nil: nothing fails.
 func (v *Vault) Fail(f func(point string) error) {
