@@ -1,5 +1,5 @@
 # What people and .ci/run call. Needs Go, git and make; what a test needs beyond that and does not find is said at
-# the end of `make test`. PAWL_REQUIRE=all (or vault,spire,postgres,sshd) makes that a failure.
+# the end of `make test`. PAWL_REQUIRE=all (or vault,spire,postgres,sshd,python) makes that a failure.
 
 GO       ?= go
 PACKAGES ?= ./...

@@ -110,6 +110,15 @@ func OwnSSHD(t TB, config SSHDConfig) *SSHDServer {
 	return server
 }
 
+// NeedPython returns the path of a Python interpreter, for plugins in another language than ours. Skipping is as for
+// NeedVault, with "python".
+func NeedPython(t TB) string {
+	t.Helper()
+	path, err := Python(t.Context())
+	demand(t, "python", err)
+	return path
+}
+
 // demand ends the test unless err is nil: what is missing skips it, what is broken fails it.
 func demand(t TB, name string, err error) {
 	t.Helper()

@@ -53,6 +53,7 @@ func bare(t *testing.T) {
 func TestWhatIsMissingSkipsUnlessRequired(t *testing.T) {
 	ownVault := func(tb parts.TB) { parts.OwnVault(tb, parts.VaultConfig{}) }
 	ownSPIRE := func(tb parts.TB) { parts.OwnSPIRE(tb, parts.SPIREConfig{}) }
+	python := func(tb parts.TB) { parts.NeedPython(tb) }
 	for _, row := range []struct {
 		require string
 		test    func(parts.TB)
@@ -64,6 +65,9 @@ func TestWhatIsMissingSkipsUnlessRequired(t *testing.T) {
 		{"all", ownVault, "fatal: PAWL_REQUIRE demands vault"},
 		{"", ownSPIRE, "skip: NOT TESTED, SPIRE: not on this machine"},
 		{"all", ownSPIRE, "fatal: PAWL_REQUIRE demands spire"},
+		{"vault", python, "skip: NOT TESTED, Python: not on this machine"},
+		{"python", python, "fatal: PAWL_REQUIRE demands python"},
+		{"all", python, "fatal: PAWL_REQUIRE demands python"},
 	} {
 		t.Run(row.want, func(t *testing.T) {
 			bare(t)

@@ -30,7 +30,6 @@ var skips = []place{
 	{"cmd/parts/need.go", "the one place that knows what is missing"},
 	{"cmd/parts/gotest/main_test.go", "it tests how skips are told"},
 	{"plugins/ssh/ssh_test.go", "ssh-keygen is a second opinion, beside a real sshd"},
-	{"plugins/exec/exec_test.go", "Python is one language of many that a plugin can be in"},
 	{"store/bolt/fault_test.go", "mounting a small disk takes root"},
 	{"cmd/wire/start_test.go", "mounting a small disk takes root"},
 	{"cmd/rules/docs_test.go", "psql comes with PostgreSQL on most systems, and not on all"},

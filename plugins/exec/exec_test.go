@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	osexec "os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -20,6 +19,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/plugins/exec"
 )
 
@@ -117,16 +117,13 @@ func replace(t *testing.T, p exec.Program, text string) {
 // python is the program of testdata, run by the interpreter that this machine has.
 func python(t *testing.T, s *keyServer, args ...string) exec.Program {
 	t.Helper()
-	found, err := osexec.Command("python3", "-c", "import sys; print(sys.executable)").Output()
-	if err != nil {
-		t.Skip("NOT TESTED: a plugin in Python: there is no python3 on this machine")
-	}
+	interpreter := parts.NeedPython(t)
 	raw, err := os.ReadFile("testdata/keys.py")
 	if err != nil {
 		t.Fatal(err)
 	}
 	_, rest, _ := strings.Cut(string(raw), "\n")
-	p := program(t, "#!"+strings.TrimSpace(string(found))+" -IS\n"+rest)
+	p := program(t, "#!"+interpreter+" -IS\n"+rest)
 	p.Args = args
 	p.Env = []string{"KEYS=" + s.Listener.Addr().String(), "KEYS_ADMIN=" + s.admin}
 	return p
