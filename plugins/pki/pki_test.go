@@ -1,6 +1,7 @@
 package pki_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -253,11 +254,20 @@ func TestRealNarrow(t *testing.T) {
 	if err := handshake(t, client, demand("spiffe://example.org/orders/read")); err != nil {
 		t.Fatalf("in scope: %v", err)
 	}
+	elsewhere := demand("spiffe://example.org/orders/read")
+	elsewhere.ClientCAs = newEngine(t, role(nil)).roots
+	grown := client.Clone() // the certificate's own name beside another: what is signed is not changed unseen
+	grown.Certificates = []tls.Certificate{{Certificate: [][]byte{rename(pair.Certificate[0])}, PrivateKey: pair.PrivateKey}}
+	stolen := client.Clone()
+	stolen.Certificates = []tls.Certificate{{Certificate: pair.Certificate, PrivateKey: forge(t, pair, "spiffe://example.org/x").PrivateKey}}
 	forged := client.Clone()
 	forged.Certificates = []tls.Certificate{forge(t, pair, "spiffe://example.org/orders/write")}
 	for name, pairOf := range map[string][2]*tls.Config{
 		"another name":               {client, demand("spiffe://example.org/orders/write")},
 		"a name forged with its key": {forged, demand("spiffe://example.org/orders/write")},
+		"another authority":          {client, elsewhere},
+		"its name changed":           {grown, demand("spiffe://example.org/orders/send")},
+		"without its key":            {stolen, demand("spiffe://example.org/orders/read")},
 		"acting as a server": {{RootCAs: e.roots, ServerName: "agent.example.org"},
 			{Certificates: []tls.Certificate{pair}}},
 	} {
@@ -297,6 +307,11 @@ func forge(t *testing.T, by tls.Certificate, id string) tls.Certificate {
 		t.Fatal(err)
 	}
 	return tls.Certificate{Certificate: [][]byte{der, by.Certificate[0]}, PrivateKey: key}
+}
+
+// rename writes another name of the same length into a certificate.
+func rename(der []byte) []byte {
+	return bytes.Replace(der, []byte("orders/read"), []byte("orders/send"), 1)
 }
 
 // handshake sends one byte from server to client and gives what either side said against it.

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -161,6 +162,21 @@ func TestRealExact(t *testing.T) {
 // login runs a command over a real sshd.
 func login(t *testing.T, server *parts.SSHDServer, s issued, user, command string) (string, *xssh.Client, error) {
 	t.Helper()
+	c, err := dial(t, server, s, user, "127.0.0.1")
+	if err != nil {
+		return "", nil, err
+	}
+	session, err := c.NewSession()
+	if err != nil {
+		return "", c, err
+	}
+	out, err := session.Output(command)
+	return string(out), c, err
+}
+
+// dial logs in at a real sshd from an address of this machine.
+func dial(t *testing.T, server *parts.SSHDServer, s issued, user, from string) (*xssh.Client, error) {
+	t.Helper()
 	key, err := xssh.ParsePrivateKey([]byte(s.PrivateKey))
 	if err != nil {
 		t.Fatal(err)
@@ -173,18 +189,26 @@ func login(t *testing.T, server *parts.SSHDServer, s issued, user, command strin
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := xssh.Dial("tcp", server.Address(), &xssh.ClientConfig{User: user, Auth: []xssh.AuthMethod{xssh.PublicKeys(signer)},
-		HostKeyCallback: xssh.FixedHostKey(server.HostKey()), Timeout: 10 * time.Second})
+	dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: 10 * time.Second}
+	conn, err := dialer.DialContext(t.Context(), "tcp", server.Address())
 	if err != nil {
-		return "", nil, err
+		t.Fatal(err)
 	}
+	_ = conn.SetDeadline(time.Now().Add(time.Minute)) // an open connection takes one
+	secure, channels, requests, err := xssh.NewClientConn(conn, server.Address(), &xssh.ClientConfig{User: user,
+		Auth: []xssh.AuthMethod{xssh.PublicKeys(signer)}, HostKeyCallback: xssh.FixedHostKey(server.HostKey())})
+	if err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	c := xssh.NewClient(secure, channels, requests)
 	t.Cleanup(func() { _ = c.Close() })
-	session, err := c.NewSession()
-	if err != nil {
-		return "", c, err
-	}
-	out, err := session.Output(command)
-	return string(out), c, err
+	return c, nil
+}
+
+// refused reports whether sshd turned the key away, and nothing else went wrong.
+func refused(err error) bool {
+	return err != nil && strings.Contains(err.Error(), "unable to authenticate")
 }
 
 // TestRealNarrow makes out-of-scope calls with the raw secret at a real sshd, then severs it.
@@ -192,7 +216,7 @@ func TestRealNarrow(t *testing.T) {
 	e := newEngine(t, nil)
 	krl := filepath.Join(t.TempDir(), "krl")
 	b := newBackend(t, krl, nil)
-	server := parts.OwnSSHD(t, parts.SSHDConfig{UserCAKeys: []byte(e.ca), Principals: []string{"root"}})
+	server := parts.OwnSSHD(t, parts.SSHDConfig{UserCAKeys: []byte(e.ca)})
 	g := grant(t, 1, "echo narrow")
 	s, err := e.issue(t, b, g)
 	if err != nil {
@@ -215,8 +239,14 @@ func TestRealNarrow(t *testing.T) {
 	}{"127.0.0.1", 0})); err == nil && ok {
 		t.Error("out of scope: a port of the server was opened")
 	}
-	elsewhere := grant(t, 2, "echo narrow")
-	m, _, err := b.Prepare(t.Context(), tool(e.mount, broker.NarrowNative, map[string]string{"principal": "nobody", "arg.run": "force_command"}, "run"), elsewhere)
+	if _, err := dial(t, server, s, "root", "127.0.0.2"); !refused(err) {
+		t.Errorf("out of scope, from another address: %v, want a refusal", err)
+	}
+	if _, err := dial(t, server, s, "nobody", "127.0.0.1"); !refused(err) {
+		t.Errorf("out of scope, as another user: %v, want a refusal", err)
+	}
+	// It is the certificate that keeps nobody out: with its own, that user and that address come in.
+	m, _, err := b.Prepare(t.Context(), tool(e.mount, broker.NarrowNative, map[string]string{"principal": "nobody", "arg.run": "force_command"}, "run"), grant(t, 2, "true"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -225,8 +255,11 @@ func TestRealNarrow(t *testing.T) {
 	if err != nil || json.Unmarshal(f.Secret.Reveal(), &other) != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := login(t, server, other, "root", "id"); err == nil {
-		t.Error("out of scope: another principal logged in as root")
+	if _, err := dial(t, server, other, "nobody", "127.0.0.2"); err != nil {
+		t.Errorf("in scope, another user from another address: %v", err)
+	}
+	if _, err := dial(t, server, other, "root", "127.0.0.1"); !refused(err) {
+		t.Errorf("out of scope, another's certificate as root: %v, want a refusal", err)
 	}
 	// Severing: this one and no other, and a certificate whose answer was lost.
 	lost := grant(t, 3, "echo lost")
