@@ -94,6 +94,7 @@ const (
 	OpStray     Op = "stray"    // something lives under our names that the ledger does not know
 	OpResume    Op = "resume"
 	OpPolicy    Op = "policy" // a policy bundle came into force
+	OpTold      Op = "told"   // up to which revision a subscriber was told of events
 )
 
 // The keys of the ledger. Ids have one length and alphabet, so no key is a prefix of another

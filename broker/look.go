@@ -3,7 +3,6 @@ package broker
 import (
 	"cmp"
 	"context"
-	"fmt"
 	"slices"
 	"strconv"
 )
@@ -164,11 +163,6 @@ func (b *Broker) Revocations(ctx context.Context) (list []Revocation, err error)
 	})
 	slices.SortFunc(list, func(a, b Revocation) int { return b.Fenced.Compare(a.Fenced) })
 	return list, err
-}
-
-// tally is the revocation's numbers in words.
-func (rv Revocation) tally() string {
-	return fmt.Sprintf("%s: %d dead, %d alive, %d unknown of %d", rv.Closure, rv.Dead, rv.Alive, rv.Unknown, rv.Grants)
 }
 
 // Entries gives at most limit entries of the audit log after a revision, oldest first.

@@ -287,6 +287,9 @@ func resolve(tx Tx, s Selector) (target, error) {
 	return target{node: node, grant: grant}, nil
 }
 
+// unfreezeLifted is the detail of the entry that lifts a freeze, and not of the one that first asks for it.
+const unfreezeLifted = "lifted"
+
 func (o Operator) check(op string) error {
 	if o.Name == "" {
 		return Errorf(Unauthenticated, op, "no operator")
@@ -319,7 +322,7 @@ func (b *Broker) Unfreeze(ctx context.Context, o Operator, id RevocationID) (rv 
 			return err
 		}
 		if _, err := enter(tx, Entry{At: b.cfg.Now(), Actor: o.Name, Op: OpUnfreeze, Chain: rv.Chain, Delegation: rv.Node,
-			Grant: rv.Grant, Revocation: id, Detail: map[bool]string{false: "asked for", true: "lifted"}[second]}); err != nil {
+			Grant: rv.Grant, Revocation: id, Detail: map[bool]string{false: "asked for", true: unfreezeLifted}[second]}); err != nil {
 			return err
 		}
 		return save(tx, keyRevocation(id), rv)

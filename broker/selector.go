@@ -5,6 +5,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // Subject is what a [Selector] looks at: a delegation, or a grant under it. For a delegation
@@ -98,6 +100,15 @@ func (s Selector) Target() (chain ChainID, node DelegationID, grant GrantID, ok 
 		return "", "", GrantID(t.value), true
 	}
 	return "", "", "", false
+}
+
+// Holder is the SPIFFE ID of a selector that means whoever holds delegations as exactly that.
+func (s Selector) Holder() (id spiffeid.ID, ok bool) {
+	if s.root == nil || s.root.op != "" || s.root.term.key != "spiffe" {
+		return spiffeid.ID{}, false
+	}
+	id, err := spiffeid.FromString(s.root.term.value)
+	return id, err == nil
 }
 
 // String is the selector in canonical spelling, which [ParseSelector] reads back; it is empty

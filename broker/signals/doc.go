@@ -1,7 +1,7 @@
 // Package signals takes security event tokens (RFC 8417) that others push (RFC 8935), and has the
-// engine stop whom they are about.
+// engine stop whom they are about; and it pushes such tokens to others, about what was stopped here.
 //
-// A token is believed for its signature alone: by a key of a configured transmitter, with the one
+// A token that comes is believed for its signature alone: by a key of a configured transmitter, with the one
 // algorithm that the key has, for exactly our audience, once, and soon after it was made. Of the
 // events, two of CAEP lead to something: session-revoked, and credential-change when it tells that
 // a credential was revoked or deleted. One that was created or updated is taken note of and nothing

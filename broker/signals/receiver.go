@@ -28,6 +28,11 @@ type Transmitter struct {
 	// Subjects says what the transmitter's names for its subjects mean here: name → selector. A name
 	// that is not listed must be a SPIFFE ID, and then means whoever holds delegations as that.
 	Subjects map[string]broker.Selector
+
+	// ChainLabel is the label under which chains here carry the name of the transmitter's chain, or session,
+	// that they go on from: an event about that is about them. Empty: there is none, and such events
+	// are refused.
+	ChainLabel string
 }
 
 // Config is what a [Receiver] is made of.
@@ -192,6 +197,12 @@ func reason(event, id string) string {
 
 // about gives what the subject means here.
 func (r *Receiver) about(t Transmitter, s subject) (broker.Selector, error) {
+	if session := s.session(); session != "" && t.ChainLabel != "" {
+		if !plain(session) {
+			return broker.Selector{}, errors.New("the session's name is no label's value")
+		}
+		return broker.ParseSelector("label." + t.ChainLabel + ":" + session)
+	}
 	name, err := s.name(t.Issuer)
 	if err != nil {
 		return broker.Selector{}, err
@@ -204,6 +215,16 @@ func (r *Receiver) about(t Transmitter, s subject) (broker.Selector, error) {
 		return broker.Selector{}, errors.New("the subject is nobody that is known here")
 	}
 	return broker.ParseSelector("spiffe:" + id.String())
+}
+
+// plain reports whether a name can stand in a selector as it is.
+func plain(name string) bool {
+	for _, b := range []byte(name) {
+		if !(b >= 'a' && b <= 'z' || b >= 'A' && b <= 'Z' || b >= '0' && b <= '9' || b == '-' || b == '_') {
+			return false
+		}
+	}
+	return len(name) <= 64
 }
 
 // once refuses a token that came before. Tokens whose age alone would refuse them are forgotten.

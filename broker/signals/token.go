@@ -61,13 +61,14 @@ func (a *audience) UnmarshalJSON(raw []byte) error {
 	return json.Unmarshal(raw, &(*a)[0])
 }
 
-// subject is a subject identifier, RFC 9493.
+// subject is a subject identifier of RFC 9493, or the complex one of the Shared Signals Framework.
 type subject struct {
-	Format  string `json:"format"`
-	Issuer  string `json:"iss"`
-	Subject string `json:"sub"`
-	URI     string `json:"uri"`
-	ID      string `json:"id"`
+	Format  string   `json:"format"`
+	Issuer  string   `json:"iss"`
+	Subject string   `json:"sub"`
+	URI     string   `json:"uri"`
+	ID      string   `json:"id"`
+	Session *subject `json:"session"` // of a complex one, which says more: the user it is of, for one
 }
 
 // event is what is read of the events that are known.
@@ -178,10 +179,18 @@ func (s subject) name(transmitter string) (string, error) {
 	case "opaque":
 		name, only.ID = s.ID, s.ID
 	default:
-		return "", errors.New("the subject's format is not iss_sub, uri or opaque")
+		return "", errors.New("the subject's format is not iss_sub, uri, opaque, or complex with an opaque session")
 	}
 	if name == "" || len(name) > 2048 || s != only {
 		return "", errors.New("the subject is not what its format says")
 	}
 	return name, nil
+}
+
+// session is what the transmitter calls the session that a complex subject names; empty for other subjects.
+func (s subject) session() string {
+	if s.Format != "complex" || s.Session == nil || s.Session.Format != "opaque" || *s.Session != (subject{Format: "opaque", ID: s.Session.ID}) {
+		return ""
+	}
+	return s.Session.ID
 }

@@ -72,6 +72,9 @@ func checkConfig(cmd *cobra.Command, c wire.Config) error {
 	if _, err := wire.LoadTransmitters(c); err != nil {
 		return err
 	}
+	if err := wire.CheckSubscribers(c); err != nil {
+		return err
+	}
 	fmt.Fprintf(cmd.OutOrStdout(), "configuration and policy bundle are good: %d tools, bundle %s\n",
 		len(p.Tools()), p.Digest())
 	for _, w := range p.Warnings() {

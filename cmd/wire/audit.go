@@ -8,6 +8,8 @@ import (
 	"os"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
+
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/audit"
 	"github.com/pawlsec/pawl/broker/policy"
@@ -22,6 +24,8 @@ type Signal struct {
 	Keys     string            `yaml:"keys"`     // JWK set of its public keys, a file; required
 	Action   string            `yaml:"action"`   // revoke or freeze what an event is about; required
 	Subjects map[string]string `yaml:"subjects"` // its names for its subjects and the selector that each means; others must be SPIFFE IDs
+
+	ChainLabel string `yaml:"chain_label"` // label of chains here that names the sender's chain they go on from: an event about that ends them; empty: such events are refused
 }
 
 func (s Signal) check(name string) error {
@@ -34,6 +38,11 @@ func (s Signal) check(name string) error {
 	if s.Action != "revoke" && s.Action != "freeze" {
 		wrong = append(wrong, fmt.Errorf("%s.action is %q; it is revoke or freeze", name, s.Action))
 	}
+	if s.ChainLabel != "" {
+		if _, err := broker.ParseSelector("label." + s.ChainLabel + ":x"); err != nil {
+			wrong = append(wrong, fmt.Errorf("%s.chain_label: %w", name, err))
+		}
+	}
 	for subject, selector := range s.Subjects {
 		if _, err := broker.ParseSelector(selector); err != nil {
 			wrong = append(wrong, fmt.Errorf("%s.subjects.%s: %w", name, subject, err))
@@ -42,19 +51,28 @@ func (s Signal) check(name string) error {
 	return errors.Join(wrong...)
 }
 
+// signingKey reads the configured signing key.
+func signingKey(c Config) (jose.JSONWebKey, error) {
+	raw, err := os.ReadFile(c.SigningKey)
+	if err != nil {
+		return jose.JSONWebKey{}, fmt.Errorf("signing_key: %w", err)
+	}
+	key, err := policy.ParseKey(raw)
+	clear(raw)
+	if err != nil {
+		return jose.JSONWebKey{}, fmt.Errorf("signing_key %q: %w", c.SigningKey, err)
+	}
+	return key, nil
+}
+
 // LoadSigner reads the configured signing key; nil without one.
 func LoadSigner(c Config) (*audit.Signer, error) {
 	if c.SigningKey == "" {
 		return nil, nil
 	}
-	raw, err := os.ReadFile(c.SigningKey)
+	key, err := signingKey(c)
 	if err != nil {
-		return nil, fmt.Errorf("signing_key: %w", err)
-	}
-	key, err := policy.ParseKey(raw)
-	clear(raw)
-	if err != nil {
-		return nil, fmt.Errorf("signing_key %q: %w", c.SigningKey, err)
+		return nil, err
 	}
 	signer, err := audit.NewSigner(c.TrustDomains[0]+"/pawl", key)
 	if err != nil {
@@ -79,7 +97,7 @@ func LoadTransmitters(c Config) (list []signals.Transmitter, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("signals: keys of %s: %w", from.Issuer, err)
 		}
-		t := signals.Transmitter{Issuer: from.Issuer, Audience: from.Audience, Freeze: from.Action == "freeze", Subjects: map[string]broker.Selector{}}
+		t := signals.Transmitter{Issuer: from.Issuer, Audience: from.Audience, Freeze: from.Action == "freeze", ChainLabel: from.ChainLabel, Subjects: map[string]broker.Selector{}}
 		if t.Keys, err = signals.ParseKeys(raw); err != nil {
 			return nil, fmt.Errorf("signals: keys of %s in %q: %w", from.Issuer, from.Keys, err)
 		}

@@ -29,6 +29,9 @@ type Config struct {
 	SweepEvery   time.Duration      `yaml:"sweep_every"`   // how often strays are looked for; zero: 1m
 	SigningKey   string             `yaml:"signing_key"`   // private Ed25519 JWK that signs reports and checkpoints, a file; empty: both are refused
 	Signals      []Signal           `yaml:"signals"`       // whose security events are believed; empty: none, and there is no such endpoint
+
+	Subscribers map[string]Subscriber `yaml:"subscribers"` // who is told of revocations by security events, each under a name of lower-case letters, digits and dashes; needs signing_key; empty: nobody
+	Issuer      string                `yaml:"issuer"`      // the iss of these events; empty: https://, the first trust domain, /pawl
 }
 
 // Listen says where the broker is reached. An address without a host is all interfaces.
@@ -156,6 +159,12 @@ func (c Config) check() error {
 	}
 	for i, s := range c.Signals {
 		missing = append(missing, s.check(fmt.Sprintf("signals.%d", i)))
+	}
+	if len(c.Subscribers) > 0 {
+		need("signing_key (with subscribers)", c.SigningKey != "")
+	}
+	for name, s := range c.Subscribers {
+		missing = append(missing, s.check(name))
 	}
 	return errors.Join(missing...)
 }

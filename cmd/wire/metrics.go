@@ -74,6 +74,13 @@ func newMetrics(known func(broker.ToolName) bool, ready func() error) *metrics {
 	return m
 }
 
+// subscriber adds how far behind one is. Its name is of the configuration.
+func (m *metrics) subscriber(name string, lag func() time.Duration) {
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_subscriber_lag_seconds",
+		Help:        "Age of the oldest event that a subscriber was not told of yet; 0 when there is none.",
+		ConstLabels: prometheus.Labels{"subscriber": name}}, func() float64 { return lag().Seconds() }))
+}
+
 func (m *metrics) handler() http.Handler {
 	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{})
 }

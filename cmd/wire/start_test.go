@@ -74,11 +74,16 @@ func (s *site) trusting() *agent.Client {
 	return s.agent()
 }
 
+// socketTransport goes to the operators' socket, whatever the host.
+func socketTransport(s *site) *http.Transport {
+	return &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", s.config.Listen.Socket)
+	}}
+}
+
 func health(t *testing.T, s *site) int {
 	t.Helper()
-	h := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", s.config.Listen.Socket)
-	}}}
+	h := &http.Client{Transport: socketTransport(s)}
 	resp, err := h.Get("http://pawl/healthz")
 	if err != nil {
 		t.Fatal(err)

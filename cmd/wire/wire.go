@@ -120,6 +120,9 @@ func start(ctx context.Context, c Config, log *slog.Logger, change func(*broker.
 	if err := s.listen(c, attestor, me, backends, log); err != nil {
 		return s, err
 	}
+	if err := s.tell(c, me, parts.Alarm, log); err != nil {
+		return s, err
+	}
 	wait, cancel := context.WithTimeout(ctx, identityWait)
 	defer cancel()
 	me.await(wait)

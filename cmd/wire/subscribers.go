@@ -1,0 +1,146 @@
+package wire
+
+import (
+	"cmp"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"os"
+	"regexp"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+
+	"github.com/pawlsec/pawl/broker/signals"
+)
+
+// Subscriber says who is told of what happens here, and how to know it.
+type Subscriber struct {
+	URL      string   `yaml:"url"`       // its push endpoint (RFC 8935), https; required
+	Audience string   `yaml:"audience"`  // the aud of tokens for it; required
+	CA       string   `yaml:"ca"`        // PEM file of the authorities of its certificate; empty: the system's, or with server_id those that the Workload API has of its trust domain
+	ServerID string   `yaml:"server_id"` // the SPIFFE ID that its certificate must have; empty: the certificate must have the URL's host name
+	MTLS     bool     `yaml:"mtls"`      // show it the broker's own X.509-SVID; nothing else is shown: there are no static secrets
+	Events   []string `yaml:"events"`    // of session-revoked, chain-fenced, closure, freeze and unfreeze; empty: all
+}
+
+var subscriberName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+func (s Subscriber) check(name string) error {
+	at := "subscribers." + name
+	var wrong []error
+	if !subscriberName.MatchString(name) {
+		wrong = append(wrong, fmt.Errorf("%s: a name is 1 to 63 lower-case letters, digits and dashes", at))
+	}
+	if u, err := url.Parse(s.URL); err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.Fragment != "" {
+		wrong = append(wrong, fmt.Errorf("%s.url is required, and https without a user", at))
+	}
+	if s.Audience == "" {
+		wrong = append(wrong, fmt.Errorf("%s.audience is required", at))
+	}
+	if s.ServerID != "" {
+		if _, err := spiffeid.FromString(s.ServerID); err != nil {
+			wrong = append(wrong, fmt.Errorf("%s.server_id: %w", at, err))
+		}
+	}
+	for _, kind := range s.Events {
+		if !slices.Contains(signals.Kinds(), kind) {
+			wrong = append(wrong, fmt.Errorf("%s.events: there are none called %q", at, kind))
+		}
+	}
+	return errors.Join(wrong...)
+}
+
+// tls says whom to believe at the subscriber's address.
+func (s Subscriber) tls(me *own) (*tls.Config, error) {
+	var authorities []*x509.Certificate
+	if s.CA != "" {
+		raw, err := os.ReadFile(s.CA)
+		if err != nil {
+			return nil, fmt.Errorf("ca: %w", err)
+		}
+		for block, rest := pem.Decode(raw); block != nil; block, rest = pem.Decode(rest) {
+			cert, err := x509.ParseCertificate(block.Bytes)
+			if err != nil {
+				return nil, fmt.Errorf("ca %q: %w", s.CA, err)
+			}
+			authorities = append(authorities, cert)
+		}
+		if len(authorities) == 0 {
+			return nil, fmt.Errorf("ca %q holds no certificate", s.CA)
+		}
+	}
+	c := &tls.Config{MinVersion: tls.VersionTLS12}
+	switch {
+	case s.ServerID != "":
+		id, err := spiffeid.FromString(s.ServerID)
+		if err != nil {
+			return nil, fmt.Errorf("server_id: %w", err)
+		}
+		var bundles x509bundle.Source = me
+		if len(authorities) > 0 {
+			bundles = x509bundle.FromX509Authorities(id.TrustDomain(), authorities)
+		}
+		c = tlsconfig.TLSClientConfig(bundles, tlsconfig.AuthorizeID(id))
+	case len(authorities) > 0:
+		c.RootCAs = x509.NewCertPool()
+		for _, cert := range authorities {
+			c.RootCAs.AddCert(cert)
+		}
+	}
+	if s.MTLS {
+		c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return certificate(me) }
+	}
+	return c, nil
+}
+
+// CheckSubscribers reads what the configured subscribers' entries name.
+func CheckSubscribers(c Config) error {
+	for name, s := range c.Subscribers {
+		if _, err := s.tls(nil); err != nil {
+			return fmt.Errorf("subscribers.%s.%w", name, err)
+		}
+	}
+	return nil
+}
+
+// sender makes what tells the configured subscribers; nil without any.
+func sender(c Config, me *own, source signals.Source, alarm func(string, error), log *slog.Logger) (*signals.Sender, error) {
+	if len(c.Subscribers) == 0 {
+		return nil, nil
+	}
+	key, err := signingKey(c)
+	if err != nil {
+		return nil, err
+	}
+	config := signals.SenderConfig{Source: source, Issuer: cmp.Or(c.Issuer, "https://"+c.TrustDomains[0]+"/pawl"), Key: key, Now: time.Now, Alarm: alarm, Log: log}
+	for name, s := range c.Subscribers {
+		trust, err := s.tls(me)
+		if err != nil {
+			return nil, fmt.Errorf("subscribers.%s.%w", name, err)
+		}
+		config.Subscribers = append(config.Subscribers, signals.Subscriber{Name: name, URL: s.URL, Audience: s.Audience, TLS: trust, Kinds: s.Events})
+	}
+	return signals.NewSender(config)
+}
+
+// tell begins to tell the subscribers.
+func (s *Server) tell(c Config, me *own, alarm func(string, error), log *slog.Logger) error {
+	to, err := sender(c, me, s.Broker, alarm, log)
+	if err != nil || to == nil {
+		return err
+	}
+	for name := range c.Subscribers {
+		s.metrics.subscriber(name, func() time.Duration { return to.Lag(name) })
+	}
+	to.Start()
+	s.later(to.Close)
+	return nil
+}
