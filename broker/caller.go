@@ -15,7 +15,7 @@ const (
 	ProofJWT  Proof = "jwt-svid"  // bearer: whoever holds it is the caller until it expires
 )
 
-// Caller is an authenticated SPIFFE ID. Only attest makes one; the zero Caller is refused by
+// Caller is an authenticated SPIFFE ID. Only attest makes one, and the broker's test of itself; the zero Caller is refused by
 // every procedure.
 type Caller struct {
 	ID       spiffeid.ID

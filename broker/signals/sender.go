@@ -19,6 +19,7 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-json-experiment/json"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
 )
@@ -51,6 +52,7 @@ type SenderConfig struct {
 	// Alarm is told of tokens that a subscriber refused, and once of each time that one cannot be reached.
 	// Required.
 	Alarm func(op string, err error)
+	Mute  spiffeid.ID   // nobody is told of chains that this one opened; zero: everything is told
 	Retry time.Duration // the first wait after a failure, doubled up to a minute; zero: 1 s
 	Log   *slog.Logger  // one event for each delivery, never the token; nil: none
 }
@@ -199,7 +201,7 @@ func (l *line) entry(ctx context.Context, e broker.Entry) (done bool) {
 	}) {
 		return false
 	}
-	if !is {
+	if !is || !l.s.cfg.Mute.IsZero() && event.Opener == l.s.cfg.Mute {
 		return true
 	}
 	said := false

@@ -2,6 +2,10 @@ package main
 
 import (
 	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,6 +14,7 @@ import (
 
 	"github.com/pawlsec/pawl/cmd/dev"
 	"github.com/pawlsec/pawl/cmd/parts"
+	"github.com/pawlsec/pawl/cmd/wire"
 )
 
 // TestDoctor asks the doctor about a healthy broker, and then breaks one thing after the other.
@@ -23,7 +28,7 @@ func TestDoctor(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer env.Close()
-	if out, err := examine(ctx, env.ConfigFile); err != nil || strings.Contains(out, "WRONG") || strings.Count(out, "ok ") != 6+len(env.Config.Backends) {
+	if out, err := examine(ctx, env.ConfigFile); err != nil || strings.Contains(out, "WRONG") || strings.Count(out, "ok ") != 7+len(env.Config.Backends) {
 		t.Fatalf("pawl doctor = %v\n%s\nwant everything ok", err, out)
 	}
 	ledger := env.Config.Ledger
@@ -50,6 +55,48 @@ func TestDoctor(t *testing.T) {
 			if err := row.mend(); err != nil {
 				t.Fatal(err)
 			}
+		}
+	}
+}
+
+// TestDoctorOnSelfTest: what the broker's metrics say of its self-test is a line of the doctor's.
+func TestDoctorOnSelfTest(t *testing.T) {
+	dir, err := os.MkdirTemp("", "pawl") // a socket's path must be short
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) }) // a temporary directory
+	var c wire.Config
+	c.Listen.Socket, c.SelfTest = filepath.Join(dir, "admin.sock"), wire.SelfTest{Every: time.Minute, Tool: "notes.read"}
+	d := doctor{c: c}
+	if found, err := d.selfTest(t.Context()); err != nil || found != "the broker is not running" {
+		t.Errorf("selfTest without a broker = %q, %v", found, err)
+	}
+	l, err := net.Listen("unix", c.Listen.Socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	page := ""
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/metrics" {
+			w.WriteHeader(http.StatusNotFound)
+			return
+		}
+		fmt.Fprint(w, page)
+	}))
+	_ = server.Listener.Close() // it is on the socket instead
+	server.Listener = l
+	server.Start()
+	t.Cleanup(server.Close)
+	for text, want := range map[string]string{
+		"x 1\npawl_selftest_ok 1\npawl_selftest_success_timestamp_seconds 1.9e+09\n": "passed",
+		"x 1\npawl_selftest_ok 1\npawl_selftest_success_timestamp_seconds 0\n":       "the first is still to come",
+		"x 1\npawl_selftest_ok 0\npawl_selftest_success_timestamp_seconds 1.9e+09\n": "",
+		"x 1\n": "",
+	} {
+		page = text
+		if found, err := d.selfTest(t.Context()); found != want || (err == nil) != (want != "") {
+			t.Errorf("selfTest with %q = %q, %v, want %q", text, found, err, want)
 		}
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -75,6 +76,7 @@ func (d *doctor) examine(ctx context.Context) error {
 		{"vault rights", "`pawl vault plan` prints what Vault must be taught, the auth role included", d.vaultRights},
 		{"ledger", "it needs a directory that the broker may write to, and room to grow", d.ledger},
 		{"broker", "start it with `pawl server`; when it runs, its log says what it waits for", d.broker},
+		{"self-test", "the broker's log has the alarm that says what failed; docs/configuration.md says what policy must permit", d.selfTest},
 	} {
 		d.note(ctx, check.what, check.hint, check.run)
 	}
@@ -287,15 +289,7 @@ func (d *doctor) ledger(context.Context) (string, error) {
 
 // broker asks a running broker over the operators' socket how it is.
 func (d *doctor) broker(ctx context.Context) (string, error) {
-	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		var dial net.Dialer
-		return dial.DialContext(ctx, "unix", d.c.Listen.Socket)
-	}}
-	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://socket/healthz", nil)
-	if err != nil {
-		return "", err
-	}
-	answer, err := (&http.Client{Transport: transport}).Do(r)
+	answer, err := d.ask(ctx, "/healthz")
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
 		return "not running", nil
 	}
@@ -307,6 +301,46 @@ func (d *doctor) broker(ctx context.Context) (string, error) {
 		return "", fmt.Errorf("it runs and is not ready: %s", answer.Status)
 	}
 	return "running and ready", nil
+}
+
+// ask gets a path from a running broker, over the operators' socket.
+func (d *doctor) ask(ctx context.Context, path string) (*http.Response, error) {
+	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var dial net.Dialer
+		return dial.DialContext(ctx, "unix", d.c.Listen.Socket)
+	}}
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://socket"+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	return (&http.Client{Transport: transport}).Do(r)
+}
+
+// selfTest reads what a running broker's metrics say of its self-test.
+func (d *doctor) selfTest(ctx context.Context) (string, error) {
+	if d.c.SelfTest.Every == 0 {
+		return "none is configured", nil
+	}
+	answer, err := d.ask(ctx, "/metrics")
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+		return "the broker is not running", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	defer answer.Body.Close() //nolint:errcheck // only read
+	page, err := io.ReadAll(io.LimitReader(answer.Body, 16<<20))
+	switch {
+	case err != nil:
+		return "", err
+	case answer.StatusCode != http.StatusOK:
+		return "", fmt.Errorf("the broker's metrics answer %s", answer.Status)
+	case !strings.Contains(string(page), "\npawl_selftest_ok 1\n"):
+		return "", fmt.Errorf("the last one failed, or none has passed for two periods of %v: revoking may not work", d.c.SelfTest.Every)
+	case strings.Contains(string(page), "\npawl_selftest_success_timestamp_seconds 0\n"):
+		return "the first is still to come", nil
+	}
+	return "passed", nil
 }
 
 // reach looks whether a backend is there, without a credential.

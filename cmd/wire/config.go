@@ -31,7 +31,9 @@ type Config struct {
 	Signals      []Signal           `yaml:"signals"`       // whose security events are believed; empty: none, and there is no such endpoint
 
 	Subscribers map[string]Subscriber `yaml:"subscribers"` // who is told of revocations by security events, each under a name of lower-case letters, digits and dashes; needs signing_key; empty: nobody
-	Issuer      string                `yaml:"issuer"`      // the iss of these events; empty: https://, the first trust domain, /pawl
+	SelfTest    SelfTest              `yaml:"self_test"`   // whether revoking works is tried on a schedule; empty: it is not
+
+	Issuer string `yaml:"issuer"` // the iss of these events; empty: https://, the first trust domain, /pawl
 }
 
 // Listen says where the broker is reached. An address without a host is all interfaces.
@@ -163,6 +165,7 @@ func (c Config) check() error {
 	if len(c.Subscribers) > 0 {
 		need("signing_key (with subscribers)", c.SigningKey != "")
 	}
+	missing = append(missing, c.SelfTest.check())
 	for name, s := range c.Subscribers {
 		missing = append(missing, s.check(name))
 	}

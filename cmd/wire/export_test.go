@@ -1,7 +1,12 @@
 package wire
 
 import (
+	"context"
+	"log/slog"
 	"net/http"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
 )
@@ -18,3 +23,11 @@ var Begin = (*metrics).begin
 
 // Handler is what is scraped.
 func (m *metrics) Handler() http.Handler { return m.handler() }
+
+// Tests puts a self-test over an engine, as Start does, with metrics that leave its chains out.
+func Tests(m *metrics, b *broker.Broker, id spiffeid.ID, step broker.StepRequest, every time.Duration, alarm func(string, error)) func(context.Context) {
+	t := newSelfTest(b, id, step, every, alarm, slog.New(slog.DiscardHandler))
+	m.tester = id
+	t.register(m.registry)
+	return t.run
+}

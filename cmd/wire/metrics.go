@@ -3,6 +3,7 @@ package wire
 import (
 	"context"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -11,6 +12,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
 )
@@ -32,8 +35,29 @@ type metrics struct {
 	missed      prometheus.Counter
 	candidate   atomic.Bool // whether there is one
 
-	mu     sync.Mutex // guards fenced
+	tester spiffeid.ID // whose chains are not counted: they are tests of ours; zero: nobody's
+
+	mu     sync.Mutex // guards what follows
 	fenced map[broker.RevocationID]time.Time
+	tests  []broker.ChainID // the last of tester's
+}
+
+// maxTests bounds the tester's chains that are known, each of which is over within two periods.
+const maxTests = 16
+
+// isTest reports whether an entry is of a chain of the tester's, and notes a new one.
+func (m *metrics) isTest(e broker.Entry) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if e.Op == broker.OpOpen && !m.tester.IsZero() && e.Actor == m.tester.String() {
+		m.noteTest(e.Chain)
+	}
+	return e.Chain != "" && slices.Contains(m.tests, e.Chain)
+}
+
+func (m *metrics) noteTest(id broker.ChainID) {
+	m.tests = append(m.tests, id)
+	m.tests = m.tests[max(len(m.tests)-maxTests, 0):]
 }
 
 // maxFenced bounds the revocations whose closure is waited for; one with statics never closes.
@@ -98,7 +122,13 @@ func (m *metrics) lag(now time.Time) (lag time.Duration) {
 // begin takes over how many grants were alive before anything is counted.
 func (m *metrics) begin(ctx context.Context, b *broker.Broker) error {
 	chains, err := b.Chains(ctx, true)
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	for _, c := range chains {
+		if !m.tester.IsZero() && c.Chain.Opener == m.tester {
+			m.noteTest(c.Chain.ID)
+			continue
+		}
 		m.live.Add(int64(c.Live))
 	}
 	return err
@@ -114,6 +144,9 @@ func (m *metrics) alarm(f func(string, error)) func(string, error) {
 
 // count counts one committed entry.
 func (m *metrics) count(e broker.Entry) {
+	if m.isTest(e) {
+		return
+	}
 	switch e.Op {
 	case broker.OpIntent:
 		m.live.Add(1)

@@ -120,7 +120,11 @@ func sender(c Config, me *own, source signals.Source, alarm func(string, error),
 	if err != nil {
 		return nil, err
 	}
-	config := signals.SenderConfig{Source: source, Issuer: cmp.Or(c.Issuer, "https://"+c.TrustDomains[0]+"/pawl"), Key: key, Now: time.Now, Alarm: alarm, Log: log}
+	tester, err := SelfTester(c)
+	if err != nil {
+		return nil, err
+	}
+	config := signals.SenderConfig{Mute: tester, Source: source, Issuer: cmp.Or(c.Issuer, "https://"+c.TrustDomains[0]+"/pawl"), Key: key, Now: time.Now, Alarm: alarm, Log: log}
 	for name, s := range c.Subscribers {
 		trust, err := s.tls(me)
 		if err != nil {

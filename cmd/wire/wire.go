@@ -99,7 +99,12 @@ func start(ctx context.Context, c Config, log *slog.Logger, change func(*broker.
 		MintTimeout: c.Vault.MintTimeout, MintBound: c.Vault.MintBound, SweepEvery: c.SweepEvery,
 	}
 	change(&parts)
+	tester, err := SelfTester(c)
+	if err != nil {
+		return s, err
+	}
 	s.metrics = newMetrics(func(name broker.ToolName) bool { _, ok := s.Policy.Current().Tool(name); return ok }, s.Vault.Ready)
+	s.metrics.tester = tester
 	s.shadow = newShadow(log, s.metrics)
 	s.later(s.shadow.Close)
 	parts.Ledger, parts.Alarm = counted{parts.Ledger, s.metrics}, s.metrics.alarm(parts.Alarm)
@@ -120,7 +125,7 @@ func start(ctx context.Context, c Config, log *slog.Logger, change func(*broker.
 	if err := s.listen(c, attestor, me, backends, log); err != nil {
 		return s, err
 	}
-	if err := s.tell(c, me, parts.Alarm, log); err != nil {
+	if err := errors.Join(s.tell(c, me, parts.Alarm, log), s.testSelf(c, parts.Alarm)); err != nil {
 		return s, err
 	}
 	wait, cancel := context.WithTimeout(ctx, identityWait)
