@@ -7,6 +7,7 @@
 // a credential was revoked or deleted. One that was created or updated is taken note of and nothing
 // follows, since identities rotate all the time.
 //
-// Which tokens came before is kept in memory: after a restart one that is still young would be
-// acted on once more.
+// Which tokens came before is kept in memory. What followed from one is in the ledger under its name, and
+// so it is not acted on again after a restart; one that nothing followed from may be, and then what it
+// asks for was not there when it came first.
 package signals

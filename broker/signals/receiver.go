@@ -3,11 +3,13 @@ package signals
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
@@ -46,7 +48,10 @@ type Config struct {
 	// Remember is how many tokens of the last minutes are remembered; more are told to come again later.
 	// Only what a transmitter signed is. Zero: 16,384.
 	Remember int
-	Log      *slog.Logger // one event for each token, never the token; nil: none
+	// Before is what was revoked and frozen until now. A token that one of these followed from is not taken
+	// again, so that a restart forgets none that was acted on.
+	Before []broker.Revocation
+	Log    *slog.Logger // one event for each token, never the token; nil: none
 }
 
 // Receiver takes tokens and has the engine act. It is the http.Handler of the push endpoint. Make one
@@ -61,8 +66,12 @@ type Receiver struct {
 	seen map[seenID]time.Time
 }
 
-// seenID names a token that came, and seen says until when its coming again must be refused.
-type seenID struct{ issuer, id string }
+// seenID names a token that came, by who was told to have acted and why, which is what the ledger keeps of
+// it. seen says until when its coming again must be refused.
+type seenID struct{ by, reason string }
+
+// by is the name under which a transmitter acts here.
+func by(issuer string) string { return "set:" + issuer }
 
 // New validates cfg.
 func New(cfg Config) (*Receiver, error) {
@@ -88,6 +97,11 @@ func New(cfg Config) (*Receiver, error) {
 				return nil, fmt.Errorf("signals: a key of transmitter %d is not of ParseKeys", i+1)
 			}
 			r.keys[t.Issuer][k.KeyID] = k
+		}
+	}
+	for _, rv := range cfg.Before {
+		if until := rv.Fenced.Add(MaxAge + MaxSkew); strings.HasPrefix(rv.By, by("")) && cfg.Now().Before(until) {
+			r.seen[seenID{rv.By, rv.Reason}] = until
 		}
 	}
 	return r, nil
@@ -137,20 +151,21 @@ func (r *Receiver) Receive(ctx context.Context, token []byte) (Signal, error) {
 	if err != nil {
 		return s, refuse("invalid_request", err)
 	}
-	if err := r.once(seenID{t.Issuer, o.claims.ID}, time.Unix(*o.claims.Issued, 0).Add(MaxAge), now); err != nil {
+	this := seenID{by(t.Issuer), reason(event, o.claims.ID)}
+	if err := r.once(this, time.Unix(*o.claims.Issued, 0).Add(MaxAge), now); err != nil {
 		return s, err
 	}
 	if !follows {
 		return s, nil
 	}
 	s.Selector = selector.String()
-	rv, err := r.cfg.Revoke(ctx, broker.Operator{Name: "set:" + t.Issuer}, broker.RevokeRequest{Selector: selector,
-		Reason: reason(event, o.claims.ID), Freeze: t.Freeze})
+	rv, err := r.cfg.Revoke(ctx, broker.Operator{Name: this.by}, broker.RevokeRequest{Selector: selector,
+		Reason: this.reason, Freeze: t.Freeze})
 	if broker.KindOf(err) == broker.NotFound {
 		return s, nil // whoever it is about has nothing here: sending it again would change nothing
 	}
 	if err != nil {
-		r.forget(seenID{t.Issuer, o.claims.ID})
+		r.forget(this)
 		return s, err
 	}
 	s.Revocation = rv.ID
@@ -189,10 +204,14 @@ func printable(id string) bool {
 	return id != "" && len(id) <= maxID
 }
 
-// reason is for the audit, which takes broker.MaxTask bytes.
+// reason is for the audit, which takes broker.MaxTask bytes, and names the token: by its jti, or by that's
+// digest where it is too long.
 func reason(event, id string) string {
-	s := "security event: " + event + ", jti " + id
-	return s[:min(len(s), broker.MaxTask)]
+	s := "security event: " + event + ", jti "
+	if len(s)+len(id) > broker.MaxTask {
+		return fmt.Sprintf("%sof SHA-256 %x", s, sha256.Sum256([]byte(id)))
+	}
+	return s + id
 }
 
 // about gives what the subject means here.

@@ -62,7 +62,7 @@ func newDesk(t *testing.T) *desk {
 // tell starts a sender; the returned function ends it.
 func (d *desk) tell(to ...signals.Subscriber) (*signals.Sender, func()) {
 	d.t.Helper()
-	s, err := signals.NewSender(signals.SenderConfig{Source: d.b, Subscribers: to, Issuer: "https://a.example", Key: d.key, Now: time.Now,
+	s, err := signals.NewSender(signals.SenderConfig{Source: d.b, Subscribers: to, Issuer: "https://a.example", Mute: spiffeid.RequireFromString("spiffe://a.example/mute"), Key: d.key, Now: time.Now,
 		Retry: time.Millisecond, Alarm: func(op string, err error) {
 			d.mu.Lock()
 			defer d.mu.Unlock()
@@ -206,6 +206,7 @@ func TestSenderTells(t *testing.T) {
 	to, came := ear(t, "soc", accept)
 	sender, stop := d.tell(to)
 	d.subscribed("soc")
+	d.rule("chain:"+string(d.open("mute").Chain), false) // nobody is told
 	d.open("planner")
 	d.rule("spiffe:spiffe://a.example/planner", false)
 	list, all := kinds(t, came, 3)

@@ -101,6 +101,15 @@ func TestWired(t *testing.T) {
 	if strings.Contains(page, string(root.Chain)) || strings.Contains(page, "spiffe://") {
 		t.Error("/metrics holds an id or a name")
 	}
+
+	s.Close() // a restart forgets no token that was acted on
+	if s, err = wire.Start(ctx, config, slog.New(slog.DiscardHandler)); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	if status := pushEvent(t, s.Agents(), token); status != http.StatusBadRequest {
+		t.Errorf("push after a restart = %d, want 400", status)
+	}
 }
 
 // wiredConfig is a configuration whose files exist, and whose Vault does not.

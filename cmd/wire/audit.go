@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -112,10 +113,14 @@ func LoadTransmitters(c Config) (list []signals.Transmitter, err error) {
 }
 
 // receiver takes security events; nil without transmitters.
-func (s *Server) receiver(c Config, log *slog.Logger) (http.Handler, error) {
+func (s *Server) receiver(ctx context.Context, c Config, log *slog.Logger) (http.Handler, error) {
 	transmitters, err := LoadTransmitters(c)
 	if err != nil || len(transmitters) == 0 {
 		return nil, err
 	}
-	return signals.New(signals.Config{Transmitters: transmitters, Revoke: s.Broker.Revoke, Domains: c.TrustDomains, Now: time.Now, Log: log})
+	before, err := s.Broker.Revocations(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return signals.New(signals.Config{Before: before, Transmitters: transmitters, Revoke: s.Broker.Revoke, Domains: c.TrustDomains, Now: time.Now, Log: log})
 }

@@ -122,7 +122,7 @@ func start(ctx context.Context, c Config, log *slog.Logger, change func(*broker.
 	if err := s.Broker.Resume(ctx); err != nil {
 		return s, err
 	}
-	if err := s.listen(c, attestor, me, backends, log); err != nil {
+	if err := s.listen(ctx, c, attestor, me, backends, log); err != nil {
 		return s, err
 	}
 	if err := errors.Join(s.tell(c, me, parts.Alarm, log), s.testSelf(c, parts.Alarm)); err != nil {
@@ -173,13 +173,13 @@ func newAttestor(c Config, me *own) (*attest.Attestor, error) {
 }
 
 // listen opens the operators' socket before all else. Agents can connect once the broker has an identity.
-func (s *Server) listen(c Config, a *attest.Attestor, me *own, backends map[string]broker.Backend, log *slog.Logger) error {
+func (s *Server) listen(ctx context.Context, c Config, a *attest.Attestor, me *own, backends map[string]broker.Backend, log *slog.Logger) error {
 	operators := newOperators(c.Operators, a)
 	notary, err := s.notary(c)
 	if err != nil {
 		return err
 	}
-	receiver, err := s.receiver(c, log)
+	receiver, err := s.receiver(ctx, c, log)
 	if err != nil {
 		return err
 	}
