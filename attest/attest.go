@@ -41,13 +41,8 @@ type Config struct {
 	Audience     string           // the one audience a JWT-SVID must name; required with JWT, and only with it
 	MaxJWTLife   time.Duration    // how far ahead a JWT-SVID may end; zero means DefaultMaxJWTLife
 	Leeway       time.Duration    // clock difference forgiven in a JWT-SVID's times; zero means DefaultLeeway
-	Once         bool             // each JWT-SVID is accepted once; false: until it ends
 	MinTLS       uint16           // tls.VersionTLS12 or tls.VersionTLS13; zero means the latter
 	Now          func() time.Time // nil means time.Now
-
-	// Denied reports whether an identity or a key is shut out for now. It is asked on every
-	// request and must be quick. Nil means that nobody is.
-	Denied func(broker.Caller) bool
 }
 
 // Attestor identifies callers. Safe for concurrent use.
@@ -56,7 +51,6 @@ type Attestor struct {
 	domains map[spiffeid.TrustDomain]bool
 	pools   pools
 	seen    verified
-	replay  *replayed // nil: JWT-SVIDs may be used again
 }
 
 // New checks the config and makes an Attestor of it.
@@ -71,9 +65,6 @@ func New(c Config) (*Attestor, error) {
 			return nil, fmt.Errorf("attest: TrustDomains: %w", err)
 		}
 		a.domains[td] = true
-	}
-	if c.Once {
-		a.replay = newReplayed(maxReplay)
 	}
 	return a, nil
 }
@@ -105,9 +96,6 @@ func (c *Config) check() error {
 	}
 	if c.Now == nil {
 		c.Now = time.Now
-	}
-	if c.Denied == nil {
-		c.Denied = func(broker.Caller) bool { return false }
 	}
 	return nil
 }

@@ -204,27 +204,6 @@ func TestForeignTrustDomain(t *testing.T) {
 	refused(t, "token", err, broker.Unauthenticated)
 }
 
-// TestDenied shuts out an identity, and a key, that were let in a moment ago.
-func TestDenied(t *testing.T) {
-	c := &clock{start}
-	s := newWorkload(t, c)
-	conf := config(s, c)
-	var stolen [32]byte
-	conf.Denied = func(c broker.Caller) bool { return c.Key == stolen || c.ID == s.ID("/agent/bad") }
-	a := newAttestor(t, conf)
-	good, bad := request(certificates(t, s, "/agent/a")), request(nil, "Bearer "+token(t, s, "/agent/bad"))
-
-	_, err := a.Identify(bad)
-	refused(t, "denied ID", err, broker.Unauthenticated)
-	caller, err := a.Identify(good)
-	if err != nil {
-		t.Fatalf("Identify = %v", err)
-	}
-	stolen = caller.Key
-	_, err = a.Identify(good)
-	refused(t, "denied key", err, broker.Unauthenticated)
-}
-
 // TestBundleChange removes the authority under requests that are remembered.
 func TestBundleChange(t *testing.T) {
 	c := &clock{start}

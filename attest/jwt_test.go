@@ -319,42 +319,6 @@ func TestJWTSize(t *testing.T) {
 	refused(t, "one byte more", err, broker.Unauthenticated)
 }
 
-func TestOnce(t *testing.T) {
-	k, c := newKeys(t), &clock{start}
-	a := k.attestor(t, c, func(c *attest.Config) { c.Once = true })
-	jwt := compact(t, k["ES256"], "ES256", es256, claims(""))
-	if _, err := a.Identify(request(nil, "Bearer "+malleate(t, jwt))); err != nil {
-		t.Fatalf("the other spelling of the signature: Identify = %v, want accepted (else this test shows nothing)", err)
-	}
-	_, err := a.Identify(request(nil, "Bearer "+jwt))
-	refused(t, "again", err, broker.Unauthenticated, jwt)
-	c.advance(time.Minute + 5*time.Second - 1)
-	_, err = a.Identify(request(nil, "Bearer "+jwt))
-	refused(t, "again, in its last moment", err, broker.Unauthenticated, jwt)
-}
-
-func TestOnceIsBounded(t *testing.T) {
-	k, c := newKeys(t), &clock{start}
-	a := k.attestor(t, c, func(c *attest.Config) { c.Once = true })
-	a.LimitReplay(2)
-	use := func(n int) error {
-		_, err := a.Identify(request(nil, "Bearer "+compact(t, k["ES256"], "ES256", es256,
-			claims(fmt.Sprintf(`"jti":"%d","exp":%s`, n, at(time.Duration(n)*time.Minute))))))
-		return err
-	}
-	for n := 1; n <= 2; n++ {
-		if err := use(n); err != nil {
-			t.Fatalf("token %d: Identify = %v, want accepted", n, err)
-		}
-	}
-	refused(t, "a third", use(3), broker.Unavailable)
-	c.advance(time.Minute + 5*time.Second) // the first can no longer be replayed
-	if err := use(3); err != nil {
-		t.Errorf("a third, when there is room: Identify = %v, want accepted", err)
-	}
-	refused(t, "the second again", use(2), broker.Unauthenticated)
-}
-
 func TestMaxJWTLifeAndLeeway(t *testing.T) {
 	k, c := newKeys(t), &clock{start}
 	a := k.attestor(t, c, func(c *attest.Config) { c.MaxJWTLife, c.Leeway = time.Hour, time.Second })

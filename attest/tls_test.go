@@ -17,7 +17,6 @@ import (
 
 	"github.com/pawlsec/pawl/attest"
 	"github.com/pawlsec/pawl/attest/workload"
-	"github.com/pawlsec/pawl/broker"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
@@ -102,9 +101,8 @@ func get(t *testing.T, c *http.Client, url, bearer string) (a answer) {
 	return a
 }
 
-// TestResumption is four handshakes of one client that keeps its TLS sessions: two that are
-// good, one after its authority left the bundle, one after it was shut out. go-spiffe with
-// tickets lets the last two in.
+// TestResumption is three handshakes of one client that keeps its TLS sessions: two that are
+// good, and one after its authority left the bundle. go-spiffe with tickets lets the last one in.
 func TestResumption(t *testing.T) {
 	for name, version := range map[string]uint16{"TLS 1.2": tls.VersionTLS12, "TLS 1.3": tls.VersionTLS13} {
 		for _, tickets := range []bool{false, true} { // true: what holds even so
@@ -116,8 +114,6 @@ func TestResumption(t *testing.T) {
 func resumption(t *testing.T, version uint16, tickets bool) {
 	s := newWorkload(t, &clock{time.Now()})
 	conf := config(s, &clock{time.Now()})
-	var denied atomic.Bool
-	conf.Denied = func(broker.Caller) bool { return denied.Load() }
 	conf.MinTLS = tls.VersionTLS12
 	a := newAttestor(t, conf)
 	server := a.ServerTLS()
@@ -152,36 +148,26 @@ func resumption(t *testing.T, version uint16, tickets bool) {
 	if got := get(t, current, url, ""); !tickets && got.status != http.StatusOK {
 		t.Errorf("a client with a new SVID: got %d, want accepted", got.status)
 	}
-	denied.Store(true)
-	if got := get(t, current, url, ""); got.status == http.StatusOK {
-		t.Errorf("handshake 4, shut out: got %d %q, want refused", got.status, got.id)
-	}
 }
 
 // TestOpenConnection takes trust away under one HTTP/2 connection.
 func TestOpenConnection(t *testing.T) {
-	for name, end := range map[string]func(*workload.Server, *atomic.Int64, *atomic.Bool) error{
-		"authority removed": func(s *workload.Server, _ *atomic.Int64, _ *atomic.Bool) error {
+	for name, end := range map[string]func(*workload.Server, *atomic.Int64) error{
+		"authority removed": func(s *workload.Server, _ *atomic.Int64) error {
 			err := s.RotateAuthority()
 			s.Retire()
 			return err
 		},
-		"SVID past its end": func(_ *workload.Server, later *atomic.Int64, _ *atomic.Bool) error {
+		"SVID past its end": func(_ *workload.Server, later *atomic.Int64) error {
 			later.Store(int64(5 * time.Minute))
-			return nil
-		},
-		"shut out": func(_ *workload.Server, _ *atomic.Int64, denied *atomic.Bool) error {
-			denied.Store(true)
 			return nil
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newWorkload(t, &clock{time.Now()})
 			var later atomic.Int64
-			var denied atomic.Bool
 			conf := config(s, nil)
 			conf.Now = func() time.Time { return time.Now().Add(time.Duration(later.Load())) }
-			conf.Denied = func(broker.Caller) bool { return denied.Load() }
 			a := newAttestor(t, conf)
 			url := serve(t, a, a.ServerTLS(), attest.Limits{})
 			c := client(t, s, s.Source(s.ID("/agent/a")), tls.VersionTLS13, false)
@@ -191,7 +177,7 @@ func TestOpenConnection(t *testing.T) {
 					t.Fatalf("request %d: got %+v, want 200 over HTTP/2", n+1, got)
 				}
 			}
-			if err := end(s, &later, &denied); err != nil {
+			if err := end(s, &later); err != nil {
 				t.Fatal(err)
 			}
 			if got := get(t, c, url, ""); got.status != http.StatusUnauthorized || !got.reused {

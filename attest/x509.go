@@ -44,20 +44,13 @@ func (a *Attestor) certificate(certs []*x509.Certificate) (broker.Caller, error)
 	roots := a.pools.of(id.TrustDomain(), bundle.X509Authorities())
 	digest, now := chainDigest(certs), a.config.Now()
 	if v, ok := a.seen.get(digest, roots, now); ok {
-		return a.unlessDenied(v)
+		return v.caller, nil
 	}
 	v, err := verifyChain(id, certs, roots, now)
 	if err != nil {
 		return broker.Caller{}, err
 	}
 	a.seen.put(digest, v)
-	return a.unlessDenied(v)
-}
-
-func (a *Attestor) unlessDenied(v vouched) (broker.Caller, error) {
-	if a.config.Denied(v.caller) {
-		return broker.Caller{}, refuse("the identity or its key is shut out")
-	}
 	return v.caller, nil
 }
 
