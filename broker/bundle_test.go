@@ -34,13 +34,13 @@ func TestAdopt(t *testing.T) {
 		{"another name, as a rollback", back(bundle("other", 1, "p")), "", "ana: other version 1 follows shop version 4, rolled back; signed by k1, k2"},
 	} {
 		w.start(w.ledger) // another process
-		before := len(w.policies())
+		before := len(w.recorded(broker.OpPolicy))
 		err := w.Adopt(ctx, row.a)
 		var e *broker.Error
 		if (err != nil) != (row.code != "") || err != nil && (!errors.As(err, &e) || e.Code != row.code || e.Kind != broker.Conflict || e.Remedy == "") {
 			t.Errorf("%s: Adopt = %v, want code %q", row.what, err, row.code)
 		}
-		added := w.policies()[before:]
+		added := w.recorded(broker.OpPolicy)[before:]
 		if row.says == "" && len(added) > 0 || row.says != "" && (len(added) != 1 || added[0].Actor+": "+added[0].Detail != row.says || added[0].Bundle != row.a.Digest) {
 			t.Errorf("%s: the audit gets %+v, want %q", row.what, added, row.says)
 		}
@@ -51,15 +51,15 @@ func TestAdopt(t *testing.T) {
 	}
 }
 
-// policies are the entries about bundles.
-func (w *world) policies() (found []broker.Entry) {
+// recorded are the entries with an op, oldest first.
+func (w *world) recorded(op broker.Op) (found []broker.Entry) {
 	w.t.Helper()
 	entries, err := w.ledger.Entries(ctx, 0, 1000)
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	for _, e := range entries {
-		if e.Op == broker.OpPolicy {
+		if e.Op == op {
 			found = append(found, e)
 		}
 	}

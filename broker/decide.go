@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"cmp"
 	"context"
 	"time"
 )
@@ -23,13 +24,43 @@ func (b *Broker) permit(ctx context.Context, op string, policy Policy, q Questio
 
 // forbidden turns a deny into its error and carries out its consequence.
 func (b *Broker) forbidden(ctx context.Context, op string, q Question, d Decision, p path) error {
-	e := Errorf(Denied, op, "policy does not allow %q to %s tool %q like this", q.Caller.ID, q.Action, q.Tool.Name).
-		With(CodePolicyDenied).Decided(d.Policies).
-		Lacks("pawl explain says which policies were looked at; ask their owners", "tool:"+string(q.Tool.Name)+":"+string(q.Action))
+	e := policyDenied(op, q, d)
 	if d.Consequence == ConsequenceDeny {
 		return b.denied(ctx, q.Caller, p, q.Tool.Name, e)
 	}
 	return b.punish(ctx, q.Caller, p, d.Consequence, ViolationForbidden, q.Tool.Name, e)
+}
+
+func policyDenied(op string, q Question, d Decision) *Error {
+	return Errorf(Denied, op, "policy does not allow %q to %s tool %q like this", q.Caller.ID, q.Action, q.Tool.Name).
+		With(CodePolicyDenied).Decided(d.Policies).
+		Lacks(cmp.Or(d.Remedy, "pawl explain says which policies were looked at; ask their owners"), "tool:"+string(q.Tool.Name)+":"+string(q.Action))
+}
+
+// baited refuses whoever reaches for a canary among tools, before anything else is said. The answer
+// must not tell what the tool is: it is otherwise, what is wrong with the request anyhow, or that of
+// a policy without a permit.
+func (b *Broker) baited(ctx context.Context, op string, policy Policy, q Question, p path, otherwise *Error, tools ...ToolName) error {
+	for _, name := range tools {
+		t, _ := policy.Tool(name)
+		if !t.Canary {
+			continue
+		}
+		q.Tool = t
+		e := cmp.Or(otherwise, policyDenied(op, q, Decision{}))
+		d := policy.Decide(noticed(q.Caller, p, ViolationCanary, t, q.Now))
+		if err := b.follow(ctx, q.Caller, p, d.Consequence, ViolationCanary, name, e); err != nil {
+			return err
+		}
+		e.Revocation = ""
+		return e
+	}
+	return nil
+}
+
+// noticed is the question of what follows a breach.
+func noticed(c Caller, p path, v ViolationCode, t Tool, now time.Time) Question {
+	return Question{Action: ActionReport, Caller: c, Violation: v, Tool: t, Chain: p.chain, Depth: max(len(p.nodes)-1, 0), Now: now}
 }
 
 // denied records a refusal and gives it back. A refusal stands when it cannot be recorded.
@@ -48,49 +79,73 @@ func (b *Broker) denied(ctx context.Context, c Caller, p path, tool ToolName, e 
 // violated asks policy what follows a breach that the broker noticed, and carries it out.
 func (b *Broker) violated(ctx context.Context, c Caller, p path, v ViolationCode, tool ToolName, e *Error) error {
 	policy := b.cfg.Policy()
-	q := Question{Action: ActionReport, Caller: c, Violation: v, Chain: p.chain, Depth: len(p.nodes) - 1, Now: b.cfg.Now()}
-	q.Tool, _ = policy.Tool(tool) // the zero Tool when it is not known
-	if d := policy.Decide(q); d.Consequence != ConsequenceDeny {
-		return b.punish(ctx, c, p, d.Consequence, v, tool, e)
+	t, _ := policy.Tool(tool) // the zero Tool when it is not known
+	what := policy.Decide(noticed(c, p, v, t, b.cfg.Now())).Consequence
+	// Somebody else's delegation is a replay, whether policy has a word for it or not: responders
+	// look for violations.
+	if what != ConsequenceDeny || v == ViolationHolder {
+		return b.punish(ctx, c, p, what, v, tool, e)
 	}
 	return b.denied(ctx, c, p, tool, e)
 }
 
-// punish fences what the consequence names and gives e with the revocation in it. The fence
-// and the violation are one transaction; when that fails the request is refused all the same.
+// punish carries a consequence out and gives e, which says so when there is one.
 func (b *Broker) punish(ctx context.Context, c Caller, p path, what Consequence, v ViolationCode, tool ToolName, e *Error) error {
-	now := b.cfg.Now()
-	target := target{node: p.leaf().ID}
-	if what >= ConsequenceRevokeChain {
-		target.node = p.root().ID
+	answer := *e
+	if what > ConsequenceDeny {
+		answer.Code = CodeViolation
 	}
-	var first Revocation
+	if err := b.follow(ctx, c, p, what, v, tool, &answer); err != nil {
+		return err
+	}
+	return &answer
+}
+
+// follow records a violation and fences what the consequence names; e gets the revocation. Both are
+// one transaction. When that fails the request is refused all the same: with its own refusal where
+// nothing was to be fenced.
+func (b *Broker) follow(ctx context.Context, c Caller, p path, what Consequence, v ViolationCode, tool ToolName, e *Error) error {
+	now := b.cfg.Now()
+	entry := Entry{At: now, Actor: c.ID.String(), Op: OpViolation, Chain: p.chain.ID, Tool: tool, Policies: e.Policies,
+		Code: Code(v), Detail: what.String()}
+	var over target // nothing, when the chain was still to be opened
+	if len(p.nodes) > 0 {
+		entry.Delegation, over.node = p.leaf().ID, p.leaf().ID
+		if what >= ConsequenceRevokeChain {
+			over.node = p.root().ID
+		}
+	}
+	var first, frozen Revocation
 	err := b.update(ctx, e.Op, func(tx Tx) (err error) {
-		if _, err = enter(tx, Entry{At: now, Actor: c.ID.String(), Op: OpViolation, Chain: p.chain.ID,
-			Delegation: p.leaf().ID, Tool: tool, Policies: e.Policies, Code: Code(v), Detail: what.String()}); err != nil {
+		first = Revocation{}
+		if _, err = enter(tx, entry); err != nil {
 			return err
 		}
-		if what == ConsequenceRevokeStep {
-			return nil // nothing was handed out for this request
-		}
-		if first, err = b.fence(tx, fencing{by: "pawl", target: target, reason: "violation: " + string(v), now: now}); err != nil {
-			return err
+		// Of a step that was refused nothing was handed out.
+		if what > ConsequenceRevokeStep && over.node != "" {
+			if first, err = b.fence(tx, fencing{by: "pawl", target: over, reason: "violation: " + string(v), now: now}); err != nil {
+				return err
+			}
 		}
 		if what == ConsequenceFreezeCaller {
-			_, err = b.fence(tx, fencing{by: "pawl", selector: `spiffe:` + c.ID.String(), freeze: true,
+			frozen, err = b.fence(tx, fencing{by: "pawl", selector: `spiffe:` + c.ID.String(), freeze: true,
 				reason: "violation: " + string(v), now: now})
 		}
 		return err
 	})
-	if err != nil {
+	switch {
+	case err != nil && what == ConsequenceDeny:
+		b.cfg.Alarm("recording a violation", err)
+		return nil
+	case err != nil:
 		b.cfg.Alarm("fencing after a violation", err)
 		return err
 	}
 	if first.ID != "" {
 		b.pursue(first)
 	}
-	e.Code, e.Revocation = CodeViolation, first.ID
-	return e
+	e.Revocation = cmp.Or(first.ID, frozen.ID)
+	return nil
 }
 
 // Report takes a violation from a reporter: a holder of a delegation in the chain, or whoever

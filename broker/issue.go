@@ -2,6 +2,7 @@ package broker
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -85,6 +86,9 @@ func (s *issue) decide(ctx context.Context) (p path, err error) {
 	s.tool, _ = s.policy.Tool(s.r.Tool)
 	s.asked = Question{Action: ActionUse, Caller: s.c, Tool: s.tool, Args: s.r.Args, Chain: p.chain, Depth: len(p.nodes) - 1,
 		History: history, Now: s.now}
+	if err := s.b.baited(ctx, opIssue, s.policy, s.asked, p, nil, s.r.Tool); err != nil {
+		return p, err
+	}
 	// Policy speaks before scope: a forbidden tool is a violation whether it was delegated or not.
 	if s.answer, err = s.b.permit(ctx, opIssue, s.policy, s.asked, s.r.Tool, p); err != nil {
 		return p, err
@@ -134,7 +138,7 @@ func (s *issue) meets(ctx context.Context, p path, d Decision) error {
 	}
 	if d.Approval != "" {
 		return s.b.denied(ctx, s.c, p, s.tool.Name, Errorf(Denied, opIssue, "this step must be approved first: %s", d.Approval).
-			With(CodeApprovalNeeded).Decided(d.Policies).Lacks("have it approved by "+d.Approval, "approval:"+d.Approval))
+			With(CodeApprovalNeeded).Decided(d.Policies).Lacks(cmp.Or(d.Remedy, "have it approved by "+d.Approval), "approval:"+d.Approval))
 	}
 	return nil
 }
@@ -312,6 +316,8 @@ func (s *issue) explain(ctx context.Context, p path, err error) error {
 		return err
 	case e.Code == CodeBudgetExhausted || e.Code == CodeTooFast:
 		return s.b.violated(ctx, s.c, p, ViolationBudget, s.tool.Name, e)
+	case e.Code == CodeKeyOtherTool || e.Code == CodeKeyOtherArguments:
+		return s.b.violated(ctx, s.c, p, ViolationReplay, s.tool.Name, e)
 	case e.Kind == Unavailable || e.Kind == Internal:
 		return e
 	}

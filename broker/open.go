@@ -30,9 +30,12 @@ func (b *Broker) Open(ctx context.Context, c Caller, r OpenRequest) (Delegation,
 		return Delegation{}, err
 	}
 	policy := b.cfg.Policy()
+	q := Question{Action: ActionOpen, Caller: c, Chain: chain, Now: now}
+	if err := b.baited(ctx, op, policy, q, path{}, nil, scope.tools()...); err != nil {
+		return Delegation{}, err
+	}
 	var deciders []string
 	for _, right := range scope {
-		q := Question{Action: ActionOpen, Caller: c, Chain: chain, Now: now}
 		d, err := b.permit(ctx, op, policy, q, right.Tool, path{})
 		if err != nil {
 			return Delegation{}, err
@@ -148,14 +151,18 @@ func (b *Broker) Delegate(ctx context.Context, c Caller, r DelegateRequest) (Del
 	if err != nil {
 		return Delegation{}, err
 	}
-	child := p.leaf().child(r, scope, now)
-	child.ID = DelegationID(id)
-	if err := b.checkChild(ctx, op, c, p, child); err != nil {
-		return Delegation{}, err
-	}
 	policy := b.cfg.Policy()
 	q := Question{Action: ActionDelegate, Caller: c, Receiver: r.To, Chain: p.chain, Depth: len(p.nodes) - 1,
 		History: history, Now: now}
+	child := p.leaf().child(r, scope, now)
+	child.ID = DelegationID(id)
+	wider := p.leaf().refuse(op, child)
+	if err := b.baited(ctx, op, policy, q, p, wider, scope.tools()...); err != nil {
+		return Delegation{}, err
+	}
+	if wider != nil {
+		return Delegation{}, b.denied(ctx, c, p, "", wider)
+	}
 	deciders, err := b.permitAll(ctx, op, policy, q, scope, p)
 	if err != nil {
 		return Delegation{}, err
@@ -199,20 +206,19 @@ func (d Delegation) child(r DelegateRequest, scope Scope, now time.Time) Delegat
 		Depth: r.Depth, Created: now, Expires: expires}
 }
 
-// checkChild refuses a child that is wider than its parent in anything.
-func (b *Broker) checkChild(ctx context.Context, op string, c Caller, p path, child Delegation) error {
-	parent := p.leaf()
+// refuse gives the refusal of a child that is wider than its parent in anything; nil when it is not.
+func (parent Delegation) refuse(op string, child Delegation) *Error {
 	if parent.Depth == 0 {
-		return b.denied(ctx, c, p, "", Errorf(Denied, op, "this delegation may not be passed on any further").
-			With(CodeDelegationDepth).Lacks("open the chain with more depth", "depth"))
+		return Errorf(Denied, op, "this delegation may not be passed on any further").
+			With(CodeDelegationDepth).Lacks("open the chain with more depth", "depth")
 	}
 	wider := append(parent.Scope.Wider(child.Scope), parent.Budget.wider(child.Budget)...)
 	if child.Depth >= parent.Depth {
 		wider = append(wider, "depth")
 	}
 	if len(wider) > 0 {
-		return b.denied(ctx, c, p, "", Errorf(Denied, op, "the delegation asks for more than yours may pass on").
-			With(CodeDelegationWider).Lacks("ask for less, or for a wider delegation from whoever gave you yours", wider...))
+		return Errorf(Denied, op, "the delegation asks for more than yours may pass on").
+			With(CodeDelegationWider).Lacks("ask for less, or for a wider delegation from whoever gave you yours", wider...)
 	}
 	return nil
 }

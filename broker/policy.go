@@ -53,7 +53,11 @@ type Decision struct {
 	Narrowing   Narrowing     // of an allow: the weakest label accepted
 	Domains     []string      // of an allow to delegate: the trust domains that the permit names
 	Failed      bool          // something failed to evaluate, so this is a deny
+	Remedy      string        // how to ask, in the bundle's own words, at most MaxRemedy bytes; empty: it has none
 }
+
+// MaxRemedy is the longest text of how to ask, in bytes.
+const MaxRemedy = 512
 
 // Consequence is what follows a violation. The zero value is that the request is refused and
 // nothing else.
@@ -92,6 +96,7 @@ const (
 	ViolationScope     ViolationCode = "outside_scope"    // tool or argument outside the delegation
 	ViolationBudget    ViolationCode = "budget_exhausted" // one step too many
 	ViolationHolder    ViolationCode = "wrong_holder"     // a delegation presented by somebody else: a replay
+	ViolationReplay    ViolationCode = "replayed_key"     // an idempotency key used again, for another tool or other arguments
 	ViolationCanary    ViolationCode = "canary"           // a tool that nobody has business with
 	ViolationHeartbeat ViolationCode = "lost_heartbeat"   // an agent that promised to be heard was not
 	ViolationReported  ViolationCode = "reported"         // a reporter's word, with no code of its own

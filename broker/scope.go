@@ -74,6 +74,14 @@ func (s Scope) Right(tool ToolName) (Right, bool) {
 	return Right{}, false
 }
 
+func (s Scope) tools() []ToolName {
+	names := make([]ToolName, len(s))
+	for i, r := range s {
+		names[i] = r.Tool
+	}
+	return names
+}
+
 // Wider names what child asks for beyond what s may pass on: "tool:deploy",
 // "tool:deploy:argument:env". None means that every call child can ever allow, by itself or by
 // further delegation, is inside what s may pass on. What cannot be decided is wider.

@@ -73,6 +73,7 @@ type Tool struct {
 	Policy    string               // the Vault policy a step's token holds
 	Path      []string             // mount and role in Vault, as validated segments; their sense is the backend's
 	Settings  map[string]string    // of the backend, validated by it when the tool is loaded
+	Canary    bool                 // nobody has business with it: reaching for it is a violation, and nothing is ever minted
 }
 
 // DefaultTTL is a secret's life where neither tool nor request nor policy says less.

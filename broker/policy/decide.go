@@ -18,8 +18,20 @@ import (
 //
 // A delegation into another trust domain is allowed here by any permit, with the Domains of a
 // permit that names both sides, or none: the broker refuses it then.
+//
+// A canary is denied to everybody, with the consequence of the violation; only what follows a
+// report about it is for the policies to say.
 func (p *Policy) Decide(q broker.Question) broker.Decision {
+	if p.bait(&q) {
+		return broker.Decision{Consequence: p.violations[broker.ViolationCanary]}
+	}
 	return p.settle(&q, p.evaluate(&q, p.relevant))
+}
+
+// bait reports whether a question reaches for a canary.
+func (p *Policy) bait(q *broker.Question) bool {
+	t, known := p.tools[q.Tool.Name]
+	return known && t.Canary && q.Action != broker.ActionReport
 }
 
 // verdict is what evaluating told about the rules that were looked at.
@@ -101,8 +113,28 @@ func (p *Policy) settle(q *broker.Question, v verdict) broker.Decision {
 	if d.Allow {
 		limit(&d, q, v.decided)
 	}
+	d.Remedy = remedy(d, v)
 	d.Consequence = p.consequence(q, v)
 	return d
+}
+
+// remedy is how to ask, in the words of the policies that stand in the way: the forbids that hold,
+// the permits that would do if their conditions held, or those that wait for an approval.
+func remedy(d broker.Decision, v verdict) string {
+	switch {
+	case d.Failed, d.Allow && d.Approval == "":
+		return ""
+	case d.Allow:
+		return remedies(slices.DeleteFunc(slices.Clone(v.decided), func(r *rule) bool { return r.approval.count == 0 }), "")
+	case len(v.decided) > 0:
+		return remedies(v.decided, "")
+	}
+	return remedies(v.unmet(), "")
+}
+
+// unmet are the permits that do not hold.
+func (v verdict) unmet() []*rule {
+	return slices.DeleteFunc(slices.Clone(v.rules), func(r *rule) bool { return r.forbid })
 }
 
 func ids(lists ...[]*rule) (names []string) {

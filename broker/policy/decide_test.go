@@ -2,10 +2,12 @@ package policy_test
 
 import (
 	"reflect"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/policy"
 )
 
 type change = func(*broker.Question)
@@ -111,6 +113,55 @@ func TestDecide(t *testing.T) {
 				t.Errorf("Decide(%v %v) = %+v, want %+v", tt.q.Action, tt.q.Tool.Name, got, tt.want)
 			}
 		})
+	}
+}
+
+// TestRemedy: the policies that stand in the way say how to ask, within bounds; others are silent.
+func TestRemedy(t *testing.T) {
+	const read = `permit(principal == Agent::"spiffe://acme.example/ci/runner", action == Action::"use", resource == Tool::"db.read")`
+	long := func(c string) string { return strings.Repeat(c, 256) }
+	for _, tt := range []struct{ name, cedar, want string }{
+		{"allowed", `@remedy("no need") ` + read + ";", ""},
+		{"no policy", "", ""},
+		{"conditions not met", `@id("a") @remedy("name your tables") ` + read + ` when { context.args has tables };
+			@id("b") @remedy("not yours") permit(principal == Agent::"spiffe://acme.example/x", action == Action::"use", resource == Tool::"db.read");`, "name your tables"},
+		{"forbidden", `@id("a") @remedy("no need") ` + read + `; @id("b") @remedy("wait for Monday") forbid(principal, action, resource);`, "wait for Monday"},
+		{"approval", `@id("a") @approval("1 of oncall") @remedy("ask in #oncall") ` + read + `; @id("b") @remedy("no need") ` + read + ";", "ask in #oncall"},
+		{"failed", `@id("a") @remedy("nobody knows") ` + read + ` when { context.args.env == "x" };`, ""},
+		{"as much as fits", `@id("a") @remedy("` + long("a") + `") ` + read + ` when { false }; @id("b") @remedy("` + long("b") + `") ` + read + ` when { false };
+			@id("c") @remedy("c") ` + read + ` when { false };`, long("a") + "; c"},
+	} {
+		if got := load(t, tt.cedar).Decide(use("db.read")).Remedy; got != tt.want || len(got) > broker.MaxRemedy {
+			t.Errorf("%s: Remedy = %q, want %q", tt.name, got, tt.want)
+		}
+	}
+}
+
+// TestCanary: whatever permits say, a canary is denied with the consequence of violations.yaml, or
+// the whole chain's end where that has none.
+func TestCanary(t *testing.T) {
+	for table, want := range map[string]broker.Consequence{"": broker.ConsequenceRevokeChain, "canary: freeze-caller\n": broker.ConsequenceFreezeCaller, "canary: deny\n": broker.ConsequenceDeny} {
+		dir := sources(`@id("all") @any("principal action tool") permit(principal, action, resource);`)
+		dir["tools.yaml"].Data = append(dir["tools.yaml"].Data, "  - {name: vault.root, backend: kv, narrowing: none, canary: true, vault: {policy: pawl-bait, path: kv/bait}}\n"...)
+		dir["violations.yaml"].Data = []byte(table + "outside_scope: deny\n")
+		p, err := policy.Load(build(t, dir).Unsigned())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, q := range []broker.Question{use("vault.root"), use("vault.root", action(broker.ActionOpen)), use("vault.root", delegate("spiffe://acme.example/x"))} {
+			if d := p.Decide(q); d.Allow || d.Consequence != want || len(d.Policies) > 0 {
+				t.Errorf("with %q, Decide(%s) = %+v, want a deny and %v", table, q.Action, d, want)
+			}
+			if e := p.Explain(q); e.Granted || !strings.Contains(e.Why, "canary") {
+				t.Errorf("with %q, Explain(%s) = %+v, want that it is a canary", table, q.Action, e)
+			}
+		}
+		if d := p.Decide(use("vault.root", report(broker.ViolationCanary))); !d.Allow || d.Consequence != want {
+			t.Errorf("with %q, Decide(report) = %+v, want the permit's answer and %v", table, d, want)
+		}
+		if d := p.Decide(use("db.read")); !d.Allow {
+			t.Errorf("another tool is denied: %+v", d)
+		}
 	}
 }
 

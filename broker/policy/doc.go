@@ -36,7 +36,9 @@
 //	@narrowing("native")         on a permit to use: the weakest label accepted
 //	@domains("a.example b.example")  on a permit to delegate: it reaches across these trust domains
 //	@any("principal tool")       on a permit: the parts that it deliberately leaves open
-//	@remedy("…")                 how to ask, shown to whoever is denied
+//	@remedy("…")                 how to ask, shown to whoever is denied or must wait for an approval: of the
+//	                             forbids that hold, or of the permits whose conditions do not, or which
+//	                             want the approval; at most 256 bytes, and 512 together
 //	@description("…")            for the reader
 //
 // When several permits match, all their limits hold together: the shortest life, the strongest

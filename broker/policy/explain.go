@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -22,6 +23,10 @@ type Explanation struct {
 
 // Explain answers a question like [Policy.Decide] and says why.
 func (p *Policy) Explain(q broker.Question) Explanation {
+	if p.bait(&q) {
+		return Explanation{Decision: p.Decide(q), Why: "the tool is a canary: nobody has business with it",
+			Remedy: "there is nothing to ask for; do not tell agents which tools are canaries"}
+	}
 	v := p.evaluate(&q, p.relevant)
 	e := Explanation{Decision: p.settle(&q, v)}
 	_, known := p.about(&q)
@@ -41,7 +46,7 @@ func (p *Policy) Explain(q broker.Question) Explanation {
 		e.Why = "forbidden by " + by
 		e.Remedy = remedies(v.decided, "ask the platform team; a forbid cannot be outvoted by another permit")
 	default:
-		unmet := slices.DeleteFunc(v.rules, func(r *rule) bool { return r.forbid })
+		unmet := v.unmet()
 		e.Unmet = ids(unmet)
 		e.Why = "no permit holds"
 		if len(unmet) > 0 {
@@ -71,7 +76,7 @@ func (e *Explanation) allowed(p *Policy, q *broker.Question) {
 		e.lacks("ask the platform team for a permit that names both trust domains", "domains:"+strings.Join(bothDomains(q), " "))
 	}
 	if d.Approval != "" {
-		e.lacks("ask "+d.Approval+" to approve", "approval:"+d.Approval)
+		e.lacks(cmp.Or(d.Remedy, "ask "+d.Approval+" to approve"), "approval:"+d.Approval)
 	}
 	e.Granted = len(e.Missing) == 0
 }
@@ -81,7 +86,7 @@ func foreign(q *broker.Question, d broker.Decision) bool {
 	return crosses(q) && !all(bothDomains(q), func(td string) bool { return slices.Contains(d.Domains, td) })
 }
 
-// remedies are what the rules say, or else otherwise.
+// remedies are what the rules say, as much of it as fits, or else otherwise.
 func remedies(rules []*rule, otherwise string) string {
 	var said []string
 	for _, r := range rules {
@@ -93,5 +98,11 @@ func remedies(rules []*rule, otherwise string) string {
 		return otherwise
 	}
 	slices.Sort(said)
-	return strings.Join(said, "; ")
+	all := said[0] // at most 256 bytes
+	for _, more := range said[1:] {
+		if len(all)+len("; ")+len(more) <= broker.MaxRemedy {
+			all += "; " + more
+		}
+	}
+	return all
 }

@@ -15,7 +15,7 @@ import (
 )
 
 // Difference is a question that two bundles answer differently. The ids of the policies that
-// decided do not count.
+// decided, and their words on how to ask, do not count.
 type Difference struct {
 	Question  broker.Question
 	Live      broker.Decision
@@ -56,7 +56,7 @@ func describe(d broker.Decision) string {
 func compare(candidate *Policy, q broker.Question, live broker.Decision) (Difference, bool) {
 	d := Difference{q, live, candidate.Decide(q)}
 	a, b := d.Live, d.Candidate
-	a.Policies, b.Policies = nil, nil
+	a.Policies, b.Policies, a.Remedy, b.Remedy = nil, nil, "", ""
 	return d, !reflect.DeepEqual(a, b)
 }
 

@@ -20,6 +20,7 @@ type toolDecl struct {
 	Arguments map[string]paramDecl `json:"arguments,omitempty"`
 	Vault     vaultDecl            `json:"vault"`
 	Settings  map[string]string    `json:"settings,omitempty"`
+	Canary    bool                 `json:"canary,omitempty"`
 }
 
 type paramDecl struct {
@@ -45,6 +46,7 @@ type toolYAML struct {
 		Path   string `yaml:"path"`
 	} `yaml:"vault"`
 	Settings map[string]string `yaml:"settings"`
+	Canary   bool              `yaml:"canary"`
 }
 
 type paramYAML struct {
@@ -56,7 +58,7 @@ type paramYAML struct {
 // decl puts the author's words into the payload's form.
 func (y toolYAML) decl() (toolDecl, error) {
 	d := toolDecl{Name: y.Name, Backend: y.Backend, Narrowing: y.Narrowing, TTL: y.TTL,
-		Vault: vaultDecl(y.Vault), Settings: y.Settings}
+		Vault: vaultDecl(y.Vault), Settings: y.Settings, Canary: y.Canary}
 	if ttl, err := time.ParseDuration(y.TTL); err == nil {
 		d.TTL = ttl.String() // one spelling; what does not parse is refused by tool
 	}
@@ -89,7 +91,7 @@ func (d toolDecl) tool() (t broker.Tool, err error) {
 	if _, err := broker.ParseToolName(d.Backend); err != nil {
 		return t, fmt.Errorf("backend %.60q is not a name", d.Backend)
 	}
-	t.Backend = d.Backend
+	t.Backend, t.Canary = d.Backend, d.Canary
 	if t.Narrowing, err = broker.ParseNarrowing(d.Narrowing); err != nil {
 		return t, err
 	}

@@ -33,11 +33,20 @@ func (s *stage) refused(d *agent.Delegation, tool string, args agent.Args, code 
 }
 
 // approval fails unless a step is refused only until it is approved, and says by whom.
-func (s *stage) approval(d *agent.Delegation, tool string, args agent.Args, by string, policies ...string) {
+func (s *stage) approval(d *agent.Delegation, tool string, args agent.Args, by string, policies ...string) *agent.Error {
 	s.t.Helper()
 	p := s.refused(d, tool, args, broker.CodeApprovalNeeded, policies...)
 	if !slices.Equal(p.Missing, []string{"approval:" + by}) || p.Remedy == "" || p.Revocation != "" {
 		s.t.Errorf("Begin(%s) is missing %v, with remedy %q and revocation %q; want the approval of %s alone", tool, p.Missing, p.Remedy, p.Revocation, by)
+	}
+	return p
+}
+
+// advises fails unless a refusal says how to ask in the bundle's own words.
+func advises(t *testing.T, p *agent.Error, want string) {
+	t.Helper()
+	if p.Remedy != want {
+		t.Errorf("the remedy of %s is %q, want %q", p.Code, p.Remedy, want)
 	}
 }
 
@@ -66,11 +75,12 @@ func TestSupportAgentAsksBeforeARestart(t *testing.T) {
 	restart := agent.Args{"host": "test-3", "service": "web"}
 
 	s.do(d, "tickets.read", agent.Args{"ticket": "T-17"})
-	s.refused(d, "tickets.read", agent.Args{"ticket": "T-18"}, broker.CodePolicyDenied)
-	s.refused(d, "host.restart", restart, broker.CodePolicyDenied, "look-before-restart")
+	advises(t, s.refused(d, "tickets.read", agent.Args{"ticket": "T-18"}, broker.CodePolicyDenied), "open the chain with the label ticket, and ask for that ticket")
+	advises(t, s.refused(d, "host.restart", restart, broker.CodePolicyDenied, "look-before-restart"), "inspect the host first")
 	s.do(d, "host.inspect", agent.Args{"host": "test-3"})
-	s.approval(d, "host.restart", restart, "1 of oncall", "support-restarts")
-	s.approval(d, "host.restart", agent.Args{"host": "prod-1", "service": "web"}, "2 of oncall", "support-restarts", "support-restarts-production")
+	advises(t, s.approval(d, "host.restart", restart, "1 of oncall", "support-restarts"), "raise it in the channel of whoever is on call, with the ticket")
+	advises(t, s.approval(d, "host.restart", agent.Args{"host": "prod-1", "service": "web"}, "2 of oncall", "support-restarts", "support-restarts-production"),
+		"production: two of those on call, with the change number; raise it in the channel of whoever is on call, with the ticket")
 	s.refused(d, "host.restart", agent.Args{"host": "test-3", "service": "database"}, broker.CodeArgumentOutside)
 	s.do(d, "host.inspect", agent.Args{"host": "prod-1"}) // being refused has cost it nothing
 	if alive := s.target.Alive(); len(alive) != 0 {
@@ -93,7 +103,8 @@ func TestCIAssistantStaysInItsPolicy(t *testing.T) {
 	deployer := s.share(assistant, "/ci/deployer", agent.Share{Rights: []agent.Right{{Tool: "deploy", Use: true, Args: map[string]agent.Constraint{"repository": agent.OneOf("web")}}}})
 	s.refused(deployer, "deploy", agent.Args{"repository": "api", "environment": "test"}, broker.CodeArgumentOutside)
 	s.do(deployer, "deploy", agent.Args{"repository": "web", "environment": "staging"})
-	s.refused(deployer, "deploy", agent.Args{"repository": "web", "environment": "staging"}, broker.CodePolicyDenied, "ten-minutes-between-stagings")
+	advises(t, s.refused(deployer, "deploy", agent.Args{"repository": "web", "environment": "staging"}, broker.CodePolicyDenied, "ten-minutes-between-stagings"),
+		"pawl explain says which policies were looked at; ask their owners") // the bundle has no word of its own
 
 	reading := s.hold(assistant, "repo.read", web)
 	deploying := s.hold(deployer, "deploy", agent.Args{"repository": "web", "environment": "test"})
@@ -110,16 +121,14 @@ func TestProcurementBotConnectsToWhatIsNamed(t *testing.T) {
 
 	s.do(bot, "catalogue.read", catalogue)
 	s.do(bot, "order.create", agent.Args{"supplier": "paper-inc", "amount": 500})
-	s.approval(bot, "order.create", agent.Args{"supplier": "paper-inc", "amount": 501}, "1 of buyers", "bot-orders-more")
+	advises(t, s.approval(bot, "order.create", agent.Args{"supplier": "paper-inc", "amount": 501}, "1 of buyers", "bot-orders-more"), "have it approved by 1 of buyers")
 	s.approval(bot, "integration.add", agent.Args{"integration": "erp", "scopes": []string{"read"}}, "1 of platform", "bot-adds-integrations")
 	s.refused(bot, "integration.add", agent.Args{"integration": "erp", "scopes": []string{"read", "admin"}}, broker.CodePolicyDenied)
 	s.refused(bot, "payment.send", nil, broker.CodeToolUnknown)
 
 	held := s.hold(bot, "catalogue.read", catalogue)
 	p := s.refused(bot, "integration.add", agent.Args{"integration": "pastebin", "scopes": []string{"read"}}, broker.CodeViolation, "unnamed-integrations")
-	if p.Remedy == "" {
-		t.Error("the refusal does not say how to ask")
-	}
+	advises(t, p, "have the platform team name the integration in the bundle")
 	s.ended(bot, "catalogue.read", catalogue, p.Revocation, held)
 }
 
@@ -133,6 +142,7 @@ func TestCopilotStopsBeforeContainment(t *testing.T) {
 
 	reading := s.hold(copilot, "alert.read", alerts)
 	p := s.refused(copilot, "contain.isolate", host, broker.CodeViolation, "copilot-stops-before-containment")
+	advises(t, p, "delegate to spiffe://acme.example/security/responder")
 	if p.Revocation != "" || !s.target.Login(reading.secret) {
 		t.Error("asking for containment revoked something; policy says revoke-step, and there is none")
 	}

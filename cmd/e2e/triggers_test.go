@@ -2,8 +2,10 @@ package e2e_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -33,17 +35,19 @@ tools:
     narrowing: native
     arguments: {tables: {kind: list, required: true}}
     vault: {policy: pawl-read, path: database/read}
-  - {name: db.write, backend: shop, narrowing: native, vault: {policy: pawl-write, path: database/write}}
+  - {name: db.write, backend: shop, narrowing: native, arguments: {table: {kind: string}}, vault: {policy: pawl-write, path: database/write}}
   - {name: mail.send, backend: mail, narrowing: native, vault: {policy: pawl-mail, path: transit/mail}}
   - {name: db.admin, backend: shop, narrowing: native, vault: {policy: pawl-admin, path: database/admin}}
-  - {name: canary.keys, backend: mail, narrowing: none, vault: {policy: pawl-canary, path: kv/canary}}
+  - {name: payroll.read, backend: shop, narrowing: native, vault: {policy: pawl-payroll, path: database/payroll}}
+  - {name: canary.keys, backend: mail, narrowing: none, canary: true, vault: {policy: pawl-canary, path: kv/canary}}
 `
 
 // offendingPolicy has every offence followed by the same consequence.
 const offendingPolicy = `
 @id("work")
 @any("tool")
-permit (principal in TrustDomain::"acme.example", action in [Action::"open", Action::"delegate", Action::"use"], resource);
+permit (principal in TrustDomain::"acme.example", action in [Action::"open", Action::"delegate", Action::"use"], resource)
+unless { resource.name == "payroll.read" };
 
 @id("siem-reports")
 @any("tool")
@@ -53,10 +57,6 @@ permit (principal == Agent::"spiffe://acme.example/siem", action == Action::"rep
 @violation("%[1]s")
 forbid (principal, action == Action::"use", resource == Tool::"db.admin");
 
-@id("nobody-needs-the-canary")
-@violation("%[1]s")
-forbid (principal, action == Action::"use", resource in ToolGroup::"canary");
-
 @id("no-write-after-mail")
 @violation("%[1]s")
 forbid (principal, action == Action::"use", resource == Tool::"db.write")
@@ -65,14 +65,15 @@ when { context.used.contains("mail.send") };
 
 func newOffence(t *testing.T, consequence string) *offence {
 	violations := ""
-	for _, code := range []broker.ViolationCode{broker.ViolationScope, broker.ViolationBudget, broker.ViolationHolder, "data_leak"} {
+	for _, code := range []broker.ViolationCode{broker.ViolationScope, broker.ViolationBudget, broker.ViolationHolder,
+		broker.ViolationReplay, broker.ViolationCanary, "data_leak"} {
 		violations += fmt.Sprintf("%s: %s\n", code, consequence)
 	}
 	o := &offence{stage: newStage(t, authors(map[string]string{"bundle.yaml": "{name: offences, version: 1}", "tools.yaml": offendingTools,
 		"main.cedar": fmt.Sprintf(offendingPolicy, consequence), "violations.yaml": violations})),
 		live: map[string]holding{}, apart: map[string]*agent.Delegation{}}
-	all := rights("db.read", "db.write", "mail.send", "db.admin", "canary.keys")
-	some := rights("db.write", "mail.send", "db.admin", "canary.keys")
+	all := rights("db.read", "db.write", "mail.send", "db.admin")
+	some := rights("db.write", "mail.send", "db.admin")
 	some = append(some, agent.Right{Tool: "db.read", Use: true, Delegate: true, Args: map[string]agent.Constraint{"tables": agent.Constraint(`{"subset":["orders"]}`)}})
 	planner := o.open("/planner", agent.Chain{Rights: all, Depth: 3})
 	writer := o.share(planner, "/writer", agent.Share{Rights: some, Depth: 1, Budget: agent.Budget{Tools: map[string]int{"mail.send": 1}}})
@@ -96,6 +97,20 @@ func (o *offence) begin(tool string, args agent.Args) error {
 	return err
 }
 
+// replay has writer take a step under a key and then ask for another under the same.
+func (o *offence) replay(tool string, args agent.Args) error {
+	o.t.Helper()
+	step, err := o.tree["writer"].Begin(o.t.Context(), "db.write", nil, agent.StepOptions{Key: "step-1"})
+	if err == nil {
+		err = step.Close(o.t.Context())
+	}
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	_, err = o.tree["writer"].Begin(o.t.Context(), tool, args, agent.StepOptions{Key: "step-1"})
+	return err
+}
+
 // report sends a report as path, about writer's delegation and secret.
 func (o *offence) report(path string, grant bool) (out api.Reported, err error) {
 	w := o.tree["writer"]
@@ -115,6 +130,8 @@ type trigger struct {
 	kind   api.Kind
 	code   broker.Code
 	frozen string // who freeze-caller freezes
+	always bool   // it is in the audit as a violation even when nothing follows
+	silent bool   // the answer does not tell that something follows
 
 	report func(*offence) (api.Reported, error)
 	grant  bool // the report names a grant
@@ -124,8 +141,17 @@ type trigger struct {
 var triggers = []trigger{
 	{name: "forbidden tool", kind: api.KindDenied, code: broker.CodePolicyDenied, frozen: "writer",
 		event: func(o *offence) error { return o.begin("db.admin", nil) }},
-	{name: "canary tool", kind: api.KindDenied, code: broker.CodePolicyDenied, frozen: "writer",
+	{name: "step with a canary", kind: api.KindDenied, code: broker.CodePolicyDenied, frozen: "writer", always: true, silent: true,
 		event: func(o *offence) error { return o.begin("canary.keys", nil) }},
+	{name: "passing a canary on", kind: api.KindDenied, code: broker.CodeDelegationWider, frozen: "writer", always: true, silent: true,
+		event: func(o *offence) error {
+			_, err := o.tree["writer"].Delegate(o.t.Context(), o.identities.ID("/helper").String(), agent.Share{Rights: rights("canary.keys")})
+			return err
+		}},
+	{name: "key used again for another tool", kind: api.KindConflict, code: broker.CodeKeyOtherTool, frozen: "writer",
+		event: func(o *offence) error { return o.replay("mail.send", nil) }},
+	{name: "key used again for other arguments", kind: api.KindConflict, code: broker.CodeKeyOtherArguments, frozen: "writer",
+		event: func(o *offence) error { return o.replay("db.write", agent.Args{"table": "people"}) }},
 	{name: "history rule", kind: api.KindDenied, code: broker.CodePolicyDenied, frozen: "writer",
 		event: func(o *offence) error { o.do(o.tree["writer"], "mail.send", nil); return o.begin("db.write", nil) }},
 	{name: "argument outside the delegation", kind: api.KindDenied, code: broker.CodeArgumentOutside, frozen: "writer",
@@ -134,7 +160,7 @@ var triggers = []trigger{
 		}},
 	{name: "budget", kind: api.KindDenied, code: broker.CodeBudgetExhausted, frozen: "writer",
 		event: func(o *offence) error { o.do(o.tree["writer"], "mail.send", nil); return o.begin("mail.send", nil) }},
-	{name: "wrong SPIFFE ID on a delegation", kind: api.KindNotFound, code: broker.CodeDelegationUnknown, frozen: "thief",
+	{name: "wrong SPIFFE ID on a delegation", kind: api.KindNotFound, code: broker.CodeDelegationUnknown, frozen: "thief", always: true,
 		event: func(o *offence) error {
 			return o.post("/thief", "/v1/delegations/"+o.tree["writer"].ID()+"/steps", api.StepRequest{Tool: "db.write"}, new(api.Issued))
 		}},
@@ -159,9 +185,9 @@ func (tr trigger) dies(what broker.Consequence) []string {
 	return []string{"planner", "writer", "helper", "other"}
 }
 
-// TestTriggers plays every trigger with every consequence, from the event to the closure. What
-// can be done with a key of somebody else's step is not among them: keys are a delegation's, a
-// delegation has one holder, and whoever else presents it is refused before (wrong SPIFFE ID).
+// TestTriggers plays every trigger with every consequence, from the event to the closure. A key of
+// somebody else's step is not among them: keys are a delegation's, a delegation has one holder, and
+// whoever else presents it is refused before (wrong SPIFFE ID).
 func TestTriggers(t *testing.T) {
 	for _, tr := range triggers {
 		for what := broker.ConsequenceDeny; what <= broker.ConsequenceFreezeCaller; what++ {
@@ -188,10 +214,49 @@ func (tr trigger) play(o *offence, what broker.Consequence) (revocation string) 
 		return answer.Revocation
 	}
 	code := broker.CodeViolation
-	if what == broker.ConsequenceDeny {
+	if what == broker.ConsequenceDeny || tr.silent {
 		code = tr.code
 	}
-	return refusal(o.t, tr.name, tr.event(o), tr.kind, code).Revocation
+	if !tr.silent {
+		return refusal(o.t, tr.name, tr.event(o), tr.kind, code).Revocation
+	}
+	// What nobody permits, for the same agent and in the same way, is answered alike.
+	_, unpermitted := o.tree["writer"].Begin(o.t.Context(), "payroll.read", nil)
+	if strings.Contains(tr.name, "passing") {
+		_, unpermitted = o.tree["writer"].Delegate(o.t.Context(), o.identities.ID("/helper").String(), agent.Share{Rights: rights("payroll.read")})
+	}
+	plain := answered(o.t, refusal(o.t, "payroll.read", unpermitted, tr.kind, code), "payroll.read")
+	if canary := answered(o.t, refusal(o.t, tr.name, tr.event(o), tr.kind, code), "canary.keys"); canary != plain {
+		o.t.Errorf("%s is answered %s, and a tool that nobody permits %s", tr.name, canary, plain)
+	}
+	return o.revoked()
+}
+
+// answered is all that an answer says but the tool's name and its own.
+func answered(t *testing.T, p *agent.Error, tool string) string {
+	t.Helper()
+	seen := *p
+	seen.Request = ""
+	raw, err := json.Marshal(&seen)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.ReplaceAll(string(raw), tool, "TOOL")
+}
+
+// revoked is the revocation that operators see; empty when there is none.
+func (o *offence) revoked() string {
+	o.t.Helper()
+	list, err := o.operator().Revocations(o.t.Context())
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	for _, rv := range list {
+		if !rv.Freeze {
+			return rv.ID
+		}
+	}
+	return ""
 }
 
 // after checks what is dead, that its agents have heard, that everything else goes on, and that
@@ -250,7 +315,7 @@ func hears(t *testing.T, name string, ctx context.Context) {
 func (o *offence) audited(what broker.Consequence, tr trigger) {
 	o.t.Helper()
 	op := string(broker.OpViolation)
-	if what == broker.ConsequenceDeny && tr.report == nil {
+	if what == broker.ConsequenceDeny && tr.report == nil && !tr.always {
 		op = string(broker.OpDenied)
 	}
 	page, err := o.operator().ChainAudit(o.t.Context(), o.tree["planner"].Info().Chain, 0, 1000)
@@ -265,6 +330,45 @@ func (o *offence) audited(what broker.Consequence, tr trigger) {
 	}
 	if found != 1 {
 		o.t.Errorf("the audit has %d entries %q about the delegation, want 1", found, op)
+	}
+}
+
+// TestOpeningWithACanary: there is no chain to end yet, and only freezing the caller has something to
+// hit. Before it was asked about, nothing of the request is kept.
+func TestOpeningWithACanary(t *testing.T) {
+	for what := broker.ConsequenceDeny; what <= broker.ConsequenceFreezeCaller; what++ {
+		t.Run(what.String(), func(t *testing.T) {
+			o := newOffence(t, what.String())
+			_, err := o.agent("/writer").Open(t.Context(), agent.Chain{Task: "t", Rights: rights("payroll.read", "canary.keys")})
+			p := refusal(t, "Open with a canary", err, api.KindDenied, broker.CodePolicyDenied)
+			_, err = o.agent("/planner").Open(t.Context(), agent.Chain{Task: "t", Rights: rights("payroll.read")})
+			plain := refusal(t, "Open with a tool that nobody permits", err, api.KindDenied, broker.CodePolicyDenied)
+			if a, b := strings.ReplaceAll(answered(t, p, "canary.keys"), "/writer", "/planner"), answered(t, plain, "payroll.read"); a != b {
+				t.Errorf("Open with a canary is answered %s, with a tool that nobody permits %s", a, b)
+			}
+			for name, h := range o.live {
+				if !o.target.Login(h.secret) {
+					t.Errorf("the secret of %s is dead", name)
+				}
+			}
+			_, err = o.apart["writer"].Begin(t.Context(), "db.read", orders)
+			if frozen := what == broker.ConsequenceFreezeCaller; errors.Is(err, agent.ErrRevoked) != frozen || !frozen && err != nil {
+				t.Errorf("a step of writer elsewhere = %v, want it frozen: %v", err, frozen)
+			}
+			page, err := o.operator().Audit(t.Context(), 0, 1000)
+			if err != nil {
+				t.Fatal(err)
+			}
+			found := 0
+			for _, e := range page.Entries {
+				if e.Op == string(broker.OpViolation) && e.Code == string(broker.ViolationCanary) && e.Tool == "canary.keys" && e.Detail == what.String() {
+					found++
+				}
+			}
+			if found != 1 {
+				t.Errorf("the audit has %d entries about the canary, want 1", found)
+			}
+		})
 	}
 }
 

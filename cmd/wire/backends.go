@@ -150,6 +150,9 @@ type wrapping interface {
 // Access gives the Vault policy and mint path of each tool, for setting Vault up.
 func Access(tools []broker.Tool, backends map[string]Backend) (list []vault.Access) {
 	for _, t := range tools {
+		if t.Canary {
+			continue // a right in Vault that nobody may use is one too many
+		}
 		var m minting
 		switch backends[t.Backend].Plugin {
 		case "kv":
@@ -205,7 +208,7 @@ func Reads(tools []broker.Tool, backends map[string]Backend) (paths [][]string) 
 // [vault.SetupConfig].
 func TokenRoles(tools []broker.Tool, backends map[string]Backend) (writes []vault.Write, err error) {
 	for _, t := range tools {
-		if backends[t.Backend].Plugin != "token" {
+		if backends[t.Backend].Plugin != "token" || t.Canary {
 			continue
 		}
 		path, data, err := token.Role(t)
