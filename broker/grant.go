@@ -43,6 +43,10 @@ type Grant struct {
 	Ended      time.Time    `json:"ended,omitzero"`
 	Outcome    Outcome      `json:"outcome,omitempty"`
 	Evidence   []Evidence   `json:"evidence,omitempty"`
+
+	// Longest is the longest that what is minted can live at its target, from HANDLE on; zero: no longer
+	// than the step.
+	Longest time.Duration `json:"longest,omitempty"`
 }
 
 // Ending says why a grant came to its end.

@@ -334,7 +334,7 @@ func (s *issue) mint(ctx context.Context, early *stepToken) (Secret, error) {
 		return Secret{}, err
 	}
 	// Step 4: from here on the ledger can end whatever the token makes.
-	if err := s.handle(ctx, token); err != nil {
+	if err := s.handle(ctx, token, m.TTL); err != nil {
 		s.b.kill(ctx, token)
 		return Secret{}, err
 	}
@@ -354,13 +354,13 @@ func (s *issue) mint(ctx context.Context, early *stepToken) (Secret, error) {
 }
 
 // handle is step 4.
-func (s *issue) handle(ctx context.Context, token Handle) error {
+func (s *issue) handle(ctx context.Context, token Handle, longest time.Duration) error {
 	return s.b.update(ctx, opIssue, func(tx Tx) error {
 		g, err := s.still(tx)
 		if err != nil {
 			return err
 		}
-		g.State, g.Token = StateHandle, token
+		g.State, g.Token, g.Longest = StateHandle, token, longest
 		g.Settles = s.b.cfg.Now().Add(s.b.cfg.MintTimeout + s.b.cfg.MintBound)
 		s.grant = g
 		if err := s.save(tx, g); err != nil {

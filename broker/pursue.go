@@ -353,7 +353,12 @@ func (rv *Revocation) count(f found) {
 	}
 }
 
-// LatestEnd is when the grant's secret is over even if nobody can do anything about it.
+// lateness is how much later than asked a target may count the end of what was minted: clocks differ,
+// and Vault adds some seconds to the end of a database login.
+const lateness = 10 * time.Second
+
+// LatestEnd is when the grant's secret is over even if nobody can do anything about it. It is never earlier than
+// the true end: a mint whose answer is not known may complete as late as Settles, and lives its whole life from then.
 func (g Grant) LatestEnd() time.Time {
 	end := g.Expires
 	for _, t := range []time.Time{g.Lease.Expires, g.Lease.Outlives, g.Token.Expires} {
@@ -362,7 +367,12 @@ func (g Grant) LatestEnd() time.Time {
 		}
 	}
 	if g.State == StateHandle && g.Lease.Expires.IsZero() {
-		end = end.Add(g.Settles.Sub(g.Created)) // a mint still on its way lives its whole life from then
+		if late := g.Settles.Add(g.Longest + lateness); late.After(end) {
+			end = late
+		}
+		if late := g.Settles.Add(g.Expires.Sub(g.Created)); late.After(end) {
+			end = late
+		}
 	}
 	return end
 }

@@ -213,7 +213,7 @@ func (c *compiler) grant(g broker.Grant, handed time.Time) {
 	out := Grant{ID: g.ID, Chain: g.Chain, Delegation: g.Delegation, Caller: g.Caller.String(), Tool: g.Tool,
 		Narrowing: g.Narrowing.String(), Args: string(g.Args.Canonical()), Purpose: g.Purpose, Path: g.Path, Lease: g.Lease.ID,
 		Ref: g.Lease.Ref, Created: g.Created, HandedOver: handed, Ended: g.Ended, Ending: g.Ending,
-		Before: !g.Ended.IsZero() && g.Ended.Before(fenced), Outcome: g.Outcome, LatestEnd: latestEnd(g), Evidence: g.Evidence}
+		Before: !g.Ended.IsZero() && g.Ended.Before(fenced), Outcome: g.Outcome, LatestEnd: g.LatestEnd(), Evidence: g.Evidence}
 	c.report.Grants = append(c.report.Grants, out)
 	r := &c.report.Residual
 	switch {
@@ -246,16 +246,6 @@ func (c *compiler) window() {
 			w.Live = append(w.Live, g.ID)
 		}
 	}
-}
-
-// latestEnd is the latest moment at which the grant's secret can still work, if nobody ends it: that of its
-// lease or of its token, and for a mint whose answer is not known a whole life from its latest completion.
-func latestEnd(g broker.Grant) time.Time {
-	end := later(g.Expires, later(g.Lease.Expires, g.Token.Expires))
-	if g.State == broker.StateHandle && g.Lease.Expires.IsZero() {
-		end = end.Add(g.Settles.Sub(g.Created))
-	}
-	return end
 }
 
 func later(a, b time.Time) time.Time {

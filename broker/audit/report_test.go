@@ -280,15 +280,17 @@ func TestResidual(t *testing.T) {
 		}
 		return g
 	}
+	unproven := grant("unproven", broker.OutcomeUnknown, 7*time.Minute, false)
+	unproven.Lease.Outlives = noon.Add(8 * time.Minute) // at its target
 	f := fixed{rv: broker.Revocation{ID: "rv", Chain: "ch", Node: "dl", Selector: "chain:ch", Fenced: noon, Closure: broker.ClosurePartial},
 		view: broker.ChainView{Chain: broker.Chain{ID: "ch"}, Delegations: []broker.Delegation{{ID: "dl", Chain: "ch"}},
 			Grants: []broker.Grant{grant("static", broker.OutcomeStatic, 0, true), grant("alive", broker.OutcomeAlive, 5*time.Minute, false),
-				grant("unproven", broker.OutcomeUnknown, 7*time.Minute, false), grant("dead", broker.OutcomeDead, 9*time.Minute, true)}}}
+				unproven, grant("dead", broker.OutcomeDead, 9*time.Minute, true)}}}
 	r, err := audit.Compile(t.Context(), f, nil, "rv", noon)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := audit.Residual{Rotate: []broker.GrantID{"static"}, Alive: []broker.GrantID{"alive"}, Unproven: []broker.GrantID{"unproven"}, LatestEnd: noon.Add(7 * time.Minute)}
+	want := audit.Residual{Rotate: []broker.GrantID{"static"}, Alive: []broker.GrantID{"alive"}, Unproven: []broker.GrantID{"unproven"}, LatestEnd: noon.Add(8 * time.Minute)}
 	if !reflect.DeepEqual(r.Residual, want) {
 		t.Errorf("residual = %+v, want %+v", r.Residual, want)
 	}
