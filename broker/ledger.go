@@ -44,6 +44,9 @@ type Tx interface {
 	// Append adds an entry to the audit log and gives its revision. The store sets Revision
 	// and chains the entry's digest to the one before.
 	Append(Entry) (Revision, error)
+	// Head is the revision of the last entry that this transaction sees, its own included; 0 when
+	// there is none.
+	Head() (Revision, error)
 }
 
 // ErrNotCommitted says that a failed Update certainly left nothing behind.

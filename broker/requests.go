@@ -85,14 +85,30 @@ type Plan struct {
 	Made      time.Time        `json:"made"`
 	Chains    int              `json:"chains"`
 	Nodes     int              `json:"delegations"`
+	Later     int              `json:"later"`  // open delegations beside these, under which a step may still come that a rule meets
 	Grants    int              `json:"grants"` // not over yet
 	Issued    int              `json:"issued"` // of these, handed over
+	Live      int              `json:"live"`   // of these, in their time and not being ended; the others only have to be proven dead
 	ByTool    map[ToolName]int `json:"by_tool,omitempty"`
+	ByBackend map[string]int   `json:"by_backend,omitempty"`
 	ByLabel   map[string]int   `json:"by_narrowing,omitempty"`
 	ByCaller  map[string]int   `json:"by_caller,omitempty"`
-	Static    int              `json:"static"` // cannot be ended, only rotated
+	Tasks     []PlannedTask    `json:"tasks,omitempty"`      // that will break, those that lose most first; MaxPlannedTasks at most
+	TasksMore int              `json:"tasks_more,omitempty"` // and how many more
+	Static    int              `json:"static"`               // cannot be ended, only rotated; those whose grant is over included
 	LatestEnd time.Time        `json:"latest_end,omitzero"`
 }
+
+// PlannedTask is a chain that a revocation would hit.
+type PlannedTask struct {
+	Chain       ChainID `json:"chain"`
+	Task        string  `json:"task"`
+	Delegations int     `json:"delegations"` // open
+	Grants      int     `json:"grants"`      // not over yet
+}
+
+// MaxPlannedTasks is how many tasks a plan names.
+const MaxPlannedTasks = 20
 
 // Closure is the honest state of a revocation.
 type Closure string

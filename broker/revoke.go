@@ -195,8 +195,10 @@ func (b *Broker) Revoke(ctx context.Context, o Operator, r RevokeRequest) (Revoc
 	if err := checkText(op, "reason", r.Reason, 1, MaxTask); err != nil {
 		return Revocation{}, err
 	}
+	var plan *compared
 	if r.Plan != "" {
-		if err := b.checkPlan(ctx, r); err != nil {
+		var err error
+		if plan, err = b.comparePlan(ctx, r); err != nil {
 			return Revocation{}, err
 		}
 	}
@@ -205,6 +207,11 @@ func (b *Broker) Revoke(ctx context.Context, o Operator, r RevokeRequest) (Revoc
 	err := b.update(ctx, op, func(tx Tx) (err error) {
 		if f.target, err = resolve(tx, r.Selector); err != nil {
 			return err
+		}
+		if plan != nil {
+			if err := b.grown(tx, plan); err != nil {
+				return err
+			}
 		}
 		rv, err = b.fence(tx, f)
 		return err

@@ -270,7 +270,7 @@ func TestPlan(t *testing.T) {
 		if _, err = w.Revoke(ctx, responder, r); err != nil {
 			t.Fatal(err)
 		}
-		_, err = w.Plan(ctx, responder, selector(t, "tool:db.write"))
+		_, err = w.Plan(ctx, responder, selector(t, "tool:typo"))
 		refused(t, "Plan of nothing", err, broker.NotFound, broker.CodeSelectorEmpty)
 		_, err = w.Revoke(ctx, responder, broker.RevokeRequest{Selector: s, Reason: "a test", Plan: "pl00"})
 		refused(t, "Revoke by an unknown plan", err, broker.Conflict, broker.CodePlanUnknown)

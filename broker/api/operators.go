@@ -77,13 +77,26 @@ type Plan struct {
 	Made        time.Time      `json:"made"`
 	Chains      int            `json:"chains"`
 	Delegations int            `json:"delegations"`
+	Later       int            `json:"later"`  // open delegations beside these, under which a step may still come that is meant
 	Grants      int            `json:"grants"` // not over yet
 	Issued      int            `json:"issued"` // of these, handed over
+	Live        int            `json:"live"`   // of these, in their time and not being ended; the others only have to be proven dead
 	ByTool      map[string]int `json:"by_tool"`
+	ByBackend   map[string]int `json:"by_backend"`
 	ByNarrowing map[string]int `json:"by_narrowing"`
 	ByCaller    map[string]int `json:"by_caller"`
-	Static      int            `json:"static"`              // cannot be ended, only rotated
+	Tasks       []PlannedTask  `json:"tasks"`               // that will break, those that lose most first; 20 at most
+	TasksMore   int            `json:"tasks_more"`          // and how many more
+	Static      int            `json:"static"`              // cannot be ended, only rotated; those whose grant is over included
 	LatestEnd   time.Time      `json:"latest_end,omitzero"` // what lives ends by itself by then
+}
+
+// PlannedTask is a chain that a revocation would hit.
+type PlannedTask struct {
+	Chain       string `json:"chain"`
+	Task        string `json:"task"`
+	Delegations int    `json:"delegations"` // open
+	Grants      int    `json:"grants"`      // not over yet
 }
 
 // RevokeRequest asks for a final revocation, or for a freeze.

@@ -33,6 +33,7 @@ func Ledger(t *testing.T, open func(testing.TB) broker.Ledger, reopen ...func(te
 		{"a view changes nothing", testReadOnly},
 		{"cancelled before it began", testCancelled},
 		{"revisions", testRevisions},
+		{"head", testHead},
 		{"counter", testCounter},
 		{"one fails, the others do not", testNeighbours},
 		{"no intent after the fence", testFence},
@@ -228,6 +229,26 @@ func testScanOwn(t *ledgerTest) {
 		return err
 	})
 	t.holds("a/0=new", "a/1=old", "a/3=new", "a/9=new", "b=old", "c=new")
+}
+
+func testHead(t *ledgerTest) {
+	head := func(when string, tx broker.Tx, want broker.Revision) {
+		if got, err := tx.Head(); got != want || err != nil {
+			t.Errorf("Head %s = %d, %v, want %d", when, got, err, want)
+		}
+	}
+	t.view(func(tx broker.Tx) error { head("of an empty ledger", tx, 0); return nil })
+	t.update(func(tx broker.Tx) error {
+		head("before Append", tx, 0)
+		err := errors.Join(appendTo(tx, "one"), appendTo(tx, "two"))
+		head("after two", tx, 2)
+		return err
+	})
+	mine := errors.New("changed my mind")
+	if err := t.Update(t.Context(), func(tx broker.Tx) error { return errors.Join(appendTo(tx, "gone"), mine) }); !errors.Is(err, mine) {
+		t.Errorf("Update = %v, want the function's own error", err)
+	}
+	t.view(func(tx broker.Tx) error { head("later", tx, 2); return nil })
 }
 
 func testDiscard(t *ledgerTest) {

@@ -116,6 +116,11 @@ func (m *Memory) begin() *memoryTx {
 	return &memoryTx{records: m.records, entries: m.entries}
 }
 
+// Head is broker.Tx's.
+func (tx *memoryTx) Head() (broker.Revision, error) {
+	return broker.Revision(len(tx.entries) + len(tx.appended)), nil
+}
+
 // memoryTx is a transaction over a snapshot.
 type memoryTx struct {
 	records  *record

@@ -185,7 +185,8 @@ func (f *fake) Watch(broker.ChainID) (<-chan struct{}, func()) {
 func (f *fake) WatchFences(id broker.ChainID) (<-chan struct{}, func()) { return f.Watch(id) }
 
 func (f *fake) Plan(_ context.Context, _ broker.Operator, s broker.Selector) (broker.Plan, error) {
-	return broker.Plan{Token: "pl", Selector: s.String(), Revision: 3, Made: noon, Chains: 1, Nodes: 2, Grants: 3, Issued: 2,
+	return broker.Plan{Token: "pl", Selector: s.String(), Revision: 3, Made: noon, Chains: 1, Nodes: 2, Later: 1, Grants: 3, Issued: 2, Live: 1,
+		ByBackend: map[string]int{"db": 3}, Tasks: []broker.PlannedTask{{Chain: chainID, Task: "t", Delegations: 2, Grants: 3}}, TasksMore: 1,
 		ByTool: map[broker.ToolName]int{"postgres": 3}, ByLabel: map[string]int{"native": 3}, ByCaller: map[string]int{agentID.String(): 3},
 		Static: 1, LatestEnd: noon}, f.answer(s)
 }

@@ -160,8 +160,11 @@ func wireSummary(s broker.ChainSummary) api.ChainSummary {
 func wirePlan(p broker.Plan) api.Plan {
 	return api.Plan{
 		Plan: p.Token, Selector: p.Selector, Revision: uint64(p.Revision), Made: utc(p.Made),
-		Chains: p.Chains, Delegations: p.Nodes, Grants: p.Grants, Issued: p.Issued,
-		ByTool: counts(p.ByTool), ByNarrowing: counts(p.ByLabel), ByCaller: counts(p.ByCaller),
+		Chains: p.Chains, Delegations: p.Nodes, Later: p.Later, Grants: p.Grants, Issued: p.Issued, Live: p.Live,
+		ByTool: counts(p.ByTool), ByBackend: counts(p.ByBackend), ByNarrowing: counts(p.ByLabel), ByCaller: counts(p.ByCaller),
+		Tasks: each(p.Tasks, func(t broker.PlannedTask) api.PlannedTask {
+			return api.PlannedTask{Chain: string(t.Chain), Task: t.Task, Delegations: t.Delegations, Grants: t.Grants}
+		}), TasksMore: p.TasksMore,
 		Static: p.Static, LatestEnd: utc(p.LatestEnd),
 	}
 }

@@ -271,14 +271,23 @@ func revoke(cmd *cobra.Command, c *operator.Client, f revokeFlags, selector stri
 }
 
 func writePlan(w io.Writer, p api.Plan, verb string, asked bool) {
-	fmt.Fprintf(w, "%s would hit %d chains, %d delegations and %d grants, %d of them handed out\n", p.Selector, p.Chains, p.Delegations, p.Grants, p.Issued)
+	fmt.Fprintf(w, "%s would hit %d chains, %d delegations and %d grants, %d of them handed out and %d of these live now\n", p.Selector, p.Chains, p.Delegations, p.Grants, p.Issued, p.Live)
 	for _, part := range []struct {
 		title  string
 		counts map[string]int
-	}{{"by tool", p.ByTool}, {"by narrowing", p.ByNarrowing}, {"by caller", p.ByCaller}} {
+	}{{"by tool", p.ByTool}, {"by backend", p.ByBackend}, {"by narrowing", p.ByNarrowing}, {"by caller", p.ByCaller}} {
 		for _, name := range sortedKeys(part.counts) {
 			fmt.Fprintf(w, "  %s\t%s\t%d\n", part.title, name, part.counts[name])
 		}
+	}
+	for _, t := range p.Tasks {
+		fmt.Fprintf(w, "  breaks\t%s\t%s\t%d grants, %d delegations\n", t.Chain, oneLine(t.Task), t.Grants, t.Delegations)
+	}
+	if p.TasksMore > 0 {
+		fmt.Fprintf(w, "  breaks\t%d more\n", p.TasksMore)
+	}
+	if p.Later > 0 {
+		fmt.Fprintf(w, "later steps of %d other delegations may fall under it\n", p.Later)
 	}
 	if p.Static > 0 {
 		fmt.Fprintf(w, "%d cannot be ended, only rotated\n", p.Static)

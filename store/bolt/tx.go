@@ -22,6 +22,7 @@ var (
 type tx struct {
 	records, log *bbolt.Bucket
 	readOnly     bool
+	view         *bbolt.Tx // of a read-only one
 
 	head    head              // with everything kept so far
 	next    head              // with what the running function appended
@@ -129,6 +130,15 @@ func (t *tx) Append(e broker.Entry) (broker.Revision, error) {
 	t.entries = append(t.entries, stored)
 	t.ending = t.ending || ends(e.Op)
 	return e.Revision, nil
+}
+
+// Head is broker.Tx's.
+func (t *tx) Head() (broker.Revision, error) {
+	if !t.readOnly {
+		return t.next.revision, nil
+	}
+	h, err := readHead(t.view)
+	return h.revision, err
 }
 
 // keep moves what the running function did into the bbolt transaction.

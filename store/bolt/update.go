@@ -77,7 +77,7 @@ func (l *Ledger) View(ctx context.Context, f func(broker.Tx) error) error {
 		return err
 	}
 	return l.db.View(func(btx *bbolt.Tx) error {
-		return f(&tx{records: btx.Bucket(bucketRecords), readOnly: true})
+		return f(&tx{records: btx.Bucket(bucketRecords), readOnly: true, view: btx})
 	})
 }
 
