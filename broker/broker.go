@@ -42,6 +42,7 @@ type Broker struct {
 	rolls  rolls
 
 	pursued pursuits
+	stuck   stuck
 
 	branching keyedLocks // one delegation's token is made once at a time
 

@@ -209,7 +209,7 @@ func (l *lane) close(batch []Grant, attempts map[GrantID]int) (rest []Grant) {
 	for i := range batch {
 		g := &batch[i]
 		g.Outcome, g.Evidence = verdict{g: *g, killed: killed[i], gone: gone[i], found: found[i],
-			minting: l.b.closer.isMinting(g.ID), probed: l.probes(), now: now}.outcome()
+			minting: l.b.closer.isMinting(g.ID), stuck: l.b.stuck.has(g.Lease.ID), probed: l.probes(), now: now}.outcome()
 	}
 	if err := l.record(ctx, batch); err != nil && l.b.ctx.Err() == nil {
 		l.b.cfg.Alarm("recording what is over", err)
@@ -367,7 +367,7 @@ func (l *lane) record(ctx context.Context, batch []Grant) error {
 					return err
 				}
 				over = append(over, g.ID)
-			case g.Outcome != old.Outcome || old.Ending == "":
+			case g.Outcome != old.Outcome || old.Ending == "" || givenUp(g.Evidence) != givenUp(old.Evidence):
 				if err := save(tx, keyGrant(g.ID), *g); err != nil {
 					return err
 				}

@@ -86,6 +86,7 @@ type pursuit struct {
 	static map[GrantID]bool    // what it covers and is over, and works on
 	total  int                 // of both, when the pursuit began
 	latest time.Time           // the latest end of what was queued then
+	hunted []GrantID           // whose mint was under way then
 	tokens map[string]bool     // accessors that Vault confirmed as revoked, to this process
 	nodes  []Delegation        // with tokens, root first; after the fence none gets another
 	least  time.Duration       // between two rounds: looking costs more the more is left
@@ -104,6 +105,11 @@ func (p *pursuit) round(ctx context.Context) (done bool, err error) {
 		return false, err
 	}
 	p.least = 5*time.Millisecond + time.Duration(len(left))*50*time.Microsecond
+	if len(left) == 0 && p.rv.Unswept {
+		if err := p.sweep(ctx); err != nil {
+			p.b.cfg.Alarm("sweeping for "+string(p.rv.ID), err)
+		}
+	}
 	return p.record(ctx, left, p.killTokens(ctx, p.nodes))
 }
 
@@ -130,9 +136,41 @@ func (p *pursuit) begin(ctx context.Context) error {
 		if end := g.LatestEnd(); end.After(p.latest) {
 			p.latest = end
 		}
+		if g.State == StateHandle && g.Lease.Expires.IsZero() {
+			p.hunted, p.rv.Unswept = append(p.hunted, g.ID), true
+		}
 		p.b.closer.hurry(g)
 	}
 	return nil
+}
+
+// sweep is step 4, once nothing is left: mints that were under way when it was fenced, and whose answer never came,
+// may have left what the ledger does not know.
+func (p *pursuit) sweep(ctx context.Context) error {
+	var lost []Grant
+	err := p.b.view(ctx, "revoke", func(tx Tx) error {
+		lost = nil
+		for _, id := range p.hunted {
+			g, _, err := load[Grant](tx, keyGrant(id))
+			if err != nil {
+				return err
+			}
+			if g.Lease.Expires.IsZero() && g.Token.Accessor != "" {
+				lost = append(lost, g)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if len(p.hunted) > 0 && len(lost) == 0 {
+		p.rv.Unswept = false
+		return nil
+	}
+	done, err := p.b.sweepAfter(ctx, lost, p.rv.Fenced)
+	p.rv.Unswept = !done
+	return err
 }
 
 // left gives what is not over of what the fence covers. Of many only the ids: to decode a
@@ -293,9 +331,9 @@ func (p *pursuit) record(ctx context.Context, left []Grant, pending int) (done b
 			return orUnknownRevocation("revoke", err)
 		}
 		before := rv
-		rv.Tokens = pending
+		rv.Tokens, rv.Unswept = pending, p.rv.Unswept
 		rv.count(found{left: left, static: len(p.static), total: p.total, latest: p.latest})
-		done = len(left) == 0 && pending == 0
+		done = len(left) == 0 && pending == 0 && !rv.Unswept
 		if done && rv.Settled.IsZero() {
 			rv.Settled = now
 		}
@@ -346,7 +384,7 @@ func (rv *Revocation) count(f found) {
 	switch {
 	case rv.Alive > 0:
 		rv.Closure = ClosurePartial
-	case rv.Unknown > 0 || rv.Tokens > 0:
+	case rv.Unknown > 0 || rv.Tokens > 0 || rv.Unswept:
 		rv.Closure = ClosureUnknown
 	default:
 		rv.Closure = ClosureClosed

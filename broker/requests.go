@@ -145,5 +145,6 @@ type Revocation struct {
 	Unknown   int          `json:"unknown"`             // of these, not proven either way
 	Static    int          `json:"static"`              // of these alive, that can only be rotated
 	Tokens    int          `json:"tokens"`              // delegation tokens not shown revoked yet
+	Unswept   bool         `json:"unswept,omitempty"`   // a mint was under way when it was fenced, and what it may have left is still looked for
 	LatestEnd time.Time    `json:"latest_end,omitzero"` // what is left ends by itself by then; zero: nothing is left, or never
 }

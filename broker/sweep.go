@@ -2,14 +2,26 @@ package broker
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"slices"
+	"strings"
+	"sync"
 	"time"
 )
 
-// LeaseLister is a Vault that can list the leases under the mounts that mint for tools.
+// LeaseLister is a Vault that can list the leases below the paths at which tools mint.
 type LeaseLister interface {
-	// Leases gives every lease there is under them, whoever asked for it.
-	Leases(ctx context.Context) ([]FoundLease, error)
+	// Leases gives every lease there is below the mint paths of tools, whoever asked for it: of the running
+	// bundle's when tools is nil, otherwise of the given ones, of which only Backend and Path are known.
+	// What could be listed is given with an error, too.
+	Leases(ctx context.Context, tools []Tool) ([]FoundLease, error)
+}
+
+// StuckLister is a Vault that gives up revoking a lease after some tries, and says of which.
+type StuckLister interface {
+	// Irrevocable gives their ids, of leases that are not ours as well.
+	Irrevocable(ctx context.Context) ([]string, error)
 }
 
 // FoundLease is a lease that Vault lists.
@@ -36,22 +48,53 @@ func (b *Broker) Sweep(ctx context.Context) (s Strays, err error) {
 	if err := b.dropSpentRules(ctx); err != nil {
 		return s, err
 	}
+	var errs []error
 	if lister, ok := b.cfg.Vault.(LeaseLister); ok {
-		if s.Leases, err = b.sweepLeases(ctx, lister); err != nil {
-			return s, err
+		earlier, err := b.earlierTools(ctx)
+		errs = append(errs, err)
+		for _, tools := range [][]Tool{nil, earlier} {
+			if tools == nil || len(tools) > 0 {
+				n, _, err := b.sweepLeases(ctx, lister, tools)
+				s.Leases += n
+				errs = append(errs, err)
+			}
 		}
 	}
-	for name, backend := range b.cfg.Backends {
-		finder, ok := backend.(Finder)
-		if !ok {
-			continue
-		}
-		n, err := b.sweepBackend(ctx, name, finder)
-		if s.Logins += n; err != nil {
-			return s, err
-		}
+	if lister, ok := b.cfg.Vault.(StuckLister); ok {
+		errs = append(errs, b.lookForStuck(ctx, lister))
 	}
-	return s, nil
+	for name := range b.cfg.Backends {
+		n, err := b.sweepBackend(ctx, name)
+		s.Logins += n
+		errs = append(errs, err)
+	}
+	return s, errors.Join(errs...)
+}
+
+// originOf is what is known of the tool that a grant was minted with.
+func originOf(g Grant) Tool {
+	return Tool{Name: g.Tool, Backend: g.Backend, Path: strings.Split(g.Path, "/")}
+}
+
+// earlierTools gives the origins of live grants that the running bundle has no tool for any more.
+func (b *Broker) earlierTools(ctx context.Context) (tools []Tool, err error) {
+	policy := b.cfg.Policy()
+	err = b.view(ctx, "sweep", func(tx Tx) error {
+		tools = []Tool{}
+		seen := map[string]bool{}
+		return eachLive(tx, "", func(g Grant) error {
+			key := g.Backend + "\x00" + g.Path
+			if g.Path == "" || seen[key] {
+				return nil
+			}
+			seen[key] = true
+			if t, known := policy.Tool(g.Tool); !known || t.Backend != g.Backend || strings.Join(t.Path, "/") != g.Path {
+				tools = append(tools, originOf(g))
+			}
+			return nil
+		})
+	})
+	return tools, err
 }
 
 // dropSpentRules takes final rules away once every chain that was open when they were written
@@ -81,35 +124,114 @@ func (b *Broker) dropSpentRules(ctx context.Context) error {
 	})
 }
 
-func (b *Broker) sweepLeases(ctx context.Context, lister LeaseLister) (n int, err error) {
-	found, err := lister.Leases(ctx)
-	if err != nil || len(found) == 0 {
-		return 0, err
+// sweepLeases ends the leases that the ledger does not know. young are those that are too young to tell: each
+// may be the answer that an issue is about to record.
+func (b *Broker) sweepLeases(ctx context.Context, lister LeaseLister, tools []Tool) (n int, young []FoundLease, err error) {
+	found, err := lister.Leases(ctx, tools)
+	if len(found) == 0 {
+		return 0, nil, err
 	}
+	errs := []error{err}
 	known := map[string]bool{}
 	if err := b.view(ctx, "sweep", func(tx Tx) error {
 		return eachLive(tx, "", func(g Grant) error { known[g.Lease.ID] = true; return nil })
 	}); err != nil {
-		return 0, err
+		return 0, nil, err
 	}
 	now := b.cfg.Now()
 	for _, lease := range found {
-		// A younger one may be the answer that an issue is about to record.
-		if known[lease.ID] || now.Sub(lease.Issued) < b.cfg.MintTimeout+5*time.Second {
+		if known[lease.ID] {
+			continue
+		}
+		if now.Sub(lease.Issued) < b.cfg.MintTimeout+5*time.Second {
+			young = append(young, lease)
 			continue
 		}
 		if err := b.cfg.Vault.Revoke(ctx, lease.ID); err != nil {
-			return n, err
+			errs = append(errs, err) // one that cannot be ended keeps no other alive
+			continue
 		}
 		n++
-		if err := b.stray(ctx, Entry{Detail: "a lease that the ledger does not know was ended: " + lease.ID}); err != nil {
-			return n, err
-		}
+		errs = append(errs, b.stray(ctx, Entry{Detail: "a lease that the ledger does not know was ended: " + lease.ID}))
 	}
-	return n, nil
+	return n, young, errors.Join(errs...)
 }
 
-func (b *Broker) sweepBackend(ctx context.Context, name string, finder Finder) (n int, err error) {
+// stuck are the leases of live grants that Vault has given up revoking, as the last sweep found them.
+type stuck struct {
+	mu     sync.Mutex // guards leases
+	leases map[string]bool
+}
+
+// set takes over what was found and gives what is new in it.
+func (s *stuck) set(found map[string]bool) (fresh []string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id := range found {
+		if !s.leases[id] {
+			fresh = append(fresh, id)
+		}
+	}
+	s.leases = found
+	return fresh
+}
+
+func (s *stuck) has(lease string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.leases[lease]
+}
+
+// Irrevocable counts the leases of grants that Vault has given up revoking, as of the last sweep. Each is tried
+// again, and needs a person who looks why.
+func (b *Broker) Irrevocable() int {
+	b.stuck.mu.Lock()
+	defer b.stuck.mu.Unlock()
+	return len(b.stuck.leases)
+}
+
+// lookForStuck finds which grants' leases Vault has given up, says so once of each, and has them tried again: what
+// stood in the way, a target that was down for longer than Vault's patience, may be over.
+func (b *Broker) lookForStuck(ctx context.Context, lister StuckLister) error {
+	ids, err := lister.Irrevocable(ctx)
+	if err != nil {
+		return err
+	}
+	given := make(map[string]bool, len(ids))
+	for _, id := range ids {
+		given[id] = true
+	}
+	ours := map[string]bool{}
+	var again []Grant
+	if len(given) > 0 {
+		if err := b.view(ctx, "sweep", func(tx Tx) error {
+			clear(ours)
+			again = nil
+			return eachLive(tx, "", func(g Grant) error {
+				if given[g.Lease.ID] {
+					ours[g.Lease.ID] = true
+					again = append(again, g)
+				}
+				return nil
+			})
+		}); err != nil {
+			return err
+		}
+	}
+	for _, id := range b.stuck.set(ours) {
+		b.cfg.Alarm("sweep", Errorf(Internal, "sweep", "Vault has given up revoking lease %s: it is tried again, and needs a person", id))
+	}
+	for _, g := range again {
+		b.closer.hurry(g)
+	}
+	return nil
+}
+
+func (b *Broker) sweepBackend(ctx context.Context, name string) (n int, err error) {
+	finder, ok := b.cfg.Backends[name].(Finder)
+	if !ok {
+		return 0, nil
+	}
 	found, err := finder.Find(ctx)
 	if err != nil || len(found) == 0 {
 		return 0, err
@@ -164,6 +286,37 @@ func (b *Broker) stray(ctx context.Context, e Entry) error {
 	e.At, e.Actor, e.Op = b.cfg.Now(), "pawl", OpStray
 	b.cfg.Alarm("sweep", Errorf(Internal, "sweep", "%s", e.Detail))
 	return b.update(ctx, "sweep", func(tx Tx) error { _, err := enter(tx, e); return err })
+}
+
+// sweepAfter is step 4 of revoke for mints whose answer was lost: when none of them can complete any more, what Vault
+// holds below their paths is compared with the ledger. done means that no lease that they could have left is there.
+// With no grants, as after a restart, all paths are looked at.
+func (b *Broker) sweepAfter(ctx context.Context, grants []Grant, fenced time.Time) (done bool, err error) {
+	var tools []Tool
+	backends := map[string]bool{}
+	for _, g := range grants {
+		if !slices.ContainsFunc(tools, func(t Tool) bool { return t.Backend == g.Backend && strings.Join(t.Path, "/") == g.Path }) {
+			tools = append(tools, originOf(g))
+		}
+		backends[g.Backend] = true
+	}
+	var errs []error
+	done = true
+	if lister, ok := b.cfg.Vault.(LeaseLister); ok {
+		_, young, err := b.sweepLeases(ctx, lister, tools)
+		errs = append(errs, err)
+		// Their mints were sent before the fence, and Vault is given some seconds for its clock.
+		last := fenced.Add(b.cfg.MintTimeout + b.cfg.MintBound + lateness)
+		done = !slices.ContainsFunc(young, func(l FoundLease) bool { return l.Issued.Before(last) })
+	}
+	for name := range b.cfg.Backends {
+		if grants == nil || backends[name] {
+			_, err := b.sweepBackend(ctx, name)
+			errs = append(errs, err)
+		}
+	}
+	err = errors.Join(errs...)
+	return done && err == nil, err
 }
 
 // runSweeps sweeps on a schedule until the broker stops.

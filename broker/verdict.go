@@ -1,6 +1,9 @@
 package broker
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // verdict judges one grant by what was found of it. Dead takes an answer from every part that
 // could know better: Vault has ended the token, knows the lease no more, no mint can still be
@@ -12,7 +15,15 @@ type verdict struct {
 	found   Evidence   // of the target; zero when it cannot be asked
 	probed  bool       // the target can be asked
 	minting bool       // an issue of this process is at work
+	stuck   bool       // Vault has given up revoking the lease
 	now     time.Time
+}
+
+// answerGivenUp is the evidence of a lease that Vault lists as irrevocable.
+const answerGivenUp = "still there, and Vault has given up revoking it: it is tried again, and needs a person"
+
+func givenUp(evidence []Evidence) bool {
+	return slices.ContainsFunc(evidence, func(e Evidence) bool { return e.Answer == answerGivenUp })
 }
 
 func (v verdict) outcome() (Outcome, []Evidence) {
@@ -56,7 +67,9 @@ func (v verdict) lease() Evidence {
 		e.Outcome, e.Answer = OutcomeUnknown, "Vault did not answer"
 	case v.gone.asked && !v.gone.gone:
 		// Vault still lists it: what the target says decides whether it works, but it is not over.
-		e.Outcome, e.Answer = OutcomeUnknown, "still there"
+		if e.Outcome, e.Answer = OutcomeUnknown, "still there"; v.stuck {
+			e.Answer = answerGivenUp
+		}
 	case v.gone.asked:
 	case v.g.State == StateHandle && (v.minting || v.now.Before(v.g.Settles)):
 		e.Check, e.Outcome, e.Answer = "ledger", OutcomeUnknown, "a mint may still be on its way until "+v.g.Settles.UTC().Format(time.RFC3339)

@@ -4,6 +4,8 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -22,6 +24,23 @@ type world struct {
 	vault  *brokertest.Vault
 	target *brokertest.Target
 	policy *brokertest.Policy
+
+	through broker.Vault // what the broker asks in place of vault; nil: vault itself
+
+	mu     sync.Mutex // guards alarms
+	alarms []string
+}
+
+// alarmed counts the alarms that hold a text.
+func (w *world) alarmed(text string) (n int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, a := range w.alarms {
+		if strings.Contains(a, text) {
+			n++
+		}
+	}
+	return n
 }
 
 func newWorld(t *testing.T) *world {
@@ -47,7 +66,16 @@ func (k keeper) Prove(_ context.Context, grants []broker.Grant) ([]broker.Eviden
 // start makes a broker over the world's parts, as a new process would.
 func (w *world) start(ledger broker.Ledger) {
 	w.t.Helper()
-	b, err := broker.New(broker.Config{Ledger: ledger, Policy: func() broker.Policy { return w.policy }, Vault: w.vault,
+	vault := w.through
+	if vault == nil {
+		vault = w.vault
+	}
+	b, err := broker.New(broker.Config{Ledger: ledger, Policy: func() broker.Policy { return w.policy }, Vault: vault,
+		Alarm: func(op string, err error) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.alarms = append(w.alarms, op+": "+err.Error())
+		},
 		Backends: map[string]broker.Backend{"target": w.target, "keeper": keeper{w.target}}, Now: time.Now, Random: rand.Reader,
 		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: -1})
 	if err != nil {

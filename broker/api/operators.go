@@ -132,6 +132,7 @@ type Revocation struct {
 	Tokens    int       `json:"tokens"`              // delegation tokens not shown revoked yet
 	LatestEnd time.Time `json:"latest_end,omitzero"` // what is left ends by itself by then; left out: nothing is left, or never
 
+	Unswept       bool `json:"unswept,omitzero"`        // a mint was under way when it was fenced, and what it may have left is still looked for
 	CoversNothing bool `json:"covers_nothing,omitzero"` // a rule under which nothing fell when it was written; what is asked for later may
 	Repeated      bool `json:"repeated,omitzero"`       // of the answer to a command: the same stood already, as it is here, and this command changed nothing
 

@@ -22,7 +22,13 @@ type Vault struct {
 	n      int
 	tokens map[string]*token
 	held   map[broker.DelegationID]string
-	leases map[string]string // lease → accessor
+	leases map[string]lease
+}
+
+type lease struct {
+	accessor string
+	issued   time.Time
+	stuck    bool // nothing ends it
 }
 
 type token struct {
@@ -30,11 +36,13 @@ type token struct {
 	dead   bool
 	grant  broker.GrantID
 	lease  string
+
+	created time.Time // when its grant was: near enough to when its lease is
 }
 
 // NewVault makes a Vault that mints into target.
 func NewVault(target *Target) *Vault {
-	return &Vault{Target: target, tokens: map[string]*token{}, held: map[broker.DelegationID]string{}, leases: map[string]string{}}
+	return &Vault{Target: target, tokens: map[string]*token{}, held: map[broker.DelegationID]string{}, leases: map[string]lease{}}
 }
 
 // Restarted is the same Vault as a new process of the broker finds it: no token is in memory.
@@ -133,7 +141,7 @@ func (v *Vault) Child(_ context.Context, g broker.Grant, _, _ string) (broker.Ha
 		v.mu.Unlock()
 		return broker.Handle{}, fmt.Errorf("the delegation's token is gone: %w", broker.ErrNotMinted)
 	}
-	h := v.makeLocked(token{parent: parent, grant: g.ID}, g.Expires)
+	h := v.makeLocked(token{parent: parent, grant: g.ID, created: g.Created}, g.Expires)
 	v.mu.Unlock()
 	return h, v.fault("child done")
 }
@@ -156,15 +164,15 @@ func (v *Vault) Mint(_ context.Context, h broker.Handle, m broker.Mint) (broker.
 	}
 	v.mu.Lock()
 	v.n++
-	lease := fmt.Sprintf("target/creds/%d", v.n)
-	t.lease = lease
-	v.leases[lease] = h.Accessor
+	id := fmt.Sprintf("target/creds/%d", v.n)
+	t.lease = id
+	v.leases[id] = lease{accessor: h.Accessor, issued: t.created}
 	v.mu.Unlock()
 	if err := v.fault("mint done"); err != nil {
 		return broker.Lease{}, broker.Secret{}, err
 	}
 	done, err := m.Finish(map[string]any{"password": password}, h.Expires)
-	return broker.Lease{ID: lease, Ref: done.Ref, Expires: h.Expires}, done.Secret, err
+	return broker.Lease{ID: id, Ref: done.Ref, Expires: h.Expires}, done.Secret, err
 }
 
 // Kill implements [broker.Killer]. As in Vault, what hangs below ends too.
@@ -184,7 +192,7 @@ func (v *Vault) killLocked(accessor string) {
 		return
 	}
 	t.dead = true
-	if t.lease != "" {
+	if t.lease != "" && !v.leases[t.lease].stuck {
 		delete(v.leases, t.lease)
 		v.Target.drop(t.grant)
 	}
@@ -196,14 +204,61 @@ func (v *Vault) killLocked(accessor string) {
 }
 
 // Revoke implements [broker.Killer].
-func (v *Vault) Revoke(_ context.Context, lease string) error {
+func (v *Vault) Revoke(_ context.Context, id string) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if accessor, ok := v.leases[lease]; ok {
-		delete(v.leases, lease)
-		v.Target.drop(v.tokens[accessor].grant)
+	l, ok := v.leases[id]
+	if l.stuck {
+		return fmt.Errorf("lease %s cannot be revoked", id)
+	}
+	if delete(v.leases, id); ok && v.tokens[l.accessor] != nil {
+		v.Target.drop(v.tokens[l.accessor].grant)
 	}
 	return nil
+}
+
+// Leases implements [broker.LeaseLister]: all there are, whatever the tools.
+func (v *Vault) Leases(context.Context, []broker.Tool) (found []broker.FoundLease, err error) {
+	if err := v.fault("leases"); err != nil {
+		return nil, err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for id, l := range v.leases {
+		found = append(found, broker.FoundLease{ID: id, Issued: l.issued})
+	}
+	return found, nil
+}
+
+// Plant makes a lease behind the broker's back.
+func (v *Vault) Plant(id string, issued time.Time) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.leases[id] = lease{issued: issued}
+}
+
+// Stick makes a lease irrevocable, or revocable again: Vault lists it, and nothing ends it.
+func (v *Vault) Stick(id string, is bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	l := v.leases[id]
+	l.stuck = is
+	v.leases[id] = l
+}
+
+// Irrevocable implements [broker.StuckLister].
+func (v *Vault) Irrevocable(context.Context) (ids []string, err error) {
+	if err := v.fault("irrevocable"); err != nil {
+		return nil, err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for id, l := range v.leases {
+		if l.stuck {
+			ids = append(ids, id)
+		}
+	}
+	return ids, nil
 }
 
 // Gone implements [broker.Killer].

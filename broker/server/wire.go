@@ -175,7 +175,7 @@ func wireRevocation(r broker.Revocation) api.Revocation {
 		Asked: utc(r.Asked), Fenced: utc(r.Fenced), Revision: uint64(r.Revision), Settled: utc(r.Settled),
 		Closure: string(cmp.Or(r.Closure, broker.ClosureUnknown)), Grants: r.Grants, Dead: r.Dead, Alive: r.Alive,
 		Unknown: r.Unknown, Static: r.Static, Tokens: r.Tokens, LatestEnd: utc(r.LatestEnd),
-		CoversNothing: r.Nothing, Repeated: r.Repeated,
+		Unswept: r.Unswept, CoversNothing: r.Nothing, Repeated: r.Repeated,
 	}
 }
 

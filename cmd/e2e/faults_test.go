@@ -115,8 +115,13 @@ func (v faultyVault) Gone(ctx context.Context, leases []string) ([]bool, error) 
 }
 
 // Leases implements [broker.LeaseLister].
-func (v faultyVault) Leases(ctx context.Context) ([]broker.FoundLease, error) {
-	return v.Vault.(broker.LeaseLister).Leases(ctx)
+func (v faultyVault) Leases(ctx context.Context, tools []broker.Tool) ([]broker.FoundLease, error) {
+	return v.Vault.(broker.LeaseLister).Leases(ctx, tools)
+}
+
+// Irrevocable implements [broker.StuckLister].
+func (v faultyVault) Irrevocable(ctx context.Context) ([]string, error) {
+	return v.Vault.(broker.StuckLister).Irrevocable(ctx)
 }
 
 // target is a backend with everything a backend can have, such as PostgreSQL.

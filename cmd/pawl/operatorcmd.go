@@ -146,6 +146,11 @@ func writeChain(w io.Writer, v api.ChainView) {
 			fmt.Fprintf(w, "%s%s  %s  %s until %s\n", indent, d.ID, d.Holder, fenceWord(d.Fence), d.Expires.UTC().Format(time.RFC3339))
 			for _, g := range grants[d.ID] {
 				fmt.Fprintf(w, "%s    %s  %s  %s %s  %s\n", indent, g.ID, g.Tool, g.State, g.Outcome, g.Args)
+				for _, e := range g.Evidence { // of what is being ended: why it is not over
+					if g.State != "CLOSED" && e.Outcome != "dead" {
+						fmt.Fprintf(w, "%s      %s: %s\n", indent, e.Check, oneLine(e.Answer))
+					}
+				}
 			}
 			draw(d.ID, indent+"  ")
 		}
@@ -327,6 +332,9 @@ func revocationLine(r api.Revocation) string {
 	var note string
 	if r.CoversNothing {
 		note = "; nothing fell under it when it was written, what is asked for later may"
+	}
+	if r.Unswept {
+		note += "; what a mint under way may have left is looked for"
 	}
 	if r.Repeated {
 		note += "; it stood already"

@@ -220,8 +220,7 @@ func TokenRoles(tools []broker.Tool, backends map[string]Backend) (writes []vaul
 	return writes, nil
 }
 
-// leaseLister is the Vault client with the paths whose leases are ours: those of the running
-// bundle's tools.
+// leaseLister is the Vault client with the paths whose leases are ours: those at which tools mint.
 type leaseLister struct {
 	*vault.Client
 	policy   *policy.Running
@@ -229,27 +228,42 @@ type leaseLister struct {
 }
 
 // Leases implements [broker.LeaseLister].
-func (l leaseLister) Leases(ctx context.Context) ([]broker.FoundLease, error) {
-	var prefixes [][]string
+func (l leaseLister) Leases(ctx context.Context, tools []broker.Tool) (found []broker.FoundLease, err error) {
+	if tools == nil {
+		tools = l.policy.Current().Tools()
+	}
+	listed, err := listLeases(ctx, func(ctx context.Context, path []string) ([]vault.LeaseInfo, error) { return l.Client.Leases(ctx, path) },
+		mintPaths(tools, l.backends))
+	for _, lease := range listed {
+		found = append(found, broker.FoundLease{ID: lease.ID, Issued: lease.Issued})
+	}
+	return found, err
+}
+
+// mintPaths gives the paths at which tools get leases, each once.
+func mintPaths(tools []broker.Tool, backends map[string]broker.Backend) (paths [][]string) {
 	seen := map[string]bool{}
-	for _, t := range l.policy.Current().Tools() {
-		m, ok := l.backends[t.Backend].(minting)
-		if !ok {
+	for _, t := range tools {
+		m, ok := backends[t.Backend].(minting)
+		if !ok || len(t.Path) < 2 {
 			continue
 		}
 		path, _, leased := m.Access(t)
 		if key := strings.Join(path, "/"); leased && !seen[key] {
 			seen[key] = true
-			prefixes = append(prefixes, path)
+			paths = append(paths, path)
 		}
 	}
-	if len(prefixes) == 0 {
-		return nil, nil
+	return paths
+}
+
+// listLeases lists below each path. One that may not be listed, as a tool's of an earlier bundle may be, leaves out no
+// other.
+func listLeases(ctx context.Context, list func(context.Context, []string) ([]vault.LeaseInfo, error), paths [][]string) (all []vault.LeaseInfo, err error) {
+	var errs []error
+	for _, path := range paths {
+		found, err := list(ctx, path)
+		all, errs = append(all, found...), append(errs, err)
 	}
-	listed, err := l.Client.Leases(ctx, prefixes...)
-	found := make([]broker.FoundLease, len(listed))
-	for i, lease := range listed {
-		found[i] = broker.FoundLease{ID: lease.ID, Issued: lease.Issued}
-	}
-	return found, err
+	return all, errors.Join(errs...)
 }

@@ -121,6 +121,9 @@ func (m *metrics) lag(now time.Time) (lag time.Duration) {
 
 // begin takes over how many grants were alive before anything is counted.
 func (m *metrics) begin(ctx context.Context, b *broker.Broker) error {
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_irrevocable_leases",
+		Help: "Leases of ours that Vault has given up revoking, as of the last sweep; each needs a person."},
+		func() float64 { return float64(b.Irrevocable()) }))
 	chains, err := b.Chains(ctx, true)
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -58,7 +58,7 @@ func TestMetrics(t *testing.T) {
 		t.Fatalf("a step with a tool that is not there = %v, want denied", err)
 	}
 	lines(t, scrape(), `pawl_steps_total{outcome="issued",tool="db"} 2`, `pawl_steps_total{outcome="denied",tool="other"} 1`,
-		`pawl_live_grants 2`, `pawl_vault_ready 0`, `pawl_closure_lag_seconds 0`)
+		`pawl_live_grants 2`, `pawl_vault_ready 0`, `pawl_irrevocable_leases 0`, `pawl_closure_lag_seconds 0`)
 	b.Stop()
 
 	b, scrape = start()
