@@ -77,6 +77,10 @@ type Evidence struct {
 	Check   string    `json:"check"` // what was asked of whom: "vault: lease lookup", "postgres: pg_roles and pg_stat_activity"
 	Outcome Outcome   `json:"outcome,omitempty"`
 	Answer  string    `json:"answer"` // in a few words; no secret
+
+	// Listed says of a dead secret that this rests on a list, or on an answer to whoever asks: a verifier that
+	// looks at neither takes it until its own end.
+	Listed bool `json:"listed,omitempty"`
 }
 
 // Handle is a Vault token as the ledger knows it: by its accessor, which can end but not use it.

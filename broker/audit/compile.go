@@ -226,6 +226,10 @@ func (c *compiler) grant(g broker.Grant, handed time.Time) {
 	case out.Before && !handed.IsZero():
 		r.OverBefore++
 	}
+	if end := g.LatestEnd(); g.Outcome == broker.OutcomeDead && end.After(fenced) &&
+		slices.ContainsFunc(g.Evidence, func(e broker.Evidence) bool { return e.Listed && e.Outcome == broker.OutcomeDead }) {
+		r.Listed, r.ListedEnd = append(r.Listed, g.ID), later(r.ListedEnd, end)
+	}
 	if g.Outcome == broker.OutcomeAlive || g.Outcome == broker.OutcomeUnknown {
 		r.LatestEnd = later(r.LatestEnd, out.LatestEnd)
 	}
@@ -347,7 +351,7 @@ func worry(g Grant) int {
 // utc gives a report one spelling of its times, whatever clock the ledger was written with.
 func (r *Report) utc() {
 	rv := &r.Revocation
-	times := []*time.Time{&rv.Asked, &rv.Fenced, &rv.Settled, &rv.LatestEnd, &r.Window.Fenced, &r.Residual.LatestEnd}
+	times := []*time.Time{&rv.Asked, &rv.Fenced, &rv.Settled, &rv.LatestEnd, &r.Window.Fenced, &r.Residual.LatestEnd, &r.Residual.ListedEnd}
 	if r.Window.Breach != nil {
 		times = append(times, &r.Window.Breach.At)
 	}

@@ -125,6 +125,10 @@ func (p *page) residual(r Report) {
 	if !left.LatestEnd.IsZero() {
 		p.line("- What is alive or not proven ends by itself by %s", at(left.LatestEnd))
 	}
+	p.line("- Dead by a list or by introspection, and good until their own end at a verifier that looks at neither: %s", ids(left.Listed))
+	if !left.ListedEnd.IsZero() {
+		p.line("- These end by themselves everywhere by %s", at(left.ListedEnd))
+	}
 	p.line("- Delegation tokens not shown revoked: %d", left.Tokens)
 	p.line("- Secrets that were handed over and were over before the fence: %d. What was done with them stays done.", left.OverBefore)
 }

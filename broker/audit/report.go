@@ -92,6 +92,8 @@ type Residual struct {
 	Unproven   []broker.GrantID `json:"unproven"`            // not shown either way
 	LatestEnd  time.Time        `json:"latest_end,omitzero"` // alive and unproven ones end by themselves by then
 	Tokens     int              `json:"tokens"`              // delegation tokens not shown revoked
+	Listed     []broker.GrantID `json:"listed"`              // dead for whoever looks at a list or asks (ssh, pki, jwt): a verifier that does neither takes them until ListedEnd
+	ListedEnd  time.Time        `json:"listed_end,omitzero"` // by which these end by themselves everywhere
 	OverBefore int              `json:"over_before"`         // secrets handed over and over before the fence: what was done with them stays done
 }
 

@@ -282,23 +282,31 @@ func TestResidual(t *testing.T) {
 	}
 	unproven := grant("unproven", broker.OutcomeUnknown, 7*time.Minute, false)
 	unproven.Lease.Outlives = noon.Add(8 * time.Minute) // at its target
+	listed, over := grant("listed", broker.OutcomeDead, 6*time.Minute, true), grant("over", broker.OutcomeDead, -time.Second, true)
+	dead := grant("dead", broker.OutcomeDead, 9*time.Minute, true)
+	dead.Evidence = []broker.Evidence{{Outcome: broker.OutcomeDead, Answer: "refused"}} // at its target
+	over.Expires = noon.Add(-time.Second)
+	for _, g := range []*broker.Grant{&listed, &over} { // both certificates on a list, the one past its end at the fence
+		g.Evidence = []broker.Evidence{{Outcome: broker.OutcomeDead, Answer: "revoked", Listed: true}}
+	}
 	f := fixed{rv: broker.Revocation{ID: "rv", Chain: "ch", Node: "dl", Selector: "chain:ch", Fenced: noon, Closure: broker.ClosurePartial},
 		view: broker.ChainView{Chain: broker.Chain{ID: "ch"}, Delegations: []broker.Delegation{{ID: "dl", Chain: "ch"}},
 			Grants: []broker.Grant{grant("static", broker.OutcomeStatic, 0, true), grant("alive", broker.OutcomeAlive, 5*time.Minute, false),
-				unproven, grant("dead", broker.OutcomeDead, 9*time.Minute, true)}}}
+				unproven, listed, over, dead}}}
 	r, err := audit.Compile(t.Context(), f, nil, "rv", noon)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := audit.Residual{Rotate: []broker.GrantID{"static"}, Alive: []broker.GrantID{"alive"}, Unproven: []broker.GrantID{"unproven"}, LatestEnd: noon.Add(8 * time.Minute)}
+	want := audit.Residual{Rotate: []broker.GrantID{"static"}, Alive: []broker.GrantID{"alive"}, Unproven: []broker.GrantID{"unproven"}, LatestEnd: noon.Add(8 * time.Minute),
+		Listed: []broker.GrantID{"listed"}, ListedEnd: noon.Add(6 * time.Minute)}
 	if !reflect.DeepEqual(r.Residual, want) {
 		t.Errorf("residual = %+v, want %+v", r.Residual, want)
 	}
-	if got := grantIDs(r.Grants); got[len(got)-1] != "dead" {
+	if got := grantIDs(r.Grants); slices.ContainsFunc(got[:3], func(id broker.GrantID) bool { return id == "dead" || id == "listed" }) {
 		t.Errorf("grants = %v, want what is dead last", got)
 	}
 	page := r.Markdown()
-	for _, must := range []string{"To be rotated where they are kept: 1: static", "Shown to work still: 1: alive", "Not proven either way: 1: unproven", "**PARTIAL**"} {
+	for _, must := range []string{"To be rotated where they are kept: 1: static", "Shown to work still: 1: alive", "Not proven either way: 1: unproven", "at a verifier that looks at neither: 1: listed", "**PARTIAL**"} {
 		if !strings.Contains(page, must) {
 			t.Errorf("the page lacks %q:\n%s", must, page)
 		}

@@ -175,7 +175,7 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 		}
 		out[i] = broker.Evidence{At: now, Check: "jwt: introspection", Outcome: broker.OutcomeAlive, Answer: "active until " + end}
 		if !active {
-			out[i].Outcome, out[i].Answer = broker.OutcomeDead, "inactive; a verifier that does not ask takes it until "+end
+			out[i].Listed, out[i].Outcome, out[i].Answer = true, broker.OutcomeDead, "inactive; a verifier that does not ask takes it until "+end
 		}
 	}
 	return out, nil

@@ -308,6 +308,9 @@ func TestProve(t *testing.T) {
 	if got := outcomes(); got != "alive,dead" {
 		t.Errorf("Prove() when introspection refuses one = %s", got)
 	}
+	if e, err := b.Prove(t.Context(), []broker.Grant{cut}); err != nil || !e[0].Listed {
+		t.Errorf("Prove() = %+v, %v, want it to say that this is for whoever asks", e, err)
+	}
 	down = errors.New("down")
 	if e, err := b.Prove(t.Context(), []broker.Grant{cut}); err == nil {
 		t.Errorf("Prove() when nobody can tell = %v, want an error", e)

@@ -225,7 +225,7 @@ func (b *Backend) prove(ctx context.Context, g broker.Grant) (broker.Evidence, e
 	case data == nil || err != nil:
 		e.Answer = "Vault does not know the certificate: the role has no_store, or another engine is mounted"
 	case at > 0:
-		e.Outcome = broker.OutcomeDead
+		e.Listed, e.Outcome = true, broker.OutcomeDead
 		e.Answer = "revoked at " + time.Unix(at, 0).UTC().Format(time.RFC3339) + "; a server that checks no CRL or OCSP takes it until " + end.UTC().Format(time.RFC3339)
 	default:
 		e.Outcome, e.Answer = broker.OutcomeAlive, "not revoked"

@@ -361,7 +361,11 @@ func TestRealProve(t *testing.T) {
 		}
 		var out []string
 		for _, one := range ev {
-			out = append(out, string(one.Outcome))
+			word := string(one.Outcome)
+			if one.Listed {
+				word += " by a list"
+			}
+			out = append(out, word)
 		}
 		return strings.Join(out, ",")
 	}
@@ -369,7 +373,7 @@ func TestRealProve(t *testing.T) {
 		t.Errorf("Prove() before = %q", got)
 	}
 	e.write(t, "sys/leases/revoke", map[string]any{"lease_id": s.lease, "sync": true})
-	if got := outcomes(); got != "dead,,dead," {
+	if got := outcomes(); got != "dead by a list,,dead," {
 		t.Errorf("Prove() after the lease's revocation = %q", got)
 	}
 	if _, err := newBackend(t, none{}).Prove(t.Context(), []broker.Grant{g}); err == nil {

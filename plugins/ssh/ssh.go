@@ -201,7 +201,7 @@ func (b *Backend) Prove(_ context.Context, grants []broker.Grant) ([]broker.Evid
 		case now.After(end(g).Add(leeway)):
 			e.Check, e.Outcome, e.Answer = "ssh: the certificate's end", broker.OutcomeDead, "it ended at "+until
 		case revoked[keyID(g.ID)]:
-			e.Outcome, e.Answer = broker.OutcomeDead, "listed: sshd refuses new logins; a session opened before runs on"
+			e.Listed, e.Outcome, e.Answer = true, broker.OutcomeDead, "listed: sshd refuses new logins; a session opened before runs on"
 		}
 		out[i] = e
 	}

@@ -290,7 +290,8 @@ func TestRealNarrow(t *testing.T) {
 		t.Errorf("the other certificate: %q, %v", out, err)
 	}
 	evidence, err := b.Prove(t.Context(), []broker.Grant{g, lost, grant(t, 4, "")})
-	if err != nil || evidence[0].Outcome != broker.OutcomeDead || evidence[1].Outcome != broker.OutcomeDead || evidence[2].Outcome != broker.OutcomeAlive {
+	if err != nil || evidence[0].Outcome != broker.OutcomeDead || evidence[1].Outcome != broker.OutcomeDead || evidence[2].Outcome != broker.OutcomeAlive ||
+		!evidence[0].Listed || !evidence[1].Listed || evidence[2].Listed {
 		t.Errorf("Prove() = %+v, %v", evidence, err)
 	}
 }
@@ -371,7 +372,7 @@ func TestProveWithoutList(t *testing.T) {
 		t.Fatal(err)
 	}
 	e, err := b.Prove(t.Context(), []broker.Grant{g, over})
-	if err != nil || e[0].Outcome != broker.OutcomeAlive || e[1].Outcome != broker.OutcomeDead {
+	if err != nil || e[0].Outcome != broker.OutcomeAlive || e[1].Outcome != broker.OutcomeDead || e[1].Listed {
 		t.Errorf("Prove() = %+v, %v, want alive, dead", e, err)
 	}
 }
