@@ -125,13 +125,14 @@ func TestRefusals(t *testing.T) {
 func TestDelegationOnlyNarrows(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
-		root := w.open("planner", broker.OpenRequest{Depth: 2, Budget: broker.Budget{Steps: 10}, Rights: []broker.Right{
+		root := w.open("planner", broker.OpenRequest{Depth: 2, TTL: 30 * time.Minute, Budget: broker.Budget{Steps: 10}, Rights: []broker.Right{
 			{Tool: "db.read", Use: true, Delegate: true, Args: map[string]broker.Constraint{"table": broker.OneOf("orders", "items")}},
 			{Tool: "db.write", Use: true},
 			{Tool: "deploy", Delegate: true},
 		}})
 		orders := map[string]broker.Constraint{"table": broker.OneOf("orders")}
 		wide := map[string]broker.Constraint{"table": broker.OneOf("orders", "people")}
+		pass(time.Minute)
 		for _, row := range []struct {
 			name string
 			r    broker.DelegateRequest
@@ -143,13 +144,15 @@ func TestDelegationOnlyNarrows(t *testing.T) {
 			{"an argument left open", broker.DelegateRequest{Rights: use("db.read")}, broker.CodeDelegationWider},
 			{"what it may only use", broker.DelegateRequest{Rights: use("db.write")}, broker.CodeDelegationWider},
 			{"more budget", broker.DelegateRequest{Rights: use("deploy"), Budget: broker.Budget{Steps: 11}}, broker.CodeDelegationWider},
+			{"as long as the parent's whole life, a while later", broker.DelegateRequest{Rights: use("deploy"), TTL: 30 * time.Minute}, ""},
+			{"longer than that", broker.DelegateRequest{Rights: use("deploy"), TTL: 30*time.Minute + time.Second}, broker.CodeDelegationWider},
 			{"as much depth", broker.DelegateRequest{Rights: use("deploy"), Depth: 2}, broker.CodeDelegationWider},
 		} {
 			row.r.From, row.r.To = root.ID, as("writer").ID
 			d, err := w.Delegate(ctx, as("planner"), row.r)
 			if row.code != "" {
 				refused(t, row.name, err, broker.Denied, row.code)
-			} else if err != nil || d.Holder != as("writer").ID || d.Budget.Steps != 10 {
+			} else if err != nil || d.Holder != as("writer").ID || d.Budget.Steps != 10 || d.Expires.After(root.Expires) {
 				t.Errorf("%s: Delegate = %+v, %v; want a child with the parent's budget", row.name, d, err)
 			}
 		}

@@ -156,7 +156,7 @@ func (b *Broker) Delegate(ctx context.Context, c Caller, r DelegateRequest) (Del
 		History: history, Now: now}
 	child := p.leaf().child(r, scope, now)
 	child.ID = DelegationID(id)
-	wider := p.leaf().refuse(op, child)
+	wider := p.leaf().refuse(op, child, r.TTL)
 	if err := b.baited(ctx, op, policy, q, p, wider, scope.tools()...); err != nil {
 		return Delegation{}, err
 	}
@@ -184,7 +184,7 @@ func (b *Broker) Delegate(ctx context.Context, c Caller, r DelegateRequest) (Del
 	return child, nil
 }
 
-// child is what r makes of d, before it is checked to be narrower.
+// child is what r makes of d, before it is checked to be narrower. It ends with d at the latest.
 func (d Delegation) child(r DelegateRequest, scope Scope, now time.Time) Delegation {
 	expires := d.Expires
 	if r.TTL > 0 && now.Add(r.TTL).Before(expires) {
@@ -207,7 +207,9 @@ func (d Delegation) child(r DelegateRequest, scope Scope, now time.Time) Delegat
 }
 
 // refuse gives the refusal of a child that is wider than its parent in anything; nil when it is not.
-func (parent Delegation) refuse(op string, child Delegation) *Error {
+// The life asked for is held against the parent's whole life, not against what is left of it: whoever
+// asks for as long as it was given itself means to the end, and gets that.
+func (parent Delegation) refuse(op string, child Delegation, ttl time.Duration) *Error {
 	if parent.Depth == 0 {
 		return Errorf(Denied, op, "this delegation may not be passed on any further").
 			With(CodeDelegationDepth).Lacks("open the chain with more depth", "depth")
@@ -215,6 +217,9 @@ func (parent Delegation) refuse(op string, child Delegation) *Error {
 	wider := append(parent.Scope.Wider(child.Scope), parent.Budget.wider(child.Budget)...)
 	if child.Depth >= parent.Depth {
 		wider = append(wider, "depth")
+	}
+	if ttl > parent.Expires.Sub(parent.Created) {
+		wider = append(wider, "ttl")
 	}
 	if len(wider) > 0 {
 		return Errorf(Denied, op, "the delegation asks for more than yours may pass on").

@@ -23,7 +23,7 @@ type DelegateRequest struct {
 	Rights []Right
 	Budget Budget        // zero fields take the parent's limit
 	Depth  int           // how many times the receiver may pass it on; less than the parent's
-	TTL    time.Duration // zero: as long as the parent
+	TTL    time.Duration // zero: as long as the parent. More than the parent's whole life is refused; what reaches past its end ends with it
 }
 
 // StepRequest asks for one secret for one step.

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/pawlsec/pawl/broker"
 )
@@ -55,12 +56,15 @@ type treeNode struct {
 	parent int
 	rights map[broker.ToolName]treeRight
 	scope  broker.Scope
+	held   broker.Delegation
 }
 
 type treeRight struct {
 	use, delegate bool
 	args          map[string]int
 }
+
+var treeTime = time.Date(2026, 3, 4, 12, 0, 0, 0, time.UTC)
 
 var treeTools = []broker.ToolName{"deploy", "psql", "ssh"}
 
@@ -130,8 +134,53 @@ func (w *grove) call(p pick, r treeRight) map[string]int {
 	return call
 }
 
-// TestNoTreeWidens grows trees of delegations by the rule of Scope.Wider alone and asks the
-// reference about calls: none that a node allows is refused by the node above it.
+// limits draws what bounds a delegation beside its scope, mostly within what is above and sometimes
+// not.
+func (w *grove) limits(p pick, above broker.Delegation) (r broker.DelegateRequest) {
+	some := func(limit int) int {
+		switch n := p(20); {
+		case n < 10:
+			return 0
+		case n == 10:
+			return limit + 1
+		}
+		return 1 + p(max(limit, 1))
+	}
+	b := above.Budget
+	r.Budget = broker.Budget{Steps: some(b.Steps), Live: some(b.Live), PerMinute: some(b.PerMinute), Tools: map[broker.ToolName]int{}}
+	for _, tool := range treeTools {
+		if n := some(b.Tools[tool]); n > 0 {
+			r.Budget.Tools[tool] = n
+		}
+	}
+	if r.Depth = above.Depth - 1 - p(2); p(20) == 0 || r.Depth < 0 {
+		r.Depth = above.Depth - 1 + p(3)
+	}
+	r.Depth = max(r.Depth, 0)
+	if whole := above.Expires.Sub(above.Created); p(2) == 0 {
+		r.TTL = time.Duration(1 + p(max(1, int(whole)+int(whole)/10)))
+	}
+	return r
+}
+
+// within fails unless a node is bounded by the one above in life, depth and every budget.
+func within(t *testing.T, above, d broker.Delegation) {
+	t.Helper()
+	for limit, pair := range map[string][2]int{"steps": {above.Budget.Steps, d.Budget.Steps}, "live": {above.Budget.Live, d.Budget.Live},
+		"per minute": {above.Budget.PerMinute, d.Budget.PerMinute}, "deploy": {above.Budget.Tools["deploy"], d.Budget.Tools["deploy"]},
+		"psql": {above.Budget.Tools["psql"], d.Budget.Tools["psql"]}, "ssh": {above.Budget.Tools["ssh"], d.Budget.Tools["ssh"]}} {
+		if pair[0] > 0 && (pair[1] == 0 || pair[1] > pair[0]) {
+			t.Fatalf("the budget %s is %d under one of %d", limit, pair[1], pair[0])
+		}
+	}
+	if d.Depth >= above.Depth || d.Expires.After(above.Expires) {
+		t.Fatalf("depth %d until %v under depth %d until %v", d.Depth, d.Expires, above.Depth, above.Expires)
+	}
+}
+
+// TestNoTreeWidens grows trees of delegations by what Delegate accepts and asks the reference about
+// calls: none that a node allows is refused by the node above it, and none outlives, outspends or
+// reaches deeper than that.
 func TestNoTreeWidens(t *testing.T) {
 	const trees, nodes = 100_000, 5
 	random := rand.New(rand.NewPCG(3, 20251124))
@@ -140,16 +189,25 @@ func TestNoTreeWidens(t *testing.T) {
 	accepted, refused, allowed := 0, 0, 0
 	for range trees {
 		root := w.grow(p, nil)
-		tree := []treeNode{{parent: -1, rights: root, scope: w.scope(t, root)}}
+		tree := []treeNode{{parent: -1, rights: root, scope: w.scope(t, root), held: broker.Delegation{Depth: 1 + p(broker.MaxDepth),
+			Budget:  broker.Budget{Steps: p(3) * 10, Live: p(3) * 10, PerMinute: p(2) * 10, Tools: map[broker.ToolName]int{"ssh": p(2) * 10}},
+			Created: treeTime, Expires: treeTime.Add(time.Hour)}}}
 		for range nodes {
 			parent := p(len(tree))
 			rights := w.grow(p, tree[parent].rights)
-			child := treeNode{parent, rights, w.scope(t, rights)}
-			if len(tree[parent].scope.Wider(child.scope)) > 0 {
+			child := treeNode{parent: parent, rights: rights, scope: w.scope(t, rights)}
+			above := tree[parent].held
+			above.Scope = tree[parent].scope
+			r := w.limits(p, above)
+			r.Rights = child.scope
+			held, ok := above.Shrink(r, above.Created.Add(time.Duration(p(60))*time.Second))
+			if !ok {
 				refused++
 				continue
 			}
 			accepted++
+			child.held = held
+			within(t, above, held)
 			tree = append(tree, child)
 			for _, tool := range treeTools {
 				if r, held := rights[tool]; held {

@@ -52,7 +52,7 @@ type DelegateRequest struct {
 	Rights     []Right `json:"rights"`               // inside what the caller may pass on
 	Budget     Budget  `json:"budget,omitzero"`      // limits that are left out take the parent's
 	Depth      int     `json:"depth,omitzero"`       // how many times the receiver may pass it on; less than the parent's
-	TTLSeconds int64   `json:"ttl_seconds,omitzero"` // its life; left out: as long as the parent
+	TTLSeconds int64   `json:"ttl_seconds,omitzero"` // its life; left out: as long as the parent. More than the parent's whole life is refused; what reaches past its end ends with it
 }
 
 // StepRequest asks for one secret for one step. Its idempotency key is a header.
