@@ -38,6 +38,7 @@ type Broker struct {
 	rules  ruleCache
 	nodes  recordCache[Delegation]
 	chains recordCache[Chain]
+	usages recordCache[Usage]
 	plans  planBook
 	rolls  rolls
 

@@ -2,6 +2,7 @@ package broker
 
 import (
 	"fmt"
+	"maps"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -126,15 +127,15 @@ func (u *Usage) begin(tool ToolName, now time.Time) {
 		u.Minute, u.InIt = minute, 0
 	}
 	u.InIt++
-	if u.Tools == nil {
-		u.Tools = map[ToolName]Past{}
-	}
 	p := u.Tools[tool]
 	if p.Count == 0 {
 		p.First = now
 	}
 	p.Count, p.Last = p.Count+1, now
-	u.Tools[tool] = p
+	tools := make(map[ToolName]Past, len(u.Tools)+1) // the one before is what others read
+	maps.Copy(tools, u.Tools)
+	tools[tool] = p
+	u.Tools = tools
 }
 
 // Fence is the mark after which no secret is handed out under what carries it.

@@ -245,7 +245,7 @@ func (s *issue) once(tx Tx) (known bool, err error) {
 // spend counts the step on every node of the path that counts, in-flight steps included.
 func (s *issue) spend(tx Tx, p path) error {
 	for i, d := range p.nodes {
-		u, _, err := load[Usage](tx, keyUsage(d.ID))
+		u, _, err := s.b.usages.load(tx, keyUsage(d.ID))
 		if err != nil {
 			return err
 		}
@@ -258,7 +258,7 @@ func (s *issue) spend(tx Tx, p path) error {
 			return s.overBudget(limit)
 		}
 		u.begin(s.tool.Name, s.now)
-		if err := save(tx, keyUsage(d.ID), u); err != nil {
+		if err := s.b.usages.save(tx, keyUsage(d.ID), u); err != nil {
 			return err
 		}
 	}

@@ -262,7 +262,7 @@ func (b *Broker) held(ctx context.Context, op string, c Caller, id DelegationID,
 		if p, err = b.readPath(tx, op, id); err != nil {
 			return err
 		}
-		u, _, err := load[Usage](tx, keyUsage(p.root().ID))
+		u, _, err := b.usages.load(tx, keyUsage(p.root().ID))
 		history = u.Tools
 		if err != nil || p.leaf().Holder != c.ID {
 			return err

@@ -72,13 +72,28 @@ func (c *recordCache[T]) load(tx Tx, key string) (rec T, ok bool, err error) {
 	if err := json.Unmarshal(raw, &rec); err != nil {
 		return rec, false, fmt.Errorf("reading record %q: %w", key, err)
 	}
+	c.keep(key, keptRecord[T]{bytes.Clone(raw), rec})
+	return rec, true, nil
+}
+
+// save writes the record and keeps it. When the transaction comes to nothing, what the ledger has
+// is not what was kept, and the next load decodes.
+func (c *recordCache[T]) save(tx Tx, key string, rec T) error {
+	raw, err := json.Marshal(rec)
+	if err != nil {
+		return fmt.Errorf("encoding record %q: %w", key, err)
+	}
+	c.keep(key, keptRecord[T]{raw, rec})
+	return tx.Put(key, raw)
+}
+
+func (c *recordCache[T]) keep(key string, k keptRecord[T]) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.kept == nil || len(c.kept) >= maxKept {
 		c.kept = map[string]keptRecord[T]{}
 	}
-	c.kept[key] = keptRecord[T]{bytes.Clone(raw), rec}
-	return rec, true, nil
+	c.kept[key] = k
 }
 
 func unknownDelegation(op string) *Error {

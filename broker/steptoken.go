@@ -43,7 +43,7 @@ func (s *issue) broke(ctx context.Context, p path) (broke bool) {
 			if !d.Budget.limits() {
 				continue
 			}
-			u, _, err := load[Usage](tx, keyUsage(d.ID))
+			u, _, err := s.b.usages.load(tx, keyUsage(d.ID))
 			if err != nil {
 				return err
 			}
