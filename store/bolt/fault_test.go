@@ -228,7 +228,7 @@ func TestFullDisk(t *testing.T) {
 
 	go func() { _ = l.Update(t.Context(), enter(broker.OpOpen, "before")) }()
 	<-h.held
-	ops := []broker.Op{broker.OpIntent, broker.OpFence, broker.OpDelegate, broker.OpClosed, broker.OpEnd, broker.OpResume, broker.OpIssued}
+	ops := []broker.Op{broker.OpIntent, broker.OpFence, broker.OpDelegate, broker.OpClosed, broker.OpEnd, broker.OpResume, broker.OpPolicy, broker.OpIssued}
 	results := make([]error, len(ops))
 	var wg sync.WaitGroup
 	for i, op := range ops {
@@ -241,12 +241,12 @@ func TestFullDisk(t *testing.T) {
 		t.Errorf("%d commits were tried, want 3: one before, one that found no room, one of the endings", n)
 	}
 	for i, op := range ops {
-		ends := slices.Contains([]broker.Op{broker.OpFence, broker.OpClosed, broker.OpEnd, broker.OpResume}, op)
+		ends := slices.Contains([]broker.Op{broker.OpFence, broker.OpClosed, broker.OpEnd, broker.OpResume, broker.OpPolicy}, op)
 		if err := results[i]; ends && err != nil || !ends && (!errors.Is(err, bolt.ErrDiskFull) || !errors.Is(err, broker.ErrNotCommitted)) {
 			t.Errorf("Update(%s) on a full disk = %v", op, err)
 		}
 	}
-	if got := keys(t, l); !slices.Equal(got, []string{"before", "closed", "end", "fence", "resume"}) {
+	if got := keys(t, l); !slices.Equal(got, []string{"before", "closed", "end", "fence", "policy", "resume"}) {
 		t.Errorf("keys = %q, want what was there before and the endings", got)
 	}
 	if _, err := os.Stat(path + ".reserve"); !errors.Is(err, os.ErrNotExist) {

@@ -20,12 +20,12 @@ const (
 )
 
 // ends reports whether an entry may use up the reserve of disk space: what it records makes
-// less authority, never more. A start is one: without it a full disk would keep a broker that was
-// restarted from fencing.
+// less authority, never more. A start is one, and the policy bundle that it begins with: without
+// them a full disk would keep a broker that was restarted from fencing.
 func ends(op broker.Op) bool {
 	switch op {
 	case broker.OpFence, broker.OpFreeze, broker.OpViolation, broker.OpEvidence,
-		broker.OpClosed, broker.OpClosure, broker.OpEnd, broker.OpResume:
+		broker.OpClosed, broker.OpClosure, broker.OpEnd, broker.OpResume, broker.OpPolicy:
 		return true
 	}
 	return false
