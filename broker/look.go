@@ -3,8 +3,10 @@ package broker
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"slices"
 	"strconv"
+	"time"
 )
 
 // ChainSummary is one line about a chain.
@@ -97,6 +99,26 @@ func (b *Broker) Chain(ctx context.Context, id ChainID) (v ChainView, err error)
 		return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.ID, b.ID))
 	})
 	return v, err
+}
+
+// Recent gives the grants of a backend that were made after a time, to some milliseconds, those that
+// are over too.
+//
+// Errors: Unavailable.
+func (b *Broker) Recent(ctx context.Context, backend string, after time.Time) (list []Grant, err error) {
+	err = b.view(ctx, "recent", func(tx Tx) error {
+		list = nil
+		var bad error
+		err := tx.Scan("g/", keyGrant(GrantID("gr"+idTime(after))), func(_ string, raw []byte) bool {
+			var g Grant
+			if bad = json.Unmarshal(raw, &g); bad == nil && g.Backend == backend {
+				list = append(list, g)
+			}
+			return bad == nil
+		})
+		return cmp.Or(bad, err)
+	})
+	return list, err
 }
 
 // rootFirst orders delegations so that each comes after its parent, siblings by age.

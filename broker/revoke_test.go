@@ -3,6 +3,7 @@ package broker_test
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -453,4 +454,39 @@ func TestDeadTakesEveryAnswer(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestRecent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("root", broker.OpenRequest{})
+		old := w.issue("root", step(root, "db.read"))
+		pass(90 * time.Second)
+		since := time.Now()
+		pass(time.Millisecond)
+		closed, live := w.issue("root", step(root, "db.read")), w.issue("root", step(root, "db.read"))
+		if _, err := w.Close(ctx, as("root"), closed.Grant.ID); err != nil {
+			t.Fatal(err)
+		}
+		for _, row := range []struct {
+			backend string
+			since   time.Time
+			want    []broker.GrantID
+		}{
+			{live.Grant.Backend, since, []broker.GrantID{closed.Grant.ID, live.Grant.ID}},
+			{live.Grant.Backend, since.Add(-time.Hour), []broker.GrantID{old.Grant.ID, closed.Grant.ID, live.Grant.ID}},
+			{live.Grant.Backend, time.Now().Add(time.Second), nil}, {"other", since.Add(-time.Hour), nil},
+		} {
+			got, err := w.Recent(ctx, row.backend, row.since)
+			var ids []broker.GrantID
+			for _, g := range got {
+				ids = append(ids, g.ID)
+			}
+			slices.Sort(ids)
+			slices.Sort(row.want)
+			if err != nil || !slices.Equal(ids, row.want) {
+				t.Errorf("Recent(%s, %v) = %v, %v; want %v", row.backend, row.since, ids, err, row.want)
+			}
+		}
+	})
 }

@@ -143,6 +143,9 @@ type Reported struct {
 // FormType is the media type of an introspection's request (RFC 7662): the one member "token".
 const FormType = "application/x-www-form-urlencoded"
 
+// StatusListType is the media type of a status list (draft-ietf-oauth-status-list).
+const StatusListType = "application/statuslist+jwt"
+
 // Introspection says whether a token that a step was given is good still (RFC 7662). Of one that
 // is not, it says nothing else.
 type Introspection struct {

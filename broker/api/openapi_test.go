@@ -45,6 +45,7 @@ var operations = []operation{
 	{"agents", "post", "/v1/grants/{id}/close", "End a step: its secret is revoked", nil, api.Nothing{}, api.Grant{}, 200, ""},
 	{"agents", "post", "/v1/introspect", "Whether a token that a step was given is good still (RFC 7662); for any workload that the broker knows", nil, medium(api.FormType), api.Introspection{}, 200, ""},
 	{"agents", "post", "/v1/security-events", "Push a security event token (RFC 8935), where transmitters are configured; it is known by its signature", nil, medium(api.SecurityEventType), medium(""), 202, ""},
+	{"agents", "get", "/v1/status-lists/{backend}", "The signed status list that a backend's tokens name (draft-ietf-oauth-status-list), where one is configured; for anybody", nil, nil, medium(api.StatusListType), 200, ""},
 	{"agents", "post", "/v1/violations", "Report that policy was broken", nil, api.ReportRequest{}, api.Reported{}, 200, ""},
 
 	{"operators", "get", "/v1/chains", "List the chains", []string{"all: true to see those that are over, too"}, nil, api.Chains{}, 200, ""},
@@ -159,10 +160,10 @@ func (s *schemas) operation(op operation) object {
 		"operationId": operationID(op), "summary": op.summary, "x-listener": op.listener,
 		"responses": responses, "security": []any{object{"svid": []string{}}, object{"jwt-svid": []string{}}},
 	}
-	switch op.listener {
-	case "both":
+	switch {
+	case op.listener == "both" || op.out == medium(api.StatusListType):
 		described["security"] = []any{}
-	case "operators":
+	case op.listener == "operators":
 		described["security"] = []any{object{"svid": []string{}}}
 	}
 	if m, ok := op.in.(medium); ok {
@@ -192,7 +193,7 @@ func (m medium) content() object {
 func operationID(op operation) string {
 	words := []string{op.method}
 	for _, w := range strings.FieldsFunc(strings.TrimPrefix(op.path, "/v1"), func(r rune) bool { return r == '/' }) {
-		if w == "{id}" {
+		if strings.HasPrefix(w, "{") {
 			w = "one"
 		}
 		words = append(words, strings.TrimSuffix(w, ".json"))
@@ -206,6 +207,9 @@ func operationID(op operation) string {
 func parameters(op operation) (all []any) {
 	if strings.Contains(op.path, "{id}") {
 		all = append(all, object{"name": "id", "in": "path", "required": true, "schema": object{"type": "string", "pattern": "^(ch|dl|gr|rv)[0-9a-z]{24}$"}})
+	}
+	if strings.Contains(op.path, "{backend}") {
+		all = append(all, object{"name": "backend", "in": "path", "required": true, "description": "its name in the configuration", "schema": object{"type": "string"}})
 	}
 	for _, q := range op.query {
 		name, what, _ := strings.Cut(q, ": ")

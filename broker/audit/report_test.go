@@ -391,3 +391,34 @@ func FuzzVerifyReport(f *testing.F) {
 		}
 	})
 }
+
+// TestSignAs: what is signed for others is never a report.
+func TestSignAs(t *testing.T) {
+	public, private, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := audit.NewSigner("example.org/pawl", jose.JSONWebKey{Key: private})
+	if err != nil {
+		t.Fatal(err)
+	}
+	jws, err := signer.SignAs("statuslist+jwt", []byte(`{"version":1}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed, err := jose.ParseSignedCompact(string(jws), []jose.SignatureAlgorithm{jose.EdDSA})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if payload, err := signed.Verify(public); err != nil || string(payload) != `{"version":1}` {
+		t.Errorf("the JWS holds %q, %v", payload, err)
+	}
+	if _, err := audit.VerifyReport(jws, jose.JSONWebKey{Key: public}); !errors.Is(err, audit.ErrForeign) {
+		t.Errorf("VerifyReport of a status list = %v, want ErrForeign", err)
+	}
+	for _, typ := range []string{audit.ReportType, `a","alg":"none`, `a\`, "a b", "é"} {
+		if _, err := signer.SignAs(typ, nil); err == nil {
+			t.Errorf("SignAs(%q) signed", typ)
+		}
+	}
+}

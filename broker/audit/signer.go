@@ -7,6 +7,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/go-jose/go-jose/v4"
 )
@@ -49,15 +50,26 @@ func thumbprint(key ed25519.PublicKey) (string, error) {
 
 func encode(b []byte) string { return base64.RawURLEncoding.EncodeToString(b) }
 
-// header is the one protected header that a key signs reports with.
-func header(kid string) string {
-	return encode([]byte(`{"alg":"EdDSA","kid":"` + kid + `","typ":"` + ReportType + `"}`))
+// header is the one protected header that a key signs a type of thing with.
+func header(kid, typ string) string {
+	return encode([]byte(`{"alg":"EdDSA","kid":"` + kid + `","typ":"` + typ + `"}`))
 }
 
-// jws is the payload in compact form, RFC 7515 section 7.1.
-func (s *Signer) jws(payload []byte) []byte {
-	signed := header(s.kid) + "." + encode(payload)
+// jws is a report in compact form.
+func (s *Signer) jws(payload []byte) []byte { return s.compact(ReportType, payload) }
+
+// compact is RFC 7515 section 7.1.
+func (s *Signer) compact(typ string, payload []byte) []byte {
+	signed := header(s.kid, typ) + "." + encode(payload)
 	return []byte(signed + "." + encode(ed25519.Sign(s.key, []byte(signed))))
+}
+
+// SignAs gives a JWS of a type that is not this package's, so that nothing it signs is ever a report.
+func (s *Signer) SignAs(typ string, payload []byte) ([]byte, error) {
+	if typ == ReportType || strings.ContainsFunc(typ, func(r rune) bool { return r <= ' ' || r >= 0x7f || r == '"' || r == '\\' }) {
+		return nil, fmt.Errorf("%q is no type that is signed for others", typ)
+	}
+	return s.compact(typ, payload), nil
 }
 
 var (
@@ -78,7 +90,7 @@ func openJWS(jws []byte, key jose.JSONWebKey) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	rest, ours := bytes.CutPrefix(jws, []byte(header(kid)+"."))
+	rest, ours := bytes.CutPrefix(jws, []byte(header(kid, ReportType)+"."))
 	if !ours {
 		return nil, ErrForeign
 	}

@@ -15,7 +15,7 @@ import (
 )
 
 func (s *Server) agentRoutes() []route {
-	return append(slices.Concat(s.commonRoutes(), s.signalRoutes(), s.introspectRoute()),
+	return append(slices.Concat(s.commonRoutes(), s.signalRoutes(), s.introspectRoute(), s.statusListRoute()),
 		route{"POST", "/v1/chains", nil, forAgent(s, s.openChain)},
 		route{"GET", "/v1/delegations/{id}", nil, forAgent(s, s.standing)},
 		route{"POST", "/v1/delegations/{id}/delegate", nil, forAgent(s, s.delegate)},

@@ -261,6 +261,9 @@ func newRig(t *testing.T, alter ...func(*server.Config)) rig {
 			return api.Introspection{Active: true, Issuer: "https://pawl.example.org", Subject: agentID.String(), Audience: "mail",
 				Scope: "read", Expires: noon.Unix() + 60, Issued: noon.Unix(), ID: string(grantID)}, nil
 		},
+		StatusList: func(backend string) ([]byte, error) {
+			return map[string][]byte{"tokens": []byte("a.signed.list")}[backend], nil
+		},
 		Log: slog.New(slog.NewJSONHandler(r.log, nil)),
 		Identify: func(req *http.Request) (broker.Caller, error) {
 			if req.Header.Get("Test-Identity") == "" {

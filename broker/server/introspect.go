@@ -12,6 +12,29 @@ import (
 // known, is not active; an error says that nobody could find out.
 type Introspect func(ctx context.Context, token string) (api.Introspection, error)
 
+// StatusList gives the signed status list of a backend (draft-ietf-oauth-status-list), nil when it
+// has none. It is asked by anybody, so it must cost little.
+type StatusList func(backend string) ([]byte, error)
+
+// statusListRoute is for verifiers, who need no identity: the list is signed, and says nothing of
+// whose a token is.
+func (s *Server) statusListRoute() []route {
+	if s.cfg.StatusList == nil {
+		return nil
+	}
+	return []route{{"GET", "/v1/status-lists/{backend}", nil, func(x *exchange) error {
+		list, err := s.cfg.StatusList(x.PathValue("backend"))
+		if err != nil {
+			return err
+		}
+		if list == nil {
+			return api.NewProblem(api.KindNotFound, api.CodeNoEndpoint, "")
+		}
+		x.w.Header().Set("Content-Type", api.StatusListType)
+		return x.write(http.StatusOK, list)
+	}}}
+}
+
 // introspectRoute is where the services that take tokens ask (RFC 7662). Its request is a form, as
 // the standard has it, so it does not go through forAgent.
 func (s *Server) introspectRoute() []route {

@@ -103,6 +103,7 @@ var matrix = map[string]struct{ anonymous, elsewhere int }{
 	"agents POST /v1/violations":                   {401, 404},
 	"agents POST /v1/introspect":                   {401, 404},
 	"agents POST /v1/security-events":              {202, 404},
+	"agents GET /v1/status-lists/{backend}":        {200, 404},
 	"agents GET /v1/openapi.json":                  {200, 200},
 	"agents GET /healthz":                          {200, 200},
 	"operators GET /v1/chains":                     {401, 405},
@@ -178,7 +179,7 @@ func request(path string, op operation) (url, body string) {
 			"Nothing":         `{}`,
 		}[name(op.RequestBody.Content["application/json"].Schema)]
 	}
-	return strings.ReplaceAll(path, "{id}", id), body
+	return strings.NewReplacer("{id}", id, "{backend}", "tokens").Replace(path), body
 }
 
 // contentType is the header that the operation's body needs.

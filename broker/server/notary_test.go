@@ -77,3 +77,18 @@ func TestIntrospect(t *testing.T) {
 		t.Errorf("without jwt backends = %d, want 404", w.Code)
 	}
 }
+
+func TestStatusList(t *testing.T) {
+	r := newRig(t)
+	w := r.ask("agents", "GET", "/v1/status-lists/tokens", "", "Test-Identity: ")
+	if w.Code != 200 || w.Body.String() != "a.signed.list" || w.Header().Get("Content-Type") != api.StatusListType || w.Header().Get("Cache-Control") != "no-store" {
+		t.Errorf("GET = %d %s of type %q, want the list, which nobody stores", w.Code, w.Body, w.Header().Get("Content-Type"))
+	}
+	if w := r.ask("agents", "GET", "/v1/status-lists/other", ""); w.Code != 404 {
+		t.Errorf("of a backend without a list = %d, want 404", w.Code)
+	}
+	without := newRig(t, func(c *server.Config) { c.StatusList = nil })
+	if w := without.ask("agents", "GET", "/v1/status-lists/tokens", ""); w.Code != 404 {
+		t.Errorf("without lists = %d, want 404", w.Code)
+	}
+}

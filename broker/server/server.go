@@ -91,6 +91,7 @@ type Config struct {
 	Signals http.Handler // agents' POST /v1/security-events; nil: there is no such endpoint
 
 	Introspect Introspect // agents' POST /v1/introspect; nil: there is no such endpoint
+	StatusList StatusList // agents' GET /v1/status-lists/{backend}; nil: there is no such endpoint
 
 	Log       *slog.Logger     // one event for each request, never a body; nil: none
 	Now       func() time.Time // required

@@ -1,13 +1,21 @@
 package e2e_test
 
 import (
+	"bytes"
+	"compress/zlib"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
+	"encoding/base64"
 	"encoding/json"
 	"io"
+	"maps"
 	"net/http"
 	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -17,6 +25,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/policy"
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
@@ -79,12 +88,13 @@ func takeToken(t *testing.T, d *agent.Delegation, ttl time.Duration) (*agent.Ste
 }
 
 // TestIntrospection: a service that asks is told the truth about a token from the moment of its
-// revocation, its closing or its end, by the next broker as well, and the evidence of a dead one is
-// what that service is told.
+// revocation, its closing or its end, by the next broker as well, and so is one that looks at the
+// status list. The evidence of a dead token is what these are told.
 func TestIntrospection(t *testing.T) {
 	t.Parallel()
 	need(t, false)
 	w := newWorld(t, newEnv(t, dev.Config{NoPostgres: true}), nil)
+	public := w.statusList()
 	broker := w.here(nil, nil)
 	planner := w.agent("planner")
 	open := func() *agent.Delegation {
@@ -106,6 +116,7 @@ func TestIntrospection(t *testing.T) {
 	tokens["foreign"], tokens["altered"] = foreign(t, tokens["live"]), altered(tokens["live"])
 	s := newService(w)
 	s.want("at first", tokens, "live", "short", "closed", "revoked")
+	s.wantStatus("at first", tokens, public)
 	if got := s.ask(tokens["live"]); got.Subject != dev.Agent("planner").String() || got.Audience != "https://orders.pawl.dev" || got.Scope != "read" ||
 		got.Issuer != "https://pawl.dev" || got.Expires <= time.Now().Unix() {
 		t.Errorf("introspection = %+v, want what the token says", got)
@@ -123,7 +134,7 @@ func TestIntrospection(t *testing.T) {
 		t.Errorf("the revocation = %s with %d dead, %v; want CLOSED with the token", rv.Closure, rv.Dead, err)
 	}
 	for _, g := range w.grants() {
-		if last := len(g.Evidence) - 1; g.ID == revoked.Grant().ID && (last < 0 || g.Evidence[last].Check != "jwt: introspection" || !strings.HasPrefix(g.Evidence[last].Answer, "inactive")) {
+		if last := len(g.Evidence) - 1; g.ID == revoked.Grant().ID && (last < 0 || g.Evidence[last].Check != "jwt: introspection and status list" || !strings.HasPrefix(g.Evidence[last].Answer, "inactive")) {
 			t.Errorf("evidence = %+v, want what introspection answers", g.Evidence)
 		}
 	}
@@ -131,9 +142,111 @@ func TestIntrospection(t *testing.T) {
 		t.Error("a token is active after its end")
 	}
 	s.want("after a revocation, a close and an end", tokens, "live")
+	s.wantStatus("after a revocation and a close", tokens, public, "revoked", "closed")
 	broker.Close()
 	w.here(nil, nil)
 	s.want("after a restart", tokens, "live")
+	s.wantStatus("after a restart", tokens, public, "revoked", "closed")
+}
+
+// statusList has the broker serve a status list, and gives the public key of whoever signs it.
+func (w *world) statusList() jose.JSONWebKey {
+	w.t.Helper()
+	private, public, err := policy.GenerateKey(rand.Reader)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	raw, err := private.MarshalJSON()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.config.SigningKey = filepath.Join(filepath.Dir(w.file), "signing.key")
+	if err := os.WriteFile(w.config.SigningKey, raw, 0o600); err != nil {
+		w.t.Fatal(err)
+	}
+	w.config.Backends = maps.Clone(w.config.Backends)
+	tokens := w.config.Backends["tokens"]
+	tokens.StatusURI = "https://pawl.dev/v1/status-lists/tokens"
+	w.config.Backends["tokens"] = tokens
+	return public
+}
+
+// wantStatus is another verifier, which has no identity and looks tokens up in the list: it checks
+// which bits are set. A token past its end needs none.
+func (s service) wantStatus(when string, tokens map[string]string, key jose.JSONWebKey, set ...string) {
+	s.t.Helper()
+	anonymous := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{
+		InsecureSkipVerify: true, // the list's signature is what is believed
+		MinVersion:         tls.VersionTLS13,
+	}}}
+	defer anonymous.CloseIdleConnections()
+	resp, err := anonymous.Get("https://" + s.config.Listen.Agents + "/v1/status-lists/tokens")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer resp.Body.Close() //nolint:errcheck // only read
+	raw, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != http.StatusOK || resp.Header.Get("Content-Type") != "application/statuslist+jwt" {
+		s.t.Fatalf("the status list = %d of type %q, %v", resp.StatusCode, resp.Header.Get("Content-Type"), err)
+	}
+	signed, err := jose.ParseSignedCompact(string(raw), []jose.SignatureAlgorithm{jose.EdDSA})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	payload, err := signed.Verify(key)
+	if err != nil || signed.Signatures[0].Header.ExtraHeaders[jose.HeaderType] != "statuslist+jwt" {
+		s.t.Fatalf("the status list is not the broker's: %v", err)
+	}
+	var list struct {
+		Sub  string `json:"sub"`
+		Exp  int64  `json:"exp"`
+		List struct {
+			Bits int    `json:"bits"`
+			List string `json:"lst"`
+		} `json:"status_list"`
+	}
+	if err := json.Unmarshal(payload, &list); err != nil || list.List.Bits != 1 || list.Exp <= time.Now().Unix() {
+		s.t.Fatalf("the status list is %s, %v", payload, err)
+	}
+	packed, err := base64.RawURLEncoding.DecodeString(list.List.List)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	z, err := zlib.NewReader(bytes.NewReader(packed))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	bits, err := io.ReadAll(z)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, name := range []string{"live", "closed", "revoked"} {
+		uri, index := s.place(tokens[name])
+		if got := bits[index/8]>>(index%8)&1 == 1; uri != list.Sub || got != slices.Contains(set, name) {
+			s.t.Errorf("%s: the bit of the %s token is set: %v, want %v, in the list %q", when, name, got, !got, uri)
+		}
+	}
+}
+
+// place is which list and bit a token names.
+func (s service) place(token string) (uri string, index int) {
+	s.t.Helper()
+	raw, err := base64.RawURLEncoding.DecodeString(strings.Split(token, ".")[1])
+	if err != nil {
+		s.t.Fatal("the token is no token")
+	}
+	var claims struct {
+		Status struct {
+			List struct {
+				Index int    `json:"idx"`
+				URI   string `json:"uri"`
+			} `json:"status_list"`
+		} `json:"status"`
+	}
+	if json.Unmarshal(raw, &claims) != nil || claims.Status.List.URI == "" {
+		s.t.Fatal("the token names no status list")
+	}
+	return claims.Status.List.URI, claims.Status.List.Index
 }
 
 // foreign is a token with the claims and the header of another, by a key that is not Vault's.

@@ -83,12 +83,11 @@ func LoadSigner(c Config) (*audit.Signer, error) {
 }
 
 // notary signs with the configured key; without one the server refuses for it.
-func (s *Server) notary(c Config) (server.Notary, error) {
-	signer, err := LoadSigner(c)
-	if err != nil || signer == nil {
-		return nil, err
+func (s *Server) notary() (server.Notary, error) {
+	if s.signer == nil {
+		return nil, nil
 	}
-	return audit.NewNotary(audit.NotaryConfig{Source: s.Broker, Entries: s.Broker.Entries, Signer: signer, Now: time.Now})
+	return audit.NewNotary(audit.NotaryConfig{Source: s.Broker, Entries: s.Broker.Entries, Signer: s.signer, Now: time.Now})
 }
 
 // LoadTransmitters reads the configured transmitters' keys.

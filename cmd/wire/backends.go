@@ -43,7 +43,7 @@ func (s *Server) backend(name string, c Backend, log *slog.Logger) (broker.Backe
 	case "ssh":
 		return ssh.New(ssh.Config{KRL: c.KRL})
 	case "jwt":
-		return jwt.New(jwt.Config{Vault: s.Vault, Issuer: c.Issuer, Active: s.active})
+		return jwt.New(jwt.Config{Vault: s.Vault, Issuer: c.Issuer, Active: s.active, StatusURI: c.StatusURI, Sign: s.sign})
 	case "token":
 		return token.New(token.Config{Vault: s.Vault})
 	case "exec":

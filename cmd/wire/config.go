@@ -27,7 +27,7 @@ type Config struct {
 	Vault        Vault              `yaml:"vault"`         // required
 	Backends     map[string]Backend `yaml:"backends"`      // by the name that tools use; at least one
 	SweepEvery   time.Duration      `yaml:"sweep_every"`   // how often strays are looked for; zero: 1m
-	SigningKey   string             `yaml:"signing_key"`   // private Ed25519 JWK that signs reports and checkpoints, a file; empty: both are refused
+	SigningKey   string             `yaml:"signing_key"`   // private Ed25519 JWK that signs reports, checkpoints and status lists, a file; empty: these are refused
 	Signals      []Signal           `yaml:"signals"`       // whose security events are believed; empty: none, and there is no such endpoint
 
 	Subscribers map[string]Subscriber `yaml:"subscribers"` // who is told of revocations by security events, each under a name of lower-case letters, digits and dashes; needs signing_key; empty: nobody
@@ -78,6 +78,7 @@ type Backend struct {
 	ServiceTTL time.Duration `yaml:"service_ttl"` // postgres: the life of both; zero: 4h
 	KRL        string        `yaml:"krl"`         // ssh: key revocation list that sshd reads; empty: none, and secrets live until their end
 	Issuer     string        `yaml:"issuer"`      // jwt: the iss claim; required
+	StatusURI  string        `yaml:"status_uri"`  // jwt: https URL at which verifiers reach GET /v1/status-lists/NAME of listen.agents; empty: tokens name no status list
 	Program    *Program      `yaml:"program"`     // exec: the plugin; required
 	Probe      *Program      `yaml:"probe"`       // exec: proves in its place, so that what cuts is not what says it is cut; empty: the plugin does
 	Timeout    time.Duration `yaml:"timeout"`     // exec: of one start to its end; zero: 10s
@@ -158,6 +159,9 @@ func (c Config) check() error {
 	}
 	for name, b := range c.Backends {
 		missing = append(missing, b.check("backends."+name))
+		if b.StatusURI != "" {
+			need("signing_key (with backends."+name+".status_uri)", c.SigningKey != "")
+		}
 	}
 	for i, s := range c.Signals {
 		missing = append(missing, s.check(fmt.Sprintf("signals.%d", i)))
@@ -175,11 +179,11 @@ func (c Config) check() error {
 // check refuses fields that the plugin would pass over: a setting that does nothing misleads.
 func (b Backend) check(name string) error {
 	own := map[string]bool{"dsn": b.DSN != "", "mount": b.Mount != "", "shaper": b.Shaper != "", "revoker": b.Revoker != "",
-		"service_ttl": b.ServiceTTL != 0, "krl": b.KRL != "", "issuer": b.Issuer != "",
+		"service_ttl": b.ServiceTTL != 0, "krl": b.KRL != "", "issuer": b.Issuer != "", "status_uri": b.StatusURI != "",
 		"program": b.Program != nil, "probe": b.Probe != nil, "timeout": b.Timeout != 0}
 	takes := map[string][]string{
 		"postgres": {"dsn", "mount", "shaper", "revoker", "service_ttl"}, "ssh": {"krl"},
-		"jwt": {"issuer"}, "exec": {"program", "probe", "timeout"}, "pki": nil, "kv": nil, "token": nil,
+		"jwt": {"issuer", "status_uri"}, "exec": {"program", "probe", "timeout"}, "pki": nil, "kv": nil, "token": nil,
 	}
 	fields, known := takes[b.Plugin]
 	if !known {

@@ -2,6 +2,8 @@ package wire
 
 import (
 	"context"
+	"errors"
+	"time"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/api"
@@ -51,5 +53,52 @@ func introspect(active func(context.Context, broker.GrantID) (bool, error), runn
 		}
 		return api.Introspection{Active: true, Issuer: t.Issuer, Subject: t.Subject, Audience: t.Audience, Scope: t.Scope,
 			Expires: t.Expires, Issued: t.Issued, ID: string(t.Grant)}, nil
+	}
+}
+
+// sign signs a status list with the broker's own key. The tokens' key is Vault's, and the broker's
+// token may not sign with it: then it could make tokens without a step.
+func (s *Server) sign(typ string, payload []byte) ([]byte, error) {
+	if s.signer == nil {
+		return nil, errors.New("there is no signing_key")
+	}
+	return s.signer.SignAs(typ, payload)
+}
+
+// restore tells the backends that have status lists what the ledger knows of tokens that may not be
+// past their end.
+func (s *Server) restore(ctx context.Context, backends map[string]broker.Backend) error {
+	for name, backend := range backends {
+		b, ok := backend.(*jwt.Backend)
+		if !ok || !b.HasStatusList() {
+			continue
+		}
+		grants, err := s.Broker.Recent(ctx, name, time.Now().Add(-jwt.Remember))
+		if err != nil {
+			return err
+		}
+		if err := b.Restore(grants, func(id broker.GrantID) (bool, error) { return s.active(ctx, id) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// statusLists gives the backends' status lists; nil when none has one.
+func statusLists(backends map[string]broker.Backend) server.StatusList {
+	lists := map[string]*jwt.Backend{}
+	for name, backend := range backends {
+		if b, ok := backend.(*jwt.Backend); ok && b.HasStatusList() {
+			lists[name] = b
+		}
+	}
+	if len(lists) == 0 {
+		return nil
+	}
+	return func(name string) ([]byte, error) {
+		if b, ok := lists[name]; ok {
+			return b.StatusList()
+		}
+		return nil, nil
 	}
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/pawlsec/pawl/attest"
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/audit"
 	"github.com/pawlsec/pawl/broker/policy"
 	"github.com/pawlsec/pawl/broker/server"
 	"github.com/pawlsec/pawl/plugins/vault"
@@ -33,6 +34,7 @@ type Server struct {
 	shadow            *policy.Shadow
 	targets           map[string]broker.Backend
 	log               *slog.Logger
+	signer            *audit.Signer // nil without a key
 	agents, operators net.Addr
 	failed            chan error
 	closers           []func() // in the order of making; Close runs them backwards
@@ -86,6 +88,9 @@ func start(ctx context.Context, c Config, log *slog.Logger, change func(*broker.
 		return s, err
 	}
 	s.later(func() { logClose(log, "ledger", s.Ledger.Close()) })
+	if s.signer, err = LoadSigner(c); err != nil {
+		return s, err
+	}
 	if s.targets, err = s.backends(c.Backends, log); err != nil {
 		return s, err
 	}
@@ -117,6 +122,9 @@ func start(ctx context.Context, c Config, log *slog.Logger, change func(*broker.
 	}
 	s.tryCandidate(c)
 	if err := s.metrics.begin(ctx, s.Broker); err != nil {
+		return s, err
+	}
+	if err := s.restore(ctx, backends); err != nil {
 		return s, err
 	}
 	if err := s.Broker.Resume(ctx); err != nil {
@@ -175,7 +183,7 @@ func newAttestor(c Config, me *own) (*attest.Attestor, error) {
 // listen opens the operators' socket before all else. Agents can connect once the broker has an identity.
 func (s *Server) listen(ctx context.Context, c Config, a *attest.Attestor, me *own, backends map[string]broker.Backend, log *slog.Logger) error {
 	operators := newOperators(c.Operators, a)
-	notary, err := s.notary(c)
+	notary, err := s.notary()
 	if err != nil {
 		return err
 	}
@@ -184,7 +192,7 @@ func (s *Server) listen(ctx context.Context, c Config, a *attest.Attestor, me *o
 		return err
 	}
 	srv, err := server.New(server.Config{Broker: s.Broker, Identify: a.Identify, Operator: operators.identify,
-		Notary: notary, Signals: receiver, Introspect: introspect(s.active, s.Policy, backends), Metrics: s.metrics.handler(), Log: log, Now: time.Now,
+		Notary: notary, Signals: receiver, Introspect: introspect(s.active, s.Policy, backends), StatusList: statusLists(backends), Metrics: s.metrics.handler(), Log: log, Now: time.Now,
 		Ready: func() error { return errors.Join(me.ready(), s.Vault.Ready()) }})
 	if err != nil {
 		return err

@@ -1,6 +1,7 @@
 // Package jwt has Vault's transit engine sign a token for one step: one audience, one subject,
-// the digest of the arguments, an end. A verifier that asks nobody takes the token until then;
-// one that asks the broker's introspection refuses it from the revocation on.
+// the digest of the arguments, an end. A verifier that asks nobody takes the token until then; one
+// that asks the broker's introspection refuses it from the revocation on, and one that looks at its
+// status list as soon as it has a new copy.
 package jwt
 
 import (
@@ -37,11 +38,19 @@ type Config struct {
 	// Active answers introspection: whether the token with this id (jti) is good still. Required:
 	// what proves a token dead is what a service that asks would be told.
 	Active func(context.Context, broker.GrantID) (bool, error)
+
+	// StatusURI is where verifiers fetch the status list (draft-ietf-oauth-status-list) that each token
+	// then names, an https URL. Empty: there is none.
+	StatusURI string
+	// Sign signs the list: it gives a JWT with this typ and payload. Required with StatusURI.
+	Sign func(typ string, payload []byte) ([]byte, error)
 }
 
-// Backend implements [broker.Backend] and [broker.Prover]. Safe for concurrent use.
+// Backend implements [broker.Backend], [broker.Severer] and [broker.Prover]. Safe for concurrent
+// use.
 type Backend struct {
-	cfg Config
+	cfg  Config
+	list *statusList // nil: there is none
 
 	mu   sync.Mutex // guards keys; never held over the network
 	keys map[string]signingKey
@@ -61,7 +70,14 @@ func New(cfg Config) (*Backend, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	return &Backend{cfg: cfg, keys: map[string]signingKey{}}, nil
+	b := &Backend{cfg: cfg, keys: map[string]signingKey{}}
+	if cfg.StatusURI != "" {
+		if u, err := url.Parse(cfg.StatusURI); err != nil || u.Scheme != "https" || u.Host == "" || u.Fragment != "" || cfg.Sign == nil {
+			return nil, errors.New("jwt: StatusURI must be an https URL, and Sign goes with it")
+		}
+		b.list = newStatusList(cfg)
+	}
+	return b, nil
 }
 
 // Access gives the Vault path of the tool's mint and how it is used there.
@@ -87,6 +103,16 @@ type claims struct {
 	Chain    string `json:"pawl_chain"`
 	Tool     string `json:"pawl_tool"`
 	Args     string `json:"pawl_args"` // SHA-256 of the canonical arguments, in hex
+
+	Status *statusClaim `json:"status,omitempty"`
+}
+
+// ref is the name by which the ledger knows the token.
+func (c claims) ref() string {
+	if c.Status == nil {
+		return c.ID
+	}
+	return c.ID + refIndex + strconv.FormatUint(uint64(c.Status.List.Index), 10)
 }
 
 // Prepare implements [broker.Backend].
@@ -109,6 +135,13 @@ func (b *Backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (b
 	c.Issued, c.Expires, c.Args = now.Unix(), g.Expires.Unix(), hex.EncodeToString(digest[:])
 	if c.Expires <= c.Issued {
 		return broker.Mint{}, "", broker.Errorf(broker.Expired, "issue", "less than a second is left").With(broker.CodeExpired)
+	}
+	if b.list != nil {
+		index, err := b.list.take(g)
+		if err != nil {
+			return broker.Mint{}, "", err
+		}
+		c.Status = &statusClaim{statusReference{index, b.cfg.StatusURI}}
 	}
 	input, err := signingInput(header{"ES256", t.Path[1] + ":" + strconv.Itoa(key.version), "JWT"}, c)
 	if err != nil {
@@ -153,14 +186,23 @@ func finish(answer map[string]any, input string, key signingKey, c claims) (brok
 	if err != nil {
 		return broker.Finished{}, errors.New("jwt: encoding the secret")
 	}
-	return broker.Finished{Secret: broker.NewSecret(secret), Ref: c.ID, Expires: time.Unix(c.Expires, 0).UTC()}, nil
+	return broker.Finished{Secret: broker.NewSecret(secret), Ref: c.ref(), Expires: time.Unix(c.Expires, 0).UTC()}, nil
 }
 
 // leeway is how far behind a verifier's clock may be.
 const leeway = time.Minute
 
-// Prove implements [broker.Prover]. A token cannot be called back: before its end, dead means
-// that introspection refuses it, which is asked here, and the answer says so.
+// Sever implements [broker.Severer]: every status list that is given out from now on says that the
+// grants' tokens are not to be taken. Introspection needs no cut, since it asks the ledger.
+func (b *Backend) Sever(_ context.Context, grants []broker.Grant) error {
+	if b.list != nil {
+		b.list.end(grants)
+	}
+	return nil
+}
+
+// Prove implements [broker.Prover]. A token cannot be called back: before its end, dead means that
+// introspection refuses it, which is asked here, and that the status list, if there is one, says so too.
 func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	out := make([]broker.Evidence, len(grants))
 	for i, g := range grants {
@@ -174,8 +216,18 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 			return nil, err
 		}
 		out[i] = broker.Evidence{At: now, Check: "jwt: introspection", Outcome: broker.OutcomeAlive, Answer: "active until " + end}
-		if !active {
-			out[i].Listed, out[i].Outcome, out[i].Answer = true, broker.OutcomeDead, "inactive; a verifier that does not ask takes it until "+end
+		if active {
+			continue
+		}
+		out[i].Listed, out[i].Outcome, out[i].Answer = true, broker.OutcomeDead, "inactive; a verifier that does not ask takes it until "+end
+		if b.list == nil || !now.Before(g.Expires) {
+			continue
+		}
+		if ended, known := b.list.says(g.ID); known && !ended {
+			out[i].Check, out[i].Listed, out[i].Outcome, out[i].Answer = "jwt: status list", false, broker.OutcomeAlive, "introspection refuses it, and the status list does not say so"
+		} else if known {
+			out[i].Check = "jwt: introspection and status list"
+			out[i].Answer = fmt.Sprintf("inactive, and invalid in the list, of which a verifier may hold a copy %v old; one that looks at neither takes it until %s", listTTL, end)
 		}
 	}
 	return out, nil
