@@ -98,4 +98,7 @@ type Lease struct {
 	// Outlives is when the target itself lets the secret in no more, where that is later than
 	// Expires: what bounds it when nobody can end it sooner.
 	Outlives time.Time `json:"outlives,omitzero"`
+
+	// Digests stand for the values that the secret had, where these are not to be guessed.
+	Digests []ValueDigest `json:"digests,omitempty"`
 }

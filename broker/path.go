@@ -216,5 +216,5 @@ func (c *ruleCache) parse(tx Tx, key string, raw []byte) (queryFence, error) {
 // subject is a grant under p as selectors see it.
 func (p path) subject(g Grant) Subject {
 	return Subject{Chain: p.chain, Path: p.nodes, Grant: g.ID, Tool: g.Tool, Args: g.Args,
-		Vault: g.Path, Bundle: g.Bundle, At: g.Created}
+		Vault: g.Path, Bundle: g.Bundle, Leaked: g.Lease.Digests, At: g.Created}
 }

@@ -1,9 +1,11 @@
 package broker_test
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -488,5 +490,37 @@ func TestRecent(t *testing.T) {
 				t.Errorf("Recent(%s, %v) = %v, %v; want %v", row.backend, row.since, ids, err, row.want)
 			}
 		}
+	})
+}
+
+// TestRevokeLeaked: whoever finds a value finds its grant by it, and ends that one alone.
+func TestRevokeLeaked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("root", broker.OpenRequest{})
+		leaked, other := w.issue("root", step(root, "db.read")), w.issue("root", step(root, "db.read"))
+		var secret struct{ Password string }
+		if err := json.Unmarshal(leaked.Secret.Reveal(), &secret); err != nil || secret.Password == "" {
+			t.Fatalf("the secret has no password: %v", err)
+		}
+		s := broker.LeakedSelector(secret.Password + "\n")
+		plan, err := w.Plan(ctx, responder, s)
+		if err != nil || plan.Grants != 1 || plan.Nodes != 0 || strings.Contains(fmt.Sprint(plan, s), secret.Password) {
+			t.Fatalf("Plan(%v) = %+v, %v; want the one grant", s, plan, err)
+		}
+		_, err = w.Plan(ctx, responder, broker.LeakedSelector("something else"))
+		refused(t, "Plan of a value that nobody was given", err, broker.NotFound, broker.CodeSelectorEmpty)
+		rv, err := w.Revoke(ctx, responder, broker.RevokeRequest{Selector: s, Reason: "found in a log", Plan: plan.Token})
+		if err != nil {
+			t.Fatal(err)
+		}
+		pass(time.Second)
+		w.closure(rv, broker.ClosureClosed)
+		for id, want := range map[broker.GrantID]bool{leaked.Grant.ID: false, other.Grant.ID: true} {
+			if got, err := w.Active(ctx, id); err != nil || got != want {
+				t.Errorf("Active(%s) = %v, %v; want %v", id, got, err, want)
+			}
+		}
+		w.issue("root", step(root, "db.read")) // the chain goes on
 	})
 }

@@ -17,9 +17,10 @@ type Subject struct {
 	Grant  GrantID
 	Tool   ToolName
 	Args   Args
-	Vault  string    // Vault mount and role, joined by slashes
-	Bundle string    // digest of the policy bundle that decided
-	At     time.Time // when the grant or delegation was made
+	Vault  string        // Vault mount and role, joined by slashes
+	Bundle string        // digest of the policy bundle that decided
+	Leaked []ValueDigest // of the values that its secret had
+	At     time.Time     // when the grant or delegation was made
 
 	later map[string]Parameter // not nil: Grant is not made yet, and these are the arguments it may have; made at At or after
 }
@@ -40,12 +41,13 @@ type Subject struct {
 //	vault:database/creds/x    a grant minted at this mount and role
 //	vault:database/*          or anywhere below
 //	bundle:sha256:…           a grant decided under this policy bundle
+//	leaked:sha256:…           a grant that handed out a value with this SHA-256; see [LeakedSelector]
 //
 // Terms join with not, and, or (binding in that order) and parentheses; a value with other
 // characters than visible ASCII, or with a parenthesis or quote in it, is quoted as in Go.
 //
 // The holder is that of the delegation itself, or of the one the grant is directly under, not
-// of its ancestors. The terms from grant to bundle ask for facts that only grants have: of a
+// of its ancestors. The terms from grant to leaked ask for facts that only grants have: of a
 // delegation they are neither true nor false, and what hangs on such an answer matches nothing.
 // So neither tool:x nor not tool:x matches a delegation, while (tool:x or chain:ch…) matches the
 // delegations of that chain. The same holds for since and until where the time is not known.
@@ -60,8 +62,9 @@ type selectorNode struct {
 
 // selectorTerm is one condition; its value is in canonical spelling.
 type selectorTerm struct {
-	key, name, value string    // key or key.name, and value
-	at               time.Time // of since and until
+	key, name, value string      // key or key.name, and value
+	at               time.Time   // of since and until
+	digest           ValueDigest // of leaked
 }
 
 // selectorVerdict is the answer of three-valued logic, ordered so that and is min and or is max.
@@ -195,6 +198,8 @@ func (t selectorTerm) holds(s Subject) selectorVerdict {
 		return yesIf(withinPath(t.value, s.Vault))
 	case "bundle":
 		return yesIf(s.Bundle == t.value)
+	case "leaked":
+		return yesIf(slices.Contains(s.Leaked, t.digest))
 	}
 	panic("broker: a selector term was parsed that has no meaning: " + t.key)
 }

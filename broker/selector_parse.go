@@ -214,7 +214,7 @@ func (p *selectorParser) value() (value string, err error) {
 }
 
 var selectorKeys = []string{"chain", "subtree", "grant", "spiffe", "task", "tool", "arg.NAME", "vault", "bundle",
-	"label.NAME", "since", "until"}
+	"leaked", "label.NAME", "since", "until"}
 
 // checkKey says which term was meant when there is no such term.
 func (p *selectorParser) checkKey(pos int, key, name string, named bool) error {
@@ -232,8 +232,7 @@ func (p *selectorParser) checkKey(pos int, key, name string, named bool) error {
 	case named && slices.Contains(selectorKeys, key):
 		return p.errorAt(pos, "expected %s without a name", key)
 	case key == "hash":
-		return p.errorAt(pos, "there is no term hash: no hash of a secret is kept that could be compared; "+
-			"select by chain, tool, vault or the time it was made")
+		return p.errorAt(pos, "there is no term hash: a leaked value is leaked:sha256:…, which pawl leaked prints of it")
 	}
 	best, hint := 3, ""
 	for _, known := range append([]string{"and", "or", "not"}, selectorKeys...) {
@@ -288,6 +287,8 @@ func newTerm(key, name, value string) (t selectorTerm, err error) {
 		if path := strings.TrimSuffix(value, "/*"); !plainSegments(path) || strings.Contains(path, "*") {
 			err = errors.New("expected a Vault mount and role, or a mount and /*, without . or .. or empty segments")
 		}
+	case "leaked":
+		t.digest, err = checkLeaked(value)
 	case "since", "until":
 		t.at, err = time.Parse(time.RFC3339, value)
 		t.at = t.at.UTC()

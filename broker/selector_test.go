@@ -31,9 +31,31 @@ func subjects(t testing.TB) map[string]broker.Subject {
 	grant := at(3)
 	grant.Grant, grant.Tool, grant.Args = broker.GrantID(anID("gr", "1")), "psql", args
 	grant.Vault, grant.Bundle = "database/creds/writer", "sha256:abc"
+	grant.Leaked = []broker.ValueDigest{broker.DigestValue("a value"), broker.DigestValue("another")}
 	timeless := at(1)
 	timeless.At = time.Time{}
 	return map[string]broker.Subject{"root": at(1), "planner": at(2), "writer": at(3), "grant": grant, "timeless": timeless, "zero": {}}
+}
+
+// leakedAnother is what sha256sum says of "another".
+const leakedAnother = "leaked:sha256:ae448ac86c4e8e4dec645729708ef41873ae79c6dff84eff73360989487f08e5"
+
+func TestLeakedSelector(t *testing.T) {
+	for value, want := range map[string]string{"another": leakedAnother, "another\n": leakedAnother, "another\r\n": leakedAnother} {
+		s := broker.LeakedSelector(value)
+		again, err := broker.ParseSelector(s.String())
+		if s.String() != want || err != nil || !s.Matches(subjects(t)["grant"]) || !again.Matches(subjects(t)["grant"]) {
+			t.Errorf("LeakedSelector(%q) = %s, %v; want %s, which matches the grant", value, s, err, want)
+		}
+		if broker.DigestValue(value) != broker.DigestValue("another") {
+			t.Errorf("DigestValue(%q) counts the line break", value)
+		}
+	}
+	for _, other := range []string{"another\n\n", " another", "Another", ""} {
+		if s := broker.LeakedSelector(other); s.String() == leakedAnother || s.Matches(subjects(t)["grant"]) {
+			t.Errorf("LeakedSelector(%q) = %s", other, s)
+		}
+	}
 }
 
 func TestSelectorMatches(t *testing.T) {
@@ -84,6 +106,11 @@ func TestSelectorMatches(t *testing.T) {
 		"vault:database/creds/writer/*":                    "",
 		"bundle:sha256:abc":                                "grant",
 		"not bundle:sha256:abc":                            "",
+		leakedAnother:                                      "grant",
+		"not " + leakedAnother:                             "",
+		"leaked:sha256:" + strings.Repeat("0", 64):         "",
+		"not leaked:sha256:" + strings.Repeat("0", 64):     "grant",
+		leakedAnother + " or chain:" + anID("ch", "1"):     "root planner writer grant timeless",
 		"since:2026-01-02T12:00:00Z":                       "root planner writer grant",
 		"since:2026-01-02T12:00:01Z":                       "",
 		"since:2026-01-02T13:00:00+01:00":                  "root planner writer grant",
@@ -189,52 +216,57 @@ func TestSelectorTarget(t *testing.T) {
 
 func TestSelectorErrors(t *testing.T) {
 	for text, want := range map[string]string{
-		"":                                   `character 1: expected a term such as chain:…, "not" or "(", found the end`,
-		"  ":                                 `character 3: expected a term`,
-		"tool:a tool:b":                      `character 8: expected "and", "or" or the end, found "tool:b"`,
-		"tool:a adn tool:b":                  `character 8: expected "and", "or" or the end, found "adn"`,
-		"tool:a and":                         `character 11: expected a term such as chain:…, "not" or "(", found the end`,
-		"tool:a or or tool:b":                `unknown term "or"`,
-		"not":                                `character 4: expected a term`,
-		"(tool:a":                            `character 8: expected "and", "or" or ")", found the end`,
-		"tool:a)":                            `character 7: expected "and", "or" or the end, found ")"`,
-		"()":                                 `character 2: expected a term`,
-		"tool":                               `character 5: expected ":" and a value after "tool", found the end`,
-		"tool psql":                          `character 5: expected ":" and a value after "tool", found " "`,
-		"tool:":                              `character 6: expected a value right after the colon, found the end`,
-		"tool: a":                            `character 6: expected a value right after the colon, found " "`,
-		"tool:A":                             `character 6: a tool name is`,
-		"chian:x":                            `unknown term "chian"; did you mean chain?`,
-		"Tool:a":                             `did you mean tool?`,
-		"spifee:x":                           `did you mean spiffe?`,
-		"labels.env:prod":                    `did you mean label.NAME?`,
-		"zebra:x":                            `unknown term "zebra"; expected one of chain, subtree`,
-		"tool:a AND tool:b":                  `found "AND"`,
-		`task:"é" and hash:sha256:00`:        `character 14: there is no term hash: no hash of a secret is kept`,
-		"chain:ch1":                          `character 7: chain id must be`,
-		"subtree:" + anID("ch", ""):          `delegation id must be`,
-		"grant:x":                            `grant id must be`,
-		"arg:users":                          `character 1: expected a name in arg.NAME`,
-		"arg.:users":                         `expected a name in arg.NAME`,
-		"arg.Table:users":                    `character 1: argument names are`,
-		"label:x":                            `expected a name in label.NAME`,
-		"tool.x:a":                           `expected tool without a name`,
-		`task:""`:                            `expected a value that is not empty`,
-		`task:"a`:                            `character 6: expected a value quoted as in Go`,
-		`task:"\xff"`:                        `valid UTF-8`,
-		`task:"a"b`:                          `character 9: expected a space after the value`,
-		"task:é":                             `character 6: expected a value right after the colon, found "é"`,
-		"task:aé":                            `character 7: expected a space after the value; quote`,
-		"since:yesterday":                    `character 7: expected a time such as`,
-		"until:2026-01-02":                   `expected a time such as`,
-		"until:9999-12-31T23:59:59-01:00":    `expected a time such as`,
-		"spiffe:example.org/a":               `character 8: expected a SPIFFE ID such as`,
-		"spiffe:spiffe://example.org":        `a whole trust domain is spiffe://example.org/*`,
-		"spiffe:spiffe://example.org/a*":     `expected a SPIFFE ID`,
-		"spiffe:spiffe://*":                  `expected a SPIFFE ID`,
-		"spiffe:spiffe:///*":                 `expected a SPIFFE ID`,
-		"spiffe:spiffe://EXAMPLE.org/a":      `expected a SPIFFE ID`,
-		"spiffe:spiffe://example.org/a/../b": `expected a SPIFFE ID`,
+		"":                            `character 1: expected a term such as chain:…, "not" or "(", found the end`,
+		"  ":                          `character 3: expected a term`,
+		"tool:a tool:b":               `character 8: expected "and", "or" or the end, found "tool:b"`,
+		"tool:a adn tool:b":           `character 8: expected "and", "or" or the end, found "adn"`,
+		"tool:a and":                  `character 11: expected a term such as chain:…, "not" or "(", found the end`,
+		"tool:a or or tool:b":         `unknown term "or"`,
+		"not":                         `character 4: expected a term`,
+		"(tool:a":                     `character 8: expected "and", "or" or ")", found the end`,
+		"tool:a)":                     `character 7: expected "and", "or" or the end, found ")"`,
+		"()":                          `character 2: expected a term`,
+		"tool":                        `character 5: expected ":" and a value after "tool", found the end`,
+		"tool psql":                   `character 5: expected ":" and a value after "tool", found " "`,
+		"tool:":                       `character 6: expected a value right after the colon, found the end`,
+		"tool: a":                     `character 6: expected a value right after the colon, found " "`,
+		"tool:A":                      `character 6: a tool name is`,
+		"chian:x":                     `unknown term "chian"; did you mean chain?`,
+		"Tool:a":                      `did you mean tool?`,
+		"spifee:x":                    `did you mean spiffe?`,
+		"labels.env:prod":             `did you mean label.NAME?`,
+		"zebra:x":                     `unknown term "zebra"; expected one of chain, subtree`,
+		"tool:a AND tool:b":           `found "AND"`,
+		`task:"é" and hash:sha256:00`: `character 14: there is no term hash: a leaked value is leaked:sha256:…`,
+		"leaked:s3cret":               `character 8: expected sha256: and 64 lower-case hexadecimal digits`,
+		"leaked:sha256:00":            `expected sha256: and 64`,
+		"leaked:sha256:" + strings.Repeat("A", 64): `expected sha256: and 64`,
+		"leaked:sha256:" + strings.Repeat("0", 66): `expected sha256: and 64`,
+		"leaked:sha1:" + strings.Repeat("0", 64):   `expected sha256: and 64`,
+		"chain:ch1":                                `character 7: chain id must be`,
+		"subtree:" + anID("ch", ""):                `delegation id must be`,
+		"grant:x":                                  `grant id must be`,
+		"arg:users":                                `character 1: expected a name in arg.NAME`,
+		"arg.:users":                               `expected a name in arg.NAME`,
+		"arg.Table:users":                          `character 1: argument names are`,
+		"label:x":                                  `expected a name in label.NAME`,
+		"tool.x:a":                                 `expected tool without a name`,
+		`task:""`:                                  `expected a value that is not empty`,
+		`task:"a`:                                  `character 6: expected a value quoted as in Go`,
+		`task:"\xff"`:                              `valid UTF-8`,
+		`task:"a"b`:                                `character 9: expected a space after the value`,
+		"task:é":                                   `character 6: expected a value right after the colon, found "é"`,
+		"task:aé":                                  `character 7: expected a space after the value; quote`,
+		"since:yesterday":                          `character 7: expected a time such as`,
+		"until:2026-01-02":                         `expected a time such as`,
+		"until:9999-12-31T23:59:59-01:00":          `expected a time such as`,
+		"spiffe:example.org/a":                     `character 8: expected a SPIFFE ID such as`,
+		"spiffe:spiffe://example.org":              `a whole trust domain is spiffe://example.org/*`,
+		"spiffe:spiffe://example.org/a*":           `expected a SPIFFE ID`,
+		"spiffe:spiffe://*":                        `expected a SPIFFE ID`,
+		"spiffe:spiffe:///*":                       `expected a SPIFFE ID`,
+		"spiffe:spiffe://EXAMPLE.org/a":            `expected a SPIFFE ID`,
+		"spiffe:spiffe://example.org/a/../b":       `expected a SPIFFE ID`,
 		"spiffe:spiffe://example.org/" + strings.Repeat("a", 2048): `at most 2048 bytes`,
 		"vault:*":      `expected a Vault mount and role`,
 		"vault:/*":     `expected a Vault mount and role`,
@@ -278,7 +310,7 @@ func FuzzParseSelector(f *testing.F) {
 	for _, text := range []string{
 		"chain:" + anID("ch", "1"), "not (tool:psql or subtree:" + anID("dl", "b") + ") and spiffe:spiffe://example.org/team/*",
 		`task:"rotate the keys" and label.env:prod or arg.text:"a \"b\" ü"`, "since:2026-01-02T12:00:00+01:00 and not until:2026-01-02T12:00:00Z",
-		"vault:database/* or bundle:sha256:abc or grant:" + anID("gr", "1"), `not not(label.a.b:"\n\t" and tool:a)`, "hash:sha256:00", "(tool:a",
+		"vault:database/* or bundle:sha256:abc or grant:" + anID("gr", "1"), "not " + leakedAnother + " and tool:psql", `not not(label.a.b:"\n\t" and tool:a)`, "hash:sha256:00", "(tool:a",
 	} {
 		f.Add(text)
 	}

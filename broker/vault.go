@@ -76,6 +76,10 @@ type Finished struct {
 	Expires time.Time // its end; zero: the lease's
 
 	Outlives time.Time // when the target lets it in no more by itself; zero: at its end
+
+	// Digests are of the members of Secret that give access and that a machine drew, see
+	// [ValueDigest]; none for a value that a person may have chosen.
+	Digests []ValueDigest
 }
 
 // Backend is what Vault cannot do alone for one kind of target. A Backend that can also cut or

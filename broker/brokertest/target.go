@@ -97,7 +97,8 @@ func (t *Target) Prepare(_ context.Context, _ broker.Tool, g broker.Grant) (brok
 	return broker.Mint{Path: []string{"target", "creds"}, Leased: true, TTL: broker.MaxTTL,
 		Finish: func(answer map[string]any, _ time.Time) (broker.Finished, error) {
 			secret, err := json.Marshal(map[string]any{"grant": g.ID, "password": answer["password"]})
-			return broker.Finished{Secret: broker.NewSecret(secret), Ref: "login-" + string(g.ID)}, err
+			password, _ := answer["password"].(string)
+			return broker.Finished{Secret: broker.NewSecret(secret), Ref: "login-" + string(g.ID), Digests: []broker.ValueDigest{broker.DigestValue(password)}}, err
 		}}, string(g.ID), nil
 }
 

@@ -172,7 +172,7 @@ func (v *Vault) Mint(_ context.Context, h broker.Handle, m broker.Mint) (broker.
 		return broker.Lease{}, broker.Secret{}, err
 	}
 	done, err := m.Finish(map[string]any{"password": password}, h.Expires)
-	return broker.Lease{ID: id, Ref: done.Ref, Expires: h.Expires}, done.Secret, err
+	return broker.Lease{ID: id, Ref: done.Ref, Expires: h.Expires, Digests: done.Digests}, done.Secret, err
 }
 
 // Kill implements [broker.Killer]. As in Vault, what hangs below ends too.

@@ -23,6 +23,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 
+	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/policy"
@@ -95,7 +96,7 @@ func TestIntrospection(t *testing.T) {
 	need(t, false)
 	w := newWorld(t, newEnv(t, dev.Config{NoPostgres: true}), nil)
 	public := w.statusList()
-	broker := w.here(nil, nil)
+	first := w.here(nil, nil)
 	planner := w.agent("planner")
 	open := func() *agent.Delegation {
 		t.Helper()
@@ -143,10 +144,15 @@ func TestIntrospection(t *testing.T) {
 	}
 	s.want("after a revocation, a close and an end", tokens, "live")
 	s.wantStatus("after a revocation and a close", tokens, public, "revoked", "closed")
-	broker.Close()
+	first.Close()
 	w.here(nil, nil)
 	s.want("after a restart", tokens, "live")
 	s.wantStatus("after a restart", tokens, public, "revoked", "closed")
+
+	if _, err := w.operator().Revoke(t.Context(), api.RevokeRequest{Selector: broker.LeakedSelector(tokens["live"]).String(), Reason: "found in a log"}); err != nil {
+		t.Fatal(err)
+	}
+	s.want("once the last was found in a log", tokens)
 }
 
 // statusList has the broker serve a status list, and gives the public key of whoever signs it.

@@ -163,12 +163,13 @@ type revokeFlags struct {
 	operatorFlags
 	reason, from                    string
 	plan, yes, includeNew, noFollow bool
+	leaked                          bool
 }
 
 func revokeCommand() *cobra.Command {
 	var f revokeFlags
 	c := &cobra.Command{
-		Use: "revoke SELECTOR", Short: "Stop what a selector means, for good", Args: cobra.ExactArgs(1),
+		Use: "revoke SELECTOR | --leaked", Short: "Stop what a selector means, for good", Args: f.selectorArgs,
 		Long: "Stop what a selector means, for good: from the acknowledgement on nothing is handed out under it,\n" +
 			"what was handed out is cut at its backend, and the closure says what is proven dead:\n" +
 			"CLOSED all of it, PARTIAL some is known alive, UNKNOWN some is not proven.\n\n" +
@@ -176,12 +177,14 @@ func revokeCommand() *cobra.Command {
 			"--from-plan stops when the set has grown since, unless --include-new.\n\n" +
 			"A selector is made of chain:ID, subtree:DELEGATION, grant:ID, spiffe:ID or spiffe:PREFIX/*, task:\"text\",\n" +
 			"tool:NAME, arg.NAME:value, vault:mount/role, bundle:DIGEST, label.NAME:value, since:TIME, until:TIME,\n" +
-			"joined by and, or, not and parentheses.",
+			"leaked:sha256:DIGEST, joined by and, or, not and parentheses. --leaked reads a value that was found where\n" +
+			"it must not be from standard input, and selects the grant that handed it out.",
 		Example: "  pawl revoke chain:ch0123456789abcdefghjkmnpq\n" +
 			"  pawl revoke chain:ch0123456789abcdefghjkmnpq --yes --reason 'leaked in a chat'\n" +
-			"  pawl revoke 'spiffe:spiffe://example.org/ci/* and tool:deploy' --yes --reason 'compromised runner'",
+			"  pawl revoke 'spiffe:spiffe://example.org/ci/* and tool:deploy' --yes --reason 'compromised runner'\n" +
+			"  pawl revoke --leaked --yes --reason 'found in a log' < value",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, args []string) error {
-			return revoke(cmd, c, f, args[0], false)
+			return revoke(cmd, c, f, args, false)
 		}),
 	}
 	f.addRevoke(c)
@@ -219,18 +222,19 @@ func (f *revokeFlags) addRevoke(c *cobra.Command) {
 	flags.StringVar(&f.reason, "reason", "", "why, for the audit and the report; required with --yes")
 	flags.StringVar(&f.from, "from-plan", "", "the plan's token: stop when the set has grown since")
 	flags.BoolVar(&f.includeNew, "include-new", false, "with --from-plan: go on when the set has grown")
+	flags.BoolVar(&f.leaked, "leaked", false, "in place of a selector: the grant that handed out the value on standard input")
 	flags.BoolVar(&f.noFollow, "no-follow", false, "do not wait for the closure")
 }
 
 func freezeCommand() *cobra.Command {
 	var f revokeFlags
 	c := &cobra.Command{
-		Use: "freeze SELECTOR", Short: "Stop what a selector means for now: no new secrets, nothing is cut", Args: cobra.ExactArgs(1),
+		Use: "freeze SELECTOR | --leaked", Short: "Stop what a selector means for now: no new secrets, nothing is cut", Args: f.selectorArgs,
 		Long: "Hand out nothing under what a selector means, until it is lifted. What was handed out lives to its\n" +
 			"end. A freeze by SPIFFE ID holds for chains that are opened later, too. See pawl unfreeze.",
 		Example: "  pawl freeze spiffe:spiffe://example.org/agent/planner --yes --reason 'looking into it'",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, args []string) error {
-			return revoke(cmd, c, f, args[0], true)
+			return revoke(cmd, c, f, args, true)
 		}),
 	}
 	f.addRevoke(c)
@@ -254,7 +258,25 @@ func unfreezeCommand() *cobra.Command {
 	return c
 }
 
-func revoke(cmd *cobra.Command, c *operator.Client, f revokeFlags, selector string, freeze bool) error {
+// selectorArgs wants one selector, or --leaked in its place.
+func (f *revokeFlags) selectorArgs(cmd *cobra.Command, args []string) error {
+	if f.leaked {
+		return cobra.NoArgs(cmd, args)
+	}
+	return cobra.ExactArgs(1)(cmd, args)
+}
+
+func revoke(cmd *cobra.Command, c *operator.Client, f revokeFlags, args []string, freeze bool) error {
+	var selector string
+	if f.leaked {
+		leaked, err := readLeaked(cmd)
+		if err != nil {
+			return err
+		}
+		selector = leaked.String()
+	} else {
+		selector = args[0]
+	}
 	if f.plan || !f.yes {
 		plan, err := c.Plan(cmd.Context(), selector)
 		if err != nil {

@@ -182,11 +182,13 @@ func finish(answer map[string]any, input string, key signingKey, c claims) (brok
 	if !ecdsa.Verify(key.public, digest[:], new(big.Int).SetBytes(raw[:32]), new(big.Int).SetBytes(raw[32:])) {
 		return broker.Finished{}, errors.New("jwt: the signature does not verify")
 	}
-	secret, err := json.Marshal(map[string]string{"token": input + "." + signature, "token_type": "Bearer"})
+	token := input + "." + signature
+	secret, err := json.Marshal(map[string]string{"token": token, "token_type": "Bearer"})
 	if err != nil {
 		return broker.Finished{}, errors.New("jwt: encoding the secret")
 	}
-	return broker.Finished{Secret: broker.NewSecret(secret), Ref: c.ref(), Expires: time.Unix(c.Expires, 0).UTC()}, nil
+	return broker.Finished{Secret: broker.NewSecret(secret), Ref: c.ref(), Expires: time.Unix(c.Expires, 0).UTC(),
+		Digests: []broker.ValueDigest{broker.DigestValue(token)}}, nil
 }
 
 // leeway is how far behind a verifier's clock may be.

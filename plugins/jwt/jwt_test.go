@@ -8,6 +8,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -193,6 +194,9 @@ func TestRealToken(t *testing.T) {
 		}
 		if err := json.Unmarshal(f.Secret.Reveal(), &s); err != nil {
 			t.Fatal(err)
+		}
+		if want := []broker.ValueDigest{broker.DigestValue(s.Token)}; !slices.Equal(f.Digests, want) {
+			t.Errorf("Finish() gives the digests %v, want %v, the token's", f.Digests, want)
 		}
 		return s.Token
 	}

@@ -43,6 +43,9 @@ func TestPrepare(t *testing.T) {
 	if err != nil || string(f.Secret.Reveal()) != `{"n":12345678901234567890}` || f.Ref != "version 3" {
 		t.Errorf("Finish() = ref %q, %v", f.Ref, err)
 	}
+	if len(f.Digests) > 0 {
+		t.Errorf("Finish() gives the digests %v of values that a person chose, which could be guessed", f.Digests)
+	}
 	for _, answer := range []map[string]any{nil, {"data": nil}, {"data": map[string]any{}}, {"data": "x"}} {
 		if _, err := m.Finish(answer, time.Time{}); err == nil {
 			t.Errorf("Finish(%v) succeeded", answer)

@@ -147,7 +147,8 @@ func (b *Backend) finish(answer map[string]any, want names, usage []x509.ExtKeyU
 	if err != nil {
 		return broker.Finished{}, errors.New("pki: encoding the secret")
 	}
-	return broker.Finished{Secret: broker.NewSecret(raw), Ref: s.Serial, Expires: cert.NotAfter.UTC()}, nil
+	return broker.Finished{Secret: broker.NewSecret(raw), Ref: s.Serial, Expires: cert.NotAfter.UTC(),
+		Digests: []broker.ValueDigest{broker.DigestValue(s.Certificate), broker.DigestValue(s.PrivateKey)}}, nil
 }
 
 func exact(cert *x509.Certificate, want names, usage []x509.ExtKeyUsage) error {

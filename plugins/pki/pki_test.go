@@ -15,6 +15,7 @@ import (
 	"math/big"
 	"net"
 	"net/url"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -186,7 +187,15 @@ func (e *engine) issue(t *testing.T, b *pki.Backend, uri string) (issued, error)
 		return issued{}, err
 	}
 	out := issued{lease: s.LeaseID, finished: f}
-	return out, json.Unmarshal(f.Secret.Reveal(), &out)
+	err = json.Unmarshal(f.Secret.Reveal(), &out)
+	var members struct {
+		Certificate string `json:"certificate"`
+		PrivateKey  string `json:"private_key"`
+	}
+	if json.Unmarshal(f.Secret.Reveal(), &members) != nil || !slices.Equal(f.Digests, []broker.ValueDigest{broker.DigestValue(members.Certificate), broker.DigestValue(members.PrivateKey)}) {
+		t.Errorf("Finish() gives the digests %v, want those of certificate and key", f.Digests)
+	}
+	return out, err
 }
 
 // TestRealExact holds that a role which gives more than was asked is refused.

@@ -155,6 +155,10 @@ func (b *Backend) ensure(ctx context.Context, shape, text string) error {
 	return nil
 }
 
+// drawnPassword is the length of a password from which its digest is kept: Vault's own are as long, of
+// 63 characters, about 119 bits. A password policy of the mount's may make shorter ones.
+const drawnPassword = 20
+
 // login is what the agent gets.
 type login struct {
 	Username string            `json:"username"`
@@ -193,7 +197,11 @@ func (s settings) finish(database string, sp spec, prefix string, answer map[str
 	if err != nil {
 		return broker.Finished{}, errors.New("vault's answer does not encode")
 	}
-	return broker.Finished{Secret: broker.NewSecret(b), Ref: username}, nil
+	f := broker.Finished{Secret: broker.NewSecret(b), Ref: username}
+	if len(password) >= drawnPassword {
+		f.Digests = []broker.ValueDigest{broker.DigestValue(password), broker.DigestValue(l.URL)}
+	}
+	return f, nil
 }
 
 // url is the connection URL that libpq and pgx read; a socket's directory goes into a parameter.

@@ -2,6 +2,7 @@ package postgres_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"maps"
 	"reflect"
@@ -151,6 +152,16 @@ func TestFinish(tt *testing.T) {
 	f, err := m.Finish(map[string]any{"username": "pawl-" + display + "-abcdefgh", "password": "p@ss/w:rd?"}, time.Time{})
 	if err != nil || f.Ref != "pawl-"+display+"-abcdefgh" || f.Secret.Empty() {
 		t.Errorf("Finish(ours) = %v, %v, want a secret and its name", f.Ref, err)
+	}
+	if len(f.Digests) > 0 {
+		t.Errorf("Finish gives the digests %v of a password that could be guessed", f.Digests)
+	}
+	drawn := "abcdefghij-ABCDEFGHI"
+	f, err = m.Finish(map[string]any{"username": "pawl-" + display + "-abcdefgh", "password": drawn}, time.Time{})
+	var login struct{ URL string }
+	if err != nil || json.Unmarshal(f.Secret.Reveal(), &login) != nil ||
+		!reflect.DeepEqual(f.Digests, []broker.ValueDigest{broker.DigestValue(drawn), broker.DigestValue(login.URL)}) {
+		t.Errorf("Finish gives the digests %v, %v, want those of password and URL", f.Digests, err)
 	}
 }
 

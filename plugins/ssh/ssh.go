@@ -120,14 +120,16 @@ func (b *Backend) finish(answer map[string]any, w wants, private ed25519.Private
 	if err != nil {
 		return broker.Finished{}, errors.New("ssh: encoding the private key")
 	}
+	privateKey := string(pem.EncodeToMemory(block))
 	raw, err := json.Marshal(map[string]string{
-		"private_key": string(pem.EncodeToMemory(block)), "certificate": text, "principal": w.principal, "key_id": w.keyID,
+		"private_key": privateKey, "certificate": text, "principal": w.principal, "key_id": w.keyID,
 	})
 	clear(block.Bytes)
 	if err != nil {
 		return broker.Finished{}, errors.New("ssh: encoding the secret")
 	}
-	return broker.Finished{Secret: broker.NewSecret(raw), Ref: fmt.Sprintf("%s serial %d", w.keyID, cert.Serial), Expires: end}, nil
+	return broker.Finished{Secret: broker.NewSecret(raw), Ref: fmt.Sprintf("%s serial %d", w.keyID, cert.Serial), Expires: end,
+		Digests: []broker.ValueDigest{broker.DigestValue(privateKey), broker.DigestValue(text)}}, nil
 }
 
 func (w wants) check(cert *ssh.Certificate, now time.Time) (end time.Time, err error) {

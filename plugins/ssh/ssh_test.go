@@ -143,7 +143,15 @@ func (e *engine) issue(t *testing.T, b *ssh.Backend, g broker.Grant) (issued, er
 		t.Errorf("Finish() = %q until %v", f.Ref, f.Expires)
 	}
 	var s issued
-	return s, json.Unmarshal(f.Secret.Reveal(), &s)
+	err = json.Unmarshal(f.Secret.Reveal(), &s)
+	var members struct {
+		Certificate string `json:"certificate"`
+		PrivateKey  string `json:"private_key"`
+	}
+	if json.Unmarshal(f.Secret.Reveal(), &members) != nil || !slices.Equal(f.Digests, []broker.ValueDigest{broker.DigestValue(members.PrivateKey), broker.DigestValue(members.Certificate)}) {
+		t.Errorf("Finish() gives the digests %v, want those of key and certificate", f.Digests)
+	}
+	return s, err
 }
 
 // TestRealExact holds that a role which gives more than was asked is refused.

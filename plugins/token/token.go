@@ -103,7 +103,7 @@ func finish(auth map[string]any, policies []string, uses int) (broker.Finished, 
 	if err := narrow(auth, "token_type", "token_policies", policies, uses); err != nil {
 		return broker.Finished{}, err
 	}
-	return handOver(map[string]string{"token": token}, accessor)
+	return handOver(map[string]string{"token": token}, token, accessor)
 }
 
 // finishWrapped is finish for a token that Vault keeps: "auth" is what Vault says of it by its
@@ -121,7 +121,7 @@ func finishWrapped(answer map[string]any, policies []string, uses int) (broker.F
 	if err := narrow(inside, "type", "policies", policies, uses); err != nil {
 		return broker.Finished{}, err
 	}
-	return handOver(map[string]string{"wrapping_token": token, "creation_path": path}, accessor+pair+wrapping)
+	return handOver(map[string]string{"wrapping_token": token, "creation_path": path}, token, accessor+pair+wrapping)
 }
 
 // pair joins the accessors of a wrapped token and of what wraps it; no accessor of Vault's has it.
@@ -148,12 +148,13 @@ func narrow(token map[string]any, kind, list string, policies []string, uses int
 	return nil
 }
 
-func handOver(members map[string]string, ref string) (broker.Finished, error) {
+// handOver makes the secret; token is the one of its members that gives access.
+func handOver(members map[string]string, token, ref string) (broker.Finished, error) {
 	secret, err := json.Marshal(members)
 	if err != nil {
 		return broker.Finished{}, errors.New("token: encoding the secret")
 	}
-	return broker.Finished{Secret: broker.NewSecret(secret), Ref: ref}, nil
+	return broker.Finished{Secret: broker.NewSecret(secret), Ref: ref, Digests: []broker.ValueDigest{broker.DigestValue(token)}}, nil
 }
 
 // texts reads a list of strings; none is one.

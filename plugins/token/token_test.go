@@ -171,6 +171,9 @@ func TestFinish(t *testing.T) {
 	if err != nil || f.Ref != "acc-1" || string(f.Secret.Reveal()) != `{"token":"hvs.marker"}` {
 		t.Fatalf("Finish() = ref %q, %v", f.Ref, err)
 	}
+	if want := []broker.ValueDigest{broker.DigestValue("hvs.marker")}; !slices.Equal(f.Digests, want) {
+		t.Errorf("Finish() gives the digests %v, want %v, the token's", f.Digests, want)
+	}
 	for name, change := range map[string]any{
 		"client_token": "", "client_token ": "a b", "accessor": nil, "accessor ": 7, "token_type": "batch", "token_type ": nil,
 		"orphan": true, "orphan ": nil, "renewable": true,

@@ -163,7 +163,7 @@ func finish(m broker.Mint, data map[string]any, lease broker.Lease, end, now tim
 	if err != nil {
 		return broker.Lease{}, broker.Secret{}, fmt.Errorf("reading the secret: %w", err)
 	}
-	lease.Outlives = f.Outlives
+	lease.Outlives, lease.Digests = f.Outlives, f.Digests
 	if lease.Ref = f.Ref; !f.Expires.IsZero() {
 		lease.Expires = f.Expires
 	}
