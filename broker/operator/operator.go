@@ -3,11 +3,13 @@
 package operator
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/http"
 	"net/url"
 	"strconv"
+	"time"
 
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/api/client"
@@ -18,7 +20,10 @@ type Config = client.Config
 
 // Client speaks to one broker as one operator. Make one with [New]; it is safe for concurrent
 // use. Each method but Follow blocks for one request, which it never repeats.
-type Client struct{ http *client.Client }
+type Client struct {
+	http     *client.Client
+	patience time.Duration
+}
 
 // New validates cfg. It opens no connection.
 func New(cfg Config) (*Client, error) {
@@ -26,7 +31,7 @@ func New(cfg Config) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("operator: %w", err)
 	}
-	return &Client{h}, nil
+	return &Client{h, cmp.Or(cfg.Patience, time.Minute)}, nil
 }
 
 // Close closes idle connections.
@@ -73,31 +78,6 @@ func (c *Client) Revocation(ctx context.Context, id string) (api.Revocation, err
 // "second_person_needed", and the second the lifted freeze.
 func (c *Client) Unfreeze(ctx context.Context, id string) (api.Revocation, error) {
 	return post[api.Revocation](ctx, c, "/v1/revocations/"+url.PathEscape(id)+"/unfreeze", api.Nothing{})
-}
-
-// Follow calls f with how far a revocation has come, at once and whenever that has changed,
-// until it is settled, which is nil, or f returns an error. A lost stream is an error of the
-// kind unavailable; following again begins with the present, so nothing is missed.
-func (c *Client) Follow(ctx context.Context, id string, f func(api.Revocation) error) error {
-	settled := false
-	err := c.http.Follow(ctx, "/v1/revocations/"+url.PathEscape(id)+"/events", func(ev client.Event) error {
-		switch ev.Name {
-		case api.EventProblem:
-			return ev.Problem()
-		case api.EventRevocation:
-			var rv api.Revocation
-			if err := ev.Read(&rv); err != nil {
-				return err
-			}
-			settled = rv.Freeze || !rv.Settled.IsZero()
-			return f(rv)
-		}
-		return nil // a comment, or an event of a later version
-	})
-	if err == nil && !settled {
-		return api.NewProblem(api.KindUnavailable, api.CodeNoAnswer, "the stream ended before the revocation was settled")
-	}
-	return err
 }
 
 // Audit gives at most limit lines of the audit log after a revision, and after which revision

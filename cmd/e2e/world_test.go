@@ -158,7 +158,7 @@ func newAgent(t *testing.T, config agent.Config) *agent.Client {
 
 func (w *world) operator() *operator.Client {
 	w.t.Helper()
-	c, err := operator.New(operator.Config{Address: "unix:" + w.config.Listen.Socket})
+	c, err := operator.New(operator.Config{Address: "unix:" + w.config.Listen.Socket, Patience: -1})
 	if err != nil {
 		w.t.Fatal(err)
 	}

@@ -43,6 +43,7 @@ type Config struct {
 	HTTP     *http.Client  // used as it is, http:// included, save that no redirect is followed
 	Fresh    time.Duration // for how long a connection takes new requests, since it keeps the identity it began with; zero: 10 s
 	Silence  time.Duration // the longest silence on a stream before it counts as lost; zero: 45 s
+	Patience time.Duration // operators: for how long a lost stream is opened again; zero: 1 min; negative: it is not
 }
 
 // Client sends requests. Make one with [New]; it is safe for concurrent use.
