@@ -17,6 +17,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"golang.org/x/term"
 
+	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/operator"
 )
@@ -289,12 +290,24 @@ func revoke(cmd *cobra.Command, c *operator.Client, f revokeFlags, args []string
 	}
 	r, err := c.Revoke(cmd.Context(), api.RevokeRequest{Selector: selector, Reason: f.reason, Plan: f.from, IncludeNew: f.includeNew, Freeze: freeze})
 	if err != nil {
+		writeGrown(cmd.ErrOrStderr(), err)
 		return err
 	}
 	if freeze || f.noFollow {
 		return f.show(cmd, r, func(w io.Writer) { writeRevocation(w, r) })
 	}
 	return follow(cmd, c, &f.operatorFlags, r.ID)
+}
+
+// writeGrown shows what has come to a plan's set since.
+func writeGrown(w io.Writer, err error) {
+	var p *api.Problem
+	if !errors.As(err, &p) || p.Code != api.Code(broker.CodePlanStale) {
+		return
+	}
+	for _, id := range p.Missing {
+		fmt.Fprintf(w, "new since the plan: %s\n", oneLine(id))
+	}
 }
 
 func writePlan(w io.Writer, p api.Plan, verb string, asked bool) {

@@ -37,9 +37,9 @@ func TestOperatorScripts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	engine := startEngine(t)
+	engine := startEngine(t, brokertest.NewTarget())
 	socket := filepath.Join(dir, "admin.sock")
-	serveOperators(t, engine, private, socket)
+	serveOperators(t, engine, private, "ann", socket)
 	rv := revokedChain(t, engine)
 	testscript.Run(t, testscript.Params{Dir: "testdata/operator", RequireExplicitExec: true, RequireUniqueNames: true,
 		Setup: func(e *testscript.Env) error {
@@ -60,9 +60,9 @@ func TestOperatorScripts(t *testing.T) {
 		}})
 }
 
-func startEngine(t *testing.T) *broker.Broker {
+func startEngine(t *testing.T, target *brokertest.Target) *broker.Broker {
 	t.Helper()
-	target, tools := brokertest.NewTarget(), brokertest.AllowAll("db")
+	tools := brokertest.AllowAll("db")
 	b, err := broker.New(broker.Config{Ledger: brokertest.NewMemory(), Policy: func() broker.Policy { return tools }, Vault: brokertest.NewVault(target),
 		Backends: map[string]broker.Backend{"target": target}, Now: time.Now, Random: rand.Reader, SweepEvery: -1})
 	if err != nil {
@@ -75,7 +75,7 @@ func startEngine(t *testing.T) *broker.Broker {
 	return b
 }
 
-func serveOperators(t *testing.T, b *broker.Broker, key jose.JSONWebKey, socket string) {
+func serveOperators(t *testing.T, b *broker.Broker, key jose.JSONWebKey, operator, socket string) *httptest.Server {
 	t.Helper()
 	signer, err := audit.NewSigner("example.org/pawl", key)
 	if err != nil {
@@ -87,7 +87,7 @@ func serveOperators(t *testing.T, b *broker.Broker, key jose.JSONWebKey, socket 
 	}
 	s, err := server.New(server.Config{Broker: b, Notary: notary, Now: time.Now,
 		Identify: func(*http.Request) (broker.Caller, error) { return broker.Caller{}, nil },
-		Operator: func(*http.Request) (broker.Operator, error) { return broker.Operator{Name: "ann"}, nil }})
+		Operator: func(*http.Request) (broker.Operator, error) { return broker.Operator{Name: operator}, nil }})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,6 +101,7 @@ func serveOperators(t *testing.T, b *broker.Broker, key jose.JSONWebKey, socket 
 	h.Start()
 	t.Cleanup(h.Close)
 	t.Cleanup(s.Close)
+	return h
 }
 
 // revokedChain opens a chain, takes a step, reports a canary and revokes all of it.
