@@ -150,7 +150,13 @@ func TestPages(t *testing.T) {
 					needServers(t)
 				}
 			}
-			play(t, bin, run)
+			path := bin
+			for _, b := range run {
+				if strings.Contains(b.text, "pawl.sql shop") {
+					path = shop(t) + ":" + bin
+				}
+			}
+			play(t, path, run)
 		})
 	}
 }
@@ -167,6 +173,33 @@ func needServers(t *testing.T) {
 	}
 }
 
+// shop is the reader's own PostgreSQL, with the database that the page is about: a directory in which psql is its
+// superuser's.
+func shop(t *testing.T) (dir string) {
+	t.Helper()
+	server := parts.OwnPostgreSQL(t, parts.PostgresConfig{NoSync: true})
+	for _, in := range []struct{ database, sql string }{
+		{"postgres", "CREATE DATABASE shop"},
+		{"shop", "CREATE TABLE orders (id int); CREATE TABLE customers (id int)"},
+	} {
+		out, err := exec.CommandContext(t.Context(), "psql", "-v", "ON_ERROR_STOP=1", "-c", in.sql, server.DSN(in.database)).CombinedOutput()
+		if err != nil {
+			t.Fatalf("making the reader's database: %v\n%s", err, out)
+		}
+	}
+	psql, err := exec.LookPath("psql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	host, port, _ := strings.Cut(server.Address(), ":")
+	dir = t.TempDir()
+	script := fmt.Sprintf("#!/bin/sh\nPGHOST=%s PGPORT=%s PGUSER=postgres PGPASSWORD='%s' exec %s \"$@\"\n", host, port, server.Password(), psql)
+	if err := os.WriteFile(filepath.Join(dir, "psql"), []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
 // play runs a page in a directory of its own below build, as the page tells its reader to.
 func play(t *testing.T, bin string, run []block) {
 	t.Helper()
@@ -178,6 +211,9 @@ func play(t *testing.T, bin string, run []block) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	if err := os.WriteFile(filepath.Join(dir, "vault-ca.pem"), parts.NeedVault(t).CAPEM(), 0o600); err != nil { // the reader's own
+		t.Fatal(err)
+	}
 	state := t.TempDir()
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
