@@ -139,6 +139,7 @@ func (b *Broker) follow(ctx context.Context, c Caller, p path, what Consequence,
 		return nil
 	case err != nil:
 		b.cfg.Alarm("fencing after a violation", err)
+		b.pursueUnsure(first, err)
 		return err
 	}
 	if first.ID != "" {
@@ -225,6 +226,7 @@ func (b *Broker) carryOutReport(ctx context.Context, c Caller, r ReportRequest, 
 		return err
 	})
 	if err != nil {
+		b.pursueUnsure(rv, err)
 		return Reported{}, err
 	}
 	if rv.ID != "" {

@@ -2,6 +2,7 @@ package broker
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"time"
 )
@@ -57,6 +58,14 @@ func (p *pursuits) end(id RevocationID) {
 	delete(p.at, id)
 }
 
+// pursueUnsure is pursue for a fence that the ledger failed to acknowledge: it may have been recorded
+// all the same, and whoever asked for it may never ask again.
+func (b *Broker) pursueUnsure(rv Revocation, err error) {
+	if rv.ID != "" && !errors.Is(err, ErrNotCommitted) {
+		b.pursue(rv)
+	}
+}
+
 // pause waits until woken, for at least least and at most d longer; false means that the broker
 // stops.
 func (b *Broker) pause(woken <-chan struct{}, d, least time.Duration) bool {
@@ -90,6 +99,7 @@ type pursuit struct {
 	tokens map[string]bool     // accessors that Vault confirmed as revoked, to this process
 	nodes  []Delegation        // with tokens, root first; after the fence none gets another
 	least  time.Duration       // between two rounds: looking costs more the more is left
+	absent bool                // the ledger does not have it: see pursueUnsure
 }
 
 // round looks at what is left, has it ended, and records the closure when it changed.
@@ -97,8 +107,8 @@ func (p *pursuit) round(ctx context.Context) (done bool, err error) {
 	if p.queued == nil {
 		err = p.begin(ctx)
 	}
-	if err != nil {
-		return false, err
+	if err != nil || p.absent {
+		return p.absent && p.b.cfg.Now().Sub(p.rv.Fenced) > p.b.cfg.MintTimeout, err
 	}
 	left, err := p.left(ctx)
 	if err != nil {
@@ -117,14 +127,18 @@ func (p *pursuit) round(ctx context.Context) (done bool, err error) {
 func (p *pursuit) begin(ctx context.Context) error {
 	var grants []Grant
 	var static []GrantID
-	err := p.b.view(ctx, "revoke", func(tx Tx) (err error) {
+	err := p.b.view(ctx, "revoke", func(tx Tx) error {
+		_, ok, err := load[Revocation](tx, keyRevocation(p.rv.ID))
+		if p.absent = err == nil && !ok; err != nil || !ok {
+			return err
+		}
 		if grants, p.nodes, err = p.b.under(tx, p.rv); err != nil {
 			return err
 		}
 		static, err = p.b.worksOn(tx, p.rv)
 		return err
 	})
-	if err != nil {
+	if err != nil || p.absent {
 		return err
 	}
 	p.queued, p.static, p.total = make(map[GrantID]ChainID, len(grants)), map[GrantID]bool{}, len(grants)+len(static)
@@ -331,7 +345,7 @@ func (p *pursuit) record(ctx context.Context, left []Grant, pending int) (done b
 			return orUnknownRevocation("revoke", err)
 		}
 		before := rv
-		rv.Tokens, rv.Unswept = pending, p.rv.Unswept
+		rv.Tokens, rv.Unswept = pending, p.rv.Unswept // first: the closure counts them
 		rv.count(found{left: left, static: len(p.static), total: p.total, latest: p.latest})
 		done = len(left) == 0 && pending == 0 && !rv.Unswept
 		if done && rv.Settled.IsZero() {
@@ -351,7 +365,7 @@ func (p *pursuit) record(ctx context.Context, left []Grant, pending int) (done b
 			Detail: rv.tally()})
 		return err
 	})
-	return done, err
+	return done && err == nil, err // a closure that was not recorded is worked out again
 }
 
 // found is what a look at a revocation's grants found.

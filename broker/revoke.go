@@ -217,6 +217,7 @@ func (b *Broker) Revoke(ctx context.Context, o Operator, r RevokeRequest) (Revoc
 		return err
 	})
 	if KindOf(err) == Unavailable {
+		b.pursueUnsure(rv, err)
 		return Revocation{}, b.cutUnrecorded(ctx, r, f, err)
 	}
 	if err != nil {
