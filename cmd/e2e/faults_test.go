@@ -14,13 +14,16 @@ import (
 // faults stands between the engine and its ports. Each act of the engine passes two points, one
 // before and one after it, such as "before mint #1" and "after commit of intent #2".
 type faults struct {
-	reach func(point string) // called on the goroutine of the act; what it does is the fault
+	// reach is called on the goroutine of the act; what it does is the fault. With an error from it
+	// a commit or an act of a target fails: undone from the point before it, and done from the one
+	// after it. Vault's acts fail in Vault's answers: see proxy.
+	reach func(point string) error
 
 	mu   sync.Mutex // guards seen
 	seen map[string]int
 }
 
-func newFaults(reach func(point string)) *faults {
+func newFaults(reach func(point string) error) *faults {
 	return &faults{reach: reach, seen: map[string]int{}}
 }
 
@@ -35,18 +38,30 @@ func (f *faults) install(c *broker.Config) {
 	}
 }
 
-func (f *faults) at(place string) {
+func (f *faults) at(place string) error {
 	f.mu.Lock()
 	f.seen[place]++
 	point := fmt.Sprintf("%s #%d", place, f.seen[place])
 	f.mu.Unlock()
-	f.reach(point)
+	return f.reach(point)
 }
 
-// around is used as `defer f.around("mint")()`.
+// around is used as `defer f.around("mint")()`, for acts that a point does not fail.
 func (f *faults) around(act string) (after func()) {
-	f.at("before " + act)
-	return func() { f.at("after " + act) }
+	_ = f.at("before " + act)
+	return func() { _ = f.at("after " + act) }
+}
+
+// try is around for an act that its points can fail.
+func (f *faults) try(act string, do func() error) error {
+	if err := f.at("before " + act); err != nil {
+		return err
+	}
+	err := do()
+	if late := f.at("after " + act); late != nil {
+		return late
+	}
+	return err
 }
 
 type faultyLedger struct {
@@ -56,19 +71,20 @@ type faultyLedger struct {
 
 func (l faultyLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
 	var what string
+	var refused error // for good: a ledger may run f again
 	err := l.Ledger.Update(ctx, func(tx broker.Tx) error {
 		noting := &notingTx{Tx: tx}
 		if err := f(noting); err != nil {
 			return err
 		}
-		if what = ""; len(noting.ops) > 0 { // else it changes nothing
+		if what = ""; len(noting.ops) > 0 && refused == nil { // else it changes nothing
 			what = "commit of " + strings.Join(slices.Compact(noting.ops), "+")
-			l.at("before " + what)
+			refused = l.at("before " + what)
 		}
-		return nil
+		return refused
 	})
 	if err == nil && what != "" {
-		l.at("after " + what)
+		err = l.at("after " + what)
 	}
 	return err
 }
@@ -138,17 +154,16 @@ type faultyTarget struct {
 	*faults
 }
 
-func (b faultyTarget) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (broker.Mint, string, error) {
-	defer b.around("prepare")()
-	return b.target.Prepare(ctx, t, g)
+func (b faultyTarget) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (m broker.Mint, name string, err error) {
+	err = b.try("prepare", func() (err error) { m, name, err = b.target.Prepare(ctx, t, g); return err })
+	return m, name, err
 }
 
 func (b faultyTarget) Sever(ctx context.Context, grants []broker.Grant) error {
-	defer b.around("sever")()
-	return b.target.Sever(ctx, grants)
+	return b.try("sever", func() error { return b.target.Sever(ctx, grants) })
 }
 
-func (b faultyTarget) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
-	defer b.around("prove")()
-	return b.target.Prove(ctx, grants)
+func (b faultyTarget) Prove(ctx context.Context, grants []broker.Grant) (found []broker.Evidence, err error) {
+	err = b.try("prove", func() (err error) { found, err = b.target.Prove(ctx, grants); return err })
+	return found, err
 }

@@ -31,11 +31,12 @@ func fenceAt(t *testing.T, w *world, point string) {
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	reached, goOn := make(chan struct{}), make(chan struct{})
-	w.here(nil, newFaults(func(p string) {
+	w.here(nil, newFaults(func(p string) error {
 		if p == point {
 			close(reached)
 			<-goOn
 		}
+		return nil
 	}).install)
 	d, err := w.agent("planner").Open(ctx, agent.Chain{Task: "hold", Rights: []agent.Right{{Tool: "db.read", Use: true}}})
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -27,8 +28,17 @@ const (
 	envStop   = "PAWL_E2E_STOP"   // the point at which it stops until somebody lets it go on
 )
 
-// atOnce is how many runs go on at once. Most of a run is waiting.
+// atOnce is how many runs go on at once unless -parallel says otherwise. Most of a run is waiting.
 const atOnce = 4
+
+// sideBySide is how many runs go on at once.
+func sideBySide() int {
+	n, err := strconv.Atoi(flag.Lookup("test.parallel").Value.String())
+	if err != nil {
+		panic("the flag -parallel is no number")
+	}
+	return n
+}
 
 func TestMain(m *testing.M) {
 	path := os.Getenv(envConfig)
@@ -49,7 +59,7 @@ func serve(path string) error {
 	if err != nil {
 		return err
 	}
-	f := newFaults(func(point string) {
+	f := newFaults(func(point string) error {
 		fmt.Println("point", point)
 		switch point {
 		case os.Getenv(envKill):
@@ -63,6 +73,7 @@ func serve(path string) error {
 			_ = syscall.Kill(os.Getpid(), syscall.SIGSTOP) // nothing can refuse it
 			<-on
 		}
+		return nil
 	})
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
@@ -83,21 +94,22 @@ type process struct {
 	ready  chan string   // gets the agents' address
 	exited chan struct{} // closed when it is gone
 	passed chan struct{} // has a value after a point was passed
+	met    chan struct{} // closed at the point at which it kills or stops itself
 
 	mu     sync.Mutex // guards points and log
 	points []string
 	log    strings.Builder
 }
 
-// startProcess starts a broker that reads a configuration file, and waits until it serves or is
-// gone.
+// startProcess starts a broker that reads a configuration file, and waits until it serves, stands
+// still or is gone.
 func startProcess(t *testing.T, config string, options ...func(*exec.Cmd)) *process {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &process{cmd: exec.Command(self), ready: make(chan string, 1), exited: make(chan struct{}), passed: make(chan struct{}, 1)}
+	p := &process{cmd: exec.Command(self), ready: make(chan string, 1), exited: make(chan struct{}), passed: make(chan struct{}, 1), met: make(chan struct{})}
 	p.cmd.Env = append(os.Environ(), envConfig+"="+config)
 	for _, o := range options {
 		o(p.cmd)
@@ -118,6 +130,7 @@ func startProcess(t *testing.T, config string, options ...func(*exec.Cmd)) *proc
 	select {
 	case address := <-p.ready:
 		p.ready <- address
+	case <-p.met: // it stands still, or is about to be gone
 	case <-p.exited:
 	case <-time.After(30 * time.Second):
 		t.Fatalf("the broker is neither ready nor gone:\n%s", p.said())
@@ -137,6 +150,9 @@ func (p *process) read(out io.Reader) {
 			p.mu.Lock()
 			p.points = append(p.points, point)
 			p.mu.Unlock()
+			if slices.Contains(p.cmd.Env, envKill+"="+point) || slices.Contains(p.cmd.Env, envStop+"="+point) {
+				close(p.met)
+			}
 			select {
 			case p.passed <- struct{}{}:
 			default:

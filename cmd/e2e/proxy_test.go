@@ -22,10 +22,13 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// The requests that a fault can be put on.
+// The requests that a fault can be put on. A star at the end stands for anything.
 const (
 	mintPath  = "/v1/database/creds/pawl-db-read"
 	childPath = "/v1/auth/token/create"
+	tokenPath = "/v1/auth/token/create*"
+	killPath  = "/v1/auth/token/revoke-accessor"
+	gonePath  = "/v1/sys/leases/lookup"
 )
 
 // fault answers in Vault's place. real asks Vault, and may be called from any goroutine.
@@ -91,7 +94,7 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if token := r.Header.Get("X-Vault-Token"); token != "" {
 		p.passed[token] = true
 	}
-	if r.URL.Path == p.path {
+	if prefix, any := strings.CutSuffix(p.path, "*"); r.URL.Path == prefix || any && strings.HasPrefix(r.URL.Path, prefix) {
 		p.asked++
 		now, p.fault = p.fault, nil
 	}
@@ -177,6 +180,13 @@ func member(t *testing.T, name string, value any) fault {
 		}
 		return string(raw)
 	})
+}
+
+// instead has a fault happen in the place of what was asked for.
+func instead(f fault) fault {
+	return func(w http.ResponseWriter, r *http.Request, _ func() *httptest.ResponseRecorder) {
+		f(w, r, func() *httptest.ResponseRecorder { return nil })
+	}
 }
 
 func cut(w http.ResponseWriter, _ *http.Request, real func() *httptest.ResponseRecorder) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -18,6 +19,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/api/client"
 	"github.com/pawlsec/pawl/broker/operator"
 	"github.com/pawlsec/pawl/cmd/dev"
 	"github.com/pawlsec/pawl/cmd/parts"
@@ -101,6 +103,19 @@ func freeAddress(t *testing.T) string {
 // here starts the broker in this process. What it says is shown when the test fails.
 func (w *world) here(log *slog.Logger, change func(*broker.Config)) *wire.Server {
 	w.t.Helper()
+	if change == nil {
+		change = func(*broker.Config) {}
+	}
+	s, err := w.start(log, change)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return s
+}
+
+// start is here for a broker that may not start.
+func (w *world) start(log *slog.Logger, change func(*broker.Config)) (*wire.Server, error) {
+	w.t.Helper()
 	if log == nil {
 		said := &logBuffer{}
 		log = slog.New(slog.NewTextHandler(said, nil))
@@ -110,17 +125,25 @@ func (w *world) here(log *slog.Logger, change func(*broker.Config)) *wire.Server
 			}
 		})
 	}
-	if change == nil {
-		change = func(*broker.Config) {}
-	}
 	ctx, cancel := context.WithTimeout(w.t.Context(), 30*time.Second)
 	defer cancel()
 	s, err := wire.StartWith(ctx, w.config, log, change)
 	if err != nil {
-		w.t.Fatal(err)
+		return nil, err
 	}
 	w.t.Cleanup(s.Close)
-	return s
+	return s, nil
+}
+
+// post sends what the SDK would not, over a connection of its own.
+func (w *world) post(ctx context.Context, name, to string, in, out any) error {
+	w.t.Helper()
+	c, err := client.New(client.Config{Address: "https://" + w.config.Listen.Agents, Source: w.env.Identities.Source(dev.Agent(name)), ServerID: dev.BrokerID})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer c.Close()
+	return c.Call(ctx, http.MethodPost, to, nil, in, out)
 }
 
 // logBuffer holds what is logged; several may write.

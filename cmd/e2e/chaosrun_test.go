@@ -1,0 +1,355 @@
+package e2e_test
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/cmd/dev"
+	"github.com/pawlsec/pawl/cmd/wire"
+)
+
+// run is one cell: the broker with the mishap, those before and after it, and what agents and an
+// operator do meanwhile and learn.
+type run struct {
+	w     *world
+	cell  cell
+	proxy *proxy
+	life  time.Duration // of secrets
+
+	began   int          // brokers so far
+	process *process     // the one that runs, or
+	here    *wire.Server // in this process
+
+	got     []chaosLogin
+	granted []string // ids that an agent was told
+	fenced  []string // revocations that an operator was told
+	chains  []string
+
+	mu     sync.Mutex // guards what follows
+	points []string
+	done   bool // the mishap happened
+}
+
+// chaosLogin is a login that an agent got, what it is revoked by, and its end.
+type chaosLogin struct {
+	login
+	under []string
+	end   time.Time
+}
+
+func newRun(t *testing.T, env *dev.Env, c cell) *run {
+	r := &run{cell: c, life: stepTTL}
+	if c.mishap == paused {
+		r.life = pause()
+	}
+	r.w = newWorld(t, env, func(config *wire.Config) {
+		if c.mishap == vault500 || c.mishap == answerLost {
+			r.proxy = newProxy(t, env)
+			r.proxy.use(t, config)
+		}
+	})
+	return r
+}
+
+func (r *run) met() bool { r.mu.Lock(); defer r.mu.Unlock(); return r.done }
+
+func (r *run) walked() []string { r.mu.Lock(); defer r.mu.Unlock(); return slices.Clone(r.points) }
+
+// alive starts the next broker when there is none.
+func (r *run) alive() {
+	r.w.t.Helper()
+	if r.process != nil {
+		select {
+		case <-r.process.exited:
+			r.process = nil
+		default:
+		}
+	}
+	if r.process == nil && r.here == nil {
+		r.next()
+	}
+}
+
+// next starts a broker: first the one that dies and leaves a past, then the one with the mishap, and
+// after it those without.
+func (r *run) next() {
+	r.w.t.Helper()
+	n := r.began
+	if r.began++; r.cell.after == "" {
+		n++
+	}
+	switch {
+	case n == 0:
+		r.process = startProcess(r.w.t, r.w.file, with(envKill, r.cell.after))
+	case n == 1 && r.cell.mishap == killed:
+		r.process = startProcess(r.w.t, r.w.file, with(envKill, r.cell.point))
+		go r.watch(r.process)
+	case n == 1 && r.cell.mishap == paused:
+		r.process = startProcess(r.w.t, r.w.file, with(envStop, r.cell.point))
+		go r.watch(r.process)
+	case n == 1:
+		r.here, _ = r.w.start(nil, newFaults(r.reach).install) // the ledger may refuse its first commit
+	default:
+		r.here = r.w.here(nil, nil)
+	}
+}
+
+// watch notes that the point came, and lets a paused broker go on when its time is over.
+func (r *run) watch(p *process) {
+	select {
+	case <-p.met:
+	case <-p.exited: // what it said last is read by then
+	}
+	select {
+	case <-p.met:
+		r.happened()
+	default:
+		return
+	}
+	if r.cell.mishap != paused {
+		return
+	}
+	over := time.NewTimer(r.life)
+	defer over.Stop()
+	select {
+	case <-over.C:
+		_ = p.cmd.Process.Signal(syscall.SIGCONT) // else it is gone, and the run says so
+	case <-p.exited:
+	}
+}
+
+func (r *run) happened() { r.mu.Lock(); defer r.mu.Unlock(); r.done = true }
+
+// reach is the broker in this process at a point.
+func (r *run) reach(point string) error {
+	r.mu.Lock()
+	r.points = append(r.points, point)
+	r.mu.Unlock()
+	act, late := strings.CutPrefix(r.cell.point, "after ")
+	switch {
+	case r.cell.mishap == ledgerFails || r.cell.mishap == targetFails:
+		if point == r.cell.point {
+			r.happened()
+			return errMishap
+		}
+	case r.proxy != nil && !late && point == r.cell.point:
+		r.spoil(instead(r.answer()))
+	case r.proxy != nil && late && point == "before "+act:
+		r.spoil(r.answer())
+	}
+	return nil
+}
+
+func (r *run) answer() fault {
+	if r.cell.mishap == vault500 {
+		return status(500)
+	}
+	return cut
+}
+
+func (r *run) spoil(f fault) {
+	r.happened()
+	r.proxy.spoil(vaultActs[actOf(r.cell.point)], f)
+}
+
+// again has something done, by asking again for as long as it fails, as agents and operators do. An
+// error must say that the answer is not known, or that time was over.
+func (r *run) again(what string, do func(context.Context) error) {
+	r.w.t.Helper()
+	var err error
+	patience := 20*time.Second + 2*r.life
+	if !within(patience, func() bool {
+		r.alive()
+		ctx, cancel := context.WithTimeout(r.w.t.Context(), patience)
+		defer cancel()
+		if err = do(ctx); err != nil && !errors.Is(err, agent.ErrUnavailable) && !errors.Is(err, agent.ErrExpired) {
+			r.w.t.Fatalf("%s: %v, which is not so", what, err)
+		}
+		return err == nil
+	}) {
+		r.w.t.Fatalf("%s, asked again for %v: %v", what, patience, err)
+	}
+}
+
+// play is the whole of a run.
+func (r *run) play() {
+	w := r.w
+	root := r.open("planner")
+	part := r.pass(root)
+	first := r.step(root)
+	r.again("closing a step", first.Close)
+	r.step(part)
+	other := r.open("stranger")
+	r.step(other)
+	r.again("looking", func(ctx context.Context) error { _, err := w.operator().Chains(ctx, true); return err })
+	w.known()
+	r.violate(other)
+	r.refuses(other, "stranger")
+	r.revoke(root)
+	r.refuses(root, "planner")
+	r.refuses(part, "writer")
+	r.follow()
+	w.settled(r.life + 4*bound)
+	r.over()
+	r.restart()
+	r.over()
+	r.remembered()
+}
+
+func (r *run) open(name string) (d *agent.Delegation) {
+	client := r.w.agent(name)
+	r.again("opening a chain", func(ctx context.Context) (err error) {
+		d, err = client.Open(ctx, agent.Chain{Task: "chaos", Rights: rights("db.read"), Depth: 1})
+		return err
+	})
+	r.chains = append(r.chains, d.Info().Chain)
+	return d
+}
+
+func (r *run) pass(from *agent.Delegation) (d *agent.Delegation) {
+	var id string
+	r.again("delegating", func(ctx context.Context) (err error) {
+		id, err = from.Delegate(ctx, dev.Agent("writer").String(), agent.Share{Rights: []agent.Right{{Tool: "db.read", Use: true}}})
+		return err
+	})
+	client := r.w.agent("writer")
+	r.again("joining", func(ctx context.Context) (err error) { d, err = client.Join(ctx, id); return err })
+	return d
+}
+
+func (r *run) step(d *agent.Delegation) (s *agent.Step) {
+	var l login
+	r.again("taking a step", func(ctx context.Context) (err error) { s, l, err = take(ctx, d, r.life); return err })
+	r.got = append(r.got, chaosLogin{l, []string{"chain:" + d.Info().Chain, "subtree:" + d.ID()}, s.Grant().Expires})
+	r.granted = append(r.granted, s.Grant().ID)
+	return s
+}
+
+// violate asks for a tool that policy forbids with revoke-chain. When the answer was lost, the next
+// one says that the chain is revoked.
+func (r *run) violate(d *agent.Delegation) {
+	r.again("breaking policy", func(ctx context.Context) error {
+		_, err := d.Begin(ctx, "db.admin", agent.Args{"tables": []string{"orders"}})
+		var p *agent.Error
+		switch {
+		case err == nil:
+			r.w.t.Fatal("a forbidden tool was given")
+		case errors.As(err, &p) && (p.Kind == agent.ErrDenied && p.Revocation != "" || p.Kind == agent.ErrRevoked):
+			return nil
+		}
+		return err
+	})
+}
+
+func (r *run) revoke(d *agent.Delegation) {
+	r.again("revoking", func(ctx context.Context) error {
+		rv, err := r.w.operator().Revoke(ctx, api.RevokeRequest{Selector: "chain:" + d.Info().Chain, Reason: "chaos"})
+		r.fenced = append(r.fenced, rv.ID)
+		if err != nil {
+			r.fenced = r.fenced[:len(r.fenced)-1]
+		}
+		return err
+	})
+}
+
+// refuses asks the broker itself, over a connection of its own, for a step under a fence that was
+// acknowledged.
+func (r *run) refuses(d *agent.Delegation, holder string) {
+	r.again("asking under a fence", func(ctx context.Context) error {
+		err := r.w.post(ctx, holder, "/v1/delegations/"+d.ID()+"/steps", api.StepRequest{Tool: "db.read", Args: []byte(`{"tables":["orders"]}`)}, new(api.Issued))
+		switch {
+		case err == nil:
+			r.w.t.Fatal("a secret was handed out after the fence was acknowledged")
+		case errors.Is(err, agent.ErrRevoked):
+			return nil
+		}
+		return err
+	})
+}
+
+// follow follows every revocation that the ledger has to its end.
+func (r *run) follow() {
+	var all []api.Revocation
+	r.again("listing revocations", func(ctx context.Context) (err error) { all, err = r.w.operator().Revocations(ctx); return err })
+	if len(all) < 2 {
+		r.w.t.Fatalf("the ledger has %d revocations, want one of each chain", len(all))
+	}
+	for _, rv := range all {
+		r.again("following a revocation", func(ctx context.Context) error { return r.w.operator().Follow(ctx, rv.ID, r.look) })
+	}
+}
+
+// look holds what a revocation says against what PostgreSQL says: CLOSED only when all are dead, and
+// an end that is not before that of a login which works.
+func (r *run) look(rv api.Revocation) error {
+	for _, l := range r.got {
+		if !slices.Contains(l.under, rv.Selector) {
+			continue
+		}
+		switch works := r.w.oracle.works(l.login); {
+		case works && rv.Closure == string(broker.ClosureClosed):
+			r.w.t.Errorf("the revocation is CLOSED and login %s works", l.Username)
+		case works && rv.LatestEnd.Before(l.end.Truncate(time.Second)):
+			r.w.t.Errorf("all is said to be over by %v, and login %s works until %v", rv.LatestEnd, l.Username, l.end)
+		}
+	}
+	if !rv.Settled.IsZero() && (rv.Closure != string(broker.ClosureClosed) || rv.Dead != rv.Grants) {
+		r.w.t.Errorf("the revocation settled as %s with %d of %d dead, want CLOSED with all", rv.Closure, rv.Dead, rv.Grants)
+	}
+	return nil
+}
+
+// over holds the end against the oracle.
+func (r *run) over() {
+	for _, l := range r.got {
+		if r.w.oracle.works(l.login) {
+			r.w.t.Errorf("login %s works in the end", l.Username)
+		}
+	}
+	r.w.oracle.untilNone(r.w.before, 5*time.Second)
+}
+
+// restart ends the broker in order, and starts one that finds what is in the ledger.
+func (r *run) restart() {
+	if r.process != nil {
+		r.process.end(r.w.t)
+	} else {
+		r.here.Close()
+	}
+	r.process, r.here = nil, r.w.here(nil, nil)
+}
+
+// remembered looks for everything that was acknowledged.
+func (r *run) remembered() {
+	have := map[string]bool{}
+	o := r.w.operator()
+	all, err := o.Revocations(r.w.t.Context())
+	if err != nil {
+		r.w.t.Fatal(err)
+	}
+	for _, rv := range all {
+		if have[rv.ID] = true; rv.Closure != string(broker.ClosureClosed) || rv.Settled.IsZero() {
+			r.w.t.Errorf("in the end revocation %s is %s, settled %v", rv.ID, rv.Closure, rv.Settled)
+		}
+	}
+	for _, g := range r.w.grants() {
+		have[g.ID], have[g.Chain] = true, true
+	}
+	for _, id := range slices.Concat(r.granted, r.fenced, r.chains) {
+		if !have[id] {
+			r.w.t.Errorf("%s was acknowledged, and the ledger does not have it", id)
+		}
+	}
+	if r.w.t.Failed() {
+		r.w.t.Logf("%+v passed %v", r.cell, r.walked())
+	}
+}
