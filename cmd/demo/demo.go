@@ -7,10 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"sync"
 	"time"
 
 	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/api/client"
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
@@ -20,6 +23,10 @@ type Config struct {
 	Progress   io.Writer // what is being started; nil: nobody is told
 	JSON       string    // file of the timeline; empty: none
 	NoPostgres bool      // as on a machine without PostgreSQL
+
+	// Inspect is called at the end, before everything is stopped, for whoever does not take the
+	// demonstration's word. Nil: nobody looks.
+	Inspect func(context.Context, *dev.Env) error
 }
 
 // play is one run.
@@ -57,6 +64,11 @@ func Run(ctx context.Context, c Config) error {
 	for _, scene := range scenes {
 		if err := scene(ctx); err != nil {
 			return fmt.Errorf("the demonstration went wrong: %w", err)
+		}
+	}
+	if c.Inspect != nil {
+		if err := c.Inspect(ctx, env); err != nil {
+			return err
 		}
 	}
 	if c.JSON != "" {
@@ -222,6 +234,9 @@ func (p *play) violate(ctx context.Context) error {
 	secrets := len(p.live)
 	e := p.note("revoked", "every one of the %d secrets was refused by its backend %.0f ms after the violation", secrets, dead)
 	e.FencedMS, e.DeadMS, e.Secrets, e.AliveAfter = &fenced, &dead, &secrets, &alive
+	if p.session != nil && p.session.cut(ctx) {
+		p.note("session_cut", "the session that was open was cut: its cursor gives nothing more")
+	}
 	heard.Wait()
 	for name, ctx := range hearing {
 		if !errors.Is(context.Cause(ctx), agent.ErrRevoked) {
@@ -229,12 +244,27 @@ func (p *play) violate(ctx context.Context) error {
 		}
 	}
 	p.note("agents_heard", "planner's and writer's SDKs heard it and ended the contexts of their steps")
+	return p.askAgain(ctx)
+}
+
+// askAgain has both agents ask for another step. Their SDKs have heard of the revocation and would
+// refuse by themselves; these requests go to the broker, over connections of their own.
+func (p *play) askAgain(ctx context.Context) error {
 	for name, d := range map[string]*agent.Delegation{"planner": p.root, "writer": p.part} {
-		if _, err := d.Begin(ctx, "tls.call", agent.Args{"name": "writer.agents.pawl.dev"}); !errors.Is(err, agent.ErrRevoked) {
-			return fmt.Errorf("%s asked again and was answered with %w", name, err)
+		c, err := client.New(client.Config{Address: "https://" + p.env.Broker.Agents().String(),
+			Source: p.env.Identities.Source(dev.Agent(name)), ServerID: dev.BrokerID})
+		if err != nil {
+			return err
+		}
+		step := api.StepRequest{Tool: "tls.call", Args: []byte(`{"name":"writer.agents.pawl.dev"}`)}
+		err = c.Call(ctx, http.MethodPost, "/v1/delegations/"+d.ID()+"/steps", nil, step, new(api.Issued))
+		c.Close()
+		var refusal *agent.Error
+		if !errors.As(err, &refusal) || refusal.Kind != agent.ErrRevoked || refusal.Status != http.StatusConflict {
+			return fmt.Errorf("%s asked again and was answered with %v", name, err)
 		}
 	}
-	p.note("asked_again", "both asked again: refused, nothing more is handed out under this chain")
+	p.note("asked_again", "both asked again, past their SDKs: the broker refused, nothing more is handed out under this chain")
 	return nil
 }
 
