@@ -8,6 +8,8 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -40,7 +42,11 @@ func brokerGroup(t *testing.T) int {
 			return g
 		}
 	}
-	t.Fatal("SPIRE can tell the broker from its agent only for root, or for a user in two groups")
+	const why = "SPIRE can tell the broker from its agent only for root, or for a user in two groups"
+	if required := strings.Split(os.Getenv("PAWL_REQUIRE"), ","); slices.Contains(required, "spire") || slices.Contains(required, "all") {
+		t.Fatal(why)
+	}
+	t.Skip("NOT TESTED, " + why)
 	return 0
 }
 

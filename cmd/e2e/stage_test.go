@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"io/fs"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"testing/fstest"
@@ -153,6 +155,18 @@ func (s *stage) post(path, to string, in, out any) error {
 	}
 	defer c.Close()
 	return c.Call(s.t.Context(), http.MethodPost, to, nil, in, out)
+}
+
+// asks has the holder of a delegation ask for a step past its SDK, which refuses by itself once it has
+// heard of a revocation: what comes back is the broker's word.
+func (s *stage) asks(d *agent.Delegation, tool string, args agent.Args) error {
+	s.t.Helper()
+	raw, err := json.Marshal(args)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	path := strings.TrimPrefix(d.Info().Holder, "spiffe://"+domain)
+	return s.post(path, "/v1/delegations/"+d.ID()+"/steps", api.StepRequest{Tool: tool, Args: raw}, new(api.Issued))
 }
 
 func (s *stage) operator() *operator.Client {

@@ -284,13 +284,13 @@ func (o *offence) after(tr trigger, what broker.Consequence, revocation string) 
 	}
 	oneStep := what == broker.ConsequenceRevokeStep && tr.grant
 	for name, d := range o.tree {
-		_, err := d.Begin(o.t.Context(), "db.read", orders)
+		err := o.asks(d, "db.read", orders)
 		if fenced := dying[name] && !oneStep; errors.Is(err, agent.ErrRevoked) != fenced || !fenced && err != nil {
 			o.t.Errorf("after %s a step of %s = %v, want it refused as revoked: %v", what, name, err, fenced)
 		}
 	}
 	for name, d := range o.apart {
-		_, err := d.Begin(o.t.Context(), "db.read", orders)
+		err := o.asks(d, "db.read", orders)
 		if what == broker.ConsequenceFreezeCaller && name == tr.frozen {
 			refusal(o.t, "a step of "+name+", frozen everywhere,", err, api.KindRevoked, broker.CodeFrozen)
 		} else if err != nil {
