@@ -2,6 +2,9 @@ package e2e_test
 
 import (
 	"bytes"
+	"cmp"
+	"context"
+	"crypto/rand"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
@@ -9,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -20,6 +24,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 
 	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/broker/policy"
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
@@ -109,6 +114,7 @@ func TestSecretsAreNowhere(t *testing.T) {
 	w := newWorld(t, env, nil)
 	p := newProxy(t, env)
 	p.use(t, &w.config)
+	w.config.SigningKey = signingKey(t)
 	log := &logBuffer{}
 	s := w.here(slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})), nil)
 	kept := needles{}
@@ -132,7 +138,7 @@ func TestSecretsAreNowhere(t *testing.T) {
 	kept.add("Vault's root token", []byte(env.Vault.RootToken()))
 	kept.add("the note in Vault", []byte("kept in a drawer"))
 	hay := map[string][]byte{
-		"audit entries": w.audit(t), "revocations and grants": w.looks(t),
+		"audit entries": w.audit(t), "revocations and grants": w.looks(t), "metrics": w.metrics(t), "report": w.report(t),
 		"refusals": append(plain.text.Bytes(), bearer.text.Bytes()...),
 	}
 	s.Close()
@@ -158,6 +164,24 @@ func TestSecretsAreNowhere(t *testing.T) {
 		}
 	}
 	t.Logf("looked for %d secrets in %d places", len(kept), len(hay))
+}
+
+// signingKey writes a key for reports.
+func signingKey(t *testing.T) string {
+	t.Helper()
+	private, _, err := policy.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := json.Marshal(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "report-key.json")
+	if err := os.WriteFile(file, raw, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return file
 }
 
 // tapped is an agent's client whose refusals are kept.
@@ -203,7 +227,7 @@ func (w *world) playAll(t *testing.T, p *proxy, kept needles, c *agent.Client) (
 	t.Helper()
 	ctx := t.Context()
 	rights := []agent.Right{{Tool: "db.read", Use: true, Args: map[string]agent.Constraint{"tables": agent.Constraint(`{"subset":["orders"]}`)}},
-		{Tool: "tls.call", Use: true}, {Tool: "notes.read", Use: true}, {Tool: "api.call", Use: true}, {Tool: "host.uptime", Use: true}}
+		{Tool: "tls.call", Use: true}, {Tool: "notes.read", Use: true}, {Tool: "api.call", Use: true}, {Tool: "host.uptime", Use: true}, {Tool: "notes.fetch", Use: true}}
 	d, err := c.Open(ctx, agent.Chain{Task: "hygiene", Rights: rights, Budget: agent.Budget{Tools: map[string]int{"notes.read": 1}}})
 	if err != nil {
 		t.Fatal(err)
@@ -274,6 +298,11 @@ func (w *world) keepSecrets(t *testing.T, kept needles, d *agent.Delegation) {
 		t.Fatal(err)
 	}
 	kept.addPEM("private key of "+host.Grant().ID, host.Secret().Field("private_key"))
+	fetch, err := d.Begin(t.Context(), "notes.fetch", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept.add("token of "+fetch.Grant().ID, []byte(cmp.Or(fetch.Secret().Field("token"), fetch.Secret().Field("wrapping_token"))))
 	note, err := d.Begin(t.Context(), "notes.read", nil)
 	if err != nil {
 		t.Fatal(err)
@@ -295,6 +324,48 @@ func (w *world) looks(t *testing.T) []byte {
 	t.Helper()
 	revocations, err := w.operator().Revocations(t.Context())
 	return append(encode(t, revocations, err), encode(t, w.grants(), nil)...)
+}
+
+// metrics is what the broker tells of itself, as it is scraped.
+func (w *world) metrics(t *testing.T) []byte {
+	t.Helper()
+	socket := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", w.config.Listen.Socket)
+	}
+	c := &http.Client{Transport: &http.Transport{DialContext: socket, DisableKeepAlives: true}}
+	answer, err := c.Get("http://pawl/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close() //nolint:errcheck // only read
+	raw, err := io.ReadAll(answer.Body)
+	if err != nil || answer.StatusCode != http.StatusOK {
+		t.Fatalf("metrics: %s, %v", answer.Status, err)
+	}
+	return raw
+}
+
+// report is the signed report of every revocation, decoded, since a signature's payload is base64 of
+// another alignment than a secret's.
+func (w *world) report(t *testing.T) (all []byte) {
+	t.Helper()
+	revocations, err := w.operator().Revocations(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, rv := range revocations {
+		raw, err := w.operator().Report(t.Context(), rv.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, part := range strings.FieldsFunc(string(raw), func(r rune) bool { return strings.ContainsRune(`."{}:, `, r) }) {
+			if plain, err := base64.RawURLEncoding.DecodeString(part); err == nil {
+				all = append(all, plain...)
+			}
+		}
+		all = append(all, raw...)
+	}
+	return all
 }
 
 func encode(t *testing.T, v any, err error) []byte {
