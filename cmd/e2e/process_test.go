@@ -121,7 +121,7 @@ func startProcess(t *testing.T, config string, options ...func(*exec.Cmd)) *proc
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.cmd.Stderr = p
+	p.cmd.Stderr = io.MultiWriter(p, keptLog(t, config))
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

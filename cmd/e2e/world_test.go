@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -66,11 +67,16 @@ type world struct {
 
 func newWorld(t *testing.T, env *dev.Env, change func(*wire.Config)) *world {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "pawl-e2e-") // a test's own has too long a name for a socket
+	dir, err := os.MkdirTemp(os.Getenv(envKeep), "pawl-e2e-") // a test's own has too long a name for a socket
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) }) // a temporary directory
+	t.Cleanup(func() {
+		if os.Getenv(envKeep) == "" {
+			_ = os.RemoveAll(dir) // a temporary directory
+		}
+		_ = os.Remove(filepath.Join(dir, "ledger.db.reserve")) // 64 MB of nothing
+	})
 	w := &world{t: t, env: env, config: env.Config, file: filepath.Join(dir, "pawl.yaml"), oracle: newOracle(t, env)}
 	w.config.Ledger, w.config.Listen.Socket = filepath.Join(dir, "ledger.db"), filepath.Join(dir, "admin.sock")
 	w.config.Listen.Agents, w.config.Listen.Operators, w.config.Operators = freeAddress(t), "", nil
@@ -87,6 +93,38 @@ func newWorld(t *testing.T, env *dev.Env, change func(*wire.Config)) *world {
 	}
 	w.before = w.oracle.left()
 	return w
+}
+
+// envKeep names a directory in which ledgers and logs stay, with the secrets that were handed out
+// beside them in the file "secrets": .ci/run looks for the ones in the others.
+const envKeep = "PAWL_E2E_KEEP"
+
+// keepSecret notes a secret that must be found nowhere.
+func keepSecret(secret string) error {
+	dir := os.Getenv(envKeep)
+	if dir == "" {
+		return nil
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "secrets"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = io.WriteString(f, secret+"\n")
+	return errors.Join(err, f.Close())
+}
+
+// keptLog is where the log of a broker with that configuration file stays, if it does.
+func keptLog(t *testing.T, config string) io.Writer {
+	t.Helper()
+	if os.Getenv(envKeep) == "" {
+		return io.Discard
+	}
+	f, err := os.OpenFile(filepath.Join(filepath.Dir(config), "broker.log"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = f.Close() }) // what was written is written
+	return f
 }
 
 // freeAddress is one that a broker can have again after it was killed.
@@ -118,7 +156,7 @@ func (w *world) start(log *slog.Logger, change func(*broker.Config)) (*wire.Serv
 	w.t.Helper()
 	if log == nil {
 		said := &logBuffer{}
-		log = slog.New(slog.NewTextHandler(said, nil))
+		log = slog.New(slog.NewTextHandler(io.MultiWriter(said, keptLog(w.t, w.file)), nil))
 		w.t.Cleanup(func() {
 			if w.t.Failed() {
 				w.t.Logf("the broker said:\n%s", said)
@@ -268,6 +306,9 @@ func take(ctx context.Context, d *agent.Delegation, ttl time.Duration) (*agent.S
 		return nil, login{}, err
 	}
 	s := step.Secret()
+	if err := keepSecret(s.Field("password")); err != nil {
+		return nil, login{}, err
+	}
 	return step, login{s.Field("username"), s.Field("password"), s.Field("host"), s.Field("port"), s.Field("database")}, nil
 }
 
