@@ -63,7 +63,7 @@ func TestChaosVaultDownAmongMany(t *testing.T) {
 	if err := <-down; err != nil {
 		t.Fatal(err)
 	}
-	w.whileDown(rv.ID, many, got)
+	w.whileDown(rv.ID, got)
 	if err := env.Vault.Restart(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -74,8 +74,8 @@ func TestChaosVaultDownAmongMany(t *testing.T) {
 		t.Fatalf("following: %v; it is %+v", err, rv)
 	}
 	t.Logf("all dead %v after Vault came back", time.Since(back).Round(time.Millisecond))
-	if rv.Closure != string(broker.ClosureClosed) || rv.Dead != many || rv.Grants != many {
-		t.Errorf("the revocation is %s with %d of %d dead, want CLOSED with %d", rv.Closure, rv.Dead, rv.Grants, many)
+	if rv.Closure != string(broker.ClosureClosed) || rv.Dead != rv.Grants || rv.Grants < many {
+		t.Errorf("the revocation is %s with %d of %d dead, want CLOSED with all %d or more", rv.Closure, rv.Dead, rv.Grants, many)
 	}
 	if now := w.oracle.left().without(w.before); !now.none() {
 		t.Errorf("CLOSED, and there are still %d leases and %d roles", len(now.leases), len(now.roles))
@@ -101,6 +101,9 @@ func (w *world) takeMany(n int) (root *agent.Delegation, got []chaosLogin) {
 		all.Go(func() {
 			for i := range next {
 				s, l, err := take(w.t.Context(), root, 0)
+				for again := 0; errors.Is(err, agent.ErrUnavailable) && again < 5; again++ { // a mint took too long here: it is hunted down
+					s, l, err = take(w.t.Context(), root, 0)
+				}
 				if err != nil {
 					select {
 					case failed <- err:
@@ -127,7 +130,7 @@ func (w *world) takeMany(n int) (root *agent.Delegation, got []chaosLogin) {
 
 // whileDown looks at a revocation while Vault is down, until PostgreSQL refuses every login, and some
 // looks longer.
-func (w *world) whileDown(id string, many int, got []chaosLogin) {
+func (w *world) whileDown(id string, got []chaosLogin) {
 	w.t.Helper()
 	ends := map[string]time.Time{} // by grant
 	for _, l := range got {
@@ -151,7 +154,7 @@ func (w *world) whileDown(id string, many int, got []chaosLogin) {
 				last = ends[g.ID]
 			}
 		}
-		if rv.Closure == string(broker.ClosureClosed) || !rv.Settled.IsZero() || open == 0 || rv.Dead > many-open {
+		if rv.Closure == string(broker.ClosureClosed) || !rv.Settled.IsZero() || open == 0 || rv.Dead > rv.Grants-open {
 			w.t.Fatalf("Vault is down and %d grants are open, and the revocation is %+v", open, rv)
 		}
 		if rv.LatestEnd.Before(last.Truncate(time.Second)) {
