@@ -3,6 +3,7 @@ package parts
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"strings"
@@ -117,6 +118,12 @@ func NeedPython(t TB) string {
 	path, err := Python(t.Context())
 	demand(t, "python", err)
 	return path
+}
+
+// Without ends a test that this machine cannot run although it has the part: as where the part is missing.
+func Without(t TB, name, why string) {
+	t.Helper()
+	demand(t, name, fmt.Errorf("%w: %s", ErrMissing, why))
 }
 
 // demand ends the test unless err is nil: what is missing skips it, what is broken fails it.
