@@ -9,6 +9,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"math/big"
 	"net"
 	"net/url"
 	"slices"
@@ -26,7 +27,7 @@ type Reader interface {
 
 // Config says what the backend stands on.
 type Config struct {
-	Vault Reader           // required; must be allowed to read <mount>/cert/*
+	Vault Reader           // required; must be allowed to read <mount>/cert/*, <mount>/issuer/* and <mount>/crl/rotate
 	Now   func() time.Time // zero: time.Now
 }
 
@@ -176,62 +177,14 @@ func same(a, b []string) bool {
 }
 
 // serial is a certificate's number as Vault writes it.
-func serial(cert *x509.Certificate) string {
+func serial(cert *x509.Certificate) string { return number(cert.SerialNumber) }
+
+func number(n *big.Int) string {
 	var parts []string
-	for _, b := range cert.SerialNumber.Bytes() {
+	for _, b := range n.Bytes() {
 		parts = append(parts, fmt.Sprintf("%02x", b))
 	}
 	return strings.Join(parts, ":")
-}
-
-// Prove implements [broker.Prover]. It asks Vault for each certificate's revocation time. What
-// revocation means is in the answer: a server that looks at no revocation list takes the
-// certificate until its end. Where the answer of the mint was lost only time proves.
-func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
-	out := make([]broker.Evidence, len(grants))
-	for i, g := range grants {
-		e, err := b.prove(ctx, g)
-		if err != nil {
-			return nil, fmt.Errorf("pki: proving grant %s: %w", g.ID, err)
-		}
-		out[i] = e
-	}
-	return out, nil
-}
-
-func (b *Backend) prove(ctx context.Context, g broker.Grant) (broker.Evidence, error) {
-	now := b.now().UTC()
-	end := g.Expires
-	if g.Lease.Expires.After(end) {
-		end = g.Lease.Expires
-	}
-	e := broker.Evidence{At: now, Check: "pki: the certificate's end"}
-	if now.After(end.Add(2 * time.Second)) {
-		e.Outcome, e.Answer = broker.OutcomeDead, "it ended at "+end.UTC().Format(time.RFC3339)
-		return e, nil
-	}
-	mount, _, _ := strings.Cut(g.Path, "/")
-	if g.Lease.Ref == "" || mount == "" {
-		e.Answer = "the answer of the mint was lost; what it made ends by " + end.UTC().Format(time.RFC3339)
-		return e, nil
-	}
-	e.Check = "pki: the revocation time of the certificate in Vault"
-	data, err := b.vault.Read(ctx, []string{mount, "cert", strings.ReplaceAll(g.Lease.Ref, ":", "-")})
-	if err != nil {
-		return e, err
-	}
-	revoked, _ := data["revocation_time"].(json.Number)
-	at, err := revoked.Int64()
-	switch {
-	case data == nil || err != nil:
-		e.Answer = "Vault does not know the certificate: the role has no_store, or another engine is mounted"
-	case at > 0:
-		e.Listed, e.Outcome = true, broker.OutcomeDead
-		e.Answer = "revoked at " + time.Unix(at, 0).UTC().Format(time.RFC3339) + "; a server that checks no CRL or OCSP takes it until " + end.UTC().Format(time.RFC3339)
-	default:
-		e.Outcome, e.Answer = broker.OutcomeAlive, "not revoked"
-	}
-	return e, nil
 }
 
 // checkDNS, checkURI and checkIP refuse what would be several names, or none: Vault splits
