@@ -175,15 +175,25 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 		if err := b.call(ctx, b.probe, request{Op: "prove", Grants: wireGrants(batch)}, &a); err != nil {
 			return nil, err
 		}
-		if len(a.Evidence) != len(batch) {
-			return nil, fmt.Errorf("exec: %s: %d answers for %d grants", b.cfg.Name, len(a.Evidence), len(batch))
+		some, err := b.proven(a, batch)
+		if err != nil {
+			return nil, err
 		}
-		for i, e := range a.Evidence {
-			one, err := b.evidence(batch[i], e)
-			if err != nil {
-				return nil, fmt.Errorf("exec: %s: answer %d: %w", b.cfg.Name, i+1, err)
-			}
-			found = append(found, one)
+		found = append(found, some...)
+	}
+	return found, nil
+}
+
+// proven takes an answer about grants, in their order.
+func (b *Backend) proven(a proven, grants []broker.Grant) ([]broker.Evidence, error) {
+	if len(a.Evidence) != len(grants) {
+		return nil, fmt.Errorf("exec: %s: %d answers for %d grants", b.cfg.Name, len(a.Evidence), len(grants))
+	}
+	found := make([]broker.Evidence, len(grants))
+	for i, e := range a.Evidence {
+		var err error
+		if found[i], err = b.evidence(grants[i], e); err != nil {
+			return nil, fmt.Errorf("exec: %s: answer %d: %w", b.cfg.Name, i+1, err)
 		}
 	}
 	return found, nil
@@ -216,6 +226,10 @@ func (b *Backend) Find(ctx context.Context) ([]broker.GrantID, error) {
 	if err := b.call(ctx, b.probe, request{Op: "find"}, &a); err != nil {
 		return nil, err
 	}
+	return b.found(a)
+}
+
+func (b *Backend) found(a foundGrants) ([]broker.GrantID, error) {
 	ids := make([]broker.GrantID, len(a.Grants))
 	for i, s := range a.Grants {
 		id, err := broker.ParseGrantID(s)

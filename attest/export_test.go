@@ -1,0 +1,4 @@
+package attest
+
+// URINames opens the reading of a certificate's names to the fuzzer.
+var URINames = uriNames
