@@ -35,6 +35,28 @@ func readYAML(file string, raw []byte, v any) error {
 	return located(file, yaml.NewDecoder(bytes.NewReader(nil), yaml.Strict()).DecodeFromNode(f.Docs[0].Body, v))
 }
 
+// PlainYAML refuses what would make a file mean more than it shows, and what its reader panics at
+// or takes forever over: anchors, aliases, merge keys, tags, deep nesting.
+func PlainYAML(raw []byte) error {
+	if nested(raw) {
+		return fmt.Errorf("nested more than %d deep", maxNesting)
+	}
+	f, err := parser.ParseBytes(raw, 0)
+	if err != nil {
+		return errors.New(yaml.FormatError(err, false, true))
+	}
+	var p plain
+	for _, doc := range f.Docs {
+		if doc.Body != nil {
+			ast.Walk(&p, doc.Body)
+		}
+	}
+	if p.odd != nil {
+		return fmt.Errorf("line %d: anchors, aliases, merge keys and tags are not used here", line(p.odd))
+	}
+	return nil
+}
+
 const maxNesting = 32
 
 // nested finds depth before the parser does, whose time grows with its square: brackets, and

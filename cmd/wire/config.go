@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/goccy/go-yaml"
+
+	"github.com/pawlsec/pawl/broker/policy"
 )
 
 // Config is the configuration file of `pawl server`. Unknown keys are errors. Durations are
@@ -119,6 +121,9 @@ func ParseConfig(raw []byte) (Config, error) {
 	var c Config
 	if len(raw) > MaxConfig {
 		return c, fmt.Errorf("larger than %d bytes", MaxConfig)
+	}
+	if err := policy.PlainYAML(raw); err != nil {
+		return c, errors.New(strings.TrimSpace(err.Error()))
 	}
 	dec := yaml.NewDecoder(bytes.NewReader(raw), yaml.Strict())
 	if err := dec.Decode(&c); err != nil {
