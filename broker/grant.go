@@ -44,6 +44,10 @@ type Grant struct {
 	Outcome    Outcome      `json:"outcome,omitempty"`
 	Evidence   []Evidence   `json:"evidence,omitempty"`
 
+	// ArgsDigest is the SHA-256 of Args in their canonical form, in hex, as of the intent: what jwt and token
+	// tools write into what they mint. Empty in a grant of a version that did not record it.
+	ArgsDigest string `json:"args_digest,omitempty"`
+
 	// Longest is the longest that what is minted can live at its target, from HANDLE on; zero: no longer
 	// than the step.
 	Longest time.Duration `json:"longest,omitempty"`

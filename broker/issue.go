@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -165,8 +166,9 @@ func (s *issue) narrow(p path, d Decision) error {
 	if err != nil {
 		return err
 	}
+	digest := s.r.Args.Digest()
 	s.grant = Grant{ID: GrantID(id), Chain: p.chain.ID, Delegation: p.leaf().ID, Caller: s.c.ID, Tool: s.tool.Name,
-		Backend: s.tool.Backend, Narrowing: s.tool.Narrowing, Args: s.r.Args, Purpose: s.r.Purpose,
+		Backend: s.tool.Backend, Narrowing: s.tool.Narrowing, Args: s.r.Args, ArgsDigest: hex.EncodeToString(digest[:]), Purpose: s.r.Purpose,
 		Path: strings.Join(s.tool.Path, "/"), State: StateIntent, Created: s.now, Expires: expires,
 		Bundle: s.policy.Digest(), Policies: d.Policies}
 	return nil

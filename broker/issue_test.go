@@ -2,8 +2,10 @@ package broker_test
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -33,6 +35,40 @@ func TestIssueAndClose(t *testing.T) {
 			t.Fatal("the secret works after Close")
 		}
 		w.over()
+	})
+}
+
+// TestGrantHasTheDigestOfItsArguments: one digest for one set of arguments however it was spelled, the same
+// in every state.
+func TestGrantHasTheDigestOfItsArguments(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("planner", broker.OpenRequest{})
+		for raw, canonical := range map[string]string{
+			`{}`:                           `{}`,
+			`{"table":"orders"}`:           `{"table":"orders"}`,
+			` { "table": "\u006frders" } `: `{"table":"orders"}`,
+			`{"table":"Orders"}`:           `{"table":"Orders"}`,
+		} {
+			args, err := broker.ParseArgs([]byte(raw))
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := fmt.Sprintf("%x", sha256.Sum256([]byte(canonical)))
+			issued := w.issue("planner", broker.StepRequest{Delegation: root.ID, Tool: "db.read", Args: args}).Grant
+			closed, err := w.Close(ctx, as("planner"), issued.ID)
+			if err != nil {
+				t.Fatal(err)
+			}
+			v, err := w.Chain(ctx, root.Chain)
+			if err != nil {
+				t.Fatal(err)
+			}
+			i := slices.IndexFunc(v.Grants, func(g broker.Grant) bool { return g.ID == issued.ID })
+			if i < 0 || issued.ArgsDigest != want || closed.ArgsDigest != want || v.Grants[i].ArgsDigest != want {
+				t.Errorf("%s: digest %q when issued, %q when closed, grants in the ledger %+v; want %s", raw, issued.ArgsDigest, closed.ArgsDigest, v.Grants, want)
+			}
+		}
 	})
 }
 

@@ -124,7 +124,8 @@ type Grant struct {
 	Policies   []string  `json:"policies,omitzero"` // ids of the policies that decided
 	Ending     string    `json:"ending,omitzero"`   // "closed", "expired", "revoked" or "failed"
 	Ended      time.Time `json:"ended,omitzero"`
-	Outcome    string    `json:"outcome,omitzero"` // "dead", "alive" or "static"; left out: not proven either way
+	Outcome    string    `json:"outcome,omitzero"`     // "dead", "alive" or "static"; left out: not proven either way
+	ArgsDigest string    `json:"args_digest,omitzero"` // SHA-256 of the arguments in their canonical form, in hex; left out: recorded before this was
 }
 
 // Issued is the answer to a step.

@@ -3,7 +3,9 @@ package server_test
 import (
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -163,6 +165,10 @@ func TestEndToEnd(t *testing.T) {
 	two, err := sub.Begin(ctx, "db", agent.Args{"table": "items"}, agent.StepOptions{Key: "k"})
 	if err != nil {
 		t.Fatal(err)
+	}
+	digest := fmt.Sprintf("%x", sha256.Sum256([]byte(`{"table":"items"}`)))
+	if g := two.Grant(); g.ArgsDigest != digest {
+		t.Errorf("grant = %+v, want the arguments' digest %s", g, digest)
 	}
 	var again *agent.Repeated
 	if _, err := sub.Begin(ctx, "db", agent.Args{"table": "items"}, agent.StepOptions{Key: "k"}); !errors.As(err, &again) || again.Grant.ID != two.Grant().ID {

@@ -136,6 +136,7 @@ func wireGrant(g broker.Grant) api.Grant {
 		ID: string(g.ID), Chain: string(g.Chain), Delegation: string(g.Delegation), Tool: string(g.Tool),
 		Narrowing: g.Narrowing.String(), State: string(g.State), Created: utc(g.Created), Expires: utc(expires),
 		Bundle: g.Bundle, Policies: g.Policies, Ending: string(g.Ending), Ended: utc(g.Ended), Outcome: string(g.Outcome),
+		ArgsDigest: g.ArgsDigest,
 	}
 }
 

@@ -106,7 +106,8 @@ func chainCommand() *cobra.Command {
 	}
 	list.Flags().BoolVar(&all, "all", false, "those that are over, too")
 	show := &cobra.Command{
-		Use: "show CHAIN", Short: "Show one chain's delegations and grants", Args: cobra.ExactArgs(1), Long: "Show one chain: who holds what, and every grant with how it stands.",
+		Use: "show CHAIN", Short: "Show one chain's delegations and grants", Args: cobra.ExactArgs(1), Long: "Show one chain: who holds what, and every grant with how it stands, its arguments and the first digits of their\n" +
+			"SHA-256, which a jwt's claim or a token's metadata pawl_args has whole, as has --json.",
 		Example: "  pawl chain show ch0123456789abcdefghjkmnpq",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, args []string) error {
 			v, err := c.Chain(cmd.Context(), args[0])
@@ -146,7 +147,7 @@ func writeChain(w io.Writer, v api.ChainView) {
 		for _, d := range children[parent] {
 			fmt.Fprintf(w, "%s%s  %s  %s until %s\n", indent, d.ID, d.Holder, fenceWord(d.Fence), d.Expires.UTC().Format(time.RFC3339))
 			for _, g := range grants[d.ID] {
-				fmt.Fprintf(w, "%s    %s  %s  %s %s  %s\n", indent, g.ID, g.Tool, g.State, g.Outcome, g.Args)
+				fmt.Fprintf(w, "%s    %s  %s  %s %s  %s  %.12s\n", indent, g.ID, g.Tool, g.State, g.Outcome, g.Args, g.ArgsDigest)
 				for _, e := range g.Evidence { // of what is being ended: why it is not over
 					if g.State != "CLOSED" && e.Outcome != "dead" {
 						fmt.Fprintf(w, "%s      %s: %s\n", indent, e.Check, oneLine(e.Answer))
