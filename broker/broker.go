@@ -35,12 +35,14 @@ type Broker struct {
 	cfg    Config
 	hub    hub
 	closer *closer
-	rules  ruleCache
-	nodes  recordCache[Delegation]
-	chains recordCache[Chain]
-	usages recordCache[Usage]
-	plans  planBook
-	rolls  rolls
+
+	watchdog *watchdog
+	rules    ruleCache
+	nodes    recordCache[Delegation]
+	chains   recordCache[Chain]
+	usages   recordCache[Usage]
+	plans    planBook
+	rolls    rolls
 
 	pursued pursuits
 	stuck   stuck
@@ -72,6 +74,7 @@ func New(cfg Config) (*Broker, error) {
 	b := &Broker{cfg: cfg}
 	b.ctx, b.stop = context.WithCancel(context.Background())
 	b.closer = newCloser(b)
+	b.watchdog = newWatchdog(b)
 	return b, nil
 }
 

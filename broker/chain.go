@@ -31,6 +31,8 @@ type Delegation struct {
 	Expires time.Time    `json:"expires"`
 	Tokens  []Handle     `json:"tokens,omitempty"` // every Vault token it ever had; revoking kills all
 	Fence   *Fence       `json:"fence,omitempty"`
+
+	Heartbeat time.Duration `json:"heartbeat,omitempty"` // the holder promised to be heard this often; zero: it did not
 }
 
 // Limits of a chain. A request beyond them is malformed or denied with the limit's name.

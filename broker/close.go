@@ -23,6 +23,7 @@ func (b *Broker) Close(ctx context.Context, c Caller, id GrantID) (Grant, error)
 	if err := b.view(ctx, op, func(tx Tx) error { return ownGrant(tx, op, c, id, &g) }); err != nil {
 		return Grant{}, err
 	}
+	b.watchdog.again(g.Delegation, now)
 	over := b.closer.over(id)
 	defer b.closer.forget(id, over)
 	err := b.update(ctx, op, func(tx Tx) error {

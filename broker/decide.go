@@ -180,6 +180,9 @@ func (b *Broker) Report(ctx context.Context, c Caller, r ReportRequest) (Reporte
 	if err != nil {
 		return Reported{}, err
 	}
+	if p.leaf().Holder == c.ID {
+		b.watchdog.again(r.Delegation, now)
+	}
 	policy := b.cfg.Policy()
 	q := Question{Action: ActionReport, Caller: c, Violation: r.Violation, Chain: p.chain, Depth: len(p.nodes) - 1, Now: now}
 	q.Tool, _ = policy.Tool(g.Tool) // the zero Tool when the report names no grant

@@ -41,16 +41,23 @@ func (b *Broker) Heard(ctx context.Context, c Caller, id DelegationID, rv Revoca
 	if err := c.authentic(op, now); err != nil {
 		return err
 	}
-	if rv == "" {
-		_, _, err := b.held(ctx, op, c, id, now)
-		return err
-	}
 	var p path
-	if err := b.view(ctx, op, func(tx Tx) (err error) { p, err = b.readPath(tx, op, id); return err }); err != nil {
+	var unusable error
+	if err := b.view(ctx, op, func(tx Tx) (err error) {
+		if p, err = b.readPath(tx, op, id); err == nil {
+			if unusable = b.usable(tx, op, p, Subject{}, now); unusable != nil && KindOf(unusable) == Internal {
+				err = unusable
+			}
+		}
+		return err
+	}); err != nil {
 		return err
 	}
 	if p.leaf().Holder != c.ID {
 		return b.violated(ctx, c, p, ViolationHolder, "", unknownDelegation(op))
+	}
+	if b.watchdog.heard(p.leaf(), now); rv == "" { // heard under a freeze, too: it is there
+		return unusable
 	}
 	return b.update(ctx, op, func(tx Tx) error { return b.acknowledge(tx, c, id, rv, now) })
 }

@@ -113,6 +113,7 @@ func keyRevocation(id RevocationID) string       { return "r/" + string(id) }
 func keyCut(d DelegationID, g GrantID) string    { return "x/" + string(d) + "/" + string(g) }
 func keyStatic(c ChainID, g GrantID) string      { return "w/" + string(c) + "/" + string(g) }
 func keyRule(id RevocationID) string             { return "f/" + string(id) }
+func keyBeat(d DelegationID) string              { return "y/" + string(d) }
 func keyEvent(c ChainID, r Revision) string      { return fmt.Sprintf("e/%s/%016x", c, uint64(r)) }
 func keyOnce(d DelegationID, digest [32]byte) string {
 	return fmt.Sprintf("k/%s/%x", d, digest[:16])

@@ -24,7 +24,7 @@ func (b *Broker) Open(ctx context.Context, c Caller, r OpenRequest) (Delegation,
 		return Delegation{}, err
 	}
 	chain := Chain{Task: r.Task, Opener: c.ID, Opened: now, Labels: r.Labels}
-	root := Delegation{Holder: c.ID, Scope: scope, Budget: r.Budget, Depth: r.Depth, Created: now,
+	root := Delegation{Holder: c.ID, Scope: scope, Budget: r.Budget, Depth: r.Depth, Created: now, Heartbeat: r.Heartbeat,
 		Expires: now.Add(cmp.Or(r.TTL, DefaultChainTTL))}
 	if err := b.identify(&chain, &root); err != nil {
 		return Delegation{}, err
@@ -59,6 +59,7 @@ func (b *Broker) Open(ctx context.Context, c Caller, r OpenRequest) (Delegation,
 	if err != nil {
 		return Delegation{}, err
 	}
+	b.watchdog.heard(root, now)
 	return root, nil
 }
 
@@ -91,6 +92,9 @@ func checkOpen(op string, r OpenRequest) (Scope, error) {
 			return nil, err
 		}
 	}
+	if err := checkHeartbeat(op, r.Heartbeat); err != nil {
+		return nil, err
+	}
 	return checkShare(op, r.Rights, r.Budget, r.Depth, r.TTL)
 }
 
@@ -121,6 +125,11 @@ func saveDelegation(tx Tx, d Delegation, e Entry) error {
 	if err := tx.Put(keyMember(d.Chain, d.ID), []byte{}); err != nil {
 		return err
 	}
+	if d.Heartbeat > 0 {
+		if err := tx.Put(keyBeat(d.ID), []byte{}); err != nil {
+			return err
+		}
+	}
 	_, err := enter(tx, e)
 	return err
 }
@@ -138,6 +147,9 @@ func (b *Broker) Delegate(ctx context.Context, c Caller, r DelegateRequest) (Del
 	}
 	scope, err := checkShare(op, r.Rights, r.Budget, r.Depth, r.TTL)
 	if err != nil {
+		return Delegation{}, err
+	}
+	if err := checkHeartbeat(op, r.Heartbeat); err != nil {
 		return Delegation{}, err
 	}
 	if r.To.IsZero() || r.To.Path() == "" {
@@ -203,7 +215,7 @@ func (d Delegation) child(r DelegateRequest, scope Scope, now time.Time) Delegat
 		budget.Tools[tool] = cmp.Or(n, budget.Tools[tool])
 	}
 	return Delegation{Chain: d.Chain, Parent: d.ID, Holder: r.To, Scope: scope, Budget: budget,
-		Depth: r.Depth, Created: now, Expires: expires}
+		Depth: r.Depth, Created: now, Expires: expires, Heartbeat: cmp.Or(r.Heartbeat, d.Heartbeat)}
 }
 
 // refuse gives the refusal of a child that is wider than its parent in anything; nil when it is not.
@@ -220,6 +232,9 @@ func (parent Delegation) refuse(op string, child Delegation, ttl time.Duration) 
 	}
 	if ttl > parent.Expires.Sub(parent.Created) {
 		wider = append(wider, "ttl")
+	}
+	if parent.Heartbeat > 0 && child.Heartbeat > parent.Heartbeat {
+		wider = append(wider, "heartbeat")
 	}
 	if len(wider) > 0 {
 		return Errorf(Denied, op, "the delegation asks for more than yours may pass on").
@@ -275,5 +290,6 @@ func (b *Broker) held(ctx context.Context, op string, c Caller, id DelegationID,
 	if p.leaf().Holder != c.ID {
 		return path{}, nil, b.violated(ctx, c, p, ViolationHolder, "", unknownDelegation(op))
 	}
+	b.watchdog.heard(p.leaf(), now)
 	return p, history, nil
 }

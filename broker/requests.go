@@ -14,6 +14,8 @@ type OpenRequest struct {
 	Depth  int               // how many times it may be passed on, 0 to MaxDepth
 	TTL    time.Duration     // zero: DefaultChainTTL
 	Labels map[string]string // for policies and selectors
+
+	Heartbeat time.Duration // how often the caller promises to be heard, MinHeartbeat or more; zero: no promise
 }
 
 // DelegateRequest asks to pass on less than the caller's own delegation to another SPIFFE ID.
@@ -24,6 +26,8 @@ type DelegateRequest struct {
 	Budget Budget        // zero fields take the parent's limit
 	Depth  int           // how many times the receiver may pass it on; less than the parent's
 	TTL    time.Duration // zero: as long as the parent. More than the parent's whole life is refused; what reaches past its end ends with it
+
+	Heartbeat time.Duration // how often the receiver must be heard, not less often than the caller; zero: as often
 }
 
 // StepRequest asks for one secret for one step.

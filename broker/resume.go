@@ -16,6 +16,7 @@ func (b *Broker) Resume(ctx context.Context) error {
 	var alive []dueGrant
 	var abandoned []Grant
 	var unsettled []Revocation
+	var watched []Delegation
 	err := b.view(ctx, op, func(tx Tx) error {
 		alive, abandoned, unsettled = nil, nil, nil
 		err := eachLiveAs(tx, "", func(g standing) error {
@@ -39,13 +40,20 @@ func (b *Broker) Resume(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := b.update(ctx, op, func(tx Tx) error {
-		_, err := enter(tx, Entry{At: b.cfg.Now(), Actor: "pawl", Op: OpResume})
+	if err := b.update(ctx, op, func(tx Tx) (err error) {
+		if watched, err = b.watched(tx, b.cfg.Now()); err != nil {
+			return err
+		}
+		_, err = enter(tx, Entry{At: b.cfg.Now(), Actor: "pawl", Op: OpResume})
 		return err
 	}); err != nil {
 		return err
 	}
 	b.closer.fill(alive)
+	for _, d := range watched {
+		b.watchdog.heard(d, b.cfg.Now())
+	}
+	b.background(b.watchdog.run)
 	b.background(b.closer.run)
 	b.background(b.runSweeps)
 	for _, g := range abandoned {

@@ -97,6 +97,15 @@ func (b *Broker) WatchFences(id ChainID) (changed <-chan struct{}, cancel func()
 //
 // Errors: Unauthenticated, NotFound, Unavailable.
 func (b *Broker) Standing(ctx context.Context, c Caller, id DelegationID) (s Standing, err error) {
+	if s, err = b.Look(ctx, c, id); err == nil {
+		b.watchdog.heard(s.Delegation, b.cfg.Now())
+	}
+	return s, err
+}
+
+// Look is [Broker.Standing] on the broker's own account, for a stream that is open: the holder was
+// not heard by it.
+func (b *Broker) Look(ctx context.Context, c Caller, id DelegationID) (s Standing, err error) {
 	const op = "standing"
 	if err := c.authentic(op, b.cfg.Now()); err != nil {
 		return Standing{}, err

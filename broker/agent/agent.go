@@ -124,16 +124,21 @@ type Chain struct {
 	Depth  int               // how many times it may be passed on, 0 to 8
 	TTL    time.Duration     // its life, in whole seconds; zero: one hour
 	Labels map[string]string // for policies and selectors
+
+	// Heartbeat is how often the agent promises to be heard, in whole seconds; zero: no promise. The
+	// client keeps it until Leave or Close. When it is broken, policy says what follows.
+	Heartbeat time.Duration
 }
 
 // Open opens a chain whose root the agent holds. It blocks for one request.
 func (c *Client) Open(ctx context.Context, ch Chain) (*Delegation, error) {
-	in := api.OpenRequest{Task: ch.Task, Rights: ch.Rights, Budget: ch.Budget, Depth: ch.Depth, TTLSeconds: seconds(ch.TTL), Labels: ch.Labels}
+	in := api.OpenRequest{Task: ch.Task, Rights: ch.Rights, Budget: ch.Budget, Depth: ch.Depth, TTLSeconds: seconds(ch.TTL), Labels: ch.Labels,
+		HeartbeatSeconds: seconds(ch.Heartbeat)}
 	var info Info
 	if err := c.http.Call(ctx, http.MethodPost, "/v1/chains", nil, in, &info); err != nil {
 		return nil, fmt.Errorf("opening a chain: %w", err)
 	}
-	return c.delegation(info), nil
+	return c.inUse(info), nil
 }
 
 // Join takes up a delegation that was passed on to the agent, by the id that Delegate gave to
@@ -149,7 +154,7 @@ func (c *Client) Join(ctx context.Context, id string) (*Delegation, error) {
 	if st.Fence != nil && !st.Fence.Frozen {
 		return nil, fmt.Errorf("joining a delegation: %w", revoked(st.Fence.Revocation))
 	}
-	return c.delegation(*st.Delegation), nil
+	return c.inUse(*st.Delegation), nil
 }
 
 // EndGrant ends a step by its grant's id, such as one that a *[Repeated] names. It blocks until

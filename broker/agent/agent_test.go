@@ -28,7 +28,8 @@ const marker = "hunter2-marker"
 type script struct {
 	t      *testing.T
 	life   time.Duration       // of secrets
-	answer func() *api.Problem // to a step or a closing; nil: yes
+	answer func() *api.Problem // to a step, a closing or a sign of life; nil: yes
+	beat   int64               // heartbeat of the chain that is opened
 
 	mu      sync.Mutex // guards everything below
 	grants  int
@@ -115,7 +116,7 @@ func (s *script) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	body, _ := io.ReadAll(r.Body) // so that the connection is used again
 	switch path := r.URL.EscapedPath(); {
 	case path == "/v1/chains":
-		reply(w, 201, agent.Info{ID: "dl1", Chain: "ch1"})
+		reply(w, 201, agent.Info{ID: "dl1", Chain: "ch1", HeartbeatSeconds: s.beat})
 	case path == "/v1/delegations/dl1":
 		reply(w, 200, s.joined)
 	case strings.HasSuffix(path, "/delegate"):
@@ -369,6 +370,44 @@ func TestAcknowledgesOnlyRevocations(t *testing.T) {
 		if err := c.Close(); err != nil || len(s.heard) != 0 {
 			t.Errorf("Close = %v after the broker was told %q, want nil and nothing", err, s.heard)
 		}
+	}
+}
+
+// TestHeartbeat: the promise to be heard is kept until the delegation is left, and what comes back
+// is heard.
+func TestHeartbeat(t *testing.T) {
+	s := newScript(t)
+	s.beat = 1
+	d := s.open(agent.Config{})
+	await(t, s.told, "a sign of life")
+	await(t, s.told, "another")
+	s.mu.Lock()
+	if s.heard[0] != "{}" || s.streams != 0 {
+		t.Errorf("the broker was told %q over %d streams, want a sign of life without any", s.heard, s.streams)
+	}
+	p := api.NewProblem(api.KindRevoked, "fenced", "")
+	p.Revocation = "rv1"
+	s.answer = func() *api.Problem {
+		if s.heard[len(s.heard)-1] == "{}" {
+			return p
+		}
+		return nil
+	}
+	s.mu.Unlock()
+	wantEnd(t, d.Context(), agent.ErrRevoked)
+	await(t, s.told, "the acknowledgement")
+
+	s = newScript(t)
+	s.beat = 1
+	c := s.client(agent.Config{})
+	left, err := c.Open(t.Context(), agent.Chain{Task: "t"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	await(t, s.told, "a sign of life")
+	left.Leave()
+	if err := c.Close(); err != nil { // which waits for whoever still tells the broker anything
+		t.Error(err)
 	}
 }
 

@@ -37,6 +37,37 @@ func (c *Client) delegation(info Info) *Delegation {
 	return d
 }
 
+// inUse is a delegation whose holder keeps the promise to be heard.
+func (c *Client) inUse(info Info) *Delegation {
+	d := c.delegation(info)
+	if info.HeartbeatSeconds > 0 {
+		c.background(func() { d.beat(time.Duration(info.HeartbeatSeconds) * time.Second / 3) })
+	}
+	return d
+}
+
+// beat tells the broker that the agent is there. A third of the interval leaves time for a lost
+// answer, and for a broker that is being restarted.
+func (d *Delegation) beat(every time.Duration) {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		select {
+		case <-d.ctx.Done():
+			return
+		case <-tick.C:
+		}
+		ctx, cancel := context.WithTimeout(d.ctx, every)
+		err := d.client.http.Call(ctx, http.MethodPost, d.path("/heard"), nil, api.HeardRequest{}, nil)
+		cancel()
+		if final(err) && d.ctx.Err() == nil { // the push of it was missed
+			d.over(err)
+			d.acknowledge(err)
+			return
+		}
+	}
+}
+
 // ID is what another agent joins, if the delegation is that agent's.
 func (d *Delegation) ID() string { return d.info.ID }
 
@@ -49,12 +80,17 @@ type Share struct {
 	Budget Budget        // zero fields take the delegation's limits
 	Depth  int           // how many times the receiver may pass it on
 	TTL    time.Duration // its life, in whole seconds; zero: as long as the delegation
+
+	// Heartbeat is how often the receiver must be heard from its first request on, in whole seconds
+	// and not less often than this agent; zero: as often.
+	Heartbeat time.Duration
 }
 
 // Delegate passes less on to the agent with the SPIFFE ID to, which joins the id that it
 // returns. It blocks for one request.
 func (d *Delegation) Delegate(ctx context.Context, to string, s Share) (id string, err error) {
-	in := api.DelegateRequest{To: to, Rights: s.Rights, Budget: s.Budget, Depth: s.Depth, TTLSeconds: seconds(s.TTL)}
+	in := api.DelegateRequest{To: to, Rights: s.Rights, Budget: s.Budget, Depth: s.Depth, TTLSeconds: seconds(s.TTL),
+		HeartbeatSeconds: seconds(s.Heartbeat)}
 	var child Info
 	if err := d.client.http.Call(ctx, http.MethodPost, d.path("/delegate"), nil, in, &child); err != nil {
 		return "", fmt.Errorf("delegating: %w", err)

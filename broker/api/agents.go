@@ -44,6 +44,8 @@ type OpenRequest struct {
 	Depth      int               `json:"depth,omitzero"`       // how many times it may be passed on, 0 to 8
 	TTLSeconds int64             `json:"ttl_seconds,omitzero"` // its life; left out: one hour
 	Labels     map[string]string `json:"labels,omitzero"`      // for policies and selectors
+
+	HeartbeatSeconds int64 `json:"heartbeat_seconds,omitzero"` // how often the caller promises to be heard; left out: no promise
 }
 
 // DelegateRequest asks to pass on less than the caller's own delegation.
@@ -53,6 +55,8 @@ type DelegateRequest struct {
 	Budget     Budget  `json:"budget,omitzero"`      // limits that are left out take the parent's
 	Depth      int     `json:"depth,omitzero"`       // how many times the receiver may pass it on; less than the parent's
 	TTLSeconds int64   `json:"ttl_seconds,omitzero"` // its life; left out: as long as the parent. More than the parent's whole life is refused; what reaches past its end ends with it
+
+	HeartbeatSeconds int64 `json:"heartbeat_seconds,omitzero"` // how often the receiver must be heard, not less often than the caller; left out: as often
 }
 
 // StepRequest asks for one secret for one step. Its idempotency key is a header.
@@ -94,6 +98,8 @@ type Delegation struct {
 	Created time.Time `json:"created"`
 	Expires time.Time `json:"expires"`
 	Fence   *Fence    `json:"fence,omitzero"` // on this node itself
+
+	HeartbeatSeconds int64 `json:"heartbeat_seconds,omitzero"` // the holder must be heard this often, by any request under it; left out: it need not
 }
 
 // Fence is the mark after which no secret is handed out under what carries it.

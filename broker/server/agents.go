@@ -48,12 +48,16 @@ func (s *Server) openChain(x *exchange, c broker.Caller, in api.OpenRequest) (an
 	if err != nil {
 		return answer{}, err
 	}
-	ttl, err := seconds(in.TTLSeconds)
+	ttl, err := seconds("ttl_seconds", in.TTLSeconds)
+	if err != nil {
+		return answer{}, err
+	}
+	beat, err := seconds("heartbeat_seconds", in.HeartbeatSeconds)
 	if err != nil {
 		return answer{}, err
 	}
 	d, err := s.cfg.Broker.Open(x.Context(), c, broker.OpenRequest{
-		Task: in.Task, Rights: rights, Budget: budgetOf(in.Budget), Depth: in.Depth, TTL: ttl, Labels: in.Labels,
+		Task: in.Task, Rights: rights, Budget: budgetOf(in.Budget), Depth: in.Depth, TTL: ttl, Labels: in.Labels, Heartbeat: beat,
 	})
 	x.note(slog.String("chain", string(d.Chain)), slog.String("delegation", string(d.ID)))
 	return answer{status: http.StatusCreated, body: wireDelegation(d)}, err
@@ -72,12 +76,16 @@ func (s *Server) delegate(x *exchange, c broker.Caller, in api.DelegateRequest) 
 	if err != nil {
 		return answer{}, err
 	}
-	ttl, err := seconds(in.TTLSeconds)
+	ttl, err := seconds("ttl_seconds", in.TTLSeconds)
+	if err != nil {
+		return answer{}, err
+	}
+	beat, err := seconds("heartbeat_seconds", in.HeartbeatSeconds)
 	if err != nil {
 		return answer{}, err
 	}
 	d, err := s.cfg.Broker.Delegate(x.Context(), c, broker.DelegateRequest{
-		From: from, To: to, Rights: rights, Budget: budgetOf(in.Budget), Depth: in.Depth, TTL: ttl,
+		From: from, To: to, Rights: rights, Budget: budgetOf(in.Budget), Depth: in.Depth, TTL: ttl, Heartbeat: beat,
 	})
 	x.note(slog.String("chain", string(d.Chain)), slog.String("child", string(d.ID)), slog.String("to", to.String()))
 	return answer{status: http.StatusCreated, body: wireDelegation(d)}, err
@@ -168,7 +176,7 @@ func stepRequest(x *exchange, in api.StepRequest) (r broker.StepRequest, err err
 		r.Key = keys[0]
 	}
 	r.Purpose = in.Purpose
-	r.TTL, err = seconds(in.TTLSeconds)
+	r.TTL, err = seconds("ttl_seconds", in.TTLSeconds)
 	return r, err
 }
 
@@ -235,7 +243,7 @@ func (s *Server) standingEvents(x *exchange) error {
 			if !s.cfg.Now().Before(d.Expires) {
 				return nil, true, broker.Errorf(broker.Expired, "standing", "the delegation is over").With(broker.CodeExpired)
 			}
-			st, err := s.cfg.Broker.Standing(ctx, c, id)
+			st, err := s.cfg.Broker.Look(ctx, c, id)
 			return api.Standing{Fence: wireFence(st.Fence), Ended: texts(st.Ended)}, st.Fence != nil && !st.Fence.Frozen, err
 		},
 	})

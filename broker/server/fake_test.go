@@ -47,6 +47,7 @@ type fake struct {
 	standing broker.Standing
 	standErr error // of Standing alone, after the first call
 	stood    int
+	beats    int // of stood, those that were the holder's own
 	rev      broker.Revocation
 	changed  chan struct{}
 	onIssue  func()
@@ -91,7 +92,7 @@ func delegation() broker.Delegation {
 		ID: delegationID, Chain: chainID, Parent: delegationID, Holder: agentID,
 		Scope:  broker.Scope{{Tool: "postgres", Use: true, Delegate: true, Args: map[string]broker.Constraint{"table": c}}},
 		Budget: broker.Budget{Steps: 1, Live: 2, PerMinute: 3, Tools: map[broker.ToolName]int{"postgres": 4}},
-		Depth:  5, Created: noon, Expires: noon.Add(time.Hour), Fence: fence(),
+		Depth:  5, Created: noon, Expires: noon.Add(time.Hour), Fence: fence(), Heartbeat: 30 * time.Second,
 		Tokens: []broker.Handle{{Accessor: "accessor-marker"}},
 	}
 }
@@ -133,7 +134,14 @@ func (f *fake) Delegate(_ context.Context, _ broker.Caller, r broker.DelegateReq
 	return delegation(), f.answer(r)
 }
 
-func (f *fake) Standing(_ context.Context, _ broker.Caller, id broker.DelegationID) (broker.Standing, error) {
+func (f *fake) Standing(ctx context.Context, c broker.Caller, id broker.DelegationID) (broker.Standing, error) {
+	f.mu.Lock()
+	f.beats++
+	f.mu.Unlock()
+	return f.Look(ctx, c, id)
+}
+
+func (f *fake) Look(_ context.Context, _ broker.Caller, id broker.DelegationID) (broker.Standing, error) {
 	err := f.answer(id)
 	if f.looked != nil {
 		defer f.looked()

@@ -115,6 +115,9 @@ func TestStandingEvents(t *testing.T) {
 		if got := l.heard(); got != ": \n\n" {
 			t.Errorf("after 16 s heard %q, want one comment", got)
 		}
+		if r.fake.beats != 1 || r.fake.stood < 2 {
+			t.Errorf("of %d looks %d counted as the holder's own requests, want the first alone", r.fake.stood, r.fake.beats)
+		}
 		r.fake.change(func() { r.fake.standing.Ended = []broker.GrantID{grantID} })
 		wantEvent(t, l, "id: 2\n", string(grantID))
 		r.fake.change(func() { r.fake.standing.Fence = fence() })

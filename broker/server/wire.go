@@ -24,9 +24,9 @@ func pathID[ID ~string](x *exchange, what string, parse func(string) (ID, error)
 // maxSeconds bounds a length of time before it is multiplied; the broker's own limits are far below.
 const maxSeconds = int64(366 * 24 * time.Hour / time.Second)
 
-func seconds(n int64) (time.Duration, error) {
+func seconds(member string, n int64) (time.Duration, error) {
 	if n < 0 || n > maxSeconds {
-		return 0, malformed("ttl_seconds is out of range")
+		return 0, malformed("%s is out of range", member)
 	}
 	return time.Duration(n) * time.Second, nil
 }
@@ -113,6 +113,7 @@ func wireDelegation(d broker.Delegation) api.Delegation {
 		ID: string(d.ID), Chain: string(d.Chain), Parent: string(d.Parent), Holder: d.Holder.String(),
 		Rights: each(d.Scope, wireRight), Budget: api.Budget{Steps: b.Steps, Live: b.Live, PerMinute: b.PerMinute},
 		Depth: d.Depth, Created: utc(d.Created), Expires: utc(d.Expires), Fence: wireFence(d.Fence),
+		HeartbeatSeconds: int64(d.Heartbeat / time.Second),
 	}
 	if len(b.Tools) > 0 {
 		out.Budget.Tools = counts(b.Tools)

@@ -5,9 +5,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/agent"
@@ -26,6 +30,7 @@ type offence struct {
 	tree  map[string]*agent.Delegation
 	live  map[string]holding
 	apart map[string]*agent.Delegation // chains of their own
+	mute  *mute                        // writer's connection
 }
 
 const offendingTools = `
@@ -63,10 +68,40 @@ forbid (principal, action == Action::"use", resource == Tool::"db.write")
 when { context.used.contains("mail.send") };
 `
 
+// mute is a connection whose signs of life can be lost, as if its process stood still.
+type mute struct {
+	http.RoundTripper
+	on atomic.Bool
+}
+
+func (m *mute) RoundTrip(r *http.Request) (*http.Response, error) {
+	if m.on.Load() && strings.HasSuffix(r.URL.Path, "/heard") {
+		return nil, errors.New("nothing is heard")
+	}
+	return m.RoundTripper.RoundTrip(r)
+}
+
+// muted is an agent whose signs of life can be lost.
+func (s *stage) muted(path string) (*agent.Client, *mute) {
+	s.t.Helper()
+	source := s.identities.Source(s.identities.ID(path))
+	m := &mute{RoundTripper: &http.Transport{ForceAttemptHTTP2: true,
+		TLSClientConfig: tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(s.identities.ID("/pawl")))}}
+	c, err := agent.New(agent.Config{Address: s.address, HTTPClient: &http.Client{Transport: m}})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { _ = c.Close() }) // it always succeeds
+	return c, m
+}
+
+// heartbeat is how often writer promises to be heard. It is long enough for a machine that is busy.
+const heartbeat = 3 * time.Second
+
 func newOffence(t *testing.T, consequence string) *offence {
 	violations := ""
 	for _, code := range []broker.ViolationCode{broker.ViolationScope, broker.ViolationBudget, broker.ViolationHolder,
-		broker.ViolationReplay, broker.ViolationCanary, "data_leak"} {
+		broker.ViolationReplay, broker.ViolationCanary, broker.ViolationHeartbeat, "data_leak"} {
 		violations += fmt.Sprintf("%s: %s\n", code, consequence)
 	}
 	o := &offence{stage: newStage(t, authors(map[string]string{"bundle.yaml": "{name: offences, version: 1}", "tools.yaml": offendingTools,
@@ -76,7 +111,7 @@ func newOffence(t *testing.T, consequence string) *offence {
 	some := rights("db.write", "mail.send", "db.admin")
 	some = append(some, agent.Right{Tool: "db.read", Use: true, Delegate: true, Args: map[string]agent.Constraint{"tables": agent.Constraint(`{"subset":["orders"]}`)}})
 	planner := o.open("/planner", agent.Chain{Rights: all, Depth: 3})
-	writer := o.share(planner, "/writer", agent.Share{Rights: some, Depth: 1, Budget: agent.Budget{Tools: map[string]int{"mail.send": 1}}})
+	writer := o.writer(planner, agent.Share{Rights: some, Depth: 1, Budget: agent.Budget{Tools: map[string]int{"mail.send": 1}}, Heartbeat: heartbeat})
 	o.tree = map[string]*agent.Delegation{"planner": planner, "writer": writer,
 		"helper": o.share(writer, "/helper", agent.Share{Rights: some}), "other": o.share(planner, "/other", agent.Share{Rights: some})}
 	for name, d := range o.tree {
@@ -87,6 +122,49 @@ func newOffence(t *testing.T, consequence string) *offence {
 		o.live[name+" apart"] = o.hold(o.apart[name], "db.read", orders)
 	}
 	return o
+}
+
+// writer passes a share on to the one whose connection can be muted.
+func (o *offence) writer(from *agent.Delegation, part agent.Share) *agent.Delegation {
+	o.t.Helper()
+	id, err := from.Delegate(o.t.Context(), o.identities.ID("/writer").String(), part)
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	var c *agent.Client
+	c, o.mute = o.muted("/writer")
+	d, err := c.Join(o.t.Context(), id)
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	return d
+}
+
+// silence has writer not be heard until the broker has noticed, and gives what that set off.
+func (o *offence) silence() (revocation string) {
+	o.t.Helper()
+	o.mute.on.Store(true)
+	defer o.mute.on.Store(false)
+	for deadline := time.After(30 * time.Second); ; {
+		if o.logged(string(broker.OpViolation)) > 0 {
+			break
+		}
+		select {
+		case <-deadline:
+			o.t.Fatal("waited 30 s for the broker to notice that writer is not heard")
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+	all, err := o.operator().Revocations(o.t.Context())
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	for _, rv := range all {
+		if !rv.Freeze {
+			revocation = rv.ID
+		}
+	}
+	return revocation
 }
 
 var orders = agent.Args{"tables": []string{"orders"}}
@@ -133,6 +211,8 @@ type trigger struct {
 	always bool   // it is in the audit as a violation even when nothing follows
 	silent bool   // the answer does not tell that something follows
 
+	unheard bool // nobody asks for anything: the event is that nothing is heard
+
 	report func(*offence) (api.Reported, error)
 	grant  bool // the report names a grant
 	limit  broker.Consequence
@@ -164,6 +244,7 @@ var triggers = []trigger{
 		event: func(o *offence) error {
 			return o.post("/thief", "/v1/delegations/"+o.tree["writer"].ID()+"/steps", api.StepRequest{Tool: "db.write"}, new(api.Issued))
 		}},
+	{name: "lost heartbeat", frozen: "writer", always: true, unheard: true},
 	{name: "report by a trusted reporter", frozen: "writer",
 		report: func(o *offence) (api.Reported, error) { return o.report("/siem", false) }},
 	{name: "report of one grant", frozen: "writer", grant: true,
@@ -175,7 +256,7 @@ var triggers = []trigger{
 // dies lists who loses a secret by a consequence.
 func (tr trigger) dies(what broker.Consequence) []string {
 	switch {
-	case what == broker.ConsequenceDeny, what == broker.ConsequenceRevokeStep && tr.report == nil:
+	case what == broker.ConsequenceDeny, what == broker.ConsequenceRevokeStep && tr.report == nil && !tr.unheard:
 		return nil // of a request that was refused there is no secret to revoke
 	case what == broker.ConsequenceRevokeStep && tr.grant:
 		return []string{"writer"}
@@ -206,6 +287,9 @@ func TestTriggers(t *testing.T) {
 // play has the event happen, checks the answer and gives the revocation it set off.
 func (tr trigger) play(o *offence, what broker.Consequence) (revocation string) {
 	o.t.Helper()
+	if tr.unheard {
+		return o.silence()
+	}
 	if tr.report != nil {
 		answer, err := tr.report(o)
 		if err != nil || answer.Consequence != what.String() {
@@ -318,19 +402,24 @@ func (o *offence) audited(what broker.Consequence, tr trigger) {
 	if what == broker.ConsequenceDeny && tr.report == nil && !tr.always {
 		op = string(broker.OpDenied)
 	}
+	if found := o.logged(op); found != 1 {
+		o.t.Errorf("the audit has %d entries %q about the delegation, want 1", found, op)
+	}
+}
+
+// logged counts the entries of an op about writer's delegation.
+func (o *offence) logged(op string) (found int) {
+	o.t.Helper()
 	page, err := o.operator().ChainAudit(o.t.Context(), o.tree["planner"].Info().Chain, 0, 1000)
 	if err != nil {
 		o.t.Fatal(err)
 	}
-	found := 0
 	for _, e := range page.Entries {
 		if e.Op == op && e.Delegation == o.tree["writer"].ID() {
 			found++
 		}
 	}
-	if found != 1 {
-		o.t.Errorf("the audit has %d entries %q about the delegation, want 1", found, op)
-	}
+	return found
 }
 
 // TestOpeningWithACanary: there is no chain to end yet, and only freezing the caller has something to
