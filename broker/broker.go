@@ -36,13 +36,14 @@ type Broker struct {
 	hub    hub
 	closer *closer
 
-	watchdog *watchdog
-	rules    ruleCache
-	nodes    recordCache[Delegation]
-	chains   recordCache[Chain]
-	usages   recordCache[Usage]
-	plans    planBook
-	rolls    rolls
+	watchdog   *watchdog
+	deliveries deliveries
+	rules      ruleCache
+	nodes      recordCache[Delegation]
+	chains     recordCache[Chain]
+	usages     recordCache[Usage]
+	plans      planBook
+	rolls      rolls
 
 	pursued pursuits
 	stuck   stuck

@@ -58,6 +58,10 @@ const (
 	CodeDelegationDepth   Code = "delegation_depth"     // may not be passed on any further
 	CodeForeignDomain     Code = "foreign_trust_domain" // receiver in another trust domain without a policy that names both
 	CodeGrantUnknown      Code = "grant_unknown"        // no such grant, or not the caller's
+	CodeKeyOtherSeal      Code = "key_other_seal"       // the idempotency key was used for a step sealed otherwise
+	CodeAlreadyCollected  Code = "already_collected"    // the sealed secret was collected before
+	CodeDeliveryLost      Code = "delivery_lost"        // the sealed secret is not kept any more; the grant is ended
+	CodeDeliveriesFull    Code = "deliveries_full"      // too many sealed secrets wait to be collected
 	CodeKeyOtherTool      Code = "key_other_tool"       // the idempotency key was used for a step with another tool
 	CodeKeyOtherArguments Code = "key_other_arguments"  // the idempotency key was used for a step with other arguments
 	CodeFenced            Code = "fenced"               // the chain, node, grant or a rule over it is revoked

@@ -51,6 +51,10 @@ type Grant struct {
 	// Longest is the longest that what is minted can live at its target, from HANDLE on; zero: no longer
 	// than the step.
 	Longest time.Duration `json:"longest,omitempty"`
+
+	Sealed    string      `json:"sealed,omitempty"`   // thumbprint of the key that the secret is sealed to; empty: it was in the answer
+	Collector spiffeid.ID `json:"collector,omitzero"` // who may collect it, when it is sealed
+	Collected time.Time   `json:"collected,omitzero"` // zero: it was not
 }
 
 // Ending says why a grant came to its end.

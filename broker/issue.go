@@ -41,9 +41,16 @@ func (b *Broker) Issue(ctx context.Context, c Caller, r StepRequest) (Issued, er
 	if err != nil {
 		return Issued{}, err
 	}
+	mine := s.grant.ID // which a repeated key replaces by the grant that it names
+	if r.Seal != nil {
+		if err := b.deliveries.reserve(s.grant); err != nil {
+			return Issued{}, err
+		}
+	}
 	early := s.early(ctx, p)              // step 3, beside step 2 where that wastes nothing
 	if err := s.intend(ctx); err != nil { // step 2
 		early.drop(ctx, b)
+		b.deliveries.take(mine)
 		if KindOf(err) == Unavailable {
 			b.closer.hurry(s.grant) // whether it was recorded may not be known
 		}
@@ -51,12 +58,18 @@ func (b *Broker) Issue(ctx context.Context, c Caller, r StepRequest) (Issued, er
 	}
 	if s.again {
 		early.drop(ctx, b)
+		b.deliveries.take(mine)
 		return Issued{Grant: s.grant, Repeated: true}, nil
 	}
 	b.closer.begin(s.grant)
 	defer b.closer.settled(s.grant.ID)
 	secret, err := s.mint(ctx, early)
+	if err == nil && r.Seal != nil {
+		err = s.deliver(secret)
+		secret = Secret{}
+	}
 	if err != nil {
+		b.deliveries.take(s.grant.ID)
 		b.closer.settled(s.grant.ID) // first: the closer leaves alone what is being minted
 		b.closer.hurry(s.grant)
 		return Issued{}, err
@@ -100,7 +113,10 @@ func (s *issue) decide(ctx context.Context) (p path, err error) {
 	if err := s.meets(ctx, p, s.answer); err != nil {
 		return p, err
 	}
-	return p, s.narrow(p, s.answer)
+	if err := s.narrow(p, s.answer); err != nil {
+		return p, err
+	}
+	return p, s.bind(ctx, p)
 }
 
 // inScope checks the tool and each argument against the declaration and every ancestor.
@@ -239,6 +255,10 @@ func (s *issue) once(tx Tx) (known bool, err error) {
 	if old.Args.Digest() != s.grant.Args.Digest() {
 		return false, Errorf(Conflict, opIssue, "this idempotency key was used for a step with other arguments").
 			With(CodeKeyOtherArguments).Lacks("use a new key for a new step", "arguments")
+	}
+	if old.Sealed != s.grant.Sealed || old.Collector != s.grant.Collector {
+		return false, Errorf(Conflict, opIssue, "this idempotency key was used for a step that was sealed otherwise").
+			With(CodeKeyOtherSeal).Lacks("use a new key for a new step", "seal")
 	}
 	s.grant, s.again = old, true
 	return true, nil

@@ -101,6 +101,7 @@ func (l *lane) ending(ids map[GrantID]int) (grants []Grant) {
 		}
 		return nil
 	})
+	l.b.deliveries.drop(grants)
 	if err != nil && l.b.ctx.Err() == nil {
 		l.b.cfg.Alarm("reading what must end", err)
 		for id, attempt := range ids {
@@ -132,6 +133,8 @@ func (b *Broker) mustEnd(tx Tx, g *Grant, now time.Time) (bool, error) {
 		g.Ending = EndingRevoked
 	case !now.Before(g.Expires):
 		g.Ending = EndingExpired
+	case b.lost(g):
+		g.Ending = EndingFailed // nobody can have it any more
 	case g.State != StateIssued && !b.closer.isMinting(g.ID):
 		g.Ending = EndingFailed // whoever was issuing it is gone
 	}

@@ -83,7 +83,8 @@ const (
 	OpIntent    Op = "intent"
 	OpHandle    Op = "handle"
 	OpIssued    Op = "issued"
-	OpUnknown   Op = "unknown" // a mint's outcome is not known
+	OpCollected Op = "collected" // a sealed secret was given to its collector
+	OpUnknown   Op = "unknown"   // a mint's outcome is not known
 	OpDenied    Op = "denied"
 	OpViolation Op = "violation"
 	OpEnd       Op = "end" // a grant was closed by its agent, expired or was given up

@@ -38,12 +38,13 @@ type StepRequest struct {
 	Purpose    string        // for the audit only; at most 256 bytes
 	Key        string        // idempotency key, at most 128 bytes; empty: every request is another step
 	TTL        time.Duration // zero: as long as tool, policy and delegation allow
+	Seal       *Seal         // nil: the secret is in the answer
 }
 
 // Issued is the answer to a step.
 type Issued struct {
 	Grant    Grant
-	Secret   Secret // empty when Repeated
+	Secret   Secret // empty when Repeated, or sealed
 	Repeated bool   // the key was used for the same step before: the grant, never a second secret
 }
 

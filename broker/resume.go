@@ -20,7 +20,8 @@ func (b *Broker) Resume(ctx context.Context) error {
 	err := b.view(ctx, op, func(tx Tx) error {
 		alive, abandoned, unsettled = nil, nil, nil
 		err := eachLiveAs(tx, "", func(g standing) error {
-			if g.State == StateIssued && g.Ending == "" {
+			uncollected := g.Sealed != "" && g.Collected.IsZero() // what was kept for it went with the process
+			if g.State == StateIssued && g.Ending == "" && !uncollected {
 				alive = append(alive, dueGrant{at: g.Expires, id: g.ID, backend: g.Backend})
 			} else {
 				abandoned = append(abandoned, Grant{ID: g.ID, Backend: g.Backend})
@@ -73,6 +74,9 @@ type standing struct {
 	Backend string     `json:"backend"`
 	Expires time.Time  `json:"expires"`
 	Ending  Ending     `json:"ending"`
+
+	Sealed    string    `json:"sealed"`
+	Collected time.Time `json:"collected"`
 }
 
 // fill takes many due grants at once.

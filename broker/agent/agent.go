@@ -7,6 +7,15 @@
 //		return query(ctx, s.Field("username"), s.Field("password"))
 //	})
 //
+// A planner can have a secret go to a worker without seeing it. The worker makes the key, the
+// planner takes the step, and the worker collects, once:
+//
+//	key, err := agent.NewSealKey() // the worker, whose key.Public() goes to the planner
+//	…
+//	step, err := d.Begin(ctx, "postgres", args, agent.StepOptions{Seal: &agent.Seal{Key: public, Collector: worker}})
+//	… // step.Grant().ID goes to the worker
+//	secret, err := client.Collect(ctx, grant, key)
+//
 // When the broker revokes, the context of every running step under the delegation ends with
 // the cause [ErrRevoked], and the broker is told that this was heard. Errors are of the broker's kinds: errors.Is(err, agent.ErrDenied);
 // errors.As to *[Error] gives the code and what to do. Nothing is retried and nothing logged.

@@ -21,6 +21,7 @@ type StepOptions struct {
 	Key     string
 	Purpose string        // for the audit; at most 256 bytes
 	TTL     time.Duration // the secret's life, in whole seconds; zero: as long as is allowed
+	Seal    *Seal         // who collects the secret, instead of this agent's step having it; nil: nobody
 }
 
 // Repeated says that the key was used for the same step before. It is an ErrConflict. Whoever
@@ -83,6 +84,9 @@ func (d *Delegation) begin(ctx context.Context, tool string, args Args, options 
 			return nil, api.NewProblem(ErrMalformed, "", "the arguments do not encode as JSON").Because(err)
 		}
 		in.Args = raw
+	}
+	if o.Seal != nil {
+		in.Seal = &api.Seal{Key: o.Seal.Key, Collector: o.Seal.Collector}
 	}
 	header := http.Header{}
 	if o.Key != "" {

@@ -65,6 +65,23 @@ type StepRequest struct {
 	Args       jsontext.Value `json:"args,omitzero"`        // an object of strings, integers, booleans and lists of strings
 	Purpose    string         `json:"purpose,omitzero"`     // for the audit; at most 256 bytes
 	TTLSeconds int64          `json:"ttl_seconds,omitzero"` // the secret's life; left out: as long as is allowed
+	Seal       *Seal          `json:"seal,omitzero"`        // left out: the secret is in the answer
+}
+
+// Seal asks that the secret is not in the answer, but kept, encrypted to a key, for one POST to
+// /v1/grants/{id}/collect.
+type Seal struct {
+	Key       jsontext.Value `json:"key"`                // a public JWK: kty "EC", crv "P-256", x, y, and alg "ECDH-ES", use "enc" and kid where given; nothing else
+	Collector string         `json:"collector,omitzero"` // the SPIFFE ID that may collect it, in the caller's trust domain; left out: the caller's
+}
+
+// SealedType is the typ of a sealed secret's JWE.
+const SealedType = "pawl-secret+jwe"
+
+// Collected is a sealed secret.
+type Collected struct {
+	Grant Grant  `json:"grant"`
+	JWE   string `json:"jwe"` // compact (RFC 7516): ECDH-ES and A256GCM, typ "pawl-secret+jwe", kid the key's thumbprint, grant the grant's id; the content is the secret
 }
 
 // ReportRequest says that policy was broken under a delegation.
@@ -132,12 +149,15 @@ type Grant struct {
 	Ended      time.Time `json:"ended,omitzero"`
 	Outcome    string    `json:"outcome,omitzero"`     // "dead", "alive" or "static"; left out: not proven either way
 	ArgsDigest string    `json:"args_digest,omitzero"` // SHA-256 of the arguments in their canonical form, in hex; left out: recorded before this was
+	Sealed     string    `json:"sealed,omitzero"`      // thumbprint (RFC 7638) of the key that the secret is sealed to; left out: it is not
+	Collector  string    `json:"collector,omitzero"`   // who may collect it, when it is sealed
+	Collected  time.Time `json:"collected,omitzero"`   // left out: it was not
 }
 
 // Issued is the answer to a step.
 type Issued struct {
 	Grant    Grant          `json:"grant"`
-	Secret   jsontext.Value `json:"secret,omitzero"`   // an object whose members the tool's documentation lists; left out when repeated
+	Secret   jsontext.Value `json:"secret,omitzero"`   // an object whose members the tool's documentation lists; left out when repeated or sealed
 	Repeated bool           `json:"repeated,omitzero"` // the key was used for the same step before: this is its grant, and no second secret
 }
 

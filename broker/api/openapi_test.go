@@ -43,6 +43,7 @@ var operations = []operation{
 	{"agents", "get", "/v1/delegations/{id}/events", "Follow how a delegation stands, until it is over", nil, nil, nil, 200, "standing events with a Standing, once at first and then when it has changed; a problem event before an early end; a comment at least every 15 s"},
 	{"agents", "post", "/v1/delegations/{id}/heard", "Say that the holder is there, and that it has heard of a revocation; a fenced delegation takes it, too", nil, api.HeardRequest{}, api.Heard{}, 200, ""},
 	{"agents", "post", "/v1/grants/{id}/close", "End a step: its secret is revoked", nil, api.Nothing{}, api.Grant{}, 200, ""},
+	{"agents", "post", "/v1/grants/{id}/collect", "Collect a sealed secret, once", nil, api.Nothing{}, api.Collected{}, 200, ""},
 	{"agents", "post", "/v1/introspect", "Whether a token that a step was given is good still (RFC 7662); for any workload that the broker knows", nil, medium(api.FormType), api.Introspection{}, 200, ""},
 	{"agents", "post", "/v1/security-events", "Push a security event token (RFC 8935), where transmitters are configured; it is known by its signature", nil, medium(api.SecurityEventType), medium(""), 202, ""},
 	{"agents", "get", "/v1/status-lists/{backend}", "The signed status list that a backend's tokens name (draft-ietf-oauth-status-list), where one is configured; for anybody", nil, nil, medium(api.StatusListType), 200, ""},

@@ -54,6 +54,7 @@ func Load(b Bundle) (*Policy, error) {
 		p.tools[t.Name] = newTool(t)
 	}
 	p.nameless = newTool(broker.Tool{})
+	p.violations[broker.ViolationSecondUse] = broker.ConsequenceRevokeStep // somebody has a secret who should not, or did not get his
 	for code, name := range b.content.Violations {
 		p.violations[code], _ = broker.ParseConsequence(name) // content.check saw to it
 	}

@@ -22,6 +22,7 @@ func (s *Server) agentRoutes() []route {
 		route{"POST", "/v1/delegations/{id}/steps", nil, forAgent(s, s.step)},
 		route{"GET", "/v1/delegations/{id}/events", nil, s.standingEvents},
 		route{"POST", "/v1/delegations/{id}/heard", nil, forAgent(s, s.heard)},
+		route{"POST", "/v1/grants/{id}/collect", nil, forAgent(s, s.collect)},
 		route{"POST", "/v1/grants/{id}/close", nil, forAgent(s, s.closeGrant)},
 		route{"POST", "/v1/violations", nil, forAgent(s, s.report)},
 	)
@@ -147,7 +148,9 @@ func (s *Server) step(x *exchange, c broker.Caller, in api.StepRequest) (answer,
 	if issued.Repeated {
 		return answer{status: http.StatusOK, body: out}, nil
 	}
-	out.Secret = jsontext.Value(issued.Secret.Reveal())
+	if r.Seal == nil {
+		out.Secret = jsontext.Value(issued.Secret.Reveal())
+	}
 	return answer{status: http.StatusCreated, body: out, sent: func(err error) {
 		issued.Secret.Wipe()
 		if err != nil { // nobody has it, so nobody will close it
@@ -174,6 +177,12 @@ func stepRequest(x *exchange, in api.StepRequest) (r broker.StepRequest, err err
 			return r, malformed("the header %s must be given once and not be empty", api.IdempotencyKey)
 		}
 		r.Key = keys[0]
+	}
+	if in.Seal != nil {
+		if r.Seal, err = sealOf(*in.Seal); err != nil {
+			return r, err
+		}
+		x.note(slog.String("sealed", r.Seal.Thumbprint))
 	}
 	r.Purpose = in.Purpose
 	r.TTL, err = seconds("ttl_seconds", in.TTLSeconds)

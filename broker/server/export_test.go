@@ -11,3 +11,6 @@ func (s *Server) Routes(listener string) (all []string) {
 	}
 	return all
 }
+
+// ParseSealKey reads the key of a seal.
+var ParseSealKey = parseSealKey

@@ -109,6 +109,7 @@ func grant() broker.Grant {
 		Token: broker.Handle{Accessor: "accessor-marker"}, Lease: broker.Lease{ID: "database/creds/x", Ref: "pawl-x", Expires: noon.Add(30 * time.Second)},
 		Fence: fence(), Ending: broker.EndingClosed, Ended: noon, Outcome: broker.OutcomeDead,
 		Evidence: []broker.Evidence{{At: noon, Check: "vault", Outcome: broker.OutcomeDead, Answer: "gone"}},
+		Sealed:   "thumb", Collector: agentID, Collected: noon,
 	}
 }
 
@@ -170,6 +171,10 @@ func (f *fake) Close(_ context.Context, _ broker.Caller, id broker.GrantID) (bro
 	defer f.mu.Unlock()
 	f.closed = append(f.closed, id)
 	return grant(), err
+}
+
+func (f *fake) Collect(_ context.Context, _ broker.Caller, id broker.GrantID) (broker.Grant, []byte, error) {
+	return grant(), []byte("a.b.c.d.e"), f.answer(id)
 }
 
 func (f *fake) Report(_ context.Context, _ broker.Caller, r broker.ReportRequest) (broker.Reported, error) {

@@ -40,6 +40,7 @@ type Delegations interface {
 type Steps interface {
 	Issue(context.Context, broker.Caller, broker.StepRequest) (broker.Issued, error)
 	Close(context.Context, broker.Caller, broker.GrantID) (broker.Grant, error)
+	Collect(context.Context, broker.Caller, broker.GrantID) (broker.Grant, []byte, error)
 	Report(context.Context, broker.Caller, broker.ReportRequest) (broker.Reported, error)
 }
 

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/api"
@@ -138,7 +139,15 @@ func wireGrant(g broker.Grant) api.Grant {
 		Narrowing: g.Narrowing.String(), State: string(g.State), Created: utc(g.Created), Expires: utc(expires),
 		Bundle: g.Bundle, Policies: g.Policies, Ending: string(g.Ending), Ended: utc(g.Ended), Outcome: string(g.Outcome),
 		ArgsDigest: g.ArgsDigest,
+		Sealed:     g.Sealed, Collector: idText(g.Collector), Collected: utc(g.Collected),
 	}
+}
+
+func idText(id spiffeid.ID) string {
+	if id.IsZero() {
+		return ""
+	}
+	return id.String()
 }
 
 func wireRecord(g broker.Grant) api.GrantRecord {

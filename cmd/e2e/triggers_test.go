@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -101,7 +102,7 @@ const heartbeat = 3 * time.Second
 func newOffence(t *testing.T, consequence string) *offence {
 	violations := ""
 	for _, code := range []broker.ViolationCode{broker.ViolationScope, broker.ViolationBudget, broker.ViolationHolder,
-		broker.ViolationReplay, broker.ViolationCanary, broker.ViolationHeartbeat, "data_leak"} {
+		broker.ViolationReplay, broker.ViolationCanary, broker.ViolationHeartbeat, broker.ViolationSecondUse, "data_leak"} {
 		violations += fmt.Sprintf("%s: %s\n", code, consequence)
 	}
 	o := &offence{stage: newStage(t, authors(map[string]string{"bundle.yaml": "{name: offences, version: 1}", "tools.yaml": offendingTools,
@@ -138,6 +139,27 @@ func (o *offence) writer(from *agent.Delegation, part agent.Share) *agent.Delega
 		o.t.Fatal(err)
 	}
 	return d
+}
+
+// collectTwice has a sealed step of writer's collected, and collected again.
+func (o *offence) collectTwice() error {
+	o.t.Helper()
+	key, err := agent.NewSealKey()
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	step, err := o.tree["writer"].Begin(o.t.Context(), "db.read", orders, agent.StepOptions{Seal: &agent.Seal{Key: key.Public()}})
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	c := o.agent("/writer")
+	secret, err := c.Collect(o.t.Context(), step.Grant().ID, key)
+	if err != nil || !o.target.Login(secret.JSON()) {
+		o.t.Fatalf("Collect = %v, want a secret that works", err)
+	}
+	o.live["writer sealed"] = holding{step, secret.JSON()}
+	_, err = c.Collect(o.t.Context(), step.Grant().ID, key)
+	return err
 }
 
 // silence has writer not be heard until the broker has noticed, and gives what that set off.
@@ -211,6 +233,7 @@ type trigger struct {
 	always bool   // it is in the audit as a violation even when nothing follows
 	silent bool   // the answer does not tell that something follows
 
+	sealed  bool // a sealed step is the breach: its refusal keeps its code, whatever follows
 	unheard bool // nobody asks for anything: the event is that nothing is heard
 
 	report func(*offence) (api.Reported, error)
@@ -244,6 +267,7 @@ var triggers = []trigger{
 		event: func(o *offence) error {
 			return o.post("/thief", "/v1/delegations/"+o.tree["writer"].ID()+"/steps", api.StepRequest{Tool: "db.write"}, new(api.Issued))
 		}},
+	{name: "second use of a sealed delivery", kind: api.KindConflict, code: broker.CodeAlreadyCollected, frozen: "writer", always: true, sealed: true, event: (*offence).collectTwice},
 	{name: "lost heartbeat", frozen: "writer", always: true, unheard: true},
 	{name: "report by a trusted reporter", frozen: "writer",
 		report: func(o *offence) (api.Reported, error) { return o.report("/siem", false) }},
@@ -255,6 +279,10 @@ var triggers = []trigger{
 
 // dies lists who loses a secret by a consequence.
 func (tr trigger) dies(what broker.Consequence) []string {
+	if tr.sealed && what > broker.ConsequenceDeny {
+		tr.sealed = false
+		return append(slices.DeleteFunc(tr.dies(what), func(string) bool { return what == broker.ConsequenceRevokeStep }), "writer sealed")
+	}
 	switch {
 	case what == broker.ConsequenceDeny, what == broker.ConsequenceRevokeStep && tr.report == nil && !tr.unheard:
 		return nil // of a request that was refused there is no secret to revoke
@@ -298,7 +326,7 @@ func (tr trigger) play(o *offence, what broker.Consequence) (revocation string) 
 		return answer.Revocation
 	}
 	code := broker.CodeViolation
-	if what == broker.ConsequenceDeny || tr.silent {
+	if what == broker.ConsequenceDeny || tr.silent || tr.sealed {
 		code = tr.code
 	}
 	if !tr.silent {

@@ -84,7 +84,7 @@ var homes = []struct {
 	why  string
 }{
 	{"github.com/cedar-policy/cedar-go", []string{"broker/policy"}, "a decision is asked for in broker's words"},
-	{"github.com/go-jose/go-jose/v4", []string{"attest", "attest/workload", "broker/audit", "broker/policy", "broker/signals", "cmd/*", "plugins/jwt"}, "signatures are made and checked where bytes leave and come in"},
+	{"github.com/go-jose/go-jose/v4", []string{"attest", "attest/workload", "broker/agent", "broker/audit", "broker/policy", "broker/server", "broker/signals", "cmd/*", "plugins/jwt"}, "signatures and seals are made and checked where bytes leave and come in"},
 	{"github.com/hashicorp/vault/api", []string{"cmd/parts"}, "the stock client re-sends mints and follows redirects (hardening.md, Vault answers)"},
 	{"github.com/jackc/pgx/v5", []string{"plugins/postgres", "store/postgres", "cmd/*"}, "one plugin and one store talk to PostgreSQL"},
 	{"go.etcd.io/bbolt", []string{"store/bolt"}, "the ledger's file has one owner"},

@@ -21,6 +21,7 @@ type place struct{ file, why string }
 var reveals = []place{
 	{"broker/secret.go", "the type itself"},
 	{"broker/server/agents.go", "the API's encoder: the one way out to an agent"},
+	{"broker/server/seal.go", "the API's encoder of a sealed delivery: it encrypts where the other encodes"},
 	{"broker/brokertest/backend_checks.go", "the suite that tries a backend's secrets; only tests link it"},
 }
 
@@ -43,6 +44,7 @@ var clocks = []place{
 	{"broker/server/problem.go", "deadlines of sockets are the operating system's time"},
 	{"broker/server/signals.go", "deadlines of sockets are the operating system's time"},
 	{"broker/server/stream.go", "deadlines of sockets are the operating system's time"},
+	{"broker/agent/seal.go", "an SDK runs in somebody else's process"},
 	{"broker/agent/step.go", "an SDK runs in somebody else's process"},
 	{"broker/api/client/client.go", "an SDK runs in somebody else's process"},
 }
