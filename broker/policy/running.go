@@ -66,16 +66,11 @@ func (r *Running) Policy() broker.Policy { return r.current.Load() }
 
 // Replace puts a verified bundle in force by the rules of [Replace], if agree does too: it is
 // asked last, right before, and may record that the bundle comes into force; nil agrees with
-// everything. After an error the running one stays. Trust's Least does not hold back a deliberate
-// rollback.
+// everything. After an error the running one stays.
 func (r *Running) Replace(jws []byte, rollback bool, agree func(*Policy) error) (*Policy, error) {
 	r.swap.Lock()
 	defer r.swap.Unlock()
-	trust := r.trust
-	if rollback {
-		trust.Least = 0
-	}
-	b, err := Verify(jws, trust)
+	b, err := Verify(jws, r.trust)
 	if err != nil {
 		return nil, err
 	}

@@ -99,9 +99,8 @@ func addSignatures(e envelope, keys []jose.JSONWebKey) ([]byte, error) {
 // Trust says which keys may sign a bundle and how many of them must. The zero Trust trusts
 // nobody.
 type Trust struct {
-	Keys  []jose.JSONWebKey // public platform keys
-	Need  int               // how many different ones must have signed, at least 1
-	Least int64             // lowest version accepted, for a broker that remembers over restarts; zero: any
+	Keys []jose.JSONWebKey // public platform keys
+	Need int               // how many different ones must have signed, at least 1
 }
 
 // Bundle is content that enough keys stand for, unless it comes from [Source.Unsigned].
@@ -149,9 +148,6 @@ func Verify(jws []byte, t Trust) (Bundle, error) {
 	}
 	if b.Source, err = parsePayload(payload); err != nil {
 		return Bundle{}, err
-	}
-	if b.Version() < t.Least {
-		return Bundle{}, fmt.Errorf("%w: version %d, and %d was in force already", ErrOlder, b.Version(), t.Least)
 	}
 	return b, nil
 }
