@@ -1,8 +1,11 @@
 package broker_test
 
 import (
+	"slices"
 	"testing"
 	"testing/synctest"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
 )
@@ -62,4 +65,53 @@ func TestCanaryNeverMints(t *testing.T) {
 			t.Errorf("%d violations, want 3", n)
 		}
 	})
+}
+
+// TestDelegateAcrossTrustDomains: a receiver in another trust domain is given nothing unless policy names
+// both domains for each of the tools; one that is named takes steps like any other.
+func TestDelegateAcrossTrustDomains(t *testing.T) {
+	partner := as("writer")
+	partner.ID = spiffeid.RequireFromString("spiffe://partner.example/writer")
+	both := []string{"example.org", "partner.example"}
+	for name, row := range map[string]struct {
+		to      broker.Caller
+		domains map[broker.ToolName][]string // that the permit names, of each tool
+		missing broker.ToolName              // that it is refused for; empty: it is allowed
+	}{
+		"inside one":               {to: as("writer")},
+		"no domains":               {to: partner, missing: "db.read"},
+		"only the holder's":        {to: partner, domains: map[broker.ToolName][]string{"db.read": {"example.org"}, "deploy": both}, missing: "db.read"},
+		"only the receiver's":      {to: partner, domains: map[broker.ToolName][]string{"db.read": {"partner.example"}, "deploy": both}, missing: "db.read"},
+		"others":                   {to: partner, domains: map[broker.ToolName][]string{"db.read": {"example.org", "example"}, "deploy": both}, missing: "db.read"},
+		"both for one of two":      {to: partner, domains: map[broker.ToolName][]string{"db.read": both}, missing: "deploy"},
+		"both for each":            {to: partner, domains: map[broker.ToolName][]string{"db.read": both, "deploy": both}},
+		"both, and more, unsorted": {to: partner, domains: map[broker.ToolName][]string{"db.read": {"z.example", "partner.example", "example.org"}, "deploy": both}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				w.policy.Answer = func(q broker.Question) broker.Decision {
+					return broker.Decision{Allow: true, Domains: row.domains[q.Tool.Name], Policies: []string{"some"}}
+				}
+				root := w.open("planner", broker.OpenRequest{Depth: 1})
+				d, err := w.Delegate(ctx, as("planner"), broker.DelegateRequest{From: root.ID, To: row.to.ID, Rights: use("db.read", "deploy")})
+				if row.missing == "" {
+					if err != nil {
+						t.Fatalf("Delegate = %v, want a delegation", err)
+					}
+					if _, err := w.Issue(ctx, row.to, step(d, "db.read")); err != nil {
+						t.Errorf("Issue = %v, want a secret", err)
+					}
+					return
+				}
+				refused(t, "Delegate", err, broker.Denied, broker.CodeForeignDomain)
+				if got := w.recorded(broker.OpDenied); len(got) != 1 || got[0].Code != broker.CodeForeignDomain || got[0].Tool != row.missing || !slices.Equal(got[0].Policies, []string{"some"}) {
+					t.Errorf("the audit has the denials %+v, want one for tool %s", got, row.missing)
+				}
+				if v, err := w.Chain(ctx, root.Chain); err != nil || len(v.Delegations) != 1 {
+					t.Errorf("the chain has %d delegations, %v; want the root alone", len(v.Delegations), err)
+				}
+			})
+		})
+	}
 }
