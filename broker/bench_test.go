@@ -11,8 +11,8 @@ import (
 	"github.com/pawlsec/pawl/store/bolt"
 )
 
-// newBenchBroker is the engine on the embedded ledger, with a Vault and a target in memory.
-func newBenchBroker(b *testing.B) *broker.Broker {
+// newBoltBroker is the engine on the embedded ledger, with a Vault and a target in memory.
+func newBoltBroker(b testing.TB, now func() time.Time) *broker.Broker {
 	b.Helper()
 	ledger, err := bolt.Open(bolt.Config{Path: filepath.Join(b.TempDir(), "ledger.db"), Reserve: -1})
 	if err != nil {
@@ -22,7 +22,7 @@ func newBenchBroker(b *testing.B) *broker.Broker {
 	target := brokertest.NewTarget()
 	policy := brokertest.AllowAll("db.read")
 	pawl, err := broker.New(broker.Config{Ledger: ledger, Policy: func() broker.Policy { return policy }, Vault: brokertest.NewVault(target),
-		Backends: map[string]broker.Backend{"target": target}, Now: time.Now, Random: rand.Reader, SweepEvery: -1})
+		Backends: map[string]broker.Backend{"target": target}, Now: now, Random: rand.Reader, SweepEvery: -1})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -34,7 +34,7 @@ func newBenchBroker(b *testing.B) *broker.Broker {
 }
 
 func BenchmarkIssue(b *testing.B) {
-	pawl := newBenchBroker(b)
+	pawl := newBoltBroker(b, time.Now)
 	b.SetParallelism(32) // 64 clients on two cores
 	b.RunParallel(func(pb *testing.PB) {
 		c := as("planner")
@@ -56,7 +56,7 @@ func BenchmarkIssue(b *testing.B) {
 // BenchmarkStanding is what each agent of a chain asks for when a fence was set in it, with a thousand
 // live secrets under the chain.
 func BenchmarkStanding(b *testing.B) {
-	pawl, c := newBenchBroker(b), as("planner")
+	pawl, c := newBoltBroker(b, time.Now), as("planner")
 	root, err := pawl.Open(ctx, c, broker.OpenRequest{Task: "bench", Rights: use("db.read")})
 	if err != nil {
 		b.Fatal(err)

@@ -228,35 +228,62 @@ func TestIdempotencyKey(t *testing.T) {
 	})
 }
 
-// Fifty agents at once against a budget of ten: exactly ten get through, whatever the budget counts.
+// budgetsOfTen are one for each thing that a budget counts.
+var budgetsOfTen = map[string]broker.Budget{
+	"steps": {Steps: 10}, "live": {Live: 10}, "per minute": {PerMinute: 10},
+	"tool": {Tools: map[broker.ToolName]int{"db.read": 10}},
+}
+
+// TestBudgetCountsWhatIsInFlight: fifty agents at once against a budget of ten, and exactly ten get through,
+// whatever the budget counts.
 func TestBudgetCountsWhatIsInFlight(t *testing.T) {
-	for name, budget := range map[string]broker.Budget{
-		"steps": {Steps: 10}, "live": {Live: 10}, "per minute": {PerMinute: 10},
-		"tool": {Tools: map[broker.ToolName]int{"db.read": 10}},
-	} {
+	for name, budget := range budgetsOfTen {
 		t.Run(name, func(t *testing.T) {
-			for range 25 { // four budgets: a hundred runs
+			for range 100 {
 				synctest.Test(t, func(t *testing.T) {
 					w := newWorld(t)
-					root := w.open("planner", broker.OpenRequest{Budget: budget})
-					var got atomic.Int32
-					var wg sync.WaitGroup
-					for range 50 {
-						wg.Go(func() {
-							if _, err := w.Issue(ctx, as("planner"), step(root, "db.read")); err == nil {
-								got.Add(1)
-							} else if !errors.Is(err, broker.Denied) {
-								t.Errorf("Issue = %v, want Denied", err)
-							}
-						})
-					}
-					wg.Wait()
-					if got.Load() != 10 {
-						t.Fatalf("%d of 50 got a secret, want 10", got.Load())
-					}
+					tenOfFifty(t, w.Broker, budget)
 				})
 			}
 		})
+	}
+}
+
+// TestBudgetOnBolt is TestBudgetCountsWhatIsInFlight on the embedded ledger: many agents' transactions
+// share one commit there. Each run is a chain of its own.
+func TestBudgetOnBolt(t *testing.T) {
+	at := time.Now()
+	pawl := newBoltBroker(t, func() time.Time { return at }) // no minute begins in between
+	for name, budget := range budgetsOfTen {
+		t.Run(name, func(t *testing.T) {
+			for range 25 { // four budgets: a hundred runs
+				tenOfFifty(t, pawl, budget)
+			}
+		})
+	}
+}
+
+// tenOfFifty fails unless ten of fifty that ask at once get a secret and all others are denied.
+func tenOfFifty(t *testing.T, b *broker.Broker, budget broker.Budget) {
+	t.Helper()
+	root, err := b.Open(ctx, as("planner"), broker.OpenRequest{Task: "a task", Rights: use("db.read"), Budget: budget})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got atomic.Int32
+	var wg sync.WaitGroup
+	for range 50 {
+		wg.Go(func() {
+			if _, err := b.Issue(ctx, as("planner"), step(root, "db.read")); err == nil {
+				got.Add(1)
+			} else if !errors.Is(err, broker.Denied) {
+				t.Errorf("Issue = %v, want Denied", err)
+			}
+		})
+	}
+	wg.Wait()
+	if got.Load() != 10 {
+		t.Fatalf("%d of 50 got a secret, want 10", got.Load())
 	}
 }
 
