@@ -13,15 +13,16 @@ import (
 	"github.com/pawlsec/pawl/broker/policy"
 )
 
-// measurePolicy times decisions over bundles of 10, 100 and 1,000 policies, beside Cedar going
-// through all of them.
+// measurePolicy times decisions over bundles of 10, 100 and 1,000 policies, sliced by scope, beside
+// Cedar going through all of them. The question is about the end of a chain of depth 8 that has used ten
+// tools; each policy looks at the arguments, the depth and the history.
 func measurePolicy(_ context.Context, b *bench) error {
 	for _, c := range []struct {
 		name string
 		n    int
 		one  bool // every policy is about the question's agent and tool
 	}{{"10", 10, false}, {"100", 100, false}, {"1000", 1000, false}, {"1000_all_apply", 1000, true}} {
-		against := "cedar-go over all policies of the bundle"
+		against := "the bundle unsliced: cedar-go over all of its policies"
 		text := manyPolicies(c.n, c.one)
 		ours, err := decisions(text)
 		if err != nil {
@@ -66,10 +67,21 @@ func manyPolicies(n int, one bool) string {
 		}
 		fmt.Fprintf(&b, `@id("p%d")
 permit (principal in AgentGroup::"spiffe://pawl.dev/agent/team-%d", action == Action::"use", resource == Tool::"tool.t%d")
-when { context.args.env == "e%d" };
+when { context.args.env == "e%d" && context.chain.depth <= 8 && !context.used.contains("tool.t19") };
 `, i, team, tool, i)
 	}
 	return b.String()
+}
+
+// depth is how deep below its chain's root the question is asked.
+const depth = 8
+
+// used are the tools that the chain has used.
+func used() (names []string) {
+	for i := range 10 {
+		names = append(names, fmt.Sprintf("tool.t%d", i))
+	}
+	return names
 }
 
 const decider = "spiffe://pawl.dev/agent/team-0/writer"
@@ -99,7 +111,11 @@ func decisions(text string) (func() bool, error) {
 	if c.ID, err = c.ID.TrustDomain().ID().AppendPath("/agent/team-0/writer"); err != nil {
 		return nil, err
 	}
-	q := broker.Question{Action: broker.ActionUse, Caller: c, Tool: t, Args: args, Now: time.Now(), Chain: broker.Chain{Task: "bench", Opened: time.Now()}}
+	q := broker.Question{Action: broker.ActionUse, Caller: c, Tool: t, Args: args, Now: time.Now(), Depth: depth,
+		Chain: broker.Chain{Task: "bench", Opened: time.Now()}, History: map[broker.ToolName]broker.Past{}}
+	for _, name := range used() {
+		q.History[broker.ToolName(name)] = broker.Past{Count: 3, First: q.Now.Add(-time.Minute), Last: q.Now}
+	}
 	return func() bool { return p.Decide(q).Allow }, nil
 }
 
@@ -114,8 +130,13 @@ func authorizations(text string) (func() bool, error) {
 	}
 	entities := cedar.EntityMap{uid("Agent", decider): {UID: uid("Agent", decider), Parents: cedar.NewEntityUIDSet(
 		uid("AgentGroup", "spiffe://pawl.dev/agent/team-0"), uid("AgentGroup", "spiffe://pawl.dev/agent"))}}
+	var past []cedar.Value
+	for _, name := range used() {
+		past = append(past, cedar.String(name))
+	}
 	request := cedar.Request{Principal: uid("Agent", decider), Action: uid("Action", "use"), Resource: uid("Tool", "tool.t0"),
-		Context: cedar.NewRecord(cedar.RecordMap{"args": cedar.NewRecord(cedar.RecordMap{"env": cedar.String("e0")})})}
+		Context: cedar.NewRecord(cedar.RecordMap{"args": cedar.NewRecord(cedar.RecordMap{"env": cedar.String("e0")}),
+			"chain": cedar.NewRecord(cedar.RecordMap{"depth": cedar.Long(depth)}), "used": cedar.NewSet(past...)})}
 	return func() bool {
 		decision, _ := cedar.Authorize(set, entities, request)
 		return decision == cedar.Allow
