@@ -16,6 +16,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/url"
+	"regexp"
 	"sync"
 	"time"
 
@@ -106,7 +108,8 @@ func New(cfg Config) (*Backend, error) {
 	return b, nil
 }
 
-// parseAddress refuses a DSN with a password: who to be is Credentials' to say.
+// parseAddress refuses a DSN with a password: who to be is Credentials' to say. One that pgx finds
+// in the environment (PGPASSWORD, a password file) is somebody else's, and is not used.
 func parseAddress(dsn string) (*pgxpool.Config, error) {
 	if dsn == "" {
 		return nil, errors.New("postgres: DSN is required")
@@ -115,9 +118,10 @@ func parseAddress(dsn string) (*pgxpool.Config, error) {
 	if err != nil {
 		return nil, errors.New("postgres: DSN cannot be read") // pgx's text quotes it
 	}
-	if address.ConnConfig.Password != "" {
+	if holdsPassword(dsn) {
 		return nil, errors.New("postgres: DSN must not hold a password")
 	}
+	address.ConnConfig.Password = ""
 	if !isName(address.ConnConfig.Database) {
 		return nil, errors.New("postgres: DSN must name a database")
 	}
@@ -126,6 +130,17 @@ func parseAddress(dsn string) (*pgxpool.Config, error) {
 	}
 	address.MaxConns = 4
 	return address, nil
+}
+
+var passwordKey = regexp.MustCompile(`(?i)(^|\s)password\s*=`)
+
+// holdsPassword reports whether a DSN of either form has a password in its own text.
+func holdsPassword(dsn string) bool {
+	if u, err := url.Parse(dsn); err == nil && (u.Scheme == "postgres" || u.Scheme == "postgresql") {
+		_, has := u.User.Password()
+		return has || u.Query().Has("password")
+	}
+	return passwordKey.MatchString(dsn)
 }
 
 // Close ends the background work and the connections, and waits for both.

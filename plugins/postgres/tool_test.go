@@ -35,7 +35,9 @@ func TestNewRefuses(t *testing.T) {
 	for _, cfg := range []postgres.Config{
 		{}, {DSN: "host=x dbname=app"}, {Credentials: nobody{}},
 		{Credentials: nobody{}, DSN: "host=x dbname=app password=MARKER-SECRET"},
+		{Credentials: nobody{}, DSN: "host=x dbname=app Password = MARKER-SECRET"},
 		{Credentials: nobody{}, DSN: "postgres://u:MARKER-SECRET@x/app"},
+		{Credentials: nobody{}, DSN: "postgres://u@x/app?password=MARKER-SECRET"},
 		{Credentials: nobody{}, DSN: "postgres://u:MARKER-SECRET@x:port/app"},
 		{Credentials: nobody{}, DSN: "host=x dbname='a b'"},
 	} {
@@ -44,6 +46,12 @@ func TestNewRefuses(t *testing.T) {
 			t.Errorf("New(%q) gives no error, or one with the password in it", strings.ReplaceAll(cfg.DSN, "MARKER-SECRET", "…"))
 		}
 	}
+}
+
+// TestNewIgnoresTheEnvironment: a password that is set for psql is neither the DSN's nor used.
+func TestNewIgnoresTheEnvironment(t *testing.T) {
+	t.Setenv("PGPASSWORD", "MARKER-SECRET")
+	offline(t)
 }
 
 func TestLoad(t *testing.T) {
