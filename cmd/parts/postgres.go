@@ -169,20 +169,31 @@ func (s *PostgresServer) arguments(config PostgresConfig) []string {
 // Start starts the cluster after Stop or Kill, on the same port and with the same data, and returns when it accepts
 // connections.
 func (s *PostgresServer) Start(ctx context.Context) (err error) {
-	if s.process, err = s.nest.start(s.run); err != nil {
-		return err
-	}
-	err = s.process.ready(ctx, func(ctx context.Context) error {
-		conn, err := pgx.Connect(ctx, s.DSN("postgres"))
-		if err != nil {
-			return errors.New("no connection yet") // pgx's text quotes the DSN, and so the password
+	for {
+		if s.process, err = s.nest.start(s.run); err != nil {
+			return err
 		}
-		return conn.Close(ctx)
-	})
-	if err != nil {
-		return fmt.Errorf("starting PostgreSQL: %w", err)
+		if err = s.process.ready(ctx, s.accepts); err == nil {
+			return nil
+		}
+		// After Kill its sessions may still be on their way out: they are in groups of their own.
+		if ctx.Err() != nil || s.process.running() || !strings.HasSuffix(s.process.tail(), s.leftover()) {
+			return fmt.Errorf("starting PostgreSQL: %w", err)
+		}
 	}
-	return nil
+}
+
+// leftover is how the log of a start ends that found something of the killed one still there.
+func (s *PostgresServer) leftover() string {
+	return fmt.Sprintf("HINT:  Terminate any old server processes associated with data directory %q.", s.nest.path("data"))
+}
+
+func (s *PostgresServer) accepts(ctx context.Context) error {
+	conn, err := pgx.Connect(ctx, s.DSN("postgres"))
+	if err != nil {
+		return errors.New("no connection yet") // pgx's text quotes the DSN, and so the password
+	}
+	return conn.Close(ctx)
 }
 
 // DSN is the URL of a database for the superuser, over TCP.
