@@ -50,7 +50,7 @@ type Write struct {
 	Method string         `json:"method"`
 	Path   string         `json:"path"`
 	Data   map[string]any `json:"data"`
-	exists bool           // "path is already in use" means that it is done
+	Exists bool           `json:"-"` // "path is already in use" means that it is done
 }
 
 // Plan gives the writes in order. It touches nothing; a platform team can read it, and carry it
@@ -154,7 +154,7 @@ func policy(why, name, text string) Write {
 
 func enable(method string) Write {
 	return Write{Why: "The auth method that checks the broker's SVID", Method: "POST", Path: "sys/auth/" + method,
-		Data: map[string]any{"type": method}, exists: true}
+		Data: map[string]any{"type": method}, Exists: true}
 }
 
 // delegationPolicy lets plain creation happen, where Vault holds the child to a subset.
@@ -305,7 +305,7 @@ func (a Admin) Write(ctx context.Context, w Write) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	_, err = wire.send(ctx, call{method: w.Method, path: w.Path, token: a.Token, body: w.Data})
-	if w.exists && gone(err, "path is already in use") {
+	if w.Exists && gone(err, "path is already in use") {
 		return nil
 	}
 	if err != nil {
