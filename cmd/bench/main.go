@@ -90,6 +90,7 @@ var sections = []section{
 	{"issue", true, measureIssue},
 	{"chain", true, measureChain},
 	{"events", true, measureEvents},
+	{"dead.postgres.10000", true, measureDeadMany},
 	{"vault-down", true, measureVaultDown}, // last: Vault is another process afterwards
 }
 
@@ -144,10 +145,12 @@ func run(ctx context.Context, o options) error {
 		if !o.only.MatchString(s.name) {
 			continue
 		}
-		if err := b.section(ctx, s); err != nil {
-			if ctx.Err() != nil {
-				return context.Cause(ctx)
-			}
+		// Whoever interrupts a run gets what was measured until then, and is told what was not.
+		err := context.Cause(ctx)
+		if err == nil {
+			err = b.section(ctx, s)
+		}
+		if err != nil {
 			b.report.leaveOut(s.name, err)
 			fmt.Fprintf(os.Stderr, "bench: %s: left out: %v\n", s.name, err)
 		}
