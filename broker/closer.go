@@ -18,6 +18,7 @@ type closer struct {
 
 	mu      sync.Mutex // guards what follows
 	due     dueHeap
+	looked  time.Time // by the clock, at the last look at due
 	lanes   map[string]*lane
 	minting map[GrantID]bool            // an issue of this process is at work on it: its mint may be under way
 	waiting map[GrantID][]chan struct{} // who waits for a grant to be over
@@ -140,8 +141,12 @@ func (c *closer) run() {
 func (c *closer) moveDue() time.Duration {
 	now := c.b.cfg.Now()
 	var ready []dueGrant
-	next := time.Minute
+	next := mostWait
 	c.mu.Lock()
+	if now.Before(c.looked) {
+		c.setBackLocked(now)
+	}
+	c.looked = now
 	for len(c.due) > 0 {
 		if wait := c.due[0].at.Sub(now); wait > 0 {
 			next = min(next, wait)
@@ -154,6 +159,20 @@ func (c *closer) moveDue() time.Duration {
 		c.lane(d.backend).push(d)
 	}
 	return next
+}
+
+// mostWait is about the longest that [lane.later] puts a grant off.
+const mostWait = 15 * time.Second
+
+// setBackLocked is for a clock that was ahead and has been set right: what was put off for seconds by
+// it must not wait for the hours that it was ahead.
+func (c *closer) setBackLocked(now time.Time) {
+	for i, d := range c.due {
+		if d.attempt > 0 && d.at.Sub(now) > mostWait {
+			c.due[i].at = now.Add(mostWait)
+		}
+	}
+	heap.Init(&c.due)
 }
 
 // lane gives the backend's lane, which runs from its first use on.

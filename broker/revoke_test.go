@@ -137,6 +137,23 @@ func TestClosureTellsTheTruth(t *testing.T) {
 	})
 }
 
+// TestClockSetRight: what a clock that was an hour ahead put off for some seconds does not wait for an
+// hour once it is right.
+func TestClockSetRight(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("root", broker.OpenRequest{})
+		w.issue("root", step(root, "db.read"))
+		w.target.Fail(func(string) error { return errors.New("connection refused") })
+		w.ahead.Store(int64(time.Hour))
+		pass(3 * time.Minute)
+		w.ahead.Store(0)
+		w.target.Fail(nil)
+		pass(time.Minute)
+		w.over()
+	})
+}
+
 func (w *world) mustNotBeClosed(rv broker.Revocation) broker.Closure {
 	got, _ := w.Revocation(ctx, rv.ID)
 	if got.Closure == broker.ClosureClosed {

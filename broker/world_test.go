@@ -6,6 +6,7 @@ import (
 	"errors"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -29,6 +30,7 @@ type world struct {
 
 	mu     sync.Mutex // guards alarms
 	alarms []string
+	ahead  atomic.Int64 // nanoseconds by which the broker's clock is wrong
 }
 
 // alarmed counts the alarms that hold a text.
@@ -63,6 +65,8 @@ func (k keeper) Prove(_ context.Context, grants []broker.Grant) ([]broker.Eviden
 	return found, nil
 }
 
+func (w *world) clock() time.Time { return time.Now().Add(time.Duration(w.ahead.Load())) }
+
 // start makes a broker over the world's parts, as a new process would.
 func (w *world) start(ledger broker.Ledger) {
 	w.t.Helper()
@@ -76,7 +80,7 @@ func (w *world) start(ledger broker.Ledger) {
 			defer w.mu.Unlock()
 			w.alarms = append(w.alarms, op+": "+err.Error())
 		},
-		Backends: map[string]broker.Backend{"target": w.target, "keeper": keeper{w.target}}, Now: time.Now, Random: rand.Reader,
+		Backends: map[string]broker.Backend{"target": w.target, "keeper": keeper{w.target}}, Now: w.clock, Random: rand.Reader,
 		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: -1})
 	if err != nil {
 		w.t.Fatal(err)
