@@ -154,6 +154,7 @@ func (e *engine) fenceWhileClosing(ctx context.Context, small, large broker.Chai
 // Vault up, then stopped in the middle (SIGSTOP), then gone. Each chain has a live secret.
 func measureVaultDown(ctx context.Context, b *bench) error {
 	w := b.world
+	defer func() { w.close(); b.world = nil }() // its Vault is gone then
 	client, err := w.agent("bench-down")
 	if err != nil {
 		return err
