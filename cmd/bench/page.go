@@ -34,7 +34,7 @@ func (r *report) page(quick bool) string {
 	}
 	b.WriteString("\n## How it is measured\n\n" + method)
 	b.WriteString("\n## How to repeat it\n\nThe test of the pages does not run this: it takes too long, and writes this page.\n\n" +
-		"```sh no-run\nmake bench          # everything, about half an hour on two processors\nmake bench QUICK=1  # under three minutes\n" +
+		"```sh no-run\nmake bench          # everything, about an hour on two processors\nmake bench QUICK=1  # under three minutes\n" +
 		"go run ./cmd/bench -only '^fence$'   # one section; leaves this page alone\n```\n\n" +
 		"`build/bench.json` is an array of these rows for scripts, `build/bench.svg` the chart. The run builds `build/pawl` itself, and\n" +
 		"Vault on first use; PostgreSQL must be installed, or its rows are left out and that is said.\n\n## The machine\n\n")
@@ -46,7 +46,7 @@ func (r *report) page(quick bool) string {
 }
 
 // method says what is done, for whoever doubts a figure.
-const method = `- A real Vault (file storage, TLS), a real PostgreSQL (` + "`fsync=off`" + `, for both sides alike), and the broker in a process of its own on the
+const method = `- A real Vault (storage in memory, TLS), a real PostgreSQL (` + "`fsync=off`" + `, for both sides alike), and the broker in a process of its own on the
   embedded ledger, with a sync for every commit. Everything shares one machine with the clients, so a processor that the broker
   takes is one that Vault lacks: through Pawl a step asks Vault twice (its own token, then the secret), directly once.
 - Issue: closed loops of 1, 16 and 64 clients for a fixed time. Through Pawl each client is an agent with its own SPIFFE ID, mTLS
