@@ -12,7 +12,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// Decide answers a question. Only the policies whose scope may match are evaluated. A question
+// Decide answers a question. Only the policies whose scope matches are evaluated. A question
 // without a caller, with an unknown action, or about a tool that this bundle does not declare,
 // is denied; the bundle's own declaration of the tool counts, not the question's.
 //
@@ -41,7 +41,7 @@ type verdict struct {
 	failed  []*rule // that could not be evaluated
 }
 
-// relevant gives the rules whose scope may match.
+// relevant gives the rules whose scope matches.
 func (p *Policy) relevant(t *tool, a broker.Action, caller spiffeid.ID) ([]*rule, reads) {
 	s := t.relevant[a]
 	return s.pick(append(groups(caller), uid(typeAgent, caller.String()), cedar.EntityUID{})), s.reads
@@ -88,14 +88,14 @@ func (p *Policy) evaluate(q *broker.Question, choose chooser) (v verdict) {
 	return v
 }
 
-// batch is what Cedar goes through.
+// batch is what Cedar goes through: the conditions of rules whose scope matches.
 type batch []*rule
 
 // All implements [cedar.PolicyIterator].
 func (b batch) All() iter.Seq2[cedar.PolicyID, *cedar.Policy] {
 	return func(yield func(cedar.PolicyID, *cedar.Policy) bool) {
 		for _, r := range b {
-			if !yield(r.id, r.policy) {
+			if !yield(r.id, r.when) {
 				return
 			}
 		}

@@ -8,18 +8,29 @@ import (
 
 // DecideUnsliced is Decide over every policy of the bundle and the whole context: what slicing is held against.
 func (p *Policy) DecideUnsliced(q broker.Question) broker.Decision {
-	return p.settle(&q, p.evaluate(&q, func(*tool, broker.Action, spiffeid.ID) ([]*rule, reads) { return p.rules, every() }))
+	rules := p.whole()
+	return p.settle(&q, p.evaluate(&q, func(*tool, broker.Action, spiffeid.ID) ([]*rule, reads) { return rules, every() }))
+}
+
+// whole gives the rules with their scopes still to be evaluated.
+func (p *Policy) whole() (rules []*rule) {
+	for _, r := range p.rules {
+		unsliced := *r
+		unsliced.when = r.policy
+		rules = append(rules, &unsliced)
+	}
+	return rules
 }
 
 // Unsliced is Decide over every policy, and of the context what they read: slicing alone is left
 // out, so that the two can be timed side by side.
 func (p *Policy) Unsliced() func(broker.Question) broker.Decision {
-	look := reads{}
+	look, rules := reads{}, p.whole()
 	for _, r := range p.rules {
 		look.add(r.reads)
 	}
 	return func(q broker.Question) broker.Decision {
-		return p.settle(&q, p.evaluate(&q, func(*tool, broker.Action, spiffeid.ID) ([]*rule, reads) { return p.rules, look }))
+		return p.settle(&q, p.evaluate(&q, func(*tool, broker.Action, spiffeid.ID) ([]*rule, reads) { return rules, look }))
 	}
 }
 

@@ -13,12 +13,17 @@ import (
 type bySubject map[cedar.EntityUID][]*rule
 
 // index holds rules by action, then by what their scope asks of the resource, then of the
-// principal. A rule stands in one place for each of its actions, so the size is linear.
+// principal. A rule stands in one place for each of its actions, so the size is linear. Whoever
+// finds a rule in it knows that its scope holds, for rules that can match nothing are left out;
+// only the conditions remain to be evaluated.
 type index map[broker.Action]map[cedar.EntityUID]bySubject
 
 func newIndex(rules []*rule) index {
 	idx := index{}
 	for _, r := range rules {
+		if !r.matches() {
+			continue
+		}
 		for _, a := range r.actions() {
 			if idx[a] == nil {
 				idx[a] = map[cedar.EntityUID]bySubject{}
@@ -33,7 +38,7 @@ func newIndex(rules []*rule) index {
 	return idx
 }
 
-// of gives for each action the slices whose rules' scopes may match the tool: those for itself,
+// of gives for each action the slices whose rules' scopes match the tool: those for itself,
 // for its groups and for any tool. No rule outside them can match, since Cedar evaluates a
 // policy's conditions only when its scope holds, and so none outside can fail either.
 func (idx index) of(t *tool) map[broker.Action]slice {
@@ -55,7 +60,7 @@ func (idx index) of(t *tool) map[broker.Action]slice {
 	return relevant
 }
 
-// slice is the rules that may match one action on one tool, and what they look at.
+// slice is the rules whose scope matches one action on one tool, by the principal, and what they look at.
 type slice struct {
 	rules []bySubject
 	reads reads

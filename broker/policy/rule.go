@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/cedar-policy/cedar-go"
+	"github.com/cedar-policy/cedar-go/ast"
 	scope "github.com/cedar-policy/cedar-go/x/exp/ast"
 	"github.com/pawlsec/pawl/broker"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -19,6 +20,7 @@ type rule struct {
 	id     cedar.PolicyID
 	where  string // file:line
 	policy *cedar.Policy
+	when   *cedar.Policy // its conditions alone: what is left to evaluate where the scope holds
 	forbid bool
 	reads  reads
 
@@ -48,6 +50,9 @@ func newRule(p *cedar.Policy, id cedar.PolicyID) (*rule, error) {
 			return r, fmt.Errorf("@%s: %w", a.Key, err)
 		}
 	}
+	conditions := *r.scope()
+	conditions.Principal, conditions.Action, conditions.Resource = scope.ScopeTypeAll{}, scope.ScopeTypeAll{}, scope.ScopeTypeAll{}
+	r.when = cedar.NewPolicyFromAST((*ast.Policy)(&conditions))
 	r.reads = readsOf(r.scope())
 	if err := r.checkReach(); err != nil {
 		return r, err
@@ -164,6 +169,24 @@ func (r *rule) subject() cedar.EntityUID { return target(r.scope().Principal) }
 
 // object is the same for the resource.
 func (r *rule) object() cedar.EntityUID { return target(r.scope().Resource) }
+
+// matches reports whether the scope can match at all: who asks is an Agent, and a Tool is asked for.
+// To be one of them and to be a group of them exclude each other.
+func (r *rule) matches() bool {
+	return isOf(r.scope().Principal, typeAgent) && isOf(r.scope().Resource, typeTool)
+}
+
+func isOf(s scope.IsScopeNode, t cedar.EntityType) bool {
+	switch s := s.(type) {
+	case scope.ScopeTypeEq:
+		return s.Entity.Type == t
+	case scope.ScopeTypeIs:
+		return s.Type == t
+	case scope.ScopeTypeIsIn:
+		return s.Type == t
+	}
+	return true
+}
 
 func target(s scope.IsScopeNode) cedar.EntityUID {
 	switch s := s.(type) {

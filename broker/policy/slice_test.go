@@ -21,10 +21,12 @@ func randomCedar(r *rand.Rand, n int) string {
 	for i := range n {
 		principal, pAny := one(r, `principal == Agent::"spiffe://a.example/ci/x"`, `principal in AgentGroup::"spiffe://a.example/ci"`,
 			`principal in AgentGroup::"spiffe://a.example/ci/x"`, `principal in TrustDomain::"a.example"`, `principal in Agent::"spiffe://b.example/y"`,
-			`principal is Agent in TrustDomain::"b.example"`, `principal`, `principal is Agent`), false
-		pAny = principal == "principal" || principal == "principal is Agent"
+			`principal is Agent in TrustDomain::"b.example"`, `principal`, `principal is Agent`, `principal == AgentGroup::"spiffe://a.example/ci"`,
+			`principal is AgentGroup`, `principal is AgentGroup in TrustDomain::"a.example"`), false
+		pAny = principal == "principal" || principal == "principal is Agent" || principal == "principal is AgentGroup"
 		action := one(r, `action == Action::"use"`, `action in [Action::"use", Action::"delegate"]`, `action in Action::"report"`, `action`)
-		resource := one(r, `resource == Tool::"db.read"`, `resource in ToolGroup::"db"`, `resource is Tool in ToolGroup::"db"`, `resource == Tool::"mail"`, `resource`, `resource is Tool`)
+		resource := one(r, `resource == Tool::"db.read"`, `resource in ToolGroup::"db"`, `resource is Tool in ToolGroup::"db"`, `resource == Tool::"mail"`, `resource`, `resource is Tool`,
+			`resource == ToolGroup::"db"`, `resource is ToolGroup in ToolGroup::"db"`)
 		when := one(r, ``, ``, ` when { context.args.env == "prod" }`, ` when { context.args has env && context.args.env == "prod" }`,
 			` unless { context.used.contains("mail") }`, ` when { context.chain.depth < 2 }`, ` when { context.receiver in AgentGroup::"spiffe://a.example/ci" }`,
 			` when { context.history has mail && context.history.mail.count > 1 }`,
@@ -76,7 +78,7 @@ func randomQuestion(r *rand.Rand) broker.Question {
 func TestSlicedIsUnsliced(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	allowed, failed, deniedAnyway := 0, 0, 0
-	for range 300 {
+	for range 400 {
 		text := randomCedar(r, 1+r.IntN(12))
 		p := load(t, text)
 		for range 40 {
