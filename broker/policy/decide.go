@@ -44,7 +44,8 @@ type verdict struct {
 // relevant gives the rules whose scope matches.
 func (p *Policy) relevant(t *tool, a broker.Action, caller spiffeid.ID) ([]*rule, reads) {
 	s := t.relevant[a]
-	return s.pick(append(groups(caller), uid(typeAgent, caller.String()), cedar.EntityUID{})), s.reads
+	var subjects [16]cedar.EntityUID // more are no harm
+	return s.pick(append(appendGroups(subjects[:0], caller), uid(typeAgent, caller.String()), cedar.EntityUID{})), s.reads
 }
 
 // about finds the tool that a question is about.
@@ -79,6 +80,7 @@ func (p *Policy) evaluate(q *broker.Question, choose chooser) (v verdict) {
 		Resource:  t.uid,
 		Context:   contextOf(q, look),
 	})
+	v.decided = slices.Grow(v.decided, len(found.Reasons))
 	for _, reason := range found.Reasons {
 		v.decided = append(v.decided, p.byID[reason.PolicyID])
 	}
@@ -138,8 +140,11 @@ func (v verdict) unmet() []*rule {
 }
 
 func ids(lists ...[]*rule) (names []string) {
-	for _, r := range slices.Concat(lists...) {
-		names = append(names, string(r.id))
+	for _, list := range lists {
+		names = slices.Grow(names, len(list))
+		for _, r := range list {
+			names = append(names, string(r.id))
+		}
 	}
 	slices.Sort(names)
 	return names

@@ -66,12 +66,19 @@ type slice struct {
 	reads reads
 }
 
-// pick gives the rules for one principal, which is all of the subjects.
-func (s slice) pick(subjects []cedar.EntityUID) (rules []*rule) {
+// pick gives the rules for one principal, which is all of the subjects. They must not be changed.
+func (s slice) pick(subjects []cedar.EntityUID) []*rule {
+	var room [16][]*rule
+	found := room[:0]
 	for _, one := range s.rules {
 		for _, subject := range subjects {
-			rules = append(rules, one[subject]...)
+			if list := one[subject]; len(list) > 0 {
+				found = append(found, list)
+			}
 		}
 	}
-	return rules
+	if len(found) == 1 {
+		return found[0]
+	}
+	return slices.Concat(found...)
 }

@@ -3,6 +3,7 @@ package policy
 import (
 	"maps"
 
+	"github.com/cedar-policy/cedar-go"
 	scope "github.com/cedar-policy/cedar-go/x/exp/ast"
 )
 
@@ -38,8 +39,9 @@ func (r reads) add(o reads) {
 	}
 }
 
-// readsOf looks for context.member.name, context.member and a bare context. Each expression is
-// met from the outside in, so what is part of a longer one was seen with it and counts once.
+// readsOf looks for context.member.name, context.used.contains("name"), context.member and a bare
+// context. Each expression is met from the outside in, so what is part of a longer one was seen with
+// it and counts once.
 func readsOf(p *scope.Policy) reads {
 	found := reads{}
 	followed := map[string]int{} // how often "" (the context) or a member is part of something longer
@@ -73,6 +75,14 @@ func readsOf(p *scope.Policy) reads {
 				meet(n.StrOpNode, true)
 			case scope.NodeTypeHas:
 				meet(n.StrOpNode, false)
+			case scope.NodeTypeContains:
+				if tool, ok := usedTool(n); ok {
+					followed["used"]++
+					if found["used"] == nil {
+						found["used"] = names{}
+					}
+					found["used"][tool] = true
+				}
 			}
 			return true
 		})
@@ -86,6 +96,16 @@ func readsOf(p *scope.Policy) reads {
 		}
 	}
 	return found
+}
+
+// usedTool gives the tool of context.used.contains("tool").
+func usedTool(n scope.NodeTypeContains) (tool string, ok bool) {
+	v, literal := n.Right.(scope.NodeValue)
+	if member, depth := contextMember(n.Left); !literal || depth != 1 || member != "used" {
+		return "", false
+	}
+	name, ok := v.Value.(cedar.String)
+	return string(name), ok
 }
 
 // contextMember tells the context itself (0), a member of it (its name, 1) and all else (-1)

@@ -1,7 +1,9 @@
 package policy
 
 import (
+	"iter"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/cedar-policy/cedar-go"
@@ -48,7 +50,7 @@ func newTool(t broker.Tool) *tool {
 // It is used by one evaluation.
 type world struct {
 	tool   *tool
-	agents map[cedar.String]cedar.Entity // made when asked for
+	agents []cedar.Entity // made when asked for: few, and mostly none
 }
 
 func (w *world) Get(id cedar.EntityUID) (cedar.Entity, bool) {
@@ -58,8 +60,10 @@ func (w *world) Get(id cedar.EntityUID) (cedar.Entity, bool) {
 	case id.Type != typeAgent:
 		return cedar.Entity{}, false
 	}
-	if e, known := w.agents[id.ID]; known {
-		return e, true
+	for _, e := range w.agents {
+		if e.UID == id {
+			return e, true
+		}
 	}
 	spiffe, err := spiffeid.FromString(string(id.ID))
 	if err != nil {
@@ -67,20 +71,17 @@ func (w *world) Get(id cedar.EntityUID) (cedar.Entity, bool) {
 	}
 	e := cedar.Entity{
 		UID:        id,
-		Parents:    cedar.NewEntityUIDSet(groups(spiffe)...),
+		Parents:    cedar.NewEntityUIDSet(appendGroups(nil, spiffe)...),
 		Attributes: cedar.NewRecord(cedar.RecordMap{"id": id.ID}),
 	}
-	if w.agents == nil {
-		w.agents = map[cedar.String]cedar.Entity{}
-	}
-	w.agents[id.ID] = e
+	w.agents = append(w.agents, e)
 	return e, true
 }
 
 // groups are the trust domain of an agent and every directory above it: spiffe://td/a/b is in
 // TrustDomain td and in AgentGroup spiffe://td/a, but not in the group of its own name.
-func groups(id spiffeid.ID) []cedar.EntityUID {
-	all := []cedar.EntityUID{uid(typeTrustDomain, id.TrustDomain().Name())}
+func appendGroups(all []cedar.EntityUID, id spiffeid.ID) []cedar.EntityUID {
+	all = append(all, uid(typeTrustDomain, id.TrustDomain().Name()))
 	text, start := id.String(), len("spiffe://")+len(id.TrustDomain().Name())+1
 	for i := start; i < len(text); i++ {
 		if text[i] == '/' {
@@ -93,29 +94,79 @@ func groups(id spiffeid.ID) []cedar.EntityUID {
 // contextOf makes the part of the context that is read. Cedar hashes every record it is given,
 // so that building all of it would cost more than deciding.
 func contextOf(q *broker.Question, r reads) cedar.Record {
-	c := make(cedar.RecordMap, len(r))
-	add := func(member string, value func(names) cedar.Value) {
-		if n, read := r[member]; read {
-			c[cedar.String(member)] = value(n)
+	b := builders.Get().(*builder)
+	c := b.open()
+	for member, n := range r {
+		if v := b.member(q, member, n); v != nil {
+			c[cedar.String(member)] = v
 		}
 	}
-	add("args", func(n names) cedar.Value { return argsOf(q.Args, n) })
-	add("chain", func(n names) cedar.Value { return chainOf(q, n) })
-	add("history", func(n names) cedar.Value { return historyOf(q.History, n, q.Now) })
-	add("used", func(names) cedar.Value { return usedOf(q.History) })
-	add("proof", func(names) cedar.Value { return cedar.String(q.Caller.Proof) })
-	add("now", func(names) cedar.Value { return nowOf(q.Now.UTC()) })
-	switch q.Action {
-	case broker.ActionDelegate:
-		add("receiver", func(names) cedar.Value { return uid(typeAgent, q.Receiver.String()) })
-	case broker.ActionReport:
-		add("violation", func(names) cedar.Value { return cedar.String(q.Violation) })
-	}
-	return cedar.NewRecord(c)
+	made := b.close(c)
+	builders.Put(b) // not after a panic, which may leave something in it
+	return made
 }
 
-func chainOf(q *broker.Question, n names) cedar.Value {
-	m := cedar.RecordMap{}
+// builder makes records. Cedar copies the map that a record is made of, so the same ones serve again.
+type builder struct {
+	free  []cedar.RecordMap
+	items []cedar.Value
+}
+
+var builders = sync.Pool{New: func() any { return new(builder) }}
+
+// open gives an empty map, which close takes back.
+func (b *builder) open() cedar.RecordMap {
+	if len(b.free) == 0 {
+		return cedar.RecordMap{}
+	}
+	m := b.free[len(b.free)-1]
+	b.free = b.free[:len(b.free)-1]
+	return m
+}
+
+// close makes the record. A map that grew stays large, and its copies too, so it is not kept.
+func (b *builder) close(m cedar.RecordMap) cedar.Record {
+	r := cedar.NewRecord(m)
+	if len(m) <= 8 {
+		clear(m)
+		b.free = append(b.free, m)
+	}
+	return r
+}
+
+// set makes a set of what was appended to items.
+func (b *builder) set() cedar.Set {
+	s := cedar.NewSet(b.items...)
+	clear(b.items)
+	b.items = b.items[:0]
+	return s
+}
+
+// member makes one member of the context; nil: a question of this kind has none of that name.
+func (b *builder) member(q *broker.Question, member string, n names) cedar.Value {
+	switch {
+	case member == "args":
+		return b.args(q.Args, n)
+	case member == "chain":
+		return b.chain(q, n)
+	case member == "history":
+		return b.history(q.History, n, q.Now)
+	case member == "used":
+		return b.used(q.History, n)
+	case member == "proof":
+		return cedar.String(q.Caller.Proof)
+	case member == "now":
+		return nowOf(q.Now.UTC())
+	case member == "receiver" && q.Action == broker.ActionDelegate:
+		return uid(typeAgent, q.Receiver.String())
+	case member == "violation" && q.Action == broker.ActionReport:
+		return cedar.String(q.Violation)
+	}
+	return nil
+}
+
+func (b *builder) chain(q *broker.Question, n names) cedar.Value {
+	m := b.open()
 	if n.has("task") {
 		m["task"] = cedar.String(q.Chain.Task)
 	}
@@ -123,11 +174,11 @@ func chainOf(q *broker.Question, n names) cedar.Value {
 		m["opener"] = uid(typeAgent, q.Chain.Opener.String())
 	}
 	if n.has("labels") {
-		labels := make(cedar.RecordMap, len(q.Chain.Labels))
+		labels := b.open()
 		for name, value := range q.Chain.Labels {
 			labels[cedar.String(name)] = cedar.String(value)
 		}
-		m["labels"] = cedar.NewRecord(labels)
+		m["labels"] = b.close(labels)
 	}
 	if n.has("depth") {
 		m["depth"] = cedar.Long(q.Depth)
@@ -135,7 +186,7 @@ func chainOf(q *broker.Question, n names) cedar.Value {
 	if n.has("age_seconds") {
 		m["age_seconds"] = seconds(q.Chain.Opened, q.Now)
 	}
-	return cedar.NewRecord(m)
+	return b.close(m)
 }
 
 func nowOf(now time.Time) cedar.Value {
@@ -146,57 +197,62 @@ func nowOf(now time.Time) cedar.Value {
 	})
 }
 
-func argsOf(args broker.Args, n names) cedar.Value {
-	m := cedar.RecordMap{}
+func (b *builder) args(args broker.Args, n names) cedar.Value {
+	m := b.open()
 	for _, name := range args.Names() {
 		if n.has(name) {
 			v, _ := args.Get(name)
-			m[cedar.String(name)] = valueOf(v)
+			m[cedar.String(name)] = b.value(v)
 		}
 	}
-	return cedar.NewRecord(m)
+	return b.close(m)
 }
 
-func valueOf(v broker.Value) cedar.Value {
+func (b *builder) value(v broker.Value) cedar.Value {
 	if n, ok := v.Int64(); ok {
 		return cedar.Long(n)
 	}
-	if b, ok := v.Truth(); ok {
-		return cedar.Boolean(b)
+	if t, ok := v.Truth(); ok {
+		return cedar.Boolean(t)
 	}
 	if list, ok := v.Strings(); ok {
-		set := make([]cedar.Value, len(list))
-		for i, s := range list {
-			set[i] = cedar.String(s)
+		for _, s := range list {
+			b.items = append(b.items, cedar.String(s))
 		}
-		return cedar.NewSet(set...)
+		return b.set()
 	}
 	s, _ := v.Text()
 	return cedar.String(s)
 }
 
-func historyOf(history map[broker.ToolName]broker.Past, n names, now time.Time) cedar.Value {
-	m := cedar.RecordMap{}
-	for name, past := range history {
-		if past.Count > 0 && n.has(string(name)) {
-			m[cedar.String(name)] = cedar.NewRecord(cedar.RecordMap{
-				"count":               cedar.Long(past.Count),
-				"since_first_seconds": seconds(past.First, now),
-				"since_last_seconds":  seconds(past.Last, now),
-			})
-		}
+func (b *builder) history(history map[broker.ToolName]broker.Past, n names, now time.Time) cedar.Value {
+	m := b.open()
+	for name, past := range begun(history, n) {
+		one := b.open()
+		one["count"] = cedar.Long(past.Count)
+		one["since_first_seconds"] = seconds(past.First, now)
+		one["since_last_seconds"] = seconds(past.Last, now)
+		m[cedar.String(name)] = b.close(one)
 	}
-	return cedar.NewRecord(m)
+	return b.close(m)
 }
 
-func usedOf(history map[broker.ToolName]broker.Past) cedar.Value {
-	var names []cedar.Value
-	for name, past := range history {
-		if past.Count > 0 {
-			names = append(names, cedar.String(name))
+func (b *builder) used(history map[broker.ToolName]broker.Past, n names) cedar.Value {
+	for name := range begun(history, n) {
+		b.items = append(b.items, cedar.String(name))
+	}
+	return b.set()
+}
+
+// begun gives the tools that were used, of those that are read.
+func begun(history map[broker.ToolName]broker.Past, n names) iter.Seq2[broker.ToolName, broker.Past] {
+	return func(yield func(broker.ToolName, broker.Past) bool) {
+		for name, past := range history {
+			if past.Count > 0 && n.has(string(name)) && !yield(name, past) {
+				return
+			}
 		}
 	}
-	return cedar.NewSet(names...)
 }
 
 // seconds between two instants, never negative: a clock that went back makes nothing older.

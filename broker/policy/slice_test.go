@@ -31,6 +31,8 @@ func randomCedar(r *rand.Rand, n int) string {
 			` unless { context.used.contains("mail") }`, ` when { context.chain.depth < 2 }`, ` when { context.receiver in AgentGroup::"spiffe://a.example/ci" }`,
 			` when { context.history has mail && context.history.mail.count > 1 }`,
 			` when { context.args == {env: "prod"} }`, ` when { {all: context.history}.all has mail }`, ` unless { {all: context}.all.chain.depth < 2 }`,
+			` when { context.used.containsAny(["mail"]) }`, ` when { {u: context.used}.u.contains("mail") }`, ` when { context.used == ["mail"] }`,
+			` unless { context.used.contains(context.args.tool) }`, ` when { context.used.contains("db.read") || context.used.contains("mail") }`,
 			` when { context has now && context.now.hour == 12 && context.proof != "x" }`)
 		var notes string
 		effect := one(r, "permit", "permit", "forbid")
@@ -66,7 +68,7 @@ func randomQuestion(r *rand.Rand) broker.Question {
 		Now:       noon,
 	}
 	if r.IntN(2) == 0 {
-		q.Args, _ = broker.NewArgs(map[string]broker.Value{"env": broker.String(one(r, "prod", "test"))})
+		q.Args, _ = broker.NewArgs(map[string]broker.Value{"env": broker.String(one(r, "prod", "test")), "tool": broker.String("mail")})
 	}
 	if r.IntN(2) == 0 {
 		q.History = map[broker.ToolName]broker.Past{"mail": {Count: r.IntN(3), First: noon.Add(-time.Hour), Last: noon}}
