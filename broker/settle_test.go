@@ -3,6 +3,7 @@ package broker_test
 import (
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -50,10 +51,9 @@ func settlesThrough(t *testing.T, end func(*world, broker.Delegation) error, fau
 	w := newWorld(t)
 	root := w.open("root", broker.OpenRequest{})
 	w.issue("root", step(root, "db.read"))
-	refused := true // Vault refuses to revoke a token, once
+	var refused atomic.Bool // Vault refuses to revoke a token, once; steps' and delegations' are revoked at the same time
 	w.vault.Fail(func(point string) error {
-		if point == "kill" && refused {
-			refused = false
+		if point == "kill" && !refused.Swap(true) {
 			return errors.New("sealed")
 		}
 		return nil
