@@ -18,7 +18,8 @@ type closer struct {
 
 	mu      sync.Mutex // guards what follows
 	due     dueHeap
-	looked  time.Time // by the clock, at the last look at due
+	again   map[GrantID]time.Time // the next look at a grant that a look did not end; later ones in due are void
+	looked  time.Time             // by the clock, at the last look at due
 	lanes   map[string]*lane
 	minting map[GrantID]bool            // an issue of this process is at work on it: its mint may be under way
 	waiting map[GrantID][]chan struct{} // who waits for a grant to be over
@@ -26,7 +27,7 @@ type closer struct {
 }
 
 func newCloser(b *Broker) *closer {
-	return &closer{b: b, lanes: map[string]*lane{}, minting: map[GrantID]bool{},
+	return &closer{b: b, again: map[GrantID]time.Time{}, lanes: map[string]*lane{}, minting: map[GrantID]bool{},
 		waiting: map[GrantID][]chan struct{}{}, wake: make(chan struct{}, 1)}
 }
 
@@ -108,9 +109,17 @@ func (c *closer) forget(id GrantID, done <-chan struct{}) {
 // hurry has a grant ended now.
 func (c *closer) hurry(g Grant) { c.lane(g.Backend).push(dueGrant{id: g.ID, backend: g.Backend}) }
 
-// at has a grant looked at later.
+// at has a grant looked at later. Of the looks that follow others only the earliest is kept: a grant may be hurried
+// any number of times, and each look at what cannot be ended would have another one follow it for ever.
 func (c *closer) at(d dueGrant) {
 	c.mu.Lock()
+	if d.attempt > 0 {
+		if next, ok := c.again[d.id]; ok && !d.at.Before(next) {
+			c.mu.Unlock()
+			return
+		}
+		c.again[d.id] = d.at
+	}
 	heap.Push(&c.due, d)
 	first := c.due[0].id == d.id
 	c.mu.Unlock()
@@ -152,7 +161,14 @@ func (c *closer) moveDue() time.Duration {
 			next = min(next, wait)
 			break
 		}
-		ready = append(ready, heap.Pop(&c.due).(dueGrant))
+		d := heap.Pop(&c.due).(dueGrant)
+		if d.attempt > 0 {
+			if !c.again[d.id].Equal(d.at) {
+				continue // an earlier look took its place
+			}
+			delete(c.again, d.id)
+		}
+		ready = append(ready, d)
 	}
 	c.mu.Unlock()
 	for _, d := range ready {
@@ -170,6 +186,9 @@ func (c *closer) setBackLocked(now time.Time) {
 	for i, d := range c.due {
 		if d.attempt > 0 && d.at.Sub(now) > mostWait {
 			c.due[i].at = now.Add(mostWait)
+			if c.again[d.id].Equal(d.at) {
+				c.again[d.id] = c.due[i].at
+			}
 		}
 	}
 	heap.Init(&c.due)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -239,5 +240,41 @@ func TestIrrevocableLeases(t *testing.T) {
 		if _, err := w.Sweep(ctx); err != nil || w.Irrevocable() != 0 {
 			t.Errorf("Irrevocable() = %d, %v; want none left", w.Irrevocable(), err)
 		}
+	})
+}
+
+// TestStuckLeaseCostsTheSame: each sweep has a lease that Vault has given up tried again, and however long that goes on,
+// it is looked at no more often than at first.
+func TestStuckLeaseCostsTheSame(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("root", broker.OpenRequest{})
+		w.issue("root", step(root, "db.read"))
+		w.vault.Stick(w.vault.LeaseIDs()[0], true)
+		var looks atomic.Int32
+		w.vault.Fail(func(point string) error {
+			if point == "kill" {
+				looks.Add(1)
+			}
+			return nil
+		})
+		rv := w.revoke("chain:%s", root.Chain)
+		minutes := func(n int) int32 {
+			looks.Store(0)
+			for range n {
+				if _, err := w.Sweep(ctx); err != nil {
+					t.Fatal(err)
+				}
+				pass(time.Minute)
+			}
+			return looks.Load()
+		}
+		minutes(2)
+		first := minutes(5)
+		minutes(40)
+		if later := minutes(5); first == 0 || later > first*3/2 {
+			t.Errorf("in five minutes it is looked at %d times at first, and %d times later; want no more", first, later)
+		}
+		w.closure(rv, broker.ClosureUnknown)
 	})
 }
