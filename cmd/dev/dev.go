@@ -51,6 +51,8 @@ type Config struct {
 	SVIDTTL time.Duration
 	// MaxRequestDuration is Vault's, and the broker's mint_bound; zero: 10 s.
 	MaxRequestDuration time.Duration
+	// RevokeRetryBase is what Vault's waits between its tries at a revocation grow from; zero: Vault's own, 10 s.
+	RevokeRetryBase time.Duration
 }
 
 // Env is the running environment.
@@ -157,7 +159,7 @@ func (e *Env) identities(c Config) (err error) {
 func (e *Env) servers(ctx context.Context, c Config) (err error) {
 	e.say("starting Vault")
 	if e.Vault, err = parts.Vault(ctx, parts.VaultConfig{Persistent: !c.ForgetfulVault, MaxRequestDuration: c.MaxRequestDuration,
-		Binaries: parts.Binaries{Progress: e.progress}}); err != nil {
+		RevokeRetryBase: c.RevokeRetryBase, Binaries: parts.Binaries{Progress: e.progress}}); err != nil {
 		return fmt.Errorf("starting Vault: %w", err)
 	}
 	e.later(func() { _ = e.Vault.Close() }) // a server of ours, gone with us

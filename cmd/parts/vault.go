@@ -19,6 +19,10 @@ type VaultConfig struct {
 	// MaxRequestDuration bounds one request, and so how long a mint that was sent may still complete. Zero is
 	// Vault's default of 90 s.
 	MaxRequestDuration time.Duration
+	// RevokeRetryBase is what Vault's waits between the six tries at a revocation grow from. Zero is Vault's default
+	// of 10 s, ten minutes in all. Only the server built here can be told another; with one on PATH, Vault returns
+	// ErrMissing.
+	RevokeRetryBase time.Duration
 	// LogLevel is trace, debug, info, warn or error. Empty is warn.
 	LogLevel string
 	// Binaries says where the program comes from. Zero finds or builds it.
@@ -44,6 +48,9 @@ func Vault(ctx context.Context, config VaultConfig) (*VaultServer, error) {
 	path, official, err := config.Binaries.Vault(ctx)
 	if err != nil {
 		return nil, err
+	}
+	if official && config.RevokeRetryBase != 0 {
+		return nil, missing("Vault", "the one on PATH cannot be told how long to wait between tries at a revocation")
 	}
 	nest, err := newNest("vault", "KILL")
 	if err != nil {
@@ -102,6 +109,7 @@ func (v *VaultServer) flags() []string {
 		"-cert=" + v.nest.path("cert.pem"),
 		"-key=" + v.nest.path("key.pem"),
 		"-max-request-duration=" + v.config.MaxRequestDuration.String(),
+		"-revoke-retry-base=" + v.config.RevokeRetryBase.String(),
 		"-log-level=" + v.logLevel(),
 	}
 	if v.config.Persistent {

@@ -49,6 +49,7 @@ type options struct {
 	keyFile     string
 	storage     string        // directory; empty keeps everything in memory
 	maxDuration time.Duration // of one request; zero is Vault's own default of 90 s
+	retryBase   time.Duration // of a revocation that failed; zero is Vault's own default of 10 s
 	logLevel    string
 }
 
@@ -59,6 +60,7 @@ func main() {
 	flag.StringVar(&o.keyFile, "key", "", "PEM `file` with the certificate's key (required)")
 	flag.StringVar(&o.storage, "storage", "", "`directory` that keeps state over a restart; in memory if empty")
 	flag.DurationVar(&o.maxDuration, "max-request-duration", 0, "how long one request may take; 0 is Vault's default, 90s")
+	flag.DurationVar(&o.retryBase, "revoke-retry-base", 0, "what the wait before a failed revocation is tried again grows from; 0 is Vault's default, 10s")
 	flag.StringVar(&o.logLevel, "log-level", "warn", "trace, debug, info, warn or error")
 	flag.Parse()
 
@@ -143,6 +145,8 @@ func newCore(o options, url string, logger hclog.Logger) (*vault.Core, error) {
 		LogicalBackends:    engines,
 		CredentialBackends: authMethods,
 		AuditBackends:      map[string]audit.Factory{"file": audit.NewFileBackend},
+
+		ExpirationRevokeRetryBase: o.retryBase,
 	})
 }
 
