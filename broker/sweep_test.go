@@ -184,18 +184,18 @@ func TestNoSweepWithoutALostMint(t *testing.T) {
 		for range 50 {
 			w.issue("root", step(root, "db.read"))
 		}
-		listed := 0
+		var listed atomic.Int32
 		w.vault.Fail(func(point string) error {
 			if point == "leases" {
-				listed++
+				listed.Add(1)
 			}
 			return nil
 		})
 		rv := w.revoke("chain:%s", root.Chain)
 		pass(time.Second)
 		w.closure(rv, broker.ClosureClosed)
-		if listed != 0 {
-			t.Errorf("leases were listed %d times, want never", listed)
+		if n := listed.Load(); n != 0 {
+			t.Errorf("leases were listed %d times, want never", n)
 		}
 	})
 }
