@@ -328,10 +328,11 @@ BEGIN
     FOR r IN SELECT p.name FROM pawl.roles p JOIN unnest(names) n ON n = p.name WHERE p.rolcanlogin LOOP
         EXECUTE format('ALTER ROLE %I NOLOGIN', r.name);
     END LOOP;
-    FOR r IN SELECT p.name, g.rolname FROM pawl.roles p JOIN unnest(names) n ON n = p.name
+    FOR r IN SELECT g.rolname AS grp, string_agg(quote_ident(p.name), ', ') AS members
+        FROM pawl.roles p JOIN unnest(names) n ON n = p.name
         JOIN pg_auth_members m ON m.member = p.role JOIN pg_roles g ON g.oid = m.roleid
-        WHERE g.rolname LIKE 'pawl-%' LOOP
-        EXECUTE format('REVOKE %I FROM %I', r.rolname, r.name);
+        WHERE g.rolname LIKE 'pawl-%' GROUP BY g.rolname LOOP
+        EXECUTE format('REVOKE %I FROM %s', r.grp, r.members);
     END LOOP;
 END $$;
 
@@ -461,9 +462,11 @@ END $$;
 
 -- Cuts the given grants. Call it until all three counts are zero: a login that began before the
 -- commit is found by a later call. A grant that is being ended in another transaction is passed
--- over, so that nobody can hold up the rest. What starts up was perhaps let in before the commit and
--- is in no list of sessions yet, but in a transaction (InitPostgres begins it before authentication): once
--- those processes have gone by, a call that counts nothing is the last.
+-- over, so that nobody can hold up the rest. A call that takes login and rights ends no session: a thousand
+-- take the server a second to end, and until the commit they could log in again and go on reading.
+-- What starts up was perhaps let in before the commit and is in no list of sessions yet, but in a transaction
+-- (InitPostgres begins it before authentication): once those processes have gone by, a call that counts
+-- nothing is the last.
 CREATE OR REPLACE FUNCTION pawl.sever(
     grants text[], OUT severed int, OUT passed_over int, OUT sessions int, OUT starting int[])
 LANGUAGE plpgsql SECURITY DEFINER
@@ -480,9 +483,14 @@ BEGIN
     alive := ARRAY(SELECT i.name FROM pawl.inspect(grants) i WHERE i.can_login OR i.in_group);
     ours := ARRAY(SELECT a FROM unnest(alive) a WHERE substr(a, 6, 26) IN (SELECT unnest(locked))
         OR NOT EXISTS (SELECT FROM pawl.logins l WHERE l.grant_id = substr(a, 6, 26)));
-    PERFORM pawl.disable(ours);
     severed := cardinality(ours);
     passed_over := cardinality(alive) - severed;
+    sessions := 0;
+    starting := '{}';
+    IF severed > 0 THEN
+        PERFORM pawl.disable(ours);
+        RETURN;
+    END IF;
     PERFORM pg_stat_clear_snapshot();
     starting := ARRAY(SELECT pid FROM pg_locks WHERE locktype = 'virtualxid' AND granted
         EXCEPT SELECT pid FROM pg_stat_activity WHERE usesysid IS NOT NULL OR datid IS NOT NULL);

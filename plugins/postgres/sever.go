@@ -12,8 +12,8 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Sever takes login and rights from all logins of the grants in one transaction and ends their
-// sessions; it returns once no session is left. Then it bars the grants, so that a mint that is still
+// Sever takes login and rights from all logins of the grants in one transaction, and in the next ends
+// their sessions; it returns once no session is left. Then it bars the grants, so that a mint that is still
 // on its way makes nothing. The number of calls to the database does not depend on the number
 // of grants. A session that does not end holds it up until ctx ends.
 func (b *Backend) Sever(ctx context.Context, grants []broker.Grant) error {
@@ -53,11 +53,15 @@ func (b *Backend) cut(ctx context.Context, ids []string) error {
 		if err != nil {
 			return err
 		}
+		if severed > 0 { // their sessions are next, and what was starting up when that was committed
+			quiet, waited = false, 0
+			continue
+		}
 		if !quiet {
 			before = starting
 		}
 		before = slices.DeleteFunc(before, func(pid int32) bool { return !slices.Contains(starting, pid) })
-		if severed == 0 && passedOver == 0 && sessions == 0 {
+		if passedOver == 0 && sessions == 0 {
 			quiet = true
 			if len(before) == 0 || waited > startup {
 				return nil

@@ -2,6 +2,7 @@ package postgres_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/cmd/parts"
@@ -84,6 +86,34 @@ func TestSeverMany(tt *testing.T) {
 			t.Errorf("%s logs in after Sever", creds[i].User)
 		}
 	})
+}
+
+// TestSeverRefusesFirst: login and rights are gone, and that is committed, before the first session is ended.
+// A thousand sessions take the server a second to end, and nobody may come back or ask anew meanwhile.
+func TestSeverRefusesFirst(tt *testing.T) {
+	t := newTarget(tt)
+	c := t.mint(`{"tables":["orders"]}`)
+	conn := t.login(c)
+	revoker := t.as("revoker")
+	for i, want := range [][2]int{{1, 0}, {0, 1}} {
+		var severed, sessions int
+		if err := revoker.QueryRow(t.Context(), "SELECT severed, sessions FROM pawl.sever(ARRAY[$1])", string(c.grant.ID)).Scan(&severed, &sessions); err != nil {
+			t.Fatalf("sever = %v, want no error", err)
+		}
+		if got := [2]int{severed, sessions}; got != want {
+			t.Errorf("call %d of sever severed and ended %v, want %v", i+1, got, want)
+		}
+		if !t.refusesLogin(c) {
+			t.Errorf("%s logs in after call %d of sever", c.User, i+1)
+		}
+		var pg *pgconn.PgError
+		if _, err := conn.Exec(t.Context(), "SELECT FROM orders"); i == 0 && (!errors.As(err, &pg) || pg.Code != "42501") {
+			t.Errorf("a session that is still open reads after sever: %v, want 42501", err)
+		}
+	}
+	if !t.cutOff(conn) {
+		t.Error("the session goes on after sever")
+	}
 }
 
 // TestSeverHard cuts a login that has all that keeps a role from being dropped, and 100 sessions; then
