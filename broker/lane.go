@@ -83,6 +83,7 @@ func (l *lane) ending(ids map[GrantID]int) (grants []Grant) {
 	now := l.b.cfg.Now()
 	err := l.b.view(l.b.ctx, "close", func(tx Tx) error {
 		grants = nil
+		seen := l.b.sight(tx)
 		for id := range ids {
 			g, ok, err := load[Grant](tx, keyGrant(id))
 			if err != nil {
@@ -91,7 +92,7 @@ func (l *lane) ending(ids map[GrantID]int) (grants []Grant) {
 			if !ok || g.State == StateClosed {
 				continue
 			}
-			must, err := l.b.mustEnd(tx, &g, now)
+			must, err := mustEnd(seen, &g, now)
 			if err != nil {
 				return err
 			}
@@ -113,7 +114,7 @@ func (l *lane) ending(ids map[GrantID]int) (grants []Grant) {
 }
 
 // mustEnd reports whether a grant that is not over has to end now, and says why in g.Ending.
-func (b *Broker) mustEnd(tx Tx, g *Grant, now time.Time) (bool, error) {
+func mustEnd(seen *sight, g *Grant, now time.Time) (bool, error) {
 	if g.Ending != "" {
 		return true, nil
 	}
@@ -121,11 +122,11 @@ func (b *Broker) mustEnd(tx Tx, g *Grant, now time.Time) (bool, error) {
 		g.Ending = EndingRevoked
 		return true, nil
 	}
-	p, err := b.readPath(tx, "close", g.Delegation)
+	p, err := seen.path("close", g.Delegation)
 	if err != nil {
 		return false, err
 	}
-	f, err := b.fenceOver(tx, p, p.subject(*g))
+	f, err := seen.fenceOver(p, p.subject(*g))
 	switch {
 	case err != nil:
 		return false, err
@@ -133,9 +134,9 @@ func (b *Broker) mustEnd(tx Tx, g *Grant, now time.Time) (bool, error) {
 		g.Ending = EndingRevoked
 	case !now.Before(g.Expires):
 		g.Ending = EndingExpired
-	case b.lost(g):
+	case seen.b.lost(g):
 		g.Ending = EndingFailed // nobody can have it any more
-	case g.State != StateIssued && !b.closer.isMinting(g.ID):
+	case g.State != StateIssued && !seen.b.closer.isMinting(g.ID):
 		g.Ending = EndingFailed // whoever was issuing it is gone
 	}
 	return g.Ending != "", nil
@@ -353,6 +354,7 @@ func (l *lane) record(ctx context.Context, batch []Grant) error {
 	var over []GrantID
 	err := l.b.update(ctx, "close", func(tx Tx) error {
 		over = nil
+		seen := l.b.sight(tx)
 		ended := map[DelegationID]int{} // how many live grants each delegation has less
 		for i := range batch {
 			g := &batch[i]
@@ -366,7 +368,7 @@ func (l *lane) record(ctx context.Context, batch []Grant) error {
 			case g.State != old.State:
 				// An issue has moved it since it was read; the next round sees it as it is.
 			case dead:
-				if err := l.b.finish(tx, g, now, ended); err != nil {
+				if err := finish(seen, g, now, ended); err != nil {
 					return err
 				}
 				over = append(over, g.ID)
@@ -388,8 +390,9 @@ func (l *lane) record(ctx context.Context, batch []Grant) error {
 }
 
 // finish makes a grant CLOSED, and counts it in ended for each delegation above it.
-func (b *Broker) finish(tx Tx, g *Grant, now time.Time, ended map[DelegationID]int) error {
-	p, err := b.readPath(tx, "close", g.Delegation)
+func finish(seen *sight, g *Grant, now time.Time, ended map[DelegationID]int) error {
+	tx := seen.tx
+	p, err := seen.path("close", g.Delegation)
 	if err != nil {
 		return err
 	}

@@ -130,15 +130,50 @@ func fencedError(op string, f *Fence) *Error {
 
 // fenceOver gives the fence that covers the path or subject: on a node, or a rule that matches
 // a node or the subject. A final fence is given before a freeze.
-func (b *Broker) fenceOver(tx Tx, p path, subject Subject) (found *Fence, err error) {
+func (b *Broker) fenceOver(tx Tx, p path, subject Subject) (*Fence, error) {
+	return b.sight(tx).fenceOver(p, subject)
+}
+
+// sight keeps what one transaction has read of paths and rules, for whoever looks at many grants in it: a
+// thousand of one delegation have one path. The transaction must not change delegations or rules.
+type sight struct {
+	b     *Broker
+	tx    Tx
+	paths map[DelegationID]path
+	rules []queryFence
+	ruled bool // rules were read
+}
+
+func (b *Broker) sight(tx Tx) *sight { return &sight{b: b, tx: tx} }
+
+// path is [Broker.readPath].
+func (s *sight) path(op string, id DelegationID) (path, error) {
+	if p, ok := s.paths[id]; ok {
+		return p, nil
+	}
+	p, err := s.b.readPath(s.tx, op, id)
+	if err != nil {
+		return path{}, err
+	}
+	if s.paths == nil {
+		s.paths = map[DelegationID]path{}
+	}
+	s.paths[id] = p
+	return p, nil
+}
+
+// fenceOver is [Broker.fenceOver].
+func (s *sight) fenceOver(p path, subject Subject) (found *Fence, err error) {
+	if !s.ruled {
+		if s.rules, err = s.b.rules.read(s.tx); err != nil {
+			return nil, err
+		}
+		s.ruled = true
+	}
 	for i := range p.nodes {
 		found = harder(found, p.nodes[i].Fence)
 	}
-	rules, err := b.rules.read(tx)
-	if err != nil {
-		return nil, err
-	}
-	for _, r := range rules {
+	for _, r := range s.rules {
 		if r.covers(p, subject) {
 			found = harder(found, &r.Fence)
 		}

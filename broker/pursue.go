@@ -114,7 +114,7 @@ func (p *pursuit) round(ctx context.Context) (done bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	p.least = 5*time.Millisecond + time.Duration(len(left))*50*time.Microsecond
+	p.least = 5*time.Millisecond + time.Duration(len(left))*200*time.Microsecond
 	if len(left) == 0 && p.rv.Unswept {
 		if err := p.sweep(ctx); err != nil {
 			p.b.cfg.Alarm("sweeping for "+string(p.rv.ID), err)
@@ -243,8 +243,9 @@ func (b *Broker) worksOn(tx Tx, rv Revocation) (ids []GrantID, err error) {
 	if err != nil {
 		return nil, err
 	}
+	seen := b.sight(tx)
 	err = eachStatic(tx, rv.Chain, func(g Grant) error {
-		p, err := b.readPath(tx, "revoke", g.Delegation)
+		p, err := seen.path("revoke", g.Delegation)
 		if err == nil && covers(p, p.subject(g)) {
 			ids = append(ids, g.ID)
 		}
@@ -260,19 +261,13 @@ func (b *Broker) under(tx Tx, rv Revocation) (grants []Grant, nodes []Delegation
 	if err != nil {
 		return nil, nil, err
 	}
-	paths := map[DelegationID]path{}
+	seen := b.sight(tx)
 	err = eachLive(tx, rv.Chain, func(g Grant) error {
-		p, ok := paths[g.Delegation]
-		if !ok {
-			if p, err = b.readPath(tx, "revoke", g.Delegation); err != nil {
-				return err
-			}
-			paths[g.Delegation] = p
-		}
-		if covers(p, p.subject(g)) {
+		p, err := seen.path("revoke", g.Delegation)
+		if err == nil && covers(p, p.subject(g)) {
 			grants = append(grants, g)
 		}
-		return nil
+		return err
 	})
 	if err != nil || rv.Grant != "" {
 		return grants, nil, err

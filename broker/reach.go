@@ -22,8 +22,9 @@ var errReached = errors.New("found")
 // reachOf says what r is about in the caller's transaction, among chains opened after since. It stops
 // at the first thing found, so that only a rule about nothing has everything looked at.
 func (b *Broker) reachOf(tx Tx, r queryFence, since, now time.Time) (how reach, err error) {
+	seen := b.sight(tx)
 	meant := func(g Grant) error {
-		p, err := b.readPath(tx, "revoke", g.Delegation)
+		p, err := seen.path("revoke", g.Delegation)
 		if err == nil && p.chain.Opened.After(since) && r.covers(p, p.subject(g)) {
 			how, err = reachNow, errReached
 		}

@@ -144,15 +144,15 @@ func (b *Broker) eachCut(tx Tx, p path, f func(GrantID)) error {
 	}); err != nil {
 		return err
 	}
-	rules, err := b.rules.read(tx)
-	if err != nil || !slices.ContainsFunc(rules, func(r queryFence) bool { return !r.Fence.Frozen }) {
+	seen := b.sight(tx)
+	if _, err := seen.fenceOver(p, Subject{}); err != nil || !slices.ContainsFunc(seen.rules, func(r queryFence) bool { return !r.Fence.Frozen }) {
 		return err
 	}
 	return eachLive(tx, p.chain.ID, func(g Grant) error {
 		if g.Delegation != leaf || marked[g.ID] {
 			return nil
 		}
-		over, err := b.fenceOver(tx, p, p.subject(g))
+		over, err := seen.fenceOver(p, p.subject(g))
 		if err == nil && over != nil && !over.Frozen {
 			f(g.ID)
 		}
@@ -172,7 +172,7 @@ func (b *Broker) Active(ctx context.Context, id GrantID) (active bool, err error
 		if err != nil || !ok || g.State != StateIssued {
 			return err
 		}
-		ends, err := b.mustEnd(tx, &g, b.cfg.Now())
+		ends, err := mustEnd(b.sight(tx), &g, b.cfg.Now())
 		active = err == nil && !ends
 		return err
 	})
