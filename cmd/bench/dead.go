@@ -32,6 +32,7 @@ type way struct {
 var ways = []way{
 	{"pawl", "", issueOurs},
 	{"vault token revoke, best statements", "vs_vault_best", issueUnderToken("best")},
+	{"a superuser's NOLOGIN and pg_terminate_backend in one statement each, and nothing else", "vs_floor", issueForFloor},
 	{"vault revoke-prefix, best statements", "vs_revoke_prefix", issueForPrefix},
 	{"vault lease by lease, best statements", "vs_lease_by_lease", issueForLeases},
 	{"vault token revoke, default statements", "vs_vault_token", issueUnderToken("default")}, // last: it may still be at work when it is given up
@@ -277,6 +278,38 @@ func issueForLeases(ctx context.Context, w *world, n int) ([]login, func(context
 			return err
 		})
 	}, err
+}
+
+// issueForFloor ends logins as fast as this PostgreSQL can do it at all: what is left of our time is
+// how long its processes take to go. Afterwards Vault clears away what it made.
+func issueForFloor(ctx context.Context, w *world, n int) ([]login, func(context.Context) error, error) {
+	logins, _, accessor, err := w.direct.credentials(ctx, "best", n)
+	if err != nil {
+		return nil, nil, err
+	}
+	conn, err := pgx.Connect(ctx, w.env.Database)
+	if err != nil {
+		return logins, nil, err
+	}
+	names := make([]string, n)
+	var refuse strings.Builder
+	for i, l := range logins {
+		names[i] = l.username
+		fmt.Fprintf(&refuse, "ALTER ROLE %s NOLOGIN;", pgx.Identifier{l.username}.Sanitize())
+	}
+	return logins, func(ctx context.Context) error {
+		defer conn.Close(ctx) //nolint:errcheck // the work is committed by then
+		if _, err := conn.Exec(ctx, refuse.String()); err != nil {
+			return err
+		}
+		if _, err := conn.Exec(ctx, "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = ANY($1)", names); err != nil {
+			return err
+		}
+		if _, err := w.direct.ask(ctx, "POST", "auth/token/revoke-accessor", map[string]any{"accessor": accessor}); err != nil {
+			return err
+		}
+		return w.direct.noLeases(ctx, "plain/creds/best")
+	}, nil
 }
 
 // credentials makes n database credentials below one token.

@@ -52,15 +52,14 @@ func (o *observer) look(ctx context.Context) (logins, sessions int, err error) {
 	return logins, sessions, err
 }
 
-// untilDead looks every few milliseconds until no login and no session is left and gives when
+// untilDead looks again and again until no login and no session is left and gives when
 // it saw that. Sessions that are still as many a second after the last login went are left
 // there: then it is the time when the last login had gone.
 func (o *observer) untilDead(ctx context.Context) (at time.Time, left int, err error) {
 	var refused, changed time.Time // when the last login had gone, and when a session last went
 	var before int
-	tick := time.NewTicker(4 * time.Millisecond)
-	defer tick.Stop()
 	for {
+		began := time.Now()
 		logins, sessions, err := o.look(ctx)
 		if err != nil {
 			return at, 0, err
@@ -78,9 +77,13 @@ func (o *observer) untilDead(ctx context.Context) (at time.Time, left int, err e
 		case logins == 0 && now.Sub(changed) > time.Second:
 			return refused, sessions, nil
 		}
+		// A look at a thousand sessions takes the server milliseconds of one of its cores, so looks are
+		// spaced by what they take: they shall not hold up what they watch.
+		wait := time.NewTimer(max(4*time.Millisecond, min(8*now.Sub(began), 40*time.Millisecond)))
 		select {
-		case <-tick.C:
+		case <-wait.C:
 		case <-ctx.Done():
+			wait.Stop()
 			return at, 0, ctx.Err()
 		}
 	}
