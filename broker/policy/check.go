@@ -140,7 +140,7 @@ func readTests(file string, raw []byte) ([]row[testYAML], error) {
 	var doc struct {
 		Tests []row[testYAML] `yaml:"tests"`
 	}
-	if err := readYAML(file, raw, &doc); err != nil {
+	if err := ReadYAML(file, raw, &doc); err != nil {
 		return nil, err
 	}
 	if len(doc.Tests) == 0 {

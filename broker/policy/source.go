@@ -96,7 +96,7 @@ func (c *content) readHead(dir fs.FS) error {
 	if err != nil {
 		return err
 	}
-	if err := readYAML("bundle.yaml", raw, &head); err != nil {
+	if err := ReadYAML("bundle.yaml", raw, &head); err != nil {
 		return err
 	}
 	c.Name, c.Version = head.Name, head.Version
@@ -107,7 +107,7 @@ func (c *content) readHead(dir fs.FS) error {
 	if err != nil {
 		return err
 	}
-	return readYAML("violations.yaml", raw, &c.Violations)
+	return ReadYAML("violations.yaml", raw, &c.Violations)
 }
 
 func (c *content) readTools(dir fs.FS) error {
@@ -118,7 +118,7 @@ func (c *content) readTools(dir fs.FS) error {
 	var doc struct {
 		Tools []row[toolYAML] `yaml:"tools"`
 	}
-	if err := readYAML("tools.yaml", raw, &doc); err != nil {
+	if err := ReadYAML("tools.yaml", raw, &doc); err != nil {
 		return err
 	}
 	c.Tools = []toolDecl{}

@@ -5,82 +5,176 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"unicode/utf8"
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
 	"github.com/goccy/go-yaml/parser"
+	"github.com/goccy/go-yaml/scanner"
+	"github.com/goccy/go-yaml/token"
 )
 
-// readYAML decodes one document strictly: unknown and repeated keys, anchors, aliases, tags
-// and a second document are errors, which begin with "file:line: ".
-func readYAML(file string, raw []byte, v any) error {
-	if len(raw) > MaxFile {
-		return fmt.Errorf("%s: larger than %d bytes", file, MaxFile)
+// What the files are made of. Their reader's time grows with the square of a line's length, of a run of
+// blank lines and of the depth, and what people write is small, narrow and flat.
+const (
+	maxNesting = 32
+	maxIndent  = 128  // columns
+	maxLine    = 4096 // bytes
+	maxBlank   = 64   // blank lines in a row
+	maxTokens  = 65_536
+	maxKeys    = 1024 // of one map
+	maxKey     = 128  // bytes
+)
+
+// ErrNoDocument is in the error for a file that says nothing.
+var ErrNoDocument = errors.New("holds no document; exactly one document is wanted")
+
+var errDocuments = errors.New("holds more than one document; exactly one document is wanted")
+
+// ReadYAML decodes one document strictly, and whatever the bytes are it has soon ended: unknown and
+// repeated keys, anchors, aliases, merge keys, tags and a second document are errors. They begin with
+// "file:line: ", or with "line N: " where file is empty.
+func ReadYAML(file string, raw []byte, v any) error {
+	if err := bounded(raw); err != nil {
+		return located(file, err)
 	}
-	if nested(raw) {
-		return fmt.Errorf("%s: nested more than %d deep", file, maxNesting)
-	}
-	f, err := parser.ParseBytes(raw, 0)
+	body, err := only(raw)
 	if err != nil {
 		return located(file, err)
 	}
-	if len(f.Docs) != 1 || f.Docs[0].Body == nil {
-		return fmt.Errorf("%s: must hold exactly one document", file)
+	return located(file, yaml.NewDecoder(bytes.NewReader(nil), yaml.Strict()).DecodeFromNode(body, v))
+}
+
+// only parses the only document.
+func only(raw []byte) (ast.Node, error) {
+	// Not lexer.Tokenize, which begins again after each error and gives all of them: a line of @ is as many.
+	var s scanner.Scanner
+	s.Init(string(raw))
+	found, err := s.Scan()
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	var tokens token.Tokens
+	tokens.Add(found...) // which links them
+	if err := few(tokens); err != nil {
+		return nil, err
+	}
+	f, err := parser.Parse(tokens, 0)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case len(f.Docs) == 0 || len(f.Docs) == 1 && f.Docs[0].Body == nil:
+		return nil, ErrNoDocument
+	case len(f.Docs) > 1:
+		return nil, errDocuments
 	}
 	var p plain
 	ast.Walk(&p, f.Docs[0].Body)
 	if p.odd != nil {
-		return fmt.Errorf("%s:%d: anchors, aliases, merge keys and tags are not used here", file, line(p.odd))
+		return nil, lineError{line(p.odd), "anchors, aliases, merge keys and tags are not used here; write the value itself"}
 	}
-	return located(file, yaml.NewDecoder(bytes.NewReader(nil), yaml.Strict()).DecodeFromNode(f.Docs[0].Body, v))
+	return f.Docs[0].Body, nil
 }
 
-// PlainYAML refuses what would make a file mean more than it shows, and what its reader panics at
-// or takes forever over: anchors, aliases, merge keys, tags, deep nesting.
-func PlainYAML(raw []byte) error {
-	if nested(raw) {
-		return fmt.Errorf("nested more than %d deep", maxNesting)
+// few holds what was lexed to the limits before it is parsed. The parser calls itself for each further
+// document and each further key of a block, copies what it has each time, and keeps the path of every value.
+func few(tokens token.Tokens) error {
+	if len(tokens) > maxTokens {
+		return fmt.Errorf("holds more than %d keys, values and marks; split it", maxTokens)
 	}
-	f, err := parser.ParseBytes(raw, 0)
-	if err != nil {
-		return errors.New(yaml.FormatError(err, false, true))
-	}
-	var p plain
-	for _, doc := range f.Docs {
-		if doc.Body != nil {
-			ast.Walk(&p, doc.Body)
+	var (
+		marks  = map[token.Type]int{}
+		blocks []block // that are open, by their columns
+	)
+	for _, t := range tokens {
+		marks[t.Type]++
+		if marks[token.DocumentHeaderType] > 1 || marks[token.DocumentEndType] > 1 {
+			return errDocuments
 		}
-	}
-	if p.odd != nil {
-		return fmt.Errorf("line %d: anchors, aliases, merge keys and tags are not used here", line(p.odd))
+		if t.Type == token.MappingValueType && t.Prev != nil && len(t.Prev.Value) > maxKey {
+			return lineError{t.Position.Line, fmt.Sprintf("a key is longer than %d bytes; shorten it", maxKey)}
+		}
+		flow := marks[token.MappingStartType] + marks[token.SequenceStartType] - marks[token.MappingEndType] - marks[token.SequenceEndType]
+		if ends := t.Type == token.MappingEndType || t.Type == token.SequenceEndType; flow > 0 || ends || t.Type == token.CommentType {
+			continue // these may stand anywhere
+		}
+		for len(blocks) > 0 && blocks[len(blocks)-1].column > t.Position.Column {
+			blocks = blocks[:len(blocks)-1]
+		}
+		if t.Next == nil || t.Next.Type != token.MappingValueType && t.Type != token.MappingKeyType {
+			continue
+		}
+		if len(blocks) == 0 || blocks[len(blocks)-1].column < t.Position.Column {
+			blocks = append(blocks, block{column: t.Position.Column})
+		}
+		last := &blocks[len(blocks)-1]
+		if last.keys++; last.keys > maxKeys {
+			return lineError{t.Position.Line, fmt.Sprintf("the map has more than %d keys; take some out", maxKeys)}
+		}
 	}
 	return nil
 }
 
-const maxNesting = 32
+// block is a map whose keys begin in one column.
+type block struct{ column, keys int }
 
-// nested finds depth before the parser does, whose time grows with its square: brackets, and
-// the dashes and question marks that open several levels on one line.
-func nested(raw []byte) bool {
-	depth := 0
+// lineError is an error of ours about a line.
+type lineError struct {
+	line int
+	text string
+}
+
+func (e lineError) Error() string { return e.text }
+
+// bounded holds a file to the limits before its reader sees it.
+func bounded(raw []byte) error {
+	if len(raw) > MaxFile {
+		return fmt.Errorf("larger than %d bytes", MaxFile)
+	}
+	n, depth, blank := 0, 0, 0
 	for text := range bytes.Lines(raw) {
-		rest := bytes.TrimLeft(text, " -?:")
-		if lead := text[:len(text)-len(rest)]; len(lead)-bytes.Count(lead, []byte(" ")) > maxNesting {
-			return true
+		n++
+		var err error
+		if depth, err = narrow(text, depth); err != nil {
+			return lineError{n, err.Error()}
 		}
-		for _, c := range rest {
-			switch c {
-			case '[', '{':
-				depth++
-			case ']', '}':
-				depth--
-			}
-			if depth > maxNesting {
-				return true
-			}
+		if blank++; len(bytes.TrimSpace(text)) > 0 {
+			blank = 0
+		}
+		if blank > maxBlank {
+			return lineError{n, fmt.Sprintf("more than %d blank lines in a row; take some out", maxBlank)}
 		}
 	}
-	return false
+	return nil
+}
+
+// narrow looks at one line for what makes depth: indentation, brackets, and the dashes and question marks
+// that open several levels at once. It gives the depth of the brackets that are open after it.
+func narrow(text []byte, depth int) (int, error) {
+	if !utf8.Valid(text) {
+		return 0, errors.New("is not UTF-8")
+	}
+	rest := bytes.TrimLeft(text, " -?:")
+	lead := text[:len(text)-len(rest)]
+	deep := len(lead)-bytes.Count(lead, []byte(" ")) > maxNesting || len(text)-len(bytes.TrimLeft(text, " ")) > maxIndent
+	for _, c := range rest {
+		switch c {
+		case '[', '{':
+			depth++
+		case ']', '}':
+			depth--
+		}
+		deep = deep || depth > maxNesting
+	}
+	if deep {
+		return 0, fmt.Errorf("nested more than %d deep or indented more than %d columns; no file needs that", maxNesting, maxIndent)
+	}
+	if len(text) > maxLine {
+		return 0, fmt.Errorf("longer than %d bytes; break it into several lines", maxLine)
+	}
+	return depth, nil
 }
 
 // plain finds what would make a document mean more than it shows.
@@ -103,14 +197,31 @@ func line(n ast.Node) int {
 
 // located turns the reader's error, which quotes the source over several lines, into one line.
 func located(file string, err error) error {
-	var at yaml.Error
+	var (
+		parsed  yaml.Error
+		scanned *scanner.InvalidTokenError
+		ours    lineError
+		at      int
+		text    string
+	)
 	switch {
 	case err == nil:
 		return nil
-	case errors.As(err, &at) && at.GetToken() != nil:
-		return fmt.Errorf("%s:%d: %s", file, at.GetToken().Position.Line, at.GetMessage())
+	case errors.As(err, &ours):
+		at, text = ours.line, ours.text
+	case errors.As(err, &scanned):
+		at, text = scanned.Token.Position.Line, scanned.Token.Error
+	case errors.As(err, &parsed) && parsed.GetToken() != nil:
+		at, text = parsed.GetToken().Position.Line, parsed.GetMessage()
+	case file == "":
+		return err
+	default:
+		return fmt.Errorf("%s: %w", file, err)
 	}
-	return fmt.Errorf("%s: %w", file, err)
+	if file == "" {
+		return fmt.Errorf("line %d: %s", at, text)
+	}
+	return fmt.Errorf("%s:%d: %s", file, at, text)
 }
 
 // row is a list's element that remembers its line.

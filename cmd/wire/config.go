@@ -3,15 +3,11 @@
 package wire
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"strings"
 	"time"
-
-	"github.com/goccy/go-yaml"
 
 	"github.com/pawlsec/pawl/broker/policy"
 )
@@ -94,9 +90,6 @@ type Program struct {
 	Env    []string `yaml:"env"`    // NAME=value; empty: the environment is empty
 }
 
-// MaxConfig is the largest configuration file in bytes.
-const MaxConfig = 1 << 20
-
 // ReadConfig reads and validates a file.
 func ReadConfig(path string) (Config, error) {
 	f, err := os.Open(path)
@@ -104,7 +97,7 @@ func ReadConfig(path string) (Config, error) {
 		return Config{}, err
 	}
 	defer f.Close() //nolint:errcheck // only read
-	raw, err := io.ReadAll(io.LimitReader(f, MaxConfig+1))
+	raw, err := io.ReadAll(io.LimitReader(f, policy.MaxFile+1))
 	if err != nil {
 		return Config{}, err
 	}
@@ -115,25 +108,16 @@ func ReadConfig(path string) (Config, error) {
 	return c, nil
 }
 
-// ParseConfig reads YAML strictly: unknown and duplicate keys, several documents and missing
-// required fields are errors that name the line or field.
+// ParseConfig reads YAML strictly, by the rules of [policy.ReadYAML]. Missing required fields are errors
+// that name the field.
 func ParseConfig(raw []byte) (Config, error) {
 	var c Config
-	if len(raw) > MaxConfig {
-		return c, fmt.Errorf("larger than %d bytes", MaxConfig)
+	err := policy.ReadYAML("", raw, &c)
+	if errors.Is(err, policy.ErrNoDocument) {
+		err = errors.New("is empty; see `pawl server --example`")
 	}
-	if err := policy.PlainYAML(raw); err != nil {
-		return c, errors.New(strings.TrimSpace(err.Error()))
-	}
-	dec := yaml.NewDecoder(bytes.NewReader(raw), yaml.Strict())
-	if err := dec.Decode(&c); err != nil {
-		if errors.Is(err, io.EOF) {
-			return c, errors.New("is empty; see `pawl server --example`")
-		}
-		return c, errors.New(strings.TrimSpace(yaml.FormatError(err, false, true)))
-	}
-	if err := dec.Decode(new(any)); !errors.Is(err, io.EOF) {
-		return c, errors.New("holds more than one document")
+	if err != nil {
+		return Config{}, err
 	}
 	return c, c.check()
 }

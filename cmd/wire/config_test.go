@@ -7,23 +7,27 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
+const goodConfig = "trust_domains: [example.org]\nlisten: {agents: \"0.0.0.0:8443\", socket: /run/pawl/admin.sock}\nledger: /l\n" +
+	"policy: {bundle: /b, keys: /k}\nvault: {address: \"https://vault:8200\", ca: /c}\nbackends:\n  shop: {plugin: kv}\n"
+
 // TestConfigIsPlain holds that what the YAML reader panics at, or would make into more than the
 // file shows, is refused with a line.
 func TestConfigIsPlain(t *testing.T) {
-	const good = "trust_domains: [example.org]\nlisten: {agents: \"0.0.0.0:8443\", socket: /run/pawl/admin.sock}\nledger: /l\n" +
-		"policy: {bundle: /b, keys: /k}\nvault: {address: \"https://vault:8200\", ca: /c}\nbackends:\n  shop: {plugin: kv}\n"
-	if _, err := wire.ParseConfig([]byte(good)); err != nil {
-		t.Fatalf("ParseConfig(%q) = %v", good, err)
+	if _, err := wire.ParseConfig([]byte(goodConfig)); err != nil {
+		t.Fatalf("ParseConfig(%q) = %v", goodConfig, err)
 	}
-	for what, row := range map[string][2]string{
-		"a tag before a list": {"[example.org]", "![example.org]"},
-		"an anchor":           {"/l", "&l /l"},
-		"an alias":            {"/k}", "*b}"},
-		"depth":               {"[example.org]", strings.Repeat("[", 40) + strings.Repeat("]", 40)},
+	for what, row := range map[string][3]string{
+		"a tag before a list": {"[example.org]", "![example.org]", "line 1: anchors, "},
+		"an anchor":           {"/l", "&l /l", "line 3: anchors, "},
+		"an alias":            {"/k}", "*b}", "line 4: anchors, "},
+		"depth":               {"[example.org]", strings.Repeat("[", 40) + strings.Repeat("]", 40), "line 1: nested more than 32 deep"},
+		"blank lines":         {"/l", "|\n  /l" + strings.Repeat("\n", 10_000), "line 69: more than 64 blank lines"},
+		"many documents":      {"ledger", strings.Repeat("---\n", 10_000) + "ledger", "holds more than one document"},
+		"many keys":           {"ledger", strings.Repeat("ledger: /l\n", 2000) + "ledger", "line 1025: the map has more than 1024 keys"},
 	} {
-		text := strings.Replace(good, row[0], row[1], 1)
-		if _, err := wire.ParseConfig([]byte(text)); err == nil {
-			t.Errorf("ParseConfig with %s = no error, want one", what)
+		text := strings.Replace(goodConfig, row[0], row[1], 1)
+		if _, err := wire.ParseConfig([]byte(text)); err == nil || !strings.HasPrefix(err.Error(), row[2]) {
+			t.Errorf("ParseConfig with %s = %v, want an error that begins with %q", what, err, row[2])
 		}
 	}
 }
