@@ -75,6 +75,9 @@ func only(raw []byte) (ast.Node, error) {
 	if p.odd != nil {
 		return nil, lineError{line(p.odd), "anchors, aliases, merge keys and tags are not used here; write the value itself"}
 	}
+	if p.key != nil {
+		return nil, lineError{line(p.key), "a key is no text; put it in quotes"}
+	}
 	return f.Docs[0].Body, nil
 }
 
@@ -177,13 +180,18 @@ func narrow(text []byte, depth int) (int, error) {
 	return depth, nil
 }
 
-// plain finds what would make a document mean more than it shows.
-type plain struct{ odd ast.Node }
+// plain finds what would make a document mean more than it shows, or less: the decoder takes a map with
+// a key that is no text, as a number is, for an empty one.
+type plain struct{ odd, key ast.Node }
 
 func (p *plain) Visit(n ast.Node) ast.Visitor {
-	switch n.(type) {
+	switch n := n.(type) {
 	case *ast.AnchorNode, *ast.AliasNode, *ast.MergeKeyNode, *ast.TagNode:
 		p.odd = n
+	case *ast.MappingValueNode:
+		if _, text := n.Key.(*ast.StringNode); !text {
+			p.key = n.Key
+		}
 	}
 	return p
 }

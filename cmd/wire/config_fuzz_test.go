@@ -15,7 +15,7 @@ import (
 // FuzzConfig holds that a configuration is read or refused soon, and that one which is taken has what it must
 // have and is the same when written and read again.
 func FuzzConfig(f *testing.F) {
-	for _, s := range []string{goodConfig, goodConfig + "sweep_every: 90s\n", goodConfig + "---\nx: 1\n", goodConfig + "ledger: /other\n",
+	for _, s := range []string{goodConfig, goodConfig + "sweep_every: 90s\n", goodConfig + "---\nx: 1\n", goodConfig + "ledger: /other\n", goodConfig + "1: x\n",
 		goodConfig + "signals: [{issuer: i, audience: a, keys: /k, action: revoke}]\n", "", "a: &a [*a]", "{", "- x", "a: |\n  x\n\n\n\n", "@@@", "--- a\n--- b\n", "? a\n: b\n"} {
 		f.Add([]byte(s))
 	}

@@ -24,6 +24,7 @@ func TestConfigIsPlain(t *testing.T) {
 		"blank lines":         {"/l", "|\n  /l" + strings.Repeat("\n", 10_000), "line 69: more than 64 blank lines"},
 		"many documents":      {"ledger", strings.Repeat("---\n", 10_000) + "ledger", "holds more than one document"},
 		"many keys":           {"ledger", strings.Repeat("ledger: /l\n", 2000) + "ledger", "line 1025: the map has more than 1024 keys"},
+		"a number as a key":   {"kv}", "kv, 1: x}", "line 7: a key is no text; put it in quotes"},
 	} {
 		text := strings.Replace(goodConfig, row[0], row[1], 1)
 		if _, err := wire.ParseConfig([]byte(text)); err == nil || !strings.HasPrefix(err.Error(), row[2]) {
