@@ -86,12 +86,12 @@ var sections = []section{
 	{"fence", false, measureFence},
 	{"resume", false, measureResume},
 	{"idle", true, measureIdle},
-	{"dead", true, measureDead}, // before what a quick run can leave out in parts
+	{"dead", true, measureDead},
 	{"issue", true, measureIssue},
 	{"chain", true, measureChain},
 	{"events", true, measureEvents},
 	{"vault-down", true, measureVaultDown},
-	{"dead.postgres.10000", true, measureDeadMany}, // last: it takes as long as everything else
+	{"dead.many", true, measureDeadMany},
 }
 
 // bench is one run.

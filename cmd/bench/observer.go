@@ -52,30 +52,38 @@ func (o *observer) look(ctx context.Context) (logins, sessions int, err error) {
 	return logins, sessions, err
 }
 
-// untilDead looks again and again until no login and no session is left and gives when
-// it saw that. Sessions that are still as many a second after the last login went are left
-// there: then it is the time when the last login had gone.
-func (o *observer) untilDead(ctx context.Context) (at time.Time, left int, err error) {
-	var refused, changed time.Time // when the last login had gone, and when a session last went
+// sight is when an observer saw what.
+type sight struct {
+	refused time.Time // no role could log in any more
+	dead    time.Time // and no session was there
+	left    int       // sessions that stayed
+}
+
+// untilDead looks again and again until no login and no session is left. Sessions that are still
+// as many a second after the last login went are left there: then dead is when the last login had gone.
+func (o *observer) untilDead(ctx context.Context) (s sight, err error) {
+	var changed time.Time // when a session last went
 	var before int
 	for {
 		began := time.Now()
 		logins, sessions, err := o.look(ctx)
 		if err != nil {
-			return at, 0, err
+			return s, err
 		}
 		now := time.Now()
-		if logins == 0 && refused.IsZero() {
-			refused, changed = now, now
+		if logins == 0 && s.refused.IsZero() {
+			s.refused, changed = now, now
 		}
 		if sessions != before {
 			before, changed = sessions, now
 		}
 		switch {
 		case logins == 0 && sessions == 0:
-			return now, 0, nil
+			s.dead = now
+			return s, nil
 		case logins == 0 && now.Sub(changed) > time.Second:
-			return refused, sessions, nil
+			s.dead, s.left = s.refused, sessions
+			return s, nil
 		}
 		// A look at a thousand sessions takes the server milliseconds of one of its cores, so looks are
 		// spaced by what they take: they shall not hold up what they watch.
@@ -84,7 +92,7 @@ func (o *observer) untilDead(ctx context.Context) (at time.Time, left int, err e
 		case <-wait.C:
 		case <-ctx.Done():
 			wait.Stop()
-			return at, 0, ctx.Err()
+			return s, ctx.Err()
 		}
 	}
 }

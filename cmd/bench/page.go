@@ -55,9 +55,10 @@ const method = `- A real Vault (storage in memory, TLS), a real PostgreSQL (` + 
 - PostgreSQL directly: a role of Vault with a group role and SCRAM verifiers, as the best-configured Vault has it. Through Pawl the
   login is made by a function that also records it and sets its limits.
 - Dead: n credentials, up to 1,000 of them each with an open session in a transaction with a cursor. From the command on, an observer
-  with a superuser's connection that belongs to neither side looks every few milliseconds, until no role may log in and no session is
-  there; then cursors and logins are tried. Where sessions stay for good, theirs is timed to the end of the logins alone, which is in
-  its favour.
+  with a superuser's connection that belongs to neither side looks again and again, every 4 to 40 ms, until no role may log in and no
+  session is there; then cursors and logins are tried. Where sessions stay for good, theirs is timed to the end of the logins alone,
+  which is in its favour. ` + "`vs_floor`" + ` sets ours beside a superuser who does nothing but NOLOGIN and pg_terminate_backend: no tool can be
+  sooner on this machine.
 - Fence: the engine in process on the embedded ledger, 50 issues a second beside it. Repeated fences of one chain are freezes, the same
   transaction, lifted in between. With Vault down: revocations over the operators' socket of the broker's process.
 - Ledger, resume: the engine on the embedded ledger with a Vault and target in memory.
@@ -108,6 +109,9 @@ var reasons = []struct{ prefix, suffix, why string }{
 	{"ledger.", "", " Three durable transactions for each issue, each with its audit entry; bbolt alone, beside it, checks and audits nothing."},
 	{"fence.while_closing", "", " Closing many grants writes long transactions, and a fence waits for the one that is being written."},
 	{"fence.", "p99_ms", " The fence waits for the commit before it: on a shared disk that is the slowest sync of a hundred."},
+	{"resume.", "seconds", " Each live grant is read and decoded once, on one processor."},
+	{"dead.", "seconds", " Each session is a process of PostgreSQL's that takes some 2 ms of a processor to go: `vs_floor` says what it takes without Pawl."},
+	{"dead.", "vs_vault_best", " Both sides wait for the same processes to go: see `vs_floor`, and `refused_seconds` for how long anybody could still log in."},
 	{"policy.", "", " The median is far below: one call in a hundred is interrupted by a collection or by other work of the machine."},
 }
 
