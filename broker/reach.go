@@ -78,19 +78,7 @@ func eachRecent(tx Tx, chain ChainID, now time.Time, f func(DelegationID) error)
 	if chain != "" {
 		return eachMember(tx, chain, f)
 	}
-	var ids []DelegationID
-	if err := tx.Scan("m/", "m/ch"+idTime(now.Add(-MaxChainTTL)), func(key string, _ []byte) bool {
-		ids = append(ids, DelegationID(key[len(key)-idLength:]))
-		return true
-	}); err != nil {
-		return err
-	}
-	for _, id := range ids {
-		if err := f(id); err != nil {
-			return err
-		}
-	}
-	return nil
+	return eachMemberAfter(tx, "m/", "m/ch"+idTime(now.Add(-MaxChainTTL)), f)
 }
 
 // idTime is how ids that were made at a time begin, after their prefix.

@@ -226,8 +226,13 @@ func eachMember(tx Tx, chain ChainID, f func(DelegationID) error) error {
 	if chain != "" {
 		prefix += string(chain) + "/"
 	}
+	return eachMemberAfter(tx, prefix, "", f)
+}
+
+// eachMemberAfter calls f with each delegation whose membership has a key with the prefix and after the one given.
+func eachMemberAfter(tx Tx, prefix, after string, f func(DelegationID) error) error {
 	var ids []DelegationID
-	if err := tx.Scan(prefix, "", func(key string, _ []byte) bool {
+	if err := tx.Scan(prefix, after, func(key string, _ []byte) bool {
 		ids = append(ids, DelegationID(key[len(key)-idLength:]))
 		return true
 	}); err != nil {
