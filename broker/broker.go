@@ -47,6 +47,7 @@ type Broker struct {
 
 	pursued pursuits
 	stuck   stuck
+	touches touches
 
 	branching keyedLocks // one delegation's token is made once at a time
 

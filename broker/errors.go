@@ -74,6 +74,8 @@ const (
 	CodeIssuingStopped    Code = "issuing_stopped"      // the broker itself is in doubt (clock, restore, identity)
 	CodeRevocationUnknown Code = "revocation_unknown"   // no such revocation
 	CodeSelectorEmpty     Code = "selector_matches_nothing"
+	CodeCanaryUnknown     Code = "canary_unknown"       // no such canary
+	CodeCanaryValue       Code = "canary_value"         // the leaked value is a canary's: no grant handed it out
 	CodePlanStale         Code = "plan_stale"           // the set has grown since the plan
 	CodePlanUnknown       Code = "plan_unknown"         // the token is not one of ours, or too old
 	CodeSecondPerson      Code = "second_person_needed" // unfreezing takes two people

@@ -96,6 +96,8 @@ const (
 	OpClosure   Op = "closure"  // a revocation's state changed
 	OpHeard     Op = "heard"    // a holder acknowledged a revocation
 	OpStray     Op = "stray"    // something lives under our names that the ledger does not know
+	OpPlant     Op = "plant"    // an operator planted a canary
+	OpPull      Op = "pull"     // an operator took one away
 	OpResume    Op = "resume"
 	OpPolicy    Op = "policy" // a policy bundle came into force
 	OpTold      Op = "told"   // up to which revision a subscriber was told of events
@@ -116,6 +118,7 @@ func keyStatic(c ChainID, g GrantID) string      { return "w/" + string(c) + "/"
 func keyRule(id RevocationID) string             { return "f/" + string(id) }
 func keyBeat(d DelegationID) string              { return "y/" + string(d) }
 func keyEvent(c ChainID, r Revision) string      { return fmt.Sprintf("e/%s/%016x", c, uint64(r)) }
+func keyCanary(d ValueDigest) string             { return "n/" + string(d) }
 func keyOnce(d DelegationID, digest [32]byte) string {
 	return fmt.Sprintf("k/%s/%x", d, digest[:16])
 }

@@ -56,8 +56,8 @@ func (p *planBook) get(token string) (planned, bool) {
 // Plan says what revoking the selector would hit, and changes nothing. The token stands for
 // exactly this set: [Broker.Revoke] with it stops when the set has grown.
 //
-// Errors: Unauthenticated, NotFound with CodeSelectorEmpty when the selector matches nothing,
-// Unavailable.
+// Errors: Unauthenticated, NotFound with CodeSelectorEmpty when the selector matches nothing and with
+// CodeCanaryValue when it is that of a canary's value, Unavailable.
 func (b *Broker) Plan(ctx context.Context, o Operator, s Selector) (Plan, error) {
 	const op = "plan"
 	if err := o.check(op); err != nil {
@@ -68,6 +68,9 @@ func (b *Broker) Plan(ctx context.Context, o Operator, s Selector) (Plan, error)
 	err := b.view(ctx, op, func(tx Tx) (err error) {
 		plan = Plan{Selector: plan.Selector, Made: plan.Made}
 		if plan.Revision, err = tx.Head(); err != nil {
+			return err
+		}
+		if err := canaryOf(tx, s); err != nil {
 			return err
 		}
 		rv, err := b.meant(tx, s, plan.Made)

@@ -98,7 +98,7 @@ const (
 	ViolationHolder    ViolationCode = "wrong_holder"     // a delegation presented by somebody else: a replay
 	ViolationReplay    ViolationCode = "replayed_key"     // an idempotency key used again, for another tool or other arguments
 	ViolationSecondUse ViolationCode = "second_use"       // a sealed secret collected once more
-	ViolationCanary    ViolationCode = "canary"           // a tool that nobody has business with
+	ViolationCanary    ViolationCode = "canary"           // a tool, or a value, that nobody has business with
 	ViolationHeartbeat ViolationCode = "lost_heartbeat"   // an agent that promised to be heard was not
 	ViolationReported  ViolationCode = "reported"         // a reporter's word, with no code of its own
 )

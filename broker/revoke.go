@@ -186,6 +186,9 @@ func (b *Broker) fenceGrant(tx Tx, f fencing, rv Revocation, entry Entry) (Revoc
 // refused with CodeSelectorEmpty. A freeze by a rule is about later chains as well; Nothing says that it covers
 // nothing yet.
 //
+// A leaked value that is a canary's was handed out by no grant: it is recorded as touched, and the answer is the
+// revocation that policy has follow; where none does, NotFound with CodeCanaryValue.
+//
 // Errors: Malformed, Unauthenticated, NotFound, Conflict (the plan is stale), Unavailable.
 func (b *Broker) Revoke(ctx context.Context, o Operator, r RevokeRequest) (Revocation, error) {
 	const op = "revoke"
@@ -194,6 +197,9 @@ func (b *Broker) Revoke(ctx context.Context, o Operator, r RevokeRequest) (Revoc
 	}
 	if err := checkText(op, "reason", r.Reason, 1, MaxTask); err != nil {
 		return Revocation{}, err
+	}
+	if rv, canary, err := b.touchedBy(ctx, o, r.Selector); canary {
+		return rv, err
 	}
 	var plan *compared
 	if r.Plan != "" {

@@ -114,6 +114,14 @@ func (s Selector) Holder() (id spiffeid.ID, ok bool) {
 	return id, err == nil
 }
 
+// leaked is the digest of a selector that means whatever handed out one value.
+func (s Selector) leaked() (d ValueDigest, ok bool) {
+	if s.root == nil || s.root.op != "" || s.root.term.key != "leaked" {
+		return "", false
+	}
+	return s.root.term.digest, true
+}
+
 // String is the selector in canonical spelling, which [ParseSelector] reads back; it is empty
 // for the zero Selector.
 func (s Selector) String() string {

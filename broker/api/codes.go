@@ -89,6 +89,8 @@ func Reasons() []Reason {
 		{"issuing_stopped", KindUnavailable, "The broker does not trust itself at the moment", true, "Ask again later; operators have been told by its health."},
 		{"revocation_unknown", KindNotFound, "No such revocation", false, "Check the id in the list of revocations."},
 		{"selector_matches_nothing", KindNotFound, "The selector matches nothing", false, "Check its spelling; nothing was revoked."},
+		{"canary_value", KindNotFound, "The value is a canary's", false, "No grant handed it out. A plan changes nothing; revoking has it recorded as touched, and what policy says of a canary follows, if anything."},
+		{"canary_unknown", KindNotFound, "There is no such canary", false, "pawl canary list shows those that are planted."},
 		{"plan_stale", KindConflict, "The set has grown since the plan", false, "Look at a new plan, or include what is new."},
 		{"plan_unknown", KindNotFound, "No such plan", false, "Make a new plan."},
 		{"second_person_needed", KindDenied, "It takes two people", false, "Have another operator ask for the same."},

@@ -59,6 +59,9 @@ var operations = []operation{
 	{"operators", "get", "/v1/revocations/{id}/events", "Follow a revocation until it is settled", nil, nil, nil, 200, "revocation events with a Revocation, once at first and then when it has changed; a problem event before an early end; a comment at least every 15 s"},
 	{"operators", "get", "/v1/revocations/{id}/report", "The signed report of a revocation: a compact JWS of typ pawl-report+jws", nil, nil, medium(api.ReportType), 200, ""},
 	{"operators", "post", "/v1/revocations/{id}/unfreeze", "Ask to lift a freeze; it takes two operators", nil, api.Nothing{}, api.Revocation{}, 200, ""},
+	{"operators", "post", "/v1/canaries", "Plant a canary: its value is given this once", nil, api.PlantRequest{}, api.Planted{}, 201, ""},
+	{"operators", "get", "/v1/canaries", "List the canaries", nil, nil, api.Canaries{}, 200, ""},
+	{"operators", "post", "/v1/canaries/{id}/pull", "Take a canary away", nil, api.Nothing{}, api.Canary{}, 200, ""},
 	{"operators", "get", "/v1/audit", "The audit log", page, nil, api.Entries{}, 200, ""},
 	{"operators", "get", "/v1/audit/checkpoint", "A signed checkpoint of the audit log: a note over the root of its Merkle tree", nil, nil, medium(api.CheckpointType), 200, ""},
 

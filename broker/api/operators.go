@@ -64,6 +64,36 @@ type Evidence struct {
 	Answer  string    `json:"answer"`
 }
 
+// Canary is a value that opens nothing and was put where only a thief would find it. Whoever
+// presents it commits the violation "canary" in the chain in which it was planted.
+type Canary struct {
+	ID      string    `json:"id"`
+	Chain   string    `json:"chain,omitzero"` // in whose reach it was planted; left out: of no chain
+	Note    string    `json:"note,omitzero"`
+	By      string    `json:"by"` // the operator
+	Planted time.Time `json:"planted"`
+	Touched time.Time `json:"touched,omitzero"` // when it was last presented; left out: never
+	Touches int       `json:"touches,omitzero"` // how often
+}
+
+// Canaries is the list of canaries, the latest first.
+type Canaries struct {
+	Canaries []Canary `json:"canaries"`
+}
+
+// PlantRequest asks for a canary.
+type PlantRequest struct {
+	Chain string `json:"chain,omitzero"` // left out: of no chain
+	Note  string `json:"note,omitzero"`  // where it will be put, for people; in the audit
+	Like  string `json:"like,omitzero"`  // what it looks like: "vault" or "github"; left out: "vault"
+}
+
+// Planted is a canary with its value, which nobody is given again.
+type Planted struct {
+	Canary Canary `json:"canary"`
+	Value  string `json:"value"`
+}
+
 // PlanRequest asks what a revocation would hit.
 type PlanRequest struct {
 	Selector string `json:"selector"`

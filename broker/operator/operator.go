@@ -80,6 +80,22 @@ func (c *Client) Unfreeze(ctx context.Context, id string) (api.Revocation, error
 	return post[api.Revocation](ctx, c, "/v1/revocations/"+url.PathEscape(id)+"/unfreeze", api.Nothing{})
 }
 
+// Plant has a canary made. Its value is in this answer and in no other.
+func (c *Client) Plant(ctx context.Context, r api.PlantRequest) (api.Planted, error) {
+	return post[api.Planted](ctx, c, "/v1/canaries", r)
+}
+
+// Canaries lists the canaries, the latest first.
+func (c *Client) Canaries(ctx context.Context) ([]api.Canary, error) {
+	list, err := get[api.Canaries](ctx, c, "/v1/canaries")
+	return list.Canaries, err
+}
+
+// Pull takes a canary away.
+func (c *Client) Pull(ctx context.Context, id string) (api.Canary, error) {
+	return post[api.Canary](ctx, c, "/v1/canaries/"+url.PathEscape(id)+"/pull", api.Nothing{})
+}
+
 // Audit gives at most limit lines of the audit log after a revision, and after which revision
 // the next page is. Zero for limit is the broker's default.
 func (c *Client) Audit(ctx context.Context, after uint64, limit int) (api.Entries, error) {

@@ -55,11 +55,9 @@ func Load(b Bundle) (*Policy, error) {
 	}
 	p.nameless = newTool(broker.Tool{})
 	p.violations[broker.ViolationSecondUse] = broker.ConsequenceRevokeStep // somebody has a secret who should not, or did not get his
+	p.violations[broker.ViolationCanary] = broker.ConsequenceRevokeChain
 	for code, name := range b.content.Violations {
 		p.violations[code], _ = broker.ParseConsequence(name) // content.check saw to it
-	}
-	if _, named := p.violations[broker.ViolationCanary]; !named && p.hasCanary() {
-		p.violations[broker.ViolationCanary] = broker.ConsequenceRevokeChain
 	}
 	if err := p.compile(b.content.Policies); err != nil {
 		return nil, err
@@ -140,15 +138,6 @@ func (p *Policy) Tool(name broker.ToolName) (broker.Tool, bool) {
 		return t.Tool, true
 	}
 	return broker.Tool{}, false
-}
-
-func (p *Policy) hasCanary() bool {
-	for _, t := range p.tools {
-		if t.Canary {
-			return true
-		}
-	}
-	return false
 }
 
 // Tools are the declared tools in the order of their names.

@@ -25,6 +25,7 @@ const (
 	delegationID = broker.DelegationID("dl0123456789abcdefghjkmnpq")
 	grantID      = broker.GrantID("gr0123456789abcdefghjkmnpq")
 	revocationID = broker.RevocationID("rv0123456789abcdefghjkmnpq")
+	canaryID     = broker.CanaryID("cn0123456789abcdefghjkmnpq")
 
 	marker = "hunter2-marker" // the secret: it must be in one answer and nowhere else
 )
@@ -36,12 +37,15 @@ var (
 
 // fake answers every call with one full object, or with err. It notes what it was asked.
 type fake struct {
-	mu       sync.Mutex // guards everything below
-	err      error
-	panics   any
-	asked    any
-	limit    int
-	closed   []broker.GrantID
+	mu     sync.Mutex // guards everything below
+	err    error
+	panics any
+	asked  any
+	limit  int
+	closed []broker.GrantID
+
+	presented []string // callers and values
+
 	repeated bool
 	secret   []byte
 	standing broker.Standing
@@ -229,6 +233,28 @@ func (f *fake) Chains(_ context.Context, all bool) ([]broker.ChainSummary, error
 
 func (f *fake) Chain(_ context.Context, id broker.ChainID) (broker.ChainView, error) {
 	return broker.ChainView{Chain: chain(), Delegations: []broker.Delegation{delegation()}, Grants: []broker.Grant{grant()}}, f.answer(id)
+}
+
+func canary() broker.Canary {
+	return broker.Canary{ID: canaryID, Chain: chainID, Note: "n", By: "ann", Planted: noon, Touched: noon, Touches: 2}
+}
+
+func (f *fake) Plant(_ context.Context, _ broker.Operator, r broker.PlantRequest) (broker.Canary, string, error) {
+	return canary(), "hvs.CAESx", f.answer(r)
+}
+
+func (f *fake) Canaries(context.Context) ([]broker.Canary, error) {
+	return []broker.Canary{canary()}, f.answer(nil)
+}
+
+func (f *fake) Pull(_ context.Context, _ broker.Operator, id broker.CanaryID) (broker.Canary, error) {
+	return canary(), f.answer(id)
+}
+
+func (f *fake) Present(_ context.Context, c broker.Caller, value string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.presented = append(f.presented, c.ID.String()+" "+value)
 }
 
 func (f *fake) Entries(_ context.Context, after broker.Revision, limit int) ([]broker.Entry, error) {

@@ -326,6 +326,10 @@ func TestConversions(t *testing.T) {
 			broker.ReportRequest{Delegation: delegationID, Grant: grantID, Violation: "canary", Detail: "d"}},
 		{"agents", "/v1/grants/" + string(grantID) + "/close", `{}`, 200, grantID},
 		{"operators", "/v1/revocations/" + string(revocationID) + "/unfreeze", `{}`, 200, revocationID},
+		{"operators", "/v1/canaries", `{"chain":"` + string(chainID) + `","note":"n","like":"github"}`, 201,
+			broker.PlantRequest{Chain: chainID, Note: "n", Like: broker.GuiseGitHub}},
+		{"operators", "/v1/canaries", `{}`, 201, broker.PlantRequest{}},
+		{"operators", "/v1/canaries/" + string(canaryID) + "/pull", `{}`, 200, canaryID},
 	} {
 		w := r.ask(row.listener, "POST", row.path, row.body)
 		if w.Code != row.status || !reflect.DeepEqual(r.fake.asked, row.want) {

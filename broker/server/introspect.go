@@ -45,7 +45,8 @@ func (s *Server) introspectRoute() []route {
 		if given := x.Header.Values("Content-Type"); len(given) != 1 || given[0] != api.FormType {
 			return api.NewProblem(api.KindMalformed, api.CodeMediaType, "the Content-Type must be "+api.FormType)
 		}
-		if _, err := s.identify(x); err != nil {
+		caller, err := s.identify(x)
+		if err != nil {
 			return err
 		}
 		token, err := formToken(x)
@@ -54,6 +55,9 @@ func (s *Server) introspectRoute() []route {
 		}
 		return reply(x, func(none) (answer, error) {
 			said, err := s.cfg.Introspect(x.Context(), token)
+			if !said.Active {
+				s.cfg.Broker.Present(x.Context(), caller, token)
+			}
 			return answer{status: http.StatusOK, body: said}, err
 		})
 	}}}

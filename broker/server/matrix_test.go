@@ -116,6 +116,9 @@ var matrix = map[string]struct{ anonymous, elsewhere int }{
 	"operators GET /v1/revocations/{id}":           {401, 404},
 	"operators GET /v1/revocations/{id}/events":    {401, 404},
 	"operators POST /v1/revocations/{id}/unfreeze": {401, 404},
+	"operators POST /v1/canaries":                  {401, 404},
+	"operators GET /v1/canaries":                   {401, 404},
+	"operators POST /v1/canaries/{id}/pull":        {401, 404},
 	"operators GET /v1/audit":                      {401, 404},
 	"operators GET /v1/audit/checkpoint":           {401, 404},
 	"operators GET /v1/revocations/{id}/report":    {401, 404},
@@ -165,6 +168,8 @@ func request(path string, op operation) (url, body string) {
 		id = string(grantID)
 	case strings.HasPrefix(path, "/v1/revocations"):
 		id = string(revocationID)
+	case strings.HasPrefix(path, "/v1/canaries"):
+		id = string(canaryID)
 	}
 	if contentType(op) == "Content-Type: "+api.FormType {
 		body = "token=good"
@@ -177,6 +182,7 @@ func request(path string, op operation) (url, body string) {
 			"ReportRequest":   `{"delegation":"` + string(delegationID) + `","violation":"canary"}`,
 			"PlanRequest":     `{"selector":"chain:` + string(chainID) + `"}`,
 			"RevokeRequest":   `{"selector":"chain:` + string(chainID) + `","reason":"r"}`,
+			"PlantRequest":    `{"chain":"` + string(chainID) + `","note":"n"}`,
 			"Nothing":         `{}`,
 		}[name(op.RequestBody.Content["application/json"].Schema)]
 	}

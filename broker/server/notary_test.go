@@ -3,6 +3,7 @@ package server_test
 import (
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 
@@ -71,6 +72,9 @@ func TestIntrospect(t *testing.T) {
 		if w.Code != row.status || !strings.HasPrefix(w.Body.String(), row.says) {
 			t.Errorf("%s = %d %s, want %d %s", row.name, w.Code, w.Body, row.status, row.says)
 		}
+	}
+	if want := []string{agentID.String() + " bad", agentID.String() + " down"}; !slices.Equal(r.fake.presented, want) {
+		t.Errorf("told of %q, want what was presented by somebody and is not shown to be active: %q", r.fake.presented, want)
 	}
 	without := newRig(t, func(c *server.Config) { c.Introspect = nil })
 	if w := without.ask("agents", "POST", path, "token=good", form); w.Code != 404 {

@@ -23,6 +23,9 @@ func (s *Server) operatorRoutes() []route {
 		route{"GET", "/v1/revocations/{id}", nil, forOperator(s, s.revocation)},
 		route{"GET", "/v1/revocations/{id}/events", nil, s.revocationEvents},
 		route{"POST", "/v1/revocations/{id}/unfreeze", nil, forOperator(s, s.unfreeze)},
+		route{"POST", "/v1/canaries", nil, forOperator(s, s.plant)},
+		route{"GET", "/v1/canaries", nil, forOperator(s, s.canaries)},
+		route{"POST", "/v1/canaries/{id}/pull", nil, forOperator(s, s.pull)},
 		route{"GET", "/v1/audit", page, forOperator(s, s.audit)},
 	)
 	routes = append(routes, s.notaryRoutes()...)

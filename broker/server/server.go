@@ -24,6 +24,7 @@ type Broker interface {
 	Revoker
 	Revocations
 	Chains
+	Canaries
 	Audit
 }
 
@@ -70,6 +71,15 @@ type Revocations interface {
 type Chains interface {
 	Chains(ctx context.Context, all bool) ([]broker.ChainSummary, error)
 	Chain(context.Context, broker.ChainID) (broker.ChainView, error)
+}
+
+// Canaries plants values that nobody has business with, and is told of what was presented as somebody's token
+// and is none. Present must not take longer for a canary's value than for any other.
+type Canaries interface {
+	Plant(context.Context, broker.Operator, broker.PlantRequest) (c broker.Canary, value string, err error)
+	Canaries(context.Context) ([]broker.Canary, error)
+	Pull(context.Context, broker.Operator, broker.CanaryID) (broker.Canary, error)
+	Present(ctx context.Context, c broker.Caller, value string)
 }
 
 // Audit shows the log.

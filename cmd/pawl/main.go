@@ -95,6 +95,7 @@ For responders:
   pawl chain             what is alive
   pawl revoke            stop it, and be told the truth about what is dead
   pawl leaked            the selector of a value that was found where it must not be
+  pawl canary            values that only a thief presents
   pawl freeze            stop it for now; pawl unfreeze lifts it
   pawl audit             what happened, and whether the log is whole
   pawl report            what a revocation came to, signed
@@ -121,7 +122,7 @@ func command() *cobra.Command {
 		return misuse{hinted{err, cmd.CommandPath() + " --help shows the flags"}}
 	})
 	root.AddCommand(serverCommand(), devCommand(), demoCommand(), versionCommand(), policyCommand(), vaultCommand(),
-		stepCommand(), chainCommand(), revokeCommand(), leakedCommand(), freezeCommand(), unfreezeCommand(), auditCommand(), reportCommand(), explainCommand(), drillCommand(), doctorCommand())
+		stepCommand(), chainCommand(), revokeCommand(), leakedCommand(), canaryCommand(), freezeCommand(), unfreezeCommand(), auditCommand(), reportCommand(), explainCommand(), drillCommand(), doctorCommand())
 	for _, c := range root.Commands() {
 		mend(c)
 	}

@@ -1,0 +1,367 @@
+package broker
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+// CanaryID names a planted value, "cn…".
+type CanaryID string
+
+// ParseCanaryID accepts exactly what this package makes.
+func ParseCanaryID(s string) (CanaryID, error) { return CanaryID(s), parseID(s, "cn", "canary") }
+
+// Canary is a value that opens nothing and was put where only a thief would find it. Whoever presents it has
+// read what he had no business with. The value itself is kept nowhere: the ledger has its [ValueDigest], as
+// for values that were handed out.
+type Canary struct {
+	ID      CanaryID  `json:"id"`
+	Chain   ChainID   `json:"chain,omitempty"` // in whose reach it was planted; empty: of no chain
+	Note    string    `json:"note,omitempty"`  // where it was put, for people
+	By      string    `json:"by"`              // the operator
+	Planted time.Time `json:"planted"`
+	Touched time.Time `json:"touched,omitzero"` // when it was last presented; zero: never
+	Touches int       `json:"touches,omitempty"`
+}
+
+// Guise is what kind of token a canary's value looks like. The zero value is GuiseVault.
+type Guise string
+
+// The guises: tokens that thieves try and scanners know.
+const (
+	GuiseVault  Guise = "vault"  // a Vault service token, as steps of the token plugin are given
+	GuiseGitHub Guise = "github" // a personal access token, whose checksum is right
+)
+
+// PlantRequest asks for a canary.
+type PlantRequest struct {
+	Chain ChainID // empty: of no chain
+	Note  string  // at most MaxTask bytes
+	Like  Guise
+}
+
+// Plant draws a value, keeps its digest and gives both. The value is no [Secret], since it opens nothing; but
+// whoever knows that it is a canary can step around it, and it is given this once.
+//
+// Errors: Malformed, Unauthenticated, NotFound (no such chain), Unavailable.
+func (b *Broker) Plant(ctx context.Context, o Operator, r PlantRequest) (c Canary, value string, err error) {
+	const op = "plant"
+	if err := o.check(op); err != nil {
+		return Canary{}, "", err
+	}
+	if err := checkText(op, "note", r.Note, 0, MaxTask); err != nil {
+		return Canary{}, "", err
+	}
+	switch r.Like {
+	case "", GuiseVault:
+		value, err = drawVaultToken(b.cfg.Random)
+	case GuiseGitHub:
+		value, err = drawGitHubToken(b.cfg.Random)
+	default:
+		return Canary{}, "", Errorf(Malformed, op, "a canary is like %s or %s", GuiseVault, GuiseGitHub)
+	}
+	if err != nil {
+		return Canary{}, "", err
+	}
+	id, err := b.newID("cn")
+	if err != nil {
+		return Canary{}, "", err
+	}
+	c = Canary{ID: CanaryID(id), Chain: r.Chain, Note: r.Note, By: o.Name, Planted: b.cfg.Now()}
+	err = b.update(ctx, op, func(tx Tx) error {
+		if r.Chain != "" {
+			if _, known, err := load[Chain](tx, keyChain(r.Chain)); err != nil || !known {
+				return orUnknownChain(op, r.Chain, err)
+			}
+		}
+		if _, err := enter(tx, Entry{At: c.Planted, Actor: o.Name, Op: OpPlant, Chain: c.Chain, Detail: c.detail()}); err != nil {
+			return err
+		}
+		return save(tx, keyCanary(DigestValue(value)), c)
+	})
+	if err != nil {
+		return Canary{}, "", err
+	}
+	return c, value, nil
+}
+
+func (c Canary) detail() string {
+	if c.Note == "" {
+		return "canary " + string(c.ID)
+	}
+	return "canary " + string(c.ID) + ", " + c.Note
+}
+
+func orUnknownChain(op string, id ChainID, err error) error {
+	if err != nil {
+		return err
+	}
+	return Errorf(NotFound, op, "there is no chain %s", id)
+}
+
+// Canaries lists what is planted, the latest first.
+//
+// Errors: Unavailable.
+func (b *Broker) Canaries(ctx context.Context) (list []Canary, err error) {
+	err = b.view(ctx, "canaries", func(tx Tx) error {
+		list = nil
+		return eachCanary(tx, func(_ string, c Canary) { list = append(list, c) })
+	})
+	slices.SortFunc(list, func(a, b Canary) int { return strings.Compare(string(b.ID), string(a.ID)) }) // ids begin with the time
+	return list, err
+}
+
+// eachCanary calls f with each canary and its key.
+func eachCanary(tx Tx, f func(key string, c Canary)) (err error) {
+	if scanErr := tx.Scan("n/", "", func(key string, raw []byte) bool {
+		var c Canary
+		if err = json.Unmarshal(raw, &c); err != nil {
+			err = fmt.Errorf("reading record %q: %w", key, err)
+			return false
+		}
+		f(key, c)
+		return true
+	}); scanErr != nil {
+		return scanErr
+	}
+	return err
+}
+
+// Pull takes a canary away: from then on its value is like any that nobody knows.
+//
+// Errors: Unauthenticated, NotFound with CodeCanaryUnknown, Unavailable.
+func (b *Broker) Pull(ctx context.Context, o Operator, id CanaryID) (c Canary, err error) {
+	const op = "pull"
+	if err := o.check(op); err != nil {
+		return Canary{}, err
+	}
+	err = b.update(ctx, op, func(tx Tx) error {
+		at := ""
+		c = Canary{}
+		if err := eachCanary(tx, func(key string, found Canary) {
+			if found.ID == id {
+				at, c = key, found
+			}
+		}); err != nil {
+			return err
+		}
+		if at == "" {
+			return Errorf(NotFound, op, "there is no such canary").With(CodeCanaryUnknown)
+		}
+		if _, err := enter(tx, Entry{At: b.cfg.Now(), Actor: o.Name, Op: OpPull, Chain: c.Chain, Detail: c.detail()}); err != nil {
+			return err
+		}
+		return tx.Put(at, nil)
+	})
+	if err != nil {
+		return Canary{}, err
+	}
+	return c, nil
+}
+
+// Present is told of a value that a workload presented as somebody's token and that is none. When it is a
+// canary's, that is a violation of the chain in which it was planted. What follows does so in the background, also
+// when the ledger has to be waited for: from no answer, and from none's time, can anybody tell that it was one.
+func (b *Broker) Present(ctx context.Context, c Caller, value string) {
+	digest := DigestValue(value)
+	planted := false
+	err := b.view(ctx, "present", func(tx Tx) error {
+		raw, err := tx.Get(keyCanary(digest))
+		planted = raw != nil
+		return err
+	})
+	if err == nil && !planted {
+		return
+	}
+	if !b.touches.begin(digest) {
+		return // it is being recorded
+	}
+	b.background(func() {
+		defer b.touches.end(digest)
+		for wait := 50 * time.Millisecond; ; wait = min(2*wait, 10*time.Second) {
+			ctx, cancel := after(b.ctx, 30*time.Second) // a broker that stops still records it
+			_, _, err := b.touch(ctx, c.ID.String(), digest)
+			cancel()
+			if err == nil {
+				return
+			}
+			b.cfg.Alarm("recording that a canary was touched", err)
+			if !b.pause(nil, wait, 0) {
+				return
+			}
+		}
+	})
+}
+
+// touches are the values that are being recorded as presented, so that however often one is presented while the
+// ledger is away, one goroutine waits.
+type touches struct {
+	mu   sync.Mutex // guards busy
+	busy map[ValueDigest]bool
+}
+
+// maxTouches bounds what waits for the ledger: while it cannot be read, any value may be a canary's.
+const maxTouches = 1024
+
+func (t *touches) begin(d ValueDigest) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.busy[d] || len(t.busy) >= maxTouches {
+		return false
+	}
+	if t.busy == nil {
+		t.busy = map[ValueDigest]bool{}
+	}
+	t.busy[d] = true
+	return true
+}
+
+func (t *touches) end(d ValueDigest) {
+	t.mu.Lock()
+	delete(t.busy, d)
+	t.mu.Unlock()
+}
+
+// touch records that a canary was presented and carries out what policy says; the zero Canary: the value is not a
+// canary's. Who presented it is not who broke anything: a service that asks about a token, or an operator. So it
+// is the chain's opener whom freeze-caller freezes, and of a chain no single step is the breach.
+func (b *Broker) touch(ctx context.Context, by string, digest ValueDigest) (k Canary, rv Revocation, err error) {
+	const op = "present"
+	now := b.cfg.Now()
+	var p path
+	if err := b.view(ctx, op, func(tx Tx) (err error) {
+		p = path{}
+		if k, _, err = load[Canary](tx, keyCanary(digest)); err != nil || k.Chain == "" {
+			return err
+		}
+		chain, _, err := load[Chain](tx, keyChain(k.Chain))
+		if err == nil {
+			p, err = b.readPath(tx, op, chain.Root)
+		}
+		return err
+	}); err != nil || k.ID == "" {
+		return Canary{}, Revocation{}, err
+	}
+	what := ConsequenceDeny
+	if k.Chain != "" {
+		what = b.cfg.Policy().Decide(noticed(Caller{ID: p.root().Holder}, p, ViolationCanary, Tool{}, now)).Consequence
+	}
+	entry := Entry{At: now, Actor: by, Op: OpViolation, Chain: k.Chain, Code: Code(ViolationCanary), Detail: "canary " + string(k.ID) + ", " + what.String()}
+	f := fencing{by: "pawl", reason: "violation: " + string(ViolationCanary), now: now}
+	if k.Chain != "" {
+		entry.Delegation, f.target.node = p.root().ID, p.root().ID
+	}
+	pulled := false
+	err = b.update(ctx, op, func(tx Tx) (err error) {
+		rv = Revocation{}
+		var planted bool
+		if k, planted, err = load[Canary](tx, keyCanary(digest)); err != nil || !planted {
+			pulled = !planted
+			return err
+		}
+		k.Touched, k.Touches = now, k.Touches+1
+		if err := save(tx, keyCanary(digest), k); err != nil {
+			return err
+		}
+		if _, err = enter(tx, entry); err != nil || what == ConsequenceDeny {
+			return err
+		}
+		if rv, err = b.fence(tx, f); err != nil || what != ConsequenceFreezeCaller {
+			return err
+		}
+		_, err = b.fence(tx, fencing{by: f.by, selector: "spiffe:" + p.root().Holder.String(), freeze: true, reason: f.reason, now: now})
+		return err
+	})
+	if err != nil {
+		b.pursueUnsure(rv, err)
+		return k, Revocation{}, err
+	}
+	if pulled {
+		return Canary{}, Revocation{}, nil
+	}
+	b.cfg.Alarm("canary", Errorf(Internal, op, "%s was presented by %s: %s", k.where(), by, what))
+	if rv.ID != "" {
+		b.pursue(rv)
+	}
+	return k, rv, nil
+}
+
+func (c Canary) where() string {
+	if c.Chain == "" {
+		return fmt.Sprintf("canary %s, of no chain,", c.ID)
+	}
+	return fmt.Sprintf("canary %s of chain %s", c.ID, c.Chain)
+}
+
+// touchedBy is touch for an operator who looks for the grant of a leaked value; known says that it is a canary's, so
+// that there is none.
+func (b *Broker) touchedBy(ctx context.Context, o Operator, s Selector) (rv Revocation, known bool, err error) {
+	digest, ok := s.leaked()
+	if !ok {
+		return Revocation{}, false, nil
+	}
+	k, rv, err := b.touch(ctx, o.Name, digest)
+	if k.ID == "" {
+		return Revocation{}, false, nil // an error shows again where the fence is set
+	}
+	if err == nil && rv.ID == "" {
+		err = Errorf(NotFound, "revoke", "the value is that of %s; it is on record as touched, and nothing is revoked", k.where()).
+			With(CodeCanaryValue).Lacks("find out who had it, and revoke that; pawl canary list shows where it was planted", "selector")
+	}
+	return rv, true, err
+}
+
+// canaryOf refuses a plan for a leaked value that is a canary's, and says so.
+func canaryOf(tx Tx, s Selector) error {
+	digest, ok := s.leaked()
+	if !ok {
+		return nil
+	}
+	k, planted, err := load[Canary](tx, keyCanary(digest))
+	if err != nil || !planted {
+		return err
+	}
+	return Errorf(NotFound, "plan", "the value is that of %s, and was handed out by no grant", k.where()).
+		With(CodeCanaryValue).Lacks("revoking it has it recorded as touched, and what policy says of a canary follows", "selector")
+}
+
+// drawVaultToken draws what looks like a Vault service token: "hvs." and 92 characters.
+func drawVaultToken(random io.Reader) (string, error) {
+	var raw [66]byte
+	if _, err := io.ReadFull(random, raw[:]); err != nil {
+		return "", fmt.Errorf("drawing a canary: %w", err)
+	}
+	return "hvs.CAES" + base64.RawURLEncoding.EncodeToString(raw[:]), nil
+}
+
+const base62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+// drawGitHubToken draws what looks like a personal access token: "ghp_", 30 characters and six that are their
+// CRC-32, by which scanners tell such a token from any text.
+func drawGitHubToken(random io.Reader) (string, error) {
+	drawn := make([]byte, 0, 30)
+	var one [1]byte
+	for len(drawn) < cap(drawn) {
+		if _, err := io.ReadFull(random, one[:]); err != nil {
+			return "", fmt.Errorf("drawing a canary: %w", err)
+		}
+		if n := int(one[0]); n < 4*len(base62) { // the rest would make some characters likelier
+			drawn = append(drawn, base62[n%len(base62)])
+		}
+	}
+	var check [6]byte
+	sum := crc32.ChecksumIEEE(drawn)
+	for i := len(check) - 1; i >= 0; i-- {
+		check[i] = base62[sum%62]
+		sum /= 62
+	}
+	return "ghp_" + string(drawn) + string(check[:]), nil
+}

@@ -1,0 +1,78 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/operator"
+)
+
+func canaryCommand() *cobra.Command {
+	var f operatorFlags
+	var in api.PlantRequest
+	c := &cobra.Command{Use: "canary", Short: "Values that only a thief presents",
+		Long: "Plant values that open nothing, where nobody has business: whoever presents one has been there. That is the\n" +
+			"violation canary of the chain it was planted in, and what policy says follows: revoke-chain, unless\n" +
+			"violations.yaml says otherwise. One of no chain is an alarm and a line of the audit.",
+		Example: "  pawl canary plant --chain ch0123456789abcdefghjkmnpq --note 'the planner home' > .vault-token\n  pawl canary list"}
+	f.add(c)
+	plant := &cobra.Command{
+		Use: "plant", Short: "Make one, and print its value this once", Args: cobra.NoArgs,
+		Long: "Make a canary. Its value goes to standard output and is kept nowhere: the broker has a digest. It is presented\n" +
+			"where the broker is asked whether a token is good still (introspection), or by pawl revoke --leaked.",
+		Example: "  pawl canary plant --chain ch0123456789abcdefghjkmnpq --note 'the planner home' > .vault-token\n  pawl canary plant --like github",
+		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, _ []string) error {
+			p, err := c.Plant(cmd.Context(), in)
+			if err != nil {
+				return err
+			}
+			if err := f.show(cmd, p, func(w io.Writer) { fmt.Fprintln(w, p.Value) }); err != nil {
+				return err
+			}
+			fmt.Fprintf(cmd.ErrOrStderr(), "%s is planted; its value is not shown again\n", p.Canary.ID)
+			return nil
+		}),
+	}
+	plant.Flags().StringVar(&in.Chain, "chain", "", "the `chain` that is to blame when it is touched; none: nothing is revoked")
+	plant.Flags().StringVar(&in.Note, "note", "", "where it will be put, for the list and the audit")
+	plant.Flags().StringVar(&in.Like, "like", "vault", "what it looks like: vault (a service token) or github (a personal access token)")
+	list := &cobra.Command{
+		Use: "list", Short: "List what is planted, and what was touched", Args: cobra.NoArgs, Long: "List the canaries, the latest first.", Example: "  pawl canary list",
+		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, _ []string) error {
+			all, err := c.Canaries(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return f.show(cmd, all, func(w io.Writer) {
+				fmt.Fprintln(w, "CANARY\tCHAIN\tPLANTED\tTOUCHED\tTIMES\tBY\tNOTE")
+				for _, k := range all {
+					touched, chain := "never", "-"
+					if !k.Touched.IsZero() {
+						touched = k.Touched.UTC().Format(time.RFC3339)
+					}
+					if k.Chain != "" {
+						chain = k.Chain
+					}
+					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", k.ID, chain, k.Planted.UTC().Format(time.RFC3339), touched, k.Touches, k.By, oneLine(k.Note))
+				}
+			})
+		}),
+	}
+	pull := &cobra.Command{
+		Use: "pull CANARY", Short: "Take one away", Args: cobra.ExactArgs(1), Long: "Take a canary away: from then on its value is like any that nobody knows.",
+		Example: "  pawl canary pull cn0123456789abcdefghjkmnpq",
+		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, args []string) error {
+			k, err := c.Pull(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return f.show(cmd, k, func(w io.Writer) { fmt.Fprintf(w, "%s is pulled\n", k.ID) })
+		}),
+	}
+	c.AddCommand(plant, list, pull)
+	return c
+}
