@@ -32,6 +32,7 @@ func randomCedar(r *rand.Rand, n int) string {
 			` when { context.history has mail && context.history.mail.count > 1 }`,
 			` when { context.args == {env: "prod"} }`, ` when { {all: context.history}.all has mail }`, ` unless { {all: context}.all.chain.depth < 2 }`,
 			` when { context.used.containsAny(["mail"]) }`, ` when { {u: context.used}.u.contains("mail") }`, ` when { context.used == ["mail"] }`,
+			` when { context.used.contains("db.write") || context.used.containsAny(["mail"]) }`,
 			` unless { context.used.contains(context.args.tool) }`, ` when { context.used.contains("db.read") || context.used.contains("mail") }`,
 			` when { context has now && context.now.hour == 12 && context.proof != "x" }`)
 		var notes string
