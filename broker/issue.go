@@ -27,6 +27,7 @@ type issue struct {
 	answer Decision
 	grant  Grant
 	saved  []byte // the grant as this issue recorded it last
+	mine   bool   // what was read last is what this issue recorded
 	again  bool   // the idempotency key was used for this step before
 }
 
@@ -201,10 +202,14 @@ func ends(nodes []Delegation) (ends []time.Time) {
 // exceeded, policy allows it with the history as it is now, the key is new → INTENT. A crash
 // after it leaves an INTENT under which nothing can have been made in Vault.
 func (s *issue) intend(ctx context.Context) error {
-	return s.b.update(ctx, opIssue, s.recordIntent)
+	next, err := draftOf(s.grant)
+	if err != nil {
+		return err
+	}
+	return s.b.update(ctx, opIssue, func(tx Tx) error { return s.recordIntent(tx, next) })
 }
 
-func (s *issue) recordIntent(tx Tx) error {
+func (s *issue) recordIntent(tx Tx, next draft) error {
 	s.again = false
 	p, err := s.b.readPath(tx, opIssue, s.grant.Delegation)
 	if err != nil {
@@ -219,7 +224,7 @@ func (s *issue) recordIntent(tx Tx) error {
 	if err := s.spend(tx, p); err != nil {
 		return err
 	}
-	if err := s.save(tx, s.grant); err != nil {
+	if err := s.save(tx, next); err != nil {
 		return err
 	}
 	if err := tx.Put(keyLive(s.grant.Chain, s.grant.ID), []byte{}); err != nil {
@@ -355,14 +360,19 @@ func (s *issue) mint(ctx context.Context, early *stepToken) (Secret, error) {
 	if err != nil {
 		return Secret{}, err
 	}
+	// The client's own going away must not cut the mint in two.
+	mintCtx, cancel := after(ctx, s.b.cfg.MintTimeout)
+	defer cancel()
 	// Step 4: from here on the ledger can end whatever the token makes.
 	if err := s.handle(ctx, token, m.TTL); err != nil {
 		s.b.kill(ctx, token)
 		return Secret{}, err
 	}
-	// Step 5, once. The client's own going away must not cut it in two.
-	mintCtx, cancel := after(ctx, s.b.cfg.MintTimeout)
-	defer cancel()
+	if mintCtx.Err() != nil {
+		return Secret{}, Errorf(Unavailable, opIssue, "recording took longer than a mint may; nothing was minted").
+			With(CodeLedgerDown).After(time.Second)
+	}
+	// Step 5, once.
 	lease, secret, err := s.b.cfg.Vault.Mint(mintCtx, token, m)
 	if err != nil {
 		return Secret{}, s.mintFailed(ctx, err)
@@ -375,17 +385,29 @@ func (s *issue) mint(ctx context.Context, early *stepToken) (Secret, error) {
 	return secret, nil
 }
 
-// handle is step 4.
+// handle is step 4. The time for the mint runs already, so that Settles is after its end.
 func (s *issue) handle(ctx context.Context, token Handle, longest time.Duration) error {
+	settles := s.b.cfg.Now().Add(s.b.cfg.MintTimeout + s.b.cfg.MintBound)
+	record := func(g Grant) (draft, error) {
+		g.State, g.Token, g.Longest, g.Settles = StateHandle, token, longest, settles
+		return draftOf(g)
+	}
+	expected, err := record(s.grant)
+	if err != nil {
+		return err
+	}
 	return s.b.update(ctx, opIssue, func(tx Tx) error {
 		g, err := s.still(tx)
 		if err != nil {
 			return err
 		}
-		g.State, g.Token, g.Longest = StateHandle, token, longest
-		g.Settles = s.b.cfg.Now().Add(s.b.cfg.MintTimeout + s.b.cfg.MintBound)
-		s.grant = g
-		if err := s.save(tx, g); err != nil {
+		next := expected
+		if !s.mine {
+			if next, err = record(g); err != nil {
+				return err
+			}
+		}
+		if err := s.save(tx, next); err != nil {
 			return err
 		}
 		_, err = enter(tx, s.entry(OpHandle, ""))
@@ -396,20 +418,32 @@ func (s *issue) handle(ctx context.Context, token Handle, longest time.Duration)
 // issued is step 6. When it refuses, the lease is recorded all the same, so that it can be
 // ended by name.
 func (s *issue) issued(ctx context.Context, lease Lease) error {
+	record := func(g Grant, refused error) (draft, error) {
+		if g.State, g.Lease = StateIssued, lease; refused != nil {
+			g.State, g.Ending = StateHandle, EndingFailed
+		}
+		return draftOf(g)
+	}
+	expected, err := record(s.grant, nil)
+	if err != nil {
+		return err
+	}
 	var refused error
-	err := s.b.update(ctx, opIssue, func(tx Tx) error {
+	err = s.b.update(ctx, opIssue, func(tx Tx) error {
 		g, err := s.still(tx)
 		if refused = err; err != nil && KindOf(err) != Revoked && KindOf(err) != Expired {
 			return err
 		}
-		op := OpIssued
-		if g.State = StateIssued; refused != nil {
-			g.State, op = StateHandle, OpEnd
-			g.Ending = EndingFailed
+		next, op := expected, OpIssued
+		if refused != nil {
+			op = OpEnd
 		}
-		g.Lease = lease
-		s.grant = g
-		if err := s.save(tx, g); err != nil {
+		if refused != nil || !s.mine {
+			if next, err = record(g, refused); err != nil {
+				return err
+			}
+		}
+		if err := s.save(tx, next); err != nil {
 			return err
 		}
 		_, err = enter(tx, s.entry(op, ""))
@@ -421,19 +455,32 @@ func (s *issue) issued(ctx context.Context, lease Lease) error {
 	return refused
 }
 
-// save records the grant, and keeps what was recorded.
-func (s *issue) save(tx Tx, g Grant) (err error) {
-	if s.saved, err = json.Marshal(g); err != nil {
-		return fmt.Errorf("encoding grant %s: %w", g.ID, err)
+// draft is the grant as a step means to record it. It is encoded before the transaction, for all
+// others wait for that one; only where the ledger holds something else than this issue recorded
+// is it done again inside.
+type draft struct {
+	grant Grant
+	raw   []byte
+}
+
+func draftOf(g Grant) (draft, error) {
+	raw, err := json.Marshal(g)
+	if err != nil {
+		return draft{}, fmt.Errorf("encoding grant %s: %w", g.ID, err)
 	}
-	s.grant = g
-	return tx.Put(keyGrant(g.ID), s.saved)
+	return draft{g, raw}, nil
+}
+
+// save records the grant, and keeps what was recorded.
+func (s *issue) save(tx Tx, d draft) error {
+	s.grant, s.saved = d.grant, d.raw
+	return tx.Put(keyGrant(d.grant.ID), d.raw)
 }
 
 // load reads the grant, and decodes it only when it is not as this issue recorded it last.
 func (s *issue) load(tx Tx) (Grant, bool, error) {
 	raw, err := tx.Get(keyGrant(s.grant.ID))
-	if err == nil && raw != nil && bytes.Equal(raw, s.saved) {
+	if s.mine = err == nil && raw != nil && bytes.Equal(raw, s.saved); s.mine {
 		return s.grant, true, nil
 	}
 	return load[Grant](tx, keyGrant(s.grant.ID))
