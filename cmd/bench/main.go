@@ -14,9 +14,12 @@ import (
 	"runtime/pprof"
 	"syscall"
 	"time"
+
+	"github.com/pawlsec/pawl/cmd/wire"
 )
 
 func main() {
+	wire.PaceCollector() // as the broker does, for the rows of the engine in process
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := command(ctx, os.Args[1:])
 	stop()

@@ -61,7 +61,8 @@ const method = `- A real Vault (storage in memory, TLS), a real PostgreSQL (` + 
   sooner on this machine.
 - Fence: the engine in process on the embedded ledger, 50 issues a second beside it. Repeated fences of one chain are freezes, the same
   transaction, lifted in between. With Vault down: revocations over the operators' socket of the broker's process.
-- Ledger, resume: the engine on the embedded ledger with a Vault and target in memory.
+- Ledger, resume: the engine on the embedded ledger with a Vault and target in memory. The process that measures policy, fence, ledger
+  and resume collects garbage as the broker does: when the heap has grown by 200%, on both sides.
 `
 
 func (r *report) markdown(b *strings.Builder, rows []row) {

@@ -14,9 +14,11 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/cmd/wire"
 )
 
 func main() {
+	wire.PaceCollector()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := command().ExecuteContext(ctx)
 	stop()
