@@ -106,8 +106,25 @@ func (c *closer) forget(id GrantID, done <-chan struct{}) {
 	}
 }
 
-// hurry has a grant ended now.
-func (c *closer) hurry(g Grant) { c.lane(g.Backend).push(dueGrant{id: g.ID, backend: g.Backend}) }
+// hurry has grants ended now.
+func (c *closer) hurry(grants ...Grant) {
+	now := make([]dueGrant, len(grants))
+	for i, g := range grants {
+		now[i] = dueGrant{id: g.ID, backend: g.Backend}
+	}
+	c.hand(now)
+}
+
+// hand gives each lane its part.
+func (c *closer) hand(ds []dueGrant) {
+	by := map[string][]dueGrant{}
+	for _, d := range ds {
+		by[d.backend] = append(by[d.backend], d)
+	}
+	for backend, part := range by {
+		c.lane(backend).push(part)
+	}
+}
 
 // at has a grant looked at later. Of the looks that follow others only the earliest is kept: a grant may be hurried
 // any number of times, and each look at what cannot be ended would have another one follow it for ever.
@@ -171,9 +188,7 @@ func (c *closer) moveDue() time.Duration {
 		ready = append(ready, d)
 	}
 	c.mu.Unlock()
-	for _, d := range ready {
-		c.lane(d.backend).push(d)
-	}
+	c.hand(ready)
 	return next
 }
 

@@ -17,9 +17,16 @@ type inbox struct {
 
 func newInbox() *inbox { return &inbox{ids: map[GrantID]int{}, wake: make(chan struct{}, 1)} }
 
-func (i *inbox) push(id GrantID, attempt int) {
+// push adds some at once, so that the reader finds all of them: it would begin with the first of a
+// thousand, and do the rest in a second go.
+func (i *inbox) push(ds []dueGrant) {
+	if len(ds) == 0 {
+		return
+	}
 	i.mu.Lock()
-	i.ids[id] = max(i.ids[id], attempt)
+	for _, d := range ds {
+		i.ids[d.id] = max(i.ids[d.id], d.attempt)
+	}
 	i.mu.Unlock()
 	select {
 	case i.wake <- struct{}{}:
@@ -43,12 +50,17 @@ type lane struct {
 	settle  *inbox // cut, as far as that could be done: to be killed in Vault and proven
 }
 
-func (l *lane) push(d dueGrant) {
-	if d.attempt == 0 || d.open {
-		l.sever.push(d.id, d.attempt)
-	} else {
-		l.settle.push(d.id, d.attempt)
+func (l *lane) push(ds []dueGrant) {
+	var sever, settle []dueGrant
+	for _, d := range ds {
+		if d.attempt == 0 || d.open {
+			sever = append(sever, d)
+		} else {
+			settle = append(settle, d)
+		}
 	}
+	l.sever.push(sever)
+	l.settle.push(settle)
 }
 
 // runSever is step 2 of revoke for whatever has come in: everything at once, without Vault.
@@ -63,9 +75,11 @@ func (l *lane) runSever() {
 			}
 			cancel()
 		}
-		for _, g := range grants {
-			l.settle.push(g.ID, max(taken[g.ID], 1))
+		cut := make([]dueGrant, len(grants))
+		for i, g := range grants {
+			cut[i] = dueGrant{id: g.ID, attempt: max(taken[g.ID], 1)}
 		}
+		l.settle.push(cut)
 	}
 }
 

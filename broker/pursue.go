@@ -153,8 +153,8 @@ func (p *pursuit) begin(ctx context.Context) error {
 		if g.State == StateHandle && g.Lease.Expires.IsZero() {
 			p.hunted, p.rv.Unswept = append(p.hunted, g.ID), true
 		}
-		p.b.closer.hurry(g)
 	}
+	p.b.closer.hurry(grants...)
 	return nil
 }
 

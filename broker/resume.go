@@ -57,9 +57,7 @@ func (b *Broker) Resume(ctx context.Context) error {
 	b.background(b.watchdog.run)
 	b.background(b.closer.run)
 	b.background(b.runSweeps)
-	for _, g := range abandoned {
-		b.closer.hurry(g)
-	}
+	b.closer.hurry(abandoned...)
 	for _, rv := range unsettled {
 		b.pursue(rv)
 	}

@@ -221,9 +221,7 @@ func (b *Broker) lookForStuck(ctx context.Context, lister StuckLister) error {
 	for _, id := range b.stuck.set(ours) {
 		b.cfg.Alarm("sweep", Errorf(Internal, "sweep", "Vault has given up revoking lease %s: it is tried again, and needs a person", id))
 	}
-	for _, g := range again {
-		b.closer.hurry(g)
-	}
+	b.closer.hurry(again...)
 	return nil
 }
 
