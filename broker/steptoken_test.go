@@ -37,7 +37,7 @@ func TestStepTokenBesideIntent(t *testing.T) {
 				w := newWorld(t)
 				w.Stop()
 				goOn := make(chan struct{})
-				late := &lateLedger{Ledger: w.ledger, goOn: goOn}
+				late := &lateLedger{Ledger: w.ledger, waits: make(chan struct{}), goOn: goOn}
 				w.start(late)
 				root := w.open("planner", broker.OpenRequest{Budget: row.budget})
 				r := step(root, "db.read")
@@ -51,6 +51,7 @@ func TestStepTokenBesideIntent(t *testing.T) {
 					if point == "child" {
 						children.Add(1)
 						if row.during != nil {
+							<-late.waits
 							row.during(w, root)
 							close(goOn)
 						}
@@ -82,12 +83,14 @@ func TestStepTokenBesideIntent(t *testing.T) {
 // lateLedger has one update wait.
 type lateLedger struct {
 	broker.Ledger
-	next atomic.Bool // the next one is it
-	goOn <-chan struct{}
+	next  atomic.Bool   // the next one is it
+	waits chan struct{} // closed when it does
+	goOn  <-chan struct{}
 }
 
 func (l *lateLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
 	if l.next.CompareAndSwap(true, false) {
+		close(l.waits)
 		<-l.goOn
 	}
 	return l.Ledger.Update(ctx, f)
