@@ -345,10 +345,14 @@ func (l *lane) gone(ctx context.Context, batch []Grant) []goneAnswer {
 const patience = 7
 
 // revokeLeft revokes leases that outlived their token. Vault writes a lease without looking at
-// the token again (facts.md), so one that was written during the kill is in nobody's queue.
+// the token again (facts.md), so one that was written during the kill is in nobody's queue. Nor is one that
+// Vault has given up, so that is given no time: each sweep hurries it anew, and its looks would never be enough.
 func (l *lane) revokeLeft(ctx context.Context, batch []Grant, gone []goneAnswer, attempts map[GrantID]int) {
 	l.each(len(batch), func(i int) {
-		if !gone[i].answered || gone[i].gone || attempts[batch[i].ID] < patience {
+		if !gone[i].answered || gone[i].gone {
+			return
+		}
+		if attempts[batch[i].ID] < patience && !l.b.stuck.has(batch[i].Lease.ID) {
 			return
 		}
 		one, cancel := context.WithTimeout(ctx, l.b.cfg.MintTimeout)

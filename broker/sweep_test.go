@@ -278,3 +278,27 @@ func TestStuckLeaseCostsTheSame(t *testing.T) {
 		w.closure(rv, broker.ClosureUnknown)
 	})
 }
+
+// TestStuckLeaseIsTriedBetweenSweeps: however often sweeps hurry a lease that Vault has given up, it is revoked by
+// name, for which a grant that was hurried a moment ago would be given time.
+func TestStuckLeaseIsTriedBetweenSweeps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("root", broker.OpenRequest{})
+		w.issue("root", step(root, "db.read"))
+		w.vault.Stick(w.vault.LeaseIDs()[0], true)
+		w.revoke("chain:%s", root.Chain)
+		tried := func() int { return w.alarmed("outlived its token") }
+		pass(5 * time.Second)
+		before := tried()
+		for range 40 {
+			if _, err := w.Sweep(ctx); err != nil {
+				t.Fatal(err)
+			}
+			pass(500 * time.Millisecond)
+		}
+		if n := tried() - before; n < 20 {
+			t.Errorf("in 20 s with 40 sweeps it was tried %d times, want about once for each", n)
+		}
+	})
+}
