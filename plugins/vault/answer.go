@@ -19,6 +19,7 @@ type answer struct {
 	Auth          *auth
 	Wrap          *wrap
 	Errors        []string
+	Raw           []byte // what was asked for as it is
 }
 
 // auth is the part of an answer that describes a new or renewed token.

@@ -49,9 +49,12 @@ func (c *Client) Leases(ctx context.Context, prefixes ...[]string) ([]LeaseInfo,
 	return out, nil
 }
 
+// maxList is how long Vault's list of one role's leases may be: half a million of them.
+const maxList = 16 << 20
+
 // list gives the ids of the leases right below a path.
 func (c *Client) list(ctx context.Context, path string) (map[string]struct{}, error) {
-	a, err := c.command(ctx, call{method: "LIST", path: "sys/leases/lookup/" + path + "/"})
+	a, err := c.command(ctx, call{method: "LIST", path: "sys/leases/lookup/" + path + "/", most: maxList})
 	var f *failure
 	if errors.As(err, &f) && f.status == 404 {
 		return nil, nil // Vault's word for an empty list
@@ -150,4 +153,30 @@ func (c *Client) Read(ctx context.Context, path []string) (map[string]any, error
 		return nil, fmt.Errorf("reading %q in vault: %w", strings.Join(path[:len(path)-1], "/"), err)
 	}
 	return a.Data, nil
+}
+
+// Fetch reads one path with the broker's own token and gives the answer as it is, nil when there is nothing: for what
+// Vault does not serve as JSON, such as a revocation list, and for what takes it long. An answer of more than most
+// bytes is an error. It waits as long as ctx allows.
+func (c *Client) Fetch(ctx context.Context, path []string, most int64) ([]byte, error) {
+	p, err := join(path)
+	if err != nil {
+		return nil, err
+	}
+	s, err := c.root(ctx)
+	if err != nil {
+		return nil, err
+	}
+	a, err := c.wire.send(ctx, call{method: "GET", path: p, token: s.token, raw: true, most: most})
+	var f *failure
+	switch {
+	case errors.As(err, &f) && f.status == 404:
+		return nil, nil
+	case errors.Is(err, ErrForbidden):
+		c.look()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("fetching %q from vault: %w", strings.Join(path[:len(path)-1], "/"), err)
+	}
+	return a.Raw, nil
 }

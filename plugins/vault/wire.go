@@ -2,6 +2,7 @@ package vault
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -60,6 +61,8 @@ type call struct {
 	wrap   string // how long a wrapping token for the answer lives; empty: the answer comes as it is
 	once   bool   // no layer may send it twice
 	fresh  bool   // on a new connection
+	most   int64  // bytes of the answer; zero: the wire's limit
+	raw    bool   // the answer is not JSON, and is given as it is
 }
 
 // errUnsent says that a request certainly never left.
@@ -92,11 +95,35 @@ func (w *wire) send(ctx context.Context, c call) (answer, error) {
 		return answer{}, fmt.Errorf("asking vault: %w", err)
 	}
 	defer resp.Body.Close()
-	return w.read(resp)
+	limit := w.limit
+	if resp.StatusCode == http.StatusOK { // a refusal is short
+		limit = cmp.Or(c.most, w.limit)
+	}
+	if c.raw && resp.StatusCode == http.StatusOK {
+		return readRaw(resp, limit)
+	}
+	return w.read(resp, limit)
+}
+
+// readRaw takes in an answer that holds no secret.
+func readRaw(resp *http.Response, most int64) (answer, error) {
+	var buf bytes.Buffer
+	if resp.ContentLength > most {
+		return answer{}, errTooLarge
+	}
+	buf.Grow(int(max(resp.ContentLength, 0)) + bytes.MinRead)
+	n, err := buf.ReadFrom(io.LimitReader(resp.Body, most+1))
+	switch {
+	case err != nil:
+		return answer{}, fmt.Errorf("reading vault's answer: %w", err)
+	case n > most:
+		return answer{}, errTooLarge
+	}
+	return answer{Raw: buf.Bytes()}, nil
 }
 
 // read takes the answer in; its bytes are overwritten before they are let go.
-func (w *wire) read(resp *http.Response) (answer, error) {
+func (w *wire) read(resp *http.Response, limit int64) (answer, error) {
 	buf := w.buffers.Get().(*bytes.Buffer)
 	defer func() {
 		clear(buf.Bytes())
@@ -104,11 +131,11 @@ func (w *wire) read(resp *http.Response) (answer, error) {
 			w.buffers.Put(buf)
 		}
 	}()
-	n, err := buf.ReadFrom(io.LimitReader(resp.Body, w.limit+1))
+	n, err := buf.ReadFrom(io.LimitReader(resp.Body, limit+1))
 	switch {
 	case err != nil:
 		return answer{}, fmt.Errorf("reading vault's answer: %w", err)
-	case n > w.limit:
+	case n > limit:
 		return answer{}, errTooLarge
 	case resp.StatusCode == http.StatusNoContent:
 		return answer{}, nil
