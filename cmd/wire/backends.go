@@ -193,7 +193,6 @@ func Reads(tools []broker.Tool, backends map[string]Backend) (paths [][]string) 
 		switch b := backends[t.Backend]; b.Plugin {
 		case "pki":
 			add(t.Path[0], "cert", "*")
-			add(t.Path[0], "issuer", "*") // each authority's list
 			add(t.Path[0], "crl", "rotate")
 		case "jwt":
 			add(t.Path[0], "keys", t.Path[1])

@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
@@ -23,11 +24,15 @@ import (
 // plugins/vault's Client is one.
 type Reader interface {
 	Read(ctx context.Context, path []string) (map[string]any, error)
+	// Fetch gives the answer as it is, which may be most bytes long, and waits as long as ctx allows.
+	Fetch(ctx context.Context, path []string, most int64) ([]byte, error)
 }
 
 // Config says what the backend stands on.
 type Config struct {
-	Vault Reader           // required; must be allowed to read <mount>/cert/*, <mount>/issuer/* and <mount>/crl/rotate
+	// Vault is required, and must be allowed to read <mount>/cert/* and <mount>/crl/rotate. The lists
+	// <mount>/crl and <mount>/issuer/*/crl/der anybody may fetch.
+	Vault Reader
 	Now   func() time.Time // zero: time.Now
 }
 
@@ -36,6 +41,9 @@ type Config struct {
 type Backend struct {
 	vault Reader
 	now   func() time.Time
+
+	mu       sync.Mutex         // guards renewals; never held over the network
+	renewals map[string]renewal // by mount
 }
 
 // New makes a Backend.
@@ -46,7 +54,7 @@ func New(cfg Config) (*Backend, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	return &Backend{vault: cfg.Vault, now: cfg.Now}, nil
+	return &Backend{vault: cfg.Vault, now: cfg.Now, renewals: map[string]renewal{}}, nil
 }
 
 // names are what a certificate is asked for.

@@ -37,9 +37,20 @@ func (r reader) Read(ctx context.Context, path []string) (map[string]any, error)
 	return s.Data, nil
 }
 
+func (r reader) Fetch(ctx context.Context, path []string, most int64) ([]byte, error) {
+	resp, err := r.Logical().ReadRawWithContext(ctx, strings.Join(path, "/"))
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close() //nolint:errcheck // only read
+	return io.ReadAll(io.LimitReader(resp.Body, most))
+}
+
 type none struct{}
 
 func (none) Read(context.Context, []string) (map[string]any, error) { return nil, errors.New("down") }
+
+func (none) Fetch(context.Context, []string, int64) ([]byte, error) { return nil, errors.New("down") }
 
 func newBackend(t *testing.T, v pki.Reader) *pki.Backend {
 	t.Helper()

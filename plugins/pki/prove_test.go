@@ -1,6 +1,7 @@
 package pki_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -10,7 +11,6 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
-	"fmt"
 	"io"
 	"math/big"
 	"strings"
@@ -26,12 +26,19 @@ import (
 type counting struct {
 	reader
 	mu      sync.Mutex // guards what follows
-	reads   int
+	reads   int        // of paths and lists
 	rotated int
 	refuse  bool
 }
 
 func (c *counting) Read(ctx context.Context, path []string) (map[string]any, error) {
+	c.mu.Lock()
+	c.reads++
+	c.mu.Unlock()
+	return c.reader.Read(ctx, path)
+}
+
+func (c *counting) Fetch(ctx context.Context, path []string, most int64) ([]byte, error) {
 	c.mu.Lock()
 	c.reads++
 	rotate := path[len(path)-1] == "rotate"
@@ -43,7 +50,7 @@ func (c *counting) Read(ctx context.Context, path []string) (map[string]any, err
 	if refuse {
 		return nil, errors.New("permission denied")
 	}
-	return c.reader.Read(ctx, path)
+	return c.reader.Fetch(ctx, path, most)
 }
 
 // take gives the counts and begins anew.
@@ -54,9 +61,9 @@ func (c *counting) take() (reads, rotated int) {
 	return reads, rotated
 }
 
-// served says whether the list that relying parties fetch has the certificate: without a token, as
+// served gives the serial numbers, in hexadecimal, on the list that relying parties fetch: without a token, as
 // they do.
-func (e *engine) served(t *testing.T, path, number string) bool {
+func (e *engine) served(t *testing.T, path string) map[string]bool {
 	t.Helper()
 	anybody, err := e.Clone()
 	if err != nil {
@@ -75,12 +82,11 @@ func (e *engine) served(t *testing.T, path, number string) bool {
 	if err != nil {
 		t.Fatalf("the list at %s: %v", path, err)
 	}
+	on := map[string]bool{}
 	for _, entry := range crl.RevokedCertificateEntries {
-		if fmt.Sprintf("%x", entry.SerialNumber) == strings.TrimLeft(strings.ReplaceAll(number, ":", ""), "0") {
-			return true
-		}
+		on[entry.SerialNumber.Text(16)] = true
 	}
-	return false
+	return on
 }
 
 func (e *engine) grantOf(s issued) broker.Grant {
@@ -89,14 +95,25 @@ func (e *engine) grantOf(s issued) broker.Grant {
 
 // TestRealServedList holds that dead is what relying parties can read. With auto_rebuild Vault says
 // revoked hours before its list does: then it is asked for a new list, once for all, and where it
-// refuses that the certificates count as alive.
+// refuses that the certificates count as alive. What Vault is asked does not grow with how many there are.
 func TestRealServedList(t *testing.T) {
+	reads := map[int]int{}
+	for _, n := range []int{40, 320} {
+		reads[n] = proveServed(t, n)
+	}
+	if reads[320] != reads[40] {
+		t.Errorf("to prove 40 certificates Vault was asked %d times, and %d times for 320; want the same", reads[40], reads[320])
+	}
+}
+
+// proveServed gives how often Vault was asked to prove n certificates that were on no list yet.
+func proveServed(t *testing.T, n int) (reads int) {
 	e := newEngine(t, role(nil))
 	e.write(t, e.mount+"/config/crl", map[string]any{"auto_rebuild": true, "auto_rebuild_grace_period": "12h", "expiry": "72h"})
 	v := &counting{reader: reader{e.Client}, refuse: true}
 	b := newBackend(t, v)
 	var grants []broker.Grant
-	for range 40 {
+	for range n {
 		s, err := e.issue(t, b, "spiffe://example.org/a")
 		if err != nil {
 			t.Fatal(err)
@@ -104,30 +121,39 @@ func TestRealServedList(t *testing.T) {
 		e.write(t, "sys/leases/revoke", map[string]any{"lease_id": s.lease, "sync": true})
 		grants = append(grants, e.grantOf(s))
 	}
-	prove := func(want broker.Outcome, text string) {
+	prove := func(want broker.Outcome, text string, all bool) {
 		t.Helper()
 		evidence, err := b.Prove(t.Context(), grants)
 		if err != nil {
 			t.Fatalf("Prove() = %v", err)
 		}
+		served, said := e.served(t, e.mount+"/crl"), 0
 		for i, one := range evidence {
-			onList := e.served(t, e.mount+"/crl", grants[i].Lease.Ref)
-			if one.Outcome != want || !strings.Contains(one.Answer, text) || onList != (want == broker.OutcomeDead) {
-				t.Fatalf("certificate %d: %s %q, and it is on the list %v; want %s %q", i, one.Outcome, one.Answer, onList, want, text)
+			onList := served[strings.TrimLeft(strings.ReplaceAll(grants[i].Lease.Ref, ":", ""), "0")]
+			if one.Outcome != want || onList != (want == broker.OutcomeDead) {
+				t.Fatalf("certificate %d: %s %q, and it is on the list %v; want %s", i, one.Outcome, one.Answer, onList, want)
+			}
+			if strings.Contains(one.Answer, text) {
+				said++
 			}
 		}
+		if said == 0 || all && said < n {
+			t.Errorf("%d of %d certificates are %q, want more", said, n, text)
+		}
 	}
-	prove(broker.OutcomeAlive, "Vault makes no other when asked")
+	prove(broker.OutcomeAlive, "Vault makes no other when asked", false)
 	v.take()
 	v.refuse = false
-	prove(broker.OutcomeDead, "on the list of CN=test of ")
-	if _, rotated := v.take(); rotated != 1 {
-		t.Errorf("the list was made anew %d times for 40 certificates, want once", rotated)
+	prove(broker.OutcomeDead, "on the list of CN=test of ", true)
+	reads, rotated := v.take()
+	if rotated != 1 {
+		t.Errorf("the list was made anew %d times for %d certificates, want once", rotated, n)
 	}
-	prove(broker.OutcomeDead, "on the list of CN=test of ")
-	if reads, rotated := v.take(); reads != 1 || rotated != 0 {
-		t.Errorf("40 certificates on the list took %d reads and %d new lists, want 1 and 0", reads, rotated)
+	prove(broker.OutcomeDead, "on the list of CN=test of ", true)
+	if again, rotated := v.take(); again != 1 || rotated != 0 {
+		t.Errorf("%d certificates on the list took %d reads and %d new lists, want 1 and 0", n, again, rotated)
 	}
+	return reads
 }
 
 // TestRealIssuers holds that each certificate is looked for on its own authority's list.
@@ -146,58 +172,168 @@ func TestRealIssuers(t *testing.T) {
 	if err != nil || evidence[0].Outcome != broker.OutcomeDead || !strings.Contains(evidence[0].Answer, "on the list of CN=other of ") {
 		t.Errorf("Prove() = %v, %v, want dead by the other authority's list", evidence, err)
 	}
-	if e.served(t, e.mount+"/crl", g.Lease.Ref) || !e.served(t, e.mount+"/issuer/"+other.Data["issuer_id"].(string)+"/crl/der", g.Lease.Ref) {
+	number := strings.TrimLeft(strings.ReplaceAll(g.Lease.Ref, ":", ""), "0")
+	if e.served(t, e.mount+"/crl")[number] || !e.served(t, e.mount+"/issuer/"+other.Data["issuer_id"].(string)+"/crl/der")[number] {
 		t.Error("the certificate is on the wrong authority's list")
 	}
 }
 
-// TestLists holds what is taken for a list: one that is in force.
-func TestLists(t *testing.T) {
-	now := time.Now()
+// authority signs lists.
+type authority struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+func newAuthority(t testing.TB) authority {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	ca := &x509.Certificate{Subject: pkix.Name{CommonName: "ca"}, SubjectKeyId: []byte{1}, KeyUsage: x509.KeyUsageCRLSign}
-	crl := func(next time.Time, reason int) string {
-		der, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: now.Add(-time.Hour), NextUpdate: next,
-			RevokedCertificateEntries: []x509.RevocationListEntry{{SerialNumber: big.NewInt(258), RevocationTime: now, ReasonCode: reason}}}, ca, key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: der}))
+	return authority{&x509.Certificate{Subject: pkix.Name{CommonName: "ca"}, SubjectKeyId: []byte{1}, KeyUsage: x509.KeyUsageCRLSign}, key}
+}
+
+func (a authority) sign(t testing.TB, next time.Time, entries ...x509.RevocationListEntry) []byte {
+	t.Helper()
+	der, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: next.Add(-2 * time.Hour), NextUpdate: next,
+		RevokedCertificateEntries: entries}, a.cert, a.key)
+	if err != nil {
+		t.Fatal(err)
 	}
-	good := crl(now.Add(time.Hour), 0)
-	g := broker.Grant{ID: "gr1", Path: "pki/agent", Expires: now.Add(time.Minute), Lease: broker.Lease{Ref: "01:02", Expires: now.Add(time.Minute)}}
+	return der
+}
+
+func entry(number int64, reason int) x509.RevocationListEntry {
+	return x509.RevocationListEntry{SerialNumber: big.NewInt(number), RevocationTime: time.Now(), ReasonCode: reason}
+}
+
+// grant258 is of a certificate with the number 258.
+func grant258() broker.Grant {
+	end := time.Now().Add(time.Minute)
+	return broker.Grant{ID: "gr1", Path: "pki/agent", Expires: end, Lease: broker.Lease{Ref: "01:02", Expires: end}}
+}
+
+// TestLists holds what is taken for a list: one that is in force.
+func TestLists(t *testing.T) {
+	a, later := newAuthority(t), time.Now().Add(time.Hour)
+	good := a.sign(t, later, entry(258, 0))
 	for name, row := range map[string]struct {
-		list string
+		list []byte
 		want broker.Outcome
 		fail bool
 	}{
-		"good":        {good, broker.OutcomeDead, false},
-		"expired":     {crl(now.Add(-time.Second), 0), broker.OutcomeAlive, false},
-		"taken off":   {crl(now.Add(time.Hour), 8), broker.OutcomeAlive, false},
-		"none":        {"", broker.OutcomeAlive, false},
-		"two":         {good + good, "", true},
-		"no PEM":      {"x", "", true},
-		"another PEM": {strings.ReplaceAll(good, "X509 CRL", "CERTIFICATE"), "", true},
-		"cut":         {good[:len(good)/2] + "\n-----END X509 CRL-----\n", "", true},
+		"good":             {good, broker.OutcomeDead, false},
+		"with a reason":    {a.sign(t, later, entry(7, 1), entry(258, 4)), broker.OutcomeDead, false},
+		"without it":       {a.sign(t, later, entry(2, 0), entry(1<<40+258, 0)), broker.OutcomeAlive, false},
+		"of nobody":        {a.sign(t, later), broker.OutcomeAlive, false},
+		"expired":          {a.sign(t, time.Now().Add(-time.Second), entry(258, 0)), broker.OutcomeAlive, false},
+		"taken off":        {a.sign(t, later, entry(258, 8)), broker.OutcomeAlive, false},
+		"none":             {nil, broker.OutcomeAlive, false},
+		"two":              {append(bytes.Clone(good), good...), "", true},
+		"text":             {[]byte("x"), "", true},
+		"cut":              {good[:len(good)/2], "", true},
+		"in PEM":           {pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: good}), "", true},
+		"half of one more": {append(bytes.Clone(good), good[:20]...), "", true},
 	} {
-		evidence, err := newBackend(t, lists(row.list)).Prove(t.Context(), []broker.Grant{g})
+		evidence, err := newBackend(t, lists(row.list)).Prove(t.Context(), []broker.Grant{grant258()})
 		if (err != nil) != row.fail || err == nil && evidence[0].Outcome != row.want {
 			t.Errorf("Prove() with a list that is %s = %v, %v, want %q", name, evidence, err, row.want)
 		}
 	}
 }
 
-// lists is a Vault that serves a list and knows no certificate otherwise than as revoked.
-type lists string
-
-func (l lists) Read(_ context.Context, path []string) (map[string]any, error) {
-	if path[len(path)-1] == "crl" {
-		return map[string]any{"certificate": string(l), "crl": string(l)}, nil
+// TestLongList holds that a list of many megabytes proves what it has, and that one beyond the limit is asked for
+// with that limit.
+func TestLongList(t *testing.T) {
+	entries := make([]x509.RevocationListEntry, 200_000)
+	for i := range entries {
+		entries[i] = entry(1<<40+int64(i), 0)
 	}
+	entries[150_000] = entry(258, 0)
+	long := newAuthority(t).sign(t, time.Now().Add(time.Hour), entries...)
+	other := grant258()
+	other.Lease.Ref = "01:03"
+	evidence, err := newBackend(t, lists(long)).Prove(t.Context(), []broker.Grant{grant258(), other})
+	if err != nil || evidence[0].Outcome != broker.OutcomeDead || evidence[1].Outcome != broker.OutcomeAlive {
+		t.Errorf("Prove() with a list of %d bytes = %v, %v, want the first dead, the other alive", len(long), evidence, err)
+	}
+}
+
+// FuzzList holds that what is read of a list is what the standard library reads, which keeps all of it in memory. It passes
+// over what follows where a list should end; that is refused.
+func FuzzList(f *testing.F) {
+	a, later := newAuthority(f), time.Now().Add(time.Hour)
+	f.Add(a.sign(f, later, entry(258, 0), entry(3, 1)))
+	f.Add(a.sign(f, later, entry(258, 8)))
+	f.Add(a.sign(f, later))
+	f.Fuzz(func(t *testing.T, der []byte) {
+		if len(der) == 0 {
+			return
+		}
+		crl, wrong := x509.ParseRevocationList(der)
+		evidence, err := newBackend(t, lists(der)).Prove(t.Context(), []broker.Grant{grant258()})
+		if err != nil || wrong != nil {
+			return // each is the stricter one somewhere
+		}
+		on := false
+		for _, e := range crl.RevokedCertificateEntries {
+			on = on || e.SerialNumber.Cmp(big.NewInt(258)) == 0 && e.ReasonCode != 8
+		}
+		if want := on && time.Now().Before(crl.NextUpdate); want != (evidence[0].Outcome == broker.OutcomeDead) {
+			t.Errorf("Prove() = %v, and it is on the list %v", evidence, on)
+		}
+	})
+}
+
+// lists is a Vault that serves a list and knows no certificate otherwise than as revoked.
+type lists []byte
+
+func (l lists) Read(context.Context, []string) (map[string]any, error) {
 	return map[string]any{"revocation_time": json.Number("1700000000")}, nil
 }
 
-var _ pki.Reader = lists("")
+func (l lists) Fetch(_ context.Context, _ []string, most int64) ([]byte, error) {
+	if int64(len(l)) > most {
+		return nil, errors.New("longer than the limit")
+	}
+	return l, nil
+}
+
+var _ pki.Reader = lists{}
+
+// slow is a Vault that takes a second for a list anew.
+type slow struct {
+	lists
+	now     time.Time
+	rotated int
+}
+
+func (s *slow) Fetch(ctx context.Context, path []string, most int64) ([]byte, error) {
+	if path[len(path)-1] == "rotate" {
+		s.rotated++
+		s.now = s.now.Add(time.Second)
+		return nil, nil
+	}
+	return s.lists.Fetch(ctx, path, most)
+}
+
+// TestRenewals holds that making lists anew leaves Vault most of its time: it can revoke nothing meanwhile.
+func TestRenewals(t *testing.T) {
+	s := &slow{lists: newAuthority(t).sign(t, time.Now().Add(time.Hour)), now: time.Now()}
+	b, err := pki.New(pki.Config{Vault: s, Now: func() time.Time { return s.now }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := grant258()
+	for _, row := range []struct {
+		later time.Duration
+		want  int
+		text  string
+	}{{0, 1, "not on the list"}, {0, 1, "asked for another a moment ago"}, {1900 * time.Millisecond, 1, "asked for another a moment ago"}, {200 * time.Millisecond, 2, "not on the list"}} {
+		s.now = s.now.Add(row.later)
+		evidence, err := b.Prove(t.Context(), []broker.Grant{g})
+		if err != nil || evidence[0].Outcome != broker.OutcomeAlive || !strings.Contains(evidence[0].Answer, row.text) || s.rotated != row.want {
+			t.Errorf("%v later: Prove() = %v, %v after %d new lists, want alive, %q and %d", row.later, evidence, err, s.rotated, row.text, row.want)
+		}
+	}
+}
