@@ -215,7 +215,7 @@ func (c *closer) lane(backend string) *lane {
 	defer c.mu.Unlock()
 	l, ok := c.lanes[backend]
 	if !ok {
-		l = &lane{b: c.b, backend: backend, sever: newInbox(), settle: newInbox()}
+		l = &lane{b: c.b, backend: backend, sever: newInbox(), settle: newInbox(), killed: map[string]time.Time{}}
 		c.lanes[backend] = l
 		c.b.background(l.runSever)
 		c.b.background(l.runSettle)

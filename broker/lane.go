@@ -4,6 +4,7 @@ import (
 	"context"
 	"maps"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 )
@@ -48,6 +49,9 @@ type lane struct {
 	backend string
 	sever   *inbox // not cut yet
 	settle  *inbox // cut, as far as that could be done: to be killed in Vault and proven
+
+	// killed is when Vault confirmed the end of a token, by accessor, while its grant is not over. Only runSettle looks at it.
+	killed map[string]time.Time
 }
 
 func (l *lane) push(ds []dueGrant) {
@@ -119,8 +123,9 @@ func (l *lane) ending(ids map[GrantID]int) (grants []Grant) {
 	l.b.deliveries.drop(grants)
 	if err != nil && l.b.ctx.Err() == nil {
 		l.b.cfg.Alarm("reading what must end", err)
+		spread := rand.Float64()
 		for id, attempt := range ids {
-			l.b.closer.at(l.later(id, attempt))
+			l.b.closer.at(l.later(id, attempt, spread))
 		}
 		return nil
 	}
@@ -160,38 +165,47 @@ func mustEnd(seen *sight, g *Grant, now time.Time) (bool, error) {
 // for the one that is running, so it is small.
 const batchSize = 200
 
+// passSize is how many grants are asked about together: one question about many leases, or about many secrets at
+// their target, costs Vault or the target little more than one about a few.
+const passSize = 10 * batchSize
+
 // runSettle is steps 3 to 5 of revoke. What comes in while many are being settled does not wait
 // for all of them: an agent's own Close is not held up by the revocation of another chain.
 func (l *lane) runSettle() {
 	for l.await(l.settle) {
 		left := l.settle.take()
 		for len(left) > 0 && l.b.ctx.Err() == nil {
-			batch := map[GrantID]int{}
+			pass := map[GrantID]int{}
 			for id, attempt := range left {
-				if len(batch) == batchSize {
+				if len(pass) == passSize {
 					break
 				}
-				batch[id] = attempt
+				pass[id] = attempt
 				delete(left, id)
 			}
-			l.settleBatch(batch)
-			fresh := l.settle.take()
-			if len(fresh) <= batchSize {
-				l.settleBatch(fresh)
-				continue
-			}
-			maps.Copy(left, fresh)
+			l.settlePass(pass, func() {
+				fresh := l.settle.take()
+				if len(fresh) <= batchSize {
+					l.settlePass(fresh, func() {})
+				} else {
+					maps.Copy(left, fresh)
+				}
+			})
 		}
 	}
 }
 
-func (l *lane) settleBatch(taken map[GrantID]int) {
+// settlePass closes what can be closed, calling between after each batch of it. What is left is looked at again
+// all at once, and not each by itself.
+func (l *lane) settlePass(taken map[GrantID]int, between func()) {
 	grants := l.ending(taken)
 	if len(grants) == 0 {
+		between()
 		return
 	}
-	for _, g := range l.close(grants, taken) {
-		due := l.later(g.ID, taken[g.ID])
+	spread := rand.Float64()
+	for _, g := range l.close(grants, taken, between) {
+		due := l.later(g.ID, taken[g.ID], spread)
 		due.open = l.isOpen(g)
 		if settles := g.Settles.Add(time.Millisecond); settles.After(l.b.cfg.Now()) && settles.Before(due.at) {
 			due.at = settles // then an answer is possible
@@ -207,71 +221,118 @@ func (l *lane) isOpen(g Grant) bool {
 	return n > 0 && l.probes() && g.Evidence[n-1].Outcome != OutcomeDead
 }
 
-// later is when to look again: soon at first, since Vault has usually only queued its part.
-func (l *lane) later(id GrantID, attempt int) dueGrant {
+// later is when to look again: soon at first, since Vault has usually only queued its part. spread, from 0 to 1,
+// puts the looks of one backend off those of another.
+func (l *lane) later(id GrantID, attempt int, spread float64) dueGrant {
 	wait := min(10*time.Millisecond<<min(attempt, 12), 10*time.Second)
-	wait += rand.N(wait/2 + 1)
+	wait += time.Duration(spread * float64(wait/2))
 	return dueGrant{at: l.b.cfg.Now().Add(wait), id: id, backend: l.backend, attempt: attempt + 1}
 }
 
-// close kills and proves a batch, closes what is proven, and gives the rest. attempts says how
+// close kills and proves a pass, closes what is proven, and gives the rest. attempts says how
 // often each has been looked at.
-func (l *lane) close(batch []Grant, attempts map[GrantID]int) (rest []Grant) {
+func (l *lane) close(pass []Grant, attempts map[GrantID]int, between func()) (rest []Grant) {
+	killed := l.kill(pass, between)
 	ctx, cancel := context.WithTimeout(l.b.ctx, time.Minute)
 	defer cancel()
-	killed := l.kill(ctx, batch)
-	found := l.prove(ctx, batch)
-	gone := l.gone(ctx, batch)
-	l.revokeLeft(ctx, batch, gone, attempts)
+	found := l.prove(ctx, pass)
+	gone := l.gone(ctx, pass)
+	l.revokeLeft(ctx, pass, gone, attempts)
 	now := l.b.cfg.Now()
-	for i := range batch {
-		g := &batch[i]
+	for i := range pass {
+		g := &pass[i]
 		g.Outcome, g.Evidence = verdict{g: *g, killed: killed[i], gone: gone[i], found: found[i],
 			minting: l.b.closer.isMinting(g.ID), stuck: l.b.stuck.has(g.Lease.ID), probed: l.probes(), now: now}.outcome()
 	}
+	for batch := range slices.Chunk(pass, batchSize) {
+		rest = append(rest, l.store(batch)...)
+		between()
+	}
+	return rest
+}
+
+// store records a batch and gives what is not over.
+func (l *lane) store(batch []Grant) (rest []Grant) {
+	ctx, cancel := context.WithTimeout(l.b.ctx, time.Minute)
+	defer cancel()
 	if err := l.record(ctx, batch); err != nil && l.b.ctx.Err() == nil {
 		l.b.cfg.Alarm("recording what is over", err)
 		return batch
 	}
 	for _, g := range batch {
-		if g.State != StateClosed {
+		if g.State == StateClosed {
+			delete(l.killed, g.Token.Accessor)
+		} else {
 			rest = append(rest, g)
 		}
 	}
 	return rest
 }
 
+// killAnswer is what Vault said to the end of a step's token.
+type killAnswer struct {
+	at  time.Time // when it confirmed
+	err error
+}
+
 // kill revokes the steps' tokens, some at once. After Vault failed to answer one it is not
-// asked for more in this round.
-func (l *lane) kill(ctx context.Context, batch []Grant) []error {
-	errs := make([]error, len(batch))
-	var down sync.Once
-	var silent error
+// asked for more in this pass. What it has confirmed is not asked for again by this process: a token does not come back.
+func (l *lane) kill(pass []Grant, between func()) []killAnswer {
+	answers := make([]killAnswer, len(pass))
+	var ask []int
+	for i, g := range pass {
+		at, confirmed := l.killed[g.Token.Accessor]
+		switch {
+		case confirmed:
+			answers[i].at = at
+		case g.Token.Accessor != "":
+			ask = append(ask, i)
+		default:
+			answers[i].at = l.b.cfg.Now()
+		}
+	}
 	var mu sync.Mutex // guards silent
-	l.each(len(batch), func(i int) {
-		if batch[i].Token.Accessor == "" {
-			return
-		}
-		mu.Lock()
-		errs[i] = silent
-		mu.Unlock()
-		if errs[i] != nil {
-			return
-		}
-		killCtx, cancel := context.WithTimeout(ctx, l.b.cfg.MintTimeout)
-		defer cancel()
-		if errs[i] = l.b.cfg.Vault.Kill(killCtx, batch[i].Token.Accessor); errs[i] != nil {
-			down.Do(func() {
+	var silent error
+	for batch := range slices.Chunk(ask, batchSize) {
+		ctx, cancel := context.WithTimeout(l.b.ctx, time.Minute)
+		l.each(len(batch), func(k int) {
+			i := batch[k]
+			mu.Lock()
+			answers[i].err = silent
+			mu.Unlock()
+			if answers[i].err != nil {
+				return
+			}
+			if answers[i] = l.killOne(ctx, pass[i]); answers[i].err != nil {
 				mu.Lock()
-				silent = errs[i]
+				first := silent == nil
+				silent = answers[i].err
 				mu.Unlock()
-				if l.b.ctx.Err() == nil {
-					l.b.cfg.Alarm("revoking tokens in Vault", errs[i])
+				if first && l.b.ctx.Err() == nil {
+					l.b.cfg.Alarm("revoking tokens in Vault", answers[i].err)
 				}
-			})
+			}
+		})
+		cancel()
+		for _, i := range batch {
+			if answers[i].err == nil {
+				l.killed[pass[i].Token.Accessor] = answers[i].at
+			}
 		}
-	})
-	return errs
+		if silent == nil && len(ask) > batchSize {
+			between()
+		}
+	}
+	return answers
+}
+
+func (l *lane) killOne(ctx context.Context, g Grant) killAnswer {
+	ctx, cancel := context.WithTimeout(ctx, l.b.cfg.MintTimeout)
+	defer cancel()
+	if err := l.b.cfg.Vault.Kill(ctx, g.Token.Accessor); err != nil {
+		return killAnswer{err: err}
+	}
+	return killAnswer{at: l.b.cfg.Now()}
 }
 
 // each runs f for 0 to n-1 on the configured number of workers.

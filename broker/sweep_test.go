@@ -253,7 +253,7 @@ func TestStuckLeaseCostsTheSame(t *testing.T) {
 		w.vault.Stick(w.vault.LeaseIDs()[0], true)
 		var looks atomic.Int32
 		w.vault.Fail(func(point string) error {
-			if point == "kill" {
+			if point == "gone" {
 				looks.Add(1)
 			}
 			return nil

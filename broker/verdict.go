@@ -10,7 +10,7 @@ import (
 // under way, and the target, where it can be asked, refuses the secret.
 type verdict struct {
 	g       Grant
-	killed  error      // of revoking the step's token
+	killed  killAnswer // of revoking the step's token
 	gone    goneAnswer // of the lease
 	found   Evidence   // of the target; zero when it cannot be asked
 	probed  bool       // the target can be asked
@@ -53,9 +53,9 @@ func (v verdict) outcome() (Outcome, []Evidence) {
 }
 
 func (v verdict) token() Evidence {
-	e := Evidence{At: v.now, Check: "vault: revoke the step's token", Outcome: OutcomeDead, Answer: "revoked, or gone before"}
-	if v.killed != nil {
-		e.Outcome, e.Answer = OutcomeUnknown, "Vault did not confirm"
+	e := Evidence{At: v.killed.at, Check: "vault: revoke the step's token", Outcome: OutcomeDead, Answer: "revoked, or gone before"}
+	if v.killed.err != nil {
+		e.At, e.Outcome, e.Answer = v.now, OutcomeUnknown, "Vault did not confirm"
 	}
 	return e
 }
