@@ -90,6 +90,7 @@ var sections = []section{
 	{"resume", false, measureResume},
 	{"idle", true, measureIdle},
 	{"dead", true, measureDead},
+	{"dead.pki", true, measureDeadCertificates},
 	{"issue", true, measureIssue},
 	{"chain", true, measureChain},
 	{"events", true, measureEvents},

@@ -1,0 +1,132 @@
+package main
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/pawlsec/pawl/broker/agent"
+)
+
+// holders are so many chains, or tokens of a Vault without Pawl, each with its share of the certificates.
+const holders = 16
+
+// measureDeadCertificates revokes many certificates at once, and times until it is shown that the list which
+// Vault serves has each.
+func measureDeadCertificates(ctx context.Context, b *bench) error {
+	n := pick(b, 2000, 200)
+	var ours, theirs samples
+	for range pick(b, 3, 1) {
+		for _, way := range []struct {
+			took  *samples
+			begin func(context.Context, *world, int) (serials []string, end func(context.Context) error, err error)
+		}{{&ours, certificatesOurs}, {&theirs, certificatesTheirs}} {
+			serials, end, err := way.begin(ctx, b.world, n)
+			if err != nil {
+				return fmt.Errorf("making %d certificates: %w", n, err)
+			}
+			began := time.Now()
+			if err := end(ctx); err != nil {
+				return err
+			}
+			*way.took = append(*way.took, time.Since(began).Seconds())
+			if err := b.world.listed(ctx, serials); err != nil {
+				return err
+			}
+		}
+	}
+	b.report.add(row{Name: fmt.Sprintf("dead.pki.%d.closed_seconds", n), Unit: "s", N: n * len(ours),
+		Against: "Vault alone: the tokens are revoked, and once no lease is left the list is made anew, once",
+		Note:    "until the broker has evidence for each and calls the revocations CLOSED; an observer finds each on the list then"}, ours, theirs)
+	return nil
+}
+
+// certificatesOurs takes steps under several chains; the command is the revocation of them all.
+func certificatesOurs(ctx context.Context, w *world, n int) (serials []string, end func(context.Context) error, err error) {
+	agents, err := w.agents(holders)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer closeAgents(agents)
+	chains, serials := make([]string, holders), make([]string, n)
+	err = each(holders, holders, func(i int) error {
+		d, err := agents[i].Open(ctx, agent.Chain{Task: "bench", Rights: []agent.Right{{Tool: "tls.call", Use: true}}})
+		if err != nil {
+			return err
+		}
+		defer d.Leave()
+		chains[i] = d.Info().Chain
+		for k := i; k < n && err == nil; k += holders {
+			var s *agent.Step
+			if s, err = d.Begin(ctx, "tls.call", agent.Args{"name": "a.agents.pawl.dev"}); err == nil {
+				serials[k] = s.Secret().Field("serial_number")
+			}
+		}
+		return err
+	})
+	return serials, func(ctx context.Context) error { return w.revoke(ctx, chains) }, err
+}
+
+// certificatesTheirs makes the same under as many tokens. Revoking a token only queues, so whoever wants to know
+// waits for the leases, and then has the list made.
+func certificatesTheirs(ctx context.Context, w *world, n int) (serials []string, end func(context.Context) error, err error) {
+	accessors, serials := make([]string, holders), make([]string, n)
+	err = each(holders, holders, func(i int) error {
+		token, accessor, err := w.direct.child(ctx)
+		if err != nil {
+			return err
+		}
+		accessors[i] = accessor
+		mine := w.direct.as(token)
+		defer mine.close()
+		for k := i; k < n && err == nil; k += holders {
+			var a vaultAnswer
+			a, err = mine.ask(ctx, "POST", "pki/issue/plain", map[string]any{"common_name": "a.agents.pawl.dev", "exclude_cn_from_sans": true, "ttl": "14m"})
+			serials[k] = a.text("serial_number")
+		}
+		return err
+	})
+	return serials, func(ctx context.Context) error {
+		if err := each(holders, holders, func(i int) error {
+			_, err := w.direct.ask(ctx, "POST", "auth/token/revoke-accessor", map[string]any{"accessor": accessors[i]})
+			return err
+		}); err != nil {
+			return err
+		}
+		if err := w.direct.noLeases(ctx, "pki/issue/plain"); err != nil {
+			return err
+		}
+		_, err := w.direct.ask(ctx, "GET", "pki/crl/rotate", nil)
+		return err
+	}, err
+}
+
+// listed looks, as a relying party would, whether the list that is served now has each certificate.
+func (w *world) listed(ctx context.Context, serials []string) error {
+	a, err := w.direct.ask(ctx, "GET", "pki/cert/crl", nil)
+	if err != nil {
+		return err
+	}
+	block, _ := pem.Decode([]byte(a.text("certificate")))
+	if block == nil {
+		return errors.New("vault serves no revocation list")
+	}
+	crl, err := x509.ParseRevocationList(block.Bytes)
+	if err != nil {
+		return err
+	}
+	revoked := make(map[string]bool, len(crl.RevokedCertificateEntries))
+	for _, e := range crl.RevokedCertificateEntries {
+		revoked[e.SerialNumber.Text(16)] = true
+	}
+	for _, s := range serials {
+		if !revoked[strings.TrimLeft(strings.ReplaceAll(s, ":", ""), "0")] {
+			return errors.New("a certificate that was called dead is not on the list that Vault serves")
+		}
+	}
+	return nil
+}
