@@ -127,10 +127,15 @@ func (c *closer) hand(ds []dueGrant) {
 }
 
 // at has a grant looked at later. Of the looks that follow others only the earliest is kept: a grant may be hurried
-// any number of times, and each look at what cannot be ended would have another one follow it for ever.
+// any number of times, and each look at what cannot be ended would have another one follow it for ever. What was put
+// off by a clock that has been set right since is looked at soon.
 func (c *closer) at(d dueGrant) {
+	most := c.b.cfg.Now().Add(mostWait)
 	c.mu.Lock()
 	if d.attempt > 0 {
+		if d.at.After(most) {
+			d.at = most
+		}
 		if next, ok := c.again[d.id]; ok && !d.at.Before(next) {
 			c.mu.Unlock()
 			return

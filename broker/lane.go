@@ -96,11 +96,13 @@ func (l *lane) await(i *inbox) bool {
 	}
 }
 
-// ending loads the grants and leaves out those that are over and those that need not end yet.
+// ending loads the grants and leaves out those that are over and those that need not end yet: a clock
+// that was ahead has them looked at too soon, and they are looked at again at their end.
 func (l *lane) ending(ids map[GrantID]int) (grants []Grant) {
 	now := l.b.cfg.Now()
+	var early []dueGrant
 	err := l.b.view(l.b.ctx, "close", func(tx Tx) error {
-		grants = nil
+		grants, early = nil, nil
 		seen := l.b.sight(tx)
 		for id := range ids {
 			g, ok, err := load[Grant](tx, keyGrant(id))
@@ -116,6 +118,8 @@ func (l *lane) ending(ids map[GrantID]int) (grants []Grant) {
 			}
 			if must {
 				grants = append(grants, g)
+			} else {
+				early = append(early, dueGrant{at: g.Expires, id: id, backend: l.backend})
 			}
 		}
 		return nil
@@ -128,6 +132,9 @@ func (l *lane) ending(ids map[GrantID]int) (grants []Grant) {
 			l.b.closer.at(l.later(id, attempt, spread))
 		}
 		return nil
+	}
+	for _, d := range early {
+		l.b.closer.at(d)
 	}
 	return grants
 }

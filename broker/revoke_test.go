@@ -154,6 +154,31 @@ func TestClockSetRight(t *testing.T) {
 	})
 }
 
+// TestClockSetRightMeanwhile: a grant that a clock an hour ahead called over, and that is looked at when the
+// clock is right again, is ended in its time all the same.
+func TestClockSetRightMeanwhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("root", broker.OpenRequest{})
+		first, second := w.issue("root", step(root, "db.read")), w.issue("root", step(root, "db.read"))
+		severed := make(chan struct{})
+		w.target.Fail(func(point string) error {
+			if point == "sever" {
+				<-severed
+			}
+			return nil
+		})
+		w.revoke("grant:%s", first.Grant.ID)
+		pass(time.Millisecond)
+		w.ahead.Store(int64(time.Hour))
+		pass(20 * time.Second)
+		w.ahead.Store(0)
+		close(severed)
+		pass(time.Until(second.Grant.Expires) + 5*time.Second)
+		w.over()
+	})
+}
+
 func (w *world) mustNotBeClosed(rv broker.Revocation) broker.Closure {
 	got, _ := w.Revocation(ctx, rv.ID)
 	if got.Closure == broker.ClosureClosed {
