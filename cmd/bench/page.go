@@ -111,6 +111,7 @@ var reasons = []struct{ prefix, suffix, why string }{
 	{"fence.while_closing", "", " Closing many grants writes long transactions, and a fence waits for the one that is being written."},
 	{"fence.", "p99_ms", " The fence waits for the commit before it: on a shared disk that is the slowest sync of a hundred."},
 	{"resume.", "seconds", " Each live grant is read and decoded once, on one processor."},
+	{"dead.postgres.10000", "seconds", " No session is open here: the server takes login and rights from all in one transaction, on one processor, after the broker has read each grant."},
 	{"dead.", "seconds", " Each session is a process of PostgreSQL's that takes some 2 ms of a processor to go: `vs_floor` says what it takes without Pawl."},
 	{"dead.", "vs_vault_best", " Both sides wait for the same processes to go: see `vs_floor`, and `refused_seconds` for how long anybody could still log in."},
 	{"policy.", "", " The median is far below: one call in a hundred is interrupted by a collection or by other work of the machine."},
