@@ -21,7 +21,8 @@ type Secret struct{ open func() []byte }
 // NewSecret takes ownership of b.
 func NewSecret(b []byte) Secret { return Secret{func() []byte { return b }} }
 
-// Reveal opens the secret. Two places may call it: the API encoder and the minter.
+// Reveal opens the secret. Beside the methods here, two places may call it: the API's encoder and the sealing next to
+// it, which hand it to whom it was made for. The suite of brokertest looks with it for what must not be told.
 func (s Secret) Reveal() []byte {
 	if s.open == nil {
 		return nil
