@@ -320,19 +320,27 @@ BEGIN
 END $$;
 
 -- Takes login and rights from the given logins. Leaving the group stops the next statement of whoever
--- is still inside, or comes in while this is not committed yet.
-CREATE OR REPLACE FUNCTION pawl.disable(names text[]) RETURNS void LANGUAGE plpgsql AS $$
+-- is still inside, or comes in while this is not committed yet. The plans: see inspect.
+CREATE OR REPLACE FUNCTION pawl.disable(names text[]) RETURNS void LANGUAGE plpgsql
+SET enable_seqscan = off SET jit = off AS $$
 DECLARE
-    r record;
+    r    record;
+    mine oid[] := '{}';
 BEGIN
-    FOR r IN SELECT p.name FROM pawl.roles p JOIN unnest(names) n ON n = p.name WHERE p.rolcanlogin LOOP
-        EXECUTE format('ALTER ROLE %I NOLOGIN', r.name);
+    FOR r IN SELECT p.* FROM unnest(names) n CROSS JOIN LATERAL (
+        SELECT p.name, p.role, p.rolcanlogin FROM pawl.roles p WHERE p.name = n OFFSET 0) p LOOP
+        mine := mine || r.role;
+        IF r.rolcanlogin THEN
+            EXECUTE format('ALTER ROLE %I NOLOGIN', r.name);
+        END IF;
     END LOOP;
-    FOR r IN SELECT g.rolname AS grp, string_agg(quote_ident(p.name), ', ') AS members
-        FROM pawl.roles p JOIN unnest(names) n ON n = p.name
-        JOIN pg_auth_members m ON m.member = p.role JOIN pg_roles g ON g.oid = m.roleid
-        WHERE g.rolname LIKE 'pawl-%' GROUP BY g.rolname LOOP
-        EXECUTE format('REVOKE %I FROM %s', r.grp, r.members);
+    FOR r IN SELECT (SELECT g.rolname FROM pg_roles g WHERE g.oid = m.roleid) AS grp,
+            string_agg((SELECT quote_ident(p.rolname) FROM pg_roles p WHERE p.oid = o), ', ') AS members
+        FROM unnest(mine) o CROSS JOIN LATERAL (
+            SELECT m.roleid FROM pg_auth_members m WHERE m.member = o OFFSET 0) m GROUP BY m.roleid LOOP
+        IF r.grp LIKE 'pawl-%' THEN
+            EXECUTE format('REVOKE %I FROM %s', r.grp, r.members);
+        END IF;
     END LOOP;
 END $$;
 
@@ -439,25 +447,35 @@ END $$;
 
 -- What is left of the given grants' credentials; when grants is null, of all that were made in this
 -- database (roles are the whole cluster's). A session counts even when its role is gone.
+-- Given grants are looked up one by one over an index (OFFSET 0 keeps the planner from turning that round), and the
+-- rest is planned for as many as there are: roles come and go by thousands between two looks of ANALYZE, and what
+-- the planner takes for an empty table it reads once for each of them.
 CREATE OR REPLACE FUNCTION pawl.inspect(grants text[]) RETURNS TABLE (
     grant_id text, name text, role oid, can_login boolean, in_group boolean, valid_until timestamptz, sessions int)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off AS $$
 BEGIN
     PERFORM pg_stat_clear_snapshot();
     RETURN QUERY
     WITH busy AS (SELECT usesysid, count(*)::int AS n FROM pg_stat_activity GROUP BY usesysid),
+    wanted AS (SELECT DISTINCT unnest(grants) AS id),
     known AS (
+        SELECT r.* FROM wanted w CROSS JOIN LATERAL (
+            SELECT r.grant_id, r.name::text, r.role, r.rolcanlogin, r.rolvaliduntil FROM pawl.roles r
+            WHERE r.name >= 'pawl-' || w.id || '-' AND r.name < 'pawl-' || w.id || '.' -- which follows the hyphen
+            OFFSET 0) r
+        UNION ALL
         SELECT r.grant_id, r.name::text, r.role, r.rolcanlogin, r.rolvaliduntil FROM pawl.roles r
+        WHERE grants IS NULL AND EXISTS (SELECT FROM pawl.logins l WHERE l.grant_id = r.grant_id)
         UNION ALL
         SELECT l.grant_id, l.name, l.role, false, NULL FROM busy b JOIN pawl.logins l ON l.role = b.usesysid
-        WHERE NOT EXISTS (SELECT FROM pg_roles p WHERE p.oid = l.role))
+        WHERE NOT EXISTS (SELECT FROM pg_roles p WHERE p.oid = l.role)
+            AND (grants IS NULL OR l.grant_id IN (SELECT w.id FROM wanted w)))
     SELECT k.grant_id, k.name, k.role, k.rolcanlogin,
-        EXISTS (SELECT FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid
-            WHERE m.member = k.role AND g.rolname LIKE 'pawl-%'),
+        EXISTS (SELECT FROM (SELECT m.roleid FROM pg_auth_members m WHERE m.member = k.role OFFSET 0) m
+            WHERE (SELECT g.rolname LIKE 'pawl-%' FROM pg_roles g WHERE g.oid = m.roleid)),
         k.rolvaliduntil, coalesce(b.n, 0)
-    FROM known k LEFT JOIN busy b ON b.usesysid = k.role
-    WHERE k.grant_id IN (SELECT unnest(grants))
-        OR grants IS NULL AND EXISTS (SELECT FROM pawl.logins l WHERE l.grant_id = k.grant_id);
+    FROM known k LEFT JOIN busy b ON b.usesysid = k.role;
 END $$;
 
 -- Cuts the given grants. Call it until all three counts are zero: a login that began before the
@@ -470,9 +488,10 @@ END $$;
 CREATE OR REPLACE FUNCTION pawl.sever(
     grants text[], OUT severed int, OUT passed_over int, OUT sessions int, OUT starting int[])
 LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET client_min_messages = error AS $$
 DECLARE
     locked text[];
+    roles  oid[];
     alive  text[];
     ours   text[];
 BEGIN
@@ -480,7 +499,8 @@ BEGIN
     -- Two transactions that alter one role collide, so the rows are locked first.
     locked := ARRAY(SELECT l.grant_id FROM pawl.logins l WHERE l.grant_id IN (SELECT unnest(grants))
         FOR UPDATE SKIP LOCKED);
-    alive := ARRAY(SELECT i.name FROM pawl.inspect(grants) i WHERE i.can_login OR i.in_group);
+    SELECT array_agg(i.role), coalesce(array_agg(i.name) FILTER (WHERE i.can_login OR i.in_group), '{}')
+    INTO roles, alive FROM pawl.inspect(grants) i;
     ours := ARRAY(SELECT a FROM unnest(alive) a WHERE substr(a, 6, 26) IN (SELECT unnest(locked))
         OR NOT EXISTS (SELECT FROM pawl.logins l WHERE l.grant_id = substr(a, 6, 26)));
     severed := cardinality(ours);
@@ -495,8 +515,8 @@ BEGIN
     starting := ARRAY(SELECT pid FROM pg_locks WHERE locktype = 'virtualxid' AND granted
         EXCEPT SELECT pid FROM pg_stat_activity WHERE usesysid IS NOT NULL OR datid IS NOT NULL);
     -- Sessions are counted last, so that whoever started up in between is among them.
-    SELECT count(pg_terminate_backend(a.pid)) INTO sessions
-    FROM pawl.inspect(grants) i JOIN pg_stat_activity a ON a.usesysid = i.role;
+    PERFORM pg_stat_clear_snapshot();
+    SELECT count(pg_terminate_backend(a.pid)) INTO sessions FROM pg_stat_activity a WHERE a.usesysid = ANY (roles);
 END $$;
 
 -- Bars grants from ever getting a credential, and waits for those being made; gives how many of

@@ -116,6 +116,58 @@ func TestSeverRefusesFirst(tt *testing.T) {
 	}
 }
 
+// TestSeverReadsEachOnce counts what severing reads when the planner knows nothing of the logins, as when they were made
+// since the last ANALYZE: three times as many logins may take three times as much, and not nine times.
+func TestSeverReadsEachOnce(tt *testing.T) {
+	t := newTarget(tt)
+	shape := t.mint(`{"tables":["orders"]}`).User[len("pawl-gr000000000000000000000000-"):][:12]
+	const few, many = 100, 300
+	before, after := t.severReads(shape, few), t.severReads(shape, many)
+	if before < few || after > before*(many/few)*4/3 {
+		t.Errorf("severing %d logins reads %d rows and %d reads %d, want about %d for each", few, before, many, after, before/few)
+	}
+}
+
+// severReads gives how many rows of roles, memberships and logins the calls that sever n logins read. All of it is rolled back.
+func (t *target) severReads(shape string, n int) (rows int) {
+	t.Helper()
+	tx, err := t.root.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback(context.Background()) //nolint:errcheck // nothing of it is to stay
+	verifier, err := postgres.Verifier("x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var batch pgx.Batch
+	batch.Queue(`SELECT pawl.grant_login(format('pawl-gr%s-%s-abcdEFGH', lpad(i::text, 24, '0'), $1::text), $2, now() + interval '1 minute')
+		FROM generate_series(1, $3::int) i`, shape, verifier, n)
+	batch.Queue("SET LOCAL allow_system_table_mods = on")
+	batch.Queue(`UPDATE pg_class SET reltuples = 1, relpages = 1000
+		WHERE oid IN ('pg_authid'::regclass, 'pg_auth_members'::regclass, 'pawl.logins'::regclass)`)
+	if err := tx.SendBatch(t.Context(), &batch).Close(); err != nil {
+		t.Fatal(err)
+	}
+	read := func() (n int) {
+		t.Helper()
+		if err := tx.QueryRow(t.Context(), `SELECT sum(coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0))::int FROM pg_stat_xact_all_tables
+			WHERE relid IN ('pg_authid'::regclass, 'pg_auth_members'::regclass, 'pawl.logins'::regclass)`).Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	before := read()
+	for _, want := range []int{n, 0} {
+		var severed int
+		if err := tx.QueryRow(t.Context(), `SELECT severed FROM pawl.sever((SELECT array_agg(grant_id) FROM pawl.roles
+			WHERE name LIKE '%abcdEFGH' AND grant_id LIKE 'gr00000%'))`).Scan(&severed); err != nil || severed != want {
+			t.Fatalf("sever of %d logins = %d, %v, want %d", n, severed, err, want)
+		}
+	}
+	return read() - before
+}
+
 // TestSeverHard cuts a login that has all that keeps a role from being dropped, and 100 sessions; then
 // Vault ends it.
 func TestSeverHard(tt *testing.T) {
