@@ -51,7 +51,7 @@ type Config struct {
 	Credentials Credentials
 	// Now is the clock of evidence and of credentials' ends. Nil is time.Now.
 	Now func() time.Time
-	// Every is how often the revoker's credential is looked after. Zero is 30 s.
+	// Every is how often the broker's own credentials are looked after. Zero is 30 s.
 	Every time.Duration
 	// CollectEvery is how often shapes that nobody used for a day, and logins that Vault failed to end,
 	// are cleared away. Zero is 10 minutes, negative is never.
@@ -166,14 +166,16 @@ func (b *Backend) Check(ctx context.Context) error {
 	return nil
 }
 
-// look keeps the revoker's credential from running out while nobody revokes, and collects.
+// look keeps the broker's credentials from running out, and collects.
 func (b *Backend) look(ctx context.Context) {
 	tick := time.NewTicker(b.cfg.Every)
 	defer tick.Stop()
 	collected := b.cfg.Now()
 	for {
-		if _, err := b.revoker.get(ctx); err != nil && ctx.Err() == nil {
-			b.cfg.Log.Warn("no credential for severing", "database", b.database, "err", err)
+		for _, s := range []*service{b.revoker, b.shaper} {
+			if err := s.keep(ctx); err != nil && ctx.Err() == nil {
+				b.cfg.Log.Warn("renewing a credential", "database", b.database, "purpose", s.purpose, "err", err)
+			}
 		}
 		if b.cfg.CollectEvery > 0 && b.cfg.Now().Sub(collected) >= b.cfg.CollectEvery {
 			collected = b.cfg.Now()

@@ -34,42 +34,13 @@ func newService(p Purpose, cfg Config, address *pgxpool.Config) *service {
 	return s
 }
 
-// get gives the pool. While the credential lives, one caller at a time looks for the next and the
-// others go on with it, and so does everybody when Vault does not answer.
+// get gives the pool. Vault is asked only when there is no credential that lives: severing must not wait for a
+// Vault that hangs.
 func (s *service) get(ctx context.Context) (*pgxpool.Pool, error) {
-	pool, fresh := s.current()
-	if fresh {
+	if pool, _ := s.current(); pool != nil {
 		return pool, nil
 	}
-	if pool != nil {
-		select {
-		case <-s.turn:
-		default:
-			return pool, nil
-		}
-	} else {
-		select {
-		case <-s.turn:
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
-	}
-	defer func() { s.turn <- struct{}{} }()
-	if pool, fresh = s.current(); fresh {
-		return pool, nil
-	}
-	next, err := s.fetch(ctx)
-	if err != nil && pool == nil {
-		return nil, err
-	}
-	if err != nil {
-		s.cfg.Log.Warn("renewing a credential", "purpose", s.purpose, "err", err)
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.renew = s.cfg.Now().Add(min(15*time.Second, s.cfg.Every))
-		return pool, nil
-	}
-	return next, nil
+	return s.next(ctx, func(pool *pgxpool.Pool, _ bool) bool { return pool != nil })
 }
 
 // current gives the pool if its credential lives, and whether it is in the first half of its life.
@@ -81,6 +52,28 @@ func (s *service) current() (pool *pgxpool.Pool, fresh bool) {
 		return nil, false
 	}
 	return s.pool, now.Before(s.renew)
+}
+
+// keep looks for the next credential when this one is past half its life, and leaves it in place if there is none.
+func (s *service) keep(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.Every)
+	defer cancel()
+	_, err := s.next(ctx, func(_ *pgxpool.Pool, fresh bool) bool { return fresh })
+	return err
+}
+
+// next fetches a credential, one caller at a time, unless the one that is there by then is good enough.
+func (s *service) next(ctx context.Context, good func(pool *pgxpool.Pool, fresh bool) bool) (*pgxpool.Pool, error) {
+	select {
+	case <-s.turn:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	defer func() { s.turn <- struct{}{} }()
+	if pool, fresh := s.current(); good(pool, fresh) {
+		return pool, nil
+	}
+	return s.fetch(ctx)
 }
 
 func (s *service) fetch(ctx context.Context) (*pgxpool.Pool, error) {

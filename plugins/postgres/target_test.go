@@ -122,14 +122,20 @@ func pool(t *testing.T, dsn string) *pgxpool.Pool {
 type serviceLogins struct {
 	vault *pgxpool.Pool
 
-	mu   sync.Mutex
-	life time.Duration
-	down bool
-	made []string
+	mu     sync.Mutex
+	life   time.Duration
+	down   bool
+	silent bool // it does not answer
+	made   []string
 }
 
 func (s *serviceLogins) Credential(ctx context.Context, p postgres.Purpose) (string, string, time.Time, error) {
 	s.mu.Lock()
+	if s.silent {
+		s.mu.Unlock()
+		<-ctx.Done()
+		return "", "", time.Time{}, context.Cause(ctx)
+	}
 	defer s.mu.Unlock()
 	if s.down {
 		return "", "", time.Time{}, errors.New("vault is down")
