@@ -126,6 +126,16 @@ func (c *closer) hand(ds []dueGrant) {
 	}
 }
 
+// severing reports whether one of the backends is being told to cut what it was handed.
+func (c *closer) severing(backends map[string]bool) bool {
+	for backend := range backends {
+		if !c.lane(backend).sever.idle() {
+			return true
+		}
+	}
+	return false
+}
+
 // at has a grant looked at later. Of the looks that follow others only the earliest is kept: a grant may be hurried
 // any number of times, and each look at what cannot be ended would have another one follow it for ever. What was put
 // off by a clock that has been set right since is looked at soon.

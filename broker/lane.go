@@ -11,8 +11,9 @@ import (
 
 // inbox collects ids until its one reader takes them all.
 type inbox struct {
-	mu   sync.Mutex // guards ids
+	mu   sync.Mutex // guards ids and busy
 	ids  map[GrantID]int
+	busy bool // the reader is at work on what it took
 	wake chan struct{}
 }
 
@@ -39,8 +40,22 @@ func (i *inbox) take() map[GrantID]int {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	taken := i.ids
-	i.ids = map[GrantID]int{}
+	i.ids, i.busy = map[GrantID]int{}, true
 	return taken
+}
+
+// done notes that the reader is through with what it took.
+func (i *inbox) done() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.busy = false
+}
+
+// idle reports whether whatever was pushed before has been dealt with.
+func (i *inbox) idle() bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return len(i.ids) == 0 && !i.busy
 }
 
 // lane ends the grants of one backend.
@@ -84,6 +99,7 @@ func (l *lane) runSever() {
 			cut[i] = dueGrant{id: g.ID, attempt: max(taken[g.ID], 1)}
 		}
 		l.settle.push(cut)
+		l.sever.done()
 	}
 }
 

@@ -22,6 +22,9 @@ func (b *Broker) pursue(rv Revocation) {
 			if err != nil {
 				b.cfg.Alarm("pursuing revocation "+string(rv.ID), err)
 			}
+			if p.held {
+				wait = 50 * time.Millisecond
+			}
 			if done || !b.pause(woken, wait, p.least) {
 				cancel()
 				return
@@ -96,6 +99,9 @@ type pursuit struct {
 	total  int                 // of both, when the pursuit began
 	latest time.Time           // the latest end of what was queued then
 	hunted []GrantID           // whose mint was under way then
+	lanes  map[string]bool     // the backends of what was queued then
+	begun  time.Time
+	held   bool // the end of tokens waits for the lanes
 	tokens map[string]bool     // accessors that Vault confirmed as revoked, to this process
 	nodes  []Delegation        // with tokens, root first; after the fence none gets another
 	least  time.Duration       // between two rounds: looking costs more the more is left
@@ -123,6 +129,15 @@ func (p *pursuit) round(ctx context.Context) (done bool, err error) {
 	return p.record(ctx, left, p.killTokens(ctx, p.nodes))
 }
 
+// headStart is how long severing may hold up the end of the delegations' tokens. Vault would use that to end what
+// is below them one by one, over the same database, and lock a login out of the bulk for as long as that takes.
+const headStart = 2 * time.Second
+
+// holds reports whether it is too early for step 3: a target is at work, and has not had its time for it.
+func (p *pursuit) holds() bool {
+	return p.b.cfg.Now().Sub(p.begun) < headStart && p.b.closer.severing(p.lanes)
+}
+
 // begin lists what the fence covers, which nothing can join any more, and hands it to the closer.
 func (p *pursuit) begin(ctx context.Context) error {
 	var grants []Grant
@@ -142,11 +157,12 @@ func (p *pursuit) begin(ctx context.Context) error {
 		return err
 	}
 	p.queued, p.static, p.total = make(map[GrantID]ChainID, len(grants)), map[GrantID]bool{}, len(grants)+len(static)
+	p.lanes, p.begun = map[string]bool{}, p.b.cfg.Now()
 	for _, id := range static {
 		p.static[id] = true
 	}
 	for _, g := range grants {
-		p.queued[g.ID] = g.Chain
+		p.queued[g.ID], p.lanes[g.Backend] = g.Chain, true
 		if end := g.LatestEnd(); end.After(p.latest) {
 			p.latest = end
 		}
@@ -307,13 +323,14 @@ func (b *Broker) covering(tx Tx, rv Revocation) (func(path, Subject) bool, error
 // call where Vault can do it. It gives how many are not confirmed yet.
 func (p *pursuit) killTokens(ctx context.Context, nodes []Delegation) (pending int) {
 	now := p.b.cfg.Now()
+	p.held = len(nodes) > 0 && p.holds()
 	for _, d := range nodes {
 		for _, t := range d.Tokens {
 			if p.tokens[t.Accessor] || !t.Expires.IsZero() && now.After(t.Expires) {
 				continue
 			}
-			if pending > 0 {
-				pending++ // Vault has just not answered: do not ask it a thousand times more
+			if p.held || pending > 0 {
+				pending++ // later; or Vault has just not answered: do not ask it a thousand times more
 				continue
 			}
 			killCtx, cancel := context.WithTimeout(ctx, p.b.cfg.MintTimeout)
