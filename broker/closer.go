@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"cmp"
 	"container/heap"
 	"slices"
 	"sync"
@@ -37,7 +38,8 @@ type dueGrant struct {
 	id      GrantID
 	backend string
 	attempt int
-	open    bool // the target has not said that it is dead: sever again
+	open    bool   // the target has not said that it is dead: sever again
+	grant   *Grant // as read after its fence, because of which it must end; nil: to be read
 }
 
 type dueHeap []dueGrant
@@ -111,6 +113,18 @@ func (c *closer) hurry(grants ...Grant) {
 	now := make([]dueGrant, len(grants))
 	for i, g := range grants {
 		now[i] = dueGrant{id: g.ID, backend: g.Backend}
+	}
+	c.hand(now)
+}
+
+// cut is hurry for grants that were read after they were fenced. They need no second look before they are severed,
+// and a look at a thousand takes as long as cutting half of them.
+func (c *closer) cut(grants []Grant) {
+	now := make([]dueGrant, len(grants))
+	for i := range grants {
+		g := &grants[i]
+		g.Ending = cmp.Or(g.Ending, EndingRevoked)
+		now[i] = dueGrant{id: g.ID, backend: g.Backend, grant: g}
 	}
 	c.hand(now)
 }

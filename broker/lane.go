@@ -9,15 +9,15 @@ import (
 	"time"
 )
 
-// inbox collects ids until its one reader takes them all.
+// inbox collects grants until its one reader takes them all.
 type inbox struct {
-	mu   sync.Mutex // guards ids and busy
-	ids  map[GrantID]int
+	mu   sync.Mutex // guards due and busy
+	due  map[GrantID]dueGrant
 	busy bool // the reader is at work on what it took
 	wake chan struct{}
 }
 
-func newInbox() *inbox { return &inbox{ids: map[GrantID]int{}, wake: make(chan struct{}, 1)} }
+func newInbox() *inbox { return &inbox{due: map[GrantID]dueGrant{}, wake: make(chan struct{}, 1)} }
 
 // push adds some at once, so that the reader finds all of them: it would begin with the first of a
 // thousand, and do the rest in a second go.
@@ -27,7 +27,12 @@ func (i *inbox) push(ds []dueGrant) {
 	}
 	i.mu.Lock()
 	for _, d := range ds {
-		i.ids[d.id] = max(i.ids[d.id], d.attempt)
+		before := i.due[d.id]
+		d.attempt = max(before.attempt, d.attempt)
+		if d.grant == nil {
+			d.grant = before.grant
+		}
+		i.due[d.id] = d
 	}
 	i.mu.Unlock()
 	select {
@@ -36,11 +41,11 @@ func (i *inbox) push(ds []dueGrant) {
 	}
 }
 
-func (i *inbox) take() map[GrantID]int {
+func (i *inbox) take() map[GrantID]dueGrant {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	taken := i.ids
-	i.ids, i.busy = map[GrantID]int{}, true
+	taken := i.due
+	i.due, i.busy = map[GrantID]dueGrant{}, true
 	return taken
 }
 
@@ -55,7 +60,7 @@ func (i *inbox) done() {
 func (i *inbox) idle() bool {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	return len(i.ids) == 0 && !i.busy
+	return len(i.due) == 0 && !i.busy
 }
 
 // lane ends the grants of one backend.
@@ -96,7 +101,7 @@ func (l *lane) runSever() {
 		}
 		cut := make([]dueGrant, len(grants))
 		for i, g := range grants {
-			cut[i] = dueGrant{id: g.ID, attempt: max(taken[g.ID], 1)}
+			cut[i] = dueGrant{id: g.ID, attempt: max(taken[g.ID].attempt, 1)}
 		}
 		l.settle.push(cut)
 		l.sever.done()
@@ -112,15 +117,19 @@ func (l *lane) await(i *inbox) bool {
 	}
 }
 
-// ending loads the grants and leaves out those that are over and those that need not end yet: a clock
-// that was ahead has them looked at too soon, and they are looked at again at their end.
-func (l *lane) ending(ids map[GrantID]int) (grants []Grant) {
+// ending loads the grants that were not handed over with their records, and leaves out those that are over and those
+// that need not end yet: a clock that was ahead has them looked at too soon, and they are looked at again at their end.
+func (l *lane) ending(due map[GrantID]dueGrant) (grants []Grant) {
 	now := l.b.cfg.Now()
 	var early []dueGrant
 	err := l.b.view(l.b.ctx, "close", func(tx Tx) error {
 		grants, early = nil, nil
 		seen := l.b.sight(tx)
-		for id := range ids {
+		for id, d := range due {
+			if d.grant != nil {
+				grants = append(grants, *d.grant)
+				continue
+			}
 			g, ok, err := load[Grant](tx, keyGrant(id))
 			if err != nil {
 				return err
@@ -144,8 +153,8 @@ func (l *lane) ending(ids map[GrantID]int) (grants []Grant) {
 	if err != nil && l.b.ctx.Err() == nil {
 		l.b.cfg.Alarm("reading what must end", err)
 		spread := rand.Float64()
-		for id, attempt := range ids {
-			l.b.closer.at(l.later(id, attempt, spread))
+		for id, d := range due {
+			l.b.closer.at(l.later(id, d.attempt, spread))
 		}
 		return nil
 	}
@@ -198,12 +207,12 @@ func (l *lane) runSettle() {
 	for l.await(l.settle) {
 		left := l.settle.take()
 		for len(left) > 0 && l.b.ctx.Err() == nil {
-			pass := map[GrantID]int{}
-			for id, attempt := range left {
+			pass := map[GrantID]dueGrant{}
+			for id, d := range left {
 				if len(pass) == passSize {
 					break
 				}
-				pass[id] = attempt
+				pass[id] = d
 				delete(left, id)
 			}
 			l.settlePass(pass, func() {
@@ -220,7 +229,7 @@ func (l *lane) runSettle() {
 
 // settlePass closes what can be closed, calling between after each batch of it. What is left is looked at again
 // all at once, and not each by itself.
-func (l *lane) settlePass(taken map[GrantID]int, between func()) {
+func (l *lane) settlePass(taken map[GrantID]dueGrant, between func()) {
 	grants := l.ending(taken)
 	if len(grants) == 0 {
 		between()
@@ -228,7 +237,7 @@ func (l *lane) settlePass(taken map[GrantID]int, between func()) {
 	}
 	spread := rand.Float64()
 	for _, g := range l.close(grants, taken, between) {
-		due := l.later(g.ID, taken[g.ID], spread)
+		due := l.later(g.ID, taken[g.ID].attempt, spread)
 		due.open = l.isOpen(g)
 		if settles := g.Settles.Add(time.Millisecond); settles.After(l.b.cfg.Now()) && settles.Before(due.at) {
 			due.at = settles // then an answer is possible
@@ -252,15 +261,15 @@ func (l *lane) later(id GrantID, attempt int, spread float64) dueGrant {
 	return dueGrant{at: l.b.cfg.Now().Add(wait), id: id, backend: l.backend, attempt: attempt + 1}
 }
 
-// close kills and proves a pass, closes what is proven, and gives the rest. attempts says how
+// close kills and proves a pass, closes what is proven, and gives the rest. taken says how
 // often each has been looked at.
-func (l *lane) close(pass []Grant, attempts map[GrantID]int, between func()) (rest []Grant) {
+func (l *lane) close(pass []Grant, taken map[GrantID]dueGrant, between func()) (rest []Grant) {
 	killed := l.kill(pass, between)
 	ctx, cancel := context.WithTimeout(l.b.ctx, time.Minute)
 	defer cancel()
 	found := l.prove(ctx, pass)
 	gone := l.gone(ctx, pass)
-	l.revokeLeft(ctx, pass, gone, attempts)
+	l.revokeLeft(ctx, pass, gone, taken)
 	now := l.b.cfg.Now()
 	for i := range pass {
 		g := &pass[i]
@@ -431,12 +440,12 @@ const patience = 7
 // revokeLeft revokes leases that outlived their token. Vault writes a lease without looking at
 // the token again (facts.md), so one that was written during the kill is in nobody's queue. Nor is one that
 // Vault has given up, so that is given no time: each sweep hurries it anew, and its looks would never be enough.
-func (l *lane) revokeLeft(ctx context.Context, batch []Grant, gone []goneAnswer, attempts map[GrantID]int) {
+func (l *lane) revokeLeft(ctx context.Context, batch []Grant, gone []goneAnswer, taken map[GrantID]dueGrant) {
 	l.each(len(batch), func(i int) {
 		if !gone[i].answered || gone[i].gone {
 			return
 		}
-		if attempts[batch[i].ID] < patience && !l.b.stuck.has(batch[i].Lease.ID) {
+		if taken[batch[i].ID].attempt < patience && !l.b.stuck.has(batch[i].Lease.ID) {
 			return
 		}
 		one, cancel := context.WithTimeout(ctx, l.b.cfg.MintTimeout)

@@ -101,24 +101,23 @@ type pursuit struct {
 	hunted []GrantID           // whose mint was under way then
 	lanes  map[string]bool     // the backends of what was queued then
 	begun  time.Time
-	held   bool // the end of tokens waits for the lanes
-	tokens map[string]bool     // accessors that Vault confirmed as revoked, to this process
-	nodes  []Delegation        // with tokens, root first; after the fence none gets another
-	least  time.Duration       // between two rounds: looking costs more the more is left
-	absent bool                // the ledger does not have it: see pursueUnsure
+	held   bool            // the end of tokens waits for the lanes
+	tokens map[string]bool // accessors that Vault confirmed as revoked, to this process
+	nodes  []Delegation    // with tokens, root first; after the fence none gets another
+	least  time.Duration   // between two rounds: looking costs more the more is left
+	absent bool            // the ledger does not have it: see pursueUnsure
 }
 
 // round looks at what is left, has it ended, and records the closure when it changed.
 func (p *pursuit) round(ctx context.Context) (done bool, err error) {
+	var left []Grant
 	if p.queued == nil {
-		err = p.begin(ctx)
+		left, err = p.begin(ctx)
+	} else {
+		left, err = p.left(ctx)
 	}
 	if err != nil || p.absent {
 		return p.absent && p.b.cfg.Now().Sub(p.rv.Fenced) > p.b.cfg.MintTimeout, err
-	}
-	left, err := p.left(ctx)
-	if err != nil {
-		return false, err
 	}
 	p.least = 5*time.Millisecond + time.Duration(len(left))*200*time.Microsecond
 	if len(left) == 0 && p.rv.Unswept {
@@ -139,10 +138,9 @@ func (p *pursuit) holds() bool {
 }
 
 // begin lists what the fence covers, which nothing can join any more, and hands it to the closer.
-func (p *pursuit) begin(ctx context.Context) error {
-	var grants []Grant
+func (p *pursuit) begin(ctx context.Context) (grants []Grant, err error) {
 	var static []GrantID
-	err := p.b.view(ctx, "revoke", func(tx Tx) error {
+	err = p.b.view(ctx, "revoke", func(tx Tx) error {
 		_, ok, err := load[Revocation](tx, keyRevocation(p.rv.ID))
 		if p.absent = err == nil && !ok; err != nil || !ok {
 			return err
@@ -154,7 +152,7 @@ func (p *pursuit) begin(ctx context.Context) error {
 		return err
 	})
 	if err != nil || p.absent {
-		return err
+		return nil, err
 	}
 	p.queued, p.static, p.total = make(map[GrantID]ChainID, len(grants)), map[GrantID]bool{}, len(grants)+len(static)
 	p.lanes, p.begun = map[string]bool{}, p.b.cfg.Now()
@@ -170,8 +168,8 @@ func (p *pursuit) begin(ctx context.Context) error {
 			p.hunted, p.rv.Unswept = append(p.hunted, g.ID), true
 		}
 	}
-	p.b.closer.hurry(grants...)
-	return nil
+	p.b.closer.cut(grants)
+	return grants, nil
 }
 
 // sweep is step 4, once nothing is left: mints that were under way when it was fenced, and whose answer never came,
