@@ -193,8 +193,7 @@ func mustEnd(seen *sight, g *Grant, now time.Time) (bool, error) {
 	return g.Ending != "", nil
 }
 
-// batchSize is how many grants share one transaction of the closer. Every fence and intent waits
-// for the one that is running, so it is small.
+// batchSize is how many grants are killed, and then recorded, before the closer looks up for others.
 const batchSize = 200
 
 // passSize is how many grants are asked about together: one question about many leases, or about many secrets at
@@ -287,16 +286,22 @@ func (l *lane) close(pass []Grant, taken map[GrantID]dueGrant, between func()) (
 func (l *lane) store(batch []Grant) (rest []Grant) {
 	ctx, cancel := context.WithTimeout(l.b.ctx, time.Minute)
 	defer cancel()
-	if err := l.record(ctx, batch); err != nil && l.b.ctx.Err() == nil {
-		l.b.cfg.Alarm("recording what is over", err)
-		return batch
-	}
-	for _, g := range batch {
-		if g.State == StateClosed {
-			delete(l.killed, g.Token.Accessor)
-		} else {
-			rest = append(rest, g)
+	for len(batch) > 0 {
+		n, err := l.record(ctx, batch)
+		if err != nil {
+			if l.b.ctx.Err() == nil {
+				l.b.cfg.Alarm("recording what is over", err)
+			}
+			return append(rest, batch...)
 		}
+		for _, g := range batch[:n] {
+			if g.State == StateClosed {
+				delete(l.killed, g.Token.Accessor)
+			} else {
+				rest = append(rest, g)
+			}
+		}
+		batch = batch[n:]
 	}
 	return rest
 }
@@ -458,17 +463,25 @@ func (l *lane) revokeLeft(ctx context.Context, batch []Grant, gone []goneAnswer,
 	})
 }
 
-// record stores what was found: closed grants leave the live ones and give back their place in
-// the budgets. A grant whose outcome is as before is not written again.
-func (l *lane) record(ctx context.Context, batch []Grant) error {
+// recordTime is how long one transaction of the closer goes on taking in grants. Every fence and intent waits for the
+// one that is running, and its commit takes about twice as long again.
+const recordTime = 2 * time.Millisecond
+
+// record stores what was found of the first n grants of a batch, one at least: closed grants leave the live ones and
+// give back their place in the budgets. A grant whose outcome is as before is not written again.
+func (l *lane) record(ctx context.Context, batch []Grant) (n int, err error) {
 	now := l.b.cfg.Now()
 	var over []GrantID
-	err := l.b.update(ctx, "close", func(tx Tx) error {
-		over = nil
-		seen := l.b.sight(tx)
+	err = l.b.update(ctx, "close", func(tx Tx) error {
+		n, over = 0, nil
+		seen, began := l.b.sight(tx), l.b.cfg.Now()
 		ended := map[DelegationID]int{} // how many live grants each delegation has less
 		for i := range batch {
+			if i > 0 && l.b.cfg.Now().Sub(began) > recordTime {
+				break
+			}
 			g := &batch[i]
+			n++
 			old, ok, err := load[Grant](tx, keyGrant(g.ID))
 			if err != nil {
 				return err
@@ -497,7 +510,7 @@ func (l *lane) record(ctx context.Context, batch []Grant) error {
 	if err == nil {
 		l.b.closer.announce(over)
 	}
-	return err
+	return n, err
 }
 
 // finish makes a grant CLOSED, and counts it in ended for each delegation above it.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -76,4 +77,61 @@ func TestTargetsCutFirst(t *testing.T) {
 			})
 		})
 	}
+}
+
+// tickingLedger has the broker's clock go on by a millisecond for each record that an update reads, and notes the most
+// grants that one update ended.
+type tickingLedger struct {
+	broker.Ledger
+	w    *world
+	most atomic.Int32
+}
+
+func (l *tickingLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
+	return l.Ledger.Update(ctx, func(tx broker.Tx) error {
+		t := &tickingTx{Tx: tx, l: l}
+		err := f(t)
+		l.most.Store(max(l.most.Load(), t.ended))
+		return err
+	})
+}
+
+type tickingTx struct {
+	broker.Tx
+	l     *tickingLedger
+	ended int32
+}
+
+func (t *tickingTx) Get(key string) ([]byte, error) {
+	t.l.w.ahead.Add(int64(time.Millisecond))
+	return t.Tx.Get(key)
+}
+
+func (t *tickingTx) Append(e broker.Entry) (broker.Revision, error) {
+	if e.Op == broker.OpClosed {
+		t.ended++
+	}
+	return t.Tx.Append(e)
+}
+
+// TestClosingMakesWay holds that the closer, however much it has to record, is never long in the ledger: a fence waits
+// for the update that is running.
+func TestClosingMakesWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.Stop()
+		l := &tickingLedger{Ledger: w.ledger, w: w}
+		w.start(l)
+		root := w.open("root", broker.OpenRequest{})
+		for range 100 {
+			w.issue("root", step(root, "db.read"))
+		}
+		rv := w.revoke("chain:%s", root.Chain)
+		pass(10 * time.Second)
+		w.closure(rv, broker.ClosureClosed)
+		w.over()
+		if most := l.most.Load(); most < 1 || most > 4 {
+			t.Errorf("one update ended %d grants when reading each took a millisecond, want 1 to 4", most)
+		}
+	})
 }
