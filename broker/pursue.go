@@ -94,6 +94,7 @@ func (b *Broker) pause(woken <-chan struct{}, d, least time.Duration) bool {
 type pursuit struct {
 	b      *Broker
 	rv     Revocation
+	stored Revocation          // as the ledger is known to have it; zero: not known
 	queued map[GrantID]ChainID // what the fence covers and was not over when last looked at, with its chain
 	static map[GrantID]bool    // what it covers and is over, and works on
 	total  int                 // of both, when the pursuit began
@@ -349,18 +350,25 @@ func (p *pursuit) killTokens(ctx context.Context, nodes []Delegation) (pending i
 // when nothing is left that work or time can change.
 func (p *pursuit) record(ctx context.Context, left []Grant, pending int) (done bool, err error) {
 	now := p.b.cfg.Now()
-	err = p.b.update(ctx, "revoke", func(tx Tx) error {
-		rv, ok, err := load[Revocation](tx, keyRevocation(p.rv.ID))
-		if err != nil || !ok {
-			return orUnknownRevocation("revoke", err)
-		}
-		before := rv
+	reckon := func(rv Revocation) Revocation {
 		rv.Tokens, rv.Unswept = pending, p.rv.Unswept // first: the closure counts them
 		rv.count(found{left: left, static: len(p.static), total: p.total, latest: p.latest})
 		done = len(left) == 0 && pending == 0 && !rv.Unswept
 		if done && rv.Settled.IsZero() {
 			rv.Settled = now
 		}
+		return rv
+	}
+	// Without this hundreds that wait for a Vault that is down would keep the ledger from those who fence.
+	if p.stored.ID != "" && reckon(p.stored) == p.stored {
+		return done, nil
+	}
+	err = p.b.update(ctx, "revoke", func(tx Tx) error {
+		before, ok, err := load[Revocation](tx, keyRevocation(p.rv.ID))
+		if err != nil || !ok {
+			return orUnknownRevocation("revoke", err)
+		}
+		rv := reckon(before)
 		if p.rv = rv; before == rv {
 			return nil
 		}
@@ -375,7 +383,12 @@ func (p *pursuit) record(ctx context.Context, left []Grant, pending int) (done b
 			Detail: rv.tally()})
 		return err
 	})
-	return done && err == nil, err // a closure that was not recorded is worked out again
+	if err != nil {
+		p.stored = Revocation{}
+		return false, err // a closure that was not recorded is worked out again
+	}
+	p.stored = p.rv
+	return done, nil
 }
 
 // found is what a look at a revocation's grants found.

@@ -3,6 +3,7 @@ package broker_test
 import (
 	"context"
 	"errors"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -77,6 +78,57 @@ func TestTargetsCutFirst(t *testing.T) {
 			})
 		})
 	}
+}
+
+// lookedLedger counts the updates that look at a revocation.
+type lookedLedger struct {
+	broker.Ledger
+	looks atomic.Int32
+}
+
+func (l *lookedLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
+	return l.Ledger.Update(ctx, func(tx broker.Tx) error { return f(lookedTx{tx, &l.looks}) })
+}
+
+type lookedTx struct {
+	broker.Tx
+	looks *atomic.Int32
+}
+
+func (t lookedTx) Get(key string) ([]byte, error) {
+	if strings.HasPrefix(key, "r/") {
+		t.looks.Add(1)
+	}
+	return t.Tx.Get(key)
+}
+
+// TestWaitingIsQuiet holds that a revocation that waits for Vault leaves the ledger to others while nothing changes.
+func TestWaitingIsQuiet(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		v, l := &killVault{Vault: w.vault, down: true}, &lookedLedger{Ledger: w.ledger}
+		w.Stop()
+		w.through = v
+		w.start(l)
+		root := w.open("root", broker.OpenRequest{})
+		w.issue("root", step(root, "db.read"))
+		rv := w.revoke("chain:%s", root.Chain)
+		pass(10 * time.Second)
+		looks, kills := l.looks.Load(), v.count()
+		pass(20 * time.Second)
+		if got := l.looks.Load(); got != looks {
+			t.Errorf("%d updates looked at a revocation of which nothing changed, want none", got-looks)
+		}
+		if v.count() == kills {
+			t.Error("Vault was not asked again")
+		}
+		w.closure(rv, broker.ClosureUnknown)
+		v.mu.Lock()
+		v.down = false
+		v.mu.Unlock()
+		pass(20 * time.Second)
+		w.closure(rv, broker.ClosureClosed)
+	})
 }
 
 // tickingLedger has the broker's clock go on by a millisecond for each record that an update reads, and notes the most
