@@ -57,8 +57,8 @@ const method = `- A real Vault (storage in memory, TLS), a real PostgreSQL (` + 
 - Dead: n credentials, up to 1,000 of them each with an open session in a transaction with a cursor. From the command on, an observer
   with a superuser's connection that belongs to neither side looks again and again, every 4 to 40 ms, until no role may log in and no
   session is there; then cursors and logins are tried. Where sessions stay for good, theirs is timed to the end of the logins alone,
-  which is in its favour. ` + "`vs_floor`" + ` sets ours beside a superuser who does nothing but NOLOGIN and pg_terminate_backend: no tool can be
-  sooner on this machine.
+  which is in its favour. Of 10,000 only the quickest of theirs is taken: the others would take half an hour. ` + "`vs_floor`" + ` sets
+  ours beside a superuser who does nothing but NOLOGIN and pg_terminate_backend: no tool can be sooner on this machine.
 - Fence: the engine in process on the embedded ledger, 50 issues a second beside it. Repeated fences of one chain are freezes, the same
   transaction, lifted in between. With Vault down: revocations over the operators' socket of the broker's process.
 - Ledger, resume: the engine on the embedded ledger with a Vault and target in memory. The process that measures policy, fence, ledger
@@ -108,7 +108,7 @@ var reasons = []struct{ prefix, suffix, why string }{
 	{"issue.", "cpu_vs_vault", " Beside cheap calls (a KV read) the broker's own work, TLS with the agent, three records and their audit, is more than Vault's."},
 	{"issue.", "throughput", " A step is two requests to Vault and three commits; the login is made by a function that also records and limits it."},
 	{"ledger.", "", " Three durable transactions for each issue, each with its audit entry; bbolt alone, beside it, checks and audits nothing."},
-	{"fence.while_closing", "", " Closing many grants writes long transactions, and a fence waits for the one that is being written."},
+	{"fence.while_closing", "", " A fence waits for the record of the closer that is being written, and for the sync of its disk."},
 	{"fence.", "p99_ms", " The fence waits for the commit before it: on a shared disk that is the slowest sync of a hundred."},
 	{"resume.", "seconds", " Each live grant is read and decoded once, on one processor."},
 	{"dead.postgres.10000", "seconds", " No session is open here: the server takes login and rights from all in one transaction, on one processor, after the broker has read each grant."},
