@@ -223,6 +223,7 @@ func (l *lane) runSettle() {
 				}
 			})
 		}
+		l.settle.done()
 	}
 }
 

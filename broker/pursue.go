@@ -112,6 +112,7 @@ type pursuit struct {
 // round looks at what is left, has it ended, and records the closure when it changed.
 func (p *pursuit) round(ctx context.Context) (done bool, err error) {
 	var left []Grant
+	p.held = false
 	if p.queued == nil {
 		left, err = p.begin(ctx)
 	} else {
