@@ -57,8 +57,9 @@ const method = `- A real Vault (storage in memory, TLS), a real PostgreSQL (` + 
 - Dead: n credentials, up to 1,000 of them each with an open session in a transaction with a cursor. From the command on, an observer
   with a superuser's connection that belongs to neither side looks again and again, every 4 to 40 ms, until no role may log in and no
   session is there; then cursors and logins are tried. Where sessions stay for good, theirs is timed to the end of the logins alone,
-  which is in its favour. Of 10,000 only the quickest of theirs is taken: the others would take half an hour. ` + "`vs_floor`" + ` sets
-  ours beside a superuser who does nothing but NOLOGIN and pg_terminate_backend: no tool can be sooner on this machine.
+  which is in its favour. Before each turn the catalogs are vacuumed. Of 10,000 only the quickest of theirs is taken: the others would
+  take half an hour. ` + "`vs_floor`" + ` sets ours beside a superuser who does nothing but NOLOGIN and pg_terminate_backend: no tool can
+  be sooner on this machine.
 - Fence: the engine in process on the embedded ledger, 50 issues a second beside it. Repeated fences of one chain are freezes, the same
   transaction, lifted in between. With Vault down: revocations over the operators' socket of the broker's process.
 - Ledger, resume: the engine on the embedded ledger with a Vault and target in memory. The process that measures policy, fence, ledger
