@@ -493,7 +493,8 @@ END $$;
 CREATE OR REPLACE FUNCTION pawl.sever(
     grants text[], OUT severed int, OUT passed_over int, OUT sessions int, OUT starting int[])
 LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET client_min_messages = error AS $$
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off
+SET client_min_messages = error AS $$
 DECLARE
     locked text[];
     roles  oid[];
@@ -520,6 +521,9 @@ BEGIN
     starting := ARRAY(SELECT pid FROM pg_locks WHERE locktype = 'virtualxid' AND granted
         EXCEPT SELECT pid FROM pg_stat_activity WHERE usesysid IS NOT NULL OR datid IS NOT NULL);
     -- Sessions are counted last, so that whoever started up in between is among them.
+    -- One that outlives its role and became a session since inspect looked is known by the role that it had.
+    roles := roles || ARRAY(SELECT l.role FROM pawl.logins l WHERE l.grant_id IN (SELECT unnest(grants))
+        AND (SELECT p.oid FROM pg_roles p WHERE p.oid = l.role) IS NULL);
     PERFORM pg_stat_clear_snapshot();
     SELECT count(pg_terminate_backend(a.pid)) INTO sessions FROM pg_stat_activity a WHERE a.usesysid = ANY (roles);
 END $$;

@@ -387,6 +387,25 @@ func TestGhost(tt *testing.T) {
 	}
 }
 
+// TestGhostAppears is a session of a dropped role that no look has found yet, since it was still starting up then: the
+// look is replaced by one that finds nothing.
+func TestGhostAppears(tt *testing.T) {
+	t := newTarget(tt)
+	c := t.mint(`{"tables":["orders"]}`)
+	conn := t.cursor(c)
+	t.exec(`DROP ROLE "` + c.User + `"`)
+	t.exec(`CREATE OR REPLACE FUNCTION pawl.inspect(grants text[]) RETURNS TABLE (
+		grant_id text, name text, role oid, can_login boolean, in_group boolean, valid_until timestamptz, sessions int)
+		LANGUAGE sql AS 'SELECT NULL::text, NULL::text, NULL::oid, NULL::boolean, NULL::boolean, NULL::timestamptz, 0 WHERE false'`)
+	var sessions int
+	if err := t.root.QueryRow(t.Context(), "SELECT sessions FROM pawl.sever(ARRAY[$1])", string(c.grant.ID)).Scan(&sessions); err != nil || sessions != 1 {
+		t.Errorf("sever counts %d sessions, %v, want the one that appeared", sessions, err)
+	}
+	if !t.cutOff(conn) {
+		t.Error("the session goes on after sever")
+	}
+}
+
 func (t *target) find() map[broker.GrantID]bool {
 	t.Helper()
 	ids, err := t.backend.Find(t.Context())
