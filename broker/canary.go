@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // CanaryID names a planted value, "cn…".
@@ -250,47 +252,31 @@ func (b *Broker) touch(ctx context.Context, by string, digest ValueDigest) (k Ca
 	}); err != nil || k.ID == "" {
 		return Canary{}, Revocation{}, err
 	}
-	what := ConsequenceDeny
+	var d Decision
+	var opener spiffeid.ID
 	if k.Chain != "" {
-		what = b.cfg.Policy().Decide(noticed(Caller{ID: p.root().Holder}, p, ViolationCanary, Tool{}, now)).Consequence
-	}
-	entry := Entry{At: now, Actor: by, Op: OpViolation, Chain: k.Chain, Code: Code(ViolationCanary), Detail: "canary " + string(k.ID) + ", " + what.String()}
-	f := fencing{by: "pawl", reason: "violation: " + string(ViolationCanary), now: now}
-	if k.Chain != "" {
-		entry.Delegation, f.target.node = p.root().ID, p.root().ID
+		opener = p.root().Holder
+		d = b.cfg.Policy().Decide(violationQuestion(Caller{ID: opener}, p, ViolationCanary, Tool{}, now))
 	}
 	pulled := false
-	err = b.update(ctx, op, func(tx Tx) (err error) {
-		rv = Revocation{}
-		var planted bool
-		if k, planted, err = load[Canary](tx, keyCanary(digest)); err != nil || !planted {
-			pulled = !planted
-			return err
-		}
-		k.Touched, k.Touches = now, k.Touches+1
-		if err := save(tx, keyCanary(digest), k); err != nil {
-			return err
-		}
-		if _, err = enter(tx, entry); err != nil || what == ConsequenceDeny {
-			return err
-		}
-		if rv, err = b.fence(tx, f); err != nil || what != ConsequenceFreezeCaller {
-			return err
-		}
-		_, err = b.fence(tx, fencing{by: f.by, selector: "spiffe:" + p.root().Holder.String(), freeze: true, reason: f.reason, now: now})
-		return err
-	})
+	rv, err = b.applyConsequence(ctx, breach{op: op, code: ViolationCanary, actor: by, path: p, decision: d, freeze: opener, now: now,
+		detail: "canary " + string(k.ID) + ", " + d.Consequence.String(),
+		record: func(tx Tx) (stop bool, err error) {
+			var planted bool
+			k, planted, err = load[Canary](tx, keyCanary(digest))
+			if pulled = err == nil && !planted; err != nil || pulled {
+				return true, err
+			}
+			k.Touched, k.Touches = now, k.Touches+1
+			return false, save(tx, keyCanary(digest), k)
+		}})
 	if err != nil {
-		b.pursueUnsure(rv, err)
 		return k, Revocation{}, err
 	}
 	if pulled {
 		return Canary{}, Revocation{}, nil
 	}
-	b.cfg.Alarm("canary", Errorf(Internal, op, "%s was presented by %s: %s", k.where(), by, what))
-	if rv.ID != "" {
-		b.pursue(rv)
-	}
+	b.cfg.Alarm("canary", Errorf(Internal, op, "%s was presented by %s: %s", k.where(), by, d.Consequence))
 	return k, rv, nil
 }
 

@@ -3,7 +3,6 @@ package broker
 import (
 	"cmp"
 	"context"
-	"time"
 )
 
 // permit asks policy about one tool; anything but an allow is recorded and returned as the
@@ -28,7 +27,8 @@ func (b *Broker) forbidden(ctx context.Context, op string, q Question, d Decisio
 	if d.Consequence == ConsequenceDeny {
 		return b.denied(ctx, q.Caller, p, q.Tool.Name, e)
 	}
-	return b.punish(ctx, q.Caller, p, d.Consequence, ViolationForbidden, q.Tool.Name, e)
+	return b.refuseBreach(ctx, breach{op: op, code: ViolationForbidden, actor: q.Caller.ID.String(), path: p, tool: q.Tool.Name,
+		decision: d, freeze: q.Caller.ID, noSecret: true, now: b.cfg.Now()}, e.With(CodeViolation))
 }
 
 func policyDenied(op string, q Question, d Decision) *Error {
@@ -48,19 +48,13 @@ func (b *Broker) baited(ctx context.Context, op string, policy Policy, q Questio
 		}
 		q.Tool = t
 		e := cmp.Or(otherwise, policyDenied(op, q, Decision{}))
-		d := policy.Decide(noticed(q.Caller, p, ViolationCanary, t, q.Now))
-		if err := b.follow(ctx, q.Caller, p, d.Consequence, ViolationCanary, name, e); err != nil {
-			return err
-		}
+		d := policy.Decide(violationQuestion(q.Caller, p, ViolationCanary, t, q.Now))
+		err := b.refuseBreach(ctx, breach{op: op, code: ViolationCanary, actor: q.Caller.ID.String(), path: p, tool: name,
+			decision: d, freeze: q.Caller.ID, noSecret: true, now: b.cfg.Now()}, e)
 		e.Revocation = ""
-		return e
+		return err
 	}
 	return nil
-}
-
-// noticed is the question of what follows a breach.
-func noticed(c Caller, p path, v ViolationCode, t Tool, now time.Time) Question {
-	return Question{Action: ActionReport, Caller: c, Violation: v, Tool: t, Chain: p.chain, Depth: max(len(p.nodes)-1, 0), Now: now}
 }
 
 // denied records a refusal and gives it back. A refusal stands when it cannot be recorded.
@@ -76,77 +70,20 @@ func (b *Broker) denied(ctx context.Context, c Caller, p path, tool ToolName, e 
 	return e
 }
 
-// violated asks policy what follows a breach that the broker noticed, and carries it out.
+// violated asks policy for the consequence of a breach that the broker noticed in a request, applies it, and refuses the request with e.
 func (b *Broker) violated(ctx context.Context, c Caller, p path, v ViolationCode, tool ToolName, e *Error) error {
-	policy := b.cfg.Policy()
+	policy, now := b.cfg.Policy(), b.cfg.Now()
 	t, _ := policy.Tool(tool) // the zero Tool when it is not known
-	what := policy.Decide(noticed(c, p, v, t, b.cfg.Now())).Consequence
-	// Somebody else's delegation is a replay, whether policy has a word for it or not: responders
-	// look for violations.
-	if what != ConsequenceDeny || v == ViolationHolder {
-		return b.punish(ctx, c, p, what, v, tool, e)
+	d := policy.Decide(violationQuestion(c, p, v, t, now))
+	// Presenting another caller's delegation is a replay, whether policy names a consequence or not: responders
+	// search for violations.
+	if d.Consequence == ConsequenceDeny && v != ViolationHolder {
+		return b.denied(ctx, c, p, tool, e)
 	}
-	return b.denied(ctx, c, p, tool, e)
-}
-
-// punish carries a consequence out and gives e, which says so when there is one.
-func (b *Broker) punish(ctx context.Context, c Caller, p path, what Consequence, v ViolationCode, tool ToolName, e *Error) error {
-	answer := *e
-	if what > ConsequenceDeny {
-		answer.Code = CodeViolation
+	if d.Consequence > ConsequenceDeny {
+		e.Code = CodeViolation
 	}
-	if err := b.follow(ctx, c, p, what, v, tool, &answer); err != nil {
-		return err
-	}
-	return &answer
-}
-
-// follow records a violation and fences what the consequence names; e gets the revocation. Both are
-// one transaction. When that fails the request is refused all the same: with its own refusal where
-// nothing was to be fenced.
-func (b *Broker) follow(ctx context.Context, c Caller, p path, what Consequence, v ViolationCode, tool ToolName, e *Error) error {
-	now := b.cfg.Now()
-	entry := Entry{At: now, Actor: c.ID.String(), Op: OpViolation, Chain: p.chain.ID, Tool: tool, Policies: e.Policies,
-		Code: Code(v), Detail: what.String()}
-	var over target // nothing, when the chain was still to be opened
-	if len(p.nodes) > 0 {
-		entry.Delegation, over.node = p.leaf().ID, p.leaf().ID
-		if what >= ConsequenceRevokeChain {
-			over.node = p.root().ID
-		}
-	}
-	var first, frozen Revocation
-	err := b.update(ctx, e.Op, func(tx Tx) (err error) {
-		first = Revocation{}
-		if _, err = enter(tx, entry); err != nil {
-			return err
-		}
-		// Of a step that was refused nothing was handed out.
-		if what > ConsequenceRevokeStep && over.node != "" {
-			if first, err = b.fence(tx, fencing{by: "pawl", target: over, reason: "violation: " + string(v), now: now}); err != nil {
-				return err
-			}
-		}
-		if what == ConsequenceFreezeCaller {
-			frozen, err = b.fence(tx, fencing{by: "pawl", selector: `spiffe:` + c.ID.String(), freeze: true,
-				reason: "violation: " + string(v), now: now})
-		}
-		return err
-	})
-	switch {
-	case err != nil && what == ConsequenceDeny:
-		b.cfg.Alarm("recording a violation", err)
-		return nil
-	case err != nil:
-		b.cfg.Alarm("fencing after a violation", err)
-		b.pursueUnsure(first, err)
-		return err
-	}
-	if first.ID != "" {
-		b.pursue(first)
-	}
-	e.Revocation = cmp.Or(first.ID, frozen.ID)
-	return nil
+	return b.refuseBreach(ctx, breach{op: e.Op, code: v, actor: c.ID.String(), path: p, tool: tool, decision: d, freeze: c.ID, noSecret: true, now: now}, e)
 }
 
 // Report takes a violation from a reporter: a holder of a delegation in the chain, or whoever
@@ -184,9 +121,8 @@ func (b *Broker) Report(ctx context.Context, c Caller, r ReportRequest) (Reporte
 		b.watchdog.again(r.Delegation, now)
 	}
 	policy := b.cfg.Policy()
-	q := Question{Action: ActionReport, Caller: c, Violation: r.Violation, Chain: p.chain, Depth: len(p.nodes) - 1, Now: now}
-	q.Tool, _ = policy.Tool(g.Tool) // the zero Tool when the report names no grant
-	d := policy.Decide(q)
+	t, _ := policy.Tool(g.Tool) // the zero Tool when the report names no grant
+	d := policy.Decide(violationQuestion(c, p, r.Violation, t, now))
 	if !d.Allow {
 		if !p.holds(c) {
 			return Reported{}, b.denied(ctx, c, p, "", unknownDelegation(op))
@@ -195,7 +131,12 @@ func (b *Broker) Report(ctx context.Context, c Caller, r ReportRequest) (Reporte
 		// little on to another one and have that frozen everywhere.
 		d.Consequence = min(d.Consequence, ConsequenceRevokeChain)
 	}
-	return b.carryOutReport(ctx, c, r, p, d.Consequence, now)
+	rv, err := b.applyConsequence(ctx, breach{op: op, code: r.Violation, actor: c.ID.String(), path: p, tool: g.Tool, grant: r.Grant,
+		decision: d, freeze: p.leaf().Holder, by: c.ID.String(), reason: "reported: " + string(r.Violation), detail: r.Detail, now: now})
+	if err != nil {
+		return Reported{}, err
+	}
+	return Reported{Consequence: d.Consequence, Revocation: rv.ID}, nil
 }
 
 func (p path) holds(c Caller) bool {
@@ -205,35 +146,4 @@ func (p path) holds(c Caller) bool {
 		}
 	}
 	return false
-}
-
-func (b *Broker) carryOutReport(ctx context.Context, c Caller, r ReportRequest, p path, what Consequence, now time.Time) (Reported, error) {
-	entry := Entry{At: now, Actor: c.ID.String(), Op: OpViolation, Chain: p.chain.ID, Delegation: r.Delegation,
-		Grant: r.Grant, Code: Code(r.Violation), Detail: r.Detail}
-	f := fencing{by: c.ID.String(), reason: "reported: " + string(r.Violation), now: now, target: target{node: r.Delegation}}
-	switch {
-	case what >= ConsequenceRevokeChain:
-		f.target.node = p.root().ID
-	case what == ConsequenceRevokeStep && r.Grant != "":
-		f.target = target{grant: r.Grant}
-	}
-	var rv Revocation
-	err := b.update(ctx, "report", func(tx Tx) (err error) {
-		if _, err = enter(tx, entry); err != nil || what == ConsequenceDeny {
-			return err
-		}
-		if rv, err = b.fence(tx, f); err != nil || what != ConsequenceFreezeCaller {
-			return err
-		}
-		_, err = b.fence(tx, fencing{by: f.by, selector: "spiffe:" + p.leaf().Holder.String(), freeze: true, reason: f.reason, now: now})
-		return err
-	})
-	if err != nil {
-		b.pursueUnsure(rv, err)
-		return Reported{}, err
-	}
-	if rv.ID != "" {
-		b.pursue(rv)
-	}
-	return Reported{Consequence: what, Revocation: rv.ID}, nil
 }

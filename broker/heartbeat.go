@@ -168,16 +168,9 @@ func (b *Broker) lostHeartbeat(ctx context.Context, id DelegationID) error {
 	if err != nil || !open {
 		return err
 	}
-	d := b.cfg.Policy().Decide(Question{Action: ActionReport, Caller: Caller{ID: p.leaf().Holder}, Violation: ViolationHeartbeat,
-		Chain: p.chain, Depth: len(p.nodes) - 1, Now: now})
-	var rv Revocation
-	err = b.update(ctx, op, func(tx Tx) (err error) {
-		rv, err = b.punishSilence(tx, p, d, now)
-		return err
-	})
-	if err == nil && rv.ID != "" {
-		b.pursue(rv)
-	}
+	holder := p.leaf().Holder
+	d := b.cfg.Policy().Decide(violationQuestion(Caller{ID: holder}, p, ViolationHeartbeat, Tool{}, now))
+	_, err = b.applyConsequence(ctx, breach{op: op, code: ViolationHeartbeat, actor: holder.String(), path: p, decision: d, freeze: holder, now: now})
 	return err
 }
 
@@ -185,25 +178,6 @@ func (b *Broker) lostHeartbeat(ctx context.Context, id DelegationID) error {
 func (b *Broker) stillOpen(tx Tx, p path, now time.Time) (bool, error) {
 	over, err := b.finalOver(tx, p)
 	return err == nil && len(over) == 0 && !slices.ContainsFunc(p.nodes, func(d Delegation) bool { return !now.Before(d.Expires) }), err
-}
-
-// punishSilence is the transaction of [Broker.lostHeartbeat]. No step is the breach, so revoking
-// the step means all that hangs on the delegation, as for a report that names no grant.
-func (b *Broker) punishSilence(tx Tx, p path, d Decision, now time.Time) (rv Revocation, err error) {
-	leaf := p.leaf()
-	if _, err := enter(tx, Entry{At: now, Actor: leaf.Holder.String(), Op: OpViolation, Chain: p.chain.ID, Delegation: leaf.ID,
-		Code: Code(ViolationHeartbeat), Policies: d.Policies, Detail: d.Consequence.String()}); err != nil || d.Consequence == ConsequenceDeny {
-		return rv, err
-	}
-	f := fencing{by: "pawl", reason: "violation: " + string(ViolationHeartbeat), now: now, target: target{node: leaf.ID}}
-	if d.Consequence >= ConsequenceRevokeChain {
-		f.target.node = p.root().ID
-	}
-	if rv, err = b.fence(tx, f); err != nil || d.Consequence < ConsequenceFreezeCaller {
-		return rv, err
-	}
-	_, err = b.fence(tx, fencing{by: "pawl", selector: "spiffe:" + leaf.Holder.String(), freeze: true, reason: f.reason, now: now})
-	return rv, err
 }
 
 // watched gives the delegations that the watchdog takes up at a start: roots, and what was passed on

@@ -260,44 +260,11 @@ func (k *collecting) refused(ctx context.Context, err error) error {
 	return k.b.denied(ctx, k.c, k.path, k.grant.Tool, e)
 }
 
-// secondUse records the violation and carries out what policy says. The code stays what it is: the
-// collector is to know that somebody has the secret.
+// secondUse applies the consequence of collecting a secret twice. The code stays already_collected: the collector must know that
+// another party has the secret.
 func (k *collecting) secondUse(ctx context.Context, e *Error) error {
-	b, g := k.b, k.grant
-	policy := b.cfg.Policy()
-	q := Question{Action: ActionReport, Caller: k.c, Violation: ViolationSecondUse, Chain: k.path.chain, Depth: len(k.path.nodes) - 1, Now: k.now}
-	q.Tool, _ = policy.Tool(g.Tool)
-	what := policy.Decide(q).Consequence
-	f := fencing{by: "pawl", reason: "violation: " + string(ViolationSecondUse), now: k.now, target: target{node: k.path.leaf().ID}}
-	switch {
-	case what >= ConsequenceRevokeChain:
-		f.target.node = k.path.root().ID
-	case what == ConsequenceRevokeStep:
-		f.target = target{grant: g.ID}
-	}
-	var rv Revocation
-	err := b.update(ctx, opCollect, func(tx Tx) (err error) {
-		rv = Revocation{}
-		if _, err = enter(tx, Entry{At: k.now, Actor: k.c.ID.String(), Op: OpViolation, Chain: g.Chain, Delegation: g.Delegation, Grant: g.ID,
-			Tool: g.Tool, Code: Code(ViolationSecondUse), Detail: what.String()}); err != nil {
-			return err
-		}
-		if what == ConsequenceDeny || what == ConsequenceRevokeStep && g.State == StateClosed {
-			return nil // there is nothing to revoke of a step that is over
-		}
-		if rv, err = b.fence(tx, f); err != nil || what < ConsequenceFreezeCaller {
-			return err
-		}
-		_, err = b.fence(tx, fencing{by: f.by, selector: "spiffe:" + k.c.ID.String(), freeze: true, reason: f.reason, now: k.now})
-		return err
-	})
-	if err != nil {
-		b.cfg.Alarm("fencing after a second use", err)
-		return err
-	}
-	if rv.ID != "" {
-		b.pursue(rv)
-	}
-	e.Revocation = rv.ID
-	return e
+	policy := k.b.cfg.Policy()
+	t, _ := policy.Tool(k.grant.Tool)
+	return k.b.refuseBreach(ctx, breach{op: opCollect, code: ViolationSecondUse, actor: k.c.ID.String(), path: k.path, tool: k.grant.Tool, grant: k.grant.ID,
+		decision: policy.Decide(violationQuestion(k.c, k.path, ViolationSecondUse, t, k.now)), freeze: k.c.ID, noSecret: k.grant.State == StateClosed, now: k.now}, e)
 }
