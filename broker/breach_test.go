@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/brokertest"
 )
 
@@ -50,7 +51,7 @@ var breachRows = map[string]breachRow{
 	"an idempotency key used again": {code: broker.ViolationReplay, kind: broker.Conflict, refusal: broker.CodeKeyOtherArguments, frozen: "worker",
 		do: func(s *breachScene) error {
 			r := step(s.worker, "db.read")
-			r.Key, r.Args = "key", must(broker.NewArgs(map[string]broker.Value{"table": broker.String("other")}))
+			r.Key, r.Args = "key", must(args.New(map[string]args.Value{"table": args.String("other")}))
 			_, err := s.w.Issue(ctx, as("worker"), r)
 			return err
 		}},

@@ -3,6 +3,8 @@ package broker
 import (
 	"cmp"
 	"context"
+
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // permit asks policy about one tool; anything but an allow is recorded and returned as the
@@ -96,7 +98,7 @@ func (b *Broker) Report(ctx context.Context, c Caller, r ReportRequest) (Reporte
 	if err := c.authentic(op, now); err != nil {
 		return Reported{}, err
 	}
-	if checkArgName(string(r.Violation)) != nil {
+	if args.CheckName(string(r.Violation)) != nil {
 		return Reported{}, Errorf(Malformed, op, "a violation's code is lower-case letters, digits and underscores, at most 64")
 	}
 	if err := checkText(op, "detail", r.Detail, 0, MaxTask); err != nil {

@@ -4,6 +4,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // GrantState is how far a grant has come. States only go forward.
@@ -27,7 +29,7 @@ type Grant struct {
 	Tool       ToolName     `json:"tool"`
 	Backend    string       `json:"backend"`
 	Narrowing  Narrowing    `json:"narrowing"`
-	Args       Args         `json:"args"`
+	Args       args.Args    `json:"args"`
 	Purpose    string       `json:"purpose,omitempty"`
 	Path       string       `json:"path,omitempty"` // Vault mount and role that it is minted at
 	State      GrantState   `json:"state"`

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/brokertest"
 )
 
@@ -50,7 +51,7 @@ func TestGrantHasTheDigestOfItsArguments(t *testing.T) {
 			` { "table": "\u006frders" } `: `{"table":"orders"}`,
 			`{"table":"Orders"}`:           `{"table":"Orders"}`,
 		} {
-			args, err := broker.ParseArgs([]byte(raw))
+			args, err := args.Parse([]byte(raw))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -121,12 +122,12 @@ func TestRefusals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("planner", broker.OpenRequest{Depth: 2, Rights: []broker.Right{
-			{Tool: "db.read", Use: true, Delegate: true, Args: map[string]broker.Constraint{"table": broker.OneOf("orders")}},
+			{Tool: "db.read", Use: true, Delegate: true, Args: map[string]args.Constraint{"table": args.OneOf("orders")}},
 			{Tool: "deploy", Delegate: true},
 		}})
-		orders, _ := broker.NewArgs(map[string]broker.Value{"table": broker.String("orders")})
-		people, _ := broker.NewArgs(map[string]broker.Value{"table": broker.String("people")})
-		other, _ := broker.NewArgs(map[string]broker.Value{"shard": broker.Int(1)})
+		orders, _ := args.New(map[string]args.Value{"table": args.String("orders")})
+		people, _ := args.New(map[string]args.Value{"table": args.String("people")})
+		other, _ := args.New(map[string]args.Value{"shard": args.Int(1)})
 		expired := as("planner")
 		expired.NotAfter = time.Now()
 		for _, row := range []struct {
@@ -162,12 +163,12 @@ func TestDelegationOnlyNarrows(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("planner", broker.OpenRequest{Depth: 2, TTL: 30 * time.Minute, Budget: broker.Budget{Steps: 10}, Rights: []broker.Right{
-			{Tool: "db.read", Use: true, Delegate: true, Args: map[string]broker.Constraint{"table": broker.OneOf("orders", "items")}},
+			{Tool: "db.read", Use: true, Delegate: true, Args: map[string]args.Constraint{"table": args.OneOf("orders", "items")}},
 			{Tool: "db.write", Use: true},
 			{Tool: "deploy", Delegate: true},
 		}})
-		orders := map[string]broker.Constraint{"table": broker.OneOf("orders")}
-		wide := map[string]broker.Constraint{"table": broker.OneOf("orders", "people")}
+		orders := map[string]args.Constraint{"table": args.OneOf("orders")}
+		wide := map[string]args.Constraint{"table": args.OneOf("orders", "people")}
 		pass(time.Minute)
 		for _, row := range []struct {
 			name string
@@ -217,7 +218,7 @@ func TestIdempotencyKey(t *testing.T) {
 		_, err := w.Issue(ctx, as("planner"), r)
 		refused(t, "the key for another tool", err, broker.Conflict, broker.CodeKeyOtherTool)
 		r.Tool = "db.read"
-		r.Args, _ = broker.NewArgs(map[string]broker.Value{"table": broker.String("orders")})
+		r.Args, _ = args.New(map[string]args.Value{"table": args.String("orders")})
 		_, err = w.Issue(ctx, as("planner"), r)
 		refused(t, "the key for other arguments", err, broker.Conflict, broker.CodeKeyOtherArguments)
 		_, err = w.Issue(ctx, as("writer"), r)

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // Open begins a chain for a task and gives its root, held by the caller. Nothing is made in
@@ -85,7 +87,7 @@ func checkOpen(op string, r OpenRequest) (Scope, error) {
 		return nil, Errorf(Malformed, op, "at most %d labels", MaxLabels)
 	}
 	for name, value := range r.Labels {
-		if err := checkArgName(name); err != nil {
+		if err := args.CheckName(name); err != nil {
 			return nil, Errorf(Malformed, op, "label names are lower-case letters, digits and underscores, at most 64")
 		}
 		if err := checkText(op, "the value of label "+name, value, 0, 64); err != nil {

@@ -4,6 +4,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // Policy is one immutable snapshot of the running bundle. Its methods are pure functions and
@@ -34,7 +36,7 @@ type Question struct {
 	Action    Action
 	Caller    Caller
 	Tool      Tool          // the zero Tool for a report that names none
-	Args      Args          // for use
+	Args      args.Args     // for use
 	Receiver  spiffeid.ID   // for delegate
 	Violation ViolationCode // for report
 	Chain     Chain

@@ -4,6 +4,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // OpenRequest asks for a new chain, whose root the caller holds.
@@ -34,7 +36,7 @@ type DelegateRequest struct {
 type StepRequest struct {
 	Delegation DelegationID
 	Tool       ToolName
-	Args       Args
+	Args       args.Args
 	Purpose    string        // for the audit only; at most 256 bytes
 	Key        string        // idempotency key, at most 128 bytes; empty: every request is another step
 	TTL        time.Duration // zero: as long as tool, policy and delegation allow

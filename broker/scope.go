@@ -4,20 +4,22 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // Right is what a delegation may do with one tool. Use and Delegate are separate: a
 // coordinator may pass on what it may not use itself.
 type Right struct {
-	Tool     ToolName              `json:"tool"`
-	Use      bool                  `json:"use,omitempty"`      // may take steps with the tool
-	Delegate bool                  `json:"delegate,omitempty"` // may pass the tool on, for use or for further delegation
-	Args     map[string]Constraint `json:"args,omitempty"`     // each named argument must be given and inside; others are free
+	Tool     ToolName                   `json:"tool"`
+	Use      bool                       `json:"use,omitempty"`      // may take steps with the tool
+	Delegate bool                       `json:"delegate,omitempty"` // may pass the tool on, for use or for further delegation
+	Args     map[string]args.Constraint `json:"args,omitempty"`     // each named argument must be given and inside; others are free
 }
 
 // Allows reports which of the arguments are outside the right: none means all are inside.
 // A constrained argument that is not given is outside, since leaving it out may mean "all".
-func (r Right) Allows(args Args) (outside []string) {
+func (r Right) Allows(args args.Args) (outside []string) {
 	for _, name := range slices.Sorted(maps.Keys(r.Args)) {
 		if v, ok := args.Get(name); !ok || !r.Args[name].Allows(v) {
 			outside = append(outside, name)
@@ -56,7 +58,7 @@ func NewScope(rights []Right) (Scope, error) {
 			return nil, fmt.Errorf("two rights for tool %q", r.Tool)
 		}
 		for name := range r.Args {
-			if err := checkArgName(name); err != nil {
+			if err := args.CheckName(name); err != nil {
 				return nil, err
 			}
 		}

@@ -8,35 +8,37 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/args/argstest"
 )
 
 // grove is a fixed set of constraints and values, with the reference's answer for every pair, so
 // that looking at a call in a tree costs nothing.
 type grove struct {
 	wires       [][]byte
-	constraints []broker.Constraint
-	values      []broker.Value
+	constraints []args.Constraint
+	values      []args.Value
 	inside      [][]bool // by constraint and value, from the reference
 	within      [][]int  // by constraint: the values inside
 	covered     [][]int  // by constraint: those that it covers
 }
 
-func newGrove(p pick) *grove {
+func newGrove(p argstest.Pick) *grove {
 	w := &grove{}
 	for len(w.constraints) < 300 {
-		wire := anyConstraint(p, oneFrom(p, append(slices.Clone(constraintKinds), "all")...))
-		if c, err := broker.ParseConstraint(wire); err == nil {
+		wire := argstest.Constraint(p, argstest.OneFrom(p, append(slices.Clone(argstest.Kinds), "all")...))
+		if c, err := args.ParseConstraint(wire); err == nil {
 			w.wires, w.constraints = append(w.wires, wire), append(w.constraints, c)
 		}
 	}
 	for len(w.values) < 400 {
-		w.values = append(w.values, anyValueFor(p, oneFrom(p, constraintKinds...)))
+		w.values = append(w.values, argstest.ValueFor(p, argstest.OneFrom(p, argstest.Kinds...)))
 	}
 	for i, c := range w.constraints {
 		inside := make([]bool, len(w.values))
 		var within, covered []int
 		for j, v := range w.values {
-			inside[j] = referenceAllows(w.wires[i], v)
+			inside[j] = argstest.Allows(w.wires[i], v)
 			if inside[j] {
 				within = append(within, j)
 			}
@@ -71,7 +73,7 @@ var treeTools = []broker.ToolName{"deploy", "psql", "ssh"}
 func (w *grove) scope(t *testing.T, rights map[broker.ToolName]treeRight) broker.Scope {
 	var list []broker.Right
 	for tool, r := range rights {
-		args := map[string]broker.Constraint{}
+		args := map[string]args.Constraint{}
 		for name, c := range r.args {
 			args[name] = w.constraints[c]
 		}
@@ -85,8 +87,8 @@ func (w *grove) scope(t *testing.T, rights map[broker.ToolName]treeRight) broker
 }
 
 // grow draws rights: of nothing in particular for a root, else near those of a parent, mostly
-// narrower and sometimes not.
-func (w *grove) grow(p pick, parent map[broker.ToolName]treeRight) map[broker.ToolName]treeRight {
+// argstest.Narrower and sometimes not.
+func (w *grove) grow(p argstest.Pick, parent map[broker.ToolName]treeRight) map[broker.ToolName]treeRight {
 	rights := map[broker.ToolName]treeRight{}
 	for len(rights) == 0 {
 		for _, tool := range treeTools {
@@ -101,7 +103,7 @@ func (w *grove) grow(p pick, parent map[broker.ToolName]treeRight) map[broker.To
 				switch {
 				case limited && p(20) == 0: // left free
 				case limited && p(10) > 0 && len(w.covered[c]) > 0:
-					r.args[name] = oneFrom(p, w.covered[c]...)
+					r.args[name] = argstest.OneFrom(p, w.covered[c]...)
 				case limited || p(2) == 0:
 					r.args[name] = p(len(w.constraints))
 				}
@@ -123,12 +125,12 @@ func (w *grove) allows(r treeRight, call map[string]int) bool {
 }
 
 // call draws arguments, by preference from what the right allows.
-func (w *grove) call(p pick, r treeRight) map[string]int {
+func (w *grove) call(p argstest.Pick, r treeRight) map[string]int {
 	call := map[string]int{}
 	for _, name := range []string{"a", "b"} {
 		call[name] = p(len(w.values)+1) - 1
 		if c, limited := r.args[name]; limited && len(w.within[c]) > 0 && p(10) > 0 {
-			call[name] = oneFrom(p, w.within[c]...)
+			call[name] = argstest.OneFrom(p, w.within[c]...)
 		}
 	}
 	return call
@@ -136,7 +138,7 @@ func (w *grove) call(p pick, r treeRight) map[string]int {
 
 // limits draws what bounds a delegation beside its scope, mostly within what is above and sometimes
 // not.
-func (w *grove) limits(p pick, above broker.Delegation) (r broker.DelegateRequest) {
+func (w *grove) limits(p argstest.Pick, above broker.Delegation) (r broker.DelegateRequest) {
 	some := func(limit int) int {
 		switch n := p(20); {
 		case n < 10:
@@ -184,7 +186,7 @@ func within(t *testing.T, above, d broker.Delegation) {
 func TestNoTreeWidens(t *testing.T) {
 	const trees, nodes = 100_000, 5
 	random := rand.New(rand.NewPCG(3, 20251124))
-	p := pick(random.IntN)
+	p := argstest.Pick(random.IntN)
 	w := newGrove(p)
 	accepted, refused, allowed := 0, 0, 0
 	for range trees {
@@ -227,13 +229,13 @@ func TestNoTreeWidens(t *testing.T) {
 func (w *grove) check(t *testing.T, tree []treeNode, tool broker.ToolName, call map[string]int) int {
 	leaf := tree[len(tree)-1]
 	r := leaf.rights[tool]
-	values := map[string]broker.Value{}
+	values := map[string]args.Value{}
 	for name, v := range call {
 		if v >= 0 {
 			values[name] = w.values[v]
 		}
 	}
-	args, err := broker.NewArgs(values)
+	args, err := args.New(values)
 	if err != nil {
 		t.Fatalf("NewArgs(%v): %v", values, err)
 	}
@@ -255,11 +257,11 @@ func (w *grove) check(t *testing.T, tree []treeNode, tool broker.ToolName, call 
 }
 
 func TestScopeWider(t *testing.T) {
-	use := func(tool string, args ...string) broker.Right {
-		r := broker.Right{Tool: broker.ToolName(tool), Use: true, Args: map[string]broker.Constraint{}}
-		for _, a := range args {
+	use := func(tool string, given ...string) broker.Right {
+		r := broker.Right{Tool: broker.ToolName(tool), Use: true, Args: map[string]args.Constraint{}}
+		for _, a := range given {
 			name, wire, _ := strings.Cut(a, "=")
-			r.Args[name] = mustParse(t, wire)
+			r.Args[name] = must(args.ParseConstraint([]byte(wire)))
 		}
 		return r
 	}
@@ -297,7 +299,7 @@ func TestScopeWider(t *testing.T) {
 }
 
 func TestRightAllows(t *testing.T) {
-	right := broker.Right{Tool: "a", Use: true, Args: map[string]broker.Constraint{"x": broker.OneOf("1"), "y": broker.Range(0, 9)}}
+	right := broker.Right{Tool: "a", Use: true, Args: map[string]args.Constraint{"x": args.OneOf("1"), "y": args.Range(0, 9)}}
 	for raw, want := range map[string]string{
 		`{"x":"1","y":5}`:         "",
 		`{"x":"1","y":5,"z":"q"}`: "",
@@ -306,7 +308,7 @@ func TestRightAllows(t *testing.T) {
 		`{"x":"1","y":"5"}`:       "y",
 		`{}`:                      "x y",
 	} {
-		args, err := broker.ParseArgs([]byte(raw))
+		args, err := args.Parse([]byte(raw))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -336,7 +338,7 @@ func TestNewScope(t *testing.T) {
 		"two for one tool": {r("a"), r("a")},
 		"to nothing":       {{Tool: "a"}},
 		"bad tool":         {r("A")},
-		"bad argument":     {{Tool: "a", Use: true, Args: map[string]broker.Constraint{"X": broker.OneOf("a")}}},
+		"bad argument":     {{Tool: "a", Use: true, Args: map[string]args.Constraint{"X": args.OneOf("a")}}},
 	} {
 		if s, err := broker.NewScope(rights); err == nil {
 			t.Errorf("NewScope(%s) = %v, want an error", name, s)

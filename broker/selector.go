@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // Subject is what a [Selector] looks at: a delegation, or a grant under it. For a delegation
@@ -16,7 +18,7 @@ type Subject struct {
 	Path   []Delegation // root first; the last holds the grant
 	Grant  GrantID
 	Tool   ToolName
-	Args   Args
+	Args   args.Args
 	Vault  string        // Vault mount and role, joined by slashes
 	Bundle string        // digest of the policy bundle that decided
 	Leaked []ValueDigest // of the values that its secret had
@@ -201,7 +203,7 @@ func (t selectorTerm) holds(s Subject) selectorVerdict {
 			return selectorOpen
 		}
 		value, ok := s.Args.Get(t.name)
-		return yesIf(ok && argReads(value, t.value))
+		return yesIf(ok && value.ReadsAs(t.value))
 	case "vault":
 		return yesIf(withinPath(t.value, s.Vault))
 	case "bundle":
@@ -218,19 +220,6 @@ func withinPath(pattern, path string) bool {
 		return strings.HasPrefix(path, prefix)
 	}
 	return path == pattern
-}
-
-// argReads compares an argument with a text.
-func argReads(v Value, text string) bool {
-	switch v.kind {
-	case intValue:
-		return strconv.FormatInt(v.n, 10) == text
-	case boolValue:
-		return strconv.FormatBool(v.n != 0) == text
-	case listValue:
-		return slices.Contains(v.list, text)
-	}
-	return v.s == text
 }
 
 func (n *selectorNode) String() string {

@@ -10,6 +10,8 @@ import (
 	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // Limits of a selector.
@@ -223,8 +225,8 @@ func (p *selectorParser) checkKey(pos int, key, name string, named bool) error {
 		spelt += ".NAME"
 	}
 	switch {
-	case key == "arg" && name != "" && checkArgName(name) != nil:
-		return p.errorAt(pos, "%v", checkArgName(name))
+	case key == "arg" && name != "" && args.CheckName(name) != nil:
+		return p.errorAt(pos, "%v", args.CheckName(name))
 	case slices.Contains(selectorKeys, spelt) && named == (name != ""):
 		return nil
 	case slices.Contains(selectorKeys, key+".NAME"):
@@ -284,7 +286,7 @@ func newTerm(key, name, value string) (t selectorTerm, err error) {
 	case "spiffe":
 		err = checkSPIFFE(value)
 	case "vault":
-		if path := strings.TrimSuffix(value, "/*"); !plainSegments(path) || strings.Contains(path, "*") {
+		if path := strings.TrimSuffix(value, "/*"); !args.PlainPath(path) || strings.Contains(path, "*") {
 			err = errors.New("expected a Vault mount and role, or a mount and /*, without . or .. or empty segments")
 		}
 	case "leaked":

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
@@ -18,7 +19,7 @@ var selectorNoon = time.Date(2026, 1, 2, 12, 0, 0, 0, time.UTC)
 
 // subjects are, under root -> planner -> writer: the three delegations and a grant of the writer's.
 func subjects(t testing.TB) map[string]broker.Subject {
-	args, err := broker.ParseArgs([]byte(`{"table":"users","limit":5,"dry":true,"verbs":["select","insert"],"text":"a \"b\" ü"}`))
+	args, err := args.Parse([]byte(`{"table":"users","limit":5,"dry":true,"verbs":["select","insert"],"text":"a \"b\" ü"}`))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // ToolName names a tool: words of lower-case letters and digits joined by single dots or
@@ -84,14 +86,14 @@ const MaxTTL = 15 * time.Minute
 
 // Parameter declares one argument of a tool.
 type Parameter struct {
-	Kind       string      // "string", "integer", "boolean" or "list"
-	Required   bool        // a step without it is refused
-	Constraint *Constraint // what the tool takes at all; nil means any value of the kind
+	Kind       string           // "string", "integer", "boolean" or "list"
+	Required   bool             // a step without it is refused
+	Constraint *args.Constraint // what the tool takes at all; nil means any value of the kind
 }
 
 // Check reports what is wrong with args for this tool: the names of the arguments that are
 // unknown, missing, of another kind, or outside what the tool takes.
-func (t Tool) Check(args Args) (wrong []string) {
+func (t Tool) Check(args args.Args) (wrong []string) {
 	for _, name := range args.Names() {
 		p, known := t.Arguments[name]
 		v, _ := args.Get(name)

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 func TestParseToolName(t *testing.T) {
@@ -50,7 +51,7 @@ func TestNarrowing(t *testing.T) {
 }
 
 func TestToolCheck(t *testing.T) {
-	small := broker.Range(0, 9)
+	small := args.Range(0, 9)
 	tool := broker.Tool{Name: "psql", Arguments: map[string]broker.Parameter{
 		"table": {Kind: "string", Required: true},
 		"limit": {Kind: "integer", Constraint: &small},
@@ -66,7 +67,7 @@ func TestToolCheck(t *testing.T) {
 		`{"table":"a","where":"1=1"}`:           "where",
 		`{"limit":-1,"other":true,"verbs":"x"}`: "limit other table verbs",
 	} {
-		args, err := broker.ParseArgs([]byte(raw))
+		args, err := args.Parse([]byte(raw))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -12,6 +12,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // Rig is a backend with what the suite needs to judge it from outside: Vault's part of a secret's
@@ -20,8 +21,8 @@ type Rig struct {
 	Backend broker.Backend // required; revoke and proof are part of it: see Backend
 	Tool    broker.Tool    // required: one that Load takes
 	Wrong   []broker.Tool  // required: tools that Load refuses, besides those that the suite makes of Tool
-	Args    broker.Args    // of a step with Tool
-	Outside []broker.Args  // arguments that Prepare refuses; empty when it takes whatever the engine lets through
+	Args    args.Args      // of a step with Tool
+	Outside []args.Args    // arguments that Prepare refuses; empty when it takes whatever the engine lets through
 
 	// Mint does what the engine and Vault do from step 3 to step 6: make the step's token, carry
 	// out m, once, and write token and lease into g. Required; safe for concurrent use.

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/brokertest"
 )
 
@@ -24,7 +25,7 @@ func (s strict) Load(t broker.Tool) error {
 }
 
 func (s strict) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (broker.Mint, string, error) {
-	if v, _ := g.Args.Get("table"); v.Equal(broker.String("salaries")) {
+	if v, _ := g.Args.Get("table"); v.Equal(args.String("salaries")) {
 		return broker.Mint{}, "", errors.New("not that table")
 	}
 	m, name, err := s.Target.Prepare(ctx, t, g)
@@ -51,13 +52,13 @@ func rig(t *testing.T, target *brokertest.Target, b broker.Backend) brokertest.R
 	v.Keep(d.ID, h)
 	var mu sync.Mutex // guards tokens
 	tokens := map[broker.GrantID]string{}
-	args, _ := broker.NewArgs(map[string]broker.Value{"table": broker.String("orders")})
-	outside, _ := broker.NewArgs(map[string]broker.Value{"table": broker.String("salaries")})
+	given, _ := args.New(map[string]args.Value{"table": args.String("orders")})
+	outside, _ := args.New(map[string]args.Value{"table": args.String("salaries")})
 	tool := broker.Tool{Name: "db.read", Backend: "target", Path: []string{"target", "creds"}}
 	wrong := tool
 	wrong.Path = []string{"other", "creds"}
 	return brokertest.Rig{
-		Backend: b, Tool: tool, Wrong: []broker.Tool{wrong}, Args: args, Outside: []broker.Args{outside},
+		Backend: b, Tool: tool, Wrong: []broker.Tool{wrong}, Args: given, Outside: []args.Args{outside},
 		Mint: func(ctx context.Context, g *broker.Grant, m broker.Mint, name string) (s broker.Secret, err error) {
 			if g.Token, err = v.Child(ctx, *g, name, ""); err != nil {
 				return s, err

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
@@ -186,7 +187,7 @@ func (y testYAML) question() (q broker.Question, err error) {
 	if err != nil {
 		return q, fmt.Errorf("args %w", err)
 	}
-	q.Args, err = broker.ParseArgs(text)
+	q.Args, err = args.Parse(text)
 	return q, err
 }
 

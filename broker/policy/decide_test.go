@@ -7,13 +7,14 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/policy"
 )
 
 type change = func(*broker.Question)
 
 func caller(s string) change { return func(q *broker.Question) { q.Caller.ID = id(s) } }
-func args(a broker.Args) change {
+func given(a args.Args) change {
 	return func(q *broker.Question) { q.Args = a }
 }
 func label(k, v string) change {
@@ -60,8 +61,8 @@ func TestDecide(t *testing.T) {
 		{"nobody", all, use("db.read", func(q *broker.Question) { q.Caller = broker.Caller{} }), denied},
 		{"trust domain", `@id("ci") permit(principal in TrustDomain::"acme.example", action == Action::"use", resource in ToolGroup::"db");`,
 			use("db.read"), allowed},
-		{"set of strings", ci + ` when { ["a", "b"].containsAll(context.args.tables) };`, use("db.read", args(list("a", "b"))), allowed},
-		{"set of strings, one outside", ci + ` when { ["a", "b"].containsAll(context.args.tables) };`, use("db.read", args(list("a", "c"))), denied},
+		{"set of strings", ci + ` when { ["a", "b"].containsAll(context.args.tables) };`, use("db.read", given(list("a", "b"))), allowed},
+		{"set of strings, one outside", ci + ` when { ["a", "b"].containsAll(context.args.tables) };`, use("db.read", given(list("a", "c"))), denied},
 		{"label", ci + ` when { context.chain.labels has env && context.chain.labels.env == "prod" };`, use("db.read", label("env", "prod")), allowed},
 		{"no label", ci + ` when { context.chain.labels has env && context.chain.labels.env == "prod" };`, use("db.read"), denied},
 		{"demanded label of the tool", ci + ` when { resource.narrowing == "native" && resource.backend == "postgres" };`, use("db.read"), allowed},
@@ -74,9 +75,9 @@ func TestDecide(t *testing.T) {
 		{"a count of none is no past", ci + ` unless { context.history has "mail" };`, use("db.read", past("mail", 0, 0)), allowed},
 		{"a member as a whole", ci + ` when { context.chain == {task: "nightly", opener: Agent::"spiffe://acme.example/ci/runner", labels: {}, depth: 0, age_seconds: 60} };`,
 			use("db.read"), allowed},
-		{"a member as a whole beside its parts", ci + ` when { context.args has limit || context.args == {tables: ["a"]} };`, use("db.read", args(list("a"))), allowed},
+		{"a member as a whole beside its parts", ci + ` when { context.args has limit || context.args == {tables: ["a"]} };`, use("db.read", given(list("a"))), allowed},
 		{"parts in one policy, the whole in another", `@id("x") forbid(principal, action, resource) when { context.args has limit };` + ci + ` when { {a: context}.a.args == {tables: ["a"]} };`,
-			use("db.read", args(list("a"))), allowed},
+			use("db.read", given(list("a"))), allowed},
 		{"age never counts backwards", ci + ` when { context.chain.age_seconds == 0 };`, use("db.read", func(q *broker.Question) { q.Chain.Opened = noon.Add(time.Hour) }), allowed},
 		{"whole context", ci + ` when { {c: context}.c.used.contains("mail") };`, use("db.read", past("mail", 1, 0)), allowed},
 

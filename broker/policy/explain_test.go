@@ -31,14 +31,14 @@ func TestExplain(t *testing.T) {
 		missing []string
 		remedy  string
 	}{
-		{"granted", use("db.read", args(list("a"))), true, nil, nil, ""},
+		{"granted", use("db.read", given(list("a"))), true, nil, nil, ""},
 		{"condition", use("db.read"), false, []string{"read"}, []string{"permit:use:db.read"}, "name your tables"},
 		{"no permit", use("db.read", action(broker.ActionOpen)), false, nil, []string{"permit:open:db.read"}, "ask the platform team for a permit for spiffe://acme.example/ci/runner to open"},
 		{"approval", use("db.write"), false, nil, []string{"approval:2 of oncall"}, "ask 2 of oncall to approve"},
 		{"narrowing", use("mail"), false, nil, []string{"narrowing:proxy"}, "narrowed more strongly"},
 		{"domains", use("mail", delegate("spiffe://b.example/x")), false, nil, []string{"domains:acme.example b.example"}, "names both trust domains"},
-		{"forbidden", use("db.read", args(list("a")), caller("spiffe://acme.example/bad")), false, nil, nil, "do not"},
-		{"failed", use("db.read", args(list("a")), caller("spiffe://acme.example/odd")), false, nil, nil, "give every argument"},
+		{"forbidden", use("db.read", given(list("a")), caller("spiffe://acme.example/bad")), false, nil, nil, "do not"},
+		{"failed", use("db.read", given(list("a")), caller("spiffe://acme.example/odd")), false, nil, nil, "give every argument"},
 		{"unknown tool", use("gone"), false, nil, []string{"tool:gone"}, "declare the tool"},
 	} {
 		e := p.Explain(tt.q)

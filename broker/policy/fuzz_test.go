@@ -44,7 +44,7 @@ func FuzzPayload(f *testing.F) {
 			t.Errorf("Verify accepted %q and keeps %q", payload, b.Payload())
 		}
 		if p, err := policy.Load(b); err == nil {
-			p.Explain(use("db.read", args(list("a"))))
+			p.Explain(use("db.read", given(list("a"))))
 		}
 	})
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/policy"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -66,8 +67,8 @@ func load(t testing.TB, cedar string) *policy.Policy {
 
 func id(s string) spiffeid.ID { return spiffeid.RequireFromString(s) }
 
-func list(names ...string) broker.Args {
-	a, err := broker.NewArgs(map[string]broker.Value{"tables": broker.List(names...)})
+func list(names ...string) args.Args {
+	a, err := args.New(map[string]args.Value{"tables": args.List(names...)})
 	if err != nil {
 		panic(err)
 	}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/cedar-policy/cedar-go"
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
@@ -197,7 +198,7 @@ func nowOf(now time.Time) cedar.Value {
 	})
 }
 
-func (b *builder) args(args broker.Args, n names) cedar.Value {
+func (b *builder) args(args args.Args, n names) cedar.Value {
 	m := b.open()
 	for _, name := range args.Names() {
 		if n.has(name) {
@@ -208,7 +209,7 @@ func (b *builder) args(args broker.Args, n names) cedar.Value {
 	return b.close(m)
 }
 
-func (b *builder) value(v broker.Value) cedar.Value {
+func (b *builder) value(v args.Value) cedar.Value {
 	if n, ok := v.Int64(); ok {
 		return cedar.Long(n)
 	}

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/policy"
 )
 
@@ -69,7 +70,7 @@ func randomQuestion(r *rand.Rand) broker.Question {
 		Now:       noon,
 	}
 	if r.IntN(2) == 0 {
-		q.Args, _ = broker.NewArgs(map[string]broker.Value{"env": broker.String(one(r, "prod", "test")), "tool": broker.String("mail")})
+		q.Args, _ = args.New(map[string]args.Value{"env": args.String(one(r, "prod", "test")), "tool": args.String("mail")})
 	}
 	if r.IntN(2) == 0 {
 		q.History = map[broker.ToolName]broker.Past{"mail": {Count: r.IntN(3), First: noon.Add(-time.Hour), Last: noon}}
@@ -107,7 +108,7 @@ func TestSlicedIsUnsliced(t *testing.T) {
 
 func FuzzDecide(f *testing.F) {
 	f.Add(uint64(1), uint64(2), "spiffe://a.example/ci/x", "db.read", []byte(`{"env":"prod"}`))
-	f.Fuzz(func(t *testing.T, a, b uint64, caller, tool string, args []byte) {
+	f.Fuzz(func(t *testing.T, a, b uint64, caller, tool string, given []byte) {
 		r := rand.New(rand.NewPCG(a, b))
 		s, err := policy.Build(sources(randomCedar(r, 8)))
 		if err != nil {
@@ -119,7 +120,7 @@ func FuzzDecide(f *testing.F) {
 		}
 		q := randomQuestion(r)
 		q.Tool.Name, q.Chain.Task = broker.ToolName(tool), caller
-		if parsed, err := broker.ParseArgs(args); err == nil {
+		if parsed, err := args.Parse(given); err == nil {
 			q.Args = parsed
 		}
 		if got, want := p.Decide(q), p.DecideUnsliced(q); !reflect.DeepEqual(got, want) {
@@ -133,7 +134,7 @@ func FuzzDecide(f *testing.F) {
 func BenchmarkDecide(b *testing.B) {
 	for _, n := range []int{10, 100, 1000} {
 		p := benchPolicy(b, n)
-		q := use("t0.read", args(list("orders", "customers")), label("env", "prod"), func(q *broker.Question) {
+		q := use("t0.read", given(list("orders", "customers")), label("env", "prod"), func(q *broker.Question) {
 			q.Depth = 8
 			q.History = map[broker.ToolName]broker.Past{}
 			for i := range 10 {

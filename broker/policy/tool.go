@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // toolDecl is a tool as a payload carries it.
@@ -24,9 +25,9 @@ type toolDecl struct {
 }
 
 type paramDecl struct {
-	Kind       string             `json:"kind"`
-	Required   bool               `json:"required,omitempty"`
-	Constraint *broker.Constraint `json:"constraint,omitempty"`
+	Kind       string           `json:"kind"`
+	Required   bool             `json:"required,omitempty"`
+	Constraint *args.Constraint `json:"constraint,omitempty"`
 }
 
 type vaultDecl struct {
@@ -69,7 +70,7 @@ func (y toolYAML) decl() (toolDecl, error) {
 			if err != nil {
 				return d, fmt.Errorf("argument %q: constraint %w", name, err)
 			}
-			c, err := broker.ParseConstraint(raw)
+			c, err := args.ParseConstraint(raw)
 			if err != nil {
 				return d, fmt.Errorf("argument %q: %w", name, err)
 			}
@@ -114,13 +115,13 @@ func (d toolDecl) tool() (t broker.Tool, err error) {
 }
 
 func parameters(decls map[string]paramDecl) (map[string]broker.Parameter, error) {
-	if len(decls) > broker.MaxArgs {
-		return nil, fmt.Errorf("more than %d arguments", broker.MaxArgs)
+	if len(decls) > args.MaxCount {
+		return nil, fmt.Errorf("more than %d arguments", args.MaxCount)
 	}
 	params := make(map[string]broker.Parameter, len(decls))
 	for _, name := range slices.Sorted(maps.Keys(decls)) {
 		d := decls[name]
-		if _, err := broker.NewArgs(map[string]broker.Value{name: {}}); err != nil {
+		if _, err := args.New(map[string]args.Value{name: {}}); err != nil {
 			return nil, fmt.Errorf("argument %.70q: %w", name, err)
 		}
 		if !slices.Contains([]string{"string", "integer", "boolean", "list"}, d.Kind) {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 func (s *Server) agentRoutes() []route {
@@ -168,7 +169,7 @@ func stepRequest(x *exchange, in api.StepRequest) (r broker.StepRequest, err err
 	}
 	x.note(slog.String("tool", string(r.Tool)))
 	if in.Args != nil {
-		if r.Args, err = broker.ParseArgs(in.Args); err != nil {
+		if r.Args, err = args.Parse(in.Args); err != nil {
 			return r, malformed("%v", err)
 		}
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/server"
 )
 
@@ -88,13 +89,13 @@ func fence() *broker.Fence {
 }
 
 func delegation() broker.Delegation {
-	c, err := broker.ParseConstraint([]byte(`{"one_of":["orders"]}`))
+	c, err := args.ParseConstraint([]byte(`{"one_of":["orders"]}`))
 	if err != nil {
 		panic(err)
 	}
 	return broker.Delegation{
 		ID: delegationID, Chain: chainID, Parent: delegationID, Holder: agentID,
-		Scope:  broker.Scope{{Tool: "postgres", Use: true, Delegate: true, Args: map[string]broker.Constraint{"table": c}}},
+		Scope:  broker.Scope{{Tool: "postgres", Use: true, Delegate: true, Args: map[string]args.Constraint{"table": c}}},
 		Budget: broker.Budget{Steps: 1, Live: 2, PerMinute: 3, Tools: map[broker.ToolName]int{"postgres": 4}},
 		Depth:  5, Created: noon, Expires: noon.Add(time.Hour), Fence: fence(), Heartbeat: 30 * time.Second,
 		Tokens: []broker.Handle{{Accessor: "accessor-marker"}},
@@ -102,7 +103,7 @@ func delegation() broker.Delegation {
 }
 
 func grant() broker.Grant {
-	args, err := broker.ParseArgs([]byte(`{"table":"orders"}`))
+	args, err := args.Parse([]byte(`{"table":"orders"}`))
 	if err != nil {
 		panic(err)
 	}

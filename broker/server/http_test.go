@@ -17,6 +17,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/server"
 )
 
@@ -215,7 +216,7 @@ func TestStep(t *testing.T) {
 	if want := noon.Add(30 * time.Second); !issued.Grant.Expires.Equal(want) || issued.Grant.Expires.Location() != time.UTC {
 		t.Errorf("grant expires %v, want %v in UTC: the lease's end, which is the sooner", issued.Grant.Expires, want)
 	}
-	args, _ := broker.ParseArgs([]byte(`{"table":"orders"}`))
+	args, _ := args.Parse([]byte(`{"table":"orders"}`))
 	want := broker.StepRequest{Delegation: delegationID, Tool: "postgres", Args: args, Purpose: "reading", Key: "k1", TTL: 30 * time.Second}
 	if !reflect.DeepEqual(r.fake.asked, want) {
 		t.Errorf("the broker was asked %+v, want %+v", r.fake.asked, want)
@@ -309,8 +310,8 @@ func TestPanic(t *testing.T) {
 
 func TestConversions(t *testing.T) {
 	r := newRig(t)
-	c, _ := broker.ParseConstraint([]byte(`{"one_of":["orders"]}`))
-	rights := []broker.Right{{Tool: "postgres", Use: true, Args: map[string]broker.Constraint{"table": c}}}
+	c, _ := args.ParseConstraint([]byte(`{"one_of":["orders"]}`))
+	rights := []broker.Right{{Tool: "postgres", Use: true, Args: map[string]args.Constraint{"table": c}}}
 	budget := broker.Budget{Steps: 1, Live: 2, PerMinute: 3, Tools: map[broker.ToolName]int{"postgres": 4}}
 	const shared = `"rights":[{"tool":"postgres","use":true,"args":{"table":{"one_of":["orders"]}}}],"budget":{"steps":1,"live":2,"per_minute":3,"tools":{"postgres":4}},"depth":2,"ttl_seconds":60`
 	for _, row := range []struct {

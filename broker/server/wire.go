@@ -10,6 +10,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // pathID parses the path's id and notes it.
@@ -41,12 +42,12 @@ func rightsOf(in []api.Right) ([]broker.Right, error) {
 		}
 		right := broker.Right{Tool: name, Use: r.Use, Delegate: r.Delegate}
 		for arg, raw := range r.Args {
-			c, err := broker.ParseConstraint(raw)
+			c, err := args.ParseConstraint(raw)
 			if err != nil {
 				return nil, malformed("argument %.70q of tool %q: %v", arg, name, err)
 			}
 			if right.Args == nil {
-				right.Args = map[string]broker.Constraint{}
+				right.Args = map[string]args.Constraint{}
 			}
 			right.Args[arg] = c
 		}

@@ -10,6 +10,7 @@ import (
 	"github.com/cedar-policy/cedar-go"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/policy"
 )
 
@@ -102,7 +103,7 @@ func decisions(text string) (func() bool, error) {
 	if err != nil {
 		return nil, err
 	}
-	args, err := broker.NewArgs(map[string]broker.Value{"env": broker.String("e0")})
+	args, err := args.New(map[string]args.Value{"env": args.String("e0")})
 	if err != nil {
 		return nil, err
 	}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/cmd/dev"
 	"github.com/pawlsec/pawl/cmd/parts"
 )
@@ -35,7 +36,7 @@ func TestLaggingList(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	args, err := broker.NewArgs(map[string]broker.Value{"name": broker.String("a.agents.pawl.dev")})
+	args, err := args.New(map[string]args.Value{"name": args.String("a.agents.pawl.dev")})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/cmd/dev"
 	"github.com/pawlsec/pawl/cmd/parts"
 )
@@ -25,12 +26,12 @@ func TestEveryTool(t *testing.T) {
 	c := broker.Caller{ID: dev.Agent("planner"), Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
 	rows := []struct {
 		tool broker.ToolName
-		args map[string]broker.Value
+		args map[string]args.Value
 		want broker.Outcome
 	}{
-		{"db.read", map[string]broker.Value{"tables": broker.List("orders")}, broker.OutcomeDead},
-		{"tls.call", map[string]broker.Value{"name": broker.String("a.agents.pawl.dev")}, broker.OutcomeDead},
-		{"api.call", map[string]broker.Value{"audience": broker.String("https://mail.pawl.dev")}, broker.OutcomeDead},
+		{"db.read", map[string]args.Value{"tables": args.List("orders")}, broker.OutcomeDead},
+		{"tls.call", map[string]args.Value{"name": args.String("a.agents.pawl.dev")}, broker.OutcomeDead},
+		{"api.call", map[string]args.Value{"audience": args.String("https://mail.pawl.dev")}, broker.OutcomeDead},
 		{"host.uptime", nil, broker.OutcomeDead},
 		{"notes.fetch", nil, broker.OutcomeDead},
 		{"notes.read", nil, broker.OutcomeStatic},
@@ -44,7 +45,7 @@ func TestEveryTool(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, row := range rows {
-		args, err := broker.NewArgs(row.args)
+		args, err := args.New(row.args)
 		if err != nil {
 			t.Fatal(err)
 		}

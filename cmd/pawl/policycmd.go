@@ -14,6 +14,7 @@ import (
 
 	"github.com/pawlsec/pawl/attest"
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/policy"
 	"github.com/pawlsec/pawl/cmd/wire"
 )
@@ -313,6 +314,6 @@ func (f explainFlags) question(p *policy.Policy) (q broker.Question, err error) 
 	if err != nil {
 		return q, err
 	}
-	q.Args, err = broker.ParseArgs(raw)
+	q.Args, err = args.Parse(raw)
 	return q, err
 }

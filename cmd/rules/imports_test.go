@@ -49,9 +49,10 @@ var forTests = []string{"broker/brokertest", "broker/engine", "cmd/parts"}
 // The first row that fits a package counts. A package without a row is an error: add its row with the package. A row
 // may name a package that does not exist yet.
 var rows = []row{
-	{"broker", []string{"broker/args"}, []string{"broker/selector", "store/*"},
+	{"broker", []string{"broker/args"}, []string{"broker/selector", "broker/args/argstest", "store/*"},
 		"the words and the ports depend on broker/args alone: everything else may change without them"},
-	{"broker/args", nil, nil, "arguments and their constraints are read without learning anything else"},
+	{"broker/args/argstest", []string{"broker/args"}, nil, "it draws arguments and constraints for tests"},
+	{"broker/args", nil, []string{"broker", "broker/args/argstest"}, "arguments and their constraints are read without learning anything else"},
 	{"broker/selector", []string{"broker", "broker/args"}, nil, "a selector knows no ledger and no procedure"},
 	{"broker/engine/internal/records", []string{"broker", "broker/args", "broker/selector"}, []string{"store/*"},
 		"records know no procedure"},

@@ -13,6 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // SelfTest says how the broker tries by itself whether revoking works: it opens a chain, takes a
@@ -48,7 +49,7 @@ func (t SelfTest) step() (r broker.StepRequest, err error) {
 	}
 	raw, err := json.Marshal(t.Args)
 	if err == nil {
-		r.Args, err = broker.ParseArgs(raw)
+		r.Args, err = args.Parse(raw)
 	}
 	if err != nil {
 		return r, fmt.Errorf("self_test.args: %w", err)

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/plugins/exec"
@@ -147,9 +148,9 @@ func tool() broker.Tool {
 		Settings:  map[string]string{"pawl.mint": "write", "pawl.lease": "none", "pawl.ref": "name"}}
 }
 
-func args(t *testing.T, raw string) broker.Args {
+func given(t *testing.T, raw string) args.Args {
 	t.Helper()
-	a, err := broker.ParseArgs([]byte(raw))
+	a, err := args.Parse([]byte(raw))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -162,7 +163,7 @@ func with(t broker.Tool, key, value string) broker.Tool {
 }
 
 func rig(t *testing.T, s *keyServer, b broker.Backend) brokertest.Rig {
-	return brokertest.Rig{Backend: b, Tool: tool(), Args: args(t, `{"scope":"read"}`), Outside: []broker.Args{{}, args(t, `{"scope":"all"}`)},
+	return brokertest.Rig{Backend: b, Tool: tool(), Args: given(t, `{"scope":"read"}`), Outside: []args.Args{{}, given(t, `{"scope":"all"}`)},
 		Wrong: []broker.Tool{with(tool(), "pawl.mint", "delete"), with(tool(), "pawl.lease", "no"), with(tool(), "pawl.ref", "a b"), with(tool(), "pawl.x", "y")},
 		Mint:  s.mint, Works: s.works, Credentials: s.count}
 }
@@ -190,7 +191,7 @@ func TestLiar(t *testing.T) {
 	}
 	honest := python(t, s)
 	b := backend(t, exec.Config{Program: liar, Probe: &honest})
-	g := broker.Grant{ID: "gr000000000000000000000001", Args: args(t, `{"scope":"read"}`), Expires: time.Now().Add(time.Minute)}
+	g := broker.Grant{ID: "gr000000000000000000000001", Args: given(t, `{"scope":"read"}`), Expires: time.Now().Add(time.Minute)}
 	m, _, err := b.Prepare(t.Context(), tool(), g)
 	if err != nil {
 		t.Fatalf("Prepare() = %v", err)
@@ -211,7 +212,7 @@ func TestLiar(t *testing.T) {
 func TestPrepare(t *testing.T) {
 	s := newKeyServer(t)
 	b := backend(t, exec.Config{Program: python(t, s)})
-	g := broker.Grant{ID: "gr000000000000000000000001", Args: args(t, `{"scope":"read"}`), Expires: time.Now().Add(time.Minute)}
+	g := broker.Grant{ID: "gr000000000000000000000001", Args: given(t, `{"scope":"read"}`), Expires: time.Now().Add(time.Minute)}
 	m, name, err := b.Prepare(t.Context(), tool(), g)
 	if err != nil || name != string(g.ID) || m.Leased || m.Auth || m.TTL > time.Minute || m.TTL < 50*time.Second {
 		t.Fatalf("Prepare() = %+v, %q, %v", m, name, err)
@@ -229,7 +230,7 @@ func TestPrepare(t *testing.T) {
 			t.Errorf("Finish(%v) succeeded", answer)
 		}
 	}
-	g.Args = args(t, `{"scope":"all"}`)
+	g.Args = given(t, `{"scope":"all"}`)
 	_, _, err = b.Prepare(t.Context(), tool(), g)
 	var e *broker.Error
 	if !errors.As(err, &e) || e.Kind != broker.Denied || e.Code != broker.CodeArgumentOutside || strings.Contains(e.Msg, "read or write") {

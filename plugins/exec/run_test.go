@@ -229,7 +229,7 @@ func TestRequest(t *testing.T) {
 	p := program(t, "#!/bin/sh\nexec cat >"+seen+"\n")
 	b := backend(t, exec.Config{Program: p})
 	g := broker.Grant{ID: "gr000000000000000000000001", Chain: "ch1", Delegation: "dl1", Purpose: "why", Tool: "keys", Path: "keys/creds/app",
-		Args: args(t, `{"scope":"<&>"}`), Expires: time.Date(2026, 1, 2, 3, 4, 5, 0, time.FixedZone("", 3600)),
+		Args: given(t, `{"scope":"<&>"}`), Expires: time.Date(2026, 1, 2, 3, 4, 5, 0, time.FixedZone("", 3600)),
 		Token: broker.Handle{Accessor: "accessor"}, Lease: broker.Lease{ID: "lease", Ref: "name-1"}, Policies: []string{"p"}}
 	told := tool()
 	told.Policy, told.Settings["region"] = "pawl-tool-keys", "eu"
@@ -258,7 +258,7 @@ func TestAnswers(t *testing.T) {
 	const id = "gr000000000000000000000001"
 	evidence := func(s string) string { return `{"version":1,"evidence":[` + s + `]}` }
 	good := `{"grant":"` + id + `","outcome":"dead","check":"a look","answer":"gone"}`
-	native := broker.Grant{ID: id, Args: args(t, `{}`), Narrowing: broker.NarrowNative}
+	native := broker.Grant{ID: id, Args: given(t, `{}`), Narrowing: broker.NarrowNative}
 	for _, row := range []struct {
 		name, answer string
 		label        broker.Narrowing

@@ -12,6 +12,7 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // Version is the protocol's. A plugin answers in the version it was asked in.
@@ -43,7 +44,7 @@ type grant struct {
 	ID      broker.GrantID  `json:"id"`
 	Tool    broker.ToolName `json:"tool"`
 	Path    string          `json:"path"`
-	Args    broker.Args     `json:"args"`
+	Args    args.Args       `json:"args"`
 	Expires time.Time       `json:"expires"`
 	Ref     string          `json:"ref,omitempty"`
 }

@@ -18,6 +18,7 @@ import (
 	josejwt "github.com/go-jose/go-jose/v4/jwt"
 	"github.com/hashicorp/vault/api"
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/plugins/jwt"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -140,9 +141,9 @@ func (e *engine) public(t *testing.T, version string) *ecdsa.PublicKey {
 	return key.(*ecdsa.PublicKey)
 }
 
-func grant(t *testing.T, values map[string]broker.Value) broker.Grant {
+func grant(t *testing.T, values map[string]args.Value) broker.Grant {
 	t.Helper()
-	args, err := broker.NewArgs(values)
+	args, err := args.New(values)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -178,7 +179,7 @@ func TestRealToken(t *testing.T) {
 	now := time.Now()
 	b := newBackend(t, reader{e.Client}, func() time.Time { return now })
 	tl := tool(e.mount, map[string]string{"arg.to": "audience", "arg.may": "scope"}, "to:string", "may:list", "id:integer")
-	g := grant(t, map[string]broker.Value{"to": broker.String("orders"), "may": broker.List("read", "list"), "id": broker.Int(7)})
+	g := grant(t, map[string]args.Value{"to": args.String("orders"), "may": args.List("read", "list"), "id": args.Int(7)})
 	token := func() string {
 		t.Helper()
 		m, name, err := b.Prepare(t.Context(), tl, g)
@@ -207,7 +208,7 @@ func TestRealToken(t *testing.T) {
 		t.Fatalf("verify() = %+v, %v", v, err)
 	}
 	pieces := strings.Split(first, ".")
-	other := grant(t, map[string]broker.Value{"to": broker.String("billing"), "may": broker.List("write"), "id": broker.Int(7)})
+	other := grant(t, map[string]args.Value{"to": args.String("billing"), "may": args.List("write"), "id": args.Int(7)})
 	m, _, err := b.Prepare(t.Context(), tl, other)
 	if err != nil {
 		t.Fatal(err)
@@ -279,7 +280,7 @@ func TestRealArguments(t *testing.T) {
 		{"orders", []string{"read"}, true}, {"", []string{"read"}, false}, {"a b", []string{"read"}, false}, {"orders", nil, false},
 		{"orders", []string{"read write"}, false}, {"orders", []string{"read", ""}, false}, {"orders\x00", []string{"read"}, false}, {"örders", []string{"read"}, false},
 	} {
-		_, _, err := b.Prepare(t.Context(), tl, grant(t, map[string]broker.Value{"to": broker.String(row.to), "may": broker.List(row.may...)}))
+		_, _, err := b.Prepare(t.Context(), tl, grant(t, map[string]args.Value{"to": args.String(row.to), "may": args.List(row.may...)}))
 		if (err == nil) != row.ok || err != nil && !errors.Is(err, broker.Malformed) {
 			t.Errorf("Prepare(%q, %q) = %v, want ok %v", row.to, row.may, err, row.ok)
 		}

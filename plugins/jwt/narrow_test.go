@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/plugins/jwt"
 )
 
@@ -53,7 +54,7 @@ func (s service) ask(t *testing.T, role, token string) error {
 // TestRealNarrow takes the raw token to a real service and asks for what it was not made for.
 func TestRealNarrow(t *testing.T) {
 	e := newEngine(t, "ecdsa-p256")
-	args := map[string]broker.Value{"to": broker.String("orders"), "may": broker.List("read", "list"), "id": broker.Int(7)}
+	args := map[string]args.Value{"to": args.String("orders"), "may": args.List("read", "list"), "id": args.Int(7)}
 	g := grant(t, args)
 	digest := fmt.Sprintf("%x", g.Args.Digest())
 	orders := func(claims map[string]any) map[string]any {

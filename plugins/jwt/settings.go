@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // settings say where the audience and scope come from: an argument or a fixed value.
@@ -90,7 +91,7 @@ func check(field, s string) error {
 	return nil
 }
 
-func (src source) values(args broker.Args) ([]string, error) {
+func (src source) values(args args.Args) ([]string, error) {
 	if src.arg == "" {
 		return []string{src.fixed}, nil
 	}

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // field says where a field's value comes from: an argument or, when that is empty, the settings.
@@ -98,7 +99,7 @@ func (f fields) fix(key, value string) error {
 }
 
 // values gives a field's checked values for a step.
-func (f fields) values(name string, args broker.Args) ([]string, error) {
+func (f fields) values(name string, args args.Args) ([]string, error) {
 	src, ok := f[name]
 	if !ok {
 		return nil, nil
@@ -122,7 +123,7 @@ func (f fields) values(name string, args broker.Args) ([]string, error) {
 	return list, nil
 }
 
-func (f fields) names(args broker.Args) (n names, err error) {
+func (f fields) names(args args.Args) (n names, err error) {
 	common, err := f.values("common_name", args)
 	if err != nil {
 		return names{}, err

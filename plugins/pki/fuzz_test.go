@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/plugins/pki"
 )
 
@@ -25,7 +26,7 @@ func FuzzNames(f *testing.F) {
 	list := []string{"common_name", "alt_names", "uri_sans", "ip_sans"}
 	f.Fuzz(func(t *testing.T, n int, value string) {
 		field := list[uint(n)%uint(len(list))]
-		args, err := broker.NewArgs(map[string]broker.Value{"x": broker.String(value)})
+		args, err := args.New(map[string]args.Value{"x": args.String(value)})
 		if err != nil {
 			return
 		}

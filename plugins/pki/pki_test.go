@@ -23,6 +23,7 @@ import (
 
 	"github.com/hashicorp/vault/api"
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/plugins/pki"
 )
@@ -113,7 +114,7 @@ func TestArguments(t *testing.T) {
 		"ip_sans":  {"10.0.0.1": true, "::1": true, "10.0.0.1,10.0.0.2": false, "10.0.0.0/8": false, "010.0.0.1": false},
 	} {
 		for value, ok := range rows {
-			args, err := broker.NewArgs(map[string]broker.Value{"x": broker.String(value)})
+			args, err := args.New(map[string]args.Value{"x": args.String(value)})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -179,7 +180,7 @@ type issued struct {
 
 func (e *engine) issue(t *testing.T, b *pki.Backend, uri string) (issued, error) {
 	t.Helper()
-	args, err := broker.NewArgs(map[string]broker.Value{"id": broker.String(uri)})
+	args, err := args.New(map[string]args.Value{"id": args.String(uri)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -9,6 +9,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // TestNarrow makes out-of-scope calls with the raw secret: PostgreSQL itself refuses each.
@@ -186,7 +187,7 @@ func TestFilterValue(tt *testing.T) {
 	}
 }
 
-func quote(s string) string { b, _ := broker.String(s).MarshalJSON(); return string(b) }
+func quote(s string) string { b, _ := args.String(s).MarshalJSON(); return string(b) }
 
 // TestDenied holds that what pawl_maker cannot grant is refused before any token is made, in words that do
 // not tell a closed table from none.

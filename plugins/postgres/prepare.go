@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // Of what is remembered about shapes, so that most steps need no word with the database. An hour is how
@@ -63,7 +64,7 @@ func ttl(tool time.Duration) time.Duration {
 }
 
 // narrow reads the arguments. Each that is left out is the whole of the setting.
-func (s settings) narrow(database string, args broker.Args) (spec, error) {
+func (s settings) narrow(database string, args args.Args) (spec, error) {
 	sp := spec{Connections: s.connections, Database: database, Tables: s.tables, Verbs: s.verbs,
 		StatementMS: s.statement.Milliseconds(), IdleMS: s.idle.Milliseconds(), Network: s.network}
 	if v, given := args.Get(argTables); given || len(s.tables) == 0 {
@@ -94,7 +95,7 @@ func (s settings) narrow(database string, args broker.Args) (spec, error) {
 	return sp, nil
 }
 
-func (s settings) filterBy(sp *spec, args broker.Args) error {
+func (s settings) filterBy(sp *spec, args args.Args) error {
 	v, valued := args.Get(argFilterValue)
 	c, chosen := args.Get(argFilterColumn)
 	if s.filterColumn == "" && !valued && !chosen {

@@ -16,6 +16,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/plugins/postgres"
 )
@@ -152,10 +153,10 @@ func (s *serviceLogins) Credential(ctx context.Context, p postgres.Purpose) (str
 
 func random8() string { return rand.Text()[:8] }
 
-func newGrant(args string) broker.Grant {
-	a, err := broker.ParseArgs([]byte(args))
+func newGrant(raw string) broker.Grant {
+	a, err := args.Parse([]byte(raw))
 	if err != nil {
-		panic("a test's arguments do not parse: " + args)
+		panic("a test's arguments do not parse: " + raw)
 	}
 	alphabet := "0123456789abcdefghjkmnpqrstvwxyz"
 	id := make([]byte, 24)

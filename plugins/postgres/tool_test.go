@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/plugins/postgres"
 )
 
@@ -204,7 +205,7 @@ func FuzzPrepare(f *testing.F) {
 	}
 	b := offline(f)
 	f.Fuzz(func(t *testing.T, text string) {
-		args, err := broker.ParseArgs([]byte(text))
+		args, err := args.Parse([]byte(text))
 		if err != nil || len(tool().Check(args)) > 0 {
 			return
 		}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/plugins/ssh"
 )
 
@@ -22,7 +23,7 @@ func FuzzArguments(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Fuzz(func(t *testing.T, user, run, from string) {
-		args, err := broker.NewArgs(map[string]broker.Value{"u": broker.String(user), "r": broker.String(run), "f": broker.String(from)})
+		args, err := args.New(map[string]args.Value{"u": args.String(user), "r": args.String(run), "f": args.String(from)})
 		if err != nil {
 			return
 		}

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // source says where a value comes from: an argument or, when that is empty, the settings.
@@ -109,7 +110,7 @@ func (s *settings) set(t broker.Tool, key, value string) error {
 }
 
 // wants gives the certificate that settings and arguments ask for.
-func (s settings) wants(args broker.Args) (w wants, err error) {
+func (s settings) wants(args args.Args) (w wants, err error) {
 	w.options, w.extensions = map[string]string{}, s.extensions
 	for field, src := range s.fields {
 		value := src.fixed

@@ -16,6 +16,7 @@ import (
 
 	"github.com/hashicorp/vault/api"
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/plugins/ssh"
 	xssh "golang.org/x/crypto/ssh"
@@ -77,7 +78,7 @@ func TestLoad(t *testing.T) {
 
 func grant(t *testing.T, n int, run string) broker.Grant {
 	t.Helper()
-	args, err := broker.NewArgs(map[string]broker.Value{"run": broker.String(run)})
+	args, err := args.New(map[string]args.Value{"run": args.String(run)})
 	if err != nil {
 		t.Fatal(err)
 	}

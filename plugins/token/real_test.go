@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/plugins/token"
@@ -218,7 +219,7 @@ func (v *real) rig(t *testing.T) brokertest.Rig {
 	wrong := v.tool
 	wrong.Path = []string{"auth", "token", "create-orphan", v.name}
 	return brokertest.Rig{Backend: b, Tool: v.tool, Wrong: []broker.Tool{wrong}, Args: grant(t, `{"env":"test"}`).Args,
-		Outside: []broker.Args{grant(t, `{"env":"dev"}`).Args, {}}, Mint: v.mint,
+		Outside: []args.Args{grant(t, `{"env":"dev"}`).Args, {}}, Mint: v.mint,
 		End: func(ctx context.Context, g broker.Grant) error {
 			v.mu.Lock()
 			accessor := v.steps[g.ID]

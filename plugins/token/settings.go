@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // settings say which policies a token gets.
@@ -119,7 +120,7 @@ func parse(value string) ([]string, error) {
 }
 
 // policies are those that the arguments choose, in order.
-func (s settings) policies(args broker.Args) ([]string, error) {
+func (s settings) policies(args args.Args) ([]string, error) {
 	list := slices.Clone(s.fixed)
 	for name, choices := range s.by {
 		v, _ := args.Get(name)

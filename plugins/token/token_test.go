@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/plugins/token"
 )
 
@@ -60,9 +61,9 @@ func tool(settings ...string) broker.Tool {
 	return t
 }
 
-func grant(t *testing.T, args string) broker.Grant {
+func grant(t *testing.T, raw string) broker.Grant {
 	t.Helper()
-	a, err := broker.ParseArgs([]byte(args))
+	a, err := args.Parse([]byte(raw))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,4 +1,5 @@
-package broker
+// Package args has a step's arguments in canonical form, and the constraints that are decided over them.
+package args
 
 import (
 	"bytes"
@@ -15,11 +16,11 @@ import (
 
 // Limits of a step's arguments; over any of them the request is malformed.
 const (
-	MaxArgs        = 64       // arguments
-	MaxArgName     = 64       // bytes
-	MaxArgString   = 8 << 10  // bytes
-	MaxArgElements = 256      // elements of a list
-	MaxArgsBytes   = 64 << 10 // bytes of the whole object in its canonical form
+	MaxCount    = 64       // arguments
+	MaxName     = 64       // bytes
+	MaxString   = 8 << 10  // bytes
+	MaxElements = 256      // elements of a list
+	MaxBytes    = 64 << 10 // bytes of the whole object in its canonical form
 )
 
 // escaped is how many times longer an encoder may make the canonical form: encoding/json
@@ -71,6 +72,20 @@ func (v Value) Strings() ([]string, bool) { return v.list, v.kind == listValue }
 // Equal reports whether v and w are the same value of the same kind.
 func (v Value) Equal(w Value) bool {
 	return v.kind == w.kind && v.s == w.s && v.n == w.n && slices.Equal(v.list, w.list)
+}
+
+// ReadsAs reports whether the value is written as text: a string by itself, an integer in decimal, a boolean as true or
+// false, and a list by one of its elements.
+func (v Value) ReadsAs(text string) bool {
+	switch v.kind {
+	case intValue:
+		return strconv.FormatInt(v.n, 10) == text
+	case boolValue:
+		return strconv.FormatBool(v.n != 0) == text
+	case listValue:
+		return slices.Contains(v.list, text)
+	}
+	return v.s == text
 }
 
 // Kind is "string", "integer", "boolean" or "list".
@@ -128,14 +143,14 @@ type Args struct {
 }
 
 // NewArgs makes Args of values.
-func NewArgs(values map[string]Value) (Args, error) {
-	if len(values) > MaxArgs {
-		return Args{}, fmt.Errorf("more than %d arguments", MaxArgs)
+func New(values map[string]Value) (Args, error) {
+	if len(values) > MaxCount {
+		return Args{}, fmt.Errorf("more than %d arguments", MaxCount)
 	}
 	a := Args{names: slices.Sorted(maps.Keys(values)), values: maps.Clone(values)}
 	b := []byte{'{'}
 	for i, name := range a.names {
-		if err := checkArgName(name); err != nil {
+		if err := CheckName(name); err != nil {
 			return Args{}, err
 		}
 		if err := values[name].check(); err != nil {
@@ -146,19 +161,19 @@ func NewArgs(values map[string]Value) (Args, error) {
 		}
 		b = values[name].append(append(appendString(b, name), ':'))
 	}
-	if a.canon = append(b, '}'); len(a.canon) > MaxArgsBytes {
-		return Args{}, fmt.Errorf("arguments take more than %d bytes", MaxArgsBytes)
+	if a.canon = append(b, '}'); len(a.canon) > MaxBytes {
+		return Args{}, fmt.Errorf("arguments take more than %d bytes", MaxBytes)
 	}
 	return a, nil
 }
 
 func (v Value) check() error {
-	if len(v.list) > MaxArgElements {
-		return fmt.Errorf("more than %d elements", MaxArgElements)
+	if len(v.list) > MaxElements {
+		return fmt.Errorf("more than %d elements", MaxElements)
 	}
 	for _, s := range append(slices.Clone(v.list), v.s) {
-		if len(s) > MaxArgString {
-			return fmt.Errorf("longer than %d bytes", MaxArgString)
+		if len(s) > MaxString {
+			return fmt.Errorf("longer than %d bytes", MaxString)
 		}
 		if !utf8.ValidString(s) {
 			return errors.New("not valid UTF-8")
@@ -169,8 +184,8 @@ func (v Value) check() error {
 
 // checkArgName allows lower-case letters, digits and underscores, beginning with a letter:
 // names reach policy contexts and configuration, never SQL or a path.
-func checkArgName(s string) error {
-	ok := s != "" && len(s) <= MaxArgName && s[0] >= 'a' && s[0] <= 'z'
+func CheckName(s string) error {
+	ok := s != "" && len(s) <= MaxName && s[0] >= 'a' && s[0] <= 'z'
 	for i := 0; ok && i < len(s); i++ {
 		c := s[i]
 		ok = c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || c == '_'
@@ -184,9 +199,9 @@ func checkArgName(s string) error {
 // ParseArgs reads one JSON object of strings, integers, booleans and lists of strings. It
 // refuses duplicate names, null, fractions, nesting, anything after the object, and whatever
 // is over a limit above.
-func ParseArgs(raw []byte) (Args, error) {
-	if len(raw) > escaped*MaxArgsBytes {
-		return Args{}, fmt.Errorf("arguments take more than %d bytes", MaxArgsBytes)
+func Parse(raw []byte) (Args, error) {
+	if len(raw) > escaped*MaxBytes {
+		return Args{}, fmt.Errorf("arguments take more than %d bytes", MaxBytes)
 	}
 	if !utf8.Valid(raw) {
 		return Args{}, errors.New("arguments are not valid UTF-8")
@@ -209,8 +224,8 @@ func ParseArgs(raw []byte) (Args, error) {
 		if values[name], err = parseValue(dec); err != nil {
 			return Args{}, fmt.Errorf("argument %.70q: %w", name, err)
 		}
-		if len(values) > MaxArgs {
-			return Args{}, fmt.Errorf("more than %d arguments", MaxArgs)
+		if len(values) > MaxCount {
+			return Args{}, fmt.Errorf("more than %d arguments", MaxCount)
 		}
 	}
 	if _, err := dec.Token(); err != nil {
@@ -219,7 +234,7 @@ func ParseArgs(raw []byte) (Args, error) {
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return Args{}, errors.New("something follows the arguments")
 	}
-	return NewArgs(values)
+	return New(values)
 }
 
 func parseValue(dec *json.Decoder) (Value, error) {
@@ -261,8 +276,8 @@ func parseList(dec *json.Decoder) (Value, error) {
 		if err != nil {
 			return Value{}, err
 		}
-		if list = append(list, v.s); len(list) > MaxArgElements {
-			return Value{}, fmt.Errorf("more than %d elements", MaxArgElements)
+		if list = append(list, v.s); len(list) > MaxElements {
+			return Value{}, fmt.Errorf("more than %d elements", MaxElements)
 		}
 	}
 	if _, err := dec.Token(); err != nil {
@@ -301,4 +316,4 @@ func (a Args) Digest() [32]byte { return sha256.Sum256(a.Canonical()) }
 func (a Args) MarshalJSON() ([]byte, error) { return a.Canonical(), nil }
 
 // UnmarshalJSON is [ParseArgs].
-func (a *Args) UnmarshalJSON(raw []byte) (err error) { *a, err = ParseArgs(raw); return err }
+func (a *Args) UnmarshalJSON(raw []byte) (err error) { *a, err = Parse(raw); return err }

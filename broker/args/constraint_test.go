@@ -1,4 +1,4 @@
-package broker_test
+package args_test
 
 import (
 	"encoding/json"
@@ -10,28 +10,17 @@ import (
 	"testing"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/args/argstest"
 )
 
-func mustParse(t testing.TB, wire string) broker.Constraint {
+func mustParse(t testing.TB, wire string) args.Constraint {
 	t.Helper()
-	c, err := broker.ParseConstraint([]byte(wire))
+	c, err := args.ParseConstraint([]byte(wire))
 	if err != nil {
 		t.Fatalf("ParseConstraint(%s): %v", wire, err)
 	}
 	return c
-}
-
-// valueOf makes a Value of a Go value.
-func valueOf(v any) broker.Value {
-	switch v := v.(type) {
-	case int:
-		return broker.Int(int64(v))
-	case bool:
-		return broker.Bool(v)
-	case []string:
-		return broker.List(v...)
-	}
-	return broker.String(v.(string))
 }
 
 type valueList []any
@@ -106,13 +95,13 @@ func TestConstraintAllows(t *testing.T) {
 		c := mustParse(t, row.wire)
 		for i, v := range append(row.yes, row.non...) {
 			want := i < len(row.yes)
-			if got := c.Allows(valueOf(v)); got != want {
+			if got := c.Allows(argstest.ValueOf(v)); got != want {
 				t.Errorf("%s.Allows(%q) = %v, want %v", row.wire, v, got, want)
 			}
 			if s, text := v.(string); text && strings.ContainsAny(s, "\x00\x7f") {
 				continue // net/url and others do not read these at all
 			}
-			if got := referenceAllows([]byte(row.wire), valueOf(v)); got != want {
+			if got := argstest.Allows([]byte(row.wire), argstest.ValueOf(v)); got != want {
 				t.Errorf("reference: %s allows %q = %v, want %v", row.wire, v, got, want)
 			}
 		}
@@ -120,13 +109,13 @@ func TestConstraintAllows(t *testing.T) {
 }
 
 func TestZeroConstraintAllowsNothing(t *testing.T) {
-	var zero broker.Constraint
+	var zero args.Constraint
 	for _, v := range []any{"", "x", 0, false, []string{}} {
-		if zero.Allows(valueOf(v)) {
+		if zero.Allows(argstest.ValueOf(v)) {
 			t.Errorf("Constraint{}.Allows(%q) = true, want false", v)
 		}
 	}
-	if zero.Covers(broker.OneOf("a")) || !zero.Covers(zero) || !broker.OneOf("a").Covers(zero) {
+	if zero.Covers(args.OneOf("a")) || !zero.Covers(zero) || !args.OneOf("a").Covers(zero) {
 		t.Error("the zero Constraint covers something, or is not covered")
 	}
 	if got := zero.String(); got != "nothing" {
@@ -247,7 +236,7 @@ func TestParseConstraintRefuses(t *testing.T) {
 		``, ` `, `null`, `1`, `"x"`, `[]`, `{}`, `{"exact":"x"} ` + `x`, `{"exact":"x"}{}`, `{"exact":"x",}`, `{"exact" "x"}`,
 		`{"exact":"x","prefix":"x"}`, `{"exact":"x","exact":"x"}`, `{"Exact":"x"}`, `{"regex":"x"}`, `{"":1}`,
 		`{"exact":null}`, `{"exact":1.5}`, `{"exact":1e3}`, `{"exact":9223372036854775808}`, `{"exact":{}}`, `{"exact":[1]}`, `{"exact":[["a"]]}`,
-		"{\"exact\":\"\xff\"}", `{"exact":"\ud800"}`, `{"exact":"` + text(broker.MaxArgString+1) + `"}`,
+		"{\"exact\":\"\xff\"}", `{"exact":"\ud800"}`, `{"exact":"` + text(args.MaxString+1) + `"}`,
 		`{"one_of":"a"}`, `{"one_of":null}`, `{"one_of":["a",1]}`, `{"one_of":[["a"]]}`, `{"one_of":[null]}`, `{"one_of":{"a":1}}`,
 		`{"not_one_of":[]}`, `{"not_one_of":["a",true]}`, `{"subset":[]}`, `{"subset":[1]}`, `{"subset":"a"}`,
 		`{"range":{"min":2,"max":1}}`, `{"range":{"min":"1"}}`, `{"range":{"min":null}}`, `{"range":{"low":1}}`, `{"range":{"min":1,"min":1}}`, `{"range":[1,2]}`, `{"range":{"min":0.5}}`,
@@ -266,7 +255,7 @@ func TestParseConstraintRefuses(t *testing.T) {
 		`{"all":[]}`, `{"all":[{}]}`, `{"all":[null]}`, `{"all":[{"all":[{"prefix":"a"}]}]}`, `{"all":{"prefix":"a"}}`,
 		strings.Repeat(`{"all":[`, 100) + strings.Repeat(`]}`, 100),
 	} {
-		if c, err := broker.ParseConstraint([]byte(wire)); err == nil || c.String() != "nothing" {
+		if c, err := args.ParseConstraint([]byte(wire)); err == nil || c.String() != "nothing" {
 			t.Errorf("ParseConstraint(%.80s) = %.80v, %v, want nothing and an error", wire, c, err)
 		}
 	}
@@ -297,8 +286,8 @@ func TestConstraintWireIsCanonical(t *testing.T) {
 
 // A constraint inside a larger value goes through encoding/json, which escapes more.
 func TestConstraintSurvivesEncodingJSON(t *testing.T) {
-	long := strings.Repeat("<", broker.MaxArgString)
-	right := broker.Right{Tool: "x", Use: true, Args: map[string]broker.Constraint{"a": broker.Exact(broker.String(long)), "b": {}}}
+	long := strings.Repeat("<", args.MaxString)
+	right := broker.Right{Tool: "x", Use: true, Args: map[string]args.Constraint{"a": args.Exact(args.String(long)), "b": {}}}
 	raw, err := json.Marshal(right)
 	if err != nil {
 		t.Fatal(err)
@@ -307,7 +296,7 @@ func TestConstraintSurvivesEncodingJSON(t *testing.T) {
 	if err := json.Unmarshal(raw, &got); err != nil {
 		t.Fatalf("Unmarshal(Marshal(right)): %v", err)
 	}
-	if !got.Args["a"].Allows(broker.String(long)) || got.Args["b"].Allows(broker.String("")) {
+	if !got.Args["a"].Allows(args.String(long)) || got.Args["b"].Allows(args.String("")) {
 		t.Errorf("Unmarshal(Marshal(right)) = %.80v, want the same constraints", got)
 	}
 }
@@ -318,38 +307,38 @@ func TestConstraintLimits(t *testing.T) {
 		for i := range s {
 			s[i] = fmt.Sprint(i)
 		}
-		return string(toJSON(s))
+		return string(argstest.ToJSON(s))
 	}
 	a := func(n int) string { return strings.Repeat("a", n) }
 	parts := func(n int) string { return strings.Repeat(`{"prefix":"a"},`, n-1) + `{"prefix":"a"}` }
 	for name, wire := range map[string]func(over int) string{
-		"members":  func(n int) string { return `{"one_of":` + set(broker.MaxConstraintSet+n) + `}` },
-		"excluded": func(n int) string { return `{"not_one_of":` + set(broker.MaxConstraintSet+n) + `}` },
-		"subset":   func(n int) string { return `{"subset":` + set(broker.MaxConstraintSet+n) + `}` },
-		"command":  func(n int) string { return `{"shell":{"command":` + set(broker.MaxConstraintWords+n) + `}}` },
+		"members":  func(n int) string { return `{"one_of":` + set(args.MaxConstraintSet+n) + `}` },
+		"excluded": func(n int) string { return `{"not_one_of":` + set(args.MaxConstraintSet+n) + `}` },
+		"subset":   func(n int) string { return `{"subset":` + set(args.MaxConstraintSet+n) + `}` },
+		"command":  func(n int) string { return `{"shell":{"command":` + set(args.MaxConstraintWords+n) + `}}` },
 		"words": func(n int) string {
-			return `{"shell":{"command":["a"],"words":` + set(broker.MaxConstraintWords+n) + `}}`
+			return `{"shell":{"command":["a"],"words":` + set(args.MaxConstraintWords+n) + `}}`
 		},
-		"choices": func(n int) string { return `{"shell":{"command":[` + set(broker.MaxConstraintSet+n) + `]}}` },
-		"word":    func(n int) string { return `{"shell":{"command":["` + a(broker.MaxConstraintText+n) + `"]}}` },
+		"choices": func(n int) string { return `{"shell":{"command":[` + set(args.MaxConstraintSet+n) + `]}}` },
+		"word":    func(n int) string { return `{"shell":{"command":["` + a(args.MaxConstraintText+n) + `"]}}` },
 		"host": func(n int) string {
 			return `{"url":{"scheme":"https","host":"` + strings.Repeat("a.", 126) + a(1+n) + `"}}`
 		},
-		"pattern": func(n int) string { return `{"glob":"` + a(broker.MaxConstraintText+n) + `"}` },
-		"path":    func(n int) string { return `{"subpath":"/` + a(broker.MaxConstraintText-1+n) + `"}` },
+		"pattern": func(n int) string { return `{"glob":"` + a(args.MaxConstraintText+n) + `"}` },
+		"path":    func(n int) string { return `{"subpath":"/` + a(args.MaxConstraintText-1+n) + `"}` },
 		"url path": func(n int) string {
-			return `{"url":{"scheme":"https","host":"h","path":"/` + a(broker.MaxConstraintText-1+n) + `"}}`
+			return `{"url":{"scheme":"https","host":"h","path":"/` + a(args.MaxConstraintText-1+n) + `"}}`
 		},
-		"string": func(n int) string { return `{"prefix":"` + a(broker.MaxArgString+n) + `"}` },
-		"parts":  func(n int) string { return `{"all":[` + parts(broker.MaxConstraintParts+n) + `]}` },
+		"string": func(n int) string { return `{"prefix":"` + a(args.MaxString+n) + `"}` },
+		"parts":  func(n int) string { return `{"all":[` + parts(args.MaxConstraintParts+n) + `]}` },
 		"canonical": func(n int) string {
-			return `{"one_of":["` + a(8191) + `","` + a(broker.MaxConstraint-8191-18+n) + `"]}`
+			return `{"one_of":["` + a(8191) + `","` + a(args.MaxConstraint-8191-18+n) + `"]}`
 		},
 	} {
-		if _, err := broker.ParseConstraint([]byte(wire(0))); err != nil {
+		if _, err := args.ParseConstraint([]byte(wire(0))); err != nil {
 			t.Errorf("%s at the limit: %v", name, err)
 		}
-		if _, err := broker.ParseConstraint([]byte(wire(1))); err == nil {
+		if _, err := args.ParseConstraint([]byte(wire(1))); err == nil {
 			t.Errorf("%s over the limit: accepted, want an error", name)
 		}
 	}
@@ -358,8 +347,8 @@ func TestConstraintLimits(t *testing.T) {
 func TestShellLineLimit(t *testing.T) {
 	c := mustParse(t, `{"shell":{"command":["ls"],"words":["*"]}}`)
 	for over, want := range []bool{true, false} {
-		line := "ls " + strings.Repeat("a", broker.MaxConstraintLine-3+over)
-		if got := c.Allows(broker.String(line)); got != want {
+		line := "ls " + strings.Repeat("a", args.MaxConstraintLine-3+over)
+		if got := c.Allows(args.String(line)); got != want {
 			t.Errorf("a line of %d bytes allowed = %v, want %v", len(line), got, want)
 		}
 	}
@@ -367,28 +356,28 @@ func TestShellLineLimit(t *testing.T) {
 
 func TestConstraintConstructors(t *testing.T) {
 	for _, row := range []struct {
-		made broker.Constraint
+		made args.Constraint
 		want string
 	}{
-		{broker.Exact(broker.Int(3)), `{"exact":3}`},
-		{broker.OneOf("b", "a"), `{"one_of":["a","b"]}`},
-		{broker.OneOf(), `{"one_of":[]}`},
-		{broker.NotOneOf("a"), `{"not_one_of":["a"]}`},
-		{broker.NotOneOf(), `{"one_of":[]}`},
-		{broker.Range(1, 2), `{"range":{"min":1,"max":2}}`},
-		{broker.Range(2, 1), `{"one_of":[]}`},
-		{broker.Prefix("a"), `{"prefix":"a"}`},
-		{broker.Prefix(""), `{"one_of":[]}`},
-		{broker.Prefix("\xff"), `{"one_of":[]}`},
-		{broker.Subset("a"), `{"subset":["a"]}`},
-		{broker.Subset(), `{"one_of":[]}`},
-		{broker.All(broker.Prefix("a"), broker.OneOf("ab")), `{"all":[{"prefix":"a"},{"one_of":["ab"]}]}`},
-		{broker.All(broker.Prefix("a"), broker.Constraint{}), `{"one_of":[]}`},
-		{broker.All(), `{"one_of":[]}`},
-		{broker.All(broker.All(broker.Prefix("a"))), `{"one_of":[]}`},
-		{broker.OneOf(strings.Repeat("a", broker.MaxArgString), strings.Repeat("b", broker.MaxArgString)), `{"one_of":[]}`},
+		{args.Exact(args.Int(3)), `{"exact":3}`},
+		{args.OneOf("b", "a"), `{"one_of":["a","b"]}`},
+		{args.OneOf(), `{"one_of":[]}`},
+		{args.NotOneOf("a"), `{"not_one_of":["a"]}`},
+		{args.NotOneOf(), `{"one_of":[]}`},
+		{args.Range(1, 2), `{"range":{"min":1,"max":2}}`},
+		{args.Range(2, 1), `{"one_of":[]}`},
+		{args.Prefix("a"), `{"prefix":"a"}`},
+		{args.Prefix(""), `{"one_of":[]}`},
+		{args.Prefix("\xff"), `{"one_of":[]}`},
+		{args.Subset("a"), `{"subset":["a"]}`},
+		{args.Subset(), `{"one_of":[]}`},
+		{args.All(args.Prefix("a"), args.OneOf("ab")), `{"all":[{"prefix":"a"},{"one_of":["ab"]}]}`},
+		{args.All(args.Prefix("a"), args.Constraint{}), `{"one_of":[]}`},
+		{args.All(), `{"one_of":[]}`},
+		{args.All(args.All(args.Prefix("a"))), `{"one_of":[]}`},
+		{args.OneOf(strings.Repeat("a", args.MaxString), strings.Repeat("b", args.MaxString)), `{"one_of":[]}`},
 	} {
-		if got := toJSON(row.made); string(got) != row.want {
+		if got := argstest.ToJSON(row.made); string(got) != row.want {
 			t.Errorf("constructor made %.80s, want %s", got, row.want)
 		}
 	}
@@ -424,14 +413,14 @@ func FuzzParseConstraint(f *testing.F) {
 	for _, row := range allowsRows {
 		f.Add([]byte(row.wire), "x")
 		for _, v := range append(slices.Clone(row.yes), row.non...) {
-			f.Add([]byte(row.wire), string(toJSON(v)))
+			f.Add([]byte(row.wire), string(argstest.ToJSON(v)))
 			if s, ok := v.(string); ok {
 				f.Add([]byte(row.wire), s)
 			}
 		}
 	}
 	f.Fuzz(func(t *testing.T, raw []byte, text string) {
-		c, err := broker.ParseConstraint(raw)
+		c, err := args.ParseConstraint(raw)
 		if err != nil {
 			return
 		}
@@ -439,7 +428,7 @@ func FuzzParseConstraint(f *testing.F) {
 		if err != nil {
 			t.Fatalf("%q.MarshalJSON: %v", raw, err)
 		}
-		again, err := broker.ParseConstraint(wire)
+		again, err := args.ParseConstraint(wire)
 		if err != nil {
 			t.Fatalf("ParseConstraint(%s), canonical: %v", wire, err)
 		}
@@ -452,11 +441,10 @@ func FuzzParseConstraint(f *testing.F) {
 		if !json.Valid(raw) || c.String() != again.String() {
 			t.Fatalf("%q and its canonical form %s differ", raw, wire)
 		}
-		clear(globExprs) // of each input its own, or a long run fills the memory
-		for _, v := range valuesNear(fromJSON(raw), text) {
-			want := referenceAllows(raw, v)
+		for _, v := range valuesNear(argstest.FromJSON(raw), text) {
+			want := argstest.Allows(raw, v)
 			if got, same := c.Allows(v), again.Allows(v); got != want || same != want {
-				t.Fatalf("%q allows %s = %v, and its canonical form = %v; the reference says %v", raw, toJSON(v), got, same, want)
+				t.Fatalf("%q allows %s = %v, and its canonical form = %v; the reference says %v", raw, argstest.ToJSON(v), got, same, want)
 			}
 		}
 	})
@@ -464,10 +452,10 @@ func FuzzParseConstraint(f *testing.F) {
 
 // valuesNear are the arguments that a text can be read as, and those that it makes of what stands in a
 // constraint: chance alone would hardly ever hit a value that is allowed.
-func valuesNear(constraint any, text string) (near []broker.Value) {
+func valuesNear(constraint any, text string) (near []args.Value) {
 	add := func(values ...any) {
 		for _, v := range values {
-			args, err := broker.ParseArgs([]byte(`{"v":` + string(toJSON(v)) + `}`))
+			args, err := args.Parse([]byte(`{"v":` + string(argstest.ToJSON(v)) + `}`))
 			if got, ok := args.Get("v"); err == nil && ok { // else no step can have it
 				near = append(near, got)
 			}

@@ -1,4 +1,4 @@
-package broker
+package args
 
 import (
 	"errors"

@@ -1,4 +1,4 @@
-package broker_test
+package args_test
 
 import (
 	"bytes"
@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/args/argstest"
 )
 
 func TestParseArgsIsCanonical(t *testing.T) {
@@ -27,7 +29,7 @@ func TestParseArgsIsCanonical(t *testing.T) {
 		`{"a":"\"\\<>&\u2028"}`:                "{\"a\":\"\\\"\\\\<>&\u2028\"}",
 		`{"\u0061":1}`:                         `{"a":1}`,
 	} {
-		a, err := broker.ParseArgs([]byte(raw))
+		a, err := args.Parse([]byte(raw))
 		if err != nil || string(a.Canonical()) != want {
 			t.Errorf("ParseArgs(%s) = %s, %v, want %s", raw, a.Canonical(), err, want)
 			continue
@@ -36,7 +38,7 @@ func TestParseArgsIsCanonical(t *testing.T) {
 			t.Errorf("Digest of %s is not that of its canonical form", raw)
 		}
 	}
-	var zero broker.Args
+	var zero args.Args
 	if raw, err := json.Marshal(zero); err != nil || string(raw) != "{}" || zero.Digest() != sha256.Sum256([]byte("{}")) {
 		t.Errorf("the zero Args marshal as %s, %v, want {}", raw, err)
 	}
@@ -51,7 +53,7 @@ func TestParseArgsRefuses(t *testing.T) {
 		`{"a":"\ud800"}`, `{"a":"\udc00\ud800"}`, "{\"a\":\"\xff\"}", "{\"a\":\"\uFFFD\"}", `{"a":["\ud800"]}`, "{\"a\":\"\n\"}", `{"a":"\x"}`, `{"a":"`,
 		"\ufeff{}",
 	} {
-		if a, err := broker.ParseArgs([]byte(raw)); err == nil {
+		if a, err := args.Parse([]byte(raw)); err == nil {
 			t.Errorf("ParseArgs(%q) = %s, want an error", raw, a.Canonical())
 		}
 	}
@@ -67,44 +69,44 @@ func TestArgsLimits(t *testing.T) {
 	}
 	for name, raw := range map[string]func(over int) string{
 		"arguments": func(n int) string {
-			return "{" + repeat(broker.MaxArgs+n, func(i int) string { return fmt.Sprintf(`"a%d":1`, i) }) + "}"
+			return "{" + repeat(args.MaxCount+n, func(i int) string { return fmt.Sprintf(`"a%d":1`, i) }) + "}"
 		},
-		"name":    func(n int) string { return `{"` + strings.Repeat("a", broker.MaxArgName+n) + `":1}` },
-		"string":  func(n int) string { return `{"a":"` + strings.Repeat("a", broker.MaxArgString+n) + `"}` },
-		"element": func(n int) string { return `{"a":["` + strings.Repeat("a", broker.MaxArgString+n) + `"]}` },
+		"name":    func(n int) string { return `{"` + strings.Repeat("a", args.MaxName+n) + `":1}` },
+		"string":  func(n int) string { return `{"a":"` + strings.Repeat("a", args.MaxString+n) + `"}` },
+		"element": func(n int) string { return `{"a":["` + strings.Repeat("a", args.MaxString+n) + `"]}` },
 		"elements": func(n int) string {
-			return `{"a":[` + repeat(broker.MaxArgElements+n, func(int) string { return `""` }) + `]}`
+			return `{"a":[` + repeat(args.MaxElements+n, func(int) string { return `""` }) + `]}`
 		},
 		"bytes": func(n int) string {
-			start := "{" + repeat(7, func(i int) string { return fmt.Sprintf(`"a%d":"%s"`, i, strings.Repeat("a", broker.MaxArgString)) }) + `,"b":"`
-			return start + strings.Repeat("a", broker.MaxArgsBytes-len(start)-2+n) + `"}`
+			start := "{" + repeat(7, func(i int) string { return fmt.Sprintf(`"a%d":"%s"`, i, strings.Repeat("a", args.MaxString)) }) + `,"b":"`
+			return start + strings.Repeat("a", args.MaxBytes-len(start)-2+n) + `"}`
 		},
 	} {
-		if _, err := broker.ParseArgs([]byte(raw(0))); err != nil {
+		if _, err := args.Parse([]byte(raw(0))); err != nil {
 			t.Errorf("%s at the limit: %v", name, err)
 		}
-		if _, err := broker.ParseArgs([]byte(raw(1))); err == nil {
+		if _, err := args.Parse([]byte(raw(1))); err == nil {
 			t.Errorf("%s over the limit: accepted, want an error", name)
 		}
 	}
 }
 
 func TestNewArgsRefuses(t *testing.T) {
-	for name, values := range map[string]map[string]broker.Value{
-		"bad name":         {"A": broker.Int(1)},
-		"bad UTF-8":        {"a": broker.String("\xff")},
-		"bad UTF-8 inside": {"a": broker.List("\xff")},
-		"long":             {"a": broker.String(strings.Repeat("a", broker.MaxArgString+1))},
-		"long list":        {"a": broker.List(make([]string, broker.MaxArgElements+1)...)},
+	for name, values := range map[string]map[string]args.Value{
+		"bad name":         {"A": args.Int(1)},
+		"bad UTF-8":        {"a": args.String("\xff")},
+		"bad UTF-8 inside": {"a": args.List("\xff")},
+		"long":             {"a": args.String(strings.Repeat("a", args.MaxString+1))},
+		"long list":        {"a": args.List(make([]string, args.MaxElements+1)...)},
 	} {
-		if a, err := broker.NewArgs(values); err == nil {
+		if a, err := args.New(values); err == nil {
 			t.Errorf("NewArgs(%s) = %.80s, want an error", name, a.Canonical())
 		}
 	}
 }
 
 func TestArgsGet(t *testing.T) {
-	a, err := broker.NewArgs(map[string]broker.Value{"n": broker.Int(5), "b": broker.Bool(true), "s": broker.String("x"), "l": broker.List("x", "y")})
+	a, err := args.New(map[string]args.Value{"n": args.Int(5), "b": args.Bool(true), "s": args.String("x"), "l": args.List("x", "y")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -114,15 +116,15 @@ func TestArgsGet(t *testing.T) {
 	if _, ok := a.Get("none"); ok {
 		t.Error("Get(none) found something")
 	}
-	var again broker.Args
+	var again args.Args
 	if err := json.Unmarshal(a.Canonical(), &again); err != nil || again.Digest() != a.Digest() {
 		t.Errorf("Unmarshal(%s) = %s, %v", a.Canonical(), again.Canonical(), err)
 	}
 }
 
 func TestValue(t *testing.T) {
-	values := map[string]broker.Value{
-		"string": broker.String("1"), "integer": broker.Int(1), "boolean": broker.Bool(true), "list": broker.List("1"),
+	values := map[string]args.Value{
+		"string": args.String("1"), "integer": args.Int(1), "boolean": args.Bool(true), "list": args.List("1"),
 	}
 	for kind, v := range values {
 		if v.Kind() != kind {
@@ -141,16 +143,16 @@ func TestValue(t *testing.T) {
 			}
 		}
 	}
-	if broker.Bool(false).Equal(broker.Int(0)) || broker.Bool(false).Equal(broker.Bool(true)) || broker.List("a", "b").Equal(broker.List("b", "a")) {
+	if args.Bool(false).Equal(args.Int(0)) || args.Bool(false).Equal(args.Bool(true)) || args.List("a", "b").Equal(args.List("b", "a")) {
 		t.Error("different values are equal")
 	}
-	if broker.Int(math.MinInt64).Equal(broker.Int(math.MaxInt64)) || !(broker.Value{}).Equal(broker.String("")) || !broker.List().Equal(broker.List([]string{}...)) {
+	if args.Int(math.MinInt64).Equal(args.Int(math.MaxInt64)) || !(args.Value{}).Equal(args.String("")) || !args.List().Equal(args.List([]string{}...)) {
 		t.Error("equal values differ")
 	}
 	elements := []string{"a"}
-	v := broker.List(elements...)
+	v := args.List(elements...)
 	elements[0] = "b"
-	if !v.Equal(broker.List("a")) {
+	if !v.Equal(args.List("a")) {
 		t.Error("List keeps the caller's slice")
 	}
 }
@@ -160,19 +162,19 @@ func FuzzParseArgs(f *testing.F) {
 		f.Add([]byte(raw))
 	}
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		a, err := broker.ParseArgs(raw)
+		a, err := args.Parse(raw)
 		if err != nil {
 			return
 		}
 		canon := a.Canonical()
-		again, err := broker.ParseArgs(canon)
+		again, err := args.Parse(canon)
 		if err != nil || !bytes.Equal(again.Canonical(), canon) {
 			t.Fatalf("%q has the canonical form %s, which reads as %s, %v", raw, canon, again.Canonical(), err)
 		}
 		if !json.Valid(raw) {
 			t.Fatalf("%q is accepted and is not JSON", raw)
 		}
-		if !reflect.DeepEqual(fromJSON(raw), fromJSON(canon)) {
+		if !reflect.DeepEqual(argstest.FromJSON(raw), argstest.FromJSON(canon)) {
 			t.Fatalf("%q and its canonical form %s are different to encoding/json", raw, canon)
 		}
 	})
@@ -180,11 +182,11 @@ func FuzzParseArgs(f *testing.F) {
 
 // TestArgsReadBack: what the ledger's encoding makes longer is still read.
 func TestArgsReadBack(t *testing.T) {
-	values := map[string]broker.Value{}
+	values := map[string]args.Value{}
 	for _, name := range []string{"a", "b", "c", "d", "e", "f", "g"} {
-		values[name] = broker.String(strings.Repeat("<", broker.MaxArgString))
+		values[name] = args.String(strings.Repeat("<", args.MaxString))
 	}
-	args, err := broker.NewArgs(values)
+	args, err := args.New(values)
 	if err != nil {
 		t.Fatal(err)
 	}

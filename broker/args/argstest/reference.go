@@ -1,4 +1,4 @@
-package broker_test
+package argstest
 
 import (
 	"bytes"
@@ -13,15 +13,15 @@ import (
 	"strings"
 	"unicode/utf8"
 
-	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 )
 
 // The reference evaluator decides from the wire form whether a value is inside a constraint. It
 // shares no code with the product, takes other ways where there are any (regular expressions,
 // net, net/url, path), and does not care for speed.
 
-// fromJSON reads JSON with exact numbers.
-func fromJSON(raw []byte) (v any) {
+// FromJSON reads JSON with exact numbers.
+func FromJSON(raw []byte) (v any) {
 	dec := json.NewDecoder(bytes.NewReader(raw))
 	dec.UseNumber()
 	if err := dec.Decode(&v); err != nil {
@@ -30,7 +30,8 @@ func fromJSON(raw []byte) (v any) {
 	return v
 }
 
-func toJSON(v any) []byte {
+// ToJSON writes JSON without escapes for HTML.
+func ToJSON(v any) []byte {
 	raw, err := json.Marshal(v)
 	if err != nil {
 		panic(err)
@@ -38,9 +39,9 @@ func toJSON(v any) []byte {
 	return raw
 }
 
-// referenceAllows evaluates a constraint's wire form.
-func referenceAllows(wire []byte, v broker.Value) bool {
-	return evaluate(fromJSON(wire), fromJSON(toJSON(v)))
+// Allows evaluates a constraint's wire form.
+func Allows(wire []byte, v args.Value) bool {
+	return evaluate(FromJSON(wire), FromJSON(ToJSON(v)))
 }
 
 func evaluate(constraint, v any) bool {
@@ -51,7 +52,7 @@ func evaluate(constraint, v any) bool {
 }
 
 func evaluateKind(kind string, body, v any) bool {
-	same := func(w any) bool { return bytes.Equal(toJSON(v), toJSON(w)) }
+	same := func(w any) bool { return bytes.Equal(ToJSON(v), ToJSON(w)) }
 	switch kind {
 	case "exact":
 		return same(body)
@@ -84,7 +85,7 @@ func evaluateText(kind string, body any, s string) bool {
 	case "prefix":
 		return len(s) >= len(body.(string)) && s[:len(body.(string))] == body.(string)
 	case "glob":
-		return globExpr(body.(string)).MatchString(s)
+		return GlobExpr(body.(string)).MatchString(s)
 	case "cidr":
 		return evaluateNetwork(body.(string), s)
 	case "subpath":
@@ -99,7 +100,11 @@ func evaluateText(kind string, body any, s string) bool {
 
 var globExprs = map[string]*regexp.Regexp{}
 
-func globExpr(glob string) *regexp.Regexp {
+// GlobExpr is a glob as a regular expression.
+func GlobExpr(glob string) *regexp.Regexp {
+	if len(globExprs) > 1000 { // a fuzzer has a glob for each input
+		clear(globExprs)
+	}
 	if globExprs[glob] == nil {
 		expr := strings.NewReplacer(`\*`, `[^/]*`, `\?`, `[^/]`).Replace(regexp.QuoteMeta(glob))
 		globExprs[glob] = regexp.MustCompile(`(?s)\A` + expr + `\z`)
@@ -191,7 +196,7 @@ func evaluateShell(rule map[string]any, s string) bool {
 	}
 	for i, w := range words {
 		fits := func(p any) bool {
-			return globExpr(p.(string)).MatchString(w) && strings.HasPrefix(p.(string), "-") == strings.HasPrefix(w, "-")
+			return GlobExpr(p.(string)).MatchString(w) && strings.HasPrefix(p.(string), "-") == strings.HasPrefix(w, "-")
 		}
 		choices, several := any(nil), false
 		if i < len(command) {
