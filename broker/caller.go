@@ -15,6 +15,9 @@ const (
 	ProofJWT  Proof = "jwt-svid"  // bearer: whoever holds it is the caller until it expires
 )
 
+// MaxSPIFFEID is the longest SPIFFE ID in bytes (SPIFFE-ID section 2.3).
+const MaxSPIFFEID = 2048
+
 // Caller is an authenticated SPIFFE ID. Only attest makes one, and the broker's test of itself; the zero Caller is refused by
 // every procedure.
 type Caller struct {
@@ -25,7 +28,7 @@ type Caller struct {
 }
 
 // authentic refuses the zero Caller and one whose SVID is over.
-func (c Caller) authentic(op string, now time.Time) error {
+func (c Caller) Check(op string, now time.Time) error {
 	if c.ID.IsZero() || c.Proof == "" {
 		return Errorf(Unauthenticated, op, "no identity")
 	}

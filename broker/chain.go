@@ -2,7 +2,6 @@ package broker
 
 import (
 	"fmt"
-	"maps"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -46,6 +45,9 @@ const (
 // DefaultChainTTL is a chain's life where the opener does not ask for less or more.
 const DefaultChainTTL = time.Hour
 
+// MinHeartbeat is the shortest interval at which a holder may be asked to be heard.
+const MinHeartbeat = time.Second
+
 // Budget limits what may happen under a delegation, its descendants included. Zero in a field
 // means no limit of its own; an ancestor's still counts.
 type Budget struct {
@@ -56,7 +58,7 @@ type Budget struct {
 }
 
 // wider names the limits in which child is not within b.
-func (b Budget) wider(child Budget) (wider []string) {
+func (b Budget) Wider(child Budget) (wider []string) {
 	over := func(name string, parent, child int) {
 		if parent > 0 && (child == 0 || child > parent) {
 			wider = append(wider, "budget:"+name)
@@ -72,11 +74,11 @@ func (b Budget) wider(child Budget) (wider []string) {
 }
 
 // limits reports whether there is any limit.
-func (b Budget) limits() bool {
+func (b Budget) Limited() bool {
 	return b.Steps > 0 || b.Live > 0 || b.PerMinute > 0 || len(b.Tools) > 0
 }
 
-func (b Budget) check() error {
+func (b Budget) Check() error {
 	bad := b.Steps < 0 || b.Live < 0 || b.PerMinute < 0 || len(b.Tools) > MaxRights
 	for tool, n := range b.Tools {
 		if _, err := ParseToolName(string(tool)); err != nil {
@@ -90,54 +92,11 @@ func (b Budget) check() error {
 	return nil
 }
 
-// Usage counts what has happened under a delegation, descendants included.
-type Usage struct {
-	Steps  int               `json:"steps"`
-	Live   int               `json:"live"`
-	Minute int64             `json:"minute"` // minutes since 1970 in which the last step began
-	InIt   int               `json:"in_it"`  // steps begun in that minute
-	Tools  map[ToolName]Past `json:"tools,omitempty"`
-}
-
 // Past is what a chain has done with one tool.
 type Past struct {
 	Count int       `json:"count"`
 	First time.Time `json:"first"`
 	Last  time.Time `json:"last"`
-}
-
-// exceeded names the limit of b that one more step with tool at now would break; empty: none.
-func (u Usage) exceeded(b Budget, tool ToolName, now time.Time) string {
-	switch {
-	case b.Steps > 0 && u.Steps >= b.Steps:
-		return "budget:steps"
-	case b.Live > 0 && u.Live >= b.Live:
-		return "budget:live"
-	case b.Tools[tool] > 0 && u.Tools[tool].Count >= b.Tools[tool]:
-		return "budget:tools:" + string(tool)
-	case b.PerMinute > 0 && u.Minute == now.Unix()/60 && u.InIt >= b.PerMinute:
-		return "budget:per_minute"
-	}
-	return ""
-}
-
-// begin counts one more step.
-func (u *Usage) begin(tool ToolName, now time.Time) {
-	u.Steps++
-	u.Live++
-	if minute := now.Unix() / 60; minute != u.Minute {
-		u.Minute, u.InIt = minute, 0
-	}
-	u.InIt++
-	p := u.Tools[tool]
-	if p.Count == 0 {
-		p.First = now
-	}
-	p.Count, p.Last = p.Count+1, now
-	tools := make(map[ToolName]Past, len(u.Tools)+1) // the one before is what others read
-	maps.Copy(tools, u.Tools)
-	tools[tool] = p
-	u.Tools = tools
 }
 
 // Fence is the mark after which no secret is handed out under what carries it.

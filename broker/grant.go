@@ -81,6 +81,14 @@ const (
 	OutcomeStatic  Outcome = "static" // it cannot be ended, only rotated: it works on
 )
 
+// String is the outcome in words.
+func (o Outcome) String() string {
+	if o == OutcomeUnknown {
+		return "not proven either way"
+	}
+	return string(o)
+}
+
 // Evidence is one check of whether a secret is dead.
 type Evidence struct {
 	At      time.Time `json:"at"`
@@ -111,4 +119,28 @@ type Lease struct {
 
 	// Digests stand for the values that the secret had, where these are not to be guessed.
 	Digests []ValueDigest `json:"digests,omitempty"`
+}
+
+// EndTolerance is how much later than asked a target may count the end of what was minted: clocks differ,
+// and Vault adds some seconds to the end of a database login.
+const EndTolerance = 10 * time.Second
+
+// LatestEnd is when the grant's secret is over even if nobody can do anything about it. It is never earlier than
+// the true end: a mint whose answer is not known may complete as late as Settles, and lives its whole life from then.
+func (g Grant) LatestEnd() time.Time {
+	end := g.Expires
+	for _, t := range []time.Time{g.Lease.Expires, g.Lease.Outlives, g.Token.Expires} {
+		if t.After(end) {
+			end = t
+		}
+	}
+	if g.State == StateHandle && g.Lease.Expires.IsZero() {
+		if late := g.Settles.Add(g.Longest + EndTolerance); late.After(end) {
+			end = late
+		}
+		if late := g.Settles.Add(g.Expires.Sub(g.Created)); late.After(end) {
+			end = late
+		}
+	}
+	return end
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"time"
 )
 
 // Ids are two letters and 24 characters of base32: opaque, of one length, in an alphabet that
@@ -23,24 +24,31 @@ type (
 	RevocationID string
 )
 
-const idLength = 26
+const IDLength = 26
 
 var idEncoding = base32.NewEncoding("0123456789abcdefghjkmnpqrstvwxyz").WithPadding(base32.NoPadding)
 
-// newID draws an id with the given two-letter prefix.
-func (b *Broker) newID(prefix string) (string, error) {
+// NewID draws an id with the given two-letter prefix, for something made at now.
+func NewID(prefix string, now time.Time, random io.Reader) (string, error) {
 	var raw [15]byte
-	if _, err := io.ReadFull(b.cfg.Random, raw[6:]); err != nil {
+	if _, err := io.ReadFull(random, raw[6:]); err != nil {
 		return "", fmt.Errorf("drawing an id: %w", err)
 	}
 	var ms [8]byte
-	binary.BigEndian.PutUint64(ms[:], uint64(b.cfg.Now().UnixMilli()))
+	binary.BigEndian.PutUint64(ms[:], uint64(now.UnixMilli()))
 	copy(raw[:6], ms[2:])
 	return prefix + idEncoding.EncodeToString(raw[:]), nil
 }
 
+// IDTime gives the first characters, after the prefix, of the ids made at t or up to 8 ms before. Ids made earlier sort before it.
+func IDTime(t time.Time) string {
+	var ms [8]byte
+	binary.BigEndian.PutUint64(ms[:], uint64(max(0, t.UnixMilli())))
+	return idEncoding.EncodeToString(ms[2:])[:9] // 45 of the 48 bits: whole characters
+}
+
 func parseID(s, prefix, what string) error {
-	if len(s) != idLength || s[:2] != prefix {
+	if len(s) != IDLength || s[:2] != prefix {
 		return fmt.Errorf("%s id must be %q and 24 characters", what, prefix)
 	}
 	for i := 2; i < len(s); i++ {

@@ -2,9 +2,7 @@ package broker
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"time"
 )
 
@@ -102,54 +100,3 @@ const (
 	OpPolicy    Op = "policy" // a policy bundle came into force
 	OpTold      Op = "told"   // up to which revision a subscriber was told of events
 )
-
-// The keys of the ledger. Ids have one length and alphabet, so no key is a prefix of another
-// of its family.
-func keyChain(id ChainID) string                 { return "c/" + string(id) }
-func keyDelegation(id DelegationID) string       { return "d/" + string(id) }
-func keyMember(c ChainID, d DelegationID) string { return "m/" + string(c) + "/" + string(d) }
-func keyUsage(id DelegationID) string            { return "u/" + string(id) }
-func keyGrant(id GrantID) string                 { return "g/" + string(id) }
-func keyLive(c ChainID, g GrantID) string        { return "l/" + string(c) + "/" + string(g) }
-func keyPast(c ChainID, g GrantID) string        { return "p/" + string(c) + "/" + string(g) }
-func keyRevocation(id RevocationID) string       { return "r/" + string(id) }
-func keyCut(d DelegationID, g GrantID) string    { return "x/" + string(d) + "/" + string(g) }
-func keyStatic(c ChainID, g GrantID) string      { return "w/" + string(c) + "/" + string(g) }
-func keyRule(id RevocationID) string             { return "f/" + string(id) }
-func keyBeat(d DelegationID) string              { return "y/" + string(d) }
-func keyEvent(c ChainID, r Revision) string      { return fmt.Sprintf("e/%s/%016x", c, uint64(r)) }
-func keyCanary(d ValueDigest) string             { return "n/" + string(d) }
-func keyOnce(d DelegationID, digest [32]byte) string {
-	return fmt.Sprintf("k/%s/%x", d, digest[:16])
-}
-
-// load reads a record; ok is false when there is none.
-func load[T any](tx Tx, key string) (rec T, ok bool, err error) {
-	raw, err := tx.Get(key)
-	if err != nil || raw == nil {
-		return rec, false, err
-	}
-	if err := json.Unmarshal(raw, &rec); err != nil {
-		return rec, false, fmt.Errorf("reading record %q: %w", key, err)
-	}
-	return rec, true, nil
-}
-
-// save writes a record.
-func save(tx Tx, key string, rec any) error {
-	raw, err := json.Marshal(rec)
-	if err != nil {
-		return fmt.Errorf("encoding record %q: %w", key, err)
-	}
-	return tx.Put(key, raw)
-}
-
-// enter appends an entry and lists its revision under its chain, where reports look: all but the
-// inner steps of an issue, whose end says more.
-func enter(tx Tx, e Entry) (Revision, error) {
-	rev, err := tx.Append(e)
-	if err != nil || e.Chain == "" || e.Op == OpIntent || e.Op == OpHandle {
-		return rev, err
-	}
-	return rev, tx.Put(keyEvent(e.Chain, rev), []byte{})
-}

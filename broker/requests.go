@@ -75,13 +75,12 @@ type Standing struct {
 // established. The zero Operator is refused.
 type Operator struct{ Name string }
 
-// RevokeRequest asks for a final revocation, or for a freeze.
-type RevokeRequest struct {
-	Selector   Selector
-	Reason     string // for the audit and the report; at most 256 bytes
-	Plan       string // a plan's token: refuse when the set has grown since; empty: whatever is there
-	IncludeNew bool   // with Plan: go on when the set has grown
-	Freeze     bool   // no new secrets, but nothing is cut; may be lifted
+// Check refuses the zero Operator.
+func (o Operator) Check(op string) error {
+	if o.Name == "" {
+		return Errorf(Unauthenticated, op, "no operator")
+	}
+	return nil
 }
 
 // Plan is what a revocation would hit, as of a revision.
@@ -154,4 +153,110 @@ type Revocation struct {
 	Tokens    int          `json:"tokens"`              // delegation tokens not shown revoked yet
 	Unswept   bool         `json:"unswept,omitempty"`   // a mint was under way when it was fenced, and what it may have left is still looked for
 	LatestEnd time.Time    `json:"latest_end,omitzero"` // what is left ends by itself by then; zero: nothing is left, or never
+}
+
+// CanaryID names a planted value, "cn…".
+type CanaryID string
+
+// ParseCanaryID accepts exactly what this package makes.
+func ParseCanaryID(s string) (CanaryID, error) { return CanaryID(s), parseID(s, "cn", "canary") }
+
+// Canary is a value that opens nothing and was put where only a thief would find it. Whoever presents it has
+// read what he had no business with. The value itself is kept nowhere: the ledger has its [ValueDigest], as
+// for values that were handed out.
+type Canary struct {
+	ID      CanaryID  `json:"id"`
+	Chain   ChainID   `json:"chain,omitempty"` // in whose reach it was planted; empty: of no chain
+	Note    string    `json:"note,omitempty"`  // where it was put, for people
+	By      string    `json:"by"`              // the operator
+	Planted time.Time `json:"planted"`
+	Touched time.Time `json:"touched,omitzero"` // when it was last presented; zero: never
+	Touches int       `json:"touches,omitempty"`
+}
+
+// Guise is what kind of token a canary's value looks like. The zero value is GuiseVault.
+type Guise string
+
+// The guises: tokens that thieves try and scanners know.
+const (
+	GuiseVault  Guise = "vault"  // a Vault service token, as steps of the token plugin are given
+	GuiseGitHub Guise = "github" // a personal access token, whose checksum is right
+)
+
+// PlantRequest asks for a canary.
+type PlantRequest struct {
+	Chain ChainID // empty: of no chain
+	Note  string  // at most MaxTask bytes
+	Like  Guise
+}
+
+// Acknowledgement is one holder who was to hear of a revocation: of a delegation that the fence
+// covers and that was open when it was set.
+type Acknowledgement struct {
+	Chain      ChainID      `json:"chain"`
+	Delegation DelegationID `json:"delegation"`
+	Holder     spiffeid.ID  `json:"holder"`
+	At         time.Time    `json:"at,omitzero"` // when the holder said that it has heard; zero: not yet
+}
+
+// ChainSummary is one line about a chain.
+type ChainSummary struct {
+	Chain       Chain
+	Delegations int
+	Live        int    // grants that are not over
+	Fence       *Fence // on the root
+	Steps       int    // begun in all
+}
+
+// ChainView is all that the ledger holds of one chain.
+type ChainView struct {
+	Chain       Chain
+	Delegations []Delegation // ancestors before descendants
+	Grants      []Grant      // by time of creation; those that are over come too
+}
+
+// Event is what others may be told about an entry of the audit log.
+type Event struct {
+	Entry      Entry
+	Revocation Revocation  // as it stands now, which may be later than the entry
+	Opener     spiffeid.ID // of the revocation's chain; zero when it is a rule's
+	Tally      Tally       // of a closure: as of the entry
+}
+
+// Tally is a closure with its counts.
+type Tally struct {
+	Closure                      Closure
+	Dead, Alive, Unknown, Grants int
+}
+
+// Seal asks that a step's secret is not in the answer, but kept encrypted to a key until whoever it
+// is for collects it, once.
+type Seal struct {
+	Thumbprint string      // of the key (RFC 7638)
+	Collector  spiffeid.ID // who may collect it; zero: the caller
+
+	// Encrypt gives the secret encrypted to the key. It is called once, with a secret that is wiped
+	// afterwards; nothing else of the request sees the secret.
+	Encrypt func(Grant, Secret) ([]byte, error)
+}
+
+// Limits of sealed secrets that wait to be collected, over all chains.
+const (
+	MaxWaiting     = 4096     // deliveries
+	MaxWaitingEach = 256      // of them, asked for by one caller
+	MaxSealed      = 64 << 10 // bytes of one
+	MaxSealedBytes = 64 << 20 // bytes of all
+)
+
+// Adoption asks to put a policy bundle in force.
+type Adoption struct {
+	Name    string
+	Version int64
+	Digest  string
+	Signers []string // ids of the platform keys that stand for it
+	By      string   // the operator who asks; empty: the broker by itself, from its configuration
+
+	// Back lets an older version, or a bundle of another name, follow the one that was in force
+	// last. It is an operator's deliberate act and is recorded as such.
+	Back bool
 }

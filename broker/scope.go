@@ -76,7 +76,7 @@ func (s Scope) Right(tool ToolName) (Right, bool) {
 	return Right{}, false
 }
 
-func (s Scope) tools() []ToolName {
+func (s Scope) Tools() []ToolName {
 	names := make([]ToolName, len(s))
 	for i, r := range s {
 		names[i] = r.Tool

@@ -109,7 +109,7 @@ func (t Tool) Check(args args.Args) (wrong []string) {
 	return wrong
 }
 
-func (t Tool) ttl() time.Duration {
+func (t Tool) Lifetime() time.Duration {
 	if t.TTL <= 0 {
 		return DefaultTTL
 	}

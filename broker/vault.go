@@ -114,3 +114,28 @@ type Finder interface {
 	// Find gives the grant id that each credential's name carries.
 	Find(ctx context.Context) ([]GrantID, error)
 }
+
+// LeaseLister is a Vault that can list the leases below the paths at which tools mint.
+type LeaseLister interface {
+	// Leases gives every lease there is below the mint paths of tools, whoever asked for it: of the running
+	// bundle's when tools is nil, otherwise of the given ones, of which only Backend and Path are known.
+	// What could be listed is given with an error, too.
+	Leases(ctx context.Context, tools []Tool) ([]FoundLease, error)
+}
+
+// StuckLister is a Vault that gives up revoking a lease after some tries, and says of which.
+type StuckLister interface {
+	// Irrevocable gives their ids, of leases that are not ours as well.
+	Irrevocable(ctx context.Context) ([]string, error)
+}
+
+// FoundLease is a lease that Vault lists.
+type FoundLease struct {
+	ID     string
+	Issued time.Time
+}
+
+// Remover is a backend that can take away, without Vault, what lives under a grant's name.
+type Remover interface {
+	Remove(ctx context.Context, grants []GrantID) error
+}

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/selector"
 )
 
 // Source is what a report is compiled from; a *broker.Broker is one. Its errors are returned as
@@ -72,7 +73,7 @@ func scope(rv broker.Revocation) (covering, error) {
 	case rv.Grant != "":
 		return func(_ broker.Chain, _ []broker.Delegation, g *broker.Grant) bool { return g != nil && g.ID == rv.Grant }, nil
 	}
-	selector, err := broker.ParseSelector(rv.Selector)
+	sel, err := selector.Parse(rv.Selector)
 	if err != nil {
 		return nil, fmt.Errorf("selector of %s: %w", rv.ID, err)
 	}
@@ -81,11 +82,11 @@ func scope(rv broker.Revocation) (covering, error) {
 			return false
 		}
 		for i, d := range path {
-			if selector.Matches(broker.Subject{Chain: c, Path: path[:i+1], At: d.Created}) {
+			if sel.Matches(selector.Subject{Chain: c, Path: path[:i+1], At: d.Created}) {
 				return true
 			}
 		}
-		return g != nil && selector.Matches(broker.Subject{Chain: c, Path: path, Grant: g.ID, Tool: g.Tool, Args: g.Args,
+		return g != nil && sel.Matches(selector.Subject{Chain: c, Path: path, Grant: g.ID, Tool: g.Tool, Args: g.Args,
 			Vault: g.Path, Bundle: g.Bundle, At: g.Created})
 	}, nil
 }

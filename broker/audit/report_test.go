@@ -19,11 +19,13 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/audit"
 	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/broker/engine"
+	"github.com/pawlsec/pawl/broker/selector"
 )
 
 // world is the real engine in memory.
 type world struct {
-	*broker.Broker
+	*engine.Engine
 	t      *testing.T
 	ledger *brokertest.Memory
 }
@@ -32,7 +34,7 @@ func newWorld(t *testing.T) world {
 	t.Helper()
 	target, ledger := brokertest.NewTarget(), brokertest.NewMemory()
 	tools := brokertest.AllowAll("db")
-	b, err := broker.New(broker.Config{Ledger: ledger, Policy: func() broker.Policy { return tools }, Vault: brokertest.NewVault(target),
+	b, err := engine.New(engine.Config{Ledger: ledger, Policy: func() broker.Policy { return tools }, Vault: brokertest.NewVault(target),
 		Backends: map[string]broker.Backend{"target": target}, Now: time.Now, Random: rand.Reader, SweepEvery: -1})
 	if err != nil {
 		t.Fatal(err)
@@ -77,13 +79,13 @@ func (w world) issue(holder string, d broker.Delegation) broker.Grant {
 }
 
 // revoke waits until the revocation has settled.
-func (w world) revoke(selector string) broker.Revocation {
+func (w world) revoke(sel string) broker.Revocation {
 	w.t.Helper()
-	s, err := broker.ParseSelector(selector)
+	s, err := selector.Parse(sel)
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	rv, err := w.Revoke(w.t.Context(), broker.Operator{Name: "ann"}, broker.RevokeRequest{Selector: s, Reason: "a test"})
+	rv, err := w.Revoke(w.t.Context(), broker.Operator{Name: "ann"}, selector.Request{Selector: s, Reason: "a test"})
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -109,7 +111,7 @@ func (w world) revoke(selector string) broker.Revocation {
 
 func (w world) notary(s *audit.Signer) *audit.Notary {
 	w.t.Helper()
-	n, err := audit.NewNotary(audit.NotaryConfig{Source: w.Broker, Entries: w.ledger.Entries, Signer: s, Now: time.Now})
+	n, err := audit.NewNotary(audit.NotaryConfig{Source: w.Engine, Entries: w.ledger.Entries, Signer: s, Now: time.Now})
 	if err != nil {
 		w.t.Fatal(err)
 	}

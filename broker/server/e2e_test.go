@@ -18,6 +18,7 @@ import (
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/broker/engine"
 	"github.com/pawlsec/pawl/broker/operator"
 	"github.com/pawlsec/pawl/broker/server"
 )
@@ -28,13 +29,13 @@ type world struct {
 	agents, operators *httptest.Server
 }
 
-// engine is a broker with its ledger's log.
-type engine struct {
-	*broker.Broker
+// withLog is an engine with its ledger's log.
+type withLog struct {
+	*engine.Engine
 	ledger *brokertest.Memory
 }
 
-func (e engine) Entries(ctx context.Context, after broker.Revision, limit int) ([]broker.Entry, error) {
+func (e withLog) Entries(ctx context.Context, after broker.Revision, limit int) ([]broker.Entry, error) {
 	return e.ledger.Entries(ctx, after, limit)
 }
 
@@ -43,7 +44,7 @@ func newWorld(t *testing.T) world {
 	w := world{target: brokertest.NewTarget()}
 	policy := brokertest.AllowAll("db", "mail")
 	ledger := brokertest.NewMemory()
-	b, err := broker.New(broker.Config{
+	b, err := engine.New(engine.Config{
 		Ledger: ledger, Policy: func() broker.Policy { return policy }, Vault: brokertest.NewVault(w.target),
 		Backends: map[string]broker.Backend{policy.Tools["db"].Backend: w.target}, Now: time.Now, Random: rand.Reader,
 	})
@@ -56,7 +57,7 @@ func newWorld(t *testing.T) world {
 	t.Cleanup(b.Stop)
 	who := func(r *http.Request) string { return r.Header.Get("Test-Identity") }
 	s, err := server.New(server.Config{
-		Broker: engine{b, ledger}, Now: time.Now,
+		Broker: withLog{b, ledger}, Now: time.Now,
 		Identify: func(r *http.Request) (broker.Caller, error) {
 			id, err := spiffeid.FromString(who(r))
 			return broker.Caller{ID: id, Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}, err

@@ -18,6 +18,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/selector"
 	"github.com/pawlsec/pawl/broker/server"
 )
 
@@ -202,14 +203,14 @@ func (f *fake) Watch(broker.ChainID) (<-chan struct{}, func()) {
 
 func (f *fake) WatchFences(id broker.ChainID) (<-chan struct{}, func()) { return f.Watch(id) }
 
-func (f *fake) Plan(_ context.Context, _ broker.Operator, s broker.Selector) (broker.Plan, error) {
+func (f *fake) Plan(_ context.Context, _ broker.Operator, s selector.Selector) (broker.Plan, error) {
 	return broker.Plan{Token: "pl", Selector: s.String(), Revision: 3, Made: noon, Chains: 1, Nodes: 2, Later: 1, Grants: 3, Issued: 2, Live: 1,
 		ByBackend: map[string]int{"db": 3}, Tasks: []broker.PlannedTask{{Chain: chainID, Task: "t", Delegations: 2, Grants: 3}}, TasksMore: 1,
 		ByTool: map[broker.ToolName]int{"postgres": 3}, ByLabel: map[string]int{"native": 3}, ByCaller: map[string]int{agentID.String(): 3},
 		Static: 1, LatestEnd: noon}, f.answer(s)
 }
 
-func (f *fake) Revoke(_ context.Context, _ broker.Operator, r broker.RevokeRequest) (broker.Revocation, error) {
+func (f *fake) Revoke(_ context.Context, _ broker.Operator, r selector.Request) (broker.Revocation, error) {
 	return revocation(), f.answer(r)
 }
 

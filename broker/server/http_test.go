@@ -18,6 +18,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/selector"
 	"github.com/pawlsec/pawl/broker/server"
 )
 
@@ -338,7 +339,7 @@ func TestConversions(t *testing.T) {
 		}
 	}
 	w := r.ask("operators", "POST", "/v1/revocations", `{"selector":"chain:`+string(chainID)+`","reason":"r","plan":"pl","include_new":true,"freeze":true}`)
-	got, _ := r.fake.asked.(broker.RevokeRequest)
+	got, _ := r.fake.asked.(selector.Request)
 	if w.Code != http.StatusAccepted || got.Selector.String() == "" || got.Reason != "r" || got.Plan != "pl" || !got.IncludeNew || !got.Freeze {
 		t.Errorf("POST /v1/revocations = %d and the broker was asked %+v", w.Code, got)
 	}

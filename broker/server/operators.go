@@ -9,6 +9,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/selector"
 )
 
 func (s *Server) operatorRoutes() []route {
@@ -66,22 +67,22 @@ func (s *Server) chain(x *exchange, _ broker.Operator, _ none) (answer, error) {
 }
 
 func (s *Server) plan(x *exchange, o broker.Operator, in api.PlanRequest) (answer, error) {
-	selector, err := broker.ParseSelector(in.Selector)
+	sel, err := selector.Parse(in.Selector)
 	if err != nil {
 		return answer{}, malformed("%v", err)
 	}
-	p, err := s.cfg.Broker.Plan(x.Context(), o, selector)
+	p, err := s.cfg.Broker.Plan(x.Context(), o, sel)
 	return answer{status: http.StatusOK, body: wirePlan(p)}, err
 }
 
 // revoke answers once nothing more is handed out; that all is dead takes longer, so 202.
 func (s *Server) revoke(x *exchange, o broker.Operator, in api.RevokeRequest) (answer, error) {
-	selector, err := broker.ParseSelector(in.Selector)
+	sel, err := selector.Parse(in.Selector)
 	if err != nil {
 		return answer{}, malformed("%v", err)
 	}
-	rv, err := s.cfg.Broker.Revoke(x.Context(), o, broker.RevokeRequest{
-		Selector: selector, Reason: in.Reason, Plan: in.Plan, IncludeNew: in.IncludeNew, Freeze: in.Freeze,
+	rv, err := s.cfg.Broker.Revoke(x.Context(), o, selector.Request{
+		Selector: sel, Reason: in.Reason, Plan: in.Plan, IncludeNew: in.IncludeNew, Freeze: in.Freeze,
 	})
 	x.note(slog.String("revocation", string(rv.ID)))
 	return answer{status: http.StatusAccepted, body: wireRevocation(rv)}, err

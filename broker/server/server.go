@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/selector"
 )
 
 // Broker is what the handlers call; *broker.Broker with the Entries of its ledger is one. Every
@@ -55,8 +56,8 @@ type Watcher interface {
 
 // Revoker plans, revokes and lifts.
 type Revoker interface {
-	Plan(context.Context, broker.Operator, broker.Selector) (broker.Plan, error)
-	Revoke(context.Context, broker.Operator, broker.RevokeRequest) (broker.Revocation, error)
+	Plan(context.Context, broker.Operator, selector.Selector) (broker.Plan, error)
+	Revoke(context.Context, broker.Operator, selector.Request) (broker.Revocation, error)
 	Unfreeze(context.Context, broker.Operator, broker.RevocationID) (broker.Revocation, error)
 }
 

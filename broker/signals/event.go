@@ -9,6 +9,7 @@ import (
 	"github.com/go-json-experiment/json"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/selector"
 )
 
 // ours is where the types of our own events begin; [Kinds] names what follows.
@@ -97,7 +98,7 @@ func subjectOf(e broker.Event) about {
 	if session != "" {
 		return about{Format: "complex", Session: &about{Format: "opaque", ID: session}, User: &about{Format: "uri", URI: e.Opener.String()}}
 	}
-	if s, err := broker.ParseSelector(rv.Selector); err == nil {
+	if s, err := selector.Parse(rv.Selector); err == nil {
 		if id, ok := s.Holder(); ok {
 			return about{Format: "uri", URI: id.String()}
 		}

@@ -18,6 +18,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/selector"
 )
 
 // Transmitter is somebody whose events are believed.
@@ -29,7 +30,7 @@ type Transmitter struct {
 
 	// Subjects says what the transmitter's names for its subjects mean here: name → selector. A name
 	// that is not listed must be a SPIFFE ID, and then means whoever holds delegations as that.
-	Subjects map[string]broker.Selector
+	Subjects map[string]selector.Selector
 
 	// ChainLabel is the label under which chains here carry the name of the transmitter's chain, or session,
 	// that they go on from: an event about that is about them. Empty: there is none, and such events
@@ -41,7 +42,7 @@ type Transmitter struct {
 type Config struct {
 	Transmitters []Transmitter // required, each issuer once
 	// Revoke is the engine's. Required.
-	Revoke func(context.Context, broker.Operator, broker.RevokeRequest) (broker.Revocation, error)
+	Revoke func(context.Context, broker.Operator, selector.Request) (broker.Revocation, error)
 	// Domains are the trust domains of which an event may name SPIFFE IDs. Required.
 	Domains []string
 	Now     func() time.Time // required
@@ -147,7 +148,7 @@ func (r *Receiver) Receive(ctx context.Context, token []byte) (Signal, error) {
 		return s, refuse("invalid_request", err)
 	}
 	s.Event = event
-	selector, err := r.about(t, o.claims.Subject)
+	sel, err := r.about(t, o.claims.Subject)
 	if err != nil {
 		return s, refuse("invalid_request", err)
 	}
@@ -158,8 +159,8 @@ func (r *Receiver) Receive(ctx context.Context, token []byte) (Signal, error) {
 	if !follows {
 		return s, nil
 	}
-	s.Selector = selector.String()
-	rv, err := r.cfg.Revoke(ctx, broker.Operator{Name: this.by}, broker.RevokeRequest{Selector: selector,
+	s.Selector = sel.String()
+	rv, err := r.cfg.Revoke(ctx, broker.Operator{Name: this.by}, selector.Request{Selector: sel,
 		Reason: this.reason, Freeze: t.Freeze})
 	if broker.KindOf(err) == broker.NotFound {
 		return s, nil // whoever it is about has nothing here: sending it again would change nothing
@@ -215,25 +216,25 @@ func reason(event, id string) string {
 }
 
 // about gives what the subject means here.
-func (r *Receiver) about(t Transmitter, s subject) (broker.Selector, error) {
+func (r *Receiver) about(t Transmitter, s subject) (selector.Selector, error) {
 	if session := s.session(); session != "" && t.ChainLabel != "" {
 		if !plain(session) {
-			return broker.Selector{}, errors.New("the session's name is no label's value")
+			return selector.Selector{}, errors.New("the session's name is no label's value")
 		}
-		return broker.ParseSelector("label." + t.ChainLabel + ":" + session)
+		return selector.Parse("label." + t.ChainLabel + ":" + session)
 	}
 	name, err := s.name(t.Issuer)
 	if err != nil {
-		return broker.Selector{}, err
+		return selector.Selector{}, err
 	}
-	if selector, listed := t.Subjects[name]; listed {
-		return selector, nil
+	if sel, listed := t.Subjects[name]; listed {
+		return sel, nil
 	}
 	id, err := spiffeid.FromString(name)
 	if err != nil || id.Path() == "" || !r.in[id.TrustDomain().Name()] {
-		return broker.Selector{}, errors.New("the subject is nobody that is known here")
+		return selector.Selector{}, errors.New("the subject is nobody that is known here")
 	}
-	return broker.ParseSelector("spiffe:" + id.String())
+	return selector.Parse("spiffe:" + id.String())
 }
 
 // plain reports whether a name can stand in a selector as it is.

@@ -28,6 +28,8 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/broker/engine"
+	"github.com/pawlsec/pawl/broker/selector"
 	"github.com/pawlsec/pawl/broker/signals"
 )
 
@@ -51,7 +53,7 @@ type rig struct {
 	ed    ed25519.PrivateKey
 	rsa   *rsa.PrivateKey
 	now   time.Time
-	asked []broker.RevokeRequest
+	asked []selector.Request
 	by    []string
 	err   error
 }
@@ -75,17 +77,17 @@ func newRig(t testing.TB) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	all, err := broker.ParseSelector("label.customer:acme")
+	all, err := selector.Parse("label.customer:acme")
 	if err != nil {
 		t.Fatal(err)
 	}
 	other := issuer + "/other"
 	r.Receiver, err = signals.New(signals.Config{
 		Transmitters: []signals.Transmitter{
-			{Issuer: issuer, Audience: audience, Keys: keys, Subjects: map[string]broker.Selector{"acme": all}},
+			{Issuer: issuer, Audience: audience, Keys: keys, Subjects: map[string]selector.Selector{"acme": all}},
 			{Issuer: other, Audience: audience, Keys: keys[1:], Freeze: true},
 		},
-		Revoke: func(_ context.Context, o broker.Operator, req broker.RevokeRequest) (broker.Revocation, error) {
+		Revoke: func(_ context.Context, o broker.Operator, req selector.Request) (broker.Revocation, error) {
 			r.by, r.asked = append(r.by, o.Name), append(r.asked, req)
 			return broker.Revocation{ID: "rv1"}, r.err
 		},
@@ -401,7 +403,7 @@ func TestEndToEnd(t *testing.T) {
 	ctx := t.Context()
 	r := newRig(t)
 	target, tools := brokertest.NewTarget(), brokertest.AllowAll("db")
-	b, err := broker.New(broker.Config{Ledger: brokertest.NewMemory(), Policy: func() broker.Policy { return tools }, Vault: brokertest.NewVault(target),
+	b, err := engine.New(engine.Config{Ledger: brokertest.NewMemory(), Policy: func() broker.Policy { return tools }, Vault: brokertest.NewVault(target),
 		Backends: map[string]broker.Backend{"target": target}, Now: time.Now, Random: rand.Reader, SweepEvery: -1})
 	if err != nil {
 		t.Fatal(err)
@@ -456,7 +458,7 @@ func TestEndToEnd(t *testing.T) {
 }
 
 // receiverOver is the rig's transmitter in front of another engine, by the wall clock.
-func receiverOver(t *testing.T, r *rig, revoke func(context.Context, broker.Operator, broker.RevokeRequest) (broker.Revocation, error)) *signals.Receiver {
+func receiverOver(t *testing.T, r *rig, revoke func(context.Context, broker.Operator, selector.Request) (broker.Revocation, error)) *signals.Receiver {
 	t.Helper()
 	set, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: r.ed.Public(), KeyID: "ed"}}})
 	if err != nil {

@@ -24,6 +24,8 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/broker/engine"
+	"github.com/pawlsec/pawl/broker/selector"
 	"github.com/pawlsec/pawl/broker/signals"
 )
 
@@ -31,7 +33,7 @@ import (
 type desk struct {
 	t      *testing.T
 	ledger broker.Ledger
-	b      *broker.Broker
+	b      *engine.Engine
 	key    jose.JSONWebKey
 
 	mu     sync.Mutex // guards alarms
@@ -47,7 +49,7 @@ func newDesk(t *testing.T) *desk {
 	}
 	d.key = jose.JSONWebKey{Key: private, KeyID: "k", Algorithm: "EdDSA"}
 	target, tools := brokertest.NewTarget(), brokertest.AllowAll("db")
-	d.b, err = broker.New(broker.Config{Ledger: d.ledger, Policy: func() broker.Policy { return tools }, Vault: brokertest.NewVault(target),
+	d.b, err = engine.New(engine.Config{Ledger: d.ledger, Policy: func() broker.Policy { return tools }, Vault: brokertest.NewVault(target),
 		Backends: map[string]broker.Backend{"target": target}, Now: time.Now, Random: rand.Reader, SweepEvery: -1})
 	if err != nil {
 		t.Fatal(err)
@@ -84,13 +86,13 @@ func (d *desk) alarmed(text string) bool {
 }
 
 // rule fences or freezes by a selector.
-func (d *desk) rule(selector string, freeze bool) broker.Revocation {
+func (d *desk) rule(sel string, freeze bool) broker.Revocation {
 	d.t.Helper()
-	s, err := broker.ParseSelector(selector)
+	s, err := selector.Parse(sel)
 	if err != nil {
 		d.t.Fatal(err)
 	}
-	rv, err := d.b.Revoke(d.t.Context(), broker.Operator{Name: "ann"}, broker.RevokeRequest{Selector: s, Reason: "test", Freeze: freeze})
+	rv, err := d.b.Revoke(d.t.Context(), broker.Operator{Name: "ann"}, selector.Request{Selector: s, Reason: "test", Freeze: freeze})
 	if err != nil {
 		d.t.Fatal(err)
 	}
@@ -326,10 +328,10 @@ func TestSenderToReceiver(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	asked := make(chan broker.RevokeRequest, 10)
+	asked := make(chan selector.Request, 10)
 	receiver, err := signals.New(signals.Config{Domains: []string{"b.example"}, Now: time.Now,
 		Transmitters: []signals.Transmitter{{Issuer: "https://a.example", Audience: "https://peer", Keys: keys, ChainLabel: "upstream"}},
-		Revoke: func(_ context.Context, _ broker.Operator, r broker.RevokeRequest) (broker.Revocation, error) {
+		Revoke: func(_ context.Context, _ broker.Operator, r selector.Request) (broker.Revocation, error) {
 			asked <- r
 			return broker.Revocation{ID: "rv1"}, nil
 		}})
@@ -344,15 +346,15 @@ func TestSenderToReceiver(t *testing.T) {
 		TLS: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS13}})
 	d.subscribed("peer")
 	whole, part := d.open("agent"), d.open("agent")
-	for selector, want := range map[string]string{"chain:" + string(whole.Chain): string(whole.Chain), "subtree:" + string(part.ID): string(part.ID)} {
-		d.rule(selector, false)
+	for sel, want := range map[string]string{"chain:" + string(whole.Chain): string(whole.Chain), "subtree:" + string(part.ID): string(part.ID)} {
+		d.rule(sel, false)
 		select {
 		case r := <-asked:
 			if r.Selector.String() != "label.upstream:"+want {
-				t.Errorf("%s at one broker is %s at the other, want what carries its name", selector, r.Selector)
+				t.Errorf("%s at one broker is %s at the other, want what carries its name", sel, r.Selector)
 			}
 		case <-time.After(20 * time.Second):
-			t.Fatalf("nothing came of %s", selector)
+			t.Fatalf("nothing came of %s", sel)
 		}
 	}
 }

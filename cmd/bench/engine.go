@@ -14,18 +14,19 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/broker/engine"
 	"github.com/pawlsec/pawl/store/bolt"
 )
 
-// engine is the real engine on the real embedded ledger, with a Vault and a target in memory.
-type engine struct {
-	*broker.Broker
+// embedded is the real engine on the real embedded ledger, with a Vault and a target in memory.
+type embedded struct {
+	*engine.Engine
 	ledger *bolt.Ledger
 }
 
 const engineTool = broker.ToolName("db.read")
 
-func newEngine(ctx context.Context, path string) (*engine, error) {
+func newEngine(ctx context.Context, path string) (*embedded, error) {
 	ledger, err := bolt.Open(bolt.Config{Path: path, Reserve: -1})
 	if err != nil {
 		return nil, err
@@ -34,8 +35,8 @@ func newEngine(ctx context.Context, path string) (*engine, error) {
 	t := policy.Tools[engineTool]
 	t.TTL = broker.MaxTTL
 	policy.Tools[engineTool] = t
-	e := &engine{ledger: ledger}
-	if e.Broker, err = broker.New(broker.Config{Ledger: ledger, Policy: func() broker.Policy { return policy }, Vault: brokertest.NewVault(target),
+	e := &embedded{ledger: ledger}
+	if e.Engine, err = engine.New(engine.Config{Ledger: ledger, Policy: func() broker.Policy { return policy }, Vault: brokertest.NewVault(target),
 		Backends: map[string]broker.Backend{"target": target}, Now: time.Now, Random: rand.Reader, SweepEvery: -1}); err != nil {
 		return nil, errors.Join(err, ledger.Close())
 	}
@@ -45,7 +46,7 @@ func newEngine(ctx context.Context, path string) (*engine, error) {
 	return e, nil
 }
 
-func (e *engine) close() error {
+func (e *embedded) close() error {
 	e.Stop()
 	return e.ledger.Close()
 }
@@ -54,17 +55,17 @@ func caller() broker.Caller {
 	return broker.Caller{ID: spiffeid.RequireFromString("spiffe://pawl.dev/agent/bench"), Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
 }
 
-func (e *engine) open(ctx context.Context) (broker.Delegation, error) {
+func (e *embedded) open(ctx context.Context) (broker.Delegation, error) {
 	return e.Open(ctx, caller(), broker.OpenRequest{Task: "bench", Rights: []broker.Right{{Tool: engineTool, Use: true}}})
 }
 
-func (e *engine) issue(ctx context.Context, d broker.Delegation) (broker.Issued, error) {
+func (e *embedded) issue(ctx context.Context, d broker.Delegation) (broker.Issued, error) {
 	return e.Issue(ctx, caller(), broker.StepRequest{Delegation: d.ID, Tool: engineTool})
 }
 
 // grow gives a chain n live grants: one is issued, and its records are copied under other ids.
 // The copies are to the engine what a restart finds: grants whose secrets it knows by name.
-func (e *engine) grow(ctx context.Context, n int) (broker.Delegation, error) {
+func (e *embedded) grow(ctx context.Context, n int) (broker.Delegation, error) {
 	d, err := e.open(ctx)
 	if err != nil {
 		return d, err

@@ -12,6 +12,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/selector"
 )
 
 // load is the issues a second that go on while fences are measured.
@@ -68,7 +69,7 @@ func measureFence(ctx context.Context, b *bench) (err error) {
 }
 
 // busy takes and closes steps on a chain of its own, so many a second, until stop.
-func (e *engine) busy(ctx context.Context) (stop func() int, err error) {
+func (e *embedded) busy(ctx context.Context) (stop func() int, err error) {
 	d, err := e.open(ctx)
 	if err != nil {
 		return nil, err
@@ -98,13 +99,13 @@ func (e *engine) busy(ctx context.Context) (stop func() int, err error) {
 }
 
 // freeze times one fence, and lifts it.
-func (e *engine) freeze(ctx context.Context, chain broker.ChainID) (time.Duration, error) {
-	s, err := broker.ParseSelector("chain:" + string(chain))
+func (e *embedded) freeze(ctx context.Context, chain broker.ChainID) (time.Duration, error) {
+	s, err := selector.Parse("chain:" + string(chain))
 	if err != nil {
 		return 0, err
 	}
 	began := time.Now()
-	rv, err := e.Revoke(ctx, broker.Operator{Name: "ada"}, broker.RevokeRequest{Selector: s, Reason: "bench", Freeze: true})
+	rv, err := e.Revoke(ctx, broker.Operator{Name: "ada"}, selector.Request{Selector: s, Reason: "bench", Freeze: true})
 	took := time.Since(began)
 	if err != nil {
 		return 0, err
@@ -116,13 +117,13 @@ func (e *engine) freeze(ctx context.Context, chain broker.ChainID) (time.Duratio
 
 // fenceWhileClosing revokes a large chain for good and times fences on another meanwhile. It
 // gives how long the large one took to its closure, too.
-func (e *engine) fenceWhileClosing(ctx context.Context, small, large broker.ChainID, n int) (took samples, seconds float64, err error) {
-	s, err := broker.ParseSelector("chain:" + string(large))
+func (e *embedded) fenceWhileClosing(ctx context.Context, small, large broker.ChainID, n int) (took samples, seconds float64, err error) {
+	s, err := selector.Parse("chain:" + string(large))
 	if err != nil {
 		return nil, 0, err
 	}
 	began := time.Now()
-	rv, err := e.Revoke(ctx, broker.Operator{Name: "ada"}, broker.RevokeRequest{Selector: s, Reason: "bench"})
+	rv, err := e.Revoke(ctx, broker.Operator{Name: "ada"}, selector.Request{Selector: s, Reason: "bench"})
 	if err != nil {
 		return nil, 0, err
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/selector"
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
@@ -122,7 +123,7 @@ func TestCanaryValues(t *testing.T) {
 		}
 	}
 
-	rv, err := w.operator().Revoke(t.Context(), api.RevokeRequest{Selector: broker.LeakedSelector(logged.Value).String(), Reason: "found in a log"})
+	rv, err := w.operator().Revoke(t.Context(), api.RevokeRequest{Selector: selector.ForLeaked(logged.Value).String(), Reason: "found in a log"})
 	if err != nil || rv.Selector != "subtree:"+read.ID() {
 		t.Fatalf("Revoke of a value that is a canary's = %+v, %v; want what it set off", rv, err)
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/engine"
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
@@ -33,7 +34,7 @@ type outageRow struct {
 // outOfOrder is a world with a part out of order.
 type outOfOrder struct {
 	*world
-	change []func(*broker.Config)
+	change []func(*engine.Config)
 	broken atomic.Bool
 }
 
@@ -53,7 +54,7 @@ var outages = []outageRow{
 	{name: "the ledger takes nothing", part: func(o *outOfOrder) { o.points("before commit") }},
 	{name: "the ledger does not say what it took", part: func(o *outOfOrder) { o.points("after commit") }},
 	{name: "policy cannot be evaluated", part: func(o *outOfOrder) {
-		o.change = append(o.change, func(c *broker.Config) {
+		o.change = append(o.change, func(c *engine.Config) {
 			whole := c.Policy
 			c.Policy = func() broker.Policy { return &doubtful{whole(), &o.broken} }
 		})
@@ -93,7 +94,7 @@ func (o *outOfOrder) points(side string) {
 
 // clock has the engine's clock jump.
 func (o *outOfOrder) clock(by time.Duration) {
-	o.change = append(o.change, func(c *broker.Config) {
+	o.change = append(o.change, func(c *engine.Config) {
 		c.Now = func() time.Time {
 			if o.broken.Load() {
 				return time.Now().Add(by)
@@ -163,7 +164,7 @@ func (row outageRow) play(t *testing.T) map[string]string {
 	if row.part != nil {
 		row.part(o)
 	}
-	o.here(nil, func(c *broker.Config) {
+	o.here(nil, func(c *engine.Config) {
 		for _, f := range o.change {
 			f(c)
 		}

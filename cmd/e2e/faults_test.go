@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine"
 )
 
 // faults stands between the engine and its ports. Each act of the engine passes two points, one
@@ -28,7 +29,7 @@ func newFaults(reach func(point string) error) *faults {
 }
 
 // install puts the faults between the engine and its parts.
-func (f *faults) install(c *broker.Config) {
+func (f *faults) install(c *engine.Config) {
 	c.Ledger, c.Vault = faultyLedger{c.Ledger, f}, faultyVault{c.Vault, f}
 	c.Backends = maps.Clone(c.Backends) // the original is also for those who ask what a backend can do
 	for name, b := range c.Backends {

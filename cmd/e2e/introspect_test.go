@@ -23,10 +23,10 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 
-	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/policy"
+	"github.com/pawlsec/pawl/broker/selector"
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
@@ -149,7 +149,7 @@ func TestIntrospection(t *testing.T) {
 	s.want("after a restart", tokens, "live")
 	s.wantStatus("after a restart", tokens, public, "revoked", "closed")
 
-	if _, err := w.operator().Revoke(t.Context(), api.RevokeRequest{Selector: broker.LeakedSelector(tokens["live"]).String(), Reason: "found in a log"}); err != nil {
+	if _, err := w.operator().Revoke(t.Context(), api.RevokeRequest{Selector: selector.ForLeaked(tokens["live"]).String(), Reason: "found in a log"}); err != nil {
 		t.Fatal(err)
 	}
 	s.want("once the last was found in a log", tokens)

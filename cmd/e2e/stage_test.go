@@ -26,6 +26,7 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/api/client"
 	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/broker/engine"
 	"github.com/pawlsec/pawl/broker/operator"
 	"github.com/pawlsec/pawl/broker/policy"
 	"github.com/pawlsec/pawl/broker/server"
@@ -58,7 +59,7 @@ func newStage(t *testing.T, dir fs.FS) *stage {
 	for _, tool := range running.Current().Tools() {
 		backends[tool.Backend] = s.target
 	}
-	b, err := broker.New(broker.Config{Ledger: brokertest.NewMemory(), Policy: running.Policy, Vault: brokertest.NewVault(s.target), Backends: backends,
+	b, err := engine.New(engine.Config{Ledger: brokertest.NewMemory(), Policy: running.Policy, Vault: brokertest.NewVault(s.target), Backends: backends,
 		Now: time.Now, Random: rand.Reader, SweepEvery: -1, Alarm: func(op string, err error) {
 			t.Errorf("alarm: %s: %v", op, err)
 		}})
@@ -95,7 +96,7 @@ func signed(t *testing.T, dir fs.FS) *policy.Running {
 	return running
 }
 
-func (s *stage) serve(b *broker.Broker) {
+func (s *stage) serve(b *engine.Engine) {
 	t := s.t
 	a, err := attest.New(attest.Config{TrustDomains: []string{domain}, Source: s.identities.Source(s.identities.ID("/pawl"))})
 	if err != nil {

@@ -21,6 +21,7 @@ import (
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/api/client"
+	"github.com/pawlsec/pawl/broker/engine"
 	"github.com/pawlsec/pawl/broker/operator"
 	"github.com/pawlsec/pawl/cmd/dev"
 	"github.com/pawlsec/pawl/cmd/parts"
@@ -139,10 +140,10 @@ func freeAddress(t *testing.T) string {
 }
 
 // here starts the broker in this process. What it says is shown when the test fails.
-func (w *world) here(log *slog.Logger, change func(*broker.Config)) *wire.Server {
+func (w *world) here(log *slog.Logger, change func(*engine.Config)) *wire.Server {
 	w.t.Helper()
 	if change == nil {
-		change = func(*broker.Config) {}
+		change = func(*engine.Config) {}
 	}
 	s, err := w.start(log, change)
 	if err != nil {
@@ -152,7 +153,7 @@ func (w *world) here(log *slog.Logger, change func(*broker.Config)) *wire.Server
 }
 
 // start is here for a broker that may not start.
-func (w *world) start(log *slog.Logger, change func(*broker.Config)) (*wire.Server, error) {
+func (w *world) start(log *slog.Logger, change func(*engine.Config)) (*wire.Server, error) {
 	w.t.Helper()
 	if log == nil {
 		said := &logBuffer{}

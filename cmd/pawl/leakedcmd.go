@@ -10,6 +10,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/selector"
 )
 
 func leakedCommand() *cobra.Command {
@@ -34,7 +35,7 @@ func leakedCommand() *cobra.Command {
 const maxLeaked = 1 << 20
 
 // readLeaked reads a value and forgets it. At a terminal it is one line, and not echoed.
-func readLeaked(cmd *cobra.Command) (broker.Selector, error) {
+func readLeaked(cmd *cobra.Command) (selector.Selector, error) {
 	var value []byte
 	var err error
 	if in := cmd.InOrStdin(); in == os.Stdin && term.IsTerminal(int(os.Stdin.Fd())) {
@@ -47,11 +48,11 @@ func readLeaked(cmd *cobra.Command) (broker.Selector, error) {
 	defer clear(value)
 	switch {
 	case err != nil:
-		return broker.Selector{}, fmt.Errorf("reading the value from standard input: %w", err)
+		return selector.Selector{}, fmt.Errorf("reading the value from standard input: %w", err)
 	case len(value) > maxLeaked:
-		return broker.Selector{}, errors.New("the value on standard input is over 1 MiB: that is more than a value")
+		return selector.Selector{}, errors.New("the value on standard input is over 1 MiB: that is more than a value")
 	case broker.TrimValue(string(value)) == "":
-		return broker.Selector{}, misuse{hinted{errors.New("there is no value on standard input"), "pawl leaked < file"}}
+		return selector.Selector{}, misuse{hinted{errors.New("there is no value on standard input"), "pawl leaked < file"}}
 	}
-	return broker.LeakedSelector(string(value)), nil
+	return selector.ForLeaked(string(value)), nil
 }

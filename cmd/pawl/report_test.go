@@ -18,7 +18,9 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/audit"
 	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/broker/engine"
 	"github.com/pawlsec/pawl/broker/policy"
+	"github.com/pawlsec/pawl/broker/selector"
 	"github.com/pawlsec/pawl/broker/server"
 )
 
@@ -60,10 +62,10 @@ func TestOperatorScripts(t *testing.T) {
 		}})
 }
 
-func startEngine(t *testing.T, target *brokertest.Target) *broker.Broker {
+func startEngine(t *testing.T, target *brokertest.Target) *engine.Engine {
 	t.Helper()
 	tools := brokertest.AllowAll("db")
-	b, err := broker.New(broker.Config{Ledger: brokertest.NewMemory(), Policy: func() broker.Policy { return tools }, Vault: brokertest.NewVault(target),
+	b, err := engine.New(engine.Config{Ledger: brokertest.NewMemory(), Policy: func() broker.Policy { return tools }, Vault: brokertest.NewVault(target),
 		Backends: map[string]broker.Backend{"target": target}, Now: time.Now, Random: rand.Reader, SweepEvery: -1})
 	if err != nil {
 		t.Fatal(err)
@@ -75,7 +77,7 @@ func startEngine(t *testing.T, target *brokertest.Target) *broker.Broker {
 	return b
 }
 
-func serveOperators(t *testing.T, b *broker.Broker, key jose.JSONWebKey, operator, socket string) *httptest.Server {
+func serveOperators(t *testing.T, b *engine.Engine, key jose.JSONWebKey, operator, socket string) *httptest.Server {
 	t.Helper()
 	signer, err := audit.NewSigner("example.org/pawl", key)
 	if err != nil {
@@ -105,7 +107,7 @@ func serveOperators(t *testing.T, b *broker.Broker, key jose.JSONWebKey, operato
 }
 
 // revokedChain opens a chain, takes a step, reports a canary and revokes all of it.
-func revokedChain(t *testing.T, b *broker.Broker) broker.Revocation {
+func revokedChain(t *testing.T, b *engine.Engine) broker.Revocation {
 	t.Helper()
 	ctx := t.Context()
 	agent := broker.Caller{ID: spiffeid.RequireFromString("spiffe://example.org/agent"), Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
@@ -119,11 +121,11 @@ func revokedChain(t *testing.T, b *broker.Broker) broker.Revocation {
 	if _, err := b.Report(ctx, agent, broker.ReportRequest{Delegation: root.ID, Violation: "canary"}); err != nil {
 		t.Fatal(err)
 	}
-	selector, err := broker.ParseSelector("chain:" + string(root.Chain))
+	sel, err := selector.Parse("chain:" + string(root.Chain))
 	if err != nil {
 		t.Fatal(err)
 	}
-	rv, err := b.Revoke(ctx, broker.Operator{Name: "ann"}, broker.RevokeRequest{Selector: selector, Reason: "a canary"})
+	rv, err := b.Revoke(ctx, broker.Operator{Name: "ann"}, selector.Request{Selector: sel, Reason: "a canary"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/broker/engine"
 	"github.com/pawlsec/pawl/broker/policy"
 )
 
@@ -24,7 +25,7 @@ import (
 // $PAWL_SOCKET and $SECOND.
 type scene struct {
 	t      *testing.T
-	engine *broker.Broker
+	engine *engine.Engine
 	target *brokertest.Target
 	roots  map[string]broker.Delegation
 	served []*httptest.Server

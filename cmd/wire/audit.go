@@ -11,9 +11,9 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 
-	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/audit"
 	"github.com/pawlsec/pawl/broker/policy"
+	"github.com/pawlsec/pawl/broker/selector"
 	"github.com/pawlsec/pawl/broker/server"
 	"github.com/pawlsec/pawl/broker/signals"
 )
@@ -40,12 +40,12 @@ func (s Signal) check(name string) error {
 		wrong = append(wrong, fmt.Errorf("%s.action is %q; it is revoke or freeze", name, s.Action))
 	}
 	if s.ChainLabel != "" {
-		if _, err := broker.ParseSelector("label." + s.ChainLabel + ":x"); err != nil {
+		if _, err := selector.Parse("label." + s.ChainLabel + ":x"); err != nil {
 			wrong = append(wrong, fmt.Errorf("%s.chain_label: %w", name, err))
 		}
 	}
-	for subject, selector := range s.Subjects {
-		if _, err := broker.ParseSelector(selector); err != nil {
+	for subject, sel := range s.Subjects {
+		if _, err := selector.Parse(sel); err != nil {
 			wrong = append(wrong, fmt.Errorf("%s.subjects.%s: %w", name, subject, err))
 		}
 	}
@@ -97,12 +97,12 @@ func LoadTransmitters(c Config) (list []signals.Transmitter, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("signals: keys of %s: %w", from.Issuer, err)
 		}
-		t := signals.Transmitter{Issuer: from.Issuer, Audience: from.Audience, Freeze: from.Action == "freeze", ChainLabel: from.ChainLabel, Subjects: map[string]broker.Selector{}}
+		t := signals.Transmitter{Issuer: from.Issuer, Audience: from.Audience, Freeze: from.Action == "freeze", ChainLabel: from.ChainLabel, Subjects: map[string]selector.Selector{}}
 		if t.Keys, err = signals.ParseKeys(raw); err != nil {
 			return nil, fmt.Errorf("signals: keys of %s in %q: %w", from.Issuer, from.Keys, err)
 		}
 		for subject, text := range from.Subjects {
-			if t.Subjects[subject], err = broker.ParseSelector(text); err != nil {
+			if t.Subjects[subject], err = selector.Parse(text); err != nil {
 				return nil, fmt.Errorf("signals: subject %q of %s: %w", subject, from.Issuer, err)
 			}
 		}

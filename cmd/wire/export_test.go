@@ -9,10 +9,11 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine"
 )
 
 // Counting puts metrics over a ledger and alarms, as Start does.
-func Counting(parts *broker.Config, known func(broker.ToolName) bool, ready func() error) *metrics {
+func Counting(parts *engine.Config, known func(broker.ToolName) bool, ready func() error) *metrics {
 	m := newMetrics(known, ready)
 	parts.Ledger, parts.Alarm = counted{parts.Ledger, m}, m.alarm(parts.Alarm)
 	return m
@@ -25,7 +26,7 @@ var Begin = (*metrics).begin
 func (m *metrics) Handler() http.Handler { return m.handler() }
 
 // Tests puts a self-test over an engine, as Start does, with metrics that leave its chains out.
-func Tests(m *metrics, b *broker.Broker, id spiffeid.ID, step broker.StepRequest, every time.Duration, alarm func(string, error)) func(context.Context) {
+func Tests(m *metrics, b *engine.Engine, id spiffeid.ID, step broker.StepRequest, every time.Duration, alarm func(string, error)) func(context.Context) {
 	t := newSelfTest(b, id, step, every, alarm, slog.New(slog.DiscardHandler))
 	m.tester = id
 	t.register(m.registry)

@@ -16,6 +16,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine"
 )
 
 // metrics counts what the ledger commits. Labels are tools of the bundle and words of ours: no id,
@@ -120,7 +121,7 @@ func (m *metrics) lag(now time.Time) (lag time.Duration) {
 }
 
 // begin takes over how many grants were alive before anything is counted.
-func (m *metrics) begin(ctx context.Context, b *broker.Broker) error {
+func (m *metrics) begin(ctx context.Context, b *engine.Engine) error {
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_irrevocable_leases",
 		Help: "Leases of ours that Vault has given up revoking, as of the last sweep; each needs a person."},
 		func() float64 { return float64(b.Irrevocable()) }))

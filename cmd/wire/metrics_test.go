@@ -13,6 +13,8 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/broker/engine"
+	"github.com/pawlsec/pawl/broker/selector"
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
@@ -21,12 +23,12 @@ import (
 func TestMetrics(t *testing.T) {
 	ctx := t.Context()
 	ledger, target, tools := brokertest.NewMemory(), brokertest.NewTarget(), brokertest.AllowAll("db")
-	start := func() (*broker.Broker, func() string) {
-		parts := broker.Config{Ledger: ledger, Policy: func() broker.Policy { return tools }, Vault: brokertest.NewVault(target),
+	start := func() (*engine.Engine, func() string) {
+		parts := engine.Config{Ledger: ledger, Policy: func() broker.Policy { return tools }, Vault: brokertest.NewVault(target),
 			Backends: map[string]broker.Backend{"target": target}, Now: time.Now, Random: rand.Reader, SweepEvery: -1,
 			Alarm: func(string, error) {}}
 		m := wire.Counting(&parts, func(name broker.ToolName) bool { return name == "db" }, func() error { return errors.New("no session") })
-		b, err := broker.New(parts)
+		b, err := engine.New(parts)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -63,11 +65,11 @@ func TestMetrics(t *testing.T) {
 
 	b, scrape = start()
 	lines(t, scrape(), `pawl_live_grants 2`)
-	selector, err := broker.ParseSelector("chain:" + string(root.Chain))
+	sel, err := selector.Parse("chain:" + string(root.Chain))
 	if err != nil {
 		t.Fatal(err)
 	}
-	rv, err := b.Revoke(ctx, broker.Operator{Name: "ann"}, broker.RevokeRequest{Selector: selector, Reason: "test"})
+	rv, err := b.Revoke(ctx, broker.Operator{Name: "ann"}, selector.Request{Selector: sel, Reason: "test"})
 	if err != nil {
 		t.Fatal(err)
 	}

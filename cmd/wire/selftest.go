@@ -14,6 +14,8 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/engine"
+	"github.com/pawlsec/pawl/broker/selector"
 )
 
 // SelfTest says how the broker tries by itself whether revoking works: it opens a chain, takes a
@@ -75,7 +77,7 @@ func SelfTester(c Config) (spiffeid.ID, error) {
 
 // selfTest makes the test again and again, and keeps what came of it.
 type selfTest struct {
-	b     *broker.Broker
+	b     *engine.Engine
 	id    spiffeid.ID
 	step  broker.StepRequest // without its delegation
 	every time.Duration
@@ -151,11 +153,11 @@ func (t *selfTest) once(ctx context.Context) error {
 	step.Delegation, step.Purpose = root.ID, "self-test"
 	issued, stepErr := t.b.Issue(ctx, caller, step)
 	issued.Secret.Wipe()
-	selector, err := broker.ParseSelector("chain:" + string(root.Chain))
+	sel, err := selector.Parse("chain:" + string(root.Chain))
 	if err != nil {
 		return err
 	}
-	rv, err := t.b.Revoke(context.WithoutCancel(ctx), broker.Operator{Name: selfTestName}, broker.RevokeRequest{Selector: selector, Reason: "self-test"})
+	rv, err := t.b.Revoke(context.WithoutCancel(ctx), broker.Operator{Name: selfTestName}, selector.Request{Selector: sel, Reason: "self-test"})
 	switch {
 	case err != nil:
 		return fmt.Errorf("revoking the chain: %w", err)
@@ -251,6 +253,6 @@ func (s *Server) testSelf(c Config, alarm func(string, error)) error {
 	return nil
 }
 
-func newSelfTest(b *broker.Broker, id spiffeid.ID, step broker.StepRequest, every time.Duration, alarm func(string, error), log *slog.Logger) *selfTest {
+func newSelfTest(b *engine.Engine, id spiffeid.ID, step broker.StepRequest, every time.Duration, alarm func(string, error), log *slog.Logger) *selfTest {
 	return &selfTest{b: b, id: id, step: step, every: every, alarm: alarm, log: log, now: time.Now, begun: time.Now()}
 }

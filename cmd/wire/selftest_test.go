@@ -16,6 +16,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/broker/engine"
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
@@ -108,7 +109,7 @@ type tested struct {
 	t      *testing.T
 	target *brokertest.Target
 	vault  *brokertest.Vault
-	b      *broker.Broker
+	b      *engine.Engine
 	run    func(context.Context)
 	scrape func() string
 	alarms chan string
@@ -128,12 +129,12 @@ func newTested(t *testing.T) *tested {
 		defer w.mu.Unlock()
 		return broker.Decision{Allow: q.Action != w.denied && q.Action != broker.ActionReport}
 	}
-	parts := broker.Config{Ledger: lame{brokertest.NewMemory(), w}, Policy: func() broker.Policy { return tools }, Vault: w.vault,
+	parts := engine.Config{Ledger: lame{brokertest.NewMemory(), w}, Policy: func() broker.Policy { return tools }, Vault: w.vault,
 		Backends: map[string]broker.Backend{"target": w.target}, Now: time.Now, Random: rand.Reader, SweepEvery: -1,
 		Alarm: func(string, error) {}}
 	m := wire.Counting(&parts, func(broker.ToolName) bool { return true }, func() error { return nil })
 	var err error
-	if w.b, err = broker.New(parts); err != nil {
+	if w.b, err = engine.New(parts); err != nil {
 		t.Fatal(err)
 	}
 	if err := w.b.Resume(t.Context()); err != nil {

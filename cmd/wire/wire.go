@@ -17,6 +17,7 @@ import (
 	"github.com/pawlsec/pawl/attest"
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/audit"
+	"github.com/pawlsec/pawl/broker/engine"
 	"github.com/pawlsec/pawl/broker/policy"
 	"github.com/pawlsec/pawl/broker/server"
 	"github.com/pawlsec/pawl/plugins/vault"
@@ -25,7 +26,7 @@ import (
 
 // Server is a running broker with its listeners. Make one with [Start].
 type Server struct {
-	Broker *broker.Broker
+	Broker *engine.Engine
 	Policy *policy.Running
 	Ledger *bolt.Ledger
 	Vault  *vault.Client
@@ -45,12 +46,12 @@ type Server struct {
 // the Workload API need be up: fencing over the operators' socket works without them, nothing is
 // issued, and the broker goes on trying. What is wrong with the configuration is an error.
 func Start(ctx context.Context, c Config, log *slog.Logger) (s *Server, err error) {
-	return start(ctx, c, log, func(*broker.Config) {}, 0)
+	return start(ctx, c, log, func(*engine.Config) {}, 0)
 }
 
 // StartWith is Start with a last word on the engine's parts, for tests that put faults between
 // them.
-func StartWith(ctx context.Context, c Config, log *slog.Logger, change func(*broker.Config)) (s *Server, err error) {
+func StartWith(ctx context.Context, c Config, log *slog.Logger, change func(*engine.Config)) (s *Server, err error) {
 	return start(ctx, c, log, change, 0)
 }
 
@@ -58,10 +59,10 @@ func StartWith(ctx context.Context, c Config, log *slog.Logger, change func(*bro
 // last: exactly this version of it is taken, and the audit says that it was, and for whom. Zero is
 // Start.
 func StartRolledBack(ctx context.Context, c Config, log *slog.Logger, version int64) (s *Server, err error) {
-	return start(ctx, c, log, func(*broker.Config) {}, version)
+	return start(ctx, c, log, func(*engine.Config) {}, version)
 }
 
-func start(ctx context.Context, c Config, log *slog.Logger, change func(*broker.Config), rollback int64) (s *Server, err error) {
+func start(ctx context.Context, c Config, log *slog.Logger, change func(*engine.Config), rollback int64) (s *Server, err error) {
 	s = &Server{failed: make(chan error, 3), log: log}
 	defer func() {
 		if err != nil {
@@ -98,7 +99,7 @@ func start(ctx context.Context, c Config, log *slog.Logger, change func(*broker.
 	if err := checkTools(s.Policy.Current().Tools(), backends); err != nil {
 		return s, err
 	}
-	parts := broker.Config{
+	parts := engine.Config{
 		Ledger: s.Ledger, Policy: func() broker.Policy { return s.shadow.Beside(s.Policy.Current()) }, Vault: leaseLister{s.Vault, s.Policy, backends}, Backends: backends,
 		Now: time.Now, Random: rand.Reader, Alarm: func(op string, err error) { log.Error("alarm", "op", op, "error", err) },
 		MintTimeout: c.Vault.MintTimeout, MintBound: c.Vault.MintBound, SweepEvery: c.SweepEvery,
@@ -113,7 +114,7 @@ func start(ctx context.Context, c Config, log *slog.Logger, change func(*broker.
 	s.shadow = newShadow(log, s.metrics)
 	s.later(s.shadow.Close)
 	parts.Ledger, parts.Alarm = counted{parts.Ledger, s.metrics}, s.metrics.alarm(parts.Alarm)
-	if s.Broker, err = broker.New(parts); err != nil {
+	if s.Broker, err = engine.New(parts); err != nil {
 		return s, err
 	}
 	s.later(s.Broker.Stop)

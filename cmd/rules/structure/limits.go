@@ -41,8 +41,6 @@ const (
 // or for a procedure whose steps are numbered, and says which.
 var tree = rules{
 	limits: []limit{
-		// Delete this row when the package is taken apart into broker, broker/args, broker/selector and broker/engine.
-		{pattern: "broker", lines: 9837, cycle: 36, why: "until it is taken apart"},
 		{pattern: "broker", cycle: 6, why: domain},
 		{pattern: "broker/args/...", cycle: 6, why: domain},
 		{pattern: "broker/selector/...", cycle: 6, why: domain},

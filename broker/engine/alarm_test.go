@@ -1,0 +1,82 @@
+package engine_test
+
+import (
+	"crypto/rand"
+	"errors"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/broker/engine"
+	"github.com/pawlsec/pawl/broker/selector"
+)
+
+// TestRefusedKillIsAnAlarm has Vault refuse to revoke tokens: somebody is told, nothing is called CLOSED, and
+// it is once Vault does it.
+func TestRefusedKillIsAnAlarm(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		refused := errors.New("permission denied, 403")
+		target, tools := brokertest.NewTarget(), brokertest.AllowAll("db.read")
+		vault := brokertest.NewVault(target)
+		var mu sync.Mutex // guards alarms
+		var alarms []string
+		b, err := engine.New(engine.Config{Ledger: brokertest.NewMemory(), Policy: func() broker.Policy { return tools }, Vault: vault,
+			Backends: map[string]broker.Backend{"target": target}, Now: time.Now, Random: rand.Reader, SweepEvery: -1,
+			Alarm: func(op string, err error) {
+				mu.Lock()
+				defer mu.Unlock()
+				if errors.Is(err, refused) {
+					alarms = append(alarms, op)
+				}
+			}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := b.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(b.Stop)
+		root, err := b.Open(ctx, as("agent"), broker.OpenRequest{Task: "t", Rights: use("db.read")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := b.Issue(ctx, as("agent"), broker.StepRequest{Delegation: root.ID, Tool: "db.read"}); err != nil {
+			t.Fatal(err)
+		}
+		vault.Fail(func(point string) error {
+			if point == "kill" {
+				return refused
+			}
+			return nil
+		})
+		sel, err := selector.Parse("chain:" + string(root.Chain))
+		if err != nil {
+			t.Fatal(err)
+		}
+		rv, err := b.Revoke(ctx, broker.Operator{Name: "ann"}, selector.Request{Selector: sel, Reason: "test"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-time.After(30 * time.Second)
+		if rv, err = b.Revocation(ctx, rv.ID); err != nil || rv.Closure == broker.ClosureClosed {
+			t.Errorf("Revocation while Vault refuses = %s, %v, want that it is not CLOSED", rv.Closure, err)
+		}
+		mu.Lock()
+		for _, op := range []string{"revoking tokens in Vault", "revoking the tokens of " + string(rv.ID)} {
+			if !slices.ContainsFunc(alarms, func(a string) bool { return strings.HasPrefix(a, op) }) {
+				t.Errorf("alarms = %q, want one about %s", alarms, op)
+			}
+		}
+		mu.Unlock()
+		vault.Fail(nil)
+		<-time.After(10 * time.Minute)
+		if rv, err = b.Revocation(ctx, rv.ID); err != nil || rv.Closure != broker.ClosureClosed {
+			t.Errorf("Revocation once Vault does it = %s, %v, want CLOSED", rv.Closure, err)
+		}
+	})
+}

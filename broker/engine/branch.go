@@ -1,0 +1,86 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"slices"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/selector"
+)
+
+// branch sees to it that Vault holds a usable token for a delegation and each of its ancestors:
+// the delegation tree is the Vault token tree. A token's accessor is recorded, on a path that is
+// not fenced, before the token is used for anything.
+func (b *Engine) branch(ctx context.Context, op string, id broker.DelegationID, policy broker.Policy) error {
+	if b.cfg.Vault.Holds(id) {
+		return nil
+	}
+	unlock, err := b.branching.lock(ctx, id)
+	if err != nil {
+		return broker.Errorf(broker.Unavailable, op, "gave up waiting").Because(err)
+	}
+	defer unlock()
+	if b.cfg.Vault.Holds(id) {
+		return nil
+	}
+	var d broker.Delegation
+	if err := b.view(ctx, op, func(tx broker.Tx) error {
+		p, err := b.readPath(tx, op, id)
+		if err == nil {
+			d = p.leaf()
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	if d.Parent != "" {
+		if err := b.branch(ctx, op, d.Parent, policy); err != nil {
+			return err
+		}
+	}
+	token, err := b.cfg.Vault.Branch(ctx, d, vaultPolicies(d.Scope, policy))
+	if errors.Is(err, broker.ErrNoParent) {
+		return broker.Errorf(broker.Unavailable, op, "the parent delegation's token has just ended").With(broker.CodeVaultDown).Because(err)
+	}
+	if err != nil {
+		return asUnavailable(err, broker.CodeVaultDown, "Vault makes no token for the delegation; nothing was minted")
+	}
+	if err := b.recordToken(ctx, op, id, token); err != nil {
+		b.kill(ctx, token)
+		return err
+	}
+	b.cfg.Vault.Keep(id, token)
+	return nil
+}
+
+func (b *Engine) recordToken(ctx context.Context, op string, id broker.DelegationID, token broker.Handle) error {
+	return b.update(ctx, op, func(tx broker.Tx) error {
+		p, err := b.readPath(tx, op, id)
+		if err != nil {
+			return err
+		}
+		now := b.cfg.Now()
+		if err := b.usable(tx, op, p, selector.Subject{}, now); err != nil {
+			return err
+		}
+		d := p.leaf()
+		d.Tokens = append(slices.Clip(d.Tokens), token)
+		if err := save(tx, keyDelegation(id), d); err != nil {
+			return err
+		}
+		_, err = enter(tx, broker.Entry{At: now, Actor: "pawl", Op: broker.OpToken, Chain: d.Chain, Delegation: id})
+		return err
+	})
+}
+
+// vaultPolicies are the Vault policies of a scope's tools: what Vault itself holds the
+// delegation to.
+func vaultPolicies(s broker.Scope, policy broker.Policy) (names []string) {
+	for _, r := range s {
+		if t, ok := policy.Tool(r.Tool); ok && t.Policy != "" {
+			names = append(names, t.Policy)
+		}
+	}
+	return unique(names)
+}

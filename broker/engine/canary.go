@@ -1,0 +1,321 @@
+package engine
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/selector"
+)
+
+// Plant draws a value, keeps its digest and gives both. The value is no [Secret], since it opens nothing; but
+// whoever knows that it is a canary can step around it, and it is given this once.
+//
+// Errors: Malformed, Unauthenticated, NotFound (no such chain), Unavailable.
+func (b *Engine) Plant(ctx context.Context, o broker.Operator, r broker.PlantRequest) (c broker.Canary, value string, err error) {
+	const op = "plant"
+	if err := o.Check(op); err != nil {
+		return broker.Canary{}, "", err
+	}
+	if err := checkText(op, "note", r.Note, 0, broker.MaxTask); err != nil {
+		return broker.Canary{}, "", err
+	}
+	switch r.Like {
+	case "", broker.GuiseVault:
+		value, err = drawVaultToken(b.cfg.Random)
+	case broker.GuiseGitHub:
+		value, err = drawGitHubToken(b.cfg.Random)
+	default:
+		return broker.Canary{}, "", broker.Errorf(broker.Malformed, op, "a canary is like %s or %s", broker.GuiseVault, broker.GuiseGitHub)
+	}
+	if err != nil {
+		return broker.Canary{}, "", err
+	}
+	id, err := b.newID("cn")
+	if err != nil {
+		return broker.Canary{}, "", err
+	}
+	c = broker.Canary{ID: broker.CanaryID(id), Chain: r.Chain, Note: r.Note, By: o.Name, Planted: b.cfg.Now()}
+	err = b.update(ctx, op, func(tx broker.Tx) error {
+		if r.Chain != "" {
+			if _, known, err := load[broker.Chain](tx, keyChain(r.Chain)); err != nil || !known {
+				return orUnknownChain(op, r.Chain, err)
+			}
+		}
+		if _, err := enter(tx, broker.Entry{At: c.Planted, Actor: o.Name, Op: broker.OpPlant, Chain: c.Chain, Detail: canaryDetail(c)}); err != nil {
+			return err
+		}
+		return save(tx, keyCanary(broker.DigestValue(value)), c)
+	})
+	if err != nil {
+		return broker.Canary{}, "", err
+	}
+	return c, value, nil
+}
+
+func canaryDetail(c broker.Canary) string {
+	if c.Note == "" {
+		return "canary " + string(c.ID)
+	}
+	return "canary " + string(c.ID) + ", " + c.Note
+}
+
+func orUnknownChain(op string, id broker.ChainID, err error) error {
+	if err != nil {
+		return err
+	}
+	return broker.Errorf(broker.NotFound, op, "there is no chain %s", id)
+}
+
+// Canaries lists what is planted, the latest first.
+//
+// Errors: Unavailable.
+func (b *Engine) Canaries(ctx context.Context) (list []broker.Canary, err error) {
+	err = b.view(ctx, "canaries", func(tx broker.Tx) error {
+		list = nil
+		return eachCanary(tx, func(_ string, c broker.Canary) { list = append(list, c) })
+	})
+	slices.SortFunc(list, func(a, b broker.Canary) int { return strings.Compare(string(b.ID), string(a.ID)) }) // ids begin with the time
+	return list, err
+}
+
+// eachCanary calls f with each canary and its key.
+func eachCanary(tx broker.Tx, f func(key string, c broker.Canary)) (err error) {
+	if scanErr := tx.Scan("n/", "", func(key string, raw []byte) bool {
+		var c broker.Canary
+		if err = json.Unmarshal(raw, &c); err != nil {
+			err = fmt.Errorf("reading record %q: %w", key, err)
+			return false
+		}
+		f(key, c)
+		return true
+	}); scanErr != nil {
+		return scanErr
+	}
+	return err
+}
+
+// Pull takes a canary away: from then on its value is like any that nobody knows.
+//
+// Errors: Unauthenticated, NotFound with CodeCanaryUnknown, Unavailable.
+func (b *Engine) Pull(ctx context.Context, o broker.Operator, id broker.CanaryID) (c broker.Canary, err error) {
+	const op = "pull"
+	if err := o.Check(op); err != nil {
+		return broker.Canary{}, err
+	}
+	err = b.update(ctx, op, func(tx broker.Tx) error {
+		at := ""
+		c = broker.Canary{}
+		if err := eachCanary(tx, func(key string, found broker.Canary) {
+			if found.ID == id {
+				at, c = key, found
+			}
+		}); err != nil {
+			return err
+		}
+		if at == "" {
+			return broker.Errorf(broker.NotFound, op, "there is no such canary").With(broker.CodeCanaryUnknown)
+		}
+		if _, err := enter(tx, broker.Entry{At: b.cfg.Now(), Actor: o.Name, Op: broker.OpPull, Chain: c.Chain, Detail: canaryDetail(c)}); err != nil {
+			return err
+		}
+		return tx.Put(at, nil)
+	})
+	if err != nil {
+		return broker.Canary{}, err
+	}
+	return c, nil
+}
+
+// Present is told of a value that a workload presented as somebody's token and that is none. When it is a
+// canary's, that is a violation of the chain in which it was planted. What follows does so in the background, also
+// when the ledger has to be waited for: from no answer, and from none's time, can anybody tell that it was one.
+func (b *Engine) Present(ctx context.Context, c broker.Caller, value string) {
+	digest := broker.DigestValue(value)
+	planted := false
+	err := b.view(ctx, "present", func(tx broker.Tx) error {
+		raw, err := tx.Get(keyCanary(digest))
+		planted = raw != nil
+		return err
+	})
+	if err == nil && !planted {
+		return
+	}
+	if !b.touches.begin(digest) {
+		return // it is being recorded
+	}
+	b.background(func() {
+		defer b.touches.end(digest)
+		for wait := 50 * time.Millisecond; ; wait = min(2*wait, 10*time.Second) {
+			ctx, cancel := after(b.ctx, 30*time.Second) // a broker that stops still records it
+			_, _, err := b.touch(ctx, c.ID.String(), digest)
+			cancel()
+			if err == nil {
+				return
+			}
+			b.cfg.Alarm("recording that a canary was touched", err)
+			if !b.pause(nil, wait, 0) {
+				return
+			}
+		}
+	})
+}
+
+// touches are the values that are being recorded as presented, so that however often one is presented while the
+// ledger is away, one goroutine waits.
+type touches struct {
+	mu   sync.Mutex // guards busy
+	busy map[broker.ValueDigest]bool
+}
+
+// maxTouches bounds what waits for the ledger: while it cannot be read, any value may be a canary's.
+const maxTouches = 1024
+
+func (t *touches) begin(d broker.ValueDigest) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.busy[d] || len(t.busy) >= maxTouches {
+		return false
+	}
+	if t.busy == nil {
+		t.busy = map[broker.ValueDigest]bool{}
+	}
+	t.busy[d] = true
+	return true
+}
+
+func (t *touches) end(d broker.ValueDigest) {
+	t.mu.Lock()
+	delete(t.busy, d)
+	t.mu.Unlock()
+}
+
+// touch records that a canary was presented and carries out what policy says; the zero Canary: the value is not a
+// canary's. Who presented it is not who broke anything: a service that asks about a token, or an operator. So it
+// is the chain's opener whom freeze-caller freezes, and of a chain no single step is the breach.
+func (b *Engine) touch(ctx context.Context, by string, digest broker.ValueDigest) (k broker.Canary, rv broker.Revocation, err error) {
+	const op = "present"
+	now := b.cfg.Now()
+	var p path
+	if err := b.view(ctx, op, func(tx broker.Tx) (err error) {
+		p = path{}
+		if k, _, err = load[broker.Canary](tx, keyCanary(digest)); err != nil || k.Chain == "" {
+			return err
+		}
+		chain, _, err := load[broker.Chain](tx, keyChain(k.Chain))
+		if err == nil {
+			p, err = b.readPath(tx, op, chain.Root)
+		}
+		return err
+	}); err != nil || k.ID == "" {
+		return broker.Canary{}, broker.Revocation{}, err
+	}
+	var d broker.Decision
+	var opener spiffeid.ID
+	if k.Chain != "" {
+		opener = p.root().Holder
+		d = b.cfg.Policy().Decide(violationQuestion(broker.Caller{ID: opener}, p, broker.ViolationCanary, broker.Tool{}, now))
+	}
+	pulled := false
+	rv, err = b.applyConsequence(ctx, breach{op: op, code: broker.ViolationCanary, actor: by, path: p, decision: d, freeze: opener, now: now,
+		detail: "canary " + string(k.ID) + ", " + d.Consequence.String(),
+		record: func(tx broker.Tx) (stop bool, err error) {
+			var planted bool
+			k, planted, err = load[broker.Canary](tx, keyCanary(digest))
+			if pulled = err == nil && !planted; err != nil || pulled {
+				return true, err
+			}
+			k.Touched, k.Touches = now, k.Touches+1
+			return false, save(tx, keyCanary(digest), k)
+		}})
+	if err != nil {
+		return k, broker.Revocation{}, err
+	}
+	if pulled {
+		return broker.Canary{}, broker.Revocation{}, nil
+	}
+	b.cfg.Alarm("canary", broker.Errorf(broker.Internal, op, "%s was presented by %s: %s", canaryPlace(k), by, d.Consequence))
+	return k, rv, nil
+}
+
+func canaryPlace(c broker.Canary) string {
+	if c.Chain == "" {
+		return fmt.Sprintf("canary %s, of no chain,", c.ID)
+	}
+	return fmt.Sprintf("canary %s of chain %s", c.ID, c.Chain)
+}
+
+// touchedBy is touch for an operator who looks for the grant of a leaked value; known says that it is a canary's, so
+// that there is none.
+func (b *Engine) touchedBy(ctx context.Context, o broker.Operator, s selector.Selector) (rv broker.Revocation, known bool, err error) {
+	digest, ok := s.LeakedValue()
+	if !ok {
+		return broker.Revocation{}, false, nil
+	}
+	k, rv, err := b.touch(ctx, o.Name, digest)
+	if k.ID == "" {
+		return broker.Revocation{}, false, nil // an error shows again where the fence is set
+	}
+	if err == nil && rv.ID == "" {
+		err = broker.Errorf(broker.NotFound, "revoke", "the value is that of %s; it is on record as touched, and nothing is revoked", canaryPlace(k)).
+			With(broker.CodeCanaryValue).Lacks("find out who had it, and revoke that; pawl canary list shows where it was planted", "selector")
+	}
+	return rv, true, err
+}
+
+// canaryOf refuses a plan for a leaked value that is a canary's, and says so.
+func canaryOf(tx broker.Tx, s selector.Selector) error {
+	digest, ok := s.LeakedValue()
+	if !ok {
+		return nil
+	}
+	k, planted, err := load[broker.Canary](tx, keyCanary(digest))
+	if err != nil || !planted {
+		return err
+	}
+	return broker.Errorf(broker.NotFound, "plan", "the value is that of %s, and was handed out by no grant", canaryPlace(k)).
+		With(broker.CodeCanaryValue).Lacks("revoking it has it recorded as touched, and what policy says of a canary follows", "selector")
+}
+
+// drawVaultToken draws what looks like a Vault service token: "hvs." and 92 characters.
+func drawVaultToken(random io.Reader) (string, error) {
+	var raw [66]byte
+	if _, err := io.ReadFull(random, raw[:]); err != nil {
+		return "", fmt.Errorf("drawing a canary: %w", err)
+	}
+	return "hvs.CAES" + base64.RawURLEncoding.EncodeToString(raw[:]), nil
+}
+
+const base62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+// drawGitHubToken draws what looks like a personal access token: "ghp_", 30 characters and six that are their
+// CRC-32, by which scanners tell such a token from any text.
+func drawGitHubToken(random io.Reader) (string, error) {
+	drawn := make([]byte, 0, 30)
+	var one [1]byte
+	for len(drawn) < cap(drawn) {
+		if _, err := io.ReadFull(random, one[:]); err != nil {
+			return "", fmt.Errorf("drawing a canary: %w", err)
+		}
+		if n := int(one[0]); n < 4*len(base62) { // the rest would make some characters likelier
+			drawn = append(drawn, base62[n%len(base62)])
+		}
+	}
+	var check [6]byte
+	sum := crc32.ChecksumIEEE(drawn)
+	for i := len(check) - 1; i >= 0; i-- {
+		check[i] = base62[sum%62]
+		sum /= 62
+	}
+	return "ghp_" + string(drawn) + string(check[:]), nil
+}

@@ -1,0 +1,74 @@
+package engine
+
+import (
+	"context"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+func unknownGrant(op string) *broker.Error {
+	return broker.Errorf(broker.NotFound, op, "no such grant, or it is not yours").With(broker.CodeGrantUnknown)
+}
+
+// Close ends a step's secret. It waits for the proof that it is dead for as long as ctx allows;
+// the grant's State tells whether that came in time. Closing again is no error.
+//
+// Errors: Unauthenticated, NotFound, Unavailable (the end could not be recorded; the secret
+// ends with its time).
+func (b *Engine) Close(ctx context.Context, c broker.Caller, id broker.GrantID) (broker.Grant, error) {
+	const op = "close"
+	now := b.cfg.Now()
+	if err := c.Check(op, now); err != nil {
+		return broker.Grant{}, err
+	}
+	var g broker.Grant
+	if err := b.view(ctx, op, func(tx broker.Tx) error { return ownGrant(tx, op, c, id, &g) }); err != nil {
+		return broker.Grant{}, err
+	}
+	b.watchdog.again(g.Delegation, now)
+	over := b.closer.over(id)
+	defer b.closer.forget(id, over)
+	err := b.update(ctx, op, func(tx broker.Tx) error {
+		if err := ownGrant(tx, op, c, id, &g); err != nil || g.State == broker.StateClosed || g.Ending != "" {
+			return err
+		}
+		g.Ending = broker.EndingClosed
+		if err := save(tx, keyGrant(id), g); err != nil {
+			return err
+		}
+		e := grantEntry(&g, broker.OpEnd, now)
+		e.Actor, e.Detail = c.ID.String(), string(broker.EndingClosed)
+		_, err := enter(tx, e)
+		return err
+	})
+	if err != nil {
+		return broker.Grant{}, err
+	}
+	if g.State == broker.StateClosed {
+		return g, nil
+	}
+	b.closer.hurry(g)
+	select {
+	case <-ctx.Done():
+		return g, nil // the end is recorded; only the proof was not waited for
+	case <-b.ctx.Done():
+		return g, nil
+	case <-over:
+	}
+	clean, cancel := after(ctx, b.cfg.MintTimeout)
+	defer cancel()
+	_ = b.view(clean, op, func(tx broker.Tx) error { return ownGrant(tx, op, c, id, &g) }) // it is over either way
+	return g, nil
+}
+
+func ownGrant(tx broker.Tx, op string, c broker.Caller, id broker.GrantID, g *broker.Grant) error {
+	found, ok, err := load[broker.Grant](tx, keyGrant(id))
+	if err != nil {
+		return err
+	}
+	if !ok || found.Caller != c.ID {
+		return unknownGrant(op)
+	}
+	*g = found
+	return nil
+}

@@ -1,0 +1,299 @@
+package engine
+
+import (
+	"cmp"
+	"context"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/selector"
+)
+
+// Open begins a chain for a task and gives its root, held by the caller. Nothing is made in
+// Vault before the first step needs it.
+//
+// Errors: Malformed, Unauthenticated, Denied, Unavailable.
+func (b *Engine) Open(ctx context.Context, c broker.Caller, r broker.OpenRequest) (broker.Delegation, error) {
+	const op = "open"
+	now := b.cfg.Now()
+	if err := c.Check(op, now); err != nil {
+		return broker.Delegation{}, err
+	}
+	scope, err := checkOpen(op, r)
+	if err != nil {
+		return broker.Delegation{}, err
+	}
+	chain := broker.Chain{Task: r.Task, Opener: c.ID, Opened: now, Labels: r.Labels}
+	root := broker.Delegation{Holder: c.ID, Scope: scope, Budget: r.Budget, Depth: r.Depth, Created: now, Heartbeat: r.Heartbeat,
+		Expires: now.Add(cmp.Or(r.TTL, broker.DefaultChainTTL))}
+	if err := b.identify(&chain, &root); err != nil {
+		return broker.Delegation{}, err
+	}
+	policy := b.cfg.Policy()
+	q := broker.Question{Action: broker.ActionOpen, Caller: c, Chain: chain, Now: now}
+	if err := b.baited(ctx, op, policy, q, path{}, nil, scope.Tools()...); err != nil {
+		return broker.Delegation{}, err
+	}
+	var deciders []string
+	for _, right := range scope {
+		d, err := b.permit(ctx, op, policy, q, right.Tool, path{})
+		if err != nil {
+			return broker.Delegation{}, err
+		}
+		deciders = append(deciders, d.Policies...)
+	}
+	err = b.update(ctx, op, func(tx broker.Tx) error {
+		f, err := b.fenceOver(tx, path{chain: chain, nodes: []broker.Delegation{root}}, selector.Subject{})
+		if err != nil {
+			return err
+		}
+		if f != nil {
+			return fencedError(op, f)
+		}
+		if err := save(tx, keyChain(chain.ID), chain); err != nil {
+			return err
+		}
+		return saveDelegation(tx, root, broker.Entry{At: now, Actor: c.ID.String(), Op: broker.OpOpen,
+			Bundle: policy.Digest(), Policies: unique(deciders), Detail: r.Task})
+	})
+	if err != nil {
+		return broker.Delegation{}, err
+	}
+	b.watchdog.heard(root, now)
+	return root, nil
+}
+
+func (b *Engine) identify(chain *broker.Chain, root *broker.Delegation) error {
+	ch, err := b.newID("ch")
+	if err != nil {
+		return err
+	}
+	dl, err := b.newID("dl")
+	if err != nil {
+		return err
+	}
+	chain.ID, chain.Root = broker.ChainID(ch), broker.DelegationID(dl)
+	root.ID, root.Chain = chain.Root, chain.ID
+	return nil
+}
+
+func checkOpen(op string, r broker.OpenRequest) (broker.Scope, error) {
+	if err := checkText(op, "task", r.Task, 1, broker.MaxTask); err != nil {
+		return nil, err
+	}
+	if len(r.Labels) > broker.MaxLabels {
+		return nil, broker.Errorf(broker.Malformed, op, "at most %d labels", broker.MaxLabels)
+	}
+	for name, value := range r.Labels {
+		if err := args.CheckName(name); err != nil {
+			return nil, broker.Errorf(broker.Malformed, op, "label names are lower-case letters, digits and underscores, at most 64")
+		}
+		if err := checkText(op, "the value of label "+name, value, 0, 64); err != nil {
+			return nil, err
+		}
+	}
+	if err := checkHeartbeat(op, r.Heartbeat); err != nil {
+		return nil, err
+	}
+	return checkShare(op, r.Rights, r.Budget, r.Depth, r.TTL)
+}
+
+// checkShare validates what opening and delegating have in common.
+func checkShare(op string, rights []broker.Right, budget broker.Budget, depth int, ttl time.Duration) (broker.Scope, error) {
+	scope, err := broker.NewScope(rights)
+	if err != nil {
+		return nil, broker.Errorf(broker.Malformed, op, "%v", err)
+	}
+	if err := budget.Check(); err != nil {
+		return nil, broker.Errorf(broker.Malformed, op, "%v", err)
+	}
+	if depth < 0 || depth > broker.MaxDepth {
+		return nil, broker.Errorf(broker.Malformed, op, "depth must be 0 to %d", broker.MaxDepth)
+	}
+	if ttl < 0 || ttl > broker.MaxChainTTL {
+		return nil, broker.Errorf(broker.Malformed, op, "the lifetime must be at most %s", broker.MaxChainTTL)
+	}
+	return scope, nil
+}
+
+// saveDelegation writes a new node and its entry.
+func saveDelegation(tx broker.Tx, d broker.Delegation, e broker.Entry) error {
+	e.Chain, e.Delegation = d.Chain, d.ID
+	if err := save(tx, keyDelegation(d.ID), d); err != nil {
+		return err
+	}
+	if err := tx.Put(keyMember(d.Chain, d.ID), []byte{}); err != nil {
+		return err
+	}
+	if d.Heartbeat > 0 {
+		if err := tx.Put(keyBeat(d.ID), []byte{}); err != nil {
+			return err
+		}
+	}
+	_, err := enter(tx, e)
+	return err
+}
+
+// Delegate passes on less than the caller's own delegation to another SPIFFE ID and gives the
+// child. The child allows nothing that the parent may not pass on (architecture.md: authority
+// that passes through Pawl only ever gets narrower).
+//
+// Errors: Malformed, Unauthenticated, NotFound, Denied, Revoked, Expired, Unavailable.
+func (b *Engine) Delegate(ctx context.Context, c broker.Caller, r broker.DelegateRequest) (broker.Delegation, error) {
+	const op = "delegate"
+	now := b.cfg.Now()
+	if err := c.Check(op, now); err != nil {
+		return broker.Delegation{}, err
+	}
+	scope, err := checkShare(op, r.Rights, r.Budget, r.Depth, r.TTL)
+	if err != nil {
+		return broker.Delegation{}, err
+	}
+	if err := checkHeartbeat(op, r.Heartbeat); err != nil {
+		return broker.Delegation{}, err
+	}
+	if r.To.IsZero() || r.To.Path() == "" {
+		return broker.Delegation{}, broker.Errorf(broker.Malformed, op, "the receiver must be the SPIFFE ID of a workload")
+	}
+	id, err := b.newID("dl")
+	if err != nil {
+		return broker.Delegation{}, err
+	}
+	p, history, err := b.held(ctx, op, c, r.From, now)
+	if err != nil {
+		return broker.Delegation{}, err
+	}
+	policy := b.cfg.Policy()
+	q := broker.Question{Action: broker.ActionDelegate, Caller: c, Receiver: r.To, Chain: p.chain, Depth: len(p.nodes) - 1,
+		History: history, Now: now}
+	child := childOf(p.leaf(), r, scope, now)
+	child.ID = broker.DelegationID(id)
+	wider := refuseWider(op, p.leaf(), child, r.TTL)
+	if err := b.baited(ctx, op, policy, q, p, wider, scope.Tools()...); err != nil {
+		return broker.Delegation{}, err
+	}
+	if wider != nil {
+		return broker.Delegation{}, b.denied(ctx, c, p, "", wider)
+	}
+	deciders, err := b.permitAll(ctx, op, policy, q, scope, p)
+	if err != nil {
+		return broker.Delegation{}, err
+	}
+	err = b.update(ctx, op, func(tx broker.Tx) error {
+		p, err := b.readPath(tx, op, r.From)
+		if err != nil {
+			return err
+		}
+		if err := b.usable(tx, op, p, selector.Subject{}, now); err != nil {
+			return err
+		}
+		return saveDelegation(tx, child, broker.Entry{At: now, Actor: c.ID.String(), Op: broker.OpDelegate,
+			Bundle: policy.Digest(), Policies: deciders, Detail: "to " + r.To.String()})
+	})
+	if err != nil {
+		return broker.Delegation{}, err
+	}
+	return child, nil
+}
+
+// childOf is what r makes of d, before it is checked to be narrower. It ends with d at the latest.
+func childOf(d broker.Delegation, r broker.DelegateRequest, scope broker.Scope, now time.Time) broker.Delegation {
+	expires := d.Expires
+	if r.TTL > 0 && now.Add(r.TTL).Before(expires) {
+		expires = now.Add(r.TTL)
+	}
+	budget := broker.Budget{
+		Steps:     cmp.Or(r.Budget.Steps, d.Budget.Steps),
+		Live:      cmp.Or(r.Budget.Live, d.Budget.Live),
+		PerMinute: cmp.Or(r.Budget.PerMinute, d.Budget.PerMinute),
+		Tools:     map[broker.ToolName]int{},
+	}
+	for tool, n := range d.Budget.Tools {
+		budget.Tools[tool] = n
+	}
+	for tool, n := range r.Budget.Tools {
+		budget.Tools[tool] = cmp.Or(n, budget.Tools[tool])
+	}
+	return broker.Delegation{Chain: d.Chain, Parent: d.ID, Holder: r.To, Scope: scope, Budget: budget,
+		Depth: r.Depth, Created: now, Expires: expires, Heartbeat: cmp.Or(r.Heartbeat, d.Heartbeat)}
+}
+
+// refuseWider gives the refusal of a child that is wider than its parent in anything; nil when it is not.
+// The life asked for is held against the parent's whole life, not against what is left of it: whoever
+// asks for as long as it was given itself means to the end, and gets that.
+func refuseWider(op string, parent, child broker.Delegation, ttl time.Duration) *broker.Error {
+	if parent.Depth == 0 {
+		return broker.Errorf(broker.Denied, op, "this delegation may not be passed on any further").
+			With(broker.CodeDelegationDepth).Lacks("open the chain with more depth", "depth")
+	}
+	wider := append(parent.Scope.Wider(child.Scope), parent.Budget.Wider(child.Budget)...)
+	if child.Depth >= parent.Depth {
+		wider = append(wider, "depth")
+	}
+	if ttl > parent.Expires.Sub(parent.Created) {
+		wider = append(wider, "ttl")
+	}
+	if parent.Heartbeat > 0 && child.Heartbeat > parent.Heartbeat {
+		wider = append(wider, "heartbeat")
+	}
+	if len(wider) > 0 {
+		return broker.Errorf(broker.Denied, op, "the delegation asks for more than yours may pass on").
+			With(broker.CodeDelegationWider).Lacks("ask for less, or for a wider delegation from whoever gave you yours", wider...)
+	}
+	return nil
+}
+
+// permitAll asks policy for each tool of a scope, and that a permit names both trust domains
+// when the receiver is in another.
+func (b *Engine) permitAll(ctx context.Context, op string, policy broker.Policy, q broker.Question, scope broker.Scope, p path) (deciders []string, err error) {
+	for _, right := range scope {
+		d, err := b.permit(ctx, op, policy, q, right.Tool, p)
+		if err != nil {
+			return nil, err
+		}
+		if !named(d.Domains, q.Caller.ID.TrustDomain(), q.Receiver.TrustDomain()) {
+			return nil, b.denied(ctx, q.Caller, p, right.Tool,
+				broker.Errorf(broker.Denied, op, "the receiver is in another trust domain and no policy names both").
+					With(broker.CodeForeignDomain).Decided(d.Policies).Lacks("a permit that names both trust domains", "domain:"+q.Receiver.TrustDomain().Name()))
+		}
+		deciders = append(deciders, d.Policies...)
+	}
+	return unique(deciders), nil
+}
+
+func named(domains []string, from, to spiffeid.TrustDomain) bool {
+	return from == to || slices.Contains(domains, from.Name()) && slices.Contains(domains, to.Name())
+}
+
+func unique(s []string) []string {
+	slices.Sort(s)
+	return slices.Compact(s)
+}
+
+// held reads the path to a delegation that the caller holds, and the chain's history. One that
+// somebody else holds is answered like one that does not exist.
+func (b *Engine) held(ctx context.Context, op string, c broker.Caller, id broker.DelegationID, now time.Time) (p path, history map[broker.ToolName]broker.Past, err error) {
+	err = b.view(ctx, op, func(tx broker.Tx) error {
+		if p, err = b.readPath(tx, op, id); err != nil {
+			return err
+		}
+		u, _, err := b.usages.load(tx, keyUsage(p.root().ID))
+		history = u.Tools
+		if err != nil || p.leaf().Holder != c.ID {
+			return err
+		}
+		return b.usable(tx, op, p, selector.Subject{}, now)
+	})
+	if err != nil {
+		return path{}, nil, err
+	}
+	if p.leaf().Holder != c.ID {
+		return path{}, nil, b.violated(ctx, c, p, broker.ViolationHolder, "", unknownDelegation(op))
+	}
+	b.watchdog.heard(p.leaf(), now)
+	return p, history, nil
+}

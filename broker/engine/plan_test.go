@@ -1,0 +1,130 @@
+package engine_test
+
+import (
+	"context"
+	"reflect"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/broker/selector"
+)
+
+// between is a ledger in which something comes in just before an update.
+type between struct {
+	*brokertest.Memory
+	before func()
+}
+
+func (l *between) Update(ctx context.Context, f func(broker.Tx) error) error {
+	if before := l.before; before != nil {
+		l.before = nil
+		before()
+	}
+	return l.Memory.Update(ctx, f)
+}
+
+// TestPlanIsComparedInTheFence: what comes between the comparison with the plan and the fence stops the fence,
+// when it is under the selector, and only then.
+func TestPlanIsComparedInTheFence(t *testing.T) {
+	for _, row := range []struct {
+		name, selector string
+		comes          func(*world, broker.Delegation)
+		stops          bool
+	}{
+		{"a step, under the chain", "chain", func(w *world, d broker.Delegation) { w.issue("root", step(d, "db.read")) }, true},
+		{"a delegation, under the chain", "chain", func(w *world, d broker.Delegation) {
+			if _, err := w.Delegate(ctx, as("root"), broker.DelegateRequest{From: d.ID, To: as("child").ID, Rights: use("deploy")}); err != nil {
+				w.t.Error(err)
+			}
+		}, true},
+		{"another chain's", "chain", func(w *world, _ broker.Delegation) {
+			w.issue("other", step(w.open("other", broker.OpenRequest{}), "db.read"))
+		}, false},
+		{"a step, under a rule", "tool:db.read", func(w *world, d broker.Delegation) { w.issue("root", step(d, "db.read")) }, true},
+		{"a step beside the rule", "tool:db.read", func(w *world, d broker.Delegation) { w.issue("root", step(d, "deploy")) }, false},
+		{"a chain under a rule", "spiffe:spiffe://example.org/root", func(w *world, _ broker.Delegation) { w.open("root", broker.OpenRequest{}) }, true},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				w.Stop()
+				ledger := &between{Memory: w.ledger}
+				w.start(ledger)
+				root := w.open("root", broker.OpenRequest{Depth: 1})
+				w.issue("root", step(root, "db.read"))
+				text := row.selector
+				if text == "chain" {
+					text = "chain:" + string(root.Chain)
+				}
+				s := selecting(t, "%s", text)
+				plan, err := w.Plan(ctx, responder, s)
+				if err != nil {
+					t.Fatal(err)
+				}
+				ledger.before = func() { row.comes(w, root) }
+				_, err = w.Revoke(ctx, responder, selector.Request{Selector: s, Reason: "a test", Plan: plan.Token})
+				if row.stops {
+					refused(t, "Revoke of a set that has just grown", err, broker.Conflict, broker.CodePlanStale)
+				} else if err != nil {
+					t.Errorf("Revoke = %v, want it fenced: nothing under it has come", err)
+				}
+			})
+		})
+	}
+}
+
+// TestPlanSaysWhatBreaks: counts, tasks and the revision of the snapshot that they are of.
+func TestPlanSaysWhatBreaks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		first := w.open("root", broker.OpenRequest{Task: "rotate the keys", Rights: use("db.read", "note")})
+		w.issue("root", step(first, "note"))
+		pass(2 * time.Minute) // over, and to be rotated all the same
+		w.issue("root", step(first, "note"))
+		w.issue("root", step(first, "db.read"))
+		w.vault.Fail(func(point string) error {
+			if point == "mint created" {
+				return context.DeadlineExceeded
+			}
+			return nil
+		})
+		_, err := w.Issue(ctx, as("root"), step(first, "db.read"))
+		refused(t, "Issue with a lost answer", err, broker.Unavailable, broker.CodeOutcomeUnknown) // not live: to be proven dead
+		w.vault.Fail(nil)
+		second := w.open("root", broker.OpenRequest{Task: "read the mail"})
+		for range broker.MaxPlannedTasks {
+			w.open("root", broker.OpenRequest{Task: "idle"})
+		}
+		w.open("other", broker.OpenRequest{})
+		entries, err := w.Entries(ctx, 0, 1000)
+		if err != nil {
+			t.Fatal(err)
+		}
+		plan, err := w.Plan(ctx, responder, selecting(t, "spiffe:spiffe://example.org/root"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := entries[len(entries)-1].Revision; plan.Revision != want {
+			t.Errorf("the plan's revision = %d, want %d", plan.Revision, want)
+		}
+		if want := map[string]int{"keeper": 1, "target": 2}; !reflect.DeepEqual(plan.ByBackend, want) {
+			t.Errorf("by backend = %v, want %v", plan.ByBackend, want)
+		}
+		if plan.Live != 2 || plan.Issued != 2 || plan.Static != 2 || plan.Later != 0 {
+			t.Errorf("plan = %+v, want 2 live of 2 issued, 2 to be rotated, no later steps", plan)
+		}
+		if len(plan.Tasks) != broker.MaxPlannedTasks || plan.TasksMore != 2 || plan.Chains != broker.MaxPlannedTasks+2 {
+			t.Errorf("%d tasks and %d more of %d chains", len(plan.Tasks), plan.TasksMore, plan.Chains)
+		}
+		if want := (broker.PlannedTask{Chain: first.Chain, Task: "rotate the keys", Delegations: 1, Grants: plan.Grants}); plan.Tasks[0] != want {
+			t.Errorf("the first task = %+v, want %+v", plan.Tasks[0], want)
+		}
+		plan, err = w.Plan(ctx, responder, selecting(t, "tool:deploy"))
+		if err != nil || plan.Grants != 0 || plan.Later != broker.MaxPlannedTasks+2 {
+			t.Errorf("a plan about later steps = %+v, %v; want it to name %d delegations (%s among them)", plan, err, broker.MaxPlannedTasks+2, second.ID)
+		}
+	})
+}

@@ -1,0 +1,348 @@
+package engine_test
+
+import (
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/args/argstest"
+	"github.com/pawlsec/pawl/broker/engine"
+)
+
+// grove is a fixed set of constraints and values, with the reference's answer for every pair, so
+// that looking at a call in a tree costs nothing.
+type grove struct {
+	wires       [][]byte
+	constraints []args.Constraint
+	values      []args.Value
+	inside      [][]bool // by constraint and value, from the reference
+	within      [][]int  // by constraint: the values inside
+	covered     [][]int  // by constraint: those that it covers
+}
+
+func newGrove(p argstest.Pick) *grove {
+	w := &grove{}
+	for len(w.constraints) < 300 {
+		wire := argstest.Constraint(p, argstest.OneFrom(p, append(slices.Clone(argstest.Kinds), "all")...))
+		if c, err := args.ParseConstraint(wire); err == nil {
+			w.wires, w.constraints = append(w.wires, wire), append(w.constraints, c)
+		}
+	}
+	for len(w.values) < 400 {
+		w.values = append(w.values, argstest.ValueFor(p, argstest.OneFrom(p, argstest.Kinds...)))
+	}
+	for i, c := range w.constraints {
+		inside := make([]bool, len(w.values))
+		var within, covered []int
+		for j, v := range w.values {
+			inside[j] = argstest.Allows(w.wires[i], v)
+			if inside[j] {
+				within = append(within, j)
+			}
+		}
+		for j, d := range w.constraints {
+			if c.Covers(d) {
+				covered = append(covered, j)
+			}
+		}
+		w.inside, w.within, w.covered = append(w.inside, inside), append(w.within, within), append(w.covered, covered)
+	}
+	return w
+}
+
+// treeNode is a scope as the reference sees it: constraints by their place in the grove.
+type treeNode struct {
+	parent int
+	rights map[broker.ToolName]treeRight
+	scope  broker.Scope
+	held   broker.Delegation
+}
+
+type treeRight struct {
+	use, delegate bool
+	args          map[string]int
+}
+
+var treeTime = time.Date(2026, 3, 4, 12, 0, 0, 0, time.UTC)
+
+var treeTools = []broker.ToolName{"deploy", "psql", "ssh"}
+
+func (w *grove) scope(t *testing.T, rights map[broker.ToolName]treeRight) broker.Scope {
+	var list []broker.Right
+	for tool, r := range rights {
+		args := map[string]args.Constraint{}
+		for name, c := range r.args {
+			args[name] = w.constraints[c]
+		}
+		list = append(list, broker.Right{Tool: tool, Use: r.use, Delegate: r.delegate, Args: args})
+	}
+	s, err := broker.NewScope(list)
+	if err != nil {
+		t.Fatalf("NewScope(%v): %v", list, err)
+	}
+	return s
+}
+
+// grow draws rights: of nothing in particular for a root, else near those of a parent, mostly
+// argstest.Narrower and sometimes not.
+func (w *grove) grow(p argstest.Pick, parent map[broker.ToolName]treeRight) map[broker.ToolName]treeRight {
+	rights := map[broker.ToolName]treeRight{}
+	for len(rights) == 0 {
+		for _, tool := range treeTools {
+			above, held := parent[tool]
+			if p(3) == 0 || !held && parent != nil && p(20) > 0 {
+				continue
+			}
+			r := treeRight{use: p(2) == 0, delegate: p(3) > 0, args: map[string]int{}}
+			r.use = r.use || !r.delegate
+			for _, name := range []string{"a", "b"} {
+				c, limited := above.args[name]
+				switch {
+				case limited && p(20) == 0: // left free
+				case limited && p(10) > 0 && len(w.covered[c]) > 0:
+					r.args[name] = argstest.OneFrom(p, w.covered[c]...)
+				case limited || p(2) == 0:
+					r.args[name] = p(len(w.constraints))
+				}
+			}
+			rights[tool] = r
+		}
+	}
+	return rights
+}
+
+// allows is the reference for a call: a value for each argument, -1 for one that is not given.
+func (w *grove) allows(r treeRight, call map[string]int) bool {
+	for name, c := range r.args {
+		if call[name] < 0 || !w.inside[c][call[name]] {
+			return false
+		}
+	}
+	return true
+}
+
+// call draws arguments, by preference from what the right allows.
+func (w *grove) call(p argstest.Pick, r treeRight) map[string]int {
+	call := map[string]int{}
+	for _, name := range []string{"a", "b"} {
+		call[name] = p(len(w.values)+1) - 1
+		if c, limited := r.args[name]; limited && len(w.within[c]) > 0 && p(10) > 0 {
+			call[name] = argstest.OneFrom(p, w.within[c]...)
+		}
+	}
+	return call
+}
+
+// limits draws what bounds a delegation beside its scope, mostly within what is above and sometimes
+// not.
+func (w *grove) limits(p argstest.Pick, above broker.Delegation) (r broker.DelegateRequest) {
+	some := func(limit int) int {
+		switch n := p(20); {
+		case n < 10:
+			return 0
+		case n == 10:
+			return limit + 1
+		}
+		return 1 + p(max(limit, 1))
+	}
+	b := above.Budget
+	r.Budget = broker.Budget{Steps: some(b.Steps), Live: some(b.Live), PerMinute: some(b.PerMinute), Tools: map[broker.ToolName]int{}}
+	for _, tool := range treeTools {
+		if n := some(b.Tools[tool]); n > 0 {
+			r.Budget.Tools[tool] = n
+		}
+	}
+	if r.Depth = above.Depth - 1 - p(2); p(20) == 0 || r.Depth < 0 {
+		r.Depth = above.Depth - 1 + p(3)
+	}
+	r.Depth = max(r.Depth, 0)
+	if whole := above.Expires.Sub(above.Created); p(2) == 0 {
+		r.TTL = time.Duration(1 + p(max(1, int(whole)+int(whole)/10)))
+	}
+	return r
+}
+
+// within fails unless a node is bounded by the one above in life, depth and every budget.
+func within(t *testing.T, above, d broker.Delegation) {
+	t.Helper()
+	for limit, pair := range map[string][2]int{"steps": {above.Budget.Steps, d.Budget.Steps}, "live": {above.Budget.Live, d.Budget.Live},
+		"per minute": {above.Budget.PerMinute, d.Budget.PerMinute}, "deploy": {above.Budget.Tools["deploy"], d.Budget.Tools["deploy"]},
+		"psql": {above.Budget.Tools["psql"], d.Budget.Tools["psql"]}, "ssh": {above.Budget.Tools["ssh"], d.Budget.Tools["ssh"]}} {
+		if pair[0] > 0 && (pair[1] == 0 || pair[1] > pair[0]) {
+			t.Fatalf("the budget %s is %d under one of %d", limit, pair[1], pair[0])
+		}
+	}
+	if d.Depth >= above.Depth || d.Expires.After(above.Expires) {
+		t.Fatalf("depth %d until %v under depth %d until %v", d.Depth, d.Expires, above.Depth, above.Expires)
+	}
+}
+
+// TestNoTreeWidens grows trees of delegations by what Delegate accepts and asks the reference about
+// calls: none that a node allows is refused by the node above it, and none outlives, outspends or
+// reaches deeper than that.
+func TestNoTreeWidens(t *testing.T) {
+	const trees, nodes = 100_000, 5
+	random := rand.New(rand.NewPCG(3, 20251124))
+	p := argstest.Pick(random.IntN)
+	w := newGrove(p)
+	accepted, refused, allowed := 0, 0, 0
+	for range trees {
+		root := w.grow(p, nil)
+		tree := []treeNode{{parent: -1, rights: root, scope: w.scope(t, root), held: broker.Delegation{Depth: 1 + p(broker.MaxDepth),
+			Budget:  broker.Budget{Steps: p(3) * 10, Live: p(3) * 10, PerMinute: p(2) * 10, Tools: map[broker.ToolName]int{"ssh": p(2) * 10}},
+			Created: treeTime, Expires: treeTime.Add(time.Hour)}}}
+		for range nodes {
+			parent := p(len(tree))
+			rights := w.grow(p, tree[parent].rights)
+			child := treeNode{parent: parent, rights: rights, scope: w.scope(t, rights)}
+			above := tree[parent].held
+			above.Scope = tree[parent].scope
+			r := w.limits(p, above)
+			r.Rights = child.scope
+			held, ok := engine.Shrink(above, r, above.Created.Add(time.Duration(p(60))*time.Second))
+			if !ok {
+				refused++
+				continue
+			}
+			accepted++
+			child.held = held
+			within(t, above, held)
+			tree = append(tree, child)
+			for _, tool := range treeTools {
+				if r, held := rights[tool]; held {
+					allowed += w.check(t, tree, tool, w.call(p, r))
+				}
+			}
+		}
+	}
+	t.Logf("%d trees, %d delegations accepted, %d refused, %d allowed calls compared", trees, accepted, refused, allowed)
+	if accepted < trees || refused < trees || allowed < trees/2 {
+		t.Errorf("%d accepted, %d refused, %d allowed calls: too few for the property to say anything", accepted, refused, allowed)
+	}
+}
+
+// check compares a call under the newest node with every node above, if the node allows it, and
+// gives the number of calls compared.
+func (w *grove) check(t *testing.T, tree []treeNode, tool broker.ToolName, call map[string]int) int {
+	leaf := tree[len(tree)-1]
+	r := leaf.rights[tool]
+	values := map[string]args.Value{}
+	for name, v := range call {
+		if v >= 0 {
+			values[name] = w.values[v]
+		}
+	}
+	args, err := args.New(values)
+	if err != nil {
+		t.Fatalf("NewArgs(%v): %v", values, err)
+	}
+	mine, _ := leaf.scope.Right(tool)
+	want := w.allows(r, call)
+	if got := len(mine.Allows(args)) == 0; got != want {
+		t.Fatalf("right %v allows %s = %v, want %v", mine, args.Canonical(), got, want)
+	}
+	if !want {
+		return 0
+	}
+	for up := leaf.parent; up >= 0; up = tree[up].parent {
+		above, held := tree[up].rights[tool]
+		if !held || !above.delegate || !w.allows(above, call) {
+			t.Fatalf("%s with %s is allowed by %v and not by %v above it", tool, args.Canonical(), leaf.scope, tree[up].scope)
+		}
+	}
+	return 1
+}
+
+func TestScopeWider(t *testing.T) {
+	use := func(tool string, given ...string) broker.Right {
+		r := broker.Right{Tool: broker.ToolName(tool), Use: true, Args: map[string]args.Constraint{}}
+		for _, a := range given {
+			name, wire, _ := strings.Cut(a, "=")
+			r.Args[name] = must(args.ParseConstraint([]byte(wire)))
+		}
+		return r
+	}
+	pass := func(r broker.Right) broker.Right { r.Use, r.Delegate = false, true; return r }
+	for name, row := range map[string]struct {
+		parent, child []broker.Right
+		want          string
+	}{
+		"same tool, for use":            {[]broker.Right{pass(use("a"))}, []broker.Right{use("a")}, ""},
+		"passed on further":             {[]broker.Right{pass(use("a"))}, []broker.Right{pass(use("a"))}, ""},
+		"use cannot be passed on":       {[]broker.Right{use("a")}, []broker.Right{use("a")}, "tool:a"},
+		"a tool the parent lacks":       {[]broker.Right{pass(use("a"))}, []broker.Right{use("a"), use("b")}, "tool:b"},
+		"narrower argument":             {[]broker.Right{pass(use("a", `x={"prefix":"p"}`))}, []broker.Right{use("a", `x={"exact":"pq"}`)}, ""},
+		"further argument":              {[]broker.Right{pass(use("a"))}, []broker.Right{use("a", `x={"exact":"pq"}`)}, ""},
+		"argument left free":            {[]broker.Right{pass(use("a", `x={"prefix":"p"}`))}, []broker.Right{use("a")}, "tool:a:argument:x"},
+		"wider argument":                {[]broker.Right{pass(use("a", `x={"exact":"p"}`))}, []broker.Right{use("a", `x={"prefix":"p"}`)}, "tool:a:argument:x"},
+		"two arguments, one is wider":   {[]broker.Right{pass(use("a", `x={"exact":"p"}`, `y={"range":{"max":3}}`))}, []broker.Right{use("a", `x={"exact":"p"}`, `y={"range":{"max":4}}`)}, "tool:a:argument:y"},
+		"what allows nothing is inside": {[]broker.Right{pass(use("a", `x={"exact":"p"}`))}, []broker.Right{use("a", `x={"one_of":[]}`)}, ""},
+	} {
+		parent, err := broker.NewScope(row.parent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		child, err := broker.NewScope(row.child)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Join(parent.Wider(child), " "); got != row.want {
+			t.Errorf("%s: Wider = %q, want %q", name, got, row.want)
+		}
+	}
+	if got := (broker.Scope{}).Wider(broker.Scope{use("a")}); len(got) != 1 {
+		t.Errorf("the zero Scope passes on %v", got)
+	}
+}
+
+func TestRightAllows(t *testing.T) {
+	right := broker.Right{Tool: "a", Use: true, Args: map[string]args.Constraint{"x": args.OneOf("1"), "y": args.Range(0, 9)}}
+	for raw, want := range map[string]string{
+		`{"x":"1","y":5}`:         "",
+		`{"x":"1","y":5,"z":"q"}`: "",
+		`{"x":"1"}`:               "y",
+		`{"x":"2","y":10}`:        "x y",
+		`{"x":"1","y":"5"}`:       "y",
+		`{}`:                      "x y",
+	} {
+		args, err := args.Parse([]byte(raw))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Join(right.Allows(args), " "); got != want {
+			t.Errorf("Right.Allows(%s) = %q outside, want %q", raw, got, want)
+		}
+	}
+}
+
+func TestNewScope(t *testing.T) {
+	r := func(tool string) broker.Right { return broker.Right{Tool: broker.ToolName(tool), Use: true} }
+	many := func(n int) (rights []broker.Right) {
+		for i := range n {
+			rights = append(rights, r("t"+strings.Repeat("a", i/26)+string(rune('a'+i%26))))
+		}
+		return rights
+	}
+	if s, err := broker.NewScope([]broker.Right{r("b"), r("a")}); err != nil || s[0].Tool != "a" || s[1].Tool != "b" {
+		t.Errorf("NewScope(b, a) = %v, %v, want a, b", s, err)
+	}
+	if _, err := broker.NewScope(many(broker.MaxRights)); err != nil {
+		t.Errorf("NewScope at the limit: %v", err)
+	}
+	for name, rights := range map[string][]broker.Right{
+		"none":             nil,
+		"over the limit":   many(broker.MaxRights + 1),
+		"two for one tool": {r("a"), r("a")},
+		"to nothing":       {{Tool: "a"}},
+		"bad tool":         {r("A")},
+		"bad argument":     {{Tool: "a", Use: true, Args: map[string]args.Constraint{"X": args.OneOf("a")}}},
+	} {
+		if s, err := broker.NewScope(rights); err == nil {
+			t.Errorf("NewScope(%s) = %v, want an error", name, s)
+		}
+	}
+}

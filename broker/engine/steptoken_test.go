@@ -1,0 +1,97 @@
+package engine_test
+
+import (
+	"context"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
+)
+
+// TestStepTokenBesideIntent: a step's token is made while its intent is being committed, is used for
+// nothing before that, is revoked when the intent is refused, and is not made when the refusal was
+// foreseeable.
+func TestStepTokenBesideIntent(t *testing.T) {
+	for name, row := range map[string]struct {
+		before func(w *world, d broker.Delegation) // after a first step, while nothing is under way
+		during func(w *world, d broker.Delegation) // while the intent waits to be committed
+		budget broker.Budget
+		key    string
+		kind   broker.Kind
+		made   bool // a token was, for the step that is refused
+	}{
+		"fenced while it waits": {made: true, kind: broker.Revoked,
+			during: func(w *world, d broker.Delegation) { w.revoke("subtree:%s", d.ID) }},
+		"fenced before":           {kind: broker.Revoked, before: func(w *world, d broker.Delegation) { w.revoke("subtree:%s", d.ID) }},
+		"the budget is used up":   {kind: broker.Denied, budget: broker.Budget{Steps: 1}},
+		"the key was used before": {key: "once", made: true},
+		"the ledger is down": {made: true, kind: broker.Unavailable, before: func(w *world, _ broker.Delegation) {
+			w.ledger.Fail(func(int, []broker.Entry) brokertest.Fault { return brokertest.NotCommitted })
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				w.Stop()
+				goOn := make(chan struct{})
+				late := &lateLedger{Ledger: w.ledger, waits: make(chan struct{}), goOn: goOn}
+				w.start(late)
+				root := w.open("planner", broker.OpenRequest{Budget: row.budget})
+				r := step(root, "db.read")
+				r.Key = row.key
+				w.issue("planner", r)
+				if row.before != nil {
+					row.before(w, root)
+				}
+				var children atomic.Int64
+				w.vault.Fail(func(point string) error {
+					if point == "child" {
+						children.Add(1)
+						if row.during != nil {
+							<-late.waits
+							row.during(w, root)
+							close(goOn)
+						}
+					}
+					if point == "mint" {
+						t.Error("a step that is refused was minted for")
+					}
+					return nil
+				})
+				late.next.Store(row.during != nil)
+				got, err := w.Issue(ctx, as("planner"), r)
+				if broker.KindOf(err) != row.kind && !(row.kind == 0 && err == nil && got.Repeated) {
+					t.Errorf("Issue = %+v, %v; want kind %v", got, err, row.kind)
+				}
+				w.ledger.Fail(nil)
+				pass(10 * time.Millisecond)
+				if made := children.Load() > 0; made != row.made {
+					t.Errorf("a token was made: %v, want %v", made, row.made)
+				}
+				pass(2 * time.Minute)
+				if n := w.vault.Steps(); n != 0 {
+					t.Errorf("%d tokens of steps are alive, want none", n)
+				}
+			})
+		})
+	}
+}
+
+// lateLedger has one update wait.
+type lateLedger struct {
+	broker.Ledger
+	next  atomic.Bool   // the next one is it
+	waits chan struct{} // closed when it does
+	goOn  <-chan struct{}
+}
+
+func (l *lateLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
+	if l.next.CompareAndSwap(true, false) {
+		close(l.waits)
+		<-l.goOn
+	}
+	return l.Ledger.Update(ctx, f)
+}

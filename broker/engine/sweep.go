@@ -1,0 +1,316 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// Strays is what a sweep found that the ledger does not know as alive, and ended.
+type Strays struct {
+	Leases int
+	Logins int
+}
+
+// Sweep compares what Vault and the backends hold under our names with the ledger, and ends
+// what the ledger does not know: the answer of a mint that was lost, or somebody minting behind
+// the broker (revoke, step 4). It runs on a schedule as well.
+func (b *Engine) Sweep(ctx context.Context) (s Strays, err error) {
+	if err := b.dropSpentRules(ctx); err != nil {
+		return s, err
+	}
+	var errs []error
+	if lister, ok := b.cfg.Vault.(broker.LeaseLister); ok {
+		earlier, err := b.earlierTools(ctx)
+		errs = append(errs, err)
+		for _, tools := range [][]broker.Tool{nil, earlier} {
+			if tools == nil || len(tools) > 0 {
+				n, _, err := b.sweepLeases(ctx, lister, tools)
+				s.Leases += n
+				errs = append(errs, err)
+			}
+		}
+	}
+	if lister, ok := b.cfg.Vault.(broker.StuckLister); ok {
+		errs = append(errs, b.lookForStuck(ctx, lister))
+	}
+	for name := range b.cfg.Backends {
+		n, err := b.sweepBackend(ctx, name)
+		s.Logins += n
+		errs = append(errs, err)
+	}
+	return s, errors.Join(errs...)
+}
+
+// originOf is what is known of the tool that a grant was minted with.
+func originOf(g broker.Grant) broker.Tool {
+	return broker.Tool{Name: g.Tool, Backend: g.Backend, Path: strings.Split(g.Path, "/")}
+}
+
+// earlierTools gives the origins of live grants that the running bundle has no tool for any more.
+func (b *Engine) earlierTools(ctx context.Context) (tools []broker.Tool, err error) {
+	policy := b.cfg.Policy()
+	err = b.view(ctx, "sweep", func(tx broker.Tx) error {
+		tools = []broker.Tool{}
+		seen := map[string]bool{}
+		return eachLive(tx, "", func(g broker.Grant) error {
+			key := g.Backend + "\x00" + g.Path
+			if g.Path == "" || seen[key] {
+				return nil
+			}
+			seen[key] = true
+			if t, known := policy.Tool(g.Tool); !known || t.Backend != g.Backend || strings.Join(t.Path, "/") != g.Path {
+				tools = append(tools, originOf(g))
+			}
+			return nil
+		})
+	})
+	return tools, err
+}
+
+// dropSpentRules takes final rules away once every chain that was open when they were written
+// has ended: each transaction reads every rule.
+func (b *Engine) dropSpentRules(ctx context.Context) error {
+	now := b.cfg.Now()
+	var spent []broker.RevocationID
+	if err := b.view(ctx, "sweep", func(tx broker.Tx) error {
+		rules, err := b.rules.read(tx)
+		for _, r := range rules {
+			if !r.Fence.Frozen && now.Sub(r.Fence.At) > broker.MaxChainTTL {
+				spent = append(spent, r.Fence.Revocation)
+			}
+		}
+		return err
+	}); err != nil || len(spent) == 0 {
+		return err
+	}
+	return b.update(ctx, "sweep", func(tx broker.Tx) error {
+		for _, id := range spent {
+			if err := tx.Put(keyRule(id), nil); err != nil {
+				return err
+			}
+		}
+		_, err := enter(tx, broker.Entry{At: now, Actor: "pawl", Op: broker.OpEnd, Detail: fmt.Sprintf("%d rules that no open chain can fall under", len(spent))})
+		return err
+	})
+}
+
+// sweepLeases ends the leases that the ledger does not know. young are those that are too young to tell: each
+// may be the answer that an issue is about to record.
+func (b *Engine) sweepLeases(ctx context.Context, lister broker.LeaseLister, tools []broker.Tool) (n int, young []broker.FoundLease, err error) {
+	found, err := lister.Leases(ctx, tools)
+	if len(found) == 0 {
+		return 0, nil, err
+	}
+	errs := []error{err}
+	known := map[string]bool{}
+	if err := b.view(ctx, "sweep", func(tx broker.Tx) error {
+		return eachLive(tx, "", func(g broker.Grant) error { known[g.Lease.ID] = true; return nil })
+	}); err != nil {
+		return 0, nil, err
+	}
+	now := b.cfg.Now()
+	for _, lease := range found {
+		if known[lease.ID] {
+			continue
+		}
+		if now.Sub(lease.Issued) < b.cfg.MintTimeout+5*time.Second {
+			young = append(young, lease)
+			continue
+		}
+		if err := b.cfg.Vault.Revoke(ctx, lease.ID); err != nil {
+			errs = append(errs, err) // one that cannot be ended keeps no other alive
+			continue
+		}
+		n++
+		errs = append(errs, b.stray(ctx, broker.Entry{Detail: "a lease that the ledger does not know was ended: " + lease.ID}))
+	}
+	return n, young, errors.Join(errs...)
+}
+
+// stuck are the leases of live grants that Vault has given up revoking, as the last sweep found them.
+type stuck struct {
+	mu     sync.Mutex // guards leases
+	leases map[string]bool
+}
+
+// set takes over what was found and gives what is new in it.
+func (s *stuck) set(found map[string]bool) (fresh []string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id := range found {
+		if !s.leases[id] {
+			fresh = append(fresh, id)
+		}
+	}
+	s.leases = found
+	return fresh
+}
+
+func (s *stuck) has(lease string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.leases[lease]
+}
+
+// Irrevocable counts the leases of grants that Vault has given up revoking, as of the last sweep. Each is tried
+// again, and needs a person who looks why.
+func (b *Engine) Irrevocable() int {
+	b.stuck.mu.Lock()
+	defer b.stuck.mu.Unlock()
+	return len(b.stuck.leases)
+}
+
+// lookForStuck finds which grants' leases Vault has given up, says so once of each, and has them tried again: what
+// stood in the way, a target that was down for longer than Vault's patience, may be over.
+func (b *Engine) lookForStuck(ctx context.Context, lister broker.StuckLister) error {
+	ids, err := lister.Irrevocable(ctx)
+	if err != nil {
+		return err
+	}
+	given := make(map[string]bool, len(ids))
+	for _, id := range ids {
+		given[id] = true
+	}
+	ours := map[string]bool{}
+	var again []broker.Grant
+	if len(given) > 0 {
+		if err := b.view(ctx, "sweep", func(tx broker.Tx) error {
+			clear(ours)
+			again = nil
+			return eachLive(tx, "", func(g broker.Grant) error {
+				if given[g.Lease.ID] {
+					ours[g.Lease.ID] = true
+					again = append(again, g)
+				}
+				return nil
+			})
+		}); err != nil {
+			return err
+		}
+	}
+	for _, id := range b.stuck.set(ours) {
+		b.cfg.Alarm("sweep", broker.Errorf(broker.Internal, "sweep", "Vault has given up revoking lease %s: it is tried again, and needs a person", id))
+	}
+	b.closer.hurry(again...)
+	return nil
+}
+
+func (b *Engine) sweepBackend(ctx context.Context, name string) (n int, err error) {
+	finder, ok := b.cfg.Backends[name].(broker.Finder)
+	if !ok {
+		return 0, nil
+	}
+	found, err := finder.Find(ctx)
+	if err != nil || len(found) == 0 {
+		return 0, err
+	}
+	var strays []broker.Grant
+	now := b.cfg.Now()
+	if err := b.view(ctx, "sweep", func(tx broker.Tx) error {
+		strays = nil
+		for _, id := range found {
+			g, ok, err := load[broker.Grant](tx, keyGrant(id))
+			if err != nil {
+				return err
+			}
+			if g.ID = id; !ok || g.State == broker.StateClosed && now.Sub(g.Ended) > 5*time.Second {
+				strays = append(strays, g)
+			}
+		}
+		return nil
+	}); err != nil || len(strays) == 0 {
+		return 0, err
+	}
+	if err := b.endStrays(ctx, name, strays); err != nil {
+		return 0, err
+	}
+	for _, g := range strays {
+		if err := b.stray(ctx, broker.Entry{Chain: g.Chain, Delegation: g.Delegation, Grant: g.ID, Tool: g.Tool,
+			Detail: "a credential at " + name + " that should not be alive was ended"}); err != nil {
+			return n, err
+		}
+		n++
+	}
+	return n, nil
+}
+
+func (b *Engine) endStrays(ctx context.Context, name string, strays []broker.Grant) error {
+	if s, ok := b.cfg.Backends[name].(broker.Severer); ok {
+		if err := s.Sever(ctx, strays); err != nil {
+			return err
+		}
+	}
+	if r, ok := b.cfg.Backends[name].(broker.Remover); ok {
+		all := make([]broker.GrantID, len(strays))
+		for i, g := range strays {
+			all[i] = g.ID
+		}
+		return r.Remove(ctx, all)
+	}
+	return nil
+}
+
+func (b *Engine) stray(ctx context.Context, e broker.Entry) error {
+	e.At, e.Actor, e.Op = b.cfg.Now(), "pawl", broker.OpStray
+	b.cfg.Alarm("sweep", broker.Errorf(broker.Internal, "sweep", "%s", e.Detail))
+	return b.update(ctx, "sweep", func(tx broker.Tx) error { _, err := enter(tx, e); return err })
+}
+
+// sweepAfter is step 4 of revoke for mints whose answer was lost: when none of them can complete any more, what Vault
+// holds below their paths is compared with the ledger. done means that no lease that they could have left is there.
+// With no grants, as after a restart, all paths are looked at.
+func (b *Engine) sweepAfter(ctx context.Context, grants []broker.Grant, fenced time.Time) (done bool, err error) {
+	var tools []broker.Tool
+	backends := map[string]bool{}
+	for _, g := range grants {
+		if !slices.ContainsFunc(tools, func(t broker.Tool) bool { return t.Backend == g.Backend && strings.Join(t.Path, "/") == g.Path }) {
+			tools = append(tools, originOf(g))
+		}
+		backends[g.Backend] = true
+	}
+	var errs []error
+	done = true
+	if lister, ok := b.cfg.Vault.(broker.LeaseLister); ok {
+		_, young, err := b.sweepLeases(ctx, lister, tools)
+		errs = append(errs, err)
+		// Their mints were sent before the fence, and Vault is given some seconds for its clock.
+		last := fenced.Add(b.cfg.MintTimeout + b.cfg.MintBound + broker.EndTolerance)
+		done = !slices.ContainsFunc(young, func(l broker.FoundLease) bool { return l.Issued.Before(last) })
+	}
+	for name := range b.cfg.Backends {
+		if grants == nil || backends[name] {
+			_, err := b.sweepBackend(ctx, name)
+			errs = append(errs, err)
+		}
+	}
+	err = errors.Join(errs...)
+	return done && err == nil, err
+}
+
+// runSweeps sweeps on a schedule until the broker stops.
+func (b *Engine) runSweeps() {
+	if b.cfg.SweepEvery < 0 {
+		return
+	}
+	tick := time.NewTicker(b.cfg.SweepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-b.ctx.Done():
+			return
+		case <-tick.C:
+		}
+		ctx, cancel := context.WithTimeout(b.ctx, b.cfg.SweepEvery)
+		if _, err := b.Sweep(ctx); err != nil && b.ctx.Err() == nil {
+			b.cfg.Alarm("sweep", err)
+		}
+		cancel()
+	}
+}

@@ -1,0 +1,199 @@
+package engine_test
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/broker/engine"
+)
+
+// world is a broker on a ledger, a Vault and a target in memory. It is made inside a synctest
+// bubble, whose clock stands still until everybody waits.
+type world struct {
+	*engine.Engine
+	t      *testing.T
+	ledger *brokertest.Memory
+	vault  *brokertest.Vault
+	target *brokertest.Target
+	policy *brokertest.Policy
+
+	through broker.Vault // what the broker asks in place of vault; nil: vault itself
+
+	mu     sync.Mutex // guards alarms
+	alarms []string
+	ahead  atomic.Int64 // nanoseconds by which the broker's clock is wrong
+}
+
+// alarmed counts the alarms that hold a text.
+func (w *world) alarmed(text string) (n int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, a := range w.alarms {
+		if strings.Contains(a, text) {
+			n++
+		}
+	}
+	return n
+}
+
+func newWorld(t *testing.T) *world {
+	w := &world{t: t, ledger: brokertest.NewMemory(), target: brokertest.NewTarget(),
+		policy: brokertest.AllowAll("db.read", "db.write", "deploy")}
+	w.policy.Tools["note"] = broker.Tool{Name: "note", Backend: "keeper", Narrowing: broker.NarrowNone, Path: []string{"kv", "notes"}}
+	w.vault = brokertest.NewVault(w.target)
+	w.start(w.ledger)
+	return w
+}
+
+// keeper hands out what cannot be ended.
+type keeper struct{ *brokertest.Target }
+
+func (k keeper) Prove(_ context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
+	found := make([]broker.Evidence, len(grants))
+	for i := range found {
+		found[i] = broker.Evidence{At: time.Now(), Check: "keeper", Outcome: broker.OutcomeStatic, Answer: "it can only be rotated"}
+	}
+	return found, nil
+}
+
+func (w *world) clock() time.Time { return time.Now().Add(time.Duration(w.ahead.Load())) }
+
+// start makes a broker over the world's parts, as a new process would.
+func (w *world) start(ledger broker.Ledger) {
+	w.t.Helper()
+	vault := w.through
+	if vault == nil {
+		vault = w.vault
+	}
+	b, err := engine.New(engine.Config{Ledger: ledger, Policy: func() broker.Policy { return w.policy }, Vault: vault,
+		Alarm: func(op string, err error) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.alarms = append(w.alarms, op+": "+err.Error())
+		},
+		Backends: map[string]broker.Backend{"target": w.target, "keeper": keeper{w.target}}, Now: w.clock, Random: rand.Reader,
+		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: -1})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if err := b.Resume(ctx); err != nil {
+		w.t.Fatal(err)
+	}
+	w.Engine = b
+	w.t.Cleanup(b.Stop)
+}
+
+var ctx = context.Background()
+
+// as is a caller with an SVID that is good for an hour.
+func as(name string) broker.Caller {
+	return broker.Caller{ID: spiffeid.RequireFromString("spiffe://example.org/" + name), Proof: broker.ProofX509,
+		NotAfter: time.Now().Add(time.Hour)}
+}
+
+func use(tools ...broker.ToolName) (rights []broker.Right) {
+	for _, t := range tools {
+		rights = append(rights, broker.Right{Tool: t, Use: true, Delegate: true})
+	}
+	return rights
+}
+
+func (w *world) open(holder string, r broker.OpenRequest) broker.Delegation {
+	w.t.Helper()
+	if r.Task == "" {
+		r.Task = "a task"
+	}
+	if r.Rights == nil {
+		r.Rights = use("db.read", "db.write", "deploy")
+	}
+	d, err := w.Open(ctx, as(holder), r)
+	if err != nil {
+		w.t.Fatalf("Open(%v) = %v, want a root", r, err)
+	}
+	return d
+}
+
+// draw opens the chain of a drawing; each name is also the holder's.
+func (w *world) draw(drawing string) map[string]broker.Delegation {
+	w.t.Helper()
+	root, err := brokertest.ParseChain(drawing)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	made := map[string]broker.Delegation{}
+	root.Walk(func(parent, n *brokertest.Node) {
+		if parent == nil {
+			made[n.Name] = w.open(n.Name, broker.OpenRequest{Depth: broker.MaxDepth})
+			return
+		}
+		from := made[parent.Name]
+		d, err := w.Delegate(ctx, as(parent.Name), broker.DelegateRequest{From: from.ID, To: as(n.Name).ID,
+			Rights: use("db.read", "db.write", "deploy"), Depth: from.Depth - 1})
+		if err != nil {
+			w.t.Fatalf("Delegate(%s -> %s) = %v", parent.Name, n.Name, err)
+		}
+		made[n.Name] = d
+	})
+	return made
+}
+
+func step(d broker.Delegation, tool broker.ToolName) broker.StepRequest {
+	return broker.StepRequest{Delegation: d.ID, Tool: tool}
+}
+
+func (w *world) issue(holder string, r broker.StepRequest) broker.Issued {
+	w.t.Helper()
+	got, err := w.Issue(ctx, as(holder), r)
+	if err != nil {
+		w.t.Fatalf("Issue(%s, %s) = %v, want a secret", holder, r.Tool, err)
+	}
+	return got
+}
+
+// refused fails unless err is of the kind and has the code.
+func refused(t *testing.T, what string, err error, kind broker.Kind, code broker.Code) {
+	t.Helper()
+	var e *broker.Error
+	if !errors.As(err, &e) || e.Kind != kind || e.Code != code {
+		t.Fatalf("%s = %v, want kind %s and code %q", what, err, kind, code)
+	}
+}
+
+// pass lets the bubble's time pass.
+func pass(d time.Duration) { <-time.After(d) }
+
+// over fails unless nothing is alive at the target or in Vault, and the ledger knows that.
+func (w *world) over() {
+	w.t.Helper()
+	if alive, leases := w.target.Alive(), w.vault.LeaseIDs(); len(alive)+len(leases) > 0 {
+		w.t.Fatalf("alive at the target: %v, leases in Vault: %v; want none", alive, leases)
+	}
+	chains, err := w.Chains(ctx, true)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, c := range chains {
+		v, err := w.Chain(ctx, c.Chain.ID)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		for _, g := range v.Grants {
+			if g.State != broker.StateClosed {
+				w.t.Errorf("grant %s is %s (%s, %v), want CLOSED", g.ID, g.State, g.Ending, g.Evidence)
+			}
+		}
+		if c.Live != 0 {
+			w.t.Errorf("chain %s counts %d live grants, want 0", c.Chain.ID, c.Live)
+		}
+	}
+}

@@ -1,0 +1,276 @@
+// Package selector has the language that selects the delegations and grants of a revocation, and the request that carries it.
+package selector
+
+import (
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
+)
+
+// Subject is what a [Selector] looks at: a delegation, or a grant under it. For a delegation
+// the fields from Grant to Bundle are zero.
+type Subject struct {
+	Chain  broker.Chain
+	Path   []broker.Delegation // root first; the last holds the grant
+	Grant  broker.GrantID
+	Tool   broker.ToolName
+	Args   args.Args
+	Vault  string               // Vault mount and role, joined by slashes
+	Bundle string               // digest of the policy bundle that decided
+	Leaked []broker.ValueDigest // of the values that its secret had
+	At     time.Time            // when the grant or delegation was made
+
+	later map[string]broker.Parameter // not nil: Grant is not made yet, and these are the arguments it may have; made at At or after
+}
+
+// Selector says what a revocation is about. It is made by [ParseSelector]; the zero Selector
+// matches nothing.
+//
+//	chain:ch…                 of this chain
+//	subtree:dl…               this delegation, or anything below it
+//	spiffe:spiffe://td/a/b    held by exactly this SPIFFE ID
+//	spiffe:spiffe://td/a/*    held by a SPIFFE ID below /a; spiffe://td/* is the whole trust domain
+//	task:"rotate the keys"    of a chain opened for exactly this task
+//	label.env:prod            of a chain with this label
+//	since:2026-01-02T03:04:05Z, until:…   made at or after, made before
+//	grant:gr…                 this grant
+//	tool:deploy               a grant for this tool
+//	arg.table:users           a grant with this argument, as text; of a list, one element
+//	vault:database/creds/x    a grant minted at this mount and role
+//	vault:database/*          or anywhere below
+//	bundle:sha256:…           a grant decided under this policy bundle
+//	leaked:sha256:…           a grant that handed out a value with this SHA-256; see [LeakedSelector]
+//
+// Terms join with not, and, or (binding in that order) and parentheses; a value with other
+// characters than visible ASCII, or with a parenthesis or quote in it, is quoted as in Go.
+//
+// The holder is that of the delegation itself, or of the one the grant is directly under, not
+// of its ancestors. The terms from grant to leaked ask for facts that only grants have: of a
+// delegation they are neither true nor false, and what hangs on such an answer matches nothing.
+// So neither tool:x nor not tool:x matches a delegation, while (tool:x or chain:ch…) matches the
+// delegations of that chain. The same holds for since and until where the time is not known.
+type Selector struct{ root *node }
+
+// selectorNode is one term, or an operator over others.
+type node struct {
+	op    string // "and", "or", "not"; empty for a term
+	parts []*node
+	term  term
+}
+
+// selectorTerm is one condition; its value is in canonical spelling.
+type term struct {
+	key, name, value string             // key or key.name, and value
+	at               time.Time          // of since and until
+	digest           broker.ValueDigest // of leaked
+}
+
+// selectorVerdict is the answer of three-valued logic, ordered so that and is min and or is max.
+type verdict int8
+
+const (
+	no verdict = iota - 1
+	open
+	yes
+)
+
+func yesIf(b bool) verdict {
+	if b {
+		return yes
+	}
+	return no
+}
+
+// Matches reports whether the subject is meant.
+func (s Selector) Matches(subject Subject) bool {
+	return s.root != nil && s.root.holds(subject) == yes
+}
+
+// MayMatchLater reports whether a grant that is made at subject.At or later, for a tool with these arguments, may be
+// selected. The subject's Grant and Args are not known yet and are ignored.
+func (s Selector) MayMatchLater(subject Subject, arguments map[string]broker.Parameter) bool {
+	subject.Grant, subject.later = laterGrant, arguments
+	if subject.later == nil {
+		subject.later = map[string]broker.Parameter{}
+	}
+	return s.root != nil && s.root.holds(subject) != no
+}
+
+// laterGrant stands for a grant that is not made yet; no selector can name it.
+const laterGrant broker.GrantID = "later"
+
+// Target names the one chain, delegation or grant that the selector is about, so that it can be
+// fenced by itself; the other two are empty. ok is false when the selector is any other query.
+func (s Selector) Target() (chain broker.ChainID, node broker.DelegationID, grant broker.GrantID, ok bool) {
+	if s.root == nil {
+		return "", "", "", false
+	}
+	switch t := s.root.term; t.key {
+	case "chain":
+		return broker.ChainID(t.value), "", "", true
+	case "subtree":
+		return "", broker.DelegationID(t.value), "", true
+	case "grant":
+		return "", "", broker.GrantID(t.value), true
+	}
+	return "", "", "", false
+}
+
+// Holder is the SPIFFE ID of a selector that means whoever holds delegations as exactly that.
+func (s Selector) Holder() (id spiffeid.ID, ok bool) {
+	if s.root == nil || s.root.op != "" || s.root.term.key != "spiffe" {
+		return spiffeid.ID{}, false
+	}
+	id, err := spiffeid.FromString(s.root.term.value)
+	return id, err == nil
+}
+
+// LeakedValue is the digest of a selector that selects the grants that handed out one value.
+func (s Selector) LeakedValue() (d broker.ValueDigest, ok bool) {
+	if s.root == nil || s.root.op != "" || s.root.term.key != "leaked" {
+		return "", false
+	}
+	return s.root.term.digest, true
+}
+
+// String is the selector in canonical spelling, which [ParseSelector] reads back; it is empty
+// for the zero Selector.
+func (s Selector) String() string {
+	if s.root == nil {
+		return ""
+	}
+	return s.root.String()
+}
+
+// MarshalText is [Selector.String].
+func (s Selector) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// UnmarshalText is [ParseSelector], but reads no text as the zero Selector.
+func (s *Selector) UnmarshalText(text []byte) (err error) {
+	*s = Selector{}
+	if len(text) > 0 {
+		*s, err = Parse(string(text))
+	}
+	return err
+}
+
+func (n *node) holds(s Subject) verdict {
+	switch n.op {
+	case "not":
+		return -n.parts[0].holds(s)
+	case "and":
+		v := yes
+		for _, p := range n.parts {
+			v = min(v, p.holds(s))
+		}
+		return v
+	case "or":
+		v := no
+		for _, p := range n.parts {
+			v = max(v, p.holds(s))
+		}
+		return v
+	}
+	return n.term.holds(s)
+}
+
+func (t term) holds(s Subject) verdict {
+	switch t.key {
+	case "chain":
+		return yesIf(string(s.Chain.ID) == t.value)
+	case "subtree":
+		return yesIf(slices.ContainsFunc(s.Path, func(d broker.Delegation) bool { return string(d.ID) == t.value }))
+	case "spiffe":
+		return yesIf(len(s.Path) > 0 && withinPath(t.value, s.Path[len(s.Path)-1].Holder.String()))
+	case "task":
+		return yesIf(s.Chain.Task == t.value)
+	case "label":
+		value, ok := s.Chain.Labels[t.name]
+		return yesIf(ok && value == t.value)
+	case "since", "until":
+		if s.At.IsZero() {
+			return open
+		}
+		if s.later != nil && s.At.Before(t.at) {
+			return open // it may be made before or after
+		}
+		return yesIf(s.At.Before(t.at) == (t.key == "until"))
+	}
+	if s.Grant == "" {
+		return open
+	}
+	switch t.key {
+	case "grant":
+		return yesIf(string(s.Grant) == t.value)
+	case "tool":
+		return yesIf(string(s.Tool) == t.value)
+	case "arg":
+		if s.later != nil {
+			if _, takes := s.later[t.name]; !takes {
+				return no
+			}
+			return open
+		}
+		value, ok := s.Args.Get(t.name)
+		return yesIf(ok && value.ReadsAs(t.value))
+	case "vault":
+		return yesIf(withinPath(t.value, s.Vault))
+	case "bundle":
+		return yesIf(s.Bundle == t.value)
+	case "leaked":
+		return yesIf(slices.Contains(s.Leaked, t.digest))
+	}
+	panic("broker: a selector term was parsed that has no meaning: " + t.key)
+}
+
+// withinPath compares with a path, or with what is below the segments before "/*".
+func withinPath(pattern, path string) bool {
+	if prefix, ok := strings.CutSuffix(pattern, "*"); ok {
+		return strings.HasPrefix(path, prefix)
+	}
+	return path == pattern
+}
+
+func (n *node) String() string {
+	switch n.op {
+	case "":
+		return n.term.String()
+	case "not":
+		return "not " + n.parts[0].within("not")
+	}
+	s := make([]string, len(n.parts))
+	for i, p := range n.parts {
+		s[i] = p.within(n.op)
+	}
+	return strings.Join(s, " "+n.op+" ")
+}
+
+// within puts parentheses around a node that binds less than the operator over it.
+func (n *node) within(op string) string {
+	if n.op == "or" && op != "or" || n.op == "and" && op == "not" {
+		return "(" + n.String() + ")"
+	}
+	return n.String()
+}
+
+func (t term) String() string {
+	key := t.key
+	if t.name != "" {
+		key += "." + t.name
+	}
+	if t.value == "" || strings.ContainsFunc(t.value, func(r rune) bool { return !isBare(r) }) {
+		return key + ":" + strconv.Quote(t.value)
+	}
+	return key + ":" + t.value
+}
+
+// isBare says which characters a value may have without being quoted.
+func isBare(r rune) bool {
+	return r > ' ' && r < 0x7f && r != '(' && r != ')' && r != '"'
+}
