@@ -49,6 +49,7 @@ lint:
 	$(GO) vet $(PACKAGES)
 	GOBIN=$(CURDIR)/build/bin $(GO) install $(STATICCHECK)
 	build/bin/staticcheck $(PACKAGES)
+	$(GO) run ./cmd/rules/structure
 
 # govulncheck ends with 3 when it found something. Not reaching its database is no finding, and is said.
 vuln:

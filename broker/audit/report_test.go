@@ -159,7 +159,7 @@ func TestReport(t *testing.T) {
 	within := w.issue("sub", sub)
 	deaf := w.delegate(root, "deaf")
 	rv := w.revoke(fmt.Sprintf("subtree:%s or subtree:%s", sub.ID, deaf.ID))
-	if err := w.Heard(t.Context(), as("sub"), sub.ID, rv.ID); err != nil {
+	if err := w.Acknowledge(t.Context(), as("sub"), sub.ID, rv.ID); err != nil {
 		t.Fatal(err)
 	}
 

@@ -8,6 +8,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
 // breach is one violation of policy, noticed by the broker or reported to it, with the consequence that policy
@@ -15,24 +16,24 @@ import (
 type breach struct {
 	op       string // the procedure that found it
 	code     broker.ViolationCode
-	actor    string // of the audit entry: who broke policy, or who reported it
-	path     path   // where in the tree; without nodes: the chain was still to be opened
+	actor    string          // of the audit entry: who broke policy, or who reported it
+	path     records.Lineage // where in the tree; without nodes: the chain was still to be opened
 	tool     broker.ToolName
 	decision broker.Decision // of policy: the consequence, and the policies that decided it
 	freeze   spiffeid.ID     // the caller that freeze-caller freezes
 	now      time.Time
 
 	// grant is the step in which policy was broken. Empty: none in particular, and revoke-step ends everything below
-	// the path's leaf.
+	// the records.Lineage's leaf.
 	grant broker.GrantID
 	// noSecret says that the step in question left no secret alive: it was refused, or has ended. revoke-step then
 	// has nothing to fence.
 	noSecret bool
 
-	by     string                                 // of the revocation; empty: "pawl"
-	reason string                                 // of the revocation; empty: "violation: " and the code
-	detail string                                 // of the audit entry; empty: the consequence
-	record func(broker.Tx) (stop bool, err error) // further changes of the same transaction, before all others; nil: none
+	by     string                                   // of the revocation; empty: "pawl"
+	reason string                                   // of the revocation; empty: "violation: " and the code
+	detail string                                   // of the audit entry; empty: the consequence
+	record func(*records.Tx) (stop bool, err error) // further changes of the same transaction, before all others; nil: none
 }
 
 // applyConsequence records a violation and carries out its consequence. The audit entry, the fence and the freeze are
@@ -42,23 +43,23 @@ type breach struct {
 // When the outcome of the commit is unknown, the fence may be in the ledger, and the requester may never ask again.
 // So the error is returned and the revocation is carried out nevertheless, if it exists.
 func (b *Engine) applyConsequence(ctx context.Context, v breach) (broker.Revocation, error) {
-	entry := broker.Entry{At: v.now, Actor: v.actor, Op: broker.OpViolation, Chain: v.path.chain.ID, Grant: v.grant, Tool: v.tool,
+	entry := broker.Entry{At: v.now, Actor: v.actor, Op: broker.OpViolation, Chain: v.path.Chain.ID, Grant: v.grant, Tool: v.tool,
 		Policies: v.decision.Policies, Code: broker.Code(v.code), Detail: cmp.Or(v.detail, v.decision.Consequence.String())}
-	if len(v.path.nodes) > 0 {
-		entry.Delegation = v.path.leaf().ID
+	if len(v.path.Nodes) > 0 {
+		entry.Delegation = v.path.Leaf().ID
 	}
 	f := fencing{by: cmp.Or(v.by, "pawl"), reason: cmp.Or(v.reason, "violation: "+string(v.code)), now: v.now}
 	var fences bool
 	f.target, fences = v.target()
 	var fenced, frozen broker.Revocation
-	err := b.update(ctx, v.op, func(tx broker.Tx) (err error) {
+	err := b.update(ctx, v.op, func(tx *records.Tx) (err error) {
 		fenced, frozen = broker.Revocation{}, broker.Revocation{}
 		if v.record != nil {
 			if stop, err := v.record(tx); stop || err != nil {
 				return err
 			}
 		}
-		if _, err = enter(tx, entry); err != nil {
+		if _, err = tx.Enter(entry); err != nil {
 			return err
 		}
 		if fences {
@@ -72,32 +73,32 @@ func (b *Engine) applyConsequence(ctx context.Context, v breach) (broker.Revocat
 		return err
 	})
 	if err != nil {
-		b.pursueUnsure(fenced, err)
+		b.reconcileUnsure(fenced, err)
 		return broker.Revocation{}, err
 	}
 	if fenced.ID == "" {
 		return frozen, nil
 	}
-	b.pursue(fenced)
+	b.reconcile(fenced)
 	return fenced, nil
 }
 
 // target is what the consequence fences; ok is false when it fences nothing.
 func (v breach) target() (t target, ok bool) {
-	if len(v.path.nodes) == 0 {
+	if len(v.path.Nodes) == 0 {
 		return target{}, false
 	}
 	switch what := v.decision.Consequence; {
 	case what >= broker.ConsequenceRevokeChain:
-		return target{node: v.path.root().ID}, true
+		return target{node: v.path.Root().ID}, true
 	case what == broker.ConsequenceRevokeSubtree:
-		return target{node: v.path.leaf().ID}, true
+		return target{node: v.path.Leaf().ID}, true
 	case what == broker.ConsequenceDeny || v.noSecret:
 		return target{}, false
 	case v.grant != "":
 		return target{grant: v.grant}, true
 	}
-	return target{node: v.path.leaf().ID}, true
+	return target{node: v.path.Leaf().ID}, true
 }
 
 // refuseBreach applies the consequence of a breach by a request that is refused with e, and gives e with the revocation in it.
@@ -116,6 +117,6 @@ func (b *Engine) refuseBreach(ctx context.Context, v breach, e *broker.Error) er
 }
 
 // violationQuestion asks policy for the consequence of a breach.
-func violationQuestion(c broker.Caller, p path, v broker.ViolationCode, t broker.Tool, now time.Time) broker.Question {
-	return broker.Question{Action: broker.ActionReport, Caller: c, Violation: v, Tool: t, Chain: p.chain, Depth: max(len(p.nodes)-1, 0), Now: now}
+func violationQuestion(c broker.Caller, p records.Lineage, v broker.ViolationCode, t broker.Tool, now time.Time) broker.Question {
+	return broker.Question{Action: broker.ActionReport, Caller: c, Violation: v, Tool: t, Chain: p.Chain, Depth: max(len(p.Nodes)-1, 0), Now: now}
 }

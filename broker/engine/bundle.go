@@ -5,22 +5,10 @@ import (
 	"context"
 	"fmt"
 	"strings"
-	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
-
-// inForce is the policy bundle that was in force last.
-type inForce struct {
-	Name    string    `json:"name"`
-	Version int64     `json:"version"`
-	Digest  string    `json:"digest"`
-	Since   time.Time `json:"since"`
-	By      string    `json:"by"`
-}
-
-// keyInForce is the one record of its family.
-const keyInForce = "b/policy"
 
 // Adopt records that a bundle comes into force, before it does: no entry, no change. The ledger
 // remembers which one was in force last, so that a version only goes up over restarts, too. The
@@ -30,8 +18,8 @@ const keyInForce = "b/policy"
 func (b *Engine) Adopt(ctx context.Context, a broker.Adoption) error {
 	const op = "policy"
 	now, by := b.cfg.Now(), cmp.Or(a.By, "pawl")
-	return b.update(ctx, op, func(tx broker.Tx) error {
-		was, known, err := load[inForce](tx, keyInForce)
+	return b.update(ctx, op, func(tx *records.Tx) error {
+		was, known, err := tx.Bundle()
 		if err != nil || known && was.Digest == a.Digest {
 			return err
 		}
@@ -48,17 +36,17 @@ func (b *Engine) Adopt(ctx context.Context, a broker.Adoption) error {
 		if len(a.Signers) > 0 {
 			detail += "; signed by " + strings.Join(a.Signers, ", ")
 		}
-		if err := save(tx, keyInForce, inForce{a.Name, a.Version, a.Digest, now, by}); err != nil {
+		if err := tx.PutBundle(records.Bundle{Name: a.Name, Version: a.Version, Digest: a.Digest, Since: now, By: by}); err != nil {
 			return err
 		}
-		_, err = enter(tx, broker.Entry{At: now, Actor: by, Op: broker.OpPolicy, Bundle: a.Digest, Detail: detail})
+		_, err = tx.Enter(broker.Entry{At: now, Actor: by, Op: broker.OpPolicy, Bundle: a.Digest, Detail: detail})
 		return err
 	})
 }
 
 // mayFollow refuses what may not take the place of the bundle that was in force last. Two contents
 // under one version are never right: nobody could say which of them decided.
-func mayFollow(op string, a broker.Adoption, was inForce) error {
+func mayFollow(op string, a broker.Adoption, was records.Bundle) error {
 	switch {
 	case a.Name == was.Name && a.Version == was.Version:
 		return broker.Errorf(broker.Conflict, op, "version %d of policy bundle %q was in force with other content", a.Version, a.Name).

@@ -3,18 +3,17 @@ package engine
 import (
 	"context"
 	"encoding/base64"
-	"encoding/json"
 	"fmt"
 	"hash/crc32"
 	"io"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
@@ -46,16 +45,16 @@ func (b *Engine) Plant(ctx context.Context, o broker.Operator, r broker.PlantReq
 		return broker.Canary{}, "", err
 	}
 	c = broker.Canary{ID: broker.CanaryID(id), Chain: r.Chain, Note: r.Note, By: o.Name, Planted: b.cfg.Now()}
-	err = b.update(ctx, op, func(tx broker.Tx) error {
+	err = b.update(ctx, op, func(tx *records.Tx) error {
 		if r.Chain != "" {
-			if _, known, err := load[broker.Chain](tx, keyChain(r.Chain)); err != nil || !known {
-				return orUnknownChain(op, r.Chain, err)
+			if _, known, err := tx.Chain(r.Chain); err != nil || !known {
+				return orUnknown(err, records.UnknownChain(op, r.Chain))
 			}
 		}
-		if _, err := enter(tx, broker.Entry{At: c.Planted, Actor: o.Name, Op: broker.OpPlant, Chain: c.Chain, Detail: canaryDetail(c)}); err != nil {
+		if _, err := tx.Enter(broker.Entry{At: c.Planted, Actor: o.Name, Op: broker.OpPlant, Chain: c.Chain, Detail: canaryDetail(c)}); err != nil {
 			return err
 		}
-		return save(tx, keyCanary(broker.DigestValue(value)), c)
+		return tx.PutCanary(broker.DigestValue(value), c)
 	})
 	if err != nil {
 		return broker.Canary{}, "", err
@@ -70,39 +69,16 @@ func canaryDetail(c broker.Canary) string {
 	return "canary " + string(c.ID) + ", " + c.Note
 }
 
-func orUnknownChain(op string, id broker.ChainID, err error) error {
-	if err != nil {
-		return err
-	}
-	return broker.Errorf(broker.NotFound, op, "there is no chain %s", id)
-}
-
 // Canaries lists what is planted, the latest first.
 //
 // Errors: Unavailable.
 func (b *Engine) Canaries(ctx context.Context) (list []broker.Canary, err error) {
-	err = b.view(ctx, "canaries", func(tx broker.Tx) error {
+	err = b.view(ctx, "canaries", func(tx *records.Tx) error {
 		list = nil
-		return eachCanary(tx, func(_ string, c broker.Canary) { list = append(list, c) })
+		return tx.EachCanary(func(_ broker.ValueDigest, c broker.Canary) { list = append(list, c) })
 	})
 	slices.SortFunc(list, func(a, b broker.Canary) int { return strings.Compare(string(b.ID), string(a.ID)) }) // ids begin with the time
 	return list, err
-}
-
-// eachCanary calls f with each canary and its key.
-func eachCanary(tx broker.Tx, f func(key string, c broker.Canary)) (err error) {
-	if scanErr := tx.Scan("n/", "", func(key string, raw []byte) bool {
-		var c broker.Canary
-		if err = json.Unmarshal(raw, &c); err != nil {
-			err = fmt.Errorf("reading record %q: %w", key, err)
-			return false
-		}
-		f(key, c)
-		return true
-	}); scanErr != nil {
-		return scanErr
-	}
-	return err
 }
 
 // Pull takes a canary away: from then on its value is like any that nobody knows.
@@ -113,12 +89,12 @@ func (b *Engine) Pull(ctx context.Context, o broker.Operator, id broker.CanaryID
 	if err := o.Check(op); err != nil {
 		return broker.Canary{}, err
 	}
-	err = b.update(ctx, op, func(tx broker.Tx) error {
-		at := ""
+	err = b.update(ctx, op, func(tx *records.Tx) error {
+		var at broker.ValueDigest
 		c = broker.Canary{}
-		if err := eachCanary(tx, func(key string, found broker.Canary) {
+		if err := tx.EachCanary(func(value broker.ValueDigest, found broker.Canary) {
 			if found.ID == id {
-				at, c = key, found
+				at, c = value, found
 			}
 		}); err != nil {
 			return err
@@ -126,10 +102,10 @@ func (b *Engine) Pull(ctx context.Context, o broker.Operator, id broker.CanaryID
 		if at == "" {
 			return broker.Errorf(broker.NotFound, op, "there is no such canary").With(broker.CodeCanaryUnknown)
 		}
-		if _, err := enter(tx, broker.Entry{At: b.cfg.Now(), Actor: o.Name, Op: broker.OpPull, Chain: c.Chain, Detail: canaryDetail(c)}); err != nil {
+		if _, err := tx.Enter(broker.Entry{At: b.cfg.Now(), Actor: o.Name, Op: broker.OpPull, Chain: c.Chain, Detail: canaryDetail(c)}); err != nil {
 			return err
 		}
-		return tx.Put(at, nil)
+		return tx.DropCanary(at)
 	})
 	if err != nil {
 		return broker.Canary{}, err
@@ -143,19 +119,18 @@ func (b *Engine) Pull(ctx context.Context, o broker.Operator, id broker.CanaryID
 func (b *Engine) Present(ctx context.Context, c broker.Caller, value string) {
 	digest := broker.DigestValue(value)
 	planted := false
-	err := b.view(ctx, "present", func(tx broker.Tx) error {
-		raw, err := tx.Get(keyCanary(digest))
-		planted = raw != nil
+	err := b.view(ctx, "present", func(tx *records.Tx) (err error) {
+		_, planted, err = tx.Canary(digest)
 		return err
 	})
 	if err == nil && !planted {
 		return
 	}
-	if !b.touches.begin(digest) {
+	if !b.touches.Begin(digest) {
 		return // it is being recorded
 	}
 	b.background(func() {
-		defer b.touches.end(digest)
+		defer b.touches.End(digest)
 		for wait := 50 * time.Millisecond; ; wait = min(2*wait, 10*time.Second) {
 			ctx, cancel := after(b.ctx, 30*time.Second) // a broker that stops still records it
 			_, _, err := b.touch(ctx, c.ID.String(), digest)
@@ -171,34 +146,8 @@ func (b *Engine) Present(ctx context.Context, c broker.Caller, value string) {
 	})
 }
 
-// touches are the values that are being recorded as presented, so that however often one is presented while the
-// ledger is away, one goroutine waits.
-type touches struct {
-	mu   sync.Mutex // guards busy
-	busy map[broker.ValueDigest]bool
-}
-
 // maxTouches bounds what waits for the ledger: while it cannot be read, any value may be a canary's.
 const maxTouches = 1024
-
-func (t *touches) begin(d broker.ValueDigest) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.busy[d] || len(t.busy) >= maxTouches {
-		return false
-	}
-	if t.busy == nil {
-		t.busy = map[broker.ValueDigest]bool{}
-	}
-	t.busy[d] = true
-	return true
-}
-
-func (t *touches) end(d broker.ValueDigest) {
-	t.mu.Lock()
-	delete(t.busy, d)
-	t.mu.Unlock()
-}
 
 // touch records that a canary was presented and carries out what policy says; the zero Canary: the value is not a
 // canary's. Who presented it is not who broke anything: a service that asks about a token, or an operator. So it
@@ -206,15 +155,15 @@ func (t *touches) end(d broker.ValueDigest) {
 func (b *Engine) touch(ctx context.Context, by string, digest broker.ValueDigest) (k broker.Canary, rv broker.Revocation, err error) {
 	const op = "present"
 	now := b.cfg.Now()
-	var p path
-	if err := b.view(ctx, op, func(tx broker.Tx) (err error) {
-		p = path{}
-		if k, _, err = load[broker.Canary](tx, keyCanary(digest)); err != nil || k.Chain == "" {
+	var p records.Lineage
+	if err := b.view(ctx, op, func(tx *records.Tx) (err error) {
+		p = records.Lineage{}
+		if k, _, err = tx.Canary(digest); err != nil || k.Chain == "" {
 			return err
 		}
-		chain, _, err := load[broker.Chain](tx, keyChain(k.Chain))
+		chain, _, err := tx.Chain(k.Chain)
 		if err == nil {
-			p, err = b.readPath(tx, op, chain.Root)
+			p, err = tx.Lineage(op, chain.Root)
 		}
 		return err
 	}); err != nil || k.ID == "" {
@@ -223,20 +172,20 @@ func (b *Engine) touch(ctx context.Context, by string, digest broker.ValueDigest
 	var d broker.Decision
 	var opener spiffeid.ID
 	if k.Chain != "" {
-		opener = p.root().Holder
+		opener = p.Root().Holder
 		d = b.cfg.Policy().Decide(violationQuestion(broker.Caller{ID: opener}, p, broker.ViolationCanary, broker.Tool{}, now))
 	}
 	pulled := false
 	rv, err = b.applyConsequence(ctx, breach{op: op, code: broker.ViolationCanary, actor: by, path: p, decision: d, freeze: opener, now: now,
 		detail: "canary " + string(k.ID) + ", " + d.Consequence.String(),
-		record: func(tx broker.Tx) (stop bool, err error) {
+		record: func(tx *records.Tx) (stop bool, err error) {
 			var planted bool
-			k, planted, err = load[broker.Canary](tx, keyCanary(digest))
+			k, planted, err = tx.Canary(digest)
 			if pulled = err == nil && !planted; err != nil || pulled {
 				return true, err
 			}
 			k.Touched, k.Touches = now, k.Touches+1
-			return false, save(tx, keyCanary(digest), k)
+			return false, tx.PutCanary(digest, k)
 		}})
 	if err != nil {
 		return k, broker.Revocation{}, err
@@ -274,12 +223,12 @@ func (b *Engine) touchedBy(ctx context.Context, o broker.Operator, s selector.Se
 }
 
 // canaryOf refuses a plan for a leaked value that is a canary's, and says so.
-func canaryOf(tx broker.Tx, s selector.Selector) error {
+func canaryOf(tx *records.Tx, s selector.Selector) error {
 	digest, ok := s.LeakedValue()
 	if !ok {
 		return nil
 	}
-	k, planted, err := load[broker.Canary](tx, keyCanary(digest))
+	k, planted, err := tx.Canary(digest)
 	if err != nil || !planted {
 		return err
 	}

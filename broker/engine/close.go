@@ -4,11 +4,8 @@ import (
 	"context"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
-
-func unknownGrant(op string) *broker.Error {
-	return broker.Errorf(broker.NotFound, op, "no such grant, or it is not yours").With(broker.CodeGrantUnknown)
-}
 
 // Close ends a step's secret. It waits for the proof that it is dead for as long as ctx allows;
 // the grant's State tells whether that came in time. Closing again is no error.
@@ -22,23 +19,23 @@ func (b *Engine) Close(ctx context.Context, c broker.Caller, id broker.GrantID) 
 		return broker.Grant{}, err
 	}
 	var g broker.Grant
-	if err := b.view(ctx, op, func(tx broker.Tx) error { return ownGrant(tx, op, c, id, &g) }); err != nil {
+	if err := b.view(ctx, op, func(tx *records.Tx) error { return ownGrant(tx, op, c, id, &g) }); err != nil {
 		return broker.Grant{}, err
 	}
-	b.watchdog.again(g.Delegation, now)
-	over := b.closer.over(id)
-	defer b.closer.forget(id, over)
-	err := b.update(ctx, op, func(tx broker.Tx) error {
+	b.watchdog.BeatAgain(g.Delegation, now)
+	closed, cancel := b.reaper.Closed(id)
+	defer cancel()
+	err := b.update(ctx, op, func(tx *records.Tx) error {
 		if err := ownGrant(tx, op, c, id, &g); err != nil || g.State == broker.StateClosed || g.Ending != "" {
 			return err
 		}
 		g.Ending = broker.EndingClosed
-		if err := save(tx, keyGrant(id), g); err != nil {
+		if err := tx.PutGrant(g); err != nil {
 			return err
 		}
-		e := grantEntry(&g, broker.OpEnd, now)
+		e := records.GrantEntry(&g, broker.OpEnd, now)
 		e.Actor, e.Detail = c.ID.String(), string(broker.EndingClosed)
-		_, err := enter(tx, e)
+		_, err := tx.Enter(e)
 		return err
 	})
 	if err != nil {
@@ -47,27 +44,27 @@ func (b *Engine) Close(ctx context.Context, c broker.Caller, id broker.GrantID) 
 	if g.State == broker.StateClosed {
 		return g, nil
 	}
-	b.closer.hurry(g)
+	b.reaper.EndNow(g)
 	select {
 	case <-ctx.Done():
 		return g, nil // the end is recorded; only the proof was not waited for
 	case <-b.ctx.Done():
 		return g, nil
-	case <-over:
+	case <-closed:
 	}
-	clean, cancel := after(ctx, b.cfg.MintTimeout)
-	defer cancel()
-	_ = b.view(clean, op, func(tx broker.Tx) error { return ownGrant(tx, op, c, id, &g) }) // it is over either way
+	clean, cancelRead := after(ctx, b.cfg.MintTimeout)
+	defer cancelRead()
+	_ = b.view(clean, op, func(tx *records.Tx) error { return ownGrant(tx, op, c, id, &g) }) // it is closed either way
 	return g, nil
 }
 
-func ownGrant(tx broker.Tx, op string, c broker.Caller, id broker.GrantID, g *broker.Grant) error {
-	found, ok, err := load[broker.Grant](tx, keyGrant(id))
+func ownGrant(tx *records.Tx, op string, c broker.Caller, id broker.GrantID, g *broker.Grant) error {
+	found, ok, err := tx.Grant(id)
 	if err != nil {
 		return err
 	}
 	if !ok || found.Caller != c.ID {
-		return unknownGrant(op)
+		return records.UnknownGrant(op)
 	}
 	*g = found
 	return nil

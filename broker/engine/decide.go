@@ -5,12 +5,12 @@ import (
 	"context"
 
 	"github.com/pawlsec/pawl/broker"
-	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
 // permit asks policy about one tool; anything but an allow is recorded and returned as the
 // error, and what policy wants to follow has followed.
-func (b *Engine) permit(ctx context.Context, op string, policy broker.Policy, q broker.Question, tool broker.ToolName, p path) (broker.Decision, error) {
+func (b *Engine) permit(ctx context.Context, op string, policy broker.Policy, q broker.Question, tool broker.ToolName, p records.Lineage) (broker.Decision, error) {
 	t, known := policy.Tool(tool)
 	if !known {
 		return broker.Decision{}, b.denied(ctx, q.Caller, p, tool, broker.Errorf(broker.Denied, op, "there is no tool %q", tool).
@@ -25,7 +25,7 @@ func (b *Engine) permit(ctx context.Context, op string, policy broker.Policy, q 
 }
 
 // forbidden turns a deny into its error and carries out its consequence.
-func (b *Engine) forbidden(ctx context.Context, op string, q broker.Question, d broker.Decision, p path) error {
+func (b *Engine) forbidden(ctx context.Context, op string, q broker.Question, d broker.Decision, p records.Lineage) error {
 	e := policyDenied(op, q, d)
 	if d.Consequence == broker.ConsequenceDeny {
 		return b.denied(ctx, q.Caller, p, q.Tool.Name, e)
@@ -40,10 +40,10 @@ func policyDenied(op string, q broker.Question, d broker.Decision) *broker.Error
 		Lacks(cmp.Or(d.Remedy, "pawl explain says which policies were looked at; ask their owners"), "tool:"+string(q.Tool.Name)+":"+string(q.Action))
 }
 
-// baited refuses whoever reaches for a canary among tools, before anything else is said. The answer
+// refuseCanary refuses whoever reaches for a canary among tools, before anything else is said. The answer
 // must not tell what the tool is: it is otherwise, what is wrong with the request anyhow, or that of
 // a policy without a permit.
-func (b *Engine) baited(ctx context.Context, op string, policy broker.Policy, q broker.Question, p path, otherwise *broker.Error, tools ...broker.ToolName) error {
+func (b *Engine) refuseCanary(ctx context.Context, op string, policy broker.Policy, q broker.Question, p records.Lineage, otherwise *broker.Error, tools ...broker.ToolName) error {
 	for _, name := range tools {
 		t, _ := policy.Tool(name)
 		if !t.Canary {
@@ -61,20 +61,20 @@ func (b *Engine) baited(ctx context.Context, op string, policy broker.Policy, q 
 }
 
 // denied records a refusal and gives it back. A refusal stands when it cannot be recorded.
-func (b *Engine) denied(ctx context.Context, c broker.Caller, p path, tool broker.ToolName, e *broker.Error) error {
-	entry := broker.Entry{At: b.cfg.Now(), Actor: c.ID.String(), Op: broker.OpDenied, Chain: p.chain.ID, Tool: tool,
+func (b *Engine) denied(ctx context.Context, c broker.Caller, p records.Lineage, tool broker.ToolName, e *broker.Error) error {
+	entry := broker.Entry{At: b.cfg.Now(), Actor: c.ID.String(), Op: broker.OpDenied, Chain: p.Chain.ID, Tool: tool,
 		Code: e.Code, Policies: e.Policies, Detail: e.Op}
-	if len(p.nodes) > 0 {
-		entry.Delegation = p.leaf().ID
+	if len(p.Nodes) > 0 {
+		entry.Delegation = p.Leaf().ID
 	}
-	if err := b.update(ctx, e.Op, func(tx broker.Tx) error { _, err := enter(tx, entry); return err }); err != nil {
+	if err := b.update(ctx, e.Op, func(tx *records.Tx) error { _, err := tx.Enter(entry); return err }); err != nil {
 		b.cfg.Alarm("recording a denial", err)
 	}
 	return e
 }
 
 // violated asks policy for the consequence of a breach that the broker noticed in a request, applies it, and refuses the request with e.
-func (b *Engine) violated(ctx context.Context, c broker.Caller, p path, v broker.ViolationCode, tool broker.ToolName, e *broker.Error) error {
+func (b *Engine) violated(ctx context.Context, c broker.Caller, p records.Lineage, v broker.ViolationCode, tool broker.ToolName, e *broker.Error) error {
 	policy, now := b.cfg.Policy(), b.cfg.Now()
 	t, _ := policy.Tool(tool) // the zero Tool when it is not known
 	d := policy.Decide(violationQuestion(c, p, v, t, now))
@@ -87,66 +87,4 @@ func (b *Engine) violated(ctx context.Context, c broker.Caller, p path, v broker
 		e.Code = broker.CodeViolation
 	}
 	return b.refuseBreach(ctx, breach{op: e.Op, code: v, actor: c.ID.String(), path: p, tool: tool, decision: d, freeze: c.ID, noSecret: true, now: now}, e)
-}
-
-// Report takes a violation from a reporter: a holder of a delegation in the chain, or whoever
-// policy lets report. What follows is policy's to say.
-//
-// Errors: Malformed, Unauthenticated, NotFound, Denied, Unavailable.
-func (b *Engine) Report(ctx context.Context, c broker.Caller, r broker.ReportRequest) (broker.Reported, error) {
-	const op = "report"
-	now := b.cfg.Now()
-	if err := c.Check(op, now); err != nil {
-		return broker.Reported{}, err
-	}
-	if args.CheckName(string(r.Violation)) != nil {
-		return broker.Reported{}, broker.Errorf(broker.Malformed, op, "a violation's code is lower-case letters, digits and underscores, at most 64")
-	}
-	if err := checkText(op, "detail", r.Detail, 0, broker.MaxTask); err != nil {
-		return broker.Reported{}, err
-	}
-	var p path
-	var g broker.Grant
-	err := b.view(ctx, op, func(tx broker.Tx) (err error) {
-		if p, err = b.readPath(tx, op, r.Delegation); err != nil || r.Grant == "" {
-			return err
-		}
-		var ok bool
-		if g, ok, err = load[broker.Grant](tx, keyGrant(r.Grant)); err == nil && (!ok || g.Delegation != r.Delegation) {
-			err = unknownGrant(op)
-		}
-		return err
-	})
-	if err != nil {
-		return broker.Reported{}, err
-	}
-	if p.leaf().Holder == c.ID {
-		b.watchdog.again(r.Delegation, now)
-	}
-	policy := b.cfg.Policy()
-	t, _ := policy.Tool(g.Tool) // the zero Tool when the report names no grant
-	d := policy.Decide(violationQuestion(c, p, r.Violation, t, now))
-	if !d.Allow {
-		if !p.holds(c) {
-			return broker.Reported{}, b.denied(ctx, c, p, "", unknownDelegation(op))
-		}
-		// A holder may stop its own chain, and nobody beyond it: otherwise an agent could pass a
-		// little on to another one and have that frozen everywhere.
-		d.Consequence = min(d.Consequence, broker.ConsequenceRevokeChain)
-	}
-	rv, err := b.applyConsequence(ctx, breach{op: op, code: r.Violation, actor: c.ID.String(), path: p, tool: g.Tool, grant: r.Grant,
-		decision: d, freeze: p.leaf().Holder, by: c.ID.String(), reason: "reported: " + string(r.Violation), detail: r.Detail, now: now})
-	if err != nil {
-		return broker.Reported{}, err
-	}
-	return broker.Reported{Consequence: d.Consequence, Revocation: rv.ID}, nil
-}
-
-func (p path) holds(c broker.Caller) bool {
-	for _, d := range p.nodes {
-		if d.Holder == c.ID {
-			return true
-		}
-	}
-	return false
 }

@@ -74,7 +74,7 @@ func TestAcknowledgements(t *testing.T) {
 				pass(time.Second)
 				w.closure(rv, broker.ClosureClosed)
 				for range 2 {
-					if err := w.Heard(ctx, as("writer"), d["writer"].ID, rv.ID); err != nil {
+					if err := w.Acknowledge(ctx, as("writer"), d["writer"].ID, rv.ID); err != nil {
 						t.Fatalf("Heard under a fence = %v, want nil", err)
 					}
 				}
@@ -84,7 +84,7 @@ func TestAcknowledgements(t *testing.T) {
 				}
 				w.Stop()
 				w.start(w.ledger)
-				if err := w.Heard(ctx, as("planner"), d["planner"].ID, rv.ID); err != nil {
+				if err := w.Acknowledge(ctx, as("planner"), d["planner"].ID, rv.ID); err != nil {
 					t.Fatal(err)
 				}
 				w.heard(rv, d, toHear, []string{"writer", "planner"})
@@ -110,20 +110,24 @@ func TestHeardRefuses(t *testing.T) {
 			kind broker.Kind
 			code broker.Code
 		}{
-			"by another":           {"two", "one", rv.ID, broker.NotFound, broker.CodeDelegationUnknown},
-			"of another's":         {"two", "two", rv.ID, broker.NotFound, broker.CodeRevocationUnknown},
-			"of a freeze":          {"two", "two", frozen.ID, broker.NotFound, broker.CodeRevocationUnknown},
-			"of nothing":           {"one", "one", "rv000000000000000000000000", broker.NotFound, broker.CodeRevocationUnknown},
-			"a sign of life of it": {"one", "one", "", broker.Revoked, broker.CodeFenced},
+			"by another":        {"two", "one", rv.ID, broker.NotFound, broker.CodeDelegationUnknown},
+			"of another's":      {"two", "two", rv.ID, broker.NotFound, broker.CodeRevocationUnknown},
+			"of a freeze":       {"two", "two", frozen.ID, broker.NotFound, broker.CodeRevocationUnknown},
+			"of nothing":        {"one", "one", "rv000000000000000000000000", broker.NotFound, broker.CodeRevocationUnknown},
+			"a heartbeat of it": {"one", "one", "", broker.Revoked, broker.CodeFenced},
 		} {
-			refused(t, "Heard "+what, w.Heard(ctx, as(row.who), d[row.on].ID, row.rv), row.kind, row.code)
+			err := w.Acknowledge(ctx, as(row.who), d[row.on].ID, row.rv)
+			if row.rv == "" {
+				err = w.Heartbeat(ctx, as(row.who), d[row.on].ID)
+			}
+			refused(t, "an acknowledgement "+what, err, row.kind, row.code)
 		}
 		if n := w.entries(broker.OpHeard); n != 0 {
 			t.Errorf("%d acknowledgements were recorded, want none", n)
 		}
 		w.heard(rv, d, []string{"one"}, nil)
 		w.heard(frozen, d, nil, nil)
-		if err := w.Heard(ctx, as("root"), d["root"].ID, ""); err != nil {
+		if err := w.Heartbeat(ctx, as("root"), d["root"].ID); err != nil {
 			t.Errorf("a sign of life of the root = %v, want nil", err)
 		}
 		_, err = w.Acknowledgements(ctx, "rv000000000000000000000000")
@@ -139,7 +143,7 @@ func TestHeardOfOneOfTwo(t *testing.T) {
 		first, second := w.revoke("subtree:%s", d["sub"].ID), w.revoke("chain:%s", d["root"].Chain)
 		w.heard(first, d, []string{"sub"}, nil)
 		w.heard(second, d, []string{"root"}, nil)
-		if err := w.Heard(ctx, as("sub"), d["sub"].ID, second.ID); err != nil {
+		if err := w.Acknowledge(ctx, as("sub"), d["sub"].ID, second.ID); err != nil {
 			t.Fatal(err)
 		}
 		w.heard(first, d, []string{"sub"}, []string{"sub"})

@@ -51,7 +51,7 @@ func TestLostHeartbeat(t *testing.T) {
 		last := time.Now()
 		for range 5 {
 			pass(interval - time.Millisecond)
-			if last = time.Now(); w.Heard(ctx, as("root"), root.ID, "") != nil {
+			if last = time.Now(); w.Heartbeat(ctx, as("root"), root.ID) != nil {
 				t.Fatal("a sign of life was refused")
 			}
 		}
@@ -75,7 +75,7 @@ func TestWhatIsHeard(t *testing.T) {
 		request func(*world, broker.Delegation, broker.Grant) error
 		heard   bool
 	}{
-		"heard": {func(w *world, d broker.Delegation, _ broker.Grant) error { return w.Heard(ctx, as("root"), d.ID, "") }, true},
+		"heard": {func(w *world, d broker.Delegation, _ broker.Grant) error { return w.Heartbeat(ctx, as("root"), d.ID) }, true},
 		"issue": {func(w *world, d broker.Delegation, _ broker.Grant) error {
 			w.issue("root", step(d, "db.read"))
 			return nil
@@ -100,17 +100,17 @@ func TestWhatIsHeard(t *testing.T) {
 			if _, err := w.Revoke(ctx, responder, selector.Request{Selector: selecting(w.t, "chain:%s", d.Chain), Reason: "a look", Freeze: true}); err != nil {
 				return err
 			}
-			if err := w.Heard(ctx, as("root"), d.ID, ""); !errors.Is(err, broker.Revoked) {
+			if err := w.Heartbeat(ctx, as("root"), d.ID); !errors.Is(err, broker.Revoked) {
 				return errors.New("a freeze was not told")
 			}
 			return nil
 		}, true},
 		"look": {func(w *world, d broker.Delegation, _ broker.Grant) error {
-			_, err := w.Look(ctx, as("root"), d.ID)
+			_, err := w.Peek(ctx, as("root"), d.ID)
 			return err
 		}, false},
 		"somebody else": {func(w *world, d broker.Delegation, _ broker.Grant) error {
-			if err := w.Heard(ctx, as("thief"), d.ID, ""); !errors.Is(err, broker.NotFound) {
+			if err := w.Heartbeat(ctx, as("thief"), d.ID); !errors.Is(err, broker.NotFound) {
 				return errors.New("a thief was heard")
 			}
 			return nil
@@ -207,7 +207,7 @@ func TestHeartbeatIsPassedOn(t *testing.T) {
 		beats := func(d time.Duration) { // root stays in touch
 			for range d / time.Second {
 				pass(time.Second)
-				_ = w.Heard(ctx, as("root"), root.ID, "")
+				_ = w.Heartbeat(ctx, as("root"), root.ID)
 			}
 		}
 		beats(3 * interval)

@@ -1,18 +1,16 @@
 package engine
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"strings"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
 // issue is one run of the numbered procedure of architecture.md, "Issue". Its methods are the
@@ -28,9 +26,9 @@ type issue struct {
 	asked  broker.Question // what was decided, with the history as it was then
 	answer broker.Decision
 	grant  broker.Grant
-	saved  []byte // the grant as this issue recorded it last
-	mine   bool   // what was read last is what this issue recorded
-	again  bool   // the idempotency key was used for this step before
+	saved  records.EncodedGrant // the grant as this issue recorded it last
+	mine   bool                 // what was read last is what this issue recorded
+	again  bool                 // the idempotency key was used for this step before
 }
 
 // Issue gives one secret for one step with one tool, or nothing.
@@ -46,35 +44,35 @@ func (b *Engine) Issue(ctx context.Context, c broker.Caller, r broker.StepReques
 	}
 	mine := s.grant.ID // which a repeated key replaces by the grant that it names
 	if r.Seal != nil {
-		if err := b.deliveries.reserve(s.grant); err != nil {
+		if err := b.deliveries.Reserve(s.grant); err != nil {
 			return broker.Issued{}, err
 		}
 	}
-	early := s.early(ctx, p)              // step 3, beside step 2 where that wastes nothing
+	prefetched := s.prefetchToken(ctx, p) // step 3, beside step 2 where that wastes nothing
 	if err := s.intend(ctx); err != nil { // step 2
-		early.drop(ctx, b)
-		b.deliveries.take(mine)
+		prefetched.drop(ctx, b)
+		b.deliveries.Take(mine)
 		if broker.KindOf(err) == broker.Unavailable {
-			b.closer.hurry(s.grant) // whether it was recorded may not be known
+			b.reaper.EndNow(s.grant) // whether it was recorded may not be known
 		}
 		return broker.Issued{}, s.explain(ctx, p, err)
 	}
 	if s.again {
-		early.drop(ctx, b)
-		b.deliveries.take(mine)
+		prefetched.drop(ctx, b)
+		b.deliveries.Take(mine)
 		return broker.Issued{Grant: s.grant, Repeated: true}, nil
 	}
-	b.closer.begin(s.grant)
-	defer b.closer.settled(s.grant.ID)
-	secret, err := s.mint(ctx, early)
+	b.reaper.BeginMint(s.grant)
+	defer b.reaper.EndMint(s.grant.ID)
+	secret, err := s.mint(ctx, prefetched)
 	if err == nil && r.Seal != nil {
 		err = s.deliver(secret)
 		secret = broker.Secret{}
 	}
 	if err != nil {
-		b.deliveries.take(s.grant.ID)
-		b.closer.settled(s.grant.ID) // first: the closer leaves alone what is being minted
-		b.closer.hurry(s.grant)
+		b.deliveries.Take(s.grant.ID)
+		b.reaper.EndMint(s.grant.ID) // first: the closer leaves alone what is being minted
+		b.reaper.EndNow(s.grant)
 		return broker.Issued{}, err
 	}
 	return broker.Issued{Grant: s.grant, Secret: secret}, nil // step 7 is the server's
@@ -83,7 +81,7 @@ func (b *Engine) Issue(ctx context.Context, c broker.Caller, r broker.StepReques
 const opIssue = "issue"
 
 // decide is steps 0 and 1: who asks, for what exactly, and may they.
-func (s *issue) decide(ctx context.Context) (p path, err error) {
+func (s *issue) decide(ctx context.Context) (p records.Lineage, err error) {
 	if err := s.c.Check(opIssue, s.now); err != nil {
 		return p, err
 	}
@@ -101,9 +99,9 @@ func (s *issue) decide(ctx context.Context) (p path, err error) {
 		return p, err
 	}
 	s.tool, _ = s.policy.Tool(s.r.Tool)
-	s.asked = broker.Question{Action: broker.ActionUse, Caller: s.c, Tool: s.tool, Args: s.r.Args, Chain: p.chain, Depth: len(p.nodes) - 1,
+	s.asked = broker.Question{Action: broker.ActionUse, Caller: s.c, Tool: s.tool, Args: s.r.Args, Chain: p.Chain, Depth: p.Depth(),
 		History: history, Now: s.now}
-	if err := s.b.baited(ctx, opIssue, s.policy, s.asked, p, nil, s.r.Tool); err != nil {
+	if err := s.b.refuseCanary(ctx, opIssue, s.policy, s.asked, p, nil, s.r.Tool); err != nil {
 		return p, err
 	}
 	// Policy speaks before scope: a forbidden tool is a violation whether it was delegated or not.
@@ -113,7 +111,7 @@ func (s *issue) decide(ctx context.Context) (p path, err error) {
 	if err := s.inScope(ctx, p); err != nil {
 		return p, err
 	}
-	if err := s.meets(ctx, p, s.answer); err != nil {
+	if err := s.checkObligations(ctx, p, s.answer); err != nil {
 		return p, err
 	}
 	if err := s.narrow(p, s.answer); err != nil {
@@ -123,14 +121,14 @@ func (s *issue) decide(ctx context.Context) (p path, err error) {
 }
 
 // inScope checks the tool and each argument against the declaration and every ancestor.
-func (s *issue) inScope(ctx context.Context, p path) error {
+func (s *issue) inScope(ctx context.Context, p records.Lineage) error {
 	if wrong := s.tool.Check(s.r.Args); len(wrong) > 0 {
 		return s.b.denied(ctx, s.c, p, s.tool.Name, broker.Errorf(broker.Denied, opIssue, "the arguments are not what tool %q takes: %s", s.tool.Name, strings.Join(wrong, ", ")).
 			With(broker.CodeArgumentOutside).Lacks("see the tool's declaration", prefixed("argument:", wrong)...))
 	}
-	for i, d := range p.nodes {
+	for i, d := range p.Nodes {
 		right, ok := d.Scope.Right(s.tool.Name)
-		if leaf := i == len(p.nodes)-1; !ok || leaf && !right.Use {
+		if leaf := i == len(p.Nodes)-1; !ok || leaf && !right.Use {
 			return s.b.violated(ctx, s.c, p, broker.ViolationScope, s.tool.Name, broker.Errorf(broker.Denied, opIssue, "your delegation does not let you use tool %q", s.tool.Name).
 				With(broker.CodeToolNotDelegated).Lacks("ask whoever delegated to you for a delegation that has it", "tool:"+string(s.tool.Name)+":use"))
 		}
@@ -150,8 +148,8 @@ func prefixed(prefix string, names []string) []string {
 	return out
 }
 
-// meets checks what an allow asks for in return.
-func (s *issue) meets(ctx context.Context, p path, d broker.Decision) error {
+// checkObligations checks what an allow asks for in return.
+func (s *issue) checkObligations(ctx context.Context, p records.Lineage, d broker.Decision) error {
 	if s.tool.Narrowing < d.Narrowing {
 		return s.b.denied(ctx, s.c, p, s.tool.Name, broker.Errorf(broker.Denied, opIssue, "policy wants secrets narrowed %q and tool %q gives %q", d.Narrowing, s.tool.Name, s.tool.Narrowing).
 			With(broker.CodeNarrowingTooWeak).Decided(d.Policies).Lacks("use a tool whose secrets are narrower", "narrowing:"+d.Narrowing.String()))
@@ -164,7 +162,7 @@ func (s *issue) meets(ctx context.Context, p path, d broker.Decision) error {
 }
 
 // narrow makes the grant: its life is the least of all that bounds it.
-func (s *issue) narrow(p path, d broker.Decision) error {
+func (s *issue) narrow(p records.Lineage, d broker.Decision) error {
 	ttl := s.tool.Lifetime()
 	for _, bound := range []time.Duration{s.r.TTL, d.TTL} {
 		if bound > 0 {
@@ -172,7 +170,7 @@ func (s *issue) narrow(p path, d broker.Decision) error {
 		}
 	}
 	expires := s.now.Add(ttl)
-	for _, end := range append(ends(p.nodes), s.c.NotAfter) {
+	for _, end := range append(ends(p.Nodes), s.c.NotAfter) {
 		if end.Before(expires) {
 			expires = end
 		}
@@ -186,7 +184,7 @@ func (s *issue) narrow(p path, d broker.Decision) error {
 		return err
 	}
 	digest := s.r.Args.Digest()
-	s.grant = broker.Grant{ID: broker.GrantID(id), Chain: p.chain.ID, Delegation: p.leaf().ID, Caller: s.c.ID, Tool: s.tool.Name,
+	s.grant = broker.Grant{ID: broker.GrantID(id), Chain: p.Chain.ID, Delegation: p.Leaf().ID, Caller: s.c.ID, Tool: s.tool.Name,
 		Backend: s.tool.Backend, Narrowing: s.tool.Narrowing, Args: s.r.Args, ArgsDigest: hex.EncodeToString(digest[:]), Purpose: s.r.Purpose,
 		Path: strings.Join(s.tool.Path, "/"), State: broker.StateIntent, Created: s.now, Expires: expires,
 		Bundle: s.policy.Digest(), Policies: d.Policies}
@@ -200,24 +198,24 @@ func ends(nodes []broker.Delegation) (ends []time.Time) {
 	return ends
 }
 
-// intend is step 2, one transaction: nothing on the path is fenced, no budget of the path is
+// intend is step 2, one transaction: nothing on the records.Lineage is fenced, no budget of the records.Lineage is
 // exceeded, policy allows it with the history as it is now, the key is new → INTENT. A crash
 // after it leaves an INTENT under which nothing can have been made in Vault.
 func (s *issue) intend(ctx context.Context) error {
-	next, err := draftOf(s.grant)
+	next, err := records.EncodeGrant(s.grant)
 	if err != nil {
 		return err
 	}
-	return s.b.update(ctx, opIssue, func(tx broker.Tx) error { return s.recordIntent(tx, next) })
+	return s.b.update(ctx, opIssue, func(tx *records.Tx) error { return s.recordIntent(tx, next) })
 }
 
-func (s *issue) recordIntent(tx broker.Tx, next draft) error {
+func (s *issue) recordIntent(tx *records.Tx, next records.EncodedGrant) error {
 	s.again = false
-	p, err := s.b.readPath(tx, opIssue, s.grant.Delegation)
+	p, err := tx.Lineage(opIssue, s.grant.Delegation)
 	if err != nil {
 		return err
 	}
-	if err := s.b.usable(tx, opIssue, p, p.subject(s.grant), s.now); err != nil {
+	if err := tx.CheckUsable(opIssue, p, p.Subject(s.grant), s.now); err != nil {
 		return err
 	}
 	if known, err := s.once(tx); known || err != nil {
@@ -226,30 +224,28 @@ func (s *issue) recordIntent(tx broker.Tx, next draft) error {
 	if err := s.spend(tx, p); err != nil {
 		return err
 	}
-	if err := s.save(tx, next); err != nil {
+	if err := tx.AddEncoded(next); err != nil {
 		return err
 	}
-	if err := tx.Put(keyLive(s.grant.Chain, s.grant.ID), []byte{}); err != nil {
-		return err
-	}
-	_, err = enter(tx, s.entry(broker.OpIntent, s.grant.Purpose))
+	s.saved, s.grant = next, next.Grant
+	_, err = tx.Enter(s.entry(broker.OpIntent, s.grant.Purpose))
 	return err
 }
 
 // once looks the idempotency key up, and takes it when it is new.
-func (s *issue) once(tx broker.Tx) (known bool, err error) {
+func (s *issue) once(tx *records.Tx) (known bool, err error) {
 	if s.r.Key == "" {
 		return false, nil
 	}
-	key := keyOnce(s.grant.Delegation, sha256.Sum256([]byte(s.r.Key)))
-	raw, err := tx.Get(key)
+	digest := sha256.Sum256([]byte(s.r.Key))
+	id, used, err := tx.Once(s.grant.Delegation, digest)
 	if err != nil {
 		return false, err
 	}
-	if raw == nil {
-		return false, tx.Put(key, []byte(s.grant.ID))
+	if !used {
+		return false, tx.TakeOnce(s.grant.Delegation, digest, s.grant.ID)
 	}
-	old, _, err := load[broker.Grant](tx, keyGrant(broker.GrantID(raw)))
+	old, _, err := tx.Grant(id)
 	if err != nil {
 		return false, err
 	}
@@ -271,10 +267,10 @@ func (s *issue) once(tx broker.Tx) (known bool, err error) {
 	return true, nil
 }
 
-// spend counts the step on every node of the path that counts, in-flight steps included.
-func (s *issue) spend(tx broker.Tx, p path) error {
-	for i, d := range p.nodes {
-		u, _, err := s.b.usages.load(tx, keyUsage(d.ID))
+// spend counts the step on every node of the records.Lineage that counts, in-flight steps included.
+func (s *issue) spend(tx *records.Tx, p records.Lineage) error {
+	for i, d := range p.Nodes {
+		u, err := tx.Usage(d.ID)
 		if err != nil {
 			return err
 		}
@@ -283,11 +279,11 @@ func (s *issue) spend(tx broker.Tx, p path) error {
 				return err
 			}
 		}
-		if limit := u.exceeded(d.Budget, s.tool.Name, s.now); limit != "" {
+		if limit := u.Exceeded(d.Budget, s.tool.Name, s.now); limit != "" {
 			return s.overBudget(limit)
 		}
-		u.begin(s.tool.Name, s.now)
-		if err := s.b.usages.save(tx, keyUsage(d.ID), u); err != nil {
+		u.Count(s.tool.Name, s.now)
+		if err := tx.PutUsage(d.ID, u); err != nil {
 			return err
 		}
 	}
@@ -296,7 +292,7 @@ func (s *issue) spend(tx broker.Tx, p path) error {
 
 // stillAllowed decides again when other steps of the chain have begun since: a rule over the
 // history must hold when steps race. A decision is a pure function, so that is cheap here.
-func (s *issue) stillAllowed(u Usage) error {
+func (s *issue) stillAllowed(u records.Usage) error {
 	begun := 0
 	for _, past := range s.asked.History {
 		begun += past.Count
@@ -335,7 +331,7 @@ func (s *issue) overBudget(limit string) *broker.Error {
 
 // explain records a refusal of step 2 and lets policy say what follows a budget that is used
 // up or a replayed key.
-func (s *issue) explain(ctx context.Context, p path, err error) error {
+func (s *issue) explain(ctx context.Context, p records.Lineage, err error) error {
 	var no *forbidding
 	var e *broker.Error
 	switch {
@@ -355,10 +351,10 @@ func (s *issue) explain(ctx context.Context, p path, err error) error {
 
 // mint is steps 3 to 6. After an error from it the grant is the closer's: whatever may exist is
 // named in the ledger by then.
-func (s *issue) mint(ctx context.Context, early *stepToken) (broker.Secret, error) {
+func (s *issue) mint(ctx context.Context, prefetched *stepToken) (broker.Secret, error) {
 	// Step 3: a token that can mint this once. A crash before its accessor is recorded leaves a
 	// token that nobody has, with no lease, that ends with the grant.
-	m, token, err := s.token(ctx, early)
+	m, token, err := s.token(ctx, prefetched)
 	if err != nil {
 		return broker.Secret{}, err
 	}
@@ -390,16 +386,16 @@ func (s *issue) mint(ctx context.Context, early *stepToken) (broker.Secret, erro
 // handle is step 4. The time for the mint runs already, so that Settles is after its end.
 func (s *issue) handle(ctx context.Context, token broker.Handle, longest time.Duration) error {
 	settles := s.b.cfg.Now().Add(s.b.cfg.MintTimeout + s.b.cfg.MintBound)
-	record := func(g broker.Grant) (draft, error) {
+	record := func(g broker.Grant) (records.EncodedGrant, error) {
 		g.State, g.Token, g.Longest, g.Settles = broker.StateHandle, token, longest, settles
-		return draftOf(g)
+		return records.EncodeGrant(g)
 	}
 	expected, err := record(s.grant)
 	if err != nil {
 		return err
 	}
-	return s.b.update(ctx, opIssue, func(tx broker.Tx) error {
-		g, err := s.still(tx)
+	return s.b.update(ctx, opIssue, func(tx *records.Tx) error {
+		g, err := s.recheck(tx)
 		if err != nil {
 			return err
 		}
@@ -412,7 +408,7 @@ func (s *issue) handle(ctx context.Context, token broker.Handle, longest time.Du
 		if err := s.save(tx, next); err != nil {
 			return err
 		}
-		_, err = enter(tx, s.entry(broker.OpHandle, ""))
+		_, err = tx.Enter(s.entry(broker.OpHandle, ""))
 		return err
 	})
 }
@@ -420,19 +416,19 @@ func (s *issue) handle(ctx context.Context, token broker.Handle, longest time.Du
 // issued is step 6. When it refuses, the lease is recorded all the same, so that it can be
 // ended by name.
 func (s *issue) issued(ctx context.Context, lease broker.Lease) error {
-	record := func(g broker.Grant, refused error) (draft, error) {
+	record := func(g broker.Grant, refused error) (records.EncodedGrant, error) {
 		if g.State, g.Lease = broker.StateIssued, lease; refused != nil {
 			g.State, g.Ending = broker.StateHandle, broker.EndingFailed
 		}
-		return draftOf(g)
+		return records.EncodeGrant(g)
 	}
 	expected, err := record(s.grant, nil)
 	if err != nil {
 		return err
 	}
 	var refused error
-	err = s.b.update(ctx, opIssue, func(tx broker.Tx) error {
-		g, err := s.still(tx)
+	err = s.b.update(ctx, opIssue, func(tx *records.Tx) error {
+		g, err := s.recheck(tx)
 		if refused = err; err != nil && broker.KindOf(err) != broker.Revoked && broker.KindOf(err) != broker.Expired {
 			return err
 		}
@@ -448,7 +444,7 @@ func (s *issue) issued(ctx context.Context, lease broker.Lease) error {
 		if err := s.save(tx, next); err != nil {
 			return err
 		}
-		_, err = enter(tx, s.entry(op, ""))
+		_, err = tx.Enter(s.entry(op, ""))
 		return err
 	})
 	if err != nil {
@@ -457,41 +453,17 @@ func (s *issue) issued(ctx context.Context, lease broker.Lease) error {
 	return refused
 }
 
-// draft is the grant as a step means to record it. It is encoded before the transaction, for all
-// others wait for that one; only where the ledger holds something else than this issue recorded
-// is it done again inside.
-type draft struct {
-	grant broker.Grant
-	raw   []byte
-}
-
-func draftOf(g broker.Grant) (draft, error) {
-	raw, err := json.Marshal(g)
-	if err != nil {
-		return draft{}, fmt.Errorf("encoding grant %s: %w", g.ID, err)
-	}
-	return draft{g, raw}, nil
-}
-
 // save records the grant, and keeps what was recorded.
-func (s *issue) save(tx broker.Tx, d draft) error {
-	s.grant, s.saved = d.grant, d.raw
-	return tx.Put(keyGrant(d.grant.ID), d.raw)
+func (s *issue) save(tx *records.Tx, e records.EncodedGrant) error {
+	s.saved, s.grant = e, e.Grant
+	return tx.PutEncoded(e)
 }
 
-// load reads the grant, and decodes it only when it is not as this issue recorded it last.
-func (s *issue) load(tx broker.Tx) (broker.Grant, bool, error) {
-	raw, err := tx.Get(keyGrant(s.grant.ID))
-	if s.mine = err == nil && raw != nil && bytes.Equal(raw, s.saved); s.mine {
-		return s.grant, true, nil
-	}
-	return load[broker.Grant](tx, keyGrant(s.grant.ID))
-}
-
-// still reads the grant again and refuses it when anything over it is fenced or out of time.
+// recheck reads the grant again and refuses it when anything over it is fenced or out of time.
 // The grant is given with the refusal.
-func (s *issue) still(tx broker.Tx) (broker.Grant, error) {
-	g, ok, err := s.load(tx)
+func (s *issue) recheck(tx *records.Tx) (broker.Grant, error) {
+	g, same, ok, err := tx.GrantAgain(s.saved)
+	s.mine = same
 	if ok && g.State == broker.StateClosed && g.Ending == broker.EndingRevoked {
 		return g, broker.Errorf(broker.Revoked, opIssue, "revoked while it was on its way; nothing more is handed out").With(broker.CodeFenced)
 	}
@@ -499,14 +471,14 @@ func (s *issue) still(tx broker.Tx) (broker.Grant, error) {
 		return s.grant, broker.Errorf(broker.Expired, opIssue, "the grant is over").With(broker.CodeExpired).Because(err)
 	}
 	if g.Fence != nil {
-		return g, fencedError(opIssue, g.Fence)
+		return g, records.Fenced(opIssue, g.Fence)
 	}
-	p, err := s.b.readPath(tx, opIssue, g.Delegation)
+	p, err := tx.Lineage(opIssue, g.Delegation)
 	if err != nil {
 		return g, err
 	}
 	now := s.b.cfg.Now()
-	if err := s.b.usable(tx, opIssue, p, p.subject(g), now); err != nil {
+	if err := tx.CheckUsable(opIssue, p, p.Subject(g), now); err != nil {
 		return g, err
 	}
 	if !now.Before(g.Expires) {
@@ -519,7 +491,7 @@ func (s *issue) still(tx broker.Tx) (broker.Grant, error) {
 // killed the step's token is what the agent is told of, not Vault's refusal.
 func (s *issue) mintFailed(ctx context.Context, err error) error {
 	var over error
-	if s.b.view(context.WithoutCancel(ctx), opIssue, func(tx broker.Tx) error { _, over = s.still(tx); return nil }) == nil &&
+	if s.b.view(context.WithoutCancel(ctx), opIssue, func(tx *records.Tx) error { _, over = s.recheck(tx); return nil }) == nil &&
 		(broker.KindOf(over) == broker.Revoked || broker.KindOf(over) == broker.Expired) && over != nil {
 		return over
 	}
@@ -528,8 +500,8 @@ func (s *issue) mintFailed(ctx context.Context, err error) error {
 	}
 	clean, cancel := after(ctx, s.b.cfg.MintTimeout)
 	defer cancel()
-	recordErr := s.b.update(clean, opIssue, func(tx broker.Tx) error {
-		_, err := enter(tx, s.entry(broker.OpUnknown, "the mint's outcome is not known"))
+	recordErr := s.b.update(clean, opIssue, func(tx *records.Tx) error {
+		_, err := tx.Enter(s.entry(broker.OpUnknown, "the mint's outcome is not known"))
 		return err
 	})
 	if recordErr != nil {
@@ -542,22 +514,4 @@ func (s *issue) mintFailed(ctx context.Context, err error) error {
 func (s *issue) entry(op broker.Op, detail string) broker.Entry {
 	return broker.Entry{At: s.b.cfg.Now(), Actor: s.c.ID.String(), Op: op, Chain: s.grant.Chain, Delegation: s.grant.Delegation,
 		Grant: s.grant.ID, Tool: s.grant.Tool, Bundle: s.grant.Bundle, Policies: s.grant.Policies, Detail: detail}
-}
-
-// asUnavailable keeps a classified error and makes Unavailable of any other.
-func asUnavailable(err error, code broker.Code, msg string) error {
-	var e *broker.Error
-	if errors.As(err, &e) {
-		return e
-	}
-	return broker.Errorf(broker.Unavailable, opIssue, "%s", msg).With(code).Because(err).After(time.Second)
-}
-
-// kill ends a token that the ledger may not know, best effort: it has a hard end of its own.
-func (b *Engine) kill(ctx context.Context, token broker.Handle) {
-	clean, cancel := after(ctx, b.cfg.MintTimeout)
-	defer cancel()
-	if err := b.cfg.Vault.Kill(clean, token.Accessor); err != nil {
-		b.cfg.Alarm("ending an unused token", err)
-	}
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
@@ -35,35 +36,35 @@ func (b *Engine) Open(ctx context.Context, c broker.Caller, r broker.OpenRequest
 	}
 	policy := b.cfg.Policy()
 	q := broker.Question{Action: broker.ActionOpen, Caller: c, Chain: chain, Now: now}
-	if err := b.baited(ctx, op, policy, q, path{}, nil, scope.Tools()...); err != nil {
+	if err := b.refuseCanary(ctx, op, policy, q, records.Lineage{}, nil, scope.Tools()...); err != nil {
 		return broker.Delegation{}, err
 	}
 	var deciders []string
 	for _, right := range scope {
-		d, err := b.permit(ctx, op, policy, q, right.Tool, path{})
+		d, err := b.permit(ctx, op, policy, q, right.Tool, records.Lineage{})
 		if err != nil {
 			return broker.Delegation{}, err
 		}
 		deciders = append(deciders, d.Policies...)
 	}
-	err = b.update(ctx, op, func(tx broker.Tx) error {
-		f, err := b.fenceOver(tx, path{chain: chain, nodes: []broker.Delegation{root}}, selector.Subject{})
+	err = b.update(ctx, op, func(tx *records.Tx) error {
+		f, err := tx.FenceOver(records.Lineage{Chain: chain, Nodes: []broker.Delegation{root}}, selector.Subject{})
 		if err != nil {
 			return err
 		}
 		if f != nil {
-			return fencedError(op, f)
+			return records.Fenced(op, f)
 		}
-		if err := save(tx, keyChain(chain.ID), chain); err != nil {
+		if err := tx.AddChain(chain); err != nil {
 			return err
 		}
-		return saveDelegation(tx, root, broker.Entry{At: now, Actor: c.ID.String(), Op: broker.OpOpen,
+		return tx.AddDelegation(root, broker.Entry{At: now, Actor: c.ID.String(), Op: broker.OpOpen,
 			Bundle: policy.Digest(), Policies: unique(deciders), Detail: r.Task})
 	})
 	if err != nil {
 		return broker.Delegation{}, err
 	}
-	b.watchdog.heard(root, now)
+	b.watchdog.Beat(root, now)
 	return root, nil
 }
 
@@ -120,24 +121,6 @@ func checkShare(op string, rights []broker.Right, budget broker.Budget, depth in
 	return scope, nil
 }
 
-// saveDelegation writes a new node and its entry.
-func saveDelegation(tx broker.Tx, d broker.Delegation, e broker.Entry) error {
-	e.Chain, e.Delegation = d.Chain, d.ID
-	if err := save(tx, keyDelegation(d.ID), d); err != nil {
-		return err
-	}
-	if err := tx.Put(keyMember(d.Chain, d.ID), []byte{}); err != nil {
-		return err
-	}
-	if d.Heartbeat > 0 {
-		if err := tx.Put(keyBeat(d.ID), []byte{}); err != nil {
-			return err
-		}
-	}
-	_, err := enter(tx, e)
-	return err
-}
-
 // Delegate passes on less than the caller's own delegation to another SPIFFE ID and gives the
 // child. The child allows nothing that the parent may not pass on (architecture.md: authority
 // that passes through Pawl only ever gets narrower).
@@ -168,12 +151,12 @@ func (b *Engine) Delegate(ctx context.Context, c broker.Caller, r broker.Delegat
 		return broker.Delegation{}, err
 	}
 	policy := b.cfg.Policy()
-	q := broker.Question{Action: broker.ActionDelegate, Caller: c, Receiver: r.To, Chain: p.chain, Depth: len(p.nodes) - 1,
+	q := broker.Question{Action: broker.ActionDelegate, Caller: c, Receiver: r.To, Chain: p.Chain, Depth: p.Depth(),
 		History: history, Now: now}
-	child := childOf(p.leaf(), r, scope, now)
+	child := childOf(p.Leaf(), r, scope, now)
 	child.ID = broker.DelegationID(id)
-	wider := refuseWider(op, p.leaf(), child, r.TTL)
-	if err := b.baited(ctx, op, policy, q, p, wider, scope.Tools()...); err != nil {
+	wider := refuseWider(op, p.Leaf(), child, r.TTL)
+	if err := b.refuseCanary(ctx, op, policy, q, p, wider, scope.Tools()...); err != nil {
 		return broker.Delegation{}, err
 	}
 	if wider != nil {
@@ -183,15 +166,15 @@ func (b *Engine) Delegate(ctx context.Context, c broker.Caller, r broker.Delegat
 	if err != nil {
 		return broker.Delegation{}, err
 	}
-	err = b.update(ctx, op, func(tx broker.Tx) error {
-		p, err := b.readPath(tx, op, r.From)
+	err = b.update(ctx, op, func(tx *records.Tx) error {
+		p, err := tx.Lineage(op, r.From)
 		if err != nil {
 			return err
 		}
-		if err := b.usable(tx, op, p, selector.Subject{}, now); err != nil {
+		if err := tx.CheckUsable(op, p, selector.Subject{}, now); err != nil {
 			return err
 		}
-		return saveDelegation(tx, child, broker.Entry{At: now, Actor: c.ID.String(), Op: broker.OpDelegate,
+		return tx.AddDelegation(child, broker.Entry{At: now, Actor: c.ID.String(), Op: broker.OpDelegate,
 			Bundle: policy.Digest(), Policies: deciders, Detail: "to " + r.To.String()})
 	})
 	if err != nil {
@@ -249,7 +232,7 @@ func refuseWider(op string, parent, child broker.Delegation, ttl time.Duration) 
 
 // permitAll asks policy for each tool of a scope, and that a permit names both trust domains
 // when the receiver is in another.
-func (b *Engine) permitAll(ctx context.Context, op string, policy broker.Policy, q broker.Question, scope broker.Scope, p path) (deciders []string, err error) {
+func (b *Engine) permitAll(ctx context.Context, op string, policy broker.Policy, q broker.Question, scope broker.Scope, p records.Lineage) (deciders []string, err error) {
 	for _, right := range scope {
 		d, err := b.permit(ctx, op, policy, q, right.Tool, p)
 		if err != nil {
@@ -274,26 +257,26 @@ func unique(s []string) []string {
 	return slices.Compact(s)
 }
 
-// held reads the path to a delegation that the caller holds, and the chain's history. One that
+// held reads the records.Lineage to a delegation that the caller holds, and the chain's history. One that
 // somebody else holds is answered like one that does not exist.
-func (b *Engine) held(ctx context.Context, op string, c broker.Caller, id broker.DelegationID, now time.Time) (p path, history map[broker.ToolName]broker.Past, err error) {
-	err = b.view(ctx, op, func(tx broker.Tx) error {
-		if p, err = b.readPath(tx, op, id); err != nil {
+func (b *Engine) held(ctx context.Context, op string, c broker.Caller, id broker.DelegationID, now time.Time) (p records.Lineage, history map[broker.ToolName]broker.Past, err error) {
+	err = b.view(ctx, op, func(tx *records.Tx) error {
+		if p, err = tx.Lineage(op, id); err != nil {
 			return err
 		}
-		u, _, err := b.usages.load(tx, keyUsage(p.root().ID))
+		u, err := tx.Usage(p.Root().ID)
 		history = u.Tools
-		if err != nil || p.leaf().Holder != c.ID {
+		if err != nil || p.Leaf().Holder != c.ID {
 			return err
 		}
-		return b.usable(tx, op, p, selector.Subject{}, now)
+		return tx.CheckUsable(op, p, selector.Subject{}, now)
 	})
 	if err != nil {
-		return path{}, nil, err
+		return records.Lineage{}, nil, err
 	}
-	if p.leaf().Holder != c.ID {
-		return path{}, nil, b.violated(ctx, c, p, broker.ViolationHolder, "", unknownDelegation(op))
+	if p.Leaf().Holder != c.ID {
+		return records.Lineage{}, nil, b.violated(ctx, c, p, broker.ViolationHolder, "", records.UnknownDelegation(op))
 	}
-	b.watchdog.heard(p.leaf(), now)
+	b.watchdog.Beat(p.Leaf(), now)
 	return p, history, nil
 }

@@ -7,54 +7,17 @@ import (
 	"encoding/hex"
 	"fmt"
 	"slices"
-	"sync"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
 	"github.com/pawlsec/pawl/broker/selector"
 )
-
-// planBook keeps the sets that plans were made of, so that executing one can show what has
-// been added. Plans are forgotten with the process; then they must be made again.
-type planBook struct {
-	mu    sync.Mutex // guards made
-	made  map[string]planned
-	order []string
-}
-
-type planned struct {
-	selector string
-	set      map[string]bool
-	at       time.Time
-}
 
 const (
 	maxPlans = 64
 	planLife = 15 * time.Minute
 )
-
-func (p *planBook) put(token string, made planned) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.made == nil {
-		p.made = map[string]planned{}
-	}
-	if _, known := p.made[token]; !known {
-		p.order = append(p.order, token)
-	}
-	p.made[token] = made
-	if len(p.order) > maxPlans {
-		delete(p.made, p.order[0])
-		p.order = p.order[1:]
-	}
-}
-
-func (p *planBook) get(token string) (planned, bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	made, ok := p.made[token]
-	return made, ok
-}
 
 // Plan says what revoking the selector would hit, and changes nothing. The token stands for
 // exactly this set: [Broker.Revoke] with it stops when the set has grown.
@@ -68,7 +31,7 @@ func (b *Engine) Plan(ctx context.Context, o broker.Operator, s selector.Selecto
 	}
 	plan := broker.Plan{Selector: s.String(), Made: b.cfg.Now()}
 	var set []string
-	err := b.view(ctx, op, func(tx broker.Tx) (err error) {
+	err := b.view(ctx, op, func(tx *records.Tx) (err error) {
 		plan = broker.Plan{Selector: plan.Selector, Made: plan.Made}
 		if plan.Revision, err = tx.Head(); err != nil {
 			return err
@@ -76,7 +39,7 @@ func (b *Engine) Plan(ctx context.Context, o broker.Operator, s selector.Selecto
 		if err := canaryOf(tx, s); err != nil {
 			return err
 		}
-		rv, err := b.meant(tx, s, plan.Made)
+		rv, err := meant(tx, s, plan.Made)
 		if err == nil {
 			set, err = b.resolved(tx, rv, &plan)
 		}
@@ -86,7 +49,7 @@ func (b *Engine) Plan(ctx context.Context, o broker.Operator, s selector.Selecto
 		return broker.Plan{}, err
 	}
 	if len(set) == 0 && plan.Later == 0 {
-		return plan, matchesNothing(op)
+		return plan, nothingMatches(op)
 	}
 	hash := sha256.New()
 	fmt.Fprintln(hash, plan.Selector, plan.Made.UnixNano())
@@ -94,7 +57,7 @@ func (b *Engine) Plan(ctx context.Context, o broker.Operator, s selector.Selecto
 		fmt.Fprintln(hash, id)
 	}
 	plan.Token = "pl" + hex.EncodeToString(hash.Sum(nil)[:16])
-	b.plans.put(plan.Token, planned{selector: plan.Selector, set: asSet(set), at: plan.Made})
+	b.plans.Put(plan.Token, planned{selector: plan.Selector, set: asSet(set), at: plan.Made})
 	return plan, nil
 }
 
@@ -107,8 +70,8 @@ func asSet(ids []string) map[string]bool {
 }
 
 // meant is the revocation that a selector would be now.
-func (b *Engine) meant(tx broker.Tx, s selector.Selector, now time.Time) (rv broker.Revocation, err error) {
-	t, err := resolve(tx, s)
+func meant(tx *records.Tx, s selector.Selector, now time.Time) (rv broker.Revocation, err error) {
+	t, err := targetOf(tx, s)
 	if err != nil {
 		return rv, err
 	}
@@ -121,27 +84,27 @@ func (b *Engine) meant(tx broker.Tx, s selector.Selector, now time.Time) (rv bro
 
 // resolved lists the ids of the delegations and grants that a revocation means now, and counts
 // them into plan.
-func (b *Engine) resolved(tx broker.Tx, rv broker.Revocation, plan *broker.Plan) (set []string, err error) {
-	grants, _, err := b.under(tx, rv)
+func (b *Engine) resolved(tx *records.Tx, rv broker.Revocation, plan *broker.Plan) (set []string, err error) {
+	grants, _, err := tx.Under(rv)
 	if err != nil {
 		return nil, err
 	}
-	static, err := b.worksOn(tx, rv)
+	static, err := tx.StaticUnder(rv)
 	if err != nil {
 		return nil, err
 	}
 	tasks := map[broker.ChainID]*broker.PlannedTask{}
-	if err := b.openUnder(tx, rv, plan, func(p path) {
-		set = append(set, string(p.leaf().ID))
+	if err := b.openUnder(tx, rv, plan, func(p records.Lineage) {
+		set = append(set, string(p.Leaf().ID))
 		plan.Nodes++
-		taskOf(tasks, p.chain).Delegations++
+		taskOf(tasks, p.Chain).Delegations++
 	}); err != nil {
 		return nil, err
 	}
 	countGrants(plan, grants, rv.Fenced)
 	for _, g := range grants {
 		set = append(set, string(g.ID))
-		c, _, err := b.chains.load(tx, keyChain(g.Chain))
+		c, _, err := tx.Chain(g.Chain)
 		if err != nil {
 			return nil, err
 		}
@@ -158,24 +121,25 @@ func (b *Engine) resolved(tx broker.Tx, rv broker.Revocation, plan *broker.Plan)
 
 // openUnder calls f with the delegations under rv that are still open, and counts those whose later steps a
 // rule may meet.
-func (b *Engine) openUnder(tx broker.Tx, rv broker.Revocation, plan *broker.Plan, f func(path)) error {
-	covers, err := b.covering(tx, rv)
+func (b *Engine) openUnder(tx *records.Tx, rv broker.Revocation, plan *broker.Plan, f func(records.Lineage)) error {
+	covers, err := records.Covering(rv)
 	if err != nil || rv.Grant != "" {
 		return err
 	}
-	var rule *queryFence
+	var rule *records.Rule
 	if rv.Node == "" {
 		s, err := selector.Parse(rv.Selector)
 		if err != nil {
 			return err
 		}
-		rule = &queryFence{selector: s}
+		r := records.NewRule(s, broker.Fence{})
+		rule = &r
 	}
 	policy := b.cfg.Policy()
-	return b.eachOpen(tx, rv.Chain, rv.Fenced, func(p path) error {
+	return tx.EachOpen(rv.Chain, rv.Fenced, func(p records.Lineage) error {
 		if covers(p, selector.Subject{}) {
 			f(p)
-		} else if rule != nil && rule.mayCover(p, policy, rv.Fenced) {
+		} else if rule != nil && rule.MayCoverStep(p, policy, rv.Fenced) {
 			plan.Later++
 		}
 		return nil
@@ -205,17 +169,17 @@ func listTasks(p *broker.Plan, tasks map[broker.ChainID]*broker.PlannedTask) {
 	}
 }
 
-func chainOf(tx broker.Tx, t target) (broker.ChainID, error) {
+func chainOf(tx *records.Tx, t target) (broker.ChainID, error) {
 	if t.node != "" {
-		d, ok, err := load[broker.Delegation](tx, keyDelegation(t.node))
+		d, ok, err := tx.Delegation(t.node)
 		if err == nil && !ok {
-			err = unknownDelegation("plan")
+			err = records.UnknownDelegation("plan")
 		}
 		return d.Chain, err
 	}
-	g, ok, err := load[broker.Grant](tx, keyGrant(t.grant))
+	g, ok, err := tx.Grant(t.grant)
 	if err == nil && !ok {
-		err = unknownGrant("plan")
+		err = records.UnknownGrant("plan")
 	}
 	return g.Chain, err
 }
@@ -247,14 +211,14 @@ func countGrants(p *broker.Plan, grants []broker.Grant, now time.Time) {
 // what came since has to be looked at.
 type compared struct {
 	rv    broker.Revocation
-	known map[string]bool // keys of what there was
+	known map[string]bool // ids of what there was
 }
 
 // comparePlan refuses a plan that is not known, is for something else, or whose set has grown. It gives nil when
 // what is new is meant too.
 func (b *Engine) comparePlan(ctx context.Context, r selector.Request) (*compared, error) {
 	const op = "revoke"
-	made, ok := b.plans.get(r.Plan)
+	made, ok := b.plans.Get(r.Plan)
 	if !ok || b.cfg.Now().Sub(made.at) > planLife {
 		return nil, broker.Errorf(broker.Conflict, op, "the plan is not known or older than %s", planLife).With(broker.CodePlanUnknown).
 			Lacks("make the plan again", "plan")
@@ -266,9 +230,9 @@ func (b *Engine) comparePlan(ctx context.Context, r selector.Request) (*compared
 		return nil, nil
 	}
 	var c *compared
-	err := b.view(ctx, op, func(tx broker.Tx) (err error) {
+	err := b.view(ctx, op, func(tx *records.Tx) (err error) {
 		c = &compared{known: map[string]bool{}}
-		if c.rv, err = b.meant(tx, r.Selector, b.cfg.Now()); err != nil {
+		if c.rv, err = meant(tx, r.Selector, b.cfg.Now()); err != nil {
 			return err
 		}
 		set, err := b.resolved(tx, c.rv, &broker.Plan{})
@@ -284,60 +248,55 @@ func (b *Engine) comparePlan(ctx context.Context, r selector.Request) (*compared
 		if err := grownBy(added); err != nil {
 			return err
 		}
-		return eachKey(tx, c.rv, func(key string) { c.known[key] = true })
+		return eachID(tx, c.rv, func(id string) { c.known[id] = true })
 	})
 	return c, err
 }
 
 // grown refuses, in the fence's transaction, what came under the plan's selector since it was compared.
-func (b *Engine) grown(tx broker.Tx, c *compared) error {
-	covers, err := b.covering(tx, c.rv)
+func grown(tx *records.Tx, c *compared) error {
+	covers, err := records.Covering(c.rv)
 	if err != nil {
 		return err
 	}
-	var fresh, added []string
-	if err := eachKey(tx, c.rv, func(key string) {
-		if !c.known[key] {
-			fresh = append(fresh, key)
+	var added []string
+	if err := tx.EachRecent(c.rv.Chain, c.rv.Fenced, func(id broker.DelegationID) error {
+		if c.known[string(id)] {
+			return nil
 		}
+		p, err := tx.Lineage("revoke", id)
+		if err == nil && covers(p, selector.Subject{}) {
+			added = append(added, string(id))
+		}
+		return err
 	}); err != nil {
 		return err
 	}
-	for _, key := range fresh {
-		id := key[len(key)-broker.IDLength:]
-		var g broker.Grant
-		d := broker.DelegationID(id)
-		if key[0] == 'l' {
-			if g, _, err = load[broker.Grant](tx, keyGrant(broker.GrantID(id))); err != nil {
-				return err
-			}
-			d = g.Delegation
+	if err := tx.EachLiveID(c.rv.Chain, func(id broker.GrantID) error {
+		if c.known[string(id)] {
+			return nil
 		}
-		p, err := b.readPath(tx, "revoke", d)
+		g, _, err := tx.Grant(id)
 		if err != nil {
 			return err
 		}
-		s := selector.Subject{}
-		if g.ID != "" {
-			s = p.subject(g)
+		p, err := tx.Lineage("revoke", g.Delegation)
+		if err == nil && covers(p, p.Subject(g)) {
+			added = append(added, string(id))
 		}
-		if covers(p, s) {
-			added = append(added, id)
-		}
+		return err
+	}); err != nil {
+		return err
 	}
 	return grownBy(added)
 }
 
-// eachKey calls f with the keys of all that can be under rv.
-func eachKey(tx broker.Tx, rv broker.Revocation, f func(key string)) error {
-	if err := eachRecent(tx, rv.Chain, rv.Fenced, func(id broker.DelegationID) error { f("m/" + string(id)); return nil }); err != nil {
+// eachID calls f with the id of each delegation and live grant that a revocation can cover.
+func eachID(tx *records.Tx, rv broker.Revocation, f func(id string)) error {
+	if err := tx.EachRecent(rv.Chain, rv.Fenced, func(id broker.DelegationID) error { f(string(id)); return nil }); err != nil {
 		return err
 	}
-	prefix := "l/"
-	if rv.Chain != "" {
-		prefix += string(rv.Chain) + "/"
-	}
-	return tx.Scan(prefix, "", func(key string, _ []byte) bool { f("l/" + key[len(key)-broker.IDLength:]); return true })
+	return tx.EachLiveID(rv.Chain, func(id broker.GrantID) error { f(string(id)); return nil })
 }
 
 func grownBy(added []string) error {

@@ -2,195 +2,35 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/closing"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// target is what a fence is put on: one node, one grant, or, when both are empty, whatever the
-// selector matches.
-type target struct {
-	node  broker.DelegationID
-	grant broker.GrantID
-}
-
-// fencing is one fence to be written.
-type fencing struct {
-	by, reason, selector string
-	target               target
-	freeze               bool
-	now                  time.Time
-	look                 bool // say of a rule whether anything falls under it, and refuse a final one without sense
-}
-
-// fence is step 1 of revoke, inside the caller's transaction: one mark, whatever hangs below. Where the
-// same stands already, or a final mark where a freeze is asked for, nothing is written and the revocation
-// that stands is given: neither a thief who tries again nor a signal that is repeated makes the ledger grow.
-func (b *Engine) fence(tx broker.Tx, f fencing) (broker.Revocation, error) {
-	id, err := b.newID("rv")
-	if err != nil {
-		return broker.Revocation{}, err
-	}
-	rv := broker.Revocation{ID: broker.RevocationID(id), Selector: f.selector, Reason: f.reason, By: f.by, Freeze: f.freeze,
-		Asked: f.now, Fenced: f.now, Closure: broker.ClosureUnknown, Grants: -1}
-	op := broker.OpFence
-	if f.freeze {
-		op = broker.OpFreeze
-	}
-	entry := broker.Entry{At: f.now, Actor: f.by, Op: op, Revocation: rv.ID, Detail: f.reason}
-	switch {
-	case f.target.node != "":
-		return b.fenceNode(tx, f, rv, entry)
-	case f.target.grant != "":
-		return b.fenceGrant(tx, f, rv, entry)
-	}
-	return b.fenceRule(tx, f, rv, entry)
-}
-
-// fenceRule writes a rule. There is one of each kind for a selector: a final rule is about the chains that
-// were open when it was written, so a repeated one takes the place of the first when there are others now.
-func (b *Engine) fenceRule(tx broker.Tx, f fencing, rv broker.Revocation, entry broker.Entry) (broker.Revocation, error) {
-	s, err := selector.Parse(f.selector)
-	if err != nil {
-		return broker.Revocation{}, broker.Errorf(broker.Malformed, "revoke", "%v", err)
-	}
-	first, err := b.sameRule(tx, s.String(), f.freeze)
-	if err != nil {
-		return broker.Revocation{}, err
-	}
-	mark := broker.Fence{At: f.now, Revocation: rv.ID, Frozen: f.freeze}
-	if f.freeze && first != nil {
-		rv, _, err := alreadyBy(tx, first, true)
-		return rv, err
-	}
-	var since time.Time
-	if first != nil {
-		since = first.At
-	}
-	if f.look {
-		how, err := b.reachOf(tx, queryFence{Fence: mark, Selector: s.String(), selector: s}, since, f.now)
-		if err != nil {
-			return broker.Revocation{}, err
-		}
-		if how == reachNothing && first != nil {
-			rv, _, err := alreadyBy(tx, first, false)
-			return rv, err
-		}
-		if how == reachNothing && !f.freeze {
-			return broker.Revocation{}, matchesNothing("revoke")
-		}
-		rv.Nothing = how != reachNow
-	}
-	if rv.Revision, err = enter(tx, entry); err != nil {
-		return broker.Revocation{}, err
-	}
-	if first != nil {
-		if err := tx.Put(keyRule(first.Revocation), nil); err != nil {
-			return broker.Revocation{}, err
-		}
-	}
-	mark.Generation = rv.Revision
-	if err := save(tx, keyRule(rv.ID), queryFence{Fence: mark, Selector: s.String()}); err != nil {
-		return broker.Revocation{}, err
-	}
-	return rv, save(tx, keyRevocation(rv.ID), rv)
-}
-
-func matchesNothing(op string) *broker.Error {
-	return broker.Errorf(broker.NotFound, op, "the selector matches nothing that is open or alive, and no step that can still be taken").
-		With(broker.CodeSelectorEmpty).Lacks("check its spelling; pawl chain list shows what there is", "selector")
-}
-
-// sameRule gives the mark of the rule in force with this selector and of this kind.
-func (b *Engine) sameRule(tx broker.Tx, selector string, freeze bool) (*broker.Fence, error) {
-	rules, err := b.rules.read(tx)
-	for i := range rules {
-		if rules[i].Selector == selector && rules[i].Fence.Frozen == freeze {
-			return &rules[i].Fence, err
-		}
-	}
-	return nil, err
-}
-
-// alreadyBy gives the revocation whose mark is in force, when that is as hard as what is asked for.
-func alreadyBy(tx broker.Tx, mark *broker.Fence, freeze bool) (rv broker.Revocation, stands bool, err error) {
-	if mark == nil || mark.Frozen && !freeze {
-		return broker.Revocation{}, false, nil
-	}
-	rv, stands, err = load[broker.Revocation](tx, keyRevocation(mark.Revocation))
-	rv.Repeated = stands
-	return rv, stands, err
-}
-
-func (b *Engine) fenceNode(tx broker.Tx, f fencing, rv broker.Revocation, entry broker.Entry) (broker.Revocation, error) {
-	d, ok, err := load[broker.Delegation](tx, keyDelegation(f.target.node))
-	if err != nil {
-		return broker.Revocation{}, err
-	}
-	if !ok {
-		return broker.Revocation{}, unknownDelegation("revoke")
-	}
-	if old, stands, err := alreadyBy(tx, d.Fence, f.freeze); err != nil || stands {
-		return old, err
-	}
-	rv.Chain, rv.Node = d.Chain, d.ID
-	if rv.Selector == "" {
-		rv.Selector = "subtree:" + string(d.ID)
-	}
-	entry.Chain, entry.Delegation = d.Chain, d.ID
-	if rv.Revision, err = enter(tx, entry); err != nil {
-		return broker.Revocation{}, err
-	}
-	d.Fence = &broker.Fence{Generation: rv.Revision, At: f.now, Revocation: rv.ID, Frozen: f.freeze}
-	if err := save(tx, keyDelegation(d.ID), d); err != nil {
-		return broker.Revocation{}, err
-	}
-	return rv, save(tx, keyRevocation(rv.ID), rv)
-}
-
-func (b *Engine) fenceGrant(tx broker.Tx, f fencing, rv broker.Revocation, entry broker.Entry) (broker.Revocation, error) {
-	g, ok, err := load[broker.Grant](tx, keyGrant(f.target.grant))
-	if err != nil {
-		return broker.Revocation{}, err
-	}
-	if !ok {
-		return broker.Revocation{}, unknownGrant("revoke")
-	}
-	if old, stands, err := alreadyBy(tx, g.Fence, f.freeze); err != nil || stands {
-		return old, err
-	}
-	rv.Chain, rv.Grant = g.Chain, g.ID
-	if rv.Selector == "" {
-		rv.Selector = "grant:" + string(g.ID)
-	}
-	entry.Chain, entry.Delegation, entry.Grant, entry.Tool = g.Chain, g.Delegation, g.ID, g.Tool
-	if rv.Revision, err = enter(tx, entry); err != nil {
-		return broker.Revocation{}, err
-	}
-	g.Fence = &broker.Fence{Generation: rv.Revision, At: f.now, Revocation: rv.ID, Frozen: f.freeze}
-	if err := save(tx, keyGrant(g.ID), g); err != nil {
-		return broker.Revocation{}, err
-	}
-	if !f.freeze {
-		if err := tx.Put(keyCut(g.Delegation, g.ID), []byte{}); err != nil {
-			return broker.Revocation{}, err
-		}
-	}
-	return rv, save(tx, keyRevocation(rv.ID), rv)
-}
-
-// Revoke fences what the selector means and returns: from then on nothing under it is handed
-// out. Cutting and proving go on in the background; [Broker.Revocation] tells how far they are.
-// With Freeze nothing is cut and an operator can lift it. A command that stands already is answered with
-// its revocation, Repeated.
+// Revoke, the numbered procedure (docs/architecture.md):
 //
-// A final rule is about what is open: one that matches nothing open, and no step that can still be taken, is
-// refused with CodeSelectorEmpty. A freeze by a rule is about later chains as well; Nothing says that it covers
-// nothing yet.
+//  1. Fence, in one transaction, and answer "fenced".                        Revoke, fence.go
+//  2. Sever at the targets, in bulk, without Vault.                          begin, closing
+//  3. Kill the delegations' tokens, then the steps' tokens and leases.       killTokens, closing
+//  4. Wait out the mints under way, then sweep for what the ledger lacks.    sweep
+//  5. Prove, and record the evidence of each grant.                          closing
+//  6. Work out the closure, and record it.                                   record
 //
-// A leaked value that is a canary's was handed out by no grant: it is recorded as touched, and the answer is the
-// revocation that policy has follow; where none does, NotFound with CodeCanaryValue.
+// Steps 2 to 6 run in the background. Resume starts them for every revocation that has not settled: it is the same function.
+
+// Revoke fences what the selector selects, and returns. From then on nothing under it is handed out. Severing and proving
+// follow in the background; [Engine.Revocation] tells how far they are. With Freeze nothing is severed, and an operator
+// can lift it. A repeated command is answered with the existing revocation, marked Repeated.
+//
+// A final rule covers what is open. One that matches nothing open, and no step that can still be taken, is refused with
+// CodeSelectorEmpty. A freeze by a rule covers later chains as well; Nothing says that it covers nothing yet.
+//
+// A leaked value that is a canary's was handed out by no grant. It is recorded as touched, and the answer is the
+// revocation that policy attaches to it; where there is none, NotFound with CodeCanaryValue.
 //
 // Errors: Malformed, Unauthenticated, NotFound, Conflict (the plan is stale), Unavailable.
 func (b *Engine) Revoke(ctx context.Context, o broker.Operator, r selector.Request) (broker.Revocation, error) {
@@ -211,14 +51,15 @@ func (b *Engine) Revoke(ctx context.Context, o broker.Operator, r selector.Reque
 			return broker.Revocation{}, err
 		}
 	}
-	f := fencing{by: o.Name, reason: r.Reason, selector: r.Selector.String(), freeze: r.Freeze, now: b.cfg.Now(), look: true}
+	// Step 1. A crash after it leaves a fence, whose steps 2 to 6 the next process does.
+	f := fencing{by: o.Name, reason: r.Reason, selector: r.Selector.String(), freeze: r.Freeze, now: b.cfg.Now(), check: true}
 	var rv broker.Revocation
-	err := b.update(ctx, op, func(tx broker.Tx) (err error) {
-		if f.target, err = resolve(tx, r.Selector); err != nil {
+	err := b.update(ctx, op, func(tx *records.Tx) (err error) {
+		if f.target, err = targetOf(tx, r.Selector); err != nil {
 			return err
 		}
 		if plan != nil {
-			if err := b.grown(tx, plan); err != nil {
+			if err := grown(tx, plan); err != nil {
 				return err
 			}
 		}
@@ -226,20 +67,293 @@ func (b *Engine) Revoke(ctx context.Context, o broker.Operator, r selector.Reque
 		return err
 	})
 	if broker.KindOf(err) == broker.Unavailable {
-		b.pursueUnsure(rv, err)
-		return broker.Revocation{}, b.cutUnrecorded(ctx, r, f, err)
+		b.reconcileUnsure(rv, err)
+		return broker.Revocation{}, b.endUnrecorded(ctx, r, f, err)
 	}
 	if err != nil {
 		return broker.Revocation{}, err
 	}
-	b.pursue(rv)
+	b.reconcile(rv)
 	return rv, nil
 }
 
-// cutUnrecorded does what can be done when the ledger takes no fence: issuing has stopped with
-// it, so that what is known is all there is, and it is cut now (revoking works when everything
-// else is broken). The command must be repeated, since nothing keeps the fence.
-func (b *Engine) cutUnrecorded(ctx context.Context, r selector.Request, f fencing, cause error) error {
+// reconcile starts steps 2 to 6 in the background, unless this process is at work on them.
+func (b *Engine) reconcile(rv broker.Revocation) {
+	if rv.Freeze || !rv.Settled.IsZero() || !b.reconciling.Begin(rv.ID) {
+		return
+	}
+	b.background(func() {
+		defer b.reconciling.End(rv.ID)
+		r := reconciler{b: b, rv: rv, killed: map[string]bool{}}
+		defer r.close()
+		for wait := 10 * time.Millisecond; b.ctx.Err() == nil; wait = min(wait*2, 5*time.Second) {
+			done, err := r.round(b.ctx)
+			if err != nil {
+				b.cfg.Alarm("reconciling revocation "+string(rv.ID), err)
+			}
+			if r.held {
+				wait = 50 * time.Millisecond
+			}
+			if done || !b.pause(r.changed(), wait, r.minWait) {
+				return
+			}
+		}
+	})
+}
+
+// reconcileUnsure is reconcile for a fence that the ledger failed to acknowledge. It may have been recorded all the same,
+// and the requester may never ask again.
+func (b *Engine) reconcileUnsure(rv broker.Revocation, err error) {
+	if rv.ID != "" && !errors.Is(err, broker.ErrNotCommitted) {
+		b.reconcile(rv)
+	}
+}
+
+// pause waits until woken, for at least least and at most d longer; false means that the broker stops.
+func (b *Engine) pause(woken <-chan struct{}, d, least time.Duration) bool {
+	first := time.NewTimer(least)
+	defer first.Stop()
+	select {
+	case <-b.ctx.Done():
+		return false
+	case <-first.C:
+	}
+	most := time.NewTimer(d)
+	defer most.Stop()
+	select {
+	case <-b.ctx.Done():
+		return false
+	case <-woken:
+	case <-most.C:
+	}
+	return true
+}
+
+// reconciler carries one revocation from its fence to its closure.
+type reconciler struct {
+	b      *Engine
+	rv     broker.Revocation
+	stored broker.Revocation // as the ledger is known to have it; zero: not known
+
+	progress *closing.Progress   // of the grants under the fence
+	total    int                 // grants under the fence, static ones included, when it began
+	inFlight []broker.GrantID    // whose mint was under way then
+	backends map[string]bool     // of the grants then
+	nodes    []broker.Delegation // with tokens, root first; after the fence none gets another
+	killed   map[string]bool     // accessors whose end Vault confirmed to this process
+
+	began   time.Time
+	read    time.Time     // when the ledger was read last
+	held    bool          // step 3 waits for the targets
+	minWait time.Duration // between two rounds: each may write, and more so the more is left
+	absent  bool          // the ledger does not have the revocation: see reconcileUnsure
+}
+
+func (r *reconciler) close() {
+	if r.progress != nil {
+		r.progress.Close()
+	}
+}
+
+func (r *reconciler) changed() <-chan struct{} {
+	if r.progress == nil {
+		return nil
+	}
+	return r.progress.Changed
+}
+
+// round finds what is left, has it ended, and records the closure when it changed.
+func (r *reconciler) round(ctx context.Context) (done bool, err error) {
+	r.held = false
+	if r.progress == nil {
+		err = r.begin(ctx)
+	} else if r.b.cfg.Now().Sub(r.read) > rereadEvery {
+		err = r.reread(ctx)
+	}
+	if err != nil || r.absent {
+		return r.absent && r.b.cfg.Now().Sub(r.rv.Fenced) > r.b.cfg.MintTimeout, err
+	}
+	t := tally{total: r.total}
+	t.left, t.alive, t.static, t.latest = r.progress.Count()
+	r.minWait = 5*time.Millisecond + time.Duration(t.left)*50*time.Microsecond
+	if t.left == 0 && r.rv.Unswept {
+		if err := r.sweep(ctx); err != nil {
+			r.b.cfg.Alarm("sweeping for "+string(r.rv.ID), err)
+		}
+	}
+	return r.record(ctx, t, r.killTokens(ctx))
+}
+
+// begin is step 2: it lists what the fence covers, which nothing can join any more, and gives it to the workers.
+func (r *reconciler) begin(ctx context.Context) error {
+	var grants []broker.Grant
+	var static []broker.GrantID
+	err := r.b.view(ctx, "revoke", func(tx *records.Tx) error {
+		_, ok, err := tx.Revocation(r.rv.ID)
+		if r.absent = err == nil && !ok; err != nil || !ok {
+			return err
+		}
+		if grants, r.nodes, err = tx.Under(r.rv); err != nil {
+			return err
+		}
+		static, err = tx.StaticUnder(r.rv)
+		return err
+	})
+	if err != nil || r.absent {
+		return err
+	}
+	r.total, r.backends, r.began = len(grants)+len(static), map[string]bool{}, r.b.cfg.Now()
+	for _, g := range grants {
+		r.backends[g.Backend] = true
+		if g.State == broker.StateHandle && g.Lease.Expires.IsZero() {
+			r.inFlight, r.rv.Unswept = append(r.inFlight, g.ID), true
+		}
+	}
+	r.progress = r.b.reaper.Follow(grants, static)
+	r.b.reaper.EndFenced(grants)
+	return r.reread(ctx) // what was closed between reading and following was reported to no follower
+}
+
+// rereadEvery is how often the ledger is read for what a worker reports anyway.
+const rereadEvery = 5 * time.Second
+
+// reread compares the progress with the ledger, which decides.
+func (r *reconciler) reread(ctx context.Context) error {
+	r.read = r.b.cfg.Now()
+	closed := map[broker.GrantID]broker.Outcome{}
+	err := r.b.view(ctx, "revoke", func(tx *records.Tx) error {
+		clear(closed)
+		for id := range r.progress.Left() {
+			live, static, err := tx.LiveOrStatic(id)
+			if err != nil {
+				return err
+			}
+			switch {
+			case live:
+			case static:
+				closed[id] = broker.OutcomeStatic
+			default:
+				closed[id] = broker.OutcomeDead
+			}
+		}
+		return nil
+	})
+	for id, outcome := range closed {
+		r.progress.Report(id, closing.Found{Outcome: outcome}, true)
+	}
+	return err
+}
+
+// headStart is how long severing may delay the end of the delegations' tokens. Vault would use that time to end what is
+// below them one by one, over the same database, and lock a login out of the bulk for as long as that takes.
+const headStart = 2 * time.Second
+
+// killTokens is step 3 for the delegations: their tokens end, root first, so that what is below ends with one call where
+// Vault can do it. It gives how many are not confirmed yet. The workers end the steps' tokens and leases.
+func (r *reconciler) killTokens(ctx context.Context) (pending int) {
+	now := r.b.cfg.Now()
+	r.held = len(r.nodes) > 0 && now.Sub(r.began) < headStart && r.b.reaper.Severing(r.backends)
+	for _, d := range r.nodes {
+		for _, t := range d.Tokens {
+			if r.killed[t.Accessor] || !t.Expires.IsZero() && now.After(t.Expires) {
+				continue
+			}
+			if r.held || pending > 0 {
+				pending++ // later; or Vault has just not answered, and is not asked a thousand times more
+				continue
+			}
+			killCtx, cancel := context.WithTimeout(ctx, r.b.cfg.MintTimeout)
+			err := r.b.cfg.Vault.Kill(killCtx, t.Accessor)
+			cancel()
+			if err != nil {
+				r.b.cfg.Alarm("revoking the tokens of "+string(r.rv.ID), err)
+				pending++
+				continue
+			}
+			r.killed[t.Accessor] = true
+		}
+	}
+	return pending
+}
+
+// sweep is step 4, once nothing is left: mints that were under way at the fence, and whose answer never came, may have
+// left what the ledger does not know.
+func (r *reconciler) sweep(ctx context.Context) error {
+	var lost []broker.Grant
+	err := r.b.view(ctx, "revoke", func(tx *records.Tx) error {
+		lost = nil
+		for _, id := range r.inFlight {
+			g, _, err := tx.Grant(id)
+			if err != nil {
+				return err
+			}
+			if g.Lease.Expires.IsZero() && g.Token.Accessor != "" {
+				lost = append(lost, g)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if len(r.inFlight) > 0 && len(lost) == 0 {
+		r.rv.Unswept = false
+		return nil
+	}
+	done, err := sweeper{r.b}.sweepAfter(ctx, lost, r.rv.Fenced)
+	r.rv.Unswept = !done
+	return err
+}
+
+// record is step 6: it works out the counts and the closure, and stores them when they changed. A revocation has settled
+// when nothing is left that work or time can change. pending counts tokens.
+func (r *reconciler) record(ctx context.Context, t tally, pending int) (done bool, err error) {
+	now := r.b.cfg.Now()
+	reckon := func(rv broker.Revocation) broker.Revocation {
+		rv.Tokens, rv.Unswept = pending, r.rv.Unswept // first: the closure counts them
+		recount(&rv, t)
+		done = t.left == 0 && pending == 0 && !rv.Unswept
+		if done && rv.Settled.IsZero() {
+			rv.Settled = now
+		}
+		return rv
+	}
+	// Without this, hundreds that wait for a Vault that is down would keep the ledger from those who fence.
+	if r.stored.ID != "" && reckon(r.stored) == r.stored {
+		return done, nil
+	}
+	err = r.b.update(ctx, "revoke", func(tx *records.Tx) error {
+		before, ok, err := tx.Revocation(r.rv.ID)
+		if err != nil || !ok {
+			return orUnknown(err, records.UnknownRevocation("revoke"))
+		}
+		rv := reckon(before)
+		if r.rv = rv; before == rv {
+			return nil
+		}
+		if err := tx.PutRevocation(rv); err != nil {
+			return err
+		}
+		op := broker.OpEvidence
+		if before.Closure != rv.Closure {
+			op = broker.OpClosure
+		}
+		_, err = tx.Enter(broker.Entry{At: now, Actor: "pawl", Op: op, Chain: rv.Chain, Delegation: rv.Node, Revocation: rv.ID,
+			Detail: tallyText(rv)})
+		return err
+	})
+	if err != nil {
+		r.stored = broker.Revocation{}
+		return false, err // a closure that was not recorded is worked out again
+	}
+	r.stored = r.rv
+	return done, nil
+}
+
+// endUnrecorded does what can be done when the ledger takes no fence. Issuing has stopped with it, so what is known is
+// all there is, and it is ended now: revoking works when everything else is broken. The command must be repeated, since
+// nothing keeps the fence.
+func (b *Engine) endUnrecorded(ctx context.Context, r selector.Request, f fencing, cause error) error {
 	if r.Freeze {
 		return cause
 	}
@@ -247,23 +361,23 @@ func (b *Engine) cutUnrecorded(ctx context.Context, r selector.Request, f fencin
 	defer cancel()
 	var grants []broker.Grant
 	var nodes []broker.Delegation
-	err := b.view(clean, "revoke", func(tx broker.Tx) (err error) {
-		if f.target, err = resolve(tx, r.Selector); err != nil {
+	err := b.view(clean, "revoke", func(tx *records.Tx) (err error) {
+		if f.target, err = targetOf(tx, r.Selector); err != nil {
 			return err
 		}
-		grants, nodes, err = b.under(tx, broker.Revocation{Selector: f.selector, Node: f.target.node, Grant: f.target.grant, Fenced: f.now})
+		grants, nodes, err = tx.Under(broker.Revocation{Selector: f.selector, Node: f.target.node, Grant: f.target.grant, Fenced: f.now})
 		return err
 	})
 	if err != nil {
 		return cause
 	}
-	failed := b.cutNow(clean, grants, nodes)
+	failed := b.endWithoutLedger(clean, grants, nodes)
 	return broker.Errorf(broker.Unavailable, "revoke", "the ledger takes no fence: %d secrets known to it were cut without a record, %d calls failed; nothing keeps later ones from being handed out once the ledger is back", len(grants), failed).
 		With(broker.CodeLedgerDown).Because(cause).Lacks("repeat the command until it is acknowledged", "ledger")
 }
 
-// cutNow severs and kills without looking at the ledger, and gives how many calls failed.
-func (b *Engine) cutNow(ctx context.Context, grants []broker.Grant, nodes []broker.Delegation) (failed int) {
+// endWithoutLedger severs and kills without reading the ledger, and gives how many calls failed.
+func (b *Engine) endWithoutLedger(ctx context.Context, grants []broker.Grant, nodes []broker.Delegation) (failed int) {
 	by := map[string][]broker.Grant{}
 	var tokens []broker.Handle
 	for _, d := range nodes {
@@ -275,8 +389,8 @@ func (b *Engine) cutNow(ctx context.Context, grants []broker.Grant, nodes []brok
 			tokens = append(tokens, g.Token)
 		}
 	}
-	for name, cut := range by {
-		if s, ok := b.cfg.Backends[name].(broker.Severer); ok && s.Sever(ctx, cut) != nil {
+	for name, part := range by {
+		if s, ok := b.cfg.Backends[name].(broker.Severer); ok && s.Sever(ctx, part) != nil {
 			failed++
 		}
 	}
@@ -286,89 +400,4 @@ func (b *Engine) cutNow(ctx context.Context, grants []broker.Grant, nodes []brok
 		}
 	}
 	return failed
-}
-
-// resolve finds the one node or grant that a selector names; the zero target stands for a rule.
-func resolve(tx broker.Tx, s selector.Selector) (target, error) {
-	chain, node, grant, ok := s.Target()
-	if !ok {
-		return target{}, nil
-	}
-	if chain != "" {
-		c, known, err := load[broker.Chain](tx, keyChain(chain))
-		if err == nil && !known {
-			err = broker.Errorf(broker.NotFound, "revoke", "there is no chain %s", chain)
-		}
-		return target{node: c.Root}, err
-	}
-	return target{node: node, grant: grant}, nil
-}
-
-// unfreezeLifted is the detail of the entry that lifts a freeze, and not of the one that first asks for it.
-const unfreezeLifted = "lifted"
-
-// Unfreeze lifts a freeze once a second operator has asked for it; the first call records the
-// first. What was revoked stays revoked.
-//
-// Errors: Unauthenticated, NotFound, Conflict (it is no freeze, or is lifted), Denied with
-// CodeSecondPerson after the first call.
-func (b *Engine) Unfreeze(ctx context.Context, o broker.Operator, id broker.RevocationID) (rv broker.Revocation, err error) {
-	const op = "unfreeze"
-	if err := o.Check(op); err != nil {
-		return broker.Revocation{}, err
-	}
-	second := false
-	err = b.update(ctx, op, func(tx broker.Tx) error {
-		var ok bool
-		if rv, ok, err = load[broker.Revocation](tx, keyRevocation(id)); err != nil || !ok {
-			return orUnknownRevocation(op, err)
-		}
-		if !rv.Freeze || rv.Lifted {
-			return broker.Errorf(broker.Conflict, op, "%s is not a freeze that is in force", id)
-		}
-		if second = rv.Unfreezer != "" && rv.Unfreezer != o.Name; !second {
-			rv.Unfreezer = o.Name
-		} else if err := b.lift(tx, &rv); err != nil {
-			return err
-		}
-		if _, err := enter(tx, broker.Entry{At: b.cfg.Now(), Actor: o.Name, Op: broker.OpUnfreeze, Chain: rv.Chain, Delegation: rv.Node,
-			Grant: rv.Grant, Revocation: id, Detail: map[bool]string{false: "asked for", true: unfreezeLifted}[second]}); err != nil {
-			return err
-		}
-		return save(tx, keyRevocation(id), rv)
-	})
-	if err == nil && !second {
-		err = broker.Errorf(broker.Denied, op, "recorded; a second operator must ask for the same").With(broker.CodeSecondPerson).
-			Lacks("another operator repeats this command", "operator")
-	}
-	return rv, err
-}
-
-// lift takes a freeze's mark away where it is still that freeze's.
-func (b *Engine) lift(tx broker.Tx, rv *broker.Revocation) error {
-	rv.Lifted, rv.Settled = true, b.cfg.Now()
-	switch {
-	case rv.Node != "":
-		d, _, err := load[broker.Delegation](tx, keyDelegation(rv.Node))
-		if err != nil || d.Fence == nil || d.Fence.Revocation != rv.ID {
-			return err
-		}
-		d.Fence = nil
-		return save(tx, keyDelegation(d.ID), d)
-	case rv.Grant != "":
-		g, _, err := load[broker.Grant](tx, keyGrant(rv.Grant))
-		if err != nil || g.Fence == nil || g.Fence.Revocation != rv.ID {
-			return err
-		}
-		g.Fence = nil
-		return save(tx, keyGrant(g.ID), g)
-	}
-	return tx.Put(keyRule(rv.ID), nil)
-}
-
-func orUnknownRevocation(op string, err error) error {
-	if err != nil {
-		return err
-	}
-	return broker.Errorf(broker.NotFound, op, "there is no such revocation").With(broker.CodeRevocationUnknown)
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
 // stepToken is step 3 of an issue under way beside step 2. The ledger's disk and Vault are waited
@@ -18,10 +19,10 @@ type stepToken struct {
 	err   error
 }
 
-// early begins step 3 where step 2 is expected to agree: the delegation's own token is there, and no
+// prefetchToken begins step 3 where step 2 is expected to agree: the delegation's own token is there, and no
 // budget was used up a moment ago. So what is refused costs Vault nothing.
-func (s *issue) early(ctx context.Context, p path) *stepToken {
-	if !s.b.cfg.Vault.Holds(s.grant.Delegation) || s.broke(ctx, p) {
+func (s *issue) prefetchToken(ctx context.Context, p records.Lineage) *stepToken {
+	if !s.b.cfg.Vault.Holds(s.grant.Delegation) || s.budgetSpent(ctx, p) {
 		return nil
 	}
 	t, tool, g := &stepToken{done: make(chan struct{})}, s.tool, s.grant
@@ -38,21 +39,21 @@ func (s *issue) early(ctx context.Context, p path) *stepToken {
 	return t
 }
 
-// broke reports whether a budget on the path is used up, or whether that cannot be read.
-func (s *issue) broke(ctx context.Context, p path) (broke bool) {
-	return s.b.view(ctx, opIssue, func(tx broker.Tx) error {
-		for _, d := range p.nodes {
+// budgetSpent reports whether a budget on the records.Lineage is used up, or whether that cannot be read.
+func (s *issue) budgetSpent(ctx context.Context, p records.Lineage) (spent bool) {
+	return s.b.view(ctx, opIssue, func(tx *records.Tx) error {
+		for _, d := range p.Nodes {
 			if !d.Budget.Limited() {
 				continue
 			}
-			u, _, err := s.b.usages.load(tx, keyUsage(d.ID))
+			u, err := tx.Usage(d.ID)
 			if err != nil {
 				return err
 			}
-			broke = broke || u.exceeded(d.Budget, s.tool.Name, s.now) != ""
+			spent = spent || u.Exceeded(d.Budget, s.tool.Name, s.now) != ""
 		}
 		return nil
-	}) != nil || broke
+	}) != nil || spent
 }
 
 // wait gives what came of it.
@@ -84,10 +85,10 @@ func (b *Engine) prepare(ctx context.Context, t broker.Tool, g broker.Grant) (br
 
 // token is step 3: what was begun early, or what is made now. A delegation's token that is not
 // there, or has ended meanwhile, is made anew, once: nothing was minted yet.
-func (s *issue) token(ctx context.Context, early *stepToken) (m broker.Mint, token broker.Handle, err error) {
-	begun := early != nil
+func (s *issue) token(ctx context.Context, prefetched *stepToken) (m broker.Mint, token broker.Handle, err error) {
+	begun := prefetched != nil
 	if begun {
-		m, token, err = early.wait()
+		m, token, err = prefetched.wait()
 	}
 	if !begun || errors.Is(err, broker.ErrNoParent) {
 		m, token, err = s.makeToken(ctx)

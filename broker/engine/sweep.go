@@ -6,14 +6,14 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-// Strays is what a sweep found that the ledger does not know as alive, and ended.
-type Strays struct {
+// Orphans is what a sweep found that the ledger does not know as alive, and ended.
+type Orphans struct {
 	Leases int
 	Logins int
 }
@@ -21,7 +21,12 @@ type Strays struct {
 // Sweep compares what Vault and the backends hold under our names with the ledger, and ends
 // what the ledger does not know: the answer of a mint that was lost, or somebody minting behind
 // the broker (revoke, step 4). It runs on a schedule as well.
-func (b *Engine) Sweep(ctx context.Context) (s Strays, err error) {
+func (b *Engine) Sweep(ctx context.Context) (Orphans, error) { return sweeper{b}.sweep(ctx) }
+
+// sweeper is one sweep.
+type sweeper struct{ *Engine }
+
+func (b sweeper) sweep(ctx context.Context) (s Orphans, err error) {
 	if err := b.dropSpentRules(ctx); err != nil {
 		return s, err
 	}
@@ -54,12 +59,12 @@ func originOf(g broker.Grant) broker.Tool {
 }
 
 // earlierTools gives the origins of live grants that the running bundle has no tool for any more.
-func (b *Engine) earlierTools(ctx context.Context) (tools []broker.Tool, err error) {
+func (b sweeper) earlierTools(ctx context.Context) (tools []broker.Tool, err error) {
 	policy := b.cfg.Policy()
-	err = b.view(ctx, "sweep", func(tx broker.Tx) error {
+	err = b.view(ctx, "sweep", func(tx *records.Tx) error {
 		tools = []broker.Tool{}
 		seen := map[string]bool{}
-		return eachLive(tx, "", func(g broker.Grant) error {
+		return tx.EachLive("", func(g broker.Grant) error {
 			key := g.Backend + "\x00" + g.Path
 			if g.Path == "" || seen[key] {
 				return nil
@@ -76,11 +81,11 @@ func (b *Engine) earlierTools(ctx context.Context) (tools []broker.Tool, err err
 
 // dropSpentRules takes final rules away once every chain that was open when they were written
 // has ended: each transaction reads every rule.
-func (b *Engine) dropSpentRules(ctx context.Context) error {
+func (b sweeper) dropSpentRules(ctx context.Context) error {
 	now := b.cfg.Now()
 	var spent []broker.RevocationID
-	if err := b.view(ctx, "sweep", func(tx broker.Tx) error {
-		rules, err := b.rules.read(tx)
+	if err := b.view(ctx, "sweep", func(tx *records.Tx) error {
+		rules, err := tx.Rules()
 		for _, r := range rules {
 			if !r.Fence.Frozen && now.Sub(r.Fence.At) > broker.MaxChainTTL {
 				spent = append(spent, r.Fence.Revocation)
@@ -90,28 +95,28 @@ func (b *Engine) dropSpentRules(ctx context.Context) error {
 	}); err != nil || len(spent) == 0 {
 		return err
 	}
-	return b.update(ctx, "sweep", func(tx broker.Tx) error {
+	return b.update(ctx, "sweep", func(tx *records.Tx) error {
 		for _, id := range spent {
-			if err := tx.Put(keyRule(id), nil); err != nil {
+			if err := tx.DropRule(id); err != nil {
 				return err
 			}
 		}
-		_, err := enter(tx, broker.Entry{At: now, Actor: "pawl", Op: broker.OpEnd, Detail: fmt.Sprintf("%d rules that no open chain can fall under", len(spent))})
+		_, err := tx.Enter(broker.Entry{At: now, Actor: "pawl", Op: broker.OpEnd, Detail: fmt.Sprintf("%d rules that no open chain can fall under", len(spent))})
 		return err
 	})
 }
 
 // sweepLeases ends the leases that the ledger does not know. young are those that are too young to tell: each
 // may be the answer that an issue is about to record.
-func (b *Engine) sweepLeases(ctx context.Context, lister broker.LeaseLister, tools []broker.Tool) (n int, young []broker.FoundLease, err error) {
+func (b sweeper) sweepLeases(ctx context.Context, lister broker.LeaseLister, tools []broker.Tool) (n int, young []broker.FoundLease, err error) {
 	found, err := lister.Leases(ctx, tools)
 	if len(found) == 0 {
 		return 0, nil, err
 	}
 	errs := []error{err}
 	known := map[string]bool{}
-	if err := b.view(ctx, "sweep", func(tx broker.Tx) error {
-		return eachLive(tx, "", func(g broker.Grant) error { known[g.Lease.ID] = true; return nil })
+	if err := b.view(ctx, "sweep", func(tx *records.Tx) error {
+		return tx.EachLive("", func(g broker.Grant) error { known[g.Lease.ID] = true; return nil })
 	}); err != nil {
 		return 0, nil, err
 	}
@@ -129,47 +134,20 @@ func (b *Engine) sweepLeases(ctx context.Context, lister broker.LeaseLister, too
 			continue
 		}
 		n++
-		errs = append(errs, b.stray(ctx, broker.Entry{Detail: "a lease that the ledger does not know was ended: " + lease.ID}))
+		errs = append(errs, b.recordOrphan(ctx, broker.Entry{Detail: "a lease that the ledger does not know was ended: " + lease.ID}))
 	}
 	return n, young, errors.Join(errs...)
-}
-
-// stuck are the leases of live grants that Vault has given up revoking, as the last sweep found them.
-type stuck struct {
-	mu     sync.Mutex // guards leases
-	leases map[string]bool
-}
-
-// set takes over what was found and gives what is new in it.
-func (s *stuck) set(found map[string]bool) (fresh []string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for id := range found {
-		if !s.leases[id] {
-			fresh = append(fresh, id)
-		}
-	}
-	s.leases = found
-	return fresh
-}
-
-func (s *stuck) has(lease string) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.leases[lease]
 }
 
 // Irrevocable counts the leases of grants that Vault has given up revoking, as of the last sweep. Each is tried
 // again, and needs a person who looks why.
 func (b *Engine) Irrevocable() int {
-	b.stuck.mu.Lock()
-	defer b.stuck.mu.Unlock()
-	return len(b.stuck.leases)
+	return b.reaper.GivenUp()
 }
 
 // lookForStuck finds which grants' leases Vault has given up, says so once of each, and has them tried again: what
 // stood in the way, a target that was down for longer than Vault's patience, may be over.
-func (b *Engine) lookForStuck(ctx context.Context, lister broker.StuckLister) error {
+func (b sweeper) lookForStuck(ctx context.Context, lister broker.StuckLister) error {
 	ids, err := lister.Irrevocable(ctx)
 	if err != nil {
 		return err
@@ -181,10 +159,10 @@ func (b *Engine) lookForStuck(ctx context.Context, lister broker.StuckLister) er
 	ours := map[string]bool{}
 	var again []broker.Grant
 	if len(given) > 0 {
-		if err := b.view(ctx, "sweep", func(tx broker.Tx) error {
+		if err := b.view(ctx, "sweep", func(tx *records.Tx) error {
 			clear(ours)
 			again = nil
-			return eachLive(tx, "", func(g broker.Grant) error {
+			return tx.EachLive("", func(g broker.Grant) error {
 				if given[g.Lease.ID] {
 					ours[g.Lease.ID] = true
 					again = append(again, g)
@@ -195,14 +173,14 @@ func (b *Engine) lookForStuck(ctx context.Context, lister broker.StuckLister) er
 			return err
 		}
 	}
-	for _, id := range b.stuck.set(ours) {
+	for _, id := range b.reaper.SetGivenUp(ours) {
 		b.cfg.Alarm("sweep", broker.Errorf(broker.Internal, "sweep", "Vault has given up revoking lease %s: it is tried again, and needs a person", id))
 	}
-	b.closer.hurry(again...)
+	b.reaper.EndNow(again...)
 	return nil
 }
 
-func (b *Engine) sweepBackend(ctx context.Context, name string) (n int, err error) {
+func (b sweeper) sweepBackend(ctx context.Context, name string) (n int, err error) {
 	finder, ok := b.cfg.Backends[name].(broker.Finder)
 	if !ok {
 		return 0, nil
@@ -211,28 +189,28 @@ func (b *Engine) sweepBackend(ctx context.Context, name string) (n int, err erro
 	if err != nil || len(found) == 0 {
 		return 0, err
 	}
-	var strays []broker.Grant
+	var orphans []broker.Grant
 	now := b.cfg.Now()
-	if err := b.view(ctx, "sweep", func(tx broker.Tx) error {
-		strays = nil
+	if err := b.view(ctx, "sweep", func(tx *records.Tx) error {
+		orphans = nil
 		for _, id := range found {
-			g, ok, err := load[broker.Grant](tx, keyGrant(id))
+			g, ok, err := tx.Grant(id)
 			if err != nil {
 				return err
 			}
 			if g.ID = id; !ok || g.State == broker.StateClosed && now.Sub(g.Ended) > 5*time.Second {
-				strays = append(strays, g)
+				orphans = append(orphans, g)
 			}
 		}
 		return nil
-	}); err != nil || len(strays) == 0 {
+	}); err != nil || len(orphans) == 0 {
 		return 0, err
 	}
-	if err := b.endStrays(ctx, name, strays); err != nil {
+	if err := b.endOrphans(ctx, name, orphans); err != nil {
 		return 0, err
 	}
-	for _, g := range strays {
-		if err := b.stray(ctx, broker.Entry{Chain: g.Chain, Delegation: g.Delegation, Grant: g.ID, Tool: g.Tool,
+	for _, g := range orphans {
+		if err := b.recordOrphan(ctx, broker.Entry{Chain: g.Chain, Delegation: g.Delegation, Grant: g.ID, Tool: g.Tool,
 			Detail: "a credential at " + name + " that should not be alive was ended"}); err != nil {
 			return n, err
 		}
@@ -241,15 +219,15 @@ func (b *Engine) sweepBackend(ctx context.Context, name string) (n int, err erro
 	return n, nil
 }
 
-func (b *Engine) endStrays(ctx context.Context, name string, strays []broker.Grant) error {
+func (b sweeper) endOrphans(ctx context.Context, name string, orphans []broker.Grant) error {
 	if s, ok := b.cfg.Backends[name].(broker.Severer); ok {
-		if err := s.Sever(ctx, strays); err != nil {
+		if err := s.Sever(ctx, orphans); err != nil {
 			return err
 		}
 	}
 	if r, ok := b.cfg.Backends[name].(broker.Remover); ok {
-		all := make([]broker.GrantID, len(strays))
-		for i, g := range strays {
+		all := make([]broker.GrantID, len(orphans))
+		for i, g := range orphans {
 			all[i] = g.ID
 		}
 		return r.Remove(ctx, all)
@@ -257,16 +235,16 @@ func (b *Engine) endStrays(ctx context.Context, name string, strays []broker.Gra
 	return nil
 }
 
-func (b *Engine) stray(ctx context.Context, e broker.Entry) error {
+func (b sweeper) recordOrphan(ctx context.Context, e broker.Entry) error {
 	e.At, e.Actor, e.Op = b.cfg.Now(), "pawl", broker.OpStray
 	b.cfg.Alarm("sweep", broker.Errorf(broker.Internal, "sweep", "%s", e.Detail))
-	return b.update(ctx, "sweep", func(tx broker.Tx) error { _, err := enter(tx, e); return err })
+	return b.update(ctx, "sweep", func(tx *records.Tx) error { _, err := tx.Enter(e); return err })
 }
 
 // sweepAfter is step 4 of revoke for mints whose answer was lost: when none of them can complete any more, what Vault
 // holds below their paths is compared with the ledger. done means that no lease that they could have left is there.
 // With no grants, as after a restart, all paths are looked at.
-func (b *Engine) sweepAfter(ctx context.Context, grants []broker.Grant, fenced time.Time) (done bool, err error) {
+func (b sweeper) sweepAfter(ctx context.Context, grants []broker.Grant, fenced time.Time) (done bool, err error) {
 	var tools []broker.Tool
 	backends := map[string]bool{}
 	for _, g := range grants {

@@ -129,7 +129,10 @@ func (s *Server) heard(x *exchange, c broker.Caller, in api.HeardRequest) (answe
 		}
 		x.note(slog.String("revocation", in.Revocation))
 	}
-	return answer{status: http.StatusOK, body: api.Heard{}}, s.cfg.Broker.Heard(x.Context(), c, id, rv)
+	if rv == "" {
+		return answer{status: http.StatusOK, body: api.Heard{}}, s.cfg.Broker.Heartbeat(x.Context(), c, id)
+	}
+	return answer{status: http.StatusOK, body: api.Heard{}}, s.cfg.Broker.Acknowledge(x.Context(), c, id, rv)
 }
 
 // step is the one place where a secret is encoded; it is wiped when the answer has been sent.
@@ -253,7 +256,7 @@ func (s *Server) standingEvents(x *exchange) error {
 			if !s.cfg.Now().Before(d.Expires) {
 				return nil, true, broker.Errorf(broker.Expired, "standing", "the delegation is over").With(broker.CodeExpired)
 			}
-			st, err := s.cfg.Broker.Look(ctx, c, id)
+			st, err := s.cfg.Broker.Peek(ctx, c, id)
 			return api.Standing{Fence: wireFence(st.Fence), Ended: texts(st.Ended)}, st.Fence != nil && !st.Fence.Frozen, err
 		},
 	})

@@ -145,10 +145,10 @@ func (f *fake) Standing(ctx context.Context, c broker.Caller, id broker.Delegati
 	f.mu.Lock()
 	f.beats++
 	f.mu.Unlock()
-	return f.Look(ctx, c, id)
+	return f.Peek(ctx, c, id)
 }
 
-func (f *fake) Look(_ context.Context, _ broker.Caller, id broker.DelegationID) (broker.Standing, error) {
+func (f *fake) Peek(_ context.Context, _ broker.Caller, id broker.DelegationID) (broker.Standing, error) {
 	err := f.answer(id)
 	if f.looked != nil {
 		defer f.looked()
@@ -187,7 +187,11 @@ func (f *fake) Report(_ context.Context, _ broker.Caller, r broker.ReportRequest
 	return broker.Reported{Consequence: broker.ConsequenceRevokeChain, Revocation: revocationID}, f.answer(r)
 }
 
-func (f *fake) Heard(_ context.Context, _ broker.Caller, id broker.DelegationID, rv broker.RevocationID) error {
+func (f *fake) Heartbeat(_ context.Context, _ broker.Caller, id broker.DelegationID) error {
+	return f.answer([]string{string(id), ""})
+}
+
+func (f *fake) Acknowledge(_ context.Context, _ broker.Caller, id broker.DelegationID, rv broker.RevocationID) error {
 	return f.answer([]string{string(id), string(rv)})
 }
 

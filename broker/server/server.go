@@ -34,8 +34,9 @@ type Delegations interface {
 	Open(context.Context, broker.Caller, broker.OpenRequest) (broker.Delegation, error)
 	Delegate(context.Context, broker.Caller, broker.DelegateRequest) (broker.Delegation, error)
 	Standing(context.Context, broker.Caller, broker.DelegationID) (broker.Standing, error)
-	Look(context.Context, broker.Caller, broker.DelegationID) (broker.Standing, error) // Standing that is no request of the holder's
-	Heard(context.Context, broker.Caller, broker.DelegationID, broker.RevocationID) error
+	Peek(context.Context, broker.Caller, broker.DelegationID) (broker.Standing, error) // Standing that is no request of the holder's
+	Heartbeat(context.Context, broker.Caller, broker.DelegationID) error
+	Acknowledge(context.Context, broker.Caller, broker.DelegationID, broker.RevocationID) error
 }
 
 // Steps gives and ends the secrets of steps. Close waits for proof as long as its context allows.

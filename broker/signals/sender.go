@@ -36,7 +36,7 @@ type Subscriber struct {
 // Source is what events are read from, and where it is kept what was told. *broker.Broker is one.
 type Source interface {
 	Subscribe(ctx context.Context, subscriber string) (broker.Revision, error)
-	Told(ctx context.Context, subscriber string, upto broker.Revision) error
+	MarkDelivered(ctx context.Context, subscriber string, upto broker.Revision) error
 	Entries(ctx context.Context, after broker.Revision, limit int) ([]broker.Entry, error)
 	Event(ctx context.Context, e broker.Entry) (broker.Event, bool, error)
 	Watch(broker.ChainID) (changed <-chan struct{}, cancel func())
@@ -218,7 +218,7 @@ func (l *line) entry(ctx context.Context, e broker.Entry) (done bool) {
 	}
 	if said {
 		// When the ledger takes nothing, only a restart has it told again.
-		if err := l.s.cfg.Source.Told(ctx, l.to.Name, e.Revision); err != nil && ctx.Err() == nil {
+		if err := l.s.cfg.Source.MarkDelivered(ctx, l.to.Name, e.Revision); err != nil && ctx.Err() == nil {
 			l.s.cfg.Log.Warn("not recorded what a subscriber was told", "subscriber", l.to.Name, "error", err)
 		}
 	}

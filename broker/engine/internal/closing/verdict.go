@@ -1,4 +1,4 @@
-package engine
+package closing
 
 import (
 	"slices"
@@ -17,7 +17,7 @@ type verdict struct {
 	found   broker.Evidence // of the target; zero when it cannot be asked
 	probed  bool            // the target can be asked
 	minting bool            // an issue of this process is at work
-	stuck   bool            // Vault has given up revoking the lease
+	givenUp bool            // Vault has given up revoking the lease
 	now     time.Time
 }
 
@@ -69,7 +69,7 @@ func (v verdict) lease() broker.Evidence {
 		e.Outcome, e.Answer = broker.OutcomeUnknown, "Vault did not answer"
 	case v.gone.asked && !v.gone.gone:
 		// Vault still lists it: what the target says decides whether it works, but it is not over.
-		if e.Outcome, e.Answer = broker.OutcomeUnknown, "still there"; v.stuck {
+		if e.Outcome, e.Answer = broker.OutcomeUnknown, "still there"; v.givenUp {
 			e.Answer = answerGivenUp
 		}
 	case v.gone.asked:

@@ -6,17 +6,18 @@ import (
 	"slices"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
 // branch sees to it that Vault holds a usable token for a delegation and each of its ancestors:
-// the delegation tree is the Vault token tree. A token's accessor is recorded, on a path that is
+// the delegation tree is the Vault token tree. A token's accessor is recorded, on a records.Lineage that is
 // not fenced, before the token is used for anything.
 func (b *Engine) branch(ctx context.Context, op string, id broker.DelegationID, policy broker.Policy) error {
 	if b.cfg.Vault.Holds(id) {
 		return nil
 	}
-	unlock, err := b.branching.lock(ctx, id)
+	unlock, err := b.branching.Lock(ctx, id)
 	if err != nil {
 		return broker.Errorf(broker.Unavailable, op, "gave up waiting").Because(err)
 	}
@@ -25,10 +26,10 @@ func (b *Engine) branch(ctx context.Context, op string, id broker.DelegationID, 
 		return nil
 	}
 	var d broker.Delegation
-	if err := b.view(ctx, op, func(tx broker.Tx) error {
-		p, err := b.readPath(tx, op, id)
+	if err := b.view(ctx, op, func(tx *records.Tx) error {
+		p, err := tx.Lineage(op, id)
 		if err == nil {
-			d = p.leaf()
+			d = p.Leaf()
 		}
 		return err
 	}); err != nil {
@@ -55,21 +56,21 @@ func (b *Engine) branch(ctx context.Context, op string, id broker.DelegationID, 
 }
 
 func (b *Engine) recordToken(ctx context.Context, op string, id broker.DelegationID, token broker.Handle) error {
-	return b.update(ctx, op, func(tx broker.Tx) error {
-		p, err := b.readPath(tx, op, id)
+	return b.update(ctx, op, func(tx *records.Tx) error {
+		p, err := tx.Lineage(op, id)
 		if err != nil {
 			return err
 		}
 		now := b.cfg.Now()
-		if err := b.usable(tx, op, p, selector.Subject{}, now); err != nil {
+		if err := tx.CheckUsable(op, p, selector.Subject{}, now); err != nil {
 			return err
 		}
-		d := p.leaf()
+		d := p.Leaf()
 		d.Tokens = append(slices.Clip(d.Tokens), token)
-		if err := save(tx, keyDelegation(id), d); err != nil {
+		if err := tx.PutDelegation(d); err != nil {
 			return err
 		}
-		_, err = enter(tx, broker.Entry{At: now, Actor: "pawl", Op: broker.OpToken, Chain: d.Chain, Delegation: id})
+		_, err = tx.Enter(broker.Entry{At: now, Actor: "pawl", Op: broker.OpToken, Chain: d.Chain, Delegation: id})
 		return err
 	})
 }

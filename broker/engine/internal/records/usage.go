@@ -1,4 +1,4 @@
-package engine
+package records
 
 import (
 	"maps"
@@ -16,8 +16,8 @@ type Usage struct {
 	Tools  map[broker.ToolName]broker.Past `json:"tools,omitempty"`
 }
 
-// exceeded names the limit of b that one more step with tool at now would break; empty: none.
-func (u Usage) exceeded(b broker.Budget, tool broker.ToolName, now time.Time) string {
+// Exceeded names the limit of b that one more step with tool at now would break; empty: none.
+func (u Usage) Exceeded(b broker.Budget, tool broker.ToolName, now time.Time) string {
 	switch {
 	case b.Steps > 0 && u.Steps >= b.Steps:
 		return "budget:steps"
@@ -31,8 +31,8 @@ func (u Usage) exceeded(b broker.Budget, tool broker.ToolName, now time.Time) st
 	return ""
 }
 
-// begin counts one more step.
-func (u *Usage) begin(tool broker.ToolName, now time.Time) {
+// Count adds one more step.
+func (u *Usage) Count(tool broker.ToolName, now time.Time) {
 	u.Steps++
 	u.Live++
 	if minute := now.Unix() / 60; minute != u.Minute {
@@ -48,4 +48,30 @@ func (u *Usage) begin(tool broker.ToolName, now time.Time) {
 	maps.Copy(tools, u.Tools)
 	tools[tool] = p
 	u.Tools = tools
+}
+
+// Usage reads what has happened under a delegation.
+func (t *Tx) Usage(id broker.DelegationID) (Usage, error) {
+	u, _, err := t.cache.usages.load(t, keyUsage(id))
+	return u, err
+}
+
+// PutUsage writes it.
+func (t *Tx) PutUsage(id broker.DelegationID, u Usage) error {
+	return t.cache.usages.save(t, keyUsage(id), u)
+}
+
+// GiveBack takes ended grants off the delegations' counts of live ones.
+func (t *Tx) GiveBack(ended map[broker.DelegationID]int) error {
+	for id, n := range ended {
+		u, err := t.Usage(id)
+		if err != nil {
+			return err
+		}
+		u.Live = max(0, u.Live-n)
+		if err := t.PutUsage(id, u); err != nil {
+			return err
+		}
+	}
+	return nil
 }

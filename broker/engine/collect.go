@@ -3,105 +3,19 @@ package engine
 import (
 	"context"
 	"errors"
-	"sync"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-var (
-	errSealedTooLarge = errors.New("the sealed secret is larger than is kept")
-	errSealedFull     = errors.New("too many sealed secrets wait to be collected")
-)
-
-// deliveries holds what is sealed and not collected, in memory alone: like every secret it is in no
-// ledger, and a restart loses it.
-type deliveries struct {
-	mu      sync.Mutex // guards what follows
-	waiting map[broker.GrantID]delivery
-	each    map[spiffeid.ID]int
-	bytes   int
-}
-
-type delivery struct {
-	sealed []byte
-	asker  spiffeid.ID
-}
-
-// reserve takes a place before anything is minted for it.
-func (d *deliveries) reserve(g broker.Grant) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if len(d.waiting) >= broker.MaxWaiting || d.each[g.Caller] >= broker.MaxWaitingEach || d.bytes >= broker.MaxSealedBytes {
-		return broker.Errorf(broker.Unavailable, opIssue, "%v; nothing was minted", errSealedFull).With(broker.CodeDeliveriesFull).After(time.Second)
-	}
-	if d.waiting == nil {
-		d.waiting, d.each = map[broker.GrantID]delivery{}, map[spiffeid.ID]int{}
-	}
-	d.waiting[g.ID] = delivery{asker: g.Caller}
-	d.each[g.Caller]++
-	return nil
-}
-
-// put fills the place. It fails when the grant has ended meanwhile, and its place is gone.
-func (d *deliveries) put(id broker.GrantID, sealed []byte) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	at, ok := d.waiting[id]
-	switch {
-	case !ok:
-		return broker.Errorf(broker.Revoked, opIssue, "it ended while it was on its way; nothing is handed out").With(broker.CodeFenced)
-	case len(sealed) > broker.MaxSealed:
-		return errSealedTooLarge
-	case d.bytes+len(sealed) > broker.MaxSealedBytes:
-		return errSealedFull
-	}
-	at.sealed = sealed
-	d.waiting[id] = at
-	d.bytes += len(sealed)
-	return nil
-}
-
-func (d *deliveries) has(id broker.GrantID) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.waiting[id].sealed != nil
-}
-
-// take gives a delivery and forgets it; nil: there is none.
-func (d *deliveries) take(id broker.GrantID) []byte {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	at, ok := d.waiting[id]
-	if !ok {
-		return nil
-	}
-	delete(d.waiting, id)
-	if d.each[at.asker]--; d.each[at.asker] == 0 {
-		delete(d.each, at.asker)
-	}
-	d.bytes -= len(at.sealed)
-	return at.sealed
-}
-
-// drop forgets what ends.
-func (d *deliveries) drop(grants []broker.Grant) {
-	for _, g := range grants {
-		if g.Sealed != "" {
-			d.take(g.ID)
-		}
-	}
-}
-
-// lost reports whether a sealed secret can reach nobody: it was not collected, and is not kept.
-func (b *Engine) lost(g *broker.Grant) bool {
-	return g.Sealed != "" && g.State == broker.StateIssued && g.Collected.IsZero() && !b.deliveries.has(g.ID) && !b.closer.isMinting(g.ID)
+// undeliverable reports whether a sealed secret can reach nobody: it was not collected, and is not kept.
+func (b *Engine) undeliverable(g *broker.Grant) bool {
+	return g.Sealed != "" && g.State == broker.StateIssued && g.Collected.IsZero() && !b.deliveries.Has(g.ID) && !b.reaper.IsMinting(g.ID)
 }
 
 // bind writes the seal into the grant, and refuses a collector whom the step may not reach.
-func (s *issue) bind(ctx context.Context, p path) error {
+func (s *issue) bind(ctx context.Context, p records.Lineage) error {
 	seal := s.r.Seal
 	if seal == nil {
 		return nil
@@ -122,7 +36,7 @@ func (s *issue) deliver(secret broker.Secret) error {
 	defer secret.Wipe()
 	sealed, err := s.r.Seal.Encrypt(s.grant, secret)
 	if err == nil {
-		err = s.b.deliveries.put(s.grant.ID, sealed)
+		err = s.b.deliveries.Put(s.grant.ID, sealed)
 	}
 	var e *broker.Error
 	if err != nil && !errors.As(err, &e) {
@@ -145,19 +59,19 @@ func (b *Engine) Collect(ctx context.Context, c broker.Caller, id broker.GrantID
 	if err := c.Check(opCollect, k.now); err != nil {
 		return broker.Grant{}, nil, err
 	}
-	if err := b.view(ctx, opCollect, func(tx broker.Tx) error { return k.read(tx, id) }); err != nil {
+	if err := b.view(ctx, opCollect, func(tx *records.Tx) error { return k.read(tx, id) }); err != nil {
 		return broker.Grant{}, nil, err
 	}
 	if k.grant.Collector != c.ID {
-		return broker.Grant{}, nil, b.violated(ctx, c, k.path, broker.ViolationHolder, k.grant.Tool, unknownGrant(opCollect))
+		return broker.Grant{}, nil, b.violated(ctx, c, k.path, broker.ViolationHolder, k.grant.Tool, records.UnknownGrant(opCollect))
 	}
-	if c.ID == k.path.leaf().Holder {
-		b.watchdog.again(k.grant.Delegation, k.now)
+	if c.ID == k.path.Leaf().Holder {
+		b.watchdog.BeatAgain(k.grant.Delegation, k.now)
 	}
-	if err := b.update(ctx, opCollect, func(tx broker.Tx) error { return k.record(tx, id) }); err != nil {
+	if err := b.update(ctx, opCollect, func(tx *records.Tx) error { return k.record(tx, id) }); err != nil {
 		return broker.Grant{}, nil, k.refused(ctx, err)
 	}
-	sealed := b.deliveries.take(id)
+	sealed := b.deliveries.Take(id)
 	if sealed == nil { // it was fenced just after it was recorded
 		return broker.Grant{}, nil, broker.Errorf(broker.Revoked, opCollect, "it has just ended; nothing is handed out").With(broker.CodeFenced)
 	}
@@ -172,56 +86,56 @@ type collecting struct {
 	c     broker.Caller
 	now   time.Time
 	grant broker.Grant
-	path  path
+	path  records.Lineage
 }
 
-func (k *collecting) read(tx broker.Tx, id broker.GrantID) error {
-	g, ok, err := load[broker.Grant](tx, keyGrant(id))
+func (k *collecting) read(tx *records.Tx, id broker.GrantID) error {
+	g, ok, err := tx.Grant(id)
 	if err == nil && (!ok || g.Sealed == "") {
-		err = unknownGrant(opCollect)
+		err = records.UnknownGrant(opCollect)
 	}
 	if err != nil {
 		return err
 	}
 	k.grant = g
-	k.path, err = k.b.readPath(tx, opCollect, g.Delegation)
+	k.path, err = tx.Lineage(opCollect, g.Delegation)
 	return err
 }
 
 // record is the commit point: what step 6 of an issue checks, checked again, and that nobody has
 // collected it.
-func (k *collecting) record(tx broker.Tx, id broker.GrantID) error {
+func (k *collecting) record(tx *records.Tx, id broker.GrantID) error {
 	if err := k.read(tx, id); err != nil {
 		return err
 	}
 	g := k.grant
 	if g.Fence != nil {
-		return fencedError(opCollect, g.Fence)
+		return records.Fenced(opCollect, g.Fence)
 	}
-	f, err := k.b.fenceOver(tx, k.path, k.path.subject(g))
+	f, err := tx.FenceOver(k.path, k.path.Subject(g))
 	over := g.State != broker.StateIssued || g.Ending != "" || !k.now.Before(g.Expires)
 	switch {
 	case err != nil:
 		return err
 	case f != nil:
-		return fencedError(opCollect, f)
+		return records.Fenced(opCollect, f)
 	case !g.Collected.IsZero():
 		return broker.Errorf(broker.Conflict, opCollect, "it was collected at %s, and is given once", g.Collected.UTC().Format(time.RFC3339)).With(broker.CodeAlreadyCollected)
-	case !k.b.deliveries.has(id) && (!over || g.Ending == broker.EndingFailed):
+	case !k.b.deliveries.Has(id) && (!over || g.Ending == broker.EndingFailed):
 		return broker.Errorf(broker.Expired, opCollect, "it is not kept any more, and is being ended").With(broker.CodeDeliveryLost)
 	case over:
 		return broker.Errorf(broker.Expired, opCollect, "the grant is over").With(broker.CodeExpired)
 	}
-	if err := k.b.usable(tx, opCollect, k.path, k.path.subject(g), k.now); err != nil {
+	if err := tx.CheckUsable(opCollect, k.path, k.path.Subject(g), k.now); err != nil {
 		return err
 	}
 	g.Collected = k.now
-	if err := save(tx, keyGrant(id), g); err != nil {
+	if err := tx.PutGrant(g); err != nil {
 		return err
 	}
-	e := grantEntry(&g, broker.OpCollected, k.now)
+	e := records.GrantEntry(&g, broker.OpCollected, k.now)
 	e.Actor, e.Detail = k.c.ID.String(), ""
-	_, err = enter(tx, e)
+	_, err = tx.Enter(e)
 	k.grant = g
 	return err
 }
@@ -235,7 +149,7 @@ func (k *collecting) refused(ctx context.Context, err error) error {
 	case e.Code == broker.CodeAlreadyCollected:
 		return k.secondUse(ctx, e)
 	case e.Code == broker.CodeDeliveryLost:
-		k.b.closer.hurry(k.grant)
+		k.b.reaper.EndNow(k.grant)
 	}
 	if e.Kind == broker.Unavailable || e.Kind == broker.Internal {
 		return e

@@ -7,15 +7,17 @@
 package engine
 
 import (
-	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"sync"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/closing"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
+	"github.com/pawlsec/pawl/broker/engine/internal/sched"
+	"github.com/pawlsec/pawl/broker/engine/internal/volatile"
 )
 
 // Config is what a [Broker] is made of.
@@ -28,71 +30,42 @@ type Config struct {
 	Random   io.Reader // for ids; crypto/rand.Reader but in tests
 
 	// Alarm is told what a person should see and no request can answer: a kill that Vault
-	// refused, a sweep that found a stray. It must not block. Nil: nobody is told, and only the
+	// refused, a sweep that found an orphan. It must not block. Nil: nobody is told, and only the
 	// ledger shows it.
 	Alarm func(op string, err error)
 
 	MintTimeout time.Duration // how long a mint is waited for; zero means 10 s
 	MintBound   time.Duration // how long Vault may still complete a request that was given up (its max_request_duration); zero means 90 s
-	SweepEvery  time.Duration // how often strays are looked for; zero means 1 min, negative never
+	SweepEvery  time.Duration // how often orphans are searched for; zero means 1 min, negative never
 	Workers     int           // kills under way at once for each backend; zero means 8
 }
 
-// Broker carries out the procedures. Make one with [New]; it is safe for concurrent use.
+// Engine carries out the procedures. Make one with [New]; it is safe for concurrent use.
 type Engine struct {
 	cfg    Config
-	hub    hub
-	closer *closer
+	hub    volatile.Hub
+	cache  records.Cache
+	reaper *closing.Reaper
 
-	watchdog   *watchdog
-	deliveries deliveries
-	rules      ruleCache
-	nodes      recordCache[broker.Delegation]
-	chains     recordCache[broker.Chain]
-	usages     recordCache[Usage]
-	plans      planBook
-	rolls      rolls
+	watchdog   *volatile.Watchdog
+	deliveries volatile.Deliveries
+	plans      volatile.Latest[string, planned]                               // by token; executing one shows what has been added
+	rolls      volatile.Latest[broker.RevocationID, []broker.Acknowledgement] // the holders that must acknowledge: the set does not change after the fence
 
-	pursued pursuits
-	stuck   stuck
-	touches touches
-
-	branching keyedLocks // one delegation's token is made once at a time
+	reconciling sched.Busy[broker.RevocationID]  // by this process
+	touches     sched.Busy[broker.ValueDigest]   // canary values that are being recorded as presented
+	branching   sched.Locks[broker.DelegationID] // one delegation's token is made once at a time
 
 	ctx  context.Context // ends with Stop: the lifetime of background work
 	stop context.CancelFunc
 	work sync.WaitGroup
 }
 
-// New validates cfg. Nothing runs in the background before [Broker.Resume].
-func New(cfg Config) (*Engine, error) {
-	for name, missing := range map[string]bool{
-		"Ledger": cfg.Ledger == nil, "Policy": cfg.Policy == nil, "Vault": cfg.Vault == nil,
-		"Backends": len(cfg.Backends) == 0, "Now": cfg.Now == nil, "Random": cfg.Random == nil,
-	} {
-		if missing {
-			return nil, fmt.Errorf("broker: Config.%s is required", name)
-		}
-	}
-	if cfg.Alarm == nil {
-		cfg.Alarm = func(string, error) {}
-	}
-	cfg.MintTimeout = cmp.Or(cfg.MintTimeout, 10*time.Second)
-	cfg.MintBound = cmp.Or(cfg.MintBound, 90*time.Second)
-	cfg.SweepEvery = cmp.Or(cfg.SweepEvery, time.Minute)
-	cfg.Workers = cmp.Or(cfg.Workers, 8)
-	b := &Engine{cfg: cfg}
-	b.ctx, b.stop = context.WithCancel(context.Background())
-	b.closer = newCloser(b)
-	b.watchdog = newWatchdog(b)
-	return b, nil
-}
-
-// Stop ends the background work and waits for it. What was not finished is in the ledger, and
-// [Broker.Resume] of the next Broker goes on with it.
-func (b *Engine) Stop() {
-	b.stop()
-	b.work.Wait()
+// planned is the set that a plan was made of. A restart forgets it, and the plan must be made again.
+type planned struct {
+	selector string
+	set      map[string]bool
+	at       time.Time
 }
 
 // background runs f until it returns; Stop waits for it.
@@ -107,14 +80,14 @@ func (b *Engine) newID(prefix string) (string, error) {
 
 // update runs one transaction for the procedure op. Entries of the transaction wake whoever
 // watches their chains.
-func (b *Engine) update(ctx context.Context, op string, f func(broker.Tx) error) error {
+func (b *Engine) update(ctx context.Context, op string, f func(*records.Tx) error) error {
 	var touched touchedTx
 	err := b.cfg.Ledger.Update(ctx, func(tx broker.Tx) error {
 		touched = touchedTx{Tx: tx}
-		return f(&touched)
+		return f(b.cache.In(&touched))
 	})
 	if err == nil {
-		b.hub.wake(touched.names)
+		b.hub.Wake(touched.names)
 		return nil
 	}
 	var e *broker.Error
@@ -126,8 +99,8 @@ func (b *Engine) update(ctx context.Context, op string, f func(broker.Tx) error)
 }
 
 // view runs one read for the procedure op.
-func (b *Engine) view(ctx context.Context, op string, f func(broker.Tx) error) error {
-	err := b.cfg.Ledger.View(ctx, f)
+func (b *Engine) view(ctx context.Context, op string, f func(*records.Tx) error) error {
+	err := b.cfg.Ledger.View(ctx, func(tx broker.Tx) error { return f(b.cache.In(tx)) })
 	var e *broker.Error
 	if err == nil || errors.As(err, &e) {
 		return err
@@ -138,11 +111,11 @@ func (b *Engine) view(ctx context.Context, op string, f func(broker.Tx) error) e
 // touchedTx remembers whom the entries of a transaction are about.
 type touchedTx struct {
 	broker.Tx
-	names []topicName
+	names []volatile.Topic
 }
 
 func (t *touchedTx) Append(e broker.Entry) (broker.Revision, error) {
-	t.names = append(t.names, topicName{e.Chain, e.Op == broker.OpFence || e.Op == broker.OpFreeze || e.Op == broker.OpUnfreeze})
+	t.names = append(t.names, volatile.Topic{Chain: e.Chain, Fences: e.Op == broker.OpFence || e.Op == broker.OpFreeze || e.Op == broker.OpUnfreeze})
 	return t.Tx.Append(e)
 }
 
@@ -164,36 +137,28 @@ func checkText(op, what, s string, least, most int) error {
 	return nil
 }
 
-// keyedLocks serialises work on one delegation without stopping work on others.
-type keyedLocks struct {
-	mu   sync.Mutex // guards held
-	held map[broker.DelegationID]chan struct{}
+// asUnavailable keeps a classified error and makes Unavailable of any other.
+func asUnavailable(err error, code broker.Code, msg string) error {
+	var e *broker.Error
+	if errors.As(err, &e) {
+		return e
+	}
+	return broker.Errorf(broker.Unavailable, "issue", "%s", msg).With(code).Because(err).After(time.Second)
 }
 
-// lock waits for the key; the returned function gives it back.
-func (k *keyedLocks) lock(ctx context.Context, id broker.DelegationID) (unlock func(), err error) {
-	for {
-		k.mu.Lock()
-		busy, taken := k.held[id]
-		if !taken {
-			if k.held == nil {
-				k.held = map[broker.DelegationID]chan struct{}{}
-			}
-			mine := make(chan struct{})
-			k.held[id] = mine
-			k.mu.Unlock()
-			return func() {
-				k.mu.Lock()
-				delete(k.held, id)
-				k.mu.Unlock()
-				close(mine)
-			}, nil
-		}
-		k.mu.Unlock()
-		select {
-		case <-busy:
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
+// kill ends a token that the ledger may not know, best effort: it has a hard end of its own.
+func (b *Engine) kill(ctx context.Context, token broker.Handle) {
+	clean, cancel := after(ctx, b.cfg.MintTimeout)
+	defer cancel()
+	if err := b.cfg.Vault.Kill(clean, token.Accessor); err != nil {
+		b.cfg.Alarm("ending an unused token", err)
 	}
+}
+
+// orUnknown gives the error of a read, or the refusal of what was not found.
+func orUnknown(err error, unknown *broker.Error) error {
+	if err != nil {
+		return err
+	}
+	return unknown
 }

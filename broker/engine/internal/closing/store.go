@@ -1,0 +1,82 @@
+package closing
+
+import (
+	"context"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
+)
+
+// store records a batch and gives the grants that are not closed.
+func (w *worker) store(batch []broker.Grant) (rest []broker.Grant) {
+	ctx, cancel := context.WithTimeout(w.r.cfg.Context, time.Minute)
+	defer cancel()
+	for len(batch) > 0 {
+		n, err := w.record(ctx, batch)
+		if err != nil {
+			w.alarm("recording closed grants", err)
+			return append(rest, batch...)
+		}
+		w.mu.Lock()
+		for _, g := range batch[:n] {
+			if g.State == broker.StateClosed {
+				delete(w.killed, g.Token.Accessor)
+			} else {
+				rest = append(rest, g)
+			}
+		}
+		w.mu.Unlock()
+		w.r.report(batch[:n])
+		batch = batch[n:]
+	}
+	return rest
+}
+
+// recordTime is how long one transaction of a worker takes in grants. Every fence and intent waits for the running
+// transaction, and its commit takes about twice as long again.
+const recordTime = 2 * time.Millisecond
+
+// record stores what was found of the first n grants of a batch, one at least. Closed grants leave the live ones and
+// give back their place in the budgets. A grant whose outcome has not changed is not written again.
+func (w *worker) record(ctx context.Context, batch []broker.Grant) (n int, err error) {
+	now := w.r.cfg.Now()
+	err = w.r.cfg.Update(ctx, "close", func(tx *records.Tx) error {
+		n = 0
+		began := w.r.cfg.Now()
+		ended := map[broker.DelegationID]int{} // how many live grants each delegation has less
+		for i := range batch {
+			if i > 0 && w.r.cfg.Now().Sub(began) > recordTime {
+				break
+			}
+			n++
+			if err := recordOne(tx, &batch[i], now, ended); err != nil {
+				return err
+			}
+		}
+		return tx.GiveBack(ended)
+	})
+	return n, err
+}
+
+func recordOne(tx *records.Tx, g *broker.Grant, now time.Time, ended map[broker.DelegationID]int) error {
+	old, ok, err := tx.Grant(g.ID)
+	if err != nil {
+		return err
+	}
+	switch dead := g.Outcome == broker.OutcomeDead || g.Outcome == broker.OutcomeStatic; {
+	case !ok || old.State == broker.StateClosed:
+		g.State = broker.StateClosed
+	case g.State != old.State:
+		// An issue has moved it since it was read; the next check sees it as it is.
+	case dead:
+		return tx.Finish(g, now, ended)
+	case g.Outcome != old.Outcome || old.Ending == "" || givenUp(g.Evidence) != givenUp(old.Evidence):
+		if err := tx.PutGrant(*g); err != nil {
+			return err
+		}
+		_, err := tx.Enter(records.GrantEntry(g, broker.OpEnd, now))
+		return err
+	}
+	return nil
+}

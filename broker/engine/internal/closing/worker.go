@@ -1,0 +1,251 @@
+package closing
+
+import (
+	"context"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
+)
+
+// worker ends the grants of one backend.
+type worker struct {
+	r       *Reaper
+	backend string
+	sever   *queue // not severed yet
+
+	// Severed, as far as that could be done: to be killed in Vault and proven. An agent's own Close must not wait for the
+	// revocation of another chain, so few grants at once and many at once are settled beside each other.
+	quick, bulk *queue
+
+	mu     sync.Mutex           // guards killed
+	killed map[string]time.Time // when Vault confirmed the end of a token, by accessor, while its grant is not closed
+}
+
+func newWorker(r *Reaper, backend string) *worker {
+	return &worker{r: r, backend: backend, sever: newQueue(), quick: newQueue(), bulk: newQueue(), killed: map[string]time.Time{}}
+}
+
+func (w *worker) push(ds []Due) {
+	var sever, settle []Due
+	for _, d := range ds {
+		if d.attempt == 0 || d.alive {
+			sever = append(sever, d)
+		} else {
+			settle = append(settle, d)
+		}
+	}
+	w.sever.push(sever)
+	w.pushSettle(settle)
+}
+
+func (w *worker) pushSettle(ds []Due) {
+	if len(ds) <= batchSize {
+		w.quick.push(ds)
+	} else {
+		w.bulk.push(ds)
+	}
+}
+
+// runSever is step 2 of revoke for everything that has arrived: at once, in bulk, without Vault.
+func (w *worker) runSever() {
+	for w.await(w.sever) {
+		taken := w.sever.take()
+		grants := w.ending(taken)
+		if s, ok := w.r.cfg.Backends[w.backend].(broker.Severer); ok && len(grants) > 0 {
+			ctx, cancel := context.WithTimeout(w.r.cfg.Context, 30*time.Second)
+			if err := s.Sever(ctx, grants); err != nil {
+				w.alarm("severing at "+w.backend, err) // Vault may still end them
+			}
+			cancel()
+		}
+		severed := make([]Due, len(grants))
+		for i, g := range grants {
+			severed[i] = Due{ID: g.ID, attempt: max(taken[g.ID].attempt, 1)}
+		}
+		w.pushSettle(severed)
+		w.sever.done()
+	}
+}
+
+// alarm reports an error, unless the broker stops.
+func (w *worker) alarm(op string, err error) {
+	if w.r.cfg.Context.Err() == nil {
+		w.r.cfg.Alarm(op, err)
+	}
+}
+
+func (w *worker) await(q *queue) bool {
+	select {
+	case <-w.r.cfg.Context.Done():
+		return false
+	case <-q.wake:
+		return true
+	}
+}
+
+// ending reads the grants that were not handed over with their records. It leaves out the closed ones, and those that
+// need not end yet: a clock that was ahead has them checked too soon, and they are checked again at their end.
+func (w *worker) ending(due map[broker.GrantID]Due) (grants []broker.Grant) {
+	now := w.r.cfg.Now()
+	var early []Due
+	err := w.r.cfg.View(w.r.cfg.Context, "close", func(tx *records.Tx) error {
+		grants, early = nil, nil
+		for id, d := range due {
+			if d.grant != nil {
+				grants = append(grants, *d.grant)
+				continue
+			}
+			g, ok, err := tx.Grant(id)
+			if err != nil {
+				return err
+			}
+			if !ok || g.State == broker.StateClosed {
+				continue
+			}
+			must, err := w.r.MustEnd(tx, &g, now)
+			if err != nil {
+				return err
+			}
+			if must {
+				grants = append(grants, g)
+			} else {
+				early = append(early, Due{At: g.Expires, ID: id, Backend: w.backend})
+			}
+		}
+		return nil
+	})
+	w.r.cfg.Discard(grants)
+	if err != nil && w.r.cfg.Context.Err() == nil {
+		w.alarm("reading what must end", err)
+		spread := rand.Float64()
+		for id, d := range due {
+			w.r.schedule(w.retry(id, d.attempt, spread))
+		}
+		return nil
+	}
+	for _, d := range early {
+		w.r.schedule(d)
+	}
+	return grants
+}
+
+// MustEnd reports whether a grant that is not closed has to end now, and says why in g.Ending.
+func (r *Reaper) MustEnd(tx *records.Tx, g *broker.Grant, now time.Time) (bool, error) {
+	if g.Ending != "" {
+		return true, nil
+	}
+	if g.Fence != nil && !g.Fence.Frozen {
+		g.Ending = broker.EndingRevoked
+		return true, nil
+	}
+	l, err := tx.Lineage("close", g.Delegation)
+	if err != nil {
+		return false, err
+	}
+	f, err := tx.FenceOver(l, l.Subject(*g))
+	switch {
+	case err != nil:
+		return false, err
+	case f != nil && !f.Frozen:
+		g.Ending = broker.EndingRevoked
+	case !now.Before(g.Expires):
+		g.Ending = broker.EndingExpired
+	case r.cfg.Undeliverable(g):
+		g.Ending = broker.EndingFailed
+	case g.State != broker.StateIssued && !r.IsMinting(g.ID):
+		g.Ending = broker.EndingFailed // the process that was issuing it is gone
+	}
+	return g.Ending != "", nil
+}
+
+// batchSize is how many grants are killed, and then recorded, together; and how many count as few.
+const batchSize = 200
+
+// passSize is how many grants are asked about together. One question about many leases, or about many secrets at their
+// target, costs Vault or the target little more than one about a few.
+const passSize = 10 * batchSize
+
+// runSettle is steps 3 to 5 of revoke for what one queue gets.
+func (w *worker) runSettle(q *queue) {
+	for w.await(q) {
+		taken := q.take()
+		if q == w.quick && len(taken) > batchSize { // many small ones have become many
+			w.bulk.push(values(taken))
+			taken = nil
+		}
+		for pass := range slices.Chunk(values(taken), passSize) {
+			if w.r.cfg.Context.Err() == nil {
+				w.settle(pass)
+			}
+		}
+		q.done()
+	}
+}
+
+func values(due map[broker.GrantID]Due) []Due {
+	list := make([]Due, 0, len(due))
+	for _, d := range due {
+		list = append(list, d)
+	}
+	return list
+}
+
+// settle closes what can be closed. What is left is checked again all at once, and not each by itself.
+func (w *worker) settle(pass []Due) {
+	taken := make(map[broker.GrantID]Due, len(pass))
+	for _, d := range pass {
+		taken[d.ID] = d
+	}
+	grants := w.ending(taken)
+	if len(grants) == 0 {
+		return
+	}
+	spread := rand.Float64()
+	for _, g := range w.close(grants, taken) {
+		due := w.retry(g.ID, taken[g.ID].attempt, spread)
+		due.alive = w.isAlive(g)
+		if settles := g.Settles.Add(time.Millisecond); settles.After(w.r.cfg.Now()) && settles.Before(due.At) {
+			due.At = settles // then an answer is possible
+		}
+		w.r.schedule(due)
+	}
+}
+
+// close kills and proves a pass, closes what is proven, and gives the rest.
+func (w *worker) close(pass []broker.Grant, taken map[broker.GrantID]Due) (rest []broker.Grant) {
+	killed := w.kill(pass)
+	ctx, cancel := context.WithTimeout(w.r.cfg.Context, time.Minute)
+	defer cancel()
+	found := w.prove(ctx, pass)
+	gone := w.leasesGone(ctx, pass)
+	w.revokeLeft(ctx, pass, gone, taken)
+	now := w.r.cfg.Now()
+	for i := range pass {
+		g := &pass[i]
+		g.Outcome, g.Evidence = verdict{g: *g, killed: killed[i], gone: gone[i], found: found[i],
+			minting: w.r.IsMinting(g.ID), givenUp: w.r.isGivenUp(g.Lease.ID), probed: w.probes(), now: now}.outcome()
+	}
+	for batch := range slices.Chunk(pass, batchSize) {
+		rest = append(rest, w.store(batch)...)
+	}
+	return rest
+}
+
+// isAlive reports whether the target has not shown that the grant's secret is dead: it was not severed because the
+// target was down, or was created after that.
+func (w *worker) isAlive(g broker.Grant) bool {
+	n := len(g.Evidence)
+	return n > 0 && w.probes() && g.Evidence[n-1].Outcome != broker.OutcomeDead
+}
+
+// retry is when to check again: soon at first, since Vault has usually only queued its part. spread, from 0 to 1, keeps
+// the checks of one backend apart from those of another.
+func (w *worker) retry(id broker.GrantID, attempt int, spread float64) Due {
+	wait := min(10*time.Millisecond<<min(attempt, 12), 10*time.Second)
+	wait += time.Duration(spread * float64(wait/2))
+	return Due{At: w.r.cfg.Now().Add(wait), ID: id, Backend: w.backend, attempt: attempt + 1}
+}

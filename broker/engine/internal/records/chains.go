@@ -1,0 +1,107 @@
+package records
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// Chain reads a chain.
+func (t *Tx) Chain(id broker.ChainID) (broker.Chain, bool, error) {
+	return t.cache.chains.load(t, keyChain(id))
+}
+
+// AddChain writes a new chain.
+func (t *Tx) AddChain(c broker.Chain) error { return save(t, keyChain(c.ID), c) }
+
+// Delegation reads a delegation.
+func (t *Tx) Delegation(id broker.DelegationID) (broker.Delegation, bool, error) {
+	return t.cache.delegations.load(t, keyDelegation(id))
+}
+
+// PutDelegation writes a delegation that exists.
+func (t *Tx) PutDelegation(d broker.Delegation) error {
+	clear(t.lineages)
+	return save(t, keyDelegation(d.ID), d)
+}
+
+// AddDelegation writes a new delegation and its entry.
+func (t *Tx) AddDelegation(d broker.Delegation, e broker.Entry) error {
+	e.Chain, e.Delegation = d.Chain, d.ID
+	if err := t.PutDelegation(d); err != nil {
+		return err
+	}
+	if err := t.mark(keyMember(d.Chain, d.ID)); err != nil {
+		return err
+	}
+	if d.Heartbeat > 0 {
+		if err := t.mark(keyHeartbeat(d.ID)); err != nil {
+			return err
+		}
+	}
+	_, err := t.Enter(e)
+	return err
+}
+
+// EachChain calls f with each chain.
+func (t *Tx) EachChain(f func(broker.Chain) error) error {
+	list, err := ids[broker.ChainID](t, prefixChain, "")
+	return each(list, err, func(id broker.ChainID) error {
+		c, _, err := t.Chain(id)
+		if err != nil {
+			return err
+		}
+		return f(c)
+	})
+}
+
+// EachMember calls f with each delegation of the chain, or of all chains when it is empty.
+func (t *Tx) EachMember(chain broker.ChainID, f func(broker.DelegationID) error) error {
+	list, err := ids[broker.DelegationID](t, inChain(prefixMember, chain), "")
+	return each(list, err, f)
+}
+
+// EachRecent is EachMember without most of the expired ones. A chain lives no longer than MaxChainTTL and its id begins
+// with the time, so of all chains the older ones are not read.
+func (t *Tx) EachRecent(chain broker.ChainID, now time.Time, f func(broker.DelegationID) error) error {
+	after := ""
+	if chain == "" {
+		after = prefixMember + "ch" + broker.IDTime(now.Add(-broker.MaxChainTTL))
+	}
+	list, err := ids[broker.DelegationID](t, inChain(prefixMember, chain), after)
+	return each(list, err, f)
+}
+
+// EachOpen calls f with the lineage of each delegation under which a secret can still be handed out, now or when a
+// freeze is lifted.
+func (t *Tx) EachOpen(chain broker.ChainID, now time.Time, f func(Lineage) error) error {
+	return t.EachRecent(chain, now, func(id broker.DelegationID) error {
+		l, err := t.Lineage("revoke", id)
+		if err != nil {
+			return err
+		}
+		fence, err := t.FenceOver(l, noGrant)
+		if err != nil || fence != nil && !fence.Frozen || !now.Before(l.Leaf().Expires) {
+			return err
+		}
+		return f(l)
+	})
+}
+
+// RootFirst orders delegations so that each comes after its parent, siblings by age.
+func RootFirst(nodes []broker.Delegation) {
+	slices.SortFunc(nodes, func(a, b broker.Delegation) int {
+		return cmp.Or(cmp.Compare(b.Depth, a.Depth), a.Created.Compare(b.Created), cmp.Compare(a.ID, b.ID))
+	})
+}
+
+// EachHeartbeat calls f with each delegation whose holder promised a heartbeat.
+func (t *Tx) EachHeartbeat(f func(broker.DelegationID) error) error {
+	list, err := ids[broker.DelegationID](t, prefixHeartbeat, "")
+	return each(list, err, f)
+}
+
+// DropHeartbeat takes a delegation off that list.
+func (t *Tx) DropHeartbeat(id broker.DelegationID) error { return t.drop(keyHeartbeat(id)) }

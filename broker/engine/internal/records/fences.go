@@ -1,0 +1,181 @@
+package records
+
+import (
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/selector"
+)
+
+// Rule is a fence over everything that a selector matches. A final rule covers the chains that were open when it was
+// written. A freeze covers later ones as well, until it is lifted.
+type Rule struct {
+	Fence    broker.Fence `json:"fence"`
+	Selector string       `json:"selector"` // in canonical spelling
+
+	parsed selector.Selector
+}
+
+// NewRule makes a rule of a selector and its mark.
+func NewRule(s selector.Selector, mark broker.Fence) Rule {
+	return Rule{Fence: mark, Selector: s.String(), parsed: s}
+}
+
+// noGrant is the subject of a question about a delegation alone.
+var noGrant selector.Subject
+
+// Covers reports whether the rule is over a delegation, or over the subject when that has a grant.
+func (r Rule) Covers(l Lineage, subject selector.Subject) bool {
+	if !r.Fence.Frozen && l.Chain.Opened.After(r.Fence.At) {
+		return false
+	}
+	for i, d := range l.Nodes {
+		if r.parsed.Matches(selector.Subject{Chain: l.Chain, Path: l.Nodes[:i+1], At: d.Created}) {
+			return true
+		}
+	}
+	return subject.Grant != "" && r.parsed.Matches(subject)
+}
+
+// Rules gives the rules in force.
+func (t *Tx) Rules() (rules []Rule, err error) {
+	if !t.ruled {
+		if t.rules, err = t.cache.rules.read(t); err != nil {
+			return nil, err
+		}
+		t.ruled = true
+	}
+	return t.rules, nil
+}
+
+// AddRule writes a rule under its fence's revocation.
+func (t *Tx) AddRule(r Rule) error {
+	t.ruled = false
+	return save(t, keyRule(r.Fence.Revocation), r)
+}
+
+// DropRule takes a revocation's rule away.
+func (t *Tx) DropRule(id broker.RevocationID) error {
+	t.ruled = false
+	return t.drop(keyRule(id))
+}
+
+// RuleLike gives the mark of the rule in force with this selector and of this kind; nil: there is none.
+func (t *Tx) RuleLike(s string, freeze bool) (*broker.Fence, error) {
+	rules, err := t.Rules()
+	for i := range rules {
+		if rules[i].Selector == s && rules[i].Fence.Frozen == freeze {
+			return &rules[i].Fence, err
+		}
+	}
+	return nil, err
+}
+
+// FenceOver gives the fence that covers a delegation or the subject: on a node, or a rule that matches a node or the
+// subject. A final fence is given before a freeze; nil: there is none.
+func (t *Tx) FenceOver(l Lineage, subject selector.Subject) (found *broker.Fence, err error) {
+	rules, err := t.Rules()
+	if err != nil {
+		return nil, err
+	}
+	for i := range l.Nodes {
+		found = stronger(found, l.Nodes[i].Fence)
+	}
+	for i := range rules {
+		if rules[i].Covers(l, subject) {
+			found = stronger(found, &rules[i].Fence)
+		}
+	}
+	return found, nil
+}
+
+func stronger(a, b *broker.Fence) *broker.Fence {
+	if a == nil || b != nil && a.Frozen && !b.Frozen {
+		return b
+	}
+	return a
+}
+
+// FinalFences gives every final fence over a delegation: those on its nodes, and the rules that match one.
+func (t *Tx) FinalFences(l Lineage) (over []broker.Fence, err error) {
+	for _, d := range l.Nodes {
+		if d.Fence != nil && !d.Fence.Frozen {
+			over = append(over, *d.Fence)
+		}
+	}
+	rules, err := t.Rules()
+	for _, r := range rules {
+		if !r.Fence.Frozen && r.Covers(l, noGrant) {
+			over = append(over, r.Fence)
+		}
+	}
+	return over, err
+}
+
+// StillOpen reports whether no node is revoked or past its end. A freeze may be lifted, so it does not count.
+func (t *Tx) StillOpen(l Lineage, now time.Time) (bool, error) {
+	over, err := t.FinalFences(l)
+	return err == nil && len(over) == 0 && !l.Expired(now), err
+}
+
+// CheckUsable refuses a delegation over which anything is fenced or expired. The subject is the step that is to
+// happen under it; its Grant is empty for a further delegation.
+//
+// Errors: Revoked, Expired.
+func (t *Tx) CheckUsable(op string, l Lineage, subject selector.Subject, now time.Time) error {
+	f, err := t.FenceOver(l, subject)
+	if err != nil {
+		return err
+	}
+	if f != nil {
+		return Fenced(op, f)
+	}
+	if end, expired := l.expired(now); expired {
+		return broker.Errorf(broker.Expired, op, "the delegation ended at %s", end.UTC().Format(time.RFC3339)).With(broker.CodeExpired)
+	}
+	return nil
+}
+
+// ruleCache keeps parsed rules. Which rules there are is read in every transaction.
+type ruleCache struct {
+	mu     sync.Mutex // guards parsed
+	parsed map[string]Rule
+}
+
+// maxParsed bounds the rules that are kept parsed; then all are dropped.
+const maxParsed = 1024
+
+func (c *ruleCache) read(t *Tx) (rules []Rule, err error) {
+	scanErr := t.tx.Scan(prefixRule, "", func(key string, raw []byte) bool {
+		var r Rule
+		if r, err = c.parse(key, raw); err == nil {
+			rules = append(rules, r)
+		}
+		return err == nil
+	})
+	if err == nil {
+		err = scanErr
+	}
+	return rules, err
+}
+
+func (c *ruleCache) parse(key string, raw []byte) (r Rule, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if r, ok := c.parsed[string(raw)]; ok {
+		return r, nil
+	}
+	if err := decode(key, raw, &r); err != nil {
+		return Rule{}, err
+	}
+	if r.parsed, err = selector.Parse(r.Selector); err != nil {
+		return Rule{}, fmt.Errorf("rule %q: %w", key, err)
+	}
+	if len(c.parsed) > maxParsed || c.parsed == nil {
+		c.parsed = map[string]Rule{}
+	}
+	c.parsed[string(raw)] = r
+	return r, nil
+}

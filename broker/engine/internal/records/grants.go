@@ -1,0 +1,182 @@
+package records
+
+import (
+	"bytes"
+	"cmp"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// Grant reads a grant.
+func (t *Tx) Grant(id broker.GrantID) (broker.Grant, bool, error) {
+	return load[broker.Grant](t, keyGrant(id))
+}
+
+// PutGrant writes a grant that exists.
+func (t *Tx) PutGrant(g broker.Grant) error { return save(t, keyGrant(g.ID), g) }
+
+// EncodedGrant is a grant ready to be written. An issue encodes it before its transaction, because all others wait for that.
+type EncodedGrant struct {
+	Grant broker.Grant
+	raw   []byte
+}
+
+// EncodeGrant encodes a grant.
+func EncodeGrant(g broker.Grant) (EncodedGrant, error) {
+	raw, err := encode(keyGrant(g.ID), g)
+	return EncodedGrant{g, raw}, err
+}
+
+// PutEncoded writes an encoded grant.
+func (t *Tx) PutEncoded(e EncodedGrant) error { return t.tx.Put(keyGrant(e.Grant.ID), e.raw) }
+
+// AddEncoded writes a new grant, which is live from then on.
+func (t *Tx) AddEncoded(e EncodedGrant) error {
+	if err := t.PutEncoded(e); err != nil {
+		return err
+	}
+	return t.mark(keyLive(e.Grant.Chain, e.Grant.ID))
+}
+
+// GrantAgain reads the grant of e, and decodes it only when it is not as e has it.
+func (t *Tx) GrantAgain(e EncodedGrant) (g broker.Grant, same, ok bool, err error) {
+	raw, err := t.tx.Get(keyGrant(e.Grant.ID))
+	if err != nil || raw == nil {
+		return broker.Grant{}, false, false, err
+	}
+	if bytes.Equal(raw, e.raw) {
+		return e.Grant, true, true, nil
+	}
+	err = decode(keyGrant(e.Grant.ID), raw, &g)
+	return g, false, err == nil, err
+}
+
+// Finish makes a grant CLOSED, and counts it in ended for each delegation above it.
+func (t *Tx) Finish(g *broker.Grant, now time.Time, ended map[broker.DelegationID]int) error {
+	l, err := t.Lineage("close", g.Delegation)
+	if err != nil {
+		return err
+	}
+	for _, d := range l.Nodes {
+		ended[d.ID]++
+	}
+	g.State, g.Ended = broker.StateClosed, now
+	if err := t.PutGrant(*g); err != nil {
+		return err
+	}
+	if err := t.drop(keyLive(g.Chain, g.ID)); err != nil {
+		return err
+	}
+	if err := t.mark(keyPast(g.Chain, g.ID)); err != nil {
+		return err
+	}
+	if g.Ending == broker.EndingRevoked {
+		if err := t.MarkFenced(*g); err != nil {
+			return err
+		}
+	}
+	if g.Outcome == broker.OutcomeStatic { // closed, and yet it works: a later revocation counts it too
+		if err := t.mark(keyStatic(g.Chain, g.ID)); err != nil {
+			return err
+		}
+	}
+	_, err = t.Enter(GrantEntry(g, broker.OpClosed, now))
+	return err
+}
+
+// GrantEntry is the entry about a grant that is ending.
+func GrantEntry(g *broker.Grant, op broker.Op, now time.Time) broker.Entry {
+	return broker.Entry{At: now, Actor: "pawl", Op: op, Chain: g.Chain, Delegation: g.Delegation, Grant: g.ID, Tool: g.Tool,
+		Detail: string(g.Ending) + ", " + g.Outcome.String()}
+}
+
+// MarkFenced lists a grant as fenced, so that its holder's agent finds it without a search through the live ones.
+func (t *Tx) MarkFenced(g broker.Grant) error { return t.mark(keyFenced(g.Delegation, g.ID)) }
+
+// EachMarkedFenced calls f with each grant of the delegation that is listed so.
+func (t *Tx) EachMarkedFenced(d broker.DelegationID, f func(broker.GrantID) error) error {
+	list, err := ids[broker.GrantID](t, keyFenced(d, ""), "")
+	return each(list, err, f)
+}
+
+// EachLive calls f with each grant of the chain, or of all chains when it is empty, that is not closed.
+func (t *Tx) EachLive(chain broker.ChainID, f func(broker.Grant) error) error {
+	return eachGrant(t, inChain(prefixLive, chain), f)
+}
+
+// EachStatic calls f with each grant of the chain, or of all chains when it is empty, that is closed while its static
+// secret works on.
+func (t *Tx) EachStatic(chain broker.ChainID, f func(broker.Grant) error) error {
+	return eachGrant(t, inChain(prefixStatic, chain), f)
+}
+
+// EachPast calls f with each grant of the chain that is closed.
+func (t *Tx) EachPast(chain broker.ChainID, f func(broker.Grant) error) error {
+	return eachGrant(t, inChain(prefixPast, chain), f)
+}
+
+// GrantHead is the part of a grant that says when it must end. Of a hundred thousand nothing else is decoded.
+type GrantHead struct {
+	ID      broker.GrantID    `json:"id"`
+	State   broker.GrantState `json:"state"`
+	Backend string            `json:"backend"`
+	Expires time.Time         `json:"expires"`
+	Ending  broker.Ending     `json:"ending"`
+	Outcome broker.Outcome    `json:"outcome"`
+
+	Sealed    string    `json:"sealed"`
+	Collected time.Time `json:"collected"`
+}
+
+// EachLiveHead is EachLive for the heads alone.
+func (t *Tx) EachLiveHead(f func(GrantHead) error) error { return eachGrant(t, prefixLive, f) }
+
+// EachLiveID calls f with the id of each grant of the chain, or of all chains when it is empty, that is not closed.
+func (t *Tx) EachLiveID(chain broker.ChainID, f func(broker.GrantID) error) error {
+	list, err := ids[broker.GrantID](t, inChain(prefixLive, chain), "")
+	return each(list, err, f)
+}
+
+func eachGrant[T any](t *Tx, prefix string, f func(T) error) error {
+	list, err := ids[broker.GrantID](t, prefix, "")
+	return each(list, err, func(id broker.GrantID) error {
+		g, ok, err := load[T](t, keyGrant(id))
+		if err != nil || !ok {
+			return err
+		}
+		return f(g)
+	})
+}
+
+// RecentGrants gives the grants of a backend that were made after a time, to some milliseconds, closed ones included.
+func (t *Tx) RecentGrants(backend string, after time.Time) (list []broker.Grant, err error) {
+	scanErr := t.tx.Scan(prefixGrant, keyGrant(broker.GrantID("gr"+broker.IDTime(after))), func(key string, raw []byte) bool {
+		var g broker.Grant
+		if err = decode(key, raw, &g); err == nil && g.Backend == backend {
+			list = append(list, g)
+		}
+		return err == nil
+	})
+	return list, cmp.Or(err, scanErr)
+}
+
+// Once looks up the grant that an idempotency key was used for.
+func (t *Tx) Once(d broker.DelegationID, digest [32]byte) (id broker.GrantID, ok bool, err error) {
+	raw, err := t.tx.Get(keyOnce(d, digest))
+	return broker.GrantID(raw), raw != nil, err
+}
+
+// TakeOnce records the grant that an idempotency key is used for.
+func (t *Tx) TakeOnce(d broker.DelegationID, digest [32]byte, id broker.GrantID) error {
+	return t.tx.Put(keyOnce(d, digest), []byte(id))
+}
+
+// LiveOrStatic reports whether a grant is not closed, or is closed while its static secret works on.
+func (t *Tx) LiveOrStatic(id broker.GrantID) (live, static bool, err error) {
+	g, ok, err := load[GrantHead](t, keyGrant(id))
+	if err != nil || !ok {
+		return false, false, err
+	}
+	return g.State != broker.StateClosed, g.State == broker.StateClosed && g.Outcome == broker.OutcomeStatic, nil
+}

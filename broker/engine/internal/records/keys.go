@@ -1,0 +1,80 @@
+package records
+
+import (
+	"fmt"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// The keys of the ledger, by family. Ids have one length and alphabet, so no key is a prefix of another of its family.
+//
+//	b/policy         the policy bundle in force
+//	c/CHAIN          a chain
+//	d/DELEGATION     a delegation
+//	e/CHAIN/REV      an entry of the audit log about the chain (no content)
+//	f/REVOCATION     a rule: a fence over whatever a selector matches
+//	g/GRANT          a grant
+//	h/REV/DELEG      the acknowledgement of a revocation by a delegation's holder
+//	k/DELEG/HASH     an idempotency key, with the grant it was used for
+//	l/CHAIN/GRANT    the grant is not closed (no content)
+//	m/CHAIN/DELEG    the delegation belongs to the chain (no content)
+//	n/DIGEST         a canary value
+//	p/CHAIN/GRANT    the grant is closed (no content)
+//	r/REVOCATION     a revocation
+//	t/SUBSCRIBER     a subscriber's delivery cursor
+//	u/DELEGATION     the usage of a delegation
+//	w/CHAIN/GRANT    the grant is closed and its static secret still works (no content)
+//	x/DELEG/GRANT    the grant was fenced by itself or by a rule (no content)
+//	y/DELEGATION     the delegation has a heartbeat (no content)
+const (
+	prefixChain      = "c/"
+	prefixGrant      = "g/"
+	prefixLive       = "l/"
+	prefixMember     = "m/"
+	prefixCanary     = "n/"
+	prefixPast       = "p/"
+	prefixRevocation = "r/"
+	prefixRule       = "f/"
+	prefixStatic     = "w/"
+	prefixHeartbeat  = "y/"
+
+	keyBundle = "b/policy"
+)
+
+func keyChain(id broker.ChainID) string           { return prefixChain + string(id) }
+func keyDelegation(id broker.DelegationID) string { return "d/" + string(id) }
+func keyMember(c broker.ChainID, d broker.DelegationID) string {
+	return inChain(prefixMember, c) + string(d)
+}
+func keyUsage(id broker.DelegationID) string            { return "u/" + string(id) }
+func keyGrant(id broker.GrantID) string                 { return prefixGrant + string(id) }
+func keyLive(c broker.ChainID, g broker.GrantID) string { return inChain(prefixLive, c) + string(g) }
+func keyPast(c broker.ChainID, g broker.GrantID) string { return inChain(prefixPast, c) + string(g) }
+func keyStatic(c broker.ChainID, g broker.GrantID) string {
+	return inChain(prefixStatic, c) + string(g)
+}
+func keyRevocation(id broker.RevocationID) string { return prefixRevocation + string(id) }
+func keyRule(id broker.RevocationID) string       { return prefixRule + string(id) }
+func keyFenced(d broker.DelegationID, g broker.GrantID) string {
+	return "x/" + string(d) + "/" + string(g)
+}
+func keyHeartbeat(d broker.DelegationID) string { return prefixHeartbeat + string(d) }
+func keyEvent(c broker.ChainID, r broker.Revision) string {
+	return fmt.Sprintf("e/%s/%016x", c, uint64(r))
+}
+func keyCanary(d broker.ValueDigest) string { return prefixCanary + string(d) }
+func keyCursor(subscriber string) string    { return "t/" + subscriber }
+func keyAcknowledged(rv broker.RevocationID, d broker.DelegationID) string {
+	return "h/" + string(rv) + "/" + string(d)
+}
+func keyOnce(d broker.DelegationID, digest [32]byte) string {
+	return fmt.Sprintf("k/%s/%x", d, digest[:16])
+}
+
+// inChain is the prefix of a family's keys in one chain, or in all when it is empty.
+func inChain(prefix string, c broker.ChainID) string {
+	if c == "" {
+		return prefix
+	}
+	return prefix + string(c) + "/"
+}

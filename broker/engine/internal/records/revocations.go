@@ -1,0 +1,121 @@
+package records
+
+import (
+	"cmp"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/selector"
+)
+
+// Revocation reads a revocation.
+func (t *Tx) Revocation(id broker.RevocationID) (broker.Revocation, bool, error) {
+	return load[broker.Revocation](t, keyRevocation(id))
+}
+
+// PutRevocation writes a revocation.
+func (t *Tx) PutRevocation(rv broker.Revocation) error { return save(t, keyRevocation(rv.ID), rv) }
+
+// EachRevocation calls f with each revocation and freeze.
+func (t *Tx) EachRevocation(f func(broker.Revocation) error) error {
+	list, err := ids[broker.RevocationID](t, prefixRevocation, "")
+	return each(list, err, func(id broker.RevocationID) error {
+		rv, ok, err := t.Revocation(id)
+		if err != nil || !ok {
+			return err
+		}
+		return f(rv)
+	})
+}
+
+// Covers reports whether a revocation covers a delegation, or the subject when that has a grant.
+type Covers func(Lineage, selector.Subject) bool
+
+// Covering gives the test of whether a revocation covers something.
+func Covering(rv broker.Revocation) (Covers, error) {
+	switch {
+	case rv.Node != "":
+		return func(l Lineage, _ selector.Subject) bool {
+			for _, d := range l.Nodes {
+				if d.ID == rv.Node {
+					return true
+				}
+			}
+			return false
+		}, nil
+	case rv.Grant != "":
+		return func(_ Lineage, s selector.Subject) bool { return s.Grant == rv.Grant }, nil
+	}
+	s, err := selector.Parse(rv.Selector)
+	return NewRule(s, broker.Fence{At: rv.Fenced, Frozen: rv.Freeze}).Covers, err
+}
+
+// Under lists what a revocation covers: the grants that are not closed, and the delegations with Vault tokens, ancestors
+// before their descendants.
+func (t *Tx) Under(rv broker.Revocation) (grants []broker.Grant, nodes []broker.Delegation, err error) {
+	covers, err := Covering(rv)
+	if err != nil {
+		return nil, nil, err
+	}
+	err = t.EachLive(rv.Chain, t.covered(covers, func(g broker.Grant) { grants = append(grants, g) }))
+	if err != nil || rv.Grant != "" {
+		return grants, nil, err
+	}
+	err = t.EachRecent(rv.Chain, rv.Fenced, func(id broker.DelegationID) error {
+		l, err := t.Lineage("revoke", id)
+		if err == nil && len(l.Leaf().Tokens) > 0 && covers(l, noGrant) {
+			nodes = append(nodes, l.Leaf())
+		}
+		return err
+	})
+	RootFirst(nodes)
+	return grants, nodes, err
+}
+
+// StaticUnder lists the grants that a revocation covers, that are closed, and whose static secrets still work.
+func (t *Tx) StaticUnder(rv broker.Revocation) (list []broker.GrantID, err error) {
+	covers, err := Covering(rv)
+	if err != nil {
+		return nil, err
+	}
+	err = t.EachStatic(rv.Chain, t.covered(covers, func(g broker.Grant) { list = append(list, g.ID) }))
+	return list, err
+}
+
+// covered calls f with those of the grants that are covered.
+func (t *Tx) covered(covers Covers, f func(broker.Grant)) func(broker.Grant) error {
+	return func(g broker.Grant) error {
+		l, err := t.Lineage("revoke", g.Delegation)
+		if err == nil && covers(l, l.Subject(g)) {
+			f(g)
+		}
+		return err
+	}
+}
+
+// acknowledged is the record of an acknowledgement.
+type acknowledged struct {
+	At time.Time `json:"at"`
+}
+
+// Acknowledge records that a delegation's holder has acknowledged a revocation; first says that it had not before.
+func (t *Tx) Acknowledge(rv broker.RevocationID, d broker.DelegationID, now time.Time) (first bool, err error) {
+	key := keyAcknowledged(rv, d)
+	if known, err := t.has(key); err != nil || known {
+		return false, err
+	}
+	return true, save(t, key, acknowledged{At: now})
+}
+
+// Acknowledgements gives when the holders of delegations acknowledged a revocation.
+func (t *Tx) Acknowledgements(rv broker.RevocationID) (map[broker.DelegationID]time.Time, error) {
+	at := map[broker.DelegationID]time.Time{}
+	var err error
+	scanErr := t.tx.Scan(keyAcknowledged(rv, ""), "", func(key string, raw []byte) bool {
+		var a acknowledged
+		err = decode(key, raw, &a)
+		at[broker.DelegationID(key[len(key)-broker.IDLength:])] = a.At
+		return err == nil
+	})
+	return at, cmp.Or(err, scanErr)
+}

@@ -1,0 +1,81 @@
+// Package volatile has what the engine keeps in memory alone: watchers, heartbeats, sealed secrets that wait, and small
+// caches. Each says what a restart loses.
+package volatile
+
+import (
+	"sync"
+
+	"github.com/pawlsec/pawl/broker"
+)
+
+// Hub wakes watchers, so that they read again. It carries no data and never blocks. A restart ends every watch.
+type Hub struct {
+	mu     sync.Mutex // guards topics
+	topics map[Topic]*watchers
+}
+
+// Topic is what a watcher waits for: any change of a chain, or only that a fence over it was set or lifted.
+type Topic struct {
+	Chain  broker.ChainID // empty: all chains
+	Fences bool
+}
+
+// watchers of one topic share a channel that is closed when they must read again.
+type watchers struct {
+	changed chan struct{}
+	count   int
+}
+
+// Watch gives a channel that is closed at the next change. cancel must be called.
+func (h *Hub) Watch(name Topic) (changed <-chan struct{}, cancel func()) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.topics == nil {
+		h.topics = map[Topic]*watchers{}
+	}
+	t, ok := h.topics[name]
+	if !ok {
+		t = &watchers{changed: make(chan struct{})}
+		h.topics[name] = t
+	}
+	t.count++
+	var once sync.Once
+	return t.changed, func() {
+		once.Do(func() {
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			if t.count--; t.count == 0 && h.topics[name] == t {
+				delete(h.topics, name)
+			}
+		})
+	}
+}
+
+// Wake wakes the watchers of topics. An entry without a chain is a rule's, which may cover any.
+func (h *Hub) Wake(names []Topic) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, n := range names {
+		if n.Chain == "" {
+			for name := range h.topics {
+				if n.Fences || !name.Fences {
+					h.fire(name)
+				}
+			}
+			continue
+		}
+		h.fire(Topic{Chain: n.Chain})
+		h.fire(Topic{})
+		if n.Fences {
+			h.fire(n)
+		}
+	}
+}
+
+// fire closes the topic's channel; who watches on takes a new one.
+func (h *Hub) fire(name Topic) {
+	if t, ok := h.topics[name]; ok {
+		close(t.changed)
+		delete(h.topics, name)
+	}
+}

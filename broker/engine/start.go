@@ -1,0 +1,105 @@
+package engine
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/closing"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
+	"github.com/pawlsec/pawl/broker/engine/internal/volatile"
+)
+
+// New validates cfg. Nothing runs in the background before [Engine.Resume].
+func New(cfg Config) (*Engine, error) {
+	for name, missing := range map[string]bool{
+		"Ledger": cfg.Ledger == nil, "Policy": cfg.Policy == nil, "Vault": cfg.Vault == nil,
+		"Backends": len(cfg.Backends) == 0, "Now": cfg.Now == nil, "Random": cfg.Random == nil,
+	} {
+		if missing {
+			return nil, fmt.Errorf("engine: Config.%s is required", name)
+		}
+	}
+	if cfg.Alarm == nil {
+		cfg.Alarm = func(string, error) {}
+	}
+	cfg.MintTimeout = cmp.Or(cfg.MintTimeout, 10*time.Second)
+	cfg.MintBound = cmp.Or(cfg.MintBound, 90*time.Second)
+	cfg.SweepEvery = cmp.Or(cfg.SweepEvery, time.Minute)
+	cfg.Workers = cmp.Or(cfg.Workers, 8)
+	b := &Engine{cfg: cfg}
+	b.ctx, b.stop = context.WithCancel(context.Background())
+	b.touches.Most, b.plans.Most, b.rolls.Most = maxTouches, maxPlans, maxRolls
+	b.watchdog = volatile.NewWatchdog(cfg.Now, b.missedHeartbeat)
+	b.reaper = closing.New(closing.Config{Vault: cfg.Vault, Backends: cfg.Backends, Now: cfg.Now, Alarm: cfg.Alarm,
+		View: b.view, Update: b.update, Undeliverable: b.undeliverable, Discard: b.deliveries.Drop,
+		Context: b.ctx, Background: b.background, CallTimeout: cfg.MintTimeout, Workers: cfg.Workers})
+	return b, nil
+}
+
+// Stop ends the background work and waits for it. What was not finished is in the ledger, and
+// [Engine.Resume] of the next Engine goes on with it.
+func (b *Engine) Stop() {
+	b.stop()
+	b.work.Wait()
+}
+
+// Resume takes up what the ledger holds and starts the background work. Grants that were under
+// way when a process died are hunted down, grants that are alive end when their time comes, and
+// revocations go on. It is called once, before the first request.
+//
+// Errors: Unavailable when the ledger cannot be read or written.
+func (b *Engine) Resume(ctx context.Context) error {
+	const op = "resume"
+	var alive []closing.Due
+	var abandoned []broker.Grant
+	var unsettled []broker.Revocation
+	var watching []broker.Delegation
+	err := b.view(ctx, op, func(tx *records.Tx) error {
+		alive, abandoned, unsettled = nil, nil, nil
+		err := tx.EachLiveHead(func(g records.GrantHead) error {
+			uncollected := g.Sealed != "" && g.Collected.IsZero() // what was kept for it went with the process
+			if g.State == broker.StateIssued && g.Ending == "" && !uncollected {
+				alive = append(alive, closing.Due{At: g.Expires, ID: g.ID, Backend: g.Backend})
+			} else {
+				abandoned = append(abandoned, broker.Grant{ID: g.ID, Backend: g.Backend})
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		return tx.EachRevocation(func(rv broker.Revocation) error {
+			if rv.Settled.IsZero() {
+				unsettled = append(unsettled, rv)
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		return err
+	}
+	if err := b.update(ctx, op, func(tx *records.Tx) (err error) {
+		if watching, err = watched(tx, b.cfg.Now()); err != nil {
+			return err
+		}
+		_, err = tx.Enter(broker.Entry{At: b.cfg.Now(), Actor: "pawl", Op: broker.OpResume})
+		return err
+	}); err != nil {
+		return err
+	}
+	b.reaper.Fill(alive)
+	for _, d := range watching {
+		b.watchdog.Beat(d, b.cfg.Now())
+	}
+	b.background(func() { b.watchdog.Run(b.ctx) })
+	b.background(b.reaper.Run)
+	b.background(b.runSweeps)
+	b.reaper.EndNow(abandoned...)
+	for _, rv := range unsettled {
+		b.reconcile(rv)
+	}
+	return nil
+}

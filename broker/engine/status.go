@@ -1,0 +1,105 @@
+package engine
+
+import (
+	"context"
+	"slices"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
+	"github.com/pawlsec/pawl/broker/engine/internal/volatile"
+	"github.com/pawlsec/pawl/broker/selector"
+)
+
+// Watch gives a channel that is closed when something about the chain has changed, or about any
+// when the id is empty, so that the watcher looks again and then watches anew. cancel must be called.
+func (b *Engine) Watch(id broker.ChainID) (changed <-chan struct{}, cancel func()) {
+	return b.hub.Watch(volatile.Topic{Chain: id})
+}
+
+// WatchFences is [Broker.Watch] for whoever asks only for [Broker.Standing]: the channel is closed
+// when a fence that may be over the chain was set or lifted, and not by each step of a busy chain.
+func (b *Engine) WatchFences(id broker.ChainID) (changed <-chan struct{}, cancel func()) {
+	return b.hub.Watch(volatile.Topic{Chain: id, Fences: true})
+}
+
+// Standing tells the holder of a delegation how it stands: fenced or not, and which of the
+// holder's own steps must stop.
+//
+// Errors: Unauthenticated, NotFound, Unavailable.
+func (b *Engine) Standing(ctx context.Context, c broker.Caller, id broker.DelegationID) (s broker.Standing, err error) {
+	if s, err = b.Peek(ctx, c, id); err == nil {
+		b.watchdog.Beat(s.Delegation, b.cfg.Now())
+	}
+	return s, err
+}
+
+// Peek is [Engine.Standing] on the broker's own account, for a stream that is open: the holder was
+// not heard by it.
+func (b *Engine) Peek(ctx context.Context, c broker.Caller, id broker.DelegationID) (s broker.Standing, err error) {
+	const op = "standing"
+	if err := c.Check(op, b.cfg.Now()); err != nil {
+		return broker.Standing{}, err
+	}
+	err = b.view(ctx, op, func(tx *records.Tx) error {
+		p, err := tx.Lineage(op, id)
+		if err != nil {
+			return err
+		}
+		if p.Leaf().Holder != c.ID {
+			return records.UnknownDelegation(op)
+		}
+		s = broker.Standing{Delegation: p.Leaf()}
+		if s.Fence, err = tx.FenceOver(p, selector.Subject{}); err != nil {
+			return err
+		}
+		if s.Fence != nil && !s.Fence.Frozen {
+			return nil
+		}
+		return eachFenced(tx, p, func(g broker.GrantID) { s.Ended = append(s.Ended, g) })
+	})
+	return s, err
+}
+
+// eachFenced calls f with each grant directly under the lineage's leaf that was fenced by itself or by a rule. A grant's
+// own fence is listed. Only for rules must the live grants be read, so that the agents of a chain with thousands of them
+// learn of a fence at once.
+func eachFenced(tx *records.Tx, p records.Lineage, f func(broker.GrantID)) error {
+	leaf := p.Leaf().ID
+	listed := map[broker.GrantID]bool{}
+	if err := tx.EachMarkedFenced(leaf, func(id broker.GrantID) error { listed[id] = true; f(id); return nil }); err != nil {
+		return err
+	}
+	rules, err := tx.Rules()
+	if err != nil || !slices.ContainsFunc(rules, func(r records.Rule) bool { return !r.Fence.Frozen }) {
+		return err
+	}
+	return tx.EachLive(p.Chain.ID, func(g broker.Grant) error {
+		if g.Delegation != leaf || listed[g.ID] {
+			return nil
+		}
+		over, err := tx.FenceOver(p, p.Subject(g))
+		if err == nil && over != nil && !over.Frozen {
+			f(g.ID)
+		}
+		return err
+	})
+}
+
+// Active reports whether a grant's secret is good as far as the ledger knows: handed out, not
+// ended, not fenced and not past its time. It is what introspection of a secret answers from; a
+// freeze does not end what was handed out.
+//
+// Errors: Unavailable. A grant that does not exist is not active.
+func (b *Engine) Active(ctx context.Context, id broker.GrantID) (active bool, err error) {
+	err = b.view(ctx, "introspect", func(tx *records.Tx) error {
+		active = false
+		g, ok, err := tx.Grant(id)
+		if err != nil || !ok || g.State != broker.StateIssued {
+			return err
+		}
+		ends, err := b.reaper.MustEnd(tx, &g, b.cfg.Now())
+		active = err == nil && !ends
+		return err
+	})
+	return active, err
+}
