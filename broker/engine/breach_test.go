@@ -2,6 +2,7 @@ package engine_test
 
 import (
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -141,24 +142,24 @@ func TestBreaches(t *testing.T) {
 
 func testBreach(t *testing.T, row breachRow, what broker.Consequence, fault brokertest.Fault) {
 	s := newBreachScene(t, row, what)
-	faults := 0
+	var faults atomic.Int32
 	s.w.ledger.Fail(func(_ int, entries []broker.Entry) brokertest.Fault {
-		if faults > 0 || fault == brokertest.None || !slices.ContainsFunc(entries, func(e broker.Entry) bool { return e.Op == broker.OpViolation }) {
+		if faults.Load() > 0 || fault == brokertest.None || !slices.ContainsFunc(entries, func(e broker.Entry) bool { return e.Op == broker.OpViolation }) {
 			return brokertest.None
 		}
-		faults++
+		faults.Add(1)
 		return fault
 	})
 	err := row.do(s)
 	recorded := what > broker.ConsequenceDeny || row.always // as a violation, and not as a denial
-	if hit := recorded && fault != brokertest.None && !row.silent; hit != (faults == 1) && !row.silent {
-		t.Fatalf("the ledger failed %d times, want once: %v", faults, hit)
+	if hit := recorded && fault != brokertest.None && !row.silent; hit != (faults.Load() == 1) && !row.silent {
+		t.Fatalf("the ledger failed %d times, want once: %v", faults.Load(), hit)
 	}
-	row.answered(t, err, what, faults > 0)
+	row.answered(t, err, what, faults.Load() > 0)
 
 	applied := recorded && (fault != brokertest.NotCommitted || row.silent) // what is silent is tried again
 	pass(5 * time.Second)
-	s.checkAudit(t, row, applied, faults > 0)
+	s.checkAudit(t, row, applied, faults.Load() > 0)
 	ended := row.ended(s, what, applied)
 	for id, what := range map[broker.GrantID]string{s.above: "root's secret", s.other: "worker's other secret", s.grant: "the step's secret"} {
 		if alive, want := slices.Contains(s.w.target.Alive(), id), !slices.Contains(ended, id); alive != want {

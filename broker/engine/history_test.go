@@ -3,7 +3,6 @@ package engine_test
 import (
 	"context"
 	crand "crypto/rand"
-	"encoding/json"
 	"errors"
 	"math/rand/v2"
 	"strings"
@@ -14,6 +13,7 @@ import (
 	"time"
 
 	"github.com/anishathalye/porcupine"
+	"github.com/fxamacker/cbor/v2"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/brokertest"
@@ -167,30 +167,46 @@ func (tx blindTx) Put(key string, value []byte) error {
 	if err != nil {
 		return err
 	}
-	var was struct{ Fence json.RawMessage }
-	if raw != nil {
-		if err := json.Unmarshal(raw, &was); err != nil {
-			return err
-		}
+	if raw == nil {
+		return tx.Tx.Put(key, value)
 	}
-	if was.Fence != nil {
-		if value, err = without(value, was.Fence); err != nil {
+	fields, err := fieldsOf(raw)
+	if err != nil {
+		return err
+	}
+	if fence, ok := fields[fenceField(fields)]; ok {
+		if value, err = without(value, fence); err != nil {
 			return err
 		}
 	}
 	return tx.Tx.Put(key, value)
 }
 
+// fieldsOf gives the members of a record, which follow the version of its format.
+func fieldsOf(raw []byte) (fields map[int]cbor.RawMessage, err error) {
+	return fields, cbor.Unmarshal(raw[1:], &fields)
+}
+
+// fenceField is the key of the fence in a delegation, or in a grant.
+func fenceField(fields map[int]cbor.RawMessage) int {
+	if _, grant := fields[17]; grant { // the path that it is minted at
+		return 24
+	}
+	return 11
+}
+
 // without gives a record without its fence, or with another one.
-func without(raw []byte, other json.RawMessage) ([]byte, error) {
-	var fields map[string]json.RawMessage
-	if err := json.Unmarshal(raw, &fields); err != nil {
+func without(raw []byte, other cbor.RawMessage) ([]byte, error) {
+	fields, err := fieldsOf(raw)
+	if err != nil {
 		return nil, err
 	}
-	if delete(fields, "fence"); other != nil {
-		fields["fence"] = other
+	at := fenceField(fields)
+	if delete(fields, at); other != nil {
+		fields[at] = other
 	}
-	return json.Marshal(fields)
+	body, err := cbor.Marshal(fields)
+	return append([]byte{raw[0]}, body...), err
 }
 
 func (tx blindTx) Scan(prefix, after string, f func(string, []byte) bool) error {

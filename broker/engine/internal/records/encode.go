@@ -3,23 +3,137 @@ package records
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"sync"
+
+	"github.com/fxamacker/cbor/v2"
+
+	"github.com/pawlsec/pawl/broker"
 )
 
+// A record begins with the version of its format. Builds before the first version wrote JSON, whose first byte is a brace.
+const (
+	version1 = 1
+	jsonOpen = '{'
+)
+
+var encoder, decoder = modes()
+
+func modes() (cbor.EncMode, cbor.DecMode) {
+	enc, err := cbor.EncOptions{Sort: cbor.SortNone}.EncMode()
+	if err != nil {
+		panic("records: the encoder's options are wrong: " + err.Error())
+	}
+	dec, err := cbor.DecOptions{DupMapKey: cbor.DupMapKeyEnforcedAPF, IndefLength: cbor.IndefLengthForbidden, TagsMd: cbor.TagsForbidden,
+		MaxNestedLevels: 8}.DecMode()
+	if err != nil {
+		panic("records: the decoder's options are wrong: " + err.Error())
+	}
+	return enc, dec
+}
+
+// encode writes a record in the latest format.
 func encode(key string, rec any) ([]byte, error) {
-	raw, err := json.Marshal(rec)
+	wire, err := toWire(rec)
 	if err != nil {
 		return nil, fmt.Errorf("encoding record %q: %w", key, err)
 	}
-	return raw, nil
+	out := bytes.NewBuffer(make([]byte, 0, 512))
+	out.WriteByte(version1)
+	if err := encoder.NewEncoder(out).Encode(wire); err != nil {
+		return nil, fmt.Errorf("encoding record %q: %w", key, err)
+	}
+	return out.Bytes(), nil
 }
 
-func decode(key string, raw []byte, rec any) error {
-	if err := json.Unmarshal(raw, rec); err != nil {
+// decode reads a record of any format.
+func decode(key string, raw []byte, rec any) (err error) {
+	switch {
+	case len(raw) == 0:
+		err = errors.New("it is empty")
+	case raw[0] == jsonOpen:
+		err = json.Unmarshal(raw, rec)
+	case raw[0] == version1:
+		err = fromWire(raw[1:], rec)
+	default:
+		err = fmt.Errorf("its format is version %d, and this build reads version %d and JSON: run a later build", raw[0], version1)
+	}
+	if err != nil {
 		return fmt.Errorf("reading record %q: %w", key, err)
 	}
 	return nil
+}
+
+// toWire is the one table of what is written.
+func toWire(rec any) (any, error) {
+	switch r := rec.(type) {
+	case broker.Grant:
+		return grantWire(r), nil
+	case broker.Delegation:
+		return delegationWire(r)
+	case broker.Chain:
+		return chainWire(r), nil
+	case Usage:
+		return usageWire(r), nil
+	case broker.Revocation:
+		return revocationWire(r), nil
+	case Rule:
+		return wireRule{*fenceWire(&r.Fence), r.Selector}, nil
+	case broker.Canary:
+		return wireCanary{r.ID, r.Chain, r.Note, r.By, stampOf(r.Planted), stampOf(r.Touched), r.Touches}, nil
+	case Bundle:
+		return wireBundle{r.Name, r.Version, r.Digest, stampOf(r.Since), r.By}, nil
+	case acknowledged:
+		return wireAcknowledged{stampOf(r.At)}, nil
+	case cursor:
+		return wireCursor(r), nil
+	}
+	panic(fmt.Sprintf("records: %T has no format", rec))
+}
+
+// fromWire is the one table of what is read.
+func fromWire(raw []byte, rec any) (err error) {
+	switch r := rec.(type) {
+	case *broker.Grant:
+		*r, err = read(raw, (*wireGrant).grant)
+	case *GrantHead:
+		*r, err = read(raw, func(w *wireGrantHead) (GrantHead, error) { return w.head(), nil })
+	case *broker.Delegation:
+		*r, err = read(raw, func(w *wireDelegation) (broker.Delegation, error) { return w.delegation() })
+	case *broker.Chain:
+		*r, err = read(raw, func(w *wireChain) (broker.Chain, error) { return w.chain() })
+	case *Usage:
+		*r, err = read(raw, func(w *wireUsage) (Usage, error) { return w.usage(), nil })
+	case *broker.Revocation:
+		*r, err = read(raw, func(w *wireRevocation) (broker.Revocation, error) { return w.revocation(), nil })
+	case *Rule:
+		*r, err = read(raw, func(w *wireRule) (Rule, error) { return Rule{Fence: *w.Fence.fence(), Selector: w.Selector}, nil })
+	case *broker.Canary:
+		*r, err = read(raw, func(w *wireCanary) (broker.Canary, error) {
+			return broker.Canary{ID: w.ID, Chain: w.Chain, Note: w.Note, By: w.By, Planted: w.Planted.time(), Touched: w.Touched.time(), Touches: w.Touches}, nil
+		})
+	case *Bundle:
+		*r, err = read(raw, func(w *wireBundle) (Bundle, error) {
+			return Bundle{w.Name, w.Version, w.Digest, w.Since.time(), w.By}, nil
+		})
+	case *acknowledged:
+		*r, err = read(raw, func(w *wireAcknowledged) (acknowledged, error) { return acknowledged{w.At.time()}, nil })
+	case *cursor:
+		*r, err = read(raw, func(w *wireCursor) (cursor, error) { return cursor(*w), nil })
+	default:
+		panic(fmt.Sprintf("records: %T has no format", rec))
+	}
+	return err
+}
+
+// read decodes a wire type and converts it.
+func read[W, T any](raw []byte, convert func(*W) (T, error)) (rec T, err error) {
+	var w W
+	if err := decoder.Unmarshal(raw, &w); err != nil {
+		return rec, err
+	}
+	return convert(&w)
 }
 
 // load reads a record; ok is false when there is none.
