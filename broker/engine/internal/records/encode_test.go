@@ -39,7 +39,7 @@ func full(t testing.TB) map[string]any {
 			State: broker.StateClosed, Created: moment, Expires: moment.Add(time.Minute), Bundle: "sha256:" + strings.Repeat("0", 64), Policies: []string{"readers", "hours"},
 			Token: token, Settles: moment, Lease: broker.Lease{ID: "database/creds/reader/x", Ref: "login", Expires: moment, Outlives: moment, Digests: []broker.ValueDigest{"d"}},
 			Fence: fence, Ending: broker.EndingRevoked, Ended: moment, Outcome: broker.OutcomeDead,
-			Evidence: []broker.Evidence{{At: moment, Check: "vault: look the lease up", Outcome: broker.OutcomeDead, Answer: "gone", Listed: true}, {At: moment, Check: "ledger", Answer: "no answer"}},
+			Evidence:   []broker.Evidence{{At: moment, Check: "vault: look the lease up", Outcome: broker.OutcomeDead, Answer: "gone", Listed: true}, {At: moment, Check: "ledger", Answer: "no answer"}},
 			ArgsDigest: hex.EncodeToString(digest[:]), Longest: time.Minute, Sealed: "thumbprint", Collector: agent, Collected: moment},
 		"usage": Usage{Steps: 9, Live: 2, Minute: 1234, InIt: 3, Tools: map[broker.ToolName]broker.Past{"deploy": {Count: 1, First: moment, Last: moment}}},
 		"revocation": broker.Revocation{ID: "rv000000000000000000000001", Selector: "chain:x", Reason: "a reason", By: "ana", Freeze: true, Lifted: true,

@@ -9,20 +9,6 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// Rule is a fence over everything that a selector matches. A final rule covers the chains that were open when it was
-// written. A freeze covers later ones as well, until it is lifted.
-type Rule struct {
-	Fence    broker.Fence `json:"fence"`
-	Selector string       `json:"selector"` // in canonical spelling
-
-	parsed selector.Selector
-}
-
-// NewRule makes a rule of a selector and its mark.
-func NewRule(s selector.Selector, mark broker.Fence) Rule {
-	return Rule{Fence: mark, Selector: s.String(), parsed: s}
-}
-
 // noGrant is the subject of a question about a delegation alone.
 var noGrant selector.Subject
 

@@ -116,19 +116,6 @@ func (t *Tx) EachPast(chain broker.ChainID, f func(broker.Grant) error) error {
 	return eachGrant(t, inChain(prefixPast, chain), f)
 }
 
-// GrantHead is the part of a grant that says when it must end. Of a hundred thousand nothing else is decoded.
-type GrantHead struct {
-	ID      broker.GrantID    `json:"id"`
-	State   broker.GrantState `json:"state"`
-	Backend string            `json:"backend"`
-	Expires time.Time         `json:"expires"`
-	Ending  broker.Ending     `json:"ending"`
-	Outcome broker.Outcome    `json:"outcome"`
-
-	Sealed    string    `json:"sealed"`
-	Collected time.Time `json:"collected"`
-}
-
 // EachLiveHead is EachLive for the heads alone.
 func (t *Tx) EachLiveHead(f func(GrantHead) error) error { return eachGrant(t, prefixLive, f) }
 

@@ -3,7 +3,6 @@ package records
 import (
 	"cmp"
 	"strconv"
-	"time"
 
 	"github.com/pawlsec/pawl/broker"
 )
@@ -33,25 +32,11 @@ func (t *Tx) EachCanary(f func(broker.ValueDigest, broker.Canary)) (err error) {
 	return cmp.Or(err, scanErr)
 }
 
-// Bundle is the policy bundle that was in force last.
-type Bundle struct {
-	Name    string    `json:"name"`
-	Version int64     `json:"version"`
-	Digest  string    `json:"digest"`
-	Since   time.Time `json:"since"`
-	By      string    `json:"by"`
-}
-
 // Bundle reads it; ok is false when there was none.
 func (t *Tx) Bundle() (b Bundle, ok bool, err error) { return load[Bundle](t, keyBundle) }
 
 // PutBundle writes it.
 func (t *Tx) PutBundle(b Bundle) error { return save(t, keyBundle, b) }
-
-// cursor is the record of a subscriber's delivery cursor.
-type cursor struct {
-	Revision broker.Revision `json:"revision"`
-}
 
 // Cursor reads up to which revision events were delivered to a subscriber; ok is false for one that is new.
 func (t *Tx) Cursor(subscriber string) (at broker.Revision, ok bool, err error) {

@@ -93,11 +93,6 @@ func (t *Tx) covered(covers Covers, f func(broker.Grant)) func(broker.Grant) err
 	}
 }
 
-// acknowledged is the record of an acknowledgement.
-type acknowledged struct {
-	At time.Time `json:"at"`
-}
-
 // Acknowledge records that a delegation's holder has acknowledged a revocation; first says that it had not before.
 func (t *Tx) Acknowledge(rv broker.RevocationID, d broker.DelegationID, now time.Time) (first bool, err error) {
 	key := keyAcknowledged(rv, d)

@@ -1,0 +1,100 @@
+package records
+
+import (
+	"maps"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/selector"
+)
+
+// The records below are no words of package broker. Their JSON names are those of builds that wrote JSON.
+
+// Usage counts what has happened under a delegation, descendants included.
+type Usage struct {
+	Steps  int                             `json:"steps"`
+	Live   int                             `json:"live"`
+	Minute int64                           `json:"minute"` // minutes since 1970 in which the last step began
+	InIt   int                             `json:"in_it"`  // steps begun in that minute
+	Tools  map[broker.ToolName]broker.Past `json:"tools,omitempty"`
+}
+
+// Exceeded names the limit of b that one more step with tool at now would break; empty: none.
+func (u Usage) Exceeded(b broker.Budget, tool broker.ToolName, now time.Time) string {
+	switch {
+	case b.Steps > 0 && u.Steps >= b.Steps:
+		return "budget:steps"
+	case b.Live > 0 && u.Live >= b.Live:
+		return "budget:live"
+	case b.Tools[tool] > 0 && u.Tools[tool].Count >= b.Tools[tool]:
+		return "budget:tools:" + string(tool)
+	case b.PerMinute > 0 && u.Minute == now.Unix()/60 && u.InIt >= b.PerMinute:
+		return "budget:per_minute"
+	}
+	return ""
+}
+
+// Count adds one more step.
+func (u *Usage) Count(tool broker.ToolName, now time.Time) {
+	u.Steps++
+	u.Live++
+	if minute := now.Unix() / 60; minute != u.Minute {
+		u.Minute, u.InIt = minute, 0
+	}
+	u.InIt++
+	p := u.Tools[tool]
+	if p.Count == 0 {
+		p.First = now
+	}
+	p.Count, p.Last = p.Count+1, now
+	tools := make(map[broker.ToolName]broker.Past, len(u.Tools)+1) // the one before is what others read
+	maps.Copy(tools, u.Tools)
+	tools[tool] = p
+	u.Tools = tools
+}
+
+// Rule is a fence over everything that a selector matches. A final rule covers the chains that were open when it was
+// written. A freeze covers later ones as well, until it is lifted.
+type Rule struct {
+	Fence    broker.Fence `json:"fence"`
+	Selector string       `json:"selector"` // in canonical spelling
+
+	parsed selector.Selector
+}
+
+// NewRule makes a rule of a selector and its mark.
+func NewRule(s selector.Selector, mark broker.Fence) Rule {
+	return Rule{Fence: mark, Selector: s.String(), parsed: s}
+}
+
+// GrantHead is the part of a grant that says when it must end. Of a hundred thousand nothing else is decoded.
+type GrantHead struct {
+	ID      broker.GrantID    `json:"id"`
+	State   broker.GrantState `json:"state"`
+	Backend string            `json:"backend"`
+	Expires time.Time         `json:"expires"`
+	Ending  broker.Ending     `json:"ending"`
+	Outcome broker.Outcome    `json:"outcome"`
+
+	Sealed    string    `json:"sealed"`
+	Collected time.Time `json:"collected"`
+}
+
+// acknowledged is the record of an acknowledgement.
+type acknowledged struct {
+	At time.Time `json:"at"`
+}
+
+// Bundle is the policy bundle that was in force last.
+type Bundle struct {
+	Name    string    `json:"name"`
+	Version int64     `json:"version"`
+	Digest  string    `json:"digest"`
+	Since   time.Time `json:"since"`
+	By      string    `json:"by"`
+}
+
+// cursor is the record of a subscriber's delivery cursor.
+type cursor struct {
+	Revision broker.Revision `json:"revision"`
+}
