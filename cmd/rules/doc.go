@@ -1,4 +1,5 @@
-// Package rules has no code: its tests hold what is true of the tree as a whole. Which package may
-// import which, and why not the others; where a secret is opened and the clock is read; and that the
-// pages in README.md and docs/ say what the programs do.
+// Package rules has no code: its tests check the tree as a whole. Its tables list which package may import which, and
+// where a secret may be opened or the clock read. The pages, README.md and docs/, must agree with the programs.
+//
+// The programs below it check the tree too, in make lint: structure holds each package to limits of size.
 package rules

@@ -18,14 +18,14 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// block is a fenced block of a page. What a reader types is marked sh and run here, in the order of
-// the page and in one shell; its marks are
+// block is a fenced block of a page. The commands that a reader types are marked sh. The tests run them in the order of
+// the page and in one shell. Their marks are
 //
 //	sh          must succeed
 //	sh fails    the last command must fail
-//	sh no-run   is not run, and the text around says why
+//	sh no-run   is not run, and the text around it gives the reason
 //
-// A block marked text right after it is what it prints, where … stands for anything.
+// A block marked text directly after it is its output, in which … matches any text.
 type block struct {
 	page   string
 	line   int
@@ -37,7 +37,7 @@ type block struct {
 
 func (b block) String() string { return fmt.Sprintf("%s:%d", b.page, b.line) }
 
-// blocks takes a page apart.
+// blocks parses a page.
 func blocks(page string, source []byte) (list []block) {
 	var open *block
 	after := false // nothing but blank lines since a block ended
@@ -64,7 +64,7 @@ func blocks(page string, source []byte) (list []block) {
 	return list
 }
 
-// pages gives every page of ours with its blocks.
+// pages returns our pages with their blocks.
 func pages(t *testing.T) map[string][]block {
 	t.Helper()
 	found := map[string][]block{}
@@ -90,8 +90,8 @@ func runnable(list []block) (run []block) {
 	return run
 }
 
-// script makes one shell script of a page's blocks. The number of the block that runs is in the
-// file at, and what block n prints in out.n.
+// script makes one shell script of a page's blocks. It writes the number of the running block to the file at, and the
+// output of block n to out.n.
 func script(list []block) string {
 	var s strings.Builder
 	s.WriteString("set -euo pipefail\ntrap 'status=$?; kill $(jobs -p) 2>/dev/null || true; wait; exit $status' EXIT\n")
@@ -106,7 +106,7 @@ func script(list []block) string {
 	return s.String()
 }
 
-// unprinted gives the first of the lines that a page shows which is not in what was printed, in that order.
+// unprinted returns the first line of a page that the output lacks, in the order of the page.
 func unprinted(prints []string, got string) (missing string) {
 	lines := strings.Split(got, "\n")
 	for _, want := range prints {
@@ -131,10 +131,9 @@ func pattern(line string) *regexp.Regexp {
 	return regexp.MustCompile(`^\s*` + strings.Join(words, `\s+`) + `\s*$`)
 }
 
-// TestPages runs the commands of each page with a real Vault, and a real PostgreSQL.
+// TestPages runs the commands of each page with a real Vault and a real PostgreSQL.
 func TestPages(t *testing.T) {
-	// `make demo` and `make test` are no-run: the stages of .ci/run are these, and a test that ran the
-	// tests would run itself.
+	// `make demo` and `make test` are no-run: they are stages of .ci/run, and a test that ran the tests would run itself.
 	bin := t.TempDir()
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(bin, "pawl"), module+"/cmd/pawl").CombinedOutput(); err != nil {
 		t.Fatalf("building cmd/pawl: %v\n%s", err, out)
@@ -173,8 +172,8 @@ func needServers(t *testing.T) {
 	}
 }
 
-// shop is the reader's own PostgreSQL, with the database that the page is about: a directory in which psql is its
-// superuser's.
+// shop starts the reader's own PostgreSQL with the database of the page. It returns a directory with a psql that
+// connects as the superuser.
 func shop(t *testing.T) (dir string) {
 	t.Helper()
 	server := parts.OwnPostgreSQL(t, parts.PostgresConfig{NoSync: true})
@@ -200,7 +199,7 @@ func shop(t *testing.T) (dir string) {
 	return dir
 }
 
-// play runs a page in a directory of its own below build, as the page tells its reader to.
+// play runs a page in a directory of its own below build, as a reader of the page would.
 func play(t *testing.T, bin string, run []block) {
 	t.Helper()
 	if err := os.MkdirAll(filepath.Join(root(t), "build"), 0o755); err != nil {
@@ -226,7 +225,7 @@ func play(t *testing.T, bin string, run []block) {
 	if runErr != nil {
 		var at int
 		raw, _ := os.ReadFile(filepath.Join(state, "at"))
-		_, _ = fmt.Sscan(string(raw), &at) // nothing was run: the first
+		_, _ = fmt.Sscan(string(raw), &at) // no block ran: the first
 		out, _ := os.ReadFile(filepath.Join(state, fmt.Sprintf("out.%d", at)))
 		t.Fatalf("%s: %v\n%s%s%s", run[at], runErr, run[at].text, out, said)
 	}
@@ -248,8 +247,8 @@ var (
 	makes    = regexp.MustCompile(`(?m)^\s*make ([a-z ]+?)\s*(#|$|&&)`)
 )
 
-// TestPagesPoint holds that what the pages point at is there: files, tests by their names, make's
-// targets. Blocks must be marked with something, and one that is not run must have its reason before it.
+// TestPagesPoint checks that the targets of the pages' references exist: linked files, tests by name and make targets.
+// Each block must have a mark.
 func TestPagesPoint(t *testing.T) {
 	tests := map[string]bool{}
 	sources(t, ".go", func(file string, source []byte) {
@@ -264,25 +263,25 @@ func TestPagesPoint(t *testing.T) {
 	eachPage(t, func(page string, source []byte) {
 		for _, m := range linkTo.FindAllSubmatch(source, -1) {
 			if to := string(m[1]); !strings.Contains(to, "://") && !exists(t, path.Join(path.Dir(page), to)) {
-				t.Errorf("%s links to %s, which is not there", page, to)
+				t.Errorf("%s links to %s, which does not exist", page, to)
 			}
 		}
 		for _, file := range testFile.FindAllString(string(source), -1) {
 			if strings.Contains(file, "/") && !exists(t, file) {
-				t.Errorf("%s names %s, which is not there", page, file)
+				t.Errorf("%s names %s, which does not exist", page, file)
 			}
 		}
 		for _, name := range testName.FindAllString(string(source), -1) {
 			if !tests[name] {
-				t.Errorf("%s names %s, and no test is called that", page, name)
+				t.Errorf("%s names %s, and no test has that name", page, name)
 			}
 		}
 		for _, b := range blocks(page, source) {
 			if b.lang == "" || b.lang == "bash" || b.lang == "console" || b.lang == "shell" {
-				t.Errorf("%s is marked %q: commands are marked sh, and run; anything else says what it is", b, b.lang)
+				t.Errorf("%s is marked %q: mark commands sh, and other text by its language", b, b.lang)
 			}
 			if b.lang == "sh" && !slices.Contains([]string{"", "fails", "no-run"}, b.mark) {
-				t.Errorf("%s is marked %q, which means nothing", b, b.mark)
+				t.Errorf("%s has the unknown mark %q", b, b.mark)
 			}
 			for _, m := range makes.FindAllStringSubmatch(b.text, -1) {
 				for target := range strings.FieldsSeq(m[1]) {
@@ -301,7 +300,7 @@ func exists(t *testing.T, file string) bool {
 	return err == nil
 }
 
-// TestConfigurationPage holds that examples of configuration on the pages are ones.
+// TestConfigurationPage parses the examples of configuration on the pages.
 func TestConfigurationPage(t *testing.T) {
 	seen := 0
 	for _, list := range pages(t) {
@@ -320,7 +319,7 @@ func TestConfigurationPage(t *testing.T) {
 	}
 }
 
-// TestPagesBite feeds the page reader what it must see.
+// TestPagesBite checks the page reader itself.
 func TestPagesBite(t *testing.T) {
 	list := blocks("p.md", []byte("a\n```sh\none\n```\n\n```text\nx  …\n```\nb\n```text\nalone\n```\n```sh fails\ntwo\n```\n```sh no-run\nthree\n```\n"))
 	if len(list) != 4 || list[0].prints[0] != "x  …" || len(runnable(list)) != 2 || list[2].mark != "fails" || list[2].line != 13 {

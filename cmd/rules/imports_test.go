@@ -16,13 +16,13 @@ import (
 
 const module = "github.com/pawlsec/pawl"
 
-// pkg is what `go list` says about a package.
+// pkg is a package as `go list` prints it.
 type pkg struct {
 	ImportPath, Name, Doc              string
 	Imports, TestImports, XTestImports []string
 }
 
-// ours is the package's path in the module, and whether it is one of ours; the module's root is ".".
+// ours returns the package's path in the module, and whether it is in the module. The root is ".".
 func ours(importPath string) (string, bool) {
 	if importPath == module {
 		return ".", true
@@ -100,16 +100,16 @@ var only = []struct {
 	{"cmd/*", []string{"cmd/*", "cmd/parts/*"}, "only cmd wires, and nothing depends on the wiring"},
 }
 
-// homes says where a package from outside may be used, and why not elsewhere. cmd/bench, which is never
-// shipped, measures the bare parts and may use all.
+// homes lists the packages that may use a dependency, and the reason why no other may. cmd/bench is never shipped. It
+// measures the bare parts and may use all.
 var homes = []struct {
-	path string // it and what is below
+	path string // with all packages below it
 	in   []string
 	why  string
 }{
-	{"github.com/cedar-policy/cedar-go", []string{"broker/policy"}, "a decision is asked for in broker's words"},
+	{"github.com/cedar-policy/cedar-go", []string{"broker/policy"}, "a caller asks for a decision in broker's words"},
 	{"github.com/go-jose/go-jose/v4", []string{"attest", "attest/workload", "broker/agent", "broker/audit", "broker/policy", "broker/server", "broker/signals", "cmd/*", "plugins/jwt"}, "signatures and seals are made and checked where bytes leave and come in"},
-	{"github.com/hashicorp/vault/api", []string{"cmd/parts"}, "the stock client re-sends mints and follows redirects (hardening.md, Vault answers)"},
+	{"github.com/hashicorp/vault/api", []string{"cmd/parts"}, "the stock client re-sends mints and follows redirects"},
 	{"github.com/jackc/pgx/v5", []string{"plugins/postgres", "store/postgres", "cmd/*"}, "one plugin and one store talk to PostgreSQL"},
 	{"go.etcd.io/bbolt", []string{"store/bolt"}, "the ledger's file has one owner"},
 	{"github.com/spf13/cobra", []string{"cmd/pawl"}, "commands are the surface, not the inside"},
@@ -161,7 +161,7 @@ func matchesAny(patterns []string, p string) bool {
 	return slices.ContainsFunc(patterns, func(pattern string) bool { return matches(pattern, p) })
 }
 
-// breaches gives what the packages do that the tables forbid, each with the reason.
+// breaches returns the forbidden imports of the packages, each with the reason.
 func breaches(list []pkg) (found []string) {
 	for _, p := range list {
 		name, ok := ours(p.ImportPath)
@@ -171,7 +171,7 @@ func breaches(list []pkg) (found []string) {
 		}
 		i := slices.IndexFunc(rows, func(r row) bool { return matches(r.pattern, name) })
 		if i < 0 {
-			found = append(found, fmt.Sprintf("no row says what %s may import: add one to rows", name))
+			found = append(found, fmt.Sprintf("%s has no row in rows: add one", name))
 			continue
 		}
 		for _, imported := range p.Imports {
@@ -188,7 +188,7 @@ func breaches(list []pkg) (found []string) {
 	return found
 }
 
-// forbidden gives the reason why name must not import what it imports; empty: it may.
+// forbidden returns the reason why name must not import a package; empty: it may.
 func forbidden(r row, name, imported string) string {
 	for _, n := range never {
 		if n.path == imported && matchesAny(n.in, name) && !matchesAny(n.except, name) {
@@ -313,7 +313,7 @@ func TestPackageCommentsBite(t *testing.T) {
 	}
 }
 
-// TestModuleGraph holds that the servers that tests run are in modules of their own.
+// TestModuleGraph checks that the servers that tests run are in modules of their own.
 func TestModuleGraph(t *testing.T) {
 	for module := range strings.Lines(string(list(t, "-m", "-f", "{{.Path}}", "all"))) {
 		switch module = strings.TrimSpace(module); {
@@ -331,7 +331,7 @@ func TestModuleGraph(t *testing.T) {
 	}
 }
 
-// TestImportsBite feeds the tables what they must refuse.
+// TestImportsBite checks that the tables refuse forbidden imports.
 func TestImportsBite(t *testing.T) {
 	for _, row := range []struct {
 		name     string

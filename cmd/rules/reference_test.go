@@ -23,8 +23,7 @@ const (
 	tableEnds   = "<!-- end -->\n"
 )
 
-// TestReference holds that docs/configuration.md has each key of the configuration, in the words of
-// the code.
+// TestReference checks that docs/configuration.md lists each key of the configuration with its comment in the code.
 func TestReference(t *testing.T) {
 	page := filepath.Join(root(t), "docs/configuration.md")
 	raw, err := os.ReadFile(page)
@@ -41,14 +40,14 @@ func TestReference(t *testing.T) {
 		return
 	}
 	if !*update {
-		t.Fatalf("the table of %s is not what cmd/wire says: run go test ./cmd/rules -run Reference -update", page)
+		t.Fatalf("the table of %s differs from the comments in cmd/wire: run go test ./cmd/rules -run Reference -update", page)
 	}
 	if err := os.WriteFile(page, []byte(before+tableBegins+table+tableEnds+after), 0o644); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// keys gives a row for each key below a struct.
+// keys returns a row for each key below a struct.
 func keys(t *testing.T, s reflect.Type, prefix string, comments map[string]string) string {
 	t.Helper()
 	var out strings.Builder
@@ -71,7 +70,7 @@ func keys(t *testing.T, s reflect.Type, prefix string, comments map[string]strin
 			is, below, of = "map", name+".", f.Type.Elem()
 		}
 		if !ok {
-			t.Errorf("key %s of the configuration says nothing of itself", name)
+			t.Errorf("key %s of the configuration has no comment", name)
 		}
 		fmt.Fprintf(&out, "| `%s` | %s | %s |\n", name, is, what)
 		if of != nil && of.Kind() == reflect.Struct {
@@ -81,7 +80,7 @@ func keys(t *testing.T, s reflect.Type, prefix string, comments map[string]strin
 	return out.String()
 }
 
-// fieldComments reads what cmd/wire says beside the fields of its types.
+// fieldComments reads the comments of the fields of the types in cmd/wire.
 func fieldComments(t *testing.T) map[string]string {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join(root(t), "cmd/wire/*.go"))

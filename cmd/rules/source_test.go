@@ -14,10 +14,10 @@ import (
 	"testing"
 )
 
-// place is a file in which something otherwise forbidden stands, and why.
+// place is a file that may do something otherwise forbidden, and the reason.
 type place struct{ file, why string }
 
-// reveals is where a secret may be opened outside tests (style.md, "Secrets").
+// reveals lists the files outside tests that may open a secret.
 var reveals = []place{
 	{"broker/secret.go", "the type itself"},
 	{"broker/server/agents.go", "the API's encoder: the one way out to an agent"},
@@ -25,28 +25,28 @@ var reveals = []place{
 	{"broker/brokertest/backend_checks.go", "the suite that tries a backend's secrets; tests and the bench link it, the broker does not"},
 }
 
-// skips is where a test may be skipped. Everything else that is missing is told by cmd/parts, so that
-// PAWL_REQUIRE can demand it.
+// skips lists the files that may skip a test. For every other missing part a test calls cmd/parts, so that PAWL_REQUIRE
+// can make it a failure.
 var skips = []place{
-	{"cmd/parts/need.go", "the one place that knows what is missing"},
-	{"cmd/parts/gotest/main_test.go", "it tests how skips are told"},
+	{"cmd/parts/need.go", "the one place that knows which parts are missing"},
+	{"cmd/parts/gotest/main_test.go", "it tests how skips are reported"},
 	{"plugins/ssh/ssh_test.go", "ssh-keygen is a second opinion, beside a real sshd"},
 	{"store/bolt/fault_test.go", "mounting a small disk takes root"},
 	{"cmd/wire/start_test.go", "mounting a small disk takes root"},
 	{"cmd/rules/docs_test.go", "psql comes with PostgreSQL on most systems, and not on all"},
 }
 
-// clocks is where time.Now may be read below broker, outside tests. Package broker itself has no row:
-// it never reads the clock.
+// clocks lists the files below broker, outside tests, that may call time.Now. The domain's packages have no row: they
+// never read the clock.
 var clocks = []place{
 	{"broker/brokertest/backend.go", "its clock is that of testing/synctest"},
 	{"broker/server/exchange.go", "deadlines of sockets are the operating system's time"},
 	{"broker/server/problem.go", "deadlines of sockets are the operating system's time"},
 	{"broker/server/signals.go", "deadlines of sockets are the operating system's time"},
 	{"broker/server/stream.go", "deadlines of sockets are the operating system's time"},
-	{"broker/agent/seal.go", "an SDK runs in somebody else's process"},
-	{"broker/agent/step.go", "an SDK runs in somebody else's process"},
-	{"broker/api/client/client.go", "an SDK runs in somebody else's process"},
+	{"broker/agent/seal.go", "an SDK runs in another program's process"},
+	{"broker/agent/step.go", "an SDK runs in another program's process"},
+	{"broker/api/client/client.go", "an SDK runs in another program's process"},
 }
 
 func in(list []place, file string) bool {
@@ -56,11 +56,11 @@ func in(list []place, file string) bool {
 var (
 	mark  = regexp.MustCompile(`\b(TODO|FIXME|XXX|HACK)\b`)
 	owned = regexp.MustCompile(`TODO\((#[0-9]+|@[a-z0-9-]+)\): \S`)
-	// A suppression says what for, and then why.
+	// A suppression names the linter, and then the reason.
 	suppression = regexp.MustCompile(`//nolint(:[a-z,]+)?( // \S|$)?`)
 )
 
-// findings gives what a source file holds that it must not.
+// findings returns the breaches of the rules in a source file.
 func findings(file string, source []byte) (found []string) {
 	set := token.NewFileSet()
 	f, err := parser.ParseFile(set, file, source, parser.ParseComments)
@@ -82,7 +82,7 @@ func findings(file string, source []byte) (found []string) {
 		case name == "Reveal" && !isTest && !in(reveals, file):
 			say(s.Pos(), "Reveal: a secret is opened in the API's encoder and nowhere else")
 		case (name == "Skip" || name == "Skipf" || name == "SkipNow") && !in(skips, file):
-			say(s.Pos(), "%s: cmd/parts says what is missing, so that PAWL_REQUIRE can demand it", name)
+			say(s.Pos(), "%s: call cmd/parts, so that PAWL_REQUIRE can make the missing part a failure", name)
 		case of == nil || of.Name != "time":
 		case name == "Now" && !isTest && strings.HasPrefix(file, "broker/") && !in(clocks, file):
 			say(s.Pos(), "time.Now: the clock comes in as a Now field")
@@ -108,7 +108,7 @@ func importsSynctest(f *ast.File) bool {
 	return slices.ContainsFunc(f.Imports, func(i *ast.ImportSpec) bool { return i.Path.Value == `"testing/synctest"` })
 }
 
-// sources walks the files of ours with the extension.
+// sources visits our files with the extension.
 func sources(t *testing.T, ext string, visit func(file string, source []byte)) {
 	t.Helper()
 	tree := os.DirFS(root(t))
@@ -154,7 +154,7 @@ func TestSources(t *testing.T) {
 	}
 }
 
-// TestSourcesBite feeds the rules what they must refuse.
+// TestSourcesBite checks that the rules find breaches.
 func TestSourcesBite(t *testing.T) {
 	for _, row := range []struct {
 		file, body string

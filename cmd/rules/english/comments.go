@@ -12,7 +12,7 @@ var (
 	suppression = regexp.MustCompile(`^//nolint\S* // `)
 )
 
-// goComments gives the comments of a Go file, without directives.
+// goComments returns the comments of a Go file, without directives.
 func goComments(set *token.FileSet, file string, f *ast.File) []passage {
 	w := writer{kind: comments, file: file}
 	for _, group := range f.Comments {
@@ -46,7 +46,7 @@ func sqlComments(file string, source []byte) []passage { return lineComments(fil
 
 func shellComments(file string, source []byte) []passage { return lineComments(file, source, hashes) }
 
-// lineComments gives the comments of a file of a language in which they begin with a marker and end with the line. One
+// lineComments returns the comments of a file of a language in which they begin with a marker and end with the line. One
 // beside code is a passage of its own.
 func lineComments(file string, source []byte, marker *regexp.Regexp) []passage {
 	w := writer{kind: comments, file: file}
@@ -69,7 +69,7 @@ func lineComments(file string, source []byte, marker *regexp.Regexp) []passage {
 	return w.closed
 }
 
-// isQuoted says whether the offset is within quotes that the line opened.
+// isQuoted reports whether the offset is within quotes that the line opened.
 func isQuoted(line string, at int) bool {
 	return strings.Count(line[:at], `"`)%2 == 1 || strings.Count(line[:at], "'")%2 == 1
 }

@@ -115,7 +115,7 @@ func isHint(name string) bool {
 	return strings.EqualFold(name, "hint") || strings.EqualFold(name, "remedy")
 }
 
-// hintField gives the index of the field that holds a hint; -1: none.
+// hintField returns the index of the field that holds a hint; -1: none.
 func hintField(s *ast.StructType) int {
 	return slices.IndexFunc(flatten(s.Fields), func(f field) bool { return isHint(f.name) })
 }
@@ -125,7 +125,7 @@ type field struct {
 	of   ast.Expr
 }
 
-// flatten gives each name of a list of parameters or fields its own entry; those without a name have an empty one.
+// flatten returns each name of a list of parameters or fields its own entry; those without a name have an empty one.
 func flatten(list *ast.FieldList) (all []field) {
 	for _, f := range list.List {
 		if f.Names == nil {
@@ -142,7 +142,7 @@ func returnsError(f *ast.FuncType) bool {
 	return f.Results.NumFields() == 1 && isNamed(f.Results.List[0].Type, "error", "Error", "Problem")
 }
 
-// isNamed says whether a type or the type that it points to has one of the names, in any package.
+// isNamed reports whether a type or the type that it points to has one of the names, in any package.
 func isNamed(t ast.Expr, names ...string) bool {
 	switch t := t.(type) {
 	case *ast.StarExpr:

@@ -51,7 +51,7 @@ func writeHits(w io.Writer, found []hit) {
 	}
 }
 
-// writeTable gives the number of tallies above their bounds.
+// writeTable returns the number of tallies above their bounds.
 func writeTable(w io.Writer, tallies []tally) (above int) {
 	table := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	fmt.Fprintln(table, "KIND\tWORDS\tPHRASE\tCOUNT\tPER 1,000\tBOUND\t")
@@ -68,7 +68,7 @@ func writeTable(w io.Writer, tallies []tally) (above int) {
 	return above
 }
 
-// read gives the passages of the tree below prefix; empty: of the whole tree. It parses all Go files in any case: the
+// read returns the passages of the tree below prefix; empty: of the whole tree. It parses all Go files in any case: the
 // function that takes a string may be declared in another package.
 func read(tree fs.FS, prefix string) (all []passage, err error) {
 	set := token.NewFileSet()
@@ -110,7 +110,7 @@ func read(tree fs.FS, prefix string) (all []passage, err error) {
 	return append(all, inStrings.found...), nil
 }
 
-// readerOf gives the reader of a file that is not Go; nil: it has no prose of ours.
+// readerOf returns the reader of a file that is not Go; nil: it has no prose of ours.
 func readerOf(file string) func(file string, source []byte) []passage {
 	switch ext := path.Ext(file); {
 	case ext == ".md":
@@ -123,7 +123,7 @@ func readerOf(file string) func(file string, source []byte) []passage {
 	return nil
 }
 
-// skipped says whether a folder holds no prose of ours: build output, data of tests, and the files of other tools.
+// skipped reports whether a folder holds no prose of ours: build output, data of tests, and the files of other tools.
 func skipped(dir string) bool {
 	name := path.Base(dir)
 	hidden := strings.HasPrefix(name, ".") && dir != "." && dir != ".ci"

@@ -10,7 +10,7 @@ var (
 	listItem = regexp.MustCompile(`^\s*([-*+]|[0-9]+[.)])\s`)
 )
 
-// pagePassages gives the prose of a page: neither blocks nor spans of code, nor comments. Headings, items of lists and
+// pagePassages returns the prose of a page: neither blocks nor spans of code, nor comments. Headings, items of lists and
 // rows of tables are passages of their own.
 func pagePassages(file string, source []byte) []passage {
 	w := writer{kind: docs, file: file}

@@ -36,7 +36,7 @@ func (p *passage) add(line int, s string) {
 	p.text += s
 }
 
-// lineAt gives the line of the source for an offset in the text.
+// lineAt returns the line of the source for an offset in the text.
 func (p *passage) lineAt(at int) (line int) {
 	for _, m := range p.marks {
 		if m.at > at {

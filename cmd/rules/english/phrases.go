@@ -38,7 +38,7 @@ type hit struct {
 	text string // with the words around it
 }
 
-// find gives the phrase's hits in a passage.
+// find returns the phrase's hits in a passage.
 func (f phrase) find(p passage) (found []hit) {
 	for _, at := range f.pattern.FindAllStringIndex(p.text, -1) {
 		isWhat := strings.EqualFold(p.text[at[0]:at[0]+len("what")], "what")
@@ -52,7 +52,7 @@ func (f phrase) find(p passage) (found []hit) {
 
 var sentenceEnd = regexp.MustCompile(`[.?!]+["”'’)*]*(\s|$)`)
 
-// asks says whether the word at an offset begins a sentence that ends with a question mark.
+// asks reports whether the word at an offset begins a sentence that ends with a question mark.
 func asks(text string, at int) bool {
 	before := strings.TrimRight(text[:at], " *_#>-")
 	if last, _ := utf8.DecodeLastRuneInString(before); before != "" && !strings.ContainsRune(".?!:;|\"“'‘", last) {
@@ -62,12 +62,12 @@ func asks(text string, at int) bool {
 	return strings.HasPrefix(end, "?")
 }
 
-// inName says whether the word at an offset is part of a path or a member's name, such as /v1/heard.
+// inName reports whether the word at an offset is part of a path or a member's name, such as /v1/heard.
 func inName(text string, at int) bool {
 	return at > 0 && strings.ContainsAny(text[at-1:at], "/.")
 }
 
-// around gives a piece of the text with about forty bytes on either side, cut at words.
+// around returns a piece of the text with about forty bytes on either side, cut at words.
 func around(text string, from, to int) string {
 	const beside = 40
 	if from -= beside; from <= 0 {
@@ -100,7 +100,7 @@ func (t tally) perThousand() float64 {
 
 func (t tally) above() bool { return t.count >= leastHits && t.perThousand() > t.phrase.bound }
 
-// count gives a tally for each kind and phrase, and every hit.
+// count returns a tally for each kind and phrase, and every hit.
 func count(all []passage) (tallies []tally, found []hit) {
 	for _, k := range kinds {
 		words := 0

@@ -66,7 +66,7 @@ func (r *stringsReader) call(c *ast.CallExpr) {
 	}
 }
 
-// callee gives the name of a called function or method, and the package or the value that it is called of.
+// callee returns the name of a called function or method, and the package or the value that it is called of.
 func (r *stringsReader) callee(fun ast.Expr) (name, of string, isMethod bool) {
 	switch fun := fun.(type) {
 	case *ast.Ident:

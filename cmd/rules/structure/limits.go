@@ -74,7 +74,7 @@ var tree = rules{
 	long: []exception{},
 }
 
-// limitOf gives the first limit whose pattern fits, with the defaults filled in.
+// limitOf returns the first limit that fits, with the defaults filled in.
 func (r rules) limitOf(pkg string) limit {
 	found := limit{pattern: pkg}
 	if i := slices.IndexFunc(r.limits, func(l limit) bool { return l.fits(pkg) }); i >= 0 {
@@ -90,7 +90,7 @@ func (l limit) fits(pkg string) bool {
 	return pkg == root || tree && strings.HasPrefix(pkg, root+"/")
 }
 
-// breaches gives each limit that a package breaks, and each exception that is no longer needed.
+// breaches returns each limit that a package breaks, and each exception that is no longer needed.
 func (r rules) breaches(all []figures) (found []string) {
 	say := func(format string, args ...any) { found = append(found, fmt.Sprintf(format, args...)) }
 	long := map[string]int{}

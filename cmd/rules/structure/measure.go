@@ -133,7 +133,7 @@ func measure(set *token.FileSet, imports types.Importer, path string, sources ma
 	return f, nil
 }
 
-// uses gives for each file the other files that declare something it uses. A selector of a field or a method is a use
+// uses returns for each file the other files that declare something it uses. A selector of a field or a method is a use
 // of that field or method, which go/types records beside the plain identifiers.
 func uses(set *token.FileSet, pkg *types.Package, files []*ast.File, info *types.Info) map[string][]string {
 	graph := map[string][]string{}
@@ -152,8 +152,8 @@ func uses(set *token.FileSet, pkg *types.Package, files []*ast.File, info *types
 	return graph
 }
 
-// largestCycle gives the largest strongly connected component of the graph, by Tarjan's algorithm. Of several as
-// large it gives the one whose first file sorts first.
+// largestCycle returns the largest strongly connected component of the graph, by Tarjan's algorithm. Of several as
+// large it gives the one with the first file in order.
 func largestCycle(graph map[string][]string) (largest []string) {
 	index, low := map[string]int{}, map[string]int{} // order of the first visit, from 1; the earliest file it reaches
 	var stack []string
@@ -217,7 +217,7 @@ func (f *figures) measureDeclarations(set *token.FileSet, files []*ast.File) {
 	}
 }
 
-// receiverOf gives the name of the type that a method is declared on, without its star and type parameters.
+// receiverOf returns the name of the type that a method is declared on, without its star and type parameters.
 func receiverOf(d *ast.FuncDecl) string {
 	if d.Recv == nil {
 		return ""
@@ -241,7 +241,7 @@ func receiverOf(d *ast.FuncDecl) string {
 	}
 }
 
-// undocumented gives the exported names of a declaration of types, constants or variables that have no comment of
+// undocumented returns the exported names of a declaration of types, constants or variables that have no comment of
 // their own, above or beside, and none above their group.
 func undocumented(d *ast.GenDecl) (names []string) {
 	for _, s := range d.Specs {
