@@ -3,7 +3,8 @@
 //
 //	d, err := client.Open(ctx, agent.Chain{Task: "weekly report", Rights: []agent.Right{{Tool: "postgres", Use: true}}})
 //	…
-//	err = d.Step(ctx, "postgres", agent.Args{"table": "orders"}, func(ctx context.Context, s *agent.Secret) error {
+//	call := agent.Call{Tool: "postgres", Args: agent.Args{"table": "orders"}}
+//	err = d.Step(ctx, call, func(ctx context.Context, s *agent.Secret) error {
 //		return query(ctx, s.Field("username"), s.Field("password"))
 //	})
 //
@@ -12,7 +13,7 @@
 //
 //	key, err := agent.NewSealKey() // the worker, whose key.Public() goes to the planner
 //	…
-//	step, err := d.Begin(ctx, "postgres", args, agent.StepOptions{Seal: &agent.Seal{Key: public, Collector: worker}})
+//	step, err := d.Begin(ctx, agent.Call{Tool: "postgres", Args: args, Seal: &agent.Seal{Key: public, Collector: worker}})
 //	… // step.Grant().ID goes to the worker
 //	secret, err := client.Collect(ctx, grant, key)
 //

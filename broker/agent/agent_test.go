@@ -77,7 +77,7 @@ func (s *script) open(cfg agent.Config) *agent.Delegation {
 
 func (s *script) begin(d *agent.Delegation) *agent.Step {
 	s.t.Helper()
-	step, err := d.Begin(s.t.Context(), "db", agent.Args{"table": "orders"})
+	step, err := d.Begin(s.t.Context(), agent.Call{Tool: "db", Args: agent.Args{"table": "orders"}})
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -261,7 +261,7 @@ func TestStep(t *testing.T) {
 						err = p.(error)
 					}
 				}()
-				return d.Step(ctx, "db", nil, func(ctx context.Context, secret *agent.Secret) error {
+				return d.Step(ctx, agent.Call{Tool: "db"}, func(ctx context.Context, secret *agent.Secret) error {
 					if kept, inside = secret, ctx; secret.Field("password") != marker || secret.Field("port") != "5432" || secret.Field("user") != "" {
 						t.Error("the secret's members are not what the broker sent")
 					}
@@ -309,7 +309,7 @@ func TestPushed(t *testing.T) {
 				wantEnd(t, two.Context(), row.kind)
 				wantEnd(t, d.Context(), row.kind)
 				var p *agent.Error
-				if _, err := d.Begin(t.Context(), "db", nil); !errors.As(err, &p) || !errors.Is(err, row.kind) || p.Revocation != row.revocation || s.steps != 2 {
+				if _, err := d.Begin(t.Context(), agent.Call{Tool: "db"}); !errors.As(err, &p) || !errors.Is(err, row.kind) || p.Revocation != row.revocation || s.steps != 2 {
 					t.Errorf("Begin afterwards = %v after %d requests, want %v without another", err, s.steps, row.kind)
 				}
 				return
@@ -470,7 +470,7 @@ func TestNoRetry(t *testing.T) {
 		d := s.open(agent.Config{})
 		s.answer = func() *api.Problem { return p }
 		var got *agent.Error
-		_, err := d.Begin(t.Context(), "db", nil, agent.StepOptions{Key: "k1"})
+		_, err := d.Begin(t.Context(), agent.Call{Tool: "db", IdempotencyKey: "k1"})
 		if !errors.As(err, &got) || !errors.Is(err, p.Kind) || got.Code != p.Code || got.RetryAfter() != p.RetryAfter() || s.steps != 1 {
 			t.Errorf("Begin = %v after %d requests, want %v after one", err, s.steps, p)
 		}
@@ -500,7 +500,7 @@ func TestCloseAgain(t *testing.T) {
 func TestClosedUnderWork(t *testing.T) {
 	s := newScript(t)
 	d := s.open(agent.Config{})
-	err := d.Step(t.Context(), "db", nil, func(ctx context.Context, _ *agent.Secret) error {
+	err := d.Step(t.Context(), agent.Call{Tool: "db"}, func(ctx context.Context, _ *agent.Secret) error {
 		s.stream()
 		s.say(standing(api.Standing{Fence: &api.Fence{}}))
 		<-ctx.Done()
@@ -534,7 +534,7 @@ func TestClientClose(t *testing.T) {
 		}
 	}
 	wantEnd(t, step.Context(), context.Canceled)
-	if _, err := d.Begin(t.Context(), "db", nil); !errors.Is(err, context.Canceled) {
+	if _, err := d.Begin(t.Context(), agent.Call{Tool: "db"}); !errors.Is(err, context.Canceled) {
 		t.Errorf("Begin after Close = %v, want canceled", err)
 	}
 }

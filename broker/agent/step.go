@@ -14,14 +14,21 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// StepOptions are what a step may say beyond its tool and arguments.
-type StepOptions struct {
-	// Key makes asking again after a lost answer safe: the same step with the same key is one
-	// step, and its secret is given once. A second answer is a *Repeated. Empty: none.
-	Key     string
+// Call describes the tool call that a step is for.
+type Call struct {
+	Tool    string        // the tool's name; required
+	Args    Args          // the arguments of the call; nil: none
 	Purpose string        // for the audit; at most 256 bytes
-	TTL     time.Duration // the secret's life, in whole seconds; zero: as long as is allowed
-	Seal    *Seal         // who collects the secret, instead of this agent's step having it; nil: nobody
+	TTL     time.Duration // the secret's lifetime, in whole seconds; zero: the longest that policy allows
+
+	// IdempotencyKey makes it safe to send the same call again after a lost answer: the broker takes
+	// one step per key and delivers its secret once. A second answer is a *Repeated. At most 128
+	// bytes; empty: no key.
+	IdempotencyKey string
+
+	// Seal delivers the secret encrypted to a key, for its collector. The step's own Secret is then
+	// empty. Nil: the secret arrives with the step.
+	Seal *Seal
 }
 
 // Repeated says that the key was used for the same step before. It is an ErrConflict. Whoever
@@ -58,39 +65,35 @@ func (s *Step) Secret() *Secret { return s.secret }
 // Grant is what the broker recorded, as of Begin.
 func (s *Step) Grant() Grant { return s.grant }
 
-// Begin takes a step and gives it with its secret. The caller must close it. At most one
-// StepOptions is used. It blocks for one request, which it never repeats: after ErrUnavailable
-// with the code "no_answer" the step may have been taken, and only a Key makes asking again safe.
-func (d *Delegation) Begin(ctx context.Context, tool string, args Args, options ...StepOptions) (*Step, error) {
-	s, err := d.begin(ctx, tool, args, options)
+// Begin takes a step and gives it with its secret. The caller must close it. It blocks for one
+// request, which it never repeats: after ErrUnavailable with the code "no_answer" the step may
+// have been taken, and only an IdempotencyKey makes asking again safe.
+func (d *Delegation) Begin(ctx context.Context, call Call) (*Step, error) {
+	s, err := d.begin(ctx, call)
 	if err != nil {
-		return nil, fmt.Errorf("taking a step with %q: %w", tool, err)
+		return nil, fmt.Errorf("taking a step with %q: %w", call.Tool, err)
 	}
 	return s, nil
 }
 
-func (d *Delegation) begin(ctx context.Context, tool string, args Args, options []StepOptions) (*Step, error) {
+func (d *Delegation) begin(ctx context.Context, call Call) (*Step, error) {
 	if d.ctx.Err() != nil {
 		return nil, context.Cause(d.ctx)
 	}
-	var o StepOptions
-	if len(options) > 0 {
-		o = options[0]
-	}
-	in := api.StepRequest{Tool: tool, Purpose: o.Purpose, TTLSeconds: seconds(o.TTL)}
-	if len(args) > 0 {
-		raw, err := json.Marshal(args)
+	in := api.StepRequest{Tool: call.Tool, Purpose: call.Purpose, TTLSeconds: seconds(call.TTL)}
+	if len(call.Args) > 0 {
+		raw, err := json.Marshal(call.Args)
 		if err != nil {
 			return nil, api.NewProblem(ErrMalformed, "", "the arguments do not encode as JSON").Because(err)
 		}
 		in.Args = raw
 	}
-	if o.Seal != nil {
-		in.Seal = &api.Seal{Key: o.Seal.Key, Collector: o.Seal.Collector}
+	if call.Seal != nil {
+		in.Seal = &api.Seal{Key: call.Seal.Key, Collector: call.Seal.Collector}
 	}
 	header := http.Header{}
-	if o.Key != "" {
-		header[strings.ToLower(api.IdempotencyKey)] = []string{o.Key} // see client.Call for the spelling
+	if call.IdempotencyKey != "" {
+		header[strings.ToLower(api.IdempotencyKey)] = []string{call.IdempotencyKey} // see client.Call for the spelling
 	}
 	d.watch()
 	begun := time.Now()
@@ -153,8 +156,8 @@ const closeTime = 10 * time.Second
 // f panics or ctx has ended. The error is that of f, joined with the cause when the context
 // ended under it and with that of closing: work may be done although its secret could not be
 // closed, and then errors.Is(err, ErrUnavailable).
-func (d *Delegation) Step(ctx context.Context, tool string, args Args, f func(context.Context, *Secret) error, options ...StepOptions) (err error) {
-	s, err := d.Begin(ctx, tool, args, options...)
+func (d *Delegation) Step(ctx context.Context, call Call, f func(context.Context, *Secret) error) (err error) {
+	s, err := d.Begin(ctx, call)
 	if err != nil {
 		return err
 	}

@@ -143,12 +143,13 @@ func TestEndToEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	var problem *agent.Error
-	if _, err := sub.Begin(ctx, "db", agent.Args{"table": "orders"}); !errors.Is(err, agent.ErrDenied) || !errors.As(err, &problem) ||
+	if _, err := sub.Begin(ctx, agent.Call{Tool: "db", Args: agent.Args{"table": "orders"}}); !errors.Is(err, agent.ErrDenied) || !errors.As(err, &problem) ||
 		problem.Code != "argument_outside" || !slices.Equal(problem.Missing, []string{"argument:table"}) {
 		t.Errorf("a step outside the delegation = %v, want argument_outside with what is missing", err)
 	}
+	items := agent.Call{Tool: "db", Args: agent.Args{"table": "items"}}
 	var secret []byte
-	if err := sub.Step(ctx, "db", agent.Args{"table": "items"}, func(_ context.Context, s *agent.Secret) error {
+	if err := sub.Step(ctx, items, func(_ context.Context, s *agent.Secret) error {
 		if secret = s.JSON(); !w.target.Login(secret) {
 			t.Error("the secret does not work during the step")
 		}
@@ -159,11 +160,12 @@ func TestEndToEnd(t *testing.T) {
 	if w.target.Login(secret) {
 		t.Error("the secret works after the step was closed")
 	}
-	one, err := root.Begin(ctx, "db", agent.Args{"table": "orders"})
+	one, err := root.Begin(ctx, agent.Call{Tool: "db", Args: agent.Args{"table": "orders"}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	two, err := sub.Begin(ctx, "db", agent.Args{"table": "items"}, agent.StepOptions{Key: "k"})
+	keyed := agent.Call{Tool: "db", Args: items.Args, IdempotencyKey: "k"}
+	two, err := sub.Begin(ctx, keyed)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -172,7 +174,7 @@ func TestEndToEnd(t *testing.T) {
 		t.Errorf("grant = %+v, want the arguments' digest %s", g, digest)
 	}
 	var again *agent.Repeated
-	if _, err := sub.Begin(ctx, "db", agent.Args{"table": "items"}, agent.StepOptions{Key: "k"}); !errors.As(err, &again) || again.Grant.ID != two.Grant().ID {
+	if _, err := sub.Begin(ctx, keyed); !errors.As(err, &again) || again.Grant.ID != two.Grant().ID {
 		t.Errorf("the same key again = %v, want the same grant and no secret", err)
 	}
 	secrets := [][]byte{one.Secret().JSON(), two.Secret().JSON()}
@@ -185,7 +187,7 @@ func TestEndToEnd(t *testing.T) {
 		}
 	}
 	for _, d := range []*agent.Delegation{root, sub} {
-		if _, err := d.Begin(ctx, "db", agent.Args{"table": "items"}); !errors.Is(err, agent.ErrRevoked) {
+		if _, err := d.Begin(ctx, items); !errors.Is(err, agent.ErrRevoked) {
 			t.Errorf("a step after the revocation = %v, want revoked", err)
 		}
 	}
@@ -252,7 +254,7 @@ func TestFreeze(t *testing.T) {
 		t.Errorf("following a freeze = %v, want nil at once", err)
 	}
 	var problem *agent.Error
-	if _, err := d.Begin(ctx, "db", nil); !errors.As(err, &problem) || problem.Code != "frozen" || !problem.Retryable {
+	if _, err := d.Begin(ctx, agent.Call{Tool: "db"}); !errors.As(err, &problem) || problem.Code != "frozen" || !problem.Retryable {
 		t.Errorf("a step under a freeze = %v, want frozen, to be tried again", err)
 	}
 	if d.Context().Err() != nil {
@@ -267,7 +269,7 @@ func TestFreeze(t *testing.T) {
 	if lifted, err := bob.Unfreeze(ctx, rv.ID); err != nil || !lifted.Lifted {
 		t.Errorf("the second person's Unfreeze = %+v, %v, want it lifted", lifted, err)
 	}
-	if err := d.Step(ctx, "db", nil, func(context.Context, *agent.Secret) error { return nil }); err != nil {
+	if err := d.Step(ctx, agent.Call{Tool: "db"}, func(context.Context, *agent.Secret) error { return nil }); err != nil {
 		t.Errorf("a step after the freeze = %v, want nil", err)
 	}
 	if list, err := ann.Revocations(ctx); err != nil || len(list) != 1 || list[0].Unfreezer != "ann" {

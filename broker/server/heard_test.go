@@ -54,7 +54,7 @@ func TestAgentsAcknowledge(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := root.Begin(ctx, "db", nil); err != nil {
+	if _, err := root.Begin(ctx, agent.Call{Tool: "db"}); err != nil {
 		t.Fatal(err)
 	}
 	op := w.operator(t, "ann")

@@ -39,7 +39,7 @@ func TestSealed(t *testing.T) {
 	}
 	key := sealKey(t)
 	seal := &agent.Seal{Key: key.Public(), Collector: "spiffe://example.org/worker"}
-	step, err := d.Begin(ctx, "db", nil, agent.StepOptions{Key: "k", Seal: seal})
+	step, err := d.Begin(ctx, agent.Call{Tool: "db", IdempotencyKey: "k", Seal: seal})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,12 +48,12 @@ func TestSealed(t *testing.T) {
 		t.Errorf("a sealed step gave %d bytes and %+v, want none, with its collector", len(step.Secret().JSON()), g)
 	}
 	var again *agent.Repeated
-	if _, err := d.Begin(ctx, "db", nil, agent.StepOptions{Key: "k", Seal: seal}); !errors.As(err, &again) || again.Grant.ID != g.ID {
+	if _, err := d.Begin(ctx, agent.Call{Tool: "db", IdempotencyKey: "k", Seal: seal}); !errors.As(err, &again) || again.Grant.ID != g.ID {
 		t.Errorf("the same key again = %v, want the same grant", err)
 	}
 	var p *agent.Error
 	for what, other := range map[string]*agent.Seal{"no seal": nil, "another key": {Key: sealKey(t).Public(), Collector: seal.Collector}, "another collector": {Key: seal.Key}} {
-		if _, err := d.Begin(ctx, "db", nil, agent.StepOptions{Key: "k", Seal: other}); !errors.As(err, &p) || p.Code != "key_other_seal" {
+		if _, err := d.Begin(ctx, agent.Call{Tool: "db", IdempotencyKey: "k", Seal: other}); !errors.As(err, &p) || p.Code != "key_other_seal" {
 			t.Errorf("the same key with %s = %v, want key_other_seal", what, err)
 		}
 	}
@@ -76,7 +76,7 @@ func TestSealed(t *testing.T) {
 	if err := step.Close(ctx); err != nil || w.target.Login(secret.JSON()) {
 		t.Errorf("after Close = %v the secret works", err)
 	}
-	if _, err := d.Begin(ctx, "db", nil, agent.StepOptions{Seal: &agent.Seal{Key: key.Public(), Collector: "spiffe://elsewhere.org/worker"}}); !errors.As(err, &p) || p.Code != "foreign_trust_domain" {
+	if _, err := d.Begin(ctx, agent.Call{Tool: "db", Seal: &agent.Seal{Key: key.Public(), Collector: "spiffe://elsewhere.org/worker"}}); !errors.As(err, &p) || p.Code != "foreign_trust_domain" {
 		t.Errorf("a collector elsewhere = %v, want foreign_trust_domain", err)
 	}
 }
@@ -89,7 +89,7 @@ func TestWrongSealKey(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	step, err := d.Begin(ctx, "db", nil, agent.StepOptions{Seal: &agent.Seal{Key: sealKey(t).Public()}})
+	step, err := d.Begin(ctx, agent.Call{Tool: "db", Seal: &agent.Seal{Key: sealKey(t).Public()}})
 	if err != nil {
 		t.Fatal(err)
 	}

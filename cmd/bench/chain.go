@@ -95,7 +95,7 @@ func (b *bench) closing(ctx context.Context, client *agent.Client, t target, n i
 	defer d.Leave()
 	var ours, theirs samples
 	for start := time.Now(); len(ours) < n && time.Since(start) < longest; {
-		s, err := d.Begin(ctx, t.tool, t.args)
+		s, err := d.Begin(ctx, agent.Call{Tool: t.tool, Args: t.args})
 		if err != nil {
 			return err
 		}

@@ -257,7 +257,7 @@ func issueOurs(ctx context.Context, w *world, n int) (logins []login, end func(c
 	}
 	logins = make([]login, n)
 	err = each(16, n, func(i int) error {
-		s, err := d.Begin(ctx, "db.read", agent.Args{"tables": []string{"orders"}})
+		s, err := d.Begin(ctx, agent.Call{Tool: "db.read", Args: agent.Args{"tables": []string{"orders"}}})
 		if err == nil {
 			logins[i].username, logins[i].password = s.Secret().Field("username"), s.Secret().Field("password")
 		}

@@ -62,7 +62,7 @@ func certificatesOurs(ctx context.Context, w *world, n int) (serials []string, e
 		chains[i] = d.Info().Chain
 		for k := i; k < n && err == nil; k += holders {
 			var s *agent.Step
-			if s, err = d.Begin(ctx, "tls.call", agent.Args{"name": "a.agents.pawl.dev"}); err == nil {
+			if s, err = d.Begin(ctx, agent.Call{Tool: "tls.call", Args: agent.Args{"name": "a.agents.pawl.dev"}}); err == nil {
 				serials[k] = s.Secret().Field("serial_number")
 			}
 		}

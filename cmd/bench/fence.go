@@ -169,7 +169,7 @@ func measureVaultDown(ctx context.Context, b *bench) error {
 			return err
 		}
 		chains[i] = d.Info().Chain
-		_, err = d.Begin(ctx, "api.call", agent.Args{"audience": "https://orders.pawl.dev"})
+		_, err = d.Begin(ctx, agent.Call{Tool: "api.call", Args: agent.Args{"audience": "https://orders.pawl.dev"}})
 		d.Leave()
 		return err
 	}); err != nil {
@@ -185,7 +185,7 @@ func measureVaultDown(ctx context.Context, b *bench) error {
 		pace(load, end, func(int) {
 			one, cancel := context.WithTimeout(ctx, 2*time.Second)
 			defer cancel()
-			_, _ = busy.Begin(one, "notes.read", nil) // refused while Vault is down: that is the load then
+			_, _ = busy.Begin(one, agent.Call{Tool: "notes.read"}) // refused while Vault is down: that is the load then
 		})
 	}()
 	defer func() { close(end); <-done }()

@@ -153,7 +153,7 @@ func closeAgents(list []*agent.Client) {
 func (w *world) through(ctx context.Context, b *bench, t target, agents []*agent.Client) (turn, error) {
 	held := make([]*agent.Delegation, len(agents))
 	chains := make([]string, len(agents))
-	take := func(i int) error { _, err := held[i].Begin(ctx, t.tool, t.args); return err }
+	take := func(i int) error { _, err := held[i].Begin(ctx, agent.Call{Tool: t.tool, Args: t.args}); return err }
 	if err := each(16, len(agents), func(i int) (err error) {
 		if held[i], err = agents[i].Open(ctx, agent.Chain{Task: "bench", Rights: []agent.Right{{Tool: t.tool, Use: true}}}); err != nil {
 			return err

@@ -279,7 +279,7 @@ func (w *world) ready(ctx context.Context) error {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for end := time.Now().Add(30 * time.Second); ; {
-		_, err := d.Begin(ctx, "notes.read", nil)
+		_, err := d.Begin(ctx, agent.Call{Tool: "notes.read"})
 		if err == nil || time.Now().After(end) {
 			return err
 		}

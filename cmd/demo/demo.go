@@ -182,7 +182,7 @@ func (p *play) delegate(ctx context.Context) (err error) {
 	if p.env.Postgres != nil {
 		tool, args = "db.read", agent.Args{"tables": []string{"customers"}}
 	}
-	_, err = p.part.Begin(ctx, tool, args)
+	_, err = p.part.Begin(ctx, agent.Call{Tool: tool, Args: args})
 	return p.mustRefuse("wider_refused", "writer asked for more than it was given", err, agent.ErrDenied)
 }
 
@@ -223,7 +223,7 @@ func (p *play) violate(ctx context.Context) error {
 	if p.env.Postgres != nil {
 		tool, args = "db.admin", agent.Args{"tables": []string{"orders"}}
 	}
-	_, err := p.part.Begin(ctx, tool, args)
+	_, err := p.part.Begin(ctx, agent.Call{Tool: tool, Args: args})
 	fenced := milliseconds(time.Since(asked))
 	var refusal *agent.Error
 	if !errors.Is(err, agent.ErrDenied) || !errors.As(err, &refusal) || refusal.Revocation == "" {

@@ -32,7 +32,7 @@ func (l login) dsn() string {
 
 // login takes a step on a table.
 func (p *play) login(ctx context.Context, _ string, d *agent.Delegation, table string) (*held, error) {
-	step, err := d.Begin(ctx, "db.read", agent.Args{"tables": []string{table}})
+	step, err := d.Begin(ctx, agent.Call{Tool: "db.read", Args: agent.Args{"tables": []string{table}}})
 	if err != nil {
 		return nil, err
 	}
@@ -45,7 +45,7 @@ func (p *play) login(ctx context.Context, _ string, d *agent.Delegation, table s
 
 // certificate takes a step that gives a client certificate.
 func (p *play) certificate(ctx context.Context, d *agent.Delegation) error {
-	step, err := d.Begin(ctx, "tls.call", agent.Args{"name": "writer.agents.pawl.dev"})
+	step, err := d.Begin(ctx, agent.Call{Tool: "tls.call", Args: agent.Args{"name": "writer.agents.pawl.dev"}})
 	if err != nil {
 		return err
 	}

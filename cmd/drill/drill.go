@@ -204,7 +204,7 @@ func (d *drill) breach(ctx context.Context) error {
 	watch := d.listen(ctx)
 	tool, args := "tls.call", agent.Args{"name": "root.agents.pawl.dev"}
 	d.asked = time.Now()
-	_, err := d.tree["writer"].Begin(ctx, tool, args)
+	_, err := d.tree["writer"].Begin(ctx, agent.Call{Tool: tool, Args: args})
 	d.result.FencedMS = d.since()
 	var refusal *agent.Error
 	if !errors.As(err, &refusal) || refusal.Revocation == "" {

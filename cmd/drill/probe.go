@@ -44,7 +44,7 @@ func (d *drill) take(ctx context.Context, i int) (*secret, error) {
 	if d.env.Postgres == nil || i/len(holders)%4 == 3 {
 		return takeCertificate(ctx, from)
 	}
-	step, err := from.Begin(ctx, "db.read", agent.Args{"tables": []string{"orders"}})
+	step, err := from.Begin(ctx, agent.Call{Tool: "db.read", Args: agent.Args{"tables": []string{"orders"}}})
 	if err != nil {
 		return nil, err
 	}
@@ -54,7 +54,7 @@ func (d *drill) take(ctx context.Context, i int) (*secret, error) {
 }
 
 func takeCertificate(ctx context.Context, from *agent.Delegation) (*secret, error) {
-	step, err := from.Begin(ctx, "tls.call", agent.Args{"name": "drill.agents.pawl.dev"})
+	step, err := from.Begin(ctx, agent.Call{Tool: "tls.call", Args: agent.Args{"name": "drill.agents.pawl.dev"}})
 	if err != nil {
 		return nil, err
 	}

@@ -110,7 +110,7 @@ func TestCanaryValues(t *testing.T) {
 		t.Errorf("the audit says %+v, want who presented it, in whose chain, and what followed", by)
 	}
 	s.want("after a canary", tokens, "kept", "found")
-	_, err := robbed.Begin(t.Context(), "api.call", ordersCall)
+	_, err := robbed.Begin(t.Context(), agent.Call{Tool: "api.call", Args: ordersCall})
 	mustRefuse(t, "a step of the chain that was robbed", err, agent.ErrRevoked)
 	all, err := w.operator().Revocations(t.Context())
 	if err != nil || len(all) != 1 || all[0].Selector != "subtree:"+robbed.ID() || all[0].By != "pawl" {

@@ -69,7 +69,7 @@ func TestManyCertificates(t *testing.T) {
 			for range each {
 				var s *agent.Step
 				if err == nil {
-					s, err = d.Begin(t.Context(), "tls.call", agent.Args{"name": "a.agents.pawl.dev"})
+					s, err = d.Begin(t.Context(), agent.Call{Tool: "tls.call", Args: agent.Args{"name": "a.agents.pawl.dev"}})
 				}
 				if err == nil {
 					serials[c] = append(serials[c], s.Secret().Field("serial_number"))

@@ -238,7 +238,7 @@ func (r *run) step(d *agent.Delegation) (s *agent.Step) {
 // one says that the chain is revoked.
 func (r *run) violate(d *agent.Delegation) {
 	r.again("breaking policy", func(ctx context.Context) error {
-		_, err := d.Begin(ctx, "db.admin", agent.Args{"tables": []string{"orders"}})
+		_, err := d.Begin(ctx, agent.Call{Tool: "db.admin", Args: agent.Args{"tables": []string{"orders"}}})
 		var p *agent.Error
 		switch {
 		case err == nil:

@@ -55,7 +55,7 @@ func (o *outage) open() *agent.Delegation {
 
 func (o *outage) certificate(d *agent.Delegation) {
 	o.t.Helper()
-	step, err := d.Begin(o.t.Context(), "tls.call", agent.Args{"name": "a.agents.pawl.dev"})
+	step, err := d.Begin(o.t.Context(), agent.Call{Tool: "tls.call", Args: agent.Args{"name": "a.agents.pawl.dev"}})
 	if err != nil {
 		o.t.Fatal(err)
 	}
@@ -175,7 +175,7 @@ func TestDeadPostgreSQL(t *testing.T) {
 		t.Fatal(err)
 	}
 	rv := o.revoke(o.root.Info().Chain)
-	_, err := o.root.Begin(t.Context(), "tls.call", agent.Args{"name": "a.agents.pawl.dev"})
+	_, err := o.root.Begin(t.Context(), agent.Call{Tool: "tls.call", Args: agent.Args{"name": "a.agents.pawl.dev"}})
 	mustRefuse(t, "a step after the acknowledgement", err, agent.ErrRevoked)
 	if !within(30*time.Second, func() bool {
 		o.look(rv.ID, each, o.end)
@@ -222,7 +222,7 @@ func TestDeadVault(t *testing.T) {
 				t.Fatal(err)
 			}
 			rv := o.revoke(o.root.Info().Chain)
-			_, err := o.root.Begin(t.Context(), "tls.call", agent.Args{"name": "a.agents.pawl.dev"})
+			_, err := o.root.Begin(t.Context(), agent.Call{Tool: "tls.call", Args: agent.Args{"name": "a.agents.pawl.dev"}})
 			mustRefuse(t, "a step after the acknowledgement", err, agent.ErrRevoked)
 			if !within(30*time.Second, func() bool {
 				o.look(rv.ID, 0, o.end)

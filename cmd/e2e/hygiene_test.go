@@ -240,7 +240,7 @@ func (w *world) playAll(t *testing.T, p *proxy, kept needles, c *agent.Client) (
 		}
 	}
 	begin := func(tool string, args agent.Args) error {
-		_, err := d.Begin(ctx, tool, args)
+		_, err := d.Begin(ctx, agent.Call{Tool: tool, Args: args})
 		return err
 	}
 	refuse("a tool that is not there", begin("no.such", nil))
@@ -283,27 +283,27 @@ func (w *world) keepSecrets(t *testing.T, kept needles, d *agent.Delegation) {
 		t.Fatal(err)
 	}
 	kept.add("password of "+l.Username, []byte(l.Password))
-	cert, err := d.Begin(t.Context(), "tls.call", agent.Args{"name": "a.agents.pawl.dev"})
+	cert, err := d.Begin(t.Context(), agent.Call{Tool: "tls.call", Args: agent.Args{"name": "a.agents.pawl.dev"}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	kept.addPEM("private key of "+cert.Grant().ID, cert.Secret().Field("private_key"))
-	token, err := d.Begin(t.Context(), "api.call", agent.Args{"audience": "https://mail.pawl.dev"})
+	token, err := d.Begin(t.Context(), agent.Call{Tool: "api.call", Args: agent.Args{"audience": "https://mail.pawl.dev"}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	kept.add("token of "+token.Grant().ID, []byte(token.Secret().Field("token")))
-	host, err := d.Begin(t.Context(), "host.uptime", nil)
+	host, err := d.Begin(t.Context(), agent.Call{Tool: "host.uptime"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	kept.addPEM("private key of "+host.Grant().ID, host.Secret().Field("private_key"))
-	fetch, err := d.Begin(t.Context(), "notes.fetch", nil)
+	fetch, err := d.Begin(t.Context(), agent.Call{Tool: "notes.fetch"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	kept.add("token of "+fetch.Grant().ID, []byte(cmp.Or(fetch.Secret().Field("token"), fetch.Secret().Field("wrapping_token"))))
-	note, err := d.Begin(t.Context(), "notes.read", nil)
+	note, err := d.Begin(t.Context(), agent.Call{Tool: "notes.read"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -81,7 +81,7 @@ var ordersCall = agent.Args{"audience": "https://orders.pawl.dev", "order": 7}
 
 func takeToken(t *testing.T, d *agent.Delegation, ttl time.Duration) (*agent.Step, string) {
 	t.Helper()
-	step, err := d.Begin(t.Context(), "api.call", ordersCall, agent.StepOptions{TTL: ttl})
+	step, err := d.Begin(t.Context(), agent.Call{Tool: "api.call", Args: ordersCall, TTL: ttl})
 	if err != nil {
 		t.Fatal(err)
 	}

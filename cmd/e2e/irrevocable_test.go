@@ -99,7 +99,7 @@ func TestRealIrrevocableLease(t *testing.T) {
 	g := newGivenUp(t)
 	g.fail()
 	rv := g.revoke(g.root.Info().Chain)
-	_, err := g.root.Begin(t.Context(), "tls.call", agent.Args{"name": "a.agents.pawl.dev"})
+	_, err := g.root.Begin(t.Context(), agent.Call{Tool: "tls.call", Args: agent.Args{"name": "a.agents.pawl.dev"}})
 	mustRefuse(t, "a step after the acknowledgement", err, agent.ErrRevoked)
 
 	lease := g.oracle.leases("database/creds/pawl-db-read/")

@@ -125,11 +125,11 @@ func (c *captured) capture(t *testing.T, d *agent.Delegation) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cert, err := d.Begin(t.Context(), "tls.call", agent.Args{"name": "a.agents.pawl.dev"})
+	cert, err := d.Begin(t.Context(), agent.Call{Tool: "tls.call", Args: agent.Args{"name": "a.agents.pawl.dev"}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := d.Begin(t.Context(), "notes.read", nil); err != nil {
+	if _, err := d.Begin(t.Context(), agent.Call{Tool: "notes.read"}); err != nil {
 		t.Fatal(err)
 	}
 	serial, err := serialOf(cert.Secret().Field("certificate"))

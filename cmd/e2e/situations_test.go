@@ -21,7 +21,7 @@ func situation(t *testing.T, name string) *stage {
 // refused fails unless a step is refused with the code, decided by exactly these policies.
 func (s *stage) refused(d *agent.Delegation, tool string, args agent.Args, code broker.Code, policies ...string) *agent.Error {
 	s.t.Helper()
-	step, err := d.Begin(s.t.Context(), tool, args)
+	step, err := d.Begin(s.t.Context(), agent.Call{Tool: tool, Args: args})
 	if err == nil {
 		s.t.Fatalf("Begin(%s, %v) gave grant %s, want %s", tool, args, step.Grant().ID, code)
 	}
@@ -156,6 +156,6 @@ func TestCopilotStopsBeforeContainment(t *testing.T) {
 	elsewhere := s.open("/security/copilot", agent.Chain{Rights: all})
 	p = s.refused(copilot, "evidence.delete", nil, broker.CodeViolation, "evidence-stays")
 	s.ended(copilot, "alert.read", alerts, p.Revocation, reading)
-	_, err := elsewhere.Begin(t.Context(), "alert.read", alerts)
+	_, err := elsewhere.Begin(t.Context(), agent.Call{Tool: "alert.read", Args: alerts})
 	refusal(t, "a step of the copilot in another chain", err, api.KindRevoked, broker.CodeFrozen)
 }

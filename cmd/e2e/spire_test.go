@@ -92,7 +92,7 @@ func TestSPIRERotation(t *testing.T) {
 	steps := 0
 	if !within(time.Minute, func() bool {
 		for name, d := range agents {
-			if err := d.Step(ctx, "tls.call", agent.Args{"name": "a.agents.pawl.dev"}, hasKey); err != nil {
+			if err := d.Step(ctx, agent.Call{Tool: "tls.call", Args: agent.Args{"name": "a.agents.pawl.dev"}}, hasKey); err != nil {
 				t.Fatalf("step %d by %s after %s: %v\n%s", steps, name, seen, err, p.said())
 			}
 			steps++

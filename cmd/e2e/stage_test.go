@@ -214,7 +214,7 @@ type holding struct {
 
 func (s *stage) hold(d *agent.Delegation, tool string, args agent.Args) holding {
 	s.t.Helper()
-	step, err := d.Begin(s.t.Context(), tool, args)
+	step, err := d.Begin(s.t.Context(), agent.Call{Tool: tool, Args: args})
 	if err != nil {
 		s.t.Fatalf("Begin(%s, %v) = %v, want a secret", tool, args, err)
 	}
@@ -228,7 +228,7 @@ func (s *stage) hold(d *agent.Delegation, tool string, args agent.Args) holding 
 // do takes a step and closes it.
 func (s *stage) do(d *agent.Delegation, tool string, args agent.Args) {
 	s.t.Helper()
-	if err := d.Step(s.t.Context(), tool, args, func(context.Context, *agent.Secret) error { return nil }); err != nil {
+	if err := d.Step(s.t.Context(), agent.Call{Tool: tool, Args: args}, func(context.Context, *agent.Secret) error { return nil }); err != nil {
 		s.t.Fatalf("Step(%s, %v) = %v", tool, args, err)
 	}
 }

@@ -148,7 +148,7 @@ func (o *offence) collectTwice() error {
 	if err != nil {
 		o.t.Fatal(err)
 	}
-	step, err := o.tree["writer"].Begin(o.t.Context(), "db.read", orders, agent.StepOptions{Seal: &agent.Seal{Key: key.Public()}})
+	step, err := o.tree["writer"].Begin(o.t.Context(), agent.Call{Tool: "db.read", Args: orders, Seal: &agent.Seal{Key: key.Public()}})
 	if err != nil {
 		o.t.Fatal(err)
 	}
@@ -193,21 +193,21 @@ var orders = agent.Args{"tables": []string{"orders"}}
 
 // begin has writer ask for a step, whose refusal is the trigger.
 func (o *offence) begin(tool string, args agent.Args) error {
-	_, err := o.tree["writer"].Begin(o.t.Context(), tool, args)
+	_, err := o.tree["writer"].Begin(o.t.Context(), agent.Call{Tool: tool, Args: args})
 	return err
 }
 
 // replay has writer take a step under a key and then ask for another under the same.
 func (o *offence) replay(tool string, args agent.Args) error {
 	o.t.Helper()
-	step, err := o.tree["writer"].Begin(o.t.Context(), "db.write", nil, agent.StepOptions{Key: "step-1"})
+	step, err := o.tree["writer"].Begin(o.t.Context(), agent.Call{Tool: "db.write", IdempotencyKey: "step-1"})
 	if err == nil {
 		err = step.Close(o.t.Context())
 	}
 	if err != nil {
 		o.t.Fatal(err)
 	}
-	_, err = o.tree["writer"].Begin(o.t.Context(), tool, args, agent.StepOptions{Key: "step-1"})
+	_, err = o.tree["writer"].Begin(o.t.Context(), agent.Call{Tool: tool, Args: args, IdempotencyKey: "step-1"})
 	return err
 }
 
@@ -333,7 +333,7 @@ func (tr trigger) play(o *offence, what broker.Consequence) (revocation string) 
 		return refusal(o.t, tr.name, tr.event(o), tr.kind, code).Revocation
 	}
 	// What nobody permits, for the same agent and in the same way, is answered alike.
-	_, unpermitted := o.tree["writer"].Begin(o.t.Context(), "payroll.read", nil)
+	_, unpermitted := o.tree["writer"].Begin(o.t.Context(), agent.Call{Tool: "payroll.read"})
 	if strings.Contains(tr.name, "passing") {
 		_, unpermitted = o.tree["writer"].Delegate(o.t.Context(), o.identities.ID("/helper").String(), agent.Share{Rights: rights("payroll.read")})
 	}
@@ -468,7 +468,7 @@ func TestOpeningWithACanary(t *testing.T) {
 					t.Errorf("the secret of %s is dead", name)
 				}
 			}
-			_, err = o.apart["writer"].Begin(t.Context(), "db.read", orders)
+			_, err = o.apart["writer"].Begin(t.Context(), agent.Call{Tool: "db.read", Args: orders})
 			if frozen := what == broker.ConsequenceFreezeCaller; errors.Is(err, agent.ErrRevoked) != frozen || !frozen && err != nil {
 				t.Errorf("a step of writer elsewhere = %v, want it frozen: %v", err, frozen)
 			}

@@ -302,7 +302,7 @@ func grantOf(role string) string {
 
 // take takes a step on the table orders.
 func take(ctx context.Context, d *agent.Delegation, ttl time.Duration) (*agent.Step, login, error) {
-	step, err := d.Begin(ctx, "db.read", agent.Args{"tables": []string{"orders"}}, agent.StepOptions{TTL: ttl})
+	step, err := d.Begin(ctx, agent.Call{Tool: "db.read", Args: agent.Args{"tables": []string{"orders"}}, TTL: ttl})
 	if err != nil {
 		return nil, login{}, err
 	}

@@ -78,7 +78,8 @@ func takeStep(cmd *cobra.Command, f stepFlags, command []string) error {
 	if err != nil {
 		return err
 	}
-	return d.Step(ctx, f.tool, args, func(ctx context.Context, s *agent.Secret) error {
+	call := agent.Call{Tool: f.tool, Args: args, Purpose: f.purpose, TTL: f.ttl}
+	return d.Step(ctx, call, func(ctx context.Context, s *agent.Secret) error {
 		if f.print {
 			return printSecret(cmd, s)
 		}
@@ -87,7 +88,7 @@ func takeStep(cmd *cobra.Command, f stepFlags, command []string) error {
 			return fmt.Errorf("%s was stopped, because its step ended: %w", command[0], ended)
 		}
 		return err
-	}, agent.StepOptions{Purpose: f.purpose, TTL: f.ttl})
+	})
 }
 
 func newAgent(ctx context.Context, address, serverID string) (*agent.Client, error) {

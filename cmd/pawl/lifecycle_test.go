@@ -342,7 +342,7 @@ func TestCandidate(t *testing.T) {
 	const marker = "page-that-nobody-else-may-know"
 	begin := func(what string) {
 		t.Helper()
-		_, err := d.Begin(t.Context(), "notes.read", agent.Args{"page": marker})
+		_, err := d.Begin(t.Context(), agent.Call{Tool: "notes.read", Args: agent.Args{"page": marker}})
 		if p := new(agent.Error); !errors.As(err, &p) || p.Status != http.StatusServiceUnavailable {
 			t.Fatalf("a step %s = %v, want that policy allows it and Vault is not there", what, err)
 		}
