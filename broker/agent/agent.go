@@ -57,8 +57,6 @@ type (
 	Right      = api.Right      // what may happen with one tool
 	Constraint = api.Constraint // limits one argument, as JSON
 	Budget     = api.Budget     // how much may happen
-	Grant      = api.Grant      // what the broker recorded of a step
-	Info       = api.Delegation // what a delegation allows, and until when
 )
 
 // Args are the arguments of a step: strings, integers, booleans and lists of strings.
@@ -144,8 +142,12 @@ type Chain struct {
 func (c *Client) Open(ctx context.Context, ch Chain) (*Delegation, error) {
 	in := api.OpenRequest{Task: ch.Task, Rights: ch.Rights, Budget: ch.Budget, Depth: ch.Depth, TTLSeconds: seconds(ch.TTL), Labels: ch.Labels,
 		HeartbeatSeconds: seconds(ch.Heartbeat)}
-	var info Info
-	if err := c.http.Call(ctx, http.MethodPost, "/v1/chains", nil, in, &info); err != nil {
+	var out api.Delegation
+	if err := c.http.Call(ctx, http.MethodPost, "/v1/chains", nil, in, &out); err != nil {
+		return nil, fmt.Errorf("opening a chain: %w", err)
+	}
+	info, err := infoOf(out)
+	if err != nil {
 		return nil, fmt.Errorf("opening a chain: %w", err)
 	}
 	return c.inUse(info), nil
@@ -153,25 +155,37 @@ func (c *Client) Open(ctx context.Context, ch Chain) (*Delegation, error) {
 
 // Join takes up a delegation that was passed on to the agent, by the id that Delegate gave to
 // whoever passed it on. It blocks for one request; one that is fenced is refused with ErrRevoked.
-func (c *Client) Join(ctx context.Context, id string) (*Delegation, error) {
-	var st api.Standing
-	if err := c.http.Call(ctx, http.MethodGet, "/v1/delegations/"+segment(id), nil, nil, &st); err != nil {
+func (c *Client) Join(ctx context.Context, id DelegationID) (*Delegation, error) {
+	info, err := c.join(ctx, id)
+	if err != nil {
 		return nil, fmt.Errorf("joining a delegation: %w", err)
 	}
+	return c.inUse(info), nil
+}
+
+func (c *Client) join(ctx context.Context, id DelegationID) (Info, error) {
+	var st api.Standing
+	if err := c.http.Call(ctx, http.MethodGet, "/v1/delegations/"+segment(id), nil, nil, &st); err != nil {
+		return Info{}, err
+	}
 	if st.Delegation == nil {
-		return nil, fmt.Errorf("joining a delegation: %w", api.NewProblem(ErrUnavailable, api.CodeNoAnswer, "the answer has no delegation"))
+		return Info{}, api.NewProblem(ErrUnavailable, api.CodeNoAnswer, "the answer has no delegation")
 	}
 	if st.Fence != nil && !st.Fence.Frozen {
-		return nil, fmt.Errorf("joining a delegation: %w", revoked(st.Fence.Revocation))
+		return Info{}, revoked(st.Fence.Revocation)
 	}
-	return c.inUse(*st.Delegation), nil
+	return infoOf(*st.Delegation)
 }
 
 // EndGrant ends a step by its grant's id, such as one that a *[Repeated] names. It blocks until
 // the secret is dead or the broker has waited long enough for that.
-func (c *Client) EndGrant(ctx context.Context, id string) (Grant, error) {
-	var g Grant
-	if err := c.http.Call(ctx, http.MethodPost, "/v1/grants/"+segment(id)+"/close", nil, api.Nothing{}, &g); err != nil {
+func (c *Client) EndGrant(ctx context.Context, id GrantID) (Grant, error) {
+	var out api.Grant
+	if err := c.http.Call(ctx, http.MethodPost, "/v1/grants/"+segment(id)+"/close", nil, api.Nothing{}, &out); err != nil {
+		return Grant{}, fmt.Errorf("closing a step: %w", err)
+	}
+	g, err := grantOf(out)
+	if err != nil {
 		return Grant{}, fmt.Errorf("closing a step: %w", err)
 	}
 	return g, nil

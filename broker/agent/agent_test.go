@@ -22,7 +22,17 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-const marker = "hunter2-marker"
+const (
+	marker = "hunter2-marker"
+
+	chain      = "ch000000000000000000000001"
+	root       = "dl000000000000000000000001" // the delegation that a script opens
+	child      = "dl000000000000000000000002" // the delegation that it passes on
+	revocation = "rv000000000000000000000001"
+)
+
+// grant is the id of the nth step.
+func grant(n int) string { return fmt.Sprintf("gr%024d", n) }
 
 // script is a broker that says what it is told to. broker/server tests the SDK with a real one.
 type script struct {
@@ -116,11 +126,11 @@ func (s *script) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	body, _ := io.ReadAll(r.Body) // so that the connection is used again
 	switch path := r.URL.EscapedPath(); {
 	case path == "/v1/chains":
-		reply(w, 201, agent.Info{ID: "dl1", Chain: "ch1", HeartbeatSeconds: s.beat})
-	case path == "/v1/delegations/dl1":
+		reply(w, 201, api.Delegation{ID: root, Chain: chain, HeartbeatSeconds: s.beat})
+	case path == "/v1/delegations/"+root:
 		reply(w, 200, s.joined)
 	case strings.HasSuffix(path, "/delegate"):
-		reply(w, 201, agent.Info{ID: "dl2"})
+		reply(w, 201, api.Delegation{ID: child, Chain: chain, Parent: root})
 	case strings.HasSuffix(path, "/steps"):
 		s.step(w, r)
 	case strings.HasSuffix(path, "/close"):
@@ -152,8 +162,9 @@ func (s *script) step(w http.ResponseWriter, r *http.Request) {
 	}
 	s.grants++
 	now := time.Now()
-	reply(w, 201, api.Issued{Secret: []byte(`{"password":"` + marker + `","port":5432}`),
-		Grant: api.Grant{ID: fmt.Sprintf("gr%d", s.grants), Created: now.Add(time.Hour), Expires: now.Add(time.Hour + s.life)}}) // its clock is wrong
+	g := api.Grant{ID: grant(s.grants), Chain: chain, Delegation: root,
+		Created: now.Add(time.Hour), Expires: now.Add(time.Hour + s.life)} // its clock is wrong
+	reply(w, 201, api.Issued{Secret: []byte(`{"password":"` + marker + `","port":5432}`), Grant: g})
 }
 
 func (s *script) close(w http.ResponseWriter, id string) {
@@ -166,7 +177,7 @@ func (s *script) close(w http.ResponseWriter, id string) {
 		}
 	}
 	s.closed = append(s.closed, id)
-	reply(w, 200, api.Grant{ID: id})
+	reply(w, 200, api.Grant{ID: id, Chain: chain, Delegation: root})
 }
 
 func (s *script) hear(w http.ResponseWriter, body string) {
@@ -280,7 +291,7 @@ func TestStep(t *testing.T) {
 
 // TestPushed: what the broker says on the stream ends what it is about, and nothing else.
 func TestPushed(t *testing.T) {
-	final := &api.Fence{Revocation: "rv1"}
+	final := &api.Fence{Revocation: revocation}
 	for name, row := range map[string]struct {
 		event      text
 		kind       error // how the first step ends; nil: it goes on
@@ -288,9 +299,9 @@ func TestPushed(t *testing.T) {
 		revocation string
 	}{
 		"nothing yet":        {standing(api.Standing{}), nil, false, ""},
-		"one grant":          {standing(api.Standing{Ended: []string{"gr1"}}), agent.ErrRevoked, false, ""},
+		"one grant":          {standing(api.Standing{Ended: []string{grant(1)}}), agent.ErrRevoked, false, ""},
 		"frozen":             {standing(api.Standing{Fence: &api.Fence{Frozen: true}}), nil, false, ""},
-		"revoked":            {standing(api.Standing{Fence: final}), agent.ErrRevoked, true, "rv1"},
+		"revoked":            {standing(api.Standing{Fence: final}), agent.ErrRevoked, true, revocation},
 		"over":               {event(api.EventProblem, api.NewProblem(api.KindExpired, "", "over")), agent.ErrExpired, true, ""},
 		"no longer ours":     {event(api.EventProblem, api.NewProblem(api.KindNotFound, "", "")), agent.ErrNotFound, true, ""},
 		"of a later version": {event("news", map[string]int{"x": 1}), nil, false, ""},
@@ -301,7 +312,7 @@ func TestPushed(t *testing.T) {
 			one, two := s.begin(d), s.begin(d)
 			s.stream()
 			s.say(row.event)
-			s.say(standing(api.Standing{Ended: []string{"gr3"}})) // the handshake: gr3 is begun below
+			s.say(standing(api.Standing{Ended: []string{grant(3)}})) // the handshake: grant 3 is begun below
 			if row.kind != nil {
 				wantEnd(t, one.Context(), row.kind)
 			}
@@ -344,12 +355,12 @@ func TestAcknowledge(t *testing.T) {
 		return nil
 	}
 	s.mu.Unlock()
-	s.say(standing(api.Standing{Fence: &api.Fence{Revocation: "rv1"}}))
+	s.say(standing(api.Standing{Fence: &api.Fence{Revocation: revocation}}))
 	await(t, s.told, "the acknowledgement")
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.heard) != 3 || s.heard[2] != `{"revocation":"rv1"}` {
-		t.Errorf("the broker was told %q, want rv1 three times", s.heard)
+	if len(s.heard) != 3 || s.heard[2] != `{"revocation":"`+revocation+`"}` {
+		t.Errorf("the broker was told %q, want the revocation three times", s.heard)
 	}
 }
 
@@ -386,7 +397,7 @@ func TestHeartbeat(t *testing.T) {
 		t.Errorf("the broker was told %q over %d streams, want a sign of life without any", s.heard, s.streams)
 	}
 	p := api.NewProblem(api.KindRevoked, "fenced", "")
-	p.Revocation = "rv1"
+	p.Revocation = revocation
 	s.answer = func() *api.Problem {
 		if s.heard[len(s.heard)-1] == "{}" {
 			return p
@@ -552,30 +563,32 @@ func TestLeave(t *testing.T) {
 }
 
 func TestJoin(t *testing.T) {
+	good := api.Delegation{ID: root, Chain: chain}
 	for name, row := range map[string]struct {
 		st   api.Standing
 		want error
 	}{
-		"good":    {api.Standing{Delegation: &agent.Info{ID: "dl1"}}, nil},
-		"frozen":  {api.Standing{Delegation: &agent.Info{ID: "dl1"}, Fence: &api.Fence{Frozen: true}}, nil},
-		"revoked": {api.Standing{Delegation: &agent.Info{ID: "dl1"}, Fence: &api.Fence{}}, agent.ErrRevoked},
-		"garbage": {api.Standing{}, agent.ErrUnavailable},
+		"good":    {api.Standing{Delegation: &good}, nil},
+		"frozen":  {api.Standing{Delegation: &good, Fence: &api.Fence{Frozen: true}}, nil},
+		"revoked": {api.Standing{Delegation: &good, Fence: &api.Fence{}}, agent.ErrRevoked},
+		"absent":  {api.Standing{}, agent.ErrUnavailable},
+		"garbage": {api.Standing{Delegation: &api.Delegation{ID: child[:25], Chain: chain}}, agent.ErrUnavailable},
 	} {
 		s := newScript(t)
 		s.joined = row.st
-		d, err := s.client(agent.Config{}).Join(t.Context(), "dl1")
-		if !errors.Is(err, row.want) || row.want == nil && (err != nil || d.ID() != "dl1") {
+		d, err := s.client(agent.Config{}).Join(t.Context(), root)
+		if !errors.Is(err, row.want) || row.want == nil && (err != nil || d.ID() != root) {
 			t.Errorf("Join of one that is %s = %v, want %v", name, err, row.want)
 		}
 	}
-	if _, err := newScript(t).client(agent.Config{}).Join(t.Context(), "../grants/gr1/close"); !errors.Is(err, agent.ErrNotFound) {
+	if _, err := newScript(t).client(agent.Config{}).Join(t.Context(), agent.DelegationID("../grants/"+grant(1)+"/close")); !errors.Is(err, agent.ErrNotFound) {
 		t.Errorf("Join of a path = %v, want not found", err)
 	}
 }
 
 func TestDelegate(t *testing.T) {
-	if id, err := newScript(t).open(agent.Config{}).Delegate(t.Context(), "spiffe://example.org/b", agent.Share{}); err != nil || id != "dl2" {
-		t.Errorf("Delegate = %q, %v, want dl2", id, err)
+	if id, err := newScript(t).open(agent.Config{}).Delegate(t.Context(), "spiffe://example.org/b", agent.Share{}); err != nil || id != child {
+		t.Errorf("Delegate = %q, %v, want %s", id, err, child)
 	}
 }
 

@@ -24,15 +24,15 @@ type Delegation struct {
 	ctx context.Context // ends when the delegation is over, with that as its cause
 	end context.CancelCauseFunc
 
-	mu       sync.Mutex                         // guards everything below
-	running  map[string]context.CancelCauseFunc // steps by their grant
-	ended    map[string]bool                    // grants that the broker has ended
+	mu       sync.Mutex                          // guards everything below
+	running  map[GrantID]context.CancelCauseFunc // steps by their grant
+	ended    map[GrantID]bool                    // grants that the broker has ended
 	watching bool
 	silence  *time.Timer // of Config.FailClosed; nil: off, or nothing is watched
 }
 
 func (c *Client) delegation(info Info) *Delegation {
-	d := &Delegation{client: c, info: info, running: map[string]context.CancelCauseFunc{}, ended: map[string]bool{}}
+	d := &Delegation{client: c, info: info, running: map[GrantID]context.CancelCauseFunc{}, ended: map[GrantID]bool{}}
 	d.ctx, d.end = context.WithCancelCause(c.ctx)
 	return d
 }
@@ -40,8 +40,8 @@ func (c *Client) delegation(info Info) *Delegation {
 // inUse is a delegation whose holder keeps the promise to be heard.
 func (c *Client) inUse(info Info) *Delegation {
 	d := c.delegation(info)
-	if info.HeartbeatSeconds > 0 {
-		c.background(func() { d.beat(time.Duration(info.HeartbeatSeconds) * time.Second / 3) })
+	if info.Heartbeat > 0 {
+		c.background(func() { d.beat(info.Heartbeat / 3) })
 	}
 	return d
 }
@@ -69,7 +69,7 @@ func (d *Delegation) beat(every time.Duration) {
 }
 
 // ID is what another agent joins, if the delegation is that agent's.
-func (d *Delegation) ID() string { return d.info.ID }
+func (d *Delegation) ID() DelegationID { return d.info.ID }
 
 // Info is what the delegation allowed when the broker last said so in full.
 func (d *Delegation) Info() Info { return d.info }
@@ -88,11 +88,15 @@ type Share struct {
 
 // Delegate passes less on to the agent with the SPIFFE ID to, which joins the id that it
 // returns. It blocks for one request.
-func (d *Delegation) Delegate(ctx context.Context, to string, s Share) (id string, err error) {
+func (d *Delegation) Delegate(ctx context.Context, to string, s Share) (DelegationID, error) {
 	in := api.DelegateRequest{To: to, Rights: s.Rights, Budget: s.Budget, Depth: s.Depth, TTLSeconds: seconds(s.TTL),
 		HeartbeatSeconds: seconds(s.Heartbeat)}
-	var child Info
-	if err := d.client.http.Call(ctx, http.MethodPost, d.path("/delegate"), nil, in, &child); err != nil {
+	var out api.Delegation
+	if err := d.client.http.Call(ctx, http.MethodPost, d.path("/delegate"), nil, in, &out); err != nil {
+		return "", fmt.Errorf("delegating: %w", err)
+	}
+	child, err := infoOf(out)
+	if err != nil {
 		return "", fmt.Errorf("delegating: %w", err)
 	}
 	return child.ID, nil
@@ -102,7 +106,7 @@ func (d *Delegation) Delegate(ctx context.Context, to string, s Share) (id strin
 // as "revoke-chain". Code is lower-case words joined by underscores. It blocks for one request.
 func (d *Delegation) Violation(ctx context.Context, code, detail string) (consequence string, err error) {
 	var out api.Reported
-	in := api.ReportRequest{Delegation: d.info.ID, Violation: code, Detail: detail}
+	in := api.ReportRequest{Delegation: string(d.info.ID), Violation: code, Detail: detail}
 	if err := d.client.http.Call(ctx, http.MethodPost, "/v1/violations", nil, in, &out); err != nil {
 		return "", fmt.Errorf("reporting a violation: %w", err)
 	}
@@ -233,7 +237,8 @@ func (d *Delegation) hear(ev client.Event) error {
 func (d *Delegation) stop(grants []string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for _, id := range grants {
+	for _, text := range grants {
+		id := GrantID(text) // what is no grant's id matches no step
 		d.ended[id] = true
 		if cancel := d.running[id]; cancel != nil {
 			cancel(revoked(""))
@@ -283,7 +288,7 @@ func revoked(revocation string) *Error {
 func seconds(d time.Duration) int64 { return int64((d + time.Second - 1) / time.Second) }
 
 // segment keeps an id that came from elsewhere inside its segment of the path.
-func segment(id string) string { return url.PathEscape(id) }
+func segment[ID ~string](id ID) string { return url.PathEscape(string(id)) }
 
 func encode(v any) api.Constraint {
 	b, err := json.Marshal(v)

@@ -56,7 +56,7 @@ func (k *SealKey) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(redacted))
 // it was revoked sooner is told to whoever took the step. It blocks for one request, which it never
 // repeats: after ErrUnavailable with the code "no_answer" the secret is lost, and the step should
 // be closed and taken again.
-func (c *Client) Collect(ctx context.Context, grant string, key *SealKey) (*Secret, error) {
+func (c *Client) Collect(ctx context.Context, grant GrantID, key *SealKey) (*Secret, error) {
 	s, err := c.collect(ctx, grant, key)
 	if err != nil {
 		return nil, fmt.Errorf("collecting a sealed secret: %w", err)
@@ -64,7 +64,7 @@ func (c *Client) Collect(ctx context.Context, grant string, key *SealKey) (*Secr
 	return s, nil
 }
 
-func (c *Client) collect(ctx context.Context, grant string, key *SealKey) (*Secret, error) {
+func (c *Client) collect(ctx context.Context, grant GrantID, key *SealKey) (*Secret, error) {
 	begun := time.Now()
 	var out api.Collected
 	if err := c.http.Call(ctx, http.MethodPost, "/v1/grants/"+segment(grant)+"/collect", nil, api.Nothing{}, &out); err != nil {
@@ -82,7 +82,7 @@ func (c *Client) collect(ctx context.Context, grant string, key *SealKey) (*Secr
 }
 
 // open decrypts what must be sealed to this key, for this grant.
-func (k *SealKey) open(grant, text string) ([]byte, error) {
+func (k *SealKey) open(grant GrantID, text string) ([]byte, error) {
 	jwe, err := jose.ParseEncryptedCompact(text, []jose.KeyAlgorithm{jose.ECDH_ES}, []jose.ContentEncryption{jose.A256GCM})
 	if err != nil {
 		return nil, errors.New("the sealed secret is not what the broker sends")
@@ -92,7 +92,7 @@ func (k *SealKey) open(grant, text string) ([]byte, error) {
 		return nil, errors.New("the secret is not sealed to this key")
 	}
 	extra := jwe.Header.ExtraHeaders
-	if extra[jose.HeaderType] != api.SealedType || extra["grant"] != grant {
+	if extra[jose.HeaderType] != api.SealedType || extra["grant"] != string(grant) {
 		clear(raw)
 		return nil, errors.New("what is sealed is another grant's")
 	}

@@ -37,7 +37,7 @@ type Repeated struct {
 	Grant Grant // the step's, as it is now
 }
 
-func (r *Repeated) Error() string { return "the step was taken before, as grant " + r.Grant.ID }
+func (r *Repeated) Error() string { return "the step was taken before, as grant " + string(r.Grant.ID) }
 
 // Unwrap gives the kind and code.
 func (r *Repeated) Unwrap() error { return api.NewProblem(ErrConflict, api.CodeRepeated, "") }
@@ -101,18 +101,23 @@ func (d *Delegation) begin(ctx context.Context, call Call) (*Step, error) {
 	if err := d.client.http.Call(ctx, http.MethodPost, d.path("/steps"), header, in, &out); err != nil {
 		return nil, err
 	}
+	g, err := grantOf(out.Grant)
+	if err != nil {
+		clear(out.Secret)
+		return nil, err
+	}
 	if out.Repeated {
-		return nil, &Repeated{Grant: out.Grant}
+		return nil, &Repeated{Grant: g}
 	}
 	d.heard()
-	return d.start(ctx, begun, out), nil
+	return d.start(ctx, begun, g, newSecret(out.Secret)), nil
 }
 
 // start makes the step of an answer. Its deadline counts from before the request, so that it
 // is never later than the secret's end, whatever the two clocks say.
-func (d *Delegation) start(ctx context.Context, begun time.Time, out api.Issued) *Step {
-	s := &Step{delegation: d, grant: out.Grant, secret: newSecret(out.Secret)}
-	life := out.Grant.Expires.Sub(out.Grant.Created)
+func (d *Delegation) start(ctx context.Context, begun time.Time, g Grant, secret *Secret) *Step {
+	s := &Step{delegation: d, grant: g, secret: secret}
+	life := g.Expires.Sub(g.Created)
 	timed, release := context.WithDeadlineCause(ctx, begun.Add(life), api.NewProblem(ErrExpired, "expired", "the secret's time is over"))
 	s.ctx, s.cancel = context.WithCancelCause(timed)
 	s.release = release

@@ -179,7 +179,7 @@ func TestEndToEnd(t *testing.T) {
 	}
 	secrets := [][]byte{one.Secret().JSON(), two.Secret().JSON()}
 
-	rv := w.revokeChain(t, root.Info().Chain)
+	rv := w.revokeChain(t, string(root.Info().Chain))
 	for _, s := range []*agent.Step{one, two} {
 		await(t, s.Context().Done(), "a step's context to end")
 		if cause := context.Cause(s.Context()); !errors.Is(cause, agent.ErrRevoked) {
@@ -246,7 +246,7 @@ func TestFreeze(t *testing.T) {
 		t.Fatal(err)
 	}
 	ann, bob := w.operator(t, "ann"), w.operator(t, "bob")
-	rv, err := ann.Revoke(ctx, api.RevokeRequest{Selector: "chain:" + d.Info().Chain, Reason: "test", Freeze: true})
+	rv, err := ann.Revoke(ctx, api.RevokeRequest{Selector: "chain:" + string(d.Info().Chain), Reason: "test", Freeze: true})
 	if err != nil {
 		t.Fatal(err)
 	}

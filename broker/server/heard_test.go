@@ -58,7 +58,7 @@ func TestAgentsAcknowledge(t *testing.T) {
 		t.Fatal(err)
 	}
 	op := w.operator(t, "ann")
-	rv, err := op.Revoke(ctx, api.RevokeRequest{Selector: "chain:" + root.Info().Chain, Reason: "test"})
+	rv, err := op.Revoke(ctx, api.RevokeRequest{Selector: "chain:" + string(root.Info().Chain), Reason: "test"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +69,7 @@ func TestAgentsAcknowledge(t *testing.T) {
 			t.Fatal(err)
 		}
 		if a := now.Acknowledged; a != nil && a.Heard == 1 {
-			if a.Agents != 2 || len(a.Silent) != 1 || a.Silent[0].Delegation != deaf {
+			if a.Agents != 2 || len(a.Silent) != 1 || a.Silent[0].Delegation != string(deaf) {
 				t.Errorf("acknowledged = %+v, want 1 of 2 and %s silent", a, deaf)
 			}
 			break

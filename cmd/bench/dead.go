@@ -265,7 +265,7 @@ func issueOurs(ctx context.Context, w *world, n int) (logins []login, end func(c
 	})
 	return logins, func(ctx context.Context) error {
 		defer client.Close() //nolint:errcheck // it always succeeds
-		rv, err := w.operator.Revoke(ctx, api.RevokeRequest{Selector: "chain:" + d.Info().Chain, Reason: "bench"})
+		rv, err := w.operator.Revoke(ctx, api.RevokeRequest{Selector: "chain:" + string(d.Info().Chain), Reason: "bench"})
 		if err != nil {
 			return err
 		}

@@ -59,7 +59,7 @@ func certificatesOurs(ctx context.Context, w *world, n int) (serials []string, e
 			return err
 		}
 		defer d.Leave()
-		chains[i] = d.Info().Chain
+		chains[i] = string(d.Info().Chain)
 		for k := i; k < n && err == nil; k += holders {
 			var s *agent.Step
 			if s, err = d.Begin(ctx, agent.Call{Tool: "tls.call", Args: agent.Args{"name": "a.agents.pawl.dev"}}); err == nil {

@@ -48,10 +48,10 @@ func measureEvents(ctx context.Context, b *bench) error {
 		}
 		defer c.Close()
 		first := make(chan struct{})
-		go l.listen(ctx, c, "/v1/delegations/"+id+"/events", first)
+		go l.listen(ctx, c, "/v1/delegations/"+string(id)+"/events", first)
 		<-first // now there is a connection for the others
 		for range perAgent - 1 {
-			go l.listen(ctx, c, "/v1/delegations/"+id+"/events", make(chan struct{}))
+			go l.listen(ctx, c, "/v1/delegations/"+string(id)+"/events", make(chan struct{}))
 		}
 	}
 	l.ready.Wait()
@@ -60,7 +60,7 @@ func measureEvents(ctx context.Context, b *bench) error {
 	}
 	before, _ := resident(w.broker.cmd.Process.Pid) // zero where it cannot be read
 	l.begin()
-	if _, err := w.operator.Revoke(ctx, api.RevokeRequest{Selector: "chain:" + d.Info().Chain, Reason: "bench"}); err != nil {
+	if _, err := w.operator.Revoke(ctx, api.RevokeRequest{Selector: "chain:" + string(d.Info().Chain), Reason: "bench"}); err != nil {
 		return err
 	}
 	fenced := ms(time.Since(l.began))

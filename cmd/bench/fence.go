@@ -168,7 +168,7 @@ func measureVaultDown(ctx context.Context, b *bench) error {
 		if err != nil {
 			return err
 		}
-		chains[i] = d.Info().Chain
+		chains[i] = string(d.Info().Chain)
 		_, err = d.Begin(ctx, agent.Call{Tool: "api.call", Args: agent.Args{"audience": "https://orders.pawl.dev"}})
 		d.Leave()
 		return err

@@ -158,7 +158,7 @@ func (w *world) through(ctx context.Context, b *bench, t target, agents []*agent
 		if held[i], err = agents[i].Open(ctx, agent.Chain{Task: "bench", Rights: []agent.Right{{Tool: t.tool, Use: true}}}); err != nil {
 			return err
 		}
-		chains[i] = held[i].Info().Chain
+		chains[i] = string(held[i].Info().Chain)
 		return take(i) // the delegation's token is made with the first step
 	}); err != nil {
 		return turn{}, err

@@ -37,7 +37,7 @@ type play struct {
 
 	planner, writer, stranger *agent.Client
 	root, part                *agent.Delegation // what planner opened, and what it passed on to writer
-	passed                    string
+	passed                    agent.DelegationID
 	live                      []*held
 	session                   *session // open when the chain is revoked
 }
@@ -257,7 +257,7 @@ func (p *play) askAgain(ctx context.Context) error {
 			return err
 		}
 		step := api.StepRequest{Tool: "tls.call", Args: []byte(`{"name":"writer.agents.pawl.dev"}`)}
-		err = c.Call(ctx, http.MethodPost, "/v1/delegations/"+d.ID()+"/steps", nil, step, new(api.Issued))
+		err = c.Call(ctx, http.MethodPost, "/v1/delegations/"+string(d.ID())+"/steps", nil, step, new(api.Issued))
 		c.Close()
 		var refusal *agent.Error
 		if !errors.As(err, &refusal) || refusal.Kind != agent.ErrRevoked || refusal.Status != http.StatusConflict {

@@ -62,7 +62,7 @@ func (p *play) prove(ctx context.Context) error {
 
 // settled waits until the ledger calls every grant over, and gives how many are not.
 func (p *play) settled(ctx context.Context) (open int, err error) {
-	id, err := broker.ParseChainID(p.root.Info().Chain)
+	id, err := broker.ParseChainID(string(p.root.Info().Chain))
 	if err != nil {
 		return 0, err
 	}

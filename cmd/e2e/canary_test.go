@@ -87,9 +87,9 @@ func TestCanaryValues(t *testing.T) {
 	_, kept := open("not robbed")
 	read, found := open("read in a log")
 	tokens := map[string]string{"lost": lost, "kept": kept, "found": found}
-	decoy := w.plant(api.PlantRequest{Chain: robbed.Info().Chain, Note: "the home of planner"})
+	decoy := w.plant(api.PlantRequest{Chain: string(robbed.Info().Chain), Note: "the home of planner"})
 	free := w.plant(api.PlantRequest{Like: "github"})
-	logged := w.plant(api.PlantRequest{Chain: read.Info().Chain, Like: "github"})
+	logged := w.plant(api.PlantRequest{Chain: string(read.Info().Chain), Like: "github"})
 
 	first.kill()
 	second := startProcess(t, w.file)
@@ -106,14 +106,14 @@ func TestCanaryValues(t *testing.T) {
 		t.Fatalf("the audit does not say that they were presented; the broker said:\n%s", second.said())
 	}
 	by := w.blamed(decoy.Canary.ID)
-	if len(by) != 1 || by[0].Chain != robbed.Info().Chain || by[0].Actor != dev.Agent("orders").String() || by[0].Detail != "canary "+decoy.Canary.ID+", revoke-chain" {
+	if len(by) != 1 || by[0].Chain != string(robbed.Info().Chain) || by[0].Actor != dev.Agent("orders").String() || by[0].Detail != "canary "+decoy.Canary.ID+", revoke-chain" {
 		t.Errorf("the audit says %+v, want who presented it, in whose chain, and what followed", by)
 	}
 	s.want("after a canary", tokens, "kept", "found")
 	_, err := robbed.Begin(t.Context(), agent.Call{Tool: "api.call", Args: ordersCall})
 	mustRefuse(t, "a step of the chain that was robbed", err, agent.ErrRevoked)
 	all, err := w.operator().Revocations(t.Context())
-	if err != nil || len(all) != 1 || all[0].Selector != "subtree:"+robbed.ID() || all[0].By != "pawl" {
+	if err != nil || len(all) != 1 || all[0].Selector != "subtree:"+string(robbed.ID()) || all[0].By != "pawl" {
 		t.Fatalf("Revocations = %+v, %v; want the one of the chain that was robbed", all, err)
 	}
 	w.closes(all[0].ID)
@@ -124,7 +124,7 @@ func TestCanaryValues(t *testing.T) {
 	}
 
 	rv, err := w.operator().Revoke(t.Context(), api.RevokeRequest{Selector: selector.ForLeaked(logged.Value).String(), Reason: "found in a log"})
-	if err != nil || rv.Selector != "subtree:"+read.ID() {
+	if err != nil || rv.Selector != "subtree:"+string(read.ID()) {
 		t.Fatalf("Revoke of a value that is a canary's = %+v, %v; want what it set off", rv, err)
 	}
 	s.want("after a canary was found", tokens, "kept")

@@ -55,7 +55,7 @@ func TestChaosVaultDownAmongMany(t *testing.T) {
 	t.Logf("%d logins after %v", many, time.Since(began).Round(time.Second))
 
 	began = time.Now()
-	rv, err := w.operator().Revoke(t.Context(), api.RevokeRequest{Selector: "chain:" + root.Info().Chain, Reason: "among many"})
+	rv, err := w.operator().Revoke(t.Context(), api.RevokeRequest{Selector: "chain:" + string(root.Info().Chain), Reason: "among many"})
 	if err != nil {
 		t.Fatal(err)
 	}

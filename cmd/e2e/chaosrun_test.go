@@ -211,12 +211,12 @@ func (r *run) open(name string) (d *agent.Delegation) {
 		d, err = client.Open(ctx, agent.Chain{Task: "chaos", Rights: rights("db.read"), Depth: 1})
 		return err
 	})
-	r.chains = append(r.chains, d.Info().Chain)
+	r.chains = append(r.chains, string(d.Info().Chain))
 	return d
 }
 
 func (r *run) pass(from *agent.Delegation) (d *agent.Delegation) {
-	var id string
+	var id agent.DelegationID
 	r.again("delegating", func(ctx context.Context) (err error) {
 		id, err = from.Delegate(ctx, dev.Agent("writer").String(), agent.Share{Rights: []agent.Right{{Tool: "db.read", Use: true}}})
 		return err
@@ -229,8 +229,8 @@ func (r *run) pass(from *agent.Delegation) (d *agent.Delegation) {
 func (r *run) step(d *agent.Delegation) (s *agent.Step) {
 	var l login
 	r.again("taking a step", func(ctx context.Context) (err error) { s, l, err = take(ctx, d, r.life); return err })
-	r.got = append(r.got, chaosLogin{l, []string{"chain:" + d.Info().Chain, "subtree:" + d.ID()}, s.Grant().Expires})
-	r.granted = append(r.granted, s.Grant().ID)
+	r.got = append(r.got, chaosLogin{l, []string{"chain:" + string(d.Info().Chain), "subtree:" + string(d.ID())}, s.Grant().Expires})
+	r.granted = append(r.granted, string(s.Grant().ID))
 	return s
 }
 
@@ -252,7 +252,7 @@ func (r *run) violate(d *agent.Delegation) {
 
 func (r *run) revoke(d *agent.Delegation) {
 	r.again("revoking", func(ctx context.Context) error {
-		rv, err := r.w.operator().Revoke(ctx, api.RevokeRequest{Selector: "chain:" + d.Info().Chain, Reason: "chaos"})
+		rv, err := r.w.operator().Revoke(ctx, api.RevokeRequest{Selector: "chain:" + string(d.Info().Chain), Reason: "chaos"})
 		r.fenced = append(r.fenced, rv.ID)
 		if err != nil {
 			r.fenced = r.fenced[:len(r.fenced)-1]
@@ -265,7 +265,7 @@ func (r *run) revoke(d *agent.Delegation) {
 // acknowledged.
 func (r *run) refuses(d *agent.Delegation, holder string) {
 	r.again("asking under a fence", func(ctx context.Context) error {
-		err := r.w.post(ctx, holder, "/v1/delegations/"+d.ID()+"/steps", api.StepRequest{Tool: "db.read", Args: []byte(`{"tables":["orders"]}`)}, new(api.Issued))
+		err := r.w.post(ctx, holder, "/v1/delegations/"+string(d.ID())+"/steps", api.StepRequest{Tool: "db.read", Args: []byte(`{"tables":["orders"]}`)}, new(api.Issued))
 		switch {
 		case err == nil:
 			r.w.t.Fatal("a secret was handed out after the fence was acknowledged")

@@ -139,7 +139,7 @@ func (o *outage) of(tool string) (over, looked int) {
 	o.t.Helper()
 	for _, g := range o.grants() {
 		switch {
-		case g.Tool != tool || g.Chain != o.root.Info().Chain:
+		case g.Tool != tool || g.Chain != string(o.root.Info().Chain):
 		case g.State == string(broker.StateClosed):
 			over++
 		case len(g.Evidence) > 0:
@@ -174,7 +174,7 @@ func TestDeadPostgreSQL(t *testing.T) {
 	if err := o.env.Postgres.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	rv := o.revoke(o.root.Info().Chain)
+	rv := o.revoke(string(o.root.Info().Chain))
 	_, err := o.root.Begin(t.Context(), agent.Call{Tool: "tls.call", Args: agent.Args{"name": "a.agents.pawl.dev"}})
 	mustRefuse(t, "a step after the acknowledgement", err, agent.ErrRevoked)
 	if !within(30*time.Second, func() bool {
@@ -193,7 +193,7 @@ func TestDeadPostgreSQL(t *testing.T) {
 
 	other := o.open()
 	o.certificate(other)
-	o.follow(o.revoke(other.Info().Chain).ID, 1)
+	o.follow(o.revoke(string(other.Info().Chain)).ID, 1)
 	if !within(10*time.Second, func() bool { return o.look(rv.ID, each, o.end).Dead == each }) {
 		t.Errorf("the revocation does not count %d dead", each)
 	}
@@ -221,7 +221,7 @@ func TestDeadVault(t *testing.T) {
 			if err := row.down(o.env, t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			rv := o.revoke(o.root.Info().Chain)
+			rv := o.revoke(string(o.root.Info().Chain))
 			_, err := o.root.Begin(t.Context(), agent.Call{Tool: "tls.call", Args: agent.Args{"name": "a.agents.pawl.dev"}})
 			mustRefuse(t, "a step after the acknowledgement", err, agent.ErrRevoked)
 			if !within(30*time.Second, func() bool {

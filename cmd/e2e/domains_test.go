@@ -70,7 +70,7 @@ func TestDelegationAcrossTrustDomains(t *testing.T) {
 			abroad = append(abroad, d.ID)
 		}
 	}
-	if !slices.Equal(abroad, []string{id}) {
+	if !slices.Equal(abroad, []string{string(id)}) {
 		t.Errorf("%s holds %v, want %s alone", partner, abroad, id)
 	}
 }

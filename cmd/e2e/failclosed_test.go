@@ -183,7 +183,7 @@ func (row outageRow) play(t *testing.T) map[string]string {
 			t.Fatal(err)
 		}
 	}
-	found := o.ask(root, held.Grant().ID, doomed, frozen, row.blind)
+	found := o.ask(root, string(held.Grant().ID), doomed, frozen, row.blind)
 	o.broken.Store(false)
 	if row.repair != nil {
 		if err := row.repair(o); err != nil {
@@ -208,7 +208,7 @@ func (o *outOfOrder) chain(name string) *agent.Delegation {
 func (o *outOfOrder) ask(root *agent.Delegation, grant string, doomed, frozen *agent.Delegation, blind bool) map[string]string {
 	ctx, cancel := context.WithTimeout(o.t.Context(), 2*time.Minute)
 	defer cancel()
-	under := "/v1/delegations/" + root.ID()
+	under := "/v1/delegations/" + string(root.ID())
 	all := []agent.Right{{Tool: "db.read", Use: true}}
 	found := map[string]string{}
 	say := func(act string, err error, done string) {
@@ -228,7 +228,7 @@ func (o *outOfOrder) ask(root *agent.Delegation, grant string, doomed, frozen *a
 	say("delegate", o.post(ctx, "planner", under+"/delegate", api.DelegateRequest{To: dev.Agent("writer").String(), Rights: all}, new(api.Delegation)), "done")
 	o.close(ctx, grant, say)
 	for act, d := range map[string]*agent.Delegation{"revoke": doomed, "freeze": frozen} {
-		rv, err := o.operator().Revoke(ctx, api.RevokeRequest{Selector: "chain:" + d.Info().Chain, Reason: "fail closed", Freeze: act == "freeze"})
+		rv, err := o.operator().Revoke(ctx, api.RevokeRequest{Selector: "chain:" + string(d.Info().Chain), Reason: "fail closed", Freeze: act == "freeze"})
 		say(act, err, "done")
 		if err == nil && act == "revoke" {
 			found[act] = "fenced; " + o.closure(rv.ID, blind)

@@ -247,7 +247,7 @@ func (w *world) playAll(t *testing.T, p *proxy, kept needles, c *agent.Client) (
 	refuse("outside the delegation", begin("db.read", agent.Args{"tables": []string{"customers"}}))
 	refuse("an argument that is not there", begin("db.read", agent.Args{"tables": []string{"orders"}, "password": "x"}))
 	refuse("budget", begin("notes.read", nil))
-	_, err = c.Join(ctx, "dl"+strings.Repeat("0", 24))
+	_, err = c.Join(ctx, agent.DelegationID("dl"+strings.Repeat("0", 24)))
 	refuse("a delegation that is not there", err)
 	for name, f := range map[string]fault{"500": status(500), "cut": cut, "half": body(func(s string) string { return s[:len(s)/2] }),
 		"no lease": member(t, "lease_id", nil), "echo": quoting} {
@@ -287,22 +287,22 @@ func (w *world) keepSecrets(t *testing.T, kept needles, d *agent.Delegation) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kept.addPEM("private key of "+cert.Grant().ID, cert.Secret().Field("private_key"))
+	kept.addPEM("private key of "+string(cert.Grant().ID), cert.Secret().Field("private_key"))
 	token, err := d.Begin(t.Context(), agent.Call{Tool: "api.call", Args: agent.Args{"audience": "https://mail.pawl.dev"}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	kept.add("token of "+token.Grant().ID, []byte(token.Secret().Field("token")))
+	kept.add("token of "+string(token.Grant().ID), []byte(token.Secret().Field("token")))
 	host, err := d.Begin(t.Context(), agent.Call{Tool: "host.uptime"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	kept.addPEM("private key of "+host.Grant().ID, host.Secret().Field("private_key"))
+	kept.addPEM("private key of "+string(host.Grant().ID), host.Secret().Field("private_key"))
 	fetch, err := d.Begin(t.Context(), agent.Call{Tool: "notes.fetch"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	kept.add("token of "+fetch.Grant().ID, []byte(cmp.Or(fetch.Secret().Field("token"), fetch.Secret().Field("wrapping_token"))))
+	kept.add("token of "+string(fetch.Grant().ID), []byte(cmp.Or(fetch.Secret().Field("token"), fetch.Secret().Field("wrapping_token"))))
 	note, err := d.Begin(t.Context(), agent.Call{Tool: "notes.read"})
 	if err != nil {
 		t.Fatal(err)

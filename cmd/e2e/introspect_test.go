@@ -126,7 +126,7 @@ func TestIntrospection(t *testing.T) {
 	if err := closing.Close(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	rv, err := w.operator().Revoke(t.Context(), api.RevokeRequest{Selector: "subtree:" + cut.ID(), Reason: "leaked"})
+	rv, err := w.operator().Revoke(t.Context(), api.RevokeRequest{Selector: "subtree:" + string(cut.ID()), Reason: "leaked"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -135,7 +135,7 @@ func TestIntrospection(t *testing.T) {
 		t.Errorf("the revocation = %s with %d dead, %v; want CLOSED with the token", rv.Closure, rv.Dead, err)
 	}
 	for _, g := range w.grants() {
-		if last := len(g.Evidence) - 1; g.ID == revoked.Grant().ID && (last < 0 || g.Evidence[last].Check != "jwt: introspection and status list" || !strings.HasPrefix(g.Evidence[last].Answer, "inactive")) {
+		if last := len(g.Evidence) - 1; g.ID == string(revoked.Grant().ID) && (last < 0 || g.Evidence[last].Check != "jwt: introspection and status list" || !strings.HasPrefix(g.Evidence[last].Answer, "inactive")) {
 			t.Errorf("evidence = %+v, want what introspection answers", g.Evidence)
 		}
 	}

@@ -98,7 +98,7 @@ func (g *givenUp) gauge(want int) bool {
 func TestRealIrrevocableLease(t *testing.T) {
 	g := newGivenUp(t)
 	g.fail()
-	rv := g.revoke(g.root.Info().Chain)
+	rv := g.revoke(string(g.root.Info().Chain))
 	_, err := g.root.Begin(t.Context(), agent.Call{Tool: "tls.call", Args: agent.Args{"name": "a.agents.pawl.dev"}})
 	mustRefuse(t, "a step after the acknowledgement", err, agent.ErrRevoked)
 

@@ -53,7 +53,7 @@ func fenceAt(t *testing.T, w *world, point string) {
 		t.Fatalf("the step was answered before %q: %v", point, err)
 	}
 	o := w.operator()
-	rv, err := o.Revoke(ctx, api.RevokeRequest{Selector: "chain:" + d.Info().Chain, Reason: "while issuing"})
+	rv, err := o.Revoke(ctx, api.RevokeRequest{Selector: "chain:" + string(d.Info().Chain), Reason: "while issuing"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -66,7 +66,7 @@ func TestReportIsTrue(t *testing.T) {
 		}
 	}
 
-	rv := w.revoke(ctx, root.Info().Chain)
+	rv := w.revoke(ctx, string(root.Info().Chain))
 
 	dynamic, alive := len(c.logins)+len(c.serials), 0
 	for _, l := range c.logins {

@@ -167,7 +167,7 @@ func (s *stage) asks(d *agent.Delegation, tool string, args agent.Args) error {
 		s.t.Fatal(err)
 	}
 	path := strings.TrimPrefix(d.Info().Holder, "spiffe://"+domain)
-	return s.post(path, "/v1/delegations/"+d.ID()+"/steps", api.StepRequest{Tool: tool, Args: raw}, new(api.Issued))
+	return s.post(path, "/v1/delegations/"+string(d.ID())+"/steps", api.StepRequest{Tool: tool, Args: raw}, new(api.Issued))
 }
 
 func (s *stage) operator() *operator.Client {

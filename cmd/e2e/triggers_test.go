@@ -214,9 +214,9 @@ func (o *offence) replay(tool string, args agent.Args) error {
 // report sends a report as path, about writer's delegation and secret.
 func (o *offence) report(path string, grant bool) (out api.Reported, err error) {
 	w := o.tree["writer"]
-	in := api.ReportRequest{Delegation: w.ID(), Violation: "data_leak", Detail: "seen in a log"}
+	in := api.ReportRequest{Delegation: string(w.ID()), Violation: "data_leak", Detail: "seen in a log"}
 	if grant {
-		in.Grant = o.live["writer"].step.Grant().ID
+		in.Grant = string(o.live["writer"].step.Grant().ID)
 	}
 	err = o.post(path, "/v1/violations", in, &out)
 	return out, err
@@ -265,7 +265,7 @@ var triggers = []trigger{
 		event: func(o *offence) error { o.do(o.tree["writer"], "mail.send", nil); return o.begin("mail.send", nil) }},
 	{name: "wrong SPIFFE ID on a delegation", kind: api.KindNotFound, code: broker.CodeDelegationUnknown, frozen: "thief", always: true,
 		event: func(o *offence) error {
-			return o.post("/thief", "/v1/delegations/"+o.tree["writer"].ID()+"/steps", api.StepRequest{Tool: "db.write"}, new(api.Issued))
+			return o.post("/thief", "/v1/delegations/"+string(o.tree["writer"].ID())+"/steps", api.StepRequest{Tool: "db.write"}, new(api.Issued))
 		}},
 	{name: "second use of a sealed delivery", kind: api.KindConflict, code: broker.CodeAlreadyCollected, frozen: "writer", always: true, sealed: true, event: (*offence).collectTwice},
 	{name: "lost heartbeat", frozen: "writer", always: true, unheard: true},
@@ -438,12 +438,12 @@ func (o *offence) audited(what broker.Consequence, tr trigger) {
 // logged counts the entries of an op about writer's delegation.
 func (o *offence) logged(op string) (found int) {
 	o.t.Helper()
-	page, err := o.operator().ChainAudit(o.t.Context(), o.tree["planner"].Info().Chain, 0, 1000)
+	page, err := o.operator().ChainAudit(o.t.Context(), string(o.tree["planner"].Info().Chain), 0, 1000)
 	if err != nil {
 		o.t.Fatal(err)
 	}
 	for _, e := range page.Entries {
-		if e.Op == op && e.Delegation == o.tree["writer"].ID() {
+		if e.Op == op && e.Delegation == string(o.tree["writer"].ID()) {
 			found++
 		}
 	}

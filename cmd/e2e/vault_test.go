@@ -166,7 +166,7 @@ func TestVaultOutOfOrder(t *testing.T) {
 			_, _, err = take(ctx, lasting, 0)
 			told(t, "a step", err, broker.CodeVaultDown)
 			asked := time.Now()
-			rv, err := w.operator().Revoke(ctx, api.RevokeRequest{Selector: "chain:" + doomed.Info().Chain, Reason: "Vault is out"})
+			rv, err := w.operator().Revoke(ctx, api.RevokeRequest{Selector: "chain:" + string(doomed.Info().Chain), Reason: "Vault is out"})
 			if err != nil {
 				t.Fatalf("fencing while Vault is %s: %v", row.name, err)
 			}

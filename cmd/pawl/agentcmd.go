@@ -63,6 +63,12 @@ func takeStep(cmd *cobra.Command, f stepFlags, command []string) error {
 	if err != nil {
 		return misuse{err}
 	}
+	var delegation agent.DelegationID
+	if f.delegation != "" {
+		if delegation, err = agent.ParseDelegationID(f.delegation); err != nil {
+			return misuse{fmt.Errorf("--delegation: %w", err)}
+		}
+	}
 	ctx := cmd.Context()
 	client, err := newAgent(ctx, f.address, f.serverID)
 	if err != nil {
@@ -70,8 +76,8 @@ func takeStep(cmd *cobra.Command, f stepFlags, command []string) error {
 	}
 	defer client.Close() //nolint:errcheck // the step is closed by then
 	var d *agent.Delegation
-	if f.delegation != "" {
-		d, err = client.Join(ctx, f.delegation)
+	if delegation != "" {
+		d, err = client.Join(ctx, delegation)
 	} else {
 		d, err = client.Open(ctx, agent.Chain{Task: f.task, Rights: []agent.Right{{Tool: f.tool, Use: true}}})
 	}
