@@ -52,12 +52,8 @@ const (
 // Error is the one type of the broker's refusals and of lost answers. See [api.Problem].
 type Error = api.Problem
 
-// The shapes of requests and answers are the wire's.
-type (
-	Right      = api.Right      // what may happen with one tool
-	Constraint = api.Constraint // limits one argument, as JSON
-	Budget     = api.Budget     // how much may happen
-)
+// Budget limits how much may happen under a delegation. See [api.Budget].
+type Budget = api.Budget
 
 // Args are the arguments of a step: strings, integers, booleans and lists of strings.
 type Args map[string]any
@@ -140,17 +136,27 @@ type Chain struct {
 
 // Open opens a chain whose root the agent holds. It blocks for one request.
 func (c *Client) Open(ctx context.Context, ch Chain) (*Delegation, error) {
-	in := api.OpenRequest{Task: ch.Task, Rights: ch.Rights, Budget: ch.Budget, Depth: ch.Depth, TTLSeconds: seconds(ch.TTL), Labels: ch.Labels,
-		HeartbeatSeconds: seconds(ch.Heartbeat)}
-	var out api.Delegation
-	if err := c.http.Call(ctx, http.MethodPost, "/v1/chains", nil, in, &out); err != nil {
-		return nil, fmt.Errorf("opening a chain: %w", err)
-	}
-	info, err := infoOf(out)
+	info, err := c.open(ctx, ch)
 	if err != nil {
 		return nil, fmt.Errorf("opening a chain: %w", err)
 	}
 	return c.inUse(info), nil
+}
+
+func (c *Client) open(ctx context.Context, ch Chain) (Info, error) {
+	rights, err := wireRights(ch.Rights)
+	if err != nil {
+		return Info{}, err
+	}
+	in := api.OpenRequest{
+		Task: ch.Task, Rights: rights, Budget: ch.Budget, Depth: ch.Depth, TTLSeconds: seconds(ch.TTL),
+		Labels: ch.Labels, HeartbeatSeconds: seconds(ch.Heartbeat),
+	}
+	var out api.Delegation
+	if err := c.http.Call(ctx, http.MethodPost, "/v1/chains", nil, in, &out); err != nil {
+		return Info{}, err
+	}
+	return infoOf(out)
 }
 
 // Join takes up a delegation that was passed on to the agent, by the id that Delegate gave to
@@ -190,6 +196,3 @@ func (c *Client) EndGrant(ctx context.Context, id GrantID) (Grant, error) {
 	}
 	return g, nil
 }
-
-// OneOf is the constraint that an argument is one of the given texts.
-func OneOf(texts ...string) Constraint { return encode(map[string][]string{"one_of": texts}) }

@@ -10,8 +10,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/go-json-experiment/json"
-
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/api/client"
 )
@@ -89,17 +87,27 @@ type Share struct {
 // Delegate passes less on to the agent with the SPIFFE ID to, which joins the id that it
 // returns. It blocks for one request.
 func (d *Delegation) Delegate(ctx context.Context, to string, s Share) (DelegationID, error) {
-	in := api.DelegateRequest{To: to, Rights: s.Rights, Budget: s.Budget, Depth: s.Depth, TTLSeconds: seconds(s.TTL),
-		HeartbeatSeconds: seconds(s.Heartbeat)}
-	var out api.Delegation
-	if err := d.client.http.Call(ctx, http.MethodPost, d.path("/delegate"), nil, in, &out); err != nil {
-		return "", fmt.Errorf("delegating: %w", err)
-	}
-	child, err := infoOf(out)
+	child, err := d.delegate(ctx, to, s)
 	if err != nil {
 		return "", fmt.Errorf("delegating: %w", err)
 	}
 	return child.ID, nil
+}
+
+func (d *Delegation) delegate(ctx context.Context, to string, s Share) (Info, error) {
+	rights, err := wireRights(s.Rights)
+	if err != nil {
+		return Info{}, err
+	}
+	in := api.DelegateRequest{
+		To: to, Rights: rights, Budget: s.Budget, Depth: s.Depth, TTLSeconds: seconds(s.TTL),
+		HeartbeatSeconds: seconds(s.Heartbeat),
+	}
+	var out api.Delegation
+	if err := d.client.http.Call(ctx, http.MethodPost, d.path("/delegate"), nil, in, &out); err != nil {
+		return Info{}, err
+	}
+	return infoOf(out)
 }
 
 // Violation reports that policy was broken under the delegation, and gives what followed, such
@@ -289,11 +297,3 @@ func seconds(d time.Duration) int64 { return int64((d + time.Second - 1) / time.
 
 // segment keeps an id that came from elsewhere inside its segment of the path.
 func segment[ID ~string](id ID) string { return url.PathEscape(string(id)) }
-
-func encode(v any) api.Constraint {
-	b, err := json.Marshal(v)
-	if err != nil {
-		panic("a list of strings always encodes")
-	}
-	return b
-}

@@ -54,7 +54,7 @@ func infoOf(w api.Delegation) (Info, error) {
 	i := Info{
 		ID:     answerID(w.ID, ParseDelegationID, &err),
 		Chain:  answerID(w.Chain, ParseChainID, &err),
-		Holder: w.Holder, Rights: w.Rights, Budget: w.Budget, Depth: w.Depth, Created: w.Created, Expires: w.Expires,
+		Holder: w.Holder, Rights: rightsOf(w.Rights), Budget: w.Budget, Depth: w.Depth, Created: w.Created, Expires: w.Expires,
 		Heartbeat: time.Duration(w.HeartbeatSeconds) * time.Second,
 	}
 	if w.Parent != "" {

@@ -169,7 +169,7 @@ func (p *play) delegate(ctx context.Context) (err error) {
 	p.scene("3  Passing on less")
 	share := agent.Share{Rights: []agent.Right{{Tool: "tls.call", Use: true, Args: map[string]agent.Constraint{"name": agent.OneOf("writer.agents.pawl.dev")}}}}
 	if p.env.Postgres != nil {
-		share.Rights = append(share.Rights, agent.Right{Tool: "db.read", Use: true, Args: map[string]agent.Constraint{"tables": agent.Constraint(`{"subset":["orders"]}`)}})
+		share.Rights = append(share.Rights, agent.Right{Tool: "db.read", Use: true, Args: map[string]agent.Constraint{"tables": agent.Subset("orders")}})
 	}
 	if p.passed, err = p.root.Delegate(ctx, dev.Agent("writer").String(), share); err != nil {
 		return err

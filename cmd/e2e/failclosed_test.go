@@ -209,7 +209,7 @@ func (o *outOfOrder) ask(root *agent.Delegation, grant string, doomed, frozen *a
 	ctx, cancel := context.WithTimeout(o.t.Context(), 2*time.Minute)
 	defer cancel()
 	under := "/v1/delegations/" + string(root.ID())
-	all := []agent.Right{{Tool: "db.read", Use: true}}
+	all := []api.Right{{Tool: "db.read", Use: true}}
 	found := map[string]string{}
 	say := func(act string, err error, done string) {
 		var p *agent.Error

@@ -226,7 +226,7 @@ func (w *world) tapped(t *testing.T, kept needles, jwt bool) tapped {
 func (w *world) playAll(t *testing.T, p *proxy, kept needles, c *agent.Client) (refused int) {
 	t.Helper()
 	ctx := t.Context()
-	rights := []agent.Right{{Tool: "db.read", Use: true, Args: map[string]agent.Constraint{"tables": agent.Constraint(`{"subset":["orders"]}`)}},
+	rights := []agent.Right{{Tool: "db.read", Use: true, Args: map[string]agent.Constraint{"tables": agent.Subset("orders")}},
 		{Tool: "tls.call", Use: true}, {Tool: "notes.read", Use: true}, {Tool: "api.call", Use: true}, {Tool: "host.uptime", Use: true}, {Tool: "notes.fetch", Use: true}}
 	d, err := c.Open(ctx, agent.Chain{Task: "hygiene", Rights: rights, Budget: agent.Budget{Tools: map[string]int{"notes.read": 1}}})
 	if err != nil {

@@ -110,7 +110,7 @@ func newOffence(t *testing.T, consequence string) *offence {
 		live: map[string]holding{}, apart: map[string]*agent.Delegation{}}
 	all := rights("db.read", "db.write", "mail.send", "db.admin")
 	some := rights("db.write", "mail.send", "db.admin")
-	some = append(some, agent.Right{Tool: "db.read", Use: true, Delegate: true, Args: map[string]agent.Constraint{"tables": agent.Constraint(`{"subset":["orders"]}`)}})
+	some = append(some, agent.Right{Tool: "db.read", Use: true, Delegate: true, Args: map[string]agent.Constraint{"tables": agent.Subset("orders")}})
 	planner := o.open("/planner", agent.Chain{Rights: all, Depth: 3})
 	writer := o.writer(planner, agent.Share{Rights: some, Depth: 1, Budget: agent.Budget{Tools: map[string]int{"mail.send": 1}}, Heartbeat: heartbeat})
 	o.tree = map[string]*agent.Delegation{"planner": planner, "writer": writer,

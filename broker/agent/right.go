@@ -1,0 +1,51 @@
+package agent
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/pawlsec/pawl/broker/api"
+)
+
+// Right is what a delegation may do with one tool.
+type Right struct {
+	Tool     string
+	Use      bool                  // take steps with the tool
+	Delegate bool                  // pass the tool on
+	Args     map[string]Constraint // each named argument must be given and inside its constraint; others are free
+}
+
+// wireRights gives the form that travels. The error is that of the first invalid constraint.
+func wireRights(rights []Right) ([]api.Right, error) {
+	out := make([]api.Right, len(rights))
+	for i, r := range rights {
+		out[i] = api.Right{Tool: r.Tool, Use: r.Use, Delegate: r.Delegate}
+		for _, name := range slices.Sorted(maps.Keys(r.Args)) {
+			c := r.Args[name]
+			if err := c.check(); err != nil {
+				return nil, api.NewProblem(ErrMalformed, "", fmt.Sprintf("argument %q of tool %q: %v", name, r.Tool, err))
+			}
+			if out[i].Args == nil {
+				out[i].Args = map[string]api.Constraint{}
+			}
+			out[i].Args[name] = api.Constraint(c.wire)
+		}
+	}
+	return out, nil
+}
+
+// rightsOf takes the constraints as the broker sent them, those of a later version included.
+func rightsOf(wire []api.Right) []Right {
+	out := make([]Right, len(wire))
+	for i, r := range wire {
+		out[i] = Right{Tool: r.Tool, Use: r.Use, Delegate: r.Delegate}
+		for name, c := range r.Args {
+			if out[i].Args == nil {
+				out[i].Args = map[string]Constraint{}
+			}
+			out[i].Args[name] = Constraint{wire: string(c)}
+		}
+	}
+	return out
+}
