@@ -26,6 +26,7 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
+	"io"
 	"net/http"
 	"sync"
 	"time"
@@ -81,6 +82,7 @@ type Config struct {
 type Client struct {
 	http       *client.Client
 	failClosed time.Duration
+	source     io.Closer       // the identity that FromEnvironment opened; nil: the caller's own
 	ctx        context.Context // ends with Close: the life of what runs in the background
 	stop       context.CancelFunc
 
@@ -108,6 +110,9 @@ func (c *Client) Close() error {
 	c.mu.Unlock()
 	c.work.Wait()
 	c.http.Close()
+	if c.source != nil {
+		return c.source.Close()
+	}
 	return nil
 }
 

@@ -13,17 +13,17 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
 	"github.com/pawlsec/pawl/broker/agent"
 )
 
 // stepFlags are what `pawl step` is told.
 type stepFlags struct {
-	address, serverID, task, tool, delegation, purpose string
-	args                                               []string
-	ttl                                                time.Duration
-	print                                              bool
+	broker                          agent.Config
+	task, tool, delegation, purpose string
+	args                            []string
+	ttl                             time.Duration
+	print                           bool
 }
 
 func stepCommand() *cobra.Command {
@@ -46,8 +46,8 @@ func stepCommand() *cobra.Command {
 		},
 	}
 	flags := c.Flags()
-	flags.StringVar(&f.address, "address", os.Getenv("PAWL_ADDRESS"), "the broker, https://host:port ($PAWL_ADDRESS)")
-	flags.StringVar(&f.serverID, "server-id", os.Getenv("PAWL_SERVER_ID"), "the broker's SPIFFE ID ($PAWL_SERVER_ID)")
+	flags.StringVar(&f.broker.Address, "address", "", "the broker, https://host:port ($PAWL_ADDRESS)")
+	flags.TextVar(&f.broker.ServerID, "server-id", spiffeid.ID{}, "the broker's SPIFFE `ID` ($PAWL_SERVER_ID)")
 	flags.StringVar(&f.tool, "tool", "", "the tool; required")
 	flags.StringArrayVar(&f.args, "arg", nil, "an argument: name=text, or name:=json for lists, numbers and booleans")
 	flags.StringVar(&f.delegation, "delegation", "", "the delegation to use; empty: a chain is opened")
@@ -66,11 +66,11 @@ func takeStep(cmd *cobra.Command, f stepFlags, command []string) error {
 	var delegation agent.DelegationID
 	if f.delegation != "" {
 		if delegation, err = agent.ParseDelegationID(f.delegation); err != nil {
-			return misuse{fmt.Errorf("--delegation: %w", err)}
+			return misuse{hinted{fmt.Errorf("--delegation: %w", err), "pawl step --help shows the flags"}}
 		}
 	}
 	ctx := cmd.Context()
-	client, err := newAgent(ctx, f.address, f.serverID)
+	client, err := newAgent(ctx, f.broker)
 	if err != nil {
 		return err
 	}
@@ -97,18 +97,16 @@ func takeStep(cmd *cobra.Command, f stepFlags, command []string) error {
 	})
 }
 
-func newAgent(ctx context.Context, address, serverID string) (*agent.Client, error) {
-	id, err := spiffeid.FromString(serverID)
-	if address == "" || err != nil {
-		return nil, misuse{hinted{errors.New("the broker's address and SPIFFE ID are needed"), "set PAWL_ADDRESS and PAWL_SERVER_ID; `pawl dev --env FILE` writes them"}}
+func newAgent(ctx context.Context, cfg agent.Config) (*agent.Client, error) {
+	client, err := cfg.FromEnvironment(ctx)
+	var missing *agent.EnvironmentError
+	switch {
+	case errors.As(err, &missing):
+		err = misuse{hinted{err, "set the variables; `pawl dev --env FILE` writes them"}}
+	case errors.Is(err, context.DeadlineExceeded):
+		err = hinted{err, "check that the Workload API runs and that this workload is registered with it"}
 	}
-	wait, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	source, err := workloadapi.NewX509Source(wait)
-	if err != nil {
-		return nil, hinted{fmt.Errorf("getting our SVID from the Workload API: %w", err), "set SPIFFE_ENDPOINT_SOCKET, and register this workload"}
-	}
-	return agent.New(agent.Config{Address: address, Source: source, ServerID: id})
+	return client, err
 }
 
 // parseArgs reads name=text and name:=json.

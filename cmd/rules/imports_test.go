@@ -64,7 +64,7 @@ var rows = []row{
 		"the procedures know the ports and no adapter"},
 	{"broker/api", nil, nil, "wire types are a contract with clients in other languages, not a view of our own types"},
 	{"broker/api/client", []string{"broker/api"}, nil, "a client knows the wire and nothing behind it"},
-	{"broker/agent", []string{"broker/api", "broker/api/client"}, nil,
+	{"broker/agent", []string{"broker/api", "broker/api/client"}, []string{"attest/workload"},
 		"a program that links the SDK must not link the broker, a store or Vault"},
 	{"broker/operator", []string{"broker/api", "broker/api/client"}, nil, "a client knows the wire and nothing behind it"},
 	{"broker/server", []string{"broker", "broker/args", "broker/selector", "broker/api"},

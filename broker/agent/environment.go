@@ -1,0 +1,149 @@
+package agent
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"github.com/pawlsec/pawl/broker/api/client"
+)
+
+// variable is a variable of the environment, with the value that errors give as an example.
+type variable struct{ name, example string }
+
+// The variables are those of the pawl command (docs/configuration.md).
+var (
+	addressVariable  = variable{"PAWL_ADDRESS", "https://pawl.example.org:8443"}
+	serverIDVariable = variable{"PAWL_SERVER_ID", "spiffe://example.org/pawl"}
+	socketVariable   = variable{workloadapi.SocketEnv, "unix:///run/spire/agent/public/api.sock"}
+)
+
+// EnvironmentError names the variables of the environment that are missing or malformed, each with an
+// example.
+type EnvironmentError struct {
+	Variables []string
+	text      []string
+}
+
+func (e *EnvironmentError) Error() string { return strings.Join(e.text, "; ") }
+
+func (e *EnvironmentError) add(v variable, wrong string) {
+	e.Variables = append(e.Variables, v.name)
+	e.text = append(e.text, fmt.Sprintf("%s %s, for example %s=%s", v.name, wrong, v.name, v.example))
+}
+
+// svidWait is how long FromEnvironment waits for the Workload API.
+const svidWait = 10 * time.Second
+
+// FromEnvironment makes a client of three variables, which `pawl dev --env FILE` writes:
+//
+//	PAWL_ADDRESS            the broker's address, such as https://pawl.example.org:8443
+//	PAWL_SERVER_ID          the broker's SPIFFE ID, such as spiffe://example.org/pawl
+//	SPIFFE_ENDPOINT_SOCKET  the Workload API, such as unix:///run/spire/agent/public/api.sock
+//
+// The agent's identity is the default X.509-SVID of the Workload API. The client follows its rotations
+// until Close. FromEnvironment waits for the first SVID, for 10 s at most. It opens no connection to
+// the broker. Where PAWL_ADDRESS is "unix:/path", the other two are not needed. Missing and malformed
+// variables are an *[EnvironmentError].
+func FromEnvironment(ctx context.Context) (*Client, error) {
+	return Config{}.FromEnvironment(ctx)
+}
+
+// FromEnvironment is the function [FromEnvironment] for all fields that are empty in cfg. A field that
+// is set takes the place of its variable.
+func (cfg Config) FromEnvironment(ctx context.Context) (*Client, error) {
+	var wrong EnvironmentError
+	if err := cfg.addressFrom(&wrong); err != nil {
+		return nil, err
+	}
+	var socket string
+	if !strings.HasPrefix(cfg.Address, "unix:") && cfg.TLS == nil && cfg.HTTPClient == nil {
+		cfg.serverIDFrom(&wrong)
+		if cfg.Source == nil {
+			socket = socketFrom(&wrong)
+		}
+	}
+	if len(wrong.Variables) > 0 {
+		return nil, &wrong
+	}
+	if socket == "" {
+		return New(cfg)
+	}
+	source, err := identity(ctx, socket)
+	if err != nil {
+		return nil, err
+	}
+	cfg.Source = source
+	c, err := New(cfg)
+	if err != nil {
+		_ = source.Close() // its connection ends either way
+		return nil, err
+	}
+	c.source = source
+	return c, nil
+}
+
+// addressFrom checks the address before anything waits for the Workload API.
+func (cfg *Config) addressFrom(wrong *EnvironmentError) error {
+	given := cfg.Address != ""
+	if !given {
+		cfg.Address = os.Getenv(addressVariable.name)
+	}
+	if cfg.Address == "" {
+		wrong.add(addressVariable, "is not set")
+		return nil
+	}
+	probe := client.Config{Address: cfg.Address, HTTP: cfg.HTTPClient}
+	if probe.HTTP == nil && !strings.HasPrefix(cfg.Address, "unix:") {
+		probe.TLS = &tls.Config{MinVersion: tls.VersionTLS13}
+	}
+	_, err := client.New(probe)
+	if err != nil && !given {
+		wrong.add(addressVariable, "is not https://host:port or unix:/path")
+		return nil
+	}
+	return err
+}
+
+func (cfg *Config) serverIDFrom(wrong *EnvironmentError) {
+	if !cfg.ServerID.IsZero() {
+		return
+	}
+	text := os.Getenv(serverIDVariable.name)
+	id, err := spiffeid.FromString(text)
+	switch {
+	case text == "":
+		wrong.add(serverIDVariable, "is not set")
+	case err != nil:
+		wrong.add(serverIDVariable, "is not a SPIFFE ID")
+	}
+	cfg.ServerID = id
+}
+
+func socketFrom(wrong *EnvironmentError) string {
+	socket := os.Getenv(socketVariable.name)
+	switch {
+	case socket == "":
+		wrong.add(socketVariable, "is not set")
+	case workloadapi.ValidateAddress(socket) != nil:
+		wrong.add(socketVariable, "is not unix:///path or tcp://ip:port")
+	}
+	return socket
+}
+
+// identity waits for the first SVID. The source lives on after ctx, until it is closed.
+func identity(ctx context.Context, socket string) (*workloadapi.X509Source, error) {
+	ctx, cancel := context.WithTimeout(ctx, svidWait)
+	defer cancel()
+	source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr(socket)))
+	if err != nil {
+		return nil, fmt.Errorf("no X.509-SVID from the Workload API at %s, where this workload may not be registered: %w", socket, err)
+	}
+	return source, nil
+}
