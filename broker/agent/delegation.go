@@ -110,17 +110,6 @@ func (d *Delegation) delegate(ctx context.Context, to string, s Share) (Info, er
 	return infoOf(out)
 }
 
-// Violation reports that policy was broken under the delegation, and gives what followed, such
-// as "revoke-chain". Code is lower-case words joined by underscores. It blocks for one request.
-func (d *Delegation) Violation(ctx context.Context, code, detail string) (consequence string, err error) {
-	var out api.Reported
-	in := api.ReportRequest{Delegation: string(d.info.ID), Violation: code, Detail: detail}
-	if err := d.client.http.Call(ctx, http.MethodPost, "/v1/violations", nil, in, &out); err != nil {
-		return "", fmt.Errorf("reporting a violation: %w", err)
-	}
-	return out.Consequence, nil
-}
-
 // Context ends when the broker says that the delegation is revoked or past its time, or when the
 // client closes; context.Cause tells which, as ErrRevoked, ErrExpired or context.Canceled. From
 // the first call on, or the first step, the client listens.
