@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"github.com/go-json-experiment/json"
 	"go.uber.org/goleak"
 
@@ -50,16 +51,18 @@ type script struct {
 	refuse  bool        // streams
 	feeds   []chan text // open streams
 	joined  api.Standing
-	heard   []string      // bodies
-	told    chan struct{} // has a value for each heard that was answered
-	opened  chan struct{} // has a value for each stream that was opened
+	sealed  map[string]string // secrets that wait for their collectors, by grant
+	heard   []string          // bodies
+	told    chan struct{}     // has a value for each heard that was answered
+	opened  chan struct{}     // has a value for each stream that was opened
 }
 
 // text is a piece of a stream; an empty one ends it.
 type text string
 
 func newScript(t *testing.T) *script {
-	return &script{t: t, life: time.Minute, opened: make(chan struct{}, 100), told: make(chan struct{}, 100)}
+	return &script{t: t, life: time.Minute, opened: make(chan struct{}, 100), told: make(chan struct{}, 100),
+		joined: api.Standing{Delegation: &api.Delegation{ID: child, Chain: chain, Parent: root}}, sealed: map[string]string{}}
 }
 
 func (s *script) client(cfg agent.Config) *agent.Client {
@@ -127,12 +130,14 @@ func (s *script) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch path := r.URL.EscapedPath(); {
 	case path == "/v1/chains":
 		reply(w, 201, api.Delegation{ID: root, Chain: chain, HeartbeatSeconds: s.beat})
-	case path == "/v1/delegations/"+root:
+	case path == "/v1/delegations/"+root, path == "/v1/delegations/"+child:
 		reply(w, 200, s.joined)
 	case strings.HasSuffix(path, "/delegate"):
 		reply(w, 201, api.Delegation{ID: child, Chain: chain, Parent: root})
 	case strings.HasSuffix(path, "/steps"):
-		s.step(w, r)
+		s.step(w, r, body)
+	case strings.HasSuffix(path, "/collect"):
+		s.collect(w, strings.Split(path, "/")[3])
 	case strings.HasSuffix(path, "/close"):
 		s.close(w, strings.Split(path, "/")[3])
 	case strings.HasSuffix(path, "/heard"):
@@ -149,7 +154,7 @@ func reply(w http.ResponseWriter, status int, body any) {
 	_ = json.MarshalWrite(w, body) // the test reads what came
 }
 
-func (s *script) step(w http.ResponseWriter, r *http.Request) {
+func (s *script) step(w http.ResponseWriter, r *http.Request, body []byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.steps++
@@ -164,7 +169,49 @@ func (s *script) step(w http.ResponseWriter, r *http.Request) {
 	now := time.Now()
 	g := api.Grant{ID: grant(s.grants), Chain: chain, Delegation: root,
 		Created: now.Add(time.Hour), Expires: now.Add(time.Hour + s.life)} // its clock is wrong
-	reply(w, 201, api.Issued{Secret: []byte(`{"password":"` + marker + `","port":5432}`), Grant: g})
+	out := api.Issued{Secret: []byte(`{"username":"reader","password":"` + marker + `","port":5432}`), Grant: g}
+	var in api.StepRequest
+	if json.Unmarshal(body, &in) == nil && in.Seal != nil {
+		out.Grant.Sealed, out.Grant.Collector = "thumbprint", in.Seal.Collector
+		s.sealed[g.ID] = seal(in.Seal.Key, g.ID, out.Secret)
+		out.Secret = nil
+	}
+	reply(w, 201, out)
+}
+
+// seal encrypts a secret as the broker does.
+func seal(key []byte, grant string, secret []byte) string {
+	var k jose.JSONWebKey
+	if err := k.UnmarshalJSON(key); err != nil {
+		panic(err)
+	}
+	options := new(jose.EncrypterOptions).WithType(api.SealedType).WithHeader("grant", grant)
+	e, err := jose.NewEncrypter(jose.A256GCM, jose.Recipient{Algorithm: jose.ECDH_ES, Key: k.Key}, options)
+	if err != nil {
+		panic(err)
+	}
+	jwe, err := e.Encrypt(secret)
+	if err != nil {
+		panic(err)
+	}
+	text, err := jwe.CompactSerialize()
+	if err != nil {
+		panic(err)
+	}
+	return text
+}
+
+func (s *script) collect(w http.ResponseWriter, id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	jwe, ok := s.sealed[id]
+	if !ok {
+		reply(w, 409, api.NewProblem(api.KindConflict, "already_collected", ""))
+		return
+	}
+	delete(s.sealed, id)
+	now := time.Now().Add(time.Hour) // its clock is wrong
+	reply(w, 200, api.Collected{JWE: jwe, Grant: api.Grant{ID: id, Collected: now, Expires: now.Add(s.life)}})
 }
 
 func (s *script) close(w http.ResponseWriter, id string) {
