@@ -1,25 +1,30 @@
-// Package agent is the SDK for agents: open a chain or join one, pass less of it on, and take
-// steps, each with a secret of its own that lives until the step is closed.
+// Package agent is the Go SDK for agents. An agent opens a chain or joins one, passes a narrower part
+// of it on, and takes steps. Each step has a secret of its own, which works until the step is closed.
 //
-//	d, err := client.Open(ctx, agent.Chain{Task: "weekly report", Rights: []agent.Right{{Tool: "postgres", Use: true}}})
+//	client, err := agent.FromEnvironment(ctx)
+//	…
+//	rights := []agent.Right{{Tool: "postgres", Use: true}}
+//	d, err := client.Open(ctx, agent.Chain{Task: "weekly report", Rights: rights})
 //	…
 //	call := agent.Call{Tool: "postgres", Args: agent.Args{"table": "orders"}}
 //	err = d.Step(ctx, call, func(ctx context.Context, s *agent.Secret) error {
 //		return query(ctx, s.Field("username"), s.Field("password"))
 //	})
 //
-// A planner can have a secret go to a worker without seeing it. The worker makes the key, the
-// planner takes the step, and the worker collects, once:
+// A planner can pass a secret to a worker without seeing it. The worker makes the key, the planner
+// takes the step, and the worker collects the secret, once:
 //
-//	key, err := agent.NewSealKey() // the worker, whose key.Public() goes to the planner
+//	key, err := agent.NewSealKey() // in the worker; key.Public() goes to the planner
 //	…
-//	step, err := d.Begin(ctx, agent.Call{Tool: "postgres", Args: args, Seal: &agent.Seal{Key: public, Collector: worker}})
+//	seal := &agent.Seal{Key: public, Collector: worker}
+//	step, err := d.Begin(ctx, agent.Call{Tool: "postgres", Args: args, Seal: seal})
 //	… // step.Grant().ID goes to the worker
 //	secret, err := client.Collect(ctx, grant, key)
 //
-// When the broker revokes, the context of every running step under the delegation ends with
-// the cause [ErrRevoked], and the broker is told that this was heard. Errors are of the broker's kinds: errors.Is(err, agent.ErrDenied);
-// errors.As to *[Error] gives the code and what to do. Nothing is retried and nothing logged.
+// When the broker revokes a delegation, the context of every running step under it ends with the
+// cause [ErrRevoked], and the client acknowledges the revocation to the broker. Errors have the
+// broker's kinds: use errors.Is(err, agent.ErrDenied), and errors.As with an *[Error] for the code and
+// the advice. The package does not retry a request of the caller, and it logs nothing.
 package agent
 
 import (
@@ -39,18 +44,18 @@ import (
 
 // The kinds of errors, as targets of errors.Is.
 const (
-	ErrMalformed       = api.KindMalformed       // the request cannot mean anything
+	ErrMalformed       = api.KindMalformed       // the request is not well formed
 	ErrUnauthenticated = api.KindUnauthenticated // the broker does not accept the identity
-	ErrDenied          = api.KindDenied          // policy, scope or budget says no
-	ErrNotFound        = api.KindNotFound        // does not exist, or is not yours
-	ErrRevoked         = api.KindRevoked         // fenced: stop
-	ErrExpired         = api.KindExpired         // its time is over
-	ErrConflict        = api.KindConflict        // the state moved, or the key was used before
-	ErrUnavailable     = api.KindUnavailable     // no answer, or a part that is needed cannot answer
+	ErrDenied          = api.KindDenied          // policy, scope or budget does not allow it
+	ErrNotFound        = api.KindNotFound        // it does not exist, or is not yours
+	ErrRevoked         = api.KindRevoked         // fenced: stop the work
+	ErrExpired         = api.KindExpired         // its time has passed
+	ErrConflict        = api.KindConflict        // the state has changed, or the idempotency key was used before
+	ErrUnavailable     = api.KindUnavailable     // no answer, or a part that the broker needs does not answer
 	ErrInternal        = api.KindInternal        // the broker failed
 )
 
-// Error is the one type of the broker's refusals and of lost answers. See [api.Problem].
+// Error is the type of every refusal by the broker and of every lost answer. See [api.Problem].
 type Error = api.Problem
 
 // Budget limits how much may happen under a delegation. See [api.Budget].
@@ -59,40 +64,43 @@ type Budget = api.Budget
 // Args are the arguments of a step: strings, integers, booleans and lists of strings.
 type Args map[string]any
 
-// Source gives the agent's SVID and the trust bundles; a *workloadapi.X509Source is one.
+// Source gives the agent's SVID and the trust bundles. A *workloadapi.X509Source is one.
 type Source = client.Source
 
-// Config says where the broker is and who the agent is. Beside Address it has exactly one of
-// Source, TLS and HTTPClient; a unix socket needs none.
+// Config names the broker and the agent's identity. Besides Address it has exactly one of Source, TLS
+// and HTTPClient; a unix socket needs none of them.
 type Config struct {
 	Address    string       // "https://host:port", or "unix:/path" of a socket; required
-	Source     Source       // the agent's identity, followed through its rotations; needs ServerID
-	ServerID   spiffeid.ID  // the broker's identity; required with Source, and only with it
-	TLS        *tls.Config  // for whoever does not use Source
-	HTTPClient *http.Client // used as it is, http:// included
+	Source     Source       // the agent's identity; the client follows its rotations; requires ServerID
+	ServerID   spiffeid.ID  // the broker's identity; required with Source, and refused without it
+	TLS        *tls.Config  // for an agent without a Source
+	HTTPClient *http.Client // used unchanged; an http:// address is accepted too
 
-	// FailClosed ends the contexts of running steps with ErrUnavailable when the broker was not
-	// heard of for so long, since a revocation could not be heard of either. The broker speaks
-	// every 15 s. Zero: a lost stream is opened again and steps go on meanwhile; their secrets
-	// still end with their time.
+	// FailClosed ends the contexts of running steps with ErrUnavailable when the broker has been
+	// silent for this long, because a revocation could not arrive either. The broker sends an event at
+	// least every 15 s. Zero: steps continue while the client reopens a lost stream; their secrets
+	// still expire on time.
 	FailClosed time.Duration
 }
 
-// Client speaks to one broker as one agent. Make one with [New]; it is safe for concurrent use.
+// Client speaks to one broker as one agent. Make one with [FromEnvironment] or [New]. It is safe for
+// concurrent use.
 type Client struct {
 	http       *client.Client
 	failClosed time.Duration
-	source     io.Closer       // the identity that FromEnvironment opened; nil: the caller's own
-	ctx        context.Context // ends with Close: the life of what runs in the background
+	source     io.Closer       // the identity that FromEnvironment opened; nil: the caller owns it
+	ctx        context.Context // ends with Close: the lifetime of the background work
 	stop       context.CancelFunc
 
-	mu   sync.Mutex     // guards adding to work, which must not happen after Close
-	work sync.WaitGroup // what runs in the background
+	mu   sync.Mutex     // guards additions to work: none may follow Close
+	work sync.WaitGroup // the goroutines in the background
 }
 
-// New validates cfg. It opens no connection.
+// New validates cfg and makes a client. It opens no connection.
 func New(cfg Config) (*Client, error) {
-	h, err := client.New(client.Config{Address: cfg.Address, Source: cfg.Source, ServerID: cfg.ServerID, TLS: cfg.TLS, HTTP: cfg.HTTPClient})
+	h, err := client.New(client.Config{
+		Address: cfg.Address, Source: cfg.Source, ServerID: cfg.ServerID, TLS: cfg.TLS, HTTP: cfg.HTTPClient,
+	})
 	if err != nil {
 		return nil, fmt.Errorf("agent: %w", err)
 	}
@@ -101,9 +109,10 @@ func New(cfg Config) (*Client, error) {
 	return c, nil
 }
 
-// Close stops listening for revocations, ends the contexts of running steps with the cause
-// context.Canceled and returns when nothing of the client runs any more. Secrets that were not
-// closed end with their time.
+// Close stops watching for revocations and ends the contexts of running steps with the cause
+// context.Canceled. It returns when no goroutine of the client is left. Secrets of steps that were not
+// closed expire on time. Close may be repeated. The error is nil unless FromEnvironment made the
+// client; then it is that of closing the identity's source.
 func (c *Client) Close() error {
 	c.mu.Lock()
 	c.stop()
@@ -116,7 +125,7 @@ func (c *Client) Close() error {
 	return nil
 }
 
-// background runs f unless the client is closed; Close waits for it.
+// background runs f unless the client is closed. Close waits for f.
 func (c *Client) background(f func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -125,27 +134,28 @@ func (c *Client) background(f func()) {
 	}
 }
 
-// Chain asks for a new chain.
+// Chain describes a new chain.
 type Chain struct {
-	Task   string            // what it is for, in the words of whoever gave the task; 1 to 256 bytes
+	Task   string            // the purpose, in the words of the person or system that gave the task; 1 to 256 bytes
 	Rights []Right           // what may happen under it
 	Budget Budget            // over the whole chain; zero: no limits
 	Depth  int               // how many times it may be passed on, 0 to 8
-	TTL    time.Duration     // its life, in whole seconds; zero: one hour
+	TTL    time.Duration     // its lifetime, in whole seconds; zero: one hour
 	Labels map[string]string // for policies and selectors
 
-	// Heartbeat is how often the agent promises to be heard, in whole seconds; zero: no promise. The
-	// client keeps it until Leave or Close. When it is broken, policy says what follows.
+	// Heartbeat is the interval, in whole seconds, within which the agent promises to send a request;
+	// zero: no promise. The client keeps the promise until Leave or Close. Policy decides the
+	// consequence of a missed heartbeat.
 	Heartbeat time.Duration
 }
 
-// Open opens a chain whose root the agent holds. It blocks for one request.
+// Open opens a chain. The agent holds its root delegation. Open blocks for one request.
 func (c *Client) Open(ctx context.Context, ch Chain) (*Delegation, error) {
 	info, err := c.open(ctx, ch)
 	if err != nil {
 		return nil, fmt.Errorf("opening a chain: %w", err)
 	}
-	return c.inUse(info), nil
+	return c.hold(info), nil
 }
 
 func (c *Client) open(ctx context.Context, ch Chain) (Info, error) {
@@ -164,38 +174,40 @@ func (c *Client) open(ctx context.Context, ch Chain) (Info, error) {
 	return infoOf(out)
 }
 
-// Join takes up a delegation that was passed on to the agent, by the id that Delegate gave to
-// whoever passed it on. It blocks for one request; one that is fenced is refused with ErrRevoked.
+// Join takes up a delegation that was passed on to the agent. Its id is the one that Delegate returned
+// to the agent that passed it on. Join blocks for one request. A delegation under a final fence is
+// refused with ErrRevoked.
 func (c *Client) Join(ctx context.Context, id DelegationID) (*Delegation, error) {
 	info, err := c.join(ctx, id)
 	if err != nil {
 		return nil, fmt.Errorf("joining a delegation: %w", err)
 	}
-	return c.inUse(info), nil
+	return c.hold(info), nil
 }
 
 func (c *Client) join(ctx context.Context, id DelegationID) (Info, error) {
-	var st api.Standing
-	if err := c.http.Call(ctx, http.MethodGet, "/v1/delegations/"+segment(id), nil, nil, &st); err != nil {
+	var out api.Standing
+	if err := c.http.Call(ctx, http.MethodGet, "/v1/delegations/"+segment(id), nil, nil, &out); err != nil {
 		return Info{}, err
 	}
-	if st.Delegation == nil {
+	if out.Delegation == nil {
 		return Info{}, api.NewProblem(ErrUnavailable, api.CodeNoAnswer, "the answer has no delegation")
 	}
-	if st.Fence != nil && !st.Fence.Frozen {
-		return Info{}, revoked(st.Fence.Revocation)
+	if out.Fence != nil && !out.Fence.Frozen {
+		return Info{}, revokedError(out.Fence.Revocation)
 	}
-	return infoOf(*st.Delegation)
+	return infoOf(*out.Delegation)
 }
 
-// EndGrant ends a step by its grant's id, such as one that a *[Repeated] names. It blocks until
-// the secret is dead or the broker has waited long enough for that.
+// EndGrant ends a step by the id of its grant, such as the one in a *[Repeated]. It blocks until the
+// secret is dead or the broker has waited long enough for that.
 func (c *Client) EndGrant(ctx context.Context, id GrantID) (Grant, error) {
 	var out api.Grant
-	if err := c.http.Call(ctx, http.MethodPost, "/v1/grants/"+segment(id)+"/close", nil, api.Nothing{}, &out); err != nil {
-		return Grant{}, fmt.Errorf("closing a step: %w", err)
+	err := c.http.Call(ctx, http.MethodPost, "/v1/grants/"+segment(id)+"/close", nil, api.Nothing{}, &out)
+	var g Grant
+	if err == nil {
+		g, err = grantOf(out)
 	}
-	g, err := grantOf(out)
 	if err != nil {
 		return Grant{}, fmt.Errorf("closing a step: %w", err)
 	}

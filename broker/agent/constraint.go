@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"path"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -14,22 +15,22 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
-// Constraint limits one argument. The functions below make one. Those of a delegation's [Info] may be
-// passed on as they are.
+// Constraint limits one argument. The functions below make constraints. The constraints in a
+// delegation's [Info] may be passed on unchanged.
 //
 // Open and Delegate refuse an invalid constraint, and the zero one, with ErrMalformed. The error names
-// the tool, the argument and what is accepted. The functions here check sizes, emptiness and simple
-// forms. The broker checks the rest: the spelling of paths, hosts and words, and that a constraint has
-// at most 16 KiB.
+// the tool and the argument, and gives the accepted form. The functions check sizes and simple forms.
+// The broker checks the rest: the spelling of paths, hosts and words, and the size of a whole
+// constraint, at most 16 KiB.
 //
-// Only Exact and Subset allow lists. Strings compare byte by byte. A string of a constraint has at
+// Only Exact and Subset allow lists. Strings compare byte by byte. A string in a constraint has at
 // most 8 KiB of valid UTF-8, without U+FFFD.
 type Constraint struct {
 	wire string // the broker's form, such as {"one_of":["orders"]}; empty: the zero Constraint
 	err  error
 }
 
-// Scalar is an argument that is no list.
+// Scalar is any argument except a list.
 type Scalar interface {
 	~string | ~bool | ~int | ~int8 | ~int16 | ~int32 | ~int64 | ~uint8 | ~uint16 | ~uint32
 }
@@ -49,11 +50,11 @@ func Exact[T Scalar | []string](v T) Constraint {
 	return constraint("exact", value, err)
 }
 
-// OneOf allows these values, at most 256. Without any it allows nothing.
+// OneOf allows these values, at most 256. Without values it allows nothing.
 func OneOf[T Scalar](values ...T) Constraint { return set("one_of", values, 0) }
 
-// NotOneOf allows all values of the same kind (string, integer or boolean) but these, 1 to 256. It is
-// weak where a callee accepts two spellings of one thing, such as upper and lower case.
+// NotOneOf allows all values of the same kind (string, integer or boolean) except these, 1 to 256. It
+// is weak where the target accepts two spellings of one value, such as upper and lower case.
 func NotOneOf[T Scalar](values ...T) Constraint { return set("not_one_of", values, 1) }
 
 // Range allows the integers from least to most, both included. math.MinInt64 and math.MaxInt64 leave
@@ -61,12 +62,12 @@ func NotOneOf[T Scalar](values ...T) Constraint { return set("not_one_of", value
 func Range(least, most int64) Constraint {
 	var err error
 	if least > most {
-		err = fmt.Errorf("its least integer is at most its greatest; %d is above %d", least, most)
+		err = fmt.Errorf("the least integer must not exceed the greatest: %d is above %d", least, most)
 	}
 	return constraint("range", map[string]int64{"min": least, "max": most}, err)
 }
 
-// Prefix allows the strings that begin with s, which is not empty. For paths use [Subpath].
+// Prefix allows the strings that begin with s. It refuses an empty s. For paths use [Subpath].
 func Prefix(s string) Constraint {
 	err := checkString(s)
 	if s == "" {
@@ -79,7 +80,8 @@ func Prefix(s string) Constraint {
 // any one character, except slashes. The pattern has no \ [ ] { } and no **.
 func Glob(pattern string) Constraint {
 	err := checkString(pattern)
-	if pattern == "" || len(pattern) > maxPattern || strings.ContainsAny(pattern, `\[]{}`) || strings.Contains(pattern, "**") {
+	plain := !strings.ContainsAny(pattern, `\[]{}`) && !strings.Contains(pattern, "**")
+	if pattern == "" || len(pattern) > maxPattern || !plain {
 		err = fmt.Errorf(`a pattern has 1 to %d bytes, * and ? as wildcards, and no \ [ ] { } or **`, maxPattern)
 	}
 	return constraint("glob", pattern, err)
@@ -103,14 +105,15 @@ func Subset(elements ...string) Constraint { return set("subset", elements, 1) }
 func Subpath(root string) Constraint {
 	err := checkString(root)
 	if !path.IsAbs(root) || path.Clean(root) != root || len(root) > maxPattern {
-		err = fmt.Errorf(`a path is absolute and has at most %d bytes, no slash at the end and no empty, "." or ".." segment, such as /srv/data`, maxPattern)
+		err = fmt.Errorf(`a path is absolute, such as /srv/data, and has at most %d bytes, no slash at the end `+
+			`and no empty, "." or ".." segment`, maxPattern)
 	}
 	return constraint("subpath", root, err)
 }
 
-// URL allows the URLs with the scheme, host and port of base whose path is the path of base or below
-// it. Their query is free. The scheme is http, https, ws or wss. The port is the scheme's own unless
-// given. A host such as "*.example.org" allows each name below example.org.
+// URL allows the URLs at base or below its path, such as "https://api.example.org/v1". Scheme, host and
+// port are the same as in base. The query is free. The scheme is http, https, ws or wss. Without a port
+// the scheme's default applies. A host such as "*.example.org" allows each name below example.org.
 func URL(base string) Constraint {
 	var body struct {
 		Scheme string `json:"scheme"`
@@ -123,34 +126,30 @@ func URL(base string) Constraint {
 	if slash := strings.IndexByte(rest, '/'); slash >= 0 {
 		body.Host, body.Path = rest[:slash], rest[slash:]
 	}
-	err := checkString(base)
-	if colon := strings.LastIndexByte(body.Host, ':'); colon > strings.LastIndexByte(body.Host, ']') { // not inside [::1]
-		body.Port, err = strconv.ParseUint(body.Host[colon+1:], 10, 16)
-		body.Host = body.Host[:colon]
-		if body.Port == 0 {
-			err = errors.New("no port")
-		}
+	valid := checkString(base) == nil && slices.Contains([]string{"http", "https", "ws", "wss"}, scheme)
+	colon := strings.LastIndexByte(body.Host, ':')
+	if colon > strings.LastIndexByte(body.Host, ']') { // outside of an address such as [::1]
+		port, err := strconv.ParseUint(body.Host[colon+1:], 10, 16)
+		valid = valid && err == nil && port > 0
+		body.Host, body.Port = body.Host[:colon], port
 	}
-	switch scheme {
-	case "http", "https", "ws", "wss":
-	default:
-		err = errors.New("no scheme")
-	}
-	if err != nil || body.Host == "" {
-		err = errors.New("a URL has the scheme http, https, ws or wss, a host and perhaps a port and a path, such as https://*.example.org:8443/v1")
+	var err error
+	if !valid || body.Host == "" {
+		err = errors.New("a URL has the scheme http, https, ws or wss, a host, and optionally a port and a path, " +
+			"such as https://*.example.org:8443/v1")
 	}
 	return constraint("url", body, err)
 }
 
-// Shell allows command lines of plain words with one space between two. Each element of command lists
-// the choices for one word, in order. Any number of further words may follow, each of which matches
-// one of the patterns; without patterns none may. For example
+// Shell allows command lines of plain words, with one space between two words. Each element of command
+// lists the choices for one word, in order. Each further word of a line must match one of the patterns.
+// Without patterns, no further words are allowed. This one allows "systemctl restart web-1 web-2":
 //
 //	agent.Shell([][]string{{"systemctl"}, {"restart", "status"}}, "web-*")
 //
-// A plain word has letters, digits and _ - . / : = , @ + only, and the first word has no =. A command
-// has 1 to 32 words with 1 to 256 choices each, and 2 KiB at most. There are at most 32 patterns, with
-// the wildcards of [Glob]. Only a pattern that begins with a hyphen allows words that do.
+// A plain word consists of letters, digits and _ - . / : = , @ +. The first word has no =. A command has
+// 1 to 32 words, 1 to 256 choices for each, and at most 2 KiB. There are at most 32 patterns, with the
+// wildcards of [Glob]. A word that begins with a hyphen needs a pattern that begins with one.
 func Shell(command [][]string, patterns ...string) Constraint {
 	var body struct {
 		Command []any    `json:"command"`
@@ -174,7 +173,7 @@ func Shell(command [][]string, patterns ...string) Constraint {
 	return constraint("shell", body, err)
 }
 
-// All allows the values that each of its parts allows. It takes 1 to 8 parts, none of which is an All.
+// All allows the values that every part allows. It takes 1 to 8 parts, and no part may be an All.
 func All(parts ...Constraint) Constraint {
 	var err error
 	if len(parts) == 0 || len(parts) > maxParts {
@@ -184,7 +183,7 @@ func All(parts ...Constraint) Constraint {
 	for i, part := range parts {
 		switch _, nested := strings.CutPrefix(part.wire, `{"all":`); {
 		case nested:
-			err = errors.New("no part is an All itself")
+			err = errors.New("a part must not be an All")
 		case part.check() != nil:
 			err = part.check()
 		}
@@ -199,7 +198,7 @@ func constraint(kind string, body any, wrong error) Constraint {
 		return Constraint{err: fmt.Errorf("%s: %w", kind, wrong)}
 	}
 	raw, err := json.Marshal(map[string]any{kind: body}, json.Deterministic(true))
-	if err != nil { // its own error may be long
+	if err != nil {
 		return Constraint{err: fmt.Errorf("%s: a string is valid UTF-8", kind)}
 	}
 	return Constraint{wire: string(raw)}
@@ -208,7 +207,7 @@ func constraint(kind string, body any, wrong error) Constraint {
 // set makes a constraint of a list of scalars.
 func set[T Scalar](kind string, values []T, atLeast int) Constraint {
 	if len(values) < atLeast || len(values) > maxSet {
-		return constraint(kind, nil, fmt.Errorf("it has %d to %d members", atLeast, maxSet))
+		return constraint(kind, nil, fmt.Errorf("%d to %d members are needed", atLeast, maxSet))
 	}
 	body := make([]any, len(values))
 	for i, v := range values {
@@ -220,7 +219,7 @@ func set[T Scalar](kind string, values []T, atLeast int) Constraint {
 	return constraint(kind, body, nil)
 }
 
-// plain takes the name and the methods off a value's type, since a method could encode it otherwise.
+// plain gives a value of an unnamed type: a method of a named one could change its JSON.
 func plain(v any) (any, error) {
 	switch r := reflect.ValueOf(v); {
 	case r.Kind() == reflect.String:
@@ -232,7 +231,7 @@ func plain(v any) (any, error) {
 	case r.Kind() == reflect.Bool:
 		return r.Bool(), nil
 	}
-	list, _ := v.([]string) // the one other type that Exact takes
+	list, _ := v.([]string) // the only other type that Exact accepts
 	if len(list) > maxSet {
 		return nil, fmt.Errorf("a list has at most %d elements", maxSet)
 	}
@@ -251,7 +250,7 @@ func checkString(s string) error {
 	return nil
 }
 
-// check gives the reason why the constraint cannot be sent.
+// check is the reason for which the constraint cannot be sent.
 func (c Constraint) check() error {
 	if c.err == nil && c.wire == "" {
 		return errors.New("the zero Constraint: make one with OneOf, Range or another constructor")
@@ -259,7 +258,7 @@ func (c Constraint) check() error {
 	return c.err
 }
 
-// String is the wire form, or the reason why there is none.
+// String is the wire form, or "invalid: " and the reason.
 func (c Constraint) String() string {
 	if err := c.check(); err != nil {
 		return "invalid: " + err.Error()
@@ -267,7 +266,7 @@ func (c Constraint) String() string {
 	return c.wire
 }
 
-// MarshalJSON gives the wire form. An invalid constraint has none.
+// MarshalJSON encodes the wire form, such as {"one_of":["orders"]}. An invalid constraint is an error.
 func (c Constraint) MarshalJSON() ([]byte, error) {
 	if err := c.check(); err != nil {
 		return nil, err
@@ -275,7 +274,7 @@ func (c Constraint) MarshalJSON() ([]byte, error) {
 	return []byte(c.wire), nil
 }
 
-// UnmarshalJSON takes the wire form, which the broker checks when it is sent.
+// UnmarshalJSON accepts any JSON object as the wire form. The broker checks it at the call that sends it.
 func (c *Constraint) UnmarshalJSON(raw []byte) error {
 	v := jsontext.Value(raw).Clone()
 	if err := v.Compact(); err != nil || v.Kind() != jsontext.KindBeginObject {

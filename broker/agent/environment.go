@@ -14,20 +14,20 @@ import (
 	"github.com/pawlsec/pawl/broker/api/client"
 )
 
-// variable is a variable of the environment, with the value that errors give as an example.
+// variable is a variable of the environment and the example value for errors.
 type variable struct{ name, example string }
 
-// The variables are those of the pawl command (docs/configuration.md).
+// The pawl command uses the same variables (docs/configuration.md).
 var (
 	addressVariable  = variable{"PAWL_ADDRESS", "https://pawl.example.org:8443"}
 	serverIDVariable = variable{"PAWL_SERVER_ID", "spiffe://example.org/pawl"}
 	socketVariable   = variable{workloadapi.SocketEnv, "unix:///run/spire/agent/public/api.sock"}
 )
 
-// EnvironmentError names the variables of the environment that are missing or malformed, each with an
-// example.
+// EnvironmentError lists the missing and malformed variables of the environment. Its text has an example
+// value for each.
 type EnvironmentError struct {
-	Variables []string
+	Variables []string // their names
 	text      []string
 }
 
@@ -41,22 +41,22 @@ func (e *EnvironmentError) add(v variable, wrong string) {
 // svidWait is how long FromEnvironment waits for the Workload API.
 const svidWait = 10 * time.Second
 
-// FromEnvironment makes a client of three variables, which `pawl dev --env FILE` writes:
+// FromEnvironment makes a client from three variables, which `pawl dev --env FILE` writes:
 //
 //	PAWL_ADDRESS            the broker's address, such as https://pawl.example.org:8443
 //	PAWL_SERVER_ID          the broker's SPIFFE ID, such as spiffe://example.org/pawl
 //	SPIFFE_ENDPOINT_SOCKET  the Workload API, such as unix:///run/spire/agent/public/api.sock
 //
 // The agent's identity is the default X.509-SVID of the Workload API. The client follows its rotations
-// until Close. FromEnvironment waits for the first SVID, for 10 s at most. It opens no connection to
-// the broker. Where PAWL_ADDRESS is "unix:/path", the other two are not needed. Missing and malformed
-// variables are an *[EnvironmentError].
+// until Close. FromEnvironment waits at most 10 s for the first SVID. It opens no connection to the
+// broker. If PAWL_ADDRESS is "unix:/path", the other two are not needed. The error for missing and
+// malformed variables is an *[EnvironmentError].
 func FromEnvironment(ctx context.Context) (*Client, error) {
 	return Config{}.FromEnvironment(ctx)
 }
 
-// FromEnvironment is the function [FromEnvironment] for all fields that are empty in cfg. A field that
-// is set takes the place of its variable.
+// FromEnvironment is like the function [FromEnvironment], but a field that is set in cfg replaces its
+// variable.
 func (cfg Config) FromEnvironment(ctx context.Context) (*Client, error) {
 	var wrong EnvironmentError
 	if err := cfg.addressFrom(&wrong); err != nil {
@@ -82,14 +82,14 @@ func (cfg Config) FromEnvironment(ctx context.Context) (*Client, error) {
 	cfg.Source = source
 	c, err := New(cfg)
 	if err != nil {
-		_ = source.Close() // its connection ends either way
+		_ = source.Close() // the other error counts
 		return nil, err
 	}
 	c.source = source
 	return c, nil
 }
 
-// addressFrom checks the address before anything waits for the Workload API.
+// addressFrom checks the address before the wait for the Workload API.
 func (cfg *Config) addressFrom(wrong *EnvironmentError) error {
 	given := cfg.Address != ""
 	if !given {
@@ -137,13 +137,14 @@ func socketFrom(wrong *EnvironmentError) string {
 	return socket
 }
 
-// identity waits for the first SVID. The source lives on after ctx, until it is closed.
+// identity waits for the first SVID. The source outlives ctx and must be closed.
 func identity(ctx context.Context, socket string) (*workloadapi.X509Source, error) {
 	ctx, cancel := context.WithTimeout(ctx, svidWait)
 	defer cancel()
 	source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr(socket)))
 	if err != nil {
-		return nil, fmt.Errorf("no X.509-SVID from the Workload API at %s, where this workload may not be registered: %w", socket, err)
+		return nil, fmt.Errorf("getting an X.509-SVID from the Workload API at %s (is this workload registered?): %w",
+			socket, err)
 	}
 	return source, nil
 }

@@ -21,7 +21,7 @@ import (
 	"github.com/pawlsec/pawl/broker/agent"
 )
 
-// environment sets the three variables, each of which may be empty.
+// environment sets the three variables. Each may be empty.
 func environment(t *testing.T, address, serverID, socket string) {
 	t.Helper()
 	t.Setenv("PAWL_ADDRESS", address)
@@ -40,8 +40,8 @@ func identities(t *testing.T) *workload.Server {
 	return s
 }
 
-// TestFromEnvironment: three variables are enough for a client that is an agent by SPIFFE and accepts
-// no other broker than the one that they name.
+// TestFromEnvironment: three variables make a client that presents the agent's SVID and accepts only the
+// broker that they name.
 func TestFromEnvironment(t *testing.T) {
 	ids := identities(t)
 	broker, planner := ids.Source(ids.ID("/pawl")), ids.ID("/planner")
@@ -52,11 +52,12 @@ func TestFromEnvironment(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &http.Server{ErrorLog: log.New(io.Discard, "", 0), Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		id, _ := x509svid.IDFromCert(r.TLS.PeerCertificates[0])
+	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		id, _ := x509svid.IDFromCert(r.TLS.PeerCertificates[0]) // the test compares it
 		seen <- id.String()
 		s.ServeHTTP(w, r)
-	})}
+	})
+	h := &http.Server{ErrorLog: log.New(io.Discard, "", 0), Handler: handler}
 	go func() { _ = h.Serve(l) }() // it ends with Close
 	t.Cleanup(func() { _ = h.Close() })
 	socket, err := ids.Socket(planner)
@@ -65,7 +66,7 @@ func TestFromEnvironment(t *testing.T) {
 	}
 
 	environment(t, "https://"+l.Addr().String(), ids.ID("/pawl").String(), socket)
-	for name, cfg := range map[string]agent.Config{"environment": {}, "identity of its own": {Source: ids.Source(planner)}} {
+	for name, cfg := range map[string]agent.Config{"all three": {}, "its own source": {Source: ids.Source(planner)}} {
 		c, err := cfg.FromEnvironment(t.Context())
 		if err != nil {
 			t.Fatalf("FromEnvironment, %s: %v", name, err)
@@ -74,7 +75,7 @@ func TestFromEnvironment(t *testing.T) {
 			t.Fatalf("Open, %s: %v", name, err)
 		}
 		if id := <-seen; id != planner.String() {
-			t.Errorf("the broker met %s, want %s", id, planner)
+			t.Errorf("the broker authenticated %s, want %s", id, planner)
 		}
 		if err := c.Close(); err != nil {
 			t.Errorf("Close, %s: %v", name, err)
@@ -86,13 +87,14 @@ func TestFromEnvironment(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close() //nolint:errcheck // its source was closed before, above
-	if _, err := c.Open(t.Context(), agent.Chain{Task: "t"}); !errors.Is(err, agent.ErrUnavailable) || !strings.Contains(err.Error(), "unexpected ID") {
+	defer c.Close() //nolint:errcheck // the loop above checks it
+	_, err = c.Open(t.Context(), agent.Chain{Task: "t"})
+	if !errors.Is(err, agent.ErrUnavailable) || !strings.Contains(err.Error(), "unexpected ID") {
 		t.Errorf("Open at another broker = %v, want unavailable, because of its identity", err)
 	}
 }
 
-// TestFromEnvironmentSocket: a broker on a socket needs no identity, because it knows its peers.
+// TestFromEnvironmentSocket: a unix socket as the address needs no other variable.
 func TestFromEnvironmentSocket(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	l, err := net.Listen("unix", path)
@@ -113,26 +115,33 @@ func TestFromEnvironmentSocket(t *testing.T) {
 	}
 }
 
-// TestEnvironmentErrors: what is missing or malformed is named, with an example that is well formed.
+// TestEnvironmentErrors: the error names each missing and malformed variable, with an example.
 func TestEnvironmentErrors(t *testing.T) {
-	const address, id, socket = "https://localhost:1", "spiffe://example.org/pawl", "unix:///tmp/none"
+	const (
+		address = "https://localhost:1"
+		id      = "spiffe://example.org/pawl"
+		socket  = "unix:///tmp/none"
+
+		theAddress, theID, theSocket = "PAWL_ADDRESS", "PAWL_SERVER_ID", "SPIFFE_ENDPOINT_SOCKET"
+	)
 	ids := identities(t)
+	source := ids.Source(ids.ID("/agent"))
 	for _, row := range []struct {
 		address, id, socket string
 		cfg                 agent.Config
 		variables           []string
 		text                string
 	}{
-		{"", "", "", agent.Config{}, []string{"PAWL_ADDRESS", "PAWL_SERVER_ID", "SPIFFE_ENDPOINT_SOCKET"}, "PAWL_ADDRESS is not set, for example PAWL_ADDRESS=https://"},
-		{address, "", socket, agent.Config{}, []string{"PAWL_SERVER_ID"}, "PAWL_SERVER_ID is not set, for example PAWL_SERVER_ID=spiffe://"},
-		{address, id, "", agent.Config{}, []string{"SPIFFE_ENDPOINT_SOCKET"}, "SPIFFE_ENDPOINT_SOCKET is not set, for example SPIFFE_ENDPOINT_SOCKET=unix:///"},
-		{"http://localhost:1", id, socket, agent.Config{}, []string{"PAWL_ADDRESS"}, "PAWL_ADDRESS is not https://host:port or unix:/path"},
-		{"localhost:1", id, socket, agent.Config{}, []string{"PAWL_ADDRESS"}, "is not https://host:port"},
-		{address, "example.org/pawl", socket, agent.Config{}, []string{"PAWL_SERVER_ID"}, "PAWL_SERVER_ID is not a SPIFFE ID"},
-		{address, id, "/tmp/none", agent.Config{}, []string{"SPIFFE_ENDPOINT_SOCKET"}, "SPIFFE_ENDPOINT_SOCKET is not unix:///path"},
-		{"", "", "", agent.Config{HTTPClient: http.DefaultClient}, []string{"PAWL_ADDRESS"}, "PAWL_ADDRESS is not set"},
-		{"", "", "", agent.Config{Source: ids.Source(ids.ID("/a")), Address: address}, []string{"PAWL_SERVER_ID"}, "PAWL_SERVER_ID is not set"},
-		{address, id, socket, agent.Config{Address: "localhost:1"}, nil, `Address "localhost:1" is not https://host:port`},
+		{"", "", "", agent.Config{}, []string{theAddress, theID, theSocket}, "is not set, for example PAWL_ADDRESS=https://"},
+		{address, "", socket, agent.Config{}, []string{theID}, "is not set, for example PAWL_SERVER_ID=spiffe://"},
+		{address, id, "", agent.Config{}, []string{theSocket}, "is not set, for example SPIFFE_ENDPOINT_SOCKET=unix:///"},
+		{"http://localhost:1", id, socket, agent.Config{}, []string{theAddress}, "is not https://host:port or unix:/path"},
+		{"localhost:1", id, socket, agent.Config{}, []string{theAddress}, "is not https://host:port or unix:/path"},
+		{address, "example.org/pawl", socket, agent.Config{}, []string{theID}, "is not a SPIFFE ID"},
+		{address, id, "/tmp/none", agent.Config{}, []string{theSocket}, "is not unix:///path or tcp://ip:port"},
+		{"", "", "", agent.Config{HTTPClient: http.DefaultClient}, []string{theAddress}, "is not set"},
+		{"", "", "", agent.Config{Source: source, Address: address}, []string{theID}, "is not set"},
+		{address, id, socket, agent.Config{Address: "localhost:1"}, nil, `"localhost:1" is not https://host:port`},
 	} {
 		environment(t, row.address, row.id, row.socket)
 		_, err := row.cfg.FromEnvironment(t.Context())
@@ -142,18 +151,20 @@ func TestEnvironmentErrors(t *testing.T) {
 			named = wrong.Variables
 		}
 		if err == nil || !slices.Equal(named, row.variables) || !strings.Contains(err.Error(), row.text) {
-			t.Errorf("FromEnvironment of %q, %q, %q = %v, want one that names %v and has %q", row.address, row.id, row.socket, err, row.variables, row.text)
+			t.Errorf("FromEnvironment of %q, %q, %q = %v, want an error about %v that has %q",
+				row.address, row.id, row.socket, err, row.variables, row.text)
 		}
 	}
 }
 
-// TestNoWorkloadAPI: the wait for an SVID ends with the caller's context, and the error says where.
+// TestNoWorkloadAPI: the wait for an SVID ends with the caller's context. The error has the socket.
 func TestNoWorkloadAPI(t *testing.T) {
 	socket := "unix://" + filepath.Join(t.TempDir(), "none")
 	environment(t, "https://localhost:1", "spiffe://example.org/pawl", socket)
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if _, err := agent.FromEnvironment(ctx); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), socket) {
-		t.Errorf("FromEnvironment without a Workload API = %v, want the deadline, with %s", err, socket)
+	_, err := agent.FromEnvironment(ctx)
+	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), socket) {
+		t.Errorf("FromEnvironment without a Workload API = %v, want the deadline and %s", err, socket)
 	}
 }

@@ -13,8 +13,8 @@ import (
 	"github.com/pawlsec/pawl/broker/agent"
 )
 
-// exampleBroker stands in for a broker, on a socket that PAWL_ADDRESS names. A real one has an address
-// such as https://pawl.example.org:8443, and the two other variables that FromEnvironment documents.
+// exampleBroker starts a broker for an example, on a unix socket, and sets PAWL_ADDRESS to it. A real
+// broker has an address such as https://pawl.example.org:8443 and needs the other two variables as well.
 func exampleBroker() (stop func()) {
 	dir, err := os.MkdirTemp("", "pawl")
 	if err != nil {
@@ -31,7 +31,7 @@ func exampleBroker() (stop func()) {
 	_ = os.Setenv("PAWL_ADDRESS", "unix:"+socket) // a plain name and value
 	return func() {
 		_ = os.Setenv("PAWL_ADDRESS", before)
-		_ = h.Close()         // nobody waits for its answers
+		_ = h.Close()         // the example has its answers
 		_ = os.RemoveAll(dir) // a temporary directory
 	}
 }
@@ -59,7 +59,7 @@ func ExampleFromEnvironment() {
 	// opened ch000000000000000000000001
 }
 
-// A missing variable is named, with an example.
+// The error names a missing variable and has an example value.
 func ExampleFromEnvironment_missing() {
 	_ = os.Unsetenv("PAWL_ADDRESS")
 	_ = os.Setenv("PAWL_SERVER_ID", "spiffe://example.org/pawl")
@@ -171,9 +171,9 @@ func ExampleDelegation_Delegate() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	message := string(id) // it goes to the writer over any channel: it is no secret
+	message := string(id) // goes to the writer over any channel: it is no secret
 
-	// In the writer's process, whose SVID is spiffe://example.org/writer:
+	// In the process of spiffe://example.org/writer:
 	writer, err := agent.FromEnvironment(ctx)
 	if err != nil {
 		log.Fatal(err)
@@ -219,7 +219,10 @@ func ExampleClient_Collect() {
 		log.Fatal(err)
 	}
 	defer orchestrator.Close()
-	d, err := orchestrator.Open(ctx, agent.Chain{Task: "weekly report", Rights: []agent.Right{{Tool: "db.read", Use: true}}})
+	d, err := orchestrator.Open(ctx, agent.Chain{
+		Task:   "weekly report",
+		Rights: []agent.Right{{Tool: "db.read", Use: true}},
+	})
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -233,7 +236,7 @@ func ExampleClient_Collect() {
 	message := string(step.Grant().ID)
 	fmt.Printf("the orchestrator has %d bytes\n", len(step.Secret().JSON()))
 
-	// The worker, whose SVID is spiffe://example.org/worker, collects.
+	// The process of spiffe://example.org/worker collects the secret.
 	worker, err := agent.FromEnvironment(ctx)
 	if err != nil {
 		log.Fatal(err)

@@ -7,17 +7,17 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// An id is two letters that name its kind, and 24 characters of 0-9 and a-z without i, l, o and u.
-// Each kind is a type, so that one cannot be passed for another. An id is no authority: the broker
-// checks the identity of every caller. Ids that arrive as text go through the Parse functions.
+// An id is two letters for its kind and 24 characters of 0-9 and a-z without i, l, o and u. Each kind
+// has its own type, so that the compiler refuses a grant's id in place of a delegation's. An id is no
+// authority: the broker checks the identity of every caller. Parse an id that arrives as text.
 type (
 	// ChainID names a chain, "ch…".
 	ChainID string
-	// DelegationID names a delegation, "dl…". It is the text that one workload sends to another.
+	// DelegationID names a delegation, "dl…". One agent sends it to another, which joins it.
 	DelegationID string
 	// GrantID names the broker's record of a step, "gr…".
 	GrantID string
-	// RevocationID names a revocation, "rv…". Incident responders can look it up.
+	// RevocationID names a revocation, "rv…". An operator finds the revocation by it.
 	RevocationID string
 )
 
@@ -37,7 +37,7 @@ func ParseRevocationID(s string) (RevocationID, error) {
 	return parseID[RevocationID](s, "revocation", "rv")
 }
 
-// RevocationOf returns the id of the revocation that an error carries, and false if it carries none.
+// RevocationOf returns the id of the revocation in err, and false if err has none.
 func RevocationOf(err error) (RevocationID, bool) {
 	var p *Error
 	if !errors.As(err, &p) {
@@ -52,7 +52,7 @@ const (
 	idAlphabet = "0123456789abcdefghjkmnpqrstvwxyz"
 )
 
-// parseID does not quote the text in its error: it may be anything, a secret included.
+// parseID does not quote s in its error: s may be a secret that was passed by mistake.
 func parseID[ID ~string](s, kind, prefix string) (ID, error) {
 	if len(s) != idLength || s[:2] != prefix || strings.TrimLeft(s[2:], idAlphabet) != "" {
 		return "", api.NewProblem(ErrMalformed, "",
@@ -61,11 +61,11 @@ func parseID[ID ~string](s, kind, prefix string) (ID, error) {
 	return ID(s), nil
 }
 
-// answerID parses an id of an answer. It keeps the first error in *err.
+// answerID parses an id in an answer. It stores an error in *err unless there is one already.
 func answerID[ID ~string](s string, parse func(string) (ID, error), err *error) ID {
 	id, wrong := parse(s)
 	if wrong != nil && *err == nil {
-		*err = api.NewProblem(ErrUnavailable, api.CodeNoAnswer, "the answer is not from a broker: "+wrong.Error())
+		*err = api.NewProblem(ErrUnavailable, api.CodeNoAnswer, "the answer is malformed: "+wrong.Error())
 	}
 	return id
 }

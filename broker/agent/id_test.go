@@ -30,8 +30,11 @@ func TestParseIDs(t *testing.T) {
 				t.Errorf("parsing %s = %q, %v, want it unchanged", prefix+good, id, err)
 			}
 		}
-		bad := []string{"", prefix, prefix + body[1:], prefix + body + "0", " " + prefix + body, prefix + body[1:] + " ", prefix + body[1:] + "/",
-			strings.ToUpper(prefix) + body, prefix + strings.ToUpper(body), prefix + body[:23] + "\n", prefix + body[:22] + "é"}
+		bad := []string{
+			"", prefix, prefix + body[1:], prefix + body + "0", " " + prefix + body, prefix + body[1:] + " ",
+			prefix + body[1:] + "/", strings.ToUpper(prefix) + body, prefix + strings.ToUpper(body),
+			prefix + body[:23] + "\n", prefix + body[:22] + "é",
+		}
 		for _, c := range "ilouIZ-_.%" {
 			bad = append(bad, prefix+body[:10]+string(c)+body[11:])
 		}
@@ -41,13 +44,14 @@ func TestParseIDs(t *testing.T) {
 			}
 		}
 		for _, s := range bad {
-			if id, err := parse(s); id != "" || !errors.Is(err, agent.ErrMalformed) || !strings.Contains(err.Error(), `"`+prefix+`" and 24 characters`) {
-				t.Errorf("parsing %q as %s = %q, %v, want malformed and the form that is taken", s, prefix, id, err)
+			id, err := parse(s)
+			if id != "" || !errors.Is(err, agent.ErrMalformed) || !strings.Contains(err.Error(), `"`+prefix+`" and 24`) {
+				t.Errorf("parsing %q as %s = %q, %v, want malformed and the accepted form", s, prefix, id, err)
 			}
 		}
 	}
 	if _, err := agent.ParseGrantID(marker); err == nil || strings.Contains(err.Error(), marker) {
-		t.Errorf("ParseGrantID of something else = %v, want an error that does not quote it", err)
+		t.Errorf("ParseGrantID of another text = %v, want an error without the text", err)
 	}
 }
 

@@ -10,7 +10,7 @@ import (
 type Info struct {
 	ID        DelegationID
 	Chain     ChainID
-	Parent    DelegationID // the delegation that this one narrows; empty: it is the chain's root
+	Parent    DelegationID // empty: this is the root of the chain
 	Holder    string       // the SPIFFE ID that may use it
 	Rights    []Right
 	Budget    Budget
@@ -18,7 +18,7 @@ type Info struct {
 	Created   time.Time
 	Expires   time.Time
 	Fence     *Fence        // on this delegation itself; nil: none
-	Heartbeat time.Duration // how often the holder must send a request; zero: it need not
+	Heartbeat time.Duration // interval within which the holder must send a request; zero: none
 }
 
 // Fence is the mark after which the broker delivers no secret under a delegation.
@@ -34,15 +34,15 @@ type Grant struct {
 	Chain      ChainID
 	Delegation DelegationID
 	Tool       string
-	Narrowing  string // who enforces the secret's limits: "native", "proxy" or "none"
+	Narrowing  string // where the narrowing of the secret is enforced: "native", "proxy" or "none"
 	State      string // "INTENT", "HANDLE", "ISSUED" or "CLOSED"
 	Created    time.Time
-	Expires    time.Time // the end of the secret, if the step is not closed before
+	Expires    time.Time // the secret does not work after it
 	Bundle     string    // digest of the policy bundle that decided
 	Policies   []string  // ids of the policies that decided
 	Ending     string    // "closed", "expired", "revoked" or "failed"; empty: it has not ended
 	Ended      time.Time
-	Outcome    string    // "dead", "alive" or "static"; empty: not proven either way
+	Outcome    string    // "dead", "alive" or "static"; empty: not proven dead or alive
 	ArgsDigest string    // SHA-256 of the arguments in their canonical form, in hex; empty: an older record
 	Sealed     string    // thumbprint (RFC 7638) of the key that the secret is sealed to; empty: not sealed
 	Collector  string    // the SPIFFE ID that may collect a sealed secret
@@ -54,7 +54,8 @@ func infoOf(w api.Delegation) (Info, error) {
 	i := Info{
 		ID:     answerID(w.ID, ParseDelegationID, &err),
 		Chain:  answerID(w.Chain, ParseChainID, &err),
-		Holder: w.Holder, Rights: rightsOf(w.Rights), Budget: w.Budget, Depth: w.Depth, Created: w.Created, Expires: w.Expires,
+		Holder: w.Holder, Rights: rightsOf(w.Rights), Budget: w.Budget, Depth: w.Depth,
+		Created: w.Created, Expires: w.Expires,
 		Heartbeat: time.Duration(w.HeartbeatSeconds) * time.Second,
 	}
 	if w.Parent != "" {

@@ -11,7 +11,7 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// fill sets every field of a struct of the wire, and leaves the ids that are set.
+// fill sets every field of a wire struct that is zero.
 func fill(v reflect.Value) {
 	for i := range v.NumField() {
 		f := v.Field(i)
@@ -33,7 +33,7 @@ func fill(v reflect.Value) {
 	}
 }
 
-// TestRecords: no member of the broker's records is lost on the way to the SDK's types.
+// TestRecords: the SDK's types have every member of the broker's records.
 func TestRecords(t *testing.T) {
 	d := api.Delegation{ID: child, Chain: chain, Parent: root, Fence: &api.Fence{Revocation: revocation}}
 	fill(reflect.ValueOf(&d).Elem())
@@ -52,7 +52,7 @@ func TestRecords(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close() //nolint:errcheck // it always succeeds
+	defer c.Close() //nolint:errcheck // nil for a client that New made
 	joined, err := c.Join(t.Context(), child)
 	if err != nil {
 		t.Fatal(err)
@@ -66,7 +66,7 @@ func TestRecords(t *testing.T) {
 		v := reflect.ValueOf(record)
 		for i := range v.NumField() {
 			if v.Field(i).IsZero() {
-				t.Errorf("%T.%s is empty, want it from the answer", record, v.Type().Field(i).Name)
+				t.Errorf("%T.%s is zero, want the value of the answer", record, v.Type().Field(i).Name)
 			}
 		}
 	}

@@ -13,10 +13,10 @@ type Right struct {
 	Tool     string
 	Use      bool                  // take steps with the tool
 	Delegate bool                  // pass the tool on
-	Args     map[string]Constraint // each named argument must be given and inside its constraint; others are free
+	Args     map[string]Constraint // each named argument is required and must be inside; others are free
 }
 
-// wireRights gives the form that travels. The error is that of the first invalid constraint.
+// wireRights encodes rights for a request. The error is for the first invalid constraint.
 func wireRights(rights []Right) ([]api.Right, error) {
 	out := make([]api.Right, len(rights))
 	for i, r := range rights {
@@ -24,7 +24,8 @@ func wireRights(rights []Right) ([]api.Right, error) {
 		for _, name := range slices.Sorted(maps.Keys(r.Args)) {
 			c := r.Args[name]
 			if err := c.check(); err != nil {
-				return nil, api.NewProblem(ErrMalformed, "", fmt.Sprintf("argument %q of tool %q: %v", name, r.Tool, err))
+				detail := fmt.Sprintf("argument %q of tool %q: %v", name, r.Tool, err)
+				return nil, api.NewProblem(ErrMalformed, "", detail)
 			}
 			if out[i].Args == nil {
 				out[i].Args = map[string]api.Constraint{}
@@ -35,7 +36,7 @@ func wireRights(rights []Right) ([]api.Right, error) {
 	return out, nil
 }
 
-// rightsOf takes the constraints as the broker sent them, those of a later version included.
+// rightsOf decodes rights of an answer. It keeps constraints of kinds that this version does not know.
 func rightsOf(wire []api.Right) []Right {
 	out := make([]Right, len(wire))
 	for i, r := range wire {

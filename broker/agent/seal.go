@@ -15,47 +15,51 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// Seal has a step's secret kept at the broker, encrypted to a key, until it is collected, once. The
+// Seal asks the broker to hold a step's secret, encrypted to a key, until it is collected, once. The
 // step's own Secret is then empty.
 type Seal struct {
-	Key       []byte // the public half of a SealKey, as its Public gives it
+	Key       []byte // the public half of a SealKey, as its Public returns it
 	Collector string // the SPIFFE ID that collects it, in the agent's trust domain; empty: the agent itself
 }
 
-// SealKey opens what is sealed to its public half. It never leaves the process: make one for each
-// step with [NewSealKey].
+// SealKey opens a secret that is sealed to its public half. The private half never leaves the process.
+// Make a key for each step with [NewSealKey].
 type SealKey struct{ private *ecdsa.PrivateKey }
 
-// NewSealKey draws a key.
+// NewSealKey generates a key.
 func NewSealKey() (*SealKey, error) {
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return nil, fmt.Errorf("drawing a seal key: %w", err)
+		return nil, fmt.Errorf("generating a seal key: %w", err)
 	}
 	return &SealKey{private}, nil
 }
 
-// Public is the public half as a JWK, for whoever takes the step.
+// Public is the public half as a JWK. It goes to the agent that takes the step.
 func (k *SealKey) Public() []byte {
-	raw, err := jose.JSONWebKey{Key: k.private.Public(), Algorithm: string(jose.ECDH_ES), Use: "enc"}.MarshalJSON()
+	jwk := jose.JSONWebKey{Key: k.private.Public(), Algorithm: string(jose.ECDH_ES), Use: "enc"}
+	raw, err := jwk.MarshalJSON()
 	if err != nil {
 		panic("a P-256 key always encodes")
 	}
 	return raw
 }
 
-// String tells nothing of the key.
+// String does not show the key.
 func (*SealKey) String() string { return redacted }
 
 // Format prints "[redacted]" for every verb.
-func (k *SealKey) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(redacted)) } // printing cannot be refused
+func (k *SealKey) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(redacted)) } // Format has no error to return
 
-// Collect gives the sealed secret of another's step, or of one's own, by the step's grant. The broker
-// gives it once: a second time is an ErrConflict with the code "already_collected", and policy says
-// what follows; by default the step is revoked. The secret wipes itself when its time is over; that
-// it was revoked sooner is told to whoever took the step. It blocks for one request, which it never
-// repeats: after ErrUnavailable with the code "no_answer" the secret is lost, and the step should
-// be closed and taken again.
+// Collect returns the sealed secret of a step by the id of its grant. The step may be the agent's own
+// or another agent's that names this one as its collector.
+//
+// The broker delivers the secret once. A second request is an ErrConflict with the code
+// "already_collected". Policy decides its consequence; by default the step is revoked. The secret wipes
+// itself when it expires. An earlier revocation is reported to the agent that took the step.
+//
+// Collect blocks for one request, which it never retries. After ErrUnavailable with the code
+// "no_answer" the secret is lost: close the step and take another.
 func (c *Client) Collect(ctx context.Context, grant GrantID, key *SealKey) (*Secret, error) {
 	s, err := c.collect(ctx, grant, key)
 	if err != nil {
@@ -65,9 +69,10 @@ func (c *Client) Collect(ctx context.Context, grant GrantID, key *SealKey) (*Sec
 }
 
 func (c *Client) collect(ctx context.Context, grant GrantID, key *SealKey) (*Secret, error) {
-	begun := time.Now()
+	asked := time.Now()
 	var out api.Collected
-	if err := c.http.Call(ctx, http.MethodPost, "/v1/grants/"+segment(grant)+"/collect", nil, api.Nothing{}, &out); err != nil {
+	err := c.http.Call(ctx, http.MethodPost, "/v1/grants/"+segment(grant)+"/collect", nil, api.Nothing{}, &out)
+	if err != nil {
 		return nil, err
 	}
 	raw, err := key.open(grant, out.JWE)
@@ -75,17 +80,18 @@ func (c *Client) collect(ctx context.Context, grant GrantID, key *SealKey) (*Sec
 		return nil, api.NewProblem(ErrUnavailable, api.CodeNoAnswer, err.Error())
 	}
 	s := newSecret(raw)
-	// What is left of its life by the broker's clock, counted from before the request.
+	// The rest of its lifetime by the broker's clock, counted from before the request.
 	left := out.Grant.Expires.Sub(out.Grant.Collected)
-	time.AfterFunc(left-time.Since(begun), s.Wipe)
+	time.AfterFunc(left-time.Since(asked), s.Wipe)
 	return s, nil
 }
 
-// open decrypts what must be sealed to this key, for this grant.
+// open decrypts a secret that must be sealed to this key, for this grant.
 func (k *SealKey) open(grant GrantID, text string) ([]byte, error) {
-	jwe, err := jose.ParseEncryptedCompact(text, []jose.KeyAlgorithm{jose.ECDH_ES}, []jose.ContentEncryption{jose.A256GCM})
+	keys, contents := []jose.KeyAlgorithm{jose.ECDH_ES}, []jose.ContentEncryption{jose.A256GCM}
+	jwe, err := jose.ParseEncryptedCompact(text, keys, contents)
 	if err != nil {
-		return nil, errors.New("the sealed secret is not what the broker sends")
+		return nil, errors.New("the sealed secret does not have the broker's form")
 	}
 	raw, err := jwe.Decrypt(k.private)
 	if err != nil {
@@ -94,7 +100,7 @@ func (k *SealKey) open(grant GrantID, text string) ([]byte, error) {
 	extra := jwe.Header.ExtraHeaders
 	if extra[jose.HeaderType] != api.SealedType || extra["grant"] != string(grant) {
 		clear(raw)
-		return nil, errors.New("what is sealed is another grant's")
+		return nil, errors.New("the sealed secret belongs to another grant")
 	}
 	return raw, nil
 }

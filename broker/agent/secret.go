@@ -12,12 +12,12 @@ import (
 
 const redacted = "[redacted]"
 
-// Secret is one JSON object whose members the tool's documentation lists. It prints, logs and
-// marshals as "[redacted]", and is empty once its step is closed. It is safe for concurrent use.
+// Secret is one JSON object. The tool's documentation lists its members. It prints, logs and marshals
+// as "[redacted]", and is empty once its step is closed. It is safe for concurrent use.
 type Secret struct{ box func() *box }
 
-// box keeps the bytes. It is behind a function because fmt calls no methods of what it finds in
-// an unexported field, and follows pointers there: of a function it prints an address.
+// box holds the bytes. It is behind a function because fmt follows the pointers of unexported fields
+// and calls no methods there. Of a function it prints the address.
 type box struct {
 	mu  sync.Mutex // guards raw
 	raw []byte
@@ -29,8 +29,8 @@ func newSecret(raw []byte) *Secret {
 	return &Secret{func() *box { return b }}
 }
 
-// Field gives a member: the text of a string, and any other value as JSON. It is empty when
-// there is no such member, or the secret was wiped. The copy that it returns is out of Wipe's reach.
+// Field returns a member: the text of a string, and any other value as JSON. It is empty when there is
+// no such member or the secret was wiped. Wipe does not reach the copy that Field returns.
 func (s Secret) Field(name string) string {
 	if s.box == nil {
 		return ""
@@ -51,7 +51,7 @@ func (s Secret) Field(name string) string {
 	return text
 }
 
-// JSON gives a copy of the whole object; it is nil once the secret was wiped.
+// JSON returns a copy of the whole object. It is nil once the secret was wiped.
 func (s Secret) JSON() []byte {
 	if s.box == nil {
 		return nil
@@ -62,7 +62,7 @@ func (s Secret) JSON() []byte {
 	return append([]byte(nil), b.raw...)
 }
 
-// Wipe overwrites and empties the secret. Closing the step does it, too.
+// Wipe overwrites and empties the secret. Closing the step wipes it, too.
 func (s Secret) Wipe() {
 	if s.box == nil {
 		return
@@ -75,9 +75,16 @@ func (s Secret) Wipe() {
 }
 
 // Format prints "[redacted]" for every verb.
-func (s Secret) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, redacted) }
+func (s Secret) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, redacted) } // Format has no error to return
 
-func (s Secret) String() string               { return redacted }
-func (s Secret) LogValue() slog.Value         { return slog.StringValue(redacted) }
+// String returns "[redacted]".
+func (s Secret) String() string { return redacted }
+
+// LogValue logs "[redacted]".
+func (s Secret) LogValue() slog.Value { return slog.StringValue(redacted) }
+
+// MarshalJSON encodes "[redacted]".
 func (s Secret) MarshalJSON() ([]byte, error) { return []byte(`"` + redacted + `"`), nil }
+
+// MarshalText encodes "[redacted]".
 func (s Secret) MarshalText() ([]byte, error) { return []byte(redacted), nil }

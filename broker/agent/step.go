@@ -19,7 +19,7 @@ type Call struct {
 	Tool    string        // the tool's name; required
 	Args    Args          // the arguments of the call; nil: none
 	Purpose string        // for the audit; at most 256 bytes
-	TTL     time.Duration // the secret's lifetime, in whole seconds; zero: the longest that policy allows
+	TTL     time.Duration // the secret's lifetime, in whole seconds; zero: the longest that is allowed
 
 	// IdempotencyKey makes it safe to send the same call again after a lost answer: the broker takes
 	// one step per key and delivers its secret once. A second answer is a *Repeated. At most 128
@@ -31,43 +31,44 @@ type Call struct {
 	Seal *Seal
 }
 
-// Repeated says that the key was used for the same step before. It is an ErrConflict. Whoever
-// has no secret of that step ends it with [Client.EndGrant] and takes another.
+// Repeated is the error for a key that was used before, for the same call. It is an ErrConflict. The
+// secret is not delivered again. If it was lost, end its step with [Client.EndGrant] and take another.
 type Repeated struct {
-	Grant Grant // the step's, as it is now
+	Grant Grant // the grant of the first step, in its present state
 }
 
 func (r *Repeated) Error() string { return "the step was taken before, as grant " + string(r.Grant.ID) }
 
-// Unwrap gives the kind and code.
+// Unwrap gives the kind and the code.
 func (r *Repeated) Unwrap() error { return api.NewProblem(ErrConflict, api.CodeRepeated, "") }
 
-// Step is one tool call with a secret of its own. Close it: that revokes the secret.
+// Step is one tool call with a secret of its own. Close it: that revokes the secret. It is safe for
+// concurrent use.
 type Step struct {
 	delegation *Delegation
 	grant      Grant
 	secret     *Secret
 	ctx        context.Context
 	cancel     context.CancelCauseFunc
-	release    func() // of ctx's deadline
+	release    func() // frees the timer of ctx's deadline
 
 	mu     sync.Mutex // guards closed
 	closed bool
 }
 
-// Context is the context of Begin. It ends sooner when the step is revoked (cause ErrRevoked),
-// its secret is over (ErrExpired), the step is closed or the client is (context.Canceled).
+// Context is derived from the context of Begin. It ends when the step is revoked (cause ErrRevoked),
+// when its secret expires (ErrExpired), or when the step or the client is closed (context.Canceled).
 func (s *Step) Context() context.Context { return s.ctx }
 
-// Secret is the step's secret, empty once the step is closed.
+// Secret is the step's secret. It is empty once the step is closed.
 func (s *Step) Secret() *Secret { return s.secret }
 
-// Grant is what the broker recorded, as of Begin.
+// Grant is the broker's record of the step, as of Begin.
 func (s *Step) Grant() Grant { return s.grant }
 
-// Begin takes a step and gives it with its secret. The caller must close it. It blocks for one
-// request, which it never repeats: after ErrUnavailable with the code "no_answer" the step may
-// have been taken, and only an IdempotencyKey makes asking again safe.
+// Begin takes a step and returns it with its secret. The caller must close it. Begin blocks for one
+// request, which it never retries. After ErrUnavailable with the code "no_answer" the broker may have
+// taken the step. Only an IdempotencyKey makes it safe to ask again.
 func (d *Delegation) Begin(ctx context.Context, call Call) (*Step, error) {
 	s, err := d.begin(ctx, call)
 	if err != nil {
@@ -93,10 +94,11 @@ func (d *Delegation) begin(ctx context.Context, call Call) (*Step, error) {
 	}
 	header := http.Header{}
 	if call.IdempotencyKey != "" {
-		header[strings.ToLower(api.IdempotencyKey)] = []string{call.IdempotencyKey} // see client.Call for the spelling
+		name := strings.ToLower(api.IdempotencyKey) // client.Call explains the lower case
+		header[name] = []string{call.IdempotencyKey}
 	}
 	d.watch()
-	begun := time.Now()
+	asked := time.Now()
 	var out api.Issued
 	if err := d.client.http.Call(ctx, http.MethodPost, d.path("/steps"), header, in, &out); err != nil {
 		return nil, err
@@ -109,33 +111,34 @@ func (d *Delegation) begin(ctx context.Context, call Call) (*Step, error) {
 	if out.Repeated {
 		return nil, &Repeated{Grant: g}
 	}
-	d.heard()
-	return d.start(ctx, begun, g, newSecret(out.Secret)), nil
+	d.resetSilence()
+	return d.start(ctx, asked, g, newSecret(out.Secret)), nil
 }
 
-// start makes the step of an answer. Its deadline counts from before the request, so that it
-// is never later than the secret's end, whatever the two clocks say.
-func (d *Delegation) start(ctx context.Context, begun time.Time, g Grant, secret *Secret) *Step {
+// start makes the step of an answer. Its deadline counts from before the request. So it is never later
+// than the secret's expiry, even if the two clocks differ.
+func (d *Delegation) start(ctx context.Context, asked time.Time, g Grant, secret *Secret) *Step {
 	s := &Step{delegation: d, grant: g, secret: secret}
-	life := g.Expires.Sub(g.Created)
-	timed, release := context.WithDeadlineCause(ctx, begun.Add(life), api.NewProblem(ErrExpired, "expired", "the secret's time is over"))
+	deadline := asked.Add(g.Expires.Sub(g.Created))
+	expired := api.NewProblem(ErrExpired, "expired", "the secret has expired")
+	timed, release := context.WithDeadlineCause(ctx, deadline, expired)
 	s.ctx, s.cancel = context.WithCancelCause(timed)
 	s.release = release
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.running[s.grant.ID] = s.cancel
+	d.running[g.ID] = s.cancel
 	switch {
 	case d.ctx.Err() != nil:
 		s.cancel(context.Cause(d.ctx))
-	case d.ended[s.grant.ID]:
-		s.cancel(revoked(""))
+	case d.ended[g.ID]:
+		s.cancel(revokedError(""))
 	}
 	return s
 }
 
-// Close ends the step's context, wipes the secret and revokes it at the broker. It blocks until
-// the secret is dead or the broker has waited long enough for that. After an error it may be
-// called again; after success it does nothing.
+// Close ends the step's context, wipes the secret and revokes it at the broker. It blocks until the
+// secret is dead or the broker has waited long enough for that. After an error it may be called again.
+// After success it does nothing.
 func (s *Step) Close(ctx context.Context) error {
 	d := s.delegation
 	d.mu.Lock()
@@ -154,20 +157,21 @@ func (s *Step) Close(ctx context.Context) error {
 	return err
 }
 
-// closeTime is how long Step tries to close after its function has returned.
-const closeTime = 10 * time.Second
+// closeTimeout bounds the attempt of [Delegation.Step] to close its step.
+const closeTimeout = 10 * time.Second
 
-// Step takes a step, calls f with the step's context and secret, and closes the step, also when
-// f panics or ctx has ended. The error is that of f, joined with the cause when the context
-// ended under it and with that of closing: work may be done although its secret could not be
-// closed, and then errors.Is(err, ErrUnavailable).
+// Step takes a step, calls f with the step's context and secret, and closes the step. It closes the
+// step after a panic of f and after the end of ctx, too; closing takes at most 10 s. The error joins up
+// to three: that of f; the cause, when the context ended before f returned an error; and that of
+// closing. The work may be complete although its secret could not be closed: closing then adds an
+// error such as ErrUnavailable.
 func (d *Delegation) Step(ctx context.Context, call Call, f func(context.Context, *Secret) error) (err error) {
 	s, err := d.Begin(ctx, call)
 	if err != nil {
 		return err
 	}
 	defer func() {
-		after, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTime)
+		after, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
 		defer cancel()
 		if closing := s.Close(after); closing != nil {
 			err = errors.Join(err, closing)

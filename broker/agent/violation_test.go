@@ -11,9 +11,10 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// TestReport: a report says which delegation and step broke policy, and its answer what followed.
+// TestReport: a report has the delegation and the step, and its answer the consequence.
 func TestReport(t *testing.T) {
-	full := agent.Violation{Code: "prompt_injection", Delegation: child, Grant: agent.GrantID(grant(1)), Detail: "seen in a page"}
+	full := agent.Violation{Code: "odd", Delegation: child, Grant: agent.GrantID(grant(1)), Detail: "seen in a page"}
+	revoke := api.Reported{Consequence: "revoke-chain", Revocation: revocation}
 	for _, row := range []struct {
 		violation agent.Violation
 		body      string // of the request
@@ -22,16 +23,16 @@ func TestReport(t *testing.T) {
 		want      agent.Reported
 		kind      error
 	}{
-		{full, `{"delegation":"` + child + `","grant":"` + grant(1) + `","violation":"prompt_injection","detail":"seen in a page"}`,
-			200, api.Reported{Consequence: "revoke-chain", Revocation: revocation}, agent.Reported{Consequence: "revoke-chain", Revocation: revocation}, nil},
+		{full, `{"delegation":"` + child + `","grant":"` + grant(1) + `","violation":"odd","detail":"seen in a page"}`,
+			200, revoke, agent.Reported{Consequence: "revoke-chain", Revocation: revocation}, nil},
 		{agent.Violation{Code: "odd", Delegation: root}, `{"delegation":"` + root + `","violation":"odd"}`,
 			200, api.Reported{Consequence: "deny"}, agent.Reported{Consequence: "deny"}, nil},
-		{full, "", 200, api.Reported{Consequence: "revoke-chain", Revocation: "rv1"}, agent.Reported{}, agent.ErrUnavailable},
+		{full, "", 200, api.Reported{Revocation: "rv1"}, agent.Reported{}, agent.ErrUnavailable},
 		{full, "", 404, api.NewProblem(api.KindNotFound, "", ""), agent.Reported{}, agent.ErrNotFound},
 	} {
 		var path, body string
 		h := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			raw, _ := io.ReadAll(r.Body) // a short one is another than the row's
+			raw, _ := io.ReadAll(r.Body) // the test compares it
 			path, body = r.URL.Path, string(raw)
 			reply(w, row.status, row.answer)
 		}))
@@ -46,7 +47,7 @@ func TestReport(t *testing.T) {
 		if path != "/v1/violations" || row.body != "" && body != row.body {
 			t.Errorf("Report(%+v) sent %s to %s, want %s", row.violation, body, path, row.body)
 		}
-		_ = c.Close() // it has no source
+		_ = c.Close() // nil for a client that New made
 		h.Close()
 	}
 }

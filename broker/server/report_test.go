@@ -7,8 +7,8 @@ import (
 	"github.com/pawlsec/pawl/broker/agent"
 )
 
-// TestAgentReports: an agent reports what was done under its own delegation and under those below, and
-// under no other one.
+// TestAgentReports: an agent reports violations under its own delegation and under those below it, and
+// under no other delegation.
 func TestAgentReports(t *testing.T) {
 	w, ctx := newWorld(t), t.Context()
 	c := w.agent(t, "root")
@@ -40,10 +40,12 @@ func TestAgentReports(t *testing.T) {
 	if recorded != 2 {
 		t.Errorf("the audit has %d reports, want 2", recorded)
 	}
-	if _, err := w.agent(t, "sub").Report(ctx, agent.Violation{Code: "odd", Delegation: root.ID()}); !errors.Is(err, agent.ErrNotFound) {
+	above := agent.Violation{Code: "odd", Delegation: root.ID()}
+	if _, err := w.agent(t, "sub").Report(ctx, above); !errors.Is(err, agent.ErrNotFound) {
 		t.Errorf("Report under a delegation above = %v, want not found", err)
 	}
-	if _, err := c.Report(ctx, agent.Violation{Code: "Odd!", Delegation: root.ID()}); !errors.Is(err, agent.ErrMalformed) {
+	malformed := agent.Violation{Code: "Odd!", Delegation: root.ID()}
+	if _, err := c.Report(ctx, malformed); !errors.Is(err, agent.ErrMalformed) {
 		t.Errorf("Report of a malformed code = %v, want malformed", err)
 	}
 }
