@@ -148,6 +148,9 @@ func TestPages(t *testing.T) {
 				if strings.Contains(b.text, "pawl dev") {
 					needServers(t)
 				}
+				if strings.Contains(b.text, "spire-agent") {
+					needSPIRE(t)
+				}
 			}
 			path := bin
 			for _, b := range run {
@@ -172,8 +175,16 @@ func needServers(t *testing.T) {
 	}
 }
 
-// shop starts the reader's own PostgreSQL with the database of the page. It returns a directory with a psql that
-// connects as the superuser.
+// needSPIRE keeps a page that builds SPIRE, where it is missing, from taking ten minutes.
+func needSPIRE(t *testing.T) {
+	t.Helper()
+	if _, _, err := (parts.Binaries{NoBuild: true}).SPIRE(t.Context()); err != nil {
+		parts.Without(t, "spire", err.Error())
+	}
+}
+
+// shop is the reader's own PostgreSQL, with the database that the page is about: a directory in which psql is its
+// superuser's.
 func shop(t *testing.T) (dir string) {
 	t.Helper()
 	server := parts.OwnPostgreSQL(t, parts.PostgresConfig{NoSync: true})
