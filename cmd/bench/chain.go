@@ -9,8 +9,8 @@ import (
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
-// measureChain times opening a chain, delegating, and closing a step with its proof, one client,
-// a call of ours and one of theirs by turns.
+// measureChain times opening a chain, delegating, and closing a step with its proof. One client makes our
+// calls and theirs in turns.
 func measureChain(ctx context.Context, b *bench) error {
 	w := b.world
 	client, err := w.agent("bench-chain")
@@ -35,7 +35,8 @@ func measureChain(ctx context.Context, b *bench) error {
 	mine := w.direct.as(token)
 	defer mine.close()
 	n := pick(b, 500, 100)
-	err = b.pair(ctx, row{Name: "open.p50_ms", Unit: "ms", Against: "creating a token in Vault; ours makes none before the first step"}, n,
+	err = b.pair(ctx, row{Name: "open.p50_ms", Unit: "ms",
+		Against: "creating a token in Vault; ours creates none before the first step"}, n,
 		func() error {
 			_, err := client.Open(ctx, agent.Chain{Task: "bench", Rights: rights("notes.read")})
 			return err
@@ -63,7 +64,7 @@ func measureChain(ctx context.Context, b *bench) error {
 	return nil
 }
 
-// pair times two functions by turns and reports their medians.
+// pair times two functions in turns and reports their medians.
 func (b *bench) pair(ctx context.Context, w row, n int, ours, theirs func() error) error {
 	var took [2]samples
 	for range n {
@@ -82,11 +83,11 @@ func (b *bench) pair(ctx context.Context, w row, n int, ours, theirs func() erro
 	return nil
 }
 
-// longest is how long secrets of one kind are ended: a certificate's end is proven by a list of all that
-// were revoked, which is long by now.
+// longest bounds the time for which secrets of one kind are closed. A certificate is proven dead by the list of
+// all revoked certificates, which is long by then.
 const longest = 30 * time.Second
 
-// closing times ending one secret. Ours is over when it is proven dead.
+// closing times the end of one secret. Ours ends with the proof that the secret is dead.
 func (b *bench) closing(ctx context.Context, client *agent.Client, t target, n int) error {
 	d, err := client.Open(ctx, agent.Chain{Task: "bench", Rights: []agent.Right{{Tool: t.tool, Use: true}}})
 	if err != nil {
@@ -114,7 +115,8 @@ func (b *bench) closing(ctx context.Context, client *agent.Client, t target, n i
 		}
 		theirs = append(theirs, ms(time.Since(began)))
 	}
-	b.report.addQuantile(row{Name: "close." + t.name + ".p50_ms", Unit: "ms", Against: "revoking the lease in Vault, synchronously; ours also proves at the target"}, 0.5, ours, theirs)
+	b.report.addQuantile(row{Name: "close." + t.name + ".p50_ms", Unit: "ms",
+		Against: "revoking the lease in Vault, synchronously; ours also proves at the target"}, 0.5, ours, theirs)
 	return nil
 }
 

@@ -20,8 +20,8 @@ type panel struct {
 	bars  []bar
 }
 
-// chart draws what the table says of the time to death, issuing and fencing. It is one SVG
-// without scripts or fonts of its own, legible on light and dark pages.
+// chart draws the table's rows about the time to death, issuing and fencing. It is one SVG without scripts or
+// embedded fonts, legible on light and dark pages.
 func (r *report) chart() string {
 	panels := []panel{r.deadPanel(), r.throughputPanel(), r.fencePanel()}
 	const width, left, high = 860, 330, 22
@@ -60,7 +60,7 @@ svg { background: #fff } text { font: 13px system-ui, sans-serif; fill: #1b1f24 
 `, width, y, body.String())
 }
 
-// bounds are the ends of the scale: the least is a step below the least bar, so that it shows.
+// bounds gives the ends of the scale. The lower end is below the shortest bar, so that the bar is visible.
 func (p panel) bounds() (least, most float64) {
 	least = math.Inf(1)
 	for _, b := range p.bars {

@@ -14,8 +14,7 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// login is a live database credential, with an open session that reads through a cursor where
-// there is room for one.
+// login is a live database credential. Up to [most] of them have an open session that reads through a cursor.
 type login struct {
 	username, password string
 	session            *pgx.Conn
@@ -24,25 +23,25 @@ type login struct {
 // way is one way to end many credentials at once.
 type way struct {
 	name  string
-	label string // of the row that compares with it; empty: it is ours
-	// issue makes n credentials and gives how to end them all with one command.
+	label string // of the row that compares ours with it; empty: it is ours
+	// issue makes n credentials and returns the one command that ends them all.
 	issue func(ctx context.Context, w *world, n int) (logins []login, end func(context.Context) error, err error)
 }
 
 var ways = []way{
 	{"pawl", "", issueOurs},
 	{"vault token revoke, best statements", "vs_vault_best", issueUnderToken("best")},
-	{"a superuser's NOLOGIN and pg_terminate_backend in one statement each, and nothing else", "vs_floor", issueForFloor},
+	{"a superuser's NOLOGIN and pg_terminate_backend, one statement each, and nothing else", "vs_floor", issueForFloor},
 	{"vault revoke-prefix, best statements", "vs_revoke_prefix", issueForPrefix},
 	{"vault lease by lease, best statements", "vs_lease_by_lease", issueForLeases},
-	{"vault token revoke, default statements", "vs_vault_token", issueUnderToken("default")}, // last: it may still be at work when it is given up
+	{"vault token revoke, default statements", "vs_vault_token", issueUnderToken("default")}, // last: it may still run after its timeout
 }
 
-// most is how many credentials get an open session each.
+// most is the largest number of credentials that each get an open session.
 const most = 1000
 
-// measureDead ends n credentials in each way, in turns, and times from the command until an
-// observer that belongs to neither side sees them all dead.
+// measureDead ends n credentials in each way, in turns. It times from the command until an observer that belongs
+// to neither side sees them all dead.
 func measureDead(ctx context.Context, b *bench) error {
 	if b.world.env.Postgres == nil {
 		return errors.New("there is no PostgreSQL on this machine")
@@ -62,8 +61,8 @@ func measureDead(ctx context.Context, b *bench) error {
 	return nil
 }
 
-// measureDeadMany is the same for as many as the time allows, which takes as long as everything else:
-// ten thousand, or a thousand in a quick run.
+// measureDeadMany is measureDead for ten thousand credentials, or a thousand in a quick run. It takes as long as
+// all other sections together.
 func measureDeadMany(ctx context.Context, b *bench) error {
 	if b.world.env.Postgres == nil {
 		return errors.New("there is no PostgreSQL on this machine")
@@ -75,7 +74,7 @@ func measureDeadMany(ctx context.Context, b *bench) error {
 	return b.dead(ctx, n)
 }
 
-// rounds are fewer the longer one takes.
+// rounds gives the number of rounds: fewer where one takes longer.
 func (b *bench) rounds(n int) int {
 	switch {
 	case n >= 10_000 || b.quick && n >= 100:
@@ -86,8 +85,8 @@ func (b *bench) rounds(n int) int {
 	return 5
 }
 
-// dead ends n credentials in each way, round by round. A way of theirs that fails is left out;
-// without ours there is nothing to report.
+// dead ends n credentials in each way, round by round. A way of theirs that fails is left out. If ours fails, there
+// is nothing to report.
 func (b *bench) dead(ctx context.Context, n int) error {
 	seen := make([]deaths, len(ways))
 	for range b.rounds(n) {
@@ -119,7 +118,7 @@ func (b *bench) dead(ctx context.Context, n int) error {
 // deaths are the rounds of one way.
 type deaths struct {
 	refused, dead, command samples // in seconds
-	left                   int     // sessions that stayed
+	left                   int     // sessions that were not ended
 	failed                 bool
 }
 
@@ -131,7 +130,7 @@ func (b *bench) reportDead(n int, seen []deaths) {
 	}
 	b.report.add(row{Name: name + "seconds", Unit: "s", N: n * len(ours.dead), Against: ways[1].name, Note: note}, ours.dead, seen[1].dead)
 	b.report.add(row{Name: name + "refused_seconds", Unit: "s", N: n * len(ours.refused), Against: ways[1].name,
-		Note: "until the last login is refused and, with ours, the last right is gone"}, ours.refused, seen[1].refused)
+		Note: "until the last login is refused and, with ours, the last right is removed"}, ours.refused, seen[1].refused)
 	b.report.add(row{Name: name + "closed_seconds", Unit: "s", N: n * len(ours.command),
 		Note: "until the broker has evidence for each and calls the revocation CLOSED"}, ours.command, nil)
 	for i, way := range ways {
@@ -140,21 +139,21 @@ func (b *bench) reportDead(n int, seen []deaths) {
 		}
 		more := note
 		if seen[i].left > 0 {
-			more += fmt.Sprintf("; theirs left %d sessions open and reading, and is timed to the end of the logins alone", seen[i].left)
+			more += fmt.Sprintf("; theirs left %d sessions open and reading, so it is timed to the end of the logins alone", seen[i].left)
 		}
 		b.report.add(row{Name: name + way.label, Unit: "s", N: n * len(ours.dead), Against: way.name, Note: more}, ours.dead, seen[i].dead)
 	}
 }
 
-// death is what the observer saw.
+// death is one observation of the observer.
 type death struct {
-	refused  time.Duration // until no login was taken any more
-	dead     time.Duration // until no login and, unless some were left, no session was there
-	command  time.Duration // until the command, with whatever it waits for, was over
-	sessions int           // that were open after the logins were gone and stayed
+	refused  time.Duration // until every login was refused
+	dead     time.Duration // until no login and, unless sessions were left, no session existed
+	command  time.Duration // until the command returned, with everything that it waits for
+	sessions int           // that stayed open after the logins were gone
 }
 
-// end makes credentials, ends them and watches.
+// end makes credentials, ends them and observes.
 func (b *bench) end(ctx context.Context, way way, n int) (d death, err error) {
 	patience := 12 * time.Minute
 	if b.quick {
@@ -197,8 +196,8 @@ func (b *bench) end(ctx context.Context, way way, n int) (d death, err error) {
 	return d, confirm(ctx, w, logins, seen.left)
 }
 
-// vacuum clears the catalogs of what the way before left dead in them: Vault's default statements write on
-// each table for each login, and what comes after them in turn would pay for that.
+// vacuum removes the dead rows that the previous way left in the catalogs. Vault's default statements write a row
+// for each table and login, and the next way would be slower for them.
 func (w *world) vacuum(ctx context.Context) error {
 	conn, err := pgx.Connect(ctx, w.env.Database)
 	if err != nil {
@@ -222,20 +221,20 @@ func hangUp(logins []login) {
 		if s := logins[i].session; s != nil {
 			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 			defer cancel()
-			_ = s.Close(ctx) // it is dead, or is to be
+			_ = s.Close(ctx) // it is dead, or no longer needed
 		}
 		return nil
 	})
 }
 
-// confirm tries what the observer called dead: cursors of some sessions, and some logins.
+// confirm tries credentials that the observer called dead: the cursors of some sessions, and some logins.
 func confirm(ctx context.Context, w *world, logins []login, sessions int) error {
 	step := max(1, len(logins)/50)
 	for i := 0; i < len(logins); i += step {
 		l := logins[i]
 		if l.session != nil && sessions == 0 {
 			if _, err := l.session.Exec(ctx, "FETCH 1 FROM c"); err == nil {
-				return errors.New("a cursor reads on although the observer saw no session")
+				return errors.New("a cursor still reads although the observer saw no session")
 			}
 		}
 		if conn, err := pgx.Connect(ctx, w.env.Postgres.DSNFor(l.username, l.password, w.database())); err == nil {
@@ -245,7 +244,7 @@ func confirm(ctx context.Context, w *world, logins []login, sessions int) error 
 	return nil
 }
 
-// issueOurs takes n steps under one chain; the command is the revocation of the chain.
+// issueOurs takes n steps under one chain. The command revokes the chain.
 func issueOurs(ctx context.Context, w *world, n int) (logins []login, end func(context.Context) error, err error) {
 	client, err := w.agent("bench-dead")
 	if err != nil {
@@ -273,7 +272,7 @@ func issueOurs(ctx context.Context, w *world, n int) (logins []login, end func(c
 	}, err
 }
 
-// issueUnderToken makes credentials of a role with one token; the command is its revocation.
+// issueUnderToken makes credentials of a role with one token. The command revokes the token.
 func issueUnderToken(role string) func(context.Context, *world, int) ([]login, func(context.Context) error, error) {
 	return func(ctx context.Context, w *world, n int) ([]login, func(context.Context) error, error) {
 		logins, _, accessor, err := w.direct.credentials(ctx, role, n)
@@ -302,8 +301,8 @@ func issueForLeases(ctx context.Context, w *world, n int) ([]login, func(context
 	}, err
 }
 
-// issueForFloor ends logins as fast as this PostgreSQL can do it at all: what is left of our time is
-// how long its processes take to go. Afterwards Vault clears away what it made.
+// issueForFloor ends logins as fast as this PostgreSQL can: the time that remains is the time that its processes
+// take to end. Afterwards Vault revokes its own leases.
 func issueForFloor(ctx context.Context, w *world, n int) ([]login, func(context.Context) error, error) {
 	logins, _, accessor, err := w.direct.credentials(ctx, "best", n)
 	if err != nil {

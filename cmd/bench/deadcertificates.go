@@ -12,11 +12,11 @@ import (
 	"github.com/pawlsec/pawl/broker/agent"
 )
 
-// holders are so many chains, or tokens of a Vault without Pawl, each with its share of the certificates.
+// holders is the number of chains, or of tokens in a Vault without Pawl. Each has its share of the certificates.
 const holders = 16
 
-// measureDeadCertificates revokes many certificates at once, and times until it is shown that the list which
-// Vault serves has each.
+// measureDeadCertificates revokes many certificates at once. It times until the list that Vault serves is shown to
+// have each of them.
 func measureDeadCertificates(ctx context.Context, b *bench) error {
 	n := pick(b, 2000, 200)
 	var ours, theirs samples
@@ -40,12 +40,12 @@ func measureDeadCertificates(ctx context.Context, b *bench) error {
 		}
 	}
 	b.report.add(row{Name: fmt.Sprintf("dead.pki.%d.closed_seconds", n), Unit: "s", N: n * len(ours),
-		Against: "Vault alone: the tokens are revoked, and once no lease is left the list is made anew, once",
-		Note:    "until the broker has evidence for each and calls the revocations CLOSED; an observer finds each on the list then"}, ours, theirs)
+		Against: "Vault alone: the tokens are revoked, and when no lease is left the list is rebuilt once",
+		Note:    "until the broker has evidence for each and calls the revocations CLOSED; then an observer finds each on the list"}, ours, theirs)
 	return nil
 }
 
-// certificatesOurs takes steps under several chains; the command is the revocation of them all.
+// certificatesOurs takes steps under several chains. The command revokes all of them.
 func certificatesOurs(ctx context.Context, w *world, n int) (serials []string, end func(context.Context) error, err error) {
 	agents, err := w.agents(holders)
 	if err != nil {
@@ -71,8 +71,8 @@ func certificatesOurs(ctx context.Context, w *world, n int) (serials []string, e
 	return serials, func(ctx context.Context) error { return w.revoke(ctx, chains) }, err
 }
 
-// certificatesTheirs makes the same under as many tokens. Revoking a token only queues, so whoever wants to know
-// waits for the leases, and then has the list made.
+// certificatesTheirs makes the same certificates under as many tokens. Revoking a token only enqueues the work, so
+// the command waits until no lease is left, and then rebuilds the list.
 func certificatesTheirs(ctx context.Context, w *world, n int) (serials []string, end func(context.Context) error, err error) {
 	accessors, serials := make([]string, holders), make([]string, n)
 	err = each(holders, holders, func(i int) error {
@@ -105,7 +105,7 @@ func certificatesTheirs(ctx context.Context, w *world, n int) (serials []string,
 	}, err
 }
 
-// listed looks, as a relying party would, whether the list that is served now has each certificate.
+// listed checks, as a relying party would, that the served list has each certificate.
 func (w *world) listed(ctx context.Context, serials []string) error {
 	a, err := w.direct.ask(ctx, "GET", "pki/cert/crl", nil)
 	if err != nil {

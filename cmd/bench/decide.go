@@ -14,14 +14,14 @@ import (
 	"github.com/pawlsec/pawl/broker/policy"
 )
 
-// measurePolicy times decisions over bundles of 10, 100 and 1,000 policies, sliced by scope, beside
-// Cedar going through all of them. The question is about the end of a chain of depth 8 that has used ten
-// tools; each policy looks at the arguments, the depth and the history.
+// measurePolicy times decisions over bundles of 10, 100 and 1,000 policies, sliced by scope, and compares them with
+// Cedar evaluating every policy. The question is about the end of a chain of depth 8 that has used ten tools. Each
+// policy reads the arguments, the depth and the history.
 func measurePolicy(_ context.Context, b *bench) error {
 	for _, c := range []struct {
 		name string
 		n    int
-		one  bool // every policy is about the question's agent and tool
+		one  bool // every policy matches the question's agent and tool
 	}{{"10", 10, false}, {"100", 100, false}, {"1000", 1000, false}, {"1000_all_apply", 1000, true}} {
 		against := "the bundle unsliced: cedar-go over all of its policies"
 		text := manyPolicies(c.n, c.one)
@@ -44,13 +44,13 @@ func measurePolicy(_ context.Context, b *bench) error {
 				allowed := f()
 				took[i] = append(took[i], float64(time.Since(began))/float64(time.Microsecond))
 				if !allowed {
-					return fmt.Errorf("policy.%s: the question is to be allowed", c.name)
+					return fmt.Errorf("policy.%s: the question was denied, want allowed", c.name)
 				}
 			}
 		}
 		note := ""
 		if c.one {
-			note = "the worst bundle there is: nothing can be left aside by its scope"
+			note = "the worst case: every policy is in scope"
 		}
 		b.report.addQuantile(row{Name: "policy." + c.name + ".p99_us", Unit: "µs", Against: against, Note: note}, 0.99, took[0], took[1])
 		b.report.addQuantile(row{Name: "policy." + c.name + ".p50_us", Unit: "µs", Against: against, Note: note}, 0.5, took[0], took[1])
@@ -58,7 +58,7 @@ func measurePolicy(_ context.Context, b *bench) error {
 	return nil
 }
 
-// manyPolicies are n policies for 10 teams and 20 tools, or all for one of each.
+// manyPolicies gives n policies for 10 teams and 20 tools, or all for one team and one tool.
 func manyPolicies(n int, one bool) string {
 	var b strings.Builder
 	for i := range n {
@@ -74,10 +74,10 @@ when { context.args.env == "e%d" && context.chain.depth <= 8 && !context.used.co
 	return b.String()
 }
 
-// depth is how deep below its chain's root the question is asked.
+// depth is the depth of the question below its chain's root.
 const depth = 8
 
-// used are the tools that the chain has used.
+// used lists the tools that the chain has used.
 func used() (names []string) {
 	for i := range 10 {
 		names = append(names, fmt.Sprintf("tool.t%d", i))
@@ -87,7 +87,7 @@ func used() (names []string) {
 
 const decider = "spiffe://pawl.dev/agent/team-0/writer"
 
-// decisions gives the question that the first policy allows, asked of Pawl.
+// decisions returns a function that asks Pawl the question that the first policy allows.
 func decisions(text string) (func() bool, error) {
 	var declared strings.Builder
 	declared.WriteString("tools:\n")
@@ -107,7 +107,7 @@ func decisions(text string) (func() bool, error) {
 	if err != nil {
 		return nil, err
 	}
-	t, _ := p.Tool("tool.t0") // the zero Tool is denied, and that is seen
+	t, _ := p.Tool("tool.t0") // the zero Tool is denied, which fails the run
 	c := caller()
 	if c.ID, err = c.ID.TrustDomain().ID().AppendPath("/agent/team-0/writer"); err != nil {
 		return nil, err
@@ -120,7 +120,7 @@ func decisions(text string) (func() bool, error) {
 	return func() bool { return p.Decide(q).Allow }, nil
 }
 
-// authorizations is the same question, asked of Cedar with every policy.
+// authorizations returns a function that asks Cedar the same question with every policy.
 func authorizations(text string) (func() bool, error) {
 	set, err := cedar.NewPolicySetFromBytes("many.cedar", []byte(text))
 	if err != nil {

@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// vaultClient asks Vault directly, as one would without Pawl: one token, connections that are
-// kept, HTTP/1.1, which takes less of Vault's time than HTTP/2. Safe for concurrent use.
+// vaultClient sends requests to Vault directly, as a client without Pawl does: one token and persistent connections.
+// It uses HTTP/1.1, which costs Vault less time than HTTP/2. Safe for concurrent use.
 type vaultClient struct {
 	base  string
 	token string
@@ -28,7 +28,7 @@ func newVaultClient(address string, roots *x509.CertPool, token string) *vaultCl
 		TLSNextProto: map[string]func(string, *tls.Conn) http.RoundTripper{}}}}
 }
 
-// as is the same client with another token and connections of its own.
+// as returns the same client with another token and connections of its own.
 func (c *vaultClient) as(token string) *vaultClient {
 	transport := c.http.Transport.(*http.Transport).Clone()
 	transport.TLSNextProto = map[string]func(string, *tls.Conn) http.RoundTripper{}
@@ -37,7 +37,7 @@ func (c *vaultClient) as(token string) *vaultClient {
 
 func (c *vaultClient) close() { c.http.CloseIdleConnections() }
 
-// vaultAnswer is what Vault says.
+// vaultAnswer is an answer of Vault.
 type vaultAnswer struct {
 	LeaseID string         `json:"lease_id"`
 	Data    map[string]any `json:"data"`
@@ -50,7 +50,7 @@ type vaultAnswer struct {
 
 func (a vaultAnswer) text(name string) string { s, _ := a.Data[name].(string); return s }
 
-// errNotThere is a 404.
+// errNotThere means 404.
 var errNotThere = errors.New("vault has nothing there")
 
 // ask sends one request and reads the whole answer.
@@ -107,7 +107,7 @@ func (c *vaultClient) leases(ctx context.Context, path string) (int, error) {
 	return len(keys), err
 }
 
-// noLeases waits until nothing is leased below a path.
+// noLeases waits until no lease is left below a path.
 func (c *vaultClient) noLeases(ctx context.Context, path string) error {
 	if path == "" {
 		return nil

@@ -63,8 +63,8 @@ func (e *embedded) issue(ctx context.Context, d broker.Delegation) (broker.Issue
 	return e.Issue(ctx, caller(), broker.StepRequest{Delegation: d.ID, Tool: engineTool})
 }
 
-// grow gives a chain n live grants: one is issued, and its records are copied under other ids.
-// The copies are to the engine what a restart finds: grants whose secrets it knows by name.
+// grow makes a chain with n live grants. It issues one and copies its records under other ids. To the engine the
+// copies are like the grants that it finds after a restart: it knows their secrets by name.
 func (e *embedded) grow(ctx context.Context, n int) (broker.Delegation, error) {
 	d, err := e.open(ctx)
 	if err != nil {
@@ -81,7 +81,7 @@ func (e *embedded) grow(ctx context.Context, n int) (broker.Delegation, error) {
 		raw = append(raw, v...)
 		return err
 	}); err != nil || raw == nil {
-		return d, errors.Join(err, errors.New("the ledger does not keep grants under g/ any more"))
+		return d, errors.Join(err, errors.New("the ledger does not store grants under g/"))
 	}
 	const batch = 2000
 	for from := 1; from < n; from += batch {
@@ -104,7 +104,7 @@ func (e *embedded) grow(ctx context.Context, n int) (broker.Delegation, error) {
 	return d, nil
 }
 
-// measureLedger is issuing without Vault: three durable transactions for each.
+// measureLedger times issuing without Vault: three durable transactions for each issue.
 func measureLedger(ctx context.Context, b *bench) error {
 	const clients = 64
 	var ours, theirs samples
@@ -121,7 +121,7 @@ func measureLedger(ctx context.Context, b *bench) error {
 		theirs = append(theirs, l.perSecond())
 	}
 	b.report.add(row{Name: "ledger.bolt.c64.per_s", Unit: "per second", N: n,
-		Against: "bbolt alone: 64 writers, three durable batched transactions each, a record of 800 bytes and an entry of 300 in each"}, ours, theirs)
+		Against: "bbolt alone: 64 writers, three durable batched transactions each, with a record of 800 bytes and an entry of 300 bytes"}, ours, theirs)
 	return nil
 }
 
@@ -181,7 +181,7 @@ func bareRound(path string, clients int, d time.Duration) (l loop, err error) {
 	return l, l.err
 }
 
-// openLedger times opening a ledger and nothing more.
+// openLedger times opening a ledger alone.
 func openLedger(path string) (time.Duration, error) {
 	began := time.Now()
 	ledger, err := bolt.Open(bolt.Config{Path: path, Reserve: -1})

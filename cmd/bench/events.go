@@ -13,13 +13,13 @@ import (
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
-// errHeard ends a stream that has told what it was opened for.
-var errHeard = errors.New("heard")
+// errFenced ends a stream when the fence has arrived on it.
+var errFenced = errors.New("fenced")
 
-// measureEvents opens streams of events on one chain, 200 for each of its agents, fences the
-// chain and times when each stream has told of it.
+// measureEvents opens streams of events on one chain, 200 for each of its agents. It fences the chain and times when
+// the fence arrives on each stream.
 func measureEvents(ctx context.Context, b *bench) error {
-	const perAgent = 200 // over one connection, which takes 250 requests at once
+	const perAgent = 200 // over one connection, which allows 250 requests at once
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
 	defer cancel()
 	w, listeners := b.world, pick(b, 10_000, 1000)
@@ -49,7 +49,7 @@ func measureEvents(ctx context.Context, b *bench) error {
 		defer c.Close()
 		first := make(chan struct{})
 		go l.listen(ctx, c, "/v1/delegations/"+string(id)+"/events", first)
-		<-first // now there is a connection for the others
+		<-first // the others share its connection
 		for range perAgent - 1 {
 			go l.listen(ctx, c, "/v1/delegations/"+string(id)+"/events", make(chan struct{}))
 		}
@@ -68,20 +68,22 @@ func measureEvents(ctx context.Context, b *bench) error {
 	if err := l.failed(); err != nil {
 		return err
 	}
-	b.report.addQuantile(row{Name: "events.listeners_10000.p99_ms", Unit: "ms", Against: "the answer to the command, which says fenced",
-		Note: fmt.Sprintf("%d streams over mTLS; the listeners run on the same processors", listeners)}, 0.99, l.heard, samples{fenced})
-	b.report.add(row{Name: "events.listeners_10000.rss_mb", Unit: "MB", N: listeners, Note: "of the broker with all streams open"}, samples{before / 1e6}, nil)
+	b.report.addQuantile(row{Name: "events.listeners_10000.p99_ms", Unit: "ms",
+		Against: "the answer to the command, sent once it is fenced",
+		Note:    fmt.Sprintf("%d streams over mTLS; the listeners run on the same processors", listeners)}, 0.99, l.latency, samples{fenced})
+	b.report.add(row{Name: "events.listeners_10000.rss_mb", Unit: "MB", N: listeners,
+		Note: "of the broker with all streams open"}, samples{before / 1e6}, nil)
 	return nil
 }
 
-// listening is many streams and what they heard.
+// listening is many streams, with the time at which the fence arrived on each.
 type listening struct {
 	ready, done sync.WaitGroup
 
-	mu    sync.Mutex // guards what follows
-	began time.Time
-	heard samples
-	err   error
+	mu      sync.Mutex // guards the fields below
+	began   time.Time
+	latency samples // from began to the fence, in milliseconds
+	err     error
 }
 
 func (l *listening) begin() {
@@ -96,7 +98,7 @@ func (l *listening) failed() error {
 	return l.err
 }
 
-// listen follows a stream until it tells of the fence; opened is closed once it has begun.
+// listen follows a stream until the fence arrives. It closes opened after the first event.
 func (l *listening) listen(ctx context.Context, c *client.Client, path string, opened chan<- struct{}) {
 	var once sync.Once
 	ready := func() { once.Do(func() { close(opened); l.ready.Done() }) }
@@ -114,14 +116,14 @@ func (l *listening) listen(ctx context.Context, c *client.Client, path string, o
 		if st.Fence == nil {
 			return nil
 		}
-		return errHeard
+		return errFenced
 	})
 	now := time.Now()
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if errors.Is(err, errHeard) {
-		l.heard = append(l.heard, ms(now.Sub(l.began)))
+	if errors.Is(err, errFenced) {
+		l.latency = append(l.latency, ms(now.Sub(l.began)))
 	} else if l.err == nil {
-		l.err = fmt.Errorf("a stream ended early, when %d others had told: %v", len(l.heard), err)
+		l.err = fmt.Errorf("a stream ended early, after the fence had arrived on %d others: %v", len(l.latency), err)
 	}
 }

@@ -15,12 +15,11 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// load is the issues a second that go on while fences are measured.
+// load is the number of issues a second while fences are measured.
 const load = 50
 
-// measureFence times fences over chains of 10 to 100,000 live grants, in turns, while other
-// chains take steps. A fence that is to be repeated on one chain is a freeze, which is the same
-// transaction as a final one and can be lifted.
+// measureFence times fences over chains of 10 to 100,000 live grants, in turns, while other chains take steps. To
+// repeat a fence on one chain it freezes the chain: that is the same transaction as a final fence, and can be lifted.
 func measureFence(ctx context.Context, b *bench) (err error) {
 	e, err := newEngine(ctx, filepath.Join(b.dir, "fence.db"))
 	if err != nil {
@@ -59,16 +58,19 @@ func measureFence(ctx context.Context, b *bench) (err error) {
 	}
 	for i, n := range sizes {
 		b.report.addQuantile(row{Name: fmt.Sprintf("fence.%d.p99_ms", n), Unit: "ms", Against: "a chain of 10 grants",
-			Note: fmt.Sprintf("%d steps were taken beside it", issued)}, 0.99, took[i], took[0])
+			Note: fmt.Sprintf("both under a load of %d steps", issued)}, 0.99, took[i], took[0])
 	}
-	b.report.addQuantile(row{Name: "fence.flatness", Unit: "ms, p50", Against: "a chain of 10 grants; ours is one of 100,000"}, 0.5, took[len(took)-1], took[0])
-	b.report.addQuantile(row{Name: "fence.while_closing.p99_ms", Unit: "ms", Against: "the same chain of 10 with nothing being closed",
-		Note: fmt.Sprintf("while %d grants of another chain are being closed", sizes[large])}, 0.99, closing, took[0])
-	b.report.add(row{Name: fmt.Sprintf("close.engine.%d.seconds", sizes[large]), Unit: "s", N: sizes[large], Note: "from the command until each grant's end is proven and recorded; Vault and target in memory"}, samples{seconds}, nil)
+	b.report.addQuantile(row{Name: "fence.flatness", Unit: "ms, p50",
+		Against: "a chain of 10 grants; ours is a chain of 100,000"}, 0.5, took[len(took)-1], took[0])
+	b.report.addQuantile(row{Name: "fence.while_closing.p99_ms", Unit: "ms",
+		Against: "the same chain of 10 while nothing is closed",
+		Note:    fmt.Sprintf("ours while %d grants of another chain are closed", sizes[large])}, 0.99, closing, took[0])
+	b.report.add(row{Name: fmt.Sprintf("close.engine.%d.seconds", sizes[large]), Unit: "s", N: sizes[large],
+		Note: "from the command until each grant's end is proven and recorded; Vault and target in memory"}, samples{seconds}, nil)
 	return nil
 }
 
-// busy takes and closes steps on a chain of its own, so many a second, until stop.
+// busy takes and closes steps on a chain of its own, [load] a second, until stop.
 func (e *embedded) busy(ctx context.Context) (stop func() int, err error) {
 	d, err := e.open(ctx)
 	if err != nil {
@@ -98,7 +100,7 @@ func (e *embedded) busy(ctx context.Context) (stop func() int, err error) {
 	}, nil
 }
 
-// freeze times one fence, and lifts it.
+// freeze times one fence and lifts it again.
 func (e *embedded) freeze(ctx context.Context, chain broker.ChainID) (time.Duration, error) {
 	s, err := selector.Parse("chain:" + string(chain))
 	if err != nil {
@@ -115,8 +117,8 @@ func (e *embedded) freeze(ctx context.Context, chain broker.ChainID) (time.Durat
 	return took, err
 }
 
-// fenceWhileClosing revokes a large chain for good and times fences on another meanwhile. It
-// gives how long the large one took to its closure, too.
+// fenceWhileClosing revokes a large chain for good and meanwhile times fences on another one. It also gives the time
+// until the large one is CLOSED.
 func (e *embedded) fenceWhileClosing(ctx context.Context, small, large broker.ChainID, n int) (took samples, seconds float64, err error) {
 	s, err := selector.Parse("chain:" + string(large))
 	if err != nil {
@@ -151,11 +153,11 @@ func (e *embedded) fenceWhileClosing(ctx context.Context, small, large broker.Ch
 	}
 }
 
-// measureVaultDown times fences over the operators' interface of the real broker, with the real
-// Vault up, then stopped in the middle (SIGSTOP), then gone. Each chain has a live secret.
+// measureVaultDown times fences over the operators' interface of the real broker: with the real Vault up, then paused
+// (SIGSTOP), then killed. Each chain has a live secret.
 func measureVaultDown(ctx context.Context, b *bench) error {
 	w := b.world
-	defer func() { w.close(); b.world = nil }() // its Vault is gone then
+	defer func() { w.close(); b.world = nil }() // its Vault has been killed by then
 	client, err := w.agent("bench-down")
 	if err != nil {
 		return err
@@ -185,7 +187,7 @@ func measureVaultDown(ctx context.Context, b *bench) error {
 		pace(load, end, func(int) {
 			one, cancel := context.WithTimeout(ctx, 2*time.Second)
 			defer cancel()
-			_, _ = busy.Begin(one, agent.Call{Tool: "notes.read"}) // refused while Vault is down: that is the load then
+			_, _ = busy.Begin(one, agent.Call{Tool: "notes.read"}) // refused while Vault is down: then the refusals are the load
 		})
 	}()
 	defer func() { close(end); <-done }()
@@ -207,8 +209,10 @@ func measureVaultDown(ctx context.Context, b *bench) error {
 	if err != nil {
 		return err
 	}
-	b.report.addQuantile(row{Name: "fence.vault_down.p99_ms", Unit: "ms", Against: "the same with Vault up; both over the operators' socket"}, 0.99, down, up)
-	b.report.addQuantile(row{Name: "fence.vault_hanging.p99_ms", Unit: "ms", Against: "the same with Vault up"}, 0.99, hanging, up)
+	b.report.addQuantile(row{Name: "fence.vault_down.p99_ms", Unit: "ms",
+		Against: "the same with Vault up; both over the operators' socket"}, 0.99, down, up)
+	b.report.addQuantile(row{Name: "fence.vault_hanging.p99_ms", Unit: "ms",
+		Against: "the same with Vault up"}, 0.99, hanging, up)
 	return nil
 }
 

@@ -12,7 +12,7 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// measureIdle is what the broker takes when it has nothing to do: memory, disk, time to start.
+// measureIdle measures an idle broker: memory, size on disk, time to start.
 func measureIdle(ctx context.Context, b *bench) error {
 	w := b.world
 	ours, err := resident(w.broker.cmd.Process.Pid)
@@ -23,7 +23,8 @@ func measureIdle(ctx context.Context, b *bench) error {
 	if theirs, err := resident(w.vaultPID); err == nil {
 		beside = samples{theirs / 1e6}
 	}
-	b.report.add(row{Name: "idle.rss_mb", Unit: "MB", Against: "Vault", Note: "after one step"}, samples{ours / 1e6}, beside)
+	b.report.add(row{Name: "idle.rss_mb", Unit: "MB",
+		Against: "Vault", Note: "after one step"}, samples{ours / 1e6}, beside)
 	if err := b.binarySize(); err != nil {
 		return err
 	}
@@ -39,12 +40,13 @@ func (b *bench) binarySize() error {
 	if vault, err := os.Stat(fmt.Sprintf("/proc/%d/exe", b.world.vaultPID)); err == nil {
 		beside = samples{float64(vault.Size()) / 1e6}
 	}
-	b.report.add(row{Name: "binary.size_mb", Unit: "MB", Against: "the Vault server of this run, built with six engines"},
+	b.report.add(row{Name: "binary.size_mb", Unit: "MB",
+		Against: "the Vault server of this run, built with six engines"},
 		samples{float64(info.Size()) / 1e6}, beside)
 	return nil
 }
 
-// coldStart times from starting the program to serving, beside the one that runs.
+// coldStart times from starting the program to serving, while the other broker runs.
 func (b *bench) coldStart(ctx context.Context) error {
 	c, err := wire.ReadConfig(b.world.config)
 	if err != nil {
@@ -80,6 +82,7 @@ func (b *bench) coldStart(ctx context.Context) error {
 			return err
 		}
 	}
-	b.report.add(row{Name: "coldstart.seconds", Unit: "s", Note: "from starting the program to serving, with a new ledger"}, took, nil)
+	b.report.add(row{Name: "coldstart.seconds", Unit: "s",
+		Note: "from starting the program to serving, with a new ledger"}, took, nil)
 	return nil
 }

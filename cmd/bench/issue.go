@@ -73,13 +73,13 @@ func signKey(ctx context.Context, c *vaultClient) error {
 	return err
 }
 
-// turn is what one side did in one round.
+// turn is one side's part of a round.
 type turn struct {
 	loop
 	broker, vault time.Duration // CPU time of the two processes
 }
 
-// perIssue is CPU time in milliseconds.
+// perIssue gives CPU time per issue, in milliseconds.
 func (t turn) perIssue(cpu time.Duration) float64 { return ms(cpu) / float64(len(t.latencies)) }
 
 // measureIssue runs a closed loop of clients against the broker and against Vault, in turns.
@@ -101,7 +101,7 @@ func measureIssue(ctx context.Context, b *bench) error {
 	return nil
 }
 
-// issue measures one target with so many clients.
+// issue measures one target with the given number of clients.
 func (b *bench) issue(ctx context.Context, t target, clients int) error {
 	w := b.world
 	agents, err := w.agents(clients)
@@ -127,7 +127,7 @@ func (b *bench) issue(ctx context.Context, t target, clients int) error {
 	return nil
 }
 
-// span is for how long, and for how many calls at most, one side has its turn.
+// span gives the duration of one turn, and its largest number of calls.
 func (b *bench) span() (time.Duration, int) {
 	return pick(b, 2500*time.Millisecond, 400*time.Millisecond), pick(b, 2000, 250)
 }
@@ -149,7 +149,7 @@ func closeAgents(list []*agent.Client) {
 	}
 }
 
-// through takes steps through the broker: each client with its identity, connections and chain.
+// through takes steps through the broker. Each client has its own identity, connections and chain.
 func (w *world) through(ctx context.Context, b *bench, t target, agents []*agent.Client) (turn, error) {
 	held := make([]*agent.Delegation, len(agents))
 	chains := make([]string, len(agents))
@@ -173,7 +173,7 @@ func (w *world) through(ctx context.Context, b *bench, t target, agents []*agent
 	return u, u.outcome(w.direct.noLeases(ctx, t.ours))
 }
 
-// around makes the same calls to Vault, each client with a token and connections of its own.
+// around makes the same calls to Vault. Each client has a token and connections of its own.
 func (w *world) around(ctx context.Context, b *bench, t target, n int) (turn, error) {
 	clients, accessors := make([]*vaultClient, n), make([]string, n)
 	if err := each(16, n, func(i int) error {
@@ -201,12 +201,12 @@ func (u turn) outcome(err error) error {
 		return u.err
 	}
 	if err == nil && len(u.latencies) == 0 {
-		err = fmt.Errorf("not one call was made in the time")
+		err = fmt.Errorf("no call was made in the time")
 	}
 	return err
 }
 
-// clocked runs the loop and reads both processes' clocks around it.
+// clocked runs the loop and reads the CPU time of both processes before and after it.
 func (w *world) clocked(b *bench, clients int, f func(int) error) turn {
 	var u turn
 	d, most := b.span()
@@ -217,7 +217,7 @@ func (w *world) clocked(b *bench, clients int, f func(int) error) turn {
 	return u
 }
 
-// cpu is the time that broker and Vault have used; zero where it cannot be read.
+// cpu gives the CPU time that broker and Vault have used; zero where it cannot be read.
 func (w *world) cpu() (used [2]time.Duration) {
 	used[0], _ = cpuTime(w.broker.cmd.Process.Pid)
 	used[1], _ = cpuTime(w.vaultPID)
@@ -239,7 +239,8 @@ func (b *bench) reportIssue(t target, clients int, ours, theirs []turn) {
 	p50 := func(u turn) float64 { return u.latencies.median() }
 	p99 := func(u turn) float64 { return u.latencies.quantile(0.99) }
 	add := func(name, unit string, f func(turn) float64) {
-		b.report.add(row{Name: prefix + name, Unit: unit, N: n, Against: "the same call made directly to Vault"}, of(ours, f), of(theirs, f))
+		b.report.add(row{Name: prefix + name, Unit: unit, N: n,
+			Against: "the same call made directly to Vault"}, of(ours, f), of(theirs, f))
 	}
 	add("throughput", "per second", turn.perSecond)
 	add("p50_ms", "ms", p50)
@@ -250,14 +251,17 @@ func (b *bench) reportIssue(t target, clients int, ours, theirs []turn) {
 		for i := range added {
 			added[i] -= base[i]
 		}
-		b.report.add(row{Name: prefix + "added_p50_ms", Unit: "ms", N: n, Against: "p50 of the direct call; ours is what comes on top of it"}, added, base)
+		b.report.add(row{Name: prefix + "added_p50_ms", Unit: "ms", N: n,
+			Against: "p50 of the direct call; ours is the added time"}, added, base)
 	}
 	if clients == 16 && b.world.vaultPID != 0 && theirs[0].vault > 0 {
 		name := "issue." + t.name + "."
 		direct := of(theirs, func(u turn) float64 { return u.perIssue(u.vault) })
-		b.report.add(row{Name: name + "cpu_vs_vault", Unit: "ms of CPU per issue", N: n, Against: "Vault's own CPU time for the direct call, 16 clients"},
+		b.report.add(row{Name: name + "cpu_vs_vault", Unit: "ms of CPU per issue", N: n,
+			Against: "Vault's own CPU time for the direct call, 16 clients"},
 			of(ours, func(u turn) float64 { return u.perIssue(u.broker) }), direct)
-		b.report.add(row{Name: name + "vault_cpu", Unit: "ms of CPU per issue", N: n, Against: "Vault's own CPU time for the direct call; ours is Vault's for a step through Pawl, whose token it also makes"},
+		b.report.add(row{Name: name + "vault_cpu", Unit: "ms of CPU per issue", N: n,
+			Against: "Vault's own CPU time for the direct call; ours is Vault's CPU time for a step through Pawl, including the step's token"},
 			of(ours, func(u turn) float64 { return u.perIssue(u.vault) }), direct)
 	}
 }

@@ -1,5 +1,5 @@
-// Bench measures Pawl beside what one would use instead, both in the same run, and writes the
-// table, build/bench.json, a chart and docs/performance.md.
+// Bench measures Pawl and its alternatives in the same run, and writes the table, build/bench.json, a chart and
+// docs/performance.md.
 package main
 
 import (
@@ -19,7 +19,7 @@ import (
 )
 
 func main() {
-	wire.PaceCollector() // as the broker does, for the rows of the engine in process
+	wire.PaceCollector() // as the broker does, for the rows that measure the engine in process
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := command(ctx, os.Args[1:])
 	stop()
@@ -31,7 +31,7 @@ func main() {
 	}
 }
 
-// options is what the command line says.
+// options are the flags of the command line.
 type options struct {
 	quick   bool
 	root    string         // of the source tree: build/ and docs/ are below it
@@ -43,10 +43,10 @@ type options struct {
 func command(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	var o options
-	flags.BoolVar(&o.quick, "quick", false, "fewer of everything, in under three minutes")
+	flags.BoolVar(&o.quick, "quick", false, "fewer rounds and sizes, in under three minutes")
 	flags.StringVar(&o.root, "C", ".", "root of the source tree")
-	flags.BoolVar(&o.page, "page", true, "write docs/performance.md and its chart; never from a part of the sections")
-	flags.StringVar(&o.profile, "cpuprofile", "", "file for a profile of this process, in which the engine's rows run")
+	flags.BoolVar(&o.page, "page", true, "write docs/performance.md and its chart; only with all sections")
+	flags.StringVar(&o.profile, "cpuprofile", "", "file for a CPU profile of this process, which runs the engine's rows")
 	only := flags.String("only", "", "regular expression of the sections to measure; empty: all")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -64,7 +64,7 @@ func command(ctx context.Context, args []string) error {
 		if err != nil {
 			return err
 		}
-		defer f.Close() //nolint:errcheck // a profile that is cut says so when it is read
+		defer f.Close() //nolint:errcheck // reading a truncated profile fails
 		if err := pprof.StartCPUProfile(f); err != nil {
 			return err
 		}
@@ -75,11 +75,11 @@ func command(ctx context.Context, args []string) error {
 	return run(ctx, o)
 }
 
-// section is a part of the run. What it cannot measure it leaves out of the report with a word
-// why; its error is a row that is missing, never the end of the run.
+// section is a part of the run. It leaves out of the report whatever it cannot measure, with the reason. Its error
+// costs its rows and never ends the run.
 type section struct {
 	name string
-	real bool // stands on the real Vault, PostgreSQL and broker
+	real bool // needs the real Vault, PostgreSQL and broker
 	run  func(context.Context, *bench) error
 }
 
@@ -104,7 +104,7 @@ type bench struct {
 	report report
 	dir    string // for ledgers and files of this run, on the disk of the source tree
 	world  *world // the real servers; nil until a section needs them
-	broken error  // why there is no world
+	broken error  // the reason why there is no world
 }
 
 // pick gives n in a whole run and quick in a quick one.
@@ -115,14 +115,14 @@ func pick[T any](b *bench, n, quick T) T {
 	return n
 }
 
-// errLate is why a quick run leaves out what is long.
-var errLate = errors.New("the time of a quick run was over")
+// errLate is the reason why a quick run leaves out a long measurement.
+var errLate = errors.New("a quick run had no time left for it")
 
-// quickTime is when a quick run stops beginning what is long; the short sections at its end are
-// done in ten seconds.
+// quickTime is the age at which a quick run starts no long measurement any more. The short sections at its end take
+// ten seconds.
 const quickTime = 165 * time.Second
 
-// late reports whether a quick run has no time left for something that takes so long.
+// late reports whether a quick run has no time left for a measurement of this duration.
 func (b *bench) late(takes time.Duration) bool {
 	return b.quick && time.Since(b.report.began)+takes > quickTime
 }
@@ -149,7 +149,7 @@ func run(ctx context.Context, o options) error {
 		if !o.only.MatchString(s.name) {
 			continue
 		}
-		// Whoever interrupts a run gets what was measured until then, and is told what was not.
+		// After an interrupt the report has the rows so far, and lists the sections that were left out.
 		err := context.Cause(ctx)
 		if err == nil {
 			err = b.section(ctx, s)

@@ -8,8 +8,8 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// observer looks at the database over the superuser's connection. It knows roles by their oid,
-// since a session outlives the name of its role.
+// observer polls the database over the superuser's connection. It identifies roles by oid, because a session
+// outlives the name of its role.
 type observer struct {
 	conn *pgx.Conn
 	oids []uint32
@@ -30,7 +30,7 @@ func newObserver(ctx context.Context, w *world, logins []login) (*observer, erro
 		o.oids, err = pgx.CollectRows(rows, pgx.RowTo[uint32])
 	}
 	if err == nil && len(o.oids) != len(logins) {
-		err = fmt.Errorf("of %d credentials the database knows %d", len(logins), len(o.oids))
+		err = fmt.Errorf("the database has %[2]d of %[1]d credentials", len(logins), len(o.oids))
 	}
 	if err != nil {
 		o.close()
@@ -42,31 +42,31 @@ func newObserver(ctx context.Context, w *world, logins []login) (*observer, erro
 func (o *observer) close() {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	_ = o.conn.Close(ctx) // it only looked
+	_ = o.conn.Close(ctx) // it only read
 }
 
-// look counts the roles that may log in and the sessions.
-func (o *observer) look(ctx context.Context) (logins, sessions int, err error) {
+// count gives the number of roles that may log in, and of their sessions.
+func (o *observer) count(ctx context.Context) (logins, sessions int, err error) {
 	err = o.conn.QueryRow(ctx, `SELECT (SELECT count(*) FROM pg_authid WHERE oid = ANY($1) AND rolcanlogin),
 		(SELECT count(*) FROM pg_stat_activity WHERE usesysid = ANY($1))`, o.oids).Scan(&logins, &sessions)
 	return logins, sessions, err
 }
 
-// sight is when an observer saw what.
-type sight struct {
-	refused time.Time // no role could log in any more
-	dead    time.Time // and no session was there
-	left    int       // sessions that stayed
+// sighting has the times of an observer's findings.
+type sighting struct {
+	refused time.Time // no role could log in
+	dead    time.Time // and no session existed
+	left    int       // sessions that were not ended
 }
 
-// untilDead looks again and again until no login and no session is left. Sessions that are still
-// as many a second after the last login went are left there: then dead is when the last login had gone.
-func (o *observer) untilDead(ctx context.Context) (s sight, err error) {
-	var changed time.Time // when a session last went
+// untilDead polls until no login and no session is left. If the number of sessions has not changed for a second after
+// the last login was refused, it gives up on them: then dead is the time at which the last login was refused.
+func (o *observer) untilDead(ctx context.Context) (s sighting, err error) {
+	var changed time.Time // when a session last ended
 	var before int
 	for {
 		began := time.Now()
-		logins, sessions, err := o.look(ctx)
+		logins, sessions, err := o.count(ctx)
 		if err != nil {
 			return s, err
 		}
@@ -85,8 +85,8 @@ func (o *observer) untilDead(ctx context.Context) (s sight, err error) {
 			s.dead, s.left = s.refused, sessions
 			return s, nil
 		}
-		// A look at a thousand sessions takes the server milliseconds of one of its cores, so looks are
-		// spaced by what they take: they shall not hold up what they watch.
+		// A poll of a thousand sessions takes milliseconds of one of the server's cores. The wait grows with that
+		// time, so that polling does not delay the observed work.
 		wait := time.NewTimer(max(4*time.Millisecond, min(8*now.Sub(began), 40*time.Millisecond)))
 		select {
 		case <-wait.C:

@@ -5,39 +5,29 @@ import (
 	"strings"
 )
 
-// page is docs/performance.md.
+// page gives the text of docs/performance.md.
 func (r *report) page(quick bool) string {
 	var b strings.Builder
-	b.WriteString("# Performance\n\n")
-	b.WriteString("Written by `make bench`; not to be edited. Every figure is of one run on one machine, and what it is set beside was\n" +
-		"measured in the same run, in turns with it. Other machines give other figures; compare ratios.\n\n")
+	b.WriteString("# Performance\n\n" + intro + "\n")
 	if quick {
-		b.WriteString("This is of a quick run (`make bench QUICK=1`): few rounds, and so a wide spread.\n\n")
+		b.WriteString("This is a quick run (`make bench QUICK=1`): it has few rounds, and so a wide spread.\n\n")
 	}
-	b.WriteString("![Pawl beside Vault](performance.svg)\n\n## What was aimed at\n\n")
+	b.WriteString("![Pawl beside Vault](performance.svg)\n\n## Targets\n\n")
 	r.aimed(&b)
-	b.WriteString("\n## Where it falls short\n\n")
+	b.WriteString("\n## Missed targets\n\n")
 	r.shortfalls(&b)
-	b.WriteString("\n## Every row\n\n")
-	b.WriteString("*ours* is the median over the rounds (for p99 rows the 99th percentile of all measurements), *min–max* the least and greatest\n" +
-		"round. *ratio* is ours divided by theirs; for rows with `vs_` in the time to death it is theirs divided by ours: how many times\n" +
-		"sooner. *n* is how many measurements are behind ours.\n\n")
+	b.WriteString("\n## Every row\n\n" + legend + "\n")
 	r.markdown(&b, r.rows)
 	if notes := r.notes(); notes != "" {
-		b.WriteString("\n### What the rows are set beside\n\n" + notes)
+		b.WriteString("\n### Comparisons\n\n" + notes)
 	}
 	if len(r.left) > 0 {
-		b.WriteString("\n### What was not measured\n\n")
+		b.WriteString("\n### Not measured\n\n")
 		for _, l := range r.left {
 			fmt.Fprintf(&b, "- `%s`: %s\n", l.what, strings.ReplaceAll(l.why, "\n", " "))
 		}
 	}
-	b.WriteString("\n## How it is measured\n\n" + method)
-	b.WriteString("\n## How to repeat it\n\nThe test of the pages does not run this: it takes too long, and writes this page.\n\n" +
-		"```sh no-run\nmake bench          # everything, about an hour on two processors\nmake bench QUICK=1  # under three minutes\n" +
-		"go run ./cmd/bench -only '^fence$'   # one section; leaves this page alone\n```\n\n" +
-		"`build/bench.json` is an array of these rows for scripts, `build/bench.svg` the chart. The run builds `build/pawl` itself, and\n" +
-		"Vault on first use; PostgreSQL must be installed, or its rows are left out and that is said.\n\n## The machine\n\n")
+	b.WriteString("\n## Method\n\n" + method + "\n## Repeat it\n\n" + repeat + "\n## The machine\n\n")
 	for _, line := range r.machine {
 		fmt.Fprintf(&b, "- %s\n", line)
 	}
@@ -45,26 +35,53 @@ func (r *report) page(quick bool) string {
 	return b.String()
 }
 
-// method says what is done, for whoever doubts a figure.
-const method = `- A real Vault (storage in memory, TLS), a real PostgreSQL (` + "`fsync=off`" + `, for both sides alike), and the broker in a process of its own on the
-  embedded ledger, with a sync for every commit. Everything shares one machine with the clients, so a processor that the broker
-  takes is one that Vault lacks: through Pawl a step asks Vault twice (its own token, then the secret), directly once.
-- Issue: closed loops of 1, 16 and 64 clients for a fixed time. Through Pawl each client is an agent with its own SPIFFE ID, mTLS
-  connection and chain, over the Go SDK; directly each has a token of its own and kept HTTP/1.1 connections. The sides take turns and
-  swap who begins. What a round issued is revoked, on both sides, before the next. CPU time is from /proc over the loops of 16.
-- PostgreSQL directly: a role of Vault with a group role and SCRAM verifiers, as the best-configured Vault has it. Through Pawl the
-  login is made by a function that also records it and sets its limits.
-- Dead: n credentials, up to 1,000 of them each with an open session in a transaction with a cursor. From the command on, an observer
-  with a superuser's connection that belongs to neither side looks again and again, every 4 to 40 ms, until no role may log in and no
-  session is there; then cursors and logins are tried. Where sessions stay for good, theirs is timed to the end of the logins alone,
-  which is in its favour. Before each turn the catalogs are vacuumed. Of 10,000 only the quickest of theirs is taken: the others would
-  take half an hour. ` + "`vs_floor`" + ` sets ours beside a superuser who does nothing but NOLOGIN and pg_terminate_backend: no tool can
-  be sooner on this machine.
-- Fence: the engine in process on the embedded ledger, 50 issues a second beside it. Repeated fences of one chain are freezes, the same
-  transaction, lifted in between. With Vault down: revocations over the operators' socket of the broker's process.
-- Ledger, resume: the engine on the embedded ledger with a Vault and target in memory. The process that measures policy, fence, ledger
-  and resume collects garbage as the broker does: when the heap has grown by 200%, on both sides.
-`
+// The prose of the page. method describes how each section measures.
+const (
+	intro = "`make bench` writes this page; do not edit it. All figures are from one run on one machine. Each figure and\n" +
+		"its comparison were measured in the same run, in turns. Other machines give other figures, so compare\n" +
+		"ratios.\n"
+
+	legend = "- *ours* is the median over the rounds. For p99 rows it is the 99th percentile of all measurements.\n" +
+		"- *min–max* is the smallest and the largest round.\n" +
+		"- *ratio* is ours divided by theirs. For rows with `vs_` in the time to death it is theirs divided by ours:\n" +
+		"  how many times sooner.\n" +
+		"- *n* is the number of measurements behind ours.\n"
+
+	method = "- Servers: a real Vault (storage in memory, TLS) and a real PostgreSQL (`fsync=off`, for both sides alike).\n" +
+		"  The broker runs in a process of its own on the embedded ledger and syncs every commit. All of them share\n" +
+		"  one machine with the clients, so a processor that the broker uses is not available to Vault. A step\n" +
+		"  through Pawl sends Vault two requests (its own token, then the secret); the direct call sends one.\n" +
+		"- Issue: closed loops of 1, 16 and 64 clients for a fixed time. Through Pawl each client is an agent with\n" +
+		"  its own SPIFFE ID, mTLS connection and chain, over the Go SDK. Directly each client has a token of its own\n" +
+		"  and persistent HTTP/1.1 connections. The sides take turns and swap the order. The secrets of a round are\n" +
+		"  revoked, on both sides, before the next round. CPU time is from /proc over the loops of 16.\n" +
+		"- PostgreSQL directly: a role of Vault with a group role and SCRAM verifiers, as in the best-configured\n" +
+		"  Vault. Through Pawl a function makes the login, records it and sets its limits.\n" +
+		"- Dead: n credentials, up to 1,000 of them each with an open session in a transaction with a cursor. From\n" +
+		"  the command on, an observer polls every 4 to 40 ms over a superuser's connection that belongs to neither\n" +
+		"  side. It polls until no role may log in and no session is left; then it tries cursors and logins. Where\n" +
+		"  sessions are never ended, theirs is timed to the end of the logins alone, which is in its favour. Before\n" +
+		"  each turn the catalogs are vacuumed. Of 10,000 only the quickest of their ways is measured: the others\n" +
+		"  would take half an hour. `vs_floor` compares ours with a superuser who does nothing but NOLOGIN and\n" +
+		"  pg_terminate_backend: no tool can be sooner on this machine.\n" +
+		"- Fence: the engine in process on the embedded ledger, with a load of 50 issues a second. Repeated fences of\n" +
+		"  one chain are freezes: the same transaction, lifted in between. With Vault down: revocations over the\n" +
+		"  operators' socket of the broker's process.\n" +
+		"- Ledger, resume: the engine on the embedded ledger with a Vault and target in memory. The process that\n" +
+		"  measures policy, fence, ledger and resume collects garbage as the broker does: when the heap has grown by\n" +
+		"  200%, on both sides.\n"
+
+	repeat = "The test of the pages does not run these commands, because they take too long and write this page.\n" +
+		"\n" +
+		"```sh no-run\n" +
+		"make bench          # everything, about an hour on two processors\n" +
+		"make bench QUICK=1  # under three minutes\n" +
+		"go run ./cmd/bench -only '^fence$'   # one section; leaves this page alone\n" +
+		"```\n" +
+		"\n" +
+		"`build/bench.json` is an array of these rows for scripts, and `build/bench.svg` is the chart. The run builds\n" +
+		"`build/pawl`, and Vault on first use. Without PostgreSQL its rows are left out, and the page says so.\n"
+)
 
 func (r *report) markdown(b *strings.Builder, rows []row) {
 	fmt.Fprintf(b, "| %s |\n|%s\n", strings.Join(heads, " | "), strings.Repeat("---|", len(heads)))
@@ -96,26 +113,44 @@ func (r *report) shortfalls(b *strings.Builder) {
 		if strings.Contains(w.Aim, "×") {
 			got = "×" + figure(*w.Ratio)
 		}
-		fmt.Fprintf(b, "- `%s`: aimed at %s, measured %s.%s\n", w.Name, w.Aim, got, reason(w.Name))
+		fmt.Fprintf(b, "- `%s`: target %s, measured %s.%s\n", w.Name, w.Aim, got, reason(w.Name))
 	}
 	if none {
-		b.WriteString("Nowhere in this run.\n")
+		b.WriteString("None in this run.\n")
 	}
 }
 
-// reasons say why a row is where it is, by the beginning of its name and its last part.
+// reasons explain a missed target, by the prefix and the suffix of the row's name. The first match counts.
 var reasons = []struct{ prefix, suffix, why string }{
-	{"issue.", "added_p50_ms", " On top of the direct call come three synced commits of the ledger and one request to Vault for the step's own token."},
-	{"issue.", "cpu_vs_vault", " Beside cheap calls (a KV read) the broker's own work, TLS with the agent, three records and their audit, is more than Vault's."},
-	{"issue.", "throughput", " A step is two requests to Vault and three commits; the login is made by a function that also records and limits it."},
-	{"ledger.", "", " Three durable transactions for each issue, each with its audit entry; bbolt alone, beside it, checks and audits nothing."},
-	{"fence.while_closing", "", " A fence waits for the record of the closer that is being written, and for the sync of its disk."},
-	{"fence.", "p99_ms", " The fence waits for the commit before it: on a shared disk that is the slowest sync of a hundred."},
+	{"issue.", "added_p50_ms",
+		" Pawl adds three synced commits of the ledger and one request to Vault, for the step's own token, to " +
+			"the direct call."},
+	{"issue.", "cpu_vs_vault",
+		" For cheap calls (a KV read) the broker's own work is more than Vault's: TLS with the agent, three " +
+			"records and their audit."},
+	{"issue.", "throughput",
+		" A step is two requests to Vault and three commits. The function that makes the login also records and " +
+			"limits it."},
+	{"ledger.", "",
+		" Each issue is three durable transactions, each with its audit entry. bbolt alone checks and audits " +
+			"nothing."},
+	{"fence.while_closing", "",
+		" A fence waits for the commit that the reaper is writing, and for the sync of the disk."},
+	{"fence.", "p99_ms",
+		" The fence waits for the commit before it: on a shared disk that is the slowest of a hundred syncs."},
 	{"resume.", "seconds", " Each live grant is read and decoded once, on one processor."},
-	{"dead.postgres.10000", "seconds", " No session is open here: the server takes login and rights from all in one transaction, on one processor, after the broker has read each grant."},
-	{"dead.", "seconds", " Each session is a process of PostgreSQL's that takes some 2 ms of a processor to go: `vs_floor` says what it takes without Pawl."},
-	{"dead.", "vs_vault_best", " Both sides wait for the same processes to go: see `vs_floor`, and `refused_seconds` for how long anybody could still log in."},
-	{"policy.", "", " The median is far below: one call in a hundred is interrupted by a collection or by other work of the machine."},
+	{"dead.postgres.10000", "seconds",
+		" No session is open here. After the broker has read each grant, the server removes the login and the " +
+			"rights of all roles in one transaction, on one processor."},
+	{"dead.", "seconds",
+		" Each session is a PostgreSQL process, and ending it takes some 2 ms of a processor. `vs_floor` is the " +
+			"time without Pawl."},
+	{"dead.", "vs_vault_best",
+		" Both sides wait for the same processes to end: see `vs_floor`. `refused_seconds` is how long a login " +
+			"was still possible."},
+	{"policy.", "",
+		" The median is far below. One call in a hundred is interrupted by a collection or by other work of the " +
+			"machine."},
 }
 
 func reason(name string) string {
@@ -127,7 +162,7 @@ func reason(name string) string {
 	return ""
 }
 
-// notes lists, once each, what rows are compared with and what is to be known of them.
+// notes lists the comparisons and the notes of the rows, each text once with the rows that it is about.
 func (r *report) notes() string {
 	var b strings.Builder
 	at := map[string]int{}
@@ -136,7 +171,7 @@ func (r *report) notes() string {
 	for _, w := range r.rows {
 		text := w.Against
 		if text != "" {
-			text = "beside " + text
+			text = "compared with " + text
 		}
 		if w.Note != "" {
 			text = strings.TrimPrefix(text+"; "+w.Note, "; ")

@@ -2,5 +2,5 @@ package main
 
 import "syscall"
 
-// withParent has a process end when this one is killed.
+// withParent makes the kernel kill a child when this process is killed.
 func withParent() *syscall.SysProcAttr { return &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} }

@@ -4,6 +4,5 @@ package main
 
 import "syscall"
 
-// withParent does nothing: only Linux has the means. A broker whose bench was killed must be
-// ended by hand.
+// withParent does nothing: only Linux can do this. When the bench is killed, end its broker by hand.
 func withParent() *syscall.SysProcAttr { return nil }

@@ -18,7 +18,7 @@ import (
 	"time"
 )
 
-// brokerProcess is `pawl server`, alone in a process so that its time and memory can be read.
+// brokerProcess is `pawl server` in a process of its own, so that its CPU time and memory can be read.
 type brokerProcess struct {
 	cmd     *exec.Cmd
 	agents  string // address
@@ -47,8 +47,8 @@ func startBroker(ctx context.Context, program, config, log string) (*brokerProce
 	go func() {
 		defer close(p.exited)
 		readLog(stderr, file, serving)
-		_ = cmd.Wait()   // it was told to end, or its log tells why it did
-		_ = file.Close() // a log of a run that is over
+		_ = cmd.Wait()   // it was stopped, or its log has the reason
+		_ = file.Close() // the log of a run that has ended
 	}()
 	select {
 	case p.agents = <-serving:
@@ -62,8 +62,7 @@ func startBroker(ctx context.Context, program, config, log string) (*brokerProce
 	}
 }
 
-// readLog copies the log, but the line of each request, and tells the address of its first
-// "serving" line.
+// readLog copies the log without the line of each request, and sends the address of each "serving" line.
 func readLog(from io.Reader, to io.Writer, serving chan<- string) {
 	lines := bufio.NewScanner(from)
 	lines.Buffer(nil, 1<<20)
@@ -73,10 +72,10 @@ func readLog(from io.Reader, to io.Writer, serving chan<- string) {
 			serving <- line.Agents
 		}
 		if line.Msg != "request" {
-			_, _ = fmt.Fprintf(to, "%s\n", lines.Bytes()) // the log is for whoever looks into a failure
+			_, _ = fmt.Fprintf(to, "%s\n", lines.Bytes()) // the log is only read after a failure
 		}
 	}
-	_, _ = io.Copy(io.Discard, from) // a line beyond all bounds must not stop the broker
+	_, _ = io.Copy(io.Discard, from) // a line longer than the buffer must not block the broker
 }
 
 func (p *brokerProcess) stop() error {
@@ -86,16 +85,16 @@ func (p *brokerProcess) stop() error {
 	select {
 	case <-p.exited:
 	case <-time.After(15 * time.Second):
-		_ = p.cmd.Process.Kill() // it had its time
+		_ = p.cmd.Process.Kill() // it did not stop in time
 		<-p.exited
 	}
 	return nil
 }
 
-// errNoProc says that this system does not tell about processes as Linux does.
+// errNoProc means that this system has no /proc as Linux has.
 var errNoProc = errors.New("there is no /proc")
 
-// cpuTime is the processor time that a process has used, to the system's tick of 10 ms.
+// cpuTime gives the processor time that a process has used, to the system's tick of 10 ms.
 func cpuTime(pid int) (time.Duration, error) {
 	fields, err := procStat(pid)
 	if err != nil {
@@ -123,7 +122,7 @@ func procStat(pid int) ([]string, error) {
 	return fields, nil
 }
 
-// resident is a process's memory in bytes.
+// resident gives a process's resident memory in bytes.
 func resident(pid int) (float64, error) {
 	kb, err := procLine(fmt.Sprintf("/proc/%d/status", pid), "VmRSS:")
 	if err != nil {
@@ -146,7 +145,7 @@ func procLine(file, key string) (string, error) {
 	return "", errNoProc
 }
 
-// childWith finds the child of this process whose command line holds text.
+// childWith finds the child of this process with text in its command line.
 func childWith(text string) (pid int, err error) {
 	dirs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
@@ -168,15 +167,15 @@ func childWith(text string) (pid int, err error) {
 	return 0, errors.New("the process was not found")
 }
 
-// machine describes where this runs.
+// machine describes the machine of this run.
 func machine() (lines []string) {
 	model, err := procLine("/proc/cpuinfo", "model name")
 	if err != nil {
 		model = runtime.GOARCH
 	}
-	lines = append(lines, fmt.Sprintf("%d × %s, which clients, broker, Vault and PostgreSQL share", runtime.NumCPU(), model))
+	lines = append(lines, fmt.Sprintf("%d × %s, shared by clients, broker, Vault and PostgreSQL", runtime.NumCPU(), model))
 	if total, err := procLine("/proc/meminfo", "MemTotal:"); err == nil {
-		kb, _ := strconv.ParseFloat(strings.TrimSuffix(total, " kB"), 64) // zero is seen to be wrong
+		kb, _ := strconv.ParseFloat(strings.TrimSuffix(total, " kB"), 64) // a zero is visibly wrong
 		lines = append(lines, fmt.Sprintf("%.0f GB of memory", kb/1e6))
 	}
 	if kernel, err := os.ReadFile("/proc/sys/kernel/osrelease"); err == nil {
@@ -184,7 +183,7 @@ func machine() (lines []string) {
 	}
 	lines = append(lines, runtime.Version())
 	if load, err := os.ReadFile("/proc/loadavg"); err == nil {
-		lines = append(lines, "load of the machine when the run began: "+strings.Fields(string(load))[0])
+		lines = append(lines, "load of the machine at the start of the run: "+strings.Fields(string(load))[0])
 	}
 	return lines
 }

@@ -13,19 +13,19 @@ import (
 	"time"
 )
 
-// row is one figure: what the name says, of ours, beside the same of something else that was
-// measured in the same run, round about. It has the members that scripts compare by.
+// row is one figure of ours, named by Name, with the same figure of something else that was measured in the same run,
+// in turns. Scripts compare the JSON members.
 type row struct {
 	Name    string   `json:"name"`
 	Unit    string   `json:"unit"`   // of ours, theirs, min and max
 	Ours    float64  `json:"ours"`   // the median over the rounds, where there are several
-	Theirs  *float64 `json:"theirs"` // null: there is nothing to set beside it
+	Theirs  *float64 `json:"theirs"` // null: there is no comparison
 	Ratio   *float64 `json:"ratio"`  // ours/theirs; for the rows "vs" of the time to death theirs/ours, how many times sooner
 	N       int      `json:"n"`      // measurements behind ours
-	Min     float64  `json:"min"`    // the least and the greatest round of ours
+	Min     float64  `json:"min"`    // the smallest and the largest round of ours
 	Max     float64  `json:"max"`
-	Against string   `json:"against,omitempty"` // what theirs is
-	Aim     string   `json:"aim,omitempty"`     // what was aimed at, of ours or, after "×", of the ratio
+	Against string   `json:"against,omitempty"` // the meaning of theirs
+	Aim     string   `json:"aim,omitempty"`     // the target of ours or, after "×", of the ratio
 	Met     *bool    `json:"met,omitempty"`     // null: no aim
 	Note    string   `json:"note,omitempty"`
 }
@@ -34,19 +34,19 @@ type row struct {
 type report struct {
 	rows    []row
 	left    []omission
-	machine []string // lines that describe where this ran
+	machine []string // lines that describe the machine
 	began   time.Time
 	took    time.Duration
 }
 
-// omission is what could not be measured.
+// omission is a measurement that failed, with the reason.
 type omission struct{ what, why string }
 
 func (r *report) leaveOut(what string, err error) {
 	r.left = append(r.left, omission{what, err.Error()})
 }
 
-// add stores a row whose ours and theirs are the medians of rounds; theirs may be empty.
+// add stores a row with the medians of the rounds as ours and theirs. theirs may be empty.
 func (r *report) add(w row, ours, theirs samples) {
 	if len(ours) == 0 {
 		r.leaveOut(w.Name, fmt.Errorf("no round succeeded"))
@@ -74,13 +74,13 @@ func (r *report) add(w row, ours, theirs samples) {
 	r.rows = append(r.rows, w)
 }
 
-// sooner reports whether a row's ratio says how many times sooner ours was.
+// sooner reports whether a row's ratio is theirs divided by ours: how many times sooner ours was.
 func sooner(name string) bool { return strings.Contains(name, ".vs_") }
 
-// aim is what issues 4 and 5 ask of the rows that a pattern of path.Match means.
+// aim is the target of the rows that match a pattern of path.Match.
 type aim struct {
 	rows  string
-	least bool // the figure is to be at least the limit; otherwise at most
+	least bool // the figure must be at least the limit; otherwise at most
 	ratio bool // of the ratio, not of ours
 	limit float64
 }
@@ -101,7 +101,7 @@ var aims = []aim{
 	{"resume.bytes_per_grant", false, false, 2048},
 }
 
-// judge sets each row beside its aim.
+// judge compares each row with its target. The first aim that matches counts.
 func (r *report) judge() {
 	for i := range r.rows {
 		w := &r.rows[i]
@@ -125,7 +125,7 @@ func (r *report) judge() {
 	}
 }
 
-// figure prints a number with three digits that count.
+// figure prints a number with three significant digits.
 func figure(f float64) string {
 	switch a := math.Abs(f); {
 	case a >= 1000:
@@ -154,16 +154,16 @@ func (w row) verdict() string {
 	case *w.Met:
 		return w.Aim + " met"
 	}
-	return w.Aim + " SHORT"
+	return w.Aim + " missed"
 }
 
-// cells are what table and page show of a row.
+// cells are the columns of a row in the table and on the page.
 func (w row) cells() []string {
 	return []string{w.Name, w.Unit, figure(w.Ours), optional(w.Theirs), optional(w.Ratio), fmt.Sprint(w.N),
 		figure(w.Min) + "–" + figure(w.Max), w.verdict()}
 }
 
-var heads = []string{"row", "unit", "ours", "theirs", "ratio", "n", "min–max", "aim"}
+var heads = []string{"row", "unit", "ours", "theirs", "ratio", "n", "min–max", "target"}
 
 func (r *report) table(out io.Writer) {
 	t := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
@@ -171,11 +171,11 @@ func (r *report) table(out io.Writer) {
 	for _, w := range r.rows {
 		fmt.Fprintln(t, strings.Join(w.cells(), "\t"))
 	}
-	_ = t.Flush() // to the terminal
+	_ = t.Flush() // it goes to the terminal
 	for _, l := range r.left {
 		fmt.Fprintf(out, "left out: %s: %s\n", l.what, l.why)
 	}
-	fmt.Fprintf(out, "%.0f s; where a ratio is taken, and of what, says docs/performance.md\n", r.took.Seconds())
+	fmt.Fprintf(out, "%.0f s; docs/performance.md explains each comparison\n", r.took.Seconds())
 }
 
 func (r *report) writeJSON(file string) error {
@@ -186,8 +186,7 @@ func (r *report) writeJSON(file string) error {
 	return os.WriteFile(file, append(raw, '\n'), 0o644)
 }
 
-// addQuantile stores a row whose ours and theirs are a quantile of single measurements, and
-// whose spread is that of ours.
+// addQuantile stores a row with a quantile of single measurements as ours and theirs. The spread is that of ours.
 func (r *report) addQuantile(w row, q float64, ours, theirs samples) {
 	if len(ours) == 0 {
 		r.leaveOut(w.Name, fmt.Errorf("nothing was measured"))

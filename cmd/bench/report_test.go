@@ -55,7 +55,7 @@ func TestEach(t *testing.T) {
 	}
 }
 
-// full is a report with a row of each sort.
+// full is a report with a row of each kind.
 func full() *report {
 	var r report
 	r.add(row{Name: "dead.postgres.1000.seconds", Unit: "s", Against: "vault"}, samples{0.3, 0.2, 0.4}, samples{2})
@@ -79,11 +79,11 @@ func TestJudge(t *testing.T) {
 		verdict string
 	}{
 		{"dead.postgres.1000.seconds", 0.15, "≤ 0.4 met"},
-		{"dead.postgres.1000.vs_vault_best", 4, "≥ ×5 SHORT"},
+		{"dead.postgres.1000.vs_vault_best", 4, "≥ ×5 missed"},
 		{"issue.kv.c1.added_p50_ms", 5, "≤ 2 met"},
 		{"issue.postgres.c16.throughput", 0.95, "≥ ×0.9 met"},
 		{"idle.rss_mb", 0.3, ""},
-		{"fence.10.p99_ms", 1, "≤ 20 SHORT"},
+		{"fence.10.p99_ms", 1, "≤ 20 missed"},
 	} {
 		w, ok := r.row(want.name)
 		if !ok || w.Ratio == nil || *w.Ratio-want.ratio > 1e-9 || want.ratio-*w.Ratio > 1e-9 || w.verdict() != want.verdict {
@@ -97,7 +97,7 @@ func TestJudge(t *testing.T) {
 		t.Errorf("row = %v, want the spread of three rounds", w.cells())
 	}
 	if _, ok := r.row("resume.100000.seconds"); ok || len(r.left) != 2 {
-		t.Errorf("a row without a round is there, or not among what was left out: %v", r.left)
+		t.Errorf("a row without a round is in the report, or is not listed as left out: %v", r.left)
 	}
 }
 
@@ -139,8 +139,8 @@ func TestChartIsXML(t *testing.T) {
 
 func TestPage(t *testing.T) {
 	page := full().page(true)
-	for _, want := range []string{"`dead.postgres.1000.vs_vault_best`: aimed at ≥ ×5, measured ×4.00.", "| `idle.rss_mb` | MB | 30.0 | 100 | 0.3 |",
-		"- `events`: there was no time", "quick run", "beside vault"} {
+	for _, want := range []string{"`dead.postgres.1000.vs_vault_best`: target ≥ ×5, measured ×4.00.", "| `idle.rss_mb` | MB | 30.0 | 100 | 0.3 |",
+		"- `events`: there was no time", "quick run", "compared with vault"} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page lacks %q", want)
 		}

@@ -10,7 +10,7 @@ import (
 // samples are measurements of one thing.
 type samples []float64
 
-// quantile gives the smallest sample that a share q of all do not exceed; NaN without samples.
+// quantile gives the smallest sample that a share q of all samples do not exceed; NaN without samples.
 func (s samples) quantile(q float64) float64 {
 	if len(s) == 0 {
 		return math.NaN()
@@ -20,7 +20,7 @@ func (s samples) quantile(q float64) float64 {
 	return sorted[min(max(at, 0), len(sorted)-1)]
 }
 
-// median is the middle sample, or what lies between the middle two.
+// median gives the middle sample, or the mean of the middle two.
 func (s samples) median() float64 {
 	if len(s)%2 == 1 || len(s) == 0 {
 		return s.quantile(0.5)
@@ -31,17 +31,16 @@ func (s samples) median() float64 {
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
-// loop is what a closed loop of clients measured.
+// loop is the result of a closed loop of clients.
 type loop struct {
 	took      time.Duration
 	latencies samples // in milliseconds
-	err       error   // the first; the client that had it stopped
+	err       error   // the first; it stops its client
 }
 
 func (l loop) perSecond() float64 { return float64(len(l.latencies)) / l.took.Seconds() }
 
-// closedLoop has each client call f again and again, until d is over or most calls were begun
-// by all of them together.
+// closedLoop makes each client call f repeatedly, until d has passed or all of them together have begun most calls.
 func closedLoop(clients int, d time.Duration, most int, f func(client int) error) loop {
 	var mu sync.Mutex // guards l and begun
 	var l loop
@@ -77,7 +76,7 @@ func closedLoop(clients int, d time.Duration, most int, f func(client int) error
 	return l
 }
 
-// each calls f for 0 to n-1 from several workers; the first error ends it.
+// each calls f for 0 to n-1 from several workers. The first error stops it.
 func each(workers, n int, f func(i int) error) error {
 	var mu sync.Mutex // guards next and first
 	var first error
@@ -104,7 +103,8 @@ func each(workers, n int, f func(i int) error) error {
 	return first
 }
 
-// pace calls f n times, so many a second, without waiting for what was begun before.
+// pace calls f perSecond times a second until stop, without waiting for earlier calls. It returns when all calls have
+// returned.
 func pace(perSecond float64, stop <-chan struct{}, f func(i int)) {
 	var wg sync.WaitGroup
 	tick := time.NewTicker(time.Duration(float64(time.Second) / perSecond))

@@ -29,9 +29,8 @@ import (
 	"github.com/pawlsec/pawl/plugins/vault"
 )
 
-// world is the real servers: what `pawl dev` starts, with the broker in a process of its own, a
-// bundle whose secrets live long enough to be measured, and beside our roles in Vault those that
-// somebody without Pawl would make.
+// world is the real servers: those of `pawl dev`, with the broker in a process of its own. The bundle's secrets live
+// long enough to be measured. Vault also has the roles that a platform team without Pawl would make.
 type world struct {
 	env      *dev.Env
 	program  string // pawl
@@ -44,7 +43,7 @@ type world struct {
 	closers  []func()
 }
 
-// secretTTL is the life of the secrets of both sides. Nothing ends by itself while it is measured.
+// secretTTL is the life of the secrets of both sides. No secret expires while it is measured.
 const secretTTL = 14 * time.Minute
 
 func newWorld(ctx context.Context, b *bench) (w *world, err error) {
@@ -76,7 +75,7 @@ func newWorld(ctx context.Context, b *bench) (w *world, err error) {
 	if w.broker, err = startBroker(ctx, w.program, w.config, filepath.Join(b.root, "build", "bench-broker.log")); err != nil {
 		return w, err
 	}
-	w.later(func() { _ = w.broker.stop() }) // what it leaves goes with the rest
+	w.later(func() { _ = w.broker.stop() }) // its files are removed with the rest
 	address := strings.TrimPrefix(w.env.Vault.Address(), "https://")
 	if w.vaultPID, err = childWith(address); err != nil {
 		b.report.leaveOut("CPU time of Vault", err)
@@ -97,7 +96,7 @@ func (w *world) close() {
 	w.closers = nil
 }
 
-// tools are those of the development bundle, whose secrets live longer here.
+// tools are those of the development bundle, with a longer life of the secrets.
 const tools = `tools:
   - {name: tls.call, backend: pki, narrowing: native, ttl: 14m,
      arguments: {name: {kind: string, required: true}}, settings: {arg.name: common_name},
@@ -181,7 +180,7 @@ func (w *world) configure(ctx context.Context, dir string) error {
 	return err
 }
 
-// bestRevocation is what a platform team that knows PostgreSQL writes for Vault.
+// bestRevocation has the statements that a platform team with PostgreSQL experience writes for Vault.
 var bestRevocation = []string{
 	`ALTER ROLE "{{name}}" NOLOGIN`,
 	`SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{{name}}'`,
@@ -189,9 +188,8 @@ var bestRevocation = []string{
 	`DROP ROLE IF EXISTS "{{name}}"`,
 }
 
-// teachVault raises the lives of our roles and makes those of a Vault without Pawl: the same
-// database over a connection of its own, one role with the engine's default revocation
-// statements and one with the best.
+// teachVault raises the TTLs of our roles and makes the roles of a Vault without Pawl: the same database over a
+// connection of its own, one role with the engine's default revocation statements and one with the best.
 func (w *world) teachVault(ctx context.Context) error {
 	ttl := fmt.Sprintf("%ds", int(secretTTL.Seconds()))
 	writes := []vault.Write{
@@ -233,14 +231,14 @@ func (w *world) teachVault(ctx context.Context) error {
 	}
 	for _, write := range writes {
 		if err := w.admin.Write(ctx, write); err != nil {
-			return fmt.Errorf("teaching Vault %s: %w", write.Path, err)
+			return fmt.Errorf("writing Vault's %s: %w", write.Path, err)
 		}
 	}
 	return nil
 }
 
-// prepareDatabase makes the group role that the logins of a Vault without Pawl belong to: rights
-// given to each login by itself collapse when several are made at once (facts.md).
+// prepareDatabase makes the group role for the logins of a Vault without Pawl. Granting rights to each login alone
+// fails when several logins are made at once.
 func (w *world) prepareDatabase(ctx context.Context) error {
 	conn, err := pgx.Connect(ctx, w.env.Database)
 	if err != nil {
@@ -260,18 +258,18 @@ func (w *world) database() string {
 	return strings.TrimPrefix(u.Path, "/")
 }
 
-// agent makes a client with its own identity and connections.
+// agent returns a client with its own identity and connections.
 func (w *world) agent(name string) (*agent.Client, error) {
 	return agent.New(agent.Config{Address: "https://" + w.broker.agents, Source: w.env.Identities.Source(dev.Agent(name)), ServerID: dev.BrokerID})
 }
 
-// ready waits until the broker takes a step, which is when it is logged in to Vault.
+// ready waits until the broker takes a step: then it is logged in to Vault.
 func (w *world) ready(ctx context.Context) error {
 	c, err := w.agent("first")
 	if err != nil {
 		return err
 	}
-	defer c.Close() //nolint:errcheck // it cannot fail in a way that matters here
+	defer c.Close() //nolint:errcheck // it always succeeds
 	d, err := c.Open(ctx, agent.Chain{Task: "first", Rights: []agent.Right{{Tool: "notes.read", Use: true}}})
 	if err != nil {
 		return err
@@ -291,7 +289,7 @@ func (w *world) ready(ctx context.Context) error {
 	}
 }
 
-// revoke revokes chains and waits until the broker calls each settled.
+// revoke revokes chains and waits until each revocation has its final closure.
 func (w *world) revoke(ctx context.Context, chains []string) error {
 	return each(8, len(chains), func(i int) error {
 		rv, err := w.operator.Revoke(ctx, api.RevokeRequest{Selector: "chain:" + chains[i], Reason: "bench: end of a round"})

@@ -15,15 +15,15 @@ import (
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
-// present asks about a value as a service does, and gives the whole answer but its date and number.
+// present introspects a value as a service does, and gives the whole answer without its date and request id.
 func (s service) present(value string) string {
 	s.t.Helper()
-	s.http.CloseIdleConnections() // the broker may have been started again
+	s.http.CloseIdleConnections() // the broker may have restarted
 	resp, err := s.http.PostForm("https://"+s.config.Listen.Agents+"/v1/introspect", url.Values{"token": {value}})
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	defer resp.Body.Close() //nolint:errcheck // only read
+	defer resp.Body.Close() //nolint:errcheck // it was only read
 	raw, err := io.ReadAll(resp.Body)
 	if err != nil {
 		s.t.Fatal(err)
@@ -41,7 +41,7 @@ func (s service) present(value string) string {
 	return resp.Status + "\n" + said.String() + "\n" + string(raw)
 }
 
-// blamed are the audit's violations by a canary.
+// blamed gives the audit's violations for one canary.
 func (w *world) blamed(id string) (found []api.Entry) {
 	w.t.Helper()
 	page, err := w.operator().Audit(w.t.Context(), 0, 1000)
@@ -65,9 +65,9 @@ func (w *world) plant(r api.PlantRequest) api.Planted {
 	return p
 }
 
-// TestCanaryValues: a canary's value that is presented to a service, by whoever stole it, ends the chain in which it
-// was planted, though the broker was killed since; whoever presents it is answered as about any token that nobody
-// knows. One of no chain stops nothing. An operator who finds a value is told what it is.
+// TestCanaryValues: a stolen canary value that is presented to a service ends the chain in which it was planted, even
+// if the broker was killed in between. The answer is the same as for an unknown token. A canary without a chain stops
+// nothing. An operator who finds a value gets the canary's name.
 func TestCanaryValues(t *testing.T) {
 	t.Parallel()
 	need(t, false)
@@ -94,38 +94,38 @@ func TestCanaryValues(t *testing.T) {
 	first.kill()
 	second := startProcess(t, w.file)
 	s := newService(w)
-	s.want("before anybody presents anything", tokens, "lost", "kept", "found")
+	s.want("before any presentation", tokens, "lost", "kept", "found")
 	unknown := s.present("hvs.CAESnobodyknowsthis")
 	if got := s.present(decoy.Value); got != unknown || !strings.HasSuffix(got, "\n\n{\"active\":false}") {
-		t.Errorf("a canary is answered %q, and a token that nobody knows %q", got, unknown)
+		t.Errorf("the answer to a canary is %q, and to an unknown token %q", got, unknown)
 	}
 	if got := s.present(free.Value); got != unknown {
-		t.Errorf("a canary of no chain is answered %q, and a token that nobody knows %q", got, unknown)
+		t.Errorf("the answer to a canary without a chain is %q, and to an unknown token %q", got, unknown)
 	}
 	if !within(10*time.Second, func() bool { return len(w.blamed(decoy.Canary.ID)) > 0 && len(w.blamed(free.Canary.ID)) > 0 }) {
-		t.Fatalf("the audit does not say that they were presented; the broker said:\n%s", second.said())
+		t.Fatalf("the audit has no entry that they were presented; the broker's log:\n%s", second.said())
 	}
 	by := w.blamed(decoy.Canary.ID)
 	if len(by) != 1 || by[0].Chain != string(robbed.Info().Chain) || by[0].Actor != dev.Agent("orders").String() || by[0].Detail != "canary "+decoy.Canary.ID+", revoke-chain" {
-		t.Errorf("the audit says %+v, want who presented it, in whose chain, and what followed", by)
+		t.Errorf("the audit has %+v, want the presenter, the chain and the consequence", by)
 	}
 	s.want("after a canary", tokens, "kept", "found")
 	_, err := robbed.Begin(t.Context(), agent.Call{Tool: "api.call", Args: ordersCall})
 	mustRefuse(t, "a step of the chain that was robbed", err, agent.ErrRevoked)
 	all, err := w.operator().Revocations(t.Context())
 	if err != nil || len(all) != 1 || all[0].Selector != "subtree:"+string(robbed.ID()) || all[0].By != "pawl" {
-		t.Fatalf("Revocations = %+v, %v; want the one of the chain that was robbed", all, err)
+		t.Fatalf("Revocations = %+v, %v; want the one of the chain with the stolen canary", all, err)
 	}
 	w.closes(all[0].ID)
 	for _, id := range []string{decoy.Canary.ID, free.Canary.ID} {
 		if !strings.Contains(second.said(), "canary "+id) {
-			t.Errorf("no alarm names canary %s; the broker said:\n%s", id, second.said())
+			t.Errorf("no alarm names canary %s; the broker's log:\n%s", id, second.said())
 		}
 	}
 
 	rv, err := w.operator().Revoke(t.Context(), api.RevokeRequest{Selector: selector.ForLeaked(logged.Value).String(), Reason: "found in a log"})
 	if err != nil || rv.Selector != "subtree:"+string(read.ID()) {
-		t.Fatalf("Revoke of a value that is a canary's = %+v, %v; want what it set off", rv, err)
+		t.Fatalf("Revoke of a canary's value = %+v, %v; want the revocation that the canary caused", rv, err)
 	}
 	s.want("after a canary was found", tokens, "kept")
 	w.closes(rv.ID)
@@ -134,7 +134,7 @@ func TestCanaryValues(t *testing.T) {
 	}
 	list, err := w.operator().Canaries(t.Context())
 	if err != nil || len(list) != 2 || slices.ContainsFunc(list, func(c api.Canary) bool { return c.Touches != 1 || c.Touched.IsZero() }) {
-		t.Errorf("Canaries = %+v, %v; want both that are left touched once", list, err)
+		t.Errorf("Canaries = %+v, %v; want both remaining canaries touched once", list, err)
 	}
 	for _, p := range []api.Planted{decoy, free, logged} {
 		if strings.Contains(second.said(), p.Value) || strings.Contains(string(w.metrics(t))+string(w.audit(t)), p.Value) {
@@ -143,7 +143,7 @@ func TestCanaryValues(t *testing.T) {
 	}
 }
 
-// closes waits until a revocation is CLOSED with one secret.
+// closes waits until a revocation is CLOSED with one dead secret.
 func (w *world) closes(id string) {
 	w.t.Helper()
 	var last api.Revocation

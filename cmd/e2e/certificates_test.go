@@ -16,14 +16,14 @@ import (
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
-// tally counts, by kind, the requests that go to the next handler.
+// tally counts the requests to the next handler by kind.
 type tally struct {
 	next http.Handler
 
-	mu      sync.Mutex // guards what follows
+	mu      sync.Mutex // guards the fields below
 	kills   int
 	fetched int // revocation lists, and lists of leases
-	made    int // times that the lists were made anew
+	made    int // times that the lists were rebuilt
 }
 
 func (a *tally) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -40,9 +40,9 @@ func (a *tally) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	a.next.ServeHTTP(w, r)
 }
 
-// TestManyCertificates revokes chains with some hundred certificates where Vault's list follows its revocations late. When
-// they are CLOSED the list that is served has each; and Vault was told once to end each token, and asked for lists some
-// times in all, not for each certificate.
+// TestManyCertificates revokes chains with some hundred certificates while Vault updates its revocation list late. When
+// they are CLOSED the served list has each certificate. Vault was asked once to end each token, and a few times for a
+// list, not once for each certificate.
 func TestManyCertificates(t *testing.T) {
 	need(t, false)
 	const chains, each = 8, 30
@@ -107,9 +107,9 @@ func TestManyCertificates(t *testing.T) {
 	}
 	count.mu.Lock()
 	defer count.mu.Unlock()
-	t.Logf("for %d certificates: %d tokens ended, %d lists fetched, %d made", chains*each, count.kills, count.fetched, count.made)
+	t.Logf("for %d certificates: %d tokens ended, %d lists fetched, %d rebuilt", chains*each, count.kills, count.fetched, count.made)
 	if count.kills > chains*each+2*chains || count.fetched > 60 || count.made > 20 || count.made == 0 {
-		t.Errorf("Vault was asked to end %d tokens, for %d lists and to make them anew %d times; want %d, 60 and 20 at the most",
+		t.Errorf("Vault was asked to end %d tokens, for %d lists and for %d rebuilds; want at most %d, 60 and 20",
 			count.kills, count.fetched, count.made, chains*each+2*chains)
 	}
 }

@@ -19,24 +19,24 @@ var (
 	seed       = flag.Int("chaos.seed", 1, "which of the mishaps a sample plays at each point")
 )
 
-// mishap is what happens to a broker at a point.
+// mishap is a fault that hits a broker at a point.
 type mishap string
 
 const (
-	killed      mishap = "killed"      // by kill -9, and started again
-	paused      mishap = "paused"      // stopped as a hypervisor may, until its secrets' time is over
+	killed      mishap = "killed"      // by kill -9, then restarted
+	paused      mishap = "paused"      // stopped, as by a hypervisor, until its secrets have expired
 	ledgerFails mishap = "ledger"      // before a commit: refused; after it: committed, and reported as failed
-	vault500    mishap = "Vault 500"   // before an act: in its place; after it: in the place of its answer
-	answerLost  mishap = "answer lost" // the connection to Vault is cut, likewise
-	targetFails mishap = "target"      // PostgreSQL fails before an act, or after it did it
+	vault500    mishap = "Vault 500"   // before an act: instead of the act; after it: instead of its answer
+	answerLost  mishap = "answer lost" // the connection to Vault is cut, at the same two sides
+	targetFails mishap = "target"      // PostgreSQL fails before an act, or after it has completed the act
 )
 
 var mishaps = []mishap{killed, paused, ledgerFails, vault500, answerLost, targetFails}
 
-// vaultActs are those that are one request to Vault, by the path of the request.
+// vaultActs maps the acts that are one request to Vault to the path of the request.
 var vaultActs = map[string]string{"branch": tokenPath, "child": tokenPath, "mint": mintPath, "kill": killPath, "gone": gonePath}
 
-// happens reports whether a point is one at which m can happen.
+// happens reports whether m can happen at a point.
 func (m mishap) happens(point string) bool {
 	act := actOf(point)
 	switch m {
@@ -50,29 +50,28 @@ func (m mishap) happens(point string) bool {
 	return true
 }
 
-// placeOf is a point without its number, actOf without its side as well.
+// placeOf gives a point without its number. actOf also drops its side.
 func placeOf(point string) string { place, _, _ := strings.Cut(point, " #"); return place }
 func actOf(point string) string   { _, act, _ := strings.Cut(placeOf(point), " "); return act }
 
-// cell is one broker's mishap, perhaps after an earlier broker was killed.
+// cell is one mishap of one broker, possibly after an earlier broker was killed.
 type cell struct {
-	after string // the point at which the earlier one died; empty: there was none
+	after string // the point at which the earlier one was killed; empty: there was none
 	point string
 	mishap
 }
 
-// The walks: a broker without a past, one that finds a mint whose outcome nobody knows, and one that
-// finds a fence and nothing cut.
+// pasts are the starts of the walks: a fresh broker, one that finds a mint with an unknown outcome, and one that finds
+// a fence with nothing severed yet.
 var pasts = []string{"", "after mint #2", "after commit of fence #1"}
 
-// TestChaos has every kind of mishap happen to a broker, at the points around its acts of issuing,
-// closing, revoking and resuming, one run for each, while agents and an operator go on and ask again
-// where they were not answered. Each run is held against the oracle: nothing lives that the ledger
-// does not know, nothing is handed out after a fence was acknowledged, no revocation is CLOSED while
-// a login works, nothing that was acknowledged is lost, and in the end everything is dead and
-// settled without help.
+// TestChaos injects every kind of mishap at the points around a broker's acts of issuing, closing, revoking and
+// resuming, one run for each. Agents and an operator continue meanwhile and retry unanswered requests. The oracle
+// checks each run: the ledger knows every live secret; no secret is handed out after a fence was acknowledged; no
+// revocation is CLOSED while a login works; no acknowledged change is lost; and in the end everything is dead and
+// CLOSED without help.
 //
-// A sample has each point once and each mishap many times; -chaos, as in `make chaos`, plays all.
+// The sample has each point once and each mishap many times. With -chaos, as in `make chaos`, every cell is played.
 func TestChaos(t *testing.T) {
 	t.Parallel()
 	need(t, true)
@@ -96,11 +95,11 @@ func TestChaos(t *testing.T) {
 			})
 		}
 	})
-	t.Logf("mishaps that happened, of runs, all of which were held against the oracle:\n%s", score.table())
+	t.Logf("mishaps that happened, of runs; the oracle checked every run:\n%s", score.table())
 	score.check(t)
 }
 
-// cellsOf are the runs for the points of a walk: every mishap that can happen there, or a sample.
+// cellsOf gives the cells for the points of a walk: every mishap that can happen there, or a sample.
 func cellsOf(past string, points []string) (cells []cell) {
 	for i, point := range points {
 		for _, m := range mishaps {
@@ -112,11 +111,11 @@ func cellsOf(past string, points []string) (cells []cell) {
 	return cells
 }
 
-// resuming is what a broker with a past does that one without does not.
+// resuming lists the acts that only a broker with a past performs.
 var resuming = []string{"commit of resume", "sever", "kill", "prove", "gone", "commit of end", "commit of closed", "commit of evidence", "commit of closure"}
 
-// sampled has a mishap of each point in the sample; n numbers the points. The broker is mostly killed
-// in TestKillWalk instead.
+// sampled reports whether the sample has this mishap at this point; n numbers the points. Most kills are in
+// TestKillWalk instead.
 func sampled(past, point string, m mishap, n int) bool {
 	if past != "" && (!slices.Contains(resuming, actOf(point)) || !strings.HasSuffix(point, "#1")) {
 		return false
@@ -135,8 +134,7 @@ func sampled(past, point string, m mishap, n int) bool {
 	return m == ledgerFails || m == targetFails
 }
 
-// walkAfter plays once without a mishap and gives the points that the broker passed, at most two of
-// a kind.
+// walkAfter plays once without a mishap and gives the points that the broker passed, at most two of a kind.
 func walkAfter(t *testing.T, envs chan *dev.Env, past string) []string {
 	env := <-envs
 	defer func() { envs <- env }()
@@ -151,7 +149,7 @@ func walkAfter(t *testing.T, envs chan *dev.Env, past string) []string {
 	return points
 }
 
-// scores count runs.
+// scores counts runs and the mishaps that happened in them.
 type scores struct {
 	mu   sync.Mutex // guards runs
 	runs map[string]map[mishap]score
@@ -183,7 +181,7 @@ func (s *scores) add(c cell, met, ok bool) {
 
 const total = "all"
 
-// table has a row for each place, and one for all.
+// table has a row for each place, and one for the total.
 func (s *scores) table() string {
 	var out strings.Builder
 	line := func(name string, field func(mishap) string) {
@@ -216,8 +214,8 @@ func (s *scores) table() string {
 	return out.String()
 }
 
-// check fails when a mishap did not happen, or points were missed so often that the runs show little:
-// what the background does varies, and now and then a point does not come.
+// check fails when a mishap never happened, or when so many points were missed that the runs prove little. Background
+// work varies between runs, so some points are not reached in some runs.
 func (s *scores) check(t *testing.T) {
 	t.Helper()
 	for _, m := range mishaps {
@@ -227,9 +225,9 @@ func (s *scores) check(t *testing.T) {
 	}
 }
 
-var errMishap = errors.New("the disk, or the target, says no")
+var errMishap = errors.New("injected failure of the disk or the target")
 
-// pause is how long a paused broker stands still, and the life of the secrets in such a run.
+// pause gives the duration for which a paused broker is stopped. It is also the life of the secrets in such a run.
 func pause() time.Duration {
 	if *everything {
 		return 30 * time.Second

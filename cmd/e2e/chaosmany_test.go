@@ -23,12 +23,12 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// longLife is the life of secrets of which ten thousand are to be alive at once.
+// longLife is the life of the secrets where ten thousand must be alive at once.
 const longLife = 14 * time.Minute
 
-// TestChaosVaultDownAmongMany revokes a chain with 300 logins, with -chaos 10,000, and kills Vault in
-// the middle of ending them: PostgreSQL refuses all the same, nothing is called dead that nobody can
-// know of, the end that is named is never too early, and with Vault back all are dead, without help.
+// TestChaosVaultDownAmongMany revokes a chain with 300 logins (10,000 with -chaos) and kills Vault in the middle.
+// Still, PostgreSQL refuses every login, nothing is called dead without proof, and the reported latest end is never
+// too early. When Vault is back all are dead, without help.
 func TestChaosVaultDownAmongMany(t *testing.T) {
 	t.Parallel()
 	need(t, true)
@@ -71,21 +71,21 @@ func TestChaosVaultDownAmongMany(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), longLife)
 	defer cancel()
 	if err := w.operator().Follow(ctx, rv.ID, func(now api.Revocation) error { rv = now; return nil }); err != nil {
-		t.Fatalf("following: %v; it is %+v", err, rv)
+		t.Fatalf("following the revocation: %v; it is %+v", err, rv)
 	}
 	t.Logf("all dead %v after Vault came back", time.Since(back).Round(time.Millisecond))
 	if rv.Closure != string(broker.ClosureClosed) || rv.Dead != rv.Grants || rv.Grants < many {
-		t.Errorf("the revocation is %s with %d of %d dead, want CLOSED with all %d or more", rv.Closure, rv.Dead, rv.Grants, many)
+		t.Errorf("the revocation is %s with %d of %d dead, want CLOSED with all of at least %d", rv.Closure, rv.Dead, rv.Grants, many)
 	}
 	if now := w.oracle.left().without(w.before); !now.none() {
-		t.Errorf("CLOSED, and there are still %d leases and %d roles", len(now.leases), len(now.roles))
+		t.Errorf("the revocation is CLOSED, but %d leases and %d roles remain", len(now.leases), len(now.roles))
 	}
 	if n := w.oracle.irrevocable(); n != "0" {
 		t.Errorf("Vault has given up %s leases", n)
 	}
 }
 
-// takeMany holds steps of one chain, taken by several at once.
+// takeMany takes n steps of one chain in parallel and leaves them open.
 func (w *world) takeMany(n int) (root *agent.Delegation, got []chaosLogin) {
 	w.t.Helper()
 	client := w.agent("planner")
@@ -101,7 +101,8 @@ func (w *world) takeMany(n int) (root *agent.Delegation, got []chaosLogin) {
 		all.Go(func() {
 			for i := range next {
 				s, l, err := take(w.t.Context(), root, 0)
-				for again := 0; errors.Is(err, agent.ErrUnavailable) && again < 5; again++ { // a mint took too long here: it is hunted down
+				// A mint timed out here; the broker ends it.
+				for again := 0; errors.Is(err, agent.ErrUnavailable) && again < 5; again++ {
 					s, l, err = take(w.t.Context(), root, 0)
 				}
 				if err != nil {
@@ -128,8 +129,7 @@ func (w *world) takeMany(n int) (root *agent.Delegation, got []chaosLogin) {
 	return root, got
 }
 
-// whileDown looks at a revocation while Vault is down, until PostgreSQL refuses every login, and some
-// looks longer.
+// whileDown polls a revocation while Vault is down, until PostgreSQL refuses every login, and a few times more.
 func (w *world) whileDown(id string, got []chaosLogin) {
 	w.t.Helper()
 	ends := map[string]time.Time{} // by grant
@@ -143,7 +143,7 @@ func (w *world) whileDown(id string, got []chaosLogin) {
 		if err != nil {
 			w.t.Fatal(err)
 		}
-		var last time.Time // of those that are not over
+		var last time.Time // the latest end of the open grants
 		open := 0
 		for _, g := range w.grants() {
 			if g.State == string(broker.StateClosed) {
@@ -155,10 +155,10 @@ func (w *world) whileDown(id string, got []chaosLogin) {
 			}
 		}
 		if rv.Closure == string(broker.ClosureClosed) || !rv.Settled.IsZero() || open == 0 || rv.Dead > rv.Grants-open {
-			w.t.Fatalf("Vault is down and %d grants are open, and the revocation is %+v", open, rv)
+			w.t.Fatalf("Vault is down, %d grants are open, and the revocation is %+v", open, rv)
 		}
 		if rv.LatestEnd.Before(last.Truncate(time.Second)) {
-			w.t.Fatalf("all is said to be over by %v, and a secret that is not over ends at %v", rv.LatestEnd, last)
+			w.t.Fatalf("the reported latest end is %v, but an open secret ends at %v", rv.LatestEnd, last)
 		}
 		for i := 0; i < len(got); i += sample {
 			if w.oracle.works(got[i].login) {
@@ -168,11 +168,11 @@ func (w *world) whileDown(id string, got []chaosLogin) {
 		looks++
 		return looks > 2
 	}) {
-		w.t.Error("logins work although PostgreSQL can be told without Vault")
+		w.t.Error("logins work, although severing at PostgreSQL needs no Vault")
 	}
 }
 
-// longLived gives the tools of the environment secrets that live long, in Vault and in a bundle.
+// longLived raises the life of the environment's secrets, in Vault and in a new bundle.
 func longLived(t *testing.T, env *dev.Env, c *wire.Config) {
 	t.Helper()
 	client, err := env.Vault.Client()
@@ -202,7 +202,7 @@ func longLived(t *testing.T, env *dev.Env, c *wire.Config) {
 	c.Policy = sign(t, files)
 }
 
-// sign builds and signs an author's directory with a key made now.
+// sign builds and signs an author's directory with a new key.
 func sign(t *testing.T, dir fs.FS) (c wire.Policy) {
 	t.Helper()
 	source, err := policy.Build(dir)

@@ -17,8 +17,8 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// run is one cell: the broker with the mishap, those before and after it, and what agents and an
-// operator do meanwhile and learn.
+// run plays one cell: the broker with the mishap and the brokers before and after it. It has the requests of agents and
+// an operator, and the answers that they got.
 type run struct {
 	w     *world
 	cell  cell
@@ -26,20 +26,20 @@ type run struct {
 	life  time.Duration // of secrets
 
 	began   int          // brokers so far
-	process *process     // the one that runs, or
-	here    *wire.Server // in this process
+	process *process     // the running broker, or
+	here    *wire.Server // the broker in this process
 
 	got     []chaosLogin
-	granted []string // ids that an agent was told
-	fenced  []string // revocations that an operator was told
+	granted []string // ids of grants in answers to an agent
+	fenced  []string // ids of revocations in answers to an operator
 	chains  []string
 
-	mu     sync.Mutex // guards what follows
+	mu     sync.Mutex // guards the fields below
 	points []string
 	done   bool // the mishap happened
 }
 
-// chaosLogin is a login that an agent got, what it is revoked by, and its end.
+// chaosLogin is a login that an agent got, with the selectors that revoke it and its end.
 type chaosLogin struct {
 	login
 	under []string
@@ -64,7 +64,7 @@ func (r *run) met() bool { r.mu.Lock(); defer r.mu.Unlock(); return r.done }
 
 func (r *run) walked() []string { r.mu.Lock(); defer r.mu.Unlock(); return slices.Clone(r.points) }
 
-// alive starts the next broker when there is none.
+// alive starts the next broker if none is running.
 func (r *run) alive() {
 	r.w.t.Helper()
 	if r.process != nil {
@@ -79,8 +79,8 @@ func (r *run) alive() {
 	}
 }
 
-// next starts a broker: first the one that dies and leaves a past, then the one with the mishap, and
-// after it those without.
+// next starts a broker: first the one that is killed and leaves a past, then the one with the mishap, then brokers
+// without one.
 func (r *run) next() {
 	r.w.t.Helper()
 	n := r.began
@@ -103,11 +103,11 @@ func (r *run) next() {
 	}
 }
 
-// watch notes that the point came, and lets a paused broker go on when its time is over.
+// watch records that the point was reached, and continues a paused broker after its pause.
 func (r *run) watch(p *process) {
 	select {
 	case <-p.met:
-	case <-p.exited: // what it said last is read by then
+	case <-p.exited: // its last output has been read by then
 	}
 	select {
 	case <-p.met:
@@ -122,14 +122,14 @@ func (r *run) watch(p *process) {
 	defer over.Stop()
 	select {
 	case <-over.C:
-		_ = p.cmd.Process.Signal(syscall.SIGCONT) // else it is gone, and the run says so
+		_ = p.cmd.Process.Signal(syscall.SIGCONT) // if it has exited, the run fails elsewhere
 	case <-p.exited:
 	}
 }
 
 func (r *run) happened() { r.mu.Lock(); defer r.mu.Unlock(); r.done = true }
 
-// reach is the broker in this process at a point.
+// reach is called when the broker in this process is at a point.
 func (r *run) reach(point string) error {
 	r.mu.Lock()
 	r.points = append(r.points, point)
@@ -161,8 +161,8 @@ func (r *run) spoil(f fault) {
 	r.proxy.spoil(vaultActs[actOf(r.cell.point)], f)
 }
 
-// again has something done, by asking again for as long as it fails, as agents and operators do. An
-// error must say that the answer is not known, or that time was over.
+// again retries a request until it succeeds, as agents and operators do. Every error must be an unknown outcome or an
+// expiry.
 func (r *run) again(what string, do func(context.Context) error) {
 	r.w.t.Helper()
 	var err error
@@ -172,15 +172,15 @@ func (r *run) again(what string, do func(context.Context) error) {
 		ctx, cancel := context.WithTimeout(r.w.t.Context(), patience)
 		defer cancel()
 		if err = do(ctx); err != nil && !errors.Is(err, agent.ErrUnavailable) && !errors.Is(err, agent.ErrExpired) {
-			r.w.t.Fatalf("%s: %v, which is not so", what, err)
+			r.w.t.Fatalf("%s: %v, which is false", what, err)
 		}
 		return err == nil
 	}) {
-		r.w.t.Fatalf("%s, asked again for %v: %v", what, patience, err)
+		r.w.t.Fatalf("%s, retried for %v: %v", what, patience, err)
 	}
 }
 
-// play is the whole of a run.
+// play runs the cell from the first request to the last check.
 func (r *run) play() {
 	w := r.w
 	root := r.open("planner")
@@ -198,10 +198,10 @@ func (r *run) play() {
 	r.refuses(root, "planner")
 	r.refuses(part, "writer")
 	r.follow()
-	w.settled(r.life + 4*bound)
-	r.over()
+	w.allClosed(r.life + 4*bound)
+	r.ended()
 	r.restart()
-	r.over()
+	r.ended()
 	r.remembered()
 }
 
@@ -234,15 +234,15 @@ func (r *run) step(d *agent.Delegation) (s *agent.Step) {
 	return s
 }
 
-// violate asks for a tool that policy forbids with revoke-chain. When the answer was lost, the next
-// one says that the chain is revoked.
+// violate asks for a tool that policy forbids with revoke-chain. If the answer was lost, the answer to the retry is
+// that the chain is revoked.
 func (r *run) violate(d *agent.Delegation) {
 	r.again("breaking policy", func(ctx context.Context) error {
 		_, err := d.Begin(ctx, agent.Call{Tool: "db.admin", Args: agent.Args{"tables": []string{"orders"}}})
 		var p *agent.Error
 		switch {
 		case err == nil:
-			r.w.t.Fatal("a forbidden tool was given")
+			r.w.t.Fatal("a secret was handed out for a forbidden tool")
 		case errors.As(err, &p) && (p.Kind == agent.ErrDenied && p.Revocation != "" || p.Kind == agent.ErrRevoked):
 			return nil
 		}
@@ -261,8 +261,8 @@ func (r *run) revoke(d *agent.Delegation) {
 	})
 }
 
-// refuses asks the broker itself, over a connection of its own, for a step under a fence that was
-// acknowledged.
+// refuses asks the broker, over a new connection, for a step under a fence that was acknowledged. The broker must
+// refuse it.
 func (r *run) refuses(d *agent.Delegation, holder string) {
 	r.again("asking under a fence", func(ctx context.Context) error {
 		err := r.w.post(ctx, holder, "/v1/delegations/"+string(d.ID())+"/steps", api.StepRequest{Tool: "db.read", Args: []byte(`{"tables":["orders"]}`)}, new(api.Issued))
@@ -276,7 +276,7 @@ func (r *run) refuses(d *agent.Delegation, holder string) {
 	})
 }
 
-// follow follows every revocation that the ledger has to its end.
+// follow follows every revocation in the ledger to its final closure.
 func (r *run) follow() {
 	var all []api.Revocation
 	r.again("listing revocations", func(ctx context.Context) (err error) { all, err = r.w.operator().Revocations(ctx); return err })
@@ -284,41 +284,41 @@ func (r *run) follow() {
 		r.w.t.Fatalf("the ledger has %d revocations, want one of each chain", len(all))
 	}
 	for _, rv := range all {
-		r.again("following a revocation", func(ctx context.Context) error { return r.w.operator().Follow(ctx, rv.ID, r.look) })
+		r.again("following a revocation", func(ctx context.Context) error { return r.w.operator().Follow(ctx, rv.ID, r.check) })
 	}
 }
 
-// look holds what a revocation says against what PostgreSQL says: CLOSED only when all are dead, and
-// an end that is not before that of a login which works.
-func (r *run) look(rv api.Revocation) error {
+// check compares a revocation with PostgreSQL: it is CLOSED only when all logins are dead, and its latest end is not
+// before the end of a working login.
+func (r *run) check(rv api.Revocation) error {
 	for _, l := range r.got {
 		if !slices.Contains(l.under, rv.Selector) {
 			continue
 		}
 		switch works := r.w.oracle.works(l.login); {
 		case works && rv.Closure == string(broker.ClosureClosed):
-			r.w.t.Errorf("the revocation is CLOSED and login %s works", l.Username)
+			r.w.t.Errorf("the revocation is CLOSED, but login %s works", l.Username)
 		case works && rv.LatestEnd.Before(l.end.Truncate(time.Second)):
-			r.w.t.Errorf("all is said to be over by %v, and login %s works until %v", rv.LatestEnd, l.Username, l.end)
+			r.w.t.Errorf("the reported latest end is %v, but login %s works until %v", rv.LatestEnd, l.Username, l.end)
 		}
 	}
 	if !rv.Settled.IsZero() && (rv.Closure != string(broker.ClosureClosed) || rv.Dead != rv.Grants) {
-		r.w.t.Errorf("the revocation settled as %s with %d of %d dead, want CLOSED with all", rv.Closure, rv.Dead, rv.Grants)
+		r.w.t.Errorf("the final closure is %s with %d of %d dead, want CLOSED with all", rv.Closure, rv.Dead, rv.Grants)
 	}
 	return nil
 }
 
-// over holds the end against the oracle.
-func (r *run) over() {
+// ended checks the final state with the oracle.
+func (r *run) ended() {
 	for _, l := range r.got {
 		if r.w.oracle.works(l.login) {
-			r.w.t.Errorf("login %s works in the end", l.Username)
+			r.w.t.Errorf("login %s works after the run", l.Username)
 		}
 	}
 	r.w.oracle.untilNone(r.w.before, 5*time.Second)
 }
 
-// restart ends the broker in order, and starts one that finds what is in the ledger.
+// restart stops the broker cleanly and starts a new one on the same ledger.
 func (r *run) restart() {
 	if r.process != nil {
 		r.process.end(r.w.t)
@@ -328,7 +328,7 @@ func (r *run) restart() {
 	r.process, r.here = nil, r.w.here(nil, nil)
 }
 
-// remembered looks for everything that was acknowledged.
+// remembered checks that the ledger has every acknowledged change.
 func (r *run) remembered() {
 	have := map[string]bool{}
 	o := r.w.operator()
@@ -338,7 +338,7 @@ func (r *run) remembered() {
 	}
 	for _, rv := range all {
 		if have[rv.ID] = true; rv.Closure != string(broker.ClosureClosed) || rv.Settled.IsZero() {
-			r.w.t.Errorf("in the end revocation %s is %s, settled %v", rv.ID, rv.Closure, rv.Settled)
+			r.w.t.Errorf("after the run revocation %s is %s, final since %v", rv.ID, rv.Closure, rv.Settled)
 		}
 	}
 	for _, g := range r.w.grants() {
@@ -346,7 +346,7 @@ func (r *run) remembered() {
 	}
 	for _, id := range slices.Concat(r.granted, r.fenced, r.chains) {
 		if !have[id] {
-			r.w.t.Errorf("%s was acknowledged, and the ledger does not have it", id)
+			r.w.t.Errorf("%s was acknowledged, but the ledger does not have it", id)
 		}
 	}
 	if r.w.t.Failed() {

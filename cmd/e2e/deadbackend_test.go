@@ -14,16 +14,16 @@ import (
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
-// outage is a chain that holds logins and certificates while a part of the world is down.
+// outage is a chain with logins and certificates while a server is down.
 type outage struct {
 	*world
 	root    *agent.Delegation
 	logins  []login
 	serials []*big.Int
-	end     time.Time // when the last secret ends if nobody does anything: what PostgreSQL and the certificates say
+	end     time.Time // when the last secret expires by itself, read from PostgreSQL and the certificates
 }
 
-// each is how many of each kind are held.
+// each is the number of live secrets of each kind.
 const each = 4
 
 func newOutage(t *testing.T) *outage {
@@ -61,7 +61,7 @@ func (o *outage) certificate(d *agent.Delegation) {
 	}
 	block, _ := pem.Decode([]byte(step.Secret().Field("certificate")))
 	if block == nil {
-		o.t.Fatal("the secret holds no certificate")
+		o.t.Fatal("the secret has no certificate")
 	}
 	cert, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {
@@ -77,11 +77,11 @@ func (o *outage) lives(until time.Time) {
 	}
 }
 
-// readEnds asks PostgreSQL how long each login can be used.
+// readEnds reads from PostgreSQL until when each login can be used.
 func (o *outage) readEnds() {
 	o.t.Helper()
 	conn := o.oracle.superuser()
-	defer conn.Close(context.Background()) //nolint:errcheck // only read
+	defer conn.Close(context.Background()) //nolint:errcheck // it was only read
 	for _, l := range o.logins {
 		var until time.Time
 		if err := conn.QueryRow(o.t.Context(), "SELECT rolvaliduntil FROM pg_roles WHERE rolname = $1", l.Username).Scan(&until); err != nil {
@@ -100,27 +100,27 @@ func (o *outage) revoke(chain string) api.Revocation {
 	return rv
 }
 
-// look reads a revocation while something is down, and checks what it claims: not closed, no more
-// dead than can be known, and an end that is not before the true one.
-func (o *outage) look(id string, known int, end time.Time) api.Revocation {
+// peek reads a revocation while a server is down and checks its claims: it is not CLOSED, no more grants are dead than
+// can be proven, and its latest end is not before the true one.
+func (o *outage) peek(id string, known int, end time.Time) api.Revocation {
 	o.t.Helper()
 	rv, err := o.operator().Revocation(o.t.Context(), id)
 	if err != nil {
 		o.t.Fatal(err)
 	}
 	if rv.Closure == string(broker.ClosureClosed) || !rv.Settled.IsZero() {
-		o.t.Fatalf("the revocation is %s although a part that must prove it is down: %+v", rv.Closure, rv)
+		o.t.Fatalf("the revocation is %s although a server that must prove it is down: %+v", rv.Closure, rv)
 	}
 	if rv.Dead > known || rv.Dead+rv.Alive+rv.Unknown != rv.Grants {
 		o.t.Fatalf("%d are called dead, %d alive and %d unknown of %d, want at most %d dead", rv.Dead, rv.Alive, rv.Unknown, rv.Grants, known)
 	}
 	if rv.LatestEnd.Before(end.Truncate(time.Second)) {
-		o.t.Fatalf("the latest end is said to be %v, and it is %v", rv.LatestEnd, end)
+		o.t.Fatalf("the reported latest end is %v, and the true one is %v", rv.LatestEnd, end)
 	}
 	return rv
 }
 
-// follow waits for CLOSED with so many dead. Nobody helps.
+// follow waits, without intervening, for CLOSED with the given number of dead grants.
 func (o *outage) follow(id string, dead int) {
 	o.t.Helper()
 	ctx, cancel := context.WithTimeout(o.t.Context(), 2*time.Minute)
@@ -134,22 +134,23 @@ func (o *outage) follow(id string, dead int) {
 	}
 }
 
-// of counts the chain's grants for a tool that are over, and those that are not but were looked at.
-func (o *outage) of(tool string) (over, looked int) {
+// of counts the chain's grants for a tool: those that are closed, and the open ones with evidence.
+func (o *outage) of(tool string) (closed, checked int) {
 	o.t.Helper()
 	for _, g := range o.grants() {
 		switch {
 		case g.Tool != tool || g.Chain != string(o.root.Info().Chain):
 		case g.State == string(broker.StateClosed):
-			over++
+			closed++
 		case len(g.Evidence) > 0:
-			looked++
+			checked++
 		}
 	}
-	return over, looked
+	return closed, checked
 }
 
-func (o *outage) over() {
+// ended checks that every login and certificate is dead and that no lease or role is left.
+func (o *outage) ended() {
 	o.t.Helper()
 	for _, l := range o.logins {
 		if o.oracle.works(l) {
@@ -167,8 +168,8 @@ func (o *outage) over() {
 	}
 }
 
-// TestDeadPostgreSQL: logins of a database that is down are unknown until it is back; certificates
-// of the same chain are dead meanwhile, and so is another chain.
+// TestDeadPostgreSQL: the logins of a database that is down are unknown until it is back. Meanwhile the certificates of
+// the same chain are dead, and so is another chain.
 func TestDeadPostgreSQL(t *testing.T) {
 	o := newOutage(t)
 	if err := o.env.Postgres.Stop(); err != nil {
@@ -178,23 +179,23 @@ func TestDeadPostgreSQL(t *testing.T) {
 	_, err := o.root.Begin(t.Context(), agent.Call{Tool: "tls.call", Args: agent.Args{"name": "a.agents.pawl.dev"}})
 	mustRefuse(t, "a step after the acknowledgement", err, agent.ErrRevoked)
 	if !within(30*time.Second, func() bool {
-		o.look(rv.ID, each, o.end)
+		o.peek(rv.ID, each, o.end)
 		dead, _ := o.of("tls.call")
-		_, looked := o.of("db.read")
-		return dead == each && looked == each
+		_, checked := o.of("db.read")
+		return dead == each && checked == each
 	}) {
-		t.Fatal("the certificates are not dead, or the logins were not looked at, although only PostgreSQL is down")
+		t.Fatal("the certificates are not dead, or the logins were not checked, although only PostgreSQL is down")
 	}
 	for _, serial := range o.serials {
 		if !o.oracle.revoked(serial) {
-			t.Errorf("certificate %v is called dead and is not on the revocation list", serial)
+			t.Errorf("certificate %v is called dead, but is not on the revocation list", serial)
 		}
 	}
 
 	other := o.open()
 	o.certificate(other)
 	o.follow(o.revoke(string(other.Info().Chain)).ID, 1)
-	if !within(10*time.Second, func() bool { return o.look(rv.ID, each, o.end).Dead == each }) {
+	if !within(10*time.Second, func() bool { return o.peek(rv.ID, each, o.end).Dead == each }) {
 		t.Errorf("the revocation does not count %d dead", each)
 	}
 
@@ -202,11 +203,11 @@ func TestDeadPostgreSQL(t *testing.T) {
 		t.Fatal(err)
 	}
 	o.follow(rv.ID, 2*each)
-	o.over()
+	o.ended()
 }
 
-// TestDeadVault: with Vault down a fence is acknowledged and logins are cut at their database all
-// the same; nothing is called dead before Vault is back to say so.
+// TestDeadVault: with Vault down a fence is still acknowledged and logins are severed at their database. Nothing is
+// called dead before Vault is back to confirm it.
 func TestDeadVault(t *testing.T) {
 	for _, row := range []struct {
 		name     string
@@ -225,7 +226,7 @@ func TestDeadVault(t *testing.T) {
 			_, err := o.root.Begin(t.Context(), agent.Call{Tool: "tls.call", Args: agent.Args{"name": "a.agents.pawl.dev"}})
 			mustRefuse(t, "a step after the acknowledgement", err, agent.ErrRevoked)
 			if !within(30*time.Second, func() bool {
-				o.look(rv.ID, 0, o.end)
+				o.peek(rv.ID, 0, o.end)
 				for _, l := range o.logins {
 					if o.oracle.works(l) {
 						return false
@@ -235,13 +236,13 @@ func TestDeadVault(t *testing.T) {
 				_, certificates := o.of("tls.call")
 				return logins == each && certificates == each
 			}) {
-				t.Fatal("the logins work, or were not looked at, although only Vault is down")
+				t.Fatal("the logins work, or were not checked, although only Vault is down")
 			}
 			if err := row.up(o.env, t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			o.follow(rv.ID, 2*each)
-			o.over()
+			o.ended()
 		})
 	}
 }

@@ -1,4 +1,3 @@
-// Package e2e holds the tests of the whole, over real parts: a real Vault, PostgreSQL and SPIRE,
-// the broker as it is wired for production, and an oracle that asks the backends themselves and
-// shares no code with the broker.
+// Package e2e holds the end-to-end tests over real servers: Vault, PostgreSQL, SPIRE, and the broker as it is wired for
+// production. An oracle asks the backends themselves and shares no code with the broker.
 package e2e

@@ -30,8 +30,8 @@ permit (principal in TrustDomain::"acme.example", action == Action::"delegate", 
 permit (principal in TrustDomain::"acme.example", action == Action::"delegate", resource == Tool::"mail.send");
 `
 
-// TestDelegationAcrossTrustDomains: passing on to another trust domain takes a permit of the signed
-// bundle that names both, whatever else is permitted, and the refusal says so.
+// TestDelegationAcrossTrustDomains: a delegation to another trust domain needs a permit of the signed bundle that names
+// both domains, regardless of all other permits. The refusal names that permit as missing.
 func TestDelegationAcrossTrustDomains(t *testing.T) {
 	const partner = "spiffe://partner.example/agent"
 	s := newStage(t, authors(map[string]string{"bundle.yaml": "{name: partners, version: 1}", "tools.yaml": partnerTools, "main.cedar": partnerPolicy}))
@@ -41,7 +41,7 @@ func TestDelegationAcrossTrustDomains(t *testing.T) {
 		policies []string // that decided
 	}{
 		{[]string{"db.write"}, []string{"work"}},
-		{[]string{"mail.send"}, []string{"other-mails", "work"}}, // its permit names another two
+		{[]string{"mail.send"}, []string{"other-mails", "work"}}, // its permit names two other domains
 		{[]string{"db.read", "db.write"}, []string{"work"}},
 	} {
 		_, err := planner.Delegate(t.Context(), partner, agent.Share{Rights: rights(row.tools...)})
@@ -50,11 +50,12 @@ func TestDelegationAcrossTrustDomains(t *testing.T) {
 			t.Errorf("Delegate of %v: decided by %v, missing %v, remedy %q; want %v and both trust domains", row.tools, p.Policies, p.Missing, p.Remedy, row.policies)
 		}
 	}
-	s.do(s.share(planner, "/writer", agent.Share{Rights: rights("db.write")}), "db.write", nil) // inside one, nothing need be named
+	// Inside one trust domain no permit needs to name it.
+	s.do(s.share(planner, "/writer", agent.Share{Rights: rights("db.write")}), "db.write", nil)
 
 	id, err := planner.Delegate(t.Context(), partner, agent.Share{Rights: rights("db.read")})
 	if err != nil {
-		t.Fatalf("Delegate of what a permit names both trust domains for = %v", err)
+		t.Fatalf("Delegate of a tool with a permit that names both trust domains = %v", err)
 	}
 	chains, err := s.operator().Chains(t.Context(), false)
 	if err != nil || len(chains) != 1 {
@@ -71,6 +72,6 @@ func TestDelegationAcrossTrustDomains(t *testing.T) {
 		}
 	}
 	if !slices.Equal(abroad, []string{string(id)}) {
-		t.Errorf("%s holds %v, want %s alone", partner, abroad, id)
+		t.Errorf("%s holds %v, want only %s", partner, abroad, id)
 	}
 }

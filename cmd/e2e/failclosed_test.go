@@ -21,24 +21,24 @@ import (
 
 var update = flag.Bool("update", false, "write the table of docs/promises.md")
 
-// outageRow is a part that is down or in doubt.
+// outageRow is one part that is down or unreliable.
 type outageRow struct {
 	name   string
-	part   func(*outOfOrder)       // puts between the engine and its parts what break_ switches on; nil: nothing
-	break_ func(*outOfOrder) error // after chains and a secret are there
-	repair func(*outOfOrder) error // nil: what ends with the run
-	gives  bool                    // an agent may get a secret all the same
-	blind  bool                    // what it must prove cannot be proven
+	part   func(*outOfOrder)       // installs the fault that break_ switches on; nil: none
+	break_ func(*outOfOrder) error // called once chains and a secret exist
+	repair func(*outOfOrder) error // nil: the fault ends with the run
+	gives  bool                    // an agent may still get a secret
+	blind  bool                    // the broken part is needed for the proof
 }
 
-// outOfOrder is a world with a part out of order.
+// outOfOrder is a world with one broken part.
 type outOfOrder struct {
 	*world
 	change []func(*engine.Config)
 	broken atomic.Bool
 }
 
-// acts are what is asked for, in the order of the table.
+// acts lists the requests in the order of the table.
 var acts = []string{"open", "issue", "delegate", "close", "revoke", "freeze"}
 
 var outages = []outageRow{
@@ -76,13 +76,13 @@ var outages = []outageRow{
 	{name: "the clock is an hour behind", part: func(o *outOfOrder) { o.clock(-time.Hour) }},
 }
 
-// shortSVID is the life of SVIDs in an environment whose Workload API is closed.
+// shortSVID is the life of SVIDs where the Workload API is closed during the test.
 const shortSVID = 10 * time.Second
 
-// brief is the life of secrets here: what cannot be ended while a part is broken is waited for.
+// brief is the life of secrets here: the test waits for the expiry of secrets that cannot be ended.
 const brief = 25 * time.Second
 
-// points has every act on one side of a commit fail while the part is broken.
+// points makes every commit fail at one side, before or after it, while the part is broken.
 func (o *outOfOrder) points(side string) {
 	o.change = append(o.change, newFaults(func(point string) error {
 		if o.broken.Load() && strings.HasPrefix(point, side) {
@@ -92,7 +92,7 @@ func (o *outOfOrder) points(side string) {
 	}).install)
 }
 
-// clock has the engine's clock jump.
+// clock makes the engine's clock jump.
 func (o *outOfOrder) clock(by time.Duration) {
 	o.change = append(o.change, func(c *engine.Config) {
 		c.Now = func() time.Time {
@@ -104,7 +104,7 @@ func (o *outOfOrder) clock(by time.Duration) {
 	})
 }
 
-// reach asks for anything that needs an identity, over a connection of its own.
+// reach sends a request that needs an identity, over a new connection.
 func (o *outOfOrder) reach() error {
 	return o.post(o.t.Context(), "planner", "/v1/chains", api.OpenRequest{}, new(api.Delegation))
 }
@@ -121,9 +121,9 @@ func (d *doubtful) Decide(q broker.Question) broker.Decision {
 	return answer
 }
 
-// TestFailClosed breaks one part after the other and asks for everything that can be asked for. What
-// comes of it is the table in docs/promises.md, word for word; no secret is handed out where a part is
-// in doubt, and with the part back nothing lives that should not.
+// TestFailClosed breaks one part after the other and sends every kind of request. The results are the table in
+// docs/promises.md, word for word. No secret is handed out while a part is unreliable. Once the part is back, no secret
+// is alive that should be dead.
 func TestFailClosed(t *testing.T) {
 	t.Parallel()
 	need(t, true)
@@ -154,7 +154,7 @@ func TestFailClosed(t *testing.T) {
 	promise(t, table.String()+"\n")
 }
 
-// play breaks the part and gives what came of each act.
+// play breaks the part and gives the result of each act.
 func (row outageRow) play(t *testing.T) map[string]string {
 	config := dev.Config{}
 	if strings.Contains(row.name, "SVID") {
@@ -190,7 +190,7 @@ func (row outageRow) play(t *testing.T) map[string]string {
 			t.Fatal(err)
 		}
 	}
-	o.settled(90 * time.Second)
+	o.allClosed(90 * time.Second)
 	o.oracle.untilNone(o.before, 5*time.Second)
 	return found
 }
@@ -204,7 +204,7 @@ func (o *outOfOrder) chain(name string) *agent.Delegation {
 	return d
 }
 
-// ask has everything asked for, over fresh connections, so that the broker answers and not a client.
+// ask sends every kind of request over new connections, so that the broker answers and not a client's cache.
 func (o *outOfOrder) ask(root *agent.Delegation, grant string, doomed, frozen *agent.Delegation, blind bool) map[string]string {
 	ctx, cancel := context.WithTimeout(o.t.Context(), 2*time.Minute)
 	defer cancel()
@@ -237,7 +237,7 @@ func (o *outOfOrder) ask(root *agent.Delegation, grant string, doomed, frozen *a
 	return found
 }
 
-// close closes a step, and tells a proof from an end that is only recorded.
+// close closes a step and distinguishes a proof from an end that is only recorded.
 func (o *outOfOrder) close(ctx context.Context, grant string, say func(act string, err error, done string)) {
 	patient, stop := context.WithTimeout(ctx, 2*bound)
 	defer stop()
@@ -255,8 +255,8 @@ func (o *outOfOrder) close(ctx context.Context, grant string, say func(act strin
 	}
 }
 
-// closure says how a revocation stands once there was time for all that can be done: until it is
-// settled, or for some looks where the part that is broken must prove it.
+// closure gives a revocation's closure after enough time. It waits until the closure is final, or, where the broken
+// part is needed for the proof, for a few polls.
 func (o *outOfOrder) closure(id string, blind bool) string {
 	patience := time.Minute
 	if blind {
@@ -279,7 +279,7 @@ const (
 	promiseEnds   = "<!-- end -->\n"
 )
 
-// promise holds that docs/promises.md has the table.
+// promise checks that docs/promises.md has the table.
 func promise(t *testing.T, table string) {
 	t.Helper()
 	const page = "../../docs/promises.md"
@@ -294,7 +294,7 @@ func promise(t *testing.T, table string) {
 		t.Fatalf("%s has no place for the table", page)
 	case table == old:
 	case !*update:
-		t.Errorf("the table of %s is not what came of it: run go test ./cmd/e2e -run FailClosed -update\n%s", page, table)
+		t.Errorf("the table of %s differs from the results: run go test ./cmd/e2e -run FailClosed -update\n%s", page, table)
 	default:
 		if err := os.WriteFile(page, []byte(before+promiseBegins+table+promiseEnds+after), 0o644); err != nil {
 			t.Fatal(err)

@@ -12,12 +12,12 @@ import (
 	"github.com/pawlsec/pawl/broker/engine"
 )
 
-// faults stands between the engine and its ports. Each act of the engine passes two points, one
-// before and one after it, such as "before mint #1" and "after commit of intent #2".
+// faults wraps the engine's ports. Each act of the engine passes two points, one before and one after it, such as
+// "before mint #1" and "after commit of intent #2".
 type faults struct {
-	// reach is called on the goroutine of the act; what it does is the fault. With an error from it
-	// a commit or an act of a target fails: undone from the point before it, and done from the one
-	// after it. Vault's acts fail in Vault's answers: see proxy.
+	// reach is called on the goroutine of the act and is the fault. If it returns an error, a commit or an act of a
+	// target fails: at the point before it without having happened, at the point after it although it happened.
+	// Vault's acts fail by Vault's answers: see proxy.
 	reach func(point string) error
 
 	mu   sync.Mutex // guards seen
@@ -28,10 +28,10 @@ func newFaults(reach func(point string) error) *faults {
 	return &faults{reach: reach, seen: map[string]int{}}
 }
 
-// install puts the faults between the engine and its parts.
+// install wraps the engine's ports with the faults.
 func (f *faults) install(c *engine.Config) {
 	c.Ledger, c.Vault = faultyLedger{c.Ledger, f}, faultyVault{c.Vault, f}
-	c.Backends = maps.Clone(c.Backends) // the original is also for those who ask what a backend can do
+	c.Backends = maps.Clone(c.Backends) // the original map also answers which interfaces a backend implements
 	for name, b := range c.Backends {
 		if t, ok := b.(target); ok {
 			c.Backends[name] = faultyTarget{t, f}
@@ -47,13 +47,13 @@ func (f *faults) at(place string) error {
 	return f.reach(point)
 }
 
-// around is used as `defer f.around("mint")()`, for acts that a point does not fail.
+// around is used as `defer f.around("mint")()`, for acts that cannot fail at a point.
 func (f *faults) around(act string) (after func()) {
 	_ = f.at("before " + act)
 	return func() { _ = f.at("after " + act) }
 }
 
-// try is around for an act that its points can fail.
+// try is around for an act that can fail at its points.
 func (f *faults) try(act string, do func() error) error {
 	if err := f.at("before " + act); err != nil {
 		return err
@@ -72,13 +72,13 @@ type faultyLedger struct {
 
 func (l faultyLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
 	var what string
-	var refused error // for good: a ledger may run f again
+	var refused error // permanent: a ledger may run f again
 	err := l.Ledger.Update(ctx, func(tx broker.Tx) error {
 		noting := &notingTx{Tx: tx}
 		if err := f(noting); err != nil {
 			return err
 		}
-		if what = ""; len(noting.ops) > 0 && refused == nil { // else it changes nothing
+		if what = ""; len(noting.ops) > 0 && refused == nil { // otherwise it changes nothing
 			what = "commit of " + strings.Join(slices.Compact(noting.ops), "+")
 			refused = l.at("before " + what)
 		}
@@ -90,7 +90,7 @@ func (l faultyLedger) Update(ctx context.Context, f func(broker.Tx) error) error
 	return err
 }
 
-// notingTx notes which entries a transaction makes: they are what a commit is known by.
+// notingTx records the audit entries of a transaction: they name the commit.
 type notingTx struct {
 	broker.Tx
 	ops []string
@@ -141,7 +141,7 @@ func (v faultyVault) Irrevocable(ctx context.Context) ([]string, error) {
 	return v.Vault.(broker.StuckLister).Irrevocable(ctx)
 }
 
-// target is a backend with everything a backend can have, such as PostgreSQL.
+// target is a backend with every optional interface, such as PostgreSQL's.
 type target interface {
 	broker.Backend
 	broker.Severer

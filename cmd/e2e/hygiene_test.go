@@ -28,7 +28,7 @@ import (
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
-// errorBodies keeps a copy of every refusal that an agent is sent.
+// errorBodies keeps a copy of every refusal that an agent gets.
 type errorBodies struct {
 	http.RoundTripper
 	bearer string // JWT-SVID; empty: none
@@ -59,7 +59,7 @@ func (e *errorBodies) RoundTrip(r *http.Request) (*http.Response, error) {
 	return answer, nil
 }
 
-// needles are what must be found nowhere: a name for people, and the bytes.
+// needles are the bytes that must not appear anywhere, by a readable name.
 type needles map[string][]byte
 
 func (n needles) add(name string, secret []byte) {
@@ -79,7 +79,7 @@ func (n needles) addPEM(name, text string) {
 	n.add(name+", the bytes", block.Bytes)
 }
 
-// find reports the names of what a haystack holds, in the clear or in base64.
+// find gives the names of the needles in a haystack, in clear text or in base64.
 func (n needles) find(haystack []byte) (found []string) {
 	for name, needle := range n {
 		for _, form := range [][]byte{needle, []byte(base64.RawStdEncoding.EncodeToString(needle)), []byte(base64.RawURLEncoding.EncodeToString(needle))} {
@@ -92,7 +92,7 @@ func (n needles) find(haystack []byte) (found []string) {
 	return found
 }
 
-// TestNeedlesAreFound: what the next test looks with can find.
+// TestNeedlesAreFound checks the search of the next test.
 func TestNeedlesAreFound(t *testing.T) {
 	n := needles{}
 	n.add("a", []byte("a secret of ours"))
@@ -105,8 +105,8 @@ func TestNeedlesAreFound(t *testing.T) {
 	}
 }
 
-// TestSecretsAreNowhere plays steps, denials, violations and a Vault out of order, and looks for
-// every secret, token and SVID that was there in everything that is kept or said.
+// TestSecretsAreNowhere plays steps, denials, violations and a failing Vault. Then it searches everything that was
+// stored, logged or answered for every secret, token and SVID of the run.
 func TestSecretsAreNowhere(t *testing.T) {
 	t.Parallel()
 	need(t, true)
@@ -124,7 +124,7 @@ func TestSecretsAreNowhere(t *testing.T) {
 	if n := plain.n + bearer.n; n < refused {
 		t.Errorf("%d refusals were captured, want %d", n, refused)
 	}
-	w.settled(4 * bound)
+	w.allClosed(4 * bound)
 
 	p.mu.Lock()
 	for secret := range p.passed {
@@ -138,7 +138,7 @@ func TestSecretsAreNowhere(t *testing.T) {
 	kept.add("Vault's root token", []byte(env.Vault.RootToken()))
 	kept.add("the note in Vault", []byte("kept in a drawer"))
 	hay := map[string][]byte{
-		"audit entries": w.audit(t), "revocations and grants": w.looks(t), "metrics": w.metrics(t), "report": w.report(t),
+		"audit entries": w.audit(t), "revocations and grants": w.views(t), "metrics": w.metrics(t), "report": w.report(t),
 		"refusals": append(plain.text.Bytes(), bearer.text.Bytes()...),
 	}
 	s.Close()
@@ -157,13 +157,13 @@ func TestSecretsAreNowhere(t *testing.T) {
 	}
 	for where, text := range hay {
 		if len(text) == 0 {
-			t.Errorf("%s: nothing to look through", where)
+			t.Errorf("%s: nothing to search", where)
 		}
 		for _, name := range kept.find(text) {
 			t.Errorf("%s: holds %s", where, name)
 		}
 	}
-	t.Logf("looked for %d secrets in %d places", len(kept), len(hay))
+	t.Logf("searched for %d secrets in %d places", len(kept), len(hay))
 }
 
 // signingKey writes a key for reports.
@@ -184,7 +184,7 @@ func signingKey(t *testing.T) string {
 	return file
 }
 
-// tapped is an agent's client whose refusals are kept.
+// tapped is an agent's client that keeps its refusals.
 type tapped struct {
 	*errorBodies
 	client *agent.Client
@@ -222,7 +222,7 @@ func (w *world) tapped(t *testing.T, kept needles, jwt bool) tapped {
 	return tapped{e, newAgent(t, agent.Config{Address: "https://" + w.config.Listen.Agents, HTTPClient: &http.Client{Transport: e}})}
 }
 
-// playAll takes steps with every tool, is refused for every reason there is, and gives how often.
+// playAll takes steps with every tool, is refused for every reason, and gives the number of refusals.
 func (w *world) playAll(t *testing.T, p *proxy, kept needles, c *agent.Client) (refused int) {
 	t.Helper()
 	ctx := t.Context()
@@ -265,14 +265,15 @@ func (w *world) playAll(t *testing.T, p *proxy, kept needles, c *agent.Client) (
 	}
 	refuse("a violation", begin("tls.call", agent.Args{"name": "root.agents.pawl.dev"}))
 	refuse("under the fence", begin("tls.call", agent.Args{"name": "a.agents.pawl.dev"}))
-	return refused - 1 // the SDK may have heard of the fence, and then does not ask
+	return refused - 1 // after the fence arrives, the SDK sends no request
 }
 
-// quoting answers an error that holds the secret, as engines have been seen to do.
+// quoting answers an error with the secret in it, as some engines have done.
 func quoting(w http.ResponseWriter, r *http.Request, real func() *httptest.ResponseRecorder) {
 	said := real().Body.String()
 	w.WriteHeader(http.StatusInternalServerError)
-	_ = json.NewEncoder(w).Encode(map[string]any{"errors": []string{said, r.Header.Get("X-Vault-Token")}}) // the broker has it or not
+	// The broker may have hung up.
+	_ = json.NewEncoder(w).Encode(map[string]any{"errors": []string{said, r.Header.Get("X-Vault-Token")}})
 }
 
 // keepSecrets takes a step with each tool.
@@ -308,25 +309,25 @@ func (w *world) keepSecrets(t *testing.T, kept needles, d *agent.Delegation) {
 		t.Fatal(err)
 	}
 	if !bytes.Contains(note.Secret().JSON(), []byte("kept in a drawer")) {
-		t.Error("the note is not what it was")
+		t.Error("the note has changed")
 	}
 }
 
-// audit is the whole audit log, as operators read it.
+// audit gives the whole audit log, as operators read it.
 func (w *world) audit(t *testing.T) []byte {
 	t.Helper()
 	page, err := w.operator().Audit(t.Context(), 0, 1000)
 	return encode(t, page, err)
 }
 
-// looks is everything else that operators are shown.
-func (w *world) looks(t *testing.T) []byte {
+// views gives everything else that operators can read.
+func (w *world) views(t *testing.T) []byte {
 	t.Helper()
 	revocations, err := w.operator().Revocations(t.Context())
 	return append(encode(t, revocations, err), encode(t, w.grants(), nil)...)
 }
 
-// metrics is what the broker tells of itself, as it is scraped.
+// metrics gives the broker's metrics, as a scraper reads them.
 func (w *world) metrics(t *testing.T) []byte {
 	t.Helper()
 	socket := func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -337,7 +338,7 @@ func (w *world) metrics(t *testing.T) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer answer.Body.Close() //nolint:errcheck // only read
+	defer answer.Body.Close() //nolint:errcheck // it was only read
 	raw, err := io.ReadAll(answer.Body)
 	if err != nil || answer.StatusCode != http.StatusOK {
 		t.Fatalf("metrics: %s, %v", answer.Status, err)
@@ -345,8 +346,8 @@ func (w *world) metrics(t *testing.T) []byte {
 	return raw
 }
 
-// report is the signed report of every revocation, decoded, since a signature's payload is base64 of
-// another alignment than a secret's.
+// report gives the signed report of every revocation. It decodes them, because the base64 of a payload is aligned
+// differently from the base64 of a secret in it.
 func (w *world) report(t *testing.T) (all []byte) {
 	t.Helper()
 	revocations, err := w.operator().Revocations(t.Context())

@@ -30,7 +30,7 @@ import (
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
-// service is what takes tokens: another workload, which asks the broker with its own SVID.
+// service is a workload that accepts tokens and introspects them with its own SVID.
 type service struct {
 	*world
 	http *http.Client
@@ -43,15 +43,15 @@ func newService(w *world) service {
 	return service{w, &http.Client{Transport: tr, Timeout: 10 * time.Second}}
 }
 
-// ask is what the broker answers about a token.
+// ask gives the broker's answer about a token.
 func (s service) ask(token string) (answer api.Introspection) {
 	s.t.Helper()
-	s.http.CloseIdleConnections() // the broker may have been started again
+	s.http.CloseIdleConnections() // the broker may have restarted
 	resp, err := s.http.PostForm("https://"+s.config.Listen.Agents+"/v1/introspect", url.Values{"token": {token}})
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	defer resp.Body.Close() //nolint:errcheck // only read
+	defer resp.Body.Close() //nolint:errcheck // it was only read
 	raw, err := io.ReadAll(resp.Body)
 	if err == nil {
 		err = json.Unmarshal(raw, &answer)
@@ -72,7 +72,7 @@ func (s service) want(when string, tokens map[string]string, active ...string) {
 		}
 		got := s.ask(token)
 		if got.Active != want || !want && got != (api.Introspection{}) {
-			s.t.Errorf("%s: the token %s is active: %v with subject %q, want active %v and nothing said of one that is not", when, name, got.Active, got.Subject, want)
+			s.t.Errorf("%s: the token %s is active: %v with subject %q, want active %v, and no claims of an inactive one", when, name, got.Active, got.Subject, want)
 		}
 	}
 }
@@ -88,9 +88,8 @@ func takeToken(t *testing.T, d *agent.Delegation, ttl time.Duration) (*agent.Ste
 	return step, step.Secret().Field("token")
 }
 
-// TestIntrospection: a service that asks is told the truth about a token from the moment of its
-// revocation, its closing or its end, by the next broker as well, and so is one that looks at the
-// status list. The evidence of a dead token is what these are told.
+// TestIntrospection: introspection and the status list are true from a token's revocation, closing or expiry on, also
+// after a restart. They are the evidence of a dead token.
 func TestIntrospection(t *testing.T) {
 	t.Parallel()
 	need(t, false)
@@ -120,7 +119,7 @@ func TestIntrospection(t *testing.T) {
 	s.wantStatus("at first", tokens, public)
 	if got := s.ask(tokens["live"]); got.Subject != dev.Agent("planner").String() || got.Audience != "https://orders.pawl.dev" || got.Scope != "read" ||
 		got.Issuer != "https://pawl.dev" || got.Expires <= time.Now().Unix() {
-		t.Errorf("introspection = %+v, want what the token says", got)
+		t.Errorf("introspection = %+v, want the token's claims", got)
 	}
 
 	if err := closing.Close(t.Context()); err != nil {
@@ -136,7 +135,7 @@ func TestIntrospection(t *testing.T) {
 	}
 	for _, g := range w.grants() {
 		if last := len(g.Evidence) - 1; g.ID == string(revoked.Grant().ID) && (last < 0 || g.Evidence[last].Check != "jwt: introspection and status list" || !strings.HasPrefix(g.Evidence[last].Answer, "inactive")) {
-			t.Errorf("evidence = %+v, want what introspection answers", g.Evidence)
+			t.Errorf("evidence = %+v, want the answer of introspection", g.Evidence)
 		}
 	}
 	if !within(5*time.Second, func() bool { return !s.ask(tokens["short"]).Active }) {
@@ -155,7 +154,7 @@ func TestIntrospection(t *testing.T) {
 	s.want("once the last was found in a log", tokens)
 }
 
-// statusList has the broker serve a status list, and gives the public key of whoever signs it.
+// statusList makes the broker serve a status list, and gives the public key of its signature.
 func (w *world) statusList() jose.JSONWebKey {
 	w.t.Helper()
 	private, public, err := policy.GenerateKey(rand.Reader)
@@ -177,12 +176,12 @@ func (w *world) statusList() jose.JSONWebKey {
 	return public
 }
 
-// wantStatus is another verifier, which has no identity and looks tokens up in the list: it checks
-// which bits are set. A token past its end needs none.
+// wantStatus is another verifier, without an identity. It looks tokens up in the list and checks which bits are set. An
+// expired token needs no bit.
 func (s service) wantStatus(when string, tokens map[string]string, key jose.JSONWebKey, set ...string) {
 	s.t.Helper()
 	anonymous := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{
-		InsecureSkipVerify: true, // the list's signature is what is believed
+		InsecureSkipVerify: true, // the list's own signature is checked instead
 		MinVersion:         tls.VersionTLS13,
 	}}}
 	defer anonymous.CloseIdleConnections()
@@ -190,7 +189,7 @@ func (s service) wantStatus(when string, tokens map[string]string, key jose.JSON
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	defer resp.Body.Close() //nolint:errcheck // only read
+	defer resp.Body.Close() //nolint:errcheck // it was only read
 	raw, err := io.ReadAll(resp.Body)
 	if err != nil || resp.StatusCode != http.StatusOK || resp.Header.Get("Content-Type") != "application/statuslist+jwt" {
 		s.t.Fatalf("the status list = %d of type %q, %v", resp.StatusCode, resp.Header.Get("Content-Type"), err)
@@ -201,7 +200,7 @@ func (s service) wantStatus(when string, tokens map[string]string, key jose.JSON
 	}
 	payload, err := signed.Verify(key)
 	if err != nil || signed.Signatures[0].Header.ExtraHeaders[jose.HeaderType] != "statuslist+jwt" {
-		s.t.Fatalf("the status list is not the broker's: %v", err)
+		s.t.Fatalf("the status list is not signed by the broker: %v", err)
 	}
 	var list struct {
 		Sub  string `json:"sub"`
@@ -234,12 +233,12 @@ func (s service) wantStatus(when string, tokens map[string]string, key jose.JSON
 	}
 }
 
-// place is which list and bit a token names.
+// place gives the list and the bit that a token names.
 func (s service) place(token string) (uri string, index int) {
 	s.t.Helper()
 	raw, err := base64.RawURLEncoding.DecodeString(strings.Split(token, ".")[1])
 	if err != nil {
-		s.t.Fatal("the token is no token")
+		s.t.Fatal("the token does not parse")
 	}
 	var claims struct {
 		Status struct {
@@ -255,7 +254,7 @@ func (s service) place(token string) (uri string, index int) {
 	return claims.Status.List.URI, claims.Status.List.Index
 }
 
-// foreign is a token with the claims and the header of another, by a key that is not Vault's.
+// foreign gives a token with the claims and the header of another, signed with a key that is not Vault's.
 func foreign(t *testing.T, like string) string {
 	t.Helper()
 	parsed, err := jose.ParseSignedCompact(like, []jose.SignatureAlgorithm{jose.ES256})
@@ -281,7 +280,7 @@ func foreign(t *testing.T, like string) string {
 	return token
 }
 
-// altered is a token of which one character of the claims was changed.
+// altered gives the token with one character of its claims changed.
 func altered(token string) string {
 	head, rest, _ := strings.Cut(token, ".")
 	at := len(rest) / 4

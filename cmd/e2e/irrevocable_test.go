@@ -19,8 +19,8 @@ import (
 	"github.com/pawlsec/pawl/plugins/postgres"
 )
 
-// givenUp is a chain with a login that nothing can end, since the function that its database ends logins with is
-// broken, and with a certificate that is well.
+// givenUp is a chain with a login and a certificate. The login cannot be ended, because the function that ends logins
+// in its database is broken.
 type givenUp struct {
 	*outage
 	said *logBuffer
@@ -37,7 +37,7 @@ func newGivenUp(t *testing.T) *givenUp {
 	g.here(slog.New(slog.NewTextHandler(io.MultiWriter(g.said, keptLog(t, g.file)), nil)), nil)
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Logf("the broker said:\n%s", g.said)
+			t.Logf("the broker's log:\n%s", g.said)
 		}
 	})
 	g.root = g.open()
@@ -50,7 +50,7 @@ func newGivenUp(t *testing.T) *givenUp {
 	return g
 }
 
-// fail breaks what both Vault and the broker end logins with, as a migration gone wrong would.
+// fail breaks the function with which Vault and the broker end logins, as a bad migration would.
 func (g *givenUp) fail() {
 	g.t.Helper()
 	conn := g.oracle.superuser()
@@ -61,7 +61,7 @@ func (g *givenUp) fail() {
 	}
 }
 
-// mend runs the setup again, which is all that anybody does.
+// mend runs the setup again. The test does nothing else to recover.
 func (g *givenUp) mend() {
 	g.t.Helper()
 	conn := g.oracle.superuser()
@@ -71,8 +71,8 @@ func (g *givenUp) mend() {
 	}
 }
 
-// shows reports whether a grant's record says that its lease was given up, and checks that it names
-// no other lease than the one that Vault lists.
+// shows reports whether a grant's record has its lease as given up. It also checks that no record names a lease that
+// Vault does not list.
 func (g *givenUp) shows(leases []string) bool {
 	g.t.Helper()
 	var shown []string
@@ -82,7 +82,7 @@ func (g *givenUp) shows(leases []string) bool {
 		}
 	}
 	if len(shown) > 0 && !slices.Equal(shown, leases) {
-		g.t.Fatalf("leases %v are shown as given up, and Vault lists %v", shown, leases)
+		g.t.Fatalf("leases %v are shown as given up, but Vault lists %v", shown, leases)
 	}
 	return len(shown) > 0
 }
@@ -92,9 +92,9 @@ func (g *givenUp) gauge(want int) bool {
 	return strings.Contains(string(g.metrics(g.t)), fmt.Sprintf("\npawl_irrevocable_leases %d\n", want))
 }
 
-// TestRealIrrevocableLease: a lease that a real Vault has given up is shown with its grant, said once and counted; the
-// revocation is PARTIAL and not CLOSED for as long as the login works; and once the database is right again the broker
-// has the lease revoked by itself, though Vault would never have tried again.
+// TestRealIrrevocableLease: a lease that a real Vault has given up is shown with its grant, logged once and counted.
+// The revocation is PARTIAL while the login works. Once the database is repaired, the broker revokes the lease by
+// itself; Vault would never retry.
 func TestRealIrrevocableLease(t *testing.T) {
 	g := newGivenUp(t)
 	g.fail()
@@ -106,27 +106,27 @@ func TestRealIrrevocableLease(t *testing.T) {
 	if len(lease) != 1 {
 		t.Fatalf("the login's leases are %v, want one", lease)
 	}
-	if !within(20*time.Second, func() bool { g.look(rv.ID, 1, g.end); return g.oracle.irrevocable() == "1" }) {
+	if !within(20*time.Second, func() bool { g.peek(rv.ID, 1, g.end); return g.oracle.irrevocable() == "1" }) {
 		t.Fatalf("Vault has given up %s leases after 20 s, want the login's", g.oracle.irrevocable())
 	}
 	if !within(15*time.Second, func() bool {
-		got := g.look(rv.ID, 1, g.end)
+		got := g.peek(rv.ID, 1, g.end)
 		return got.Closure == string(broker.ClosurePartial) && got.Dead == 1 && got.Alive == 1 && g.shows(lease) && g.gauge(1)
 	}) {
 		t.Fatalf("the revocation is %+v, grants %+v, metrics\n%s\nwant PARTIAL, with the lease shown as given up and counted",
-			g.look(rv.ID, 1, g.end), g.grants(), g.metrics(t))
+			g.peek(rv.ID, 1, g.end), g.grants(), g.metrics(t))
 	}
 	if !g.oracle.works(g.logins[0]) {
-		t.Fatal("the login does not work, so nothing here was alive")
+		t.Fatal("the login does not work, so the test proves nothing")
 	}
 	if n := strings.Count(g.said.String(), "Vault has given up revoking lease "+lease[0]); n != 1 {
-		t.Errorf("it was said %d times, want once", n)
+		t.Errorf("it was logged %d times, want once", n)
 	}
 
 	g.mend()
 	g.follow(rv.ID, 2)
-	g.over()
+	g.ended()
 	if !within(10*time.Second, func() bool { return g.gauge(0) }) {
-		t.Errorf("pawl_irrevocable_leases does not go back to 0:\n%s", g.metrics(t))
+		t.Errorf("pawl_irrevocable_leases does not return to 0:\n%s", g.metrics(t))
 	}
 }

@@ -10,8 +10,8 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// TestLoginByJWTSVID: a broker that proves itself to Vault by its JWT-SVID can do all that one
-// with an X.509-SVID can, its own database logins included.
+// TestLoginByJWTSVID: a broker that logs in to Vault with its JWT-SVID can do everything that one with an X.509-SVID
+// can, including its own database logins.
 func TestLoginByJWTSVID(t *testing.T) {
 	t.Parallel()
 	need(t, true)
@@ -20,7 +20,7 @@ func TestLoginByJWTSVID(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer tokens.Close() //nolint:errcheck // it only stops watching
+	defer tokens.Close() //nolint:errcheck // closing only stops the watch
 	loginByJWT(t, env, tokens)
 	w := newWorld(t, env, func(c *wire.Config) { c.Vault.Auth, c.Vault.Audience = "jwt", vaultAudience })
 	w.here(nil, nil)
@@ -29,6 +29,6 @@ func TestLoginByJWTSVID(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.healthy(d)
-	w.settled(2 * bound)
+	w.allClosed(2 * bound)
 	w.oracle.untilNone(w.before, bound)
 }

@@ -11,17 +11,17 @@ import (
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
-// stepTTL is the life of a secret whose broker dies: what nobody revokes is waited for.
+// stepTTL is the life of secrets where the broker is killed: the tests wait for the expiry of unrevoked secrets.
 const stepTTL = 3 * time.Second
 
-// play is what the agent and the operator do, and what they learn, while the broker may die.
+// play has the requests of an agent, and the answers, while the broker may be killed.
 type play struct {
 	w    *world
 	root *agent.Delegation
 	got  []login
 }
 
-// run opens a chain, closes one step and holds another one. An error is the broker's death.
+// run opens a chain, closes one step and keeps another one open. An error means that the broker was killed.
 func (p *play) run(ctx context.Context) (err error) {
 	client := p.w.agent("planner")
 	if p.root, err = client.Open(ctx, agent.Chain{Task: "walk", Rights: []agent.Right{{Tool: "db.read", Use: true}}}); err != nil {
@@ -46,9 +46,9 @@ func (p *play) step(ctx context.Context) (*agent.Step, error) {
 	return s, err
 }
 
-// TestKillWalk kills the broker before and after each act of issuing, closing and expiring, one run
-// for each, starts it again, and asks the oracle. Nobody revokes, and the chain goes on. TestChaos
-// has what else may happen at these points, and those of revoking.
+// TestKillWalk kills the broker before and after each act of issuing, closing and expiring, one run for each. Then it
+// restarts the broker and asks the oracle. Nothing is revoked, and the chain continues. TestChaos has the other faults
+// at these points, and the points of revoking.
 func TestKillWalk(t *testing.T) {
 	t.Parallel()
 	need(t, true)
@@ -65,7 +65,7 @@ func TestKillWalk(t *testing.T) {
 	}
 }
 
-// environments starts one for each run that goes on at once.
+// environments starts one environment for each parallel run.
 func environments(t *testing.T) chan *dev.Env {
 	envs := make(chan *dev.Env, sideBySide())
 	for range sideBySide() {
@@ -74,7 +74,7 @@ func environments(t *testing.T) chan *dev.Env {
 	return envs
 }
 
-// walk plays once without dying and gives the points it passed, at most two of a kind.
+// walk plays once without a kill and gives the points that were passed, at most two of a kind.
 func walk(t *testing.T, envs chan *dev.Env) []string {
 	env := <-envs
 	defer func() { envs <- env }()
@@ -83,7 +83,7 @@ func walk(t *testing.T, envs chan *dev.Env) []string {
 	if err := (&play{w: w}).run(t.Context()); err != nil {
 		t.Fatalf("%v\n%s", err, p.said())
 	}
-	w.settled(stepTTL + 10*time.Second)
+	w.allClosed(stepTTL + 10*time.Second)
 	w.oracle.untilNone(w.before, 10*time.Second)
 	p.end(t)
 	points := firstTwo(p.walked())
@@ -92,7 +92,7 @@ func walk(t *testing.T, envs chan *dev.Env) []string {
 	return points
 }
 
-// firstTwo leaves out the third of a kind and what follows.
+// firstTwo keeps the first two points of each kind.
 func firstTwo(walked []string) (points []string) {
 	for _, point := range walked {
 		if place, n, _ := strings.Cut(point, " #"); n == "1" || n == "2" && !strings.Contains(place, "evidence") {
@@ -102,7 +102,7 @@ func firstTwo(walked []string) (points []string) {
 	return points
 }
 
-// mustPass fails unless there are points around each of the acts.
+// mustPass fails unless the points include each of the acts.
 func mustPass(t *testing.T, points []string, acts ...string) {
 	t.Helper()
 	for _, act := range acts {
@@ -120,7 +120,7 @@ func killAt(t *testing.T, w *world, point string) {
 	if err := played.run(ctx); err == nil {
 		select {
 		case <-p.exited:
-		case <-time.After(stepTTL + bound): // what the background does varies: this time the point does not come
+		case <-time.After(stepTTL + bound): // background work varies: this run does not reach the point
 			p.kill()
 		}
 	}
@@ -128,8 +128,8 @@ func killAt(t *testing.T, w *world, point string) {
 
 	p = startProcess(t, w.file)
 	w.known()
-	played.goOn(ctx)
-	w.settled(stepTTL + 3*bound)
+	played.continues(ctx)
+	w.allClosed(stepTTL + 3*bound)
 	for _, l := range played.got {
 		if w.oracle.works(l) {
 			t.Errorf("login %s works", l.Username)
@@ -142,9 +142,8 @@ func killAt(t *testing.T, w *world, point string) {
 	p.end(t)
 }
 
-// goOn takes one more step after the restart: an agent notices no more of the broker's death than
-// one lost answer.
-func (p *play) goOn(ctx context.Context) {
+// continues takes one more step after the restart: an agent notices only one lost answer of the kill.
+func (p *play) continues(ctx context.Context) {
 	p.w.t.Helper()
 	if p.root == nil {
 		return

@@ -22,8 +22,7 @@ import (
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
-// oracle asks Vault and PostgreSQL themselves, as root and superuser. It shares no code with the
-// broker.
+// oracle queries Vault and PostgreSQL as root and superuser. It shares no code with the broker.
 type oracle struct {
 	t     *testing.T
 	env   *dev.Env
@@ -39,7 +38,7 @@ func newOracle(t *testing.T, env *dev.Env) oracle {
 	return oracle{t, env, client}
 }
 
-// left is what lives under the agents' names.
+// left lists the live leases and roles under the agents' names.
 type left struct {
 	leases []string // in Vault
 	roles  []string // in PostgreSQL
@@ -49,7 +48,7 @@ func (l left) String() string { return fmt.Sprintf("leases %v, roles %v", l.leas
 
 func (l left) none() bool { return len(l.leases) == 0 && len(l.roles) == 0 }
 
-// without leaves out what is in other.
+// without gives the entries that are not in other.
 func (l left) without(other left) left {
 	return left{
 		slices.DeleteFunc(l.leases, func(s string) bool { return slices.Contains(other.leases, s) }),
@@ -70,7 +69,7 @@ func (o oracle) left() left {
 		}
 	}
 	conn := o.superuser()
-	defer conn.Close(context.Background()) //nolint:errcheck // only read
+	defer conn.Close(context.Background()) //nolint:errcheck // it was only read
 	rows, err := conn.Query(o.t.Context(), "SELECT rolname FROM pg_roles WHERE rolname LIKE 'pawl-gr%'")
 	if err == nil {
 		found.roles, err = pgx.CollectRows(rows, pgx.RowTo[string])
@@ -90,7 +89,7 @@ func (o oracle) superuser() *pgx.Conn {
 	return conn
 }
 
-// leases lists below a prefix, however deep.
+// leases lists all leases below a prefix.
 func (o oracle) leases(prefix string) (ids []string) {
 	o.t.Helper()
 	listed, err := o.vault.Logical().ListWithContext(o.t.Context(), "sys/leases/lookup/"+prefix)
@@ -121,31 +120,29 @@ func (o oracle) irrevocable() string {
 	return fmt.Sprint(got.Data["lease_count"])
 }
 
-// untilNone waits until nothing is left but what was there before, and fails when that takes
-// longer than d.
+// untilNone waits until only the entries of before are left, and fails after d.
 func (o oracle) untilNone(before left, d time.Duration) {
 	o.t.Helper()
 	var found left
 	if !within(d, func() bool { found = o.left().without(before); return found.none() }) {
-		o.t.Errorf("after %v there are still %v", d, found)
+		o.t.Errorf("after %v these are still alive: %v", d, found)
 	}
 }
 
 // login is a database login as an agent gets it.
 type login struct{ Username, Password, Host, Port, Database string }
 
-// works tries a login. An answer other than a refusal by PostgreSQL proves nothing and fails the
-// test.
+// works tries a login. An error other than a refusal by PostgreSQL proves nothing and fails the test.
 func (o oracle) works(l login) bool {
 	o.t.Helper()
 	conn, err := l.connect(o.t.Context())
 	if err == nil {
-		_ = conn.Close(o.t.Context()) // it only had to open
+		_ = conn.Close(o.t.Context()) // opening was the test
 		return true
 	}
 	var refusal *pgconn.PgError
 	if !errors.As(err, &refusal) || !strings.HasPrefix(refusal.Code, "28") {
-		o.t.Fatalf("login %s is answered with an error that is no refusal", l.Username)
+		o.t.Fatalf("login %s: the error is no refusal by PostgreSQL", l.Username)
 	}
 	return false
 }
@@ -180,7 +177,7 @@ func (o oracle) fetch(path string) []byte {
 	if err != nil {
 		o.t.Fatal(err)
 	}
-	defer answer.Body.Close() //nolint:errcheck // only read
+	defer answer.Body.Close() //nolint:errcheck // it was only read
 	raw, err := io.ReadAll(answer.Body)
 	if err != nil || answer.StatusCode != http.StatusOK {
 		o.t.Fatalf("%s: %s, %v", path, answer.Status, err)

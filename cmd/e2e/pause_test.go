@@ -13,8 +13,8 @@ import (
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
-// TestFenceWhileIssuing holds an issue at each of its acts, revokes the chain, and lets the issue
-// go on only after the fence was acknowledged: nothing is handed out, and nothing lives on.
+// TestFenceWhileIssuing blocks an issue at each of its acts, revokes the chain, and continues the issue only after the
+// fence was acknowledged: nothing is handed out, and nothing stays alive.
 func TestFenceWhileIssuing(t *testing.T) {
 	t.Parallel()
 	need(t, true)
@@ -58,8 +58,9 @@ func fenceAt(t *testing.T, w *world, point string) {
 		t.Fatal(err)
 	}
 	close(goOn)
-	if err := <-answered; !errors.Is(err, agent.ErrRevoked) && !errors.Is(err, agent.ErrUnavailable) { // its token may be dead before it mints
-		t.Errorf("a step that was under way when its chain was fenced = %v, want a refusal", err)
+	// Its token may be dead before the mint.
+	if err := <-answered; !errors.Is(err, agent.ErrRevoked) && !errors.Is(err, agent.ErrUnavailable) {
+		t.Errorf("a step in progress when its chain was fenced = %v, want a refusal", err)
 	}
 	if err := o.Follow(ctx, rv.ID, func(now api.Revocation) error { rv = now; return nil }); err != nil {
 		t.Fatal(err)
@@ -67,12 +68,11 @@ func fenceAt(t *testing.T, w *world, point string) {
 	if rv.Closure != string(broker.ClosureClosed) || rv.Grants != 1 || rv.Dead != 1 {
 		t.Errorf("closure = %s with %d of %d dead, want CLOSED with 1 of 1", rv.Closure, rv.Dead, rv.Grants)
 	}
-	w.settled(bound)
+	w.allClosed(bound)
 	w.oracle.untilNone(w.before, 2*time.Second)
 }
 
-// TestPausedIssuer stops the whole broker in the middle of an issue, as a hypervisor may, until
-// the secret's time is over.
+// TestPausedIssuer stops the whole broker in the middle of an issue, as a hypervisor may, until the secret has expired.
 func TestPausedIssuer(t *testing.T) {
 	t.Parallel()
 	need(t, true)
@@ -97,15 +97,16 @@ func pauseAt(t *testing.T, w *world, point string) {
 		answered <- err
 	}()
 	p.reached(t, point)
-	stopped := time.Now() // the secret's life began before
+	stopped := time.Now() // the secret's life began earlier
 	within(2*life, func() bool { return time.Since(stopped) > life })
 	if err := p.cmd.Process.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	if err := <-answered; !errors.Is(err, agent.ErrExpired) && !errors.Is(err, agent.ErrUnavailable) { // the mint's time is over, too
-		t.Errorf("a step that was paused for longer than its secret lives = %v, want a refusal", err)
+	// The mint has timed out, too.
+	if err := <-answered; !errors.Is(err, agent.ErrExpired) && !errors.Is(err, agent.ErrUnavailable) {
+		t.Errorf("a step that was paused for longer than its secret's life = %v, want a refusal", err)
 	}
-	w.settled(4 * bound)
+	w.allClosed(4 * bound)
 	w.oracle.untilNone(w.before, 2*time.Second)
 	p.end(t)
 }

@@ -23,15 +23,15 @@ import (
 
 // The environment of a broker in a process of its own.
 const (
-	envConfig = "PAWL_E2E_CONFIG" // its configuration file: this process is a broker
+	envConfig = "PAWL_E2E_CONFIG" // its configuration file; set in a process that is a broker
 	envKill   = "PAWL_E2E_KILL"   // the point at which it kills itself
-	envStop   = "PAWL_E2E_STOP"   // the point at which it stops until somebody lets it go on
+	envStop   = "PAWL_E2E_STOP"   // the point at which it stops until it gets SIGCONT
 )
 
-// atOnce is how many runs go on at once unless -parallel says otherwise. Most of a run is waiting.
+// atOnce is the number of parallel runs without -parallel. A run mostly waits.
 const atOnce = 4
 
-// sideBySide is how many runs go on at once.
+// sideBySide gives the number of parallel runs.
 func sideBySide() int {
 	n, err := strconv.Atoi(flag.Lookup("test.parallel").Value.String())
 	if err != nil {
@@ -43,7 +43,8 @@ func sideBySide() int {
 func TestMain(m *testing.M) {
 	path := os.Getenv(envConfig)
 	if path == "" {
-		_ = flag.Set("test.parallel", strconv.Itoa(atOnce)) // the flag exists, and -parallel comes after
+		// The flag exists, and a -parallel on the command line overrides it.
+		_ = flag.Set("test.parallel", strconv.Itoa(atOnce))
 		os.Exit(m.Run())
 	}
 	if err := serve(path); err != nil {
@@ -52,8 +53,8 @@ func TestMain(m *testing.M) {
 	}
 }
 
-// serve is a broker until its standard input ends. It says on standard output which points it
-// passes, and when it is ready.
+// serve runs a broker until its standard input ends. It prints the points that it passes on standard output, and a line
+// when it is ready.
 func serve(path string) error {
 	config, err := wire.ReadConfig(path)
 	if err != nil {
@@ -63,14 +64,14 @@ func serve(path string) error {
 		fmt.Println("point", point)
 		switch point {
 		case os.Getenv(envKill):
-			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL) // nothing can refuse it
+			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL) // it cannot fail
 			select {}
 		case os.Getenv(envStop):
-			// The signal may reach another thread first, and this one would go on meanwhile: it waits for the
-			// word to go on as well.
+			// The signal may stop another thread first while this one continues. So this one also waits for
+			// SIGCONT.
 			on := make(chan os.Signal, 1)
 			signal.Notify(on, syscall.SIGCONT)
-			_ = syscall.Kill(os.Getpid(), syscall.SIGSTOP) // nothing can refuse it
+			_ = syscall.Kill(os.Getpid(), syscall.SIGSTOP) // it cannot fail
 			<-on
 		}
 		return nil
@@ -91,9 +92,9 @@ func serve(path string) error {
 type process struct {
 	cmd    *exec.Cmd
 	stdin  io.Closer
-	ready  chan string   // gets the agents' address
-	exited chan struct{} // closed when it is gone
-	passed chan struct{} // has a value after a point was passed
+	ready  chan string   // receives the agents' address
+	exited chan struct{} // closed when the process has exited
+	passed chan struct{} // receives a value after each point
 	met    chan struct{} // closed at the point at which it kills or stops itself
 
 	mu     sync.Mutex // guards points and log
@@ -101,8 +102,7 @@ type process struct {
 	log    strings.Builder
 }
 
-// startProcess starts a broker that reads a configuration file, and waits until it serves, stands
-// still or is gone.
+// startProcess starts a broker with a configuration file, and waits until it serves, is stopped or has exited.
 func startProcess(t *testing.T, config string, options ...func(*exec.Cmd)) *process {
 	t.Helper()
 	self, err := os.Executable()
@@ -130,10 +130,10 @@ func startProcess(t *testing.T, config string, options ...func(*exec.Cmd)) *proc
 	select {
 	case address := <-p.ready:
 		p.ready <- address
-	case <-p.met: // it stands still, or is about to be gone
+	case <-p.met: // it is stopped, or about to exit
 	case <-p.exited:
 	case <-time.After(30 * time.Second):
-		t.Fatalf("the broker is neither ready nor gone:\n%s", p.said())
+		t.Fatalf("the broker is neither ready nor has it exited:\n%s", p.said())
 	}
 	return p
 }
@@ -162,11 +162,11 @@ func (p *process) read(out io.Reader) {
 			p.ready <- address
 		}
 	}
-	_ = p.cmd.Wait() // how it ended is what the test knows already
+	_ = p.cmd.Wait() // the test knows already how it ended
 	close(p.exited)
 }
 
-// Write takes what the process logs.
+// Write receives the log of the process.
 func (p *process) Write(b []byte) (int, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -200,29 +200,29 @@ func (p *process) reached(t *testing.T, point string) {
 		case <-p.exited:
 			t.Fatalf("the broker ended before %q:\n%s", point, p.said())
 		case <-deadline:
-			t.Fatalf("the broker did not come to %q", point)
+			t.Fatalf("the broker did not reach %q", point)
 		}
 	}
 }
 
-// gone waits until the process is gone.
+// gone waits until the process has exited.
 func (p *process) gone(t *testing.T) {
 	t.Helper()
 	select {
 	case <-p.exited:
 	case <-time.After(20 * time.Second):
-		t.Fatalf("the broker lives on:\n%s", p.said())
+		t.Fatalf("the broker still runs:\n%s", p.said())
 	}
 }
 
-// end stops the broker in order.
+// end stops the broker cleanly.
 func (p *process) end(t *testing.T) {
 	t.Helper()
-	_ = p.stdin.Close() // it is the sign to end
+	_ = p.stdin.Close() // this ends serve
 	p.gone(t)
 }
 
 func (p *process) kill() {
-	_ = p.cmd.Process.Kill() // it may be gone
+	_ = p.cmd.Process.Kill() // it may have exited
 	<-p.exited
 }

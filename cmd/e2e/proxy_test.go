@@ -22,7 +22,7 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// The requests that a fault can be put on. A star at the end stands for anything.
+// The requests that can get a fault. A star at the end matches any suffix.
 const (
 	mintPath  = "/v1/database/creds/pawl-db-read"
 	childPath = "/v1/auth/token/create"
@@ -31,16 +31,16 @@ const (
 	gonePath  = "/v1/sys/leases/lookup"
 )
 
-// fault answers in Vault's place. real asks Vault, and may be called from any goroutine.
+// fault answers instead of Vault. real sends the request to Vault, and may be called from any goroutine.
 type fault func(w http.ResponseWriter, r *http.Request, real func() *httptest.ResponseRecorder)
 
-// proxy stands in front of the real Vault, with a certificate of its own, and spoils chosen
-// answers. It keeps a copy of every token and secret that passes.
+// proxy forwards to the real Vault, with a certificate of its own, and replaces chosen answers by faults. It keeps a
+// copy of every token and secret that passes.
 type proxy struct {
 	server  *httptest.Server
 	forward *httputil.ReverseProxy
 
-	mu     sync.Mutex // guards what follows
+	mu     sync.Mutex // guards the fields below
 	path   string
 	fault  fault
 	asked  int             // requests for path since the fault was set
@@ -55,7 +55,8 @@ func newProxy(t *testing.T, env *dev.Env) *proxy {
 	}
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(env.Vault.CAPEM())
-	asBroker := func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { // TLS ends here, and Vault wants to see its client
+	// The proxy terminates TLS, and Vault requires the client's certificate.
+	asBroker := func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 		svid, err := env.Identities.X509SVID(dev.BrokerID)
 		if err != nil {
 			return nil, err
@@ -67,7 +68,8 @@ func newProxy(t *testing.T, env *dev.Env) *proxy {
 		Rewrite:        func(r *httputil.ProxyRequest) { r.SetURL(base) },
 		Transport:      &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, GetClientCertificate: asBroker}},
 		ModifyResponse: p.keep,
-		ErrorHandler:   func(w http.ResponseWriter, _ *http.Request, _ error) { panic(http.ErrAbortHandler) }, // Vault is not there: nor are we
+		// If Vault is down, so is the proxy.
+		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) { panic(http.ErrAbortHandler) },
 	}
 	p.server = httptest.NewTLSServer(p)
 	t.Cleanup(p.server.Close)
@@ -81,7 +83,7 @@ func (p *proxy) spoil(path string, f fault) {
 	p.path, p.fault, p.asked = path, f, 0
 }
 
-// requests is how often the spoiled path was asked for.
+// requests gives the number of requests for the spoiled path.
 func (p *proxy) requests() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -103,17 +105,17 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		p.forward.ServeHTTP(w, r)
 		return
 	}
-	body, _ := io.ReadAll(r.Body) // what is missing, Vault refuses
+	body, _ := io.ReadAll(r.Body) // Vault refuses a truncated body
 	now(w, r, func() *httptest.ResponseRecorder {
 		answer := httptest.NewRecorder()
-		again := r.Clone(context.WithoutCancel(r.Context())) // Vault goes on when the broker has given up
+		again := r.Clone(context.WithoutCancel(r.Context())) // Vault continues after the broker has given up
 		again.Body = io.NopCloser(bytes.NewReader(body))
 		p.forward.ServeHTTP(answer, again)
 		return answer
 	})
 }
 
-// keep copies what is secret in an answer.
+// keep copies the secrets of an answer.
 func (p *proxy) keep(answer *http.Response) error {
 	raw, err := io.ReadAll(answer.Body)
 	if err != nil {
@@ -129,7 +131,7 @@ func (p *proxy) keep(answer *http.Response) error {
 			PrivateKey string `json:"private_key"`
 		}
 	}
-	_ = json.Unmarshal(raw, &made) // an answer of another shape holds none of these
+	_ = json.Unmarshal(raw, &made) // an answer of another shape has no secret
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, secret := range []string{made.Auth.Token, made.Data.Password, made.Data.PrivateKey} {
@@ -140,7 +142,7 @@ func (p *proxy) keep(answer *http.Response) error {
 	return nil
 }
 
-// use has a broker reach Vault through the proxy.
+// use makes a broker reach Vault through the proxy.
 func (p *proxy) use(t *testing.T, c *wire.Config) {
 	t.Helper()
 	ca := filepath.Join(t.TempDir(), "proxy.pem")
@@ -154,17 +156,17 @@ func status(code int) fault {
 	return func(w http.ResponseWriter, _ *http.Request, real func() *httptest.ResponseRecorder) {
 		real()
 		w.WriteHeader(code)
-		_, _ = io.WriteString(w, `{"errors":["internal error"]}`) // the broker has it or not
+		_, _ = io.WriteString(w, `{"errors":["internal error"]}`) // the broker may have hung up
 	}
 }
 
 func body(change func(string) string) fault {
 	return func(w http.ResponseWriter, _ *http.Request, real func() *httptest.ResponseRecorder) {
-		_, _ = io.WriteString(w, change(real().Body.String())) // the broker has it or not
+		_, _ = io.WriteString(w, change(real().Body.String())) // the broker may have hung up
 	}
 }
 
-// member replaces one member of Vault's answer; nil leaves it out.
+// member replaces one member of Vault's answer; nil removes it.
 func member(t *testing.T, name string, value any) fault {
 	return body(func(answer string) string {
 		var all map[string]any
@@ -182,7 +184,7 @@ func member(t *testing.T, name string, value any) fault {
 	})
 }
 
-// instead has a fault happen in the place of what was asked for.
+// instead makes a fault happen without sending the request to Vault.
 func instead(f fault) fault {
 	return func(w http.ResponseWriter, r *http.Request, _ func() *httptest.ResponseRecorder) {
 		f(w, r, func() *httptest.ResponseRecorder { return nil })
@@ -194,13 +196,13 @@ func cut(w http.ResponseWriter, _ *http.Request, real func() *httptest.ResponseR
 	panic(http.ErrAbortHandler)
 }
 
-// drip gives the answer a byte at a time, and never all of it.
+// drip sends the answer one byte at a time, and never completes it.
 func drip(w http.ResponseWriter, r *http.Request, real func() *httptest.ResponseRecorder) {
 	for _, b := range real().Body.Bytes() {
 		if _, err := w.Write([]byte{b}); err != nil {
 			return
 		}
-		_ = http.NewResponseController(w).Flush() // the next write fails then
+		_ = http.NewResponseController(w).Flush() // if it fails, so does the next write
 		select {
 		case <-r.Context().Done():
 			return

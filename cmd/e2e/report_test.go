@@ -17,15 +17,15 @@ import (
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
-// captured is every secret that two agents got, as somebody who reads their memory would have it.
+// captured has every secret that two agents got, as an attacker who reads their memory would.
 type captured struct {
 	logins  []login
 	serials []*big.Int
 	notes   int // static secrets
 }
 
-// TestReportIsTrue revokes a chain of two agents with many live secrets of three tools, and holds
-// the broker's report against what the backends say (hardening.md, P1, P3 and P8).
+// TestReportIsTrue revokes a chain of two agents with many live secrets of three tools, and compares the broker's
+// report with the backends' own state.
 func TestReportIsTrue(t *testing.T) {
 	t.Parallel()
 	need(t, true)
@@ -72,7 +72,7 @@ func TestReportIsTrue(t *testing.T) {
 	for _, l := range c.logins {
 		if w.oracle.works(l) {
 			alive++
-			t.Errorf("login %s works after the revocation settled", l.Username)
+			t.Errorf("login %s works after the final closure", l.Username)
 		}
 	}
 	for _, s := range c.serials {
@@ -82,29 +82,30 @@ func TestReportIsTrue(t *testing.T) {
 		}
 	}
 	if _, err := session.Exec(ctx, "FETCH 1 FROM reading"); err == nil {
-		t.Error("a session that was open in the middle of a cursor reads on")
+		t.Error("a session with an open cursor still reads")
 	}
 	if rv.Grants != dynamic+c.notes || rv.Dead != dynamic-alive || rv.Alive != c.notes+alive || rv.Static != c.notes || rv.Unknown != 0 {
 		t.Errorf("the report says %d grants, %d dead, %d alive, %d static, %d unknown; the oracle found %d secrets, %d working, %d static",
 			rv.Grants, rv.Dead, rv.Alive, rv.Static, rv.Unknown, dynamic+c.notes, alive+c.notes, c.notes)
 	}
-	if want := broker.ClosurePartial; rv.Closure != string(want) { // a static secret works on, and the report must not hide it
+	// A static secret still works, and the report must show it.
+	if want := broker.ClosurePartial; rv.Closure != string(want) {
 		t.Errorf("closure = %s, want %s", rv.Closure, want)
 	}
 	if !w.oracle.works(untouched) {
-		t.Error("the login of another chain was cut")
+		t.Error("the login of another chain was ended")
 	}
 	if err := bystander.Close(ctx); err != nil {
 		t.Fatal(err)
 	}
-	w.settled(2 * bound)
+	w.allClosed(2 * bound)
 	w.oracle.untilNone(w.before, time.Second)
 	if n := w.oracle.irrevocable(); n != "0" {
 		t.Errorf("Vault has given up revoking %s leases", n)
 	}
 }
 
-// revoke revokes a chain and waits until the revocation has settled.
+// revoke revokes a chain and waits for the final closure.
 func (w *world) revoke(ctx context.Context, chain string) (rv api.Revocation) {
 	w.t.Helper()
 	o := w.operator()
@@ -142,7 +143,7 @@ func (c *captured) capture(t *testing.T, d *agent.Delegation) {
 func serialOf(chain string) (*big.Int, error) {
 	block, _ := pem.Decode([]byte(chain))
 	if block == nil {
-		return nil, errors.New("the secret holds no certificate")
+		return nil, errors.New("the secret has no certificate")
 	}
 	cert, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {
@@ -151,7 +152,7 @@ func serialOf(chain string) (*big.Int, error) {
 	return cert.SerialNumber, nil
 }
 
-// cursor opens a session that is in the middle of reading a table.
+// cursor opens a session with a cursor in the middle of a table.
 func cursor(t *testing.T, l login) *pgx.Conn {
 	t.Helper()
 	conn, err := l.connect(t.Context())
@@ -161,6 +162,6 @@ func cursor(t *testing.T, l login) *pgx.Conn {
 	if err != nil {
 		t.Fatalf("login %s cannot read", l.Username)
 	}
-	t.Cleanup(func() { _ = conn.Close(context.Background()) }) // it is cut by then
+	t.Cleanup(func() { _ = conn.Close(context.Background()) }) // it is ended by then
 	return conn
 }

@@ -10,8 +10,8 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// The four situations of the product's four users, each with the example bundle that broker/policy
-// tests decision by decision. Here agents with SVIDs of their own play them through.
+// Four situations of the product's users, each with an example bundle. broker/policy tests each decision of these
+// bundles; here agents with their own SVIDs play them end to end.
 
 func situation(t *testing.T, name string) *stage {
 	t.Helper()
@@ -32,17 +32,17 @@ func (s *stage) refused(d *agent.Delegation, tool string, args agent.Args, code 
 	return p
 }
 
-// approval fails unless a step is refused only until it is approved, and says by whom.
+// approval fails unless the step is refused only for a missing approval, and the refusal names the approvers.
 func (s *stage) approval(d *agent.Delegation, tool string, args agent.Args, by string, policies ...string) *agent.Error {
 	s.t.Helper()
 	p := s.refused(d, tool, args, broker.CodeApprovalNeeded, policies...)
 	if !slices.Equal(p.Missing, []string{"approval:" + by}) || p.Remedy == "" || p.Revocation != "" {
-		s.t.Errorf("Begin(%s) is missing %v, with remedy %q and revocation %q; want the approval of %s alone", tool, p.Missing, p.Remedy, p.Revocation, by)
+		s.t.Errorf("Begin(%s) is missing %v, with remedy %q and revocation %q; want only the approval of %s", tool, p.Missing, p.Remedy, p.Revocation, by)
 	}
 	return p
 }
 
-// advises fails unless a refusal says how to ask in the bundle's own words.
+// advises fails unless a refusal has the bundle's own remedy.
 func advises(t *testing.T, p *agent.Error, want string) {
 	t.Helper()
 	if p.Remedy != want {
@@ -50,7 +50,7 @@ func advises(t *testing.T, p *agent.Error, want string) {
 	}
 }
 
-// ended fails unless a chain is over: dead secrets, told agents and nothing more.
+// ended fails unless a chain is revoked: its secrets are dead, its agents are notified, and further steps are refused.
 func (s *stage) ended(d *agent.Delegation, tool string, args agent.Args, revocation string, held ...holding) {
 	s.t.Helper()
 	s.closed(revocation, len(held))
@@ -58,13 +58,13 @@ func (s *stage) ended(d *agent.Delegation, tool string, args agent.Args, revocat
 		if s.target.Login(h.secret) {
 			s.t.Error("a secret works after the revocation was closed")
 		}
-		hears(s.t, "its holder", h.step.Context())
+		endsRevoked(s.t, "its holder", h.step.Context())
 	}
 	mustRefuse(s.t, "a step after the chain was revoked", s.asks(d, tool, args), agent.ErrRevoked)
 }
 
-// TestSupportAgentAsksBeforeARestart: it reads its ticket and looks around alone, and gets no secret
-// for a restart before a person has agreed.
+// TestSupportAgentAsksBeforeARestart: the agent reads its ticket and inspects hosts alone. It gets no secret for a
+// restart without an approval.
 func TestSupportAgentAsksBeforeARestart(t *testing.T) {
 	s := situation(t, "support")
 	d := s.open("/support/agent", agent.Chain{Rights: rights("tickets.read", "host.inspect", "host.restart"), Labels: map[string]string{"ticket": "T-17"}})
@@ -78,14 +78,14 @@ func TestSupportAgentAsksBeforeARestart(t *testing.T) {
 	advises(t, s.approval(d, "host.restart", agent.Args{"host": "prod-1", "service": "web"}, "2 of oncall", "support-restarts", "support-restarts-production"),
 		"production: two of those on call, with the change number; raise it in the channel of whoever is on call, with the ticket")
 	s.refused(d, "host.restart", agent.Args{"host": "test-3", "service": "database"}, broker.CodeArgumentOutside)
-	s.do(d, "host.inspect", agent.Args{"host": "prod-1"}) // being refused has cost it nothing
+	s.do(d, "host.inspect", agent.Args{"host": "prod-1"}) // the refusals used no budget
 	if alive := s.target.Alive(); len(alive) != 0 {
 		t.Errorf("%d secrets are alive although every step was closed", len(alive))
 	}
 }
 
-// TestCIAssistantStaysInItsPolicy: it chooses its steps itself, inside the repositories and
-// environments that the signed bundle names, and production ends its chain.
+// TestCIAssistantStaysInItsPolicy: the assistant chooses its steps, inside the repositories and environments of the
+// signed bundle. A deployment to production revokes its chain.
 func TestCIAssistantStaysInItsPolicy(t *testing.T) {
 	s := situation(t, "ci")
 	assistant := s.open("/ci/assistant", agent.Chain{Rights: rights("repo.read", "repo.write", "deploy"), Depth: 1})
@@ -94,13 +94,14 @@ func TestCIAssistantStaysInItsPolicy(t *testing.T) {
 	s.do(assistant, "repo.read", web)
 	s.do(assistant, "repo.write", agent.Args{"repository": "api"})
 	s.refused(assistant, "repo.read", agent.Args{"repository": "payroll"}, broker.CodePolicyDenied)
-	s.refused(assistant, "deploy", agent.Args{"repository": "web", "environment": "staging"}, broker.CodePolicyDenied) // itself: never
+	// The assistant itself may never deploy.
+	s.refused(assistant, "deploy", agent.Args{"repository": "web", "environment": "staging"}, broker.CodePolicyDenied)
 
 	deployer := s.share(assistant, "/ci/deployer", agent.Share{Rights: []agent.Right{{Tool: "deploy", Use: true, Args: map[string]agent.Constraint{"repository": agent.OneOf("web")}}}})
 	s.refused(deployer, "deploy", agent.Args{"repository": "api", "environment": "test"}, broker.CodeArgumentOutside)
 	s.do(deployer, "deploy", agent.Args{"repository": "web", "environment": "staging"})
 	advises(t, s.refused(deployer, "deploy", agent.Args{"repository": "web", "environment": "staging"}, broker.CodePolicyDenied, "ten-minutes-between-stagings"),
-		"pawl explain says which policies were looked at; ask their owners") // the bundle has no word of its own
+		"pawl explain says which policies were looked at; ask their owners") // the bundle has no remedy of its own
 
 	reading := s.hold(assistant, "repo.read", web)
 	deploying := s.hold(deployer, "deploy", agent.Args{"repository": "web", "environment": "test"})
@@ -108,8 +109,8 @@ func TestCIAssistantStaysInItsPolicy(t *testing.T) {
 	s.ended(assistant, "repo.read", web, p.Revocation, reading, deploying)
 }
 
-// TestProcurementBotConnectsToWhatIsNamed: an integration that policy names waits for approval, and
-// any other ends the chain.
+// TestProcurementBotConnectsToWhatIsNamed: an integration in the policy waits for approval, and any other one revokes
+// the chain.
 func TestProcurementBotConnectsToWhatIsNamed(t *testing.T) {
 	s := situation(t, "procurement")
 	bot := s.open("/procurement/bot", agent.Chain{Rights: rights("catalogue.read", "order.create", "integration.add")})
@@ -128,8 +129,8 @@ func TestProcurementBotConnectsToWhatIsNamed(t *testing.T) {
 	s.ended(bot, "catalogue.read", catalogue, p.Revocation, held)
 }
 
-// TestCopilotStopsBeforeContainment: it reads and proposes; containing is the responder's, with the
-// incident lead's approval, and touching the evidence stops the copilot everywhere.
+// TestCopilotStopsBeforeContainment: the copilot reads and proposes. Only the responder contains, with the incident
+// lead's approval. Touching the evidence freezes the copilot everywhere.
 func TestCopilotStopsBeforeContainment(t *testing.T) {
 	s := situation(t, "copilot")
 	all := rights("alert.read", "contain.isolate", "contain.disable", "evidence.delete")
@@ -140,12 +141,12 @@ func TestCopilotStopsBeforeContainment(t *testing.T) {
 	p := s.refused(copilot, "contain.isolate", host, broker.CodeViolation, "copilot-stops-before-containment")
 	advises(t, p, "delegate to spiffe://acme.example/security/responder")
 	if p.Revocation != "" || !s.target.Login(reading.secret) {
-		t.Error("asking for containment revoked something; policy says revoke-step, and there is none")
+		t.Error("asking for containment caused a revocation; the policy has revoke-step, and there was no step")
 	}
 
 	contain := agent.Share{Rights: rights("contain.isolate", "contain.disable")}
 	if _, err := copilot.Delegate(t.Context(), s.identities.ID("/security/intern").String(), contain); err == nil {
-		t.Error("containment was passed on to an intern")
+		t.Error("containment was delegated to an intern")
 	} else {
 		refusal(t, "Delegate to an intern", err, api.KindDenied, broker.CodePolicyDenied)
 	}

@@ -24,8 +24,8 @@ import (
 	"github.com/pawlsec/pawl/plugins/vault"
 )
 
-// brokerGroup is a Unix group other than ours, by which SPIRE tells the broker's process from
-// this one. Only root can be in any group; others have those that they were given.
+// brokerGroup gives a Unix group other than ours, by which SPIRE distinguishes the broker's process from this one. Only
+// root can use any group; other users have only their own groups.
 func brokerGroup(t *testing.T) int {
 	t.Helper()
 	if os.Getuid() == 0 {
@@ -44,12 +44,12 @@ func brokerGroup(t *testing.T) int {
 	return 0
 }
 
-// vaultAudience is whom the broker's JWT-SVID is for.
+// vaultAudience is the audience of the broker's JWT-SVID.
 const vaultAudience = "vault"
 
-// TestSPIRERotation has a real SPIRE identify broker and agents, by SVIDs that live for seconds.
-// One agent shows its X.509-SVID and another one a JWT-SVID; both take steps without a failed
-// request while broker and agent each get two new SVIDs.
+// TestSPIRERotation uses a real SPIRE to identify broker and agents, with SVIDs that live for seconds. One agent uses
+// its X.509-SVID and another one a JWT-SVID. Both take steps without a failed request while broker and agent each get
+// two new SVIDs.
 func TestSPIRERotation(t *testing.T) {
 	t.Parallel()
 	need(t, false)
@@ -67,12 +67,12 @@ func TestSPIRERotation(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer source.Close() //nolint:errcheck // it only stops watching
+	defer source.Close() //nolint:errcheck // closing only stops the watch
 	tokens, err := workloadapi.NewJWTSource(ctx, workloadapi.WithClientOptions(address))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer tokens.Close() //nolint:errcheck // it only stops watching
+	defer tokens.Close() //nolint:errcheck // closing only stops the watch
 
 	env := newEnv(t, dev.Config{NoPostgres: true})
 	loginByJWT(t, env, tokens)
@@ -102,23 +102,23 @@ func TestSPIRERotation(t *testing.T) {
 		t.Errorf("after a minute: %s", seen)
 	}
 	t.Logf("%d steps, %s", steps, seen)
-	w.settled(2 * bound)
+	w.allClosed(2 * bound)
 	w.oracle.untilNone(w.before, time.Second)
 	p.end(t)
 }
 
 func hasKey(_ context.Context, s *agent.Secret) error {
 	if block, _ := pem.Decode([]byte(s.Field("private_key"))); block == nil {
-		return fmt.Errorf("the secret holds no key")
+		return fmt.Errorf("the secret has no key")
 	}
 	return nil
 }
 
-// serials are the SVIDs that were used.
+// serials has the serial numbers of the SVIDs that were used.
 type serials struct {
 	source *workloadapi.X509Source
 
-	mu            sync.Mutex // guards what follows
+	mu            sync.Mutex // guards the fields below
 	ours, brokers map[string]bool
 }
 
@@ -128,7 +128,7 @@ func (s *serials) String() string {
 	return fmt.Sprintf("%d SVIDs of the agent and %d of the broker", len(s.ours), len(s.brokers))
 }
 
-// rotations is how often both sides have had a new SVID.
+// rotations gives the number of rotations that both sides have had.
 func (s *serials) rotations(t *testing.T) int {
 	t.Helper()
 	svid, err := s.source.GetX509SVID()
@@ -141,7 +141,7 @@ func (s *serials) rotations(t *testing.T) int {
 	return min(len(s.ours), len(s.brokers)) - 1
 }
 
-// verify notes which SVID the broker shows, on each new connection.
+// verify records the broker's SVID on each new connection.
 func (s *serials) verify(inner func([][]byte, [][]*x509.Certificate) error) func([][]byte, [][]*x509.Certificate) error {
 	return func(raw [][]byte, chains [][]*x509.Certificate) error {
 		if err := inner(raw, chains); err != nil {
@@ -174,7 +174,7 @@ func (s *serials) byToken(t *testing.T, w *world, tokens *workloadapi.JWTSource)
 	return newAgent(t, agent.Config{Address: "https://" + w.config.Listen.Agents, HTTPClient: &http.Client{Transport: bearing{transport, tokens}}})
 }
 
-// bearing shows the JWT-SVID of the moment with each request.
+// bearing sends the current JWT-SVID with each request.
 type bearing struct {
 	http.RoundTripper
 	tokens *workloadapi.JWTSource
@@ -190,7 +190,7 @@ func (b bearing) RoundTrip(r *http.Request) (*http.Response, error) {
 	return b.RoundTripper.RoundTrip(r)
 }
 
-// loginByJWT teaches Vault to let the broker in by a JWT-SVID of SPIRE's.
+// loginByJWT configures Vault to accept the broker's login with a JWT-SVID of SPIRE.
 func loginByJWT(t *testing.T, env *dev.Env, tokens *workloadapi.JWTSource) {
 	t.Helper()
 	bundle, err := tokens.GetJWTBundleForTrustDomain(dev.BrokerID.TrustDomain())

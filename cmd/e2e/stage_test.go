@@ -35,9 +35,8 @@ import (
 // domain is the trust domain of a stage's agents, and of the example bundles.
 const domain = "acme.example"
 
-// stage is everything of Pawl but its backends: a signed bundle of the real policy engine, the
-// engine, the server with real SVIDs on both sides, and the SDK. One target in memory stands for
-// Vault and for every backend that the bundle names.
+// stage is all of Pawl without its backends: a signed bundle in the real policy engine, the engine, the server with
+// real SVIDs on both sides, and the SDK. One target in memory replaces Vault and every backend of the bundle.
 type stage struct {
 	t          *testing.T
 	target     *brokertest.Target
@@ -53,7 +52,7 @@ func newStage(t *testing.T, dir fs.FS) *stage {
 	if s.identities, err = workload.New(workload.Config{TrustDomain: domain}); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = s.identities.Close() }) // it has no sockets
+	t.Cleanup(func() { _ = s.identities.Close() }) // there are no sockets to fail
 	running := signed(t, dir)
 	backends := map[string]broker.Backend{}
 	for _, tool := range running.Current().Tools() {
@@ -74,7 +73,7 @@ func newStage(t *testing.T, dir fs.FS) *stage {
 	return s
 }
 
-// signed takes an author's directory the way that a bundle goes: built, signed, verified.
+// signed builds, signs and verifies the bundle of an author's directory.
 func signed(t *testing.T, dir fs.FS) *policy.Running {
 	t.Helper()
 	source, err := policy.Build(dir)
@@ -111,7 +110,7 @@ func (s *stage) serve(b *engine.Engine) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir, err := os.MkdirTemp("", "pawl-e2e-") // a test's own has too long a name for a socket
+	dir, err := os.MkdirTemp("", "pawl-e2e-") // t.TempDir is too long for the path of a socket
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,7 +123,7 @@ func (s *stage) serve(b *engine.Engine) {
 	s.address = "https://" + agents.Addr().String()
 	s.run(attest.Server(srv.Agents(), attest.Limits{}), attest.Listener(agents, a.ServerTLS(), attest.Limits{}))
 	s.run(&http.Server{Handler: srv.Operators(), ReadHeaderTimeout: time.Minute}, operators)
-	t.Cleanup(srv.Close) // first of all: it ends the streams
+	t.Cleanup(srv.Close) // before the other clean-ups: it ends the streams
 }
 
 func (s *stage) run(h *http.Server, l net.Listener) {
@@ -134,7 +133,7 @@ func (s *stage) run(h *http.Server, l net.Listener) {
 			s.t.Errorf("serving: %v", err)
 		}
 	})
-	s.t.Cleanup(func() { _ = h.Close(); done.Wait() }) // nobody asks any more
+	s.t.Cleanup(func() { _ = h.Close(); done.Wait() }) // all clients are closed by then
 }
 
 func (s *stage) agent(path string) *agent.Client {
@@ -147,7 +146,7 @@ func (s *stage) agent(path string) *agent.Client {
 	return c
 }
 
-// post sends what the SDK would not: the caller is who the SVID says, the body whatever it likes.
+// post sends requests that the SDK would not send: with the caller's SVID and any body.
 func (s *stage) post(path, to string, in, out any) error {
 	s.t.Helper()
 	c, err := client.New(client.Config{Address: s.address, Source: s.identities.Source(s.identities.ID(path)), ServerID: s.identities.ID("/pawl")})
@@ -158,8 +157,8 @@ func (s *stage) post(path, to string, in, out any) error {
 	return c.Call(s.t.Context(), http.MethodPost, to, nil, in, out)
 }
 
-// asks has the holder of a delegation ask for a step past its SDK, which refuses by itself once it has
-// heard of a revocation: what comes back is the broker's word.
+// asks requests a step as the holder of a delegation, without the SDK. The SDK would refuse by itself after a
+// revocation; this is the broker's own answer.
 func (s *stage) asks(d *agent.Delegation, tool string, args agent.Args) error {
 	s.t.Helper()
 	raw, err := json.Marshal(args)
@@ -192,7 +191,7 @@ func (s *stage) open(path string, c agent.Chain) *agent.Delegation {
 	return d
 }
 
-// share passes rights on and has the receiver join.
+// share delegates rights, and the receiver joins.
 func (s *stage) share(from *agent.Delegation, to string, part agent.Share) *agent.Delegation {
 	s.t.Helper()
 	id, err := from.Delegate(s.t.Context(), s.identities.ID(to).String(), part)
@@ -206,7 +205,7 @@ func (s *stage) share(from *agent.Delegation, to string, part agent.Share) *agen
 	return d
 }
 
-// holding is a step that is not closed, and a copy of its secret as a thief would have made.
+// holding is an open step, with a copy of its secret as a thief would make it.
 type holding struct {
 	step   *agent.Step
 	secret []byte
@@ -233,7 +232,8 @@ func (s *stage) do(d *agent.Delegation, tool string, args agent.Args) {
 	}
 }
 
-// closed follows a revocation to its end and fails unless that is CLOSED with so many dead.
+// closed follows a revocation to its final closure, and fails unless that is CLOSED with the given number of dead
+// grants.
 func (s *stage) closed(revocation string, dead int) {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(s.t.Context(), 30*time.Second)
@@ -247,7 +247,7 @@ func (s *stage) closed(revocation string, dead int) {
 	}
 }
 
-// refusal fails unless err is a problem of the kind and code, and gives it.
+// refusal returns err as a problem, and fails unless it has the kind and the code.
 func refusal(t *testing.T, what string, err error, kind api.Kind, code broker.Code) *agent.Error {
 	t.Helper()
 	var p *agent.Error
@@ -257,7 +257,7 @@ func refusal(t *testing.T, what string, err error, kind api.Kind, code broker.Co
 	return p
 }
 
-// authors lays an author's directory out.
+// authors gives an author's directory with the files.
 func authors(files map[string]string) fs.FS {
 	dir := fstest.MapFS{}
 	for name, text := range files {

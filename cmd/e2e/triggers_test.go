@@ -19,18 +19,18 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// Every trigger is played on this tree, in which writer is the offender, or the one whose
-// delegation is misused:
+// offence is the tree on which every trigger is played. writer is the offender, or the holder of the misused
+// delegation:
 //
 //	planner -> {writer -> helper, other}
 //
-// Each of the four holds a secret. writer, and whoever else may be frozen, has one in a chain of
-// its own besides, which only freezing the caller everywhere reaches.
+// Each of the four holds a secret. writer, and every other agent that may be frozen, also holds one in a chain of its
+// own, which only freeze-caller affects.
 type offence struct {
 	*stage
 	tree  map[string]*agent.Delegation
 	live  map[string]holding
-	apart map[string]*agent.Delegation // chains of their own
+	apart map[string]*agent.Delegation // separate chains, by opener
 	mute  *mute                        // writer's connection
 }
 
@@ -48,7 +48,7 @@ tools:
   - {name: canary.keys, backend: mail, narrowing: none, canary: true, vault: {policy: pawl-canary, path: kv/canary}}
 `
 
-// offendingPolicy has every offence followed by the same consequence.
+// offendingPolicy has the same consequence for every offence.
 const offendingPolicy = `
 @id("work")
 @any("tool")
@@ -69,7 +69,7 @@ forbid (principal, action == Action::"use", resource == Tool::"db.write")
 when { context.used.contains("mail.send") };
 `
 
-// mute is a connection whose signs of life can be lost, as if its process stood still.
+// mute is a connection that can lose its heartbeats, as if its process were stopped.
 type mute struct {
 	http.RoundTripper
 	on atomic.Bool
@@ -77,12 +77,12 @@ type mute struct {
 
 func (m *mute) RoundTrip(r *http.Request) (*http.Response, error) {
 	if m.on.Load() && strings.HasSuffix(r.URL.Path, "/heard") {
-		return nil, errors.New("nothing is heard")
+		return nil, errors.New("the heartbeat is lost")
 	}
 	return m.RoundTripper.RoundTrip(r)
 }
 
-// muted is an agent whose signs of life can be lost.
+// muted gives an agent with a connection that can lose its heartbeats.
 func (s *stage) muted(path string) (*agent.Client, *mute) {
 	s.t.Helper()
 	source := s.identities.Source(s.identities.ID(path))
@@ -96,7 +96,7 @@ func (s *stage) muted(path string) (*agent.Client, *mute) {
 	return c, m
 }
 
-// heartbeat is how often writer promises to be heard. It is long enough for a machine that is busy.
+// heartbeat is the interval that writer promises. It is long enough for a busy machine.
 const heartbeat = 3 * time.Second
 
 func newOffence(t *testing.T, consequence string) *offence {
@@ -125,7 +125,7 @@ func newOffence(t *testing.T, consequence string) *offence {
 	return o
 }
 
-// writer passes a share on to the one whose connection can be muted.
+// writer delegates a share to the agent with the muted connection.
 func (o *offence) writer(from *agent.Delegation, part agent.Share) *agent.Delegation {
 	o.t.Helper()
 	id, err := from.Delegate(o.t.Context(), o.identities.ID("/writer").String(), part)
@@ -141,7 +141,7 @@ func (o *offence) writer(from *agent.Delegation, part agent.Share) *agent.Delega
 	return d
 }
 
-// collectTwice has a sealed step of writer's collected, and collected again.
+// collectTwice collects a sealed step of writer's twice.
 func (o *offence) collectTwice() error {
 	o.t.Helper()
 	key, err := agent.NewSealKey()
@@ -162,7 +162,7 @@ func (o *offence) collectTwice() error {
 	return err
 }
 
-// silence has writer not be heard until the broker has noticed, and gives what that set off.
+// silence loses writer's heartbeats until the broker detects it, and gives the revocation that follows.
 func (o *offence) silence() (revocation string) {
 	o.t.Helper()
 	o.mute.on.Store(true)
@@ -173,7 +173,7 @@ func (o *offence) silence() (revocation string) {
 		}
 		select {
 		case <-deadline:
-			o.t.Fatal("waited 30 s for the broker to notice that writer is not heard")
+			o.t.Fatal("the broker did not detect the lost heartbeat of writer in 30 s")
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
@@ -191,13 +191,13 @@ func (o *offence) silence() (revocation string) {
 
 var orders = agent.Args{"tables": []string{"orders"}}
 
-// begin has writer ask for a step, whose refusal is the trigger.
+// begin requests a step as writer. The refusal is the trigger.
 func (o *offence) begin(tool string, args agent.Args) error {
 	_, err := o.tree["writer"].Begin(o.t.Context(), agent.Call{Tool: tool, Args: args})
 	return err
 }
 
-// replay has writer take a step under a key and then ask for another under the same.
+// replay takes a step as writer under a key, and then requests another one under the same key.
 func (o *offence) replay(tool string, args agent.Args) error {
 	o.t.Helper()
 	step, err := o.tree["writer"].Begin(o.t.Context(), agent.Call{Tool: "db.write", IdempotencyKey: "step-1"})
@@ -222,19 +222,19 @@ func (o *offence) report(path string, grant bool) (out api.Reported, err error) 
 	return out, err
 }
 
-// trigger is one event. A request is refused with the code when nothing follows, and as a
-// violation when something does; a report is answered.
+// trigger is one event. A request is refused with the code if there is no consequence, and as a violation otherwise. A
+// report gets an answer.
 type trigger struct {
 	name   string
 	event  func(*offence) error
 	kind   api.Kind
 	code   broker.Code
-	frozen string // who freeze-caller freezes
-	always bool   // it is in the audit as a violation even when nothing follows
-	silent bool   // the answer does not tell that something follows
+	frozen string // the agent that freeze-caller freezes
+	always bool   // it is in the audit as a violation even without a consequence
+	silent bool   // the answer does not show the consequence
 
-	sealed  bool // a sealed step is the breach: its refusal keeps its code, whatever follows
-	unheard bool // nobody asks for anything: the event is that nothing is heard
+	sealed  bool // a sealed step is the breach: its refusal keeps its code with every consequence
+	unheard bool // there is no request: the event is a missing heartbeat
 
 	report func(*offence) (api.Reported, error)
 	grant  bool // the report names a grant
@@ -277,7 +277,7 @@ var triggers = []trigger{
 		report: func(o *offence) (api.Reported, error) { return o.report("/planner", false) }},
 }
 
-// dies lists who loses a secret by a consequence.
+// dies lists the agents that lose a secret by a consequence.
 func (tr trigger) dies(what broker.Consequence) []string {
 	if tr.sealed && what > broker.ConsequenceDeny {
 		tr.sealed = false
@@ -285,7 +285,7 @@ func (tr trigger) dies(what broker.Consequence) []string {
 	}
 	switch {
 	case what == broker.ConsequenceDeny, what == broker.ConsequenceRevokeStep && tr.report == nil && !tr.unheard:
-		return nil // of a request that was refused there is no secret to revoke
+		return nil // a refused request has no secret to revoke
 	case what == broker.ConsequenceRevokeStep && tr.grant:
 		return []string{"writer"}
 	case what <= broker.ConsequenceRevokeSubtree:
@@ -294,9 +294,9 @@ func (tr trigger) dies(what broker.Consequence) []string {
 	return []string{"planner", "writer", "helper", "other"}
 }
 
-// TestTriggers plays every trigger with every consequence, from the event to the closure. A key of
-// somebody else's step is not among them: keys are a delegation's, a delegation has one holder, and
-// whoever else presents it is refused before (wrong SPIFFE ID).
+// TestTriggers plays every trigger with every consequence, from the event to the closure. The key of another agent's
+// step is not among them: keys belong to a delegation, a delegation has one holder, and every other caller is refused
+// before (wrong SPIFFE ID).
 func TestTriggers(t *testing.T) {
 	for _, tr := range triggers {
 		for what := broker.ConsequenceDeny; what <= broker.ConsequenceFreezeCaller; what++ {
@@ -312,7 +312,7 @@ func TestTriggers(t *testing.T) {
 	}
 }
 
-// play has the event happen, checks the answer and gives the revocation it set off.
+// play causes the event, checks the answer and gives the revocation that follows.
 func (tr trigger) play(o *offence, what broker.Consequence) (revocation string) {
 	o.t.Helper()
 	if tr.unheard {
@@ -332,19 +332,19 @@ func (tr trigger) play(o *offence, what broker.Consequence) (revocation string) 
 	if !tr.silent {
 		return refusal(o.t, tr.name, tr.event(o), tr.kind, code).Revocation
 	}
-	// What nobody permits, for the same agent and in the same way, is answered alike.
+	// A tool without a permit gets the same answer, for the same agent and the same request.
 	_, unpermitted := o.tree["writer"].Begin(o.t.Context(), agent.Call{Tool: "payroll.read"})
 	if strings.Contains(tr.name, "passing") {
 		_, unpermitted = o.tree["writer"].Delegate(o.t.Context(), o.identities.ID("/helper").String(), agent.Share{Rights: rights("payroll.read")})
 	}
 	plain := answered(o.t, refusal(o.t, "payroll.read", unpermitted, tr.kind, code), "payroll.read")
 	if canary := answered(o.t, refusal(o.t, tr.name, tr.event(o), tr.kind, code), "canary.keys"); canary != plain {
-		o.t.Errorf("%s is answered %s, and a tool that nobody permits %s", tr.name, canary, plain)
+		o.t.Errorf("the answer to %s is %s, and to a tool without a permit %s", tr.name, canary, plain)
 	}
 	return o.revoked()
 }
 
-// answered is all that an answer says but the tool's name and its own.
+// answered gives an answer without the tool's name and the request id.
 func answered(t *testing.T, p *agent.Error, tool string) string {
 	t.Helper()
 	seen := *p
@@ -356,7 +356,7 @@ func answered(t *testing.T, p *agent.Error, tool string) string {
 	return strings.ReplaceAll(string(raw), tool, "TOOL")
 }
 
-// revoked is the revocation that operators see; empty when there is none.
+// revoked gives the revocation that operators see; empty if there is none.
 func (o *offence) revoked() string {
 	o.t.Helper()
 	list, err := o.operator().Revocations(o.t.Context())
@@ -371,15 +371,15 @@ func (o *offence) revoked() string {
 	return ""
 }
 
-// after checks what is dead, that its agents have heard, that everything else goes on, and that
-// the audit names the violation.
+// after checks that the right secrets are dead, that their agents were notified, that everything else still works, and
+// that the audit names the violation.
 func (o *offence) after(tr trigger, what broker.Consequence, revocation string) {
 	dying := map[string]bool{}
 	for _, name := range tr.dies(what) {
 		dying[name] = true
 	}
 	if (revocation != "") != (len(dying) > 0) {
-		o.t.Fatalf("%s set off revocation %q, want one to end %d secrets", what, revocation, len(dying))
+		o.t.Fatalf("%s caused revocation %q, want one that ends %d secrets", what, revocation, len(dying))
 	}
 	if revocation != "" {
 		o.closed(revocation, len(dying))
@@ -389,7 +389,7 @@ func (o *offence) after(tr trigger, what broker.Consequence, revocation string) 
 			o.t.Errorf("after %s the secret of %s works: %v", what, name, works)
 		}
 		if dying[name] {
-			hears(o.t, name, h.step.Context())
+			endsRevoked(o.t, name, h.step.Context())
 		} else if h.step.Context().Err() != nil {
 			o.t.Errorf("after %s the step of %s ended: %v", what, name, context.Cause(h.step.Context()))
 		}
@@ -406,13 +406,14 @@ func (o *offence) after(tr trigger, what broker.Consequence, revocation string) 
 		if what == broker.ConsequenceFreezeCaller && name == tr.frozen {
 			refusal(o.t, "a step of "+name+", frozen everywhere,", err, api.KindRevoked, broker.CodeFrozen)
 		} else if err != nil {
-			o.t.Errorf("after %s a step of %s in a chain of its own = %v", what, name, err)
+			o.t.Errorf("after %s a step of %s in its own chain = %v", what, name, err)
 		}
 	}
 	o.audited(what, tr)
 }
 
-func hears(t *testing.T, name string, ctx context.Context) {
+// endsRevoked fails unless the context of a step ends because of a revocation.
+func endsRevoked(t *testing.T, name string, ctx context.Context) {
 	t.Helper()
 	select {
 	case <-ctx.Done():
@@ -423,7 +424,7 @@ func hears(t *testing.T, name string, ctx context.Context) {
 	}
 }
 
-// audited looks for the one line that says what happened under writer's delegation.
+// audited checks that the audit has one entry of the violation under writer's delegation.
 func (o *offence) audited(what broker.Consequence, tr trigger) {
 	o.t.Helper()
 	op := string(broker.OpViolation)
@@ -450,8 +451,8 @@ func (o *offence) logged(op string) (found int) {
 	return found
 }
 
-// TestOpeningWithACanary: there is no chain to end yet, and only freezing the caller has something to
-// hit. Before it was asked about, nothing of the request is kept.
+// TestOpeningWithACanary: there is no chain to revoke yet, so only freeze-caller has an effect. The broker stores
+// nothing else of the request.
 func TestOpeningWithACanary(t *testing.T) {
 	for what := broker.ConsequenceDeny; what <= broker.ConsequenceFreezeCaller; what++ {
 		t.Run(what.String(), func(t *testing.T) {
@@ -459,9 +460,9 @@ func TestOpeningWithACanary(t *testing.T) {
 			_, err := o.agent("/writer").Open(t.Context(), agent.Chain{Task: "t", Rights: rights("payroll.read", "canary.keys")})
 			p := refusal(t, "Open with a canary", err, api.KindDenied, broker.CodePolicyDenied)
 			_, err = o.agent("/planner").Open(t.Context(), agent.Chain{Task: "t", Rights: rights("payroll.read")})
-			plain := refusal(t, "Open with a tool that nobody permits", err, api.KindDenied, broker.CodePolicyDenied)
+			plain := refusal(t, "Open with a tool without a permit", err, api.KindDenied, broker.CodePolicyDenied)
 			if a, b := strings.ReplaceAll(answered(t, p, "canary.keys"), "/writer", "/planner"), answered(t, plain, "payroll.read"); a != b {
-				t.Errorf("Open with a canary is answered %s, with a tool that nobody permits %s", a, b)
+				t.Errorf("the answer to Open with a canary is %s, and with a tool without a permit %s", a, b)
 			}
 			for name, h := range o.live {
 				if !o.target.Login(h.secret) {
@@ -489,8 +490,8 @@ func TestOpeningWithACanary(t *testing.T) {
 	}
 }
 
-// TestReportersAreTrustedByName: a report by whoever is neither named in policy nor a holder above
-// changes nothing and does not tell that the delegation exists.
+// TestReportersAreTrustedByName: a report by an agent that is neither named in the policy nor a holder above changes
+// nothing, and its answer does not reveal that the delegation exists.
 func TestReportersAreTrustedByName(t *testing.T) {
 	o := newOffence(t, "revoke-chain")
 	for _, path := range []string{"/thief", "/helper", "/siem/helper"} {

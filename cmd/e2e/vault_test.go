@@ -20,19 +20,18 @@ import (
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
-// tick is a moment in which nothing is sent.
+// tick gives a pause in which nothing is sent.
 func tick() <-chan time.Time { return time.After(100 * time.Millisecond) }
 
-// ill is a Vault, and what an agent is told of it.
+// ill is a fault of Vault, and the error that an agent gets.
 type ill struct {
 	path string
 	fault
 	code broker.Code
 }
 
-// TestBadVault spoils Vault's answers one after the other (hardening.md, "Vault answers"): the
-// agent is told what happened, no mint is sent twice, no token goes elsewhere, and in the end
-// nothing lives.
+// TestBadVault spoils Vault's answers one after the other. The agent gets the right error, no mint is sent twice, no
+// token is sent to another host, and in the end nothing is alive.
 func TestBadVault(t *testing.T) {
 	t.Parallel()
 	need(t, true)
@@ -83,21 +82,21 @@ func TestBadVault(t *testing.T) {
 		row := rows[name]
 		p.spoil(row.path, row.fault)
 		_, _, err := take(t.Context(), d, 0)
-		told(t, name, err, row.code)
+		unavailable(t, name, err, row.code)
 		if n := p.requests(); n != 1 {
-			t.Errorf("%s: Vault was asked %d times, want once", name, n)
+			t.Errorf("%s: Vault got %d requests, want one", name, n)
 		}
 	}
 	w.healthy(d)
-	w.settled(4 * bound)
+	w.allClosed(4 * bound)
 	w.oracle.untilNone(w.before, 2*time.Second)
 	if n := elsewhere.Load(); n != 0 {
 		t.Errorf("%d requests went to the host that a redirect named", n)
 	}
 }
 
-// told checks the code and status of a refusal: 503, with which part it was.
-func told(t *testing.T, what string, err error, want broker.Code) {
+// unavailable checks that a refusal has status 503 and the code of the failing part.
+func unavailable(t *testing.T, what string, err error, want broker.Code) {
 	t.Helper()
 	var problem *agent.Error
 	switch {
@@ -106,11 +105,11 @@ func told(t *testing.T, what string, err error, want broker.Code) {
 	case !errors.As(err, &problem):
 		t.Errorf("%s: %v, want a problem", what, err)
 	case problem.Code != api.Code(want) || problem.Status != http.StatusServiceUnavailable:
-		t.Errorf("%s: answered with %d %s, want 503 %s", what, problem.Status, problem.Code, want)
+		t.Errorf("%s: got %d %s, want 503 %s", what, problem.Status, problem.Code, want)
 	}
 }
 
-// healthy takes a step and closes it, as soon as that works.
+// healthy takes a step and closes it, with retries until it works.
 func (w *world) healthy(d *agent.Delegation) {
 	w.t.Helper()
 	var err error
@@ -125,8 +124,8 @@ func (w *world) healthy(d *agent.Delegation) {
 	}
 }
 
-// TestVaultOutOfOrder seals, kills and pauses Vault under a broker with a live secret: steps are
-// refused, fences hold, and what was revoked meanwhile is dead when Vault is back.
+// TestVaultOutOfOrder seals, kills and pauses Vault under a broker with a live secret. Steps are refused, fences
+// hold, and the secrets that were revoked meanwhile are dead when Vault is back.
 func TestVaultOutOfOrder(t *testing.T) {
 	t.Parallel()
 	need(t, true)
@@ -164,7 +163,7 @@ func TestVaultOutOfOrder(t *testing.T) {
 				t.Fatal(err)
 			}
 			_, _, err = take(ctx, lasting, 0)
-			told(t, "a step", err, broker.CodeVaultDown)
+			unavailable(t, "a step", err, broker.CodeVaultDown)
 			asked := time.Now()
 			rv, err := w.operator().Revoke(ctx, api.RevokeRequest{Selector: "chain:" + string(doomed.Info().Chain), Reason: "Vault is out"})
 			if err != nil {
@@ -175,11 +174,12 @@ func TestVaultOutOfOrder(t *testing.T) {
 			}
 			_, _, err = take(ctx, doomed, 0)
 			mustRefuse(t, "a step under the fence", err, agent.ErrRevoked)
-			if !within(5*time.Second, func() bool { return !w.oracle.works(l) }) { // PostgreSQL is told without Vault
-				t.Errorf("the login works on while Vault is %s", row.name)
+			// Severing at PostgreSQL needs no Vault.
+			if !within(5*time.Second, func() bool { return !w.oracle.works(l) }) {
+				t.Errorf("the login still works while Vault is %s", row.name)
 			}
 			if rv, err = w.operator().Revocation(ctx, rv.ID); err != nil || rv.Closure == string(broker.ClosureClosed) {
-				t.Errorf("closure = %s, %v while Vault is %s: nobody can know that yet", rv.Closure, err, row.name)
+				t.Errorf("closure = %s, %v while Vault is %s: there is no proof of that yet", rv.Closure, err, row.name)
 			}
 
 			if err := row.repair(ctx); err != nil {
@@ -192,13 +192,13 @@ func TestVaultOutOfOrder(t *testing.T) {
 				t.Errorf("closure = %s with %d dead, want CLOSED with 1", rv.Closure, rv.Dead)
 			}
 			w.healthy(lasting)
-			w.settled(4 * bound)
+			w.allClosed(4 * bound)
 			w.oracle.untilNone(w.before, 5*time.Second)
 		})
 	}
 }
 
-// TestSlowTarget has PostgreSQL make a login wait for longer than a mint may take.
+// TestSlowTarget makes PostgreSQL delay a login for longer than a mint may take.
 func TestSlowTarget(t *testing.T) {
 	t.Parallel()
 	need(t, true)
@@ -212,16 +212,17 @@ func TestSlowTarget(t *testing.T) {
 	}
 	w.healthy(d)
 	conn := w.oracle.superuser()
-	defer conn.Close(context.Background())                                                     //nolint:errcheck // its transaction ends with it
-	if _, err := conn.Exec(ctx, "BEGIN; LOCK TABLE pg_authid IN EXCLUSIVE MODE"); err != nil { // reading goes on, and no role is made
+	defer conn.Close(context.Background()) //nolint:errcheck // closing ends its transaction
+	// Reads still work, and no role can be made.
+	if _, err := conn.Exec(ctx, "BEGIN; LOCK TABLE pg_authid IN EXCLUSIVE MODE"); err != nil {
 		t.Fatal(err)
 	}
 	_, _, err = take(ctx, d, 0)
-	told(t, "a step while no role can be made", err, broker.CodeOutcomeUnknown)
+	unavailable(t, "a step while no role can be made", err, broker.CodeOutcomeUnknown)
 	if _, err := conn.Exec(ctx, "ROLLBACK", pgx.QueryExecModeSimpleProtocol); err != nil {
 		t.Fatal(err)
 	}
-	w.settled(4 * bound)
+	w.allClosed(4 * bound)
 	w.oracle.untilNone(w.before, 2*time.Second)
 	w.healthy(d)
 }

@@ -28,11 +28,11 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// bound is how long a request may take in Vault and how long a mint is waited for: short, since
-// a mint that was under way when the broker died is waited for as long as both.
+// bound limits a request in Vault, and the broker's wait for a mint. It is short, because a mint in progress when the
+// broker was killed is waited for as long as both together.
 const bound = 2 * time.Second
 
-// newEnv starts everything but the broker.
+// newEnv starts everything except the broker.
 func newEnv(t *testing.T, c dev.Config) *dev.Env {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -46,7 +46,7 @@ func newEnv(t *testing.T, c dev.Config) *dev.Env {
 	return env
 }
 
-// need skips where a real part is missing, or fails where PAWL_REQUIRE demands it.
+// need skips the test where a real server is missing, or fails it where PAWL_REQUIRE demands the server.
 func need(t *testing.T, postgres bool) {
 	t.Helper()
 	parts.NeedVault(t)
@@ -55,20 +55,19 @@ func need(t *testing.T, postgres bool) {
 	}
 }
 
-// world is a broker of its own, with a ledger of its own, in an environment that others may have
-// used before.
+// world is a broker with a ledger of its own, in an environment that other tests may have used before.
 type world struct {
 	t      *testing.T
 	env    *dev.Env
 	config wire.Config
 	file   string // of config
 	oracle oracle
-	before left // by others
+	before left // by other tests
 }
 
 func newWorld(t *testing.T, env *dev.Env, change func(*wire.Config)) *world {
 	t.Helper()
-	dir, err := os.MkdirTemp(os.Getenv(envKeep), "pawl-e2e-") // a test's own has too long a name for a socket
+	dir, err := os.MkdirTemp(os.Getenv(envKeep), "pawl-e2e-") // t.TempDir is too long for the path of a socket
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +75,7 @@ func newWorld(t *testing.T, env *dev.Env, change func(*wire.Config)) *world {
 		if os.Getenv(envKeep) == "" {
 			_ = os.RemoveAll(dir) // a temporary directory
 		}
-		_ = os.Remove(filepath.Join(dir, "ledger.db.reserve")) // 64 MB of nothing
+		_ = os.Remove(filepath.Join(dir, "ledger.db.reserve")) // 64 MB without content
 	})
 	w := &world{t: t, env: env, config: env.Config, file: filepath.Join(dir, "pawl.yaml"), oracle: newOracle(t, env)}
 	w.config.Ledger, w.config.Listen.Socket = filepath.Join(dir, "ledger.db"), filepath.Join(dir, "admin.sock")
@@ -96,11 +95,11 @@ func newWorld(t *testing.T, env *dev.Env, change func(*wire.Config)) *world {
 	return w
 }
 
-// envKeep names a directory in which ledgers and logs stay, with the secrets that were handed out
-// beside them in the file "secrets": .ci/run looks for the ones in the others.
+// envKeep names a directory that keeps ledgers and logs, and all secrets that were handed out in the file "secrets".
+// .ci/run searches the ledgers and logs for these secrets.
 const envKeep = "PAWL_E2E_KEEP"
 
-// keepSecret notes a secret that must be found nowhere.
+// keepSecret records a secret that must not be found anywhere.
 func keepSecret(secret string) error {
 	dir := os.Getenv(envKeep)
 	if dir == "" {
@@ -114,7 +113,8 @@ func keepSecret(secret string) error {
 	return errors.Join(err, f.Close())
 }
 
-// keptLog is where the log of a broker with that configuration file stays, if it does.
+// keptLog gives a writer that keeps the log of a broker with that configuration file. Without envKeep it discards the
+// log.
 func keptLog(t *testing.T, config string) io.Writer {
 	t.Helper()
 	if os.Getenv(envKeep) == "" {
@@ -124,22 +124,22 @@ func keptLog(t *testing.T, config string) io.Writer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = f.Close() }) // what was written is written
+	t.Cleanup(func() { _ = f.Close() }) // the writes have been made
 	return f
 }
 
-// freeAddress is one that a broker can have again after it was killed.
+// freeAddress gives an address that a broker can use again after it was killed.
 func freeAddress(t *testing.T) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close() //nolint:errcheck // nobody connected
+	defer l.Close() //nolint:errcheck // it has no connections
 	return l.Addr().String()
 }
 
-// here starts the broker in this process. What it says is shown when the test fails.
+// here starts the broker in this process. Its log is shown when the test fails.
 func (w *world) here(log *slog.Logger, change func(*engine.Config)) *wire.Server {
 	w.t.Helper()
 	if change == nil {
@@ -152,7 +152,7 @@ func (w *world) here(log *slog.Logger, change func(*engine.Config)) *wire.Server
 	return s
 }
 
-// start is here for a broker that may not start.
+// start is like here, for a broker that may fail to start.
 func (w *world) start(log *slog.Logger, change func(*engine.Config)) (*wire.Server, error) {
 	w.t.Helper()
 	if log == nil {
@@ -160,7 +160,7 @@ func (w *world) start(log *slog.Logger, change func(*engine.Config)) (*wire.Serv
 		log = slog.New(slog.NewTextHandler(io.MultiWriter(said, keptLog(w.t, w.file)), nil))
 		w.t.Cleanup(func() {
 			if w.t.Failed() {
-				w.t.Logf("the broker said:\n%s", said)
+				w.t.Logf("the broker's log:\n%s", said)
 			}
 		})
 	}
@@ -174,7 +174,7 @@ func (w *world) start(log *slog.Logger, change func(*engine.Config)) (*wire.Serv
 	return s, nil
 }
 
-// post sends what the SDK would not, over a connection of its own.
+// post sends requests that the SDK would not send, over a new connection.
 func (w *world) post(ctx context.Context, name, to string, in, out any) error {
 	w.t.Helper()
 	c, err := client.New(client.Config{Address: "https://" + w.config.Listen.Agents, Source: w.env.Identities.Source(dev.Agent(name)), ServerID: dev.BrokerID})
@@ -185,7 +185,7 @@ func (w *world) post(ctx context.Context, name, to string, in, out any) error {
 	return c.Call(ctx, http.MethodPost, to, nil, in, out)
 }
 
-// logBuffer holds what is logged; several may write.
+// logBuffer collects a log. Safe for concurrent use.
 type logBuffer struct {
 	mu   sync.Mutex // guards text
 	text bytes.Buffer
@@ -246,8 +246,8 @@ func (w *world) grants() (grants []api.GrantRecord) {
 	return grants
 }
 
-// settled waits until the ledger calls every grant over.
-func (w *world) settled(d time.Duration) {
+// allClosed waits until every grant in the ledger is closed.
+func (w *world) allClosed(d time.Duration) {
 	w.t.Helper()
 	var open []string
 	if !within(d, func() bool {
@@ -259,14 +259,14 @@ func (w *world) settled(d time.Duration) {
 		}
 		return len(open) == 0
 	}) {
-		w.t.Errorf("after %v these grants are not over: %v", d, open)
+		w.t.Errorf("after %v these grants are not closed: %v", d, open)
 	}
 }
 
-// known checks that everything alive is a grant's that the ledger does not call over.
+// known checks that the ledger has an open grant for every live lease and role.
 func (w *world) known() {
 	w.t.Helper()
-	grants := w.grants() // first: what is over by then must be dead
+	grants := w.grants() // read first: the secrets of grants that are closed by then must be dead
 	found := w.oracle.left().without(w.before)
 	open, minting := map[string]bool{}, 0
 	leases := map[string]bool{}
@@ -276,12 +276,12 @@ func (w *world) known() {
 		}
 		open[g.ID], leases[g.Lease] = true, true
 		if g.Lease == "" && g.State == string(broker.StateHandle) {
-			minting++ // its token is recorded, and the lease hangs on that
+			minting++ // its token is recorded, and the lease belongs to that token
 		}
 	}
 	for _, role := range found.roles {
 		if id := grantOf(role); !open[id] {
-			w.t.Errorf("role %s lives and the ledger has no open grant for it", role)
+			w.t.Errorf("role %s is alive, but the ledger has no open grant for it", role)
 		}
 	}
 	for _, lease := range found.leases {
@@ -290,11 +290,11 @@ func (w *world) known() {
 		}
 	}
 	if minting < 0 {
-		w.t.Errorf("%v live, and the ledger knows fewer", found.leases)
+		w.t.Errorf("%v are alive, but the ledger knows fewer", found.leases)
 	}
 }
 
-// grantOf is the grant that a database role belongs to: pawl-<grant>-<random>.
+// grantOf gives the grant of a database role: pawl-<grant>-<random>.
 func grantOf(role string) string {
 	id, _, _ := strings.Cut(strings.TrimPrefix(role, "pawl-"), "-")
 	return id
