@@ -175,14 +175,6 @@ func needServers(t *testing.T) {
 	}
 }
 
-// needSPIRE keeps a page that builds SPIRE, where it is missing, from taking ten minutes.
-func needSPIRE(t *testing.T) {
-	t.Helper()
-	if _, _, err := (parts.Binaries{NoBuild: true}).SPIRE(t.Context()); err != nil {
-		parts.Without(t, "spire", err.Error())
-	}
-}
-
 // shop is the reader's own PostgreSQL, with the database that the page is about: a directory in which psql is its
 // superuser's.
 func shop(t *testing.T) (dir string) {
@@ -353,5 +345,13 @@ func TestPagesBite(t *testing.T) {
 		if err := cmd.Run(); (err == nil) != row.want {
 			t.Errorf("running %q marked %q = %v, want success %v", row.text, row.mark, err, row.want)
 		}
+	}
+}
+
+// needSPIRE skips a page that uses SPIRE where it is not built: building it takes minutes.
+func needSPIRE(t *testing.T) {
+	t.Helper()
+	if _, _, err := (parts.Binaries{NoBuild: true}).SPIRE(t.Context()); err != nil {
+		parts.Without(t, "spire", err.Error())
 	}
 }
