@@ -12,6 +12,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/cmd/parts"
@@ -40,18 +41,14 @@ func (t *target) cutOff(conn *pgx.Conn) bool {
 	return err != nil && conn.IsClosed()
 }
 
-// each runs f for 0 to n-1, a few at a time.
-func each(n, lanes int, f func(i int)) {
-	var next atomic.Int64
-	var wg sync.WaitGroup
-	for range lanes {
-		wg.Go(func() {
-			for i := int(next.Add(1)) - 1; i < n; i = int(next.Add(1)) - 1 {
-				f(i)
-			}
-		})
+// each runs f for 0 to n-1, at most limit at once.
+func each(n, limit int, f func(i int)) {
+	var g errgroup.Group
+	g.SetLimit(limit)
+	for i := range n {
+		g.Go(func() error { f(i); return nil })
 	}
-	wg.Wait()
+	_ = g.Wait() // nil: f reports its failures to the test
 }
 
 // TestSeverMany cuts 1,000 logins with an open cursor each. It logs how long that takes.

@@ -5,7 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"sync"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/pawlsec/pawl/broker"
 )
@@ -97,26 +98,19 @@ func (c *Client) Gone(ctx context.Context, leases []string) ([]bool, error) {
 	return out, nil
 }
 
-// each runs f for 0 to n-1, at most 16 at once, and stops at the first error.
+// each runs f for 0 to n-1, at most 16 at once, and returns the first error, which cancels the rest.
 func each(ctx context.Context, n int, f func(context.Context, int) error) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	var wg sync.WaitGroup
-	slots := make(chan struct{}, 16)
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(16)
 	for i := range n {
-		slots <- struct{}{}
-		if ctx.Err() != nil {
-			break
-		}
-		wg.Go(func() {
-			defer func() { <-slots }()
-			if err := f(ctx, i); err != nil {
-				cancel(err)
+		g.Go(func() error {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
 			}
+			return f(ctx, i)
 		})
 	}
-	wg.Wait()
-	return context.Cause(ctx)
+	return g.Wait()
 }
 
 var _ broker.Vault = (*Client)(nil)

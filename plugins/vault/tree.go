@@ -5,8 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/pawlsec/pawl/broker"
 )
@@ -259,20 +260,19 @@ func (c *Client) sweepMemory() (due []*node) {
 	return due
 }
 
-// renewAll renews over at most 8 connections.
+// renewAll renews at most 8 tokens at once.
 func (c *Client) renewAll(ctx context.Context, due []*node) {
-	var wg sync.WaitGroup
-	slots := make(chan struct{}, 8)
+	var g errgroup.Group
+	g.SetLimit(8)
 	for _, n := range due {
-		slots <- struct{}{}
-		wg.Go(func() {
-			defer func() { <-slots }()
+		g.Go(func() error {
 			if err := c.renew(ctx, n, false); err != nil && ctx.Err() == nil {
 				c.cfg.Log.Warn("a delegation's vault token was not renewed", "accessor", n.accessor, "error", err)
 			}
+			return nil
 		})
 	}
-	wg.Wait()
+	_ = g.Wait() // nil: each failure is logged, and the next tick retries it
 }
 
 // renew renews a token with itself. A refusal marks it dead; another error leaves it as it is,
