@@ -312,11 +312,11 @@ func (f *failure) Error() string {
 // Is gives the sentinels their meaning.
 func (f *failure) Is(target error) bool {
 	switch target {
-	case ErrForbidden:
+	case errForbidden:
 		return f.status == 403
-	case ErrWider:
+	case errWider:
 		return f.says == "child policies must be subset of parent" || f.says == "must be subset of the role's allowed policies"
-	case ErrSealed:
+	case errSealed:
 		return f.status == 503 && f.says == "Vault is sealed"
 	}
 	return false
@@ -324,13 +324,13 @@ func (f *failure) Is(target error) bool {
 
 // What Vault may say, for errors.Is.
 var (
-	// ErrForbidden is Vault's 403. At a revocation it is an alarm, never "already gone".
-	ErrForbidden = errors.New("vault: permission denied")
-	// ErrWider is Vault's refusal of a token that could do more than its parent, or than the
+	// errForbidden is Vault's 403. At a revocation it is an alarm, never "already gone".
+	errForbidden = errors.New("vault: permission denied")
+	// errWider is Vault's refusal of a token that could do more than its parent, or than the
 	// token role for roots allows.
-	ErrWider = errors.New("vault: a token's policies must be a subset of its parent's")
-	// ErrSealed is a sealed Vault: nothing is done until somebody unseals it.
-	ErrSealed = errors.New("vault: sealed")
-	// ErrNoSession says that the broker is not logged in to Vault.
-	ErrNoSession = errors.New("vault: not logged in")
+	errWider = errors.New("vault: a token's policies must be a subset of its parent's")
+	// errSealed is a sealed Vault: nothing is done until somebody unseals it.
+	errSealed = errors.New("vault: sealed")
+	// errNoSession says that the broker is not logged in to Vault.
+	errNoSession = errors.New("vault: not logged in")
 )

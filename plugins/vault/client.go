@@ -26,14 +26,18 @@ type Config struct {
 
 	DeadMan     time.Duration // a delegation's token ends so long after its last renewal; zero: 2 minutes
 	Idle        time.Duration // renewal stops so long after a delegation's last use; zero: broker.MaxTTL, less would end live secrets early
-	Timeout     time.Duration // of a request other than a mint; zero: 10 seconds
 	MintTimeout time.Duration // of a mint, the last byte of its answer included; zero: 30 seconds
-	MaxAnswer   int64         // bytes of an answer; zero: 1 MiB
-	MaxSteps    int           // step tokens held in memory at once; zero: 65,536
 
 	Now func() time.Time // zero: time.Now
 	Log *slog.Logger     // zero: nothing is logged
 }
+
+// Limits of the client.
+const (
+	requestTimeout = 10 * time.Second // of a request other than a mint
+	maxAnswer      = 1 << 20          // bytes of an answer, unless a request names another limit
+	maxSteps       = 1 << 16          // step tokens held in memory at once
+)
 
 // Client implements [broker.Vault]. It keeps itself logged in and its delegation tokens renewed
 // from New to Close. Safe for concurrent use.
@@ -68,7 +72,7 @@ func New(cfg Config) (*Client, error) {
 		kick: make(chan struct{}, 1), met: make(chan struct{}),
 		nodes: map[string]*node{}, kept: map[broker.DelegationID]*node{}, steps: map[string]step{},
 	}
-	c.wire = newWire(base, cfg.Namespace, cfg.MaxAnswer, &tls.Config{
+	c.wire = newWire(base, cfg.Namespace, &tls.Config{
 		RootCAs:              cfg.Roots,
 		MinVersion:           tls.VersionTLS12,
 		GetClientCertificate: cfg.Login.certificate(),
@@ -94,9 +98,9 @@ func (c *Client) Ready() error {
 		return nil
 	}
 	if c.down != nil {
-		return fmt.Errorf("%w: %w", ErrNoSession, c.down)
+		return fmt.Errorf("%w: %w", errNoSession, c.down)
 	}
-	return ErrNoSession
+	return errNoSession
 }
 
 func (cfg *Config) complete() (*url.URL, error) {
@@ -125,7 +129,7 @@ func (cfg *Config) complete() (*url.URL, error) {
 		zero time.Duration
 	}{
 		{"DeadMan", &cfg.DeadMan, 2 * time.Minute}, {"Idle", &cfg.Idle, broker.MaxTTL},
-		{"Timeout", &cfg.Timeout, 10 * time.Second}, {"MintTimeout", &cfg.MintTimeout, 30 * time.Second},
+		{"MintTimeout", &cfg.MintTimeout, 30 * time.Second},
 	} {
 		if *d.v == 0 {
 			*d.v = d.zero
@@ -136,15 +140,6 @@ func (cfg *Config) complete() (*url.URL, error) {
 	}
 	if cfg.DeadMan < time.Second {
 		return nil, errors.New("DeadMan must be at least one second")
-	}
-	if cfg.MaxAnswer < 0 || cfg.MaxSteps < 0 {
-		return nil, errors.New("MaxAnswer and MaxSteps must not be negative")
-	}
-	if cfg.MaxAnswer == 0 {
-		cfg.MaxAnswer = 1 << 20
-	}
-	if cfg.MaxSteps == 0 {
-		cfg.MaxSteps = 1 << 16
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
@@ -161,9 +156,9 @@ func orText(s *string, zero string) {
 	}
 }
 
-// ask sends an ordinary request, bounded by Timeout.
+// ask sends an ordinary request, bounded by requestTimeout.
 func (c *Client) ask(ctx context.Context, r call) (answer, error) {
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.Timeout)
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	return c.wire.send(ctx, r)
 }
@@ -177,7 +172,7 @@ func (c *Client) command(ctx context.Context, r call) (answer, error) {
 	}
 	r.token = s.token
 	a, err := c.ask(ctx, r)
-	if errors.Is(err, ErrForbidden) {
+	if errors.Is(err, errForbidden) {
 		c.look()
 	}
 	return a, err
@@ -188,7 +183,7 @@ func (c *Client) root(ctx context.Context) (*node, error) {
 	select {
 	case <-c.met:
 	case <-ctx.Done():
-		return nil, fmt.Errorf("%w: %w", ErrNoSession, ctx.Err())
+		return nil, fmt.Errorf("%w: %w", errNoSession, ctx.Err())
 	}
 	if err := c.Ready(); err != nil {
 		return nil, err

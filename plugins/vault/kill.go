@@ -12,7 +12,7 @@ import (
 )
 
 // Kill implements [broker.Killer]. What hangs on the token leaves memory before Vault is asked:
-// nothing is made below it while it dies. An ErrForbidden is an alarm: the broker's policy
+// nothing is made below it while it dies. An errForbidden is an alarm: the broker's policy
 // lacks the right, and the token lives.
 func (c *Client) Kill(ctx context.Context, accessor string) error {
 	if !opaque(accessor) {

@@ -39,7 +39,7 @@ func (l *Login) check() error {
 		return errors.New("Login needs CertRole and Certificate, or JWTRole and JWT, and not both")
 	}
 	orText(&l.Mount, map[bool]string{true: "cert", false: "jwt"}[cert])
-	if err := CheckPath([]string{l.Mount, role}); err != nil {
+	if err := checkPath([]string{l.Mount, role}); err != nil {
 		return fmt.Errorf("Login: %w", err)
 	}
 	return nil

@@ -12,10 +12,10 @@ const (
 	maxSegments = 16
 )
 
-// CheckPath reports whether segments can be part of a Vault path: each at most 128 bytes of
+// checkPath reports whether segments can be part of a Vault path: each at most 128 bytes of
 // letters, digits, dots, hyphens and underscores, beginning with a letter or digit, without two
 // dots in a row. No spelling of such a path means another (hardening.md, rows on path tricks).
-func CheckPath(segments []string) error {
+func checkPath(segments []string) error {
 	if len(segments) == 0 || len(segments) > maxSegments {
 		return fmt.Errorf("a vault path has between 1 and %d segments", maxSegments)
 	}
@@ -43,7 +43,7 @@ func checkSegment(s string) error {
 
 // join makes the path of checked segments.
 func join(segments []string) (string, error) {
-	if err := CheckPath(segments); err != nil {
+	if err := checkPath(segments); err != nil {
 		return "", err
 	}
 	return strings.Join(segments, "/"), nil
@@ -64,7 +64,7 @@ func checkPolicy(name string) error {
 // checkLease refuses an id that is not a path of segments: it goes into a request's body, and
 // its prefix into a path.
 func checkLease(id string) error {
-	if err := CheckPath(strings.Split(id, "/")); err != nil {
+	if err := checkPath(strings.Split(id, "/")); err != nil {
 		return fmt.Errorf("lease id: %w", err)
 	}
 	return nil

@@ -32,7 +32,10 @@ type SetupConfig struct {
 	Tools    []Access    // required: a broker without tools has no use for Vault
 	Reads    [][]string  // paths that proofs read with the broker's token; a last segment of "*" opens all below
 
-	TrustPEM string // PEM of the trust domain's X.509 authorities; makes the cert auth role
+	// TrustPEM holds the trust domain's X.509 authorities; with it the plan makes the cert auth role. Vault keeps a
+	// copy, and SPIRE rotates its authorities within hours: carry the plan out again with each new bundle. Two sets
+	// overlap during a rotation, so it then holds both.
+	TrustPEM string
 
 	JWTKeysPEM  []string // PEM public keys of the trust domain's JWT authorities; makes the jwt auth role
 	JWKSURL     string   // in their place: where Vault fetches them itself, and so follows rotation
@@ -113,7 +116,7 @@ func (s *SetupConfig) complete() error {
 		return err
 	}
 	for _, a := range s.Tools {
-		if err := errors.Join(CheckPath(a.Path), checkPolicy(a.Policy)); err != nil {
+		if err := errors.Join(checkPath(a.Path), checkPolicy(a.Policy)); err != nil {
 			return err
 		}
 		if !strings.HasPrefix(a.Policy, "pawl-tool-") {
@@ -121,7 +124,7 @@ func (s *SetupConfig) complete() error {
 		}
 	}
 	for _, r := range s.Reads {
-		if err := CheckPath(trimStar(r)); err != nil {
+		if err := checkPath(trimStar(r)); err != nil {
 			return err
 		}
 	}
@@ -244,7 +247,7 @@ func (s *SetupConfig) tokenFields(more map[string]any) map[string]any {
 
 func (s *SetupConfig) certRole() Write {
 	return Write{
-		Why:    "Log in with an X.509-SVID of exactly this SPIFFE ID. The authority is a copy: Client.SyncTrust follows its rotation",
+		Why:    "Log in with an X.509-SVID of exactly this SPIFFE ID. Vault keeps a copy of the authority: write it again after each rotation",
 		Method: "POST", Path: "auth/cert/certs/" + s.Role,
 		Data: s.tokenFields(map[string]any{
 			"certificate": s.TrustPEM, "allowed_uri_sans": []string{s.BrokerID.String()}, "display_name": s.Role,
@@ -300,7 +303,7 @@ func (a Admin) Write(ctx context.Context, w Write) error {
 	if err != nil || base.Scheme != "https" || a.Roots == nil || !opaque(a.Token) {
 		return errors.New("an admin needs an https address, roots and a token")
 	}
-	wire := newWire(&url.URL{Scheme: "https", Host: base.Host}, "", 1<<20, &tls.Config{RootCAs: a.Roots, MinVersion: tls.VersionTLS12})
+	wire := newWire(&url.URL{Scheme: "https", Host: base.Host}, "", &tls.Config{RootCAs: a.Roots, MinVersion: tls.VersionTLS12})
 	defer wire.close()
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
@@ -312,16 +315,4 @@ func (a Admin) Write(ctx context.Context, w Write) error {
 		return fmt.Errorf("writing %q: %w", w.Path, err)
 	}
 	return nil
-}
-
-// SyncTrust writes the trust domain's X.509 authorities into the cert auth role, with an admin
-// token or one whose policy opens just that path. Vault's copy ages, and SPIRE rotates its
-// authorities within hours: call it with each new bundle. Two sets overlap during a rotation,
-// so trustPEM holds both.
-func SyncTrust(ctx context.Context, admin Admin, s SetupConfig, trustPEM string) error {
-	s.TrustPEM = trustPEM
-	if err := s.complete(); err != nil {
-		return fmt.Errorf("vault trust: %w", err)
-	}
-	return admin.Write(ctx, s.certRole())
 }

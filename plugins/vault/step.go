@@ -31,7 +31,7 @@ func (c *Client) Child(ctx context.Context, g broker.Grant, displayName, policy 
 		return broker.Handle{}, broker.Errorf(broker.Expired, "issue", "the step's time is over").With(broker.CodeExpired)
 	}
 	c.mu.Lock()
-	full := len(c.steps) >= c.cfg.MaxSteps
+	full := len(c.steps) >= maxSteps
 	c.mu.Unlock()
 	if full {
 		return broker.Handle{}, errMemory
@@ -98,7 +98,7 @@ func (c *Client) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (brok
 func certain(err error) bool {
 	var f *failure
 	if errors.As(err, &f) {
-		return slices.Contains([]int{400, 403, 404, 405, 413}, f.status) || errors.Is(f, ErrSealed)
+		return slices.Contains([]int{400, 403, 404, 405, 413}, f.status) || errors.Is(f, errSealed)
 	}
 	return errors.Is(err, errUnsent)
 }

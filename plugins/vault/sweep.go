@@ -172,7 +172,7 @@ func (c *Client) Fetch(ctx context.Context, path []string, most int64) ([]byte, 
 	switch {
 	case errors.As(err, &f) && f.status == 404:
 		return nil, nil
-	case errors.Is(err, ErrForbidden):
+	case errors.Is(err, errForbidden):
 		c.look()
 	}
 	if err != nil {

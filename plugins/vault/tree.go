@@ -79,7 +79,7 @@ func (c *Client) use(d broker.DelegationID) (*node, error) {
 // Branch implements [broker.TokenTree]. A root hangs on the login token by way of the token
 // role, which allows our tools' policies and so spares the broker from holding them; below,
 // plain creation of a child, which Vault holds to a subset of its parent's policies: its
-// refusal is an ErrWider, and of kind broker.Denied.
+// refusal is an errWider, and of kind broker.Denied.
 func (c *Client) Branch(ctx context.Context, d broker.Delegation, policies []string) (broker.Handle, error) {
 	policies = append(slices.Clone(policies), c.cfg.Delegation)
 	life := ceil(d.Expires.Sub(c.cfg.Now()))
@@ -148,10 +148,10 @@ func (c *Client) create(ctx context.Context, parent *node, path string, t newTok
 	sent := c.cfg.Now()
 	a, err := c.ask(ctx, call{method: "POST", path: path, token: parent.token, body: t})
 	switch {
-	case errors.Is(err, ErrWider):
+	case errors.Is(err, errWider):
 		return nil, broker.Errorf(broker.Denied, "delegate", "Vault refuses a token wider than its parent's").
-			With(broker.CodeDelegationWider).Because(fmt.Errorf("%w: %w", ErrWider, err))
-	case errors.Is(err, ErrForbidden):
+			With(broker.CodeDelegationWider).Because(fmt.Errorf("%w: %w", errWider, err))
+	case errors.Is(err, errForbidden):
 		c.refused(parent)
 		return nil, fmt.Errorf("creating a vault token: %w: %w", broker.ErrNoParent, err)
 	case err != nil:

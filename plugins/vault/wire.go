@@ -23,13 +23,12 @@ import (
 type wire struct {
 	base      url.URL
 	namespace string
-	limit     int64 // bytes of an answer
 	kept      *http.Transport
 	fresh     *http.Transport // a new connection each time, which shows the SVID of the moment
 	buffers   sync.Pool
 }
 
-func newWire(base *url.URL, namespace string, limit int64, conf *tls.Config) *wire {
+func newWire(base *url.URL, namespace string, conf *tls.Config) *wire {
 	dial := net.Dialer{Timeout: 5 * time.Second, KeepAlive: 15 * time.Second}
 	kept := &http.Transport{
 		DialContext:            dial.DialContext,
@@ -45,7 +44,7 @@ func newWire(base *url.URL, namespace string, limit int64, conf *tls.Config) *wi
 	}
 	fresh := kept.Clone()
 	fresh.DisableKeepAlives = true
-	return &wire{base: *base, namespace: namespace, limit: limit, kept: kept, fresh: fresh,
+	return &wire{base: *base, namespace: namespace, kept: kept, fresh: fresh,
 		buffers: sync.Pool{New: func() any { return new(bytes.Buffer) }}}
 }
 
@@ -61,7 +60,7 @@ type call struct {
 	wrap   string // how long a wrapping token for the answer lives; empty: the answer comes as it is
 	once   bool   // no layer may send it twice
 	fresh  bool   // on a new connection
-	most   int64  // bytes of the answer; zero: the wire's limit
+	most   int64  // bytes of the answer; zero: maxAnswer
 	raw    bool   // the answer is not JSON, and is given as it is
 }
 
@@ -95,9 +94,9 @@ func (w *wire) send(ctx context.Context, c call) (answer, error) {
 		return answer{}, fmt.Errorf("asking vault: %w", err)
 	}
 	defer resp.Body.Close()
-	limit := w.limit
+	limit := int64(maxAnswer)
 	if resp.StatusCode == http.StatusOK { // a refusal is short
-		limit = cmp.Or(c.most, w.limit)
+		limit = cmp.Or(c.most, maxAnswer)
 	}
 	if c.raw && resp.StatusCode == http.StatusOK {
 		return readRaw(resp, limit)
