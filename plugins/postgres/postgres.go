@@ -51,14 +51,15 @@ type Config struct {
 	Credentials Credentials
 	// Now is the clock of evidence and of credentials' ends. Nil is time.Now.
 	Now func() time.Time
-	// Every is how often the broker's own credentials are looked after. Zero is 30 s.
-	Every time.Duration
 	// CollectEvery is how often shapes that nobody used for a day, and logins that Vault failed to end,
 	// are cleared away. Zero is 10 minutes, negative is never.
 	CollectEvery time.Duration
 	// Log gets what goes wrong in the background. Nil discards it.
 	Log *slog.Logger
 }
+
+// maintainEvery is how often the broker's own credentials are checked.
+const maintainEvery = 30 * time.Second
 
 // Backend is one database. It implements [broker.Backend], [broker.Severer], [broker.Prover],
 // [broker.Finder] and [broker.Remover]. Safe for concurrent use.
@@ -89,9 +90,6 @@ func New(cfg Config) (*Backend, error) {
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
-	}
-	if cfg.Every <= 0 {
-		cfg.Every = 30 * time.Second
 	}
 	if cfg.CollectEvery == 0 {
 		cfg.CollectEvery = 10 * time.Minute
@@ -168,7 +166,7 @@ func (b *Backend) Check(ctx context.Context) error {
 
 // look keeps the broker's credentials from running out, and collects.
 func (b *Backend) look(ctx context.Context) {
-	tick := time.NewTicker(b.cfg.Every)
+	tick := time.NewTicker(maintainEvery)
 	defer tick.Stop()
 	collected := b.cfg.Now()
 	for {
@@ -179,7 +177,7 @@ func (b *Backend) look(ctx context.Context) {
 		}
 		if b.cfg.CollectEvery > 0 && b.cfg.Now().Sub(collected) >= b.cfg.CollectEvery {
 			collected = b.cfg.Now()
-			if err := b.Collect(ctx, 24*time.Hour); err != nil && ctx.Err() == nil {
+			if err := b.collect(ctx, 24*time.Hour); err != nil && ctx.Err() == nil {
 				b.cfg.Log.Warn("collecting", "database", b.database, "err", err)
 			}
 		}

@@ -56,7 +56,7 @@ func (s *service) current() (pool *pgxpool.Pool, fresh bool) {
 
 // keep looks for the next credential when this one is past half its life, and leaves it in place if there is none.
 func (s *service) keep(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, s.cfg.Every)
+	ctx, cancel := context.WithTimeout(ctx, maintainEvery)
 	defer cancel()
 	_, err := s.next(ctx, func(_ *pgxpool.Pool, fresh bool) bool { return fresh })
 	return err

@@ -48,7 +48,7 @@ type Grantable struct {
 func Setup(ctx context.Context, conn *pgx.Conn, cfg SetupConfig) error {
 	statements := []string{bootstrap}
 	if cfg.VaultPassword != "" {
-		verifier, err := Verifier(cfg.VaultPassword)
+		verifier, err := scramVerifier(cfg.VaultPassword)
 		if err != nil {
 			return err
 		}
@@ -83,10 +83,10 @@ func Setup(ctx context.Context, conn *pgx.Conn, cfg SetupConfig) error {
 	return nil
 }
 
-// Verifier makes the SCRAM-SHA-256 verifier of a password (RFC 5803, as PostgreSQL stores it), so that
+// scramVerifier makes the SCRAM-SHA-256 verifier of a password (RFC 5803, as PostgreSQL stores it), so that
 // the password itself is in no statement and so in no log. The password must be printable ASCII:
 // anything else would need SASLprep.
-func Verifier(password string) (string, error) {
+func scramVerifier(password string) (string, error) {
 	for i := 0; i < len(password); i++ {
 		if password[i] < ' ' || password[i] > '~' {
 			return "", errors.New("the password is not printable ASCII")

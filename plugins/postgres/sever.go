@@ -94,7 +94,7 @@ func (b *Backend) Remove(ctx context.Context, grants []broker.GrantID) error {
 
 // left is what the database still has of one login.
 type left struct {
-	grant, name       string
+	grant             string
 	canLogin, inGroup bool
 	validUntil        *time.Time
 	sessions          int
@@ -103,21 +103,21 @@ type left struct {
 func (b *Backend) inspect(ctx context.Context, ids []string) ([]left, error) {
 	var found []left
 	err := b.revoker.do(ctx, func(pool *pgxpool.Pool) error {
-		rows, err := pool.Query(ctx, `SELECT grant_id, coalesce(name, ''), can_login, in_group,
+		rows, err := pool.Query(ctx, `SELECT grant_id, can_login, in_group,
 			nullif(valid_until, 'infinity'), sessions FROM pawl.inspect($1)`, ids)
 		if err != nil {
 			return err
 		}
 		found, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (l left, err error) {
-			return l, row.Scan(&l.grant, &l.name, &l.canLogin, &l.inGroup, &l.validUntil, &l.sessions)
+			return l, row.Scan(&l.grant, &l.canLogin, &l.inGroup, &l.validUntil, &l.sessions)
 		})
 		return err
 	})
 	return found, err
 }
 
-// Check is what the evidence of this backend rests on.
-const Check = "postgres: pg_roles and pg_stat_activity"
+// evidenceCheck is what the evidence of this backend rests on.
+const evidenceCheck = "postgres: pg_roles and pg_stat_activity"
 
 // Prove looks at every login whose name carries a grant's id, and at sessions that outlived their
 // login. Dead is a grant for which none can log in, none has rights, and no session is open.
@@ -133,7 +133,7 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 	}
 	evidence := make([]broker.Evidence, len(grants))
 	for i, g := range grants {
-		evidence[i] = broker.Evidence{At: now, Check: Check}
+		evidence[i] = broker.Evidence{At: now, Check: evidenceCheck}
 		evidence[i].Outcome, evidence[i].Answer = judge(of[string(g.ID)], now)
 	}
 	return evidence, nil
@@ -178,9 +178,9 @@ func (b *Backend) Find(ctx context.Context) ([]broker.GrantID, error) {
 	return ids, nil
 }
 
-// Collect clears away logins ten minutes past their end, which Vault failed to end, and shapes without
+// collect clears away logins ten minutes past their end, which Vault failed to end, and shapes without
 // members that were not used for the given time, an hour at least.
-func (b *Backend) Collect(ctx context.Context, unused time.Duration) error {
+func (b *Backend) collect(ctx context.Context, unused time.Duration) error {
 	var logins, shapes, records int
 	err := b.revoker.query(ctx, "SELECT logins, shapes, records FROM pawl.collect($1)", []any{unused}, &logins, &shapes, &records)
 	if err != nil {

@@ -1,0 +1,14 @@
+package postgres
+
+import (
+	"context"
+	"time"
+)
+
+// Verifier lets a test make logins as Vault does.
+func Verifier(password string) (string, error) { return scramVerifier(password) }
+
+// Collect lets a test collect at once instead of every CollectEvery.
+func (b *Backend) Collect(ctx context.Context, unused time.Duration) error {
+	return b.collect(ctx, unused)
+}
