@@ -14,53 +14,57 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Config says which Vault, and how to be known there.
+// Config names the Vault and how the broker logs in to it.
 type Config struct {
-	Address   string         // required: https://host:port, nothing after it
+	Address   string         // required: https://host:port and nothing else
 	Roots     *x509.CertPool // required: the authorities of Vault's own certificate
-	Namespace string         // empty: the root namespace; otherwise segments joined by slashes
+	Namespace string         // segments joined by slashes; empty: the root namespace
 	Login     Login          // required
 
 	TokenRole  string // Vault's token role for root delegations; empty: "pawl-chain"
 	Delegation string // the policy that lets a delegation's token create children; empty: "pawl-delegation"
 
-	DeadMan     time.Duration // a delegation's token ends so long after its last renewal; zero: 2 minutes
-	Idle        time.Duration // renewal stops so long after a delegation's last use; zero: broker.MaxTTL, less would end live secrets early
-	MintTimeout time.Duration // of a mint, the last byte of its answer included; zero: 30 seconds
+	// DeadMan is how long a delegation's token lives after its last renewal. Zero is 2 minutes.
+	DeadMan time.Duration
+	// Idle is how long after a delegation's last use the client still renews its token. Zero is broker.MaxTTL. A
+	// shorter time would end live secrets early.
+	Idle time.Duration
+	// MintTimeout bounds a mint, up to the last byte of its response. Zero is 30 seconds.
+	MintTimeout time.Duration
 
-	Now func() time.Time // zero: time.Now
-	Log *slog.Logger     // zero: nothing is logged
+	Now func() time.Time // nil: time.Now
+	Log *slog.Logger     // nil: logs nothing
 }
 
 // Limits of the client.
 const (
 	requestTimeout = 10 * time.Second // of a request other than a mint
-	maxAnswer      = 1 << 20          // bytes of an answer, unless a request names another limit
-	maxSteps       = 1 << 16          // step tokens held in memory at once
+	maxResponse    = 1 << 20          // bytes of a response, unless a request sets another limit
+	maxSteps       = 1 << 16          // step tokens in memory at once
 )
 
-// Client implements [broker.Vault]. It keeps itself logged in and its delegation tokens renewed
-// from New to Close. Safe for concurrent use.
+// Client implements [broker.Vault]. From New to Close it stays logged in and renews its delegation tokens. Safe for
+// concurrent use.
 type Client struct {
-	cfg  Config
-	wire *wire
-	stop context.CancelFunc
-	done sync.WaitGroup
-	kick chan struct{} // asks the session's loop to look at the login token now
-	once sync.Once
-	met  chan struct{} // closed after the first login, whether or not it succeeded
+	cfg            Config
+	wire           *wire
+	stop           context.CancelFunc
+	done           sync.WaitGroup
+	recheck        chan struct{} // makes the login loop check the login token now
+	firstLoginOnce sync.Once
+	firstLogin     chan struct{} // closed after the first login attempt, successful or not
 
-	// mu guards what follows. It is never held over the network.
-	mu      sync.Mutex
-	session *node                         // the login token; nil before the first
-	down    error                         // why the last login or its renewal failed; nil when it did not
-	nodes   map[string]*node              // every token with children, by accessor
-	kept    map[broker.DelegationID]*node // the one in use for a delegation
-	steps   map[string]step               // step tokens not yet minted with, by accessor
+	// mu guards the fields below. It is never held during a request.
+	mu       sync.Mutex
+	session  *node                         // the login token; nil before the first login
+	loginErr error                         // of the last login or renewal; nil after a success
+	nodes    map[string]*node              // every token that may have children, by accessor
+	current  map[broker.DelegationID]*node // the token in use for a delegation
+	steps    map[string]step               // step tokens before their mint, by accessor
 }
 
-// New checks the configuration and begins to log in; it does not wait for that, so that a
-// broker starts, and fences, while Vault is down. [Client.Ready] tells when it has.
+// New checks the configuration and starts to log in. It does not wait for the login, so a broker starts and fences
+// while Vault is down. [Client.Ready] reports whether the login succeeded.
 func New(cfg Config) (*Client, error) {
 	base, err := cfg.complete()
 	if err != nil {
@@ -69,36 +73,36 @@ func New(cfg Config) (*Client, error) {
 	ctx, stop := context.WithCancel(context.Background())
 	c := &Client{
 		cfg: cfg, stop: stop,
-		kick: make(chan struct{}, 1), met: make(chan struct{}),
-		nodes: map[string]*node{}, kept: map[broker.DelegationID]*node{}, steps: map[string]step{},
+		recheck: make(chan struct{}, 1), firstLogin: make(chan struct{}),
+		nodes: map[string]*node{}, current: map[broker.DelegationID]*node{}, steps: map[string]step{},
 	}
 	c.wire = newWire(base, cfg.Namespace, &tls.Config{
 		RootCAs:              cfg.Roots,
 		MinVersion:           tls.VersionTLS12,
 		GetClientCertificate: cfg.Login.certificate(),
 	})
-	c.done.Go(func() { c.keepLoggedIn(ctx) })
-	c.done.Go(func() { c.keepRenewed(ctx) })
+	c.done.Go(func() { c.loginLoop(ctx) })
+	c.done.Go(func() { c.renewLoop(ctx) })
 	return c, nil
 }
 
-// Close stops the renewals and returns when they have ended. It revokes nothing: the secrets of
-// running steps outlive a restart of the broker, and what is not renewed ends by itself.
+// Close stops the renewals and waits for them to end. It revokes nothing: secrets of running steps outlive a restart
+// of the broker, and tokens that are no longer renewed expire.
 func (c *Client) Close() {
 	c.stop()
 	c.done.Wait()
 	c.wire.close()
 }
 
-// Ready is nil while the broker is logged in, and otherwise says why it is not.
+// Ready returns nil while the broker is logged in, and otherwise the reason why not.
 func (c *Client) Ready() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.session != nil && c.aliveLocked(c.session) {
 		return nil
 	}
-	if c.down != nil {
-		return fmt.Errorf("%w: %w", errNoSession, c.down)
+	if c.loginErr != nil {
+		return fmt.Errorf("%w: %w", errNoSession, c.loginErr)
 	}
 	return errNoSession
 }
@@ -107,7 +111,7 @@ func (cfg *Config) complete() (*url.URL, error) {
 	base, err := url.Parse(cfg.Address)
 	if err != nil || base.Scheme != "https" || base.Host == "" || base.User != nil ||
 		base.Path != "" && base.Path != "/" || base.RawQuery != "" || base.Fragment != "" {
-		return nil, errors.New("Address must be https://host:port and no more")
+		return nil, errors.New("Address must be https://host:port and nothing else")
 	}
 	if cfg.Roots == nil {
 		return nil, errors.New("Roots is required: the authorities of Vault's certificate")
@@ -118,8 +122,8 @@ func (cfg *Config) complete() (*url.URL, error) {
 	if cfg.Namespace != "" && checkLease(cfg.Namespace) != nil {
 		return nil, errors.New("Namespace must be segments joined by slashes")
 	}
-	orText(&cfg.TokenRole, "pawl-chain")
-	orText(&cfg.Delegation, "pawl-delegation")
+	setDefault(&cfg.TokenRole, "pawl-chain")
+	setDefault(&cfg.Delegation, "pawl-delegation")
 	if err := errors.Join(checkSegment(cfg.TokenRole), checkPolicy(cfg.Delegation)); err != nil {
 		return nil, fmt.Errorf("TokenRole, Delegation: %w", err)
 	}
@@ -150,38 +154,38 @@ func (cfg *Config) complete() (*url.URL, error) {
 	return base, nil
 }
 
-func orText(s *string, zero string) {
+func setDefault(s *string, zero string) {
 	if *s == "" {
 		*s = zero
 	}
 }
 
-// ask sends an ordinary request, bounded by requestTimeout.
-func (c *Client) ask(ctx context.Context, r call) (answer, error) {
+// do sends a request other than a mint, bounded by requestTimeout.
+func (c *Client) do(ctx context.Context, r call) (response, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	return c.wire.send(ctx, r)
 }
 
-// command sends a request with the broker's own token. When Vault refuses it, the token is
-// looked at at once: it may have been revoked, or Vault may have lost its memory.
-func (c *Client) command(ctx context.Context, r call) (answer, error) {
-	s, err := c.root(ctx)
+// doWithLogin sends a request with the broker's own token. After a 403 the login loop checks that token at once: it may
+// have been revoked, or Vault may have lost its storage.
+func (c *Client) doWithLogin(ctx context.Context, r call) (response, error) {
+	s, err := c.loginToken(ctx)
 	if err != nil {
-		return answer{}, err
+		return response{}, err
 	}
 	r.token = s.token
-	a, err := c.ask(ctx, r)
+	resp, err := c.do(ctx, r)
 	if errors.Is(err, errForbidden) {
-		c.look()
+		c.recheckLogin()
 	}
-	return a, err
+	return resp, err
 }
 
-// root gives the login token, waiting for the first login if that is under way.
-func (c *Client) root(ctx context.Context) (*node, error) {
+// loginToken returns the login token. It waits for the first login attempt.
+func (c *Client) loginToken(ctx context.Context) (*node, error) {
 	select {
-	case <-c.met:
+	case <-c.firstLogin:
 	case <-ctx.Done():
 		return nil, fmt.Errorf("%w: %w", errNoSession, ctx.Err())
 	}
@@ -193,10 +197,10 @@ func (c *Client) root(ctx context.Context) (*node, error) {
 	return c.session, nil
 }
 
-// look makes the session's loop look now; it never blocks.
-func (c *Client) look() {
+// recheckLogin makes the login loop check the token now. It never blocks.
+func (c *Client) recheckLogin() {
 	select {
-	case c.kick <- struct{}{}:
+	case c.recheck <- struct{}{}:
 	default:
 	}
 }

@@ -15,7 +15,7 @@ import (
 func TestConfig(t *testing.T) {
 	good := vault.Config{Address: "https://127.0.0.1:1", Roots: x509.NewCertPool(), Login: vault.Login{CertRole: "pawl",
 		Certificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &tls.Certificate{}, nil }}}
-	open(t, good)
+	newClient(t, good)
 	for name, change := range map[string]func(*vault.Config){
 		"plain http": func(c *vault.Config) { c.Address = "http://127.0.0.1:1" },
 		"a path":     func(c *vault.Config) { c.Address += "/v1/x" },
@@ -38,14 +38,16 @@ func TestConfig(t *testing.T) {
 		change(&cfg)
 		if c, err := vault.New(cfg); err == nil {
 			c.Close()
-			t.Errorf("New() with %s succeeded", name)
+			t.Errorf("New() with %s = nil, want an error", name)
 		}
 	}
 }
 
 func TestPlan(t *testing.T) {
-	good := vault.SetupConfig{BrokerID: spiffeid.RequireFromString(brokerID), TrustPEM: newAuthority(t).pem, Reads: [][]string{{"pki", "cert", "*"}},
-		Tools: []vault.Access{{Policy: "pawl-tool-a", Path: []string{"pki", "issue", "a"}, Write: true, Leased: true}, {Policy: "pawl-tool-kv", Path: []string{"secret", "data", "x"}}}}
+	good := vault.SetupConfig{BrokerID: spiffeid.RequireFromString(brokerID), TrustPEM: newAuthority(t).pem,
+		Reads: [][]string{{"pki", "cert", "*"}},
+		Tools: []vault.Access{{Policy: "pawl-tool-a", Path: []string{"pki", "issue", "a"}, Write: true, Leased: true},
+			{Policy: "pawl-tool-kv", Path: []string{"secret", "data", "x"}}}}
 	plan, err := good.Plan()
 	if err != nil {
 		t.Fatalf("Plan() = %v", err)
@@ -59,7 +61,11 @@ func TestPlan(t *testing.T) {
 			all.WriteString(w.Path + "\n" + text)
 		}
 	}
-	for _, want := range []string{`path "secret/data/x" { capabilities = ["read"] }`, `path "pki/cert/*" { capabilities = ["read"] }`, `"lease_id" = ["pki/issue/a/*"]`} {
+	for _, want := range []string{
+		`path "secret/data/x" { capabilities = ["read"] }`,
+		`path "pki/cert/*" { capabilities = ["read"] }`,
+		`"lease_id" = ["pki/issue/a/*"]`,
+	} {
 		if !strings.Contains(all.String(), want) {
 			t.Errorf("Plan() lacks %s in:\n%s", want, all.String())
 		}
@@ -82,7 +88,7 @@ func TestPlan(t *testing.T) {
 		s := good
 		change(&s)
 		if _, err := s.Plan(); err == nil {
-			t.Errorf("Plan() with %s succeeded", name)
+			t.Errorf("Plan() with %s = nil, want an error", name)
 		}
 	}
 }

@@ -1,7 +1,8 @@
-// Package vault is the one client of HashiCorp Vault and OpenBao: it logs in with the broker's
-// SVID, keeps the tree of delegation tokens, mints, revokes and sweeps.
+// Package vault is the broker's only client of HashiCorp Vault and OpenBao. It logs in with the broker's SVID, keeps
+// the tree of delegation tokens, mints, revokes and sweeps.
 //
-// Three promises hold here and nowhere else. A mint is one request on the wire, never sent
-// again by any layer. A path is built from checked segments, never from text. A token is in
-// memory and in the header of a request, and in no error, log or file.
+// It keeps three promises:
+//   - A mint is one request on the wire. No layer resends it.
+//   - A path is built from checked segments, never from text.
+//   - A token lives in memory and in the header of a request. It never appears in an error, a log or a file.
 package vault

@@ -1,6 +1,6 @@
 package vault
 
-// The sentinels, for tests that compare errors.
+// Sentinels for tests that compare errors.
 var (
 	ErrForbidden = errForbidden
 	ErrWider     = errWider
@@ -13,8 +13,8 @@ func CheckPath(segments []string) error { return checkPath(segments) }
 // TokenLogin lets a test log in with a token of its own instead of an SVID.
 func TokenLogin(token string) Login { return Login{token: token} }
 
-// DecodeAnswer gives the fuzzer access to the decoder.
-func DecodeAnswer(raw []byte) (lease string, data map[string]any, err error) {
-	a, err := decodeAnswer(raw)
-	return a.LeaseID, a.Data, err
+// DecodeResponse gives the fuzzer access to the decoder.
+func DecodeResponse(raw []byte) (lease string, data map[string]any, err error) {
+	r, err := decodeResponse(raw)
+	return r.LeaseID, r.Data, err
 }

@@ -25,12 +25,12 @@ const (
 	marker  = "s3cr3t-marker"
 )
 
-// fake is a TLS server that makes tokens like Vault and answers everything else with mint.
-// It counts what reaches it.
+// fake is a TLS server that creates and renews tokens like Vault and passes every other request to mint. It counts the
+// requests.
 type fake struct {
 	*httptest.Server
-	mint http.HandlerFunc
-	bend func(auth map[string]any) // changes what a new token is said to be; nil: nothing
+	mint      http.HandlerFunc
+	alterAuth func(auth map[string]any) // alters the description of a new token; nil: no change
 
 	mu   sync.Mutex
 	made int
@@ -62,14 +62,17 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		_ = json.NewDecoder(r.Body).Decode(&t)
 		auth := map[string]any{
 			"client_token": fmt.Sprintf("%s-token-%d", marker, n), "accessor": fmt.Sprintf("accessor-%d", n),
-			"lease_duration": 60, "renewable": t.Renewable, "token_type": "service", "token_policies": t.Policies, "orphan": false,
+			"lease_duration": 60, "renewable": t.Renewable, "token_type": "service", "token_policies": t.Policies,
+			"orphan": false,
 		}
-		if f.bend != nil {
-			f.bend(auth)
+		if f.alterAuth != nil {
+			f.alterAuth(auth)
 		}
 		writeJSON(w, map[string]any{"auth": auth})
 	case path == "auth/token/renew-self":
-		writeJSON(w, map[string]any{"auth": map[string]any{"client_token": "t", "accessor": "a", "lease_duration": 60, "token_type": "service"}})
+		writeJSON(w, map[string]any{"auth": map[string]any{
+			"client_token": "t", "accessor": "a", "lease_duration": 60, "token_type": "service",
+		}})
 	default:
 		f.mint(w, r)
 	}
@@ -87,19 +90,19 @@ func (f *fake) roots() *x509.CertPool {
 	return f.Client().Transport.(*http.Transport).TLSClientConfig.RootCAs
 }
 
-// client gives a client that is logged in and holds the root delegation.
+// client returns a client that is logged in and holds the root delegation.
 func (f *fake) client(t *testing.T, change func(*vault.Config)) *vault.Client {
 	t.Helper()
 	cfg := vault.Config{Address: f.URL, Roots: f.roots(), Login: vault.TokenLogin("root-token")}
 	if change != nil {
 		change(&cfg)
 	}
-	c := open(t, cfg)
+	c := newClient(t, cfg)
 	branch(t, c, broker.Delegation{ID: rootID, Expires: time.Now().Add(time.Hour)}, "pawl-tool-a")
 	return c
 }
 
-func open(t *testing.T, cfg vault.Config) *vault.Client {
+func newClient(t *testing.T, cfg vault.Config) *vault.Client {
 	t.Helper()
 	c, err := vault.New(cfg)
 	if err != nil {
@@ -121,15 +124,16 @@ func branch(t *testing.T, c *vault.Client, d broker.Delegation, policies ...stri
 
 func child(t *testing.T, c *vault.Client, d broker.DelegationID, life time.Duration, policy string) broker.Handle {
 	t.Helper()
-	h, err := c.Child(t.Context(), broker.Grant{ID: grantID, Delegation: d, Expires: time.Now().Add(life)}, string(grantID), policy)
+	g := broker.Grant{ID: grantID, Delegation: d, Expires: time.Now().Add(life)}
+	h, err := c.Child(t.Context(), g, string(grantID), policy)
 	if err != nil {
 		t.Fatalf("Child(%s, %q) = %v", d, policy, err)
 	}
 	return h
 }
 
-// plain is a mint whose secret is the answer's data.
-func plain(path ...string) broker.Mint {
+// plainMint returns a mint that takes the data of the response as the secret.
+func plainMint(path ...string) broker.Mint {
 	return broker.Mint{Path: path, Data: map[string]any{"ttl": "60s"}, Leased: true, TTL: time.Minute,
 		Finish: func(data map[string]any, _ time.Time) (broker.Finished, error) {
 			raw, err := json.Marshal(data)
@@ -137,7 +141,7 @@ func plain(path ...string) broker.Mint {
 		}}
 }
 
-// until waits for a condition of another process.
+// until polls until ok, which depends on another process.
 func until(t *testing.T, limit time.Duration, what string, ok func() bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), limit)

@@ -11,11 +11,11 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Kill implements [broker.Killer]. What hangs on the token leaves memory before Vault is asked:
-// nothing is made below it while it dies. An errForbidden is an alarm: the broker's policy
-// lacks the right, and the token lives.
+// Kill implements [broker.Killer]. The client stops using the token before it asks Vault, so that it makes nothing below
+// a token that is being revoked. An errForbidden is an alarm: the broker's policy lacks the right, and the token is
+// alive.
 func (c *Client) Kill(ctx context.Context, accessor string) error {
-	if !opaque(accessor) {
+	if !validToken(accessor) {
 		return errors.New("revoking a vault token: not an accessor")
 	}
 	c.mu.Lock()
@@ -24,7 +24,8 @@ func (c *Client) Kill(ctx context.Context, accessor string) error {
 		n.dead = true
 	}
 	c.mu.Unlock()
-	_, err := c.command(ctx, call{method: "POST", path: "auth/token/revoke-accessor", body: map[string]string{"accessor": accessor}})
+	_, err := c.doWithLogin(ctx, call{method: "POST", path: "auth/token/revoke-accessor",
+		body: map[string]string{"accessor": accessor}})
 	if err != nil && !gone(err, "invalid accessor", "token not found") {
 		return fmt.Errorf("revoking a vault token: %w", err)
 	}
@@ -34,34 +35,36 @@ func (c *Client) Kill(ctx context.Context, accessor string) error {
 // Revoke implements [broker.Killer].
 func (c *Client) Revoke(ctx context.Context, lease string) error {
 	if err := checkLease(lease); err != nil {
-		return fmt.Errorf("revoking: %w", err)
+		return fmt.Errorf("revoking a lease: %w", err)
 	}
-	_, err := c.command(ctx, call{method: "POST", path: "sys/leases/revoke", body: map[string]any{"lease_id": lease, "sync": true}})
+	_, err := c.doWithLogin(ctx, call{method: "POST", path: "sys/leases/revoke",
+		body: map[string]any{"lease_id": lease, "sync": true}})
 	if err != nil && !gone(err, "invalid lease", "lease not found") {
 		return fmt.Errorf("revoking a lease: %w", err)
 	}
 	return nil
 }
 
-// gone reports whether Vault says that what was named does not exist. A 403 never does.
+// gone reports whether Vault answered, with one of the phrases, that the token or lease does not exist. A 403 never
+// counts as gone.
 func gone(err error, phrases ...string) bool {
 	var f *failure
 	if !errors.As(err, &f) || f.status != 400 && f.status != 404 {
 		return false
 	}
 	for _, p := range phrases {
-		if f.says == p {
+		if f.phrase == p {
 			return true
 		}
 	}
 	return false
 }
 
-// crowd is from how many leases of one role on a list is cheaper than looking each up.
-const crowd = 8
+// listThreshold is the number of leases of one role from which one list is cheaper than a look-up of each.
+const listThreshold = 8
 
-// Gone implements [broker.Killer]. Many leases of one role cost one list, few a look-up each.
-// An error answers for none of them.
+// Gone implements [broker.Killer]. Many leases of one role cost one list; a few cost one look-up each. An error leaves
+// the status of every lease unknown.
 func (c *Client) Gone(ctx context.Context, leases []string) ([]bool, error) {
 	roles := map[string][]int{}
 	for i, id := range leases {
@@ -74,7 +77,7 @@ func (c *Client) Gone(ctx context.Context, leases []string) ([]bool, error) {
 	out := make([]bool, len(leases))
 	var single []int
 	for role, at := range roles {
-		if len(at) < crowd {
+		if len(at) < listThreshold {
 			single = append(single, at...)
 			continue
 		}
@@ -87,8 +90,8 @@ func (c *Client) Gone(ctx context.Context, leases []string) ([]bool, error) {
 			out[i] = !alive
 		}
 	}
-	err := each(ctx, len(single), func(ctx context.Context, i int) error {
-		l, err := c.lookUp(ctx, leases[single[i]])
+	err := forEach(ctx, len(single), func(ctx context.Context, i int) error {
+		l, err := c.lookUpLease(ctx, leases[single[i]])
 		out[single[i]] = err == nil && l == nil
 		return err
 	})
@@ -98,8 +101,8 @@ func (c *Client) Gone(ctx context.Context, leases []string) ([]bool, error) {
 	return out, nil
 }
 
-// each runs f for 0 to n-1, at most 16 at once, and returns the first error, which cancels the rest.
-func each(ctx context.Context, n int, f func(context.Context, int) error) error {
+// forEach runs f for 0 to n-1, at most 16 at once. It returns the first error, which cancels the rest.
+func forEach(ctx context.Context, n int, f func(context.Context, int) error) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(16)
 	for i := range n {
@@ -115,15 +118,16 @@ func each(ctx context.Context, n int, f func(context.Context, int) error) error 
 
 var _ broker.Vault = (*Client)(nil)
 
-// TokensGone reports for each accessor whether Vault says that there is no such token. An error
-// answers for none of them.
+// TokensGone reports for each accessor whether Vault no longer knows its token. An error leaves the status of every
+// token unknown.
 func (c *Client) TokensGone(ctx context.Context, accessors []string) ([]bool, error) {
 	out := make([]bool, len(accessors))
-	err := each(ctx, len(accessors), func(ctx context.Context, i int) error {
-		if !opaque(accessors[i]) {
-			return errors.New("looking a vault token up: not an accessor")
+	err := forEach(ctx, len(accessors), func(ctx context.Context, i int) error {
+		if !validToken(accessors[i]) {
+			return errors.New("looking up a vault token: not an accessor")
 		}
-		_, err := c.command(ctx, call{method: "POST", path: "auth/token/lookup-accessor", body: map[string]string{"accessor": accessors[i]}})
+		_, err := c.doWithLogin(ctx, call{method: "POST", path: "auth/token/lookup-accessor",
+			body: map[string]string{"accessor": accessors[i]}})
 		if out[i] = gone(err, "invalid accessor"); out[i] {
 			return nil
 		}

@@ -17,15 +17,15 @@ import (
 
 const good = `{"lease_id":"pki/issue/a/x1","lease_duration":60,"data":{"key":"` + marker + `"}}`
 
-func say(status int, body string) http.HandlerFunc {
+func respond(status int, body string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		w.WriteHeader(status)
 		_, _ = w.Write([]byte(body))
 	}
 }
 
-// cut closes the connection after the request was read.
-func cut(w http.ResponseWriter, r *http.Request) {
+// dropConnection reads the request and closes the connection.
+func dropConnection(w http.ResponseWriter, r *http.Request) {
 	_, _ = new(bytes.Buffer).ReadFrom(r.Body)
 	conn, _, err := w.(http.Hijacker).Hijack()
 	if err == nil {
@@ -33,71 +33,72 @@ func cut(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// TestMintAnswers holds the rows of hardening.md, "Vault answers": what each answer means, that
-// it was asked for once, and that no text of the answer shows in the error.
+// TestMintAnswers checks the outcome that each response to a mint has: a secret, certainly nothing, or unknown. It also
+// checks that the client sends one request and that the error quotes no text of the response.
 func TestMintAnswers(t *testing.T) {
-	elsewhere := newFake(t, say(200, good))
+	elsewhere := newFake(t, respond(200, good))
 	rows := []struct {
-		name   string
-		answer http.HandlerFunc
-		made   string // "yes", "no", or "unknown"
+		name     string
+		response http.HandlerFunc
+		made     string // "yes", "no" or "unknown"
 	}{
-		{"good", say(200, good), "yes"},
-		{"500 after the mint", say(500, `{"errors":["`+marker+`"]}`), "unknown"},
-		{"502", say(502, "<html>"+marker), "unknown"},
-		{"429", say(429, `{"errors":["rate limit quota exceeded"]}`), "unknown"},
-		{"412", say(412, `{"errors":[]}`), "unknown"},
-		{"408", say(408, ""), "unknown"},
-		{"503 sealed", say(503, `{"errors":["Vault is sealed"]}`), "no"},
-		{"472 of a DR secondary", say(472, `{"errors":[]}`), "unknown"},
-		{"473 of a performance standby", say(473, `{"errors":[]}`), "unknown"},
-		{"474 of a standby without an active node", say(474, `{"errors":[]}`), "unknown"},
-		{"501 not initialised", say(501, `{"errors":[]}`), "unknown"},
-		{"530 removed from its cluster", say(530, `{"errors":[]}`), "unknown"},
-		{"503 of a proxy", say(503, "unavailable"), "unknown"},
-		{"400", say(400, `{"errors":["`+marker+`"]}`), "no"},
-		{"403", say(403, `{"errors":["1 error occurred:\n\t* permission denied\n\n"]}`), "no"},
-		{"404", say(404, `{"errors":[]}`), "no"},
+		{"good", respond(200, good), "yes"},
+		{"500 after the mint", respond(500, `{"errors":["`+marker+`"]}`), "unknown"},
+		{"502", respond(502, "<html>"+marker), "unknown"},
+		{"429", respond(429, `{"errors":["rate limit quota exceeded"]}`), "unknown"},
+		{"412", respond(412, `{"errors":[]}`), "unknown"},
+		{"408", respond(408, ""), "unknown"},
+		{"503 sealed", respond(503, `{"errors":["Vault is sealed"]}`), "no"},
+		{"472 of a DR secondary", respond(472, `{"errors":[]}`), "unknown"},
+		{"473 of a performance standby", respond(473, `{"errors":[]}`), "unknown"},
+		{"474 of a standby without an active node", respond(474, `{"errors":[]}`), "unknown"},
+		{"501 not initialised", respond(501, `{"errors":[]}`), "unknown"},
+		{"530 removed from its cluster", respond(530, `{"errors":[]}`), "unknown"},
+		{"503 of a proxy", respond(503, "unavailable"), "unknown"},
+		{"400", respond(400, `{"errors":["`+marker+`"]}`), "no"},
+		{"403", respond(403, `{"errors":["1 error occurred:\n\t* permission denied\n\n"]}`), "no"},
+		{"404", respond(404, `{"errors":[]}`), "no"},
 		{"redirect", func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, elsewhere.URL+r.URL.Path, http.StatusTemporaryRedirect)
 		}, "unknown"},
-		{"200 empty", say(200, ""), "unknown"},
-		{"204", say(204, ""), "unknown"},
-		{"200 null", say(200, "null"), "unknown"},
-		{"200 html", say(200, "<html>"+marker+"</html>"), "unknown"},
-		{"truncated", say(200, good[:len(good)-4]), "unknown"},
-		{"trailing", say(200, good+"{}"), "unknown"},
-		{"huge", say(200, `{"data":{"a":"`+strings.Repeat("a", 1<<20)+`"}}`), "unknown"},
+		{"200 empty", respond(200, ""), "unknown"},
+		{"204", respond(204, ""), "unknown"},
+		{"200 null", respond(200, "null"), "unknown"},
+		{"200 html", respond(200, "<html>"+marker+"</html>"), "unknown"},
+		{"truncated", respond(200, good[:len(good)-4]), "unknown"},
+		{"trailing", respond(200, good+"{}"), "unknown"},
+		{"huge", respond(200, `{"data":{"a":"`+strings.Repeat("a", 1<<20)+`"}}`), "unknown"},
 		{"drip", func(w http.ResponseWriter, r *http.Request) { drip(w, r) }, "unknown"},
-		{"cut", cut, "unknown"},
-		{"duplicate lease_id", say(200, `{"lease_id":"pki/issue/a/x1",`+good[1:]), "unknown"},
-		{"lease_id in capitals too", say(200, `{"LEASE_ID":"pki/issue/a/x2",`+good[1:]), "unknown"},
-		{"only Lease_id", say(200, strings.Replace(good, "lease_id", "Lease_id", 1)), "unknown"},
-		{"duplicate in data", say(200, strings.Replace(good, `"key"`, `"key":"other","key"`, 1)), "unknown"},
-		{"no lease", say(200, `{"lease_id":"","lease_duration":60,"data":{"key":"v"}}`), "unknown"},
-		{"no data", say(200, `{"lease_id":"pki/issue/a/x1","lease_duration":60,"data":null}`), "unknown"},
-		{"data is a list", say(200, strings.Replace(good, `{"key":"`+marker+`"}`, `["`+marker+`"]`, 1)), "unknown"},
-		{"other mount", say(200, strings.Replace(good, "pki/issue/a/", "database/creds/a/", 1)), "unknown"},
-		{"other role", say(200, strings.Replace(good, "pki/issue/a/", "pki/issue/ab/", 1)), "unknown"},
-		{"lease climbs", say(200, strings.Replace(good, "/x1", "/../x1", 1)), "unknown"},
-		{"duration zero", say(200, strings.Replace(good, "60", "0", 1)), "unknown"},
-		{"duration negative", say(200, strings.Replace(good, "60", "-1", 1)), "unknown"},
-		{"duration at the limit", say(200, good), "yes"},
-		{"duration over the limit", say(200, strings.Replace(good, "60", "61", 1)), "unknown"},
-		{"duration huge", say(200, strings.Replace(good, "60", "9223372036854775807", 1)), "unknown"},
-		{"duration beyond integers", say(200, strings.Replace(good, "60", "1e99", 1)), "unknown"},
-		{"wrapped", say(200, `{"wrap_info":{"token":"x"},`+good[1:]), "unknown"},
-		{"a token instead", say(200, `{"auth":{"client_token":"x"},`+good[1:]), "unknown"},
-		{"deep", say(200, `{"lease_id":"pki/issue/a/x1","lease_duration":60,"data":{"a":`+strings.Repeat("[", 40)+strings.Repeat("]", 40)+`}}`), "unknown"},
-		{"lone surrogate", say(200, strings.Replace(good, marker, `\ud800`, 1)), "unknown"},
+		{"connection dropped", dropConnection, "unknown"},
+		{"duplicate lease_id", respond(200, `{"lease_id":"pki/issue/a/x1",`+good[1:]), "unknown"},
+		{"lease_id in capitals too", respond(200, `{"LEASE_ID":"pki/issue/a/x2",`+good[1:]), "unknown"},
+		{"only Lease_id", respond(200, strings.Replace(good, "lease_id", "Lease_id", 1)), "unknown"},
+		{"duplicate in data", respond(200, strings.Replace(good, `"key"`, `"key":"other","key"`, 1)), "unknown"},
+		{"no lease", respond(200, `{"lease_id":"","lease_duration":60,"data":{"key":"v"}}`), "unknown"},
+		{"no data", respond(200, `{"lease_id":"pki/issue/a/x1","lease_duration":60,"data":null}`), "unknown"},
+		{"data is a list", respond(200, strings.Replace(good, `{"key":"`+marker+`"}`, `["`+marker+`"]`, 1)), "unknown"},
+		{"other mount", respond(200, strings.Replace(good, "pki/issue/a/", "database/creds/a/", 1)), "unknown"},
+		{"other role", respond(200, strings.Replace(good, "pki/issue/a/", "pki/issue/ab/", 1)), "unknown"},
+		{"lease climbs", respond(200, strings.Replace(good, "/x1", "/../x1", 1)), "unknown"},
+		{"duration zero", respond(200, strings.Replace(good, "60", "0", 1)), "unknown"},
+		{"duration negative", respond(200, strings.Replace(good, "60", "-1", 1)), "unknown"},
+		{"duration at the limit", respond(200, good), "yes"},
+		{"duration over the limit", respond(200, strings.Replace(good, "60", "61", 1)), "unknown"},
+		{"duration huge", respond(200, strings.Replace(good, "60", "9223372036854775807", 1)), "unknown"},
+		{"duration beyond integers", respond(200, strings.Replace(good, "60", "1e99", 1)), "unknown"},
+		{"wrapped", respond(200, `{"wrap_info":{"token":"x"},`+good[1:]), "unknown"},
+		{"a token instead", respond(200, `{"auth":{"client_token":"x"},`+good[1:]), "unknown"},
+		{"deep", respond(200, `{"lease_id":"pki/issue/a/x1","lease_duration":60,"data":{"a":`+
+			strings.Repeat("[", 40)+strings.Repeat("]", 40)+`}}`), "unknown"},
+		{"lone surrogate", respond(200, strings.Replace(good, marker, `\ud800`, 1)), "unknown"},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
-			f := newFake(t, row.answer)
+			f := newFake(t, row.response)
 			c := f.client(t, func(cfg *vault.Config) { cfg.MintTimeout = 2 * time.Second })
 			h := child(t, c, rootID, time.Minute, "pawl-tool-a")
-			lease, secret, err := c.Mint(t.Context(), h, plain("pki", "issue", "a"))
+			lease, secret, err := c.Mint(t.Context(), h, plainMint("pki", "issue", "a"))
 			made := "yes"
 			if err != nil {
 				made = map[bool]string{true: "no", false: "unknown"}[errors.Is(err, broker.ErrNotMinted)]
@@ -109,19 +110,19 @@ func TestMintAnswers(t *testing.T) {
 				t.Errorf("Mint() sent %d requests, want 1", n)
 			}
 			if err != nil && (!secret.Empty() || lease.ID != "" || strings.Contains(fmt.Sprintf("%+v", err), marker)) {
-				t.Errorf("Mint() = %v, %q with an error that shows %v", lease.ID, secret, err)
+				t.Errorf("Mint() = %v, %q, %v, want an error only, without text of the response", lease.ID, secret, err)
 			}
 			if err == nil && (lease.ID != "pki/issue/a/x1" || lease.Ref != "ref" || time.Until(lease.Expires) > time.Minute) {
-				t.Errorf("Mint() = %+v", lease)
+				t.Errorf("Mint() = %+v, want the lease of the response", lease)
 			}
 		})
 	}
 	if n := elsewhere.count("POST pki/issue/a"); n != 0 {
-		t.Errorf("the redirect was followed %d times", n)
+		t.Errorf("the client followed the redirect %d times, want 0", n)
 	}
 }
 
-// drip sends a byte now and then and never ends.
+// drip sends one byte every 50 ms and never completes the response.
 func drip(w http.ResponseWriter, r *http.Request) {
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
@@ -136,38 +137,38 @@ func drip(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// TestMintOnce cuts a reused connection after the request: net/http would send a read again.
+// TestMintOnce drops a reused connection after the request. By default net/http would resend a GET.
 func TestMintOnce(t *testing.T) {
 	for _, method := range []string{"GET", "POST"} {
-		f := newFake(t, cut)
+		f := newFake(t, dropConnection)
 		c := f.client(t, nil)
-		m := plain("database", "creds", "a")
+		m := plainMint("database", "creds", "a")
 		if method == "GET" {
 			m.Data = nil
 		}
 		for i := range 20 {
-			h := child(t, c, rootID, time.Minute, "pawl-tool-a") // leaves a connection to be reused
+			h := child(t, c, rootID, time.Minute, "pawl-tool-a") // leaves a connection for the mint to reuse
 			_, _, err := c.Mint(t.Context(), h, m)
 			if err == nil || errors.Is(err, broker.ErrNotMinted) {
-				t.Errorf("Mint(%s) on a cut connection = %v, want an unknown outcome", method, err)
+				t.Errorf("Mint(%s) on a dropped connection = %v, want an unknown outcome", method, err)
 			}
 			if n := f.count(method + " database/creds/a"); n != i+1 {
-				t.Fatalf("%d mints by %s sent %d requests", i+1, method, n)
+				t.Fatalf("%d mints by %s sent %d requests, want one each", i+1, method, n)
 			}
 		}
 	}
 }
 
-// TestMintHandle holds that a handle mints once, in time, and at a path of segments.
+// TestMintHandle checks that a handle mints once, before it expires, and at a valid path only.
 func TestMintHandle(t *testing.T) {
-	f := newFake(t, say(200, good))
+	f := newFake(t, respond(200, good))
 	now := time.Now()
 	c := f.client(t, func(cfg *vault.Config) { cfg.Now = func() time.Time { return now } })
 	mint := func(h broker.Handle, m broker.Mint) error {
 		_, _, err := c.Mint(t.Context(), h, m)
 		return err
 	}
-	m := plain("pki", "issue", "a")
+	m := plainMint("pki", "issue", "a")
 	h := child(t, c, rootID, time.Minute, "pawl-tool-a")
 	if err := mint(h, m); err != nil {
 		t.Fatalf("Mint() = %v", err)
@@ -182,26 +183,27 @@ func TestMintHandle(t *testing.T) {
 	}
 	for _, path := range [][]string{nil, {""}, {"a", ".."}, {"a", "../b"}, {"a", "b..c"}, {"a/b"}, {"a", "."}, {"a%2fb"},
 		{"a?b"}, {"a#b"}, {"a b"}, {"a\x00"}, {"é"}, {"-a"}, {"_a"}, {strings.Repeat("a", 129)}, make([]string, 17)} {
-		if err := mint(child(t, c, rootID, time.Minute, "pawl-tool-a"), plain(path...)); !errors.Is(err, broker.ErrNotMinted) {
+		h := child(t, c, rootID, time.Minute, "pawl-tool-a")
+		if err := mint(h, plainMint(path...)); !errors.Is(err, broker.ErrNotMinted) {
 			t.Errorf("Mint(path %.20q) = %v, want ErrNotMinted", path, err)
 		}
 	}
 	late := child(t, c, rootID, 30*time.Second, "pawl-tool-a")
 	now = now.Add(31 * time.Second)
 	if err := mint(late, m); !errors.Is(err, broker.ErrNotMinted) {
-		t.Errorf("Mint() after the token's end = %v, want ErrNotMinted", err)
+		t.Errorf("Mint() after the token's expiry = %v, want ErrNotMinted", err)
 	}
 	if n := f.count("POST pki/issue/a"); n != 1 {
-		t.Errorf("%d requests were sent, want 1", n)
+		t.Errorf("the client sent %d mints, want 1", n)
 	}
 	if err := vault.CheckPath([]string{"a", strings.Repeat("b", 128), "c.d_e-F"}); err != nil {
 		t.Errorf("CheckPath() = %v, want nil", err)
 	}
 }
 
-// TestMintUnreachable holds that a mint which never left is known not to have happened.
+// TestMintUnreachable checks that a mint that was never sent is reported as not minted.
 func TestMintUnreachable(t *testing.T) {
-	f := newFake(t, say(200, good))
+	f := newFake(t, respond(200, good))
 	c := f.client(t, nil)
 	var handles [5]broker.Handle
 	for i := range handles {
@@ -210,45 +212,48 @@ func TestMintUnreachable(t *testing.T) {
 	f.CloseClientConnections()
 	f.Close()
 	var err error
-	for _, h := range handles { // the first may still meet a kept connection
-		_, _, err = c.Mint(t.Context(), h, plain("pki", "issue", "a"))
+	for _, h := range handles { // the first may still find an open keep-alive connection
+		_, _, err = c.Mint(t.Context(), h, plainMint("pki", "issue", "a"))
 	}
 	if !errors.Is(err, broker.ErrNotMinted) {
 		t.Errorf("Mint() with no server = %v, want ErrNotMinted", err)
 	}
 }
 
-// TestMintFinish holds what happens when the backend cannot use the answer, or cancels.
+// TestMintFinish checks the outcome when the backend rejects the response, and when the caller cancels.
 func TestMintFinish(t *testing.T) {
-	f := newFake(t, say(200, good))
+	f := newFake(t, respond(200, good))
 	c := f.client(t, nil)
-	m := plain("pki", "issue", "a")
+	m := plainMint("pki", "issue", "a")
 	for name, finish := range map[string]func(map[string]any, time.Time) (broker.Finished, error){
 		"fails": func(map[string]any, time.Time) (broker.Finished, error) { return broker.Finished{}, errors.New("no") },
 		"empty": func(map[string]any, time.Time) (broker.Finished, error) { return broker.Finished{}, nil },
 		"too long": func(map[string]any, time.Time) (broker.Finished, error) {
-			return broker.Finished{Secret: broker.NewSecret([]byte("x")), Expires: time.Now().Add(2 * time.Minute)}, nil
+			expires := time.Now().Add(2 * time.Minute)
+			return broker.Finished{Secret: broker.NewSecret([]byte("x")), Expires: expires}, nil
 		},
 	} {
 		m.Finish = finish
 		_, _, err := c.Mint(t.Context(), child(t, c, rootID, time.Minute, "pawl-tool-a"), m)
 		if err == nil || errors.Is(err, broker.ErrNotMinted) {
-			t.Errorf("Mint() with a backend that %s = %v, want an unknown outcome", name, err)
+			t.Errorf("Mint() with a Finish that is %q = %v, want an unknown outcome", name, err)
 		}
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, _, err := c.Mint(ctx, child(t, c, rootID, time.Minute, "pawl-tool-a"), plain("pki", "issue", "a")); err == nil {
-		t.Error("Mint() with a cancelled context succeeded")
+	h := child(t, c, rootID, time.Minute, "pawl-tool-a")
+	if _, _, err := c.Mint(ctx, h, plainMint("pki", "issue", "a")); err == nil {
+		t.Error("Mint() with a cancelled context = nil, want an error")
 	}
 }
 
-// TestMintToken holds the rows of a mint whose answer is a token.
+// TestMintToken checks the outcome of each response to a mint that returns a token.
 func TestMintToken(t *testing.T) {
-	const token = `{"auth":{"client_token":"` + marker + `","accessor":"acc","lease_duration":60,"token_type":"service","orphan":false}}`
+	const token = `{"auth":{"client_token":"` + marker + `","accessor":"acc",` +
+		`"lease_duration":60,"token_type":"service","orphan":false}}`
 	for name, row := range map[string]struct {
-		answer string
-		ok     bool
+		response string
+		ok       bool
 	}{
 		"good":        {token, true},
 		"too long":    {strings.Replace(token, "60", "61", 1), false},
@@ -260,23 +265,24 @@ func TestMintToken(t *testing.T) {
 		"other case":  {strings.Replace(token, `"accessor"`, `"Accessor":"b","accessor"`, 1), false},
 		"a secret":    {good, false},
 	} {
-		c := newFake(t, say(200, row.answer)).client(t, nil)
-		m := plain("auth", "own", "create")
+		c := newFake(t, respond(200, row.response)).client(t, nil)
+		m := plainMint("auth", "own", "create")
 		m.Leased, m.Auth = false, true
 		m.Finish = func(data map[string]any, end time.Time) (broker.Finished, error) {
 			text, _ := data["client_token"].(string)
 			return broker.Finished{Secret: broker.NewSecret([]byte(text)), Expires: end}, nil
 		}
 		_, secret, err := c.Mint(t.Context(), child(t, c, rootID, time.Minute, "pawl-tool-a"), m)
-		if (err == nil) != row.ok || err == nil && string(secret.Reveal()) != marker || errors.Is(err, broker.ErrNotMinted) {
-			t.Errorf("Mint() of a token, %s = %v, want ok %v", name, err, row.ok)
+		if (err == nil) != row.ok || err == nil && string(secret.Reveal()) != marker ||
+			errors.Is(err, broker.ErrNotMinted) {
+			t.Errorf("Mint() of a token, %s = %v, want ok = %v", name, err, row.ok)
 		}
 	}
 }
 
-// TestTokenAnswers holds that a token which is not what was asked for is ended and refused.
+// TestTokenAnswers checks that the client refuses and revokes a token that differs from its request.
 func TestTokenAnswers(t *testing.T) {
-	for name, bend := range map[string]func(map[string]any){
+	for name, alter := range map[string]func(map[string]any){
 		"an entity's policy": func(a map[string]any) { a["identity_policies"] = []string{"admin"} },
 		"another policy":     func(a map[string]any) { a["token_policies"] = []string{"pawl-tool-a", "default"} },
 		"no policy":          func(a map[string]any) { a["token_policies"] = nil },
@@ -287,37 +293,41 @@ func TestTokenAnswers(t *testing.T) {
 		"no accessor":        func(a map[string]any) { delete(a, "accessor") },
 		"a broken token":     func(a map[string]any) { a["client_token"] = "a\r\nX: b" },
 	} {
-		f := newFake(t, say(204, ""))
+		f := newFake(t, respond(204, ""))
 		c := f.client(t, nil)
-		f.bend = bend
-		_, err := c.Child(t.Context(), broker.Grant{ID: grantID, Delegation: rootID, Expires: time.Now().Add(time.Minute)}, "x", "pawl-tool-a")
+		f.alterAuth = alter
+		g := broker.Grant{ID: grantID, Delegation: rootID, Expires: time.Now().Add(time.Minute)}
+		_, err := c.Child(t.Context(), g, "x", "pawl-tool-a")
 		if err == nil || strings.Contains(err.Error(), marker) {
-			t.Errorf("Child() with %s = %v, want a refusal", name, err)
+			t.Errorf("Child() with %s = %v, want an error without the token", name, err)
 		}
-		if ended := f.count("POST auth/token/revoke-accessor"); ended == 0 && name != "no accessor" {
-			t.Errorf("a token with %s was not ended", name)
+		if revoked := f.count("POST auth/token/revoke-accessor"); revoked == 0 && name != "no accessor" {
+			t.Errorf("a token with %s was not revoked", name)
 		}
 	}
 }
 
-func FuzzAnswer(f *testing.F) {
-	for _, s := range []string{good, "{}", "null", `{"lease_id":1}`, `{"auth":{"accessor":null}}`, `{"errors":["a"]}`, `{"wrap_info":{"token":"a","ttl":1}}`, `{"data":{"a":[1,{"b":null}]}}`} {
+func FuzzResponse(f *testing.F) {
+	for _, s := range []string{
+		good, "{}", "null", `{"lease_id":1}`, `{"auth":{"accessor":null}}`, `{"errors":["a"]}`,
+		`{"wrap_info":{"token":"a","ttl":1}}`, `{"data":{"a":[1,{"b":null}]}}`,
+	} {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		lease, data, err := vault.DecodeAnswer(raw)
+		lease, data, err := vault.DecodeResponse(raw)
 		if err != nil && (lease != "" || data != nil) {
-			t.Errorf("DecodeAnswer(%q) gives values with %v", raw, err)
+			t.Errorf("DecodeResponse(%q) = %q, %v, %v, want the error only", raw, lease, data, err)
 		}
 		if err != nil {
 			return
 		}
-		// What is taken means the same to a decoder that lets duplicates and other cases win.
+		// A decoder that accepts duplicates and other cases must read an accepted response in the same way.
 		var loose struct {
 			LeaseID string `json:"lease_id"`
 		}
 		if json.Unmarshal(raw, &loose) != nil || loose.LeaseID != lease {
-			t.Errorf("DecodeAnswer(%q) = %q, a loose decoder says %q", raw, lease, loose.LeaseID)
+			t.Errorf("DecodeResponse(%q) = %q, a loose decoder reads %q", raw, lease, loose.LeaseID)
 		}
 	})
 }

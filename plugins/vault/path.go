@@ -12,9 +12,9 @@ const (
 	maxSegments = 16
 )
 
-// checkPath reports whether segments can be part of a Vault path: each at most 128 bytes of
-// letters, digits, dots, hyphens and underscores, beginning with a letter or digit, without two
-// dots in a row. No spelling of such a path means another (hardening.md, rows on path tricks).
+// checkPath reports whether segments can be part of a Vault path. A segment has at most 128 bytes of letters, digits,
+// dots, hyphens and underscores. It begins with a letter or digit and has no two dots in a row. Such a path has one
+// spelling only: nothing on the way can normalize it to another path, as it does "a/../sys/mounts".
 func checkPath(segments []string) error {
 	if len(segments) == 0 || len(segments) > maxSegments {
 		return fmt.Errorf("a vault path has between 1 and %d segments", maxSegments)
@@ -35,13 +35,13 @@ func checkSegment(s string) error {
 		c := s[i]
 		alnum := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
 		if !alnum && (i == 0 || c != '.' && c != '-' && c != '_') || c == '.' && s[i-1] == '.' {
-			return errors.New("is letters, digits, and after the first also '.', '-' and '_', without '..'")
+			return errors.New("must be letters and digits, and after the first also '.', '-' and '_', without '..'")
 		}
 	}
 	return nil
 }
 
-// join makes the path of checked segments.
+// join checks the segments and joins them to a path.
 func join(segments []string) (string, error) {
 	if err := checkPath(segments); err != nil {
 		return "", err
@@ -49,8 +49,8 @@ func join(segments []string) (string, error) {
 	return strings.Join(segments, "/"), nil
 }
 
-// checkPolicy allows the names that Vault keeps as they are: it lower-cases and trims others,
-// and what is normalised after a check was not checked (hardening.md, CVE-2025-5999).
+// checkPolicy allows only names that Vault keeps unchanged. Vault lower-cases and trims other names, and a name that is
+// normalized after its check was not checked (CVE-2025-5999 in Vault was that fault).
 func checkPolicy(name string) error {
 	if err := checkSegment(name); err != nil {
 		return fmt.Errorf("vault policy %.40q: %w", name, err)
@@ -61,8 +61,7 @@ func checkPolicy(name string) error {
 	return nil
 }
 
-// checkLease refuses an id that is not a path of segments: it goes into a request's body, and
-// its prefix into a path.
+// checkLease refuses an id that is not a path of valid segments, since the client puts its prefix into a path.
 func checkLease(id string) error {
 	if err := checkPath(strings.Split(id, "/")); err != nil {
 		return fmt.Errorf("lease id: %w", err)

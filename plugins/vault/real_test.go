@@ -38,7 +38,8 @@ func newAuthority(t *testing.T) *authority {
 	t.Helper()
 	key := newKey(t)
 	cert := sign(t, &x509.Certificate{
-		Subject: pkix.Name{CommonName: "example.org"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+		Subject: pkix.Name{CommonName: "example.org"},
+		IsCA:    true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 	}, nil, key, key)
 	return &authority{key, cert, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}))}
 }
@@ -72,7 +73,7 @@ func sign(t *testing.T, c, parent *x509.Certificate, key, by *ecdsa.PrivateKey) 
 	return cert
 }
 
-// svid makes an X.509-SVID with a key of its own.
+// svid makes an X.509-SVID with a new key.
 func (a *authority) svid(t *testing.T, id, commonName string) *tls.Certificate {
 	t.Helper()
 	uri, err := url.Parse(id)
@@ -80,25 +81,26 @@ func (a *authority) svid(t *testing.T, id, commonName string) *tls.Certificate {
 		t.Fatal(err)
 	}
 	key := newKey(t)
-	skid := sha256.Sum256([]byte(fmt.Sprint(serial.Load()))) // SPIRE's have one, a new one each time
+	skid := sha256.Sum256([]byte(fmt.Sprint(serial.Load()))) // SPIRE sets a new one in each SVID
 	cert := sign(t, &x509.Certificate{
 		SubjectKeyId: skid[:20],
 		Subject:      pkix.Name{Organization: []string{"SPIRE"}, CommonName: commonName}, URIs: []*url.URL{uri},
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
+		KeyUsage:    x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
 	}, a.cert, key, a.key)
 	return &tls.Certificate{Certificate: [][]byte{cert.Raw}, PrivateKey: key, Leaf: cert}
 }
 
 const brokerID = "spiffe://example.org/pawl"
 
-// site is a real Vault that was set up for a broker, with a pki engine of the test's own.
+// site is a real Vault that was set up for a broker, with a pki engine for this test.
 type site struct {
 	*parts.VaultServer
 	ca    *authority
 	admin vault.Admin
 	setup vault.SetupConfig
 	pki   string                          // mount
-	shown atomic.Pointer[tls.Certificate] // the broker's SVID of the moment
+	svid  atomic.Pointer[tls.Certificate] // the broker's current SVID
 }
 
 func newSite(t *testing.T, server *parts.VaultServer) *site {
@@ -120,12 +122,12 @@ func newSite(t *testing.T, server *parts.VaultServer) *site {
 			{Policy: "pawl-tool-b-" + name, Path: []string{s.pki, "issue", "b"}, Write: true, Leased: true},
 		},
 	}
-	for range 2 { // it may be repeated
+	for range 2 { // Setup may be repeated
 		if _, err := vault.Setup(t.Context(), s.admin, s.setup); err != nil {
 			t.Fatalf("Setup() = %v", err)
 		}
 	}
-	s.shown.Store(s.ca.svid(t, brokerID, "pawl"))
+	s.svid.Store(s.ca.svid(t, brokerID, "pawl"))
 	return s
 }
 
@@ -139,20 +141,20 @@ func (s *site) write(t *testing.T, path string, data map[string]any) {
 func (s *site) config() vault.Config {
 	return vault.Config{Address: s.Address(), Roots: s.admin.Roots, TokenRole: s.setup.TokenRole, Login: vault.Login{
 		CertRole:    s.setup.Role,
-		Certificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return s.shown.Load(), nil },
+		Certificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return s.svid.Load(), nil },
 	}}
 }
 
 func (s *site) a() string { return s.setup.Tools[0].Policy }
 func (s *site) b() string { return s.setup.Tools[1].Policy }
 
-// root acts with Vault's root token, to look at what is there.
-func (s *site) root(t *testing.T) *vault.Client {
-	return open(t, vault.Config{Address: s.Address(), Roots: s.admin.Roots, Login: vault.TokenLogin(s.RootToken())})
+// rootClient returns a client with Vault's root token, to inspect Vault.
+func (s *site) rootClient(t *testing.T) *vault.Client {
+	return newClient(t, vault.Config{Address: s.Address(), Roots: s.admin.Roots, Login: vault.TokenLogin(s.RootToken())})
 }
 
 func (s *site) mint(role string) broker.Mint {
-	m := plain(s.pki, "issue", role)
+	m := plainMint(s.pki, "issue", role)
 	m.Data = map[string]any{"common_name": "x.example.org", "ttl": "60s"}
 	return m
 }
@@ -167,12 +169,13 @@ func issue(t *testing.T, c *vault.Client, d broker.DelegationID, policy string, 
 }
 
 func delegation(id, parent broker.DelegationID) broker.Delegation {
-	return broker.Delegation{ID: id, Parent: parent, Chain: "ch000000000000000000000001", Expires: time.Now().Add(10 * time.Minute)}
+	return broker.Delegation{ID: id, Parent: parent, Chain: "ch000000000000000000000001",
+		Expires: time.Now().Add(10 * time.Minute)}
 }
 
 func TestRealLogin(t *testing.T) {
 	s := newSite(t, parts.NeedVault(t))
-	c := open(t, s.config())
+	c := newClient(t, s.config())
 	branch(t, c, delegation(rootID, ""), s.a()) // waits for the login
 	if err := c.Ready(); err != nil {
 		t.Errorf("Ready() = %v", err)
@@ -182,8 +185,8 @@ func TestRealLogin(t *testing.T) {
 		"another authority": newAuthority(t).svid(t, brokerID, "pawl"),
 		"no common name":    s.ca.svid(t, brokerID, ""),
 	} {
-		s.shown.Store(svid)
-		c := open(t, s.config())
+		s.svid.Store(svid)
+		c := newClient(t, s.config())
 		_, err := c.Branch(t.Context(), delegation(rootID, ""), []string{s.a()})
 		if !errors.Is(err, vault.ErrNoSession) || c.Ready() == nil {
 			t.Errorf("Branch() with an SVID of %s = %v, want ErrNoSession", name, err)
@@ -192,8 +195,8 @@ func TestRealLogin(t *testing.T) {
 	}
 }
 
-// TestRealRotation renews over three SVIDs, then over a new authority, which Vault takes for
-// another client: the broker logs in anew and delegations are branched again.
+// TestRealRotation renews with three SVIDs and then with one of a new authority. Vault treats the last as another
+// client, so the broker logs in again and must branch its delegations again.
 func TestRealRotation(t *testing.T) {
 	s := newSite(t, parts.NeedVault(t))
 	trust := func(pem string) {
@@ -203,23 +206,23 @@ func TestRealRotation(t *testing.T) {
 		})
 	}
 	trust(s.ca.pem)
-	c := open(t, s.config())
+	c := newClient(t, s.config())
 	branch(t, c, delegation(rootID, ""), s.a())
 	for range 3 {
-		s.shown.Store(s.ca.svid(t, brokerID, "pawl"))
+		s.svid.Store(s.ca.svid(t, brokerID, "pawl"))
 		begun := time.Now()
 		until(t, 4*time.Second, "a period", func() bool { return time.Since(begun) > 1500*time.Millisecond })
 		if !c.Holds(rootID) || c.Ready() != nil {
-			t.Fatalf("after an SVID's rotation: Holds() = %v, Ready() = %v", c.Holds(rootID), c.Ready())
+			t.Fatalf("after a rotation of the SVID: Holds() = %v, Ready() = %v, want true, nil", c.Holds(rootID), c.Ready())
 		}
 		issue(t, c, rootID, s.a(), s.mint("a"))
 	}
 	next := newAuthority(t)
 	trust(s.ca.pem + next.pem)
-	s.shown.Store(next.svid(t, brokerID, "pawl"))
+	s.svid.Store(next.svid(t, brokerID, "pawl"))
 	until(t, 5*time.Second, "a new login", func() bool {
 		if err := c.Ready(); err != nil {
-			t.Fatalf("Ready() on the way to a new login = %v", err)
+			t.Fatalf("Ready() before the new login = %v, want nil", err)
 		}
 		return !c.Holds(rootID)
 	})
@@ -235,14 +238,15 @@ func TestRealTrust(t *testing.T) {
 	if _, err := vault.Setup(t.Context(), s.admin, s.setup); err != nil {
 		t.Fatalf("Setup() = %v", err)
 	}
-	if _, err := open(t, s.config()).Branch(t.Context(), delegation(rootID, ""), []string{s.a()}); !errors.Is(err, vault.ErrNoSession) {
+	_, err := newClient(t, s.config()).Branch(t.Context(), delegation(rootID, ""), []string{s.a()})
+	if !errors.Is(err, vault.ErrNoSession) {
 		t.Errorf("Branch() with an SVID of the old authority = %v, want ErrNoSession", err)
 	}
-	s.shown.Store(next.svid(t, brokerID, "pawl"))
-	branch(t, open(t, s.config()), delegation(rootID, ""), s.a())
+	s.svid.Store(next.svid(t, brokerID, "pawl"))
+	branch(t, newClient(t, s.config()), delegation(rootID, ""), s.a())
 }
 
-// TestRealJWT logs in with a JWT-SVID: exactly the audience and subject of the role.
+// TestRealJWT logs in with a JWT-SVID. Vault accepts only the audience and the subject of the role.
 func TestRealJWT(t *testing.T) {
 	s := newSite(t, parts.NeedVault(t))
 	key := newKey(t)
@@ -269,37 +273,44 @@ func TestRealJWT(t *testing.T) {
 			return jwt.Signed(signer).Claims(jwt.Claims{Subject: row.subject, Audience: jwt.Audience{row.audience},
 				IssuedAt: jwt.NewNumericDate(time.Now()), Expiry: jwt.NewNumericDate(time.Now().Add(time.Minute))}).Serialize()
 		}}
-		_, err := open(t, cfg).Branch(t.Context(), delegation(rootID, ""), []string{s.a()})
+		_, err := newClient(t, cfg).Branch(t.Context(), delegation(rootID, ""), []string{s.a()})
 		if (err == nil) != row.want {
-			t.Errorf("login as %s for %s = %v, want success %v", row.subject, row.audience, err, row.want)
+			t.Errorf("login as %s for %s = %v, want ok = %v", row.subject, row.audience, err, row.want)
 		}
 	}
 }
 
 func TestRealTree(t *testing.T) {
 	s := newSite(t, parts.NeedVault(t))
-	c := open(t, s.config())
+	c := newClient(t, s.config())
 	root := branch(t, c, delegation(rootID, ""), s.a(), s.b())
 	branch(t, c, delegation(childID, rootID), s.a())
-	if _, err := c.Branch(t.Context(), delegation("dl000000000000000000000003", childID), []string{s.a(), s.b()}); !errors.Is(err, vault.ErrWider) || !errors.Is(err, broker.Denied) {
+	const (
+		third   = broker.DelegationID("dl000000000000000000000003")
+		unknown = broker.DelegationID("dl000000000000000000000004")
+	)
+	_, err := c.Branch(t.Context(), delegation(third, childID), []string{s.a(), s.b()})
+	if !errors.Is(err, vault.ErrWider) || !errors.Is(err, broker.Denied) {
 		t.Errorf("Branch() wider than its parent = %v, want ErrWider", err)
 	}
-	if _, err := c.Branch(t.Context(), delegation("dl000000000000000000000003", ""), []string{s.setup.Role}); !errors.Is(err, vault.ErrWider) {
+	if _, err := c.Branch(t.Context(), delegation(third, ""), []string{s.setup.Role}); !errors.Is(err, vault.ErrWider) {
 		t.Errorf("Branch() with the broker's own policy = %v, want ErrWider", err)
 	}
-	if _, err := c.Branch(t.Context(), delegation("dl000000000000000000000003", "dl000000000000000000000004"), []string{s.a()}); !errors.Is(err, broker.ErrNoParent) {
+	if _, err := c.Branch(t.Context(), delegation(third, unknown), []string{s.a()}); !errors.Is(err, broker.ErrNoParent) {
 		t.Errorf("Branch() below an unknown parent = %v, want ErrNoParent", err)
 	}
-	if _, err := c.Child(t.Context(), broker.Grant{ID: grantID, Delegation: childID, Expires: time.Now().Add(time.Minute)}, "x", s.b()); !errors.Is(err, vault.ErrWider) {
+	g := broker.Grant{ID: grantID, Delegation: childID, Expires: time.Now().Add(time.Minute)}
+	if _, err := c.Child(t.Context(), g, "x", s.b()); !errors.Is(err, vault.ErrWider) {
 		t.Errorf("Child() outside its delegation = %v, want ErrWider", err)
 	}
 	for _, policy := range []string{"root", "default", "PAWL-TOOL-A", s.a() + " ", ""} {
-		if _, err := c.Child(t.Context(), broker.Grant{ID: grantID, Delegation: childID, Expires: time.Now().Add(time.Minute)}, "x", policy); err == nil {
-			t.Errorf("Child(%q) succeeded", policy)
+		if _, err := c.Child(t.Context(), g, "x", policy); err == nil {
+			t.Errorf("Child(%q) = nil, want an error", policy)
 		}
 	}
-	// A step's token mints at its tool's path and nowhere else.
-	if _, _, err := c.Mint(t.Context(), child(t, c, childID, time.Minute, s.a()), s.mint("b")); !errors.Is(err, broker.ErrNotMinted) || !errors.Is(err, vault.ErrForbidden) {
+	// A step's token can mint at its tool's path only.
+	_, _, err = c.Mint(t.Context(), child(t, c, childID, time.Minute, s.a()), s.mint("b"))
+	if !errors.Is(err, broker.ErrNotMinted) || !errors.Is(err, vault.ErrForbidden) {
 		t.Errorf("Mint() of another tool = %v, want ErrForbidden", err)
 	}
 	var leases []string
@@ -311,11 +322,11 @@ func TestRealTree(t *testing.T) {
 	}
 	gone, err := c.Gone(t.Context(), append(leases, s.pki+"/issue/a/unknown"))
 	if err != nil || countTrue(gone) != 1 || !gone[13] {
-		t.Errorf("Gone() = %v, %v, want all but the last alive", gone, err)
+		t.Errorf("Gone() = %v, %v, want only the last one gone", gone, err)
 	}
 	found, err := c.Leases(t.Context(), []string{s.pki, "issue", "a"}, []string{s.pki, "issue", "b"})
 	if err != nil || len(found) != 13 || found[0].Expires.Sub(found[0].Issued) > 61*time.Second {
-		t.Errorf("Leases() = %v, %v, want 13 of a minute", found, err)
+		t.Errorf("Leases() = %v, %v, want 13 leases of one minute", found, err)
 	}
 	if err := c.Revoke(t.Context(), leases[0]); err != nil {
 		t.Errorf("Revoke() = %v", err)
@@ -324,10 +335,10 @@ func TestRealTree(t *testing.T) {
 		t.Errorf("Revoke() again = %v", err)
 	}
 	if gone, err := c.Gone(t.Context(), leases[:1]); err != nil || !gone[0] {
-		t.Errorf("Gone() after Revoke() = %v, %v", gone, err)
+		t.Errorf("Gone() after Revoke() = %v, %v, want true", gone, err)
 	}
 	if ids, err := c.Irrevocable(t.Context()); err != nil || len(ids) != 0 {
-		t.Errorf("Irrevocable() = %v, %v", ids, err)
+		t.Errorf("Irrevocable() = %v, %v, want none", ids, err)
 	}
 	for range 2 {
 		if err := c.Kill(t.Context(), root.Accessor); err != nil {
@@ -338,9 +349,9 @@ func TestRealTree(t *testing.T) {
 		t.Errorf("Kill(unknown) = %v", err)
 	}
 	if c.Holds(rootID) || c.Holds(childID) {
-		t.Error("Holds() after the root was killed, want false for it and below")
+		t.Error("Holds() after Kill() of the root = true, want false for the root and its child")
 	}
-	until(t, 20*time.Second, "the leases' end", func() bool {
+	until(t, 20*time.Second, "all leases gone", func() bool {
 		gone, err := c.Gone(t.Context(), leases)
 		return err == nil && countTrue(gone) == len(leases)
 	})
@@ -355,12 +366,12 @@ func countTrue(list []bool) (n int) {
 	return n
 }
 
-// TestRealLeastRights tries what the broker's own token must not be able to do.
+// TestRealLeastRights checks that Vault refuses requests with the broker's own token beyond its policy.
 func TestRealLeastRights(t *testing.T) {
 	s := newSite(t, parts.NeedVault(t))
 	other := newSite(t, parts.NeedVault(t))
-	c := open(t, s.config())
-	theirs := open(t, other.config())
+	c := newClient(t, s.config())
+	theirs := newClient(t, other.config())
 	branch(t, theirs, delegation(rootID, ""), other.a())
 	lease := issue(t, theirs, rootID, other.a(), other.mint("a"))
 	if err := c.Revoke(t.Context(), lease.ID); !errors.Is(err, vault.ErrForbidden) {
@@ -382,30 +393,30 @@ func TestRealLeastRights(t *testing.T) {
 	}
 }
 
-// TestRealDeadMan holds that a chain in use lives on beyond its token's life, and ends by itself,
-// leases first of all, when its broker is gone.
+// TestRealDeadMan checks that the client renews the token of a chain in use. Once the broker is gone, the token expires
+// and Vault revokes the leases below it.
 func TestRealDeadMan(t *testing.T) {
 	s := newSite(t, parts.NeedVault(t))
 	cfg := s.config()
 	cfg.DeadMan = 2 * time.Second
-	c := open(t, cfg)
+	c := newClient(t, cfg)
 	branch(t, c, delegation(rootID, ""), s.a())
 	branch(t, c, delegation(childID, rootID), s.a())
 	begun := time.Now()
-	until(t, 8*time.Second, "two lives of the token", func() bool { return time.Since(begun) > 4500*time.Millisecond })
+	until(t, 8*time.Second, "twice the token's TTL", func() bool { return time.Since(begun) > 4500*time.Millisecond })
 	if !c.Holds(childID) {
-		t.Fatal("Holds() after two lives of the token = false, want true: it is renewed")
+		t.Fatal("Holds() after twice the token's TTL = false, want true: the client renews it")
 	}
 	lease := issue(t, c, childID, s.a(), s.mint("a"))
-	root := s.root(t)
+	root := s.rootClient(t)
 	c.Close()
-	until(t, 10*time.Second, "the lease's end after the broker's", func() bool {
+	until(t, 10*time.Second, "the lease gone after the broker stopped", func() bool {
 		gone, err := root.Gone(t.Context(), []string{lease.ID})
 		return err == nil && gone[0]
 	})
-	// The use of a child is the use of its parent: neither ends, though the parent idles.
+	// Use of a child counts as use of its parent: the client renews both.
 	cfg.Idle = 3 * time.Second
-	busy := open(t, cfg)
+	busy := newClient(t, cfg)
 	branch(t, busy, delegation(rootID, ""), s.a())
 	branch(t, busy, delegation(childID, rootID), s.a())
 	begun = time.Now()
@@ -413,24 +424,24 @@ func TestRealDeadMan(t *testing.T) {
 		child(t, busy, childID, time.Minute, s.a())
 		return time.Since(begun) > 6500*time.Millisecond
 	})
-	// Without use, renewal stops.
+	// Renewal stops without use.
 	cfg.Idle = time.Second
-	idle := open(t, cfg)
+	idle := newClient(t, cfg)
 	branch(t, idle, delegation(rootID, ""), s.a())
-	until(t, 10*time.Second, "the end of an idle delegation's token", func() bool { return !idle.Holds(rootID) })
+	until(t, 10*time.Second, "expiry of an idle delegation's token", func() bool { return !idle.Holds(rootID) })
 }
 
-// TestRealRestart takes Vault's memory away: the broker logs in anew by itself.
+// TestRealRestart restarts a Vault that keeps its state in memory. The client must log in again by itself.
 func TestRealRestart(t *testing.T) {
 	server := parts.OwnVault(t, parts.VaultConfig{})
 	s := newSite(t, server)
-	c := open(t, s.config())
+	c := newClient(t, s.config())
 	h := branch(t, c, delegation(rootID, ""), s.a())
 	if err := server.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	if err := c.Kill(t.Context(), h.Accessor); err == nil {
-		t.Error("Kill() with Vault down succeeded")
+		t.Error("Kill() with Vault down = nil, want an error")
 	}
 	if err := server.Restart(t.Context()); err != nil {
 		t.Fatal(err)

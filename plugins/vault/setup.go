@@ -16,48 +16,49 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Access is what one tool needs of Vault: the policy that its steps' tokens hold, and the one
-// path that the policy opens. The tool's backend says which path that is.
+// Access is the access to Vault that one tool needs: the policy that its steps' tokens hold, and the one path that the
+// policy opens. The tool's backend defines the path.
 type Access struct {
 	Policy string   // "pawl-tool-…"
-	Path   []string // the mint path, in full
-	Write  bool     // minted by a write, not by a read
-	Leased bool     // leases appear below Path
-	Wrap   bool     // the answer is asked for wrapped; Vault then refuses to give it in any other way
+	Path   []string // the full mint path
+	Write  bool     // a mint is a write; otherwise a read
+	Leased bool     // Vault lists the leases below Path
+	Wrap   bool     // the mint asks for a wrapped response; the policy then refuses any other
 }
 
-// SetupConfig says what a Vault must be taught so that a broker can use it.
+// SetupConfig describes the configuration that a broker needs in Vault.
 type SetupConfig struct {
 	BrokerID spiffeid.ID // required
 	Tools    []Access    // required: a broker without tools has no use for Vault
-	Reads    [][]string  // paths that proofs read with the broker's token; a last segment of "*" opens all below
+	Reads    [][]string  // paths that proofs read with the broker's token; a last segment "*" opens all paths below
 
-	// TrustPEM holds the trust domain's X.509 authorities; with it the plan makes the cert auth role. Vault keeps a
-	// copy, and SPIRE rotates its authorities within hours: carry the plan out again with each new bundle. Two sets
-	// overlap during a rotation, so it then holds both.
+	// TrustPEM holds the trust domain's X.509 authorities in PEM. If set, the plan makes the cert auth role. Vault
+	// keeps a copy, and SPIRE rotates its authorities within hours: run Setup again with each new bundle. During a
+	// rotation the old and the new authorities overlap, and TrustPEM holds both.
 	TrustPEM string
 
-	JWTKeysPEM  []string // PEM public keys of the trust domain's JWT authorities; makes the jwt auth role
-	JWKSURL     string   // in their place: where Vault fetches them itself, and so follows rotation
-	JWTAudience string   // required with either: the one audience of the broker's JWT-SVID
+	JWTKeysPEM  []string // PEM public keys of the trust domain's JWT authorities; set: the plan makes the jwt auth role
+	JWKSURL     string   // instead of JWTKeysPEM: where Vault fetches the keys, so that it follows their rotation
+	JWTAudience string   // required with either: the single audience of the broker's JWT-SVID
 
-	Role       string        // auth role; empty: "pawl-broker"
-	TokenRole  string        // as in Config
-	Delegation string        // as in Config
-	LoginTTL   time.Duration // the login token's period; zero: 1 hour. A broker that dies takes all its tokens with it after that, and delegations sooner
+	Role       string // auth role; empty: "pawl-broker"
+	TokenRole  string // as in Config
+	Delegation string // as in Config
+	// LoginTTL is the period of the login token. Zero is 1 hour. If the broker dies, all its tokens end after that
+	// time; delegations' tokens end sooner.
+	LoginTTL time.Duration
 }
 
-// Write is one request of the plan, with the reason for it.
+// Write is one request of the plan and the reason for it.
 type Write struct {
 	Why    string         `json:"why"`
 	Method string         `json:"method"`
 	Path   string         `json:"path"`
 	Data   map[string]any `json:"data"`
-	Exists bool           `json:"-"` // "path is already in use" means that it is done
+	Exists bool           `json:"-"` // "path is already in use" counts as success
 }
 
-// Plan gives the writes in order. It touches nothing; a platform team can read it, and carry it
-// out by itself with `vault write`.
+// Plan returns the writes in order and sends none. A platform team can read it and apply it with `vault write`.
 func (s SetupConfig) Plan() ([]Write, error) {
 	if err := s.complete(); err != nil {
 		return nil, fmt.Errorf("vault setup: %w", err)
@@ -70,7 +71,8 @@ func (s SetupConfig) Plan() ([]Write, error) {
 		plan = append(plan, policy("What a step's token may do: mint, and nothing else", a[0].Policy, toolPolicy(a)))
 	}
 	plan = append(plan, Write{
-		Why:    "The role by which the broker makes tokens of root delegations: our tools' policies, never orphans, no policy of the broker's own",
+		Why: "The token role with which the broker makes the tokens of root delegations. " +
+			"It allows Pawl's tool policies, no orphans and none of the broker's own policies",
 		Method: "POST", Path: "auth/token/roles/" + s.TokenRole,
 		Data: map[string]any{
 			"allowed_policies_glob": []string{"pawl-tool-*"}, "allowed_policies": []string{s.Delegation},
@@ -87,9 +89,9 @@ func (s SetupConfig) Plan() ([]Write, error) {
 }
 
 func (s *SetupConfig) complete() error {
-	orText(&s.Role, "pawl-broker")
-	orText(&s.TokenRole, "pawl-chain")
-	orText(&s.Delegation, "pawl-delegation")
+	setDefault(&s.Role, "pawl-broker")
+	setDefault(&s.TokenRole, "pawl-chain")
+	setDefault(&s.Delegation, "pawl-delegation")
 	if s.LoginTTL == 0 {
 		s.LoginTTL = time.Hour
 	}
@@ -100,17 +102,18 @@ func (s *SetupConfig) complete() error {
 	case len(s.Tools) == 0:
 		return errors.New("Tools is required")
 	case s.TrustPEM == "" && !jwt:
-		return errors.New("TrustPEM, JWTKeysPEM or JWKSURL is required: a broker that cannot prove itself cannot log in")
+		return errors.New("TrustPEM, JWTKeysPEM or JWKSURL is required: without one of them the broker cannot log in")
 	case jwt != (s.JWTAudience != ""):
-		return errors.New("JWTAudience goes with JWTKeysPEM or JWKSURL: without one every audience would pass")
+		return errors.New("JWTAudience is required with JWTKeysPEM or JWKSURL, and only with them: " +
+			"without it Vault would accept every audience")
 	case len(s.JWTKeysPEM) > 0 && s.JWKSURL != "":
-		return errors.New("JWTKeysPEM and JWKSURL exclude each other")
+		return errors.New("JWTKeysPEM and JWKSURL are mutually exclusive")
 	case s.LoginTTL < time.Minute:
 		return errors.New("LoginTTL must be at least a minute")
 	case strings.ContainsAny(s.BrokerID.String(), "*,"):
-		return errors.New("BrokerID must not hold '*' or ',': Vault reads them as patterns")
+		return errors.New("BrokerID must not contain '*' or ',': Vault reads them as patterns")
 	case s.TrustPEM != "" && !x509.NewCertPool().AppendCertsFromPEM([]byte(s.TrustPEM)):
-		return errors.New("TrustPEM holds no certificate")
+		return errors.New("TrustPEM contains no certificate")
 	}
 	if err := errors.Join(checkPolicy(s.Role), checkSegment(s.TokenRole), checkPolicy(s.Delegation)); err != nil {
 		return err
@@ -120,7 +123,7 @@ func (s *SetupConfig) complete() error {
 			return err
 		}
 		if !strings.HasPrefix(a.Policy, "pawl-tool-") {
-			return fmt.Errorf("policy %q of a tool must begin with pawl-tool-: the token role allows no other", a.Policy)
+			return fmt.Errorf("tool policy %q must begin with pawl-tool-: the token role allows no other", a.Policy)
 		}
 	}
 	for _, r := range s.Reads {
@@ -138,9 +141,11 @@ func trimStar(path []string) []string {
 	return path
 }
 
-// policies groups the tools by policy, in the order of names; some tools share one.
+// policies groups the tools by policy, sorted by name. Several tools may share one policy.
 func (s *SetupConfig) policies() (groups [][]Access) {
-	tools := slices.SortedStableFunc(slices.Values(s.Tools), func(a, b Access) int { return strings.Compare(a.Policy, b.Policy) })
+	tools := slices.SortedStableFunc(slices.Values(s.Tools), func(a, b Access) int {
+		return strings.Compare(a.Policy, b.Policy)
+	})
 	for _, a := range tools {
 		if n := len(groups); n > 0 && groups[n-1][0].Policy == a.Policy {
 			groups[n-1] = append(groups[n-1], a)
@@ -160,10 +165,10 @@ func enable(method string) Write {
 		Data: map[string]any{"type": method}, Exists: true}
 }
 
-// delegationPolicy lets plain creation happen, where Vault holds the child to a subset.
+// delegationPolicy allows plain token creation, for which Vault enforces that a child's policies are a subset.
 const delegationPolicy = `# Make the tokens of steps and of narrower delegations. Vault refuses a wider one.
 path "auth/token/create" { capabilities = ["create", "update"] }
-# Live on while the chain is in use. Without renewal the token ends within minutes.
+# Renew itself while the chain is in use. Without renewal the token ends within minutes.
 path "auth/token/renew-self" { capabilities = ["update"] }
 `
 
@@ -175,27 +180,27 @@ func toolPolicy(tool []Access) string {
 		if a.Write {
 			can = `"create", "update"`
 		}
-		wrapped := " " // without these bounds Vault gives the answer as it is to whoever does not ask for it wrapped
+		wrapped := " " // without these bounds Vault also returns the response unwrapped
 		if a.Wrap {
-			wrapped = fmt.Sprintf("\n  min_wrapping_ttl = \"1s\"\n  max_wrapping_ttl = %q\n", text(broker.MaxTTL))
+			wrapped = fmt.Sprintf("\n  min_wrapping_ttl = \"1s\"\n  max_wrapping_ttl = %q\n", formatTTL(broker.MaxTTL))
 		}
 		fmt.Fprintf(&b, "path %q { capabilities = [%s]%s}\n", strings.Join(a.Path, "/"), can, wrapped)
 	}
 	return b.String()
 }
 
-// brokerPolicy holds none of the tools' rights: the broker cannot mint with its own token.
+// brokerPolicy grants none of the tools' rights: the broker cannot mint with its own token.
 func (s *SetupConfig) brokerPolicy() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, `# Make the tokens of root delegations, through the role that limits them.
 path "auth/token/create/%s" { capabilities = ["create", "update"] }
 # Stay logged in.
 path "auth/token/renew-self" { capabilities = ["update"] }
-# Kill a delegation or a step. Needs the accessor, which only its maker knows.
+# Revoke the token of a delegation or a step. Needs the accessor, which only its maker knows.
 path "auth/token/revoke-accessor" { capabilities = ["update"] }
-# See whether a token is gone. Needs the accessor, too.
+# Check whether a token is gone. Needs the accessor, too.
 path "auth/token/lookup-accessor" { capabilities = ["update"] }
-# Name the leases that Vault has given up revoking; Vault demands sudo for it.
+# List the leases that Vault has stopped trying to revoke. Vault requires sudo for it.
 path "sys/leases" { capabilities = ["read", "sudo"] }
 `, s.TokenRole)
 	var leases []string
@@ -211,7 +216,7 @@ path "sys/leases" { capabilities = ["read", "sudo"] }
 			under[i] = fmt.Sprintf("%q", p+"/*")
 		}
 		only := strings.Join(under, ", ")
-		fmt.Fprintf(&b, `# End a lease, and see whether it has ended: leases of our tools only.
+		fmt.Fprintf(&b, `# Revoke a lease and check whether it is gone: leases of Pawl's tools only.
 path "sys/leases/revoke" {
   capabilities = ["create", "update"]
   allowed_parameters = { "lease_id" = [%s], "sync" = [] }
@@ -220,14 +225,14 @@ path "sys/leases/lookup" {
   capabilities = ["create", "update"]
   allowed_parameters = { "lease_id" = [%s] }
 }
-# Find leases that the ledger does not know; Vault demands sudo for a list.
+# Find orphaned leases, which the ledger does not know. Vault requires sudo for a list.
 `, only, only)
 		for _, p := range leases {
 			fmt.Fprintf(&b, "path %q { capabilities = [\"list\", \"sudo\"] }\n", "sys/leases/lookup/"+p+"/")
 		}
 	}
 	if len(s.Reads) > 0 {
-		b.WriteString("# Read what proves a secret dead.\n")
+		b.WriteString("# Read the proofs that a secret is dead.\n")
 	}
 	for _, r := range s.Reads {
 		fmt.Fprintf(&b, "path %q { capabilities = [\"read\"] }\n", strings.Join(r, "/"))
@@ -235,19 +240,20 @@ path "sys/leases/lookup" {
 	return b.String()
 }
 
-// tokenFields are common to both auth roles. The period keeps the login token, and so the tree
-// below it, alive for as long as it is renewed.
+// tokenFields adds the members that both auth roles share. The period keeps the login token, and the tree below it,
+// alive for as long as the broker renews it.
 func (s *SetupConfig) tokenFields(more map[string]any) map[string]any {
 	more["token_policies"] = []string{s.Role}
 	more["token_no_default_policy"] = true
 	more["token_type"] = "service"
-	more["token_period"] = text(ceil(s.LoginTTL))
+	more["token_period"] = formatTTL(ceilSecond(s.LoginTTL))
 	return more
 }
 
 func (s *SetupConfig) certRole() Write {
 	return Write{
-		Why:    "Log in with an X.509-SVID of exactly this SPIFFE ID. Vault keeps a copy of the authority: write it again after each rotation",
+		Why: "Log in with an X.509-SVID of exactly this SPIFFE ID. " +
+			"Vault keeps a copy of the authority: write it again after each rotation",
 		Method: "POST", Path: "auth/cert/certs/" + s.Role,
 		Data: s.tokenFields(map[string]any{
 			"certificate": s.TrustPEM, "allowed_uri_sans": []string{s.BrokerID.String()}, "display_name": s.Role,
@@ -256,11 +262,12 @@ func (s *SetupConfig) certRole() Write {
 }
 
 func (s *SetupConfig) jwtConfig() Write {
-	algorithms := []string{"ES256", "ES384", "RS256"} // Vault's own default is RS256 alone; SPIRE signs with ES256
+	algorithms := []string{"ES256", "ES384", "RS256"} // Vault's default is RS256 only; SPIRE signs with ES256
 	data := map[string]any{"jwt_validation_pubkeys": s.JWTKeysPEM, "jwt_supported_algs": algorithms}
-	why := "The keys that sign JWT-SVIDs. They are copies: give JWKSURL to have Vault follow their rotation"
+	why := "The keys that sign JWT-SVIDs. Vault keeps copies: with JWKSURL it follows their rotation"
 	if s.JWKSURL != "" {
-		data, why = map[string]any{"jwks_url": s.JWKSURL, "jwt_supported_algs": algorithms}, "Where Vault fetches the keys that sign JWT-SVIDs"
+		data = map[string]any{"jwks_url": s.JWKSURL, "jwt_supported_algs": algorithms}
+		why = "Where Vault fetches the keys that sign JWT-SVIDs"
 	}
 	return Write{Why: why, Method: "POST", Path: "auth/jwt/config", Data: data}
 }
@@ -271,19 +278,20 @@ func (s *SetupConfig) jwtRole() Write {
 		Method: "POST", Path: "auth/jwt/role/" + s.Role,
 		Data: s.tokenFields(map[string]any{
 			"role_type": "jwt", "user_claim": "sub", "bound_subject": s.BrokerID.String(),
-			"bound_audiences": []string{s.JWTAudience}, "clock_skew_leeway": 5, "expiration_leeway": 5, "not_before_leeway": 5,
+			"bound_audiences":   []string{s.JWTAudience},
+			"clock_skew_leeway": 5, "expiration_leeway": 5, "not_before_leeway": 5,
 		}),
 	}
 }
 
-// Admin is somebody who may configure Vault. Its token is used for Setup and not kept.
+// Admin is the access of an administrator of Vault. Setup uses the token and does not keep it.
 type Admin struct {
 	Address string
 	Roots   *x509.CertPool
 	Token   string
 }
 
-// Setup carries out the plan and returns it. It may be repeated: each write sets a state.
+// Setup applies the plan and returns it. It may be repeated: each write sets a state.
 func Setup(ctx context.Context, admin Admin, s SetupConfig) ([]Write, error) {
 	plan, err := s.Plan()
 	if err != nil {
@@ -297,13 +305,14 @@ func Setup(ctx context.Context, admin Admin, s SetupConfig) ([]Write, error) {
 	return plan, nil
 }
 
-// Write carries out one write.
+// Write sends one write.
 func (a Admin) Write(ctx context.Context, w Write) error {
 	base, err := url.Parse(a.Address)
-	if err != nil || base.Scheme != "https" || a.Roots == nil || !opaque(a.Token) {
-		return errors.New("an admin needs an https address, roots and a token")
+	if err != nil || base.Scheme != "https" || a.Roots == nil || !validToken(a.Token) {
+		return errors.New("Admin needs an https address, roots and a token")
 	}
-	wire := newWire(&url.URL{Scheme: "https", Host: base.Host}, "", &tls.Config{RootCAs: a.Roots, MinVersion: tls.VersionTLS12})
+	wire := newWire(&url.URL{Scheme: "https", Host: base.Host}, "",
+		&tls.Config{RootCAs: a.Roots, MinVersion: tls.VersionTLS12})
 	defer wire.close()
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()

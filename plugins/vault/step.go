@@ -14,34 +14,34 @@ import (
 // step is a step's token, in memory from Child to Mint.
 type step struct {
 	token   string
-	expires time.Time // its hard end
+	expires time.Time // its hard expiry
 }
 
-// errMemory says that more step tokens are in memory than may be.
-var errMemory = errors.New("too many vault tokens of steps are waiting for their mint")
+// errTooManySteps means that maxSteps step tokens are in memory.
+var errTooManySteps = errors.New("too many vault step tokens wait for their mint")
 
-// Child implements [broker.Minter]. An ErrNoParent says that the delegation has no usable token
-// in memory: branch it again.
+// Child implements [broker.Minter]. An ErrNoParent means that the delegation has no usable token in memory: branch it
+// again.
 func (c *Client) Child(ctx context.Context, g broker.Grant, displayName, policy string) (broker.Handle, error) {
 	if err := checkSegment(displayName); err != nil {
 		return broker.Handle{}, fmt.Errorf("display name of a vault token: %w", err)
 	}
-	life := ceil(g.Expires.Sub(c.cfg.Now()))
+	life := ceilSecond(g.Expires.Sub(c.cfg.Now()))
 	if life <= 0 {
-		return broker.Handle{}, broker.Errorf(broker.Expired, "issue", "the step's time is over").With(broker.CodeExpired)
+		return broker.Handle{}, broker.Errorf(broker.Expired, "issue", "the step has expired").With(broker.CodeExpired)
 	}
 	c.mu.Lock()
 	full := len(c.steps) >= maxSteps
 	c.mu.Unlock()
 	if full {
-		return broker.Handle{}, errMemory
+		return broker.Handle{}, errTooManySteps
 	}
-	parent, err := c.use(g.Delegation)
+	parent, err := c.touch(g.Delegation)
 	if err != nil {
 		return broker.Handle{}, err
 	}
 	n, err := c.create(ctx, parent, "auth/token/create", newToken{
-		Policies: []string{policy}, DisplayName: displayName, TTL: text(life), ExplicitMaxTTL: text(life),
+		Policies: []string{policy}, DisplayName: displayName, TTL: formatTTL(life), ExplicitMaxTTL: formatTTL(life),
 		Meta: map[string]string{"pawl_grant": string(g.ID), "pawl_chain": string(g.Chain)},
 	})
 	if err != nil {
@@ -54,8 +54,8 @@ func (c *Client) Child(ctx context.Context, g broker.Grant, displayName, policy 
 	return h, nil
 }
 
-// Mint implements [broker.Minter]. The token leaves memory before the request leaves the
-// process, so that one handle mints once, whatever happens.
+// Mint implements [broker.Minter]. It drops the token from memory before it sends the request, so that one handle can
+// never mint twice.
 func (c *Client) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (broker.Lease, broker.Secret, error) {
 	c.mu.Lock()
 	s, ok := c.steps[h.Accessor]
@@ -63,102 +63,111 @@ func (c *Client) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (brok
 	c.mu.Unlock()
 	now := c.cfg.Now()
 	if !ok || !now.Before(s.expires) {
-		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: the step's token is not in memory: %w", broker.ErrNotMinted)
+		return broker.Lease{}, broker.Secret{},
+			fmt.Errorf("minting: the step's token is not in memory: %w", broker.ErrNotMinted)
 	}
 	path, err := join(m.Path)
 	if err != nil || m.Finish == nil || m.Wrap && (!m.Auth || m.TTL <= 0) {
-		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: the mint is malformed: %w", errors.Join(err, broker.ErrNotMinted))
+		return broker.Lease{}, broker.Secret{},
+			fmt.Errorf("minting: the request is malformed: %w", errors.Join(err, broker.ErrNotMinted))
 	}
 	r := call{method: "GET", path: path, token: s.token, once: true}
 	if m.Data != nil {
 		r.method, r.body = "POST", m.Data
 	}
 	if m.Wrap {
-		r.wrap = text(ceil(m.TTL))
+		r.wrap = formatTTL(ceilSecond(m.TTL))
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.MintTimeout)
 	defer cancel()
-	a, err := c.wire.send(ctx, r)
-	if err != nil && certain(err) {
+	resp, err := c.wire.send(ctx, r)
+	if err != nil && notMinted(err) {
 		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: %w: %w", broker.ErrNotMinted, err)
 	}
 	if err != nil {
 		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: %w", err)
 	}
-	lease, secret, err := c.accept(ctx, a, path, s, m)
+	lease, secret, err := c.accept(ctx, resp, path, s, m)
 	if err != nil {
 		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: %w", err)
 	}
 	return lease, secret, nil
 }
 
-// certain reports whether a failed mint made nothing: it never left, or Vault turned it away
-// before any engine saw it. 429 and 412 may come from a node that passed it on, 5xx from one
-// that had made the secret (hardening.md, "Vault answers"), 408 and the rest from a proxy.
-func certain(err error) bool {
+// notMinted reports whether a failed mint certainly made nothing: the request was not sent, or Vault refused it before
+// an engine saw it. All other statuses leave the outcome unknown. 429 and 412 may come from a node that forwarded the
+// request. 5xx may follow a mint: Vault answers 500 for a live credential when it cannot audit the response. 408 and
+// the rest may come from a proxy.
+func notMinted(err error) bool {
 	var f *failure
 	if errors.As(err, &f) {
 		return slices.Contains([]int{400, 403, 404, 405, 413}, f.status) || errors.Is(f, errSealed)
 	}
-	return errors.Is(err, errUnsent)
+	return errors.Is(err, errNotSent)
 }
 
-// accept checks the answer of a mint. Whatever it refuses exists in Vault, so its errors leave
-// the outcome unknown and the caller ends the token.
-func (c *Client) accept(ctx context.Context, a answer, path string, s step, m broker.Mint) (broker.Lease, broker.Secret, error) {
+// accept checks the response to a mint. A secret that it refuses exists in Vault, so its errors leave the outcome
+// unknown and the caller revokes the step's token.
+func (c *Client) accept(ctx context.Context, resp response, path string, s step, m broker.Mint) (
+	broker.Lease, broker.Secret, error,
+) {
 	now := c.cfg.Now()
 	if m.Wrap {
-		return c.acceptWrapped(ctx, a, path, s, m)
+		return c.acceptWrapped(ctx, resp, path, s, m)
 	}
-	if m.Auth && a.Auth != nil && a.Data == nil && a.LeaseID == "" {
-		return c.acceptToken(a, s, m)
+	if m.Auth && resp.Auth != nil && resp.Data == nil && resp.LeaseID == "" {
+		return c.acceptToken(resp, s, m)
 	}
 	switch {
-	case m.Auth || a.Data == nil || a.Auth != nil || a.Wrap != nil:
-		return broker.Lease{}, broker.Secret{}, errors.New("vault's answer is not a secret")
-	case m.Leased && a.LeaseID == "":
-		return broker.Lease{}, broker.Secret{}, errors.New("vault's answer has no lease id: nothing could end this secret")
-	case a.LeaseDuration < 0 || a.LeaseID != "" && a.LeaseDuration == 0:
-		return broker.Lease{}, broker.Secret{}, errors.New("vault's lease has no end")
+	case m.Auth || resp.Data == nil || resp.Auth != nil || resp.Wrap != nil:
+		return broker.Lease{}, broker.Secret{}, errors.New("vault's response is not a secret")
+	case m.Leased && resp.LeaseID == "":
+		return broker.Lease{}, broker.Secret{},
+			errors.New("vault's response has no lease id: this secret could not be revoked")
+	case resp.LeaseDuration < 0 || resp.LeaseID != "" && resp.LeaseDuration == 0:
+		return broker.Lease{}, broker.Secret{}, errors.New("vault's lease has no expiry")
 	}
 	lease := broker.Lease{Expires: s.expires}
 	var end time.Time
-	if a.LeaseID != "" {
-		rest, ours := strings.CutPrefix(a.LeaseID, path+"/")
-		if !ours || checkSegment(rest) != nil {
-			return broker.Lease{}, broker.Secret{}, errors.New("vault's lease is of another path than the mint")
+	if resp.LeaseID != "" {
+		rest, below := strings.CutPrefix(resp.LeaseID, path+"/")
+		if !below || checkSegment(rest) != nil {
+			return broker.Lease{}, broker.Secret{}, errors.New("vault's lease is for another path than the mint")
 		}
-		if a.LeaseDuration > maxLease || m.TTL > 0 && seconds(a.LeaseDuration) > ceil(m.TTL) {
+		if resp.LeaseDuration > maxLeaseSeconds || m.TTL > 0 && seconds(resp.LeaseDuration) > ceilSecond(m.TTL) {
 			return broker.Lease{}, broker.Secret{}, errors.New("vault's lease is longer than the tool allows")
 		}
-		// Counted from now, the latest moment that it can have begun; the token's end bounds it.
-		if end = now.Add(seconds(a.LeaseDuration)); end.After(s.expires) {
+		// Counted from now, the latest time at which the lease can have started. The token's expiry bounds it.
+		if end = now.Add(seconds(resp.LeaseDuration)); end.After(s.expires) {
 			end = s.expires
 		}
-		lease.ID, lease.Expires = a.LeaseID, end
+		lease.ID, lease.Expires = resp.LeaseID, end
 	}
-	return finish(m, a.Data, lease, end, now)
+	return finish(m, resp.Data, lease, end, now)
 }
 
-// acceptToken checks an answer that is a token. One below the step's token ends with it.
-func (c *Client) acceptToken(a answer, s step, m broker.Mint) (broker.Lease, broker.Secret, error) {
-	if err := a.token("service"); err != nil {
+// acceptToken checks a response that is a token. A token below the step's token ends with it.
+func (c *Client) acceptToken(resp response, s step, m broker.Mint) (broker.Lease, broker.Secret, error) {
+	if err := resp.checkToken("service"); err != nil {
 		return broker.Lease{}, broker.Secret{}, err
 	}
-	life := seconds(a.Auth.LeaseDuration)
-	if a.Auth.Orphan || m.TTL > 0 && life > ceil(m.TTL) {
-		return broker.Lease{}, broker.Secret{}, errors.New("vault's token outlives the step's, or lives longer than the tool allows")
+	life := seconds(resp.Auth.LeaseDuration)
+	if resp.Auth.Orphan || m.TTL > 0 && life > ceilSecond(m.TTL) {
+		return broker.Lease{}, broker.Secret{},
+			errors.New("vault's token outlives the step's token, or lives longer than the tool allows")
 	}
 	now := c.cfg.Now()
 	end := now.Add(life)
 	if end.After(s.expires) {
 		end = s.expires
 	}
-	return finish(m, a.Auth.Members, broker.Lease{Expires: end}, end, now)
+	return finish(m, resp.Auth.Members, broker.Lease{Expires: end}, end, now)
 }
 
-// finish has the backend turn the answer into what the agent gets.
-func finish(m broker.Mint, data map[string]any, lease broker.Lease, end, now time.Time) (broker.Lease, broker.Secret, error) {
+// finish lets the backend turn the response into the secret for the agent.
+func finish(m broker.Mint, data map[string]any, lease broker.Lease, end, now time.Time) (
+	broker.Lease, broker.Secret, error,
+) {
 	f, err := m.Finish(data, end)
 	if err != nil {
 		return broker.Lease{}, broker.Secret{}, fmt.Errorf("reading the secret: %w", err)
@@ -170,7 +179,7 @@ func finish(m broker.Mint, data map[string]any, lease broker.Lease, end, now tim
 	if f.Secret.Empty() {
 		return broker.Lease{}, broker.Secret{}, errors.New("the secret is empty")
 	}
-	if m.TTL > 0 && lease.Expires.After(now.Add(ceil(m.TTL)+time.Second)) {
+	if m.TTL > 0 && lease.Expires.After(now.Add(ceilSecond(m.TTL)+time.Second)) {
 		f.Secret.Wipe()
 		return broker.Lease{}, broker.Secret{}, errors.New("the secret lives longer than the tool allows")
 	}

@@ -8,15 +8,15 @@ import (
 	"time"
 )
 
-// LeaseInfo is a lease as Vault knows it.
+// LeaseInfo is a lease as Vault reports it.
 type LeaseInfo struct {
 	ID      string
 	Issued  time.Time
-	Expires time.Time // zero: Vault names no end
+	Expires time.Time // zero: Vault reports no expiry
 }
 
-// Leases lists what is alive below the given paths, each a tool's mint path. Leases that end
-// while they are listed are left out. It takes one request per path and one per lease.
+// Leases lists the live leases below the given mint paths. It omits leases that end during the call. It takes one
+// request per path and one per lease.
 func (c *Client) Leases(ctx context.Context, prefixes ...[]string) ([]LeaseInfo, error) {
 	var ids []string
 	for _, p := range prefixes {
@@ -33,8 +33,8 @@ func (c *Client) Leases(ctx context.Context, prefixes ...[]string) ([]LeaseInfo,
 		}
 	}
 	found := make([]*LeaseInfo, len(ids))
-	err := each(ctx, len(ids), func(ctx context.Context, i int) (err error) {
-		found[i], err = c.lookUp(ctx, ids[i])
+	err := forEach(ctx, len(ids), func(ctx context.Context, i int) (err error) {
+		found[i], err = c.lookUpLease(ctx, ids[i])
 		return err
 	})
 	if err != nil {
@@ -49,20 +49,20 @@ func (c *Client) Leases(ctx context.Context, prefixes ...[]string) ([]LeaseInfo,
 	return out, nil
 }
 
-// maxList is how long Vault's list of one role's leases may be: half a million of them.
+// maxList is the limit in bytes of the list of one role's leases: about half a million of them.
 const maxList = 16 << 20
 
-// list gives the ids of the leases right below a path.
+// list returns the ids of the leases directly below a path.
 func (c *Client) list(ctx context.Context, path string) (map[string]struct{}, error) {
-	a, err := c.command(ctx, call{method: "LIST", path: "sys/leases/lookup/" + path + "/", most: maxList})
+	resp, err := c.doWithLogin(ctx, call{method: "LIST", path: "sys/leases/lookup/" + path + "/", maxBytes: maxList})
 	var f *failure
 	if errors.As(err, &f) && f.status == 404 {
-		return nil, nil // Vault's word for an empty list
+		return nil, nil // Vault answers 404 for an empty list
 	}
 	if err != nil {
 		return nil, fmt.Errorf("listing leases below %q: %w", path, err)
 	}
-	keys, ok := a.Data["keys"].([]any)
+	keys, ok := resp.Data["keys"].([]any)
 	if !ok {
 		return nil, fmt.Errorf("listing leases below %q: %w", path, errShape)
 	}
@@ -73,57 +73,58 @@ func (c *Client) list(ctx context.Context, path string) (map[string]struct{}, er
 			return nil, fmt.Errorf("listing leases below %q: %w", path, errShape)
 		}
 		if checkSegment(s) != nil {
-			continue // a deeper path ends with a slash; it is another tool's
+			continue // a deeper path ends with a slash and belongs to another tool
 		}
 		ids[path+"/"+s] = struct{}{}
 	}
 	return ids, nil
 }
 
-// lookUp gives a lease, nil when Vault does not know it.
-func (c *Client) lookUp(ctx context.Context, id string) (*LeaseInfo, error) {
-	a, err := c.command(ctx, call{method: "POST", path: "sys/leases/lookup", body: map[string]string{"lease_id": id}})
+// lookUpLease returns a lease, or nil if Vault does not know it.
+func (c *Client) lookUpLease(ctx context.Context, id string) (*LeaseInfo, error) {
+	resp, err := c.doWithLogin(ctx, call{method: "POST", path: "sys/leases/lookup",
+		body: map[string]string{"lease_id": id}})
 	if gone(err, "invalid lease", "lease not found") {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("looking up a lease: %w", err)
 	}
-	if a.Data["id"] != id {
+	if resp.Data["id"] != id {
 		return nil, fmt.Errorf("looking up a lease: %w", errShape)
 	}
-	issued, err := instant(a.Data["issue_time"])
+	issued, err := parseTime(resp.Data["issue_time"])
 	if err != nil {
 		return nil, err
 	}
-	expires, err := instant(a.Data["expire_time"])
+	expires, err := parseTime(resp.Data["expire_time"])
 	if err != nil {
 		return nil, err
 	}
 	return &LeaseInfo{ID: id, Issued: issued, Expires: expires}, nil
 }
 
-func instant(v any) (time.Time, error) {
+func parseTime(v any) (time.Time, error) {
 	if v == nil {
 		return time.Time{}, nil
 	}
 	s, _ := v.(string)
 	t, err := time.Parse(time.RFC3339Nano, s)
 	if err != nil {
-		return time.Time{}, fmt.Errorf("a lease's time: %w", errShape)
+		return time.Time{}, fmt.Errorf("reading a lease's time: %w", errShape)
 	}
 	return t.UTC(), nil
 }
 
-// Irrevocable gives the ids of leases that Vault has given up revoking: after six failed tries
-// it only lists them, and each needs a person. It names 10,000 at most.
+// Irrevocable returns the ids of the leases that Vault could not revoke in six attempts. Vault then only lists them,
+// and an operator must act on each. It returns at most 10,000 ids.
 func (c *Client) Irrevocable(ctx context.Context) ([]string, error) {
-	a, err := c.command(ctx, call{method: "GET", path: "sys/leases", query: "type=irrevocable&limit=10000"})
+	resp, err := c.doWithLogin(ctx, call{method: "GET", path: "sys/leases", query: "type=irrevocable&limit=10000"})
 	if err != nil {
 		return nil, fmt.Errorf("listing irrevocable leases: %w", err)
 	}
-	leases, ok := a.Data["leases"].([]any)
-	if !ok && a.Data["leases"] != nil {
+	leases, ok := resp.Data["leases"].([]any)
+	if !ok && resp.Data["leases"] != nil {
 		return nil, fmt.Errorf("listing irrevocable leases: %w", errShape)
 	}
 	ids := make([]string, len(leases))
@@ -136,15 +137,15 @@ func (c *Client) Irrevocable(ctx context.Context) ([]string, error) {
 	return ids, nil
 }
 
-// Read reads one path with the broker's own token, for proofs: a certificate's revocation, an
-// engine's public key. The result is nil when there is nothing. What may be read is the broker's policy's
-// matter, see [SetupConfig.Reads].
+// Read reads one path with the broker's own token, for proofs: a certificate's revocation, an engine's public key. The
+// result is nil if the path holds nothing. The broker's policy decides which paths it may read, see
+// [SetupConfig.Reads].
 func (c *Client) Read(ctx context.Context, path []string) (map[string]any, error) {
 	p, err := join(path)
 	if err != nil {
 		return nil, err
 	}
-	a, err := c.command(ctx, call{method: "GET", path: p})
+	resp, err := c.doWithLogin(ctx, call{method: "GET", path: p})
 	var f *failure
 	if errors.As(err, &f) && f.status == 404 {
 		return nil, nil
@@ -152,31 +153,31 @@ func (c *Client) Read(ctx context.Context, path []string) (map[string]any, error
 	if err != nil {
 		return nil, fmt.Errorf("reading %q in vault: %w", strings.Join(path[:len(path)-1], "/"), err)
 	}
-	return a.Data, nil
+	return resp.Data, nil
 }
 
-// Fetch reads one path with the broker's own token and gives the answer as it is, nil when there is nothing: for what
-// Vault does not serve as JSON, such as a revocation list, and for what takes it long. An answer of more than most
-// bytes is an error. It waits as long as ctx allows.
-func (c *Client) Fetch(ctx context.Context, path []string, most int64) ([]byte, error) {
+// Fetch reads one path with the broker's own token and returns the undecoded body, or nil if the path holds nothing.
+// Use it for responses that are not JSON, such as a revocation list, and for slow ones. A response of more than
+// maxBytes is an error. It waits as long as ctx allows.
+func (c *Client) Fetch(ctx context.Context, path []string, maxBytes int64) ([]byte, error) {
 	p, err := join(path)
 	if err != nil {
 		return nil, err
 	}
-	s, err := c.root(ctx)
+	s, err := c.loginToken(ctx)
 	if err != nil {
 		return nil, err
 	}
-	a, err := c.wire.send(ctx, call{method: "GET", path: p, token: s.token, raw: true, most: most})
+	resp, err := c.wire.send(ctx, call{method: "GET", path: p, token: s.token, raw: true, maxBytes: maxBytes})
 	var f *failure
 	switch {
 	case errors.As(err, &f) && f.status == 404:
 		return nil, nil
 	case errors.Is(err, errForbidden):
-		c.look()
+		c.recheckLogin()
 	}
 	if err != nil {
 		return nil, fmt.Errorf("fetching %q from vault: %w", strings.Join(path[:len(path)-1], "/"), err)
 	}
-	return a.Raw, nil
+	return resp.Raw, nil
 }

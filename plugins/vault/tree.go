@@ -12,35 +12,35 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// node is a token with children: the login token, or a delegation's. Client.mu guards begun,
-// ends, used, kept and dead; the rest never changes.
+// node is a token that may have children: the login token or a delegation's token. Client.mu guards renewed, expires,
+// lastUsed, inUse and dead. The other fields never change.
 type node struct {
-	token    string
-	accessor string
-	parent   *node     // nil: a login token
-	hard     time.Time // its end, however often it is renewed
-	begun    time.Time // of its making or last renewal
-	ends     time.Time // unless it is renewed
-	used     time.Time // it, or a node below
-	kept     bool      // in use; before, and when another took its place, it is not
-	dead     bool      // killed, or refused by Vault
+	token      string
+	accessor   string
+	parent     *node     // nil: a login token
+	maxExpires time.Time // its expiry, however often it is renewed
+	renewed    time.Time // when it was created or last renewed
+	expires    time.Time // unless it is renewed
+	lastUsed   time.Time // of this node or one below
+	inUse      bool      // Keep put it into use
+	dead       bool      // revoked by Kill, or refused by Vault
 }
 
-// aliveLocked reports whether Vault still takes the token, by what we know: it and all above it.
+// aliveLocked reports whether, as far as the client knows, Vault accepts the token and every token above it.
 func (c *Client) aliveLocked(n *node) bool {
 	now := c.cfg.Now()
 	for ; n != nil; n = n.parent {
-		if n.dead || !now.Before(n.ends) {
+		if n.dead || !now.Before(n.expires) {
 			return false
 		}
 	}
 	return true
 }
 
-// heldLocked gives the token in use for a delegation. One that hangs on a former login token
-// does not count: it ends with it.
-func (c *Client) heldLocked(d broker.DelegationID) *node {
-	n := c.kept[d]
+// currentLocked returns the token in use for a delegation. A token below a former login token does not count, since it
+// ends with that one.
+func (c *Client) currentLocked(d broker.DelegationID) *node {
+	n := c.current[d]
 	if n == nil || !c.aliveLocked(n) {
 		return nil
 	}
@@ -58,69 +58,69 @@ func (c *Client) heldLocked(d broker.DelegationID) *node {
 func (c *Client) Holds(d broker.DelegationID) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.heldLocked(d) != nil
+	return c.currentLocked(d) != nil
 }
 
-// use gives the token in use for a delegation and marks it and all above as used.
-func (c *Client) use(d broker.DelegationID) (*node, error) {
+// touch returns the token in use for a delegation and marks it and all tokens above as used.
+func (c *Client) touch(d broker.DelegationID) (*node, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	n := c.heldLocked(d)
+	n := c.currentLocked(d)
 	if n == nil {
 		return nil, fmt.Errorf("delegation %s: %w", d, broker.ErrNoParent)
 	}
 	now := c.cfg.Now()
 	for up := n; up != nil; up = up.parent {
-		up.used = now
+		up.lastUsed = now
 	}
 	return n, nil
 }
 
-// Branch implements [broker.TokenTree]. A root hangs on the login token by way of the token
-// role, which allows our tools' policies and so spares the broker from holding them; below,
-// plain creation of a child, which Vault holds to a subset of its parent's policies: its
-// refusal is an errWider, and of kind broker.Denied.
+// Branch implements [broker.TokenTree]. It makes the token of a root delegation below the login token through the token
+// role. The role allows Pawl's tool policies, so that the broker need not hold them. Below a root it creates a plain
+// child, for which Vault enforces a subset of the parent's policies. If Vault refuses that, the error is an errWider of
+// kind broker.Denied.
 func (c *Client) Branch(ctx context.Context, d broker.Delegation, policies []string) (broker.Handle, error) {
 	policies = append(slices.Clone(policies), c.cfg.Delegation)
-	life := ceil(d.Expires.Sub(c.cfg.Now()))
+	life := ceilSecond(d.Expires.Sub(c.cfg.Now()))
 	if life <= 0 {
-		return broker.Handle{}, broker.Errorf(broker.Expired, "delegate", "the delegation is over").With(broker.CodeExpired)
+		return broker.Handle{}, broker.Errorf(broker.Expired, "delegate", "the delegation has expired").
+			With(broker.CodeExpired)
 	}
 	var parent *node
 	var err error
 	path := "auth/token/create"
 	if d.Parent == "" {
-		parent, err = c.root(ctx)
+		parent, err = c.loginToken(ctx)
 		path += "/" + c.cfg.TokenRole
 	} else {
-		parent, err = c.use(d.Parent)
+		parent, err = c.touch(d.Parent)
 	}
 	if err != nil {
 		return broker.Handle{}, err
 	}
 	n, err := c.create(ctx, parent, path, newToken{
 		Policies: policies, DisplayName: string(d.ID), Renewable: true,
-		TTL: text(min(life, ceil(c.cfg.DeadMan))), ExplicitMaxTTL: text(life),
+		TTL: formatTTL(min(life, ceilSecond(c.cfg.DeadMan))), ExplicitMaxTTL: formatTTL(life),
 		Meta: map[string]string{"pawl_delegation": string(d.ID), "pawl_chain": string(d.Chain)},
 	})
 	if err != nil {
 		return broker.Handle{}, err
 	}
-	n.hard, n.used = c.cfg.Now().Add(life), c.cfg.Now()
+	n.maxExpires, n.lastUsed = c.cfg.Now().Add(life), c.cfg.Now()
 	c.mu.Lock()
 	c.nodes[n.accessor] = n
 	c.mu.Unlock()
-	return broker.Handle{Accessor: n.accessor, Expires: n.hard}, nil
+	return broker.Handle{Accessor: n.accessor, Expires: n.maxExpires}, nil
 }
 
-// Keep implements [broker.TokenTree]. The token that was in use before, if any, stays alive as
-// long as steps may hang on it.
+// Keep implements [broker.TokenTree]. A token that was in use before stays alive as long as steps may depend on it.
 func (c *Client) Keep(d broker.DelegationID, h broker.Handle) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if n := c.nodes[h.Accessor]; n != nil && n.parent != nil {
-		n.kept = true
-		c.kept[d] = n
+		n.inUse = true
+		c.current[d] = n
 	}
 }
 
@@ -136,8 +136,8 @@ type newToken struct {
 	Type            string            `json:"type"`
 }
 
-// create makes a token below parent. What Vault made is compared with what was asked for: a
-// token with any other policy, an identity's included, is ended and refused.
+// create makes a token below parent and compares it with the request. If the token has any other policy, including one
+// from an identity, create revokes it and fails.
 func (c *Client) create(ctx context.Context, parent *node, path string, t newToken) (*node, error) {
 	for _, p := range t.Policies {
 		if err := checkPolicy(p); err != nil {
@@ -146,37 +146,38 @@ func (c *Client) create(ctx context.Context, parent *node, path string, t newTok
 	}
 	t.NoDefaultPolicy, t.Type = true, "service"
 	sent := c.cfg.Now()
-	a, err := c.ask(ctx, call{method: "POST", path: path, token: parent.token, body: t})
+	resp, err := c.do(ctx, call{method: "POST", path: path, token: parent.token, body: t})
 	switch {
 	case errors.Is(err, errWider):
-		return nil, broker.Errorf(broker.Denied, "delegate", "Vault refuses a token wider than its parent's").
+		return nil, broker.Errorf(broker.Denied, "delegate", "Vault refused a token with more rights than its parent").
 			With(broker.CodeDelegationWider).Because(fmt.Errorf("%w: %w", errWider, err))
 	case errors.Is(err, errForbidden):
-		c.refused(parent)
+		c.markRefused(parent)
 		return nil, fmt.Errorf("creating a vault token: %w: %w", broker.ErrNoParent, err)
 	case err != nil:
 		return nil, fmt.Errorf("creating a vault token: %w", err)
 	}
-	if err := a.token("service"); err != nil {
-		if a.Auth != nil && opaque(a.Auth.Accessor) {
-			c.discard(ctx, a.Auth.Accessor)
+	if err := resp.checkToken("service"); err != nil {
+		if resp.Auth != nil && validToken(resp.Auth.Accessor) {
+			c.discard(ctx, resp.Auth.Accessor)
 		}
 		return nil, fmt.Errorf("creating a vault token: %w", err)
 	}
 	want := slices.Compact(slices.Sorted(slices.Values(t.Policies)))
-	got := slices.Sorted(slices.Values(a.Auth.Policies))
-	if !slices.Equal(want, got) || len(a.Auth.Identity) > 0 || a.Auth.Orphan || a.Auth.Renewable != t.Renewable {
-		c.discard(ctx, a.Auth.Accessor)
-		return nil, errors.New("creating a vault token: it can do other things than were asked for")
+	got := slices.Sorted(slices.Values(resp.Auth.Policies))
+	if !slices.Equal(want, got) || len(resp.Auth.Identity) > 0 || resp.Auth.Orphan ||
+		resp.Auth.Renewable != t.Renewable {
+		c.discard(ctx, resp.Auth.Accessor)
+		return nil, errors.New("creating a vault token: its rights differ from the request")
 	}
-	return &node{token: a.Auth.Token, accessor: a.Auth.Accessor, parent: parent, begun: sent,
-		ends: sent.Add(seconds(a.Auth.LeaseDuration))}, nil
+	return &node{token: resp.Auth.Token, accessor: resp.Auth.Accessor, parent: parent, renewed: sent,
+		expires: sent.Add(seconds(resp.Auth.LeaseDuration))}, nil
 }
 
-// refused notes that Vault does not take a token: the engine makes another.
-func (c *Client) refused(n *node) {
+// markRefused records that Vault no longer accepts a token, so that the engine makes another.
+func (c *Client) markRefused(n *node) {
 	if n.parent == nil {
-		c.look()
+		c.recheckLogin()
 		return
 	}
 	c.mu.Lock()
@@ -184,31 +185,31 @@ func (c *Client) refused(n *node) {
 	c.mu.Unlock()
 }
 
-// discard ends a token that is not going to be used. Should that fail, its life does.
+// discard revokes a token that the client will not use. If that fails, the token expires by itself.
 func (c *Client) discard(ctx context.Context, accessor string) {
 	if err := c.Kill(context.WithoutCancel(ctx), accessor); err != nil {
-		c.cfg.Log.Warn("a refused vault token lives on to its end", "error", err)
+		c.cfg.Log.Warn("a discarded vault token was not revoked and is alive until it expires", "error", err)
 	}
 }
 
-// token checks that an answer brings one.
-func (a answer) token(kind string) error {
+// checkToken checks that a response carries a token of the given type.
+func (resp response) checkToken(kind string) error {
 	switch {
-	case a.Auth == nil || !opaque(a.Auth.Token) || !opaque(a.Auth.Accessor) || a.Wrap != nil:
-		return errors.New("vault's answer brings no token")
-	case a.Auth.Type != kind:
+	case resp.Auth == nil || !validToken(resp.Auth.Token) || !validToken(resp.Auth.Accessor) || resp.Wrap != nil:
+		return errors.New("vault's response carries no token")
+	case resp.Auth.Type != kind:
 		return fmt.Errorf("vault's token is not of type %s", kind)
-	case a.Auth.LeaseDuration <= 0 || a.Auth.LeaseDuration > maxLease:
-		return errors.New("vault's token has no end, or one beyond all bounds")
+	case resp.Auth.LeaseDuration <= 0 || resp.Auth.LeaseDuration > maxLeaseSeconds:
+		return errors.New("vault's token has no expiry, or one more than ten years away")
 	}
 	return nil
 }
 
-// maxLease is the longest life in seconds that an answer may name: ten years.
-const maxLease = 10 * 366 * 24 * 3600
+// maxLeaseSeconds is the longest lease duration that a response may have: ten years.
+const maxLeaseSeconds = 10 * 366 * 24 * 3600
 
-// opaque reports whether s can be a token or accessor: printable, without blanks.
-func opaque(s string) bool {
+// validToken reports whether s can be a token or an accessor: printable ASCII without blanks, at most 4,096 bytes.
+func validToken(s string) bool {
 	for i := 0; i < len(s); i++ {
 		if s[i] <= ' ' || s[i] >= 0x7f {
 			return false
@@ -217,8 +218,8 @@ func opaque(s string) bool {
 	return s != "" && len(s) <= 4096
 }
 
-// keepRenewed renews the tokens of delegations in use, and forgets those that are over.
-func (c *Client) keepRenewed(ctx context.Context) {
+// renewLoop renews the tokens of delegations in use and drops expired tokens from memory.
+func (c *Client) renewLoop(ctx context.Context) {
 	tick := time.NewTicker(c.cfg.DeadMan / 4)
 	defer tick.Stop()
 	for {
@@ -226,30 +227,30 @@ func (c *Client) keepRenewed(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			c.renewAll(ctx, c.sweepMemory())
+			c.renewAll(ctx, c.reap())
 		}
 	}
 }
 
-// sweepMemory forgets what is over and gives the nodes to renew: used of late and through at
-// least a third of their life.
-func (c *Client) sweepMemory() (due []*node) {
+// reap drops expired and dead tokens from memory. It returns the nodes to renew: those used within Config.Idle for
+// which at least a third of their life has passed.
+func (c *Client) reap() (due []*node) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.cfg.Now()
 	for accessor, n := range c.nodes {
-		if n != c.session && (n.dead || !now.Before(n.ends)) {
+		if n != c.session && (n.dead || !now.Before(n.expires)) {
 			delete(c.nodes, accessor)
 			continue
 		}
-		fresh := now.Sub(n.begun) < n.ends.Sub(n.begun)/3
-		if n.parent != nil && n.kept && !fresh && now.Sub(n.used) < c.cfg.Idle && n.ends.Before(n.hard) {
+		fresh := now.Sub(n.renewed) < n.expires.Sub(n.renewed)/3
+		if n.parent != nil && n.inUse && !fresh && now.Sub(n.lastUsed) < c.cfg.Idle && n.expires.Before(n.maxExpires) {
 			due = append(due, n)
 		}
 	}
-	for d, n := range c.kept {
+	for d, n := range c.current {
 		if c.nodes[n.accessor] != n {
-			delete(c.kept, d)
+			delete(c.current, d)
 		}
 	}
 	for accessor, s := range c.steps {
@@ -267,7 +268,7 @@ func (c *Client) renewAll(ctx context.Context, due []*node) {
 	for _, n := range due {
 		g.Go(func() error {
 			if err := c.renew(ctx, n, false); err != nil && ctx.Err() == nil {
-				c.cfg.Log.Warn("a delegation's vault token was not renewed", "accessor", n.accessor, "error", err)
+				c.cfg.Log.Warn("renewing a delegation's vault token failed", "accessor", n.accessor, "error", err)
 			}
 			return nil
 		})
@@ -275,18 +276,18 @@ func (c *Client) renewAll(ctx context.Context, due []*node) {
 	_ = g.Wait() // nil: each failure is logged, and the next tick retries it
 }
 
-// renew renews a token with itself. A refusal marks it dead; another error leaves it as it is,
-// to be tried again.
-func (c *Client) renew(ctx context.Context, n *node, fresh bool) error {
+// renew renews a token with itself. A refusal marks the token dead; after another error the caller retries later.
+func (c *Client) renew(ctx context.Context, n *node, newConn bool) error {
 	if c.cfg.Login.token != "" && n.parent == nil {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		n.begun = c.cfg.Now()
-		n.ends = n.begun.Add(time.Hour)
+		n.renewed = c.cfg.Now()
+		n.expires = n.renewed.Add(time.Hour)
 		return nil
 	}
 	sent := c.cfg.Now()
-	a, err := c.ask(ctx, call{method: "POST", path: "auth/token/renew-self", token: n.token, body: struct{}{}, fresh: fresh})
+	resp, err := c.do(ctx, call{method: "POST", path: "auth/token/renew-self", token: n.token,
+		body: struct{}{}, newConn: newConn})
 	var f *failure
 	if errors.As(err, &f) && (f.status == 403 || f.status == 400) {
 		c.mu.Lock()
@@ -296,18 +297,18 @@ func (c *Client) renew(ctx context.Context, n *node, fresh bool) error {
 	if err != nil {
 		return err
 	}
-	if err := a.token("service"); err != nil {
+	if err := resp.checkToken("service"); err != nil {
 		return err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	n.begun, n.ends = sent, sent.Add(seconds(a.Auth.LeaseDuration))
+	n.renewed, n.expires = sent, sent.Add(seconds(resp.Auth.LeaseDuration))
 	return nil
 }
 
-// ceil rounds up to a second, Vault's unit.
-func ceil(d time.Duration) time.Duration { return (d + time.Second - 1).Truncate(time.Second) }
+// ceilSecond rounds up to a second, Vault's unit.
+func ceilSecond(d time.Duration) time.Duration { return (d + time.Second - 1).Truncate(time.Second) }
 
 func seconds(n int64) time.Duration { return time.Duration(n) * time.Second }
 
-func text(d time.Duration) string { return fmt.Sprintf("%ds", int64(d/time.Second)) }
+func formatTTL(d time.Duration) string { return fmt.Sprintf("%ds", int64(d/time.Second)) }

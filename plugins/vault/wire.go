@@ -18,19 +18,19 @@ import (
 	"time"
 )
 
-// wire sends requests to one Vault server, HTTP/1.1 over kept connections. It goes to the
-// address of the configuration and nowhere else: no proxy from the environment, no redirect.
+// wire sends requests to one Vault server over HTTP/1.1 and keep-alive connections. It connects to the configured
+// address only: it uses no proxy from the environment and follows no redirect.
 type wire struct {
 	base      url.URL
 	namespace string
-	kept      *http.Transport
-	fresh     *http.Transport // a new connection each time, which shows the SVID of the moment
+	keepAlive *http.Transport
+	singleUse *http.Transport // a new connection for each request, which presents the current SVID
 	buffers   sync.Pool
 }
 
 func newWire(base *url.URL, namespace string, conf *tls.Config) *wire {
 	dial := net.Dialer{Timeout: 5 * time.Second, KeepAlive: 15 * time.Second}
-	kept := &http.Transport{
+	keepAlive := &http.Transport{
 		DialContext:            dial.DialContext,
 		TLSClientConfig:        conf,
 		TLSHandshakeTimeout:    5 * time.Second,
@@ -38,65 +38,66 @@ func newWire(base *url.URL, namespace string, conf *tls.Config) *wire {
 		MaxIdleConns:           128,
 		MaxIdleConnsPerHost:    128,
 		MaxConnsPerHost:        256,
-		IdleConnTimeout:        30 * time.Second, // well under Vault's 5 min: a reused connection is then rarely a dead one
+		IdleConnTimeout:        30 * time.Second, // well under Vault's 5 min, so that few reused connections are dead
 		MaxResponseHeaderBytes: 64 << 10,
 		TLSNextProto:           map[string]func(string, *tls.Conn) http.RoundTripper{}, // HTTP/1.1 takes less CPU here
 	}
-	fresh := kept.Clone()
-	fresh.DisableKeepAlives = true
-	return &wire{base: *base, namespace: namespace, kept: kept, fresh: fresh,
+	singleUse := keepAlive.Clone()
+	singleUse.DisableKeepAlives = true
+	return &wire{base: *base, namespace: namespace, keepAlive: keepAlive, singleUse: singleUse,
 		buffers: sync.Pool{New: func() any { return new(bytes.Buffer) }}}
 }
 
-func (w *wire) close() { w.kept.CloseIdleConnections() }
+func (w *wire) close() { w.keepAlive.CloseIdleConnections() }
 
 // call is one request.
 type call struct {
-	method string
-	path   string // below /v1/; a constant or the result of join
-	query  string // a constant
-	token  string
-	body   any    // nil: none
-	wrap   string // how long a wrapping token for the answer lives; empty: the answer comes as it is
-	once   bool   // no layer may send it twice
-	fresh  bool   // on a new connection
-	most   int64  // bytes of the answer; zero: maxAnswer
-	raw    bool   // the answer is not JSON, and is given as it is
+	method   string
+	path     string // below /v1/; a constant or the result of join
+	query    string // a constant
+	token    string
+	body     any    // nil: none
+	wrap     string // lifetime of a wrapping token for the response; empty: not wrapped
+	once     bool   // no layer may send it twice
+	newConn  bool   // use a new connection
+	maxBytes int64  // limit of the response; zero: maxResponse
+	raw      bool   // return the body undecoded
 }
 
-// errUnsent says that a request certainly never left.
-var errUnsent = errors.New("the request was not sent")
+// errNotSent means that the request certainly did not leave the process.
+var errNotSent = errors.New("the request was not sent")
 
-// errTooLarge says that an answer was longer than the limit.
-var errTooLarge = errors.New("vault's answer is longer than the limit")
+// errTooLarge means that a response exceeded its limit.
+var errTooLarge = errors.New("vault's response exceeds the size limit")
 
-// send makes one request and reads the whole answer. The status is 200 or 204 when the error
-// is nil; another status is a *failure, an unsent request wraps errUnsent. It waits as long as
-// ctx allows, the last byte included.
-func (w *wire) send(ctx context.Context, c call) (answer, error) {
+// send sends one request and reads the whole response, for as long as ctx allows. If the error is nil, the status is
+// 200, 202 or 204. Any other status is a *failure. The error for a request that was not sent wraps errNotSent.
+func (w *wire) send(ctx context.Context, c call) (response, error) {
 	connected := false
 	if c.once {
-		ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected = true }})
+		ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+			GotConn: func(httptrace.GotConnInfo) { connected = true },
+		})
 	}
 	req, err := w.request(ctx, c)
 	if err != nil {
-		return answer{}, fmt.Errorf("%w: %w", errUnsent, err)
+		return response{}, fmt.Errorf("%w: %w", errNotSent, err)
 	}
-	transport := w.kept
-	if c.fresh {
-		transport = w.fresh
+	transport := w.keepAlive
+	if c.newConn {
+		transport = w.singleUse
 	}
 	resp, err := transport.RoundTrip(req)
 	if err != nil && c.once && !connected {
-		return answer{}, fmt.Errorf("asking vault: %w: %w", errUnsent, err)
+		return response{}, fmt.Errorf("sending a request to vault: %w: %w", errNotSent, err)
 	}
 	if err != nil {
-		return answer{}, fmt.Errorf("asking vault: %w", err)
+		return response{}, fmt.Errorf("sending a request to vault: %w", err)
 	}
 	defer resp.Body.Close()
-	limit := int64(maxAnswer)
-	if resp.StatusCode == http.StatusOK { // a refusal is short
-		limit = cmp.Or(c.most, maxAnswer)
+	limit := int64(maxResponse)
+	if resp.StatusCode == http.StatusOK { // an error response is short
+		limit = cmp.Or(c.maxBytes, maxResponse)
 	}
 	if c.raw && resp.StatusCode == http.StatusOK {
 		return readRaw(resp, limit)
@@ -104,25 +105,25 @@ func (w *wire) send(ctx context.Context, c call) (answer, error) {
 	return w.read(resp, limit)
 }
 
-// readRaw takes in an answer that holds no secret.
-func readRaw(resp *http.Response, most int64) (answer, error) {
+// readRaw reads a response that holds no secret.
+func readRaw(resp *http.Response, limit int64) (response, error) {
 	var buf bytes.Buffer
-	if resp.ContentLength > most {
-		return answer{}, errTooLarge
+	if resp.ContentLength > limit {
+		return response{}, errTooLarge
 	}
 	buf.Grow(int(max(resp.ContentLength, 0)) + bytes.MinRead)
-	n, err := buf.ReadFrom(io.LimitReader(resp.Body, most+1))
+	n, err := buf.ReadFrom(io.LimitReader(resp.Body, limit+1))
 	switch {
 	case err != nil:
-		return answer{}, fmt.Errorf("reading vault's answer: %w", err)
-	case n > most:
-		return answer{}, errTooLarge
+		return response{}, fmt.Errorf("reading vault's response: %w", err)
+	case n > limit:
+		return response{}, errTooLarge
 	}
-	return answer{Raw: buf.Bytes()}, nil
+	return response{Raw: buf.Bytes()}, nil
 }
 
-// read takes the answer in; its bytes are overwritten before they are let go.
-func (w *wire) read(resp *http.Response, limit int64) (answer, error) {
+// read reads and decodes the response. It overwrites the buffer before it releases it.
+func (w *wire) read(resp *http.Response, limit int64) (response, error) {
 	buf := w.buffers.Get().(*bytes.Buffer)
 	defer func() {
 		clear(buf.Bytes())
@@ -133,20 +134,20 @@ func (w *wire) read(resp *http.Response, limit int64) (answer, error) {
 	n, err := buf.ReadFrom(io.LimitReader(resp.Body, limit+1))
 	switch {
 	case err != nil:
-		return answer{}, fmt.Errorf("reading vault's answer: %w", err)
+		return response{}, fmt.Errorf("reading vault's response: %w", err)
 	case n > limit:
-		return answer{}, errTooLarge
+		return response{}, errTooLarge
 	case resp.StatusCode == http.StatusNoContent:
-		return answer{}, nil
+		return response{}, nil
 	case resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusAccepted:
-		return answer{}, newFailure(resp.StatusCode, buf.Bytes())
+		return response{}, newFailure(resp.StatusCode, buf.Bytes())
 	}
-	return decodeAnswer(buf.Bytes())
+	return decodeResponse(buf.Bytes())
 }
 
-// request builds the request. One that must go once has a body without GetBody: net/http sends
-// a request again after a reused connection died only when it can rewind the body, or when
-// there is none and the method is GET; an empty body that it cannot rewind is not none.
+// request builds the HTTP request. If once is set, the body has no GetBody. After a reused connection died, net/http
+// resends a request only if it can rewind the body, or if it is a GET without a body. An empty body that it cannot
+// rewind counts as a body.
 func (w *wire) request(ctx context.Context, c call) (*http.Request, error) {
 	var body io.Reader
 	length := 0

@@ -12,18 +12,18 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// wrap is the part of an answer that describes a wrapping token: a token of one use, below no
-// other, that opens what Vault keeps for it.
-type wrap struct {
-	Token    string
-	Accessor string
-	TTL      int64  // seconds
-	Path     string // where what is wrapped was made
-	Inside   string // accessor of the token that is wrapped
-	Members  map[string]any
+// wrapInfo is the member of a response that describes a wrapping token: a single-use token without a parent that opens
+// the response that Vault keeps.
+type wrapInfo struct {
+	Token           string
+	Accessor        string
+	TTL             int64  // seconds
+	CreationPath    string // the path of the wrapped request
+	WrappedAccessor string // accessor of the wrapped token
+	Members         map[string]any
 }
 
-func (d decoder) wrap() (*wrap, error) {
+func (d decoder) wrap() (*wrapInfo, error) {
 	if d.null() {
 		return nil, nil
 	}
@@ -31,14 +31,14 @@ func (d decoder) wrap() (*wrap, error) {
 	if err != nil {
 		return nil, errShape
 	}
-	var w wrap
+	var w wrapInfo
 	own := decoder{jsontext.NewDecoder(bytes.NewBuffer(raw))}
 	err = own.object(2, map[string]func() error{
 		"token":            func() error { return own.text(&w.Token) },
 		"accessor":         func() error { return own.text(&w.Accessor) },
 		"ttl":              func() error { return own.integer(&w.TTL) },
-		"creation_path":    func() error { return own.text(&w.Path) },
-		"wrapped_accessor": func() error { return own.text(&w.Inside) },
+		"creation_path":    func() error { return own.text(&w.CreationPath) },
+		"wrapped_accessor": func() error { return own.text(&w.WrappedAccessor) },
 	})
 	if err != nil {
 		return nil, err
@@ -47,61 +47,68 @@ func (d decoder) wrap() (*wrap, error) {
 	return &w, err
 }
 
-// acceptWrapped checks an answer that wraps a token, and the token inside by its accessor: the
-// answer says nothing of it. The wrapping token does not hang on the step's, so one that is
-// refused is ended here; what it wraps ends with the step's.
-func (c *Client) acceptWrapped(ctx context.Context, a answer, path string, s step, m broker.Mint) (broker.Lease, broker.Secret, error) {
-	lease, secret, err := c.unseen(ctx, a, path, s, m)
-	if err != nil && a.Wrap != nil && opaque(a.Wrap.Accessor) {
-		c.discard(ctx, a.Wrap.Accessor)
+// acceptWrapped checks a response that wraps a token. The response does not describe the wrapped token, so
+// acceptWrapped looks it up by its accessor. The wrapping token is not a child of the step's token, so acceptWrapped
+// revokes one that it refuses. The wrapped token ends with the step's token.
+func (c *Client) acceptWrapped(ctx context.Context, resp response, path string, s step, m broker.Mint) (
+	broker.Lease, broker.Secret, error,
+) {
+	lease, secret, err := c.checkWrapped(ctx, resp, path, s, m)
+	if err != nil && resp.Wrap != nil && validToken(resp.Wrap.Accessor) {
+		c.discard(ctx, resp.Wrap.Accessor)
 	}
 	return lease, secret, err
 }
 
-func (c *Client) unseen(ctx context.Context, a answer, path string, s step, m broker.Mint) (broker.Lease, broker.Secret, error) {
-	w := a.Wrap
+func (c *Client) checkWrapped(ctx context.Context, resp response, path string, s step, m broker.Mint) (
+	broker.Lease, broker.Secret, error,
+) {
+	w := resp.Wrap
 	switch {
-	case w == nil || a.Auth != nil || a.Data != nil || a.LeaseID != "":
-		return broker.Lease{}, broker.Secret{}, errors.New("vault's answer is not wrapped")
-	case !opaque(w.Token) || !opaque(w.Accessor) || !opaque(w.Inside) || w.Inside == w.Accessor:
-		return broker.Lease{}, broker.Secret{}, errors.New("vault's answer wraps no token that could be ended")
-	case w.Path != path:
-		return broker.Lease{}, broker.Secret{}, errors.New("vault's answer wraps what was made at another path than the mint")
-	case w.TTL <= 0 || w.TTL > maxLease || m.TTL > 0 && seconds(w.TTL) > ceil(m.TTL):
+	case w == nil || resp.Auth != nil || resp.Data != nil || resp.LeaseID != "":
+		return broker.Lease{}, broker.Secret{}, errors.New("vault's response is not wrapped")
+	case !validToken(w.Token) || !validToken(w.Accessor) || !validToken(w.WrappedAccessor) ||
+		w.WrappedAccessor == w.Accessor:
+		return broker.Lease{}, broker.Secret{}, errors.New("vault's response wraps no token that could be revoked")
+	case w.CreationPath != path:
+		return broker.Lease{}, broker.Secret{},
+			errors.New("vault's response wraps a token from another path than the mint")
+	case w.TTL <= 0 || w.TTL > maxLeaseSeconds || m.TTL > 0 && seconds(w.TTL) > ceilSecond(m.TTL):
 		return broker.Lease{}, broker.Secret{}, errors.New("vault's wrapping token lives longer than the tool allows")
 	}
-	inside, err := c.command(ctx, call{method: "POST", path: "auth/token/lookup-accessor", body: map[string]string{"accessor": w.Inside}})
+	wrapped, err := c.doWithLogin(ctx, call{method: "POST", path: "auth/token/lookup-accessor",
+		body: map[string]string{"accessor": w.WrappedAccessor}})
 	if err != nil {
-		return broker.Lease{}, broker.Secret{}, fmt.Errorf("looking at the wrapped token: %w", err)
+		return broker.Lease{}, broker.Secret{}, fmt.Errorf("looking up the wrapped token: %w", err)
 	}
-	life, err := checkInside(inside.Data, w, path, m.TTL)
+	life, err := checkWrappedToken(wrapped.Data, w, path, m.TTL)
 	if err != nil {
 		return broker.Lease{}, broker.Secret{}, err
 	}
 	now := c.cfg.Now()
-	end := now.Add(max(life, seconds(w.TTL))) // unwrapped or not
+	end := now.Add(max(life, seconds(w.TTL))) // the later one, since the agent may unwrap it or not
 	if end.After(s.expires) {
 		end = s.expires
 	}
-	w.Members["auth"] = inside.Data
+	w.Members["auth"] = wrapped.Data
 	return finish(m, w.Members, broker.Lease{Expires: end}, end, now)
 }
 
-// checkInside holds what Vault knows of the wrapped token to the same as an answer that is one.
-func checkInside(token map[string]any, w *wrap, path string, limit time.Duration) (life time.Duration, err error) {
+// checkWrappedToken applies the checks of acceptToken to the look-up of the wrapped token.
+func checkWrappedToken(token map[string]any, w *wrapInfo, path string, limit time.Duration) (time.Duration, error) {
 	accessor, _ := token["accessor"].(string)
-	made, _ := token["path"].(string)
+	created, _ := token["path"].(string)
 	kind, _ := token["type"].(string)
-	orphan, said := token["orphan"].(bool)
+	orphan, hasOrphan := token["orphan"].(bool)
 	digits, _ := token["ttl"].(json.Number)
 	ttl, err := digits.Int64()
 	switch {
-	case accessor != w.Inside || made != path || kind != "service":
-		return 0, errors.New("vault's wrapped token is not the one that was asked for")
-	case err != nil || ttl <= 0 || ttl > maxLease:
-		return 0, errors.New("vault's wrapped token has no end, or one beyond all bounds")
-	case !said || orphan || limit > 0 && seconds(ttl) > ceil(limit):
-		return 0, errors.New("vault's wrapped token outlives the step's, or lives longer than the tool allows")
+	case accessor != w.WrappedAccessor || created != path || kind != "service":
+		return 0, errors.New("vault's wrapped token does not match the request")
+	case err != nil || ttl <= 0 || ttl > maxLeaseSeconds:
+		return 0, errors.New("vault's wrapped token has no expiry, or one more than ten years away")
+	case !hasOrphan || orphan || limit > 0 && seconds(ttl) > ceilSecond(limit):
+		return 0, errors.New("vault's wrapped token outlives the step's token, or lives longer than the tool allows")
 	}
 	return seconds(ttl), nil
 }

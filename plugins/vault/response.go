@@ -11,18 +11,18 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
-// answer is what we read of a Vault response.
-type answer struct {
+// response holds the members of a Vault response that the client reads.
+type response struct {
 	LeaseID       string
 	LeaseDuration int64          // seconds
 	Data          map[string]any // numbers are json.Number; nil when absent or null
 	Auth          *auth
-	Wrap          *wrap
+	Wrap          *wrapInfo
 	Errors        []string
-	Raw           []byte // what was asked for as it is
+	Raw           []byte // the body of a raw call, undecoded
 }
 
-// auth is the part of an answer that describes a new or renewed token.
+// auth is the member of a response that describes a new or renewed token.
 type auth struct {
 	Token         string
 	Accessor      string
@@ -35,42 +35,41 @@ type auth struct {
 	Members       map[string]any
 }
 
-// maxDepth bounds the nesting of an answer.
+// maxDepth bounds the nesting of a response.
 const maxDepth = 32
 
 var (
-	errShape = errors.New("vault's answer does not have the shape of one")
-	errCase  = errors.New("vault's answer has a member in another case than Vault writes it")
+	errShape = errors.New("vault's response is malformed")
+	errCase  = errors.New("vault's response spells a known member in another case")
 )
 
-// decodeAnswer reads exactly one JSON object. Duplicate members, members that differ from a
-// known one in case alone, invalid UTF-8, nesting beyond 32 and anything after the object are
-// refused: a proxy that adds a second lease_id must not choose which one we revoke. Its errors
-// quote nothing of raw.
-func decodeAnswer(raw []byte) (a answer, err error) {
+// decodeResponse reads exactly one JSON object. It refuses duplicate members, members that differ from a known one in
+// case alone, invalid UTF-8, nesting beyond 32 and anything after the object. Otherwise a proxy that adds a second
+// lease_id could choose which lease we revoke. Its errors quote nothing of raw.
+func decodeResponse(raw []byte) (resp response, err error) {
 	d := decoder{jsontext.NewDecoder(bytes.NewBuffer(raw))}
 	err = d.object(1, map[string]func() error{
-		"lease_id":       func() error { return d.text(&a.LeaseID) },
-		"lease_duration": func() error { return d.integer(&a.LeaseDuration) },
-		"data":           func() (err error) { a.Data, err = d.data(); return err },
-		"auth":           func() (err error) { a.Auth, err = d.auth(); return err },
-		"errors":         func() error { return d.texts(&a.Errors) },
-		"wrap_info":      func() (err error) { a.Wrap, err = d.wrap(); return err },
+		"lease_id":       func() error { return d.text(&resp.LeaseID) },
+		"lease_duration": func() error { return d.integer(&resp.LeaseDuration) },
+		"data":           func() (err error) { resp.Data, err = d.data(); return err },
+		"auth":           func() (err error) { resp.Auth, err = d.auth(); return err },
+		"errors":         func() error { return d.texts(&resp.Errors) },
+		"wrap_info":      func() (err error) { resp.Wrap, err = d.wrap(); return err },
 	})
 	if err != nil {
-		return answer{}, err
+		return response{}, err
 	}
 	if _, err := d.ReadToken(); !errors.Is(err, io.EOF) {
-		return answer{}, errShape
+		return response{}, errShape
 	}
-	return a, nil
+	return resp, nil
 }
 
-// decoder adds to the token reader, which itself refuses duplicates and invalid UTF-8, the
-// shapes we expect. Its errors are errShape or errCase: the reader's own quote the input.
+// decoder checks the expected shapes on top of the token reader, which itself refuses duplicates and invalid UTF-8. It
+// returns errShape or errCase only, because the reader's own errors quote the input.
 type decoder struct{ *jsontext.Decoder }
 
-// object reads an object, handing each member in known to its reader and skipping the others.
+// object reads an object. It passes each known member to its reader and skips the others.
 func (d decoder) object(depth int, known map[string]func() error) error {
 	if t, err := d.ReadToken(); err != nil || t.Kind() != '{' || depth > maxDepth {
 		return errShape
@@ -80,7 +79,7 @@ func (d decoder) object(depth int, known map[string]func() error) error {
 		if err != nil || t.Kind() != '"' {
 			return errShape
 		}
-		read, err := lookUp(known, t.String())
+		read, err := memberReader(known, t.String())
 		if err == nil && read != nil {
 			err = read()
 		} else if err == nil && d.SkipValue() != nil {
@@ -96,7 +95,7 @@ func (d decoder) object(depth int, known map[string]func() error) error {
 	return nil
 }
 
-func lookUp(known map[string]func() error, name string) (func() error, error) {
+func memberReader(known map[string]func() error, name string) (func() error, error) {
 	if read, ok := known[name]; ok {
 		return read, nil
 	}
@@ -168,8 +167,7 @@ func (d decoder) texts(list *[]string) error {
 	return nil
 }
 
-// auth reads the member twice: once for us, strictly, and once as it is, for a mint whose answer
-// is a token.
+// auth reads the member twice: strictly, for the client, and in full, for a mint that returns a token.
 func (d decoder) auth() (*auth, error) {
 	if d.null() {
 		return nil, nil
@@ -212,7 +210,7 @@ func (d decoder) data() (map[string]any, error) {
 	return m, nil
 }
 
-// value reads any value; numbers keep their digits.
+// value reads any value. Numbers keep their digits.
 func (d decoder) value(depth int) (any, error) {
 	t, err := d.ReadToken()
 	if err != nil || depth > maxDepth {
@@ -268,15 +266,14 @@ func (d decoder) members(depth int) (any, error) {
 	return m, nil
 }
 
-// failure is an answer other than success. Its text holds no value of a request: of Vault's
-// own words only those in the list below are kept, since an engine may quote the statement
-// that failed, password and all.
+// failure is a response with an error status. Its text holds no value of a request. Of Vault's own text it keeps only
+// the phrases listed below, since an engine may quote the failed statement, including its password.
 type failure struct {
 	status int
-	says   string // one of the phrases, or empty
+	phrase string // one of knownPhrases, or empty
 }
 
-var phrases = []string{
+var knownPhrases = []string{
 	"permission denied", "Vault is sealed", "invalid lease", "invalid accessor", "token not found",
 	"child policies must be subset of parent", "must be subset of the role's allowed policies",
 	"missing client token", "bad token", "invalid token", "path is already in use",
@@ -288,14 +285,14 @@ var phrases = []string{
 
 func newFailure(status int, raw []byte) *failure {
 	f := &failure{status: status}
-	a, err := decodeAnswer(raw)
+	resp, err := decodeResponse(raw)
 	if err != nil {
 		return f
 	}
-	for _, e := range a.Errors {
-		for _, p := range phrases {
-			if f.says == "" && strings.Contains(e, p) {
-				f.says = p
+	for _, e := range resp.Errors {
+		for _, p := range knownPhrases {
+			if f.phrase == "" && strings.Contains(e, p) {
+				f.phrase = p
 			}
 		}
 	}
@@ -303,34 +300,35 @@ func newFailure(status int, raw []byte) *failure {
 }
 
 func (f *failure) Error() string {
-	if f.says == "" {
-		return fmt.Sprintf("vault answered %d", f.status)
+	if f.phrase == "" {
+		return fmt.Sprintf("vault returned status %d", f.status)
 	}
-	return fmt.Sprintf("vault answered %d: %s", f.status, f.says)
+	return fmt.Sprintf("vault returned status %d: %s", f.status, f.phrase)
 }
 
-// Is gives the sentinels their meaning.
+// Is reports which sentinel the response matches.
 func (f *failure) Is(target error) bool {
 	switch target {
 	case errForbidden:
 		return f.status == 403
 	case errWider:
-		return f.says == "child policies must be subset of parent" || f.says == "must be subset of the role's allowed policies"
+		return f.phrase == "child policies must be subset of parent" ||
+			f.phrase == "must be subset of the role's allowed policies"
 	case errSealed:
-		return f.status == 503 && f.says == "Vault is sealed"
+		return f.status == 503 && f.phrase == "Vault is sealed"
 	}
 	return false
 }
 
-// What Vault may say, for errors.Is.
+// Sentinels for errors.Is.
 var (
-	// errForbidden is Vault's 403. At a revocation it is an alarm, never "already gone".
+	// errForbidden is Vault's 403. At a revocation it is an alarm and never counts as "already gone".
 	errForbidden = errors.New("vault: permission denied")
-	// errWider is Vault's refusal of a token that could do more than its parent, or than the
-	// token role for roots allows.
+	// errWider means that Vault refused a token with more rights than its parent has, or than the token role for root
+	// delegations allows.
 	errWider = errors.New("vault: a token's policies must be a subset of its parent's")
-	// errSealed is a sealed Vault: nothing is done until somebody unseals it.
+	// errSealed means that Vault is sealed. It serves nothing until an operator unseals it.
 	errSealed = errors.New("vault: sealed")
-	// errNoSession says that the broker is not logged in to Vault.
+	// errNoSession means that the broker is not logged in to Vault.
 	errNoSession = errors.New("vault: not logged in")
 )
