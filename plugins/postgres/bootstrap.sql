@@ -1,32 +1,31 @@
--- What Pawl needs in a database that it issues credentials for. Run as a superuser, in one
--- transaction, as often as you like. PostgreSQL 15 or newer.
+-- The objects that Pawl needs in a database for which it issues credentials. Run this script as a superuser, in one
+-- transaction. It may be repeated. It needs PostgreSQL 15 or newer.
 --
--- Who may do what:
---   pawl_maker    owns everything here and cannot log in. It makes and drops roles, so from PostgreSQL
---                 16 on it reaches only the roles it made. A table can be granted to agents when
---                 pawl_maker holds the verb on it WITH GRANT OPTION, and is withdrawn from all of them
---                 by REVOKE … FROM pawl_maker CASCADE.
---   pawl_vault    Vault's connection: makes and ends logins whose names have our form, nothing else.
---   pawl_shaper   makes shapes: groups that hold exactly some verbs on some tables.
+-- Roles and their rights:
+--   pawl_maker    owns all objects of this script and cannot log in. It makes and drops roles; from PostgreSQL 16 on it
+--                 can alter only the roles that it made. Agents can get a verb on a table if pawl_maker holds the verb
+--                 on it WITH GRANT OPTION. REVOKE … FROM pawl_maker CASCADE withdraws the table from all agents.
+--   pawl_vault    is Vault's connection. It makes and ends logins with names of Pawl's form, and nothing else.
+--   pawl_shaper   makes shapes: groups that hold certain verbs on certain tables and nothing else.
 --   pawl_revoker  severs, inspects and removes agents' logins, by grant id.
 --
--- PostgreSQL decides in pg_hba.conf from where somebody may log in. A tool with the setting "network: NAME"
--- makes its logins members of pawl_net_NAME, and is refused until pg_hba.conf keeps members of it out of
--- everywhere else. For the network "office", before any line that speaks for all users of this database:
+-- PostgreSQL checks in pg_hba.conf from which addresses a user may log in. A tool with the setting "network: NAME"
+-- makes its logins members of pawl_net_NAME. Its mints are refused until pg_hba.conf rejects the members of that role
+-- from all other addresses. For the network "office", add these lines before any line for all users of this database:
 --
 --   hostssl  DATABASE  +pawl_net_office  10.1.0.0/16  scram-sha-256
 --   host     DATABASE  +pawl_net_office  all          reject
 --   local    DATABASE  +pawl_net_office               reject
 --
--- Every function takes names apart by pattern before it uses them, quotes with %I and %L, and looks
--- nothing up outside pg_catalog (pg_temp is named last, or it would come first).
+-- Every function checks names against a pattern before it uses them, and quotes them with %I and %L. It resolves names
+-- in pg_catalog only. (search_path lists pg_temp last; otherwise PostgreSQL would search it first.)
 
 SET LOCAL search_path = pg_catalog, pg_temp;
 
 DO $$
 BEGIN
     IF current_setting('server_version_num')::int < 150000 THEN
-        RAISE 'PostgreSQL 15 or newer is needed: before it everybody may create in schema public';
+        RAISE 'PostgreSQL 15 or newer is required: in older versions every user may create objects in schema public';
     END IF;
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'pawl_maker') THEN
         CREATE ROLE pawl_maker NOLOGIN CREATEROLE;
@@ -39,18 +38,18 @@ BEGIN
     EXECUTE format('GRANT CREATE, CONNECT ON DATABASE %I TO pawl_maker WITH GRANT OPTION', current_database());
     CREATE SCHEMA IF NOT EXISTS pawl AUTHORIZATION pawl_maker;
     IF (SELECT nspowner FROM pg_namespace WHERE nspname = 'pawl') <> 'pawl_maker'::regrole THEN
-        RAISE 'schema pawl belongs to somebody else';
+        RAISE 'schema pawl has another owner than pawl_maker';
     END IF;
     IF to_regprocedure('pawl.version()') IS NOT NULL THEN
         IF pawl.version() > 1 THEN
-            RAISE 'schema pawl is of a newer version than this script';
+            RAISE 'schema pawl has a newer version than this script';
         END IF;
     END IF;
 END $$;
 
 SET LOCAL ROLE pawl_maker;
 
--- The two groups of the broker are made by pawl_maker, so that it may put logins into them.
+-- pawl_maker makes the broker's two groups, so that it may add logins to them.
 DO $$
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'pawl_shaper') THEN
@@ -69,8 +68,8 @@ CREATE TABLE IF NOT EXISTS pawl.shapes (
     last_used timestamptz NOT NULL DEFAULT now()
 );
 
--- One row a grant: PostgreSQL itself refuses a second credential for it. The oid finds sessions that
--- outlive their role. A row without a name bars a grant that has no credential from ever getting one.
+-- One row per grant, so that PostgreSQL itself refuses a second credential for a grant. The oid identifies sessions
+-- that outlive their role. A row without a name bars a grant: it has no credential and can never get one.
 CREATE TABLE IF NOT EXISTS pawl.logins (
     grant_id text PRIMARY KEY,
     name     text,
@@ -82,16 +81,16 @@ CREATE INDEX IF NOT EXISTS logins_role ON pawl.logins (role);
 CREATE OR REPLACE FUNCTION pawl.is_login(name text) RETURNS boolean LANGUAGE sql IMMUTABLE AS
 $$ SELECT name ~ '^pawl-gr[0-9a-hjkmnp-tv-z]{24}-[0-9a-f]{12}-[A-Za-z0-9]{8}$' $$;
 
--- Our logins as PostgreSQL knows them, by the grant id in the name. (The name is no text here: an index is
--- on it.)
+-- Agents' logins as PostgreSQL knows them, by the grant id in the name. Do not cast name to text: that would hide the
+-- index on it.
 CREATE OR REPLACE VIEW pawl.roles AS
     SELECT substr(rolname, 6, 26) AS grant_id, rolname AS name, oid AS role, rolcanlogin, rolvaliduntil
     FROM pg_roles WHERE pawl.is_login(rolname);
 
 -- ---------------------------------------------------------------- shapes
 
--- A specification is the canonical JSON that the broker hashed; its hash is the shape's name, so nobody
--- can pass one off as another.
+-- A specification is the canonical JSON that the broker hashed. Its hash is the shape's name, so a caller cannot
+-- register one specification under the name of another.
 CREATE OR REPLACE FUNCTION pawl.check_spec(in_shape text, in_spec text) RETURNS jsonb
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -99,7 +98,7 @@ DECLARE
 BEGIN
     IF octet_length(in_spec) > 65536
         OR in_shape IS DISTINCT FROM left(encode(sha256(convert_to(in_spec, 'UTF8')), 'hex'), 12) THEN
-        RAISE 'shape is not the hash of its specification' USING ERRCODE = '22023';
+        RAISE 'the shape must be the hash of its specification' USING ERRCODE = '22023';
     END IF;
     s := in_spec::jsonb;
     IF s->>'database' IS DISTINCT FROM current_database()
@@ -121,8 +120,8 @@ BEGIN
     RETURN s;
 END $$;
 
--- Refuses a table that pawl_maker does not hold all the verbs on WITH GRANT OPTION, in the same words as
--- one that does not exist. What pawl_maker itself owns is ours and no agent's.
+-- Refuses a table unless pawl_maker holds all the verbs on it WITH GRANT OPTION. The error is the same as for a table
+-- that does not exist. Agents never get a table that pawl_maker itself owns.
 CREATE OR REPLACE FUNCTION pawl.check_grantable(s jsonb) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     t record;
@@ -135,44 +134,46 @@ BEGIN
         FROM jsonb_array_elements(s->'tables') e LOOP
         IF t.oid IS NULL OR EXISTS (SELECT FROM jsonb_array_elements_text(s->'verbs') v
             WHERE NOT has_table_privilege(t.oid, v || ' WITH GRANT OPTION')) THEN
-            RAISE 'table %.% may not be granted', t.nsp, t.rel USING ERRCODE = '42501';
+            RAISE 'table %.% cannot be granted to agents', t.nsp, t.rel USING ERRCODE = '42501';
         END IF;
     END LOOP;
 END $$;
 
--- Refuses a network that pg_hba.conf, as it is in the file now, does not confine: for TCP and for the Unix
--- socket, a line that rejects all members, and before it none that may let in users of any name.
+-- Refuses a network that pg_hba.conf does not confine, by the present content of the file. For TCP and for the Unix
+-- socket there must be a line that rejects all members. No line before it may accept users of any name.
 CREATE OR REPLACE FUNCTION pawl.check_network(net text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     confined int;
 BEGIN
     WITH rules AS (
-        SELECT h.ordinality AS n, h.type = 'local' AS socket, h.auth_method = 'reject' AS bars, h.address, h.error,
-            h.user_name = ARRAY['+pawl_net_' || net] AS ours,
-            EXISTS (SELECT FROM unnest(h.user_name) u WHERE u = 'all' OR u LIKE '/%') AS anybody,
+        SELECT h.ordinality AS n, h.type = 'local' AS socket, h.auth_method = 'reject' AS rejects, h.address, h.error,
+            h.user_name = ARRAY['+pawl_net_' || net] AS members,
+            EXISTS (SELECT FROM unnest(h.user_name) u WHERE u = 'all' OR u LIKE '/%') AS all_users,
             EXISTS (SELECT FROM unnest(h.database) d WHERE d IN ('all', current_database())) AS here,
-            EXISTS (SELECT FROM unnest(h.database) d WHERE d IN ('sameuser', 'samerole', 'samegroup') OR d LIKE '/%') AS perhaps
+            EXISTS (SELECT FROM unnest(h.database) d
+                WHERE d IN ('sameuser', 'samerole', 'samegroup') OR d LIKE '/%') AS maybe_here
         FROM pg_hba_file_rules() WITH ORDINALITY h)
     SELECT count(DISTINCT r.socket) INTO confined FROM rules r
-    WHERE r.ours AND r.bars AND r.here AND (r.socket OR r.address = 'all') AND NOT EXISTS (SELECT FROM rules e
-        WHERE e.n < r.n AND e.socket = r.socket AND e.anybody AND (e.here OR e.perhaps) AND NOT e.bars);
+    WHERE r.members AND r.rejects AND r.here AND (r.socket OR r.address = 'all') AND NOT EXISTS (SELECT FROM rules e
+        WHERE e.n < r.n AND e.socket = r.socket AND e.all_users AND (e.here OR e.maybe_here) AND NOT e.rejects);
     IF confined <> 2 OR EXISTS (SELECT FROM pg_hba_file_rules() h WHERE h.error IS NOT NULL) THEN
         RAISE 'pg_hba.conf does not confine network %', net USING ERRCODE = '42501';
     END IF;
 END $$;
 
--- Where the shape's group reaches a table: itself, or the view that filters its rows.
+-- Returns the relation on which the shape's group holds its verbs: the table itself, or the view that filters its rows.
 CREATE OR REPLACE FUNCTION pawl.reach(in_shape text, s jsonb, nsp text, rel text) RETURNS text
 LANGUAGE sql STABLE AS
 $$ SELECT format('%I.%I', CASE WHEN s ? 'filter' THEN 'pawl_' || in_shape ELSE nsp END, rel) $$;
 
--- Whether the group still has all that the shape says. A table that was dropped and made again, or
--- withdrawn, makes it false.
+-- Reports whether the group still has all the rights of the shape. That is false after a table was withdrawn, or
+-- dropped and made again.
 CREATE OR REPLACE FUNCTION pawl.shape_holds(in_shape text, s jsonb) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     grp oid := (SELECT oid FROM pg_roles WHERE rolname = 'pawl-shape-' || in_shape);
 BEGIN
-    RETURN grp IS NOT NULL AND (s ? 'network' AND NOT EXISTS (SELECT FROM pg_auth_members m JOIN pg_roles n ON n.oid = m.roleid
+    RETURN grp IS NOT NULL AND (s ? 'network' AND NOT EXISTS (
+            SELECT FROM pg_auth_members m JOIN pg_roles n ON n.oid = m.roleid
             WHERE m.member = grp AND n.rolname = 'pawl_net_' || (s->>'network'))) IS NOT TRUE
         AND NOT EXISTS (
         SELECT FROM jsonb_array_elements(s->'tables') e, jsonb_array_elements_text(s->'verbs') v
@@ -190,7 +191,7 @@ BEGIN
     END IF;
     EXECUTE format('GRANT %s ON %I.%I TO %I', verbs, nsp, rel, grp);
     -- A serial column's default calls nextval with the agent's own rights.
-    -- (CASE fixes the order: asking it of anything but a sequence is an error.)
+    -- (CASE fixes the order of evaluation: has_sequence_privilege fails for other relations.)
     FOR seq IN SELECT c.oid FROM pg_depend d JOIN pg_class c ON c.oid = d.objid
         WHERE d.refobjid = format('%I.%I', nsp, rel)::regclass AND d.classid = 'pg_class'::regclass
             AND d.deptype = 'a' AND s->'verbs' ? 'insert'
@@ -199,8 +200,8 @@ BEGIN
     END LOOP;
 END $$;
 
--- The filter is a view with a security barrier, so that no function of the agent's sees a row before
--- the filter did; WITH CHECK OPTION keeps writes inside it.
+-- The filter is a view with a security barrier, so that the filter applies before any function of the agent sees a row.
+-- WITH CHECK OPTION refuses writes of rows outside the filter.
 CREATE OR REPLACE FUNCTION pawl.grant_view(in_shape text, grp text, s jsonb, nsp text, rel text) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -244,8 +245,8 @@ BEGIN
     END LOOP;
 END $$;
 
--- Makes the group of a shape, once. Grants on one table by two transactions collide ("tuple concurrently
--- updated"), so one lock serves all shapes; who finds the shape made takes no lock.
+-- Makes the group of a shape unless it exists. Concurrent grants on one table fail ("tuple concurrently updated"), so
+-- one lock serves all shapes. A call that finds the shape takes no lock.
 CREATE OR REPLACE FUNCTION pawl.ensure_shape(in_shape text, in_spec text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
@@ -260,7 +261,7 @@ BEGIN
     FOR look IN 1..2 LOOP
         SELECT spec INTO known FROM pawl.shapes WHERE shape = in_shape;
         IF known <> in_spec THEN
-            RAISE 'shape % is taken by another specification', in_shape USING ERRCODE = '22023';
+            RAISE 'shape % belongs to another specification', in_shape USING ERRCODE = '22023';
         END IF;
         IF known IS NOT NULL AND pawl.shape_holds(in_shape, s) THEN
             UPDATE pawl.shapes SET last_used = now()
@@ -276,8 +277,8 @@ END $$;
 
 -- ---------------------------------------------------------------- logins, made and ended for Vault
 
--- Only a SCRAM verifier is taken for a password: the password itself never comes here, so it cannot be
--- in this server's log.
+-- Accepts only a SCRAM verifier as a password. The password itself never reaches this server, so it cannot be in its
+-- log.
 CREATE OR REPLACE FUNCTION pawl.check_verifier(verifier text, expires timestamptz, longest interval)
 RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
@@ -287,12 +288,12 @@ BEGIN
             HINT = 'Set password_authentication=scram-sha-256 on the connection in Vault.';
     END IF;
     IF (expires > now() AND expires <= now() + longest) IS NOT TRUE THEN
-        RAISE 'a login ends within %', longest USING ERRCODE = '22023';
+        RAISE 'a login must expire within %', longest USING ERRCODE = '22023';
     END IF;
 END $$;
 
--- What Vault's creation statement calls. The login is a member of its shape's group and holds
--- nothing of its own; its settings spare the database, they are no boundary.
+-- Vault's creation statement calls this. The login is a member of its shape's group and holds no rights of its own. Its
+-- settings protect the database from accidents and are no security boundary.
 CREATE OR REPLACE FUNCTION pawl.grant_login(login text, verifier text, expires timestamptz) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
@@ -301,13 +302,13 @@ DECLARE
     s        jsonb;
 BEGIN
     IF pawl.is_login(login) IS NOT TRUE THEN
-        RAISE 'not the name of an agent''s login' USING ERRCODE = '22023';
+        RAISE 'malformed name of an agent''s login' USING ERRCODE = '22023';
     END IF;
     PERFORM pawl.check_verifier(verifier, expires, interval '1 hour');
-    -- The share lock keeps the shape from being collected before this commits.
+    -- The key share lock prevents pawl.collect from dropping the shape before this transaction commits.
     SELECT spec::jsonb INTO s FROM pawl.shapes WHERE shape = in_shape FOR KEY SHARE;
     IF s IS NULL THEN
-        RAISE 'no shape %', in_shape USING ERRCODE = '22023';
+        RAISE 'shape % does not exist', in_shape USING ERRCODE = '22023';
     END IF;
     INSERT INTO pawl.logins (grant_id, name) VALUES (substr(login, 6, 26), login);
     EXECUTE format('CREATE ROLE %I LOGIN CONNECTION LIMIT %s PASSWORD %L VALID UNTIL %L IN ROLE %I',
@@ -317,11 +318,12 @@ BEGIN
     IF s ? 'filter' THEN
         EXECUTE format('ALTER ROLE %I SET search_path = %I', login, 'pawl_' || in_shape);
     END IF;
-    UPDATE pawl.logins SET role = (SELECT oid FROM pg_roles WHERE rolname = login) WHERE grant_id = substr(login, 6, 26);
+    UPDATE pawl.logins SET role = (SELECT oid FROM pg_roles WHERE rolname = login)
+    WHERE grant_id = substr(login, 6, 26);
 END $$;
 
--- Takes login and rights from the given logins. Leaving the group stops the next statement of whoever
--- is still inside, or comes in while this is not committed yet. The plans: see inspect.
+-- Removes LOGIN and the rights from the given logins. Without the group's rights the next statement fails in every
+-- session, including one that starts before this commits. For the planner settings see pawl.inspect.
 CREATE OR REPLACE FUNCTION pawl.disable(names text[]) RETURNS void LANGUAGE plpgsql
 SET enable_seqscan = off SET jit = off AS $$
 DECLARE
@@ -345,14 +347,14 @@ BEGIN
     END LOOP;
 END $$;
 
--- Ends the sessions of roles and waits for that, two seconds at most; true when none is left.
+-- Terminates the sessions of roles and waits for their end, at most two seconds. Returns true if none is left.
 CREATE OR REPLACE FUNCTION pawl.hang_up(roles oid[]) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     patience timestamptz := clock_timestamp() + interval '2 seconds';
     n        int;
 BEGIN
     LOOP
-        PERFORM pg_stat_clear_snapshot(); -- or every look in a transaction gives the first one's answer
+        PERFORM pg_stat_clear_snapshot(); -- otherwise every read in a transaction returns the first snapshot
         SELECT count(pg_terminate_backend(pid)) INTO n FROM pg_stat_activity WHERE usesysid = ANY (roles);
         IF n = 0 OR clock_timestamp() > patience THEN
             RETURN n = 0;
@@ -361,8 +363,8 @@ BEGIN
     END LOOP;
 END $$;
 
--- Drops a role that can no longer log in and has no session. One that owns something in another
--- database stays, without login or rights: raising here would undo that.
+-- Drops a role that can no longer log in and has no session. A role that owns objects in another database remains,
+-- without LOGIN and without rights: an error here would roll that back.
 CREATE OR REPLACE FUNCTION pawl.drop_role(name text) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     IF EXISTS (SELECT FROM pg_shdepend d WHERE d.refclassid = 'pg_authid'::regclass
@@ -376,9 +378,10 @@ EXCEPTION WHEN dependent_objects_still_exist OR insufficient_privilege OR object
     RETURN false;
 END $$;
 
--- What Vault's revocation statement calls: NOLOGIN, sessions, objects, role, in this order, for DROP
--- ROLE alone leaves sessions alive. Ending again, or what never was, is no error. Vault makes and ends logins of one
--- database one after the other, so what this takes is what closing thousands takes; planning it anew each time took half.
+-- Vault's revocation statement calls this. The order is NOLOGIN, sessions, objects, role, since DROP ROLE alone leaves
+-- sessions open. A login that has ended or never existed is no error. Vault makes and ends the logins of one database
+-- one at a time, so the time of this call limits the revocation of thousands. Planning it anew for each call took half
+-- of it.
 CREATE OR REPLACE FUNCTION pawl.end_logins(names text[]) RETURNS int LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET client_min_messages = error AS $$
 DECLARE
@@ -387,7 +390,7 @@ DECLARE
     dropped int := 0;
 BEGIN
     IF names IS NULL OR EXISTS (SELECT FROM unnest(names) n WHERE pawl.is_login(n) IS NOT TRUE) THEN
-        RAISE 'not names of agents'' logins' USING ERRCODE = '22023';
+        RAISE 'malformed name of an agent''s login' USING ERRCODE = '22023';
     END IF;
     PERFORM FROM pawl.logins WHERE grant_id IN (SELECT substr(n, 6, 26) FROM unnest(names) n)
     ORDER BY grant_id FOR UPDATE;
@@ -410,12 +413,12 @@ CREATE OR REPLACE FUNCTION pawl.is_service(login text) RETURNS boolean LANGUAGE 
         AND login !~ '^pawl-(gr[0-9a-z]{24}-|shape-)'
 $$;
 
--- A step's token cannot make one of these: the display name that begins with a grant id is refused.
+-- A step's token cannot make a service login: is_service refuses a name that begins with a grant id.
 CREATE OR REPLACE FUNCTION pawl.grant_service_login(login text, verifier text, expires timestamptz, duty text)
 RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF pawl.is_service(login) IS NOT TRUE OR (duty IN ('shaper', 'revoker')) IS NOT TRUE THEN
-        RAISE 'not a login of the broker''s' USING ERRCODE = '22023';
+        RAISE 'malformed name or duty of a service login' USING ERRCODE = '22023';
     END IF;
     PERFORM pawl.check_verifier(verifier, expires, interval '25 hours');
     EXECUTE format('CREATE ROLE %I LOGIN CONNECTION LIMIT 16 PASSWORD %L VALID UNTIL %L IN ROLE %I',
@@ -431,7 +434,7 @@ DECLARE
         WHERE m.member = r.oid AND g.rolname IN ('pawl_shaper', 'pawl_revoker')));
 BEGIN
     IF pawl.is_service(login) IS NOT TRUE THEN
-        RAISE 'not a login of the broker''s' USING ERRCODE = '22023';
+        RAISE 'malformed name of a service login' USING ERRCODE = '22023';
     END IF;
     IF known IS NULL THEN
         RETURN false;
@@ -446,19 +449,21 @@ CREATE OR REPLACE FUNCTION pawl.check_grants(grants text[]) RETURNS void LANGUAG
 BEGIN
     IF grants IS NULL OR EXISTS (SELECT FROM unnest(grants) g
         WHERE (g ~ '^gr[0-9a-hjkmnp-tv-z]{24}$') IS NOT TRUE) THEN
-        RAISE 'not a list of grant ids' USING ERRCODE = '22023';
+        RAISE 'malformed list of grant ids' USING ERRCODE = '22023';
     END IF;
 END $$;
 
--- What is left of the given grants' credentials; when grants is null, of all that were made in this
--- database (roles are the whole cluster's). A session counts even when its role is gone.
--- Given grants are looked up one by one over an index (OFFSET 0 keeps the planner from turning that round), and the
--- rest is planned for as many as there are: roles come and go by thousands between two looks of ANALYZE, and what
--- the planner takes for an empty table it reads once for each of them.
+-- Returns the state of the given grants' logins. If grants is null, it returns all that were made in this database
+-- (roles belong to the whole cluster). It counts a session even if its role was dropped.
+--
+-- It looks up each given grant over an index; OFFSET 0 stops the planner from reordering that. The plan is made anew
+-- for the number of grants, without sequential scans. Roles come and go by thousands between two runs of ANALYZE. If
+-- the statistics say that a table is empty, the planner scans it once per role.
 CREATE OR REPLACE FUNCTION pawl.inspect(grants text[]) RETURNS TABLE (
     grant_id text, name text, role oid, can_login boolean, in_group boolean, valid_until timestamptz, sessions int)
 LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off AS $$
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off AS $$
 BEGIN
     PERFORM pg_stat_clear_snapshot();
     RETURN QUERY
@@ -467,7 +472,7 @@ BEGIN
     known AS (
         SELECT r.* FROM wanted w CROSS JOIN LATERAL (
             SELECT r.grant_id, r.name::text, r.role, r.rolcanlogin, r.rolvaliduntil FROM pawl.roles r
-            WHERE r.name >= 'pawl-' || w.id || '-' AND r.name < 'pawl-' || w.id || '.' -- which follows the hyphen
+            WHERE r.name >= 'pawl-' || w.id || '-' AND r.name < 'pawl-' || w.id || '.' -- '.' follows '-' in order
             OFFSET 0) r
         UNION ALL
         SELECT r.grant_id, r.name::text, r.role, r.rolcanlogin, r.rolvaliduntil FROM pawl.roles r
@@ -483,13 +488,16 @@ BEGIN
     FROM known k LEFT JOIN busy b ON b.usesysid = k.role;
 END $$;
 
--- Cuts the given grants. Call it until all three counts are zero: a login that began before the
--- commit is found by a later call. A grant that is being ended in another transaction is passed
--- over, so that nobody can hold up the rest. A call that takes login and rights ends no session: a thousand
--- take the server a second to end, and until the commit they could log in again and go on reading.
--- What starts up was perhaps let in before the commit and is in no list of sessions yet, but in a transaction
--- (InitPostgres begins it before authentication): once those processes have gone by, a call that counts
--- nothing is the last.
+-- Severs the given grants. Call it until severed, passed_over and sessions are all zero: a later call finds a session
+-- that began to log in before the commit. It passes over a grant that another transaction is ending, so that no other
+-- transaction can block the rest.
+--
+-- A call that removes LOGIN and rights terminates no session. The server takes about a second to end a thousand
+-- sessions, and before the commit their users could log in again and continue to read.
+--
+-- The processes in starting may have been accepted before the commit. They are in no list of sessions yet, but hold a
+-- transaction: InitPostgres begins it before authentication. Once these processes have ended or become sessions, a call
+-- that counts nothing is the last.
 CREATE OR REPLACE FUNCTION pawl.sever(
     grants text[], OUT severed int, OUT passed_over int, OUT sessions int, OUT starting int[])
 LANGUAGE plpgsql SECURITY DEFINER
@@ -502,7 +510,7 @@ DECLARE
     ours   text[];
 BEGIN
     PERFORM pawl.check_grants(grants);
-    -- Two transactions that alter one role collide, so the rows are locked first.
+    -- Two transactions that alter one role conflict, so this locks the rows first.
     locked := ARRAY(SELECT l.grant_id FROM pawl.logins l WHERE l.grant_id IN (SELECT unnest(grants))
         FOR UPDATE SKIP LOCKED);
     SELECT array_agg(i.role), coalesce(array_agg(i.name) FILTER (WHERE i.can_login OR i.in_group), '{}')
@@ -520,16 +528,16 @@ BEGIN
     PERFORM pg_stat_clear_snapshot();
     starting := ARRAY(SELECT pid FROM pg_locks WHERE locktype = 'virtualxid' AND granted
         EXCEPT SELECT pid FROM pg_stat_activity WHERE usesysid IS NOT NULL OR datid IS NOT NULL);
-    -- Sessions are counted last, so that whoever started up in between is among them.
-    -- One that outlives its role and became a session since inspect looked is known by the role that it had.
+    -- Sessions are counted last, so that they include every process that started up in between. A session of a dropped
+    -- role that inspect did not see yet is found by the oid of that role.
     roles := roles || ARRAY(SELECT l.role FROM pawl.logins l WHERE l.grant_id IN (SELECT unnest(grants))
         AND (SELECT p.oid FROM pg_roles p WHERE p.oid = l.role) IS NULL);
     PERFORM pg_stat_clear_snapshot();
     SELECT count(pg_terminate_backend(a.pid)) INTO sessions FROM pg_stat_activity a WHERE a.usesysid = ANY (roles);
 END $$;
 
--- Bars grants from ever getting a credential, and waits for those being made; gives how many of
--- the grants can log in nevertheless, because theirs was made just before.
+-- Bars grants, so that they can never get a credential, and waits for mints in flight. Returns how many of the grants
+-- can log in nevertheless, because their credential was made just before.
 CREATE OR REPLACE FUNCTION pawl.bar(grants text[]) RETURNS int LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
 BEGIN
@@ -539,7 +547,7 @@ BEGIN
     RETURN (SELECT count(*) FROM pawl.roles r WHERE r.rolcanlogin AND r.grant_id IN (SELECT unnest(grants)));
 END $$;
 
--- Drops the logins of grants; gives how many.
+-- Drops the logins of grants and returns how many.
 CREATE OR REPLACE FUNCTION pawl.remove(grants text[]) RETURNS int LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -547,8 +555,8 @@ BEGIN
     RETURN pawl.end_logins(ARRAY(SELECT r.name::text FROM pawl.roles r WHERE r.grant_id IN (SELECT unnest(grants))));
 END $$;
 
--- Clears away what nobody will miss: logins ten minutes past their end (Vault failed to end them),
--- shapes that were not used for the given time and have no member, records of a day ago.
+-- Removes logins that expired ten minutes ago and that Vault failed to end. It also removes shapes that were unused for
+-- the given time and have no member, and records of logins that ended a day ago.
 CREATE OR REPLACE FUNCTION pawl.collect(unused interval, OUT logins int, OUT shapes int, OUT records int)
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
@@ -556,7 +564,7 @@ DECLARE
     r record;
 BEGIN
     IF (unused >= interval '1 hour') IS NOT TRUE THEN
-        RAISE 'shapes are kept for an hour at least: brokers remember those they made' USING ERRCODE = '22023';
+        RAISE 'unused must be at least an hour: brokers cache the shapes that they made' USING ERRCODE = '22023';
     END IF;
     logins := pawl.end_logins(ARRAY(SELECT o.name::text FROM pawl.roles o JOIN pawl.logins USING (grant_id)
         WHERE o.rolvaliduntil < now() - interval '10 minutes' LIMIT 1000));
@@ -573,7 +581,7 @@ BEGIN
             shapes := shapes + 1;
         END IF;
     END LOOP;
-    -- Networks of which no shape is a member; a shape may be another database's.
+    -- Networks without a member. (The member can be a shape of another database.)
     FOR r IN SELECT n.rolname FROM pg_roles n WHERE n.rolname ~ '^pawl_net_[a-z][a-z0-9_]*$' AND NOT EXISTS (
         SELECT FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.member
         WHERE m.roleid = n.oid AND g.rolname LIKE 'pawl-shape-%') LOOP
@@ -585,7 +593,7 @@ BEGIN
     GET DIAGNOSTICS records = ROW_COUNT;
 END $$;
 
--- ---------------------------------------------------------------- who may call what
+-- ---------------------------------------------------------------- privileges
 
 REVOKE ALL ON SCHEMA pawl FROM PUBLIC;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA pawl FROM PUBLIC, pawl_vault, pawl_shaper, pawl_revoker;

@@ -1,14 +1,13 @@
-// Package postgres hands out PostgreSQL logins that can do exactly what a step asked for, cuts
-// them in bulk at the database, and proves them dead.
+// Package postgres issues PostgreSQL logins with exactly the rights of a step. It severs them in bulk at the database
+// and proves them dead.
 //
-// A distinct set of tables, verbs, row filter and limits is a shape. Its rights are given once, to
-// a group role named after the hash of the shape; a credential is a login that is a member of
-// that group and holds nothing itself. The login's name, pawl-<grant>-<shape>-<random>, is drawn by
-// Vault from the display name of the step's token; the function in the database that Vault's one
-// creation statement calls takes the shape from it. So Vault needs no role for each shape, and the
-// broker no right to write statements into Vault.
+// A shape is a distinct set of tables, verbs, row filter and limits. Its rights are granted once, to a group role named
+// after the hash of the shape. A credential is a login that is a member of the group and holds no rights itself. Vault
+// builds the login's name, pawl-<grant>-<shape>-<random>, from the display name of the step's token. Vault's single
+// creation statement calls a function in the database, which reads the shape from that name. So Vault needs no role per
+// shape, and the broker needs no right to write statements into Vault.
 //
-// bootstrap.sql says what the database holds for this and who may call what.
+// bootstrap.sql defines the objects in the database and who may call which function.
 package postgres
 
 import (
@@ -26,7 +25,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Purpose is what a credential of the broker's own is for.
+// Purpose is the purpose of one of the broker's own credentials.
 type Purpose string
 
 // The purposes; each is a group role in bootstrap.sql.
@@ -35,26 +34,26 @@ const (
 	Revoker Purpose = "revoker" // severs, inspects and removes agents' logins
 )
 
-// Credentials gets the broker's own credentials, from the Vault roles that [VaultSetup.Writes]
-// names. Safe for concurrent use. The revoker's should live for an hour or more: for as long as it
-// lives, severing works with Vault down.
+// Credentials gets the broker's own credentials from the Vault roles that [VaultSetup.Writes] defines. Safe for
+// concurrent use. The revoker's credential should live for an hour or more: severing works with Vault down for as long
+// as it lives.
 type Credentials interface {
 	Credential(ctx context.Context, p Purpose) (username, password string, expires time.Time, err error)
 }
 
-// Config says which database, and how to get in.
+// Config names the database and the source of the broker's own credentials.
 type Config struct {
 	// DSN is the database's address without user and password, such as
 	// "host=db.internal port=5432 dbname=app sslmode=verify-full". Required.
 	DSN string
-	// Credentials is where the broker's own credentials come from. Required.
+	// Credentials is the source of the broker's own credentials. Required.
 	Credentials Credentials
-	// Now is the clock of evidence and of credentials' ends. Nil is time.Now.
+	// Now is the clock for evidence and for the expiry of credentials. Nil is time.Now.
 	Now func() time.Time
-	// CollectEvery is how often shapes that nobody used for a day, and logins that Vault failed to end,
-	// are cleared away. Zero is 10 minutes, negative is never.
+	// CollectEvery is how often the backend removes shapes that were unused for a day, and logins that Vault failed to
+	// end. Zero is 10 minutes, negative is never.
 	CollectEvery time.Duration
-	// Log gets what goes wrong in the background. Nil discards it.
+	// Log receives the failures of background work. Nil discards them.
 	Log *slog.Logger
 }
 
@@ -67,19 +66,19 @@ type Backend struct {
 	cfg      Config
 	address  *pgxpool.Config
 	database string
-	// Severing has connections of its own, so that it never queues behind preparing.
+	// Severing has its own connections, so that it never queues behind preparing.
 	shaper, revoker *service
 
 	stop context.CancelFunc
 	done sync.WaitGroup
 
-	// mu guards known.
-	mu    sync.Mutex
-	known map[string]time.Time // shapes found in the database, and when
+	// mu guards shapes.
+	mu     sync.Mutex
+	shapes map[string]time.Time // when each shape was last seen in the database
 }
 
-// New checks the configuration and starts to look after the revoker's credential. It does not need
-// the database to be up; [Backend.Check] does. Close it after use.
+// New checks the configuration and starts the background work that renews the broker's own credentials. The database
+// need not be up; [Backend.Check] needs it. Close the backend after use.
 func New(cfg Config) (*Backend, error) {
 	if cfg.Credentials == nil {
 		return nil, errors.New("postgres: Credentials is required")
@@ -97,27 +96,27 @@ func New(cfg Config) (*Backend, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	b := &Backend{cfg: cfg, address: address, database: address.ConnConfig.Database, known: map[string]time.Time{}}
+	b := &Backend{cfg: cfg, address: address, database: address.ConnConfig.Database, shapes: map[string]time.Time{}}
 	b.shaper = newService(Shaper, cfg, address)
 	b.revoker = newService(Revoker, cfg, address)
 	ctx, stop := context.WithCancel(context.Background())
 	b.stop = stop
-	b.done.Go(func() { b.look(ctx) })
+	b.done.Go(func() { b.maintain(ctx) })
 	return b, nil
 }
 
-// parseAddress refuses a DSN with a password: who to be is Credentials' to say. One that pgx finds
-// in the environment (PGPASSWORD, a password file) is somebody else's, and is not used.
+// parseAddress refuses a DSN with a password, since Credentials provides it. It ignores a password that pgx finds in
+// the environment (PGPASSWORD, a password file): that one belongs to another program.
 func parseAddress(dsn string) (*pgxpool.Config, error) {
 	if dsn == "" {
 		return nil, errors.New("postgres: DSN is required")
 	}
 	address, err := pgxpool.ParseConfig(dsn)
 	if err != nil {
-		return nil, errors.New("postgres: DSN cannot be read") // pgx's text quotes it
+		return nil, errors.New("postgres: DSN does not parse") // pgx's own text quotes the DSN
 	}
 	if holdsPassword(dsn) {
-		return nil, errors.New("postgres: DSN must not hold a password")
+		return nil, errors.New("postgres: DSN must not contain a password")
 	}
 	address.ConnConfig.Password = ""
 	if !isName(address.ConnConfig.Database) {
@@ -132,7 +131,7 @@ func parseAddress(dsn string) (*pgxpool.Config, error) {
 
 var passwordKey = regexp.MustCompile(`(?i)(^|\s)password\s*=`)
 
-// holdsPassword reports whether a DSN of either form has a password in its own text.
+// holdsPassword reports whether a DSN of either form contains a password.
 func holdsPassword(dsn string) bool {
 	if u, err := url.Parse(dsn); err == nil && (u.Scheme == "postgres" || u.Scheme == "postgresql") {
 		_, has := u.User.Password()
@@ -141,7 +140,7 @@ func holdsPassword(dsn string) bool {
 	return passwordKey.MatchString(dsn)
 }
 
-// Close ends the background work and the connections, and waits for both.
+// Close stops the background work, closes the connections, and waits for both.
 func (b *Backend) Close() {
 	b.stop()
 	b.done.Wait()
@@ -149,36 +148,36 @@ func (b *Backend) Close() {
 	b.revoker.close()
 }
 
-// Check reports whether the database can be reached for both purposes and was set up for this
-// version.
+// Check reports whether the backend can log in to the database for both purposes, and whether the database was set up
+// for this version.
 func (b *Backend) Check(ctx context.Context) error {
 	for _, s := range []*service{b.shaper, b.revoker} {
 		var version int
 		if err := s.query(ctx, "SELECT pawl.version()", nil, &version); err != nil {
-			return fmt.Errorf("asking database %q as %s: %w", b.database, s.purpose, err)
+			return fmt.Errorf("reading the schema version of database %q as %s: %w", b.database, s.purpose, err)
 		}
 		if version != schemaVersion {
-			return fmt.Errorf("database %q is set up in version %d, want %d", b.database, version, schemaVersion)
+			return fmt.Errorf("database %q has schema version %d, want %d", b.database, version, schemaVersion)
 		}
 	}
 	return nil
 }
 
-// look keeps the broker's credentials from running out, and collects.
-func (b *Backend) look(ctx context.Context) {
+// maintain renews the broker's own credentials before they expire, and collects.
+func (b *Backend) maintain(ctx context.Context) {
 	tick := time.NewTicker(maintainEvery)
 	defer tick.Stop()
 	collected := b.cfg.Now()
 	for {
 		for _, s := range []*service{b.revoker, b.shaper} {
-			if err := s.keep(ctx); err != nil && ctx.Err() == nil {
-				b.cfg.Log.Warn("renewing a credential", "database", b.database, "purpose", s.purpose, "err", err)
+			if err := s.renewIfDue(ctx); err != nil && ctx.Err() == nil {
+				b.cfg.Log.Warn("renewing a credential failed", "database", b.database, "purpose", s.purpose, "err", err)
 			}
 		}
 		if b.cfg.CollectEvery > 0 && b.cfg.Now().Sub(collected) >= b.cfg.CollectEvery {
 			collected = b.cfg.Now()
 			if err := b.collect(ctx, 24*time.Hour); err != nil && ctx.Err() == nil {
-				b.cfg.Log.Warn("collecting", "database", b.database, "err", err)
+				b.cfg.Log.Warn("collecting failed", "database", b.database, "err", err)
 			}
 		}
 		select {

@@ -15,55 +15,55 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// Of what is remembered about shapes, so that most steps need no word with the database. An hour is how
-// long the database keeps a shape that nobody uses, at least.
+// Limits of the cache of known shapes, which spares most steps a call to the database. The database keeps an unused
+// shape for at least an hour, so a cached shape still exists.
 const (
-	shapeMemory = 5 * time.Minute
-	maxShapes   = 10000
+	shapeCacheTTL   = 5 * time.Minute
+	maxCachedShapes = 10000
 )
 
-// Prepare turns the arguments into a shape and sees to it that the database has it. An argument
-// outside what the tool or the database lets agents have is Denied, a database that does not
-// answer Unavailable.
+// Prepare turns the arguments into a shape and makes the shape in the database unless it exists. An argument that the
+// tool or the database does not allow is Denied. A database that does not respond is Unavailable.
 func (b *Backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (broker.Mint, string, error) {
-	s, err := b.read(t)
+	s, err := b.parseTool(t)
 	if err != nil {
-		return broker.Mint{}, "", broker.Errorf(broker.Internal, "prepare", "the tool is not as it was loaded").Because(err)
+		return broker.Mint{}, "", broker.Errorf(broker.Internal, "prepare",
+			"the tool no longer loads").Because(err)
 	}
 	if _, err := broker.ParseGrantID(string(g.ID)); err != nil {
-		return broker.Mint{}, "", broker.Errorf(broker.Internal, "prepare", "not a grant").Because(err)
+		return broker.Mint{}, "", broker.Errorf(broker.Internal, "prepare", "malformed grant id").Because(err)
 	}
 	sp, err := s.narrow(b.database, g.Args)
 	if err != nil {
 		return broker.Mint{}, "", err
 	}
 	shape, text := sp.encode()
-	if err := b.ensure(ctx, shape, text); err != nil {
+	if err := b.ensureShape(ctx, shape, text); err != nil {
 		return broker.Mint{}, "", err
 	}
 	display := string(g.ID) + "-" + shape
-	m := broker.Mint{Path: []string{s.mount, "creds", s.role}, Leased: true, TTL: ttl(t.TTL)}
-	m.Finish = func(answer map[string]any, _ time.Time) (broker.Finished, error) {
-		f, err := s.finish(b.database, sp, "pawl-"+display+"-", answer)
-		f.Outlives = b.cfg.Now().Add(ttl(t.TTL) + vaultMargin)
+	m := broker.Mint{Path: []string{s.mount, "creds", s.role}, Leased: true, TTL: leaseTTL(t.TTL)}
+	m.Finish = func(response map[string]any, _ time.Time) (broker.Finished, error) {
+		f, err := s.finish(b.database, sp, "pawl-"+display+"-", response)
+		f.Outlives = b.cfg.Now().Add(leaseTTL(t.TTL) + validUntilMargin)
 		return f, err
 	}
 	return m, display, nil
 }
 
-// vaultMargin is how much later than the lease Vault sets VALID UNTIL (measured).
-const vaultMargin = 5 * time.Second
+// validUntilMargin bounds how long after the lease's expiry Vault sets VALID UNTIL (measured).
+const validUntilMargin = 5 * time.Second
 
-// ttl is what the Vault role of the tool must be set to: Vault's database engine has no shorter life for
-// a shorter step, whose token's end is what ends it.
-func ttl(tool time.Duration) time.Duration {
+// leaseTTL returns the TTL that the tool's Vault role must have. Vault's database engine has no shorter TTL for a
+// shorter step: the expiry of that step's token ends the lease.
+func leaseTTL(tool time.Duration) time.Duration {
 	if tool <= 0 {
 		return broker.DefaultTTL
 	}
 	return min(tool, broker.MaxTTL)
 }
 
-// narrow reads the arguments. Each that is left out is the whole of the setting.
+// narrow builds the specification from the arguments. For a missing argument it takes the whole of the setting.
 func (s settings) narrow(database string, args args.Args) (spec, error) {
 	sp := spec{Connections: s.connections, Database: database, Tables: s.tables, Verbs: s.verbs,
 		StatementMS: s.statement.Milliseconds(), IdleMS: s.idle.Milliseconds(), Network: s.network}
@@ -71,10 +71,10 @@ func (s settings) narrow(database string, args args.Args) (spec, error) {
 		names, _ := v.Strings()
 		tables, err := parseTables(names, s.schema)
 		if err != nil {
-			return spec{}, outside(argTables, err.Error())
+			return spec{}, argumentOutside(argTables, err.Error())
 		}
 		if len(s.tables) > 0 && !subset(tables, s.tables) {
-			return spec{}, outside(argTables, "a table is not one of the tool's")
+			return spec{}, argumentOutside(argTables, "a table is not one of the tool's")
 		}
 		sp.Tables = tables
 	}
@@ -82,20 +82,20 @@ func (s settings) narrow(database string, args args.Args) (spec, error) {
 		names, _ := v.Strings()
 		verbs, err := parseVerbs(names)
 		if err != nil {
-			return spec{}, outside(argVerbs, err.Error())
+			return spec{}, argumentOutside(argVerbs, err.Error())
 		}
 		if !subset(verbs, s.verbs) {
-			return spec{}, outside(argVerbs, "a verb is not one of the tool's")
+			return spec{}, argumentOutside(argVerbs, "a verb is not one of the tool's")
 		}
 		sp.Verbs = verbs
 	}
-	if err := s.filterBy(&sp, args); err != nil {
+	if err := s.applyFilter(&sp, args); err != nil {
 		return spec{}, err
 	}
 	return sp, nil
 }
 
-func (s settings) filterBy(sp *spec, args args.Args) error {
+func (s settings) applyFilter(sp *spec, args args.Args) error {
 	v, valued := args.Get(argFilterValue)
 	c, chosen := args.Get(argFilterColumn)
 	if s.filterColumn == "" && !valued && !chosen {
@@ -107,16 +107,16 @@ func (s settings) filterBy(sp *spec, args args.Args) error {
 	}
 	value, text := v.Text()
 	if !valued || !chosen || !text {
-		return outside(argFilterValue, "a filter needs a column and a value")
+		return argumentOutside(argFilterValue, "a filter needs a column and a value")
 	}
 	f, err := parseFilter(column, value)
 	if err != nil {
-		return outside(argFilterValue, err.Error())
+		return argumentOutside(argFilterValue, err.Error())
 	}
 	names := map[string]bool{}
 	for _, t := range sp.Tables {
 		if names[t[1]] {
-			return outside(argTables, "with a filter, two tables must not have the same name")
+			return argumentOutside(argTables, "with a filter, two tables must not have the same name")
 		}
 		names[t[1]] = true
 	}
@@ -124,43 +124,45 @@ func (s settings) filterBy(sp *spec, args args.Args) error {
 	return nil
 }
 
-func outside(argument, why string) *broker.Error {
+func argumentOutside(argument, why string) *broker.Error {
 	return broker.Errorf(broker.Denied, "prepare", "argument %q: %s", argument, why).
 		With(broker.CodeArgumentOutside).Lacks("", "argument:"+argument)
 }
 
-// ensure makes the shape in the database unless it was seen there lately.
-func (b *Backend) ensure(ctx context.Context, shape, text string) error {
+// ensureShape makes the shape in the database unless the cache says that it exists.
+func (b *Backend) ensureShape(ctx context.Context, shape, text string) error {
 	now := b.cfg.Now()
 	b.mu.Lock()
-	seen, known := b.known[shape]
+	seen, known := b.shapes[shape]
 	b.mu.Unlock()
-	if known && now.Sub(seen) < shapeMemory {
+	if known && now.Sub(seen) < shapeCacheTTL {
 		return nil
 	}
 	var void any
 	err := b.shaper.query(ctx, "SELECT pawl.ensure_shape($1, $2)::text", []any{shape, text}, &void)
-	if err != nil && failureOf(err) == asked {
-		return outside(argTables, "the database lets agents have no such table, verb or filter, or its pg_hba.conf does not confine the tool's network").Because(err)
+	if err != nil && classify(err) == badRequest {
+		return argumentOutside(argTables, "the database grants agents no such table, verb or filter, "+
+			"or its pg_hba.conf does not confine the tool's network").Because(err)
 	}
 	if err != nil {
-		return broker.Errorf(broker.Unavailable, "prepare", "database %q cannot be prepared; nothing was made", b.database).
+		return broker.Errorf(broker.Unavailable, "prepare",
+			"database %q cannot be prepared; nothing was made", b.database).
 			With(broker.CodeBackendDown).Because(err).After(time.Second)
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if len(b.known) >= maxShapes {
-		clear(b.known)
+	if len(b.shapes) >= maxCachedShapes {
+		clear(b.shapes)
 	}
-	b.known[shape] = now
+	b.shapes[shape] = now
 	return nil
 }
 
-// drawnPassword is the length of a password from which its digest is kept: Vault's own are as long, of
-// 63 characters, about 119 bits. A password policy of the mount's may make shorter ones.
-const drawnPassword = 20
+// minDigestPassword is the length from which the backend returns the digest of a password. Vault's own passwords have
+// this length, from 63 characters, which makes about 119 bits. A password policy of the mount may make shorter ones.
+const minDigestPassword = 20
 
-// login is what the agent gets.
+// login is the secret that the agent gets.
 type login struct {
 	Username string            `json:"username"`
 	Password string            `json:"password"`
@@ -169,22 +171,23 @@ type login struct {
 	Database string            `json:"database"`
 	SSLMode  string            `json:"sslmode"`
 	URL      string            `json:"url"`
-	Tables   map[string]string `json:"tables"` // schema.table as asked for, to the name to use in SQL
+	Tables   map[string]string `json:"tables"` // from the requested schema.table to the name to use in SQL
 }
 
-// finish refuses an answer whose login is not the one that the step's token was made for: it would
-// be some other step's, or have some other shape's rights.
-func (s settings) finish(database string, sp spec, prefix string, answer map[string]any) (broker.Finished, error) {
-	username, _ := answer["username"].(string)
-	password, _ := answer["password"].(string)
+// finish turns Vault's response into the secret. It refuses a login that does not begin with the prefix: that login
+// would belong to another step or have the rights of another shape.
+func (s settings) finish(database string, sp spec, prefix string, response map[string]any) (broker.Finished, error) {
+	username, _ := response["username"].(string)
+	password, _ := response["password"].(string)
 	random, ours := strings.CutPrefix(username, prefix)
 	if !ours || len(random) != 8 || !isSegment(random) || strings.ContainsAny(random, "-_") {
-		return broker.Finished{}, errors.New("vault's answer has another login than the step's")
+		return broker.Finished{}, errors.New("vault's response contains another step's login")
 	}
 	if password == "" {
-		return broker.Finished{}, errors.New("vault's answer has no password")
+		return broker.Finished{}, errors.New("vault's response contains no password")
 	}
-	l := login{Username: username, Password: password, Host: s.host, Port: s.port, Database: database, SSLMode: s.sslmode,
+	l := login{Username: username, Password: password, Host: s.host, Port: s.port,
+		Database: database, SSLMode: s.sslmode,
 		URL: s.url(database, url.UserPassword(username, password)), Tables: map[string]string{}}
 	shape, _ := sp.encode()
 	for _, t := range sp.Tables {
@@ -196,16 +199,16 @@ func (s settings) finish(database string, sp spec, prefix string, answer map[str
 	}
 	b, err := json.Marshal(l)
 	if err != nil {
-		return broker.Finished{}, errors.New("vault's answer does not encode")
+		return broker.Finished{}, errors.New("encoding the secret")
 	}
 	f := broker.Finished{Secret: broker.NewSecret(b), Ref: username}
-	if len(password) >= drawnPassword {
+	if len(password) >= minDigestPassword {
 		f.Digests = []broker.ValueDigest{broker.DigestValue(password), broker.DigestValue(l.URL)}
 	}
 	return f, nil
 }
 
-// url is the connection URL that libpq and pgx read; a socket's directory goes into a parameter.
+// url returns the connection URL for libpq and pgx. The directory of a Unix socket goes into a parameter.
 func (s settings) url(database string, user *url.Userinfo) string {
 	query := url.Values{"sslmode": {s.sslmode}}
 	u := url.URL{Scheme: "postgresql", User: user, Path: "/" + database}

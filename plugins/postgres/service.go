@@ -12,38 +12,39 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// service is the broker's own way into the database for one purpose: a small pool under a
-// credential that is replaced at half its life.
+// service connects the broker to the database for one purpose. It holds a small pool and replaces its credential after
+// half of the credential's life.
 type service struct {
-	purpose Purpose
-	cfg     Config
-	address *pgxpool.Config
-	turn    chan struct{} // holds one token: whoever takes it may fetch a credential
-	closing sync.WaitGroup
+	purpose   Purpose
+	cfg       Config
+	address   *pgxpool.Config
+	fetchSlot chan struct{} // holds one token; only the goroutine that takes it may fetch a credential
+	closing   sync.WaitGroup
 
-	// mu guards what follows.
+	// mu guards the fields below.
 	mu      sync.Mutex
 	pool    *pgxpool.Pool // nil before the first credential
-	renew   time.Time     // when to look for the next credential
-	expires time.Time     // when this one is of no use any more
+	renewAt time.Time     // when to fetch the next credential
+	expires time.Time     // of the credential; zero after the database refused it
 }
 
 func newService(p Purpose, cfg Config, address *pgxpool.Config) *service {
-	s := &service{purpose: p, cfg: cfg, address: address, turn: make(chan struct{}, 1)}
-	s.turn <- struct{}{}
+	s := &service{purpose: p, cfg: cfg, address: address, fetchSlot: make(chan struct{}, 1)}
+	s.fetchSlot <- struct{}{}
 	return s
 }
 
-// get gives the pool. Vault is asked only when there is no credential that lives: severing must not wait for a
-// Vault that hangs.
+// get returns the pool. It asks Vault only if there is no live credential: severing must not wait for a Vault that
+// hangs.
 func (s *service) get(ctx context.Context) (*pgxpool.Pool, error) {
 	if pool, _ := s.current(); pool != nil {
 		return pool, nil
 	}
-	return s.next(ctx, func(pool *pgxpool.Pool, _ bool) bool { return pool != nil })
+	return s.fetchUnless(ctx, func(pool *pgxpool.Pool, _ bool) bool { return pool != nil })
 }
 
-// current gives the pool if its credential lives, and whether it is in the first half of its life.
+// current returns the pool if its credential is live. fresh reports whether the credential is in the first half of its
+// life.
 func (s *service) current() (pool *pgxpool.Pool, fresh bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -51,25 +52,28 @@ func (s *service) current() (pool *pgxpool.Pool, fresh bool) {
 	if s.pool == nil || !now.Before(s.expires) {
 		return nil, false
 	}
-	return s.pool, now.Before(s.renew)
+	return s.pool, now.Before(s.renewAt)
 }
 
-// keep looks for the next credential when this one is past half its life, and leaves it in place if there is none.
-func (s *service) keep(ctx context.Context) error {
+// renewIfDue fetches the next credential after half of this one's life. If that fails, this one stays in use.
+func (s *service) renewIfDue(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, maintainEvery)
 	defer cancel()
-	_, err := s.next(ctx, func(_ *pgxpool.Pool, fresh bool) bool { return fresh })
+	_, err := s.fetchUnless(ctx, func(_ *pgxpool.Pool, fresh bool) bool { return fresh })
 	return err
 }
 
-// next fetches a credential, one caller at a time, unless the one that is there by then is good enough.
-func (s *service) next(ctx context.Context, good func(pool *pgxpool.Pool, fresh bool) bool) (*pgxpool.Pool, error) {
+// fetchUnless fetches a credential, one caller at a time. It first checks again whether the present one is good enough,
+// since another caller may have replaced it meanwhile.
+func (s *service) fetchUnless(
+	ctx context.Context, good func(pool *pgxpool.Pool, fresh bool) bool,
+) (*pgxpool.Pool, error) {
 	select {
-	case <-s.turn:
+	case <-s.fetchSlot:
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	defer func() { s.turn <- struct{}{} }()
+	defer func() { s.fetchSlot <- struct{}{} }()
 	if pool, fresh := s.current(); good(pool, fresh) {
 		return pool, nil
 	}
@@ -83,7 +87,7 @@ func (s *service) fetch(ctx context.Context) (*pgxpool.Pool, error) {
 	}
 	now := s.cfg.Now()
 	if user == "" || password == "" || !expires.After(now) {
-		return nil, fmt.Errorf("getting a credential for %s: it is empty or over", s.purpose)
+		return nil, fmt.Errorf("getting a credential for %s: it is empty or expired", s.purpose)
 	}
 	config := s.address.Copy()
 	config.ConnConfig.User, config.ConnConfig.Password = user, password
@@ -95,18 +99,18 @@ func (s *service) fetch(ctx context.Context) (*pgxpool.Pool, error) {
 	return pool, nil
 }
 
-// replace puts a pool in place of the last, which closes once its connections are back.
+// replace installs a pool. The old one closes in the background once its connections are returned.
 func (s *service) replace(pool *pgxpool.Pool, renew, expires time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if old := s.pool; old != nil {
 		s.closing.Go(old.Close)
 	}
-	s.pool, s.renew, s.expires = pool, renew, expires
+	s.pool, s.renewAt, s.expires = pool, renew, expires
 }
 
-// distrust makes the next get look for another credential: the database refused this one.
-func (s *service) distrust(pool *pgxpool.Pool) {
+// markRefused makes the next get fetch another credential, after the database refused this one.
+func (s *service) markRefused(pool *pgxpool.Pool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.pool == pool {
@@ -119,11 +123,11 @@ func (s *service) close() {
 	s.closing.Wait()
 }
 
-// attempts is how often a call is sent at most. All our functions may be called again.
-const attempts = 4
+// maxAttempts bounds the attempts of one call. Every function in schema pawl is safe to call again.
+const maxAttempts = 4
 
-// do runs f with the pool, and again when the credential was refused, the connection was lost, or
-// two transactions collided.
+// do runs f with the pool. It retries when the database refused the credential, when the connection was lost, and after
+// a conflict between two transactions.
 func (s *service) do(ctx context.Context, f func(*pgxpool.Pool) error) error {
 	for try := 1; ; try++ {
 		pool, err := s.get(ctx)
@@ -131,57 +135,57 @@ func (s *service) do(ctx context.Context, f func(*pgxpool.Pool) error) error {
 			return err
 		}
 		err = f(pool)
-		if err == nil || try == attempts || ctx.Err() != nil {
+		if err == nil || try == maxAttempts || ctx.Err() != nil {
 			return err
 		}
-		switch why := failureOf(err); why {
-		case refused:
-			s.distrust(pool)
-		case lost, collided:
+		switch why := classify(err); why {
+		case badCredential:
+			s.markRefused(pool)
+		case connectionLost, conflict:
 		default:
 			return err
 		}
 	}
 }
 
-// query calls a function that answers one row.
+// query calls a function that returns one row.
 func (s *service) query(ctx context.Context, sql string, args []any, into ...any) error {
 	return s.do(ctx, func(pool *pgxpool.Pool) error {
 		return pool.QueryRow(ctx, sql, args...).Scan(into...)
 	})
 }
 
-// failure is why a call failed, as far as it matters what to do next.
+// failure is a class of errors that need the same reaction.
 type failure int
 
 const (
-	other    failure = iota
-	refused          // the credential is not taken
-	lost             // the connection is gone
-	collided         // with another transaction
-	asked            // what was asked for is malformed, or may not be given
+	other          failure = iota
+	badCredential          // the database refused the credential
+	connectionLost         // retry on another connection
+	conflict               // with another transaction
+	badRequest             // the arguments are malformed or not allowed
 )
 
-// failureOf reads the SQLSTATE (PostgreSQL manual, appendix A).
-func failureOf(err error) failure {
+// classify reads the SQLSTATE (PostgreSQL manual, appendix A).
+func classify(err error) failure {
 	var pg *pgconn.PgError
 	if !errors.As(err, &pg) {
 		var connect *pgconn.ConnectError
 		if errors.As(err, &connect) {
 			return other
 		}
-		return lost
+		return connectionLost
 	}
 	switch {
 	case strings.HasPrefix(pg.Code, "28"):
-		return refused
+		return badCredential
 	case pg.Code == "57P01" || strings.HasPrefix(pg.Code, "08"):
-		return lost
-	// XX000 is "tuple concurrently updated" by a GRANT of somebody else's.
+		return connectionLost
+	// XX000 is "tuple concurrently updated", after a concurrent GRANT.
 	case strings.HasPrefix(pg.Code, "40"), pg.Code == "55P03", pg.Code == "XX000", pg.Code == "23505":
-		return collided
+		return conflict
 	case strings.HasPrefix(pg.Code, "22"), pg.Code == "42501", pg.Code == "42703", pg.Code == "42883":
-		return asked
+		return badRequest
 	}
 	return other
 }

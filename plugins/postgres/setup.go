@@ -21,19 +21,19 @@ import (
 //go:embed bootstrap.sql
 var bootstrap string
 
-// schemaVersion is what pawl.version() answers.
+// schemaVersion is the value that pawl.version() returns.
 const schemaVersion = 1
 
-// Bootstrap is the script that [Setup] runs, for platform teams that run it themselves: as a
-// superuser, in one transaction.
+// Bootstrap returns the script that [Setup] runs. Platform teams can run it themselves, as a superuser and in one
+// transaction.
 func Bootstrap() string { return bootstrap }
 
-// SetupConfig says how to set up a database.
+// SetupConfig describes how to set up a database.
 type SetupConfig struct {
-	// VaultPassword is given to pawl_vault, the role of Vault's connection. Empty leaves the password
-	// as it is; Vault's rotate-root replaces it with one that nobody else knows.
+	// VaultPassword is the new password of pawl_vault, the role of Vault's connection. Empty keeps the present one.
+	// Vault's rotate-root replaces it with a password that only Vault knows.
 	VaultPassword string
-	// Tables may be granted to agents. None is added when empty; none is ever withdrawn here.
+	// Tables lists the tables that agents may get. Setup adds them to those of earlier calls and never withdraws one.
 	Tables []Grantable
 }
 
@@ -43,8 +43,8 @@ type Grantable struct {
 	Verbs []string // of select, insert, update, delete
 }
 
-// Setup makes or updates what bootstrap.sql describes, over a superuser's connection, in one
-// transaction. It may be repeated.
+// Setup runs bootstrap.sql and the grants of cfg in one transaction. The connection must be a superuser's. Setup may be
+// repeated.
 func Setup(ctx context.Context, conn *pgx.Conn, cfg SetupConfig) error {
 	statements := []string{bootstrap}
 	if cfg.VaultPassword != "" {
@@ -65,7 +65,8 @@ func Setup(ctx context.Context, conn *pgx.Conn, cfg SetupConfig) error {
 		}
 		statements = append(statements,
 			fmt.Sprintf("GRANT USAGE ON SCHEMA %s TO pawl_maker WITH GRANT OPTION", pgx.Identifier{t[0]}.Sanitize()),
-			fmt.Sprintf("GRANT %s ON %s TO pawl_maker WITH GRANT OPTION", strings.Join(verbs, ", "), pgx.Identifier(t[:]).Sanitize()))
+			fmt.Sprintf("GRANT %s ON %s TO pawl_maker WITH GRANT OPTION",
+				strings.Join(verbs, ", "), pgx.Identifier(t[:]).Sanitize()))
 	}
 	tx, err := conn.Begin(ctx)
 	if err != nil {
@@ -83,9 +84,9 @@ func Setup(ctx context.Context, conn *pgx.Conn, cfg SetupConfig) error {
 	return nil
 }
 
-// scramVerifier makes the SCRAM-SHA-256 verifier of a password (RFC 5803, as PostgreSQL stores it), so that
-// the password itself is in no statement and so in no log. The password must be printable ASCII:
-// anything else would need SASLprep.
+// scramVerifier returns the SCRAM-SHA-256 verifier of a password (RFC 5803, as PostgreSQL stores it). With it the
+// password itself appears in no statement, and so in no log. The password must be printable ASCII: other text would
+// need SASLprep.
 func scramVerifier(password string) (string, error) {
 	for i := 0; i < len(password); i++ {
 		if password[i] < ' ' || password[i] > '~' {
@@ -103,7 +104,8 @@ func scramVerifier(password string) (string, error) {
 	}
 	stored := sha256.Sum256(mac(salted, "Client Key"))
 	b64 := base64.StdEncoding.EncodeToString
-	return fmt.Sprintf("SCRAM-SHA-256$%d:%s$%s:%s", iterations, b64(salt), b64(stored[:]), b64(mac(salted, "Server Key"))), nil
+	server := mac(salted, "Server Key")
+	return fmt.Sprintf("SCRAM-SHA-256$%d:%s$%s:%s", iterations, b64(salt), b64(stored[:]), b64(server)), nil
 }
 
 func mac(key []byte, text string) []byte {
@@ -112,16 +114,16 @@ func mac(key []byte, text string) []byte {
 	return h.Sum(nil)
 }
 
-// VaultSetup says what Vault needs in order to issue for one database.
+// VaultSetup describes the configuration that Vault needs to issue for one database.
 type VaultSetup struct {
 	Mount      string                   // of the database engine, such as "database"
-	Connection string                   // name of the connection there
-	Address    string                   // host:port as Vault reaches it
-	Database   string                   // its name
-	SSLMode    string                   // of Vault's connection; empty is verify-full
-	Tools      map[string]time.Duration // Vault role of each tool, and the tool's TTL; zero is broker.DefaultTTL
+	Connection string                   // name of the connection in that mount
+	Address    string                   // host:port for Vault to connect to
+	Database   string                   // name of the database
+	SSLMode    string                   // of Vault's connection; empty: verify-full
+	Tools      map[string]time.Duration // Vault role of each tool, and the tool's TTL; zero: broker.DefaultTTL
 	Service    map[Purpose]string       // Vault role of the broker's own credentials, for both purposes
-	ServiceTTL time.Duration            // of those; zero is 4 h, the most is 24 h
+	ServiceTTL time.Duration            // of those credentials; zero: 4 h, at most 24 h
 }
 
 // VaultWrite is one write to Vault.
@@ -130,8 +132,9 @@ type VaultWrite struct {
 	Data map[string]any
 }
 
-// Writes gives the writes, the connection first. To it the caller adds "password", that of pawl_vault;
-// after it, rotate-root leaves Vault alone in knowing it. Leases made of these roles cannot be renewed.
+// Writes returns the writes to Vault, the connection first. The caller adds the member "password" to that one: the
+// password of pawl_vault. After the writes, rotate-root replaces it with a password that only Vault knows. Vault cannot
+// renew leases of these roles.
 func (v VaultSetup) Writes() []VaultWrite {
 	sslmode, serviceTTL := v.SSLMode, v.ServiceTTL
 	if sslmode == "" {
@@ -151,7 +154,7 @@ func (v VaultSetup) Writes() []VaultWrite {
 		}})
 	}
 	for _, name := range slices.Sorted(maps.Keys(v.Tools)) {
-		role(name, ttl(v.Tools[name]), "SELECT pawl.grant_login('{{name}}', '{{password}}', '{{expiration}}')",
+		role(name, leaseTTL(v.Tools[name]), "SELECT pawl.grant_login('{{name}}', '{{password}}', '{{expiration}}')",
 			"SELECT pawl.end_logins(ARRAY['{{name}}'])")
 	}
 	for _, purpose := range slices.Sorted(maps.Keys(v.Service)) {
@@ -160,13 +163,15 @@ func (v VaultSetup) Writes() []VaultWrite {
 			"SELECT pawl.end_service_login('{{name}}')")
 	}
 	connection := VaultWrite{Path: []string{v.Mount, "config", v.Connection}, Data: map[string]any{
-		"plugin_name":             "postgresql-database-plugin",
-		"connection_url":          fmt.Sprintf("postgresql://{{username}}:{{password}}@%s/%s?sslmode=%s", v.Address, v.Database, sslmode),
+		"plugin_name": "postgresql-database-plugin",
+		"connection_url": fmt.Sprintf("postgresql://{{username}}:{{password}}@%s/%s?sslmode=%s",
+			v.Address, v.Database, sslmode),
 		"username":                "pawl_vault",
-		"password_authentication": "scram-sha-256", // the password itself never reaches the database
-		"username_template":       `{{ printf "pawl-%s-%s" (.DisplayName | replace "token-" "" | replace "://" "-" | replace "/" "-" | truncate 48) (random 8) }}`,
-		"allowed_roles":           allowed,
-		"max_open_connections":    16,
+		"password_authentication": "scram-sha-256", // the database never sees the password itself
+		"username_template": `{{ printf "pawl-%s-%s" (.DisplayName | replace "token-" "" | replace "://" "-" ` +
+			`| replace "/" "-" | truncate 48) (random 8) }}`,
+		"allowed_roles":        allowed,
+		"max_open_connections": 16,
 	}}
 	return append([]VaultWrite{connection}, roles...)
 }

@@ -12,17 +12,17 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Sever takes login and rights from all logins of the grants in one transaction, and in the next ends
-// their sessions; it returns once no session is left. Then it bars the grants, so that a mint that is still
-// on its way makes nothing. The number of calls to the database does not depend on the number
-// of grants. A session that does not end holds it up until ctx ends.
+// Sever implements [broker.Severer]. It removes LOGIN and the rights from all logins of the grants in one transaction,
+// and then terminates their sessions until none is left. Last it bars the grants, so that a mint in flight makes no
+// login. The number of calls to the database does not depend on the number of grants. If a session does not end, Sever
+// waits for it until ctx ends.
 func (b *Backend) Sever(ctx context.Context, grants []broker.Grant) error {
 	if len(grants) == 0 {
 		return nil
 	}
 	ids := idsOf(grants)
 	for {
-		if err := b.cut(ctx, ids); err != nil {
+		if err := b.severUntilQuiet(ctx, ids); err != nil {
 			return fmt.Errorf("severing %d grants in database %q: %w", len(ids), b.database, err)
 		}
 		var late int
@@ -35,16 +35,16 @@ func (b *Backend) Sever(ctx context.Context, grants []broker.Grant) error {
 	}
 }
 
-// startup is how long cut waits for a process that is starting up. The login is refused to whoever is
-// still being authenticated after that, and a session that was let in just before has no rights left.
-const startup = 500 * time.Millisecond
+// startupGrace is how long severUntilQuiet waits for server processes that are starting up. A process that is still
+// authenticating after that is refused. A session that was accepted just before has no rights left.
+const startupGrace = 500 * time.Millisecond
 
-// cut repeats until a whole pass finds nothing, and whatever was starting up at the first such pass
-// has either become a session, which a pass saw, or gone.
-func (b *Backend) cut(ctx context.Context, ids []string) error {
-	var quiet bool           // whether there was such a pass
-	var waited time.Duration // since then
-	var before []int32       // the processes that were starting up then and are still
+// severUntilQuiet calls pawl.sever until a pass finds nothing left. It also waits for the server processes that were
+// starting up at the first such pass. Each of them ends, or becomes a session that a later pass counts.
+func (b *Backend) severUntilQuiet(ctx context.Context, ids []string) error {
+	var quiet bool           // a pass found nothing left
+	var waited time.Duration // since that pass
+	var before []int32       // the processes that were starting up at that pass and still are
 	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
 		var severed, passedOver, sessions int
 		var starting []int32
@@ -53,7 +53,7 @@ func (b *Backend) cut(ctx context.Context, ids []string) error {
 		if err != nil {
 			return err
 		}
-		if severed > 0 { // their sessions are next, and what was starting up when that was committed
+		if severed > 0 { // the next pass terminates their sessions; the wait for starting processes begins anew
 			quiet, waited = false, 0
 			continue
 		}
@@ -63,7 +63,7 @@ func (b *Backend) cut(ctx context.Context, ids []string) error {
 		before = slices.DeleteFunc(before, func(pid int32) bool { return !slices.Contains(starting, pid) })
 		if passedOver == 0 && sessions == 0 {
 			quiet = true
-			if len(before) == 0 || waited > startup {
+			if len(before) == 0 || waited > startupGrace {
 				return nil
 			}
 			waited += pause
@@ -78,8 +78,8 @@ func (b *Backend) cut(ctx context.Context, ids []string) error {
 	}
 }
 
-// Remove drops the logins of the grants, with all they own in this database. One that owns something in
-// another database stays, without login or rights.
+// Remove implements [broker.Remover]. It drops the logins of the grants and the objects that they own in this database.
+// A login that owns objects in another database remains, without LOGIN and without rights.
 func (b *Backend) Remove(ctx context.Context, grants []broker.GrantID) error {
 	ids := make([]string, len(grants))
 	for i, g := range grants {
@@ -92,23 +92,23 @@ func (b *Backend) Remove(ctx context.Context, grants []broker.GrantID) error {
 	return nil
 }
 
-// left is what the database still has of one login.
-type left struct {
+// loginState is the state of one login in the database.
+type loginState struct {
 	grant             string
 	canLogin, inGroup bool
 	validUntil        *time.Time
 	sessions          int
 }
 
-func (b *Backend) inspect(ctx context.Context, ids []string) ([]left, error) {
-	var found []left
+func (b *Backend) inspect(ctx context.Context, ids []string) ([]loginState, error) {
+	var found []loginState
 	err := b.revoker.do(ctx, func(pool *pgxpool.Pool) error {
 		rows, err := pool.Query(ctx, `SELECT grant_id, can_login, in_group,
 			nullif(valid_until, 'infinity'), sessions FROM pawl.inspect($1)`, ids)
 		if err != nil {
 			return err
 		}
-		found, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (l left, err error) {
+		found, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (l loginState, err error) {
 			return l, row.Scan(&l.grant, &l.canLogin, &l.inGroup, &l.validUntil, &l.sessions)
 		})
 		return err
@@ -116,32 +116,32 @@ func (b *Backend) inspect(ctx context.Context, ids []string) ([]left, error) {
 	return found, err
 }
 
-// evidenceCheck is what the evidence of this backend rests on.
+// evidenceCheck names the source of this backend's evidence.
 const evidenceCheck = "postgres: pg_roles and pg_stat_activity"
 
-// Prove looks at every login whose name carries a grant's id, and at sessions that outlived their
-// login. Dead is a grant for which none can log in, none has rights, and no session is open.
+// Prove implements [broker.Prover]. It checks every login with a grant's id in its name, and sessions that outlived
+// their login. A grant is dead if none of its logins can log in or has rights, and no session is open.
 func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	found, err := b.inspect(ctx, idsOf(grants))
 	if err != nil {
 		return nil, fmt.Errorf("inspecting %d grants in database %q: %w", len(grants), b.database, err)
 	}
 	now := b.cfg.Now()
-	of := map[string][]left{}
+	of := map[string][]loginState{}
 	for _, l := range found {
 		of[l.grant] = append(of[l.grant], l)
 	}
 	evidence := make([]broker.Evidence, len(grants))
 	for i, g := range grants {
 		evidence[i] = broker.Evidence{At: now, Check: evidenceCheck}
-		evidence[i].Outcome, evidence[i].Answer = judge(of[string(g.ID)], now)
+		evidence[i].Outcome, evidence[i].Answer = outcomeOf(of[string(g.ID)], now)
 	}
 	return evidence, nil
 }
 
-// judge gives the worst that is true of any login. VALID UNTIL alone proves nothing: it is not looked
-// at for every way to log in.
-func judge(logins []left, now time.Time) (broker.Outcome, string) {
+// outcomeOf returns the worst outcome of a grant's logins. VALID UNTIL alone proves nothing: PostgreSQL does not check
+// it for every authentication method.
+func outcomeOf(logins []loginState, now time.Time) (broker.Outcome, string) {
 	if len(logins) == 0 {
 		return broker.OutcomeDead, "no role, no session"
 	}
@@ -151,7 +151,7 @@ func judge(logins []left, now time.Time) (broker.Outcome, string) {
 		case l.sessions > 0:
 			return broker.OutcomeAlive, fmt.Sprintf("%d sessions are open", l.sessions)
 		case l.canLogin && l.validUntil != nil && now.After(*l.validUntil):
-			outcome, answer = broker.OutcomeUnknown, "the role is past its end but was not ended"
+			outcome, answer = broker.OutcomeUnknown, "VALID UNTIL has passed but the role still has LOGIN"
 		case l.canLogin:
 			return broker.OutcomeAlive, "the role can log in"
 		case l.inGroup:
@@ -161,7 +161,7 @@ func judge(logins []left, now time.Time) (broker.Outcome, string) {
 	return outcome, answer
 }
 
-// Find gives the grants of all logins that are not dead.
+// Find implements [broker.Finder]. It returns the grants of all logins that are not dead.
 func (b *Backend) Find(ctx context.Context) ([]broker.GrantID, error) {
 	found, err := b.inspect(ctx, nil)
 	if err != nil {
@@ -178,11 +178,12 @@ func (b *Backend) Find(ctx context.Context) ([]broker.GrantID, error) {
 	return ids, nil
 }
 
-// collect clears away logins ten minutes past their end, which Vault failed to end, and shapes without
-// members that were not used for the given time, an hour at least.
+// collect removes logins that expired ten minutes ago and that Vault failed to end. It also removes shapes without
+// members that were unused for the given time, which must be at least an hour.
 func (b *Backend) collect(ctx context.Context, unused time.Duration) error {
 	var logins, shapes, records int
-	err := b.revoker.query(ctx, "SELECT logins, shapes, records FROM pawl.collect($1)", []any{unused}, &logins, &shapes, &records)
+	err := b.revoker.query(ctx, "SELECT logins, shapes, records FROM pawl.collect($1)", []any{unused},
+		&logins, &shapes, &records)
 	if err != nil {
 		return fmt.Errorf("collecting in database %q: %w", b.database, err)
 	}

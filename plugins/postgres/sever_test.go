@@ -23,20 +23,22 @@ func configNow(now func() time.Time) postgres.Config {
 	return postgres.Config{Now: now, CollectEvery: -1}
 }
 
-// cursor opens a session and reads the first row of many.
+// cursor opens a session with an open cursor, of which it reads the first row.
 func (t *target) cursor(c credential) *pgx.Conn {
 	t.Helper()
 	conn := t.login(c)
-	for _, sql := range []string{"BEGIN", "DECLARE c CURSOR FOR SELECT o.id FROM orders o, generate_series(1, 1000)", "FETCH c"} {
+	for _, sql := range []string{
+		"BEGIN", "DECLARE c CURSOR FOR SELECT o.id FROM orders o, generate_series(1, 1000)", "FETCH c",
+	} {
 		if _, err := conn.Exec(t.Context(), sql); err != nil {
-			t.Fatalf("%s = %v, want no error", sql, err)
+			t.Fatalf("%s = %v, want nil", sql, err)
 		}
 	}
 	return conn
 }
 
-// cutOff reports whether the session answers no more.
-func (t *target) cutOff(conn *pgx.Conn) bool {
+// sessionEnded reports whether the server has closed the session.
+func (t *target) sessionEnded(conn *pgx.Conn) bool {
 	_, err := conn.Exec(t.Context(), "FETCH c")
 	return err != nil && conn.IsClosed()
 }
@@ -51,7 +53,7 @@ func each(n, limit int, f func(i int)) {
 	_ = g.Wait() // nil: f reports its failures to the test
 }
 
-// TestSeverMany cuts 1,000 logins with an open cursor each. It logs how long that takes.
+// TestSeverMany severs 1,000 logins with an open cursor each. It logs the time.
 func TestSeverMany(tt *testing.T) {
 	n := 1000
 	if testing.Short() {
@@ -76,8 +78,8 @@ func TestSeverMany(tt *testing.T) {
 	}
 	t.Logf("proved %d dead in %v", n, time.Since(start))
 	each(n, 8, func(i int) {
-		if !t.cutOff(conns[i]) {
-			t.Errorf("the session of %s goes on after Sever", creds[i].User)
+		if !t.sessionEnded(conns[i]) {
+			t.Errorf("the session of %s is open after Sever", creds[i].User)
 		}
 		if !t.refusesLogin(creds[i]) {
 			t.Errorf("%s logs in after Sever", creds[i].User)
@@ -85,8 +87,8 @@ func TestSeverMany(tt *testing.T) {
 	})
 }
 
-// TestSeverRefusesFirst: login and rights are gone, and that is committed, before the first session is ended.
-// A thousand sessions take the server a second to end, and nobody may come back or ask anew meanwhile.
+// TestSeverRefusesFirst checks that pawl.sever commits the removal of LOGIN and rights before it terminates the first
+// session. The server takes a second to end a thousand sessions. Meanwhile none may log in again or run a statement.
 func TestSeverRefusesFirst(tt *testing.T) {
 	t := newTarget(tt)
 	c := t.mint(`{"tables":["orders"]}`)
@@ -94,51 +96,56 @@ func TestSeverRefusesFirst(tt *testing.T) {
 	revoker := t.as("revoker")
 	for i, want := range [][2]int{{1, 0}, {0, 1}} {
 		var severed, sessions int
-		if err := revoker.QueryRow(t.Context(), "SELECT severed, sessions FROM pawl.sever(ARRAY[$1])", string(c.grant.ID)).Scan(&severed, &sessions); err != nil {
-			t.Fatalf("sever = %v, want no error", err)
+		const sql = "SELECT severed, sessions FROM pawl.sever(ARRAY[$1])"
+		if err := revoker.QueryRow(t.Context(), sql, string(c.grant.ID)).Scan(&severed, &sessions); err != nil {
+			t.Fatalf("sever = %v, want nil", err)
 		}
 		if got := [2]int{severed, sessions}; got != want {
-			t.Errorf("call %d of sever severed and ended %v, want %v", i+1, got, want)
+			t.Errorf("call %d of sever: severed, sessions = %v, want %v", i+1, got, want)
 		}
 		if !t.refusesLogin(c) {
 			t.Errorf("%s logs in after call %d of sever", c.User, i+1)
 		}
 		var pg *pgconn.PgError
-		if _, err := conn.Exec(t.Context(), "SELECT FROM orders"); i == 0 && (!errors.As(err, &pg) || pg.Code != "42501") {
-			t.Errorf("a session that is still open reads after sever: %v, want 42501", err)
+		_, err := conn.Exec(t.Context(), "SELECT FROM orders")
+		if i == 0 && (!errors.As(err, &pg) || pg.Code != "42501") {
+			t.Errorf("SELECT in an open session after sever = %v, want 42501", err)
 		}
 	}
-	if !t.cutOff(conn) {
-		t.Error("the session goes on after sever")
+	if !t.sessionEnded(conn) {
+		t.Error("the session is open after sever")
 	}
 }
 
-// TestSeverReadsEachOnce counts what severing reads when the planner knows nothing of the logins, as when they were made
-// since the last ANALYZE: three times as many logins may take three times as much, and not nine times.
+// TestSeverReadsEachOnce counts the rows that severing reads when the statistics do not know the logins, as after mints
+// since the last ANALYZE. Three times as many logins may cost three times as many rows, not nine times.
 func TestSeverReadsEachOnce(tt *testing.T) {
 	t := newTarget(tt)
 	shape := t.mint(`{"tables":["orders"]}`).User[len("pawl-gr000000000000000000000000-"):][:12]
 	const few, many = 100, 300
 	before, after := t.severReads(shape, few), t.severReads(shape, many)
 	if before < few || after > before*(many/few)*4/3 {
-		t.Errorf("severing %d logins reads %d rows and %d reads %d, want about %d for each", few, before, many, after, before/few)
+		t.Errorf("rows read: %d for %d logins and %d for %d, want about %d for each",
+			before, few, after, many, before/few)
 	}
 }
 
-// severReads gives how many rows of roles, memberships and logins the calls that sever n logins read. All of it is rolled back.
+// severReads returns how many rows of roles, memberships and logins it takes to sever n logins. It rolls all of it
+// back.
 func (t *target) severReads(shape string, n int) (rows int) {
 	t.Helper()
 	tx, err := t.root.Begin(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer tx.Rollback(context.Background()) //nolint:errcheck // nothing of it is to stay
+	defer tx.Rollback(context.Background()) //nolint:errcheck // the test keeps none of the changes
 	verifier, err := postgres.Verifier("x")
 	if err != nil {
 		t.Fatal(err)
 	}
 	var batch pgx.Batch
-	batch.Queue(`SELECT pawl.grant_login(format('pawl-gr%s-%s-abcdEFGH', lpad(i::text, 24, '0'), $1::text), $2, now() + interval '1 minute')
+	batch.Queue(`SELECT pawl.grant_login(format('pawl-gr%s-%s-abcdEFGH', lpad(i::text, 24, '0'), $1::text),
+			$2, now() + interval '1 minute')
 		FROM generate_series(1, $3::int) i`, shape, verifier, n)
 	batch.Queue("SET LOCAL allow_system_table_mods = on")
 	batch.Queue(`UPDATE pg_class SET reltuples = 1, relpages = 1000
@@ -148,7 +155,8 @@ func (t *target) severReads(shape string, n int) (rows int) {
 	}
 	read := func() (n int) {
 		t.Helper()
-		if err := tx.QueryRow(t.Context(), `SELECT sum(coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0))::int FROM pg_stat_xact_all_tables
+		if err := tx.QueryRow(t.Context(), `SELECT sum(coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0))::int
+			FROM pg_stat_xact_all_tables
 			WHERE relid IN ('pg_authid'::regclass, 'pg_auth_members'::regclass, 'pawl.logins'::regclass)`).Scan(&n); err != nil {
 			t.Fatal(err)
 		}
@@ -157,22 +165,23 @@ func (t *target) severReads(shape string, n int) (rows int) {
 	before := read()
 	for _, want := range []int{n, 0} {
 		var severed int
-		if err := tx.QueryRow(t.Context(), `SELECT severed FROM pawl.sever((SELECT array_agg(grant_id) FROM pawl.roles
-			WHERE name LIKE '%abcdEFGH' AND grant_id LIKE 'gr00000%'))`).Scan(&severed); err != nil || severed != want {
+		err := tx.QueryRow(t.Context(), `SELECT severed FROM pawl.sever((SELECT array_agg(grant_id) FROM pawl.roles
+			WHERE name LIKE '%abcdEFGH' AND grant_id LIKE 'gr00000%'))`).Scan(&severed)
+		if err != nil || severed != want {
 			t.Fatalf("sever of %d logins = %d, %v, want %d", n, severed, err, want)
 		}
 	}
 	return read() - before
 }
 
-// TestSeverHard cuts a login that has all that keeps a role from being dropped, and 100 sessions; then
-// Vault ends it.
+// TestSeverHard severs a login with 100 sessions and with objects and locks that prevent DROP ROLE. Then Vault ends it.
 func TestSeverHard(tt *testing.T) {
 	t := newTarget(tt)
 	c := t.mint(`{"tables":["orders"]}`)
 	conns := make([]*pgx.Conn, 100)
 	each(len(conns), 4, func(i int) { conns[i] = t.cursor(c) })
-	if _, err := conns[0].Exec(t.Context(), "CREATE TEMP TABLE mine AS SELECT * FROM orders; SELECT lo_create(0); COMMIT; BEGIN; LOCK mine"); err != nil {
+	if _, err := conns[0].Exec(t.Context(), `CREATE TEMP TABLE mine AS SELECT * FROM orders;
+		SELECT lo_create(0); COMMIT; BEGIN; LOCK mine`); err != nil {
 		t.Fatal(err)
 	}
 	if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeAlive || e.Answer != "100 sessions are open" {
@@ -180,42 +189,42 @@ func TestSeverHard(tt *testing.T) {
 	}
 	t.sever(c.grant)
 	for i, conn := range conns {
-		if !t.cutOff(conn) {
-			t.Errorf("session %d goes on after Sever", i)
+		if !t.sessionEnded(conn) {
+			t.Errorf("session %d is open after Sever", i)
 		}
 	}
 	if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeDead {
 		t.Errorf("Prove(%s) = %v %q, want dead", c.grant.ID, e.Outcome, e.Answer)
 	}
-	for range 2 { // Vault repeats what it is not sure of
+	for range 2 { // Vault retries a revocation with an unknown outcome
 		if _, err := t.vault.Exec(t.Context(), "SELECT pawl.end_logins(ARRAY[$1])", c.User); err != nil {
-			t.Errorf("end_logins(%s) = %v, want no error", c.User, err)
+			t.Errorf("end_logins(%s) = %v, want nil", c.User, err)
 		}
 	}
 	if n := t.count("SELECT count(*) FROM pg_roles WHERE rolname = $1", c.User); n != 0 {
-		t.Errorf("roles called %s = %d, want 0", c.User, n)
+		t.Errorf("roles named %s = %d, want 0", c.User, n)
 	}
 }
 
-// TestEndLogins is Vault's revocation alone: sessions end with the login, and what it owns elsewhere keeps
-// the role but not the login.
+// TestEndLogins runs Vault's revocation alone. Sessions end with the login. A role that owns objects in another
+// database remains, but cannot log in.
 func TestEndLogins(tt *testing.T) {
 	t := newTarget(tt)
 	c, stuck := t.mint(`{"tables":["orders"]}`), t.mint(`{"tables":["orders"]}`)
 	conn := t.cursor(c)
 	elsewhere, err := pgx.Connect(t.Context(), strings.Replace(stuck.URL, t.name, "postgres", 1))
 	if err != nil {
-		t.Fatalf("connecting to another database: %v", codeOf(err))
+		t.Fatalf("connecting to another database: %v", sqlState(err))
 	}
 	if _, err := elsewhere.Exec(t.Context(), "SELECT lo_create(0)"); err != nil {
 		t.Fatal(err)
 	}
 	_ = elsewhere.Close(t.Context())
 	if _, err := t.vault.Exec(t.Context(), "SELECT pawl.end_logins($1)", []string{c.User, stuck.User}); err != nil {
-		t.Fatalf("end_logins = %v, want no error", err)
+		t.Fatalf("end_logins = %v, want nil", err)
 	}
-	if !t.cutOff(conn) {
-		t.Errorf("the session goes on after end_logins")
+	if !t.sessionEnded(conn) {
+		t.Errorf("the session is open after end_logins")
 	}
 	for _, c := range []credential{c, stuck} {
 		if e := t.prove(c.grant)[0]; !t.refusesLogin(c) || e.Outcome != broker.OutcomeDead {
@@ -227,7 +236,7 @@ func TestEndLogins(tt *testing.T) {
 	}
 }
 
-// TestSeverWhileLoggingIn severs against agents that log in as fast as they can.
+// TestSeverWhileLoggingIn severs while agents log in as fast as they can.
 func TestSeverWhileLoggingIn(tt *testing.T) {
 	t := newTarget(tt)
 	for range 5 {
@@ -259,11 +268,11 @@ func TestSeverWhileLoggingIn(tt *testing.T) {
 		in.Wait()
 		close(held)
 		if e.Outcome != broker.OutcomeDead {
-			t.Errorf("Prove after Sever under %d logins = %v %q, want dead", logins.Load(), e.Outcome, e.Answer)
+			t.Errorf("Prove after Sever beside %d logins = %v %q, want dead", logins.Load(), e.Outcome, e.Answer)
 		}
 		for conn := range held {
 			if _, err := conn.Exec(t.Context(), "SELECT 1"); err == nil {
-				t.Error("a session goes on after Sever")
+				t.Error("a session is open after Sever")
 			}
 			_ = conn.Close(t.Context())
 		}
@@ -273,7 +282,7 @@ func TestSeverWhileLoggingIn(tt *testing.T) {
 	}
 }
 
-// TestSeverBesideEnding runs Sever and Vault's revocation of the same logins against each other.
+// TestSeverBesideEnding runs Sever and Vault's revocation of the same logins concurrently.
 func TestSeverBesideEnding(tt *testing.T) {
 	t := newTarget(tt)
 	var grants []broker.Grant
@@ -288,7 +297,7 @@ func TestSeverBesideEnding(tt *testing.T) {
 	}
 	each(len(names), 4, func(i int) {
 		if _, err := t.vault.Exec(t.Context(), "SELECT pawl.end_logins(ARRAY[$1])", names[i]); err != nil {
-			t.Errorf("end_logins beside Sever = %v, want no error", err)
+			t.Errorf("end_logins beside Sever = %v, want nil", err)
 		}
 	})
 	wg.Wait()
@@ -297,24 +306,24 @@ func TestSeverBesideEnding(tt *testing.T) {
 	}
 }
 
-// TestBarred holds that after Sever a late mint makes nothing, and that a grant has one credential at most.
+// TestBarred checks that a mint after Sever makes no login, and that a grant gets at most one credential.
 func TestBarred(tt *testing.T) {
 	t := newTarget(tt)
 	g := newGrant(`{"tables":["orders"]}`)
 	t.sever(g, g)
-	if _, err := t.tryMint(g); codeOf(err) != "23505" {
-		t.Errorf("minting after Sever = %v, want 23505", codeOf(err))
+	if _, err := t.tryMint(g); sqlState(err) != "23505" {
+		t.Errorf("minting after Sever = %v, want 23505", sqlState(err))
 	}
 	c := t.mint(`{"tables":["orders"]}`)
-	if _, err := t.tryMint(c.grant); codeOf(err) != "23505" {
-		t.Errorf("a second mint for one grant = %v, want 23505", codeOf(err))
+	if _, err := t.tryMint(c.grant); sqlState(err) != "23505" {
+		t.Errorf("a second mint for one grant = %v, want 23505", sqlState(err))
 	}
 	if e := t.prove(g, c.grant); e[0].Outcome != broker.OutcomeDead || e[1].Outcome != broker.OutcomeAlive {
 		t.Errorf("Prove = %v, %v, want dead, alive", e[0].Outcome, e[1].Outcome)
 	}
 }
 
-// TestBarWaits holds that Sever waits for a mint that is being committed, and cuts what it made.
+// TestBarWaits checks that Sever waits for a mint in flight and severs the login that it makes.
 func TestBarWaits(tt *testing.T) {
 	t := newTarget(tt)
 	g := newGrant(`{"tables":["orders"]}`)
@@ -330,7 +339,8 @@ func TestBarWaits(tt *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := tx.Exec(t.Context(), "SELECT pawl.grant_login($1, $2, $3)", "pawl-"+display+"-"+random8(), verifier, time.Now().Add(m.TTL)); err != nil {
+	if _, err := tx.Exec(t.Context(), "SELECT pawl.grant_login($1, $2, $3)",
+		"pawl-"+display+"-"+random8(), verifier, time.Now().Add(m.TTL)); err != nil {
 		t.Fatal(err)
 	}
 	severed := make(chan error, 1)
@@ -347,7 +357,7 @@ func TestBarWaits(tt *testing.T) {
 	}
 }
 
-// await polls until the query counts at least n.
+// await polls until the query returns at least n.
 func (t *target) await(sql string, n int) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
@@ -358,34 +368,35 @@ func (t *target) await(sql string, n int) {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			t.Fatalf("%s never was %d", sql, n)
+			t.Fatalf("%s = less than %d after 10 s", sql, n)
 		}
 	}
 }
 
-// TestGhost holds that a session whose role was dropped under it is found and ended: DROP ROLE is not dead.
+// TestGhost checks that the backend finds and terminates a session of a dropped role: dropping a role does not prove
+// that its credential is dead.
 func TestGhost(tt *testing.T) {
 	t := newTarget(tt)
 	c := t.mint(`{"tables":["orders"]}`)
 	conn := t.cursor(c)
 	t.exec(`DROP ROLE "` + c.User + `"`)
-	if t.cutOff(conn) {
-		t.Fatal("PostgreSQL ended the session of a dropped role: this test is void")
+	if t.sessionEnded(conn) {
+		t.Fatal("PostgreSQL ended the session of a dropped role, so this test checks nothing")
 	}
 	if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeAlive {
-		t.Errorf("Prove(ghost) = %v %q, want alive", e.Outcome, e.Answer)
+		t.Errorf("Prove(a session without a role) = %v %q, want alive", e.Outcome, e.Answer)
 	}
 	if found := t.find(); !found[c.grant.ID] {
-		t.Errorf("Find() misses the ghost")
+		t.Errorf("Find() = %v, want the grant of the session without a role", found)
 	}
 	t.sever(c.grant)
-	if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeDead || !t.cutOff(conn) {
-		t.Errorf("Prove(ghost) after Sever = %v %q, want dead", e.Outcome, e.Answer)
+	if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeDead || !t.sessionEnded(conn) {
+		t.Errorf("Prove(a session without a role) after Sever = %v %q, want dead", e.Outcome, e.Answer)
 	}
 }
 
-// TestGhostAppears is a session of a dropped role that no look has found yet, since it was still starting up then: the
-// look is replaced by one that finds nothing.
+// TestGhostAppears severs a session of a dropped role that was still starting up when pawl.inspect ran. The test
+// replaces inspect with a function that returns no row.
 func TestGhostAppears(tt *testing.T) {
 	t := newTarget(tt)
 	c := t.mint(`{"tables":["orders"]}`)
@@ -393,13 +404,15 @@ func TestGhostAppears(tt *testing.T) {
 	t.exec(`DROP ROLE "` + c.User + `"`)
 	t.exec(`CREATE OR REPLACE FUNCTION pawl.inspect(grants text[]) RETURNS TABLE (
 		grant_id text, name text, role oid, can_login boolean, in_group boolean, valid_until timestamptz, sessions int)
-		LANGUAGE sql AS 'SELECT NULL::text, NULL::text, NULL::oid, NULL::boolean, NULL::boolean, NULL::timestamptz, 0 WHERE false'`)
+		LANGUAGE sql AS 'SELECT NULL::text, NULL::text, NULL::oid, NULL::boolean, NULL::boolean,
+			NULL::timestamptz, 0 WHERE false'`)
 	var sessions int
-	if err := t.root.QueryRow(t.Context(), "SELECT sessions FROM pawl.sever(ARRAY[$1])", string(c.grant.ID)).Scan(&sessions); err != nil || sessions != 1 {
-		t.Errorf("sever counts %d sessions, %v, want the one that appeared", sessions, err)
+	err := t.root.QueryRow(t.Context(), "SELECT sessions FROM pawl.sever(ARRAY[$1])", string(c.grant.ID)).Scan(&sessions)
+	if err != nil || sessions != 1 {
+		t.Errorf("sever = %d sessions, %v, want the one that inspect missed", sessions, err)
 	}
-	if !t.cutOff(conn) {
-		t.Error("the session goes on after sever")
+	if !t.sessionEnded(conn) {
+		t.Error("the session is open after sever")
 	}
 }
 
@@ -416,7 +429,7 @@ func (t *target) find() map[broker.GrantID]bool {
 	return found
 }
 
-// TestFind holds that what lives is listed, in this database only, and what is dead is not.
+// TestFind checks that Find lists the live logins of this database and no others.
 func TestFind(tt *testing.T) {
 	t := newTarget(tt)
 	a, b := t.mint(`{"tables":["orders"]}`), t.mint(`{"tables":["items"],"verbs":["select"]}`)
@@ -435,7 +448,7 @@ func TestFind(tt *testing.T) {
 	}
 }
 
-// TestMintMany makes 1,200 logins over 8 connections, on 5 tables each: none may fail.
+// TestMintMany makes 1,200 logins on 5 tables each, over 8 connections. None may fail.
 func TestMintMany(tt *testing.T) {
 	t := newTarget(tt)
 	start := time.Now()
@@ -454,13 +467,14 @@ func TestMintMany(tt *testing.T) {
 	}
 }
 
-// TestShapesAtOnce makes many shapes over the same tables at once, each by several callers, without the
-// backend's second tries: the lock in the database must do.
+// TestShapesAtOnce makes many shapes over the same tables concurrently, each by several callers. There are no retries
+// of the backend, so the lock in the database must prevent every conflict.
 func TestShapesAtOnce(tt *testing.T) {
 	t := newTarget(tt)
 	shaper := t.as(postgres.Shaper)
 	each(160, 8, func(i int) {
-		spec := fmt.Sprintf(`{"connections":%d,"database":%q,"idle_ms":1000,"statement_ms":1000,"tables":[["public","t1"],["public","t2"],["public","orders"]],"verbs":["select"]}`, i%40+1, t.name)
+		spec := fmt.Sprintf(`{"connections":%d,"database":%q,"idle_ms":1000,"statement_ms":1000,`+
+			`"tables":[["public","t1"],["public","t2"],["public","orders"]],"verbs":["select"]}`, i%40+1, t.name)
 		if _, err := shaper.Exec(t.Context(), "SELECT pawl.ensure_shape($1, $2)", hashOf(spec), spec); err != nil {
 			t.Errorf("ensure_shape %d: %v", i, err)
 		}
@@ -470,8 +484,8 @@ func TestShapesAtOnce(tt *testing.T) {
 	}
 }
 
-// TestSeverWithVaultDown holds that severing goes on under the credential that is there, that the next one is
-// looked for at half its life, and that one the database refuses is replaced.
+// TestSeverWithVaultDown checks that severing works with the present credential while Vault is down. The backend
+// fetches the next credential after half of its life, and replaces one that the database refuses.
 func TestSeverWithVaultDown(tt *testing.T) {
 	t := newTarget(tt)
 	var clock atomic.Int64
@@ -480,7 +494,7 @@ func TestSeverWithVaultDown(tt *testing.T) {
 	if err := t.backend.Check(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	t.creds.set(func(s *serviceLogins) { s.silent = true })
+	t.creds.set(func(s *serviceLogins) { s.hangs = true })
 	clock.Add(int64(40 * time.Minute))
 	c := newGrant(`{"tables":["orders"]}`)
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
@@ -488,15 +502,15 @@ func TestSeverWithVaultDown(tt *testing.T) {
 	if err := t.backend.Sever(ctx, []broker.Grant{c}); err != nil {
 		t.Errorf("Sever past half the credential's life with Vault hanging = %v, want nil", err)
 	}
-	t.creds.set(func(s *serviceLogins) { s.silent, s.down = false, true })
+	t.creds.set(func(s *serviceLogins) { s.hangs, s.down = false, true })
 	t.sever(c)
 	clock.Add(int64(30 * time.Minute))
 	if err := t.backend.Sever(t.Context(), []broker.Grant{c}); err == nil {
-		t.Error("Sever under a credential that is over = nil, want an error")
+		t.Error("Sever with an expired credential = nil, want an error")
 	}
-	t.creds.set(func(s *serviceLogins) { s.down, s.life = false, 3*time.Hour })
+	t.creds.set(func(s *serviceLogins) { s.down, s.ttl = false, 3*time.Hour })
 	t.sever(c)
-	// Vault ends all leases: sessions are cut and the login is gone. The next call must find its way.
+	// Vault ends all leases: the broker's sessions and logins are gone. The next call must fetch a new credential.
 	for _, name := range t.creds.names() {
 		if _, err := t.vault.Exec(t.Context(), "SELECT pawl.end_service_login($1)", name); err != nil {
 			t.Fatal(err)
@@ -509,14 +523,15 @@ func (s *serviceLogins) set(f func(*serviceLogins)) { s.mu.Lock(); defer s.mu.Un
 
 func (s *serviceLogins) names() []string { s.mu.Lock(); defer s.mu.Unlock(); return s.made }
 
-// TestCollect holds that old logins and unused shapes go, and nothing else.
+// TestCollect checks that collect removes expired logins and unused shapes, and nothing else.
 func TestCollect(tt *testing.T) {
 	t := newTarget(tt)
-	old, used := t.mint(`{"tables":["orders"],"filter_column":"customer","filter_value":"1"}`), t.mint(`{"tables":["t1"]}`)
+	old := t.mint(`{"tables":["orders"],"filter_column":"customer","filter_value":"1"}`)
+	used := t.mint(`{"tables":["t1"]}`)
 	t.exec("UPDATE pawl.shapes SET last_used = now() - interval '2 hours'")
 	t.exec(`ALTER ROLE "` + old.User + `" VALID UNTIL '2020-01-01'`)
 	if e := t.prove(old.grant)[0]; e.Outcome != broker.OutcomeUnknown {
-		t.Errorf("Prove(past its end) = %v %q, want unknown", e.Outcome, e.Answer)
+		t.Errorf("Prove(an expired login) = %v %q, want unknown", e.Outcome, e.Answer)
 	}
 	if err := t.backend.Collect(t.Context(), time.Minute); err == nil {
 		t.Error("Collect(1 minute) = nil, want an error")

@@ -11,20 +11,20 @@ import (
 	"strings"
 )
 
-// spec is a shape in full. Its members are in alphabetical order and its lists are sorted, so that
+// spec is the full specification of a shape. Its members are in alphabetical order and its lists are sorted, so that
 // its JSON is canonical.
 type spec struct {
 	Connections int      `json:"connections"`
 	Database    string   `json:"database"`
 	Filter      *filter  `json:"filter,omitempty"`
 	IdleMS      int64    `json:"idle_ms"`
-	Network     string   `json:"network,omitempty"` // members of pawl_net_… are confined in pg_hba.conf
+	Network     string   `json:"network,omitempty"` // pg_hba.conf confines the members of pawl_net_NETWORK
 	StatementMS int64    `json:"statement_ms"`
 	Tables      []table  `json:"tables"`
 	Verbs       []string `json:"verbs"`
 }
 
-// filter keeps the rows where the column equals the value.
+// filter selects the rows where the column equals the value.
 type filter struct {
 	Column string `json:"column"`
 	Value  string `json:"value"`
@@ -41,13 +41,13 @@ const (
 	maxFilter = 1024
 )
 
-// encode gives the specification's JSON, and the shape's name: the first 12 hexadecimal digits of
-// its SHA-256. The database keeps both and refuses a name that belongs to another specification, so
-// what the short hash must bear is accidents only.
+// encode returns the specification's JSON and the shape's name, the first 12 hexadecimal digits of its SHA-256. The
+// database keeps both and refuses a name that belongs to another specification. So the short hash need only avoid
+// accidental collisions.
 func (s spec) encode() (shape, text string) {
 	b, err := json.Marshal(s)
 	if err != nil {
-		panic("a specification of strings and integers did not encode: " + err.Error())
+		panic("postgres: a specification of strings and integers did not encode: " + err.Error())
 	}
 	sum := sha256.Sum256(b)
 	return hex.EncodeToString(sum[:])[:12], string(b)
@@ -56,7 +56,7 @@ func (s spec) encode() (shape, text string) {
 // parseTables reads the tables of a step or a tool: "schema.table", or "table" in the given schema.
 func parseTables(names []string, schema string) ([]table, error) {
 	if len(names) == 0 || len(names) > maxTables {
-		return nil, fmt.Errorf("between 1 and %d tables", maxTables)
+		return nil, fmt.Errorf("must be between 1 and %d tables", maxTables)
 	}
 	tables := make([]table, 0, len(names))
 	for _, name := range names {
@@ -76,16 +76,18 @@ func parseTable(s, schema string) (table, error) {
 		t = table{before, after}
 	}
 	if !isName(t[0]) || !isName(t[1]) {
-		return table{}, errors.New("a table is schema.table or table, each a letter or underscore and then letters, digits and underscores, at most 63")
+		return table{}, errors.New("a table must be schema.table or table, " +
+			"each of at most 63 letters, digits and underscores and not beginning with a digit")
 	}
-	if strings.HasPrefix(t[0], "pg_") || t[0] == "information_schema" || t[0] == "pawl" || strings.HasPrefix(t[0], "pawl_") {
-		return table{}, fmt.Errorf("schema %s is not for agents", t[0])
+	if strings.HasPrefix(t[0], "pg_") || t[0] == "information_schema" ||
+		t[0] == "pawl" || strings.HasPrefix(t[0], "pawl_") {
+		return table{}, fmt.Errorf("schema %s is not available to agents", t[0])
 	}
 	return t, nil
 }
 
-// isName accepts plain identifiers. They are quoted wherever they go, so upper and lower case are
-// different names, as PostgreSQL stores them.
+// isName accepts plain identifiers. SQL always quotes them, so upper and lower case are different names, as PostgreSQL
+// stores them.
 func isName(s string) bool {
 	if s == "" || len(s) > maxName || s[0] >= '0' && s[0] <= '9' {
 		return false
@@ -105,29 +107,29 @@ var allVerbs = [...]string{"delete", "insert", "select", "update"}
 func parseVerbs(verbs []string) ([]string, error) {
 	for _, v := range verbs {
 		if !slices.Contains(allVerbs[:], v) {
-			return nil, errors.New("verbs are select, insert, update and delete, in lower case")
+			return nil, errors.New("verbs must be of select, insert, update and delete, in lower case")
 		}
 	}
 	if len(verbs) == 0 {
-		return nil, errors.New("no verb")
+		return nil, errors.New("must be at least one verb")
 	}
 	sorted := slices.Clone(verbs)
 	slices.Sort(sorted)
 	return slices.Compact(sorted), nil
 }
 
-// parseFilter checks a row filter. The value is compared as the column's type reads it.
+// parseFilter checks a row filter. The database parses the value as the column's type.
 func parseFilter(column, value string) (*filter, error) {
 	if !isName(column) {
-		return nil, errors.New("the column is not a plain name")
+		return nil, errors.New("the column must be a plain name")
 	}
 	if len(value) > maxFilter || strings.ContainsRune(value, 0) {
-		return nil, fmt.Errorf("the value is longer than %d bytes or has a zero byte", maxFilter)
+		return nil, fmt.Errorf("the value must have at most %d bytes and no zero byte", maxFilter)
 	}
 	return &filter{column, value}, nil
 }
 
-// subset reports whether all of some are among all.
+// subset reports whether all contains every element of some.
 func subset[T comparable](some, all []T) bool {
 	return !slices.ContainsFunc(some, func(v T) bool { return !slices.Contains(all, v) })
 }

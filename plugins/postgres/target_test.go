@@ -23,16 +23,18 @@ import (
 
 const vaultPassword = "the password of pawl_vault in these tests"
 
-// tables is what every test's database begins with. Agents may get orders, items and t1 to t5; not salaries.
+// tables makes the initial content of each test's database. Agents may get orders, items and t1 to t5, but not
+// salaries.
 const tables = `
-CREATE TABLE orders (id serial PRIMARY KEY, customer int NOT NULL, what text);
-INSERT INTO orders (customer, what) SELECT i % 3, 'order ' || i FROM generate_series(1, 300) i;
+CREATE TABLE orders (id serial PRIMARY KEY, customer int NOT NULL, note text);
+INSERT INTO orders (customer, note) SELECT i % 3, 'order ' || i FROM generate_series(1, 300) i;
 CREATE TABLE items (id int); CREATE TABLE salaries (id int);
 CREATE SCHEMA closed; CREATE TABLE closed.t (id int);
-CREATE TABLE t1 (id int); CREATE TABLE t2 (id int); CREATE TABLE t3 (id int); CREATE TABLE t4 (id int); CREATE TABLE t5 (id int);
+CREATE TABLE t1 (id int); CREATE TABLE t2 (id int); CREATE TABLE t3 (id int);
+CREATE TABLE t4 (id int); CREATE TABLE t5 (id int);
 GRANT ALL ON SEQUENCE orders_id_seq TO PUBLIC;`
 
-// target is a database that is set up, with the connections of everybody who has one.
+// target is a database that was set up, with one connection pool per role.
 type target struct {
 	*testing.T
 	server  *parts.PostgresServer
@@ -59,7 +61,7 @@ func targetOn(t *testing.T, server *parts.PostgresServer) *target {
 	tt.exec(tables)
 	tt.setup()
 	tt.vault = pool(t, server.DSNFor("pawl_vault", vaultPassword, tt.name))
-	tt.creds = &serviceLogins{vault: tt.vault, life: time.Hour}
+	tt.creds = &serviceLogins{vault: tt.vault, ttl: time.Hour}
 	tt.backend = tt.newBackend(postgres.Config{})
 	return tt
 }
@@ -119,20 +121,20 @@ func pool(t *testing.T, dsn string) *pgxpool.Pool {
 	return p
 }
 
-// serviceLogins makes the broker's own credentials as Vault would.
+// serviceLogins makes the broker's own credentials as Vault does.
 type serviceLogins struct {
 	vault *pgxpool.Pool
 
-	mu     sync.Mutex
-	life   time.Duration
-	down   bool
-	silent bool // it does not answer
-	made   []string
+	mu    sync.Mutex
+	ttl   time.Duration
+	down  bool // Credential fails
+	hangs bool // Credential does not return before ctx ends
+	made  []string
 }
 
 func (s *serviceLogins) Credential(ctx context.Context, p postgres.Purpose) (string, string, time.Time, error) {
 	s.mu.Lock()
-	if s.silent {
+	if s.hangs {
 		s.mu.Unlock()
 		<-ctx.Done()
 		return "", "", time.Time{}, context.Cause(ctx)
@@ -141,7 +143,7 @@ func (s *serviceLogins) Credential(ctx context.Context, p postgres.Purpose) (str
 	if s.down {
 		return "", "", time.Time{}, errors.New("vault is down")
 	}
-	name, password, expires := "pawl-cert-broker-"+random8(), rand.Text(), time.Now().Add(s.life)
+	name, password, expires := "pawl-cert-broker-"+random8(), rand.Text(), time.Now().Add(s.ttl)
 	verifier, err := postgres.Verifier(password)
 	if err != nil {
 		return "", "", time.Time{}, err
@@ -167,15 +169,16 @@ func newGrant(raw string) broker.Grant {
 	return broker.Grant{ID: broker.GrantID("gr" + string(id)), Args: a}
 }
 
-// tool takes any argument of this backend, and all verbs.
+// tool declares every argument of this backend and allows all verbs.
 func tool() broker.Tool {
-	return broker.Tool{Name: "db", Backend: "postgres", Narrowing: broker.NarrowNative, Path: []string{"database", "pawl-app"},
+	return broker.Tool{Name: "db", Backend: "postgres", Narrowing: broker.NarrowNative,
+		Path:     []string{"database", "pawl-app"},
 		Settings: map[string]string{"verbs": "select,insert,update,delete", "sslmode": "disable", "connections": "100"},
 		Arguments: map[string]broker.Parameter{"tables": {Kind: "list", Required: true}, "verbs": {Kind: "list"},
 			"filter_column": {Kind: "string"}, "filter_value": {Kind: "string"}}}
 }
 
-// credential is what an agent has after a mint, and what PostgreSQL calls it.
+// credential is the secret that an agent gets from a mint.
 type credential struct {
 	grant broker.Grant
 	URL   string            `json:"url"`
@@ -183,7 +186,7 @@ type credential struct {
 	Names map[string]string `json:"tables"`
 }
 
-// mint goes all the way from the arguments to the secret, with us in Vault's place.
+// mint makes a credential for the arguments. The test takes the place of Vault.
 func (t *target) mint(args string) credential {
 	t.Helper()
 	c, err := t.tryMint(newGrant(args))
@@ -205,7 +208,8 @@ func (t *target) tryMintWith(tool broker.Tool, g broker.Grant) (credential, erro
 	if err != nil {
 		return credential{}, err
 	}
-	if _, err := t.vault.Exec(t.Context(), "SELECT pawl.grant_login($1, $2, $3)", name, verifier, time.Now().Add(m.TTL)); err != nil {
+	_, err = t.vault.Exec(t.Context(), "SELECT pawl.grant_login($1, $2, $3)", name, verifier, time.Now().Add(m.TTL))
+	if err != nil {
 		return credential{}, err
 	}
 	f, err := m.Finish(map[string]any{"username": name, "password": password}, time.Time{})
@@ -215,7 +219,7 @@ func (t *target) tryMintWith(tool broker.Tool, g broker.Grant) (credential, erro
 	return t.read(g, f), nil
 }
 
-// read opens a secret as the agent does.
+// read decodes a secret as the agent does.
 func (t *target) read(g broker.Grant, f broker.Finished) credential {
 	t.Helper()
 	c := credential{grant: g}
@@ -230,13 +234,13 @@ func (t *target) login(c credential) *pgx.Conn {
 	t.Helper()
 	conn, err := pgx.Connect(t.Context(), c.URL)
 	if err != nil {
-		t.Fatalf("logging in as %s was refused: %v", c.User, codeOf(err))
+		t.Fatalf("logging in as %s was refused: %v", c.User, sqlState(err))
 	}
-	t.Cleanup(func() { _ = conn.Close(context.WithoutCancel(t.Context())) }) // most are cut by then
+	t.Cleanup(func() { _ = conn.Close(context.WithoutCancel(t.Context())) }) // most were severed by then
 	return conn
 }
 
-// refusesLogin reports whether PostgreSQL takes the credential no more.
+// refusesLogin reports whether PostgreSQL refuses the credential.
 func (t *target) refusesLogin(c credential) bool {
 	t.Helper()
 	conn, err := pgx.Connect(t.Context(), c.URL)
@@ -244,11 +248,11 @@ func (t *target) refusesLogin(c credential) bool {
 		_ = conn.Close(t.Context())
 		return false
 	}
-	return strings.HasPrefix(codeOf(err), "28")
+	return strings.HasPrefix(sqlState(err), "28")
 }
 
-// codeOf is the SQLSTATE of err, or its type: never its text, which may quote a URL.
-func codeOf(err error) string {
+// sqlState returns the SQLSTATE of err, or its type. It never returns the text, which may quote a URL.
+func sqlState(err error) string {
 	var pg *pgconn.PgError
 	if errors.As(err, &pg) {
 		return pg.Code
@@ -260,7 +264,7 @@ func (t *target) prove(gs ...broker.Grant) []broker.Evidence {
 	t.Helper()
 	e, err := t.backend.Prove(t.Context(), gs)
 	if err != nil || len(e) != len(gs) {
-		t.Fatalf("Prove(%d grants) = %d, %v, want as many", len(gs), len(e), err)
+		t.Fatalf("Prove(%d grants) = %d, %v, want one evidence each", len(gs), len(e), err)
 	}
 	return e
 }

@@ -12,71 +12,74 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// The arguments that a tool of this backend may declare.
+// Arguments that a tool of this backend may declare.
 const (
 	argTables       = "tables"        // list: "schema.table", or "table" in the setting "schema"
 	argVerbs        = "verbs"         // list of select, insert, update, delete
-	argFilterColumn = "filter_column" // string: only rows where this column equals filter_value
+	argFilterColumn = "filter_column" // string: the column that must equal filter_value
 	argFilterValue  = "filter_value"  // string
 )
 
-var argKinds = map[string]string{argTables: "list", argVerbs: "list", argFilterColumn: "string", argFilterValue: "string"}
+var argKinds = map[string]string{
+	argTables: "list", argVerbs: "list", argFilterColumn: "string", argFilterValue: "string",
+}
 
-// settings are a tool's settings, read.
+// settings holds a tool's parsed settings.
 type settings struct {
 	mount, role  string
-	host         string // where the agent connects to
+	host         string // for the agent to connect to
 	port         int
 	sslmode      string
-	schema       string        // of tables without one
-	tables       []table       // the most that may be asked for; empty: whatever pawl_maker may grant
-	verbs        []string      // the most that may be asked for
-	filterColumn string        // every step is filtered by this column
-	network      string        // from where alone logins come in, by pg_hba.conf; empty: from wherever that lets everybody in
-	connections  int           // of one credential at a time
+	schema       string        // of a table that is named without one
+	tables       []table       // the tables that a step may ask for; empty: every table that pawl_maker may grant
+	verbs        []string      // the verbs that a step may ask for
+	filterColumn string        // if set, every step is filtered by this column
+	network      string        // the only origin of logins, enforced by pg_hba.conf; empty: no restriction by the tool
+	connections  int           // at a time, per credential
 	statement    time.Duration // statement_timeout
 	idle         time.Duration // idle_in_transaction_session_timeout
 }
 
 var sslmodes = []string{"disable", "allow", "prefer", "require", "verify-ca", "verify-full"}
 
-// Load checks a tool. Its Path is the mount and the role in Vault; its label must be native; of the
-// arguments it declares at least "tables", unless the setting "tables" fixes them, and otherwise
-// "verbs", "filter_value" and "filter_column". The settings, each of which may be left out:
+// Load implements [broker.Backend]. A tool's Path is the mount and the role in Vault, and its label must be native. It
+// must declare the argument "tables", unless the setting "tables" fixes them. It may declare "verbs", "filter_value"
+// and "filter_column". All settings are optional:
 //
-//   - host, port, sslmode: what the agent is told to connect to; the backend's own, and verify-full
-//   - dbname: if given, must be the backend's database
-//   - schema: of tables named without one; public
-//   - tables, verbs: comma-separated, the most that a step may ask for, and what it gets when it does
-//     not ask; any table that pawl_maker may grant, and select
-//   - filter_column: every step must give filter_value, and sees only the rows where the column equals it
-//   - network: a lower-case name; logins are members of pawl_net_NAME, which pg_hba.conf confines to the
-//     addresses that the platform wrote there (bootstrap.sql has the lines); refused while it does not
-//   - connections: at a time under one credential, 1 to 100; 4
-//   - statement_timeout, idle_timeout: as 30s, at most 24h; 30s and 10s. The agent can change them: they
-//     spare the database and are no boundary
+//   - host, port, sslmode: where and how the agent connects. Default: those of the backend's DSN, and verify-full.
+//   - dbname: if set, must be the backend's database.
+//   - schema: of tables named without one. Default: public.
+//   - tables, verbs: comma-separated. A step may ask for these at most, and gets all of them if it does not ask.
+//     Default: every table that pawl_maker may grant, and select.
+//   - filter_column: every step must pass filter_value, and sees only the rows where the column equals it.
+//   - network: a lower-case name. Logins are members of pawl_net_NAME, which pg_hba.conf confines to the addresses that
+//     the platform team writes there (bootstrap.sql shows the lines). Without these lines every mint is refused.
+//   - connections: at a time per credential, 1 to 100. Default: 4.
+//   - statement_timeout, idle_timeout: such as 30s, at most 24h. Default: 30s and 10s. The agent can change them: they
+//     protect the database from accidents and are no security boundary.
 func (b *Backend) Load(t broker.Tool) error {
-	_, err := b.read(t)
+	_, err := b.parseTool(t)
 	return err
 }
 
-func (b *Backend) read(t broker.Tool) (settings, error) {
+func (b *Backend) parseTool(t broker.Tool) (settings, error) {
 	if t.Narrowing != broker.NarrowNative {
-		return settings{}, fmt.Errorf("tool %s: narrowing here is native: PostgreSQL itself refuses more", t.Name)
+		return settings{}, fmt.Errorf("tool %s: narrowing must be native: PostgreSQL refuses wider access", t.Name)
 	}
 	if len(t.Path) != 2 || !isSegment(t.Path[0]) || !isSegment(t.Path[1]) {
-		return settings{}, fmt.Errorf("tool %s: the path is the mount and the role", t.Name)
+		return settings{}, fmt.Errorf("tool %s: the path must be the mount and the role", t.Name)
 	}
 	s := settings{
 		mount: t.Path[0], role: t.Path[1],
 		host: b.address.ConnConfig.Host, port: int(b.address.ConnConfig.Port), sslmode: "verify-full",
-		schema: "public", verbs: []string{"select"}, connections: 4, statement: 30 * time.Second, idle: 10 * time.Second,
+		schema: "public", verbs: []string{"select"},
+		connections: 4, statement: 30 * time.Second, idle: 10 * time.Second,
 	}
 	for _, name := range slices.Sorted(maps.Keys(t.Settings)) {
 		if name == "tables" {
-			continue // read last: it depends on schema
+			continue // parsed last: it depends on schema
 		}
-		if err := b.set(&s, name, t.Settings[name]); err != nil {
+		if err := b.parseSetting(&s, name, t.Settings[name]); err != nil {
 			return settings{}, fmt.Errorf("tool %s: setting %q: %w", t.Name, name, err)
 		}
 	}
@@ -92,21 +95,21 @@ func (b *Backend) read(t broker.Tool) (settings, error) {
 	return s, nil
 }
 
-func (b *Backend) set(s *settings, name, value string) (err error) {
+func (b *Backend) parseSetting(s *settings, name, value string) (err error) {
 	switch name {
 	case "host":
 		if s.host = value; !isHost(value) {
-			err = errors.New("not a host name or address")
+			err = errors.New("must be a host name or an address")
 		}
 	case "port":
-		s.port, err = number(value, 65535)
+		s.port, err = parseNumber(value, 65535)
 	case "dbname":
 		if value != b.database {
-			err = fmt.Errorf("this backend is for database %q", b.database)
+			err = fmt.Errorf("must be the backend's database %q", b.database)
 		}
 	case "sslmode":
 		if s.sslmode = value; !slices.Contains(sslmodes, value) {
-			err = errors.New("unknown")
+			err = fmt.Errorf("must be one of %s", strings.Join(sslmodes, ", "))
 		}
 	case "schema":
 		s.schema = value
@@ -118,27 +121,26 @@ func (b *Backend) set(s *settings, name, value string) (err error) {
 		_, err = parseFilter(value, "")
 	case "network":
 		if s.network = value; !isNetwork(value) {
-			err = errors.New("not a lower-case letter and then lower-case letters, digits and underscores, at most 32")
+			err = errors.New("must be at most 32 lower-case letters, digits and underscores, beginning with a letter")
 		}
 	case "connections":
-		s.connections, err = number(value, 100)
+		s.connections, err = parseNumber(value, 100)
 	case "statement_timeout":
-		s.statement, err = duration(value)
+		s.statement, err = parseDuration(value)
 	case "idle_timeout":
-		s.idle, err = duration(value)
+		s.idle, err = parseDuration(value)
 	default:
-		err = errors.New("unknown")
+		err = errors.New("unknown setting")
 	}
 	return err
 }
 
-// checkArguments refuses arguments that would be ignored, and tools whose filter could be left out
-// by accident.
+// checkArguments refuses arguments that would have no effect, and tools where a step could omit the filter by accident.
 func (s settings) checkArguments(declared map[string]broker.Parameter) error {
 	for _, name := range slices.Sorted(maps.Keys(declared)) {
 		kind, known := argKinds[name]
 		if !known {
-			return fmt.Errorf("argument %q has no way to the database", name)
+			return fmt.Errorf("argument %q would have no effect in the database", name)
 		}
 		if declared[name].Kind != kind {
 			return fmt.Errorf("argument %q must be of kind %s", name, kind)
@@ -149,9 +151,9 @@ func (s settings) checkArguments(declared map[string]broker.Parameter) error {
 	_, column := declared[argFilterColumn]
 	switch {
 	case !tables && len(s.tables) == 0:
-		return errors.New("neither an argument nor a setting names tables")
+		return errors.New("an argument or a setting \"tables\" is required")
 	case s.filterColumn != "" && column:
-		return errors.New("the setting filter_column and the argument of that name exclude each other")
+		return errors.New("the setting filter_column and the argument filter_column are mutually exclusive")
 	case value != (column || s.filterColumn != ""):
 		return errors.New("a filter needs a column and the argument filter_value")
 	case s.filterColumn != "" && !declared[argFilterValue].Required:
@@ -160,24 +162,25 @@ func (s settings) checkArguments(declared map[string]broker.Parameter) error {
 	return nil
 }
 
-// isHost accepts what can stand in a URL's host and in a connection string without quoting: a name, an
-// address, or the directory of a Unix socket.
+// isHost accepts a host that needs no quoting in a URL or a connection string. It is a name, an address, or the
+// directory of a Unix socket.
 func isHost(s string) bool {
 	for i := 0; i < len(s); i++ {
 		c := s[i]
-		if !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.IndexByte(".-_:/", c) >= 0) {
+		alnum := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+		if !alnum && strings.IndexByte(".-_:/", c) < 0 {
 			return false
 		}
 	}
 	return s != "" && len(s) <= 255
 }
 
-// isNetwork accepts what may follow pawl_net_ in a role's name.
+// isNetwork accepts a valid suffix of a role named pawl_net_NETWORK.
 func isNetwork(s string) bool {
 	return isName(s) && len(s) <= 32 && s[0] != '_' && s == strings.ToLower(s)
 }
 
-// isSegment accepts one segment of a Vault path that has only one spelling.
+// isSegment accepts a segment of a Vault path that has only one spelling.
 func isSegment(s string) bool {
 	for i := 0; i < len(s); i++ {
 		c := s[i]
@@ -189,18 +192,18 @@ func isSegment(s string) bool {
 	return s != "" && len(s) <= 128
 }
 
-func number(s string, most int) (int, error) {
+func parseNumber(s string, most int) (int, error) {
 	n, err := strconv.Atoi(s)
 	if err != nil || n < 1 || n > most || strconv.Itoa(n) != s {
-		return 0, fmt.Errorf("not a number between 1 and %d", most)
+		return 0, fmt.Errorf("must be a number between 1 and %d", most)
 	}
 	return n, nil
 }
 
-func duration(s string) (time.Duration, error) {
+func parseDuration(s string) (time.Duration, error) {
 	d, err := time.ParseDuration(s)
 	if err != nil || d < time.Millisecond || d > 24*time.Hour {
-		return 0, errors.New("not a duration between 1ms and 24h")
+		return 0, errors.New("must be a duration between 1ms and 24h")
 	}
 	return d, nil
 }

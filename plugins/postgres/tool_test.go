@@ -15,16 +15,16 @@ import (
 	"github.com/pawlsec/pawl/plugins/postgres"
 )
 
-// nobody is Credentials where no test gets that far.
-type nobody struct{}
+// noCredentials implements Credentials for tests that need no database.
+type noCredentials struct{}
 
-func (nobody) Credential(context.Context, postgres.Purpose) (string, string, time.Time, error) {
-	return "", "", time.Time{}, errors.New("nobody's")
+func (noCredentials) Credential(context.Context, postgres.Purpose) (string, string, time.Time, error) {
+	return "", "", time.Time{}, errors.New("no credentials in this test")
 }
 
 func offline(t testing.TB) *postgres.Backend {
 	t.Helper()
-	b, err := postgres.New(postgres.Config{DSN: "host=db.test port=5433 dbname=app", Credentials: nobody{}})
+	b, err := postgres.New(postgres.Config{DSN: "host=db.test port=5433 dbname=app", Credentials: noCredentials{}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -34,22 +34,23 @@ func offline(t testing.TB) *postgres.Backend {
 
 func TestNewRefuses(t *testing.T) {
 	for _, cfg := range []postgres.Config{
-		{}, {DSN: "host=x dbname=app"}, {Credentials: nobody{}},
-		{Credentials: nobody{}, DSN: "host=x dbname=app password=MARKER-SECRET"},
-		{Credentials: nobody{}, DSN: "host=x dbname=app Password = MARKER-SECRET"},
-		{Credentials: nobody{}, DSN: "postgres://u:MARKER-SECRET@x/app"},
-		{Credentials: nobody{}, DSN: "postgres://u@x/app?password=MARKER-SECRET"},
-		{Credentials: nobody{}, DSN: "postgres://u:MARKER-SECRET@x:port/app"},
-		{Credentials: nobody{}, DSN: "host=x dbname='a b'"},
+		{}, {DSN: "host=x dbname=app"}, {Credentials: noCredentials{}},
+		{Credentials: noCredentials{}, DSN: "host=x dbname=app password=MARKER-SECRET"},
+		{Credentials: noCredentials{}, DSN: "host=x dbname=app Password = MARKER-SECRET"},
+		{Credentials: noCredentials{}, DSN: "postgres://u:MARKER-SECRET@x/app"},
+		{Credentials: noCredentials{}, DSN: "postgres://u@x/app?password=MARKER-SECRET"},
+		{Credentials: noCredentials{}, DSN: "postgres://u:MARKER-SECRET@x:port/app"},
+		{Credentials: noCredentials{}, DSN: "host=x dbname='a b'"},
 	} {
 		_, err := postgres.New(cfg)
 		if err == nil || strings.Contains(err.Error(), "MARKER-SECRET") {
-			t.Errorf("New(%q) gives no error, or one with the password in it", strings.ReplaceAll(cfg.DSN, "MARKER-SECRET", "…"))
+			t.Errorf("New(%q) = nil, or an error with the password; want an error without it",
+				strings.ReplaceAll(cfg.DSN, "MARKER-SECRET", "…"))
 		}
 	}
 }
 
-// TestNewIgnoresTheEnvironment: a password that is set for psql is neither the DSN's nor used.
+// TestNewIgnoresTheEnvironment checks that New accepts a DSN without a password when PGPASSWORD is set.
 func TestNewIgnoresTheEnvironment(t *testing.T) {
 	t.Setenv("PGPASSWORD", "MARKER-SECRET")
 	offline(t)
@@ -72,16 +73,20 @@ func TestLoad(t *testing.T) {
 		})
 	}
 	for _, row := range []struct {
-		what string
+		name string
 		tool broker.Tool
 		ok   bool
 	}{
-		{"as it is", tool(), true},
-		{"host", set("host", "db-1.internal"), true}, {"socket", set("host", "/run/postgresql"), true}, {"port", set("port", "65535"), true},
+		{"unchanged", tool(), true},
+		{"host", set("host", "db-1.internal"), true},
+		{"socket", set("host", "/run/postgresql"), true}, {"port", set("port", "65535"), true},
 		{"database", set("dbname", "app"), true}, {"tables", set("tables", "orders,other.items"), true},
 		{"100 connections", set("connections", "100"), true}, {"24 hours", set("statement_timeout", "24h"), true},
 		{"fixed column", fixed(true), true},
-		{"fixed tables", change(func(x *broker.Tool) { x.Settings["tables"] = "orders"; delete(x.Arguments, "tables") }), true},
+		{"fixed tables", change(func(x *broker.Tool) {
+			x.Settings["tables"] = "orders"
+			delete(x.Arguments, "tables")
+		}), true},
 		{"label proxy", change(func(x *broker.Tool) { x.Narrowing = broker.NarrowProxy }), false},
 		{"label none", change(func(x *broker.Tool) { x.Narrowing = broker.NarrowNone }), false},
 		{"no path", change(func(x *broker.Tool) { x.Path = nil }), false},
@@ -89,43 +94,54 @@ func TestLoad(t *testing.T) {
 		{"dots", change(func(x *broker.Tool) { x.Path = []string{"database", ".."} }), false},
 		{"slash", change(func(x *broker.Tool) { x.Path = []string{"database/creds", "x"} }), false},
 		{"unknown setting", set("Host", "x"), false}, {"creation statements", set("creation_statements", "x"), false},
-		{"another database", set("dbname", "other"), false}, {"host with a space", set("host", "a b"), false}, {"host with @", set("host", "a@b"), false},
-		{"no host", set("host", ""), false}, {"port 0", set("port", "0"), false}, {"port +1", set("port", "+1"), false}, {"port 65536", set("port", "65536"), false},
-		{"sslmode", set("sslmode", "off"), false}, {"schema", set("schema", "pg_catalog"), false}, {"own schema", set("schema", "pawl"), false},
-		{"verb", set("verbs", "select,truncate"), false}, {"verb case", set("verbs", "SELECT"), false}, {"verb space", set("verbs", "select, insert"), false},
-		{"101 connections", set("connections", "101"), false}, {"no timeout", set("statement_timeout", "0s"), false}, {"over 24 hours", set("idle_timeout", "24h1ms"), false},
+		{"another database", set("dbname", "other"), false},
+		{"host with a space", set("host", "a b"), false}, {"host with @", set("host", "a@b"), false},
+		{"no host", set("host", ""), false}, {"port 0", set("port", "0"), false},
+		{"port +1", set("port", "+1"), false}, {"port 65536", set("port", "65536"), false},
+		{"sslmode", set("sslmode", "off"), false},
+		{"schema", set("schema", "pg_catalog"), false}, {"own schema", set("schema", "pawl"), false},
+		{"verb", set("verbs", "select,truncate"), false},
+		{"verb case", set("verbs", "SELECT"), false}, {"verb space", set("verbs", "select, insert"), false},
+		{"101 connections", set("connections", "101"), false},
+		{"no timeout", set("statement_timeout", "0s"), false}, {"over 24 hours", set("idle_timeout", "24h1ms"), false},
 		{"table", set("tables", "orders;"), false}, {"no table", set("tables", ""), false},
 		{"fixed column that may be left out", fixed(false), false},
 		{"two columns", set("filter_column", "customer"), false},
 		{"value without column", change(func(x *broker.Tool) { delete(x.Arguments, "filter_column") }), false},
 		{"column without value", change(func(x *broker.Tool) { delete(x.Arguments, "filter_value") }), false},
 		{"no tables at all", change(func(x *broker.Tool) { delete(x.Arguments, "tables") }), false},
-		{"unknown argument", change(func(x *broker.Tool) { x.Arguments["where"] = broker.Parameter{Kind: "string"} }), false},
+		{"unknown argument", change(func(x *broker.Tool) {
+			x.Arguments["where"] = broker.Parameter{Kind: "string"}
+		}), false},
 		{"kind", change(func(x *broker.Tool) { x.Arguments["verbs"] = broker.Parameter{Kind: "string"} }), false},
 	} {
 		if err := b.Load(row.tool); (err == nil) != row.ok {
-			t.Errorf("%s: Load() = %v, want ok = %v", row.what, err, row.ok)
+			t.Errorf("%s: Load() = %v, want ok = %v", row.name, err, row.ok)
 		}
 	}
 }
 
-// TestPrepareRefuses holds what is refused before the database is asked.
+// TestPrepareRefuses checks the arguments that Prepare refuses without the database.
 func TestPrepareRefuses(t *testing.T) {
 	b := offline(t)
 	narrow := tool()
 	narrow.Settings = map[string]string{"tables": "orders", "verbs": "select"}
 	for _, args := range []string{
-		`{"tables":[]}`, `{"tables":["orders","salaries"]}`, `{"tables":["Orders"]}`, `{"tables":["other.orders"]}`, `{"tables":["orders "]}`,
-		`{"tables":["orders"],"verbs":["insert"]}`, `{"tables":["orders"],"verbs":[]}`, `{"tables":["orders"],"verbs":["SELECT"]}`,
+		`{"tables":[]}`, `{"tables":["orders","salaries"]}`, `{"tables":["Orders"]}`,
+		`{"tables":["other.orders"]}`, `{"tables":["orders "]}`,
+		`{"tables":["orders"],"verbs":["insert"]}`, `{"tables":["orders"],"verbs":[]}`,
+		`{"tables":["orders"],"verbs":["SELECT"]}`,
 		`{"tables":["public.public.orders"]}`, `{"tables":["."]}`, `{"tables":["pawl.logins"]}`, `{"tables":["orders\""]}`,
-		`{"filter_column":"a"}`, `{"filter_value":"1"}`, `{"filter_column":"a b","filter_value":"1"}`, `{"filter_column":"a","filter_value":"\u0000"}`,
+		`{"filter_column":"a"}`, `{"filter_value":"1"}`,
+		`{"filter_column":"a b","filter_value":"1"}`, `{"filter_column":"a","filter_value":"\u0000"}`,
 		`{"filter_column":"a","filter_value":"` + strings.Repeat("x", 1025) + `"}`,
 	} {
 		if _, _, err := b.Prepare(t.Context(), narrow, newGrant(args)); broker.KindOf(err) != broker.Denied {
 			t.Errorf("Prepare(%s) = %v, want denied", args, err)
 		}
 	}
-	_, _, err := b.Prepare(t.Context(), narrow, newGrant(`{"filter_column":"a","filter_value":"`+strings.Repeat("x", 1024)+`"}`))
+	longest := newGrant(`{"filter_column":"a","filter_value":"` + strings.Repeat("x", 1024) + `"}`)
+	_, _, err := b.Prepare(t.Context(), narrow, longest)
 	if broker.KindOf(err) != broker.Unavailable {
 		t.Errorf("Prepare without a database = %v, want unavailable", err)
 	}
@@ -136,7 +152,7 @@ func TestPrepareRefuses(t *testing.T) {
 	}
 }
 
-// TestFinish holds that an answer for another step, or of another shape, is refused.
+// TestFinish checks that Finish refuses a response with a login of another step or of another shape.
 func TestFinish(tt *testing.T) {
 	t := newTarget(tt)
 	g := newGrant(`{"tables":["orders"]}`)
@@ -144,43 +160,47 @@ func TestFinish(tt *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := []string{"database", "creds", "pawl-app"}; !reflect.DeepEqual(m.Path, want) || !m.Leased || m.TTL != time.Minute || len(display) != 39 {
+	want := []string{"database", "creds", "pawl-app"}
+	if !reflect.DeepEqual(m.Path, want) || !m.Leased || m.TTL != time.Minute || len(display) != 39 {
 		t.Errorf("Prepare = %v leased %v ttl %v %q, want %v, true, 1m", m.Path, m.Leased, m.TTL, display, want)
 	}
 	other := "pawl-" + string(newGrant(`{}`).ID) + display[26:] + "-abcdefgh"
-	for _, answer := range []map[string]any{
-		nil, {}, {"username": "pawl-" + display + "-abcdefgh"}, {"username": "pawl-" + display + "-abcdefgh", "password": 1},
-		{"username": 1, "password": "MARKER"}, {"username": other, "password": "MARKER"}, {"username": "postgres", "password": "MARKER"},
+	name := "pawl-" + display + "-abcdefgh"
+	for _, response := range []map[string]any{
+		nil, {}, {"username": name}, {"username": name, "password": 1}, {"username": 1, "password": "MARKER"},
+		{"username": other, "password": "MARKER"}, {"username": "postgres", "password": "MARKER"},
 		{"username": "pawl-" + display[:27] + "0123456789ab-abcdefgh", "password": "MARKER"},
-		{"username": "pawl-" + display + "-abc'efgh", "password": "MARKER"}, {"username": "pawl-" + display + "-abcdefghi", "password": "MARKER"},
+		{"username": "pawl-" + display + "-abc'efgh", "password": "MARKER"},
+		{"username": name + "i", "password": "MARKER"},
 	} {
-		if _, err := m.Finish(answer, time.Time{}); err == nil || strings.Contains(err.Error(), "MARKER") {
-			t.Errorf("Finish(%v) gives no error, or one with the password in it", answer["username"])
+		if _, err := m.Finish(response, time.Time{}); err == nil || strings.Contains(err.Error(), "MARKER") {
+			t.Errorf("Finish(%v) = nil, or an error with the password; want an error without it", response["username"])
 		}
 	}
-	f, err := m.Finish(map[string]any{"username": "pawl-" + display + "-abcdefgh", "password": "p@ss/w:rd?"}, time.Time{})
-	if err != nil || f.Ref != "pawl-"+display+"-abcdefgh" || f.Secret.Empty() {
-		t.Errorf("Finish(ours) = %v, %v, want a secret and its name", f.Ref, err)
+	f, err := m.Finish(map[string]any{"username": name, "password": "p@ss/w:rd?"}, time.Time{})
+	if err != nil || f.Ref != name || f.Secret.Empty() {
+		t.Errorf("Finish(the step's login) = %v, %v, want a secret and its name", f.Ref, err)
 	}
 	if len(f.Digests) > 0 {
-		t.Errorf("Finish gives the digests %v of a password that could be guessed", f.Digests)
+		t.Errorf("digests of a short password = %v, want none: it could be guessed", f.Digests)
 	}
-	drawn := "abcdefghij-ABCDEFGHI"
-	f, err = m.Finish(map[string]any{"username": "pawl-" + display + "-abcdefgh", "password": drawn}, time.Time{})
+	const long = "abcdefghij-ABCDEFGHI"
+	f, err = m.Finish(map[string]any{"username": name, "password": long}, time.Time{})
 	var login struct{ URL string }
 	if err != nil || json.Unmarshal(f.Secret.Reveal(), &login) != nil ||
-		!reflect.DeepEqual(f.Digests, []broker.ValueDigest{broker.DigestValue(drawn), broker.DigestValue(login.URL)}) {
-		t.Errorf("Finish gives the digests %v, %v, want those of password and URL", f.Digests, err)
+		!reflect.DeepEqual(f.Digests, []broker.ValueDigest{broker.DigestValue(long), broker.DigestValue(login.URL)}) {
+		t.Errorf("digests = %v, %v, want those of the password and the URL", f.Digests, err)
 	}
 }
 
-// TestVaultSetup holds the statements that Vault gets to the functions that are there.
+// TestVaultSetup checks that the statements for Vault call existing functions.
 func TestVaultSetup(tt *testing.T) {
 	t := newTarget(tt)
 	writes := postgres.VaultSetup{Mount: "database", Connection: "app", Address: "db.test:5432", Database: "app",
 		Tools:   map[string]time.Duration{"pawl-app": 0, "pawl-long": time.Hour},
 		Service: map[postgres.Purpose]string{postgres.Shaper: "pawl-shaper", postgres.Revoker: "pawl-revoker"}}.Writes()
-	if len(writes) != 5 || !reflect.DeepEqual(writes[0].Data["allowed_roles"], []string{"pawl-app", "pawl-long", "pawl-revoker", "pawl-shaper"}) {
+	roles := []string{"pawl-app", "pawl-long", "pawl-revoker", "pawl-shaper"}
+	if len(writes) != 5 || !reflect.DeepEqual(writes[0].Data["allowed_roles"], roles) {
 		t.Fatalf("Writes() = %v, want a connection and four roles", writes)
 	}
 	for i, ttl := range []string{"60s", "900s", "14400s", "14400s"} {
@@ -190,17 +210,22 @@ func TestVaultSetup(tt *testing.T) {
 		}
 		for _, kind := range []string{"creation_statements", "revocation_statements"} {
 			sql := role.Data[kind].([]string)[0]
-			sql = strings.NewReplacer("{{name}}", "no such name", "{{password}}", "x", "{{expiration}}", "2026-01-01 00:00:00+0000").Replace(sql)
-			if _, err := t.vault.Exec(t.Context(), sql); codeOf(err) != "22023" { // found, allowed, and refused for the name
-				t.Errorf("%v %s = %v, want 22023", role.Path, sql, codeOf(err))
+			sql = strings.NewReplacer("{{name}}", "no such name", "{{password}}", "x",
+				"{{expiration}}", "2026-01-01 00:00:00+0000").Replace(sql)
+			// The function exists and may be called, and refuses the name.
+			if _, err := t.vault.Exec(t.Context(), sql); sqlState(err) != "22023" {
+				t.Errorf("%v %s = %v, want 22023", role.Path, sql, sqlState(err))
 			}
 		}
 	}
 }
 
-// FuzzPrepare feeds arguments as they come from outside. What is accepted asks for plain names only.
+// FuzzPrepare passes untrusted arguments. Prepare must accept plain names only.
 func FuzzPrepare(f *testing.F) {
-	for _, args := range []string{`{"tables":["a.b","c"]}`, `{"tables":["a"],"verbs":["select"],"filter_column":"x","filter_value":"1"}`, `{"tables":["a\"b"]}`, `{}`} {
+	for _, args := range []string{
+		`{"tables":["a.b","c"]}`, `{"tables":["a"],"verbs":["select"],"filter_column":"x","filter_value":"1"}`,
+		`{"tables":["a\"b"]}`, `{}`,
+	} {
 		f.Add(args)
 	}
 	b := offline(f)
@@ -211,14 +236,15 @@ func FuzzPrepare(f *testing.F) {
 		}
 		g := newGrant(`{}`)
 		g.Args = args
-		// Without a database, whatever passes the checks ends as Unavailable.
+		// Without a database, arguments that pass all checks end as Unavailable.
 		switch _, _, err := b.Prepare(t.Context(), tool(), g); broker.KindOf(err) {
 		case broker.Denied:
 		case broker.Unavailable:
 			tables, _ := args.Get("tables")
 			names, _ := tables.Strings()
+			const plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_."
 			for _, name := range names {
-				if strings.Trim(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.") != "" || strings.Count(name, ".") > 1 {
+				if strings.Trim(name, plain) != "" || strings.Count(name, ".") > 1 {
 					t.Errorf("Prepare accepts the table %q", name)
 				}
 			}

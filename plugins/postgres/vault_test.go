@@ -12,7 +12,7 @@ import (
 	"github.com/pawlsec/pawl/plugins/postgres"
 )
 
-// engine is a real Vault with a database engine for the target, set up as Writes says.
+// engine is a real Vault with a database engine for the target, set up with VaultSetup.Writes.
 type engine struct {
 	*target
 	*api.Client
@@ -26,8 +26,10 @@ func newEngine(tt *testing.T, mount string) *engine {
 	}
 	e := &engine{newTarget(tt), vault, mount}
 	e.write("sys/mounts/"+mount, map[string]any{"type": "database"})
-	for i, w := range (postgres.VaultSetup{Mount: mount, Connection: e.name, Address: e.server.Address(), Database: e.name, SSLMode: "disable",
-		Tools: map[string]time.Duration{"pawl-app": 0}, Service: map[postgres.Purpose]string{postgres.Revoker: "pawl-revoker"}}).Writes() {
+	setup := postgres.VaultSetup{Mount: mount, Connection: e.name, Address: e.server.Address(), Database: e.name,
+		SSLMode: "disable", Tools: map[string]time.Duration{"pawl-app": 0},
+		Service: map[postgres.Purpose]string{postgres.Revoker: "pawl-revoker"}}
+	for i, w := range setup.Writes() {
 		if i == 0 {
 			w.Data["password"] = vaultPassword
 		}
@@ -48,9 +50,10 @@ func (e *engine) write(path string, data map[string]any) map[string]any {
 	return answer.Data
 }
 
-// step makes a step's token, as the engine does, and gives a client that holds it.
+// step makes a step's token as the broker does and returns a client with it.
 func (e *engine) step(display string) (*api.Client, error) {
-	token, err := e.Logical().WriteWithContext(e.Context(), "auth/token/create", map[string]any{"display_name": display, "ttl": "1m"})
+	token, err := e.Logical().WriteWithContext(e.Context(), "auth/token/create",
+		map[string]any{"display_name": display, "ttl": "1m"})
 	if err != nil {
 		return nil, err
 	}
@@ -61,8 +64,8 @@ func (e *engine) step(display string) (*api.Client, error) {
 	return c, err
 }
 
-// TestRealMintMany makes 1,200 logins on 5 tables each, from 8 callers, by Vault's own database
-// engine: it writes a lease for each, and none may fail.
+// TestRealMintMany makes 1,200 logins with Vault's database engine, on 5 tables each and from 8 concurrent callers.
+// None may fail, and each must have a lease.
 func TestRealMintMany(tt *testing.T) {
 	e := newEngine(tt, "database-of-many")
 	grants := make([]broker.Grant, 1200)
@@ -93,17 +96,17 @@ func TestRealMintMany(tt *testing.T) {
 		}
 	})
 	e.Logf("1200 mints through Vault in %v", time.Since(start))
-	if n := e.count("SELECT count(*) FROM pawl.logins l JOIN pg_roles r ON r.oid = l.role WHERE r.rolcanlogin"); n != 1200 {
+	const logins = "SELECT count(*) FROM pawl.logins l JOIN pg_roles r ON r.oid = l.role WHERE r.rolcanlogin"
+	if n := e.count(logins); n != 1200 {
 		e.Errorf("logins = %d, want 1200", n)
 	}
 	e.sever(grants...) // Vault would take a minute
-	if n := e.count("SELECT count(*) FROM pawl.logins l JOIN pg_roles r ON r.oid = l.role WHERE r.rolcanlogin"); n != 0 {
-		e.Errorf("logins after they were severed = %d, want 0", n)
+	if n := e.count(logins); n != 0 {
+		e.Errorf("logins after Sever = %d, want 0", n)
 	}
 }
 
-// TestRealVault goes the whole way with a real Vault: what Writes says is enough for it to make and end
-// both kinds of login.
+// TestRealVault checks with a real Vault that VaultSetup.Writes is sufficient to make and end both kinds of login.
 func TestRealVault(tt *testing.T) {
 	t := newEngine(tt, "database-of-plugin-postgres")
 	vault, mount, write := t.Client, t.mount, t.write
@@ -120,9 +123,9 @@ func TestRealVault(tt *testing.T) {
 	if err != nil {
 		t.Fatalf("minting: %v", err)
 	}
-	// A step's token cannot make a login of the broker's, whatever its policy says: here it is root's.
+	// A step's token cannot make a login of the broker, even with the root policy as here.
 	if _, err := step.Logical().ReadWithContext(t.Context(), mount+"/creds/pawl-revoker"); err == nil {
-		t.Error("a step's token makes a revoker's login")
+		t.Error("a step's token made a revoker's login, want an error")
 	}
 	f, err := m.Finish(lease.Data, time.Time{})
 	if err != nil {
@@ -130,17 +133,18 @@ func TestRealVault(tt *testing.T) {
 	}
 	c := t.read(g, f)
 	if _, err := t.login(c).Exec(t.Context(), "SELECT * FROM orders"); err != nil {
-		t.Errorf("SELECT with Vault's credential = %v, want no error", err)
+		t.Errorf("SELECT with Vault's credential = %v, want nil", err)
 	}
 	if life := time.Duration(lease.LeaseDuration) * time.Second; life > m.TTL {
 		t.Errorf("lease = %v, want at most %v", life, m.TTL)
 	}
 	conn := t.cursor(c)
-	if _, err := vault.Logical().WriteWithContext(t.Context(), "sys/leases/renew", map[string]any{"lease_id": lease.LeaseID}); err == nil {
-		t.Error("Vault renews the lease: a login must not outlive its step")
+	_, err = vault.Logical().WriteWithContext(t.Context(), "sys/leases/renew", map[string]any{"lease_id": lease.LeaseID})
+	if err == nil {
+		t.Error("renewing the lease = nil, want an error: a login must not outlive its step")
 	}
 	write("sys/leases/revoke", map[string]any{"lease_id": lease.LeaseID, "sync": true})
-	if e := t.prove(g)[0]; e.Outcome != broker.OutcomeDead || e.Answer != "no role, no session" || !t.cutOff(conn) {
+	if e := t.prove(g)[0]; e.Outcome != broker.OutcomeDead || e.Answer != "no role, no session" || !t.sessionEnded(conn) {
 		t.Errorf("Prove after Vault's revocation = %v %q, want no role", e.Outcome, e.Answer)
 	}
 	service, err := vault.Logical().ReadWithContext(t.Context(), mount+"/creds/pawl-revoker")
@@ -148,12 +152,13 @@ func TestRealVault(tt *testing.T) {
 		t.Fatalf("minting for the broker: %v", err)
 	}
 	user, password := service.Data["username"].(string), service.Data["password"].(string)
-	if _, err := pool(tt, t.server.DSNFor(user, password, t.name)).Exec(t.Context(), "SELECT * FROM pawl.inspect(NULL)"); err != nil {
-		t.Errorf("inspect with Vault's credential = %v, want no error", codeOf(err))
+	revoker := pool(tt, t.server.DSNFor(user, password, t.name))
+	if _, err := revoker.Exec(t.Context(), "SELECT * FROM pawl.inspect(NULL)"); err != nil {
+		t.Errorf("inspect with Vault's credential = %v, want nil", sqlState(err))
 	}
 	write("sys/leases/revoke", map[string]any{"lease_id": service.LeaseID, "sync": true})
 	if n := t.count("SELECT count(*) FROM pg_roles WHERE rolname = $1", user); n != 0 {
-		t.Errorf("roles called %s = %d, want 0", user, n)
+		t.Errorf("roles named %s = %d, want 0", user, n)
 	}
 	write(mount+"/rotate-root/"+t.name, nil)
 }

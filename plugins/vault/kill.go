@@ -11,9 +11,9 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Kill implements [broker.Killer]. The client stops using the token before it asks Vault, so that it makes nothing below
-// a token that is being revoked. An errForbidden is an alarm: the broker's policy lacks the right, and the token is
-// alive.
+// Kill implements [broker.Killer]. The client stops using the token before it asks Vault, so that it makes nothing
+// below a token that is being revoked. An errForbidden is an alarm: the broker's policy lacks the right, and the token
+// is alive.
 func (c *Client) Kill(ctx context.Context, accessor string) error {
 	if !validToken(accessor) {
 		return errors.New("revoking a vault token: not an accessor")
