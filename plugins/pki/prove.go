@@ -9,8 +9,9 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
-	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/pawlsec/pawl/broker"
 )
@@ -219,16 +220,15 @@ func (p *proof) ask(ctx context.Context, rest []int) error {
 	rand.Shuffle(len(some), func(i, k int) { some[i], some[k] = some[k], some[i] })
 	some = some[:min(sample, len(some))]
 	found, errs := make([]known, len(some)), make([]error, len(some))
-	var wg sync.WaitGroup
-	slots := make(chan struct{}, 8)
+	var g errgroup.Group
+	g.SetLimit(8)
 	for n, i := range some {
-		slots <- struct{}{}
-		wg.Go(func() {
-			defer func() { <-slots }()
+		g.Go(func() error {
 			found[n], errs[n] = p.certificate(ctx, p.grants[i].Lease.Ref)
+			return nil
 		})
 	}
-	wg.Wait()
+	_ = g.Wait() // errs has every error
 	p.asked = make(map[int]known, len(some))
 	for n, i := range some {
 		p.asked[i] = found[n]

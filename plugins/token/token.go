@@ -10,8 +10,9 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/pawlsec/pawl/broker"
 )
@@ -179,21 +180,20 @@ func opaque(s string) bool {
 // that Vault was still making while its parent died: that one is ended by its own name.
 func (b *Backend) Sever(ctx context.Context, grants []broker.Grant) error {
 	errs := make([]error, len(grants))
-	var wg sync.WaitGroup
-	slots := make(chan struct{}, 16)
+	var group errgroup.Group
+	group.SetLimit(16)
 	for i, g := range grants {
 		if g.Lease.Ref == "" {
 			continue // the engine kills the step's token, and Prove knows what that is worth
 		}
-		slots <- struct{}{}
-		wg.Go(func() {
-			defer func() { <-slots }()
+		group.Go(func() error {
 			for _, accessor := range strings.Split(g.Lease.Ref, pair) { // what is inside first: it is what can do something
 				errs[i] = errors.Join(errs[i], b.cfg.Vault.Kill(ctx, accessor))
 			}
+			return nil
 		})
 	}
-	wg.Wait()
+	_ = group.Wait() // errs has every error
 	return errors.Join(errs...)
 }
 
