@@ -12,12 +12,12 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// field says where a field's value comes from: an argument or, when that is empty, the settings.
+// field is the source of a certificate field's value: an argument or, if arg is empty, a fixed value.
 type field struct{ arg, fixed string }
 
 type fields map[string]field
 
-// checks are the fields that hold names, and what each name must be.
+// checks holds the fields that carry names, each with the check that its names must pass.
 var checks = map[string]func(string) error{
 	"common_name": checkDNS, "alt_names": checkDNS, "uri_sans": checkURI, "ip_sans": checkIP,
 }
@@ -28,7 +28,7 @@ func isSegment(s string) bool { return segment.MatchString(s) && !strings.Contai
 
 func load(t broker.Tool) (fields, error) {
 	if len(t.Path) != 2 || !isSegment(t.Path[0]) || !isSegment(t.Path[1]) {
-		return nil, fmt.Errorf("tool %q: the path is a mount and a role", t.Name)
+		return nil, fmt.Errorf("tool %q: the path must be a mount and a role", t.Name)
 	}
 	f := fields{}
 	for _, key := range slices.Sorted(maps.Keys(t.Settings)) {
@@ -38,7 +38,7 @@ func load(t broker.Tool) (fields, error) {
 	}
 	for name := range t.Arguments {
 		if t.Settings["arg."+name] == "" {
-			return nil, fmt.Errorf("tool %q: argument %q reaches nothing: set arg.%s", t.Name, name, name)
+			return nil, fmt.Errorf("tool %q: argument %q fills no field: set arg.%s", t.Name, name, name)
 		}
 	}
 	if len(f) == 0 || len(f) == 1 && f["usage"] != (field{}) {
@@ -60,7 +60,7 @@ func (f fields) set(t broker.Tool, key, value string) error {
 		_, known := checks[target]
 		switch {
 		case !known:
-			return fmt.Errorf("there is no field %.40q", target)
+			return fmt.Errorf("unknown field %.40q", target)
 		case f[target] != (field{}):
 			return fmt.Errorf("field %q has two sources", target)
 		case target == "common_name" && p.Kind != "string":
@@ -74,7 +74,7 @@ func (f fields) set(t broker.Tool, key, value string) error {
 func (f fields) fix(key, value string) error {
 	if key == "usage" {
 		if usages[value] == nil || value == "" {
-			return errors.New("is client, server or both")
+			return errors.New("must be client, server or both")
 		}
 		f[key] = field{fixed: value}
 		return nil
@@ -82,7 +82,7 @@ func (f fields) fix(key, value string) error {
 	check, known := checks[key]
 	switch {
 	case !known:
-		return errors.New("there is no such setting")
+		return errors.New("unknown setting")
 	case f[key] != (field{}):
 		return errors.New("the field has two sources")
 	}
@@ -92,13 +92,13 @@ func (f fields) fix(key, value string) error {
 		}
 	}
 	if key == "common_name" && strings.Contains(value, ",") {
-		return errors.New("there is one common name")
+		return errors.New("only one common name is allowed")
 	}
 	f[key] = field{fixed: value}
 	return nil
 }
 
-// values gives a field's checked values for a step.
+// values returns the checked values of a field for one step.
 func (f fields) values(name string, args args.Args) ([]string, error) {
 	src, ok := f[name]
 	if !ok {

@@ -11,8 +11,8 @@ import (
 	"github.com/pawlsec/pawl/plugins/pki"
 )
 
-// FuzzNames holds that one argument is one name of the certificate, as it is written: Vault splits
-// lists at commas, takes stars for patterns and trims.
+// FuzzNames checks that one argument becomes one name of the certificate, unchanged. Vault splits lists at commas,
+// reads stars as patterns and trims spaces.
 func FuzzNames(f *testing.F) {
 	for _, s := range []string{"a.example.org", "a,b", "*.a", "", " a", "spiffe://example.org/a", "spiffe://example.org/a,b", "10.0.0.1", "::1", "10.0.0.1/8", "a\x00", "é"} {
 		for field := range 4 {
@@ -35,12 +35,12 @@ func FuzzNames(f *testing.F) {
 		fixed := b.Load(tool(map[string]string{field: value}))
 		if err != nil {
 			if fixed == nil && !strings.Contains(value, ",") {
-				t.Errorf("%s = %q is taken as a setting and refused as an argument", field, value)
+				t.Errorf("%s = %q is accepted as a setting and rejected as an argument", field, value)
 			}
 			return
 		}
 		if fixed != nil {
-			t.Errorf("%s = %q is taken as an argument and refused as a setting: %v", field, value, fixed)
+			t.Errorf("%s = %q is accepted as an argument and rejected as a setting: %v", field, value, fixed)
 		}
 		for _, name := range list {
 			want := ""
@@ -52,10 +52,10 @@ func FuzzNames(f *testing.F) {
 			}
 		}
 		if value == "" || strings.ContainsAny(value, ",* \t\n\x00") || strings.TrimSpace(value) != value {
-			t.Errorf("%s takes %q", field, value)
+			t.Errorf("%s accepts %q", field, value)
 		}
 		if field != "uri_sans" && strings.ToLower(fmt.Sprintf("%+q", value)) != `"`+value+`"` {
-			t.Errorf("%s takes %q, which has another spelling", field, value)
+			t.Errorf("%s accepts %q, which has a second spelling", field, value)
 		}
 	})
 }

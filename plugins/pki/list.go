@@ -12,22 +12,23 @@ import (
 	casn1 "golang.org/x/crypto/cryptobyte/asn1"
 )
 
-// MaxList is how many bytes a revocation list may have. It is read whole, so this is also what it takes of the broker's
-// memory, and for 1.7 million certificates. A longer one proves nothing, and its certificates are dead at their end.
-const MaxList = 64 << 20
+// maxList is the size limit of a revocation list in bytes: room for 1.7 million certificates. A list is read into
+// memory whole, so this also bounds the memory it takes. A longer list proves nothing: its certificates are dead only
+// once they have expired.
+const maxList = 64 << 20
 
-// list is what was looked for on a revocation list as relying parties get it.
+// list holds the wanted entries of a revocation list, in the form in which relying parties fetch it.
 type list struct {
 	issuer string // the authority's name
 	made   time.Time
-	next   time.Time // when another is due at the latest
+	next   time.Time // the next list is due by then
 	has    map[string]bool
 }
 
-var errList = errors.New("what Vault serves is not one revocation list that can be read")
+var errList = errors.New("the response from Vault is not a single, well-formed revocation list")
 
-// parseList walks a list in DER, alone (RFC 5280, 5.1), for the serial numbers that are wanted, and keeps nothing
-// else of it: a list is as long as what was ever revoked, and a proof is about a few.
+// parseList reads one list in DER with nothing after it (RFC 5280, 5.1). It keeps only the wanted serial numbers: a
+// list holds every revoked certificate, and a proof needs a few of them.
 func parseList(der []byte, wanted map[string]bool) (list, error) {
 	l := list{has: map[string]bool{}}
 	in := cryptobyte.String(der)
@@ -58,7 +59,7 @@ func parseList(der []byte, wanted map[string]bool) (list, error) {
 	return l, nil
 }
 
-// entry reads one entry.
+// entry reads one entry and reports whether it is well-formed.
 func (l *list) entry(entries *cryptobyte.String, wanted map[string]bool) bool {
 	var entry, number cryptobyte.String
 	var at time.Time
@@ -66,7 +67,7 @@ func (l *list) entry(entries *cryptobyte.String, wanted map[string]bool) bool {
 		return false
 	}
 	if number[0] == 0 {
-		number = number[1:] // of what would otherwise be a negative number
+		number = number[1:] // DER's padding of a positive number with the high bit set
 	}
 	if !wanted[string(number)] {
 		return isTime(entry)
@@ -74,20 +75,21 @@ func (l *list) entry(entries *cryptobyte.String, wanted map[string]bool) bool {
 	if !readTime(&entry, &at) {
 		return false
 	}
-	off, ok := takenOff(&entry)
-	if ok && !off {
+	removed, ok := isRemoval(&entry)
+	if ok && !removed {
 		l.has[string(number)] = true
 	}
 	return ok
 }
 
-// removed is the reason by which a list takes a certificate off an earlier one (RFC 5280, 5.3.1).
-const removed = 8
+// removeFromCRL is the reason code by which a list takes a certificate off an earlier list (RFC 5280, 5.3.1).
+const removeFromCRL = 8
 
 var reasonCode = asn1.ObjectIdentifier{2, 5, 29, 21}
 
-// takenOff reads an entry's extensions.
-func takenOff(entry *cryptobyte.String) (off, ok bool) {
+// isRemoval reads an entry's extensions. It reports whether the reason is removeFromCRL, and whether the extensions
+// are well-formed.
+func isRemoval(entry *cryptobyte.String) (removed, ok bool) {
 	var extensions cryptobyte.String
 	var some bool
 	if !entry.ReadOptionalASN1(&extensions, &some, casn1.SEQUENCE) || !entry.Empty() {
@@ -107,9 +109,9 @@ func takenOff(entry *cryptobyte.String) (off, ok bool) {
 		if !value.ReadASN1Enum(&reason) || !value.Empty() {
 			return false, false
 		}
-		off = off || reason == removed
+		removed = removed || reason == removeFromCRL
 	}
-	return off, true
+	return removed, true
 }
 
 func isTime(s cryptobyte.String) bool {
@@ -127,11 +129,11 @@ func readTime(s *cryptobyte.String, t *time.Time) bool {
 	return ok
 }
 
-// serialBytes is a serial number as a list has it, of one as Vault writes it.
+// serialBytes converts a serial number from Vault's notation to the bytes of a list entry.
 func serialBytes(ref string) string {
 	raw, err := hex.DecodeString(strings.ReplaceAll(ref, ":", ""))
 	if err != nil {
-		return ref // of no list
+		return ref // matches no entry
 	}
 	return string(raw)
 }

@@ -1,5 +1,5 @@
-// Package pki narrows a certificate from Vault's PKI engine to the names of one step, checks
-// that exactly those came back, and proves its revocation.
+// Package pki narrows a certificate from Vault's PKI engine to the names of one step. It checks that the issued
+// certificate has exactly those names, and proves its revocation.
 package pki
 
 import (
@@ -20,33 +20,33 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Reader reads one Vault path with the broker's own rights; nil when nothing is there.
-// plugins/vault's Client is one.
+// Reader reads Vault paths with the broker's own rights. The Client of plugins/vault implements it.
 type Reader interface {
+	// Read returns the data at a path, or nil if there is none.
 	Read(ctx context.Context, path []string) (map[string]any, error)
-	// Fetch gives the answer as it is, which may be most bytes long, and waits as long as ctx allows.
-	Fetch(ctx context.Context, path []string, most int64) ([]byte, error)
+	// Fetch returns the raw response, of at most limit bytes, and waits as long as ctx allows.
+	Fetch(ctx context.Context, path []string, limit int64) ([]byte, error)
 }
 
-// Config says what the backend stands on.
+// Config configures a [Backend].
 type Config struct {
-	// Vault is required, and must be allowed to read <mount>/cert/* and <mount>/crl/rotate. The lists
-	// <mount>/crl and <mount>/issuer/*/crl/der anybody may fetch.
+	// Vault is required. Its policy must allow reading <mount>/cert/* and <mount>/crl/rotate. The lists at <mount>/crl
+	// and <mount>/issuer/*/crl/der need no authentication.
 	Vault Reader
 	Now   func() time.Time // zero: time.Now
 }
 
-// Backend implements [broker.Backend] and [broker.Prover]. Vault revokes; there is nothing to
-// sever without it. Safe for concurrent use.
+// Backend implements [broker.Backend] and [broker.Prover]. It severs nothing: Vault alone revokes a certificate.
+// Safe for concurrent use.
 type Backend struct {
 	vault Reader
 	now   func() time.Time
 
-	mu       sync.Mutex         // guards renewals; never held over the network
-	renewals map[string]renewal // by mount
+	mu       sync.Mutex         // guards rebuilds; never held over the network
+	rebuilds map[string]rebuild // by mount
 }
 
-// New makes a Backend.
+// New checks the configuration and returns a Backend.
 func New(cfg Config) (*Backend, error) {
 	if cfg.Vault == nil {
 		return nil, errors.New("pki: Vault is required")
@@ -54,10 +54,10 @@ func New(cfg Config) (*Backend, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	return &Backend{vault: cfg.Vault, now: cfg.Now, renewals: map[string]renewal{}}, nil
+	return &Backend{vault: cfg.Vault, now: cfg.Now, rebuilds: map[string]rebuild{}}, nil
 }
 
-// names are what a certificate is asked for.
+// names are the names requested for a certificate.
 type names struct {
 	common string
 	dns    []string
@@ -65,20 +65,20 @@ type names struct {
 	ips    []string
 }
 
-// Load implements [broker.Backend]. The tool's Path is mount and role; the role must have
-// generate_lease, or every mint is refused. Settings:
+// Load implements [broker.Backend]. The tool's Path is a mount and a role. The role must set generate_lease, or every
+// mint is refused. Settings:
 //
 //	arg.<argument>  the fields that the argument fills: common_name, alt_names, uri_sans, ip_sans, joined by commas
 //	common_name, alt_names, uri_sans, ip_sans   a fixed value (lists joined by commas)
-//	usage           "client", "server" or "both": the extended key usage that must come back; default client
+//	usage           "client", "server" or "both": the extended key usage that the certificate must have; default client
 //
-// Each field has one source, each argument at least one field, and there is at least one name.
+// Each field has one source. Each argument fills at least one field. At least one name is required.
 func (b *Backend) Load(t broker.Tool) error {
 	_, err := load(t)
 	return err
 }
 
-// Access gives the Vault path of the tool's mint and how it is used there.
+// Access returns the Vault path of the tool's mint, whether the mint is a write, and whether it yields a lease.
 func (b *Backend) Access(t broker.Tool) (path []string, write, leased bool) {
 	return []string{t.Path[0], "issue", t.Path[1]}, true, true
 }
@@ -114,7 +114,7 @@ var usages = map[string][]x509.ExtKeyUsage{
 	"both":   {x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
 }
 
-// secret is what the agent gets.
+// secret is the document that the agent receives.
 type secret struct {
 	Certificate string   `json:"certificate"`
 	PrivateKey  string   `json:"private_key"`
@@ -122,8 +122,8 @@ type secret struct {
 	Serial      string   `json:"serial_number"`
 }
 
-// finish refuses a certificate that is anything but what was asked for: the role may add names,
-// usages or time, and then the secret could do more than the step.
+// finish rejects a certificate that differs from the request. A role may add names, usages or lifetime, and then the
+// secret could do more than the step.
 func (b *Backend) finish(answer map[string]any, want names, usage []x509.ExtKeyUsage, life time.Duration) (broker.Finished, error) {
 	var s secret
 	s.Certificate, _ = answer["certificate"].(string)
@@ -131,11 +131,11 @@ func (b *Backend) finish(answer map[string]any, want names, usage []x509.ExtKeyU
 	s.Serial, _ = answer["serial_number"].(string)
 	block, rest := pem.Decode([]byte(s.Certificate))
 	if block == nil || len(strings.TrimSpace(string(rest))) > 0 || s.PrivateKey == "" {
-		return broker.Finished{}, errors.New("pki: the answer is not a certificate with its key")
+		return broker.Finished{}, errors.New("pki: the response is not a certificate with its key")
 	}
 	cert, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {
-		return broker.Finished{}, errors.New("pki: the certificate cannot be read")
+		return broker.Finished{}, errors.New("pki: the certificate cannot be parsed")
 	}
 	if s.Serial != serial(cert) {
 		return broker.Finished{}, errors.New("pki: the serial number is not the certificate's")
@@ -144,7 +144,7 @@ func (b *Backend) finish(answer map[string]any, want names, usage []x509.ExtKeyU
 		return broker.Finished{}, err
 	}
 	if cert.NotAfter.After(b.now().Add(life + time.Second)) {
-		return broker.Finished{}, errors.New("pki: the certificate lives longer than the step")
+		return broker.Finished{}, errors.New("pki: the certificate outlives the step")
 	}
 	chain, _ := answer["ca_chain"].([]any)
 	for _, c := range chain {
@@ -170,12 +170,13 @@ func exact(cert *x509.Certificate, want names, usage []x509.ExtKeyUsage) error {
 	}
 	switch {
 	case cert.IsCA || cert.KeyUsage&(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0:
-		return errors.New("pki: the certificate could sign others")
+		return errors.New("pki: the certificate can sign others")
 	case cert.Subject.CommonName != want.common || !same(cert.DNSNames, want.dns) || !same(uris, want.uris) ||
 		!same(ips, want.ips) || len(cert.EmailAddresses) > 0:
 		return errors.New("pki: the certificate's names are not exactly those of the step")
 	case !slices.Equal(slices.Sorted(slices.Values(cert.ExtKeyUsage)), slices.Sorted(slices.Values(usage))) || len(cert.UnknownExtKeyUsage) > 0:
-		return errors.New("pki: the certificate's extended key usage is not the tool's: set client_flag, server_flag and ext_key_usage of the role")
+		return errors.New("pki: the certificate's extended key usage is not the tool's: " +
+			"set client_flag, server_flag and ext_key_usage on the role")
 	}
 	return nil
 }
@@ -184,7 +185,7 @@ func same(a, b []string) bool {
 	return slices.Equal(slices.Sorted(slices.Values(a)), slices.Sorted(slices.Values(b)))
 }
 
-// serial is a certificate's number as Vault writes it.
+// serial returns the certificate's serial number in Vault's notation.
 func serial(cert *x509.Certificate) string { return number(cert.SerialNumber) }
 
 func number(n *big.Int) string {
@@ -195,8 +196,7 @@ func number(n *big.Int) string {
 	return strings.Join(parts, ":")
 }
 
-// checkDNS, checkURI and checkIP refuse what would be several names, or none: Vault splits
-// lists at commas.
+// checkDNS, checkURI and checkIP reject a value that is not exactly one name. Vault splits lists at commas.
 func checkDNS(s string) error {
 	ok := s != "" && len(s) <= 253 && s[0] != '.' && s[0] != '-' && !strings.Contains(s, "..")
 	for i := 0; ok && i < len(s); i++ {
@@ -204,7 +204,7 @@ func checkDNS(s string) error {
 		ok = c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || c == '-' || c == '.'
 	}
 	if !ok {
-		return errors.New("is not a lower-case DNS name without wildcard")
+		return errors.New("is not a lower-case DNS name without wildcards")
 	}
 	return nil
 }
@@ -212,14 +212,14 @@ func checkDNS(s string) error {
 func checkURI(s string) error {
 	u, err := url.Parse(s)
 	if err != nil || u.Scheme == "" || u.String() != s || strings.ContainsAny(s, ",* ") || len(s) > 2048 {
-		return errors.New("is not a URI in its plain form, without comma, star or blank")
+		return errors.New("is not a URI in canonical form without commas, stars or spaces")
 	}
 	return nil
 }
 
 func checkIP(s string) error {
 	if ip := net.ParseIP(s); ip == nil || ip.String() != s {
-		return errors.New("is not an IP address in its plain form")
+		return errors.New("is not an IP address in canonical form")
 	}
 	return nil
 }

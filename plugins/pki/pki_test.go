@@ -38,13 +38,13 @@ func (r reader) Read(ctx context.Context, path []string) (map[string]any, error)
 	return s.Data, nil
 }
 
-func (r reader) Fetch(ctx context.Context, path []string, most int64) ([]byte, error) {
+func (r reader) Fetch(ctx context.Context, path []string, limit int64) ([]byte, error) {
 	resp, err := r.Logical().ReadRawWithContext(ctx, strings.Join(path, "/"))
 	if err != nil {
 		return nil, err
 	}
 	defer resp.Body.Close() //nolint:errcheck // only read
-	return io.ReadAll(io.LimitReader(resp.Body, most))
+	return io.ReadAll(io.LimitReader(resp.Body, limit))
 }
 
 type none struct{}
@@ -104,7 +104,7 @@ func TestLoad(t *testing.T) {
 	}
 }
 
-// TestArguments holds that one argument is one name: Vault splits lists at commas.
+// TestArguments checks that one argument is one name. Vault splits lists at commas.
 func TestArguments(t *testing.T) {
 	b := newBackend(t, none{})
 	for field, rows := range map[string]map[string]bool{
@@ -159,7 +159,7 @@ func (e *engine) write(t *testing.T, path string, data map[string]any) *api.Secr
 	return s
 }
 
-// role makes client certificates and adds nothing of its own.
+// role issues client certificates and adds nothing to the request.
 func role(more map[string]any) map[string]any {
 	r := map[string]any{"generate_lease": true, "key_type": "ec", "allow_any_name": true, "allowed_uri_sans": "spiffe://example.org/*",
 		"require_cn": false, "server_flag": false, "client_flag": true, "max_ttl": "1h"}
@@ -169,7 +169,7 @@ func role(more map[string]any) map[string]any {
 	return r
 }
 
-// issued is a secret as the agent sees it, with the lease that Vault gave.
+// issued is a secret as the agent receives it, with Vault's lease.
 type issued struct {
 	Certificate string `json:"certificate"`
 	PrivateKey  string `json:"private_key"`
@@ -205,12 +205,12 @@ func (e *engine) issue(t *testing.T, b *pki.Backend, uri string) (issued, error)
 		PrivateKey  string `json:"private_key"`
 	}
 	if json.Unmarshal(f.Secret.Reveal(), &members) != nil || !slices.Equal(f.Digests, []broker.ValueDigest{broker.DigestValue(members.Certificate), broker.DigestValue(members.PrivateKey)}) {
-		t.Errorf("Finish() gives the digests %v, want those of certificate and key", f.Digests)
+		t.Errorf("Finish() returns the digests %v, want those of certificate and key", f.Digests)
 	}
 	return out, err
 }
 
-// TestRealExact holds that a role which gives more than was asked is refused.
+// TestRealExact checks that a certificate is rejected when the role adds to the request.
 func TestRealExact(t *testing.T) {
 	for name, more := range map[string]map[string]any{
 		"server usage too": {"server_flag": true},
@@ -218,12 +218,12 @@ func TestRealExact(t *testing.T) {
 	} {
 		e := newEngine(t, role(more))
 		if _, err := e.issue(t, newBackend(t, reader{e.Client}), "spiffe://example.org/a"); err == nil {
-			t.Errorf("a certificate with %s was taken", name)
+			t.Errorf("a certificate with %s was accepted", name)
 		}
 	}
 }
 
-// TestRealOther holds that the answer to another step is refused.
+// TestRealOther checks that another step's certificate is rejected.
 func TestRealOther(t *testing.T) {
 	e := newEngine(t, role(nil))
 	b := newBackend(t, reader{e.Client})
@@ -246,12 +246,12 @@ func TestRealOther(t *testing.T) {
 	} {
 		m := prepare(other)
 		if _, err := want.Finish(e.write(t, strings.Join(m.Path, "/"), m.Data).Data, time.Time{}); err == nil {
-			t.Errorf("Finish() took a certificate for %v", other)
+			t.Errorf("Finish() accepted a certificate for %v", other)
 		}
 	}
 }
 
-// TestRealNarrow makes out-of-scope calls with the raw secret: the TLS peers refuse each.
+// TestRealNarrow makes out-of-scope calls with the raw secret. The TLS peer refuses each.
 func TestRealNarrow(t *testing.T) {
 	e := newEngine(t, role(nil))
 	s, err := e.issue(t, newBackend(t, reader{e.Client}), "spiffe://example.org/orders/read")
@@ -277,7 +277,7 @@ func TestRealNarrow(t *testing.T) {
 	}
 	elsewhere := demand("spiffe://example.org/orders/read")
 	elsewhere.ClientCAs = newEngine(t, role(nil)).roots
-	grown := client.Clone() // the certificate's own name beside another: what is signed is not changed unseen
+	grown := client.Clone() // a changed name breaks the certificate's signature
 	grown.Certificates = []tls.Certificate{{Certificate: [][]byte{rename(pair.Certificate[0])}, PrivateKey: pair.PrivateKey}}
 	stolen := client.Clone()
 	stolen.Certificates = []tls.Certificate{{Certificate: pair.Certificate, PrivateKey: forge(t, pair, "spiffe://example.org/x").PrivateKey}}
@@ -298,7 +298,7 @@ func TestRealNarrow(t *testing.T) {
 	}
 }
 
-// serverPair is the service's own certificate, from the same authority.
+// serverPair returns the service's own certificate, issued by the same authority.
 func (e *engine) serverPair(t *testing.T) tls.Certificate {
 	t.Helper()
 	e.write(t, e.mount+"/roles/server", map[string]any{"allow_any_name": true, "key_type": "ec", "client_flag": false})
@@ -310,7 +310,7 @@ func (e *engine) serverPair(t *testing.T) tls.Certificate {
 	return pair
 }
 
-// forge signs another name with the certificate's key.
+// forge signs a certificate for another name with the key of an issued one.
 func forge(t *testing.T, by tls.Certificate, id string) tls.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -330,12 +330,12 @@ func forge(t *testing.T, by tls.Certificate, id string) tls.Certificate {
 	return tls.Certificate{Certificate: [][]byte{der, by.Certificate[0]}, PrivateKey: key}
 }
 
-// rename writes another name of the same length into a certificate.
+// rename replaces the name in a certificate by one of the same length.
 func rename(der []byte) []byte {
 	return bytes.Replace(der, []byte("orders/read"), []byte("orders/send"), 1)
 }
 
-// handshake sends one byte from server to client and gives what either side said against it.
+// handshake sends one byte from server to client and returns the errors of both sides.
 func handshake(t *testing.T, client, server *tls.Config) error {
 	t.Helper()
 	l, err := tls.Listen("tcp", "127.0.0.1:0", server)
@@ -371,12 +371,12 @@ func TestRealProve(t *testing.T) {
 		t.Fatal(err)
 	}
 	g := broker.Grant{ID: "gr1", Path: e.mount + "/agent", Expires: time.Now().Add(time.Minute), Lease: broker.Lease{Ref: s.finished.Ref, Expires: s.finished.Expires}}
-	lost, over, unknown := g, g, g
+	lost, expired, unknown := g, g, g
 	lost.Lease = broker.Lease{}
-	over.Expires, over.Lease.Expires = time.Now().Add(-time.Minute), time.Now().Add(-time.Minute)
+	expired.Expires, expired.Lease.Expires = time.Now().Add(-time.Minute), time.Now().Add(-time.Minute)
 	unknown.Lease.Ref = "01:02"
 	outcomes := func() string {
-		ev, err := b.Prove(t.Context(), []broker.Grant{g, lost, over, unknown})
+		ev, err := b.Prove(t.Context(), []broker.Grant{g, lost, expired, unknown})
 		if err != nil {
 			t.Fatalf("Prove() = %v", err)
 		}
@@ -398,6 +398,6 @@ func TestRealProve(t *testing.T) {
 		t.Errorf("Prove() after the lease's revocation = %q", got)
 	}
 	if _, err := newBackend(t, none{}).Prove(t.Context(), []broker.Grant{g}); err == nil {
-		t.Error("Prove() with Vault down gave evidence")
+		t.Error("Prove() with Vault down returned evidence")
 	}
 }

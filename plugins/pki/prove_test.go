@@ -22,10 +22,10 @@ import (
 	"github.com/pawlsec/pawl/plugins/pki"
 )
 
-// counting is a reader that counts, and refuses to rotate while it is told to.
+// counting is a reader that counts its requests. While refuse is set, it refuses to rotate.
 type counting struct {
 	reader
-	mu      sync.Mutex // guards what follows
+	mu      sync.Mutex // guards the fields below
 	reads   int        // of paths and lists
 	rotated int
 	refuse  bool
@@ -38,7 +38,7 @@ func (c *counting) Read(ctx context.Context, path []string) (map[string]any, err
 	return c.reader.Read(ctx, path)
 }
 
-func (c *counting) Fetch(ctx context.Context, path []string, most int64) ([]byte, error) {
+func (c *counting) Fetch(ctx context.Context, path []string, limit int64) ([]byte, error) {
 	c.mu.Lock()
 	c.reads++
 	rotate := path[len(path)-1] == "rotate"
@@ -50,10 +50,10 @@ func (c *counting) Fetch(ctx context.Context, path []string, most int64) ([]byte
 	if refuse {
 		return nil, errors.New("permission denied")
 	}
-	return c.reader.Fetch(ctx, path, most)
+	return c.reader.Fetch(ctx, path, limit)
 }
 
-// take gives the counts and begins anew.
+// take returns the counts and resets them.
 func (c *counting) take() (reads, rotated int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -61,15 +61,15 @@ func (c *counting) take() (reads, rotated int) {
 	return reads, rotated
 }
 
-// served gives the serial numbers, in hexadecimal, on the list that relying parties fetch: without a token, as
-// they do.
+// served returns the serial numbers on a list, in hexadecimal. It fetches the list without a token, as relying parties
+// do.
 func (e *engine) served(t *testing.T, path string) map[string]bool {
 	t.Helper()
-	anybody, err := e.Clone()
+	anonymous, err := e.Clone()
 	if err != nil {
 		t.Fatal(err)
 	}
-	resp, err := anybody.Logical().ReadRawWithContext(t.Context(), path)
+	resp, err := anonymous.Logical().ReadRawWithContext(t.Context(), path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -93,20 +93,21 @@ func (e *engine) grantOf(s issued) broker.Grant {
 	return broker.Grant{ID: "gr1", Path: e.mount + "/agent", Expires: time.Now().Add(time.Minute), Lease: broker.Lease{Ref: s.finished.Ref, Expires: s.finished.Expires}}
 }
 
-// TestRealServedList holds that dead is what relying parties can read. With auto_rebuild Vault says
-// revoked hours before its list does: then it is asked for a new list, once for all, and where it
-// refuses that the certificates count as alive. What Vault is asked does not grow with how many there are.
+// TestRealServedList checks that dead means listed where relying parties read. With auto_rebuild Vault records a
+// revocation hours before its list shows it. Prove then requests one rebuild for all certificates. If Vault refuses
+// that, the certificates count as alive. The number of requests does not grow with the number of certificates.
 func TestRealServedList(t *testing.T) {
 	reads := map[int]int{}
 	for _, n := range []int{40, 320} {
 		reads[n] = proveServed(t, n)
 	}
 	if reads[320] != reads[40] {
-		t.Errorf("to prove 40 certificates Vault was asked %d times, and %d times for 320; want the same", reads[40], reads[320])
+		t.Errorf("the proof of 40 certificates took %d requests to Vault, that of 320 took %d; want the same",
+			reads[40], reads[320])
 	}
 }
 
-// proveServed gives how often Vault was asked to prove n certificates that were on no list yet.
+// proveServed returns the number of requests to Vault for a proof of n certificates that are on no list yet.
 func proveServed(t *testing.T, n int) (reads int) {
 	e := newEngine(t, role(nil))
 	e.write(t, e.mount+"/config/crl", map[string]any{"auto_rebuild": true, "auto_rebuild_grace_period": "12h", "expiry": "72h"})
@@ -127,36 +128,36 @@ func proveServed(t *testing.T, n int) (reads int) {
 		if err != nil {
 			t.Fatalf("Prove() = %v", err)
 		}
-		served, said := e.served(t, e.mount+"/crl"), 0
+		served, matched := e.served(t, e.mount+"/crl"), 0
 		for i, one := range evidence {
 			onList := served[strings.TrimLeft(strings.ReplaceAll(grants[i].Lease.Ref, ":", ""), "0")]
 			if one.Outcome != want || onList != (want == broker.OutcomeDead) {
-				t.Fatalf("certificate %d: %s %q, and it is on the list %v; want %s", i, one.Outcome, one.Answer, onList, want)
+				t.Fatalf("certificate %d: %s %q, on the list: %v; want %s", i, one.Outcome, one.Answer, onList, want)
 			}
 			if strings.Contains(one.Answer, text) {
-				said++
+				matched++
 			}
 		}
-		if said == 0 || all && said < n {
-			t.Errorf("%d of %d certificates are %q, want more", said, n, text)
+		if matched == 0 || all && matched < n {
+			t.Errorf("%d of %d certificates are %q, want more", matched, n, text)
 		}
 	}
-	prove(broker.OutcomeAlive, "Vault makes no other when asked", false)
+	prove(broker.OutcomeAlive, "Vault does not rebuild the list on request", false)
 	v.take()
 	v.refuse = false
-	prove(broker.OutcomeDead, "on the list of CN=test of ", true)
+	prove(broker.OutcomeDead, "on the list of CN=test, issued at ", true)
 	reads, rotated := v.take()
 	if rotated != 1 {
-		t.Errorf("the list was made anew %d times for %d certificates, want once", rotated, n)
+		t.Errorf("the list was rebuilt %d times for %d certificates, want once", rotated, n)
 	}
-	prove(broker.OutcomeDead, "on the list of CN=test of ", true)
+	prove(broker.OutcomeDead, "on the list of CN=test, issued at ", true)
 	if again, rotated := v.take(); again != 1 || rotated != 0 {
-		t.Errorf("%d certificates on the list took %d reads and %d new lists, want 1 and 0", n, again, rotated)
+		t.Errorf("%d certificates on the list took %d reads and %d rebuilds, want 1 and 0", n, again, rotated)
 	}
 	return reads
 }
 
-// TestRealIssuers holds that each certificate is looked for on its own authority's list.
+// TestRealIssuers checks that each certificate is checked against its own authority's list.
 func TestRealIssuers(t *testing.T) {
 	e := newEngine(t, role(nil))
 	other := e.write(t, e.mount+"/root/generate/internal", map[string]any{"common_name": "other", "issuer_name": "other", "key_type": "ec", "ttl": "24h"})
@@ -169,7 +170,8 @@ func TestRealIssuers(t *testing.T) {
 	g := e.grantOf(s)
 	e.write(t, "sys/leases/revoke", map[string]any{"lease_id": s.lease, "sync": true})
 	evidence, err := b.Prove(t.Context(), []broker.Grant{g})
-	if err != nil || evidence[0].Outcome != broker.OutcomeDead || !strings.Contains(evidence[0].Answer, "on the list of CN=other of ") {
+	if err != nil || evidence[0].Outcome != broker.OutcomeDead ||
+		!strings.Contains(evidence[0].Answer, "on the list of CN=other, issued at ") {
 		t.Errorf("Prove() = %v, %v, want dead by the other authority's list", evidence, err)
 	}
 	number := strings.TrimLeft(strings.ReplaceAll(g.Lease.Ref, ":", ""), "0")
@@ -207,13 +209,13 @@ func entry(number int64, reason int) x509.RevocationListEntry {
 	return x509.RevocationListEntry{SerialNumber: big.NewInt(number), RevocationTime: time.Now(), ReasonCode: reason}
 }
 
-// grant258 is of a certificate with the number 258.
+// grant258 returns a grant of a certificate with serial number 258.
 func grant258() broker.Grant {
 	end := time.Now().Add(time.Minute)
 	return broker.Grant{ID: "gr1", Path: "pki/agent", Expires: end, Lease: broker.Lease{Ref: "01:02", Expires: end}}
 }
 
-// TestLists holds what is taken for a list: one that is in force.
+// TestLists checks that only a single, well-formed and unexpired list proves a certificate dead.
 func TestLists(t *testing.T) {
 	a, later := newAuthority(t), time.Now().Add(time.Hour)
 	good := a.sign(t, later, entry(258, 0))
@@ -225,13 +227,13 @@ func TestLists(t *testing.T) {
 		"good":             {good, broker.OutcomeDead, false},
 		"with a reason":    {a.sign(t, later, entry(7, 1), entry(258, 4)), broker.OutcomeDead, false},
 		"without it":       {a.sign(t, later, entry(2, 0), entry(1<<40+258, 0)), broker.OutcomeAlive, false},
-		"of nobody":        {a.sign(t, later), broker.OutcomeAlive, false},
+		"empty":            {a.sign(t, later), broker.OutcomeAlive, false},
 		"expired":          {a.sign(t, time.Now().Add(-time.Second), entry(258, 0)), broker.OutcomeAlive, false},
 		"taken off":        {a.sign(t, later, entry(258, 8)), broker.OutcomeAlive, false},
 		"none":             {nil, broker.OutcomeAlive, false},
 		"two":              {append(bytes.Clone(good), good...), "", true},
 		"text":             {[]byte("x"), "", true},
-		"cut":              {good[:len(good)/2], "", true},
+		"truncated":        {good[:len(good)/2], "", true},
 		"in PEM":           {pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: good}), "", true},
 		"half of one more": {append(bytes.Clone(good), good[:20]...), "", true},
 	} {
@@ -242,8 +244,7 @@ func TestLists(t *testing.T) {
 	}
 }
 
-// TestLongList holds that a list of many megabytes proves what it has, and that one beyond the limit is asked for
-// with that limit.
+// TestLongList checks that a list of several megabytes proves its certificates dead, and no others.
 func TestLongList(t *testing.T) {
 	entries := make([]x509.RevocationListEntry, 200_000)
 	for i := range entries {
@@ -259,8 +260,8 @@ func TestLongList(t *testing.T) {
 	}
 }
 
-// FuzzList holds that what is read of a list is what the standard library reads, which keeps all of it in memory. It passes
-// over what follows where a list should end; that is refused.
+// FuzzList compares the parser with the standard library's, which keeps the whole list in memory and ignores trailing
+// data. Ours rejects trailing data.
 func FuzzList(f *testing.F) {
 	a, later := newAuthority(f), time.Now().Add(time.Hour)
 	f.Add(a.sign(f, later, entry(258, 0), entry(3, 1)))
@@ -273,27 +274,27 @@ func FuzzList(f *testing.F) {
 		crl, wrong := x509.ParseRevocationList(der)
 		evidence, err := newBackend(t, lists(der)).Prove(t.Context(), []broker.Grant{grant258()})
 		if err != nil || wrong != nil {
-			return // each is the stricter one somewhere
+			return // each parser is stricter than the other somewhere
 		}
 		on := false
 		for _, e := range crl.RevokedCertificateEntries {
 			on = on || e.SerialNumber.Cmp(big.NewInt(258)) == 0 && e.ReasonCode != 8
 		}
 		if want := on && time.Now().Before(crl.NextUpdate); want != (evidence[0].Outcome == broker.OutcomeDead) {
-			t.Errorf("Prove() = %v, and it is on the list %v", evidence, on)
+			t.Errorf("Prove() = %v, on the list: %v", evidence, on)
 		}
 	})
 }
 
-// lists is a Vault that serves a list and knows no certificate otherwise than as revoked.
+// lists is a Vault that serves one list and reports every certificate as revoked.
 type lists []byte
 
 func (l lists) Read(context.Context, []string) (map[string]any, error) {
 	return map[string]any{"revocation_time": json.Number("1700000000")}, nil
 }
 
-func (l lists) Fetch(_ context.Context, _ []string, most int64) ([]byte, error) {
-	if int64(len(l)) > most {
+func (l lists) Fetch(_ context.Context, _ []string, limit int64) ([]byte, error) {
+	if int64(len(l)) > limit {
 		return nil, errors.New("longer than the limit")
 	}
 	return l, nil
@@ -301,23 +302,23 @@ func (l lists) Fetch(_ context.Context, _ []string, most int64) ([]byte, error) 
 
 var _ pki.Reader = lists{}
 
-// slow is a Vault that takes a second for a list anew.
+// slow is a Vault that takes a second to rebuild a list.
 type slow struct {
 	lists
 	now     time.Time
 	rotated int
 }
 
-func (s *slow) Fetch(ctx context.Context, path []string, most int64) ([]byte, error) {
+func (s *slow) Fetch(ctx context.Context, path []string, limit int64) ([]byte, error) {
 	if path[len(path)-1] == "rotate" {
 		s.rotated++
 		s.now = s.now.Add(time.Second)
 		return nil, nil
 	}
-	return s.lists.Fetch(ctx, path, most)
+	return s.lists.Fetch(ctx, path, limit)
 }
 
-// TestRenewals holds that making lists anew leaves Vault most of its time: it can revoke nothing meanwhile.
+// TestRenewals checks that rebuilds leave Vault most of its time. Vault revokes nothing during a rebuild.
 func TestRenewals(t *testing.T) {
 	s := &slow{lists: newAuthority(t).sign(t, time.Now().Add(time.Hour)), now: time.Now()}
 	b, err := pki.New(pki.Config{Vault: s, Now: func() time.Time { return s.now }})
@@ -329,11 +330,17 @@ func TestRenewals(t *testing.T) {
 		later time.Duration
 		want  int
 		text  string
-	}{{0, 1, "not on the list"}, {0, 1, "asked for another a moment ago"}, {1900 * time.Millisecond, 1, "asked for another a moment ago"}, {200 * time.Millisecond, 2, "not on the list"}} {
+	}{
+		{0, 1, "not on the list"},
+		{0, 1, "a rebuild of the list was requested a moment ago"},
+		{1900 * time.Millisecond, 1, "a rebuild of the list was requested a moment ago"},
+		{200 * time.Millisecond, 2, "not on the list"},
+	} {
 		s.now = s.now.Add(row.later)
 		evidence, err := b.Prove(t.Context(), []broker.Grant{g})
 		if err != nil || evidence[0].Outcome != broker.OutcomeAlive || !strings.Contains(evidence[0].Answer, row.text) || s.rotated != row.want {
-			t.Errorf("%v later: Prove() = %v, %v after %d new lists, want alive, %q and %d", row.later, evidence, err, s.rotated, row.text, row.want)
+			t.Errorf("%v later: Prove() = %v, %v after %d rebuilds, want alive, %q and %d",
+				row.later, evidence, err, s.rotated, row.text, row.want)
 		}
 	}
 }
