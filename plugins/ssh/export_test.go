@@ -1,6 +1,6 @@
 package ssh
 
-// EncodeKRL and DecodeKRL are opened to tests.
+// EncodeKRL and DecodeKRL are the codec of revocation lists.
 var (
 	EncodeKRL = encodeKRL
 	DecodeKRL = decodeKRL

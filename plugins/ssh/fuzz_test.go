@@ -11,8 +11,8 @@ import (
 	"github.com/pawlsec/pawl/plugins/ssh"
 )
 
-// FuzzArguments holds that what an argument asks for is one user, one line and a list of addresses
-// that confines, and that Vault is asked for just that.
+// FuzzArguments checks that an accepted argument is one user, one line, or an address list that excludes some
+// addresses. The request to Vault must have exactly these values.
 func FuzzArguments(f *testing.F) {
 	for _, row := range [][3]string{{"root", "uptime", "10.0.0.0/8"}, {"root,admin", "a\nb", "0.0.0.0/0"}, {"*", "", "10.0.0.1,::1"}, {"_a-b.c", "{{user}}", "::/0"},
 		{"Root", "a\x00", "10.0.0.1/8"}, {"root ", "é", "fe80::1%eth0"}, {"", "a", ""}} {
@@ -44,7 +44,7 @@ func FuzzArguments(f *testing.F) {
 			network, err := netip.ParsePrefix(one)
 			address, errToo := netip.ParseAddr(one)
 			if (err != nil || network.Bits() == 0) && (errToo != nil || address.Zone() != "") {
-				t.Errorf("Prepare(from %q) = no error, and %q confines nothing", from, one)
+				t.Errorf("Prepare(from %q) = no error, and %q excludes no address", from, one)
 			}
 		}
 	})

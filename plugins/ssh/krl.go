@@ -14,19 +14,18 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// The numbers of OpenSSH's PROTOCOL.krl.
+// Constants of OpenSSH's PROTOCOL.krl.
 const (
 	krlMagic        = 0x5353484b524c0a00
 	krlFormat       = 1
-	krlCertificates = 1    // section
-	krlKeyIDs       = 0x23 // section of a section
+	krlCertificates = 1    // a section
+	krlKeyIDs       = 0x23 // a subsection of krlCertificates
 )
 
-// maxKRL is the largest list that is read, in bytes.
+// maxKRL is the size limit of a list in bytes.
 const maxKRL = 64 << 20
 
-// encodeKRL writes a list that revokes certificates of any authority by key id. version only
-// goes up.
+// encodeKRL encodes a list that revokes certificates of any authority by key id. The version must only increase.
 func encodeKRL(ids []string, version uint64, at time.Time) []byte {
 	var keys []byte
 	for _, id := range ids {
@@ -50,10 +49,10 @@ func appendString(b []byte, s string) []byte {
 	return append(binary.BigEndian.AppendUint32(b, uint32(len(s))), s...)
 }
 
-var errKRL = errors.New("not a key revocation list that this program wrote")
+var errKRL = errors.New("not a key revocation list written by this program")
 
-// decodeKRL reads what encodeKRL writes, and nothing else: a list with other sections is somebody
-// else's, and writing it anew would lose them.
+// decodeKRL accepts only the output of encodeKRL. Another program's list has other sections, and a rewrite would lose
+// them.
 func decodeKRL(raw []byte) (ids []string, version uint64, err error) {
 	r := reader{rest: raw}
 	if r.uint64() != krlMagic || r.uint32() != krlFormat {
@@ -85,7 +84,7 @@ func decodeKRL(raw []byte) (ids []string, version uint64, err error) {
 	return ids, version, nil
 }
 
-// reader takes values off the front; bad is set once there were too few bytes.
+// reader consumes values from the front. It sets bad when too few bytes are left.
 type reader struct {
 	rest []byte
 	bad  bool
@@ -117,13 +116,13 @@ func (r *reader) text() string {
 type list struct {
 	path string
 
-	mu      sync.Mutex           // guards what follows, and the file
-	ids     map[string]time.Time // until when each is listed
+	mu      sync.Mutex           // guards the fields below, and the file
+	ids     map[string]time.Time // each key id with the time until which it is listed
 	version uint64
 }
 
-// openList takes up the list in the file, if there is one. When its certificates end is not in
-// it; none lives longer than a tool may let it.
+// openList loads the list from the file, if there is one. The file has no expiry times, so each entry is kept for the
+// longest possible TTL plus leeway.
 func openList(path string, now time.Time) (*list, error) {
 	l := &list{path: path, ids: map[string]time.Time{}}
 	raw, err := l.load()
@@ -154,8 +153,8 @@ func (l *list) load() ([]byte, error) {
 	return os.ReadFile(l.path)
 }
 
-// add lists ids until their times, forgets what is over, and replaces the file at once: sshd
-// never sees half of it. On an error the ids stay, and the next add writes them.
+// add lists ids until their times, drops expired entries, and replaces the file atomically: sshd never reads half a
+// list. After an error the ids stay in memory, and the next add writes them.
 func (l *list) add(ids map[string]time.Time, now time.Time) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -174,8 +173,8 @@ func (l *list) read() ([]string, error) {
 	return ids, err
 }
 
-// replace writes a file beside path, syncs it and puts it in path's place. It holds names of
-// certificates and nothing secret; sshd reads it as root.
+// replace writes a temporary file next to path, syncs it and renames it to path. The file has key ids and no secrets,
+// so everyone may read it; sshd reads it as root.
 func replace(path string, raw []byte) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(path), ".krl-*")
 	if err != nil {
@@ -183,7 +182,7 @@ func replace(path string, raw []byte) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			_ = os.Remove(f.Name()) // it is of no use; the error says why
+			_ = os.Remove(f.Name()) // the first error is returned
 		}
 	}()
 	_, err = f.Write(raw)

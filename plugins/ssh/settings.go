@@ -13,20 +13,19 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// source says where a value comes from: an argument or, when that is empty, the settings.
+// source is the origin of a value: an argument or, if arg is empty, a fixed value.
 type source struct{ arg, fixed string }
 
-// settings are the sources of a certificate's principal, force_command and source_address, and
-// its extensions.
+// settings hold the sources of a certificate's principal, force_command and source_address, and its extensions.
 type settings struct {
 	fields     map[string]source
 	extensions map[string]string
 }
 
-// checks are the fields, and what a value must be.
+// checks holds the fields, each with the check that its value must pass.
 var checks = map[string]func(string) error{"principal": checkPrincipal, "force_command": checkCommand, "source_address": checkAddresses}
 
-// extensions are those that may be granted: none that forwards anything.
+// extensions are the certificate extensions that a tool may grant. None of them permits forwarding.
 var extensions = []string{"permit-pty", "permit-user-rc", "no-touch-required"}
 
 var (
@@ -36,15 +35,16 @@ var (
 
 func isSegment(s string) bool { return segment.MatchString(s) && !strings.Contains(s, "..") }
 
-// Load implements [broker.Backend]. The tool's Path is mount and role. Settings:
+// Load implements [broker.Backend]. The tool's Path is a mount and a role. Settings:
 //
 //	principal        the one user name to log in as; required
-//	force_command    the command that sshd runs whatever is asked for; required for the label native
+//	force_command    the command that sshd runs instead of the requested one; required for the label native
 //	source_address   addresses and networks to log in from, joined by commas
-//	arg.<argument>   in place of a fixed value: which of these the argument fills, whole
-//	extensions       permit-pty, permit-user-rc, no-touch-required, joined by commas; none unless named. Forwarding is never granted
+//	arg.<argument>   instead of a fixed value: the field above that the argument fills as a whole
+//	extensions       permit-pty, permit-user-rc, no-touch-required, joined by commas; default none.
+//	                 Forwarding is never granted
 //
-// A fixed command takes no values from arguments: text that a shell will read is not spliced.
+// A fixed command takes no values from arguments: nothing is spliced into text that a shell reads.
 func (b *Backend) Load(t broker.Tool) error {
 	_, err := load(t)
 	return err
@@ -53,7 +53,7 @@ func (b *Backend) Load(t broker.Tool) error {
 func load(t broker.Tool) (settings, error) {
 	s := settings{fields: map[string]source{}, extensions: map[string]string{}}
 	if len(t.Path) != 2 || !isSegment(t.Path[0]) || !isSegment(t.Path[1]) {
-		return s, fmt.Errorf("tool %q: the path is a mount and a role", t.Name)
+		return s, fmt.Errorf("tool %q: the path must be a mount and a role", t.Name)
 	}
 	for _, key := range slices.Sorted(maps.Keys(t.Settings)) {
 		if err := s.set(t, key, t.Settings[key]); err != nil {
@@ -62,14 +62,15 @@ func load(t broker.Tool) (settings, error) {
 	}
 	for name := range t.Arguments {
 		if t.Settings["arg."+name] == "" {
-			return s, fmt.Errorf("tool %q: argument %q reaches nothing: set arg.%s", t.Name, name, name)
+			return s, fmt.Errorf("tool %q: argument %q fills no field: set arg.%s", t.Name, name, name)
 		}
 	}
 	if _, ok := s.fields["principal"]; !ok {
-		return s, fmt.Errorf("tool %q: a principal is needed", t.Name)
+		return s, fmt.Errorf("tool %q: a principal is required", t.Name)
 	}
 	if _, ok := s.fields["force_command"]; !ok && t.Narrowing == broker.NarrowNative {
-		return s, fmt.Errorf("tool %q: without force_command the certificate opens a shell: it is not labelled native", t.Name)
+		return s, fmt.Errorf("tool %q: the label native requires force_command: "+
+			"without it the certificate opens a shell", t.Name)
 	}
 	return s, nil
 }
@@ -78,7 +79,7 @@ func (s *settings) set(t broker.Tool, key, value string) error {
 	if key == "extensions" {
 		for e := range strings.SplitSeq(value, ",") {
 			if !slices.Contains(extensions, e) {
-				return fmt.Errorf("there is no extension %.40q to grant", e)
+				return fmt.Errorf("extension %.40q cannot be granted", e)
 			}
 			s.extensions[e] = ""
 		}
@@ -94,7 +95,7 @@ func (s *settings) set(t broker.Tool, key, value string) error {
 	}
 	check, known := checks[field]
 	if !known {
-		return errors.New("there is no such setting or field")
+		return errors.New("unknown setting or field")
 	}
 	if _, twice := s.fields[field]; twice {
 		return errors.New("the field has two sources")
@@ -104,33 +105,33 @@ func (s *settings) set(t broker.Tool, key, value string) error {
 		return nil
 	}
 	if strings.Contains(value, "{{") || strings.Contains(value, "${arg") {
-		return errors.New("a value is fixed or an argument, never a template")
+		return errors.New("a value must be fixed or an argument, never a template")
 	}
 	return check(value)
 }
 
-// wants gives the certificate that settings and arguments ask for.
-func (s settings) wants(args args.Args) (w wants, err error) {
-	w.options, w.extensions = map[string]string{}, s.extensions
+// spec returns the certificate to request for the arguments.
+func (s settings) spec(args args.Args) (want spec, err error) {
+	want.options, want.extensions = map[string]string{}, s.extensions
 	for field, src := range s.fields {
 		value := src.fixed
 		if src.arg != "" {
 			v, _ := args.Get(src.arg)
 			value, _ = v.Text()
 			if err := checks[field](value); err != nil {
-				return w, fmt.Errorf("argument %q: %w", src.arg, err)
+				return want, fmt.Errorf("argument %q: %w", src.arg, err)
 			}
 		}
 		if field == "principal" {
-			w.principal = value
+			want.principal = value
 			continue
 		}
-		w.options[strings.ReplaceAll(field, "_", "-")] = value
+		want.options[strings.ReplaceAll(field, "_", "-")] = value
 	}
-	return w, nil
+	return want, nil
 }
 
-// checkPrincipal refuses lists, which Vault splits at commas, and patterns.
+// checkPrincipal rejects patterns, and lists, which Vault splits at commas.
 func checkPrincipal(s string) error {
 	if !principal.MatchString(s) {
 		return errors.New("is not a user name")
@@ -144,7 +145,7 @@ func checkCommand(s string) error {
 	}
 	for i := 0; i < len(s); i++ {
 		if s[i] < ' ' || s[i] == 0x7f {
-			return errors.New("has a control character")
+			return errors.New("contains a control character")
 		}
 	}
 	return nil
@@ -156,7 +157,7 @@ func checkAddresses(s string) error {
 			continue
 		}
 		if p, err := netip.ParsePrefix(a); err != nil || p != p.Masked() || p.Bits() == 0 {
-			return errors.New("is not a list of addresses and networks")
+			return errors.New("is not a list of addresses and networks, or allows every address")
 		}
 	}
 	return nil

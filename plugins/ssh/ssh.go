@@ -1,6 +1,5 @@
-// Package ssh gives a step a key of its own with a certificate from Vault's SSH engine that lets
-// it in as one principal, for one command, and cuts certificates by a key revocation list that
-// sshd reads at every login.
+// Package ssh makes a new key for each step, with a certificate from Vault's SSH engine for one principal and one
+// command. It revokes certificates through a key revocation list that sshd reads at every login.
 package ssh
 
 import (
@@ -20,11 +19,11 @@ import (
 	"golang.org/x/crypto/ssh"
 )
 
-// Config says what the backend stands on.
+// Config configures a [Backend].
 type Config struct {
-	// KRL is the file of the key revocation list, sshd's RevokedKeys. The directory must exist and
-	// one process writes it; bringing the file to other hosts is the platform's matter. Empty:
-	// certificates live to their end.
+	// KRL is the path of the key revocation list, sshd's RevokedKeys. Its directory must exist, and only one process
+	// may write the file. The platform distributes it to other hosts. Empty: no list, and certificates work until they
+	// expire.
 	KRL string
 	Now func() time.Time // zero: time.Now
 }
@@ -32,12 +31,12 @@ type Config struct {
 // Backend implements [broker.Backend], [broker.Severer] and [broker.Prover]. Safe for
 // concurrent use.
 type Backend struct {
-	list *list // nil: none
+	list *list // nil: there is none
 	now  func() time.Time
 }
 
-// New makes a Backend. It reads the revocation list, so that what was revoked stays so, and
-// writes it, so that sshd, which lets nobody in while the file is missing, finds one.
+// New returns a Backend. It reads the revocation list, so that revoked certificates stay revoked, and then writes it:
+// sshd refuses every login while the file is missing.
 func New(cfg Config) (*Backend, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
@@ -53,23 +52,22 @@ func New(cfg Config) (*Backend, error) {
 	return b, nil
 }
 
-// Access gives the Vault path of the tool's mint and how it is used there.
+// Access returns the Vault path of the tool's mint, whether the mint is a write, and whether it yields a lease.
 func (b *Backend) Access(t broker.Tool) (path []string, write, leased bool) {
 	return []string{t.Path[0], "sign", t.Path[1]}, true, false
 }
 
-// keyID is what the certificate of a grant is called. It is known before the mint, so that a
-// certificate whose answer was lost can be revoked too, which its serial number could not.
+// keyID returns the key id of a grant's certificate. It is known before the mint, unlike the serial number. So a
+// certificate can be revoked even if the response of its mint was lost.
 func keyID(id broker.GrantID) string { return "pawl-" + string(id) }
 
-// Prepare implements [broker.Backend]. The private key is made here and never leaves memory but
-// in the secret.
+// Prepare implements [broker.Backend]. It generates the private key, which leaves memory only inside the secret.
 func (b *Backend) Prepare(_ context.Context, t broker.Tool, g broker.Grant) (broker.Mint, string, error) {
 	s, err := load(t)
 	if err != nil {
 		return broker.Mint{}, "", err
 	}
-	w, err := s.wants(g.Args)
+	want, err := s.spec(g.Args)
 	if err != nil {
 		return broker.Mint{}, "", broker.Errorf(broker.Malformed, "issue", "%s", err).With(broker.CodeArgumentOutside)
 	}
@@ -77,24 +75,26 @@ func (b *Backend) Prepare(_ context.Context, t broker.Tool, g broker.Grant) (bro
 	if err != nil {
 		return broker.Mint{}, "", fmt.Errorf("ssh: making a key: %w", err)
 	}
-	if w.key, err = ssh.NewPublicKey(public); err != nil {
+	if want.key, err = ssh.NewPublicKey(public); err != nil {
 		return broker.Mint{}, "", fmt.Errorf("ssh: making a key: %w", err)
 	}
-	w.keyID = keyID(g.ID)
-	w.life = (g.Expires.Sub(b.now()) + time.Second - 1).Truncate(time.Second)
+	want.keyID = keyID(g.ID)
+	want.life = (g.Expires.Sub(b.now()) + time.Second - 1).Truncate(time.Second)
 	path, _, _ := b.Access(t)
 	return broker.Mint{
-		Path: path, TTL: w.life,
+		Path: path, TTL: want.life,
 		Data: map[string]any{
-			"public_key": string(ssh.MarshalAuthorizedKey(w.key)), "cert_type": "user", "key_id": w.keyID, "valid_principals": w.principal,
-			"ttl": strconv.FormatInt(int64(w.life/time.Second), 10) + "s", "critical_options": w.options, "extensions": w.extensions,
+			"public_key": string(ssh.MarshalAuthorizedKey(want.key)), "cert_type": "user", "key_id": want.keyID, "valid_principals": want.principal,
+			"ttl": strconv.FormatInt(int64(want.life/time.Second), 10) + "s", "critical_options": want.options, "extensions": want.extensions,
 		},
-		Finish: func(answer map[string]any, _ time.Time) (broker.Finished, error) { return b.finish(answer, w, private) },
+		Finish: func(answer map[string]any, _ time.Time) (broker.Finished, error) {
+			return b.finish(answer, want, private)
+		},
 	}, string(g.ID), nil
 }
 
-// wants is what a certificate is asked to be.
-type wants struct {
+// spec is the certificate requested from Vault.
+type spec struct {
 	key        ssh.PublicKey
 	keyID      string
 	principal  string
@@ -103,58 +103,58 @@ type wants struct {
 	life       time.Duration
 }
 
-// finish refuses a certificate that is anything but what was asked for: a role may add
-// extensions, principals or time.
-func (b *Backend) finish(answer map[string]any, w wants, private ed25519.PrivateKey) (broker.Finished, error) {
+// finish rejects a certificate that differs from the request. A role may add extensions, principals or lifetime.
+func (b *Backend) finish(answer map[string]any, want spec, private ed25519.PrivateKey) (broker.Finished, error) {
 	text, _ := answer["signed_key"].(string)
 	key, _, _, rest, err := ssh.ParseAuthorizedKey([]byte(text))
 	cert, ok := key.(*ssh.Certificate)
 	if err != nil || !ok || len(rest) > 0 {
-		return broker.Finished{}, errors.New("ssh: the answer is not a certificate")
+		return broker.Finished{}, errors.New("ssh: the response is not a certificate")
 	}
-	end, err := w.check(cert, b.now())
+	end, err := want.check(cert, b.now())
 	if err != nil {
 		return broker.Finished{}, err
 	}
-	block, err := ssh.MarshalPrivateKey(private, w.keyID)
+	block, err := ssh.MarshalPrivateKey(private, want.keyID)
 	if err != nil {
 		return broker.Finished{}, errors.New("ssh: encoding the private key")
 	}
 	privateKey := string(pem.EncodeToMemory(block))
 	raw, err := json.Marshal(map[string]string{
-		"private_key": privateKey, "certificate": text, "principal": w.principal, "key_id": w.keyID,
+		"private_key": privateKey, "certificate": text, "principal": want.principal, "key_id": want.keyID,
 	})
 	clear(block.Bytes)
 	if err != nil {
 		return broker.Finished{}, errors.New("ssh: encoding the secret")
 	}
-	return broker.Finished{Secret: broker.NewSecret(raw), Ref: fmt.Sprintf("%s serial %d", w.keyID, cert.Serial), Expires: end,
+	return broker.Finished{Secret: broker.NewSecret(raw), Ref: fmt.Sprintf("%s serial %d", want.keyID, cert.Serial), Expires: end,
 		Digests: []broker.ValueDigest{broker.DigestValue(privateKey), broker.DigestValue(text)}}, nil
 }
 
-func (w wants) check(cert *ssh.Certificate, now time.Time) (end time.Time, err error) {
-	checker := ssh.CertChecker{SupportedCriticalOptions: slices.Collect(maps.Keys(w.options)), Clock: func() time.Time { return now }}
-	latest := now.Add(w.life + time.Second)
+func (want spec) check(cert *ssh.Certificate, now time.Time) (end time.Time, err error) {
+	checker := ssh.CertChecker{SupportedCriticalOptions: slices.Collect(maps.Keys(want.options)), Clock: func() time.Time { return now }}
+	latest := now.Add(want.life + time.Second)
 	switch {
-	case cert.CertType != ssh.UserCert || string(cert.Key.Marshal()) != string(w.key.Marshal()):
-		return end, errors.New("ssh: the certificate is not a user's, or of another key")
-	case cert.KeyId != w.keyID:
-		return end, errors.New("ssh: the certificate has another key id: set allow_user_key_ids of the role")
-	case !slices.Equal(cert.ValidPrincipals, []string{w.principal}):
+	case cert.CertType != ssh.UserCert || string(cert.Key.Marshal()) != string(want.key.Marshal()):
+		return end, errors.New("ssh: the certificate is not a user certificate, or has another key")
+	case cert.KeyId != want.keyID:
+		return end, errors.New("ssh: the certificate has another key id: set allow_user_key_ids on the role")
+	case !slices.Equal(cert.ValidPrincipals, []string{want.principal}):
 		return end, errors.New("ssh: the certificate's principals are not exactly the step's")
-	case !maps.Equal(cert.CriticalOptions, w.options) || !maps.Equal(cert.Extensions, w.extensions):
-		return end, errors.New("ssh: the certificate's options or extensions are not exactly the step's: clear default_extensions and default_critical_options of the role")
+	case !maps.Equal(cert.CriticalOptions, want.options) || !maps.Equal(cert.Extensions, want.extensions):
+		return end, errors.New("ssh: the certificate's options or extensions are not exactly the step's: " +
+			"clear default_extensions and default_critical_options on the role")
 	case cert.ValidBefore > uint64(latest.Unix()):
-		return end, errors.New("ssh: the certificate lives longer than the step")
+		return end, errors.New("ssh: the certificate outlives the step")
 	}
-	if err := checker.CheckCert(w.principal, cert); err != nil {
+	if err := checker.CheckCert(want.principal, cert); err != nil {
 		return end, errors.New("ssh: the certificate is not valid now, or its signature is wrong")
 	}
 	return time.Unix(int64(cert.ValidBefore), 0).UTC(), nil
 }
 
-// Sever implements [broker.Severer]: one new list for all. Sessions that are open run on; a
-// forced command and ClientAliveInterval at the target bound them.
+// Sever implements [broker.Severer]. It writes one new list for all grants. Open sessions continue: only a forced
+// command and ClientAliveInterval at the target bound them.
 func (b *Backend) Sever(_ context.Context, grants []broker.Grant) error {
 	if b.list == nil || len(grants) == 0 {
 		return nil
@@ -170,7 +170,7 @@ func (b *Backend) Sever(_ context.Context, grants []broker.Grant) error {
 	return nil
 }
 
-// leeway is how far behind a target's clock may be.
+// leeway is the greatest accepted lag of a target's clock.
 const leeway = time.Minute
 
 func end(g broker.Grant) time.Time {
@@ -183,7 +183,7 @@ func end(g broker.Grant) time.Time {
 // Prove implements [broker.Prover]. It reads the file that sshd reads.
 func (b *Backend) Prove(_ context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	revoked := map[string]bool{}
-	check := "ssh: the certificate's end; there is no revocation list"
+	check := "ssh: certificate expiry; there is no revocation list"
 	if b.list != nil {
 		ids, err := b.list.read()
 		if err != nil {
@@ -201,9 +201,10 @@ func (b *Backend) Prove(_ context.Context, grants []broker.Grant) ([]broker.Evid
 		e := broker.Evidence{At: now, Check: check, Outcome: broker.OutcomeAlive, Answer: "not listed; valid until " + until}
 		switch {
 		case now.After(end(g).Add(leeway)):
-			e.Check, e.Outcome, e.Answer = "ssh: the certificate's end", broker.OutcomeDead, "it ended at "+until
+			e.Check, e.Outcome, e.Answer = "ssh: certificate expiry", broker.OutcomeDead, "expired at "+until
 		case revoked[keyID(g.ID)]:
-			e.Listed, e.Outcome, e.Answer = true, broker.OutcomeDead, "listed: sshd refuses new logins; a session opened before runs on"
+			e.Listed, e.Outcome = true, broker.OutcomeDead
+			e.Answer = "listed: sshd refuses new logins; sessions opened earlier continue"
 		}
 		out[i] = e
 	}

@@ -124,7 +124,7 @@ func (e *engine) write(t *testing.T, path string, data map[string]any) map[strin
 	return s.Data
 }
 
-// issued is a secret as the agent sees it.
+// issued is a secret as the agent receives it.
 type issued struct {
 	PrivateKey  string `json:"private_key"`
 	Certificate string `json:"certificate"`
@@ -150,12 +150,12 @@ func (e *engine) issue(t *testing.T, b *ssh.Backend, g broker.Grant) (issued, er
 		PrivateKey  string `json:"private_key"`
 	}
 	if json.Unmarshal(f.Secret.Reveal(), &members) != nil || !slices.Equal(f.Digests, []broker.ValueDigest{broker.DigestValue(members.PrivateKey), broker.DigestValue(members.Certificate)}) {
-		t.Errorf("Finish() gives the digests %v, want those of key and certificate", f.Digests)
+		t.Errorf("Finish() returns the digests %v, want those of key and certificate", f.Digests)
 	}
 	return s, err
 }
 
-// TestRealExact holds that a role which gives more than was asked is refused.
+// TestRealExact checks that a certificate is rejected when the role adds to the request.
 func TestRealExact(t *testing.T) {
 	b := newBackend(t, "", nil)
 	for name, more := range map[string]map[string]any{
@@ -163,7 +163,7 @@ func TestRealExact(t *testing.T) {
 		"two":          {"default_extensions": map[string]any{"permit-agent-forwarding": "", "permit-pty": ""}},
 	} {
 		if _, err := newEngine(t, more).issue(t, b, grant(t, 1, "id")); err == nil {
-			t.Errorf("a certificate with %s of the role was taken", name)
+			t.Errorf("a certificate with %s from the role was accepted", name)
 		}
 	}
 }
@@ -183,7 +183,7 @@ func login(t *testing.T, server *parts.SSHDServer, s issued, user, command strin
 	return string(out), c, err
 }
 
-// dial logs in at a real sshd from an address of this machine.
+// dial logs in to a real sshd from an address of this machine.
 func dial(t *testing.T, server *parts.SSHDServer, s issued, user, from string) (*xssh.Client, error) {
 	t.Helper()
 	key, err := xssh.ParsePrivateKey([]byte(s.PrivateKey))
@@ -203,7 +203,7 @@ func dial(t *testing.T, server *parts.SSHDServer, s issued, user, from string) (
 	if err != nil {
 		t.Fatal(err)
 	}
-	_ = conn.SetDeadline(time.Now().Add(time.Minute)) // an open connection takes one
+	_ = conn.SetDeadline(time.Now().Add(time.Minute)) // an open connection accepts a deadline
 	secure, channels, requests, err := xssh.NewClientConn(conn, server.Address(), &xssh.ClientConfig{User: user,
 		Auth: []xssh.AuthMethod{xssh.PublicKeys(signer)}, HostKeyCallback: xssh.FixedHostKey(server.HostKey())})
 	if err != nil {
@@ -215,12 +215,12 @@ func dial(t *testing.T, server *parts.SSHDServer, s issued, user, from string) (
 	return c, nil
 }
 
-// refused reports whether sshd turned the key away, and nothing else went wrong.
+// refused reports whether err is sshd's refusal of the key, and no other failure.
 func refused(err error) bool {
 	return err != nil && strings.Contains(err.Error(), "unable to authenticate")
 }
 
-// TestRealNarrow makes out-of-scope calls with the raw secret at a real sshd, then severs it.
+// TestRealNarrow makes out-of-scope calls to a real sshd with the raw secret, then severs it.
 func TestRealNarrow(t *testing.T) {
 	e := newEngine(t, nil)
 	krl := filepath.Join(t.TempDir(), "krl")
@@ -233,14 +233,14 @@ func TestRealNarrow(t *testing.T) {
 	}
 	out, client, err := login(t, server, s, "root", "cat /etc/shadow")
 	if err != nil || out != "narrow\n" {
-		t.Fatalf("another command: %q, %v, want what the forced command says", out, err)
+		t.Fatalf("another command: %q, %v, want the output of the forced command", out, err)
 	}
 	if conn, err := client.Dial("tcp", server.Address()); err == nil {
 		_ = conn.Close()
 		t.Error("out of scope: a port was forwarded")
 	}
 	if session, err := client.NewSession(); err != nil || session.RequestPty("xterm", 24, 80, nil) == nil {
-		t.Errorf("out of scope: a terminal was given (%v)", err)
+		t.Errorf("out of scope: a terminal was granted (%v)", err)
 	}
 	if ok, _, err := client.SendRequest("tcpip-forward", true, xssh.Marshal(struct {
 		Addr string
@@ -254,7 +254,7 @@ func TestRealNarrow(t *testing.T) {
 	if _, err := dial(t, server, s, "nobody", "127.0.0.1"); !refused(err) {
 		t.Errorf("out of scope, as another user: %v, want a refusal", err)
 	}
-	// It is the certificate that keeps nobody out: with its own, that user and that address come in.
+	// The certificate alone causes the refusals: with another certificate, the same user and address can log in.
 	m, _, err := b.Prepare(t.Context(), tool(e.mount, broker.NarrowNative, map[string]string{"principal": "nobody", "arg.run": "force_command"}, "run"), grant(t, 2, "true"))
 	if err != nil {
 		t.Fatal(err)
@@ -270,7 +270,7 @@ func TestRealNarrow(t *testing.T) {
 	if _, err := dial(t, server, other, "root", "127.0.0.1"); !refused(err) {
 		t.Errorf("out of scope, another's certificate as root: %v, want a refusal", err)
 	}
-	// Severing: this one and no other, and a certificate whose answer was lost.
+	// Sever the first certificate and one that lost the response of its mint, but not the live one.
 	lost := grant(t, 3, "echo lost")
 	lostSecret, err := e.issue(t, b, lost)
 	if err != nil {
@@ -305,7 +305,7 @@ func TestRealNarrow(t *testing.T) {
 	}
 }
 
-// TestKRL asks OpenSSH itself what our list revokes.
+// TestKRL checks our list with OpenSSH's own tool.
 func TestKRL(t *testing.T) {
 	keygen, err := exec.LookPath("ssh-keygen")
 	if err != nil {
@@ -327,7 +327,7 @@ func TestKRL(t *testing.T) {
 		}
 	}
 	krl := filepath.Join(dir, "krl")
-	revoked := func(name string) bool { // ssh-keygen -Q ends with 1 for a revoked key
+	revoked := func(name string) bool { // ssh-keygen -Q exits with 1 for a revoked key
 		err := run("-Q", "-f", krl, filepath.Join(dir, name+"-cert.pub"))
 		var exit *exec.ExitError
 		if err != nil && (!errors.As(err, &exit) || exit.ExitCode() != 1) {
@@ -338,7 +338,7 @@ func TestKRL(t *testing.T) {
 	now := time.Now()
 	b := newBackend(t, krl, func() time.Time { return now })
 	if revoked("a") || revoked("b") {
-		t.Error("the empty list revokes")
+		t.Error("the empty list revokes certificates")
 	}
 	for range 2 {
 		if err := b.Sever(t.Context(), []broker.Grant{grant(t, 1, "")}); err != nil {
@@ -355,32 +355,32 @@ func TestKRL(t *testing.T) {
 	if !revoked("a") || !revoked("b") {
 		t.Errorf("after a restart and Sever(b): revoked a %v, b %v", revoked("a"), revoked("b"))
 	}
-	now = now.Add(broker.MaxTTL + 2*time.Minute) // all are over
+	now = now.Add(broker.MaxTTL + 2*time.Minute) // all have expired
 	if err := b.Sever(t.Context(), []broker.Grant{{ID: "gr000000000000000000000009", Expires: now.Add(time.Minute)}}); err != nil {
 		t.Fatal(err)
 	}
 	if revoked("a") || revoked("b") {
-		t.Error("certificates that ended are still listed")
+		t.Error("expired certificates are still listed")
 	}
-	if err := os.WriteFile(krl, []byte("ssh-ed25519 AAAA somebody else's"), 0o600); err != nil {
+	if err := os.WriteFile(krl, []byte("ssh-ed25519 AAAA another program's"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := ssh.New(ssh.Config{KRL: krl}); err == nil {
-		t.Error("New() took a file that is not ours, and would have overwritten it")
+		t.Error("New() accepted a file that is not ours, and would have overwritten it")
 	}
 	if _, err := b.Prove(t.Context(), []broker.Grant{grant(t, 1, "")}); err == nil {
-		t.Error("Prove() with an unreadable list gave evidence")
+		t.Error("Prove() with an unreadable list returned evidence")
 	}
 }
 
 func TestProveWithoutList(t *testing.T) {
 	b := newBackend(t, "", nil)
-	g, over := grant(t, 1, ""), grant(t, 2, "")
-	over.Expires = time.Now().Add(-2 * time.Minute)
+	g, expired := grant(t, 1, ""), grant(t, 2, "")
+	expired.Expires = time.Now().Add(-2 * time.Minute)
 	if err := b.Sever(t.Context(), []broker.Grant{g}); err != nil {
 		t.Fatal(err)
 	}
-	e, err := b.Prove(t.Context(), []broker.Grant{g, over})
+	e, err := b.Prove(t.Context(), []broker.Grant{g, expired})
 	if err != nil || e[0].Outcome != broker.OutcomeAlive || e[1].Outcome != broker.OutcomeDead || e[1].Listed {
 		t.Errorf("Prove() = %+v, %v, want alive, dead", e, err)
 	}
