@@ -2,11 +2,11 @@ package jwt
 
 import "time"
 
-// Room limits how many tokens the status list has bits for.
-func (b *Backend) Room(n int) { b.list.room = n }
+// SetCapacity limits the number of indexes in use on the status list.
+func (b *Backend) SetCapacity(n int) { b.list.capacity = n }
 
-// Kept is how long after its token's end an index is not used again.
-const Kept = leeway + listLife
+// Retention is the time for which an index stays reserved after its token has expired.
+const Retention = leeway + listLife
 
-// HalfLife is when a list is signed anew though no bit has changed.
+// HalfLife is the age at which an unchanged list is signed again.
 const HalfLife time.Duration = listLife / 2

@@ -1,7 +1,8 @@
-// Package jwt has Vault's transit engine sign a token for one step: one audience, one subject,
-// the digest of the arguments, an end. A verifier that asks nobody takes the token until then; one
-// that asks the broker's introspection refuses it from the revocation on, and one that looks at its
-// status list as soon as it has a new copy.
+// Package jwt issues a token for one step, signed by Vault's transit engine. The token has one audience, one subject,
+// the digest of the arguments and an expiry.
+//
+// A verifier that checks only the token accepts it until it expires. One that calls the broker's introspection refuses
+// it as soon as it is revoked. One that checks the broker's status list refuses it once it has a new copy of the list.
 package jwt
 
 import (
@@ -23,26 +24,26 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Reader reads one Vault path with the broker's own rights; nil when nothing is there.
-// plugins/vault's Client is one.
+// Reader reads Vault paths with the broker's own rights. The Client of plugins/vault implements it.
 type Reader interface {
+	// Read returns the data at a path, or nil if there is none.
 	Read(ctx context.Context, path []string) (map[string]any, error)
 }
 
-// Config says what the backend stands on.
+// Config configures a [Backend].
 type Config struct {
-	Vault  Reader           // required; must be allowed to read <mount>/keys/<key>
+	Vault  Reader           // required; its policy must allow reading <mount>/keys/<key>
 	Issuer string           // required: the iss claim, an https URL or a SPIFFE ID
 	Now    func() time.Time // zero: time.Now
 
-	// Active answers introspection: whether the token with this id (jti) is good still. Required:
-	// what proves a token dead is what a service that asks would be told.
+	// Active is the broker's introspection: it reports whether the token with this id (jti) is still active. Required:
+	// a token is proven dead by the answer that a service gets from introspection.
 	Active func(context.Context, broker.GrantID) (bool, error)
 
-	// StatusURI is where verifiers fetch the status list (draft-ietf-oauth-status-list) that each token
-	// then names, an https URL. Empty: there is none.
+	// StatusURI is the https URL of the status list (draft-ietf-oauth-status-list) for verifiers. Each token then
+	// names it. Empty: there is no status list.
 	StatusURI string
-	// Sign signs the list: it gives a JWT with this typ and payload. Required with StatusURI.
+	// Sign signs the status list. It returns a JWT with the given typ and payload. Required with StatusURI.
 	Sign func(typ string, payload []byte) ([]byte, error)
 }
 
@@ -56,7 +57,7 @@ type Backend struct {
 	keys map[string]signingKey
 }
 
-// New makes a Backend.
+// New checks the configuration and returns a Backend.
 func New(cfg Config) (*Backend, error) {
 	u, err := url.Parse(cfg.Issuer)
 	switch {
@@ -73,19 +74,19 @@ func New(cfg Config) (*Backend, error) {
 	b := &Backend{cfg: cfg, keys: map[string]signingKey{}}
 	if cfg.StatusURI != "" {
 		if u, err := url.Parse(cfg.StatusURI); err != nil || u.Scheme != "https" || u.Host == "" || u.Fragment != "" || cfg.Sign == nil {
-			return nil, errors.New("jwt: StatusURI must be an https URL, and Sign goes with it")
+			return nil, errors.New("jwt: StatusURI must be an https URL and requires Sign")
 		}
 		b.list = newStatusList(cfg)
 	}
 	return b, nil
 }
 
-// Access gives the Vault path of the tool's mint and how it is used there.
+// Access returns the Vault path of the tool's mint, whether the mint is a write, and whether it yields a lease.
 func (b *Backend) Access(t broker.Tool) (path []string, write, leased bool) {
 	return []string{t.Path[0], "sign", t.Path[1], "sha2-256"}, true, false
 }
 
-// header and claims are the token's two parts, in the order in which they are written.
+// header and claims are the token's two signed parts. The fields are in encoding order.
 type header struct {
 	Algorithm string `json:"alg"`
 	Key       string `json:"kid"` // the transit key's name and version
@@ -107,7 +108,7 @@ type claims struct {
 	Status *statusClaim `json:"status,omitempty"`
 }
 
-// ref is the name by which the ledger knows the token.
+// ref returns the token's name in the ledger.
 func (c claims) ref() string {
 	if c.Status == nil {
 		return c.ID
@@ -137,7 +138,7 @@ func (b *Backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (b
 		return broker.Mint{}, "", broker.Errorf(broker.Expired, "issue", "less than a second is left").With(broker.CodeExpired)
 	}
 	if b.list != nil {
-		index, err := b.list.take(g)
+		index, err := b.list.allocate(g)
 		if err != nil {
 			return broker.Mint{}, "", err
 		}
@@ -169,14 +170,14 @@ func signingInput(h header, c claims) (string, error) {
 	return base64.RawURLEncoding.EncodeToString(rawHeader) + "." + base64.RawURLEncoding.EncodeToString(rawClaims), nil
 }
 
-// finish takes the signature "vault:v<version>:<base64url>" and checks it: a token that nobody
-// can verify is not handed out.
+// finish parses the signature "vault:v<version>:<base64url>" and verifies it: a token with a wrong signature is useless
+// to the agent.
 func finish(answer map[string]any, input string, key signingKey, c claims) (broker.Finished, error) {
 	text, _ := answer["signature"].(string)
 	signature, ok := strings.CutPrefix(text, "vault:v"+strconv.Itoa(key.version)+":")
 	raw, err := base64.RawURLEncoding.Strict().DecodeString(signature)
 	if !ok || err != nil || len(raw) != 64 {
-		return broker.Finished{}, errors.New("jwt: the answer is not a signature by the key's version")
+		return broker.Finished{}, errors.New("jwt: the response is not a signature by the requested key version")
 	}
 	digest := sha256.Sum256([]byte(input))
 	if !ecdsa.Verify(key.public, digest[:], new(big.Int).SetBytes(raw[:32]), new(big.Int).SetBytes(raw[32:])) {
@@ -191,26 +192,27 @@ func finish(answer map[string]any, input string, key signingKey, c claims) (brok
 		Digests: []broker.ValueDigest{broker.DigestValue(token)}}, nil
 }
 
-// leeway is how far behind a verifier's clock may be.
+// leeway is the greatest accepted lag of a verifier's clock.
 const leeway = time.Minute
 
-// Sever implements [broker.Severer]: every status list that is given out from now on says that the
-// grants' tokens are not to be taken. Introspection needs no cut, since it asks the ledger.
+// Sever implements [broker.Severer]. Every status list served from now on marks the grants' tokens as invalid.
+// Introspection needs no change: it reads the ledger.
 func (b *Backend) Sever(_ context.Context, grants []broker.Grant) error {
 	if b.list != nil {
-		b.list.end(grants)
+		b.list.revoke(grants)
 	}
 	return nil
 }
 
-// Prove implements [broker.Prover]. A token cannot be called back: before its end, dead means that
-// introspection refuses it, which is asked here, and that the status list, if there is one, says so too.
+// Prove implements [broker.Prover]. A token cannot be recalled. Before its expiry, dead means that introspection
+// refuses it, which Prove checks, and that the status list, if there is one, marks it as invalid.
 func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	out := make([]broker.Evidence, len(grants))
 	for i, g := range grants {
 		now, end := b.cfg.Now().UTC(), g.Expires.UTC().Format(time.RFC3339)
 		if now.After(g.Expires.Add(leeway)) {
-			out[i] = broker.Evidence{At: now, Check: "jwt: the token's end", Outcome: broker.OutcomeDead, Answer: "it ended at " + end}
+			out[i] = broker.Evidence{At: now, Check: "jwt: token expiry", Outcome: broker.OutcomeDead,
+				Answer: "expired at " + end}
 			continue
 		}
 		active, err := b.cfg.Active(ctx, g.ID)
@@ -221,15 +223,18 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 		if active {
 			continue
 		}
-		out[i].Listed, out[i].Outcome, out[i].Answer = true, broker.OutcomeDead, "inactive; a verifier that does not ask takes it until "+end
+		out[i].Listed, out[i].Outcome = true, broker.OutcomeDead
+		out[i].Answer = "inactive; a verifier that does not call introspection accepts it until " + end
 		if b.list == nil || !now.Before(g.Expires) {
 			continue
 		}
-		if ended, known := b.list.says(g.ID); known && !ended {
-			out[i].Check, out[i].Listed, out[i].Outcome, out[i].Answer = "jwt: status list", false, broker.OutcomeAlive, "introspection refuses it, and the status list does not say so"
+		if revoked, known := b.list.status(g.ID); known && !revoked {
+			out[i].Check, out[i].Listed, out[i].Outcome = "jwt: status list", false, broker.OutcomeAlive
+			out[i].Answer = "inactive, but still valid on the status list"
 		} else if known {
 			out[i].Check = "jwt: introspection and status list"
-			out[i].Answer = fmt.Sprintf("inactive, and invalid in the list, of which a verifier may hold a copy %v old; one that looks at neither takes it until %s", listTTL, end)
+			out[i].Answer = fmt.Sprintf("inactive, and invalid on the status list; a verifier may use a copy "+
+				"of the list that is %v old, and one that checks neither accepts it until %s", listTTL, end)
 		}
 	}
 	return out, nil

@@ -126,7 +126,7 @@ func (e *engine) write(t *testing.T, path string, data map[string]any) map[strin
 	return s.Data
 }
 
-// public is a version's key, as a verifier would publish it.
+// public returns the public key of a version, as a verifier has it.
 func (e *engine) public(t *testing.T, version string) *ecdsa.PublicKey {
 	t.Helper()
 	data, err := reader{e.Client}.Read(t.Context(), []string{e.mount, "keys", "agents"})
@@ -158,7 +158,7 @@ type verified struct {
 	Args  string `json:"pawl_args"`
 }
 
-// verify is what a service does: key by kid, algorithm fixed, one audience, time.
+// verify does the checks of a service: the key by its kid, a fixed algorithm, one audience, the time.
 func verify(token, kid, audience string, key *ecdsa.PublicKey, at time.Time) (v verified, err error) {
 	parsed, err := josejwt.ParseSigned(token, []jose.SignatureAlgorithm{jose.ES256})
 	if err != nil {
@@ -173,7 +173,7 @@ func verify(token, kid, audience string, key *ecdsa.PublicKey, at time.Time) (v 
 	return v, v.ValidateWithLeeway(josejwt.Expected{Issuer: issuer, AnyAudience: josejwt.Audience{audience}, Time: at}, 0)
 }
 
-// TestRealToken signs with a real Vault, over a rotation of the key, and tries out-of-scope uses.
+// TestRealToken signs with a real Vault, across a rotation of the key, and tries out-of-scope uses.
 func TestRealToken(t *testing.T) {
 	e := newEngine(t, "ecdsa-p256")
 	now := time.Now()
@@ -197,7 +197,7 @@ func TestRealToken(t *testing.T) {
 			t.Fatal(err)
 		}
 		if want := []broker.ValueDigest{broker.DigestValue(s.Token)}; !slices.Equal(f.Digests, want) {
-			t.Errorf("Finish() gives the digests %v, want %v, the token's", f.Digests, want)
+			t.Errorf("Finish() returns the digests %v, want %v, the token's", f.Digests, want)
 		}
 		return s.Token
 	}
@@ -214,7 +214,7 @@ func TestRealToken(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := m.Finish(map[string]any{"signature": "vault:v1:" + pieces[2]}, time.Time{}); err == nil {
-		t.Error("Finish() took the signature of another token")
+		t.Error("Finish() accepted the signature of another token")
 	}
 	altered := pieces[0] + "." + strings.Replace(pieces[1], "A", "B", 1) + "." + pieces[2]
 	for _, row := range []struct {
@@ -226,7 +226,7 @@ func TestRealToken(t *testing.T) {
 		{"with another claim", altered, "orders", now},
 	} {
 		if _, err := verify(row.token, "agents:1", row.audience, key, row.at); err == nil {
-			t.Errorf("out of scope, %s: the verifier took the token", row.name)
+			t.Errorf("out of scope, %s: the verifier accepted the token", row.name)
 		}
 	}
 	if got, err := b.Verify(t.Context(), tl, first); err != nil || got.Grant != g.ID || got.Audience != "orders" || got.Expires != g.Expires.Unix() {
@@ -239,7 +239,7 @@ func TestRealToken(t *testing.T) {
 		token string
 	}{"altered": {tl, altered}, "of another tool": {elsewhere, first}, "no token": {tl, "a.b.c"}, "too long": {tl, first + strings.Repeat("A", 8<<10)}} {
 		if _, err := b.Verify(t.Context(), row.tool, row.token); err == nil {
-			t.Errorf("Verify() took one that is %s", name)
+			t.Errorf("Verify() accepted a token that is %s", name)
 		}
 	}
 	e.write(t, e.mount+"/keys/agents/rotate", nil)
@@ -251,12 +251,12 @@ func TestRealToken(t *testing.T) {
 		t.Errorf("after the key's rotation: %v", err)
 	}
 	if _, err := b.Verify(t.Context(), tl, first); err != nil {
-		t.Errorf("Verify() of a token by the version before = %v, want that it is good", err)
+		t.Errorf("Verify() of a token by the previous version = %v, want nil", err)
 	}
 	e.write(t, e.mount+"/keys/agents/config", map[string]any{"min_decryption_version": 2, "min_encryption_version": 2})
 	now = now.Add(2 * time.Minute)
 	if _, err := b.Verify(t.Context(), tl, first); err == nil {
-		t.Error("Verify() took a token by a version that Vault was told to retire")
+		t.Error("Verify() accepted a token by a version that Vault has retired")
 	}
 }
 
@@ -287,7 +287,7 @@ func TestRealArguments(t *testing.T) {
 	}
 }
 
-// TestProve: evidence is what introspection answers, and nothing when it does not.
+// TestProve checks that the evidence follows introspection, and that there is none when introspection fails.
 func TestProve(t *testing.T) {
 	now := time.Now()
 	inactive, down := map[broker.GrantID]bool{}, error(nil)
@@ -296,11 +296,11 @@ func TestProve(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	live, cut := grant(t, nil), grant(t, nil)
-	cut.ID = "gr000000000000000000000002"
+	live, revoked := grant(t, nil), grant(t, nil)
+	revoked.ID = "gr000000000000000000000002"
 	outcomes := func() string {
 		t.Helper()
-		e, err := b.Prove(t.Context(), []broker.Grant{live, cut})
+		e, err := b.Prove(t.Context(), []broker.Grant{live, revoked})
 		if err != nil || len(e) != 2 {
 			t.Fatalf("Prove() = %v, %v", e, err)
 		}
@@ -309,20 +309,20 @@ func TestProve(t *testing.T) {
 	if got := outcomes(); got != "alive,alive" {
 		t.Errorf("Prove() = %s", got)
 	}
-	inactive[cut.ID] = true
+	inactive[revoked.ID] = true
 	if got := outcomes(); got != "alive,dead" {
 		t.Errorf("Prove() when introspection refuses one = %s", got)
 	}
-	if e, err := b.Prove(t.Context(), []broker.Grant{cut}); err != nil || !e[0].Listed {
-		t.Errorf("Prove() = %+v, %v, want it to say that this is for whoever asks", e, err)
+	if e, err := b.Prove(t.Context(), []broker.Grant{revoked}); err != nil || !e[0].Listed {
+		t.Errorf("Prove() = %+v, %v, want Listed: only verifiers that call introspection refuse the token", e, err)
 	}
 	down = errors.New("down")
-	if e, err := b.Prove(t.Context(), []broker.Grant{cut}); err == nil {
-		t.Errorf("Prove() when nobody can tell = %v, want an error", e)
+	if e, err := b.Prove(t.Context(), []broker.Grant{revoked}); err == nil {
+		t.Errorf("Prove() when introspection is down = %v, want an error", e)
 	}
 	now = now.Add(3 * time.Minute)
 	if got := outcomes(); got != "dead,dead" {
-		t.Errorf("Prove() after the end = %s", got)
+		t.Errorf("Prove() after the expiry = %s", got)
 	}
 }
 
@@ -331,7 +331,7 @@ func FuzzRead(f *testing.F) {
 	f.Fuzz(func(t *testing.T, token string) {
 		if got, err := jwt.Read(token); err == nil {
 			if _, err := broker.ParseGrantID(string(got.Grant)); err != nil {
-				t.Errorf("Read(%q) = %+v, want a grant's id or an error", token, got)
+				t.Errorf("Read(%q) = %+v, want a grant id or an error", token, got)
 			}
 		}
 	})

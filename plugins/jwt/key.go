@@ -13,15 +13,15 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// signingKey is a transit key: its newest version signs, and those that Vault still lists verify.
+// signingKey is a transit key. Its newest version signs; every version that Vault still lists verifies.
 type signingKey struct {
 	version  int
 	public   *ecdsa.PublicKey         // of version
-	versions map[int]*ecdsa.PublicKey // public is one of them
+	versions map[int]*ecdsa.PublicKey // includes public
 	read     time.Time
 }
 
-// keyAge is how long a key is taken as the newest before Vault is asked again.
+// keyAge is the time for which a key is cached before it is read from Vault again.
 const keyAge = time.Minute
 
 func (b *Backend) key(ctx context.Context, path []string) (signingKey, error) {
@@ -60,7 +60,7 @@ func parseKey(data map[string]any) (signingKey, error) {
 	for name, entry := range listed {
 		n, err := strconv.Atoi(name)
 		if err != nil {
-			return signingKey{}, errors.New("jwt: the transit key has a version that is no number")
+			return signingKey{}, errors.New("jwt: the transit key has a version that is not a number")
 		}
 		if k.versions[n], err = parsePublic(entry); err != nil {
 			return signingKey{}, err
@@ -81,7 +81,7 @@ func parsePublic(entry any) (*ecdsa.PublicKey, error) {
 	}
 	public, err := x509.ParsePKIXPublicKey(block.Bytes)
 	if err != nil {
-		return nil, errors.New("jwt: the transit key's public key cannot be read")
+		return nil, errors.New("jwt: the transit key's public key cannot be parsed")
 	}
 	ec, ok := public.(*ecdsa.PublicKey)
 	if !ok || ec.Curve.Params().BitSize != 256 {

@@ -13,8 +13,8 @@ import (
 	"github.com/pawlsec/pawl/plugins/jwt"
 )
 
-// service is a real one that takes tokens: Vault's JWT auth, with a role for each thing that it can
-// be asked to do. What it lets in, and why not, is its own matter; none of it is code of ours.
+// service is a real service that accepts tokens: Vault's JWT auth, with one role for each operation. All its checks are
+// Vault's own code.
 type service struct {
 	*engine
 	auth string // its mount
@@ -30,7 +30,7 @@ func newService(t *testing.T, e *engine, roles map[string]map[string]any) servic
 	}
 	key := data["keys"].(map[string]any)["1"].(map[string]any)["public_key"].(string)
 	if block, _ := pem.Decode([]byte(key)); block == nil {
-		t.Fatal("Vault's public key is no PEM")
+		t.Fatal("Vault's public key is not PEM")
 	}
 	e.write(t, "auth/"+s.auth+"/config", map[string]any{"jwt_validation_pubkeys": []string{key}, "bound_issuer": issuer, "jwt_supported_algs": []string{"ES256"}})
 	for name, bound := range roles {
@@ -44,14 +44,14 @@ func newService(t *testing.T, e *engine, roles map[string]map[string]any) servic
 	return s
 }
 
-// ask presents a token for a role.
-func (s service) ask(t *testing.T, role, token string) error {
+// login presents a token for a role.
+func (s service) login(t *testing.T, role, token string) error {
 	t.Helper()
 	_, err := s.Logical().WriteWithContext(t.Context(), "auth/"+s.auth+"/login", map[string]any{"role": role, "jwt": token})
 	return err
 }
 
-// TestRealNarrow takes the raw token to a real service and asks for what it was not made for.
+// TestRealNarrow makes out-of-scope calls to a real service with the raw token.
 func TestRealNarrow(t *testing.T) {
 	e := newEngine(t, "ecdsa-p256")
 	args := map[string]args.Value{"to": args.String("orders"), "may": args.List("read", "list"), "id": args.Int(7)}
@@ -61,7 +61,7 @@ func TestRealNarrow(t *testing.T) {
 		return map[string]any{"bound_audiences": "orders", "bound_subject": g.Caller.String(), "bound_claims": claims}
 	}
 	s := newService(t, e, map[string]map[string]any{
-		"as-asked":      orders(map[string]any{"scope": "read list", "pawl_args": digest, "pawl_tool": "orders"}),
+		"in-scope":      orders(map[string]any{"scope": "read list", "pawl_args": digest, "pawl_tool": "orders"}),
 		"write":         orders(map[string]any{"scope": "write"}),
 		"other-args":    orders(map[string]any{"pawl_args": strings.Repeat("0", 64)}),
 		"other-tool":    orders(map[string]any{"pawl_tool": "billing"}),
@@ -76,29 +76,31 @@ func TestRealNarrow(t *testing.T) {
 		return e.sign(t, b, tool(e.mount, map[string]string{"arg.to": "audience", "arg.may": "scope"}, "to:string", "may:list", "id:integer"), g)
 	}
 	good := token(time.Now())
-	if err := s.ask(t, "as-asked", good); err != nil {
-		t.Fatalf("what the step asked for: the service refuses: %v", err)
+	if err := s.login(t, "in-scope", good); err != nil {
+		t.Fatalf("in scope: the service refuses: %v", err)
 	}
 	pieces := strings.Split(good, ".")
+	changed := pieces[0] + "." + strings.Replace(pieces[1], "A", "B", 1) + "." + pieces[2]
+	swapped := pieces[0] + "." + pieces[1] + "." + strings.Split(token(time.Now().Add(time.Second)), ".")[2]
 	for name, row := range map[string]struct{ role, token string }{
-		"more than its scope":        {"write", good},
-		"with other arguments":       {"other-args", good},
-		"as another tool's":          {"other-tool", good},
-		"at another service":         {"other-service", good},
-		"as another agent":           {"other-agent", good},
-		"after its end":              {"as-asked", token(time.Now().Add(-2 * time.Minute))},
-		"with a claim changed":       {"as-asked", pieces[0] + "." + strings.Replace(pieces[1], "A", "B", 1) + "." + pieces[2]},
-		"without its signature":      {"as-asked", pieces[0] + "." + pieces[1] + "."},
-		"with another algorithm":     {"as-asked", "eyJhbGciOiJub25lIn0." + pieces[1] + "."},
-		"signed for somebody else's": {"as-asked", pieces[0] + "." + pieces[1] + "." + strings.Split(token(time.Now().Add(time.Second)), ".")[2]},
+		"more than its scope":            {"write", good},
+		"with other arguments":           {"other-args", good},
+		"as another tool's":              {"other-tool", good},
+		"at another service":             {"other-service", good},
+		"as another agent":               {"other-agent", good},
+		"after its expiry":               {"in-scope", token(time.Now().Add(-2 * time.Minute))},
+		"with a claim changed":           {"in-scope", changed},
+		"without its signature":          {"in-scope", pieces[0] + "." + pieces[1] + "."},
+		"with another algorithm":         {"in-scope", "eyJhbGciOiJub25lIn0." + pieces[1] + "."},
+		"with another token's signature": {"in-scope", swapped},
 	} {
-		if err := s.ask(t, row.role, row.token); err == nil {
-			t.Errorf("out of scope, %s: the service took the token", name)
+		if err := s.login(t, row.role, row.token); err == nil {
+			t.Errorf("out of scope, %s: the service accepted the token", name)
 		}
 	}
 }
 
-// sign has Vault make a step's token.
+// sign mints a step's token with Vault.
 func (e *engine) sign(t *testing.T, b *jwt.Backend, tl broker.Tool, g broker.Grant) string {
 	t.Helper()
 	m, _, err := b.Prepare(t.Context(), tl, g)

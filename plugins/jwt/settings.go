@@ -12,7 +12,7 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// settings say where the audience and scope come from: an argument or a fixed value.
+// settings hold the sources of audience and scope: an argument or a fixed value each.
 type settings struct{ audience, scope source }
 
 type source struct{ arg, fixed string }
@@ -21,14 +21,12 @@ var segment = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
 
 func isSegment(s string) bool { return segment.MatchString(s) && !strings.Contains(s, "..") }
 
-// Load implements [broker.Backend]. The tool's Path is the transit mount and the key, which must
-// be of type ecdsa-p256. Settings:
+// Load implements [broker.Backend]. The tool's Path is a transit mount and a key of type ecdsa-p256. Settings:
 //
 //	audience, scope   a fixed value
 //	arg.<argument>    "audience" or "scope": the argument fills it
 //
-// A token has exactly one audience. Arguments that fill neither are in the token as part of
-// their digest.
+// A token has exactly one audience. Every argument is part of the digest in the token.
 func (b *Backend) Load(t broker.Tool) error {
 	_, err := load(t)
 	return err
@@ -36,7 +34,7 @@ func (b *Backend) Load(t broker.Tool) error {
 
 func load(t broker.Tool) (s settings, err error) {
 	if len(t.Path) != 2 || !isSegment(t.Path[0]) || !isSegment(t.Path[1]) {
-		return s, fmt.Errorf("tool %q: the path is a mount and a key", t.Name)
+		return s, fmt.Errorf("tool %q: the path must be a mount and a key", t.Name)
 	}
 	for _, key := range slices.Sorted(maps.Keys(t.Settings)) {
 		if err := s.set(t, key, t.Settings[key]); err != nil {
@@ -44,7 +42,7 @@ func load(t broker.Tool) (s settings, err error) {
 		}
 	}
 	if s.audience == (source{}) {
-		return s, fmt.Errorf("tool %q: an audience is needed: without one every service would take the token", t.Name)
+		return s, fmt.Errorf("tool %q: an audience is required: without one every service would accept the token", t.Name)
 	}
 	return s, nil
 }
@@ -65,7 +63,7 @@ func (s *settings) set(t broker.Tool, key, value string) error {
 	case "scope":
 		into = &s.scope
 	default:
-		return errors.New("there is no such setting or claim")
+		return errors.New("unknown setting or claim")
 	}
 	if *into != (source{}) {
 		return errors.New("the claim has two sources")
@@ -77,7 +75,7 @@ func (s *settings) set(t broker.Tool, key, value string) error {
 	return check(field, value)
 }
 
-// check refuses what would be several audiences, or a scope token that is two.
+// check rejects a value that would be several audiences or a malformed list of scopes.
 func check(field, s string) error {
 	if s == "" || len(s) > 1024 {
 		return errors.New("must have between 1 and 1,024 bytes")
@@ -85,7 +83,7 @@ func check(field, s string) error {
 	for i := 0; i < len(s); i++ {
 		blank := s[i] == ' ' && field == "scope" && i > 0 && i < len(s)-1 && s[i-1] != ' '
 		if s[i] <= ' ' && !blank || s[i] >= 0x7f || strings.IndexByte(`"\{}`, s[i]) >= 0 {
-			return errors.New("has a character that audiences and RFC 6749 scopes have not")
+			return errors.New("contains a character that is not allowed in audiences and RFC 6749 scopes")
 		}
 	}
 	return nil
@@ -102,10 +100,10 @@ func (src source) values(args args.Args) ([]string, error) {
 	if s, ok := v.Text(); ok && s != "" {
 		return []string{s}, nil
 	}
-	return nil, fmt.Errorf("argument %q is needed", src.arg)
+	return nil, fmt.Errorf("argument %q is required", src.arg)
 }
 
-// claims gives the claims that settings and arguments decide.
+// claims returns the claims that the settings and the arguments determine.
 func (s settings) claims(g broker.Grant) (c claims, err error) {
 	audience, err := s.audience.values(g.Args)
 	if err != nil {
@@ -123,7 +121,7 @@ func (s settings) claims(g broker.Grant) (c claims, err error) {
 		return c, err
 	}
 	for _, one := range scope {
-		// An argument's element is one scope; only a fixed value may be several.
+		// Each element of an argument is one scope. Only a fixed value may list several.
 		if check("scope", one) != nil || s.scope.arg != "" && strings.Contains(one, " ") {
 			return c, errors.New("a scope must be one name")
 		}

@@ -18,20 +18,20 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// StatusListType is the typ of a status list's token (draft-ietf-oauth-status-list, section 5.1).
-const StatusListType = "statuslist+jwt"
+// statusListType is the typ of a status list's token (draft-ietf-oauth-status-list, section 5.1).
+const statusListType = "statuslist+jwt"
 
-// The bounds of a status list. Half of it may be in use, so that a free index is soon found by
-// guessing, and an index tells nothing about when its token was made.
+// The limits of a status list. At most half of the bits are in use, so that a few random draws find a free index. A
+// random index does not reveal when its token was issued.
 const (
-	listSize = 1 << 18 // tokens that have a bit
-	listRoom = listSize / 2
-	listLife = 2 * time.Minute  // from its iat to its exp
-	listTTL  = 10 * time.Second // how long a verifier may use its copy
-	listTidy = 10 * time.Second // how often indexes whose time is over are given back
+	listSize     = 1 << 18 // bits
+	listCapacity = listSize / 2
+	listLife     = 2 * time.Minute  // from its iat to its exp
+	listTTL      = 10 * time.Second // the longest time for which a verifier may use its copy
+	listReap     = 10 * time.Second // the interval at which expired indexes are freed
 )
 
-// statusClaim is a token's reference to its bit.
+// statusClaim is a token's reference to its bit on the status list.
 type statusClaim struct {
 	List statusReference `json:"status_list"`
 }
@@ -41,10 +41,10 @@ type statusReference struct {
 	URI   string `json:"uri"`
 }
 
-// listClaims are those of the list's own token.
+// listClaims are the claims of the status list's own token.
 type listClaims struct {
 	Issuer  string    `json:"iss"`
-	Subject string    `json:"sub"` // the URI that the tokens name
+	Subject string    `json:"sub"` // the list's URI, as tokens name it
 	Issued  int64     `json:"iat"`
 	Expires int64     `json:"exp"`
 	TTL     int64     `json:"ttl"` // seconds
@@ -53,46 +53,46 @@ type listClaims struct {
 
 type listValue struct {
 	Bits int    `json:"bits"`
-	List string `json:"lst"` // the bits, zlib, base64url
+	List string `json:"lst"` // the bits, compressed with zlib, in base64url
 }
 
 // slot is an index in use.
 type slot struct {
-	grant broker.GrantID
-	until time.Time // no verifier takes the token, or has a list with its bit, after this
-	ended bool      // its bit is set
+	grant   broker.GrantID
+	until   time.Time // after this no verifier accepts the token or has a list with its bit
+	revoked bool      // its bit is set
 }
 
-// statusList is the bits of the tokens that are not past their end.
+// statusList holds the bits of the tokens that have not expired.
 type statusList struct {
 	issuer, uri string
 	sign        func(typ string, payload []byte) ([]byte, error)
 	now         func() time.Time
-	room        int // how many indexes may be in use
+	capacity    int // the limit of indexes in use
 
-	mu      sync.Mutex // guards what follows; signing is local, and happens under it
+	mu      sync.Mutex // guards the fields below; signing is local, and happens under it
 	slots   map[uint32]slot
 	indexes map[broker.GrantID]uint32
-	tidied  time.Time
+	reaped  time.Time
 	signed  []byte // nil: a bit has changed since
 	made    time.Time
 }
 
 func newStatusList(cfg Config) *statusList {
-	return &statusList{issuer: cfg.Issuer, uri: cfg.StatusURI, sign: cfg.Sign, now: cfg.Now, room: listRoom,
+	return &statusList{issuer: cfg.Issuer, uri: cfg.StatusURI, sign: cfg.Sign, now: cfg.Now, capacity: listCapacity,
 		slots: map[uint32]slot{}, indexes: map[broker.GrantID]uint32{}}
 }
 
-// take gives the grant's token an index that no other has.
-func (l *statusList) take(g broker.Grant) (uint32, error) {
+// allocate returns a free index for the grant's token.
+func (l *statusList) allocate(g broker.Grant) (uint32, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := l.now()
-	if now.Sub(l.tidied) >= listTidy || len(l.slots) >= l.room {
-		l.tidyLocked(now)
+	if now.Sub(l.reaped) >= listReap || len(l.slots) >= l.capacity {
+		l.reapLocked(now)
 	}
-	if len(l.slots) >= l.room {
-		return 0, broker.Errorf(broker.Unavailable, "issue", "%d tokens are alive, and the status list has no room for more", len(l.slots)).
+	if len(l.slots) >= l.capacity {
+		return 0, broker.Errorf(broker.Unavailable, "issue", "the status list is full: %d tokens are alive", len(l.slots)).
 			With(broker.CodeBackendDown).After(time.Second)
 	}
 	for {
@@ -108,14 +108,14 @@ func (l *statusList) take(g broker.Grant) (uint32, error) {
 	}
 }
 
-// tidyLocked gives back what no token that a verifier takes, and no list that one holds, is about.
-func (l *statusList) tidyLocked(now time.Time) {
-	l.tidied = now
+// reapLocked frees the indexes that no acceptable token and no current copy of the list refers to.
+func (l *statusList) reapLocked(now time.Time) {
+	l.reaped = now
 	for index, s := range l.slots {
 		if now.After(s.until) {
 			delete(l.slots, index)
 			delete(l.indexes, s.grant)
-			if s.ended {
+			if s.revoked {
 				l.signed = nil
 			}
 		}
@@ -124,33 +124,34 @@ func (l *statusList) tidyLocked(now time.Time) {
 
 func (l *statusList) putLocked(index uint32, s slot) {
 	l.slots[index], l.indexes[s.grant] = s, index
-	if s.ended {
+	if s.revoked {
 		l.signed = nil
 	}
 }
 
-// end sets the bits of grants. One whose time is over needs none: its token says so itself.
-func (l *statusList) end(grants []broker.Grant) {
+// revoke sets the bits of grants. It skips an expired grant: the token's own expiry ends it.
+func (l *statusList) revoke(grants []broker.Grant) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, g := range grants {
 		index, ok := l.indexes[g.ID]
-		if s := l.slots[index]; ok && !s.ended && g.Ending != broker.EndingExpired {
-			s.ended = true
+		if s := l.slots[index]; ok && !s.revoked && g.Ending != broker.EndingExpired {
+			s.revoked = true
 			l.putLocked(index, s)
 		}
 	}
 }
 
-// says gives what the list says of a grant's token; known is false when it has no bit.
-func (l *statusList) says(id broker.GrantID) (ended, known bool) {
+// status reports whether a grant's token is marked as revoked; known is false when the token has no bit.
+func (l *statusList) status(id broker.GrantID) (revoked, known bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	index, known := l.indexes[id]
-	return l.slots[index].ended, known
+	return l.slots[index].revoked, known
 }
 
-// token is the list as it is now, signed anew only when a bit has changed or half its life is over.
+// token returns the current list. It signs only when a bit has changed, or the last signature is older than half the
+// list's life.
 func (l *statusList) token() ([]byte, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -160,7 +161,7 @@ func (l *statusList) token() ([]byte, error) {
 	}
 	bits := make([]byte, listSize/8)
 	for index, s := range l.slots {
-		if s.ended {
+		if s.revoked {
 			bits[index/8] |= 1 << (index % 8)
 		}
 	}
@@ -175,7 +176,7 @@ func (l *statusList) token() ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("jwt: encoding the status list: %w", err)
 	}
-	signed, err := l.sign(StatusListType, payload)
+	signed, err := l.sign(statusListType, payload)
 	if err != nil {
 		return nil, fmt.Errorf("jwt: signing the status list: %w", err)
 	}
@@ -183,7 +184,7 @@ func (l *statusList) token() ([]byte, error) {
 	return signed, nil
 }
 
-// StatusList gives the signed status list as of now. It asks nobody.
+// StatusList returns the current signed status list. It makes no request.
 func (b *Backend) StatusList() ([]byte, error) {
 	if b.list == nil {
 		return nil, errors.New("jwt: there is no status list")
@@ -194,12 +195,11 @@ func (b *Backend) StatusList() ([]byte, error) {
 // HasStatusList reports whether tokens name a status list.
 func (b *Backend) HasStatusList() bool { return b.list != nil }
 
-// Remember is the age of the oldest grant that [Backend.Restore] must be given.
+// Remember is the age of the oldest grant that [Backend.Restore] needs.
 const Remember = broker.MaxTTL + leeway + listLife
 
-// Restore fills the status list of a process that has just started from the grants that the ledger
-// has: those of this backend that were made within [Remember], over or not. active says of each
-// whether its token is good still.
+// Restore fills the status list after a start of the process. The grants are those of this backend in the ledger that
+// were made within [Remember], ended ones included. active reports whether a grant's token is still active.
 func (b *Backend) Restore(grants []broker.Grant, active func(broker.GrantID) (bool, error)) error {
 	if b.list == nil {
 		return nil
@@ -210,16 +210,16 @@ func (b *Backend) Restore(grants []broker.Grant, active func(broker.GrantID) (bo
 		_, text, ok := strings.Cut(g.Lease.Ref, refIndex)
 		index, err := strconv.ParseUint(text, 10, 32)
 		if !ok || err != nil || index >= listSize {
-			continue // no token of it was recorded, or one that names no list
+			continue // no token was recorded, or it has no status list
 		}
-		good, err := active(g.ID)
+		valid, err := active(g.ID)
 		if err != nil {
 			return fmt.Errorf("jwt: restoring the status list: %w", err)
 		}
-		b.list.putLocked(uint32(index), slot{grant: g.ID, until: g.Expires.Add(leeway + listLife), ended: !good})
+		b.list.putLocked(uint32(index), slot{grant: g.ID, until: g.Expires.Add(leeway + listLife), revoked: !valid})
 	}
 	return nil
 }
 
-// refIndex stands between a token's id and its index in the name by which the ledger knows it.
+// refIndex separates a token's id from its index in the token's name in the ledger.
 const refIndex = "#"

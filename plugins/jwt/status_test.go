@@ -28,7 +28,7 @@ import (
 
 const listURI = "https://pawl.example.org/v1/status-lists/tokens"
 
-// transit answers as Vault does about a key that it has.
+// transit responds to reads like Vault's transit engine with one key.
 type transit struct{ key *ecdsa.PrivateKey }
 
 func (t transit) Read(context.Context, []string) (map[string]any, error) {
@@ -37,15 +37,15 @@ func (t transit) Read(context.Context, []string) (map[string]any, error) {
 		"1": map[string]any{"public_key": string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))}}}, err
 }
 
-// lister is a backend with a status list, whose clock stands still and whose ledger is a map.
+// lister is a backend with a status list. Its clock is fixed and its ledger is a map.
 type lister struct {
 	*pawljwt.Backend
-	t      *testing.T
-	now    time.Time
-	over   map[broker.GrantID]bool
-	signed int
-	public ed25519.PublicKey
-	down   error
+	t       *testing.T
+	now     time.Time
+	revoked map[broker.GrantID]bool
+	signed  int
+	public  ed25519.PublicKey
+	down    error
 }
 
 func newLister(t *testing.T) *lister {
@@ -58,9 +58,9 @@ func newLister(t *testing.T) *lister {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := &lister{t: t, now: time.Now(), over: map[broker.GrantID]bool{}, public: public}
+	l := &lister{t: t, now: time.Now(), revoked: map[broker.GrantID]bool{}, public: public}
 	l.Backend, err = pawljwt.New(pawljwt.Config{Vault: transit{key}, Issuer: issuer, StatusURI: listURI, Now: func() time.Time { return l.now },
-		Active: func(_ context.Context, id broker.GrantID) (bool, error) { return !l.over[id], nil },
+		Active: func(_ context.Context, id broker.GrantID) (bool, error) { return !l.revoked[id], nil },
 		Sign: func(typ string, payload []byte) ([]byte, error) {
 			l.signed++
 			signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.EdDSA, Key: private}, (&jose.SignerOptions{}).WithType(jose.ContentType(typ)))
@@ -80,8 +80,7 @@ func newLister(t *testing.T) *lister {
 	return l
 }
 
-// issue gives a grant whose token's index is recorded as the ledger does, and the index that the
-// token itself names.
+// issue returns a grant that records its token's index like the ledger, and the index that the token itself names.
 func (l *lister) issue(n int) (broker.Grant, int) {
 	l.t.Helper()
 	g := grant(l.t, nil)
@@ -113,7 +112,7 @@ func (l *lister) issue(n int) (broker.Grant, int) {
 	return g, *claims.Status.List.Index
 }
 
-// status is what a verifier does: fetch, verify, unpack, look at the bit.
+// status does the work of a verifier: fetch the list, verify it, unpack it, read the bit.
 func (l *lister) status(index int) byte {
 	l.t.Helper()
 	raw, err := l.StatusList()
@@ -136,8 +135,8 @@ func (l *lister) status(index int) byte {
 		l.t.Fatal(err)
 	}
 	typ := signed.Headers[0].ExtraHeaders[jose.HeaderType]
-	if err := list.ValidateWithLeeway(jwt.Expected{Issuer: issuer, Subject: listURI, Time: l.now}, 0); err != nil || typ != pawljwt.StatusListType ||
-		list.TTL <= 0 || list.List.Bits != 1 || list.IssuedAt == nil || list.Expiry == nil {
+	if err := list.ValidateWithLeeway(jwt.Expected{Issuer: issuer, Subject: listURI, Time: l.now}, 0); err != nil ||
+		typ != "statuslist+jwt" || list.TTL <= 0 || list.List.Bits != 1 || list.IssuedAt == nil || list.Expiry == nil {
 		l.t.Fatalf("the list is %+v of type %v, %v", list.Claims, typ, err)
 	}
 	packed, err := base64.RawURLEncoding.DecodeString(list.List.List)
@@ -157,35 +156,37 @@ func (l *lister) status(index int) byte {
 
 func (l *lister) sever(g broker.Grant) {
 	l.t.Helper()
-	l.over[g.ID] = true
+	l.revoked[g.ID] = true
 	if err := l.Sever(l.t.Context(), []broker.Grant{g}); err != nil {
 		l.t.Fatal(err)
 	}
 }
 
-// TestStatusList: a bit is set from the cut on and no other is, and evidence says so.
+// TestStatusList checks that Sever sets the token's bit and no other, and that the evidence follows the list.
 func TestStatusList(t *testing.T) {
 	l := newLister(t)
 	live, liveAt := l.issue(1)
-	cut, cutAt := l.issue(2)
-	if got := l.status(liveAt) + l.status(cutAt); got != 0 {
+	severed, severedAt := l.issue(2)
+	if got := l.status(liveAt) + l.status(severedAt); got != 0 {
 		t.Errorf("%d bits are set at first", got)
 	}
-	l.over[cut.ID] = true
-	if e, err := l.Prove(t.Context(), []broker.Grant{cut}); err != nil || e[0].Outcome != broker.OutcomeAlive {
-		t.Errorf("Prove() before the cut = %+v, %v; want alive, since the list says so", e, err)
+	l.revoked[severed.ID] = true
+	if e, err := l.Prove(t.Context(), []broker.Grant{severed}); err != nil || e[0].Outcome != broker.OutcomeAlive {
+		t.Errorf("Prove() before Sever() = %+v, %v; want alive, like the list", e, err)
 	}
-	l.sever(cut)
-	if l.status(liveAt) != 0 || l.status(cutAt) != 1 {
-		t.Errorf("the bits are %d of the live token and %d of the other, want 0 and 1", l.status(liveAt), l.status(cutAt))
+	l.sever(severed)
+	if l.status(liveAt) != 0 || l.status(severedAt) != 1 {
+		t.Errorf("the bits are %d of the live token and %d of the other, want 0 and 1", l.status(liveAt), l.status(severedAt))
 	}
-	if e, err := l.Prove(t.Context(), []broker.Grant{live, cut}); err != nil || e[0].Outcome != broker.OutcomeAlive || e[1].Outcome != broker.OutcomeDead ||
+	if e, err := l.Prove(t.Context(), []broker.Grant{live, severed}); err != nil ||
+		e[0].Outcome != broker.OutcomeAlive || e[1].Outcome != broker.OutcomeDead ||
 		!strings.Contains(e[1].Check, "status list") {
 		t.Errorf("Prove() = %+v, %v; want alive and dead by the list", e, err)
 	}
 }
 
-// TestStatusListIsSignedSeldom: anybody may ask, so asking costs a signature only when there is news.
+// TestStatusListIsSignedSeldom checks that the list is signed only after a change or at half of its life. Anonymous
+// clients may request it, so a request must not cost a signature.
 func TestStatusListIsSignedSeldom(t *testing.T) {
 	l := newLister(t)
 	g, at := l.issue(1)
@@ -210,32 +211,32 @@ func TestStatusListIsSignedSeldom(t *testing.T) {
 	l.sever(other)
 	l.down = errors.New("no key")
 	if raw, err := l.StatusList(); err == nil {
-		t.Errorf("StatusList() that cannot be signed = %q, want an error and not the one before", raw)
+		t.Errorf("StatusList() that cannot be signed = %q, want an error and not the previous list", raw)
 	}
 }
 
-// TestIndexes: no two live tokens share an index, one is used again only when no verifier can confuse
-// the two, and there is an end to how many there are.
+// TestIndexes checks that no two live tokens share an index, and that the number of indexes is bounded. A freed index
+// must not confuse a verifier.
 func TestIndexes(t *testing.T) {
 	l := newLister(t)
 	taken := map[int]bool{}
 	ordered := true
 	last := -1
-	var cut broker.Grant
-	var cutAt int
+	var severed broker.Grant
+	var severedAt int
 	for n := range 2000 {
 		g, at := l.issue(n)
 		if taken[at] {
-			t.Fatalf("token %d shares index %d with one that is alive", n, at)
+			t.Fatalf("token %d shares index %d with a live token", n, at)
 		}
 		ordered = ordered && at > last
-		taken[at], last, cut, cutAt = true, at, g, at
+		taken[at], last, severed, severedAt = true, at, g, at
 	}
 	if ordered {
-		t.Error("indexes ascend, and tell when a token was made")
+		t.Error("indexes ascend, and reveal the order of tokens")
 	}
-	l.sever(cut)
-	l.Room(2000)
+	l.sever(severed)
+	l.SetCapacity(2000)
 	refused := func() bool {
 		g := grant(t, nil)
 		g.ID, g.Expires = "gr999999999999999999999999", l.now.Add(time.Minute)
@@ -246,37 +247,38 @@ func TestIndexes(t *testing.T) {
 		return err != nil
 	}
 	if !refused() {
-		t.Error("a full list took one more token")
+		t.Error("a full list accepted one more token")
 	}
-	l.now = l.now.Add(time.Minute + pawljwt.Kept)
-	if l.status(cutAt) != 1 || !refused() {
-		t.Error("an index was given back while a verifier may still look at it")
+	l.now = l.now.Add(time.Minute + pawljwt.Retention)
+	if l.status(severedAt) != 1 || !refused() {
+		t.Error("an index was freed while a verifier may still read it")
 	}
 	l.now = l.now.Add(time.Second)
-	if refused() || l.status(cutAt) != 0 {
-		t.Error("an index was not given back after its token's time")
+	if refused() || l.status(severedAt) != 0 {
+		t.Error("an index was not freed after its token's time")
 	}
 }
 
-// TestRestore: the next process has the same bits, and gives away no index that is in use.
+// TestRestore checks that the next process has the same bits, and allocates no index that is in use.
 func TestRestore(t *testing.T) {
 	before := newLister(t)
 	live, liveAt := before.issue(1)
-	cut, cutAt := before.issue(2)
-	none := grant(t, nil) // of a time when there was no list
+	revoked, revokedAt := before.issue(2)
+	none := grant(t, nil) // issued before there was a status list
 	none.Lease.Ref = string(none.ID)
 	l := newLister(t)
-	broken := cut
-	broken.Lease.Ref = string(cut.ID) + "#4294967295"
-	if err := l.Restore([]broker.Grant{live, cut, none, broken}, func(id broker.GrantID) (bool, error) { return id != cut.ID, nil }); err != nil {
+	broken := revoked
+	broken.Lease.Ref = string(revoked.ID) + "#4294967295"
+	active := func(id broker.GrantID) (bool, error) { return id != revoked.ID, nil }
+	if err := l.Restore([]broker.Grant{live, revoked, none, broken}, active); err != nil {
 		t.Fatal(err)
 	}
-	if l.status(liveAt) != 0 || l.status(cutAt) != 1 {
-		t.Errorf("after a restart the bits are %d and %d, want 0 and 1", l.status(liveAt), l.status(cutAt))
+	if l.status(liveAt) != 0 || l.status(revokedAt) != 1 {
+		t.Errorf("after a restart the bits are %d and %d, want 0 and 1", l.status(liveAt), l.status(revokedAt))
 	}
 	l.sever(live)
 	if l.status(liveAt) != 1 {
-		t.Error("a token from before the restart was cut, and its bit is not set")
+		t.Error("a token from before the restart was severed, and its bit is not set")
 	}
 	down := errors.New("down")
 	if err := newLister(t).Restore([]broker.Grant{live}, func(broker.GrantID) (bool, error) { return false, down }); !errors.Is(err, down) {
@@ -289,7 +291,7 @@ func TestStatusURI(t *testing.T) {
 	for _, cfg := range []pawljwt.Config{{StatusURI: "http://a/x", Sign: sign}, {StatusURI: "https://a/x"}, {StatusURI: "https:///x", Sign: sign}, {StatusURI: "https://a/#x", Sign: sign}} {
 		cfg.Vault, cfg.Issuer, cfg.Active = nothing{}, issuer, always
 		if _, err := pawljwt.New(cfg); err == nil {
-			t.Errorf("New() took the status list %q", cfg.StatusURI)
+			t.Errorf("New() accepted the status list %q", cfg.StatusURI)
 		}
 	}
 	if _, err := newBackend(t, nothing{}, nil).StatusList(); err == nil {

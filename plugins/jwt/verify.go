@@ -13,7 +13,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Token is what a token says of itself; it may have been made by anybody until [Backend.Verify].
+// Token is the content of a token. Nothing in it is trustworthy before [Backend.Verify].
 type Token struct {
 	Grant    broker.GrantID
 	Tool     broker.ToolName
@@ -25,10 +25,10 @@ type Token struct {
 	Expires  int64
 }
 
-// maxToken is the longest token looked at, in bytes.
+// maxToken is the size limit of a token in bytes.
 const maxToken = 8 << 10
 
-// Read takes a token apart without believing it.
+// Read parses a token without verifying it.
 func Read(token string) (Token, error) {
 	parts := strings.Split(token, ".")
 	if len(token) > maxToken || len(parts) != 3 {
@@ -54,8 +54,8 @@ func Read(token string) (Token, error) {
 		Issued: c.Issued, Expires: c.Expires}, nil
 }
 
-// Verify checks that a version of the tool's key that Vault still has signed the token, as of this issuer.
-// Whether the token is still good is the ledger's to say.
+// Verify checks that the token is from this issuer, and signed by a version of the tool's key that Vault still lists.
+// It does not check whether the token is still active: only the ledger knows that.
 func (b *Backend) Verify(ctx context.Context, t broker.Tool, token string) (Token, error) {
 	read, err := Read(token)
 	if err != nil {
@@ -79,7 +79,7 @@ func (b *Backend) Verify(ctx context.Context, t broker.Tool, token string) (Toke
 		return Token{}, errors.New("jwt: the signature does not verify")
 	}
 	if read.Issuer != b.cfg.Issuer || read.Tool != t.Name {
-		return Token{}, fmt.Errorf("jwt: issued for another tool or by another issuer than %q", b.cfg.Issuer)
+		return Token{}, fmt.Errorf("jwt: the token is for another tool, or its issuer is not %q", b.cfg.Issuer)
 	}
 	return read, nil
 }
