@@ -1,5 +1,5 @@
-// Package kv hands out static secrets from Vault's KV engine, version 2. Such a secret is as
-// wide as it is and outlives every step: its label is none, and nothing here says otherwise.
+// Package kv delivers static secrets from Vault's KV engine, version 2. Such a secret cannot be narrowed and outlives
+// every step, so its label is always none.
 package kv
 
 import (
@@ -14,7 +14,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Config has one field.
+// Config configures a [Backend].
 type Config struct {
 	Now func() time.Time // zero: time.Now
 }
@@ -22,7 +22,7 @@ type Config struct {
 // Backend implements [broker.Backend] and [broker.Prover]. Safe for concurrent use.
 type Backend struct{ now func() time.Time }
 
-// New makes a Backend.
+// New returns a Backend.
 func New(cfg Config) *Backend {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
@@ -34,18 +34,18 @@ var segment = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
 
 func isSegment(s string) bool { return segment.MatchString(s) && !strings.Contains(s, "..") }
 
-// Load implements [broker.Backend]. The tool's Path is the mount and then the secret's path; it
-// takes no settings. A label other than none is refused, since nothing narrows a static secret.
+// Load implements [broker.Backend]. The tool's Path is the mount followed by the secret's path. There are no settings.
+// It rejects every label but none, because nothing narrows a static secret.
 func (b *Backend) Load(t broker.Tool) error {
 	if t.Narrowing != broker.NarrowNone {
-		return fmt.Errorf("tool %q: a static secret is labelled none, not %s", t.Name, t.Narrowing)
+		return fmt.Errorf("tool %q: a static secret must be labelled none, not %s", t.Name, t.Narrowing)
 	}
 	if len(t.Path) < 2 {
-		return fmt.Errorf("tool %q: the path is a mount and at least one more segment", t.Name)
+		return fmt.Errorf("tool %q: the path must be a mount and at least one more segment", t.Name)
 	}
 	for _, s := range t.Path {
 		if !isSegment(s) {
-			return fmt.Errorf("tool %q: segment %.40q of the path is not one", t.Name, s)
+			return fmt.Errorf("tool %q: %.40q is not a valid path segment", t.Name, s)
 		}
 	}
 	if len(t.Settings) > 0 {
@@ -54,12 +54,12 @@ func (b *Backend) Load(t broker.Tool) error {
 	return nil
 }
 
-// Access gives the Vault path of the tool's mint and how it is used there.
+// Access returns the Vault path of the tool's mint, whether the mint is a write, and whether it yields a lease.
 func (b *Backend) Access(t broker.Tool) (path []string, write, leased bool) {
 	return append([]string{t.Path[0], "data"}, t.Path[1:]...), false, false
 }
 
-// Prepare implements [broker.Backend]. The secret is the object that is stored, as it is.
+// Prepare implements [broker.Backend]. The secret is the stored object, unchanged.
 func (b *Backend) Prepare(_ context.Context, t broker.Tool, g broker.Grant) (broker.Mint, string, error) {
 	if err := b.Load(t); err != nil {
 		return broker.Mint{}, "", err
@@ -82,7 +82,7 @@ func finish(answer map[string]any, _ time.Time) (broker.Finished, error) {
 	return broker.Finished{Secret: broker.NewSecret(raw), Ref: "version " + version.String()}, nil
 }
 
-// Prove implements [broker.Prover]: a static secret works until somebody rotates it.
+// Prove implements [broker.Prover]. A static secret works until it is rotated.
 func (b *Backend) Prove(_ context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	out := make([]broker.Evidence, len(grants))
 	for i := range out {

@@ -44,7 +44,7 @@ func TestPrepare(t *testing.T) {
 		t.Errorf("Finish() = ref %q, %v", f.Ref, err)
 	}
 	if len(f.Digests) > 0 {
-		t.Errorf("Finish() gives the digests %v of values that a person chose, which could be guessed", f.Digests)
+		t.Errorf("Finish() returns the digests %v, want none: a digest of a guessable value reveals it", f.Digests)
 	}
 	for _, answer := range []map[string]any{nil, {"data": nil}, {"data": map[string]any{}}, {"data": "x"}} {
 		if _, err := m.Finish(answer, time.Time{}); err == nil {
