@@ -21,18 +21,18 @@ import (
 	"github.com/pawlsec/pawl/plugins/token"
 )
 
-// real is a Vault with two secrets, a policy for each, and a tool whose argument chooses one.
+// real is a Vault with two secrets, a policy for each, and a tool with an argument that selects one.
 type real struct {
 	address string
 	http    *http.Client
 	root    string // token
-	broker  string // token of the broker: it may look up and revoke by accessor, and no more
-	name    string // unlike any other test's
+	broker  string // token of the broker: it may look up and revoke by accessor, and nothing else
+	name    string // unique for each test
 	tool    broker.Tool
 
-	mu     sync.Mutex // guards what follows
+	mu     sync.Mutex // guards the fields below
 	steps  map[broker.GrantID]string
-	opened map[string]string // the token inside, by wrapping token
+	opened map[string]string // unwrapped tokens, by wrapping token
 }
 
 func newReal(t *testing.T) *real {
@@ -62,12 +62,12 @@ path "auth/token/revoke-accessor" { capabilities = ["update"] }`)
 	return v
 }
 
-// ask sends one request. Numbers of the answer keep their digits, as in plugins/vault.
+// ask sends one request. Numbers in the response keep their digits, as in plugins/vault.
 func (v *real) ask(ctx context.Context, token, method, path string, body any) (status int, answer map[string]any, err error) {
 	return v.send(ctx, token, method, path, body, "")
 }
 
-// send asks for the answer wrapped where wrap says for how long.
+// send requests a wrapped response if wrap is not empty: wrap is the TTL of the wrapping token.
 func (v *real) send(ctx context.Context, token, method, path string, body any, wrap string) (status int, answer map[string]any, err error) {
 	raw, err := json.Marshal(body)
 	if err != nil {
@@ -104,7 +104,7 @@ func (v *real) policy(t *testing.T, name, text string) {
 	v.must(t, "sys/policies/acl/"+name, map[string]any{"policy": text})
 }
 
-// make makes a token with one policy, as the broker does for a step.
+// make creates a token with one policy, as the broker does for a step.
 func (v *real) make(ctx context.Context, policy string) (token, accessor string) {
 	_, answer, _ := v.ask(ctx, v.root, "POST", "auth/token/create",
 		map[string]any{"policies": []string{policy}, "no_default_policy": true, "ttl": "10m", "renewable": false})
@@ -114,7 +114,7 @@ func (v *real) make(ctx context.Context, policy string) (token, accessor string)
 	return token, accessor
 }
 
-// Kill and TokensGone are those of plugins/vault's Client, with the broker's token.
+// Kill and TokensGone do the same as those of plugins/vault's Client, with the broker's token.
 func (v *real) Kill(ctx context.Context, accessor string) error {
 	status, answer, err := v.ask(ctx, v.broker, "POST", "auth/token/revoke-accessor", map[string]string{"accessor": accessor})
 	if err == nil && status != 204 && status != 200 && !invalid(status, answer) { // 200 warns of an unknown one
@@ -166,24 +166,24 @@ func (v *real) mint(ctx context.Context, g *broker.Grant, m broker.Mint, _ strin
 	return f.Secret, err
 }
 
-// lookUp gives what Vault's root sees of a token; nil when there is none.
+// lookUp returns a token's data as Vault's root token sees it; nil if there is no such token.
 func (v *real) lookUp(ctx context.Context, accessor any) map[string]any {
 	_, answer, _ := v.ask(ctx, v.root, "POST", "auth/token/lookup-accessor", map[string]any{"accessor": accessor})
 	data, _ := answer["data"].(map[string]any)
 	return data
 }
 
-// members are those of a secret.
+// members decodes a secret.
 func members(s broker.Secret) (m struct {
 	Token    string
 	Wrapping string `json:"wrapping_token"`
 	Path     string `json:"creation_path"`
 }) {
-	_ = json.Unmarshal(s.Reveal(), &m) // then it is empty and opens nothing
+	_ = json.Unmarshal(s.Reveal(), &m) // on an error m is empty and gives no access
 	return m
 }
 
-// raw is the token of a secret, unwrapped where it came wrapped: once, as a tool does, and kept.
+// raw returns the token of a secret. It unwraps a wrapped token once, like a tool, and remembers it.
 func (v *real) raw(ctx context.Context, s broker.Secret) string {
 	m := members(s)
 	if m.Wrapping == "" {
@@ -232,7 +232,7 @@ func (v *real) rig(t *testing.T) brokertest.Rig {
 		Works: func(ctx context.Context, _ broker.Grant, s broker.Secret) (bool, error) {
 			raw := v.raw(ctx, s)
 			if raw == "" {
-				return false, nil // it does not open
+				return false, nil // it cannot be unwrapped
 			}
 			status, _, err := v.ask(ctx, raw, "GET", v.name+"/test", nil)
 			if status != 200 && status != 403 {
@@ -254,13 +254,13 @@ func TestRealBackend(t *testing.T) {
 		t.Run("wrap "+wrap, func(t *testing.T) {
 			v := newReal(t)
 			v.tool.Settings["wrap"] = wrap
-			// A step's token is a credential that the engine makes, not Prepare: the count stays.
+			// The engine creates a step's token, not Prepare, so the count of credentials does not change.
 			brokertest.Backend(t, v.rig(t))
 		})
 	}
 }
 
-// TestRealNarrow takes the raw secret and tries what its step was not for: Vault refuses.
+// TestRealNarrow makes out-of-scope calls with the raw secret. Vault refuses each.
 func TestRealNarrow(t *testing.T) {
 	for _, wrap := range []string{"true", "false"} {
 		t.Run("wrap "+wrap, func(t *testing.T) { testNarrow(t, wrap) })
@@ -290,8 +290,8 @@ func testNarrow(t *testing.T, wrap string) {
 	}{
 		{"GET", v.name + "/test", nil, 200},
 		{"GET", v.name + "/prod", nil, 403},                                                                  // another environment's secret
-		{"POST", v.name + "/test", map[string]string{"value": "x"}, 403},                                     // writing what it may read
-		{"POST", "auth/token/create", map[string]any{}, 403},                                                 // a child of its own
+		{"POST", v.name + "/test", map[string]string{"value": "x"}, 403},                                     // writing the readable secret
+		{"POST", "auth/token/create", map[string]any{}, 403},                                                 // a child token
 		{"POST", "auth/token/create/" + v.name, map[string]any{"policies": []string{v.name + "-prod"}}, 403}, // another one of the role
 		{"POST", "auth/token/renew-self", map[string]any{}, 403},                                             // a longer life
 		{"GET", "auth/token/lookup-self", nil, 403},                                                          // default's rights
@@ -307,19 +307,19 @@ func testNarrow(t *testing.T, wrap string) {
 	data := v.lookUp(t.Context(), accessor)
 	if fmt.Sprint(data["explicit_max_ttl"]) != "30" || fmt.Sprint(data["renewable"]) != "false" || fmt.Sprint(data["num_uses"]) != "11" ||
 		!strings.Contains(fmt.Sprint(data["meta"]), string(g.ID)) {
-		t.Errorf("Vault says of the token: %v", data)
+		t.Errorf("the lookup of the token = %v", data)
 	}
-	// The step's token ends it.
+	// A kill of the step's token ends it.
 	if err := r.End(t.Context(), g); err != nil {
 		t.Fatal(err)
 	}
 	if works, err := r.Works(t.Context(), g, secret); works || err != nil {
-		t.Errorf("after the step's token was killed Vault takes the secret: %v, %v", works, err)
+		t.Errorf("after the step's token was killed Vault accepts the secret: %v, %v", works, err)
 	}
 }
 
-// TestRealWrap unwraps as a tool does, and revokes before and after that: either way nothing
-// that Vault's root can see is left.
+// TestRealWrap unwraps like a tool, and revokes before and after that. In both cases Vault's root token must see no
+// token left.
 func TestRealWrap(t *testing.T) {
 	v := newReal(t)
 	r := v.rig(t)
@@ -329,7 +329,7 @@ func TestRealWrap(t *testing.T) {
 		g.Expires = time.Now().Add(30 * time.Second)
 		m, name, err := r.Backend.Prepare(t.Context(), v.tool, g)
 		if err != nil || !m.Wrap {
-			t.Fatalf("Prepare() = wrap %v, %v, want wrapped without being told", m.Wrap, err)
+			t.Fatalf("Prepare() = wrap %v, %v, want wrapped by default", m.Wrap, err)
 		}
 		secret, err := v.mint(t.Context(), &g, m, name)
 		if err != nil {
@@ -345,7 +345,7 @@ func TestRealWrap(t *testing.T) {
 		}
 		return v.lookUp(t.Context(), one) != nil, v.lookUp(t.Context(), other) != nil
 	}
-	cut := func(when string, g broker.Grant, s broker.Secret) {
+	revoke := func(when string, g broker.Grant, s broker.Secret) {
 		t.Helper()
 		prove := func(want broker.Outcome) {
 			t.Helper()
@@ -356,36 +356,36 @@ func TestRealWrap(t *testing.T) {
 		}
 		prove(broker.OutcomeAlive)
 		if inside, wrapping := alive(g); !inside || wrapping != (when == "before") {
-			t.Errorf("%s it was unwrapped, the token is known %v and what wraps it %v", when, inside, wrapping)
+			t.Errorf("%s the unwrap: the token is known: %v, its wrapping token: %v", when, inside, wrapping)
 		}
-		if err := r.End(t.Context(), g); err != nil { // Vault alone, by the step's token
+		if err := r.End(t.Context(), g); err != nil { // kills the step's token and nothing else
 			t.Fatal(err)
 		}
 		if inside, wrapping := alive(g); inside || wrapping != (when == "before") {
-			t.Errorf("revoked %s it was unwrapped, the step's token leaves the token %v and what wraps it %v", when, inside, wrapping)
+			t.Errorf("step's token killed %s the unwrap: the token is known: %v, its wrapping token: %v", when, inside, wrapping)
 		}
 		if err := r.Backend.(broker.Severer).Sever(t.Context(), []broker.Grant{g}); err != nil {
 			t.Errorf("Sever(%s) = %v", when, err)
 		}
 		if inside, wrapping := alive(g); inside || wrapping {
-			t.Errorf("revoked %s it was unwrapped: the token is known %v, what wraps it %v", when, inside, wrapping)
+			t.Errorf("severed %s the unwrap: the token is known: %v, its wrapping token: %v", when, inside, wrapping)
 		}
 		if status, _, err := v.unwrap(t.Context(), members(s).Wrapping); err != nil || status < 400 {
-			t.Errorf("revoked %s it was unwrapped: unwrapping = %d, %v", when, status, err)
+			t.Errorf("severed %s the unwrap: unwrapping = %d, %v", when, status, err)
 		}
 		prove(broker.OutcomeDead)
 	}
 	g, secret := mint()
 	if m := members(secret); m.Token != "" || m.Wrapping == "" || m.Path != strings.Join(v.tool.Path, "/") {
-		t.Errorf("the secret is wrapped %v, made at %q, and bare %v", m.Wrapping != "", m.Path, m.Token != "")
+		t.Errorf("the secret is wrapped: %v, created at %q, and unwrapped: %v", m.Wrapping != "", m.Path, m.Token != "")
 	}
-	cut("before", g, secret)
+	revoke("before", g, secret)
 
 	g, secret = mint()
 	if status, _, err := v.ask(t.Context(), members(secret).Wrapping, "GET", v.name+"/test", nil); err != nil || status != 403 {
-		t.Errorf("what the token may do, with its wrapping = %d, %v, want 403", status, err)
+		t.Errorf("reading with the wrapping token = %d, %v, want 403", status, err)
 	}
-	cut("after", g, secret) // its one use is gone
+	revoke("after", g, secret) // the request has consumed the wrapping token's one use
 
 	g, secret = mint()
 	status, raw, err := v.unwrap(t.Context(), members(secret).Wrapping)
@@ -396,14 +396,14 @@ func TestRealWrap(t *testing.T) {
 		t.Errorf("unwrapping again = %d, %v, want 400", status, err)
 	}
 	if status, _, err := v.ask(t.Context(), raw, "GET", v.name+"/test", nil); err != nil || status != 200 {
-		t.Errorf("reading with what was inside = %d, %v, want 200", status, err)
+		t.Errorf("reading with the unwrapped token = %d, %v, want 200", status, err)
 	}
-	cut("after", g, secret)
+	revoke("after", g, secret)
 	if status, _, err := v.ask(t.Context(), raw, "GET", v.name+"/test", nil); err != nil || status != 403 {
-		t.Errorf("reading with what was inside, revoked = %d, %v, want 403", status, err)
+		t.Errorf("reading with the unwrapped token after the revocation = %d, %v, want 403", status, err)
 	}
 
-	// Who opens it on the way and wraps it again cannot make that look like ours.
+	// An interceptor that unwraps the token and wraps it again cannot forge the creation path.
 	g, secret = mint()
 	_, raw, err = v.unwrap(t.Context(), members(secret).Wrapping)
 	if err != nil {
@@ -414,13 +414,13 @@ func TestRealWrap(t *testing.T) {
 	_, seen, errSeen := v.ask(t.Context(), v.root, "POST", "sys/wrapping/lookup", map[string]any{"token": forged["token"]})
 	data, _ := seen["data"].(map[string]any)
 	if err != nil || errSeen != nil || data["creation_path"] != "sys/wrapping/wrap" {
-		t.Errorf("Vault says of what was wrapped again: made at %v, %v, %v", data["creation_path"], err, errSeen)
+		t.Errorf("the token that was wrapped again has the creation path %v, %v, %v", data["creation_path"], err, errSeen)
 	}
-	cut("after", g, secret)
+	revoke("after", g, secret)
 }
 
-// TestRealRole holds that Vault's own role keeps a step's token from making anything else, and
-// that a role which gives more than was asked for is noticed.
+// TestRealRole checks that Vault's token role stops a step's token from creating other tokens. It also checks that a
+// token is rejected when the role adds to the request.
 func TestRealRole(t *testing.T) {
 	v := newReal(t)
 	step, _ := v.make(t.Context(), v.tool.Policy)
@@ -435,10 +435,10 @@ func TestRealRole(t *testing.T) {
 		status, answer, err := v.ask(t.Context(), step, "POST", create, body)
 		auth, _ := answer["auth"].(map[string]any)
 		if err != nil || status < 400 && auth["orphan"] != false {
-			t.Errorf("a step's token makes one with %s: %d, orphan %v, %v", name, status, auth["orphan"], err)
+			t.Errorf("a step's token creates a token with %s: %d, orphan %v, %v", name, status, auth["orphan"], err)
 		}
 		if status < 400 && name != "without a parent" {
-			t.Errorf("a step's token makes one with %s, want a refusal", name)
+			t.Errorf("a step's token creates a token with %s, want a refusal", name)
 		}
 	}
 	r := v.rig(t)
@@ -459,11 +459,11 @@ func TestRealRole(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if name == "token_no_default_policy" { // what the request says counts as well
+		if name == "token_no_default_policy" { // the request must not ask for it either
 			delete(m.Data, "no_default_policy")
 		}
 		if secret, err := v.mint(t.Context(), &g, m, display); err == nil || !secret.Empty() {
-			t.Errorf("a role with %s = %v gives a token that is taken", name, value)
+			t.Errorf("a token of a role with %s = %v is accepted", name, value)
 		}
 	}
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// settings say which policies a token gets.
+// settings are the parsed settings of a tool.
 type settings struct {
 	fixed []string
 	by    map[string]map[string][]string // argument → value → policies
@@ -23,28 +23,26 @@ type settings struct {
 
 var (
 	segment = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
-	// lower is the form of policy names that Vault keeps as they are.
+	// lower matches policy names that Vault stores unchanged.
 	lower = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,127}$`)
 )
 
 const maxPolicies = 32
 
-// Load implements [broker.Backend]. The tool's Path is auth, token, create and a token role of
-// Vault's: see [Role]. Settings:
+// Load implements [broker.Backend]. The tool's Path is auth, token, create and a Vault token role: see [Role].
+// Settings:
 //
 //	policies                      the policies of every token, joined by commas
-//	policies.<argument>.<value>   those that this value of the argument adds
-//	uses                          how often the token may be used, 1 to 1,000; without it as often as it lives
-//	wrap                          false hands the token over as it is; without it, or true, Vault wraps it
+//	policies.<argument>.<value>   the policies that this value of the argument adds
+//	uses                          the number of uses of the token, 1 to 1,000; default unlimited until it expires
+//	wrap                          false delivers the token itself; default true: Vault wraps it
 //
-// What is handed over is a wrapping token: it opens the token once, within the step's life, and
-// nothing else. So a copy of it, in a log or at a proxy, is either useless already or leaves the
-// tool without its token, which it notices. A tool that can only take the token itself says
-// wrap: "false".
+// A wrapped token is delivered as its wrapping token, which unwraps it once, within the step's lifetime, and does
+// nothing else. A copy of the wrapping token, in a log or at a proxy, is useless once it was used. If the copy is used
+// first, the tool fails to unwrap its token, and so detects the theft. A tool that cannot unwrap sets wrap: "false".
 //
-// An argument chooses among the values that are written here and reaches Vault in no other way,
-// so every argument is required, a string, and has at least one value. A token gets neither
-// default nor a policy of Pawl's own.
+// An argument selects among the values in the settings and does not reach Vault in any other way. So every argument
+// must be required, a string, and have at least one value. A token never gets the policy default or one of Pawl's own.
 func (b *Backend) Load(t broker.Tool) error {
 	_, err := load(t)
 	return err
@@ -54,7 +52,7 @@ func load(t broker.Tool) (settings, error) {
 	s := settings{by: map[string]map[string][]string{}, wrap: true}
 	if len(t.Path) != 4 || !slices.Equal(t.Path[:3], []string{"auth", "token", "create"}) ||
 		!segment.MatchString(t.Path[3]) || strings.Contains(t.Path[3], "..") {
-		return s, fmt.Errorf("tool %q: the path is auth, token, create and a token role", t.Name)
+		return s, fmt.Errorf("tool %q: the path must be auth, token, create and a token role", t.Name)
 	}
 	for _, key := range slices.Sorted(maps.Keys(t.Settings)) {
 		if err := s.set(t, key, t.Settings[key]); err != nil {
@@ -63,11 +61,11 @@ func load(t broker.Tool) (settings, error) {
 	}
 	for _, name := range slices.Sorted(maps.Keys(t.Arguments)) {
 		if len(s.by[name]) == 0 {
-			return s, fmt.Errorf("tool %q: argument %q chooses no policies: the token would be the same without it", t.Name, name)
+			return s, fmt.Errorf("tool %q: argument %q selects no policies: it would not change the token", t.Name, name)
 		}
 	}
 	if len(s.fixed) == 0 && len(s.by) == 0 {
-		return s, fmt.Errorf("tool %q: policies are needed: a token without any can do nothing", t.Name)
+		return s, fmt.Errorf("tool %q: policies are required: a token without any can do nothing", t.Name)
 	}
 	return s, nil
 }
@@ -75,13 +73,13 @@ func load(t broker.Tool) (settings, error) {
 func (s *settings) set(t broker.Tool, key, value string) (err error) {
 	if key == "uses" {
 		if s.uses, err = strconv.Atoi(value); err != nil || s.uses < 1 || s.uses > 1000 || strconv.Itoa(s.uses) != value {
-			return errors.New("is a number from 1 to 1,000")
+			return errors.New("must be a number from 1 to 1,000")
 		}
 		return nil
 	}
 	if key == "wrap" {
 		if s.wrap = value == "true"; !s.wrap && value != "false" {
-			return errors.New("is true or false")
+			return errors.New("must be true or false")
 		}
 		return nil
 	}
@@ -96,7 +94,7 @@ func (s *settings) set(t broker.Tool, key, value string) (err error) {
 	rest, ok := strings.CutPrefix(key, "policies.")
 	name, choice, found := strings.Cut(rest, ".")
 	if !ok || !found {
-		return errors.New("there is no such setting")
+		return errors.New("unknown setting")
 	}
 	if p, ok := t.Arguments[name]; !ok || !p.Required || p.Kind != "string" {
 		return fmt.Errorf("the tool has no required argument %q that is a string", name)
@@ -108,18 +106,19 @@ func (s *settings) set(t broker.Tool, key, value string) (err error) {
 	return nil
 }
 
-// parse reads policies joined by commas. Those of Pawl's own would mint other tools' secrets.
+// parse reads policies joined by commas. It rejects Pawl's own policies: they can mint other tools' secrets.
 func parse(value string) ([]string, error) {
 	list := strings.Split(value, ",")
 	for _, p := range list {
 		if !lower.MatchString(p) || strings.Contains(p, "..") || p == "root" || p == "default" || strings.HasPrefix(p, "pawl-") {
-			return nil, fmt.Errorf("policy %.40q: is lower-case letters, digits, '.', '-' and '_', and neither root, default nor Pawl's own", p)
+			return nil, fmt.Errorf("policy %.40q: must be lower-case letters, digits, '.', '-' and '_', "+
+				"and not root, default or one of Pawl's own", p)
 		}
 	}
 	return list, nil
 }
 
-// policies are those that the arguments choose, in order.
+// policies returns the fixed policies and those that the arguments select, sorted.
 func (s settings) policies(args args.Args) ([]string, error) {
 	list := slices.Clone(s.fixed)
 	for name, choices := range s.by {
@@ -127,19 +126,19 @@ func (s settings) policies(args args.Args) ([]string, error) {
 		text, ok := v.Text()
 		chosen, known := choices[text]
 		if !ok || !known {
-			return nil, fmt.Errorf("argument %q is none of the values that the tool has", name)
+			return nil, fmt.Errorf("argument %q has a value that the tool does not declare", name)
 		}
 		list = append(list, chosen...)
 	}
 	slices.Sort(list)
 	if list = slices.Compact(list); len(list) > maxPolicies {
-		return nil, fmt.Errorf("the arguments choose more than %d policies", maxPolicies)
+		return nil, fmt.Errorf("the arguments select more than %d policies", maxPolicies)
 	}
 	return list, nil
 }
 
-// Role gives the token role that Vault needs for a tool: a path and the body of a write to it,
-// with which no token can have a policy that the tool's settings do not name.
+// Role returns the token role that Vault needs for a tool, as a path and the body of a write to it. With this role no
+// token can have a policy that the tool's settings do not name.
 func Role(t broker.Tool) (path []string, data map[string]any, err error) {
 	s, err := load(t)
 	if err != nil {

@@ -19,7 +19,7 @@ import (
 
 // tokens is a Vault that knows some accessors.
 type tokens struct {
-	mu    sync.Mutex // guards what follows
+	mu    sync.Mutex // guards the fields below
 	known map[string]bool
 	err   error
 }
@@ -155,11 +155,11 @@ func TestPrepare(t *testing.T) {
 	late := grant(t, `{"env":"prod"}`)
 	late.Expires = noon
 	if _, _, err := b.Prepare(t.Context(), tool(), late); !errors.Is(err, broker.Expired) {
-		t.Errorf("Prepare(a grant that is over) = %v, want Expired", err)
+		t.Errorf("Prepare(an expired grant) = %v, want Expired", err)
 	}
 }
 
-// TestFinish holds that a token which could do, or last, more than was asked for is not handed over.
+// TestFinish checks that a token with more rights or a longer lifetime than requested is not delivered.
 func TestFinish(t *testing.T) {
 	b := backend(t, &tokens{}, noon)
 	m, _, err := b.Prepare(t.Context(), tool(), grant(t, `{"env":"test"}`))
@@ -173,7 +173,7 @@ func TestFinish(t *testing.T) {
 		t.Fatalf("Finish() = ref %q, %v", f.Ref, err)
 	}
 	if want := []broker.ValueDigest{broker.DigestValue("hvs.marker")}; !slices.Equal(f.Digests, want) {
-		t.Errorf("Finish() gives the digests %v, want %v, the token's", f.Digests, want)
+		t.Errorf("Finish() returns the digests %v, want %v, the token's", f.Digests, want)
 	}
 	for name, change := range map[string]any{
 		"client_token": "", "client_token ": "a b", "accessor": nil, "accessor ": 7, "token_type": "batch", "token_type ": nil,
@@ -190,7 +190,7 @@ func TestFinish(t *testing.T) {
 	}
 }
 
-// TestFinishWrapped holds the same of a token that Vault keeps.
+// TestFinishWrapped checks the same for a wrapped token.
 func TestFinishWrapped(t *testing.T) {
 	b := backend(t, &tokens{}, noon)
 	m, _, err := b.Prepare(t.Context(), tool("wrap", "true"), grant(t, `{"env":"test"}`))
@@ -255,7 +255,7 @@ func TestSeverAndProve(t *testing.T) {
 		}
 	}
 	prove(noon.Add(161*time.Second), dead, unknown, alive, dead, dead)
-	prove(noon.Add(162*time.Second), dead, dead, alive, dead, dead) // it settles, lives a minute, and a second for rounding
+	prove(noon.Add(162*time.Second), dead, dead, alive, dead, dead) // Settles, a minute of lifetime, a second for rounding
 	v.err = errors.New("permission denied")
 	if found, err := backend(t, v, noon).Prove(t.Context(), grants); err == nil {
 		t.Errorf("Prove() with a Vault that refuses = %v, want an error", found)
