@@ -52,7 +52,7 @@ func (cfg *Config) complete() error {
 func (p Program) check() error {
 	switch {
 	case !filepath.IsAbs(p.Path):
-		return errors.New("Path is required: an absolute one, so that no search path decides what runs")
+		return errors.New("Path is required and must be absolute: no search path may select the program")
 	case !checksumForm.MatchString(p.SHA256):
 		return errors.New("SHA256 is required: 64 lower-case hexadecimal digits")
 	case p.Dir != "" && !filepath.IsAbs(p.Dir):
@@ -60,31 +60,31 @@ func (p Program) check() error {
 	}
 	for _, e := range p.Env {
 		if !envForm.MatchString(e) {
-			return errors.New(`Env holds what is not "NAME=value"`) // it may hold a secret: it is not shown
+			return errors.New(`Env has an element that is not "NAME=value"`) // not shown: it may be a secret
 		}
 	}
 	for _, a := range p.Args {
 		if strings.ContainsRune(a, 0) {
-			return errors.New("Args holds a zero byte")
+			return errors.New("Args contains a zero byte")
 		}
 	}
 	return nil
 }
 
-// checkPath holds a path to the rules of Vault paths: no spelling of one means another.
+// checkPath checks a Vault path. Every path has exactly one accepted spelling.
 func checkPath(path []string) error {
 	if len(path) == 0 || len(path) > 16 {
 		return errors.New("a vault path has between 1 and 16 segments")
 	}
 	for i, s := range path {
 		if !segmentForm.MatchString(s) || strings.Contains(s, "..") {
-			return fmt.Errorf("segment %d of the path is not one", i+1)
+			return fmt.Errorf("segment %d of the path is not valid", i+1)
 		}
 	}
 	return nil
 }
 
-// load checks what of a tool is the broker's part, and gives the setting pawl.ref.
+// load checks the tool's path and the settings that belong to the broker. It returns the setting pawl.ref.
 func load(t broker.Tool) (ref string, err error) {
 	if err := checkPath(t.Path); err != nil {
 		return "", err
@@ -102,7 +102,7 @@ func load(t broker.Tool) (ref string, err error) {
 			ok = !strings.HasPrefix(key, "pawl.")
 		}
 		if !ok {
-			return "", fmt.Errorf("setting %.40q: there is no such setting or value", key)
+			return "", fmt.Errorf("setting %.40q: unknown setting or value", key)
 		}
 	}
 	return t.Settings["pawl.ref"], nil

@@ -1,13 +1,13 @@
-// Package exec runs backend plugins in any language: one program, one JSON request on its
-// standard input, one JSON answer on its standard output, for each thing that is asked of it.
+// Package exec runs backend plugins in any language. Each operation is one start of a program, with one JSON request on
+// its standard input and one JSON response on its standard output.
 //
-// A plugin narrows, severs and proves. It never mints and never sees a secret: it names what
-// Vault is to be asked for and which members of Vault's answer the agent gets, and the broker
-// does the rest with a token whose Vault policy opens the tool's path alone.
+// A plugin narrows, severs and proves. It never mints and never sees a secret. It defines the request to Vault and
+// selects the members of Vault's response that the agent gets. The broker sends that request, with a token that has
+// only the tool's Vault policy.
 //
-// What runs is a sealed copy of a file whose checksum was verified on this start. Its environment
-// is empty unless configured, its time and output are limited, its process group is killed at the
-// end, and what it writes to standard error is counted and never kept: it may hold secrets.
+// The process runs a sealed copy of the file, verified by its checksum at this start. Its environment is empty unless
+// configured, its time and output are limited, and its process group is killed at the end. Its standard error is
+// counted and discarded, because it may contain secrets.
 //
-// PROTOCOL.md, next to this file, is what an author of plugins reads.
+// PROTOCOL.md, next to this file, is the documentation for authors of plugins.
 package exec

@@ -24,12 +24,12 @@ import (
 	"github.com/pawlsec/pawl/plugins/exec"
 )
 
-// keyServer is a target: it knows one key for each name and takes those it knows.
+// keyServer is a target that keeps one key for each name and accepts the keys that it keeps.
 type keyServer struct {
 	*httptest.Server
 	admin string
 
-	mu   sync.Mutex // guards what follows
+	mu   sync.Mutex // guards the fields below
 	n    int
 	keys map[string]string
 }
@@ -62,7 +62,7 @@ func (s *keyServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	_ = json.NewEncoder(w).Encode(answer)
 }
 
-// mint is what Vault would do with a write at the tool's path.
+// mint does the work of Vault for a write at the tool's path.
 func (s *keyServer) mint(_ context.Context, g *broker.Grant, m broker.Mint, _ string) (broker.Secret, error) {
 	raw, err := json.Marshal(m.Data)
 	var data struct{ Scope, Name string }
@@ -82,7 +82,7 @@ func (s *keyServer) mint(_ context.Context, g *broker.Grant, m broker.Mint, _ st
 func (s *keyServer) works(_ context.Context, _ broker.Grant, secret broker.Secret) (bool, error) {
 	var members map[string]string
 	if err := json.Unmarshal(secret.Reveal(), &members); err != nil || len(members) != 2 {
-		return false, errors.New("the secret is not the two members that were asked for")
+		return false, errors.New("the secret does not have the two requested members")
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -95,7 +95,7 @@ func (s *keyServer) count(context.Context) (int, error) {
 	return len(s.keys), nil
 }
 
-// program puts a program into a file of the test's own and gives its configuration.
+// program writes a program to a file of the test and returns its configuration.
 func program(t *testing.T, text string) exec.Program {
 	t.Helper()
 	p := exec.Program{Path: filepath.Join(t.TempDir(), "plugin"), SHA256: sum(text)}
@@ -115,7 +115,7 @@ func replace(t *testing.T, p exec.Program, text string) {
 	}
 }
 
-// python is the program of testdata, run by the interpreter that this machine has.
+// python returns the program in testdata, run by this machine's interpreter.
 func python(t *testing.T, s *keyServer, args ...string) exec.Program {
 	t.Helper()
 	interpreter := parts.NeedPython(t)
@@ -168,8 +168,7 @@ func rig(t *testing.T, s *keyServer, b broker.Backend) brokertest.Rig {
 		Mint:  s.mint, Works: s.works, Credentials: s.count}
 }
 
-// TestPython holds that a plugin of a few lines of Python passes the suite, with and without a
-// second program that proves.
+// TestPython checks that a short Python plugin passes the suite, with a second program as the probe.
 func TestPython(t *testing.T) {
 	s := newKeyServer(t)
 	p := python(t, s)
@@ -180,8 +179,8 @@ func TestPython(t *testing.T) {
 	}
 }
 
-// TestLiar holds that a plugin which claims a revoke that it did not make fails the suite; an
-// honest probe beside it is what finds it out in service.
+// TestLiar checks that a plugin fails the suite if it claims a revocation that it did not make. In production, an
+// honest probe exposes it.
 func TestLiar(t *testing.T) {
 	s := newKeyServer(t)
 	liar := python(t, s, "lie")
@@ -208,7 +207,7 @@ func TestLiar(t *testing.T) {
 	}
 }
 
-// TestPrepare holds what becomes of a plugin's answer, and of its refusals.
+// TestPrepare checks the mint from a plugin's response, and the error from a plugin's refusal.
 func TestPrepare(t *testing.T) {
 	s := newKeyServer(t)
 	b := backend(t, exec.Config{Program: python(t, s)})
@@ -223,7 +222,7 @@ func TestPrepare(t *testing.T) {
 	}
 	f, err := m.Finish(map[string]any{"name": "n", "key": "k", "other": "x"}, time.Time{})
 	if err != nil || f.Ref != "n" || string(f.Secret.Reveal()) != `{"key":"k","name":"n"}` {
-		t.Errorf("Finish() = ref %q, %v, want the two members that the plugin named", f.Ref, err)
+		t.Errorf("Finish() = ref %q, %v, want the two members named by the plugin", f.Ref, err)
 	}
 	for _, answer := range []map[string]any{{"name": "n"}, {"key": "k"}, {"name": 7, "key": "k"}, {"name": "", "key": "k"}, {"name": "a b", "key": "k"}} {
 		if _, err := m.Finish(answer, time.Time{}); err == nil {
@@ -234,7 +233,7 @@ func TestPrepare(t *testing.T) {
 	_, _, err = b.Prepare(t.Context(), tool(), g)
 	var e *broker.Error
 	if !errors.As(err, &e) || e.Kind != broker.Denied || e.Code != broker.CodeArgumentOutside || strings.Contains(e.Msg, "read or write") {
-		t.Errorf("Prepare(refused by the plugin) = %v, want Denied with the plugin's words inside only", err)
+		t.Errorf("Prepare(refused by the plugin) = %v, want Denied without the plugin's message", err)
 	}
 	if path, write, leased := new(exec.Backend).Access(tool()); !slices.Equal(path, tool().Path) || !write || leased {
 		t.Errorf("Access() = %q, %v, %v", path, write, leased)
@@ -244,7 +243,7 @@ func TestPrepare(t *testing.T) {
 	}
 }
 
-// TestBatches holds that many grants are asked about in order, over several starts.
+// TestBatches checks that a large set of grants is proven in order, over several starts.
 func TestBatches(t *testing.T) {
 	s := newKeyServer(t)
 	b := backend(t, exec.Config{Program: python(t, s)})
@@ -257,11 +256,11 @@ func TestBatches(t *testing.T) {
 	}
 	found, err := b.Prove(t.Context(), grants)
 	if err != nil || len(found) != len(grants) {
-		t.Fatalf("Prove() = %d answers, %v", len(found), err)
+		t.Fatalf("Prove() = %d elements of evidence, %v", len(found), err)
 	}
 	for i, e := range found {
 		if alive := e.Outcome == broker.OutcomeAlive; alive != (i%3 == 0) {
-			t.Fatalf("answer %d = %q", i, e.Outcome)
+			t.Fatalf("evidence %d = %q", i, e.Outcome)
 		}
 	}
 	if ids, err := b.Find(t.Context()); err != nil || len(ids) != 334 {

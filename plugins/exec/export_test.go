@@ -6,46 +6,43 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// DecodePrepared reads an answer to prepare as [Backend.Prepare] does, for a tool at the path.
+// DecodePrepared decodes a response to prepare like [Backend.Prepare], for a tool at the path.
 func DecodePrepared(raw []byte, path []string, write bool) (mint, secret []string, data map[string]string, err error) {
-	var a prepared
-	if err := decode(raw, &a); err != nil {
+	var r prepared
+	if err := read(raw, &r); err != nil {
 		return nil, nil, nil, err
 	}
-	if err := a.refused(Program{}); err != nil {
-		return nil, nil, nil, err
-	}
-	if err := a.check(path, write); err != nil {
+	if err := r.check(path, write); err != nil {
 		return nil, nil, nil, err
 	}
 	data = map[string]string{}
-	for name, value := range a.Data {
+	for name, value := range r.Data {
 		data[name] = string(value)
 	}
-	return a.Path, a.Secret, data, nil
+	return r.Path, r.Secret, data, nil
 }
 
-// DecodeProven reads an answer to prove as [Backend.Prove] does.
+// DecodeProven decodes a response to prove like [Backend.Prove].
 func DecodeProven(raw []byte, grants []broker.Grant) ([]broker.Evidence, error) {
-	var a proven
-	if err := read(raw, &a); err != nil {
+	var r proven
+	if err := read(raw, &r); err != nil {
 		return nil, err
 	}
-	return (&Backend{cfg: Config{Now: time.Now}}).proven(a, grants)
+	return (&Backend{cfg: Config{Now: time.Now}}).proven(r, grants)
 }
 
-// DecodeFound reads an answer to find as [Backend.Find] does.
+// DecodeFound decodes a response to find like [Backend.Find].
 func DecodeFound(raw []byte) ([]broker.GrantID, error) {
-	var a foundGrants
-	if err := read(raw, &a); err != nil {
+	var r foundGrants
+	if err := read(raw, &r); err != nil {
 		return nil, err
 	}
-	return (&Backend{}).found(a)
+	return (&Backend{}).found(r)
 }
 
-func read(raw []byte, a answer) error {
-	if err := decode(raw, a); err != nil {
+func read(raw []byte, r response) error {
+	if err := decode(raw, r); err != nil {
 		return err
 	}
-	return a.refused(Program{})
+	return r.failure(Program{})
 }

@@ -10,8 +10,8 @@ import (
 	"github.com/pawlsec/pawl/plugins/exec"
 )
 
-// FuzzProven holds that no answer to prove says more than one of the outcomes about each grant that
-// was asked about, in its place, whatever a loose decoder would make of it.
+// FuzzProven checks that an accepted response to prove has one valid outcome for each grant, in the order of the
+// request. It compares the response with the result of a lenient decoder.
 func FuzzProven(f *testing.F) {
 	one, other := broker.GrantID("gr000000000000000000000001"), broker.GrantID("gr000000000000000000000002")
 	grants := []broker.Grant{{ID: one, Narrowing: broker.NarrowNative}, {ID: other, Narrowing: broker.NarrowNone}}
@@ -27,7 +27,7 @@ func FuzzProven(f *testing.F) {
 		found, err := exec.DecodeProven(raw, grants)
 		if err != nil {
 			if found != nil {
-				t.Errorf("DecodeProven(%q) gives values with %v", raw, err)
+				t.Errorf("DecodeProven(%q) returns values with %v", raw, err)
 			}
 			return
 		}
@@ -35,25 +35,26 @@ func FuzzProven(f *testing.F) {
 			Evidence []struct{ Grant, Outcome string }
 		}
 		if err := json.Unmarshal(raw, &loose); err != nil || len(loose.Evidence) != len(grants) || len(found) != len(grants) {
-			t.Fatalf("DecodeProven(%q) = %d answers, a loose decoder says %v, %v", raw, len(found), loose, err)
+			t.Fatalf("DecodeProven(%q) = %d elements of evidence, a lenient decoder reads %v, %v", raw, len(found), loose, err)
 		}
 		for i, e := range found {
 			allowed := []broker.Outcome{broker.OutcomeAlive, broker.OutcomeDead, broker.OutcomeUnknown}
 			if grants[i].Narrowing == broker.NarrowNone {
 				allowed = append(allowed, broker.OutcomeStatic)
 			}
-			said := loose.Evidence[i]
-			if !slices.Contains(allowed, e.Outcome) || said.Grant != string(grants[i].ID) || e.Outcome == broker.OutcomeDead && said.Outcome != "dead" {
-				t.Errorf("DecodeProven(%q)[%d] = %q of %q, a loose decoder says %q", raw, i, e.Outcome, grants[i].ID, said)
+			read := loose.Evidence[i]
+			if !slices.Contains(allowed, e.Outcome) || read.Grant != string(grants[i].ID) ||
+				e.Outcome == broker.OutcomeDead && read.Outcome != "dead" {
+				t.Errorf("DecodeProven(%q)[%d] = %q of %q, a lenient decoder reads %q", raw, i, e.Outcome, grants[i].ID, read)
 			}
 			if e.Check == "" || e.Answer == "" || strings.ContainsFunc(e.Check+e.Answer, func(r rune) bool { return r < ' ' || r > '~' }) || len(e.Answer) > 200 {
-				t.Errorf("DecodeProven(%q)[%d] says %q, %q", raw, i, e.Check, e.Answer)
+				t.Errorf("DecodeProven(%q)[%d] has the texts %q, %q", raw, i, e.Check, e.Answer)
 			}
 		}
 	})
 }
 
-// FuzzFound holds that what is found are grant ids, as they were written.
+// FuzzFound checks that every element found is a grant id, unchanged.
 func FuzzFound(f *testing.F) {
 	for _, s := range []string{`{"version":1,"grants":["gr000000000000000000000001"]}`, `{"version":1,"grants":["GR000000000000000000000001",""]}`, `{"version":1}`, `{"version":2,"grants":[]}`, `[]`} {
 		f.Add([]byte(s))
@@ -65,7 +66,7 @@ func FuzzFound(f *testing.F) {
 		}
 		var loose struct{ Grants []string }
 		if err := json.Unmarshal(raw, &loose); err != nil || len(loose.Grants) != len(ids) {
-			t.Fatalf("DecodeFound(%q) = %q, a loose decoder says %q, %v", raw, ids, loose.Grants, err)
+			t.Fatalf("DecodeFound(%q) = %q, a lenient decoder reads %q, %v", raw, ids, loose.Grants, err)
 		}
 		for i, id := range ids {
 			if again, err := broker.ParseGrantID(string(id)); err != nil || again != id || loose.Grants[i] != string(id) {

@@ -15,26 +15,26 @@ import (
 	"time"
 )
 
-// limits are those of one start.
+// limits are the limits of one start.
 type limits struct {
 	time   time.Duration
 	output int // bytes, of standard output and of standard error each
 }
 
-// grace is how long a pipe that another process holds is waited for after the plugin has ended.
+// grace is the wait for a pipe that another process still holds after the plugin has exited.
 const grace = 250 * time.Millisecond
 
-// maxProgram is the largest program in bytes.
+// maxProgram is the size limit of a program in bytes.
 const maxProgram = 256 << 20
 
 var (
-	errTime   = errors.New("it took longer than it may")
-	errOutput = errors.New("it wrote more than it may")
-	errSum    = errors.New("the program is not the one that was configured: its checksum differs")
+	errTime   = errors.New("it exceeded its time limit")
+	errOutput = errors.New("it exceeded its output limit")
+	errSum    = errors.New("the program is not the configured one: its checksum differs")
 )
 
-// run starts a verified copy of the program, hands it in, and gives what it wrote, once it and its
-// process group are gone. An error says nothing of what it wrote.
+// run starts a verified copy of the program with in as its standard input. It returns the standard output once the
+// program has exited and its process group was killed. Errors contain nothing of the output.
 func (p Program) run(ctx context.Context, l limits, in []byte) ([]byte, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, l.time, errTime)
 	defer cancel()
@@ -47,16 +47,16 @@ func (p Program) run(ctx context.Context, l limits, in []byte) ([]byte, error) {
 	defer image.close()
 	full := func() { stop(errOutput) }
 	out := &limited{keep: true, left: l.output, full: full}
-	waste := &limited{left: l.output, full: full}
+	discarded := &limited{left: l.output, full: full}
 
 	cmd := osexec.CommandContext(ctx, image.path)
 	cmd.Args = append([]string{p.Path}, p.Args...)
-	cmd.Env = append([]string{}, p.Env...) // nil would hand over ours
+	cmd.Env = append([]string{}, p.Env...) // nil would pass on our own environment
 	if cmd.Dir = p.Dir; cmd.Dir == "" {
 		cmd.Dir = "/"
 	}
 	cmd.ExtraFiles = image.files
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(in), out, waste
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(in), out, discarded
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	kill := func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.Cancel, cmd.WaitDelay = kill, grace
@@ -64,7 +64,7 @@ func (p Program) run(ctx context.Context, l limits, in []byte) ([]byte, error) {
 		return nil, fmt.Errorf("starting it: %w", err)
 	}
 	err = cmd.Wait()
-	_ = kill() // what it left behind; mostly nothing, which is an error here
+	_ = kill() // processes left in the group; usually there are none, and the kill fails
 	if cause := context.Cause(ctx); cause != nil {
 		return nil, cause
 	}
@@ -73,24 +73,24 @@ func (p Program) run(ctx context.Context, l limits, in []byte) ([]byte, error) {
 	case errors.Is(err, osexec.ErrWaitDelay):
 		return nil, errors.New("it left a process behind that holds its output")
 	case errors.As(err, &exit):
-		return nil, fmt.Errorf("%s, with %d bytes on standard error", exit.ProcessState, waste.seen)
+		return nil, fmt.Errorf("%s, with %d bytes on standard error", exit.ProcessState, discarded.seen)
 	case err != nil:
 		return nil, errors.New("running it")
 	}
 	return out.kept.Bytes(), nil
 }
 
-// limited takes what a process writes, up to a limit. One goroutine of os/exec writes to it.
+// limited receives a process's output up to a limit. One goroutine of os/exec writes to it.
 type limited struct {
-	keep bool // or count only
+	keep bool // false: count only
 	left int
-	full func() // called when there is more
+	full func() // called beyond the limit
 
 	kept bytes.Buffer
 	seen int
 }
 
-// Write never fails: a full pipe is the kill's business.
+// Write never fails. Beyond the limit, full stops the process.
 func (w *limited) Write(p []byte) (int, error) {
 	if w.seen += len(p); len(p) > w.left {
 		w.full()
@@ -103,17 +103,17 @@ func (w *limited) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// image is a copy of a program that nobody can change any more.
+// image is an immutable copy of a program.
 type image struct {
 	path  string     // to execute
-	files []*os.File // that the process needs open
+	files []*os.File // must be open in the process
 	close func()
 }
 
-// verify copies the program and compares the copy with the checksum, so that what is executed is
-// what was checked, whatever happens to the file.
+// verify copies the program and checks the copy's checksum. The copy is executed, so a later change of the file has no
+// effect.
 func (p Program) verify() (*image, error) {
-	src, err := os.OpenFile(p.Path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a FIFO in its place must not hang us
+	src, err := os.OpenFile(p.Path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // do not block if it is a FIFO
 	if err != nil {
 		return nil, fmt.Errorf("opening the program: %w", err)
 	}

@@ -7,7 +7,7 @@ import (
 	"github.com/pawlsec/pawl/plugins/exec"
 )
 
-// TestEmptyEnvironment holds that nothing of ours is handed over when nothing is configured.
+// TestEmptyEnvironment checks that the plugin gets none of our environment when none is configured.
 func TestEmptyEnvironment(t *testing.T) {
 	t.Setenv("PAWL_TEST_SECRET", marker)
 	p := program(t, "#!/bin/sh\ntest \"$(cat /proc/$$/environ | wc -c)\" -eq 0 && "+ok+"\n")

@@ -18,13 +18,13 @@ import (
 	"github.com/pawlsec/pawl/plugins/exec"
 )
 
-// marker stands for a secret: it must show in no error.
-const marker = "hunter2-marker"
+// marker is a secret that must not appear in any error.
+const marker = "secret-marker1"
 
 const ok = `printf '{"version":1}'`
 
-// TestFaults holds the row "Plugins and webhooks" of hardening.md: what a plugin may do wrong,
-// and what is said of it. None takes longer than its limits, and none shows what it wrote.
+// TestFaults runs plugins with one fault each and checks the error. No plugin runs beyond its limits, and no error
+// shows the plugin's output.
 func TestFaults(t *testing.T) {
 	t.Setenv("PAWL_TEST_SECRET", marker)
 	for _, row := range []struct {
@@ -35,38 +35,38 @@ func TestFaults(t *testing.T) {
 		{"good", ok, ""},
 		{"good, with a line's end", `echo '{"version":1}'`, ""},
 		{"reads nothing", `exec <&-; ` + ok, ""},
-		{"hangs", `exec sleep 1000`, "longer than it may"},
-		{"hangs after its answer", ok + `; exec sleep 1000`, "longer than it may"},
-		{"hangs and heeds no signal", `trap '' TERM INT HUP; while :; do sleep 1000; done`, "longer than it may"},
-		{"hangs in a child", `sleep 1000; ` + ok, "longer than it may"},
+		{"hangs", `exec sleep 1000`, "time limit"},
+		{"hangs after its response", ok + `; exec sleep 1000`, "time limit"},
+		{"hangs and ignores signals", `trap '' TERM INT HUP; while :; do sleep 1000; done`, "time limit"},
+		{"hangs in a child", `sleep 1000; ` + ok, "time limit"},
 		{"exits", `exit 3`, "exit status 3"},
 		{"kills itself", `kill -9 $$`, "signal: killed"},
-		{"says nothing", `exit 0`, "not JSON"},
+		{"writes nothing", `exit 0`, "not JSON"},
 		{"half a line", `printf '{"version":1,"err'`, "not JSON"},
-		{"a gigabyte", `head -c 1000000000 /dev/zero`, "more than it may"},
-		{"a gigabyte on standard error", `head -c 1000000000 /dev/zero >&2; ` + ok, "more than it may"},
-		{"one byte too many", `printf '%4096s' '{"version":1}'; echo`, "more than it may"},
+		{"a gigabyte", `head -c 1000000000 /dev/zero`, "output limit"},
+		{"a gigabyte on standard error", `head -c 1000000000 /dev/zero >&2; ` + ok, "output limit"},
+		{"one byte too many", `printf '%4096s' '{"version":1}'; echo`, "output limit"},
 		{"secrets on standard error", `echo ` + marker + ` >&2; ` + ok, ""},
 		{"secrets on standard error, then failing", `echo ` + marker + ` >&2; exit 1`, "exit status 1, with 15 bytes on standard error"},
-		{"secrets for an answer", `echo ` + marker, "not JSON"},
-		{"a secret for a member", `echo '{"version":1,"` + marker + `":1}'`, "not one to this operation"},
-		{"a secret for a version", `echo '{"version":"` + marker + `"}'`, "not one to this operation"},
+		{"a secret as the response", `echo ` + marker, "not JSON"},
+		{"a secret as a member", `echo '{"version":1,"` + marker + `":1}'`, "does not fit the operation"},
+		{"a secret as the version", `echo '{"version":"` + marker + `"}'`, "does not fit the operation"},
 		{"non-zero with valid output", ok + `; exit 1`, "exit status 1"},
 		{"a child that keeps the pipe", `sleep 1000 & ` + ok, "left a process behind"},
 		{"another version", `echo '{"version":2}'`, "version 2"},
 		{"no version", `echo '{}'`, "version 0"},
 		{"null", `echo null`, "version 0"},
-		{"a list", `echo '[{"version":1}]'`, "not one to this operation"},
-		{"an unknown member", `echo '{"version":1,"ok":true}'`, "not one to this operation"},
-		{"another operation's answer", `echo '{"version":1,"evidence":[]}'`, "not one to this operation"},
+		{"a list", `echo '[{"version":1}]'`, "does not fit the operation"},
+		{"an unknown member", `echo '{"version":1,"ok":true}'`, "does not fit the operation"},
+		{"another operation's response", `echo '{"version":1,"evidence":[]}'`, "does not fit the operation"},
 		{"a member twice", `echo '{"version":2,"version":1}'`, "not JSON"},
-		{"a member in another case", `echo '{"Version":1}'`, "not one to this operation"},
-		{"two answers", `echo '{"version":1}{"version":1}'`, "not JSON"},
+		{"a member in another case", `echo '{"Version":1}'`, "does not fit the operation"},
+		{"two responses", `echo '{"version":1}{"version":1}'`, "not JSON"},
 		{"not UTF-8", `printf '{"version":1,"error":{"kind":"denied","message":"\377"}}'`, "not JSON"},
 		{"a deep one", `printf '%033d' 0 | tr 0 '['`, "deeper than 32"},
 		{"an error", `echo '{"version":1,"error":{"kind":"unavailable","message":"no route"}}'`, "unavailable: no route"},
 		{"an error with a control character", `printf '%s' '{"version":1,"error":{"kind":"denied","message":"a\u001bb"}}'`, "denied: a?b"},
-		{"an error without a kind", `echo '{"version":1,"error":{"message":"` + marker + `"}}'`, "no kind"},
+		{"an error without a kind", `echo '{"version":1,"error":{"message":"` + marker + `"}}'`, "no known kind"},
 		{"an error with its environment in it", `echo '{"version":1,"error":{"kind":"denied","message":"login with '$PASSWORD' failed"}}'`, "withheld"},
 		{"sees its environment only", `test "$(tr '\0' '\n' </proc/$$/environ)" = PASSWORD=` + marker + ` && ` + ok, ""},
 		{"runs in the root", `test "$(pwd)" = / && ` + ok, ""},
@@ -90,12 +90,12 @@ func TestFaults(t *testing.T) {
 			t.Errorf("Load() with a plugin that %s = %v, want %q", row.name, err, row.want)
 		}
 		if err != nil && strings.Contains(fmt.Sprintf("%+v", err), marker) {
-			t.Errorf("Load() with a plugin that %s shows what it wrote", row.name)
+			t.Errorf("the error of Load() with a plugin that %s shows the plugin's output", row.name)
 		}
 	}
 }
 
-// pipe is a named one: a process that has it open for writing is seen to end.
+// pipe makes a named pipe. A read from it ends when the process that has it open for writing ends.
 func pipe(t *testing.T) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "pipe")
@@ -105,8 +105,8 @@ func pipe(t *testing.T) string {
 	return path
 }
 
-// TestGroup holds that nothing of a plugin lives on: not what it started, whether it ends well or
-// is stopped, and whether or not that holds its output.
+// TestGroup checks that no process of a plugin survives it. The plugin exits or is killed, and its child holds the
+// output or not.
 func TestGroup(t *testing.T) {
 	for name, script := range map[string]string{
 		"ends well":       `sleep 1000 8>%s >/dev/null 2>&1 & ` + ok,
@@ -135,12 +135,12 @@ func TestGroup(t *testing.T) {
 				t.Error(err)
 			}
 		case <-time.After(10 * time.Second):
-			t.Errorf("what a plugin that %s had started lives on", name)
+			t.Errorf("a child of a plugin that %s survives it", name)
 		}
 	}
 }
 
-// TestStopped holds that a caller who goes away ends the plugin.
+// TestStopped checks that cancellation by the caller ends the plugin.
 func TestStopped(t *testing.T) {
 	path := pipe(t)
 	p := program(t, "#!/bin/sh\nexec sleep 1000 8>"+path+"\n")
@@ -154,15 +154,14 @@ func TestStopped(t *testing.T) {
 	}
 	cancel()
 	if err := <-done; err == nil || !strings.Contains(err.Error(), context.Canceled.Error()) {
-		t.Errorf("Sever() = %v, want that it was cancelled", err)
+		t.Errorf("Sever() = %v, want context.Canceled in it", err)
 	}
 	if _, err := io.ReadAll(f); err != nil {
 		t.Error(err)
 	}
 }
 
-// TestChecksum holds that only the configured program runs, at every start, and that it cannot be
-// changed once it was checked.
+// TestChecksum checks at every start that only the configured program runs.
 func TestChecksum(t *testing.T) {
 	script := "#!/bin/sh\n" + ok + "\n"
 	load := func(b *exec.Backend) error { return b.Load(broker.Tool{Name: "a", Path: []string{"a"}}) }
@@ -203,27 +202,27 @@ func TestChecksum(t *testing.T) {
 	}
 }
 
-// TestReplacedWhileRunning writes into the very file that a running plugin came from.
+// TestReplacedWhileRunning overwrites the file of a running plugin.
 func TestReplacedWhileRunning(t *testing.T) {
 	path := pipe(t)
 	p := program(t, "#!/bin/sh\nread x <"+path+"\n"+ok+"\n")
 	b := backend(t, exec.Config{Program: p})
 	done := make(chan error, 1)
 	go func() { done <- b.Load(broker.Tool{Name: "a", Path: []string{"a"}}) }()
-	f, err := os.OpenFile(path, os.O_WRONLY, 0) // it waits for us
+	f, err := os.OpenFile(path, os.O_WRONLY, 0) // the plugin waits for this
 	if err != nil {
 		t.Fatal(err)
 	}
 	replace(t, p, strings.Repeat("exit 7\n", 100))
-	if _, err := fmt.Fprintln(f, "go on"); err != nil {
+	if _, err := fmt.Fprintln(f, "continue"); err != nil {
 		t.Fatal(err)
 	}
 	if err := <-done; err != nil {
-		t.Errorf("Load() while the file was overwritten = %v, want what was checked to run on", err)
+		t.Errorf("Load() while the file was overwritten = %v, want nil: the verified copy runs", err)
 	}
 }
 
-// TestRequest holds what a plugin is told: what it needs, and no more.
+// TestRequest checks that a request has the members that the plugin needs, and no others.
 func TestRequest(t *testing.T) {
 	seen := filepath.Join(t.TempDir(), "seen")
 	p := program(t, "#!/bin/sh\nexec cat >"+seen+"\n")
@@ -231,8 +230,8 @@ func TestRequest(t *testing.T) {
 	g := broker.Grant{ID: "gr000000000000000000000001", Chain: "ch1", Delegation: "dl1", Purpose: "why", Tool: "keys", Path: "keys/creds/app",
 		Args: given(t, `{"scope":"<&>"}`), Expires: time.Date(2026, 1, 2, 3, 4, 5, 0, time.FixedZone("", 3600)),
 		Token: broker.Handle{Accessor: "accessor"}, Lease: broker.Lease{ID: "lease", Ref: "name-1"}, Policies: []string{"p"}}
-	told := tool()
-	told.Policy, told.Settings["region"] = "pawl-tool-keys", "eu"
+	full := tool()
+	full.Policy, full.Settings["region"] = "pawl-tool-keys", "eu"
 	const wireTool = `"tool":{"name":"keys","narrowing":"none","path":["keys","creds","app"],"arguments":{"scope":{"kind":"string","required":true}},"settings":{"region":"eu"}}`
 	const wireGrant = `{"id":"gr000000000000000000000001","tool":"keys","path":"keys/creds/app","args":{"scope":"\u003c\u0026\u003e"},"expires":"2026-01-02T02:04:05Z","ref":"name-1"}`
 	for _, row := range []struct {
@@ -240,29 +239,30 @@ func TestRequest(t *testing.T) {
 		ask  func()
 		want string
 	}{
-		{"load", func() { _ = b.Load(told) }, `{"version":1,"op":"load",` + wireTool + `}`},
-		{"prepare", func() { _, _, _ = b.Prepare(t.Context(), told, g) }, `{"version":1,"op":"prepare",` + wireTool + `,"grant":` + wireGrant + `}`},
+		{"load", func() { _ = b.Load(full) }, `{"version":1,"op":"load",` + wireTool + `}`},
+		{"prepare", func() { _, _, _ = b.Prepare(t.Context(), full, g) },
+			`{"version":1,"op":"prepare",` + wireTool + `,"grant":` + wireGrant + `}`},
 		{"sever", func() { _ = b.Sever(t.Context(), []broker.Grant{g}) }, `{"version":1,"op":"sever","grants":[` + wireGrant + `]}`},
 		{"prove", func() { _, _ = b.Prove(t.Context(), []broker.Grant{g}) }, `{"version":1,"op":"prove","grants":[` + wireGrant + `]}`},
 		{"find", func() { _, _ = b.Find(t.Context()) }, `{"version":1,"op":"find"}`},
 	} {
-		row.ask() // the answer is empty and refused
+		row.ask() // the response is empty and rejected
 		if got, err := os.ReadFile(seen); err != nil || string(got) != row.want {
 			t.Errorf("the request to %s = %s, %v, want %s", row.op, got, err, row.want)
 		}
 	}
 }
 
-// TestAnswers holds what of a well-formed answer is refused.
-func TestAnswers(t *testing.T) {
+// TestResponses checks which well-formed responses are rejected.
+func TestResponses(t *testing.T) {
 	const id = "gr000000000000000000000001"
 	evidence := func(s string) string { return `{"version":1,"evidence":[` + s + `]}` }
-	good := `{"grant":"` + id + `","outcome":"dead","check":"a look","answer":"gone"}`
+	good := `{"grant":"` + id + `","outcome":"dead","check":"lookup","answer":"gone"}`
 	native := broker.Grant{ID: id, Args: given(t, `{}`), Narrowing: broker.NarrowNative}
 	for _, row := range []struct {
-		name, answer string
-		label        broker.Narrowing
-		ok           bool
+		name, response string
+		label          broker.Narrowing
+		ok             bool
 	}{
 		{"good", evidence(good), broker.NarrowNative, true},
 		{"unknown", evidence(strings.Replace(good, `"dead"`, `"unknown"`, 1)), broker.NarrowNative, true},
@@ -276,26 +276,26 @@ func TestAnswers(t *testing.T) {
 		{"two", evidence(good + "," + good), broker.NarrowNative, false},
 		{"nothing", `{"version":1}`, broker.NarrowNative, false},
 	} {
-		b := backend(t, exec.Config{Program: program(t, "#!/bin/sh\nprintf '%s' '"+row.answer+"'\n")})
+		b := backend(t, exec.Config{Program: program(t, "#!/bin/sh\nprintf '%s' '"+row.response+"'\n")})
 		native.Narrowing = row.label
 		found, err := b.Prove(t.Context(), []broker.Grant{native})
 		if (err == nil) != row.ok {
-			t.Errorf("Prove() with an answer that is %s = %v, %v, want ok %v", row.name, found, err, row.ok)
+			t.Errorf("Prove() with a response that is %s = %v, %v, want ok %v", row.name, found, err, row.ok)
 		}
 	}
 	b := backend(t, exec.Config{Program: program(t, "#!/bin/sh\n"+`echo '{"version":1,"grants":["`+id+`","x"]}'`+"\n")})
 	if ids, err := b.Find(t.Context()); err == nil {
-		t.Errorf("Find() of what is not a grant = %v, want an error", ids)
+		t.Errorf("Find() with an invalid grant id = %v, want an error", ids)
 	}
 }
 
-// TestMint holds where a plugin may have Vault mint, and with what.
+// TestMint checks the paths at which a plugin may mint, and the data that it may send.
 func TestMint(t *testing.T) {
 	path := []string{"keys", "creds"}
 	for _, row := range []struct {
-		answer string
-		write  bool
-		ok     bool
+		response string
+		write    bool
+		ok       bool
 	}{
 		{`"secret":["a"]`, false, true},
 		{`"secret":["a","b_c.d-e"],"path":["keys","creds"]`, false, true},
@@ -324,9 +324,9 @@ func TestMint(t *testing.T) {
 		{`"secret":["a"],"display_name":"x"`, false, false},
 		{`"secret":["a"],"leased":false`, false, false},
 	} {
-		_, _, _, err := exec.DecodePrepared([]byte(`{"version":1,`+row.answer+`}`), path, row.write)
+		_, _, _, err := exec.DecodePrepared([]byte(`{"version":1,`+row.response+`}`), path, row.write)
 		if (err == nil) != row.ok {
-			t.Errorf("an answer to prepare with %s (write %v) = %v, want ok %v", row.answer, row.write, err, row.ok)
+			t.Errorf("a response to prepare with %s (write %v) = %v, want ok %v", row.response, row.write, err, row.ok)
 		}
 	}
 }
@@ -358,9 +358,9 @@ func TestConfig(t *testing.T) {
 	}
 }
 
-// FuzzAnswer holds that what is taken of an answer to prepare stays at the tool's path, and means
-// the same to a decoder that lets duplicates and other cases win.
-func FuzzAnswer(f *testing.F) {
+// FuzzPrepared checks that an accepted response to prepare stays within the tool's path. A lenient decoder, which
+// accepts duplicates and other cases, must read the same values.
+func FuzzPrepared(f *testing.F) {
 	for _, s := range []string{`{"version":1,"secret":["a"]}`, `{"version":1,"path":["keys","creds","x"],"data":{"a":[1,{"b":null}]},"secret":["a","b"]}`,
 		`{"version":1,"error":{"kind":"denied","message":"no"}}`, `null`, `{"Version":1}`, `{"version":1,"secret":["a"]}x`} {
 		f.Add([]byte(s), true)
@@ -371,7 +371,7 @@ func FuzzAnswer(f *testing.F) {
 		mint, secret, data, err := exec.DecodePrepared(raw, path, write)
 		if err != nil {
 			if mint != nil || secret != nil || data != nil {
-				t.Errorf("DecodePrepared(%q) gives values with %v", raw, err)
+				t.Errorf("DecodePrepared(%q) returns values with %v", raw, err)
 			}
 			return
 		}
@@ -381,14 +381,14 @@ func FuzzAnswer(f *testing.F) {
 			Data   map[string]json.RawMessage
 		}
 		if err := json.Unmarshal(raw, &loose); err != nil || !slices.Equal(loose.Path, mint) || !slices.Equal(loose.Secret, secret) || len(loose.Data) != len(data) {
-			t.Errorf("DecodePrepared(%q) = %q, %q, %q; a loose decoder says %v, %v", raw, mint, secret, data, loose, err)
+			t.Errorf("DecodePrepared(%q) = %q, %q, %q; a lenient decoder reads %v, %v", raw, mint, secret, data, loose, err)
 		}
 		if len(mint) > 0 && !strings.HasPrefix(strings.Join(mint, "/")+"/", "keys/creds/") {
 			t.Errorf("DecodePrepared(%q) = path %q outside the tool's", raw, mint)
 		}
 		for name, value := range data {
 			if !json.Valid([]byte(value)) {
-				t.Errorf("DecodePrepared(%q) = data %q that is no JSON at %q", raw, value, name)
+				t.Errorf("DecodePrepared(%q) = data %q that is not JSON at %q", raw, value, name)
 			}
 		}
 	})

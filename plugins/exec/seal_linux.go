@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// seal copies a program into memory that can be written no more. Nothing is put on a disk, which
-// may be full while something must be revoked. A script's interpreter opens it by the same path.
+// seal copies a program into sealed memory. It uses no disk, because a full disk must not stop a revocation. A script's
+// interpreter opens the copy by the same path.
 func seal(src io.Reader) (*image, error) {
 	fd, err := unix.MemfdCreate("pawl-plugin", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING|unix.MFD_EXEC)
 	if errors.Is(err, unix.EINVAL) { // before Linux 6.3

@@ -9,7 +9,7 @@ import (
 	"path/filepath"
 )
 
-// seal copies a program into a new directory that only our user can look into.
+// seal copies a program into a new directory that only our user can read.
 func seal(src io.Reader) (*image, error) {
 	dir, err := os.MkdirTemp("", "pawl-plugin-")
 	if err != nil {

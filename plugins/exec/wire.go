@@ -15,10 +15,10 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// Version is the protocol's. A plugin answers in the version it was asked in.
-const Version = 1
+// version is the version of the protocol. A plugin must respond in the version of the request.
+const version = 1
 
-// request is what a plugin reads. It holds no more than the operation needs, and no secret.
+// request is the document that a plugin reads. It has only the members that the operation needs, and no secret.
 type request struct {
 	Version int     `json:"version"`
 	Op      string  `json:"op"` // "load", "prepare", "sever", "prove" or "find"
@@ -74,16 +74,16 @@ func wireGrants(grants []broker.Grant) []grant {
 	return list
 }
 
-// answer is what a plugin writes: one of the types below.
-type answer interface {
-	// refused gives the error of an answer that is one, and of one that lacks the version.
-	refused(Program) error
+// response is the document that a plugin writes: one of the types below.
+type response interface {
+	// failure returns an error if the response is an error or has the wrong version.
+	failure(Program) error
 }
 
-// head is in every answer, and all of one to load and sever.
+// head is part of every response. A response to load or sever has nothing else.
 type head struct {
-	Version int      `json:"version"`
-	Error   *failure `json:"error"`
+	Version int          `json:"version"`
+	Error   *pluginError `json:"error"`
 }
 
 type prepared struct {
@@ -110,38 +110,38 @@ type foundGrants struct {
 	Grants []string `json:"grants"`
 }
 
-// failure is a plugin's own error.
-type failure struct {
+// pluginError is an error that a plugin returned.
+type pluginError struct {
 	Kind    string `json:"kind"` // "malformed", "denied" or "unavailable"
 	Message string `json:"message"`
 }
 
-func (f *failure) Error() string { return f.Kind + ": " + f.Message }
+func (e *pluginError) Error() string { return e.Kind + ": " + e.Message }
 
-func (h *head) refused(p Program) error {
-	if h.Version != Version {
-		return fmt.Errorf("it answers in version %d of the protocol, want %d", h.Version, Version)
+func (h *head) failure(p Program) error {
+	if h.Version != version {
+		return fmt.Errorf("its response has version %d of the protocol, want %d", h.Version, version)
 	}
 	if h.Error == nil {
 		return nil
 	}
 	if !slices.Contains([]string{"malformed", "denied", "unavailable"}, h.Error.Kind) {
-		return errors.New("its error has no kind that is known")
+		return errors.New("its error has no known kind")
 	}
-	return &failure{h.Error.Kind, p.words(h.Error.Message, 200)}
+	return &pluginError{h.Error.Kind, p.clean(h.Error.Message, 200)}
 }
 
-// Limits of an answer.
+// Limits of a response.
 const (
 	maxDepth   = 32
 	maxMembers = 32 // of a secret
 )
 
-// decode reads exactly one answer. Unknown and duplicate members, members in another case, invalid
-// UTF-8, nesting beyond 32 and anything after the answer are refused. Its errors quote nothing.
-func decode(raw []byte, into answer) error {
+// decode reads exactly one response. It rejects unknown and duplicate members, members in another case, invalid UTF-8,
+// nesting beyond 32, and trailing data. Its errors quote nothing from the response.
+func decode(raw []byte, into response) error {
 	if deep(raw) {
-		return fmt.Errorf("its answer is nested deeper than %d", maxDepth)
+		return fmt.Errorf("its response is nested deeper than %d", maxDepth)
 	}
 	err := json.Unmarshal(raw, into, json.RejectUnknownMembers(true))
 	var semantic *json.SemanticError
@@ -150,14 +150,14 @@ func decode(raw []byte, into answer) error {
 	case err == nil:
 		return nil
 	case errors.As(err, &semantic):
-		return fmt.Errorf("its answer is not one to this operation, at byte %d", semantic.ByteOffset)
+		return fmt.Errorf("its response does not fit the operation, at byte %d", semantic.ByteOffset)
 	case errors.As(err, &syntactic):
-		return fmt.Errorf("its answer is not JSON, at byte %d", syntactic.ByteOffset)
+		return fmt.Errorf("its response is not JSON, at byte %d", syntactic.ByteOffset)
 	}
-	return errors.New("its answer is not JSON")
+	return errors.New("its response is not JSON")
 }
 
-// deep reports whether raw is nested beyond maxDepth; what is no JSON is for others to refuse.
+// deep reports whether raw is nested beyond maxDepth. It does not reject invalid JSON: the decoder does.
 func deep(raw []byte) bool {
 	d := jsontext.NewDecoder(bytes.NewBuffer(raw))
 	for {
@@ -171,42 +171,42 @@ func deep(raw []byte) bool {
 	}
 }
 
-// check holds a prepared mint to the tool: at its path or below, with data only for a write, and
-// with something in it for the agent.
-func (a *prepared) check(path []string, write bool) error {
-	if len(a.Path) > 0 {
-		if err := checkPath(a.Path); err != nil {
+// check compares a prepared mint with the tool. The path must be the tool's path or below it. There is data exactly if
+// the mint is a write, and at least one member for the agent.
+func (r *prepared) check(path []string, write bool) error {
+	if len(r.Path) > 0 {
+		if err := checkPath(r.Path); err != nil {
 			return err
 		}
-		if len(a.Path) < len(path) || !slices.Equal(a.Path[:len(path)], path) {
+		if len(r.Path) < len(path) || !slices.Equal(r.Path[:len(path)], path) {
 			return errors.New("it would mint outside the tool's path")
 		}
 	}
-	if write != (a.Data != nil) {
-		return errors.New("data goes with pawl.mint = write, and only with it")
+	if write != (r.Data != nil) {
+		return errors.New("data must be present with pawl.mint = write, and absent otherwise")
 	}
-	for name, value := range a.Data {
+	for name, value := range r.Data {
 		if !memberForm.MatchString(name) || len(value) == 0 {
-			return errors.New("data has a member with no name of Vault's")
+			return errors.New("data has a member with an invalid name")
 		}
 	}
-	if len(a.Secret) == 0 || len(a.Secret) > maxMembers {
-		return fmt.Errorf("secret names between 1 and %d members of vault's answer", maxMembers)
+	if len(r.Secret) == 0 || len(r.Secret) > maxMembers {
+		return fmt.Errorf("secret must name between 1 and %d members of vault's response", maxMembers)
 	}
-	for i, name := range a.Secret {
-		if !memberForm.MatchString(name) || slices.Contains(a.Secret[:i], name) {
-			return errors.New("secret names a member twice, or what cannot be one")
+	for i, name := range r.Secret {
+		if !memberForm.MatchString(name) || slices.Contains(r.Secret[:i], name) {
+			return errors.New("secret has a duplicate or invalid name")
 		}
 	}
 	return nil
 }
 
-// words keeps what a plugin says to printable ASCII of limited length, and drops it when it holds
-// a value of the plugin's environment: there may be a password among them.
-func (p Program) words(s string, limit int) string {
+// clean limits a plugin's text to printable ASCII and to a length. It withholds a text that contains a value from the
+// plugin's environment, because that may be a password.
+func (p Program) clean(s string, limit int) string {
 	for _, e := range p.Env {
 		if _, value, _ := strings.Cut(e, "="); len(value) >= 4 && strings.Contains(s, value) {
-			return "[withheld: it holds a value of the plugin's environment]"
+			return "[withheld: it contains a value from the plugin's environment]"
 		}
 	}
 	s = strings.Map(func(r rune) rune {
@@ -218,7 +218,8 @@ func (p Program) words(s string, limit int) string {
 	return s[:min(len(s), limit)]
 }
 
-// printable reports whether s is printable ASCII of so many bytes.
-func printable(s string, least, most int) bool {
-	return len(s) >= least && len(s) <= most && !strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' })
+// printable reports whether s is printable ASCII without spaces, of minLen to maxLen bytes.
+func printable(s string, minLen, maxLen int) bool {
+	unprintable := func(r rune) bool { return r <= ' ' || r > '~' }
+	return len(s) >= minLen && len(s) <= maxLen && !strings.ContainsFunc(s, unprintable)
 }

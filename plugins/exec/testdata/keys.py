@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A plugin for a server of keys: PUT makes one (Vault's part), DELETE ends it, GET lists them."""
+"""A plugin for a key server: PUT creates a key (done by Vault), DELETE revokes it, GET lists all keys."""
 import http.client
 import json
 import os
@@ -52,7 +52,7 @@ def find(q):
     return {"grants": ask("GET", "/keys")}
 
 
-if sys.argv[1:] == ["lie"]:  # it says that it did what it did not do
+if sys.argv[1:] == ["lie"]:  # claim revocations without making them
     sever = lambda q: {}
     prove = lambda q: {"evidence": [{"grant": g["id"], "outcome": "dead", "check": "the server's list of keys",
                                      "answer": "not listed"} for g in q["grants"]]}
