@@ -1,9 +1,9 @@
-// Package attest turns an X.509-SVID on a TLS connection, or a JWT-SVID in a header, into a
-// broker.Caller, or refuses.
+// Package attest authenticates a request by the X.509-SVID of its TLS connection or the JWT-SVID in its header, and
+// returns a broker.Caller.
 //
-// Everything is checked on every request against the trust bundle of that moment, since a
-// connection outlives certificates, authorities and the caller's good name. Below it lies
-// workload, a SPIFFE Workload API server for development.
+// It repeats every check on every request, against the current trust bundle, because a connection may outlive its
+// certificate, its authority and the caller's permission. The package workload below it is a SPIFFE Workload API server
+// for development.
 package attest
 
 import (
@@ -22,30 +22,29 @@ import (
 
 // The defaults of Config.
 const (
-	DefaultMaxJWTLife = 10 * time.Minute
-	DefaultLeeway     = 5 * time.Second
+	defaultMaxJWTLife = 10 * time.Minute
+	defaultLeeway     = 5 * time.Second
 )
 
-// Source gives our own X.509-SVID and the X.509 bundles, both as they are now. Implemented by
-// *workloadapi.X509Source.
+// Source provides our own current X.509-SVID and the current X.509 bundles. *workloadapi.X509Source implements it.
 type Source interface {
 	x509svid.Source
 	x509bundle.Source
 }
 
-// Config says whom to believe.
+// Config configures an [Attestor].
 type Config struct {
-	TrustDomains []string         // names of the trust domains whose workloads may come; required, compared exactly
+	TrustDomains []string         // names of the trust domains with accepted workloads; required, compared exactly
 	Source       Source           // our SVID and the X.509 authorities; required
 	JWT          jwtbundle.Source // the JWT authorities; nil means that JWT-SVIDs are refused
-	Audience     string           // the one audience a JWT-SVID must name; required with JWT, and only with it
-	MaxJWTLife   time.Duration    // how far ahead a JWT-SVID may end; zero means DefaultMaxJWTLife
-	Leeway       time.Duration    // clock difference forgiven in a JWT-SVID's times; zero means DefaultLeeway
+	Audience     string           // the only audience that a JWT-SVID may name; required with JWT, and only with it
+	MaxJWTLife   time.Duration    // limit of a JWT-SVID's remaining lifetime; zero means 10 min
+	Leeway       time.Duration    // tolerated clock difference in a JWT-SVID's times, at most 1 min; zero means 5 s
 	MinTLS       uint16           // tls.VersionTLS12 or tls.VersionTLS13; zero means the latter
 	Now          func() time.Time // nil means time.Now
 }
 
-// Attestor identifies callers. Safe for concurrent use.
+// Attestor authenticates callers. Safe for concurrent use.
 type Attestor struct {
 	config  Config
 	domains map[spiffeid.TrustDomain]bool
@@ -53,7 +52,7 @@ type Attestor struct {
 	seen    verified
 }
 
-// New checks the config and makes an Attestor of it.
+// New checks the configuration and returns an Attestor.
 func New(c Config) (*Attestor, error) {
 	if err := c.check(); err != nil {
 		return nil, fmt.Errorf("attest: %w", err)
@@ -72,11 +71,11 @@ func New(c Config) (*Attestor, error) {
 func (c *Config) check() error {
 	switch {
 	case len(c.TrustDomains) == 0:
-		return errors.New("TrustDomains is empty: nobody could come in")
+		return errors.New("TrustDomains is empty: every caller would be refused")
 	case c.Source == nil:
-		return errors.New("Source is missing")
+		return errors.New("Source is required")
 	case (c.JWT == nil) != (c.Audience == ""):
-		return errors.New("JWT and Audience need each other")
+		return errors.New("JWT and Audience require each other")
 	case c.MaxJWTLife < 0:
 		return errors.New("MaxJWTLife is negative")
 	case c.Leeway < 0 || c.Leeway > time.Minute:
@@ -89,10 +88,10 @@ func (c *Config) check() error {
 		return errors.New("MinTLS is neither TLS 1.2 nor TLS 1.3")
 	}
 	if c.MaxJWTLife == 0 {
-		c.MaxJWTLife = DefaultMaxJWTLife
+		c.MaxJWTLife = defaultMaxJWTLife
 	}
 	if c.Leeway == 0 {
-		c.Leeway = DefaultLeeway
+		c.Leeway = defaultLeeway
 	}
 	if c.Now == nil {
 		c.Now = time.Now
@@ -100,10 +99,9 @@ func (c *Config) check() error {
 	return nil
 }
 
-// Identify says who makes the request: the client certificate of its TLS connection or the
-// bearer token of its Authorization header, but not both. The error is a *broker.Error:
-// Unauthenticated, or Unavailable when a trust bundle cannot be had. It holds no token.
-// Headers that proxies write are not looked at.
+// Identify authenticates the request by the client certificate of its TLS connection or the bearer token of its
+// Authorization header, but not both. It ignores the headers of proxies. The error is a *broker.Error: Unauthenticated,
+// or Unavailable if there is no trust bundle. It never contains a token.
 func (a *Attestor) Identify(r *http.Request) (broker.Caller, error) {
 	if r.TLS == nil {
 		return broker.Caller{}, refuse("not a TLS connection")
@@ -137,7 +135,7 @@ func (a *Attestor) authorization(header string) (broker.Caller, error) {
 	return a.token(token)
 }
 
-// admit makes the checks that are the same for both proofs and need no signature.
+// admit does the checks that both proofs share and that need no signature.
 func (a *Attestor) admit(id spiffeid.ID) error {
 	if !a.domains[id.TrustDomain()] {
 		return refuse("trust domain %q is not accepted here", id.TrustDomain().Name())

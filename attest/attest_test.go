@@ -20,10 +20,10 @@ import (
 
 const audience = "spiffe://example.org/pawl"
 
-// start is when the tests' clocks begin: on a whole second, as JWT times are.
+// start is the initial time of the tests' clocks: a whole second, like the times in a JWT.
 var start = time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
 
-// clock is moved by hand, by one goroutine while no other looks.
+// clock is advanced by hand. No other goroutine may read it meanwhile.
 type clock struct{ time.Time }
 
 func (c *clock) now() time.Time          { return c.Time }
@@ -39,7 +39,7 @@ func newWorkload(t testing.TB, c *clock) *workload.Server {
 	return s
 }
 
-// config accepts the server's workloads by certificate and by token.
+// config returns a configuration that accepts the server's workloads by certificate and by token.
 func config(s *workload.Server, c *clock) attest.Config {
 	source := s.Source(s.ID("/pawl"))
 	return attest.Config{
@@ -74,7 +74,7 @@ func token(t testing.TB, s *workload.Server, path string) string {
 	return token
 }
 
-// request is one that arrived over TLS with these certificates and Authorization headers.
+// request returns a request over TLS with these certificates and Authorization headers.
 func request(certs []*x509.Certificate, authorization ...string) *http.Request {
 	r := httptest.NewRequest(http.MethodGet, "https://pawl/", nil)
 	r.TLS = &tls.ConnectionState{PeerCertificates: certs, HandshakeComplete: true}
@@ -84,7 +84,7 @@ func request(certs []*x509.Certificate, authorization ...string) *http.Request {
 	return r
 }
 
-// refused checks the kind of err, and that it holds nothing of the secrets.
+// refused checks the kind of err, and that it contains no part of the secrets.
 func refused(t testing.TB, what string, err error, kind broker.Kind, secrets ...string) {
 	t.Helper()
 	var e *broker.Error
@@ -95,7 +95,7 @@ func refused(t testing.TB, what string, err error, kind broker.Kind, secrets ...
 	for _, secret := range secrets {
 		for _, part := range strings.FieldsFunc(secret, func(r rune) bool { return r == '.' || r == ' ' }) {
 			if len(part) >= 16 && strings.Contains(err.Error(), part) {
-				t.Errorf("%s: the error holds a part of the token", what)
+				t.Errorf("%s: the error contains a part of the token", what)
 			}
 		}
 	}
@@ -147,7 +147,7 @@ func TestIdentify(t *testing.T) {
 		if len(r.TLS.PeerCertificates) > 0 {
 			proof = broker.ProofX509
 		}
-		for range 2 { // the second time from memory
+		for range 2 { // the second time from the cache
 			caller, err := a.Identify(r)
 			if err != nil || caller.ID != s.ID("/agent/a") || caller.Proof != proof {
 				t.Errorf("%s: Identify = %v %v, %v, want %v %v", what, caller.ID, caller.Proof, err, s.ID("/agent/a"), proof)
@@ -196,7 +196,7 @@ func TestForeignTrustDomain(t *testing.T) {
 	c := &clock{start}
 	s := newWorkload(t, c)
 	conf := config(s, c)
-	conf.TrustDomains = []string{"example.com"} // although the bundle of example.org is at hand
+	conf.TrustDomains = []string{"example.com"} // although there is a bundle of example.org
 	a := newAttestor(t, conf)
 	_, err := a.Identify(request(certificates(t, s, "/agent/a")))
 	refused(t, "certificate", err, broker.Unauthenticated)
@@ -204,7 +204,7 @@ func TestForeignTrustDomain(t *testing.T) {
 	refused(t, "token", err, broker.Unauthenticated)
 }
 
-// TestBundleChange removes the authority under requests that are remembered.
+// TestBundleChange removes the authority of cached callers.
 func TestBundleChange(t *testing.T) {
 	c := &clock{start}
 	s := newWorkload(t, c)
@@ -223,7 +223,7 @@ func TestBundleChange(t *testing.T) {
 	if err := s.RotateAuthority(); err != nil {
 		t.Fatalf("RotateAuthority = %v", err)
 	}
-	accepted("with its authority on the way out")
+	accepted("after a rotation of its authority")
 	s.Retire()
 	for what, r := range requests {
 		_, err := a.Identify(r)
@@ -231,7 +231,7 @@ func TestBundleChange(t *testing.T) {
 	}
 }
 
-// TestExpiry lets time pass over requests that are remembered.
+// TestExpiry lets cached callers expire.
 func TestExpiry(t *testing.T) {
 	c := &clock{start}
 	s := newWorkload(t, c)
@@ -256,15 +256,15 @@ func TestExpiry(t *testing.T) {
 	c.advance(5*time.Minute - time.Second)
 	check(byCert, "certificate, its last second", true)
 	c.advance(time.Second)
-	check(byCert, "certificate at its end", false)
-	check(byToken, "token at its end", true)
+	check(byCert, "certificate at its expiry", false)
+	check(byToken, "token at its expiry", true)
 	c.advance(5*time.Second - 1)
 	check(byToken, "token within leeway", true)
 	c.advance(1)
 	check(byToken, "token past leeway", false)
 }
 
-// brokenSource has lost its Workload API.
+// brokenSource has no connection to the Workload API.
 type brokenSource struct{ x509svid.Source }
 
 func (brokenSource) GetX509BundleForTrustDomain(domain) (*x509bundle.Bundle, error) {

@@ -7,18 +7,18 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// maxVerified bounds what is remembered, in entries of about 300 bytes.
+// maxVerified is the limit of cached entries, of about 300 bytes each.
 const maxVerified = 8192
 
-// vouched is a caller whose signatures were checked.
+// vouched is a caller with verified signatures.
 type vouched struct {
 	caller      broker.Caller
-	by          any       // what vouches: the *pool or the JWT key. Another one, even an equal one, does not
-	from, until time.Time // the window in which it holds, until excluded
+	by          any       // the *pool or the JWT key that verified it; an equal copy of it is not accepted
+	from, until time.Time // the validity period, until excluded
 }
 
-// verified remembers checked signatures. A signature does not become wrong, so only what can
-// change is looked at again: the clock, and whether the same authorities still vouch.
+// verified caches verified signatures. A valid signature stays valid, so a hit needs only the checks that can change:
+// the time, and whether the authorities are still the same.
 type verified struct {
 	mu sync.Mutex // guards m
 	m  map[[32]byte]vouched
@@ -31,7 +31,7 @@ func (c *verified) get(digest [32]byte, by any, now time.Time) (vouched, bool) {
 	return v, ok && v.by == by && !now.Before(v.from) && now.Before(v.until)
 }
 
-// put starts again from nothing when full: rare, bounded, and costs one check per caller.
+// put empties a full cache first. That is rare, and costs one signature check for each caller.
 func (c *verified) put(digest [32]byte, v vouched) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

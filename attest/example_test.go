@@ -11,7 +11,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 )
 
-// A server that knows its callers. In production the source is a *workloadapi.X509Source.
+// A server that authenticates its callers. In production the source is a *workloadapi.X509Source.
 func Example() {
 	spiffe, err := workload.New(workload.Config{TrustDomain: "example.org"})
 	if err != nil {

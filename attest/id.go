@@ -8,27 +8,27 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// Limits of the SPIFFE-ID standard (sections 2.1 and 2.3), in bytes. go-spiffe has none.
+// Limits of the SPIFFE-ID standard (sections 2.1 and 2.3), in bytes. go-spiffe does not enforce them.
 const (
-	MaxID          = 2048
-	MaxTrustDomain = 255
+	maxID          = 2048
+	maxTrustDomain = 255
 )
 
 const idScheme = "spiffe://"
 
-// ParseID reads the SPIFFE ID of a workload: at most MaxID bytes, a trust domain of at most
-// MaxTrustDomain bytes, and a path. One without a path is an authority's, not a workload's.
+// ParseID parses the SPIFFE ID of a workload: at most 2,048 bytes, a trust domain of at most 255 bytes, and a path. It
+// rejects an ID without a path, which names an authority.
 func ParseID(s string) (spiffeid.ID, error) {
-	if len(s) > MaxID {
-		return spiffeid.ID{}, fmt.Errorf("longer than %d bytes", MaxID)
+	if len(s) > maxID {
+		return spiffeid.ID{}, fmt.Errorf("longer than %d bytes", maxID)
 	}
 	rest, ok := strings.CutPrefix(s, idScheme)
 	if !ok {
 		return spiffeid.ID{}, fmt.Errorf("does not begin with %s", idScheme)
 	}
 	td, path, _ := strings.Cut(rest, "/")
-	if len(td) > MaxTrustDomain {
-		return spiffeid.ID{}, fmt.Errorf("trust domain longer than %d bytes", MaxTrustDomain)
+	if len(td) > maxTrustDomain {
+		return spiffeid.ID{}, fmt.Errorf("trust domain longer than %d bytes", maxTrustDomain)
 	}
 	if path == "" {
 		return spiffeid.ID{}, errors.New("has no path")
@@ -36,11 +36,11 @@ func ParseID(s string) (spiffeid.ID, error) {
 	return spiffeid.FromString(s)
 }
 
-// parseTrustDomain reads a configured name. The standard allows empty labels; here they are a
-// slip of the pen that would never match.
+// parseTrustDomain parses a configured name. The standard allows empty labels. Here they are an error, because a
+// mistyped name would never match.
 func parseTrustDomain(name string) (spiffeid.TrustDomain, error) {
-	if len(name) > MaxTrustDomain {
-		return spiffeid.TrustDomain{}, fmt.Errorf("a name longer than %d bytes", MaxTrustDomain)
+	if len(name) > maxTrustDomain {
+		return spiffeid.TrustDomain{}, fmt.Errorf("a name longer than %d bytes", maxTrustDomain)
 	}
 	td, err := spiffeid.TrustDomainFromString(name)
 	if err != nil {

@@ -11,13 +11,13 @@ import (
 
 type domain = spiffeid.TrustDomain
 
-// sized is an ID of n bytes.
+// sized returns an ID of n bytes.
 func sized(n int) string {
 	const head = "spiffe://example.org/"
 	return head + strings.Repeat("a", n-len(head))
 }
 
-// idRows are hardening.md's rows on SPIFFE IDs. Whether a domain is accepted is another matter.
+// idRows are valid and invalid SPIFFE IDs of workloads. ParseID does not check whether a trust domain is accepted.
 var idRows = []struct {
 	id string
 	ok bool
@@ -79,13 +79,13 @@ func FuzzSPIFFEID(f *testing.F) {
 		u, err := url.Parse(s) // a parser that shares no code
 		switch {
 		case err != nil:
-			t.Errorf("ParseID(%q) accepts what is no URL: %v", s, err)
+			t.Errorf("ParseID(%q) accepts an invalid URL: %v", s, err)
 		case id.String() != s || u.String() != s:
 			t.Errorf("ParseID(%q) = %q, as a URL %q", s, id, u)
 		case u.Host != id.TrustDomain().Name() || u.Path != id.Path() || u.User != nil || u.RawQuery != "" || u.Fragment != "":
-			t.Errorf("ParseID(%q) reads it another way than a URL", s)
+			t.Errorf("ParseID(%q) differs from the URL parser", s)
 		case len(s) > attest.MaxID || len(u.Host) > attest.MaxTrustDomain || len(u.Path) < 2 || s != strings.ToValidUTF8(s, "?"):
-			t.Errorf("ParseID(%q) accepts what is over a limit", s)
+			t.Errorf("ParseID(%q) accepts an ID beyond a limit", s)
 		case strings.ToLower(u.Host) != u.Host:
 			t.Errorf("ParseID(%q) accepts an upper-case trust domain", s)
 		}

@@ -20,18 +20,18 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// MaxJWT is the longest token looked at, in bytes.
-const MaxJWT = 8 << 10
+// maxJWT is the size limit of a token in bytes.
+const maxJWT = 8 << 10
 
-// jwtHeader has the members that a JWT-SVID may have (JWT-SVID standard, section 2). Any
-// other, such as jku, x5c or crit, is refused.
+// jwtHeader has the members that a JWT-SVID may have (JWT-SVID standard, section 2). Every other member, such as jku,
+// x5c or crit, is refused.
 type jwtHeader struct {
 	Alg string         `json:"alg"`
 	Kid string         `json:"kid"`
 	Typ jsontext.Value `json:"typ"`
 }
 
-// jwtClaims are the claims that decide. The rest is not looked at.
+// jwtClaims are the claims that are checked. All others are ignored.
 type jwtClaims struct {
 	Sub string         `json:"sub"`
 	Aud jsontext.Value `json:"aud"`
@@ -40,7 +40,7 @@ type jwtClaims struct {
 	Nbf *int64         `json:"nbf"`
 }
 
-// parsedJWT is a token taken apart, its signature not checked yet.
+// parsedJWT is a parsed token with an unverified signature.
 type parsedJWT struct {
 	text   string
 	signed string // header.payload
@@ -52,7 +52,7 @@ type parsedJWT struct {
 // token verifies a JWT-SVID.
 func (a *Attestor) token(text string) (broker.Caller, error) {
 	if a.config.JWT == nil {
-		return broker.Caller{}, refuse("tokens are not accepted here: come with a client certificate")
+		return broker.Caller{}, refuse("tokens are not accepted here: use a client certificate")
 	}
 	t, err := parseJWT(text)
 	if err != nil {
@@ -70,13 +70,13 @@ func (a *Attestor) token(text string) (broker.Caller, error) {
 		return broker.Caller{}, refuse("the token is not signed by a current authority of %q", t.id.TrustDomain().Name())
 	}
 	if !permits(key, t.header.Alg) {
-		return broker.Caller{}, refuse("the token's algorithm is not its key's")
+		return broker.Caller{}, refuse("the token's algorithm does not match its key")
 	}
 	return a.vouchJWT(t, key)
 }
 
-// vouchJWT checks what depends on a key and on the time. The key is a pointer, since permits
-// knows no other kind, and so can be compared with the one that vouched before.
+// vouchJWT does the checks that depend on the key and the time. The key is a pointer, because permits accepts nothing
+// else. So it can be compared with the key of a cached entry.
 func (a *Attestor) vouchJWT(t parsedJWT, key crypto.PublicKey) (broker.Caller, error) {
 	digest, now := sha256.Sum256([]byte(t.text)), a.config.Now()
 	v, ok := a.seen.get(digest, key, now)
@@ -97,32 +97,32 @@ func (a *Attestor) verifyJWT(t parsedJWT, key crypto.PublicKey, now time.Time) (
 	if err := a.claims(t.claims, &v, now); err != nil {
 		return vouched{}, err
 	}
-	// The algorithm given here is the header's, which permits has tied to the key.
+	// The algorithm is the header's. permits has checked it against the key.
 	jws, err := jose.ParseSignedCompact(t.text, []jose.SignatureAlgorithm{jose.SignatureAlgorithm(t.header.Alg)})
 	if err != nil {
 		return vouched{}, refuse("the token is not an acceptable JWT-SVID").Because(err)
 	}
 	if _, err := jws.Verify(key); err != nil {
-		return vouched{}, refuse("the token's signature is wrong").Because(err)
+		return vouched{}, refuse("the token's signature does not verify").Because(err)
 	}
 	return v, nil
 }
 
-// claims checks audience and times, and notes in v when they hold.
+// claims checks the audience and the times, and sets the validity period of v.
 func (a *Attestor) claims(c jwtClaims, v *vouched, now time.Time) error {
 	if aud, ok := onlyAudience(c.Aud); !ok || aud != a.config.Audience {
 		return refuse("the token is not for audience %q alone", a.config.Audience)
 	}
 	if c.Exp == nil {
-		return refuse("the token has no end")
+		return refuse("the token has no expiry")
 	}
 	exp := time.Unix(*c.Exp, 0).UTC()
 	v.caller.NotAfter, v.until = exp, exp.Add(a.config.Leeway)
 	if !now.Before(v.until) {
-		return refuse("the token is past its end").With(broker.CodeExpired)
+		return refuse("the token has expired").With(broker.CodeExpired)
 	}
 	if exp.After(now.Add(a.config.MaxJWTLife)) {
-		return refuse("the token ends more than %v from now", a.config.MaxJWTLife)
+		return refuse("the token expires more than %v from now", a.config.MaxJWTLife)
 	}
 	for _, start := range []*int64{c.Iat, c.Nbf} {
 		if start != nil {
@@ -130,12 +130,12 @@ func (a *Attestor) claims(c jwtClaims, v *vouched, now time.Time) error {
 		}
 	}
 	if now.Before(v.from) {
-		return refuse("the token is from the future")
+		return refuse("the token is not valid yet")
 	}
 	return nil
 }
 
-// onlyAudience gives the single audience of a string or of a list of one.
+// onlyAudience returns the single audience of a string or of a list with one element.
 func onlyAudience(raw jsontext.Value) (string, bool) {
 	var one string
 	if raw.Kind() == '"' && json.Unmarshal(raw, &one) == nil {
@@ -148,14 +148,14 @@ func onlyAudience(raw jsontext.Value) (string, bool) {
 	return list[0], true
 }
 
-// parseJWT takes a token apart, strictly: one spelling for one token. Its errors hold nothing
-// of the token.
+// parseJWT parses a token strictly: every token has exactly one accepted spelling. The errors contain nothing of the
+// token.
 func parseJWT(text string) (parsedJWT, error) {
-	if len(text) > MaxJWT {
-		return parsedJWT{}, fmt.Errorf("longer than %d bytes", MaxJWT)
+	if len(text) > maxJWT {
+		return parsedJWT{}, fmt.Errorf("longer than %d bytes", maxJWT)
 	}
 	if strings.Count(text, ".") != 2 {
-		return parsedJWT{}, errors.New("not three parts joined by dots")
+		return parsedJWT{}, errors.New("not three parts separated by dots")
 	}
 	t := parsedJWT{text: text, signed: text[:strings.LastIndexByte(text, '.')]}
 	var raw [3][]byte
@@ -172,7 +172,7 @@ func parseJWT(text string) (parsedJWT, error) {
 		return parsedJWT{}, err
 	}
 	if err := json.Unmarshal(raw[1], &t.claims); err != nil || !t.claims.sane() {
-		return parsedJWT{}, errors.New("its claims are not one object, or a claim is of the wrong kind")
+		return parsedJWT{}, errors.New("its claims are not one object, or a claim has the wrong type")
 	}
 	var err error
 	if t.id, err = ParseID(t.claims.Sub); err != nil {
@@ -181,7 +181,7 @@ func parseJWT(text string) (parsedJWT, error) {
 	return t, nil
 }
 
-// decodePart refuses what Go's decoder is lenient about: line breaks, and bits beyond the end.
+// decodePart decodes base64url. It rejects line breaks and bits beyond the end, which Go's decoder accepts.
 func decodePart(s string) ([]byte, bool) {
 	if s == "" || strings.ContainsAny(s, "\r\n") {
 		return nil, false
@@ -193,14 +193,14 @@ func decodePart(s string) ([]byte, bool) {
 func (h jwtHeader) check() error {
 	switch {
 	case h.Kid == "":
-		return errors.New("it does not name its key")
+		return errors.New("its kid is missing")
 	case len(h.Typ) > 0 && string(h.Typ) != `"JWT"` && string(h.Typ) != `"JOSE"`:
-		return errors.New("it is of another type")
+		return errors.New("its typ is neither JWT nor JOSE")
 	}
 	return nil
 }
 
-// sane keeps times inside what time.Time can add to and subtract from.
+// sane limits times to a range in which time.Time can add and subtract.
 func (c jwtClaims) sane() bool {
 	for _, t := range []*int64{c.Exp, c.Iat, c.Nbf} {
 		if t != nil && (*t < 0 || *t > math.MaxInt32*1000) {
@@ -210,9 +210,8 @@ func (c jwtClaims) sane() bool {
 	return true
 }
 
-// permits ties an algorithm to a key's kind and curve, and knows no others; a bundle does not
-// keep a JWK's own alg. It is the only list of algorithms: go-jose is told to take the
-// header's.
+// permits reports whether an algorithm fits the key's type and curve, because a bundle does not keep the alg of a JWK.
+// This is the only list of algorithms: go-jose accepts the algorithm of the header.
 func permits(key crypto.PublicKey, alg string) bool {
 	switch k := key.(type) {
 	case *ecdsa.PublicKey:

@@ -24,7 +24,7 @@ import (
 
 func b64(s string) string { return base64.RawURLEncoding.EncodeToString([]byte(s)) }
 
-// compact signs two texts as they are, right or wrong, by the rules of RFC 7518.
+// compact signs a header and claims by the rules of RFC 7518. The texts may be malformed.
 func compact(t testing.TB, key crypto.Signer, alg, header, claims string) string {
 	t.Helper()
 	signed := b64(header) + "." + b64(claims)
@@ -36,7 +36,7 @@ func compact(t testing.TB, key crypto.Signer, alg, header, claims string) string
 	switch key := key.(type) {
 	case *ecdsa.PrivateKey:
 		r, s, e := ecdsa.Sign(rand.Reader, key, h.Sum(nil))
-		// As long as the algorithm wants it, also when that is not the curve's.
+		// The length that the algorithm requires, even if the curve's is another.
 		size := max((key.Curve.Params().BitSize+7)/8, map[string]int{"ES384": 48, "ES512": 66}[alg])
 		err, sig = e, append(r.FillBytes(make([]byte, size)), s.FillBytes(make([]byte, size))...)
 	case *rsa.PrivateKey:
@@ -52,7 +52,7 @@ func compact(t testing.TB, key crypto.Signer, alg, header, claims string) string
 	return signed + "." + b64(string(sig))
 }
 
-// malleate gives the other signature of an ES256 token, s -> n-s, which verifies too.
+// malleate returns an ES256 token with its other valid signature, s -> n-s.
 func malleate(t testing.TB, token string) string {
 	t.Helper()
 	end := strings.LastIndexByte(token, '.') + 1
@@ -65,7 +65,7 @@ func malleate(t testing.TB, token string) string {
 	return token[:end] + base64.RawURLEncoding.EncodeToString(sig)
 }
 
-// keys are one of each kind, by the kid and the alg they are for.
+// keys holds one key of each kind, by kid. An ECDSA key's kid is its alg.
 type keys map[string]crypto.Signer
 
 func newKeys(t testing.TB) keys {
@@ -109,7 +109,7 @@ func (k keys) attestor(t testing.TB, c *clock, change func(*attest.Config)) *att
 // es256 is the header of a good token.
 const es256 = `{"alg":"ES256","kid":"ES256","typ":"JWT"}`
 
-// claims are those of a good token with some members more, or in place of its own.
+// claims returns the claims of a good token. The given members are added, or replace those of the same name.
 func claims(members string) string {
 	all := ""
 	for _, own := range []string{
@@ -122,7 +122,7 @@ func claims(members string) string {
 	return "{" + strings.Trim(members+all, ",") + "}"
 }
 
-// without is claims that lack a member.
+// without returns the claims of a good token without one member.
 func without(name string) string {
 	return strings.Replace(claims(""), `"`+name+`":`, `"no":`, 1)
 }
@@ -197,7 +197,7 @@ func TestJWT(t *testing.T) {
 		"sub longest":          {es256, claims(`"sub":"` + sized(attest.MaxID) + `"`), true},
 		"sub longer":           {es256, claims(`"sub":"` + sized(attest.MaxID+1) + `"`), false},
 		"sub other domain":     {es256, claims(`"sub":"spiffe://example.net/a"`), false},
-		"sub of theirs":        {es256, claims(`"sub":"spiffe://example.com/a"`), false}, // whose bundle has no kid ES256
+		"sub of theirs":        {es256, claims(`"sub":"spiffe://example.com/a"`), false}, // their bundle has no kid ES256
 		"duplicate sub":        {es256, claims(`"sub":"spiffe://example.org/b","sub":"spiffe://example.org/a"`), false},
 		"duplicate other":      {es256, claims(`"x":1,"x":1`), false},
 		"claims a list":        {es256, `[]`, false},
@@ -244,7 +244,7 @@ func TestJWT(t *testing.T) {
 	}
 }
 
-// TestJWTKeyOfAnotherDomain signs a foreign subject with our key and ours with theirs.
+// TestJWTKeyOfAnotherDomain signs a foreign subject with our key, and our subject with a foreign key.
 func TestJWTKeyOfAnotherDomain(t *testing.T) {
 	k, c := newKeys(t), &clock{start}
 	a := k.attestor(t, c, nil)
@@ -295,13 +295,13 @@ func TestJWTSpelling(t *testing.T) {
 	}
 }
 
-// TestJWTSize is at the limit and one beyond.
+// TestJWTSize checks a token at the size limit and one that is a byte longer.
 func TestJWTSize(t *testing.T) {
 	k, c := newKeys(t), &clock{start}
 	a := k.attestor(t, c, nil)
 	headers := []string{es256, `{"alg":"ES256","kid":"ES256"}`, `{"alg":"ES256", "kid":"ES256"}`}
 	sized := func(n int) string {
-		for pad := 5500; pad < 6500; pad++ { // base64 has no text of 4k+1 characters
+		for pad := 5500; pad < 6500; pad++ { // the length of a base64 text is never 4k+1
 			for _, header := range headers {
 				body := claims(`"pad":"` + strings.Repeat("x", pad) + `"`)
 				if len(b64(header))+len(b64(body))+86+2 == n {
@@ -332,8 +332,7 @@ func TestMaxJWTLifeAndLeeway(t *testing.T) {
 	}
 }
 
-// FuzzJWT changes good tokens: only those with what was signed may pass, and nothing of a
-// token may be in an error.
+// FuzzJWT changes good tokens. A token is accepted only with its signed content unchanged.
 func FuzzJWT(f *testing.F) {
 	k, c := newKeys(f), &clock{start}
 	a := k.attestor(f, c, nil)
@@ -355,7 +354,7 @@ func FuzzJWT(f *testing.F) {
 			return
 		}
 		if !slices.Contains(signed[:2], jwt[:max(strings.LastIndexByte(jwt, '.'), 0)]) || caller.ID.String() != "spiffe://example.org/a" {
-			t.Errorf("a token that nobody signed is accepted as %v", caller.ID)
+			t.Errorf("a token without a valid signature is accepted as %v", caller.ID)
 		}
 	})
 }

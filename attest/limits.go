@@ -11,18 +11,17 @@ import (
 	"time"
 )
 
-// Limits bound what a client can take up before anybody knows who it is, and how long a
-// connection lives.
+// Limits bound the resources of an unauthenticated client, and the lifetime of a connection.
 type Limits struct {
-	Handshake  time.Duration // for a TLS handshake; zero means 5 s
-	Handshakes int           // in progress at once; zero means 512
-	Age        time.Duration // after which a connection is closed, between requests; zero means 5 min
-	Idle       time.Duration // without a request; zero means 1 min
-	Header     time.Duration // for reading a request's header; zero means 5 s
-	HeaderSize int           // bytes of a request's header; zero means 32 KiB
+	Handshake  time.Duration // time for a TLS handshake; zero means 5 s
+	Handshakes int           // concurrent handshakes; zero means 512
+	Age        time.Duration // age at which a connection is closed, between requests; zero means 5 min
+	Idle       time.Duration // time without a request; zero means 1 min
+	Header     time.Duration // time to read a request's header; zero means 5 s
+	HeaderSize int           // size of a request's header in bytes; zero means 32 KiB
 
-	Log *slog.Logger     // of failed handshakes; nil means none
-	Now func() time.Time // of Age; nil means time.Now
+	Log *slog.Logger     // for failed handshakes; nil means no log
+	Now func() time.Time // the clock for Age; nil means time.Now
 }
 
 func (l Limits) orDefaults() Limits {
@@ -47,10 +46,9 @@ func orDefault[T int | time.Duration](v *T, value T) {
 	}
 }
 
-// Server is an http.Server for h within the limits, to be used with a [Listener]. Time for
-// bodies and answers is the handler's matter, since some answers are streams. A connection
-// past its age finishes what is under way and is closed with its next answer; on HTTP/2 by
-// GOAWAY, which leaves running streams alone.
+// Server returns an http.Server for h with the limits. Use it with a [Listener]. It does not limit the time for bodies
+// and responses: some responses are streams, so the handler must. A connection beyond its age completes its requests
+// and closes with the next response. On HTTP/2 it sends GOAWAY, which does not affect running streams.
 func Server(h http.Handler, limits Limits) *http.Server {
 	l := limits.orDefaults()
 	type bornKey struct{}
@@ -70,10 +68,9 @@ func Server(h http.Handler, limits Limits) *http.Server {
 	}
 }
 
-// Listener accepts TLS connections from inner and gives those whose handshake is done. A
-// handshake beyond the limit drops the one that has waited longest: an honest one takes
-// milliseconds, so those who hold theirs back drop each other. Close returns when nothing of
-// it runs any more.
+// Listener accepts TLS connections from inner and returns those with a completed handshake. A handshake beyond the
+// limit drops the oldest one. An honest handshake takes milliseconds, so clients that stall theirs drop each other.
+// Close returns when all of its goroutines have ended.
 func Listener(inner net.Listener, config *tls.Config, limits Limits) net.Listener {
 	l := &listener{
 		Listener: inner, config: config, limits: limits.orDefaults(),
@@ -95,10 +92,10 @@ type listener struct {
 	running sync.WaitGroup
 
 	mu      sync.Mutex // guards waiting
-	waiting list.List  // of net.Conn, in a handshake, oldest first
+	waiting list.List  // of net.Conn: the handshakes in progress, oldest first
 }
 
-// Accept gives the next connection whose handshake is done.
+// Accept returns the next connection with a completed handshake.
 func (l *listener) Accept() (net.Conn, error) {
 	select {
 	case c := <-l.ready:
@@ -118,7 +115,7 @@ func (l *listener) Close() error {
 		err = l.Listener.Close()
 		l.mu.Lock()
 		for e := l.waiting.Front(); e != nil; e = e.Next() {
-			_ = e.Value.(net.Conn).Close() // dropped: nobody waits for its end
+			_ = e.Value.(net.Conn).Close() // dropped: its error has no reader
 		}
 		l.mu.Unlock()
 	})
@@ -135,14 +132,14 @@ func (l *listener) accept() {
 			continue
 		}
 		select {
-		case l.failed <- err: // whoever accepts decides when to try again
+		case l.failed <- err: // the caller of Accept decides when to retry
 		case <-l.done:
 			return
 		}
 	}
 }
 
-// begin counts a handshake and makes room for it.
+// begin registers a handshake, and drops the oldest one if the limit is reached.
 func (l *listener) begin(conn net.Conn) *list.Element {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -152,7 +149,7 @@ func (l *listener) begin(conn net.Conn) *list.Element {
 		l.waiting.Remove(oldest)
 	}
 	select {
-	case <-l.done: // Close has been through the list
+	case <-l.done: // Close has already walked the list
 		_ = conn.Close()
 	default:
 	}
@@ -165,16 +162,16 @@ func (l *listener) handshake(raw net.Conn, e *list.Element) {
 	conn := tls.Server(raw, l.config)
 	err := conn.HandshakeContext(ctx)
 	l.mu.Lock()
-	l.waiting.Remove(e) // nothing, when begin has done so
+	l.waiting.Remove(e) // no effect if begin has removed it
 	l.mu.Unlock()
 	if err != nil {
 		l.limits.Log.Info("TLS handshake refused", "client", raw.RemoteAddr().String(), "error", err.Error())
-		_ = raw.Close() // the handshake's error is the one that counts
+		_ = raw.Close() // the handshake's error is logged
 		return
 	}
 	select {
 	case l.ready <- conn:
 	case <-l.done:
-		_ = conn.Close() // never handed out
+		_ = conn.Close() // never returned by Accept
 	}
 }

@@ -17,7 +17,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 )
 
-// pipes is a listener whose connections are in memory, so that synctest's clock rules them.
+// pipes is a listener with connections in memory, so that synctest's clock controls them.
 type pipes struct {
 	conns chan net.Conn
 	done  chan struct{}
@@ -43,7 +43,7 @@ func (p *pipes) Accept() (net.Conn, error) {
 func (p *pipes) Close() error   { close(p.done); return nil }
 func (p *pipes) Addr() net.Addr { return &net.UnixAddr{Name: "pipes", Net: "pipe"} }
 
-// open reports whether the other side still waits on the connection. It takes a nanosecond.
+// open reports whether the other side keeps the connection open. It takes a nanosecond.
 func open(c net.Conn) bool {
 	_ = c.SetReadDeadline(time.Now().Add(time.Nanosecond))
 	_, err := c.Read(make([]byte, 1))
@@ -56,7 +56,7 @@ func TestHandshakeTimeout(t *testing.T) {
 		inner := newPipes()
 		l := attest.Listener(inner, newAttestor(t, config(s, &clock{start})).ServerTLS(), attest.Limits{})
 		silent := inner.dial()
-		time.Sleep(5*time.Second - time.Millisecond) // the bubble's clock, not ours
+		time.Sleep(5*time.Second - time.Millisecond) // on synctest's clock
 		synctest.Wait()
 		if !open(silent) {
 			t.Error("a silent client is dropped before 5 s")
@@ -72,8 +72,7 @@ func TestHandshakeTimeout(t *testing.T) {
 	})
 }
 
-// TestHandshakeCap fills the listener with silent clients: the oldest makes room, and an
-// honest client gets in.
+// TestHandshakeCap fills the listener with silent clients. The oldest one is dropped, and an honest client connects.
 func TestHandshakeCap(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newWorkload(t, &clock{start})
@@ -83,7 +82,7 @@ func TestHandshakeCap(t *testing.T) {
 		silent := []net.Conn{inner.dial(), inner.dial()}
 		synctest.Wait()
 		if !open(silent[0]) || !open(silent[1]) {
-			t.Error("at the limit a handshake is dropped")
+			t.Error("a handshake is dropped at the limit, want all kept")
 		}
 		silent = append(silent, inner.dial())
 		synctest.Wait()
@@ -93,7 +92,7 @@ func TestHandshakeCap(t *testing.T) {
 
 		trust := tlsconfig.TLSClientConfig(s.Source(s.ID("/any")), tlsconfig.AuthorizeAny())
 		trust.Time = func() time.Time { return start }
-		trust.InsecureSkipVerify, trust.VerifyPeerCertificate = true, nil // the server's clock is not this one
+		trust.InsecureSkipVerify, trust.VerifyPeerCertificate = true, nil // the server has another clock
 		honest := tls.Client(inner.dial(), trust)
 		done := make(chan error, 1)
 		go func() { done <- honest.HandshakeContext(t.Context()) }()
@@ -105,13 +104,13 @@ func TestHandshakeCap(t *testing.T) {
 			t.Errorf("an honest client's handshake = %v", err)
 		}
 		if open(silent[1]) || !open(silent[2]) {
-			t.Error("the honest client: want the then oldest dropped for it")
+			t.Error("the honest client: want the oldest handshake dropped, and only that")
 		}
-		go func() { _, _ = io.Copy(io.Discard, honest) }() // a pipe has no room for close_notify
+		go func() { _, _ = io.Copy(io.Discard, honest) }() // a pipe has no buffer for close_notify
 		_ = conn.Close()
 		before := time.Now()
 		if err := l.Close(); err != nil || open(silent[2]) {
-			t.Errorf("Close = %v, or leaves a handshake open", err)
+			t.Errorf("Close = %v, or it left a handshake open", err)
 		}
 		if waited := time.Since(before); waited > time.Second {
 			t.Errorf("Close took %v, want it to drop the handshakes", waited)
@@ -122,7 +121,7 @@ func TestHandshakeCap(t *testing.T) {
 	})
 }
 
-// failing accepts nothing but errors.
+// failing is a listener that fails on every Accept.
 type failing struct{ net.Listener }
 
 func (failing) Accept() (net.Conn, error) { return nil, errors.New("too many open files") }
@@ -162,8 +161,8 @@ func TestConnectionAge(t *testing.T) {
 		age.Store(int64(5*time.Minute - 1))
 		ask("just before its age", true)
 		age.Store(int64(5 * time.Minute))
-		ask("at its age, the last answer", true)
-		ask("then", false)
+		ask("at its age, the last response", true)
+		ask("after that", false)
 	}
 }
 
@@ -190,7 +189,7 @@ func TestHeaderLimits(t *testing.T) {
 	if resp, err := send(head + strings.Repeat("x", 32<<10-len(head)-4) + "\r\n\r\n"); err != nil || resp.StatusCode != http.StatusOK {
 		t.Errorf("a header of 32 KiB: %v, want 200", err)
 	}
-	// net/http adds 4 KiB to the limit that it is given.
+	// net/http adds 4 KiB to the configured limit.
 	if resp, err := send(head + strings.Repeat("x", 36<<10) + "\r\n\r\n"); err != nil || resp.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
 		t.Errorf("a header of 36 KiB: %v, want 431", err)
 	}

@@ -16,7 +16,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 )
 
-// TestSPIRE identifies by X.509-SVID and by JWT-SVID what a real SPIRE says this process is.
+// TestSPIRE authenticates this process by the X.509-SVID and the JWT-SVID from a real SPIRE.
 func TestSPIRE(t *testing.T) {
 	spire := parts.NeedSPIRE(t)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -42,7 +42,7 @@ func TestSPIRE(t *testing.T) {
 		t.Fatalf("NewJWTSource = %v", err)
 	}
 	defer jwts.Close()
-	// SPIRE is run here with SVIDs of an hour, JWT-SVIDs too.
+	// This SPIRE issues SVIDs for one hour, JWT-SVIDs too.
 	a := newAttestor(t, attest.Config{
 		TrustDomains: []string{spire.TrustDomain()}, Source: ours, JWT: jwts, Audience: server, MaxJWTLife: time.Hour,
 	})
@@ -84,7 +84,7 @@ func TestSPIRE(t *testing.T) {
 	refused(t, "SPIRE's X.509-SVID where its domain is not listed", err, broker.Unauthenticated)
 }
 
-// pick chooses one of the identities that the process has.
+// pick selects one of the process's identities.
 func pick(id string) func([]*x509svid.SVID) *x509svid.SVID {
 	return func(svids []*x509svid.SVID) *x509svid.SVID {
 		for _, svid := range svids {

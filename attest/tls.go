@@ -11,9 +11,9 @@ const (
 	tls13 = tls.VersionTLS13
 )
 
-// ServerTLS is the configuration for a listener: our current X.509-SVID whatever name the
-// client asks for, a client certificate checked like in Identify (optional when JWT-SVIDs are
-// accepted), and no session tickets.
+// ServerTLS returns the configuration for a listener. It presents our current X.509-SVID for every server name, checks
+// client certificates like Identify, and issues no session tickets. A client certificate is optional if JWT-SVIDs are
+// accepted.
 func (a *Attestor) ServerTLS() *tls.Config {
 	auth := tls.RequireAnyClientCert
 	if a.config.JWT != nil {
@@ -23,13 +23,13 @@ func (a *Attestor) ServerTLS() *tls.Config {
 		MinVersion: a.config.MinTLS,
 		NextProtos: []string{"h2", "http/1.1"},
 		ClientAuth: auth,
-		// A resumed session would be let in after its authority has left the bundle.
+		// A resumed session would be accepted even after its authority has left the bundle.
 		SessionTicketsDisabled: true,
 		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return a.ownCertificate() },
-		// Unlike VerifyPeerCertificate this runs on resumed connections too.
+		// VerifyConnection runs on resumed connections too; VerifyPeerCertificate does not.
 		VerifyConnection: func(cs tls.ConnectionState) error {
 			if len(cs.PeerCertificates) == 0 {
-				return nil // ClientAuth has decided that it may
+				return nil // ClientAuth has permitted it
 			}
 			_, err := a.certificate(cs.PeerCertificates)
 			return err
@@ -37,8 +37,8 @@ func (a *Attestor) ServerTLS() *tls.Config {
 	}
 }
 
-// ownCertificate is our SVID of this moment. One past its end is not shown: clients would
-// only report something less clear.
+// ownCertificate returns our current SVID. It does not present an expired one, because clients would report a less
+// clear error.
 func (a *Attestor) ownCertificate() (*tls.Certificate, error) {
 	svid, err := a.config.Source.GetX509SVID()
 	if err != nil {
@@ -46,7 +46,7 @@ func (a *Attestor) ownCertificate() (*tls.Certificate, error) {
 	}
 	leaf := svid.Certificates[0]
 	if !a.config.Now().Before(leaf.NotAfter) {
-		return nil, errors.New("attest: our own SVID is past its end")
+		return nil, errors.New("attest: our own SVID has expired")
 	}
 	cert := &tls.Certificate{PrivateKey: svid.PrivateKey, Leaf: leaf}
 	for _, c := range svid.Certificates {

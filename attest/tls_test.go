@@ -22,7 +22,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 )
 
-// serve answers each request with the ID of who asked, or with 401.
+// serve responds to each request with the caller's ID, or with 401.
 func serve(t *testing.T, a *attest.Attestor, config *tls.Config, limits attest.Limits) (url string) {
 	t.Helper()
 	inner, err := net.Listen("tcp", "127.0.0.1:0")
@@ -49,8 +49,8 @@ func serve(t *testing.T, a *attest.Attestor, config *tls.Config, limits attest.L
 	return "https://" + inner.Addr().String()
 }
 
-// client presents svid, nil for none, and trusts the server's bundle of the moment. It keeps
-// TLS sessions and, unless fresh, connections.
+// client presents svid, nil for none, and trusts the server's current bundle. It keeps TLS sessions and, unless fresh,
+// connections.
 func client(t *testing.T, s *workload.Server, svid x509svid.Source, version uint16, fresh bool) *http.Client {
 	config := tlsconfig.TLSClientConfig(s.Source(s.ID("/any")), tlsconfig.AuthorizeID(s.ID("/pawl")))
 	if svid != nil {
@@ -64,7 +64,7 @@ func client(t *testing.T, s *workload.Server, svid x509svid.Source, version uint
 }
 
 type answer struct {
-	status  int // 0: no answer
+	status  int // 0: no response
 	id      string
 	proto   int
 	reused  bool // the connection
@@ -87,25 +87,25 @@ func get(t *testing.T, c *http.Client, url, bearer string) (a answer) {
 	resp, err := c.Do(r)
 	if err != nil {
 		if ctx.Err() != nil {
-			t.Fatalf("no answer in time: %v", err)
+			t.Fatalf("no response in time: %v", err)
 		}
 		return a
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
 	if err != nil {
-		t.Fatalf("reading the answer: %v", err)
+		t.Fatalf("reading the response: %v", err)
 	}
 	a.status, a.id, a.proto = resp.StatusCode, string(body), resp.ProtoMajor
 	a.resumed, a.server = resp.TLS.DidResume, resp.TLS.PeerCertificates[0]
 	return a
 }
 
-// TestResumption is three handshakes of one client that keeps its TLS sessions: two that are
-// good, and one after its authority left the bundle. go-spiffe with tickets lets the last one in.
+// TestResumption does three handshakes with one client that keeps its TLS sessions: two valid ones, and one after the
+// client's authority has left the bundle. go-spiffe with tickets would accept the last one.
 func TestResumption(t *testing.T) {
 	for name, version := range map[string]uint16{"TLS 1.2": tls.VersionTLS12, "TLS 1.3": tls.VersionTLS13} {
-		for _, tickets := range []bool{false, true} { // true: what holds even so
+		for _, tickets := range []bool{false, true} { // true: the refusal does not depend on disabled tickets
 			t.Run(fmt.Sprintf("%s, tickets %v", name, tickets), func(t *testing.T) { resumption(t, version, tickets) })
 		}
 	}
@@ -135,7 +135,7 @@ func resumption(t *testing.T, version uint16, tickets bool) {
 			t.Errorf("handshake %d: got %d %q, resumed %v", n+1, got.status, got.id, got.resumed)
 		}
 	}
-	get(t, current, url, "") // leaves a session too
+	get(t, current, url, "") // stores a session too
 
 	if err := s.RotateAuthority(); err != nil {
 		t.Fatalf("RotateAuthority = %v", err)
@@ -144,13 +144,13 @@ func resumption(t *testing.T, version uint16, tickets bool) {
 	if got := get(t, c, url, ""); got.status == http.StatusOK {
 		t.Errorf("handshake 3, authority removed: got %d %q, want refused", got.status, got.id)
 	}
-	// A session carries the certificate it began with, so that with tickets even this one is out.
+	// A session keeps its first certificate, so with tickets even this client is refused.
 	if got := get(t, current, url, ""); !tickets && got.status != http.StatusOK {
 		t.Errorf("a client with a new SVID: got %d, want accepted", got.status)
 	}
 }
 
-// TestOpenConnection takes trust away under one HTTP/2 connection.
+// TestOpenConnection ends the client's trust during one HTTP/2 connection.
 func TestOpenConnection(t *testing.T) {
 	for name, end := range map[string]func(*workload.Server, *atomic.Int64) error{
 		"authority removed": func(s *workload.Server, _ *atomic.Int64) error {
@@ -158,7 +158,7 @@ func TestOpenConnection(t *testing.T) {
 			s.Retire()
 			return err
 		},
-		"SVID past its end": func(_ *workload.Server, later *atomic.Int64) error {
+		"SVID expired": func(_ *workload.Server, later *atomic.Int64) error {
 			later.Store(int64(5 * time.Minute))
 			return nil
 		},
@@ -181,14 +181,14 @@ func TestOpenConnection(t *testing.T) {
 				t.Fatal(err)
 			}
 			if got := get(t, c, url, ""); got.status != http.StatusUnauthorized || !got.reused {
-				t.Errorf("then: got %d, reused %v, want 401 on the same connection", got.status, got.reused)
+				t.Errorf("after that: got %d, reused %v, want 401 on the same connection", got.status, got.reused)
 			}
 		})
 	}
 }
 
-// TestRotation rotates both sides under load with the real Workload API client: connections
-// and the listener stay as they are, and nobody is refused.
+// TestRotation rotates the SVIDs of both sides with the real Workload API client. Connections and the listener stay
+// open, and no request is refused.
 func TestRotation(t *testing.T) {
 	s := newWorkload(t, &clock{time.Now()})
 	addr, err := s.Socket(s.ID("/pawl"))
@@ -214,7 +214,7 @@ func TestRotation(t *testing.T) {
 		if err := s.RotateAuthority(); err != nil {
 			t.Fatalf("RotateAuthority = %v", err)
 		}
-		for { // until the push has come through, nobody may be refused
+		for { // wait for the push; no request may be refused meanwhile
 			svid, err := source.GetX509SVID()
 			if err != nil {
 				t.Fatalf("GetX509SVID = %v", err)
@@ -228,7 +228,7 @@ func TestRotation(t *testing.T) {
 		}
 		after := get(t, client(t, s, s.Source(s.ID("/agent/a")), tls.VersionTLS13, true), url, "")
 		if after.status != http.StatusOK || after.server.Equal(before.server) {
-			t.Errorf("rotation %d: got %d, the same server certificate %v", n, after.status, after.server.Equal(before.server))
+			t.Errorf("rotation %d: got %d, the same server certificate: %v", n, after.status, after.server.Equal(before.server))
 		}
 		if got := get(t, kept, url, ""); got.status != http.StatusOK || !got.reused {
 			t.Errorf("rotation %d: kept connection: got %d, reused %v", n, got.status, got.reused)
@@ -253,15 +253,15 @@ func TestServerTLS(t *testing.T) {
 		version uint16
 		want    int // 0: no connection
 	}{
-		"certificate":                    {certOnly, svid, "", tls.VersionTLS13, 200},
-		"certificate where tokens may":   {both, svid, "", tls.VersionTLS13, 200},
-		"token":                          {both, nil, jwt, tls.VersionTLS13, 200},
-		"both":                           {both, svid, jwt, tls.VersionTLS13, 401},
-		"neither":                        {both, nil, "", tls.VersionTLS13, 401},
-		"none where it is needed":        {certOnly, nil, "", tls.VersionTLS13, 0},
-		"token where certificate needed": {certOnly, nil, jwt, tls.VersionTLS13, 0},
-		"foreign certificate":            {both, foreign.Source(foreign.ID("/agent/a")), "", tls.VersionTLS13, 0},
-		"TLS 1.2":                        {both, svid, "", tls.VersionTLS12, 0},
+		"certificate":                   {certOnly, svid, "", tls.VersionTLS13, 200},
+		"certificate, tokens accepted":  {both, svid, "", tls.VersionTLS13, 200},
+		"token":                         {both, nil, jwt, tls.VersionTLS13, 200},
+		"both":                          {both, svid, jwt, tls.VersionTLS13, 401},
+		"neither":                       {both, nil, "", tls.VersionTLS13, 401},
+		"neither, certificate required": {certOnly, nil, "", tls.VersionTLS13, 0},
+		"token, certificate required":   {certOnly, nil, jwt, tls.VersionTLS13, 0},
+		"foreign certificate":           {both, foreign.Source(foreign.ID("/agent/a")), "", tls.VersionTLS13, 0},
+		"TLS 1.2":                       {both, svid, "", tls.VersionTLS12, 0},
 	} {
 		a := newAttestor(t, row.config)
 		url := serve(t, a, a.ServerTLS(), attest.Limits{})
@@ -272,8 +272,8 @@ func TestServerTLS(t *testing.T) {
 	}
 }
 
-// TestOwnSVIDPastItsEnd shows no certificate rather than a stale one.
-func TestOwnSVIDPastItsEnd(t *testing.T) {
+// TestOwnSVIDExpired checks that the server presents no certificate rather than an expired one.
+func TestOwnSVIDExpired(t *testing.T) {
 	c := &clock{start}
 	s := newWorkload(t, c)
 	svid, err := s.X509SVID(s.ID("/pawl"))
@@ -289,6 +289,6 @@ func TestOwnSVIDPastItsEnd(t *testing.T) {
 	}
 	c.advance(time.Second)
 	if _, err := server.GetCertificate(nil); err == nil {
-		t.Error("GetCertificate at its end = nil error, want one")
+		t.Error("GetCertificate at its expiry = nil error, want one")
 	}
 }

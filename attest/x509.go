@@ -16,16 +16,16 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// maxCertificates is how long a presented chain may be: each costs a signature check.
+// maxCertificates is the limit of a presented chain. Each certificate costs a signature check.
 const maxCertificates = 8
 
-// RSA keys outside these bounds are weak, or slow on purpose.
+// The bounds of RSA keys: a shorter key is weak, a longer one may be an attempt to slow us down.
 const (
 	minRSA = 2048 // bits
 	maxRSA = 4096
 )
 
-// certificate verifies a chain as its TLS peer presented it, leaf first.
+// certificate verifies the chain that the TLS peer presented, leaf first.
 func (a *Attestor) certificate(certs []*x509.Certificate) (broker.Caller, error) {
 	if len(certs) > maxCertificates {
 		return broker.Caller{}, refuse("more than %d certificates", maxCertificates)
@@ -56,29 +56,29 @@ func (a *Attestor) certificate(certs []*x509.Certificate) (broker.Caller, error)
 
 func noBundle(td spiffeid.TrustDomain, err error) error {
 	return broker.Errorf(broker.Unavailable, "identify",
-		"the trust bundle of %q is not at hand", td.Name()).Because(err)
+		"the trust bundle of %q is not available", td.Name()).Because(err)
 }
 
-// verifyChain checks signatures and times. What it returns holds as long as the clock is
-// inside its window and the pool is the current one.
+// verifyChain checks signatures and times. The result stays valid within its validity period, for as long as the pool
+// is current.
 func verifyChain(id spiffeid.ID, certs []*x509.Certificate, roots *pool, now time.Time) (vouched, error) {
 	leaf := certs[0]
 	if now.Before(leaf.NotBefore) {
 		return vouched{}, refuse("the client certificate is not valid yet")
 	}
 	if !now.Before(leaf.NotAfter) {
-		return vouched{}, refuse("the client certificate is past its end").With(broker.CodeExpired)
+		return vouched{}, refuse("the client certificate has expired").With(broker.CodeExpired)
 	}
-	between := x509.NewCertPool()
+	intermediates := x509.NewCertPool()
 	for _, c := range certs[1:] {
-		between.AddCert(c)
+		intermediates.AddCert(c)
 	}
 	chains, err := leaf.Verify(x509.VerifyOptions{
-		Roots: roots.certs, Intermediates: between, CurrentTime: now,
+		Roots: roots.certs, Intermediates: intermediates, CurrentTime: now,
 		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	})
 	if err != nil {
-		return vouched{}, refuse("the client certificate does not lead to a current authority of %q",
+		return vouched{}, refuse("the client certificate does not chain to a current authority of %q",
 			id.TrustDomain().Name()).Because(err)
 	}
 	v := vouched{
@@ -88,7 +88,7 @@ func verifyChain(id spiffeid.ID, certs []*x509.Certificate, roots *pool, now tim
 			Key: sha256.Sum256(leaf.RawSubjectPublicKeyInfo),
 		},
 	}
-	for _, c := range chains[0] { // one good chain is enough, and is what the window is about
+	for _, c := range chains[0] { // one valid chain is enough, and it determines the validity period
 		v.from, v.until = later(v.from, c.NotBefore), earlier(v.until, c.NotAfter)
 	}
 	return v, nil
@@ -108,8 +108,7 @@ func earlier(a, b time.Time) time.Time {
 	return b
 }
 
-// leafID applies the rules for a leaf that need no key (X509-SVID standard, sections 2 to 4)
-// and gives its ID.
+// leafID checks the rules for a leaf that need no key (X509-SVID standard, sections 2 to 4) and returns its ID.
 func leafID(leaf *x509.Certificate) (spiffeid.ID, error) {
 	names, err := uriNames(leaf)
 	if err != nil {
@@ -119,13 +118,13 @@ func leafID(leaf *x509.Certificate) (spiffeid.ID, error) {
 	case len(names) != 1:
 		return spiffeid.ID{}, errors.New("it must have exactly one URI name")
 	case leaf.IsCA:
-		return spiffeid.ID{}, errors.New("it is an authority's")
+		return spiffeid.ID{}, errors.New("it is an authority's certificate")
 	case leaf.KeyUsage&(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0:
 		return spiffeid.ID{}, errors.New("its key may sign certificates")
 	case leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0:
 		return spiffeid.ID{}, errors.New("its key may not sign")
 	case !goodKey(leaf.PublicKey):
-		return spiffeid.ID{}, errors.New("its key is of a kind or size that is not accepted")
+		return spiffeid.ID{}, errors.New("its key has an unsupported type or size")
 	}
 	id, err := ParseID(names[0])
 	if err != nil {
@@ -148,12 +147,11 @@ func goodKey(key any) bool {
 
 var oidSubjectAltName = asn1.ObjectIdentifier{2, 5, 29, 17}
 
-// uriNames gives the URI names as they are in the certificate. Certificate.URIs are URLs that
-// were taken apart and put together again, which makes spiffe:// of SPIFFE:// and drops an
-// empty fragment.
+// uriNames returns the URI names exactly as they are in the certificate. Certificate.URIs are parsed URLs: they turn
+// SPIFFE:// into spiffe:// and drop an empty fragment.
 func uriNames(cert *x509.Certificate) (names []string, err error) {
 	const uriTag = 6 // RFC 5280 section 4.2.1.6
-	malformed := errors.New("its names cannot be read")
+	malformed := errors.New("its names cannot be parsed")
 	for _, ext := range cert.Extensions {
 		if !ext.Id.Equal(oidSubjectAltName) {
 			continue
@@ -178,26 +176,25 @@ func uriNames(cert *x509.Certificate) (names []string, err error) {
 func chainDigest(certs []*x509.Certificate) (sum [32]byte) {
 	h := sha256.New()
 	for _, c := range certs {
-		h.Write(c.Raw) // DER carries its own length
+		h.Write(c.Raw) // DER includes its own length
 	}
 	h.Sum(sum[:0])
 	return sum
 }
 
-// pool is one version of a trust domain's authorities. Its address is the version.
+// pool is one version of a trust domain's authorities. Its address identifies the version.
 type pool struct {
 	authorities []*x509.Certificate
 	certs       *x509.CertPool
 }
 
-// pools holds the latest version for each trust domain. Making a pool costs far more than
-// seeing that nothing changed.
+// pools holds the latest pool of each trust domain. A comparison of the authorities is far cheaper than a new pool.
 type pools struct {
 	mu     sync.Mutex // guards latest
 	latest map[spiffeid.TrustDomain]*pool
 }
 
-// of gives the pool of exactly these authorities, the same one as long as they stay the same.
+// of returns the pool of exactly these authorities. It is the same pool until the authorities change.
 func (p *pools) of(td spiffeid.TrustDomain, authorities []*x509.Certificate) *pool {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -13,8 +13,8 @@ import (
 	"github.com/pawlsec/pawl/attest"
 )
 
-// FuzzURINames holds that of a certificate which the standard library reads, names are the URIs
-// that it finds, one for one: a name that only one of the two sees would be somebody else's.
+// FuzzURINames checks that uriNames and the standard library find the same URIs in a certificate. A difference between
+// the two would allow impersonation.
 func FuzzURINames(f *testing.F) {
 	uri := func(s string) []byte { return append([]byte{0x86, byte(len(s))}, s...) }
 	seq := func(names ...[]byte) []byte {

@@ -25,7 +25,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 )
 
-// issuer signs whatever a test asks for.
+// issuer is an authority that signs any certificate.
 type issuer struct {
 	t    testing.TB
 	cert *x509.Certificate
@@ -60,7 +60,7 @@ func (ca *issuer) sign(template, parent *x509.Certificate, pub crypto.PublicKey)
 	return cert
 }
 
-// intermediate is an authority below ca.
+// intermediate returns an authority below ca.
 func (ca *issuer) intermediate(change func(*x509.Certificate)) *issuer {
 	template := caTemplate()
 	template.Subject.CommonName = "intermediate"
@@ -72,7 +72,7 @@ func (ca *issuer) intermediate(change func(*x509.Certificate)) *issuer {
 	return below
 }
 
-// leaf is a good X.509-SVID but for the change.
+// leaf returns a good X.509-SVID with a change.
 func (ca *issuer) leaf(change func(*x509.Certificate)) *x509.Certificate {
 	template := &x509.Certificate{
 		NotBefore: start.Add(-time.Minute), NotAfter: start.Add(time.Hour),
@@ -94,12 +94,12 @@ func caTemplate() *x509.Certificate {
 	}
 }
 
-// trust is a Source for tests that need no SVID of ours.
+// trust is a Source without an SVID of ours.
 type trust struct{ *x509bundle.Bundle }
 
 func (trust) GetX509SVID() (*x509svid.SVID, error) { return nil, errors.New("no SVID") }
 
-// trustWith is a Source with one SVID for ever.
+// trustWith is a Source with one constant SVID.
 type trustWith struct {
 	*x509bundle.Bundle
 	x509svid.Source
@@ -111,7 +111,7 @@ func (ca *issuer) source() attest.Source {
 	return trust{x509bundle.FromX509Authorities(td, []*x509.Certificate{ca.cert})}
 }
 
-// names gives a certificate exactly these URI names, unparsed, in place of its own.
+// names replaces a certificate's URI names with exactly these, unparsed.
 func names(uris ...string) func(*x509.Certificate) {
 	return func(c *x509.Certificate) {
 		var list []asn1.RawValue
@@ -131,7 +131,7 @@ func key(pub crypto.PublicKey) func(*x509.Certificate) {
 	return func(c *x509.Certificate) { c.PublicKey = pub }
 }
 
-func rsaKey(bits uint) *rsa.PublicKey { // a number of that size: nobody signs with it
+func rsaKey(bits uint) *rsa.PublicKey { // only a number of that size: no test signs with it
 	n := new(big.Int).Lsh(big.NewInt(1), bits-1)
 	return &rsa.PublicKey{N: n.Add(n, big.NewInt(1)), E: 65537}
 }
@@ -221,7 +221,7 @@ func TestCertificates(t *testing.T) {
 	}
 }
 
-// TestIntermediateEndsFirst lets an intermediate run out under a remembered leaf.
+// TestIntermediateEndsFirst lets the intermediate of a cached caller expire.
 func TestIntermediateEndsFirst(t *testing.T) {
 	ca, c := newIssuer(t), &clock{start}
 	short := ca.intermediate(func(c *x509.Certificate) { c.NotAfter = start.Add(time.Minute) })
@@ -232,5 +232,5 @@ func TestIntermediateEndsFirst(t *testing.T) {
 	}
 	c.advance(time.Minute + time.Second)
 	_, err := a.Identify(r)
-	refused(t, "intermediate past its end", err, broker.Unauthenticated)
+	refused(t, "expired intermediate", err, broker.Unauthenticated)
 }
