@@ -17,8 +17,8 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 )
 
-// api answers on one socket. Profiles of the Workload API that it lacks (WIT-SVID) answer
-// Unimplemented, as the standard wants.
+// api serves one socket. For a profile of the Workload API that it lacks (WIT-SVID) it returns Unimplemented, as the
+// standard requires.
 type api struct {
 	pb.UnimplementedSpiffeWorkloadAPIServer
 	server   *Server
@@ -29,7 +29,7 @@ func always(id spiffeid.ID) func(context.Context) []spiffeid.ID {
 	return func(context.Context) []spiffeid.ID { return []spiffeid.ID{id} }
 }
 
-// peerIDs asks Config.Identify about the process that the kernel saw connecting.
+// peerIDs calls Config.Identify with the process that connected, as the kernel reports it.
 func (s *Server) peerIDs(ctx context.Context) []spiffeid.ID {
 	if p, ok := peer.FromContext(ctx); ok {
 		if info, ok := p.AuthInfo.(peerInfo); ok {
@@ -39,7 +39,7 @@ func (s *Server) peerIDs(ctx context.Context) []spiffeid.ID {
 	return nil
 }
 
-// requireHeader keeps out requests that something was tricked into making (SPIFFE Workload
+// requireHeader rejects requests without the security header, as a defence against request forgery (SPIFFE Workload
 // Endpoint, section 6.1).
 func requireHeader(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
 	if err := checkHeader(ctx); err != nil {
@@ -70,8 +70,7 @@ func (a api) ids(ctx context.Context) ([]spiffeid.ID, error) {
 	return ids, nil
 }
 
-// push sends now, after every rotation, and when half of an SVID's life is over, until the
-// client goes away.
+// push sends now, after every rotation, and at half of an SVID's lifetime, until the client disconnects.
 func (a api) push(ctx context.Context, send func([]spiffeid.ID) error) error {
 	for {
 		changed := a.server.wait() // before sending: a rotation in between is not missed
@@ -91,7 +90,7 @@ func (a api) push(ctx context.Context, send func([]spiffeid.ID) error) error {
 	}
 }
 
-// FetchX509SVID streams the SVIDs of the caller, each with its trust domain's bundle.
+// FetchX509SVID streams the caller's SVIDs, each with the bundle of its trust domain.
 func (a api) FetchX509SVID(_ *pb.X509SVIDRequest, stream grpc.ServerStreamingServer[pb.X509SVIDResponse]) error {
 	return a.push(stream.Context(), func(ids []spiffeid.ID) error {
 		bundle, resp := a.bundleDER(), new(pb.X509SVIDResponse)
@@ -136,7 +135,7 @@ func (a api) bundleDER() []byte {
 	return slices.Concat(der...)
 }
 
-// FetchJWTSVID signs a JWT-SVID for each of the caller's identities, or for the one asked for.
+// FetchJWTSVID signs a JWT-SVID for each of the caller's identities, or for the requested one.
 func (a api) FetchJWTSVID(ctx context.Context, req *pb.JWTSVIDRequest) (*pb.JWTSVIDResponse, error) {
 	if len(req.Audience) == 0 || slices.Contains(req.Audience, "") {
 		return nil, status.Error(codes.InvalidArgument, "audience must be specified")
@@ -162,7 +161,7 @@ func (a api) FetchJWTSVID(ctx context.Context, req *pb.JWTSVIDRequest) (*pb.JWTS
 	return resp, nil
 }
 
-// ValidateJWTSVID checks a JWT-SVID of this server for an audience.
+// ValidateJWTSVID validates a JWT-SVID of this server for an audience.
 func (a api) ValidateJWTSVID(ctx context.Context, req *pb.ValidateJWTSVIDRequest) (*pb.ValidateJWTSVIDResponse, error) {
 	if req.Audience == "" {
 		return nil, status.Error(codes.InvalidArgument, "audience must be specified")

@@ -22,8 +22,8 @@ import (
 )
 
 const (
-	authorityTTL = 365 * 24 * time.Hour // it ends with the process anyway
-	backdate     = 10 * time.Second     // for peers whose clock is behind
+	authorityTTL = 365 * 24 * time.Hour // its keys end with the process anyway
+	backdate     = 10 * time.Second     // for peers with a clock that is behind
 )
 
 // authority is one generation of signing keys.
@@ -57,7 +57,7 @@ func (s *Server) newAuthority() (authority, error) {
 	return authority{cert: cert, key: key, jwtKey: jwtKey, kid: rand.Text()}, err
 }
 
-// sign makes a certificate with a random serial number. A nil parent means self-signed.
+// sign creates a certificate with a random serial number. A nil parent means self-signed.
 func sign(template, parent *x509.Certificate, pub *ecdsa.PublicKey, signer *ecdsa.PrivateKey) (*x509.Certificate, error) {
 	if parent == nil {
 		parent = template
@@ -69,15 +69,15 @@ func sign(template, parent *x509.Certificate, pub *ecdsa.PublicKey, signer *ecds
 	return x509.ParseCertificate(der)
 }
 
-// Rotate gives every identity a new X.509-SVID from the current authority and pushes it.
+// Rotate issues a new X.509-SVID to every identity from the current authority and pushes it.
 func (s *Server) Rotate() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.changeLocked()
 }
 
-// RotateAuthority makes a new certificate authority and JWT key, which sign from now on, and
-// pushes new SVIDs. The old ones stay in the bundle until Retire.
+// RotateAuthority creates a new certificate authority and JWT key, which sign from now on, and pushes new SVIDs. The
+// old ones stay in the bundle until Retire.
 func (s *Server) RotateAuthority() error {
 	next, err := s.newAuthority()
 	if err != nil {
@@ -90,7 +90,7 @@ func (s *Server) RotateAuthority() error {
 	return nil
 }
 
-// Retire takes every authority but the current one out of the bundle and pushes that.
+// Retire removes every authority but the current one from the bundle and pushes the bundle.
 func (s *Server) Retire() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -104,15 +104,15 @@ func (s *Server) changeLocked() {
 	s.changed = make(chan struct{})
 }
 
-// wait gives the channel that the next rotation closes.
+// wait returns the channel that the next rotation closes.
 func (s *Server) wait() <-chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.changed
 }
 
-// X509SVID is the identity's current X.509-SVID: the same until it is rotated or half of its
-// life is over.
+// X509SVID returns the identity's current X.509-SVID. It stays the same until it is rotated or reaches half of its
+// lifetime.
 func (s *Server) X509SVID(id spiffeid.ID) (*x509svid.SVID, error) {
 	if err := s.member(id); err != nil {
 		return nil, err
@@ -129,7 +129,8 @@ func (s *Server) X509SVID(id spiffeid.ID) (*x509svid.SVID, error) {
 	}
 	signer := s.authorities[len(s.authorities)-1]
 	cert, err := sign(&x509.Certificate{
-		Subject:               pkix.Name{Organization: []string{"development"}, CommonName: path.Base(id.Path())}, // Vault's cert auth wants a name
+		// Vault's cert auth requires a common name.
+		Subject:               pkix.Name{Organization: []string{"development"}, CommonName: path.Base(id.Path())},
 		URIs:                  []*url.URL{id.URL()},
 		NotBefore:             now.Add(-backdate),
 		NotAfter:              now.Add(s.ttl),
@@ -144,7 +145,7 @@ func (s *Server) X509SVID(id spiffeid.ID) (*x509svid.SVID, error) {
 	return s.svids[id], nil
 }
 
-// JWTSVID signs a new JWT-SVID (ES256) of the identity for at least one audience.
+// JWTSVID signs a new JWT-SVID (ES256) of the identity. At least one audience is required.
 func (s *Server) JWTSVID(id spiffeid.ID, audience ...string) (string, error) {
 	if err := s.member(id); err != nil {
 		return "", err
@@ -171,27 +172,26 @@ func (s *Server) JWTSVID(id spiffeid.ID, audience ...string) (string, error) {
 	}).Serialize()
 }
 
-// Bundle is the trust bundle as it is now, X.509 and JWT authorities both.
+// Bundle returns the current trust bundle, with the X.509 and JWT authorities.
 func (s *Server) Bundle() *spiffebundle.Bundle {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	b := spiffebundle.New(s.td)
 	for _, a := range s.authorities {
 		b.AddX509Authority(a.cert)
-		_ = b.AddJWTAuthority(a.kid, &a.jwtKey.PublicKey) // fails for an empty kid only
+		_ = b.AddJWTAuthority(a.kid, &a.jwtKey.PublicKey) // fails only for an empty kid
 	}
 	return b
 }
 
-// Source is what an identity has from the Workload API: its SVID and the bundles, always the
-// current ones. It stands in for workloadapi.X509Source and for the bundles of
+// Source provides an identity's current SVID and bundles. It replaces a workloadapi.X509Source and the bundles of a
 // workloadapi.JWTSource.
 type Source struct {
 	server *Server
 	id     spiffeid.ID
 }
 
-// Source gives the identity's view without a socket.
+// Source returns the identity's SVID and bundles without a socket.
 func (s *Server) Source(id spiffeid.ID) Source { return Source{s, id} }
 
 // GetX509SVID implements x509svid.Source.

@@ -9,8 +9,8 @@ import (
 	"google.golang.org/grpc/credentials"
 )
 
-// peerCredentials are transport credentials that take the word of the kernel for who is at
-// the other end of a unix socket. They protect nothing: the bytes stay on this machine.
+// peerCredentials are transport credentials that identify the peer of a unix socket by the kernel's report. They
+// encrypt nothing: the bytes stay on this machine.
 type peerCredentials struct{}
 
 type peerInfo struct{ Peer }
@@ -18,7 +18,7 @@ type peerInfo struct{ Peer }
 // AuthType names the kind of credential.
 func (peerInfo) AuthType() string { return "unix-peer" }
 
-// ServerHandshake asks the kernel.
+// ServerHandshake reads the peer's credentials from the kernel.
 func (peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	unix, ok := conn.(*net.UnixConn)
 	if !ok {
@@ -29,17 +29,17 @@ func (peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.Aut
 		return nil, nil, fmt.Errorf("reaching the socket: %w", err)
 	}
 	var p Peer
-	var asked error
-	if err := raw.Control(func(fd uintptr) { p, asked = peerOf(int(fd)) }); err != nil {
+	var peerErr error
+	if err := raw.Control(func(fd uintptr) { p, peerErr = peerOf(int(fd)) }); err != nil {
 		return nil, nil, fmt.Errorf("reaching the socket: %w", err)
 	}
-	if asked != nil {
-		return nil, nil, fmt.Errorf("asking for the peer's credentials: %w", asked)
+	if peerErr != nil {
+		return nil, nil, fmt.Errorf("reading the peer's credentials: %w", peerErr)
 	}
 	return conn, peerInfo{p}, nil
 }
 
-// ClientHandshake is the server's counterpart and never used.
+// ClientHandshake always fails: these credentials are for servers.
 func (peerCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	return nil, nil, errors.New("peer credentials are for servers")
 }
@@ -49,7 +49,7 @@ func (peerCredentials) Info() credentials.ProtocolInfo {
 	return credentials.ProtocolInfo{SecurityProtocol: "unix-peer"}
 }
 
-// Clone copies them.
+// Clone returns a copy.
 func (c peerCredentials) Clone() credentials.TransportCredentials { return c }
 
 // OverrideServerName does nothing: there is no name to verify.

@@ -1,10 +1,10 @@
-// Package workload is a SPIFFE Workload API server for development and tests: the identities
-// of one trust domain, from keys that live in memory and end with the process.
+// Package workload is a SPIFFE Workload API server for development and tests. It issues the identities of one trust
+// domain. Its keys live in memory and end with the process.
 //
-// Two kinds of socket lead in. [Server.Listen] asks the kernel which process connected and
-// Config.Identify who that is, as a real agent does. [Server.Socket] is one identity to
-// everybody who reaches it, so that several can live in one process. [Server.Source] is the
-// same without a socket. Everything connected sees a rotation at once.
+// There are two kinds of socket. [Server.Listen] identifies a client like a real agent does: the kernel reports the
+// process, and Config.Identify maps it to identities. [Server.Socket] gives every client the same identity, so that one
+// process can have several. [Server.Source] does the same without a socket. A rotation is pushed to all clients at
+// once.
 package workload
 
 import (
@@ -24,19 +24,19 @@ import (
 	"google.golang.org/grpc"
 )
 
-// DefaultSVIDTTL is the life of an SVID where Config does not say.
-const DefaultSVIDTTL = 5 * time.Minute
+// defaultSVIDTTL is the default lifetime of an SVID.
+const defaultSVIDTTL = 5 * time.Minute
 
-// Config is what a [Server] is made of.
+// Config configures a [Server].
 type Config struct {
 	TrustDomain string                   // its name, without scheme; required
-	SVIDTTL     time.Duration            // life of X.509- and JWT-SVIDs; zero means DefaultSVIDTTL
+	SVIDTTL     time.Duration            // lifetime of X.509- and JWT-SVIDs; zero means 5 min
 	Now         func() time.Time         // nil means time.Now
-	Identify    func(Peer) []spiffeid.ID // who a process on a Listen socket is, the default first; nil means nobody
+	Identify    func(Peer) []spiffeid.ID // identities of a client of Listen, the default first; nil means none
 }
 
-// Peer is a process at the other end of a unix socket, as the kernel gave it when the process
-// connected. A pid may since have passed to another process: good enough for development.
+// Peer is the process at the other end of a unix socket, as the kernel reported it at the time of the connection. The
+// kernel may have reused the pid since: good enough for development.
 type Peer struct {
 	UID, GID uint32
 	PID      int32
@@ -49,19 +49,19 @@ type Server struct {
 	now      func() time.Time
 	identify func(Peer) []spiffeid.ID
 
-	mu          sync.Mutex  // guards what follows
+	mu          sync.Mutex  // guards the fields below
 	authorities []authority // oldest first; the last one signs
 	svids       map[spiffeid.ID]*x509svid.SVID
-	changed     chan struct{} // closed, and replaced, at every rotation
+	changed     chan struct{} // closed and replaced at every rotation
 	sockets     map[spiffeid.ID]string
-	dir         string // of the sockets; empty until the first
+	dir         string // of the sockets; empty until there is one
 	closed      bool
 
 	servers []*grpc.Server
 	serving sync.WaitGroup
 }
 
-// New makes a server with a first authority. Nothing listens yet.
+// New returns a server with a first authority. It does not listen yet.
 func New(c Config) (*Server, error) {
 	td, err := spiffeid.TrustDomainFromString(c.TrustDomain)
 	if err != nil || td.Name() != c.TrustDomain {
@@ -71,7 +71,7 @@ func New(c Config) (*Server, error) {
 		return nil, errors.New("workload: SVIDTTL is negative")
 	}
 	if c.SVIDTTL == 0 {
-		c.SVIDTTL = DefaultSVIDTTL
+		c.SVIDTTL = defaultSVIDTTL
 	}
 	if c.Now == nil {
 		c.Now = time.Now
@@ -86,16 +86,12 @@ func New(c Config) (*Server, error) {
 	return s, s.RotateAuthority()
 }
 
-// TrustDomain is the server's trust domain.
-func (s *Server) TrustDomain() spiffeid.TrustDomain { return s.td }
-
-// ID is the SPIFFE ID with the given path ("/agent/planner") in the server's trust domain. It
-// panics when the path is not valid: paths given here are literals.
+// ID returns the SPIFFE ID with the given path ("/agent/planner") in the server's trust domain. It panics if the path
+// is not valid: callers must pass a literal.
 func (s *Server) ID(path string) spiffeid.ID { return spiffeid.RequireFromPath(s.td, path) }
 
-// Listen serves the Workload API on a unix socket at path, where a process is who
-// Config.Identify says. Every local user may connect. It gives the address for
-// SPIFFE_ENDPOINT_SOCKET.
+// Listen serves the Workload API on a unix socket at path. Config.Identify determines the identities of each client.
+// Every local user may connect. Listen returns the address for SPIFFE_ENDPOINT_SOCKET.
 func (s *Server) Listen(path string) (addr string, err error) {
 	if path, err = filepath.Abs(path); err != nil {
 		return "", fmt.Errorf("workload: resolving the socket's path: %w", err)
@@ -106,8 +102,8 @@ func (s *Server) Listen(path string) (addr string, err error) {
 	return s.listenLocked(path, 0o666, api{server: s, identify: s.peerIDs}, grpc.Creds(peerCredentials{}))
 }
 
-// removeStale takes away a socket that a killed process has left behind. One in use stays, and
-// so does whatever is not a socket: then listening fails.
+// removeStale removes a socket that a killed process has left behind. It keeps a socket in use and any other kind of
+// file: Listen then fails.
 func removeStale(path string) {
 	info, err := os.Lstat(path)
 	if err != nil || info.Mode().Type() != os.ModeSocket {
@@ -115,15 +111,15 @@ func removeStale(path string) {
 	}
 	conn, err := net.Dial("unix", path)
 	if err == nil {
-		_ = conn.Close() // it only had to answer
+		_ = conn.Close() // it only proved that the socket is in use
 	} else if errors.Is(err, syscall.ECONNREFUSED) {
-		_ = os.Remove(path) // listening tells better what is wrong
+		_ = os.Remove(path) // net.Listen returns a clearer error
 	}
 }
 
-// Socket serves the Workload API on a unix socket of its own, where everybody who connects is
-// id; only the user running this process can. It gives the address for
-// SPIFFE_ENDPOINT_SOCKET, the same one when asked again.
+// Socket serves the Workload API on a separate unix socket, on which every client has the identity id. Only the user of
+// this process can connect. Socket returns the address for SPIFFE_ENDPOINT_SOCKET. A second call with the same id
+// returns the same address.
 func (s *Server) Socket(id spiffeid.ID) (addr string, err error) {
 	if err := s.member(id); err != nil {
 		return "", err
@@ -155,17 +151,17 @@ func (s *Server) listenLocked(path string, mode os.FileMode, a api, opts ...grpc
 		return "", fmt.Errorf("workload: listening: %w", err)
 	}
 	if err := os.Chmod(path, mode); err != nil {
-		_ = l.Close() // the chmod's error is the one to tell
+		_ = l.Close() // the error of chmod is returned
 		return "", fmt.Errorf("workload: opening the socket to clients: %w", err)
 	}
 	g := grpc.NewServer(append(opts, grpc.UnaryInterceptor(requireHeader), grpc.StreamInterceptor(requireHeaderOfStream))...)
 	pb.RegisterSpiffeWorkloadAPIServer(g, a)
 	s.servers = append(s.servers, g)
-	s.serving.Go(func() { _ = g.Serve(l) }) // ends with Close; a listener that breaks is seen by its clients
+	s.serving.Go(func() { _ = g.Serve(l) }) // ends with Close; its clients notice a broken listener
 	return "unix://" + path, nil
 }
 
-// Close ends every stream, removes the sockets, and returns when nothing runs any more.
+// Close ends every stream and removes the sockets. It returns when all goroutines have ended.
 func (s *Server) Close() error {
 	s.mu.Lock()
 	s.closed = true
@@ -182,7 +178,7 @@ func (s *Server) Close() error {
 	return os.RemoveAll(dir)
 }
 
-// member refuses an identity that is not a workload's of the trust domain.
+// member returns an error if the identity is not a workload of the trust domain.
 func (s *Server) member(id spiffeid.ID) error {
 	if !id.MemberOf(s.td) || id.Path() == "" {
 		return fmt.Errorf("workload: %q is not a workload of trust domain %q", id, s.td.Name())

@@ -74,7 +74,7 @@ func leaf(t *testing.T, source x509svid.Source) *x509.Certificate {
 	return svid.Certificates[0]
 }
 
-// until waits for the source to be pushed something for which ok holds.
+// until waits until a push to the source makes ok true.
 func until(t *testing.T, updated <-chan struct{}, what string, ok func() bool) {
 	t.Helper()
 	deadline := time.After(20 * time.Second)
@@ -135,7 +135,7 @@ func TestRotationIsPushed(t *testing.T) {
 		t.Fatalf("RotateAuthority = %v", err)
 	}
 	authorities := func() int {
-		b, err := source.GetX509BundleForTrustDomain(s.TrustDomain())
+		b, err := source.GetX509BundleForTrustDomain(s.ID("/agent/a").TrustDomain())
 		if err != nil {
 			t.Fatalf("GetX509BundleForTrustDomain = %v", err)
 		}
@@ -171,7 +171,7 @@ func TestSVIDIsRenewedAtHalfLife(t *testing.T) {
 	}
 }
 
-// TestStreamRenewsByItself sees a push that no Rotate caused.
+// TestStreamRenewsByItself waits for a push without a call of Rotate.
 func TestStreamRenewsByItself(t *testing.T) {
 	s := newServer(t, workload.Config{SVIDTTL: 2 * time.Second})
 	source := x509Source(t, socket(t, s, "/agent/a"))
@@ -244,7 +244,7 @@ func TestValidateJWTSVID(t *testing.T) {
 	}
 	now = now.Add(5*time.Minute + time.Second)
 	if _, err := client.ValidateJWTSVID(soon(t), token, "pawl"); status.Code(err) != codes.InvalidArgument {
-		t.Errorf("ValidateJWTSVID past its end = %v, want InvalidArgument", err)
+		t.Errorf("ValidateJWTSVID of an expired one = %v, want InvalidArgument", err)
 	}
 }
 
@@ -284,7 +284,7 @@ func TestPeerCredentials(t *testing.T) {
 	}
 	known = false
 	if _, err := client.FetchX509SVID(soon(t)); status.Code(err) != codes.PermissionDenied {
-		t.Errorf("FetchX509SVID by a stranger = %v, want PermissionDenied", err)
+		t.Errorf("FetchX509SVID by an unknown process = %v, want PermissionDenied", err)
 	}
 }
 
@@ -380,7 +380,7 @@ func TestClose(t *testing.T) {
 	}
 }
 
-// One process that is two workloads, each with a socket as a real one would have.
+// One process with two identities, each on its own socket, like two real workloads.
 func Example() {
 	server, err := workload.New(workload.Config{TrustDomain: "example.org"})
 	if err != nil {
@@ -390,7 +390,7 @@ func Example() {
 
 	ctx := context.Background()
 	for _, path := range []string{"/pawl", "/agent/planner"} {
-		addr, err := server.Socket(server.ID(path)) // what SPIFFE_ENDPOINT_SOCKET holds elsewhere
+		addr, err := server.Socket(server.ID(path)) // in production: the value of SPIFFE_ENDPOINT_SOCKET
 		if err != nil {
 			panic(err)
 		}

@@ -47,7 +47,7 @@ func TestFromEnvironment(t *testing.T) {
 	broker, planner := ids.Source(ids.ID("/pawl")), ids.ID("/planner")
 	seen := make(chan string, 1)
 	s := newScript(t)
-	config := tlsconfig.MTLSServerConfig(broker, broker, tlsconfig.AuthorizeMemberOf(ids.TrustDomain()))
+	config := tlsconfig.MTLSServerConfig(broker, broker, tlsconfig.AuthorizeMemberOf(planner.TrustDomain()))
 	l, err := tls.Listen("tcp", "127.0.0.1:0", config)
 	if err != nil {
 		t.Fatal(err)
