@@ -14,10 +14,10 @@ import (
 	"github.com/pawlsec/pawl/store/bolt"
 )
 
-// BenchmarkUpdate is the shape of issuing: each update reads and writes a grant's record (new
-// with every third update), the chain's list of what lives and the delegation's usage, and
-// appends an entry. Records have about 600 bytes. Random ids touch a page of the tree each;
-// ids in order of time share theirs, and the disk has less to write.
+// BenchmarkUpdate simulates issuing. Each update appends an entry, and reads and writes three records: a grant (a new
+// one with every third update), the chain's list of live grants, and the delegation's usage. Records have about 600
+// bytes. Each random id touches its own page of the tree. Ids in order of time share pages, and the disk has less to
+// write.
 func BenchmarkUpdate(b *testing.B) {
 	ids := []struct {
 		name string

@@ -1,17 +1,17 @@
-// Package bolt keeps the ledger in one file, for a broker that runs alone.
+// Package bolt stores the ledger in one file, for a broker with a single replica.
 //
-// Updates wait in a queue. One goroutine takes all that wait, runs each over what the ones
-// before it left, and commits them together in one bbolt transaction with one sync. An update
-// that fails leaves the others alone, and nobody waits for a timer.
+// Updates wait in a queue. One goroutine takes all that wait and runs them in order, each on the result of the ones
+// before it. It commits them together in one bbolt transaction with one sync. A failed update does not affect the
+// others. There is no timer: a commit starts as soon as the previous one ends.
 //
-// The file defends itself. Every record carries a digest, the audit log is a chain of digests,
-// and the head counts and sums up both. Open reads the whole file before it trusts any of it
-// and refuses one that was cut or changed: a ledger that lost a fence is worse than none.
+// The file detects damage. Every record has a digest, the audit log is a chain of digests, and the head has the count
+// and the checksum of both. Open reads the whole file before it trusts any of it, and refuses a truncated or changed
+// file: a ledger that lost a fence is worse than none.
 //
-// What a file cannot tell about itself: that it is an older copy, put back whole; that the disk
-// acknowledged the last commit and lost all of it; or that somebody who may write it made it
-// anew, digests included. For these the log's digest must be known elsewhere. Damage to pages
-// that are free and to the unused ends of others is not seen, and does nothing.
+// Three changes are not detectable from the file alone. An older copy may have replaced it. The disk may have
+// acknowledged the last commit and lost all of it. An attacker with write access may have rebuilt the file with all
+// digests. To detect these, compare the log's digest with one kept elsewhere. Damage to free pages and to unused parts
+// of pages is not detected, and has no effect.
 package bolt
 
 import (
@@ -29,30 +29,28 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Config says where the ledger is.
+// Config configures a [Ledger].
 type Config struct {
-	// Path of the file. Required; made with mode 0600 when it does not exist. Its directory
-	// must exist.
+	// Path of the file. Required. Open creates a missing file with mode 0600. Its directory must exist.
 	Path string
-	// LockTimeout is how long Open waits for another process to let go of the file.
-	// Zero: one second.
+	// LockTimeout is the time for which Open waits until another process releases the file. Zero: one second.
 	LockTimeout time.Duration
-	// Reserve is how many bytes of disk are kept in Path+".reserve", to be given up when the
-	// disk is full so that fences and endings can still be written. Zero: 64 MiB; negative: none.
+	// Reserve is the disk space in bytes that is kept in Path+".reserve". It is released when the disk is full, so that
+	// fences and endings can still be written. Zero: 64 MiB; negative: none.
 	Reserve int64
-	// Now is the clock that spaces out attempts to win the reserve back. Nil: time.Now.
+	// Now is the clock for the interval between attempts to reacquire the reserve. Nil: time.Now.
 	Now func() time.Time
 
 	fault func(stage) error // set by tests
 }
 
-// What Open and Update say. Each Update error below also wraps broker.ErrNotCommitted.
+// Errors of Open and Update. If Update returns one of these, its error also wraps broker.ErrNotCommitted.
 var (
 	ErrInUse    = errors.New("another process holds the ledger")
 	ErrNewer    = errors.New("the ledger was written by a newer version")
 	ErrDamaged  = errors.New("the ledger is damaged")
 	ErrDiskFull = errors.New("the disk is full: only fences and endings are written")
-	ErrStopped  = errors.New("the ledger stopped after a commit that failed and must be opened again")
+	ErrStopped  = errors.New("the ledger stopped after a failed commit and must be reopened")
 	ErrClosed   = errors.New("the ledger is closed")
 )
 
@@ -60,8 +58,7 @@ const (
 	schema         = 1
 	lockTimeout    = time.Second
 	defaultReserve = 64 << 20
-	// mapSize is address space, not memory or disk. As long as the file is smaller, growing it
-	// never has to wait for readers.
+	// mapSize is address space, not memory or disk. A smaller file can grow without waiting for readers.
 	mapSize = 16 << 30
 )
 
@@ -73,7 +70,7 @@ var (
 	keyHead       = []byte("head")
 )
 
-// Ledger is a broker.Ledger in a bbolt file.
+// Ledger implements broker.Ledger in a bbolt file.
 type Ledger struct {
 	path  string
 	db    *bbolt.DB
@@ -83,10 +80,10 @@ type Ledger struct {
 	head    head
 	reserve reserve
 
-	stopped atomic.Pointer[error] // why nothing is written any more
-	full    atomic.Bool           // the reserve is given up
-	wake    chan struct{}         // "look at the queue again"
-	done    chan struct{}         // closed when the writer is gone
+	stopped atomic.Pointer[error] // the reason why nothing is written; nil while the ledger runs
+	full    atomic.Bool           // the reserve was released
+	wake    chan struct{}         // signals that the queue or closed has changed
+	done    chan struct{}         // closed when the writer has ended
 
 	// mu guards the queue.
 	mu     sync.Mutex
@@ -96,9 +93,9 @@ type Ledger struct {
 
 var _ broker.Ledger = (*Ledger)(nil)
 
-// Open opens the ledger, or makes an empty one where there is no file. It reads and checks the
-// whole file first. Errors wrap ErrInUse, ErrNewer or ErrDamaged where they apply; a damaged
-// file is left as it is. A full disk does not keep a ledger from opening.
+// Open opens the ledger, or creates an empty one if there is no file. It reads and checks the whole file first. Errors
+// wrap ErrInUse, ErrNewer or ErrDamaged where they apply. A damaged file is left unchanged. A ledger also opens on a
+// full disk.
 func Open(c Config) (*Ledger, error) {
 	if c.Path == "" {
 		return nil, errors.New("opening a ledger: Path is empty")
@@ -123,7 +120,7 @@ func Open(c Config) (*Ledger, error) {
 	if err := l.open(c.LockTimeout); err != nil {
 		return nil, fmt.Errorf("opening ledger %q: %w", c.Path, explain(err))
 	}
-	switch err := l.reserve.take(); {
+	switch err := l.reserve.acquire(); {
 	case noRoom(err):
 		l.full.Store(true)
 	case err != nil:
@@ -138,8 +135,8 @@ func (l *Ledger) open(timeout time.Duration) error {
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		err = create(l.path)
-	case err == nil && info.Size() < int64(2*os.Getpagesize()): // an empty file too was a ledger once
-		err = fmt.Errorf("%w: it is cut to %d bytes", ErrDamaged, info.Size())
+	case err == nil && info.Size() < int64(2*os.Getpagesize()): // an empty file is a truncated ledger too
+		err = fmt.Errorf("%w: it is truncated to %d bytes", ErrDamaged, info.Size())
 	}
 	if err != nil {
 		return err
@@ -157,13 +154,13 @@ func (l *Ledger) open(timeout time.Duration) error {
 		return err
 	})
 	if err != nil {
-		_ = db.Close() // the first error is the one to tell
+		_ = db.Close() // the first error is returned
 	}
 	return err
 }
 
-// inspect checks the file under a lock that keeps writers out. It is done before bbolt reads
-// more than the meta pages, because bbolt trusts what it maps: a bad page number ends the process.
+// inspect checks the file under a lock that excludes writers. It must run before bbolt reads more than the meta pages:
+// bbolt trusts the mapped file, and a bad page number crashes the process.
 func inspect(path string, timeout time.Duration) error {
 	o := options(timeout)
 	o.ReadOnly = true
@@ -179,15 +176,15 @@ func inspect(path string, timeout time.Duration) error {
 func options(timeout time.Duration) *bbolt.Options {
 	return &bbolt.Options{
 		Timeout:         timeout,
-		NoFreelistSync:  true, // Open reads the whole file anyway; one thing less to be damaged
+		NoFreelistSync:  true, // Open reads the whole file anyway, and a list on disk could be damaged
 		FreelistType:    bbolt.FreelistMapType,
 		InitialMmapSize: mapSize,
 		NoStatistics:    true,
 	}
 }
 
-// create makes an empty ledger beside path and moves it there, so that a crash leaves either
-// no ledger or a whole one.
+// create makes an empty ledger at a temporary path and links it to path. A crash leaves either no ledger or a complete
+// one.
 func create(path string) error {
 	fresh := path + ".new"
 	if err := os.Remove(fresh); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -212,7 +209,7 @@ func create(path string) error {
 	if err := errors.Join(err, db.Close()); err != nil {
 		return err
 	}
-	if err := os.Link(fresh, path); err != nil { // unlike Rename, never over a ledger that appeared meanwhile
+	if err := os.Link(fresh, path); err != nil { // Rename would replace a ledger that appeared meanwhile
 		return err
 	}
 	if err := os.Remove(fresh); err != nil {
@@ -230,29 +227,29 @@ func syncDir(path string) error {
 	return errors.Join(dir.Sync(), dir.Close())
 }
 
-// explain turns bbolt's refusals into ours, with what to do.
+// explain converts bbolt's errors to ours, and adds advice.
 func explain(err error) error {
 	switch {
 	case errors.Is(err, berrors.ErrTimeout):
-		return fmt.Errorf("%w: stop it, or give this one another file", ErrInUse)
+		return fmt.Errorf("%w: stop it, or configure another file", ErrInUse)
 	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrChecksum),
 		errors.Is(err, berrors.ErrVersionMismatch):
 		err = fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	if errors.Is(err, ErrDamaged) {
-		return fmt.Errorf("%w; it is left untouched: keep it for inspection, put the newest good copy "+
-			"in its place, and treat every secret issued since that copy as alive", err)
+		return fmt.Errorf("%w; it is left unchanged: keep it for inspection, replace it with the newest good copy, "+
+			"and treat every secret issued since that copy as alive", err)
 	}
 	return err
 }
 
-// Close lets the updates that wait finish, then closes the file. Views must have returned.
+// Close waits for the queued updates, then closes the file. All Views must have returned.
 func (l *Ledger) Close() error {
 	l.mu.Lock()
 	already := l.closed
 	l.closed = true
 	l.mu.Unlock()
-	l.look()
+	l.notify()
 	<-l.done
 	if already {
 		return nil
@@ -263,8 +260,8 @@ func (l *Ledger) Close() error {
 	return nil
 }
 
-// Err says why the ledger does not take every Update: it wraps ErrStopped or ErrDiskFull. Nil
-// when it does.
+// Err returns the reason why the ledger refuses updates. It wraps ErrStopped, or ErrDiskFull if fences and endings are
+// still accepted. Nil means that every Update is accepted.
 func (l *Ledger) Err() error {
 	if err := l.stopped.Load(); err != nil {
 		return *err

@@ -27,7 +27,7 @@ func TestLedger(t *testing.T) {
 		})
 }
 
-// mustOpen opens a ledger that is closed with the test.
+// mustOpen opens a ledger and closes it at the end of the test.
 func mustOpen(t testing.TB, c bolt.Config) *bolt.Ledger {
 	t.Helper()
 	l, err := bolt.Open(c)

@@ -13,8 +13,7 @@ import (
 	"go.etcd.io/bbolt"
 )
 
-// The file format of bbolt, version 2, as far as reading needs it. Integers are in the
-// machine's own order.
+// The parts of bbolt's file format, version 2, that a reader needs. Integers are in native byte order.
 const (
 	magic      = 0xED0CDAED
 	format     = 2
@@ -27,12 +26,12 @@ const (
 	flagLeaf   = 0x02
 	flagBucket = 0x01 // of a leaf element
 
-	maxPages = 64 // of depth: a file of 2^63 bytes has fewer
+	maxDepth = 64 // of a tree, in pages: a file of 2^63 bytes needs fewer
 )
 
 var order = binary.NativeEndian
 
-// image is a ledger file under inspection. It trusts no number in it.
+// image is a ledger file under inspection. No number in the file is trusted.
 type image struct {
 	file     io.ReaderAt
 	pageSize uint64
@@ -40,13 +39,12 @@ type image struct {
 	freelist uint64
 	pages    uint64   // the high-water mark: pages below it may be in use
 	txid     uint64   // of the newest transaction
-	used     []uint64 // a bit for each page that was reached
+	used     []uint64 // one bit for each page that was reached
 }
 
-// checkFile reads the ledger at path without bbolt's help: every page that can be reached is
-// where it says, keys are in order, each record carries its seal, each audit entry follows from
-// the one before, and the head sums up exactly what is there. It takes about as long as reading
-// and hashing the file. Errors wrap ErrDamaged or ErrNewer.
+// checkFile checks the ledger at path without bbolt. Every reachable page has its own number, and keys are in order.
+// Each record has its seal, and each audit entry follows from the previous one. The head matches the records and
+// entries exactly. This takes about as long as reading and hashing the file. Errors wrap ErrDamaged or ErrNewer.
 func checkFile(path string) (head, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -64,8 +62,8 @@ func checkFile(path string) (head, error) {
 	return im.check()
 }
 
-// readImage reads the two meta pages. Both must be whole and of consecutive transactions: bbolt
-// would go on with the older one, without the last transaction, which may be a fence.
+// readImage reads the two meta pages. Both must be intact and of consecutive transactions. If one is damaged, bbolt
+// would use the older one, without the last transaction, which may be a fence.
 func readImage(f io.ReaderAt, size uint64) (*image, error) {
 	first, err := readMeta(f, 0)
 	if err != nil {
@@ -85,7 +83,7 @@ func readImage(f io.ReaderAt, size uint64) (*image, error) {
 	case im.freelist != noFreelist:
 		return nil, errors.New("another program wrote to it: there is a list of free pages")
 	case im.pages > size/im.pageSize:
-		return nil, fmt.Errorf("it is cut: %d bytes, and %d pages of %d are in use", size, im.pages, im.pageSize)
+		return nil, fmt.Errorf("it is truncated: %d bytes, and %d pages of %d are in use", size, im.pages, im.pageSize)
 	}
 	im.used = make([]uint64, im.pages/64+1)
 	return im, nil
@@ -113,12 +111,12 @@ func readMeta(f io.ReaderAt, at uint64) (*image, error) {
 	case order.Uint64(b[56:]) != sum.Sum64():
 		return nil, errors.New("its checksum is wrong")
 	case im.pageSize < 512 || im.pageSize > 1<<24 || im.pageSize&(im.pageSize-1) != 0:
-		return nil, fmt.Errorf("pages of %d bytes", im.pageSize)
+		return nil, fmt.Errorf("its page size is %d bytes", im.pageSize)
 	}
 	return im, nil
 }
 
-// check walks everything and recounts the head.
+// check walks all buckets and recomputes the head.
 func (im *image) check() (head, error) {
 	buckets := map[string][]byte{}
 	err := im.tree(im.root, bucketElements, func(key, val []byte) error {
@@ -157,44 +155,45 @@ func checkSchema(b []byte) error {
 	n, err := strconv.Atoi(string(b))
 	switch {
 	case err != nil || n < 1:
-		return fmt.Errorf("%w: it names no schema", ErrDamaged)
+		return fmt.Errorf("%w: it has no schema version", ErrDamaged)
 	case n > schema:
-		return fmt.Errorf("%w: it has schema %d, this one knows schemas up to %d; run the newer version", ErrNewer, n, schema)
+		return fmt.Errorf("%w: it has schema %d, this version supports schemas up to %d; run the newer version",
+			ErrNewer, n, schema)
 	}
 	return nil
 }
 
 // bucket walks the elements of a bucket, given its value in the root.
 func (im *image) bucket(val []byte, f func(key, val []byte) error) error {
-	if len(val) < 16 { // root page, sequence
+	if len(val) < 16 { // root page and sequence
 		return fmt.Errorf("%w: a bucket is missing", ErrDamaged)
 	}
 	if root := order.Uint64(val); root != 0 {
 		return im.tree(root, 0, f)
 	}
 	w := walk{im: im, f: f}
-	return w.end(w.node(val[16:], 0))
+	return damaged(w.node(val[16:], 0))
 }
 
-// bucketElements is the flags of each leaf element of the root.
+// bucketElements are the flags of each leaf element of the root.
 const bucketElements = flagBucket
 
 func (im *image) tree(root uint64, flags uint32, f func(key, val []byte) error) error {
 	w := walk{im: im, flags: flags, f: f}
-	return w.end(w.page(root, 0))
+	return damaged(w.page(root, 0))
 }
 
-// walk goes through one tree in order.
+// walk traverses one tree in order.
 type walk struct {
 	im    *image
-	flags uint32 // that each leaf element must have
+	flags uint32 // of each leaf element
 	f     func(key, val []byte) error
-	last  []byte // key seen last; nil: none yet
+	last  []byte // the previous key; nil: none yet
 	seen  bool
 }
 
-// end says that a damaged structure is one.
-func (w *walk) end(err error) error {
+// damaged makes err wrap ErrDamaged.
+func damaged(err error) error {
 	if err == nil || errors.Is(err, ErrDamaged) {
 		return err
 	}
@@ -209,7 +208,7 @@ func (w *walk) page(id uint64, depth int) error {
 	return w.node(b, depth)
 }
 
-// read gives page id with what overflows it, and marks it as used.
+// read returns page id with its overflow pages, and marks them as used.
 func (im *image) read(id uint64) ([]byte, error) {
 	if id < 2 || id >= im.pages {
 		return nil, fmt.Errorf("page %d is outside the file", id)
@@ -219,11 +218,11 @@ func (im *image) read(id uint64) ([]byte, error) {
 		return nil, err
 	}
 	if got := order.Uint64(b); got != id {
-		return nil, fmt.Errorf("page %d says it is page %d", id, got)
+		return nil, fmt.Errorf("page %d has the number %d", id, got)
 	}
 	n := 1 + uint64(order.Uint32(b[12:]))
 	if n > im.pages-id {
-		return nil, fmt.Errorf("page %d reaches outside the file", id)
+		return nil, fmt.Errorf("page %d extends beyond the file", id)
 	}
 	for i := id; i < id+n; i++ {
 		if im.used[i/64]>>(i%64)&1 != 0 {
@@ -240,8 +239,8 @@ func (im *image) read(id uint64) ([]byte, error) {
 }
 
 func (w *walk) node(b []byte, depth int) error {
-	if len(b) < pageHeader || depth > maxPages {
-		return errors.New("a page that cannot be")
+	if len(b) < pageHeader || depth > maxDepth {
+		return errors.New("a page is too short or nested too deep")
 	}
 	flags, count := order.Uint16(b[8:]), int(order.Uint16(b[10:]))
 	if flags != flagLeaf && flags != flagBranch || pageHeader+count*element > len(b) {
@@ -262,16 +261,16 @@ func (w *walk) node(b []byte, depth int) error {
 	return nil
 }
 
-// leaf visits one element of a leaf; at begins with it and holds the rest of the page.
+// leaf visits one element of a leaf. at is the rest of the page from that element on.
 func (w *walk) leaf(at []byte) error {
 	pos, ksize, vsize := uint64(order.Uint32(at[4:])), uint64(order.Uint32(at[8:])), uint64(order.Uint32(at[12:]))
 	if pos+ksize+vsize > uint64(len(at)) {
-		return errors.New("an element reaches outside its page")
+		return errors.New("an element extends beyond its page")
 	}
 	key, val := at[pos:pos+ksize], at[pos+ksize:pos+ksize+vsize]
 	switch {
 	case order.Uint32(at) != w.flags:
-		return errors.New("an element of the wrong kind")
+		return errors.New("an element has the wrong kind")
 	case ksize == 0 || w.seen && bytes.Compare(w.last, key) >= 0:
 		return errors.New("keys out of order")
 	}
@@ -279,18 +278,18 @@ func (w *walk) leaf(at []byte) error {
 	return w.f(key, val)
 }
 
-// branch visits the page under one element of a branch. All its keys must lie between this
-// element's and the next one's, or looking one up would miss it.
+// branch visits the page below one element of a branch. Its keys must lie between the keys of this element and the next
+// one: bbolt could not find any other key.
 func (w *walk) branch(at []byte, i, depth int) error {
 	pos, ksize, child := uint64(order.Uint32(at)), uint64(order.Uint32(at[4:])), order.Uint64(at[8:])
 	if pos+ksize > uint64(len(at)) || ksize > bbolt.MaxKeySize {
-		return errors.New("an element reaches outside its page")
+		return errors.New("an element extends beyond its page")
 	}
 	key := at[pos : pos+ksize]
 	if i > 0 && bytes.Compare(w.last, key) >= 0 {
 		return errors.New("keys out of order")
 	}
-	// No key below may be less than this one.
+	// The first key below must not be less than this element's.
 	inner := walk{im: w.im, flags: w.flags, f: w.f, last: w.last, seen: w.seen}
 	first := true
 	inner.f = func(k, v []byte) error {

@@ -1,6 +1,6 @@
 package bolt
 
-// Stage is where a fault strikes.
+// Stage is a point of the commit.
 type Stage = stage
 
 // The stages.
@@ -9,18 +9,18 @@ const (
 	AfterCommit  = afterCommit
 )
 
-// WithFault makes f decide what fails. It runs on the writer's goroutine and may block.
+// WithFault adds f, which returns the error to inject at a stage. It runs on the writer's goroutine and may block.
 func WithFault(c Config, f func(Stage) error) Config {
 	c.fault = f
 	return c
 }
 
-// Waiting is how many updates wait for the writer.
+// Waiting returns the number of updates in the queue.
 func (l *Ledger) Waiting() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return len(l.queue)
 }
 
-// Seal gives a record as it is stored.
+// Seal returns a record in stored form.
 func Seal(key, value string) []byte { return seal(key, []byte(value)) }

@@ -21,7 +21,7 @@ import (
 	"github.com/pawlsec/pawl/store/bolt"
 )
 
-// enter gives an update that puts key and appends an entry of op.
+// enter returns an update that puts key and appends an entry of op.
 func enter(op broker.Op, key string) func(broker.Tx) error {
 	return func(tx broker.Tx) error {
 		if _, err := tx.Append(broker.Entry{At: brokertest.Epoch, Actor: "test", Op: op, Detail: key}); err != nil {
@@ -31,7 +31,7 @@ func enter(op broker.Op, key string) func(broker.Tx) error {
 	}
 }
 
-// keys gives all keys of the ledger.
+// keys returns all keys of the ledger.
 func keys(t testing.TB, l broker.Ledger) (list []string) {
 	t.Helper()
 	err := l.View(context.Background(), func(tx broker.Tx) error {
@@ -46,17 +46,17 @@ func keys(t testing.TB, l broker.Ledger) (list []string) {
 	return list
 }
 
-// until waits for a condition that other goroutines bring about.
+// until waits until other goroutines make ok true.
 func until(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for end := time.Now().Add(10 * time.Second); !ok(); runtime.Gosched() {
 		if time.Now().After(end) {
-			t.Fatalf("still not so after 10 s: %s", what)
+			t.Fatalf("not true after 10 s: %s", what)
 		}
 	}
 }
 
-// faults makes the next commits fail; a nil error lets one through.
+// faults makes the next commits fail, one for each error in next. A nil error lets a commit succeed.
 type faults struct {
 	at   bolt.Stage
 	next chan error
@@ -100,7 +100,7 @@ func TestFailAfterCommit(t *testing.T) {
 	boom := errors.New("boom")
 	f.next <- boom
 	if err := l.Update(t.Context(), enter(broker.OpOpen, "a")); !errors.Is(err, boom) || errors.Is(err, broker.ErrNotCommitted) {
-		t.Errorf("Update = %v, want the cause and not ErrNotCommitted: it may be there", err)
+		t.Errorf("Update = %v, want the cause and not ErrNotCommitted: the commit may have succeeded", err)
 	}
 	for range 2 {
 		err := l.Update(t.Context(), enter(broker.OpFence, "b"))
@@ -112,7 +112,7 @@ func TestFailAfterCommit(t *testing.T) {
 		t.Errorf("Err = %v, want ErrStopped", err)
 	}
 	if got := keys(t, l); !slices.Equal(got, []string{"a"}) {
-		t.Errorf("a view sees %q, want a alone", got)
+		t.Errorf("a view reads %q, want a alone", got)
 	}
 	if err := l.Close(); err != nil {
 		t.Fatalf("Close = %v, want nil", err)
@@ -126,7 +126,7 @@ func TestFailAfterCommit(t *testing.T) {
 	}
 }
 
-// hang is a fault that holds the writer before a commit until it is let go.
+// hang is a fault that blocks the writer before a commit until free receives.
 type hang struct{ held, free chan struct{} }
 
 func newHang() hang { return hang{make(chan struct{}), make(chan struct{})} }
@@ -200,10 +200,10 @@ func TestClose(t *testing.T) {
 	}
 }
 
-// full is what a write says when there is no room.
+// full is the error of a write without disk space.
 var full = &fs.PathError{Op: "write", Path: "ledger", Err: syscall.ENOSPC}
 
-// TestFullDisk has fences and other updates in one batch when the disk fills up.
+// TestFullDisk commits fences and other updates in one batch on a full disk.
 func TestFullDisk(t *testing.T) {
 	var clock brokertest.Clock
 	var commits atomic.Int32
@@ -213,7 +213,7 @@ func TestFullDisk(t *testing.T) {
 			return nil
 		}
 		switch commits.Add(1) {
-		case 1: // while it hangs, the next batch gathers
+		case 1: // meanwhile the next batch is queued
 			return h.strike(at)
 		case 2:
 			return full
@@ -238,7 +238,7 @@ func TestFullDisk(t *testing.T) {
 	h.free <- struct{}{}
 	wg.Wait()
 	if n := commits.Load(); n != 3 {
-		t.Errorf("%d commits were tried, want 3: one before, one that found no room, one of the endings", n)
+		t.Errorf("%d commits were tried, want 3: one before, one without disk space, one of the endings", n)
 	}
 	for i, op := range ops {
 		ends := slices.Contains([]broker.Op{broker.OpFence, broker.OpClosed, broker.OpEnd, broker.OpResume, broker.OpPolicy}, op)
@@ -247,20 +247,20 @@ func TestFullDisk(t *testing.T) {
 		}
 	}
 	if got := keys(t, l); !slices.Equal(got, []string{"before", "closed", "end", "fence", "policy", "resume"}) {
-		t.Errorf("keys = %q, want what was there before and the endings", got)
+		t.Errorf("keys = %q, want the earlier key and those of the endings", got)
 	}
 	if _, err := os.Stat(path + ".reserve"); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("the reserve is still there (%v), want it given up", err)
+		t.Errorf("the reserve still exists (%v), want it released", err)
 	}
 	if err := l.Err(); !errors.Is(err, bolt.ErrDiskFull) {
 		t.Errorf("Err = %v, want ErrDiskFull", err)
 	}
 	clock.Advance(time.Minute)
 	if err := l.Update(t.Context(), enter(broker.OpIntent, "after")); err != nil {
-		t.Errorf("Update with room again = %v, want nil", err)
+		t.Errorf("Update with disk space again = %v, want nil", err)
 	}
 	if _, err := os.Stat(path + ".reserve"); err != nil || l.Err() != nil {
-		t.Errorf("reserve: %v, Err: %v; want both well", err, l.Err())
+		t.Errorf("reserve: %v, Err: %v; want nil for both", err, l.Err())
 	}
 }
 
@@ -271,7 +271,7 @@ func TestFullDiskReal(t *testing.T) {
 		if os.Getenv("PAWL_REQUIRE") == "all" {
 			t.Fatalf("mounting a tmpfs: %v", err)
 		}
-		t.Skipf("SKIPPED: a full disk is not tested for real: mounting a tmpfs: %v", err)
+		t.Skipf("SKIPPED: no test on a full disk: mounting a tmpfs: %v", err)
 	}
 	t.Cleanup(func() {
 		if err := syscall.Unmount(dir, 0); err != nil {
@@ -298,22 +298,22 @@ func TestFullDiskReal(t *testing.T) {
 		t.Fatalf("Update %d = %v, want ErrDiskFull and ErrNotCommitted", n, err)
 	}
 	if !strings.Contains(err.Error(), "disk is full") {
-		t.Errorf("the error reads %q, want it to say that the disk is full", err)
+		t.Errorf("the error is %q, want \"disk is full\" in it", err)
 	}
 	for i := range 200 {
 		if err := l.Update(t.Context(), enter(broker.OpFence, fmt.Sprintf("d/%06d", i))); err != nil {
 			t.Fatalf("fence %d on a full disk = %v, want nil", i, err)
 		}
-		clock.Advance(time.Second) // each time the ledger looks whether there is room again
+		clock.Advance(time.Second) // the ledger tries to reacquire the reserve each time
 	}
 	if err := l.Update(t.Context(), enter(broker.OpIntent, "no")); !errors.Is(err, bolt.ErrDiskFull) {
-		t.Errorf("Update after the fences = %v, want ErrDiskFull still", err)
+		t.Errorf("Update after the fences = %v, want ErrDiskFull", err)
 	}
 	if err := l.Verify(t.Context()); err != nil {
 		t.Errorf("Verify = %v, want nil", err)
 	}
 
-	// A full disk keeps no ledger from opening, nor from fencing.
+	// A ledger opens on a full disk, and accepts fences.
 	if err := l.Close(); err != nil {
 		t.Fatalf("Close = %v, want nil", err)
 	}
@@ -330,9 +330,9 @@ func TestFullDiskReal(t *testing.T) {
 	}
 	clock.Advance(time.Minute)
 	if err := l.Update(t.Context(), enter(broker.OpIntent, "room")); err != nil {
-		t.Errorf("Update with room again = %v, want nil", err)
+		t.Errorf("Update with disk space again = %v, want nil", err)
 	}
 	if info, err := os.Stat(c.Path + ".reserve"); err != nil || info.Size() != 4<<20 {
-		t.Errorf("the reserve is %v, %v, want it back", info, err)
+		t.Errorf("the reserve is %v, %v, want 4 MiB again", info, err)
 	}
 }

@@ -29,8 +29,9 @@ func TestOpen(t *testing.T) {
 	if err := os.Mkdir(path+".reserve", 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := bolt.Open(bolt.Config{Path: path}); err == nil || !strings.Contains(err.Error(), "taking the reserve") {
-		t.Errorf("Open where the reserve cannot be = %v, want an error that says so", err)
+	if _, err := bolt.Open(bolt.Config{Path: path}); err == nil ||
+		!strings.Contains(err.Error(), "acquiring the reserve") {
+		t.Errorf("Open with a directory in place of the reserve = %v, want \"acquiring the reserve\" in it", err)
 	}
 	if err := os.Remove(path + ".reserve"); err != nil {
 		t.Fatal(err)
@@ -57,8 +58,8 @@ func TestOpen(t *testing.T) {
 	}
 }
 
-// TestOpenRefuses changes a good ledger through bbolt itself, so that the file's structure is
-// whole and only what is in it is wrong.
+// TestOpenRefuses changes a good ledger with bbolt itself. The file's structure stays valid, and only its content is
+// wrong.
 func TestOpenRefuses(t *testing.T) {
 	log := func(tx *bbolt.Tx) *bbolt.Bucket { return tx.Bucket([]byte("log")) }
 	records := func(tx *bbolt.Tx) *bbolt.Bucket { return tx.Bucket([]byte("records")) }
@@ -66,10 +67,10 @@ func TestOpenRefuses(t *testing.T) {
 		name   string
 		change func(*bbolt.Tx) error
 		want   error
-		says   string
+		text   string
 	}{
 		{"newer schema", func(tx *bbolt.Tx) error { return tx.Bucket([]byte("meta")).Put([]byte("schema"), []byte("2")) },
-			bolt.ErrNewer, "schema 2, this one knows schemas up to 1"},
+			bolt.ErrNewer, "schema 2, this version supports schemas up to 1"},
 		{"no schema", func(tx *bbolt.Tx) error { return tx.Bucket([]byte("meta")).Delete([]byte("schema")) },
 			bolt.ErrDamaged, "schema"},
 		{"no head", func(tx *bbolt.Tx) error { return tx.Bucket([]byte("meta")).Delete([]byte("head")) },
@@ -85,7 +86,7 @@ func TestOpenRefuses(t *testing.T) {
 		{"last entry lost", func(tx *bbolt.Tx) error {
 			k, _ := log(tx).Cursor().Last()
 			return log(tx).Delete(k)
-		}, bolt.ErrDamaged, "ends at revision 19, the head says 20"},
+		}, bolt.ErrDamaged, "ends at revision 19, but the head has revision 20"},
 		{"record changed", func(tx *bbolt.Tx) error {
 			v := bytes.Clone(records(tx).Get([]byte("d/03")))
 			v[len(v)-1] ^= 1
@@ -95,9 +96,10 @@ func TestOpenRefuses(t *testing.T) {
 			return records(tx).Put([]byte("d/03"), bytes.Clone(records(tx).Get([]byte("d/04"))))
 		}, bolt.ErrDamaged, `"d/03"`},
 		{"record lost", func(tx *bbolt.Tx) error { return records(tx).Delete([]byte("d/03")) },
-			bolt.ErrDamaged, "19 records, the head says 20"},
-		{"record that was once true", func(tx *bbolt.Tx) error { return records(tx).Put([]byte("d/03"), bolt.Seal("d/03", "older")) },
-			bolt.ErrDamaged, "not those the head sums up"},
+			bolt.ErrDamaged, "19 records, but the head counts 20"},
+		{"older version of a record", func(tx *bbolt.Tx) error {
+			return records(tx).Put([]byte("d/03"), bolt.Seal("d/03", "older"))
+		}, bolt.ErrDamaged, "do not match the head's checksum"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "ledger")
@@ -108,11 +110,12 @@ func TestOpenRefuses(t *testing.T) {
 				t.Fatal(err)
 			}
 			_, err = bolt.Open(bolt.Config{Path: path, Reserve: -1})
-			if !errors.Is(err, c.want) || !strings.Contains(fmt.Sprint(err), path) || !strings.Contains(fmt.Sprint(err), c.says) {
-				t.Errorf("Open = %v, want %v with the path and %q", err, c.want, c.says)
+			text := fmt.Sprint(err)
+			if !errors.Is(err, c.want) || !strings.Contains(text, path) || !strings.Contains(text, c.text) {
+				t.Errorf("Open = %v, want %v with the path and %q", err, c.want, c.text)
 			}
 			if after, err := os.ReadFile(path); err != nil || !bytes.Equal(before, after) {
-				t.Errorf("Open changed what it refused (%v)", err)
+				t.Errorf("Open changed the file that it refused (%v)", err)
 			}
 		})
 	}
@@ -144,8 +147,8 @@ func fill(t testing.TB, path string, n int) {
 	}
 }
 
-// TestDamage flips bits in, overwrites and cuts ledger files. A file that still opens must hold
-// exactly what it held.
+// TestDamage flips bits in ledger files, overwrites and truncates them. A file that still opens must have its content
+// unchanged.
 func TestDamage(t *testing.T) {
 	good := newSpecimen(t)
 	opened := 0
@@ -156,14 +159,14 @@ func TestDamage(t *testing.T) {
 			opened++
 		}
 	}
-	t.Logf("%d of %d damaged files opened with everything equal, %d were refused", opened, rounds, rounds-opened)
+	t.Logf("%d of %d damaged files opened with their content unchanged, %d were refused", opened, rounds, rounds-opened)
 	if opened == 0 || opened > rounds/2 {
-		t.Errorf("%d of %d damaged files opened: the damage does not test what it should", opened, rounds)
+		t.Errorf("%d of %d damaged files opened: the damage is not representative", opened, rounds)
 	}
 }
 
-// TestMetaPages damages what bbolt itself would get over by going back one transaction, which
-// may have been a fence.
+// TestMetaPages damages the meta pages. bbolt itself would recover by going back one transaction, which may have been a
+// fence.
 func TestMetaPages(t *testing.T) {
 	const page = 4096
 	good := newSpecimen(t)
@@ -179,10 +182,10 @@ func TestMetaPages(t *testing.T) {
 	}{
 		{"newer or older meta page flipped, 0", func(b []byte) []byte { b[16+50] ^= 1; return b }},
 		{"newer or older meta page flipped, 1", func(b []byte) []byte { b[page+16+50] ^= 1; return b }},
-		{"meta page 0 of another time", func(b []byte) []byte { copy(b[:page], old); return b }},
-		{"meta page 1 of another time", func(b []byte) []byte { copy(b[page:2*page], old[page:]); return b }},
-		{"cut by one byte", func(b []byte) []byte { return b[:len(b)-1] }},
-		{"cut to nothing", func(b []byte) []byte { return nil }},
+		{"meta page 0 of another file", func(b []byte) []byte { copy(b[:page], old); return b }},
+		{"meta page 1 of another file", func(b []byte) []byte { copy(b[page:2*page], old[page:]); return b }},
+		{"truncated by one byte", func(b []byte) []byte { return b[:len(b)-1] }},
+		{"truncated to zero bytes", func(b []byte) []byte { return nil }},
 	} {
 		if good.survives(t, c.damage(bytes.Clone(good.bytes)), c.name) {
 			t.Errorf("%s: it opened, want ErrDamaged", c.name)
@@ -190,7 +193,7 @@ func TestMetaPages(t *testing.T) {
 	}
 }
 
-// FuzzDamage looks for damage that goes unnoticed: bytes at an offset are xored.
+// FuzzDamage searches for undetected damage. It xors bytes at an offset.
 func FuzzDamage(f *testing.F) {
 	good := newSpecimen(f)
 	f.Add(uint32(0), []byte{1})
@@ -205,7 +208,7 @@ func FuzzDamage(f *testing.F) {
 	})
 }
 
-// specimen is a ledger file, and what is in it.
+// specimen is a ledger file with its content.
 type specimen struct {
 	bytes []byte // up to the last page in use
 	dump  string
@@ -214,7 +217,7 @@ type specimen struct {
 func newSpecimen(t testing.TB) specimen {
 	path := filepath.Join(t.TempDir(), "ledger")
 	random := rand.New(rand.NewPCG(1, 2))
-	for range 4 { // opened again, so that pages are freed and used again
+	for range 4 { // reopened, so that pages are freed and reused
 		l := mustOpen(t, bolt.Config{Path: path, Reserve: -1})
 		for range 40 {
 			err := l.Update(t.Context(), func(tx broker.Tx) error {
@@ -258,18 +261,18 @@ func newSpecimen(t testing.TB) specimen {
 	return specimen{all, mustDump(t, path)}
 }
 
-// damage gives a damaged copy and says what was done to it.
+// damage returns a damaged copy and a description of the damage.
 func (s specimen) damage(r *rand.Rand) (bad []byte, what string) {
 	bad = bytes.Clone(s.bytes)
 	at := r.IntN(len(bad))
 	switch r.IntN(5) {
 	case 0:
-		return bad[:at], fmt.Sprintf("cut to %d bytes", at)
+		return bad[:at], fmt.Sprintf("truncated to %d bytes", at)
 	case 1:
 		sector := at / 512 * 512
 		clear(bad[sector:min(sector+512, len(bad))])
 		return bad, fmt.Sprintf("sector at %d is zeros", sector)
-	case 2: // where the structure is
+	case 2: // in a page header or the first elements
 		at = at/4096*4096 + r.IntN(64)
 	}
 	bit := r.IntN(8)
@@ -277,10 +280,10 @@ func (s specimen) damage(r *rand.Rand) (bad []byte, what string) {
 	return bad, fmt.Sprintf("bit %d of byte %d flipped", bit, at)
 }
 
-// survives reports whether the file opens, and fails the test when it does and differs.
+// survives reports whether the file opens. It fails the test if the file opens with other content.
 func (s specimen) survives(t *testing.T, bad []byte, what string) bool {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "damage") // t.TempDir keeps all until the end
+	dir, err := os.MkdirTemp("", "damage") // t.TempDir would keep all files until the end of the test
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -296,12 +299,12 @@ func (s specimen) survives(t *testing.T, bad []byte, what string) bool {
 	case err != nil && !strings.Contains(err.Error(), path):
 		t.Errorf("%s: Open = %v, want the path in it", what, err)
 	case err == nil && got != s.dump:
-		t.Errorf("%s: it opened and holds something else", what)
+		t.Errorf("%s: it opened with other content", what)
 	}
 	return err == nil
 }
 
-// dump is everything a ledger holds.
+// dump returns the whole content of a ledger.
 func dump(t testing.TB, path string) (string, error) {
 	l, err := bolt.Open(bolt.Config{Path: path, Reserve: -1})
 	if err != nil {
@@ -311,7 +314,7 @@ func dump(t testing.TB, path string) (string, error) {
 	var b strings.Builder
 	err = l.View(t.Context(), func(tx broker.Tx) error {
 		err := tx.Scan("", "", func(k string, v []byte) bool {
-			again, err := tx.Get(k) // by another way through the tree
+			again, err := tx.Get(k) // on another path through the tree
 			if err != nil || !bytes.Equal(again, v) {
 				t.Errorf("Get(%s) differs from Scan (%v)", k, err)
 			}
@@ -337,15 +340,15 @@ func mustDump(t testing.TB, path string) string {
 	return s
 }
 
-// TestKilled kills a process that writes, again and again. What it was told is durable must be
-// there, and the file must be whole.
+// TestKilled kills a writing process several times. Every acknowledged update must be in the file, and the file must be
+// intact.
 func TestKilled(t *testing.T) {
 	if path := os.Getenv("PAWL_TEST_LEDGER"); path != "" {
-		writeForEver(t, path)
+		writeUntilKilled(t, path)
 		return
 	}
 	path := filepath.Join(t.TempDir(), "ledger")
-	told := map[string]bool{}
+	acknowledged := map[string]bool{}
 	for round := range 5 {
 		cmd := exec.Command(os.Args[0], "-test.run=^TestKilled$")
 		cmd.Env = append(os.Environ(), "PAWL_TEST_LEDGER="+path, fmt.Sprintf("PAWL_TEST_ROUND=%d", round))
@@ -359,26 +362,26 @@ func TestKilled(t *testing.T) {
 		lines := bufio.NewScanner(out)
 		for n := 0; lines.Scan(); n++ {
 			if key, ok := strings.CutPrefix(lines.Text(), "done "); ok {
-				told[key] = true
+				acknowledged[key] = true
 			}
 			if n == 300+100*round {
-				_ = cmd.Process.Kill() // it may be gone already; Wait says so
+				_ = cmd.Process.Kill() // it may have exited already
 			}
 		}
 		_ = cmd.Wait() // it was killed
 
 		l := mustOpen(t, bolt.Config{Path: path, Reserve: -1})
-		there := map[string]bool{}
+		found := map[string]bool{}
 		for _, key := range keys(t, l) {
-			there[key] = true
+			found[key] = true
 		}
-		for key := range told {
-			if !there[key] {
-				t.Errorf("round %d: %s was acknowledged and is gone", round, key)
+		for key := range acknowledged {
+			if !found[key] {
+				t.Errorf("round %d: %s was acknowledged and is lost", round, key)
 			}
 		}
-		if len(told) < 300*(round+1) {
-			t.Fatalf("round %d: only %d updates were acknowledged", round, len(told))
+		if len(acknowledged) < 300*(round+1) {
+			t.Fatalf("round %d: only %d updates were acknowledged", round, len(acknowledged))
 		}
 		if err := errors.Join(l.Verify(t.Context()), l.Close()); err != nil {
 			t.Fatalf("round %d: %v", round, err)
@@ -386,8 +389,8 @@ func TestKilled(t *testing.T) {
 	}
 }
 
-// writeForEver writes from many goroutines and says what is done, until it is killed.
-func writeForEver(t *testing.T, path string) {
+// writeUntilKilled writes from many goroutines and prints each acknowledged key, until the process is killed.
+func writeUntilKilled(t *testing.T, path string) {
 	l := mustOpen(t, bolt.Config{Path: path, Reserve: -1})
 	var mu sync.Mutex // guards stdout's lines
 	var wg sync.WaitGroup
@@ -407,8 +410,8 @@ func writeForEver(t *testing.T, path string) {
 	wg.Wait()
 }
 
-// TestTreeShapes checks the reader of the file against bbolt's writer over many shapes of tree:
-// whatever a ledger wrote, it opens again, and bbolt's own check agrees.
+// TestTreeShapes compares the reader of the file with bbolt's writer for many shapes of tree. Every ledger must open
+// again, and pass bbolt's own check.
 func TestTreeShapes(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "ledger")
 	for seed := range uint64(12) {

@@ -13,16 +13,16 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// A record is stored as its seal and its value; an entry as its link and its JSON.
+// A record is stored as its seal followed by its value, an entry as its link followed by its JSON.
 const (
 	sealSize = 16
 	linkSize = sha256.Size
 )
 
-// ends reports whether an entry may use up the reserve of disk space: what it records makes
-// less authority, never more. A start is one, and the policy bundle that it begins with: without
-// them a full disk would keep a broker that was restarted from fencing.
-func ends(op broker.Op) bool {
+// mayUseReserve reports whether an entry may use the reserve of disk space. Its operation must reduce authority, never
+// extend it. A start of the broker and its policy bundle are included: otherwise a broker that restarts on a full disk
+// could not fence.
+func mayUseReserve(op broker.Op) bool {
 	switch op {
 	case broker.OpFence, broker.OpFreeze, broker.OpViolation, broker.OpEvidence,
 		broker.OpClosed, broker.OpClosure, broker.OpEnd, broker.OpResume, broker.OpPolicy:
@@ -31,11 +31,11 @@ func ends(op broker.Op) bool {
 	return false
 }
 
-// head sums up the ledger. It changes in the same transaction as what it sums up.
+// head is the summary of the ledger. It changes in the same transaction as the records and entries.
 type head struct {
 	revision broker.Revision // of the last entry
-	link     [linkSize]byte  // of the last entry: SHA-256(link before || JSON), zeros before the first
-	records  uint64          // how many there are
+	link     [linkSize]byte  // of the last entry: SHA-256(previous link || JSON); zeros before the first
+	records  uint64          // the number of records
 	sum      [sealSize]byte  // the seals of all records, xored
 }
 
@@ -61,7 +61,7 @@ func decodeHead(b []byte) (h head, err error) {
 
 func readHead(tx *bbolt.Tx) (head, error) { return decodeHead(tx.Bucket(bucketMeta).Get(keyHead)) }
 
-// add and remove count a stored record in and out.
+// add and remove update the summary for one stored record.
 func (h *head) add(stored []byte)    { h.records++; h.xor(stored) }
 func (h *head) remove(stored []byte) { h.records--; h.xor(stored) }
 
@@ -71,19 +71,19 @@ func (h *head) xor(stored []byte) {
 	}
 }
 
-// chain gives e the next revision and returns it as it is stored.
+// chain assigns the next revision to e and returns e in stored form.
 func (h *head) chain(e *broker.Entry) ([]byte, error) {
 	e.Revision, e.At = h.revision+1, e.At.UTC()
 	text, err := json.Marshal(e)
 	if err != nil {
 		return nil, fmt.Errorf("encoding an audit entry: %w", err)
 	}
-	h.follow(text)
+	h.extend(text)
 	return append(h.link[:linkSize:linkSize], text...), nil
 }
 
-// follow goes on to the next entry.
-func (h *head) follow(text []byte) {
+// extend advances the head by one entry.
+func (h *head) extend(text []byte) {
 	sum := sha256.New()
 	sum.Write(h.link[:])
 	sum.Write(text)
@@ -91,33 +91,34 @@ func (h *head) follow(text []byte) {
 	h.revision++
 }
 
-// verify goes on to the entry stored under key and says what is wrong with it.
+// verify advances the head by the entry stored under key, or returns an error if the entry is not the next one.
 func (h *head) verify(key, stored []byte) error {
 	at := h.revision + 1
 	if len(key) != 8 || broker.Revision(binary.BigEndian.Uint64(key)) != at || len(stored) < linkSize {
 		return fmt.Errorf("%w: audit entry %d is missing", ErrDamaged, at)
 	}
-	h.follow(stored[linkSize:])
+	h.extend(stored[linkSize:])
 	if h.link != [linkSize]byte(stored[:linkSize]) {
-		return fmt.Errorf("%w: audit entry %d does not follow from the one before", ErrDamaged, at)
+		return fmt.Errorf("%w: audit entry %d does not follow from the previous one", ErrDamaged, at)
 	}
 	return nil
 }
 
-// match says in what a recount differs from the head that was stored.
+// match returns an error if a recomputed head differs from the stored one.
 func (h head) match(stored head) error {
 	switch {
 	case h.revision != stored.revision || h.link != stored.link:
-		return fmt.Errorf("%w: the audit log ends at revision %d, the head says %d", ErrDamaged, h.revision, stored.revision)
+		return fmt.Errorf("%w: the audit log ends at revision %d, but the head has revision %d or another link",
+			ErrDamaged, h.revision, stored.revision)
 	case h.records != stored.records:
-		return fmt.Errorf("%w: there are %d records, the head says %d", ErrDamaged, h.records, stored.records)
+		return fmt.Errorf("%w: there are %d records, but the head counts %d", ErrDamaged, h.records, stored.records)
 	case h.sum != stored.sum:
-		return fmt.Errorf("%w: the records are not those the head sums up", ErrDamaged)
+		return fmt.Errorf("%w: the records do not match the head's checksum", ErrDamaged)
 	}
 	return nil
 }
 
-// count goes on to a record, unless it is not what was put.
+// count adds a record, or returns an error if its seal is wrong.
 func (h *head) count(key, stored []byte) error {
 	if err := checkRecord(key, stored); err != nil {
 		return err
@@ -128,7 +129,7 @@ func (h *head) count(key, stored []byte) error {
 
 func logKey(r broker.Revision) []byte { return binary.BigEndian.AppendUint64(nil, uint64(r)) }
 
-// seal gives a record as it is stored.
+// seal returns a record in stored form.
 func seal(key string, value []byte) []byte {
 	stored := make([]byte, sealSize, sealSize+len(value))
 	s := sealOf([]byte(key), value)
@@ -147,7 +148,7 @@ func sealOf(key, value []byte) (s [sealSize]byte) {
 	return s
 }
 
-// value is what was put, without checking; nil stays nil.
+// value returns a stored record's value without a check; nil stays nil.
 func value(stored []byte) []byte {
 	if stored == nil {
 		return nil
@@ -155,7 +156,7 @@ func value(stored []byte) []byte {
 	return stored[sealSize:]
 }
 
-// open gives a record's value, or refuses it.
+// open checks a stored record and returns its value.
 func open(key string, stored []byte) ([]byte, error) {
 	if err := checkRecord([]byte(key), stored); err != nil {
 		return nil, err
@@ -165,12 +166,12 @@ func open(key string, stored []byte) ([]byte, error) {
 
 func checkRecord(key, stored []byte) error {
 	if len(stored) < sealSize || [sealSize]byte(stored[:sealSize]) != sealOf(key, stored[sealSize:]) {
-		return fmt.Errorf("%w: record %q does not carry its own seal", ErrDamaged, key)
+		return fmt.Errorf("%w: record %q has a wrong seal", ErrDamaged, key)
 	}
 	return nil
 }
 
-// Entries gives up to limit entries of the audit log with a revision greater than after.
+// Entries returns up to limit entries of the audit log with a revision greater than after.
 func (l *Ledger) Entries(ctx context.Context, after broker.Revision, limit int) (list []broker.Entry, err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -180,7 +181,7 @@ func (l *Ledger) Entries(ctx context.Context, after broker.Revision, limit int) 
 		for k, v := c.Seek(logKey(after + 1)); k != nil && len(list) < limit; k, v = c.Next() {
 			var e broker.Entry
 			if len(v) < linkSize {
-				return fmt.Errorf("%w: audit entry %x is cut", ErrDamaged, k)
+				return fmt.Errorf("%w: audit entry %x is truncated", ErrDamaged, k)
 			}
 			if err := json.Unmarshal(v[linkSize:], &e); err != nil {
 				return fmt.Errorf("reading audit entry %x: %w", k, err)
@@ -192,9 +193,8 @@ func (l *Ledger) Entries(ctx context.Context, after broker.Revision, limit int) 
 	return list, err
 }
 
-// Verify walks the audit log and every record and compares them with the head. The error wraps
-// ErrDamaged and names the first revision or record that is wrong. It reads the whole ledger,
-// on a snapshot: updates go on meanwhile.
+// Verify checks the audit log and every record, and compares them with the head. The error wraps ErrDamaged and names
+// the first wrong revision or record. Verify reads the whole ledger, on a snapshot: it does not block updates.
 func (l *Ledger) Verify(ctx context.Context) error {
 	return l.db.View(func(btx *bbolt.Tx) error {
 		stored, err := readHead(btx)

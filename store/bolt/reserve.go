@@ -8,44 +8,44 @@ import (
 	"time"
 )
 
-// reserve is disk space held by a file of its own, so that giving it up makes room on any
-// file system (hardening.md: space for fences on a full disk).
+// reserve is disk space held by a separate file. Removing the file frees space for fences on a full disk, on any file
+// system.
 type reserve struct {
 	path string
-	size int64 // zero: none is kept
+	size int64 // zero: there is no reserve
 	now  func() time.Time
-	last time.Time // when take was tried last
+	last time.Time // the last call of acquire
 }
 
 const (
-	// retryReserve is the time between attempts to take the reserve back.
+	// retryReserve is the time between attempts to reacquire the reserve.
 	retryReserve = time.Second
-	// reserveMargin must be free beside the reserve before it counts as back, so that the next
-	// update does not give it up again at once.
+	// reserveMargin is the space that must be free in addition to the reserve when it is acquired. Otherwise the next
+	// update could release it at once.
 	reserveMargin = 1 << 20
 )
 
-// due reports whether it is time to try take again.
+// due reports whether it is time to call acquire again.
 func (r *reserve) due() bool { return r.now().Sub(r.last) >= retryReserve }
 
-// take makes the file of its full size, really allocated. When there is no room it leaves none.
-func (r *reserve) take() (err error) {
+// acquire creates the file and allocates its full size. If there is no room, it leaves no file.
+func (r *reserve) acquire() (err error) {
 	r.last = r.now()
 	if r.size == 0 {
 		return r.release()
 	}
 	f, err := os.OpenFile(r.path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return fmt.Errorf("taking the reserve: %w", err)
+		return fmt.Errorf("acquiring the reserve: %w", err)
 	}
 	err = errors.Join(allocate(f, r.size+reserveMargin), f.Truncate(r.size), f.Sync(), f.Close())
 	if err != nil {
-		return errors.Join(fmt.Errorf("taking the reserve: %w", err), r.release())
+		return errors.Join(fmt.Errorf("acquiring the reserve: %w", err), r.release())
 	}
 	return syncDir(r.path)
 }
 
-// release gives the space up.
+// release removes the file.
 func (r *reserve) release() error {
 	if err := os.Remove(r.path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("releasing the reserve: %w", err)
@@ -53,7 +53,7 @@ func (r *reserve) release() error {
 	return nil
 }
 
-// fill writes size bytes that do not compress, for file systems that only count what was written.
+// fill writes size incompressible bytes, for file systems that cannot preallocate.
 func fill(f *os.File, size int64) error {
 	var block [1 << 16]byte
 	for at := int64(0); at < size; at += int64(len(block)) {

@@ -6,7 +6,7 @@ import (
 	"syscall"
 )
 
-// allocate makes sure that f's first size bytes have room on the disk.
+// allocate allocates disk space for the first size bytes of f.
 func allocate(f *os.File, size int64) error {
 	err := syscall.Fallocate(int(f.Fd()), 0, 0, size)
 	if errors.Is(err, syscall.EOPNOTSUPP) {

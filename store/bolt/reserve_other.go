@@ -4,5 +4,5 @@ package bolt
 
 import "os"
 
-// allocate makes sure that f's first size bytes have room on the disk.
+// allocate allocates disk space for the first size bytes of f.
 func allocate(f *os.File, size int64) error { return fill(f, size) }

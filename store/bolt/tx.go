@@ -13,31 +13,31 @@ import (
 )
 
 var (
-	errReadOnly = errors.New("a view changes nothing")
-	errKey      = fmt.Errorf("a key has 1 to %d bytes", bbolt.MaxKeySize)
+	errReadOnly = errors.New("a view cannot change the ledger")
+	errKey      = fmt.Errorf("a key must have 1 to %d bytes", bbolt.MaxKeySize)
 )
 
-// tx is broker.Tx over a bbolt transaction. What the running function puts stays in puts until
-// the function has succeeded.
+// tx implements broker.Tx on a bbolt transaction. The changes of the running function stay in puts until the function
+// has succeeded.
 type tx struct {
 	records, log *bbolt.Bucket
 	readOnly     bool
-	view         *bbolt.Tx // of a read-only one
+	view         *bbolt.Tx // set only if readOnly
 
-	head    head              // with everything kept so far
-	next    head              // with what the running function appended
-	puts    map[string][]byte // as stored; nil: deleted
-	entries [][]byte          // as stored, from head.revision+1 on
-	ending  bool              // one of entries ends something
+	head    head              // includes every function applied so far
+	next    head              // also includes the entries of the running function
+	puts    map[string][]byte // in stored form; nil: deleted
+	entries [][]byte          // in stored form, from head.revision+1 on
+	reserve bool              // one of the entries may use the reserve
 }
 
-// begin forgets what the function before put and did not keep.
-func (t *tx) begin() {
+// reset discards the changes of a function that failed.
+func (t *tx) reset() {
 	clear(t.puts)
-	t.next, t.entries, t.ending = t.head, t.entries[:0], false
+	t.next, t.entries, t.reserve = t.head, t.entries[:0], false
 }
 
-// Get is broker.Tx's.
+// Get implements broker.Tx.
 func (t *tx) Get(key string) ([]byte, error) {
 	if stored, ok := t.puts[key]; ok {
 		return value(stored), nil
@@ -49,7 +49,7 @@ func (t *tx) Get(key string) ([]byte, error) {
 	return open(key, stored)
 }
 
-// Put is broker.Tx's. It keeps a copy of value.
+// Put implements broker.Tx. It stores a copy of value.
 func (t *tx) Put(key string, value []byte) error {
 	switch {
 	case t.readOnly:
@@ -67,7 +67,7 @@ func (t *tx) Put(key string, value []byte) error {
 	return nil
 }
 
-// Scan is broker.Tx's. It gives what was put before it began.
+// Scan implements broker.Tx. It visits the records as they were when it began.
 func (t *tx) Scan(prefix, after string, f func(key string, value []byte) bool) error {
 	from := prefix
 	if after >= prefix {
@@ -106,7 +106,7 @@ func (t *tx) Scan(prefix, after string, f func(key string, value []byte) bool) e
 	}
 }
 
-// putKeys gives the keys that the running function put, in order.
+// putKeys returns the keys that the running function has put, in order.
 func (t *tx) putKeys(prefix, from string) []string {
 	var keys []string
 	for key := range t.puts {
@@ -118,7 +118,7 @@ func (t *tx) putKeys(prefix, from string) []string {
 	return keys
 }
 
-// Append is broker.Tx's.
+// Append implements broker.Tx.
 func (t *tx) Append(e broker.Entry) (broker.Revision, error) {
 	if t.readOnly {
 		return 0, errReadOnly
@@ -128,11 +128,11 @@ func (t *tx) Append(e broker.Entry) (broker.Revision, error) {
 		return 0, err
 	}
 	t.entries = append(t.entries, stored)
-	t.ending = t.ending || ends(e.Op)
+	t.reserve = t.reserve || mayUseReserve(e.Op)
 	return e.Revision, nil
 }
 
-// Head is broker.Tx's.
+// Head implements broker.Tx.
 func (t *tx) Head() (broker.Revision, error) {
 	if !t.readOnly {
 		return t.next.revision, nil
@@ -141,8 +141,8 @@ func (t *tx) Head() (broker.Revision, error) {
 	return h.revision, err
 }
 
-// keep moves what the running function did into the bbolt transaction.
-func (t *tx) keep() error {
+// apply writes the changes of the running function to the bbolt transaction.
+func (t *tx) apply() error {
 	for key, stored := range t.puts {
 		k := []byte(key)
 		if old := t.records.Get(k); old != nil {

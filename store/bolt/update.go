@@ -15,10 +15,10 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// maxBatch is how many updates share one commit.
+// maxBatch is the limit of updates in one commit.
 const maxBatch = 512
 
-// stage is a point of the commit at which tests let things fail.
+// stage is a point of the commit at which tests inject a fault.
 type stage int
 
 const (
@@ -26,11 +26,11 @@ const (
 	afterCommit
 )
 
-// request is one Update on its way through the writer.
+// request is one queued Update.
 type request struct {
-	f     func(broker.Tx) error
-	begun atomic.Bool  // by the writer, or by the caller that gave up waiting
-	done  chan outcome // of size 1: the writer never waits for a caller
+	f       func(broker.Tx) error
+	claimed atomic.Bool  // by the writer, or by its caller when ctx is done
+	done    chan outcome // of size 1: the writer never waits for a caller
 }
 
 type outcome struct {
@@ -38,10 +38,9 @@ type outcome struct {
 	panic any
 }
 
-// Update is broker.Ledger's. f runs on the writer's goroutine and must not wait for another
-// Update or for anything slow: every other Update waits for it. A panic in f is raised again
-// here. When ctx is done before f began, nothing happened; from then on Update waits for the
-// outcome.
+// Update implements broker.Ledger. f runs on the writer's goroutine. It must not wait for another Update or for
+// anything slow, because every other Update waits for it. Update re-raises a panic of f. If ctx is done before f has
+// begun, nothing is changed. After that Update ignores ctx and waits for the outcome.
 func (l *Ledger) Update(ctx context.Context, f func(broker.Tx) error) error {
 	if err := ctx.Err(); err != nil {
 		return notCommitted(err)
@@ -54,13 +53,13 @@ func (l *Ledger) Update(ctx context.Context, f func(broker.Tx) error) error {
 	}
 	l.queue = append(l.queue, r)
 	l.mu.Unlock()
-	l.look()
+	l.notify()
 
 	var o outcome
 	select {
 	case o = <-r.done:
 	case <-ctx.Done():
-		if r.begun.CompareAndSwap(false, true) {
+		if r.claimed.CompareAndSwap(false, true) {
 			return notCommitted(ctx.Err())
 		}
 		o = <-r.done
@@ -71,7 +70,7 @@ func (l *Ledger) Update(ctx context.Context, f func(broker.Tx) error) error {
 	return o.err
 }
 
-// View is broker.Ledger's. It never waits for an Update.
+// View implements broker.Ledger. It never waits for an Update.
 func (l *Ledger) View(ctx context.Context, f func(broker.Tx) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -83,8 +82,8 @@ func (l *Ledger) View(ctx context.Context, f func(broker.Tx) error) error {
 
 func notCommitted(err error) error { return fmt.Errorf("%w: %w", broker.ErrNotCommitted, err) }
 
-// look wakes the writer. It never blocks.
-func (l *Ledger) look() {
+// notify wakes the writer. It never blocks.
+func (l *Ledger) notify() {
 	select {
 	case l.wake <- struct{}{}:
 	default:
@@ -95,10 +94,10 @@ func (l *Ledger) look() {
 func (l *Ledger) write() {
 	defer close(l.done)
 	for {
-		batch, closed := l.take()
+		batch, closed := l.dequeue()
 		switch {
 		case len(batch) > 0:
-			l.settle(batch)
+			l.process(batch)
 		case closed:
 			return
 		default:
@@ -107,8 +106,8 @@ func (l *Ledger) write() {
 	}
 }
 
-// take removes what waits, up to maxBatch, from the queue.
-func (l *Ledger) take() (batch []*request, closed bool) {
+// dequeue removes up to maxBatch requests from the queue.
+func (l *Ledger) dequeue() (batch []*request, closed bool) {
 	l.gather()
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -121,8 +120,8 @@ func (l *Ledger) take() (batch []*request, closed bool) {
 	return batch, l.closed
 }
 
-// gather lets goroutines that are ready to run, such as those just answered, queue their next
-// update first. Without it every second batch would hold one or two of them.
+// gather first lets other runnable goroutines enqueue their next updates, such as the callers of the previous batch.
+// Without it every second batch would have only one or two updates.
 func (l *Ledger) gather() {
 	for n := -1; ; {
 		runtime.Gosched()
@@ -136,20 +135,20 @@ func (l *Ledger) gather() {
 	}
 }
 
-// settle answers every request of the batch.
-func (l *Ledger) settle(batch []*request) {
-	if l.full.Load() && l.reserve.due() && l.reserve.take() == nil {
+// process commits the batch and sends the outcome to every caller.
+func (l *Ledger) process(batch []*request) {
+	if l.full.Load() && l.reserve.due() && l.reserve.acquire() == nil {
 		l.full.Store(false)
 	}
-	mine := batch[:0]
+	claimed := batch[:0]
 	for _, r := range batch {
-		if r.begun.CompareAndSwap(false, true) {
-			mine = append(mine, r)
+		if r.claimed.CompareAndSwap(false, true) {
+			claimed = append(claimed, r)
 		}
 	}
-	ran, err := l.commit(mine)
+	ran, err := l.commit(claimed)
 	if isFull(err) && l.stopped.Load() == nil {
-		// Nothing was written. Fences and endings get the reserve, the others are told so.
+		// Nothing was written. Fences and endings may use the reserve; the other updates fail with ErrDiskFull.
 		l.full.Store(true)
 		l.reserve.release()
 		ran, err = l.commit(ran)
@@ -162,8 +161,8 @@ func (l *Ledger) settle(batch []*request) {
 	}
 }
 
-// commit runs the functions and commits what they left. It answers the requests whose own
-// function failed and returns the others with the fate they share.
+// commit runs the functions and commits their changes. It sends the outcome of each failed function itself, and returns
+// the other requests with their common outcome.
 func (l *Ledger) commit(batch []*request) (ran []*request, err error) {
 	if err := l.stopped.Load(); err != nil {
 		return batch, notCommitted(*err)
@@ -173,20 +172,20 @@ func (l *Ledger) commit(batch []*request) (ran []*request, err error) {
 		return batch, notCommitted(err)
 	}
 	t := &tx{records: btx.Bucket(bucketRecords), log: btx.Bucket(bucketLog), head: l.head}
-	t.log.FillPercent = 1       // entries only ever go to the end
-	t.records.FillPercent = 0.8 // costs nothing where keys are random, saves writes where they are not
+	t.log.FillPercent = 1       // entries are only appended
+	t.records.FillPercent = 0.8 // costs nothing for random keys, saves writes for ordered ones
 	for i, r := range batch {
 		if o, ok := l.run(r, t); !ok {
 			r.done <- o
 			continue
 		}
 		ran = append(ran, r)
-		if err := t.keep(); err != nil { // part of it may be in btx: nobody's work is kept
+		if err := t.apply(); err != nil { // btx may have a part of it: discard the whole batch
 			return append(ran, batch[i+1:]...), errors.Join(notCommitted(err), btx.Rollback())
 		}
 	}
 	if t.head == l.head {
-		_ = btx.Rollback() // nothing was put: nothing to lose
+		_ = btx.Rollback() // nothing was changed
 		return ran, nil
 	}
 	if err := btx.Bucket(bucketMeta).Put(keyHead, t.head.encode()); err != nil {
@@ -202,9 +201,9 @@ func (l *Ledger) commit(batch []*request) (ran []*request, err error) {
 	return ran, nil
 }
 
-// run runs one function; ok says that what it left in t is to be kept.
+// run runs one function. It reports whether the changes in t must be applied.
 func (l *Ledger) run(r *request, t *tx) (o outcome, ok bool) {
-	t.begin()
+	t.reset()
 	defer func() {
 		if v := recover(); v != nil {
 			o, ok = outcome{panic: fmt.Sprintf("%v [in a ledger update]\n%s", v, debug.Stack())}, false
@@ -216,21 +215,21 @@ func (l *Ledger) run(r *request, t *tx) (o outcome, ok bool) {
 	switch {
 	case len(t.puts) > 0 && len(t.entries) == 0:
 		return outcome{err: notCommitted(broker.ErrNoEntry)}, false
-	case len(t.entries) > 0 && !t.ending && l.full.Load():
+	case len(t.entries) > 0 && !t.reserve && l.full.Load():
 		return outcome{err: notCommitted(ErrDiskFull)}, false
 	}
 	return outcome{}, true
 }
 
-// finish commits. After a failure other than a full disk nothing is written any more: what a
-// failed sync left on the disk cannot be known, and the next sync would not tell.
+// finish commits. After a failure other than a full disk it stops the ledger: the state of the disk after a failed sync
+// is unknown, and the next sync would not report the failure.
 func (l *Ledger) finish(btx *bbolt.Tx) (err error) {
 	id := btx.ID()
 	defer func() {
 		if v := recover(); v != nil { // bbolt's assertions
 			err = fmt.Errorf("committing, outcome unknown: %v", v)
 			l.stop(err)
-			_ = btx.Rollback() // or Close would wait for it for ever
+			_ = btx.Rollback() // otherwise Close would wait for it indefinitely
 		}
 	}()
 	if err = btx.Commit(); err == nil {
@@ -240,7 +239,7 @@ func (l *Ledger) finish(btx *bbolt.Tx) (err error) {
 	case err == nil:
 		return nil
 	case !l.written(id):
-		// The meta page, which is written last, was not even begun.
+		// The meta page, which is written last, was not written.
 		if !isFull(err) {
 			l.stop(err)
 		}
@@ -265,8 +264,8 @@ func (l *Ledger) stop(cause error) {
 	l.stopped.CompareAndSwap(nil, &err)
 }
 
-// isFull reports a write that found no room. A sync that says so is another matter: what it
-// left behind is not known.
+// isFull reports whether a write failed for lack of space. It excludes a sync with the same error, because the state of
+// the disk after that is unknown.
 func isFull(err error) bool {
 	var at *fs.PathError
 	return errors.As(err, &at) && at.Op == "write" && noRoom(at.Err)
