@@ -75,28 +75,39 @@ type Op string
 
 // The ops, in about the order in which a chain sees them.
 const (
-	OpOpen      Op = "open"
-	OpDelegate  Op = "delegate"
-	OpToken     Op = "token" // a delegation's Vault token was recorded
-	OpIntent    Op = "intent"
-	OpHandle    Op = "handle"
-	OpIssued    Op = "issued"
-	OpCollected Op = "collected" // a sealed secret was given to its collector
-	OpUnknown   Op = "unknown"   // a mint's outcome is not known
-	OpDenied    Op = "denied"
-	OpViolation Op = "violation"
-	OpEnd       Op = "end" // a grant was closed by its agent, expired or was given up
-	OpFence     Op = "fence"
-	OpFreeze    Op = "freeze"
-	OpUnfreeze  Op = "unfreeze"
-	OpEvidence  Op = "evidence" // what a check of a fenced grant found
-	OpClosed    Op = "closed"   // a grant is over, with evidence
-	OpClosure   Op = "closure"  // a revocation's state changed
-	OpHeard     Op = "heard"    // a holder acknowledged a revocation
-	OpStray     Op = "stray"    // something lives under our names that the ledger does not know
-	OpPlant     Op = "plant"    // an operator planted a canary
-	OpPull      Op = "pull"     // an operator took one away
-	OpResume    Op = "resume"
-	OpPolicy    Op = "policy" // a policy bundle came into force
-	OpTold      Op = "told"   // up to which revision a subscriber was told of events
+	OpOpen         Op = "open"
+	OpDelegate     Op = "delegate"
+	OpToken        Op = "token" // a delegation's Vault token was recorded
+	OpIntent       Op = "intent"
+	OpHandle       Op = "handle"
+	OpIssued       Op = "issued"
+	OpCollected    Op = "collected" // a sealed secret was given to its collector
+	OpUnknown      Op = "unknown"   // a mint's outcome is not known
+	OpDenied       Op = "denied"
+	OpViolation    Op = "violation"
+	OpEnd          Op = "end" // a grant was closed by its agent, expired or was given up
+	OpFence        Op = "fence"
+	OpFreeze       Op = "freeze"
+	OpUnfreeze     Op = "unfreeze"
+	OpEvidence     Op = "evidence"     // what a check of a fenced grant found
+	OpClosed       Op = "closed"       // a grant is over, with evidence
+	OpClosure      Op = "closure"      // a revocation's state changed
+	OpAcknowledged Op = "acknowledged" // a holder acknowledged a revocation
+	OpOrphan       Op = "orphan"       // something lives under our names that the ledger does not know
+	OpPlant        Op = "plant"        // an operator planted a canary
+	OpPull         Op = "pull"         // an operator took one away
+	OpResume       Op = "resume"
+	OpPolicy       Op = "policy"    // a policy bundle came into force
+	OpDelivered    Op = "delivered" // up to which revision events were delivered to a subscriber
 )
+
+// former has the ops that builds before the first release wrote under other names.
+var former = map[Op]Op{"heard": OpAcknowledged, "stray": OpOrphan, "told": OpDelivered}
+
+// Current gives today's name of an op that an earlier build may have written.
+func (o Op) Current() Op {
+	if now, ok := former[o]; ok {
+		return now
+	}
+	return o
+}

@@ -64,8 +64,8 @@ type Reported struct {
 	Revocation  RevocationID // empty when nothing was revoked
 }
 
-// Standing is how a delegation stands for its holder.
-type Standing struct {
+// Status is what a delegation's holder may still do under it.
+type Status struct {
 	Delegation Delegation
 	Fence      *Fence    // the nearest fence over it; nil when it may be used
 	Ended      []GrantID // the holder's grants under it that were fenced by themselves or a rule, and whose steps must stop; under a final Fence all must, and none is listed

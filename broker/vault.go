@@ -18,14 +18,14 @@ type Vault interface {
 // in memory; the ledger knows them by accessor. Safe for concurrent use.
 type TokenTree interface {
 	// Holds reports whether a usable token of the delegation is in memory.
-	Holds(DelegationID) bool
+	HasToken(DelegationID) bool
 	// Branch makes a token for a delegation below its parent's, able to do what the given Vault
 	// policies allow and to create children, ending by itself soon after renewal stops and at
 	// until at the latest. It is used for nothing before Keep. The error is an ErrNoParent when
 	// the parent's token is not in memory.
-	Branch(ctx context.Context, d Delegation, policies []string) (Handle, error)
+	CreateDelegationToken(ctx context.Context, d Delegation, policies []string) (Handle, error)
 	// Keep puts a branched token into use, after its accessor was recorded.
-	Keep(DelegationID, Handle)
+	Activate(DelegationID, Handle)
 }
 
 // ErrNoParent says that the token to hang a new one on is not in memory.
@@ -35,7 +35,7 @@ var ErrNoParent = errors.New("the parent's token is not in memory")
 type Minter interface {
 	// Child makes the token of a step below its delegation's: one Vault policy, no children, a
 	// hard end at g.Expires, the grant id in its display name and metadata. Step 3 of issue.
-	Child(ctx context.Context, g Grant, displayName, policy string) (Handle, error)
+	CreateStepToken(ctx context.Context, g Grant, displayName, policy string) (Handle, error)
 	// Mint sends one request with the step's token, once. Step 5 of issue. An error that wraps
 	// ErrNotMinted says that certainly nothing was made; after any other the outcome is unknown.
 	Mint(ctx context.Context, token Handle, m Mint) (Lease, Secret, error)
@@ -53,7 +53,7 @@ type Killer interface {
 	// Revoke ends one lease and waits for it. It returns nil when the lease is gone already.
 	Revoke(ctx context.Context, lease string) error
 	// Gone reports for each lease whether Vault no longer knows it.
-	Gone(ctx context.Context, leases []string) ([]bool, error)
+	LeasesGone(ctx context.Context, leases []string) ([]bool, error)
 }
 
 // Mint is one request to Vault that makes a secret.
@@ -123,8 +123,8 @@ type LeaseLister interface {
 	Leases(ctx context.Context, tools []Tool) ([]FoundLease, error)
 }
 
-// StuckLister is a Vault that gives up revoking a lease after some tries, and says of which.
-type StuckLister interface {
+// IrrevocableLister is a Vault that gives up revoking a lease after some tries, and says of which.
+type IrrevocableLister interface {
 	// Irrevocable gives their ids, of leases that are not ours as well.
 	Irrevocable(ctx context.Context) ([]string, error)
 }

@@ -194,9 +194,9 @@ func (c *compiler) entries(id broker.ChainID) (all []broker.Entry, err error) {
 // timeline keeps the entries that are about more than one grant's way, and finds the breach.
 func (c *compiler) timeline(entries []broker.Entry) {
 	for _, e := range entries {
-		switch e.Op {
+		switch e.Op.Current() {
 		case broker.OpToken, broker.OpIntent, broker.OpHandle, broker.OpIssued, broker.OpEnd, broker.OpClosed,
-			broker.OpHeard: // they stand with the agents
+			broker.OpAcknowledged: // they stand with the agents
 			continue
 		case broker.OpViolation:
 			w := &c.report.Window

@@ -216,7 +216,7 @@ func TestReport(t *testing.T) {
 	for _, e := range r.Timeline {
 		ops = append(ops, e.Op)
 	}
-	if !slices.Contains(ops, broker.OpFence) || !slices.Contains(ops, broker.OpClosure) || ops[0] != broker.OpOpen || slices.Contains(ops, broker.OpIssued) || slices.Contains(ops, broker.OpHeard) {
+	if !slices.Contains(ops, broker.OpFence) || !slices.Contains(ops, broker.OpClosure) || ops[0] != broker.OpOpen || slices.Contains(ops, broker.OpIssued) || slices.Contains(ops, broker.OpAcknowledged) {
 		t.Errorf("timeline = %v, want the opening, the fence and the closure, and no single grant's way", ops)
 	}
 	if bytes.Contains(jws, []byte(kept.Token.Accessor)) || strings.Contains(r.Markdown(), "marker") {

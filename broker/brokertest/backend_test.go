@@ -45,11 +45,11 @@ func rig(t *testing.T, target *brokertest.Target, b broker.Backend) brokertest.R
 	t.Helper()
 	v := brokertest.NewVault(target)
 	d := broker.Delegation{ID: "dl000000000000000000000000", Expires: time.Now().Add(time.Hour)}
-	h, err := v.Branch(t.Context(), d, nil)
+	h, err := v.CreateDelegationToken(t.Context(), d, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	v.Keep(d.ID, h)
+	v.Activate(d.ID, h)
 	var mu sync.Mutex // guards tokens
 	tokens := map[broker.GrantID]string{}
 	given, _ := args.New(map[string]args.Value{"table": args.String("orders")})
@@ -60,7 +60,7 @@ func rig(t *testing.T, target *brokertest.Target, b broker.Backend) brokertest.R
 	return brokertest.Rig{
 		Backend: b, Tool: tool, Wrong: []broker.Tool{wrong}, Args: given, Outside: []args.Args{outside},
 		Mint: func(ctx context.Context, g *broker.Grant, m broker.Mint, name string) (s broker.Secret, err error) {
-			if g.Token, err = v.Child(ctx, *g, name, ""); err != nil {
+			if g.Token, err = v.CreateStepToken(ctx, *g, name, ""); err != nil {
 				return s, err
 			}
 			mu.Lock()

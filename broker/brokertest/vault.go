@@ -91,7 +91,7 @@ func (v *Vault) fault(point string) error {
 }
 
 // Holds implements [broker.TokenTree].
-func (v *Vault) Holds(id broker.DelegationID) bool {
+func (v *Vault) HasToken(id broker.DelegationID) bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	t := v.tokens[v.held[id]]
@@ -99,7 +99,7 @@ func (v *Vault) Holds(id broker.DelegationID) bool {
 }
 
 // Branch implements [broker.TokenTree].
-func (v *Vault) Branch(_ context.Context, d broker.Delegation, _ []string) (broker.Handle, error) {
+func (v *Vault) CreateDelegationToken(_ context.Context, d broker.Delegation, _ []string) (broker.Handle, error) {
 	if err := v.fault("branch"); err != nil {
 		return broker.Handle{}, err
 	}
@@ -124,14 +124,14 @@ func (v *Vault) makeLocked(t token, expires time.Time) broker.Handle {
 }
 
 // Keep implements [broker.TokenTree].
-func (v *Vault) Keep(id broker.DelegationID, h broker.Handle) {
+func (v *Vault) Activate(id broker.DelegationID, h broker.Handle) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.held[id] = h.Accessor
 }
 
 // Child implements [broker.Minter].
-func (v *Vault) Child(_ context.Context, g broker.Grant, _, _ string) (broker.Handle, error) {
+func (v *Vault) CreateStepToken(_ context.Context, g broker.Grant, _, _ string) (broker.Handle, error) {
 	if err := v.fault("child"); err != nil {
 		return broker.Handle{}, err
 	}
@@ -246,7 +246,7 @@ func (v *Vault) Stick(id string, is bool) {
 	v.leases[id] = l
 }
 
-// Irrevocable implements [broker.StuckLister].
+// Irrevocable implements [broker.IrrevocableLister].
 func (v *Vault) Irrevocable(context.Context) (ids []string, err error) {
 	if err := v.fault("irrevocable"); err != nil {
 		return nil, err
@@ -262,7 +262,7 @@ func (v *Vault) Irrevocable(context.Context) (ids []string, err error) {
 }
 
 // Gone implements [broker.Killer].
-func (v *Vault) Gone(_ context.Context, leases []string) ([]bool, error) {
+func (v *Vault) LeasesGone(_ context.Context, leases []string) ([]bool, error) {
 	if err := v.fault("gone"); err != nil {
 		return nil, err
 	}

@@ -81,7 +81,7 @@ func recordAcknowledgement(tx *records.Tx, c broker.Caller, id broker.Delegation
 		if !first {
 			continue
 		}
-		if _, err := tx.Enter(broker.Entry{At: now, Actor: c.ID.String(), Op: broker.OpHeard, Chain: p.Chain.ID, Delegation: id,
+		if _, err := tx.Enter(broker.Entry{At: now, Actor: c.ID.String(), Op: broker.OpAcknowledged, Chain: p.Chain.ID, Delegation: id,
 			Revocation: f.Revocation}); err != nil {
 			return err
 		}

@@ -68,7 +68,7 @@ func BenchmarkStanding(b *testing.B) {
 		}
 	}
 	for b.Loop() {
-		if _, err := pawl.Standing(ctx, c, root.ID); err != nil {
+		if _, err := pawl.Status(ctx, c, root.ID); err != nil {
 			b.Fatal(err)
 		}
 	}

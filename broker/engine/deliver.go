@@ -22,7 +22,7 @@ func (b *Engine) Subscribe(ctx context.Context, subscriber string) (at broker.Re
 		return at, err
 	}
 	err = b.update(ctx, op, func(tx *records.Tx) error {
-		if at, err = tx.Enter(broker.Entry{At: b.cfg.Now(), Actor: "pawl", Op: broker.OpTold, Detail: subscriber + ": from now on"}); err != nil {
+		if at, err = tx.Enter(broker.Entry{At: b.cfg.Now(), Actor: "pawl", Op: broker.OpDelivered, Detail: subscriber + ": from now on"}); err != nil {
 			return err
 		}
 		return tx.PutCursor(subscriber, at)
@@ -35,7 +35,7 @@ func (b *Engine) Subscribe(ctx context.Context, subscriber string) (at broker.Re
 // Errors: Unavailable.
 func (b *Engine) MarkDelivered(ctx context.Context, subscriber string, upto broker.Revision) error {
 	return b.update(ctx, "deliver", func(tx *records.Tx) error {
-		if _, err := tx.Enter(broker.Entry{At: b.cfg.Now(), Actor: "pawl", Op: broker.OpTold, Detail: fmt.Sprintf("%s: %d", subscriber, upto)}); err != nil {
+		if _, err := tx.Enter(broker.Entry{At: b.cfg.Now(), Actor: "pawl", Op: broker.OpDelivered, Detail: fmt.Sprintf("%s: %d", subscriber, upto)}); err != nil {
 			return err
 		}
 		return tx.PutCursor(subscriber, upto)

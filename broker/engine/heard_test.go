@@ -79,7 +79,7 @@ func TestAcknowledgements(t *testing.T) {
 					}
 				}
 				w.heard(rv, d, toHear, []string{"writer"})
-				if n := w.entries(broker.OpHeard); n != 1 {
+				if n := w.entries(broker.OpAcknowledged); n != 1 {
 					t.Errorf("%d entries for one acknowledgement, want 1", n)
 				}
 				w.Stop()
@@ -122,7 +122,7 @@ func TestHeardRefuses(t *testing.T) {
 			}
 			refused(t, "an acknowledgement "+what, err, row.kind, row.code)
 		}
-		if n := w.entries(broker.OpHeard); n != 0 {
+		if n := w.entries(broker.OpAcknowledged); n != 0 {
 			t.Errorf("%d acknowledgements were recorded, want none", n)
 		}
 		w.heard(rv, d, []string{"one"}, nil)

@@ -81,7 +81,7 @@ func TestWhatIsHeard(t *testing.T) {
 			return nil
 		}, true},
 		"standing": {func(w *world, d broker.Delegation, _ broker.Grant) error {
-			_, err := w.Standing(ctx, as("root"), d.ID)
+			_, err := w.Status(ctx, as("root"), d.ID)
 			return err
 		}, true},
 		"close": {func(w *world, _ broker.Delegation, g broker.Grant) error {
@@ -212,7 +212,7 @@ func TestHeartbeatIsPassedOn(t *testing.T) {
 		}
 		beats(3 * interval)
 		w.raised(0)
-		if _, err := w.Standing(ctx, as("sub"), same.ID); err != nil {
+		if _, err := w.Status(ctx, as("sub"), same.ID); err != nil {
 			t.Fatal(err)
 		}
 		beats(interval + time.Second)

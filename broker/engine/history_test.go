@@ -96,8 +96,8 @@ type lateVault struct {
 // mostHeld mints of a chain wait at once, so that others go on.
 const mostHeld = 3
 
-func (v *lateVault) Child(ctx context.Context, g broker.Grant, name, policy string) (broker.Handle, error) {
-	h, err := v.Vault.Child(ctx, g, name, policy)
+func (v *lateVault) CreateStepToken(ctx context.Context, g broker.Grant, name, policy string) (broker.Handle, error) {
+	h, err := v.Vault.CreateStepToken(ctx, g, name, policy)
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.grants[h.Accessor] = g

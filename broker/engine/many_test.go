@@ -28,11 +28,11 @@ func (v *slowVault) Kill(ctx context.Context, accessor string) error {
 	return v.Vault.Kill(ctx, accessor)
 }
 
-func (v *slowVault) Gone(ctx context.Context, leases []string) ([]bool, error) {
+func (v *slowVault) LeasesGone(ctx context.Context, leases []string) ([]bool, error) {
 	v.mu.Lock()
 	v.asked++
 	v.mu.Unlock()
-	gone, err := v.Vault.Gone(ctx, leases)
+	gone, err := v.Vault.LeasesGone(ctx, leases)
 	for i := range gone {
 		gone[i] = gone[i] && !time.Now().Before(v.until)
 	}

@@ -348,7 +348,7 @@ func TestViolationRevokesTheChain(t *testing.T) {
 		for _, name := range []string{"root", "planner", "writer"} {
 			_, err := w.Issue(ctx, as(name), step(d[name], "db.read"))
 			refused(t, "Issue by "+name, err, broker.Revoked, broker.CodeFenced)
-			s, err := w.Standing(ctx, as(name), d[name].ID)
+			s, err := w.Status(ctx, as(name), d[name].ID)
 			if err != nil || s.Fence == nil {
 				t.Errorf("Standing of %s = %+v, %v; want fenced", name, s, err)
 			}

@@ -26,7 +26,7 @@ func (b *Engine) WatchFences(id broker.ChainID) (changed <-chan struct{}, cancel
 // holder's own steps must stop.
 //
 // Errors: Unauthenticated, NotFound, Unavailable.
-func (b *Engine) Standing(ctx context.Context, c broker.Caller, id broker.DelegationID) (s broker.Standing, err error) {
+func (b *Engine) Status(ctx context.Context, c broker.Caller, id broker.DelegationID) (s broker.Status, err error) {
 	if s, err = b.Peek(ctx, c, id); err == nil {
 		b.watchdog.Beat(s.Delegation, b.cfg.Now())
 	}
@@ -35,10 +35,10 @@ func (b *Engine) Standing(ctx context.Context, c broker.Caller, id broker.Delega
 
 // Peek is [Engine.Standing] on the broker's own account, for a stream that is open: the holder was
 // not heard by it.
-func (b *Engine) Peek(ctx context.Context, c broker.Caller, id broker.DelegationID) (s broker.Standing, err error) {
+func (b *Engine) Peek(ctx context.Context, c broker.Caller, id broker.DelegationID) (s broker.Status, err error) {
 	const op = "standing"
 	if err := c.Check(op, b.cfg.Now()); err != nil {
-		return broker.Standing{}, err
+		return broker.Status{}, err
 	}
 	err = b.view(ctx, op, func(tx *records.Tx) error {
 		p, err := tx.Lineage(op, id)
@@ -48,7 +48,7 @@ func (b *Engine) Peek(ctx context.Context, c broker.Caller, id broker.Delegation
 		if p.Leaf().Holder != c.ID {
 			return records.UnknownDelegation(op)
 		}
-		s = broker.Standing{Delegation: p.Leaf()}
+		s = broker.Status{Delegation: p.Leaf()}
 		if s.Fence, err = tx.FenceOver(p, selector.Subject{}); err != nil {
 			return err
 		}

@@ -22,7 +22,7 @@ type stepToken struct {
 // prefetchToken begins step 3 where step 2 is expected to agree: the delegation's own token is there, and no
 // budget was used up a moment ago. So what is refused costs Vault nothing.
 func (s *issue) prefetchToken(ctx context.Context, p records.Lineage) *stepToken {
-	if !s.b.cfg.Vault.Holds(s.grant.Delegation) || s.budgetSpent(ctx, p) {
+	if !s.b.cfg.Vault.HasToken(s.grant.Delegation) || s.budgetSpent(ctx, p) {
 		return nil
 	}
 	t, tool, g := &stepToken{done: make(chan struct{})}, s.tool, s.grant
@@ -33,7 +33,7 @@ func (s *issue) prefetchToken(ctx context.Context, p records.Lineage) *stepToken
 		defer cancel()
 		var name string
 		if t.mint, name, t.err = s.b.prepare(ctx, tool, g); t.err == nil {
-			t.token, t.err = s.b.cfg.Vault.Child(ctx, g, name, tool.Policy)
+			t.token, t.err = s.b.cfg.Vault.CreateStepToken(ctx, g, name, tool.Policy)
 		}
 	})
 	return t
@@ -108,7 +108,7 @@ func (s *issue) makeToken(ctx context.Context) (m broker.Mint, token broker.Hand
 		if err := s.b.branch(ctx, opIssue, s.grant.Delegation, s.policy); err != nil {
 			return m, token, err
 		}
-		if token, err = s.b.cfg.Vault.Child(ctx, s.grant, name, s.tool.Policy); !errors.Is(err, broker.ErrNoParent) {
+		if token, err = s.b.cfg.Vault.CreateStepToken(ctx, s.grant, name, s.tool.Policy); !errors.Is(err, broker.ErrNoParent) {
 			break
 		}
 	}

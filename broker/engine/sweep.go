@@ -42,7 +42,7 @@ func (b sweeper) sweep(ctx context.Context) (s Orphans, err error) {
 			}
 		}
 	}
-	if lister, ok := b.cfg.Vault.(broker.StuckLister); ok {
+	if lister, ok := b.cfg.Vault.(broker.IrrevocableLister); ok {
 		errs = append(errs, b.lookForStuck(ctx, lister))
 	}
 	for name := range b.cfg.Backends {
@@ -147,7 +147,7 @@ func (b *Engine) Irrevocable() int {
 
 // lookForStuck finds which grants' leases Vault has given up, says so once of each, and has them tried again: what
 // stood in the way, a target that was down for longer than Vault's patience, may be over.
-func (b sweeper) lookForStuck(ctx context.Context, lister broker.StuckLister) error {
+func (b sweeper) lookForStuck(ctx context.Context, lister broker.IrrevocableLister) error {
 	ids, err := lister.Irrevocable(ctx)
 	if err != nil {
 		return err
@@ -236,7 +236,7 @@ func (b sweeper) endOrphans(ctx context.Context, name string, orphans []broker.G
 }
 
 func (b sweeper) recordOrphan(ctx context.Context, e broker.Entry) error {
-	e.At, e.Actor, e.Op = b.cfg.Now(), "pawl", broker.OpStray
+	e.At, e.Actor, e.Op = b.cfg.Now(), "pawl", broker.OpOrphan
 	b.cfg.Alarm("sweep", broker.Errorf(broker.Internal, "sweep", "%s", e.Detail))
 	return b.update(ctx, "sweep", func(tx *records.Tx) error { _, err := tx.Enter(e); return err })
 }

@@ -43,7 +43,7 @@ func TestSweepLeases(t *testing.T) {
 		strays := 0
 		entries, _ := w.Entries(ctx, 0, 1000)
 		for _, e := range entries {
-			if e.Op == broker.OpStray {
+			if e.Op == broker.OpOrphan {
 				strays++
 			}
 		}

@@ -14,7 +14,7 @@ import (
 // the delegation tree is the Vault token tree. A token's accessor is recorded, on a records.Lineage that is
 // not fenced, before the token is used for anything.
 func (b *Engine) branch(ctx context.Context, op string, id broker.DelegationID, policy broker.Policy) error {
-	if b.cfg.Vault.Holds(id) {
+	if b.cfg.Vault.HasToken(id) {
 		return nil
 	}
 	unlock, err := b.branching.Lock(ctx, id)
@@ -22,7 +22,7 @@ func (b *Engine) branch(ctx context.Context, op string, id broker.DelegationID, 
 		return broker.Errorf(broker.Unavailable, op, "gave up waiting").Because(err)
 	}
 	defer unlock()
-	if b.cfg.Vault.Holds(id) {
+	if b.cfg.Vault.HasToken(id) {
 		return nil
 	}
 	var d broker.Delegation
@@ -40,7 +40,7 @@ func (b *Engine) branch(ctx context.Context, op string, id broker.DelegationID, 
 			return err
 		}
 	}
-	token, err := b.cfg.Vault.Branch(ctx, d, vaultPolicies(d.Scope, policy))
+	token, err := b.cfg.Vault.CreateDelegationToken(ctx, d, vaultPolicies(d.Scope, policy))
 	if errors.Is(err, broker.ErrNoParent) {
 		return broker.Errorf(broker.Unavailable, op, "the parent delegation's token has just ended").With(broker.CodeVaultDown).Because(err)
 	}
@@ -51,7 +51,7 @@ func (b *Engine) branch(ctx context.Context, op string, id broker.DelegationID, 
 		b.kill(ctx, token)
 		return err
 	}
-	b.cfg.Vault.Keep(id, token)
+	b.cfg.Vault.Activate(id, token)
 	return nil
 }
 

@@ -27,7 +27,7 @@ func TestStandingNamesCutSteps(t *testing.T) {
 				cut(w, first)
 				for range 2 { // before and after its end is proven
 					for holder, want := range map[string][]broker.GrantID{"writer": {first.ID}, "other": nil, "root": nil} {
-						s, err := w.Standing(ctx, as(holder), d[holder].ID)
+						s, err := w.Status(ctx, as(holder), d[holder].ID)
 						if err != nil || s.Fence != nil || !slices.Equal(s.Ended, want) {
 							t.Errorf("Standing of %s = %+v, %v; want %v cut and no fence", holder, s, err, want)
 						}

@@ -112,7 +112,7 @@ func (s *Server) standing(x *exchange, c broker.Caller, _ none) (answer, error) 
 	if err != nil {
 		return answer{}, err
 	}
-	st, err := s.cfg.Broker.Standing(x.Context(), c, id)
+	st, err := s.cfg.Broker.Status(x.Context(), c, id)
 	d := wireDelegation(st.Delegation)
 	return answer{status: http.StatusOK, body: api.Standing{Delegation: &d, Fence: wireFence(st.Fence), Ended: texts(st.Ended)}}, err
 }
@@ -243,7 +243,7 @@ func (s *Server) standingEvents(x *exchange) error {
 	if err != nil {
 		return err
 	}
-	first, err := s.cfg.Broker.Standing(x.Context(), c, id)
+	first, err := s.cfg.Broker.Status(x.Context(), c, id)
 	if err != nil {
 		return err
 	}

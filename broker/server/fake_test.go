@@ -50,7 +50,7 @@ type fake struct {
 
 	repeated bool
 	secret   []byte
-	standing broker.Standing
+	standing broker.Status
 	standErr error // of Standing alone, after the first call
 	stood    int
 	beats    int // of stood, those that were the holder's own
@@ -62,7 +62,7 @@ type fake struct {
 
 func newFake() *fake {
 	d := delegation()
-	return &fake{secret: []byte(`{"password":"` + marker + `"}`), standing: broker.Standing{Delegation: d},
+	return &fake{secret: []byte(`{"password":"` + marker + `"}`), standing: broker.Status{Delegation: d},
 		rev: revocation(), changed: make(chan struct{})}
 }
 
@@ -141,14 +141,14 @@ func (f *fake) Delegate(_ context.Context, _ broker.Caller, r broker.DelegateReq
 	return delegation(), f.answer(r)
 }
 
-func (f *fake) Standing(ctx context.Context, c broker.Caller, id broker.DelegationID) (broker.Standing, error) {
+func (f *fake) Status(ctx context.Context, c broker.Caller, id broker.DelegationID) (broker.Status, error) {
 	f.mu.Lock()
 	f.beats++
 	f.mu.Unlock()
 	return f.Peek(ctx, c, id)
 }
 
-func (f *fake) Peek(_ context.Context, _ broker.Caller, id broker.DelegationID) (broker.Standing, error) {
+func (f *fake) Peek(_ context.Context, _ broker.Caller, id broker.DelegationID) (broker.Status, error) {
 	err := f.answer(id)
 	if f.looked != nil {
 		defer f.looked()

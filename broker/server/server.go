@@ -33,8 +33,8 @@ type Broker interface {
 type Delegations interface {
 	Open(context.Context, broker.Caller, broker.OpenRequest) (broker.Delegation, error)
 	Delegate(context.Context, broker.Caller, broker.DelegateRequest) (broker.Delegation, error)
-	Standing(context.Context, broker.Caller, broker.DelegationID) (broker.Standing, error)
-	Peek(context.Context, broker.Caller, broker.DelegationID) (broker.Standing, error) // Standing that is no request of the holder's
+	Status(context.Context, broker.Caller, broker.DelegationID) (broker.Status, error)
+	Peek(context.Context, broker.Caller, broker.DelegationID) (broker.Status, error) // Standing that is no request of the holder's
 	Heartbeat(context.Context, broker.Caller, broker.DelegationID) error
 	Acknowledge(context.Context, broker.Caller, broker.DelegationID, broker.RevocationID) error
 }

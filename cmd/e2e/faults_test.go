@@ -106,14 +106,14 @@ type faultyVault struct {
 	*faults
 }
 
-func (v faultyVault) Branch(ctx context.Context, d broker.Delegation, policies []string) (broker.Handle, error) {
+func (v faultyVault) CreateDelegationToken(ctx context.Context, d broker.Delegation, policies []string) (broker.Handle, error) {
 	defer v.around("branch")()
-	return v.Vault.Branch(ctx, d, policies)
+	return v.Vault.CreateDelegationToken(ctx, d, policies)
 }
 
-func (v faultyVault) Child(ctx context.Context, g broker.Grant, displayName, policy string) (broker.Handle, error) {
+func (v faultyVault) CreateStepToken(ctx context.Context, g broker.Grant, displayName, policy string) (broker.Handle, error) {
 	defer v.around("child")()
-	return v.Vault.Child(ctx, g, displayName, policy)
+	return v.Vault.CreateStepToken(ctx, g, displayName, policy)
 }
 
 func (v faultyVault) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (broker.Lease, broker.Secret, error) {
@@ -126,9 +126,9 @@ func (v faultyVault) Kill(ctx context.Context, accessor string) error {
 	return v.Vault.Kill(ctx, accessor)
 }
 
-func (v faultyVault) Gone(ctx context.Context, leases []string) ([]bool, error) {
+func (v faultyVault) LeasesGone(ctx context.Context, leases []string) ([]bool, error) {
 	defer v.around("gone")()
-	return v.Vault.Gone(ctx, leases)
+	return v.Vault.LeasesGone(ctx, leases)
 }
 
 // Leases implements [broker.LeaseLister].
@@ -136,9 +136,9 @@ func (v faultyVault) Leases(ctx context.Context, tools []broker.Tool) ([]broker.
 	return v.Vault.(broker.LeaseLister).Leases(ctx, tools)
 }
 
-// Irrevocable implements [broker.StuckLister].
+// Irrevocable implements [broker.IrrevocableLister].
 func (v faultyVault) Irrevocable(ctx context.Context) ([]string, error) {
-	return v.Vault.(broker.StuckLister).Irrevocable(ctx)
+	return v.Vault.(broker.IrrevocableLister).Irrevocable(ctx)
 }
 
 // target is a backend with every optional interface, such as PostgreSQL's.

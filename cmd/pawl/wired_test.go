@@ -67,7 +67,7 @@ func TestWired(t *testing.T) {
 			t.Fatalf("push %d = %d, want %d", i+1, status, want)
 		}
 	}
-	standing, err := s.Broker.Standing(ctx, agent, root.ID)
+	standing, err := s.Broker.Status(ctx, agent, root.ID)
 	if err != nil || standing.Fence == nil {
 		t.Fatalf("Standing = %+v, %v, want a fence", standing, err)
 	}

@@ -166,7 +166,7 @@ func (m *metrics) count(e broker.Entry) {
 		if e.Detail == "issue" { // the procedure that refused
 			m.step(e.Tool, "denied")
 		}
-	case broker.OpStray:
+	case broker.OpOrphan:
 		m.strays.Inc()
 	case broker.OpFreeze:
 		m.fences.WithLabelValues("freeze").Inc()

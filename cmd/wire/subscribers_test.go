@@ -67,7 +67,7 @@ func TestRevocationIsCarriedOn(t *testing.T) {
 func (s *site) fenced(w *wire.Server, d broker.Delegation) bool {
 	s.t.Helper()
 	caller := broker.Caller{ID: d.Holder, Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
-	standing, err := w.Broker.Standing(s.t.Context(), caller, d.ID)
+	standing, err := w.Broker.Status(s.t.Context(), caller, d.ID)
 	if err != nil {
 		s.t.Fatal(err)
 	}

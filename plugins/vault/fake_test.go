@@ -114,20 +114,20 @@ func newClient(t *testing.T, cfg vault.Config) *vault.Client {
 
 func branch(t *testing.T, c *vault.Client, d broker.Delegation, policies ...string) broker.Handle {
 	t.Helper()
-	h, err := c.Branch(t.Context(), d, policies)
+	h, err := c.CreateDelegationToken(t.Context(), d, policies)
 	if err != nil {
-		t.Fatalf("Branch(%s, %v) = %v", d.ID, policies, err)
+		t.Fatalf("CreateDelegationToken(%s, %v) = %v", d.ID, policies, err)
 	}
-	c.Keep(d.ID, h)
+	c.Activate(d.ID, h)
 	return h
 }
 
 func child(t *testing.T, c *vault.Client, d broker.DelegationID, life time.Duration, policy string) broker.Handle {
 	t.Helper()
 	g := broker.Grant{ID: grantID, Delegation: d, Expires: time.Now().Add(life)}
-	h, err := c.Child(t.Context(), g, string(grantID), policy)
+	h, err := c.CreateStepToken(t.Context(), g, string(grantID), policy)
 	if err != nil {
-		t.Fatalf("Child(%s, %q) = %v", d, policy, err)
+		t.Fatalf("CreateStepToken(%s, %q) = %v", d, policy, err)
 	}
 	return h
 }

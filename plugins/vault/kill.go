@@ -65,7 +65,7 @@ const listThreshold = 8
 
 // Gone implements [broker.Killer]. Many leases of one role cost one list; a few cost one look-up each. An error leaves
 // the status of every lease unknown.
-func (c *Client) Gone(ctx context.Context, leases []string) ([]bool, error) {
+func (c *Client) LeasesGone(ctx context.Context, leases []string) ([]bool, error) {
 	roles := map[string][]int{}
 	for i, id := range leases {
 		if err := checkLease(id); err != nil {

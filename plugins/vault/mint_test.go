@@ -297,9 +297,9 @@ func TestTokenAnswers(t *testing.T) {
 		c := f.client(t, nil)
 		f.alterAuth = alter
 		g := broker.Grant{ID: grantID, Delegation: rootID, Expires: time.Now().Add(time.Minute)}
-		_, err := c.Child(t.Context(), g, "x", "pawl-tool-a")
+		_, err := c.CreateStepToken(t.Context(), g, "x", "pawl-tool-a")
 		if err == nil || strings.Contains(err.Error(), marker) {
-			t.Errorf("Child() with %s = %v, want an error without the token", name, err)
+			t.Errorf("CreateStepToken() with %s = %v, want an error without the token", name, err)
 		}
 		if revoked := f.count("POST auth/token/revoke-accessor"); revoked == 0 && name != "no accessor" {
 			t.Errorf("a token with %s was not revoked", name)

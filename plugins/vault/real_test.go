@@ -187,9 +187,9 @@ func TestRealLogin(t *testing.T) {
 	} {
 		s.svid.Store(svid)
 		c := newClient(t, s.config())
-		_, err := c.Branch(t.Context(), delegation(rootID, ""), []string{s.a()})
+		_, err := c.CreateDelegationToken(t.Context(), delegation(rootID, ""), []string{s.a()})
 		if !errors.Is(err, vault.ErrNoSession) || c.Ready() == nil {
-			t.Errorf("Branch() with an SVID of %s = %v, want ErrNoSession", name, err)
+			t.Errorf("CreateDelegationToken() with an SVID of %s = %v, want ErrNoSession", name, err)
 		}
 		t.Logf("an SVID of %s: %v", name, err)
 	}
@@ -212,8 +212,8 @@ func TestRealRotation(t *testing.T) {
 		s.svid.Store(s.ca.svid(t, brokerID, "pawl"))
 		begun := time.Now()
 		until(t, 4*time.Second, "a period", func() bool { return time.Since(begun) > 1500*time.Millisecond })
-		if !c.Holds(rootID) || c.Ready() != nil {
-			t.Fatalf("after a rotation of the SVID: Holds() = %v, Ready() = %v, want true, nil", c.Holds(rootID), c.Ready())
+		if !c.HasToken(rootID) || c.Ready() != nil {
+			t.Fatalf("after a rotation of the SVID: HasToken() = %v, Ready() = %v, want true, nil", c.HasToken(rootID), c.Ready())
 		}
 		issue(t, c, rootID, s.a(), s.mint("a"))
 	}
@@ -224,7 +224,7 @@ func TestRealRotation(t *testing.T) {
 		if err := c.Ready(); err != nil {
 			t.Fatalf("Ready() before the new login = %v, want nil", err)
 		}
-		return !c.Holds(rootID)
+		return !c.HasToken(rootID)
 	})
 	branch(t, c, delegation(rootID, ""), s.a())
 	issue(t, c, rootID, s.a(), s.mint("a"))
@@ -238,9 +238,9 @@ func TestRealTrust(t *testing.T) {
 	if _, err := vault.Setup(t.Context(), s.admin, s.setup); err != nil {
 		t.Fatalf("Setup() = %v", err)
 	}
-	_, err := newClient(t, s.config()).Branch(t.Context(), delegation(rootID, ""), []string{s.a()})
+	_, err := newClient(t, s.config()).CreateDelegationToken(t.Context(), delegation(rootID, ""), []string{s.a()})
 	if !errors.Is(err, vault.ErrNoSession) {
-		t.Errorf("Branch() with an SVID of the old authority = %v, want ErrNoSession", err)
+		t.Errorf("CreateDelegationToken() with an SVID of the old authority = %v, want ErrNoSession", err)
 	}
 	s.svid.Store(next.svid(t, brokerID, "pawl"))
 	branch(t, newClient(t, s.config()), delegation(rootID, ""), s.a())
@@ -273,7 +273,7 @@ func TestRealJWT(t *testing.T) {
 			return jwt.Signed(signer).Claims(jwt.Claims{Subject: row.subject, Audience: jwt.Audience{row.audience},
 				IssuedAt: jwt.NewNumericDate(time.Now()), Expiry: jwt.NewNumericDate(time.Now().Add(time.Minute))}).Serialize()
 		}}
-		_, err := newClient(t, cfg).Branch(t.Context(), delegation(rootID, ""), []string{s.a()})
+		_, err := newClient(t, cfg).CreateDelegationToken(t.Context(), delegation(rootID, ""), []string{s.a()})
 		if (err == nil) != row.want {
 			t.Errorf("login as %s for %s = %v, want ok = %v", row.subject, row.audience, err, row.want)
 		}
@@ -289,23 +289,23 @@ func TestRealTree(t *testing.T) {
 		third   = broker.DelegationID("dl000000000000000000000003")
 		unknown = broker.DelegationID("dl000000000000000000000004")
 	)
-	_, err := c.Branch(t.Context(), delegation(third, childID), []string{s.a(), s.b()})
+	_, err := c.CreateDelegationToken(t.Context(), delegation(third, childID), []string{s.a(), s.b()})
 	if !errors.Is(err, vault.ErrWider) || !errors.Is(err, broker.Denied) {
-		t.Errorf("Branch() wider than its parent = %v, want ErrWider", err)
+		t.Errorf("CreateDelegationToken() wider than its parent = %v, want ErrWider", err)
 	}
-	if _, err := c.Branch(t.Context(), delegation(third, ""), []string{s.setup.Role}); !errors.Is(err, vault.ErrWider) {
-		t.Errorf("Branch() with the broker's own policy = %v, want ErrWider", err)
+	if _, err := c.CreateDelegationToken(t.Context(), delegation(third, ""), []string{s.setup.Role}); !errors.Is(err, vault.ErrWider) {
+		t.Errorf("CreateDelegationToken() with the broker's own policy = %v, want ErrWider", err)
 	}
-	if _, err := c.Branch(t.Context(), delegation(third, unknown), []string{s.a()}); !errors.Is(err, broker.ErrNoParent) {
-		t.Errorf("Branch() below an unknown parent = %v, want ErrNoParent", err)
+	if _, err := c.CreateDelegationToken(t.Context(), delegation(third, unknown), []string{s.a()}); !errors.Is(err, broker.ErrNoParent) {
+		t.Errorf("CreateDelegationToken() below an unknown parent = %v, want ErrNoParent", err)
 	}
 	g := broker.Grant{ID: grantID, Delegation: childID, Expires: time.Now().Add(time.Minute)}
-	if _, err := c.Child(t.Context(), g, "x", s.b()); !errors.Is(err, vault.ErrWider) {
-		t.Errorf("Child() outside its delegation = %v, want ErrWider", err)
+	if _, err := c.CreateStepToken(t.Context(), g, "x", s.b()); !errors.Is(err, vault.ErrWider) {
+		t.Errorf("CreateStepToken() outside its delegation = %v, want ErrWider", err)
 	}
 	for _, policy := range []string{"root", "default", "PAWL-TOOL-A", s.a() + " ", ""} {
-		if _, err := c.Child(t.Context(), g, "x", policy); err == nil {
-			t.Errorf("Child(%q) = nil, want an error", policy)
+		if _, err := c.CreateStepToken(t.Context(), g, "x", policy); err == nil {
+			t.Errorf("CreateStepToken(%q) = nil, want an error", policy)
 		}
 	}
 	// A step's token can mint at its tool's path only.
@@ -320,9 +320,9 @@ func TestRealTree(t *testing.T) {
 	for i := range 10 {
 		leases = append(leases, issue(t, c, rootID, []string{s.a(), s.b()}[i%2], s.mint(string("ab"[i%2]))).ID)
 	}
-	gone, err := c.Gone(t.Context(), append(leases, s.pki+"/issue/a/unknown"))
+	gone, err := c.LeasesGone(t.Context(), append(leases, s.pki+"/issue/a/unknown"))
 	if err != nil || countTrue(gone) != 1 || !gone[13] {
-		t.Errorf("Gone() = %v, %v, want only the last one gone", gone, err)
+		t.Errorf("LeasesGone() = %v, %v, want only the last one gone", gone, err)
 	}
 	found, err := c.Leases(t.Context(), []string{s.pki, "issue", "a"}, []string{s.pki, "issue", "b"})
 	if err != nil || len(found) != 13 || found[0].Expires.Sub(found[0].Issued) > 61*time.Second {
@@ -334,8 +334,8 @@ func TestRealTree(t *testing.T) {
 	if err := c.Revoke(t.Context(), leases[0]); err != nil {
 		t.Errorf("Revoke() again = %v", err)
 	}
-	if gone, err := c.Gone(t.Context(), leases[:1]); err != nil || !gone[0] {
-		t.Errorf("Gone() after Revoke() = %v, %v, want true", gone, err)
+	if gone, err := c.LeasesGone(t.Context(), leases[:1]); err != nil || !gone[0] {
+		t.Errorf("LeasesGone() after Revoke() = %v, %v, want true", gone, err)
 	}
 	if ids, err := c.Irrevocable(t.Context()); err != nil || len(ids) != 0 {
 		t.Errorf("Irrevocable() = %v, %v, want none", ids, err)
@@ -348,11 +348,11 @@ func TestRealTree(t *testing.T) {
 	if err := c.Kill(t.Context(), "unknown"); err != nil {
 		t.Errorf("Kill(unknown) = %v", err)
 	}
-	if c.Holds(rootID) || c.Holds(childID) {
-		t.Error("Holds() after Kill() of the root = true, want false for the root and its child")
+	if c.HasToken(rootID) || c.HasToken(childID) {
+		t.Error("HasToken() after Kill() of the root = true, want false for the root and its child")
 	}
 	until(t, 20*time.Second, "all leases gone", func() bool {
-		gone, err := c.Gone(t.Context(), leases)
+		gone, err := c.LeasesGone(t.Context(), leases)
 		return err == nil && countTrue(gone) == len(leases)
 	})
 }
@@ -377,8 +377,8 @@ func TestRealLeastRights(t *testing.T) {
 	if err := c.Revoke(t.Context(), lease.ID); !errors.Is(err, vault.ErrForbidden) {
 		t.Errorf("Revoke() of another broker's lease = %v, want ErrForbidden", err)
 	}
-	if _, err := c.Gone(t.Context(), []string{lease.ID}); !errors.Is(err, vault.ErrForbidden) {
-		t.Errorf("Gone() of another broker's lease = %v, want ErrForbidden", err)
+	if _, err := c.LeasesGone(t.Context(), []string{lease.ID}); !errors.Is(err, vault.ErrForbidden) {
+		t.Errorf("LeasesGone() of another broker's lease = %v, want ErrForbidden", err)
 	}
 	if _, err := c.Leases(t.Context(), []string{other.pki, "issue", "a"}); !errors.Is(err, vault.ErrForbidden) {
 		t.Errorf("Leases() of another mount = %v, want ErrForbidden", err)
@@ -404,14 +404,14 @@ func TestRealDeadMan(t *testing.T) {
 	branch(t, c, delegation(childID, rootID), s.a())
 	begun := time.Now()
 	until(t, 8*time.Second, "twice the token's TTL", func() bool { return time.Since(begun) > 4500*time.Millisecond })
-	if !c.Holds(childID) {
-		t.Fatal("Holds() after twice the token's TTL = false, want true: the client renews it")
+	if !c.HasToken(childID) {
+		t.Fatal("HasToken() after twice the token's TTL = false, want true: the client renews it")
 	}
 	lease := issue(t, c, childID, s.a(), s.mint("a"))
 	root := s.rootClient(t)
 	c.Close()
 	until(t, 10*time.Second, "the lease gone after the broker stopped", func() bool {
-		gone, err := root.Gone(t.Context(), []string{lease.ID})
+		gone, err := root.LeasesGone(t.Context(), []string{lease.ID})
 		return err == nil && gone[0]
 	})
 	// Use of a child counts as use of its parent: the client renews both.
@@ -428,7 +428,7 @@ func TestRealDeadMan(t *testing.T) {
 	cfg.Idle = time.Second
 	idle := newClient(t, cfg)
 	branch(t, idle, delegation(rootID, ""), s.a())
-	until(t, 10*time.Second, "expiry of an idle delegation's token", func() bool { return !idle.Holds(rootID) })
+	until(t, 10*time.Second, "expiry of an idle delegation's token", func() bool { return !idle.HasToken(rootID) })
 }
 
 // TestRealRestart restarts a Vault that keeps its state in memory. The client must log in again by itself.
@@ -451,7 +451,7 @@ func TestRealRestart(t *testing.T) {
 		t.Fatalf("Setup() = %v", err)
 	}
 	until(t, 20*time.Second, "a new login", func() bool {
-		_, err := c.Branch(t.Context(), delegation(rootID, ""), []string{s.a()})
+		_, err := c.CreateDelegationToken(t.Context(), delegation(rootID, ""), []string{s.a()})
 		return err == nil
 	})
 }

@@ -22,7 +22,7 @@ var errTooManySteps = errors.New("too many vault step tokens wait for their mint
 
 // Child implements [broker.Minter]. An ErrNoParent means that the delegation has no usable token in memory: branch it
 // again.
-func (c *Client) Child(ctx context.Context, g broker.Grant, displayName, policy string) (broker.Handle, error) {
+func (c *Client) CreateStepToken(ctx context.Context, g broker.Grant, displayName, policy string) (broker.Handle, error) {
 	if err := checkSegment(displayName); err != nil {
 		return broker.Handle{}, fmt.Errorf("display name of a vault token: %w", err)
 	}

@@ -55,7 +55,7 @@ func (c *Client) currentLocked(d broker.DelegationID) *node {
 }
 
 // Holds implements [broker.TokenTree].
-func (c *Client) Holds(d broker.DelegationID) bool {
+func (c *Client) HasToken(d broker.DelegationID) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.currentLocked(d) != nil
@@ -80,7 +80,7 @@ func (c *Client) touch(d broker.DelegationID) (*node, error) {
 // role. The role allows Pawl's tool policies, so that the broker need not hold them. Below a root it creates a plain
 // child, for which Vault enforces a subset of the parent's policies. If Vault refuses that, the error is an errWider of
 // kind broker.Denied.
-func (c *Client) Branch(ctx context.Context, d broker.Delegation, policies []string) (broker.Handle, error) {
+func (c *Client) CreateDelegationToken(ctx context.Context, d broker.Delegation, policies []string) (broker.Handle, error) {
 	policies = append(slices.Clone(policies), c.cfg.Delegation)
 	life := ceilSecond(d.Expires.Sub(c.cfg.Now()))
 	if life <= 0 {
@@ -115,7 +115,7 @@ func (c *Client) Branch(ctx context.Context, d broker.Delegation, policies []str
 }
 
 // Keep implements [broker.TokenTree]. A token that was in use before stays alive as long as steps may depend on it.
-func (c *Client) Keep(d broker.DelegationID, h broker.Handle) {
+func (c *Client) Activate(d broker.DelegationID, h broker.Handle) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if n := c.nodes[h.Accessor]; n != nil && n.parent != nil {

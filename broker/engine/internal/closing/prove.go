@@ -126,7 +126,7 @@ func (w *worker) leasesGone(ctx context.Context, pass []broker.Grant) []goneAnsw
 	if len(leases) == 0 {
 		return answers
 	}
-	gone, err := w.r.cfg.Vault.Gone(ctx, leases)
+	gone, err := w.r.cfg.Vault.LeasesGone(ctx, leases)
 	if err != nil || len(gone) != len(leases) {
 		return answers
 	}
