@@ -223,8 +223,8 @@ func (r *reconciler) reread(ctx context.Context) error {
 	closed := map[broker.GrantID]broker.Outcome{}
 	err := r.b.view(ctx, "revoke", func(tx *records.Tx) error {
 		clear(closed)
-		for id := range r.progress.Left() {
-			live, static, err := tx.LiveOrStatic(id)
+		for id, f := range r.progress.Left() {
+			live, static, err := tx.LiveOrStatic(f.Chain, id)
 			if err != nil {
 				return err
 			}

@@ -10,6 +10,7 @@ import (
 
 // Found is the state of a grant as a worker found it last.
 type Found struct {
+	Chain     broker.ChainID
 	Outcome   broker.Outcome
 	LatestEnd time.Time // when its secret ends by itself
 }
@@ -33,7 +34,7 @@ func (r *Reaper) Follow(grants []broker.Grant, static []broker.GrantID) *Progres
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, g := range grants {
-		p.left[g.ID] = Found{g.Outcome, g.LatestEnd()}
+		p.left[g.ID] = Found{g.Chain, g.Outcome, g.LatestEnd()}
 		r.progress[g.ID] = append(r.progress[g.ID], p)
 	}
 	return p
@@ -111,7 +112,7 @@ func (r *Reaper) report(grants []broker.Grant) {
 		g := &grants[i]
 		closed := g.State == broker.StateClosed
 		for _, p := range r.progress[g.ID] {
-			p.Report(g.ID, Found{g.Outcome, g.LatestEnd()}, closed)
+			p.Report(g.ID, Found{g.Chain, g.Outcome, g.LatestEnd()}, closed)
 		}
 		if !closed {
 			continue

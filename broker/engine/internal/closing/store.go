@@ -66,7 +66,7 @@ func recordOne(tx *records.Tx, g *broker.Grant, now time.Time, ended map[broker.
 	}
 	switch dead := g.Outcome == broker.OutcomeDead || g.Outcome == broker.OutcomeStatic; {
 	case !ok || old.State == broker.StateClosed:
-		g.State = broker.StateClosed
+		g.State, g.Outcome = broker.StateClosed, old.Outcome
 	case g.State != old.State:
 		// An issue has moved it since it was read; the next check sees it as it is.
 	case dead:

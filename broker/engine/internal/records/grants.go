@@ -160,10 +160,10 @@ func (t *Tx) TakeOnce(d broker.DelegationID, digest [32]byte, id broker.GrantID)
 }
 
 // LiveOrStatic reports whether a grant is not closed, or is closed while its static secret works on.
-func (t *Tx) LiveOrStatic(id broker.GrantID) (live, static bool, err error) {
-	g, ok, err := load[GrantHead](t, keyGrant(id))
-	if err != nil || !ok {
-		return false, false, err
+func (t *Tx) LiveOrStatic(c broker.ChainID, id broker.GrantID) (live, static bool, err error) {
+	if live, err = t.has(keyLive(c, id)); err != nil || live {
+		return live, false, err
 	}
-	return g.State != broker.StateClosed, g.State == broker.StateClosed && g.Outcome == broker.OutcomeStatic, nil
+	static, err = t.has(keyStatic(c, id))
+	return false, static, err
 }
