@@ -140,7 +140,7 @@ func (s *script) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.collect(w, strings.Split(path, "/")[3])
 	case strings.HasSuffix(path, "/close"):
 		s.close(w, strings.Split(path, "/")[3])
-	case strings.HasSuffix(path, "/heard"):
+	case strings.HasSuffix(path, "/heartbeat"), strings.HasSuffix(path, "/acknowledge"):
 		s.beat(w, string(body))
 	case strings.HasSuffix(path, "/events"):
 		s.events(w, r)
@@ -238,7 +238,7 @@ func (s *script) beat(w http.ResponseWriter, body string) {
 			return
 		}
 	}
-	reply(w, 200, api.Heard{})
+	reply(w, 200, api.Nothing{})
 	s.beaten <- struct{}{}
 }
 

@@ -98,7 +98,7 @@ func (d *Delegation) sendHeartbeats(every time.Duration) {
 		case <-tick.C:
 		}
 		ctx, cancel := context.WithTimeout(d.ctx, every)
-		err := d.client.http.Call(ctx, http.MethodPost, d.path("/heard"), nil, api.HeardRequest{}, nil)
+		err := d.client.http.Call(ctx, http.MethodPost, d.path("/heartbeat"), nil, api.Nothing{}, nil)
 		cancel()
 		if isFinal(err) && d.ctx.Err() == nil { // the event was missed
 			d.endAll(err)
@@ -119,10 +119,10 @@ func (d *Delegation) acknowledge(err error) {
 	if !errors.As(err, &p) || p.Kind != ErrRevoked || p.Revocation == "" {
 		return
 	}
-	in := api.HeardRequest{Revocation: p.Revocation}
+	in := api.AcknowledgeRequest{Revocation: p.Revocation}
 	for wait := firstWait; d.client.ctx.Err() == nil; wait = min(2*wait, longestWait) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(d.client.ctx), ackTimeout)
-		err := d.client.http.Call(ctx, http.MethodPost, d.path("/heard"), nil, in, nil)
+		err := d.client.http.Call(ctx, http.MethodPost, d.path("/acknowledge"), nil, in, nil)
 		cancel()
 		if !errors.Is(err, ErrUnavailable) {
 			return

@@ -16,14 +16,13 @@ const (
 	MaxDepth = 32       // objects and arrays inside each other
 )
 
-// Decode reads a request's body into v, a pointer to one of the request types. It takes one
-// JSON object and nothing after it, in valid UTF-8, with each member named exactly once and
-// in exactly the case that v declares, nested at most [MaxDepth] deep, without null anywhere
-// and in at most [MaxBody] bytes. The error says what is wrong in words of its own and repeats
-// no value of the body.
+// Decode decodes a request's body into v, a pointer to one of the request types. It accepts one JSON object with
+// nothing after it, in valid UTF-8. Each member must appear exactly once, in exactly the case that v declares. Null
+// is refused everywhere. The body is nested at most [MaxDepth] deep and has at most [MaxBody] bytes. The error
+// repeats no value of the body.
 func Decode(body []byte, v any) error {
 	if len(body) > MaxBody {
-		return fmt.Errorf("the body takes more than %d bytes", MaxBody)
+		return fmt.Errorf("the body is longer than %d bytes", MaxBody)
 	}
 	if err := scan(body); err != nil {
 		return err
@@ -35,14 +34,14 @@ func Decode(body []byte, v any) error {
 		return nil
 	case errors.Is(err, json.ErrUnknownName):
 		errors.As(err, &wrong)
-		return fmt.Errorf("there is no member %.80q", wrong.JSONPointer)
+		return fmt.Errorf("unknown member %.80q", wrong.JSONPointer)
 	case errors.As(err, &wrong):
-		return fmt.Errorf("member %.80q is of the wrong kind or out of range", wrong.JSONPointer)
+		return fmt.Errorf("member %.80q has the wrong type or is out of range", wrong.JSONPointer)
 	}
 	return errors.New("the body is not valid JSON")
 }
 
-// scan walks the tokens once, for what the types of Go do not tell apart: null and nothing.
+// scan checks the tokens for errors that decoding into Go types does not report: null, depth and trailing data.
 func scan(body []byte) error {
 	dec := jsontext.NewDecoder(bytes.NewReader(body))
 	if kind := dec.PeekKind(); kind != jsontext.KindBeginObject {
@@ -57,25 +56,25 @@ func scan(body []byte) error {
 		case err != nil:
 			return syntax(err)
 		case t.Kind() == jsontext.KindNull:
-			return fmt.Errorf("member %.80q is null: leave out what is not given", dec.StackPointer())
+			return fmt.Errorf("member %.80q is null; omit it instead", dec.StackPointer())
 		case dec.StackDepth() > MaxDepth:
 			return fmt.Errorf("the body is nested more than %d deep", MaxDepth)
 		case dec.StackDepth() > 0:
 			continue
 		}
 		if _, err := dec.ReadToken(); !errors.Is(err, io.EOF) {
-			return errors.New("something follows the JSON object")
+			return errors.New("there is trailing data after the JSON object")
 		}
 		return nil
 	}
 }
 
-// syntax puts a parser's finding into words that quote nothing of the body but a member's name.
+// syntax rewrites a parser's error. The new text quotes nothing of the body but a member's name.
 func syntax(err error) error {
 	var wrong *jsontext.SyntacticError
 	switch {
 	case errors.Is(err, io.EOF):
-		return errors.New("the body is empty: send a JSON object")
+		return errors.New("the body is empty; send a JSON object")
 	case errors.Is(err, jsontext.ErrDuplicateName) && errors.As(err, &wrong):
 		return fmt.Errorf("member %.80q is given twice", wrong.JSONPointer)
 	case errors.As(err, &wrong):

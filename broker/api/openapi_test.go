@@ -20,60 +20,64 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-var update = flag.Bool("update", false, "write openapi.json and problems.md anew")
+var update = flag.Bool("update", false, "write openapi.json and problems.md")
 
-// operation is one endpoint as the document describes it. A test in broker/server holds the
-// document against the handlers.
+// operation is one endpoint, as the document describes it. A test in broker/server compares the document with the
+// handlers.
 type operation struct {
 	listener, method, path, summary string
-	query                           []string // name: what it does
-	in, out                         any      // a type of ours, or a medium; out nil: the answer is no JSON of ours
+	query                           []string // name: description
+	in, out                         any      // a type of package api, or a medium; out nil: an answer of another form
 	status                          int
 	stream                          string // the events, for a stream
 }
 
-// medium is the media type of a body that is no JSON; empty: there is none.
+// medium is the media type of a body that is not JSON; empty: no body.
 type medium string
+
+// securityEvent is the media type of a security event token (RFC 8417).
+const securityEvent = medium("application/secevent+jwt")
 
 var operations = []operation{
 	{"agents", "post", "/v1/chains", "Open a chain and hold its root delegation", nil, api.OpenRequest{}, api.Delegation{}, 201, ""},
-	{"agents", "get", "/v1/delegations/{id}", "How a delegation stands for its holder", nil, nil, api.Standing{}, 200, ""},
-	{"agents", "post", "/v1/delegations/{id}/delegate", "Pass on less than the delegation to another SPIFFE ID", nil, api.DelegateRequest{}, api.Delegation{}, 201, ""},
+	{"agents", "get", "/v1/delegations/{id}", "Read the status of a delegation as its holder", nil, nil, api.Standing{}, 200, ""},
+	{"agents", "post", "/v1/delegations/{id}/delegate", "Delegate a part of the delegation to another SPIFFE ID", nil, api.DelegateRequest{}, api.Delegation{}, 201, ""},
 	{"agents", "post", "/v1/delegations/{id}/steps", "Take a step: one secret for one tool call (200 when the idempotency key repeats one)", nil, api.StepRequest{}, api.Issued{}, 201, ""},
-	{"agents", "get", "/v1/delegations/{id}/events", "Follow how a delegation stands, until it is over", nil, nil, nil, 200, "standing events with a Standing, once at first and then when it has changed; a problem event before an early end; a comment at least every 15 s"},
-	{"agents", "post", "/v1/delegations/{id}/heard", "Say that the holder is there, and that it has heard of a revocation; a fenced delegation takes it, too", nil, api.HeardRequest{}, api.Heard{}, 200, ""},
+	{"agents", "get", "/v1/delegations/{id}/events", "Follow the status of a delegation until it ends", nil, nil, nil, 200, "standing events with a Standing, at the start and after each change; a problem event before an early end; a comment at least every 15 s"},
+	{"agents", "post", "/v1/delegations/{id}/heartbeat", "Send a heartbeat as the holder; refused under a fence and after the end, and counted all the same", nil, api.Nothing{}, api.Nothing{}, 200, ""},
+	{"agents", "post", "/v1/delegations/{id}/acknowledge", "Acknowledge a revocation as the holder; allowed under a fence and after the end, and a heartbeat", nil, api.AcknowledgeRequest{}, api.Nothing{}, 200, ""},
 	{"agents", "post", "/v1/grants/{id}/close", "End a step: its secret is revoked", nil, api.Nothing{}, api.Grant{}, 200, ""},
 	{"agents", "post", "/v1/grants/{id}/collect", "Collect a sealed secret, once", nil, api.Nothing{}, api.Collected{}, 200, ""},
-	{"agents", "post", "/v1/introspect", "Whether a token that a step was given is good still (RFC 7662); for any workload that the broker knows", nil, medium(api.FormType), api.Introspection{}, 200, ""},
-	{"agents", "post", "/v1/security-events", "Push a security event token (RFC 8935), where transmitters are configured; it is known by its signature", nil, medium(api.SecurityEventType), medium(""), 202, ""},
-	{"agents", "get", "/v1/status-lists/{backend}", "The signed status list that a backend's tokens name (draft-ietf-oauth-status-list), where one is configured; for anybody", nil, nil, medium(api.StatusListType), 200, ""},
-	{"agents", "post", "/v1/violations", "Report that policy was broken", nil, api.ReportRequest{}, api.Reported{}, 200, ""},
+	{"agents", "post", "/v1/introspect", "Check whether a token from a step is active (RFC 7662); for any workload that the broker knows", nil, medium(api.FormType), api.Introspection{}, 200, ""},
+	{"agents", "post", "/v1/security-events", "Push a security event token (RFC 8935), if transmitters are configured; its signature authenticates it", nil, securityEvent, medium(""), 202, ""},
+	{"agents", "get", "/v1/status-lists/{backend}", "Read the signed status list that a backend's tokens name (draft-ietf-oauth-status-list), if one is configured; without an identity", nil, nil, medium(api.StatusListType), 200, ""},
+	{"agents", "post", "/v1/violations", "Report a policy violation", nil, api.ReportRequest{}, api.Reported{}, 200, ""},
 
-	{"operators", "get", "/v1/chains", "List the chains", []string{"all: true to see those that are over, too"}, nil, api.Chains{}, 200, ""},
-	{"operators", "get", "/v1/chains/{id}", "One chain with its delegations and grants", nil, nil, api.ChainView{}, 200, ""},
-	{"operators", "get", "/v1/chains/{id}/audit", "The audit log of one chain", page, nil, api.Entries{}, 200, ""},
-	{"operators", "post", "/v1/plans", "What a revocation would hit", nil, api.PlanRequest{}, api.Plan{}, 200, ""},
+	{"operators", "get", "/v1/chains", "List the chains", []string{"all: true to include those that have ended"}, nil, api.Chains{}, 200, ""},
+	{"operators", "get", "/v1/chains/{id}", "Read one chain with its delegations and grants", nil, nil, api.ChainView{}, 200, ""},
+	{"operators", "get", "/v1/chains/{id}/audit", "Read the audit log of one chain", page, nil, api.Entries{}, 200, ""},
+	{"operators", "post", "/v1/plans", "Plan a revocation: read its scope without revoking", nil, api.PlanRequest{}, api.Plan{}, 200, ""},
 	{"operators", "post", "/v1/revocations", "Revoke or freeze: answers once it is fenced, before all is dead", nil, api.RevokeRequest{}, api.Revocation{}, 202, ""},
 	{"operators", "get", "/v1/revocations", "List the revocations", nil, nil, api.Revocations{}, 200, ""},
-	{"operators", "get", "/v1/revocations/{id}", "How far a revocation has come", nil, nil, api.Revocation{}, 200, ""},
-	{"operators", "get", "/v1/revocations/{id}/events", "Follow a revocation until it is settled", nil, nil, nil, 200, "revocation events with a Revocation, once at first and then when it has changed; a problem event before an early end; a comment at least every 15 s"},
-	{"operators", "get", "/v1/revocations/{id}/report", "The signed report of a revocation: a compact JWS of typ pawl-report+jws", nil, nil, medium(api.ReportType), 200, ""},
-	{"operators", "post", "/v1/revocations/{id}/unfreeze", "Ask to lift a freeze; it takes two operators", nil, api.Nothing{}, api.Revocation{}, 200, ""},
-	{"operators", "post", "/v1/canaries", "Plant a canary: its value is given this once", nil, api.PlantRequest{}, api.Planted{}, 201, ""},
+	{"operators", "get", "/v1/revocations/{id}", "Read the progress of a revocation", nil, nil, api.Revocation{}, 200, ""},
+	{"operators", "get", "/v1/revocations/{id}/events", "Follow a revocation until it is settled", nil, nil, nil, 200, "revocation events with a Revocation, at the start and after each change; a problem event before an early end; a comment at least every 15 s"},
+	{"operators", "get", "/v1/revocations/{id}/report", "Read the signed report of a revocation: a compact JWS of typ pawl-report+jws", nil, nil, medium(api.ReportType), 200, ""},
+	{"operators", "post", "/v1/revocations/{id}/unfreeze", "Ask to lift a freeze; two operators must ask", nil, api.Nothing{}, api.Revocation{}, 200, ""},
+	{"operators", "post", "/v1/canaries", "Plant a canary; its value is returned only here", nil, api.PlantRequest{}, api.Planted{}, 201, ""},
 	{"operators", "get", "/v1/canaries", "List the canaries", nil, nil, api.Canaries{}, 200, ""},
-	{"operators", "post", "/v1/canaries/{id}/pull", "Take a canary away", nil, api.Nothing{}, api.Canary{}, 200, ""},
-	{"operators", "get", "/v1/audit", "The audit log", page, nil, api.Entries{}, 200, ""},
-	{"operators", "get", "/v1/audit/checkpoint", "A signed checkpoint of the audit log: a note over the root of its Merkle tree", nil, nil, medium(api.CheckpointType), 200, ""},
+	{"operators", "post", "/v1/canaries/{id}/pull", "Pull a canary", nil, api.Nothing{}, api.Canary{}, 200, ""},
+	{"operators", "get", "/v1/audit", "Read the audit log", page, nil, api.Entries{}, 200, ""},
+	{"operators", "get", "/v1/audit/checkpoint", "Read a signed checkpoint of the audit log: a note over the root of its Merkle tree", nil, nil, medium(api.CheckpointType), 200, ""},
 
-	{"both", "get", "/v1/openapi.json", "This document", nil, nil, nil, 200, ""},
-	{"both", "get", "/healthz", "Whether requests can be answered at all", nil, nil, api.Health{}, 200, ""},
+	{"both", "get", "/v1/openapi.json", "Read this document", nil, nil, nil, 200, ""},
+	{"both", "get", "/healthz", "Check whether the broker can answer requests", nil, nil, api.Health{}, 200, ""},
 }
 
-var page = []string{"after: the revision after which to begin; 0 unless given", "limit: at most so many lines; 100 unless given, never over 1000"}
+var page = []string{"after: the revision after which to start; default 0", "limit: the largest number of entries; default 100, at most 1000"}
 
 type object = map[string]any
 
-// TestOpenAPI holds openapi.json against the types; with -update it writes the file.
+// TestOpenAPI compares openapi.json with the types. With -update it writes the file.
 func TestOpenAPI(t *testing.T) {
 	s := schemas{defs: object{}, comments: comments(t)}
 	paths := object{}
@@ -94,7 +98,7 @@ func TestOpenAPI(t *testing.T) {
 		"openapi": "3.1.0",
 		"info": object{
 			"title": "Pawl", "version": "1",
-			"description": "A credential broker for agent workloads. Agents and operators have a listener each, and an operation's x-listener says which one has it. Every refusal is a Problem.",
+			"description": "A credential broker for agent workloads. Agents and operators have separate listeners, and an operation's x-listener names its listener. Every refusal is a Problem.",
 			"license":     object{"name": "Apache-2.0", "identifier": "Apache-2.0"},
 		},
 		"paths":      paths,
@@ -130,7 +134,7 @@ func golden(t *testing.T, name string, want []byte) {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(got, want) {
-		t.Errorf("%s is out of date: run go test ./broker/api -update and read the difference", name)
+		t.Errorf("%s is out of date: run go test ./broker/api -update and review the diff", name)
 	}
 }
 
@@ -172,7 +176,7 @@ func (s *schemas) operation(op operation) object {
 	}
 	if m, ok := op.in.(medium); ok {
 		described["requestBody"] = object{"required": true, "content": m.content()}
-		if m == api.SecurityEventType { // its signature says who sends it
+		if m == securityEvent { // its signature authenticates it
 			described["security"] = []any{}
 		}
 	} else if op.in != nil {
@@ -182,7 +186,7 @@ func (s *schemas) operation(op operation) object {
 		described["parameters"] = p
 	}
 	if _, step := op.in.(api.StepRequest); step {
-		responses["200"] = object{"description": "The step was taken before with the same idempotency key: its grant, and no second secret", "content": out["content"]}
+		responses["200"] = object{"description": "The step was taken before with the same idempotency key: its grant, without a second secret", "content": out["content"]}
 	}
 	return described
 }
@@ -193,7 +197,7 @@ func (m medium) content() object {
 	return object{string(m): object{"schema": object{"type": "string"}}}
 }
 
-// operationID is made of the method and the path's fixed segments: post_delegations_steps.
+// operationID consists of the method and the fixed segments of the path: post_delegations_steps.
 func operationID(op operation) string {
 	words := []string{op.method}
 	for _, w := range strings.FieldsFunc(strings.TrimPrefix(op.path, "/v1"), func(r rune) bool { return r == '/' }) {
@@ -210,21 +214,21 @@ func operationID(op operation) string {
 
 func parameters(op operation) (all []any) {
 	if strings.Contains(op.path, "{id}") {
-		all = append(all, object{"name": "id", "in": "path", "required": true, "schema": object{"type": "string", "pattern": "^(ch|dl|gr|rv)[0-9a-z]{24}$"}})
+		all = append(all, object{"name": "id", "in": "path", "required": true, "schema": object{"type": "string", "pattern": "^(ch|dl|gr|rv|cn)[0-9a-z]{24}$"}})
 	}
 	if strings.Contains(op.path, "{backend}") {
 		all = append(all, object{"name": "backend", "in": "path", "required": true, "description": "its name in the configuration", "schema": object{"type": "string"}})
 	}
 	for _, q := range op.query {
-		name, what, _ := strings.Cut(q, ": ")
+		name, text, _ := strings.Cut(q, ": ")
 		schema := object{"type": "integer", "minimum": 0}
 		if name == "all" {
 			schema = object{"type": "boolean"}
 		}
-		all = append(all, object{"name": name, "in": "query", "description": what, "schema": schema})
+		all = append(all, object{"name": name, "in": "query", "description": text, "schema": schema})
 	}
 	if _, step := op.in.(api.StepRequest); step {
-		all = append(all, object{"name": api.IdempotencyKey, "in": "header", "description": "makes repeating the step safe", "schema": object{"type": "string", "maxLength": 128}})
+		all = append(all, object{"name": api.IdempotencyKey, "in": "header", "description": "makes it safe to repeat the step", "schema": object{"type": "string", "maxLength": 128}})
 	}
 	return all
 }
@@ -266,7 +270,7 @@ func (s *schemas) structure(t reflect.Type) object {
 		out["required"] = required
 	}
 	if strings.HasSuffix(t.Name(), "Request") || t == reflect.TypeFor[api.Nothing]() {
-		out["additionalProperties"] = false // the broker refuses what it does not know
+		out["additionalProperties"] = false // the broker refuses unknown members
 	}
 	return out
 }
@@ -297,7 +301,7 @@ func (s *schemas) of(t reflect.Type) object {
 	panic("no schema for " + t.String())
 }
 
-// comments reads what the package's source says of its types and their members.
+// comments reads the comments of the package's types and their members.
 func comments(t *testing.T) map[string]string {
 	t.Helper()
 	all := map[string]string{}

@@ -6,7 +6,7 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
-// Media types of what the broker signs.
+// Media types of signed documents.
 const (
 	ReportType     = "application/jose"          // a revocation's report, a compact JWS of typ "pawl-report+jws"
 	CheckpointType = "text/plain; charset=utf-8" // a checkpoint of the audit log, a signed note
@@ -26,9 +26,9 @@ type Chain struct {
 type ChainSummary struct {
 	Chain       Chain  `json:"chain"`
 	Delegations int    `json:"delegations"`
-	Live        int    `json:"live"`           // grants that are not over
-	Steps       int    `json:"steps"`          // begun in all
-	Fence       *Fence `json:"fence,omitzero"` // over the whole chain
+	Live        int    `json:"live"`           // grants that have not ended
+	Steps       int    `json:"steps"`          // started in total
+	Fence       *Fence `json:"fence,omitzero"` // on the whole chain
 }
 
 // Chains is the list of chains, the latest first.
@@ -43,15 +43,15 @@ type ChainView struct {
 	Grants      []GrantRecord `json:"grants"`
 }
 
-// GrantRecord is a grant as operators see it: all that is known of the secret but the secret.
+// GrantRecord is a grant, as operators see it: all recorded data about the secret, without the secret.
 type GrantRecord struct {
 	Grant
 	Caller   string         `json:"caller"` // a SPIFFE ID
 	Args     jsontext.Value `json:"args"`
 	Purpose  string         `json:"purpose,omitzero"`
-	Path     string         `json:"path,omitzero"`  // Vault mount and role that it is minted at
+	Path     string         `json:"path,omitzero"`  // the Vault mount and role that mint it
 	Lease    string         `json:"lease,omitzero"` // Vault's lease id
-	Ref      string         `json:"ref,omitzero"`   // what the backend calls the secret
+	Ref      string         `json:"ref,omitzero"`   // the backend's name for the secret
 	Fence    *Fence         `json:"fence,omitzero"` // on this grant alone
 	Evidence []Evidence     `json:"evidence,omitzero"`
 }
@@ -59,21 +59,21 @@ type GrantRecord struct {
 // Evidence is one check of whether a secret is dead.
 type Evidence struct {
 	At      time.Time `json:"at"`
-	Check   string    `json:"check"`            // what was asked of whom
-	Outcome string    `json:"outcome,omitzero"` // "dead", "alive" or "static"; left out: not proven either way
+	Check   string    `json:"check"`            // the check, and the system that was asked
+	Outcome string    `json:"outcome,omitzero"` // "dead", "alive" or "static"; omitted: not proven either way
 	Answer  string    `json:"answer"`
 }
 
-// Canary is a value that opens nothing and was put where only a thief would find it. Whoever
-// presents it commits the violation "canary" in the chain in which it was planted.
+// Canary is a value that grants no access and was planted where only an intruder finds it. Presenting it is the
+// violation "canary" in the chain in which it was planted.
 type Canary struct {
 	ID      string    `json:"id"`
-	Chain   string    `json:"chain,omitzero"` // in whose reach it was planted; left out: of no chain
+	Chain   string    `json:"chain,omitzero"` // the chain in which it was planted; omitted: none
 	Note    string    `json:"note,omitzero"`
 	By      string    `json:"by"` // the operator
 	Planted time.Time `json:"planted"`
-	Touched time.Time `json:"touched,omitzero"` // when it was last presented; left out: never
-	Touches int       `json:"touches,omitzero"` // how often
+	Touched time.Time `json:"touched,omitzero"` // when it was last presented; omitted: never
+	Touches int       `json:"touches,omitzero"` // how many times it was presented
 }
 
 // Canaries is the list of canaries, the latest first.
@@ -81,66 +81,65 @@ type Canaries struct {
 	Canaries []Canary `json:"canaries"`
 }
 
-// PlantRequest asks for a canary.
+// PlantRequest asks for a new canary.
 type PlantRequest struct {
-	Chain string `json:"chain,omitzero"` // left out: of no chain
-	Note  string `json:"note,omitzero"`  // where it will be put, for people; in the audit
-	Like  string `json:"like,omitzero"`  // what it looks like: "vault" or "github"; left out: "vault"
+	Chain string `json:"chain,omitzero"` // omitted: no chain
+	Note  string `json:"note,omitzero"`  // where it will be planted, for people; kept in the audit log
+	Like  string `json:"like,omitzero"`  // the kind of token that it imitates: "vault" or "github"; omitted: "vault"
 }
 
-// Planted is a canary with its value, which nobody is given again.
+// Planted is a canary with its value, which is returned only once.
 type Planted struct {
 	Canary Canary `json:"canary"`
 	Value  string `json:"value"`
 }
 
-// PlanRequest asks what a revocation would hit.
+// PlanRequest asks for the scope of a revocation.
 type PlanRequest struct {
 	Selector string `json:"selector"`
 }
 
-// Plan is what a revocation would hit, as of a revision of the ledger.
+// Plan is the scope of a revocation at a revision of the ledger.
 type Plan struct {
-	Plan        string         `json:"plan"` // stands for exactly this set, in a RevokeRequest
+	Plan        string         `json:"plan"` // identifies exactly this set in a RevokeRequest
 	Selector    string         `json:"selector"`
 	Revision    uint64         `json:"revision"`
 	Made        time.Time      `json:"made"`
 	Chains      int            `json:"chains"`
 	Delegations int            `json:"delegations"`
-	Later       int            `json:"later"`  // open delegations beside these, under which a step may still come that is meant
-	Grants      int            `json:"grants"` // not over yet
+	Later       int            `json:"later"`  // further open delegations under which a later step may match the selector
+	Grants      int            `json:"grants"` // not ended
 	Issued      int            `json:"issued"` // of these, handed over
-	Live        int            `json:"live"`   // of these, in their time and not being ended; the others only have to be proven dead
+	Live        int            `json:"live"`   // of these, not expired and not being ended; the others only have to be proven dead
 	ByTool      map[string]int `json:"by_tool"`
 	ByBackend   map[string]int `json:"by_backend"`
 	ByNarrowing map[string]int `json:"by_narrowing"`
 	ByCaller    map[string]int `json:"by_caller"`
-	Tasks       []PlannedTask  `json:"tasks"`               // that will break, those that lose most first; 20 at most
-	TasksMore   int            `json:"tasks_more"`          // and how many more
-	Static      int            `json:"static"`              // cannot be ended, only rotated; those whose grant is over included
-	LatestEnd   time.Time      `json:"latest_end,omitzero"` // what lives ends by itself by then
+	Tasks       []PlannedTask  `json:"tasks"`               // the tasks that will break, those that lose most first; at most 20
+	TasksMore   int            `json:"tasks_more"`          // the number of further tasks
+	Static      int            `json:"static"`              // secrets that can only be rotated, not ended; including those of ended grants
+	LatestEnd   time.Time      `json:"latest_end,omitzero"` // every live secret expires by then
 }
 
-// PlannedTask is a chain that a revocation would hit.
+// PlannedTask is a chain in the scope of a revocation.
 type PlannedTask struct {
 	Chain       string `json:"chain"`
 	Task        string `json:"task"`
 	Delegations int    `json:"delegations"` // open
-	Grants      int    `json:"grants"`      // not over yet
+	Grants      int    `json:"grants"`      // not ended
 }
 
 // RevokeRequest asks for a final revocation, or for a freeze.
 type RevokeRequest struct {
 	Selector   string `json:"selector"`
-	Reason     string `json:"reason"`               // for the audit and the report; at most 256 bytes
-	Plan       string `json:"plan,omitzero"`        // refuse when the set has grown since; left out: whatever is there
-	IncludeNew bool   `json:"include_new,omitzero"` // with a plan: go on when the set has grown
-	Freeze     bool   `json:"freeze,omitzero"`      // no new secrets, but nothing is cut; may be lifted
+	Reason     string `json:"reason"`               // for the audit log and the report; at most 256 bytes
+	Plan       string `json:"plan,omitzero"`        // refuse if the set has grown since this plan; omitted: revoke the present set
+	IncludeNew bool   `json:"include_new,omitzero"` // with a plan: continue if the set has grown
+	Freeze     bool   `json:"freeze,omitzero"`      // no new secrets, but nothing is severed; may be lifted
 }
 
-// Revocation is one act of revoking and how far it has come, and the data of a "revocation"
-// event. Fenced and dead are two things: from Fenced on nothing is handed out, and Dead counts
-// what was shown not to work.
+// Revocation is one revocation and its progress, and the data of a "revocation" event. Fenced and dead are different:
+// from Fenced on nothing is handed out, and Dead counts the secrets shown not to work.
 type Revocation struct {
 	ID        string    `json:"id"`
 	Selector  string    `json:"selector"`
@@ -148,36 +147,36 @@ type Revocation struct {
 	By        string    `json:"by"`
 	Freeze    bool      `json:"freeze,omitzero"`
 	Unfreezer string    `json:"unfreezer,omitzero"` // the first operator who asked to lift the freeze
-	Lifted    bool      `json:"lifted,omitzero"`    // a freeze that is over
+	Lifted    bool      `json:"lifted,omitzero"`    // the freeze was lifted
 	Asked     time.Time `json:"asked"`
 	Fenced    time.Time `json:"fenced"`
 	Revision  uint64    `json:"revision"`            // of the fence in the ledger
-	Settled   time.Time `json:"settled,omitzero"`    // the closure will not change any more
+	Settled   time.Time `json:"settled,omitzero"`    // the closure is final since then
 	Closure   string    `json:"closure"`             // "CLOSED", "PARTIAL" or "UNKNOWN"
-	Grants    int       `json:"grants"`              // that were not over when it was fenced, and static secrets handed out before
+	Grants    int       `json:"grants"`              // not ended at the fence, and static secrets handed out before it
 	Dead      int       `json:"dead"`                // of these, proven dead
-	Alive     int       `json:"alive"`               // of these, shown to work still, statics included
+	Alive     int       `json:"alive"`               // of these, shown to work, including static ones
 	Unknown   int       `json:"unknown"`             // of these, not proven either way
-	Static    int       `json:"static"`              // of these alive, that can only be rotated
-	Tokens    int       `json:"tokens"`              // delegation tokens not shown revoked yet
-	LatestEnd time.Time `json:"latest_end,omitzero"` // what is left ends by itself by then; left out: nothing is left, or never
+	Static    int       `json:"static"`              // of those alive, secrets that can only be rotated
+	Tokens    int       `json:"tokens"`              // delegation tokens not yet confirmed revoked
+	LatestEnd time.Time `json:"latest_end,omitzero"` // the remaining secrets expire by then; omitted: none remain, or some never expire
 
-	Unswept       bool `json:"unswept,omitzero"`        // a mint was under way when it was fenced, and what it may have left is still looked for
-	CoversNothing bool `json:"covers_nothing,omitzero"` // a rule under which nothing fell when it was written; what is asked for later may
-	Repeated      bool `json:"repeated,omitzero"`       // of the answer to a command: the same stood already, as it is here, and this command changed nothing
+	Unswept       bool `json:"unswept,omitzero"`        // a mint was in progress at the fence, and the sweep for its possible leftovers has not ended
+	CoversNothing bool `json:"covers_nothing,omitzero"` // a rule that covered nothing when it was written; later requests may match it
+	Repeated      bool `json:"repeated,omitzero"`       // in the answer to a command: the same revocation already existed, as shown here, and the command changed nothing
 
-	Acknowledged *Acknowledged `json:"acknowledged,omitzero"` // who has heard of it; not in lists, and left out when nobody was to hear
+	Acknowledged *Acknowledged `json:"acknowledged,omitzero"` // acknowledgements by holders; not in lists, and omitted if no holder had to be notified
 }
 
-// Acknowledged counts the holders who said that they have heard of a revocation and told their
-// steps to stop. It is no part of the closure: a secret is dead whether its holder knows or not.
+// Acknowledged counts the holders that acknowledged a revocation and ordered their steps to stop. It is not part of
+// the closure: a secret is dead with or without an acknowledgement.
 type Acknowledged struct {
-	Agents int      `json:"agents"` // delegations under it that were open when it was fenced
-	Heard  int      `json:"heard"`  // of these, acknowledged by their holders
+	Agents int      `json:"agents"` // delegations under it that were open at the fence
+	Done   int      `json:"done"`   // of these, acknowledged by their holders
 	Silent []Silent `json:"silent"` // the first 50 of the others
 }
 
-// Silent is a holder who has not said that it has heard.
+// Silent is a holder without an acknowledgement.
 type Silent struct {
 	Delegation string `json:"delegation"`
 	Holder     string `json:"holder"` // a SPIFFE ID
@@ -188,9 +187,9 @@ type Revocations struct {
 	Revocations []Revocation `json:"revocations"`
 }
 
-// Entry is one line of the audit log.
+// Entry is one entry of the audit log.
 type Entry struct {
-	Revision   uint64    `json:"revision"` // numbers the lines from 1, without gaps
+	Revision   uint64    `json:"revision"` // numbers the entries from 1, without gaps
 	At         time.Time `json:"at"`
 	Actor      string    `json:"actor"` // a SPIFFE ID, an operator's name, or "pawl"
 	Op         string    `json:"op"`
@@ -205,8 +204,8 @@ type Entry struct {
 	Detail     string    `json:"detail,omitzero"`
 }
 
-// Entries is a page of the audit log, the oldest first. The next page is after Next; an empty
-// page is the end for now.
+// Entries is a page of the audit log, the oldest first. The next page starts after Next. An empty page is the present
+// end of the log.
 type Entries struct {
 	Entries []Entry `json:"entries"`
 	Next    uint64  `json:"next"`

@@ -9,30 +9,30 @@ import (
 // ProblemType is the media type of a [Problem] (RFC 9457).
 const ProblemType = "application/problem+json"
 
-// Problems is where each code is explained; a problem's type is this and the code as fragment.
+// Problems is the page that explains each code. A problem's type is this URL with the code as its fragment.
 const Problems = "https://github.com/pawlsec/pawl/blob/main/broker/api/problems.md#"
 
-// Problem is the one form of every refusal and failure, an RFC 9457 problem. It is an error;
-// errors.Is(err, KindRevoked) asks for its kind.
+// Problem is the one form of every refusal and failure, an RFC 9457 problem. It is an error; errors.Is(err,
+// KindRevoked) tests its kind.
 type Problem struct {
-	Type         string   `json:"type"`                    // where the code is explained
-	Title        string   `json:"title"`                   // the code in a few words, always the same
-	Status       int      `json:"status"`                  // of the answer
-	Detail       string   `json:"detail,omitzero"`         // this occurrence, for people
-	Code         Code     `json:"code"`                    // what to act on
-	Kind         Kind     `json:"kind"`                    // what sort of refusal, for whoever does not know the code
-	Policies     []string `json:"policies,omitzero"`       // ids of the policies that decided
-	Missing      []string `json:"missing,omitzero"`        // what was lacking, as in "tool:deploy:use", "argument:tables"
+	Type         string   `json:"type"`                    // the URL that explains the code
+	Title        string   `json:"title"`                   // a short text for the code, always the same
+	Status       int      `json:"status"`                  // the HTTP status
+	Detail       string   `json:"detail,omitzero"`         // describes this occurrence, for people
+	Code         Code     `json:"code"`                    // the reason to act on
+	Kind         Kind     `json:"kind"`                    // the kind of refusal, for clients that do not know the code
+	Policies     []string `json:"policies,omitzero"`       // ids of the deciding policies
+	Missing      []string `json:"missing,omitzero"`        // the missing rights or conditions, such as "tool:deploy:use", "argument:tables"
 	Remedy       string   `json:"remedy,omitzero"`         // how to ask for it
 	Retryable    bool     `json:"retryable"`               // the same request may succeed later
-	RetryAfterMS int64    `json:"retry_after_ms,omitzero"` // and not before that many milliseconds
-	Revocation   string   `json:"revocation,omitzero"`     // id of what the request set off
+	RetryAfterMS int64    `json:"retry_after_ms,omitzero"` // but not before this many milliseconds
+	Revocation   string   `json:"revocation,omitzero"`     // id of the revocation that the request caused
 	Request      string   `json:"request,omitzero"`        // id of the request, and of its decision, in the broker's log
 
 	cause error
 }
 
-// NewProblem makes the problem for a code. An unknown code is kept, with what its kind says.
+// NewProblem returns the problem for a code. An unknown code is kept, with the defaults of its kind.
 func NewProblem(kind Kind, code Code, detail string) *Problem {
 	code = cmp.Or(code, Code(kind))
 	p := &Problem{
@@ -45,10 +45,10 @@ func NewProblem(kind Kind, code Code, detail string) *Problem {
 	return p
 }
 
-// Because sets the cause, which never travels.
+// Because sets the cause, which is never sent.
 func (p *Problem) Because(err error) *Problem { p.cause = err; return p }
 
-// After says when the same request may succeed.
+// After sets the time after which the same request may succeed.
 func (p *Problem) After(d time.Duration) *Problem {
 	if d > 0 {
 		p.Retryable, p.RetryAfterMS = true, max(1, d.Milliseconds())
@@ -56,7 +56,7 @@ func (p *Problem) After(d time.Duration) *Problem {
 	return p
 }
 
-// RetryAfter is how long to wait before asking again; zero when the broker named no time.
+// RetryAfter is how long to wait before a retry. It is zero when the broker gave no time.
 func (p *Problem) RetryAfter() time.Duration {
 	return time.Duration(p.RetryAfterMS) * time.Millisecond
 }
@@ -74,31 +74,30 @@ func (p *Problem) Is(target error) bool {
 	return ok && k == p.Kind
 }
 
-// Unwrap gives the cause.
+// Unwrap returns the cause.
 func (p *Problem) Unwrap() error { return p.cause }
 
-// Kind says what sort of refusal or failure a problem is. The list is closed. A Kind is an
-// error, as a target of errors.Is.
+// Kind is the kind of a refusal or failure. The list is closed. A Kind is an error, so that it can be a target of
+// errors.Is.
 type Kind string
 
 // The kinds.
 const (
-	KindMalformed       Kind = "malformed"       // the request cannot mean anything
+	KindMalformed       Kind = "malformed"       // the request is malformed
 	KindUnauthenticated Kind = "unauthenticated" // no acceptable identity
-	KindDenied          Kind = "denied"          // policy, scope or budget says no
+	KindDenied          Kind = "denied"          // policy, scope or budget refuses
 	KindNotFound        Kind = "not_found"       // does not exist, or is not yours
 	KindRevoked         Kind = "revoked"         // fenced
-	KindExpired         Kind = "expired"         // its time is over
-	KindConflict        Kind = "conflict"        // the state moved, or the key was used for something else
-	KindUnavailable     Kind = "unavailable"     // a part that is needed cannot answer
-	KindInternal        Kind = "internal"        // the broker's own fault
+	KindExpired         Kind = "expired"         // it has expired
+	KindConflict        Kind = "conflict"        // the state changed, or the key was used for another request
+	KindUnavailable     Kind = "unavailable"     // a required component is unavailable
+	KindInternal        Kind = "internal"        // the broker failed
 )
 
 // Error makes a Kind usable as the target of errors.Is.
 func (k Kind) Error() string { return string(k) }
 
-// Status is the HTTP status of a kind and code. The kind decides, save where HTTP itself has
-// a status for the code.
+// Status returns the HTTP status of a kind and code. The kind decides, unless HTTP has a status for the code itself.
 func Status(kind Kind, code Code) int {
 	switch code {
 	case CodeTooFast, CodeTooManyStreams:

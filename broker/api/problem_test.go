@@ -11,25 +11,24 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// TestReasons holds the table's own rules and problems.md against it; with -update it writes
-// the page.
+// TestReasons checks the table, and compares problems.md with it. With -update it writes the page.
 func TestReasons(t *testing.T) {
 	var page strings.Builder
-	page.WriteString("# Problem codes\n\nMade from the table in codes.go. An answer that is not a success is an RFC 9457 problem whose `code` is one of\nthese. Where the table says *later*, the same request may succeed later; a `retry_after_ms` says when.\n")
+	page.WriteString("# Problem codes\n\nGenerated from the table in codes.go. An answer that is not a success is an RFC 9457 problem with one of these codes\nin `code`. Retry *later* means that the same request may succeed later; a `retry_after_ms` says when.\n")
 	seen := map[api.Code]bool{}
 	for _, r := range api.Reasons() {
 		if seen[r.Code] || r.Title == "" || r.Do == "" {
-			t.Errorf("Reasons() has %q twice, or without a title or what to do", r.Code)
+			t.Errorf("Reasons() has %q twice, or without a title or an action", r.Code)
 		}
 		seen[r.Code] = true
-		status, again := fmt.Sprintf("%d", r.Status()), "no"
+		status, again := fmt.Sprintf("%d", api.Status(r.Kind, r.Code)), "no"
 		if r.Code == api.CodeNoAnswer || r.Code == api.CodeRepeated {
 			status = "none"
 		}
 		if r.Retryable {
 			again = "later"
 		}
-		fmt.Fprintf(&page, "\n## %s\n\n%s. Status %s, kind `%s`, retry: %s. **What to do:** %s\n", r.Code, r.Title, status, r.Kind, again, r.Do)
+		fmt.Fprintf(&page, "\n## %s\n\n%s. Status %s, kind `%s`, retry: %s. **Action:** %s\n", r.Code, r.Title, status, r.Kind, again, r.Do)
 	}
 	golden(t, "problems.md", []byte(page.String()))
 }
@@ -44,8 +43,8 @@ func TestStatus(t *testing.T) {
 		"method_not_allowed": http.StatusMethodNotAllowed, "vault_unavailable": http.StatusServiceUnavailable,
 		"internal": http.StatusInternalServerError,
 	} {
-		if r, ok := api.ReasonFor(code); !ok || r.Status() != want {
-			t.Errorf("ReasonFor(%q).Status() = %d, want %d", code, r.Status(), want)
+		if r, ok := api.ReasonFor(code); !ok || api.Status(r.Kind, code) != want {
+			t.Errorf("Status(%q, %q) = %d, want %d", r.Kind, code, api.Status(r.Kind, code), want)
 		}
 	}
 	if got := api.Status("of another version", "unheard_of"); got != http.StatusInternalServerError {
@@ -68,6 +67,6 @@ func TestProblem(t *testing.T) {
 		t.Errorf("After(1µs) = %+v, want it retryable after 1 ms", p)
 	}
 	if p := api.NewProblem(api.KindUnavailable, "of_a_later_version", ""); !p.Retryable || p.Title == "" {
-		t.Errorf("NewProblem of an unknown code = %+v, want what its kind says", p)
+		t.Errorf("NewProblem of an unknown code = %+v, want the defaults of its kind", p)
 	}
 }

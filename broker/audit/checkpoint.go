@@ -10,21 +10,19 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
-
-	"github.com/pawlsec/pawl/broker"
 )
 
-// Checkpoint says what the first entries of a log are, by the root of their tree.
+// Checkpoint identifies the first entries of a log by the root of their tree.
 type Checkpoint struct {
-	Origin string // the signer's name: whose log it is
-	Size   int64  // how many entries
+	Origin string // the signer's name, which identifies the log
+	Size   int64  // the number of entries
 	Root   tlog.Hash
 }
 
 // MaxCheckpoint is the largest signed checkpoint in bytes.
 const MaxCheckpoint = 4 << 10
 
-// Checkpoint signs what the tree holds.
+// Checkpoint signs the size and root of the tree.
 func (s *Signer) Checkpoint(t *Tree) ([]byte, error) {
 	verifier, err := noteVerifier(s.name, s.public())
 	if err != nil {
@@ -34,7 +32,7 @@ func (s *Signer) Checkpoint(t *Tree) ([]byte, error) {
 	return note.Sign(&note.Note{Text: text}, noteSigner{verifier, s.key})
 }
 
-// noteSigner is the key as package note wants it.
+// noteSigner adapts the key to package note.
 type noteSigner struct {
 	note.Verifier
 	key ed25519.PrivateKey
@@ -51,9 +49,9 @@ func noteVerifier(name string, key ed25519.PublicKey) (note.Verifier, error) {
 	return note.NewVerifier(text)
 }
 
-// OpenCheckpoint verifies a signed checkpoint with the public key alone. Whose it is says Origin:
-// a key that several brokers share does not tell them apart. Errors wrap [ErrForeign].
-func OpenCheckpoint(signed []byte, key jose.JSONWebKey) (Checkpoint, error) {
+// openCheckpoint verifies a signed checkpoint with the public key alone. Origin names the signer. A key that several
+// brokers share does not distinguish them. Errors wrap [ErrForeign].
+func openCheckpoint(signed []byte, key jose.JSONWebKey) (Checkpoint, error) {
 	public, err := publicKey(key)
 	if err != nil {
 		return Checkpoint{}, err
@@ -64,15 +62,15 @@ func OpenCheckpoint(signed []byte, key jose.JSONWebKey) (Checkpoint, error) {
 	origin, _, _ := strings.Cut(string(signed), "\n")
 	verifier, err := noteVerifier(origin, public)
 	if err != nil {
-		return Checkpoint{}, fmt.Errorf("%w: it is no checkpoint", ErrForeign)
+		return Checkpoint{}, fmt.Errorf("%w: not a checkpoint", ErrForeign)
 	}
 	opened, err := note.Open(signed, note.VerifierList(verifier))
 	if err != nil {
 		return Checkpoint{}, fmt.Errorf("%w: %w", ErrForeign, err)
 	}
-	// A note may have signatures of witnesses beside ours; ours has one spelling.
+	// A note may have signatures of witnesses beside ours. Ours has one spelling.
 	if _, err := base64.StdEncoding.Strict().DecodeString(opened.Sigs[0].Base64); err != nil {
-		return Checkpoint{}, fmt.Errorf("%w: its signature is misspelt", ErrForeign)
+		return Checkpoint{}, fmt.Errorf("%w: the signature is not canonical base64", ErrForeign)
 	}
 	return parseCheckpoint(opened.Text)
 }
@@ -80,24 +78,23 @@ func OpenCheckpoint(signed []byte, key jose.JSONWebKey) (Checkpoint, error) {
 func parseCheckpoint(text string) (c Checkpoint, err error) {
 	lines := strings.Split(text, "\n")
 	if len(lines) != 4 || lines[3] != "" {
-		return c, fmt.Errorf("%w: no checkpoint of a version that is known here", ErrForeign)
+		return c, fmt.Errorf("%w: unknown checkpoint version", ErrForeign)
 	}
 	c.Origin = lines[0]
 	if c.Size, err = strconv.ParseInt(lines[1], 10, 64); err != nil || c.Size < 0 || strconv.FormatInt(c.Size, 10) != lines[1] {
-		return c, fmt.Errorf("%w: its size is no number", ErrForeign)
+		return c, fmt.Errorf("%w: the size is not a number", ErrForeign)
 	}
 	if c.Root, err = tlog.ParseHash(lines[2]); err != nil {
-		return c, fmt.Errorf("%w: its root is no hash", ErrForeign)
+		return c, fmt.Errorf("%w: the root is not a hash", ErrForeign)
 	}
 	return c, nil
 }
 
-// Verify reads the log from its first entry and says whether it begins with what the checkpoint
-// stands for. What follows after that is not looked at. Errors wrap [ErrForeign] when the checkpoint is
-// not the key's, and [ErrChanged] when the log is not what was signed: an entry was changed, put
-// in or taken away.
+// Verify reads the log from its first entry and checks that it begins with the entries of the checkpoint. It does not
+// check later entries. Errors wrap [ErrForeign] if the key did not sign the checkpoint. They wrap [ErrChanged] if the
+// log differs from the signed one: an entry was changed, inserted or removed.
 func Verify(log Log, signed []byte, key jose.JSONWebKey) (Checkpoint, error) {
-	c, err := OpenCheckpoint(signed, key)
+	c, err := openCheckpoint(signed, key)
 	if err != nil {
 		return c, err
 	}
@@ -109,15 +106,9 @@ func Verify(log Log, signed []byte, key jose.JSONWebKey) (Checkpoint, error) {
 	}
 	switch {
 	case t.Size() < c.Size:
-		return c, fmt.Errorf("%w: the log ends after entry %d, and %d were signed", ErrChanged, t.Size(), c.Size)
+		return c, fmt.Errorf("%w: the log ends after entry %d, but %d entries were signed", ErrChanged, t.Size(), c.Size)
 	case t.Root() != c.Root:
-		return c, fmt.Errorf("%w: the first %d entries are others than those that were signed", ErrChanged, c.Size)
+		return c, fmt.Errorf("%w: the first %d entries differ from the signed entries", ErrChanged, c.Size)
 	}
 	return c, nil
-}
-
-// Holds reports whether the proof shows that e is in the log of the checkpoint.
-func (c Checkpoint) Holds(e broker.Entry, proof tlog.RecordProof) bool {
-	text, err := leaf(e)
-	return err == nil && e.Revision >= 1 && tlog.CheckRecord(proof, c.Size, c.Root, int64(e.Revision)-1, tlog.RecordHash(text)) == nil
 }

@@ -18,7 +18,7 @@ import (
 	"github.com/pawlsec/pawl/broker/audit"
 )
 
-// entries makes a log of n entries.
+// entries returns a log of n entries.
 func entries(n int) (list []broker.Entry) {
 	for i := range n {
 		list = append(list, broker.Entry{Revision: broker.Revision(i + 1), At: time.Unix(int64(i), 5).In(time.FixedZone("elsewhere", 3600)),
@@ -50,7 +50,7 @@ func checkpoint(t testing.TB, s *audit.Signer, list []broker.Entry) []byte {
 	return signed
 }
 
-// TestProofs: at every size the root is that of RFC 6962, and every entry is proven by it and no other is.
+// TestProofs checks that at every size the root is that of RFC 6962, and that it proves every entry and no other.
 func TestProofs(t *testing.T) {
 	signer, key := newSigner(t)
 	list := entries(20)
@@ -74,14 +74,14 @@ func TestProofs(t *testing.T) {
 		}
 	}
 	if _, err := audit.Prove(log(list), 20, 21); err == nil {
-		t.Error("Prove of an entry that is not there = nil, want an error")
+		t.Error("Prove of a missing entry = nil, want an error")
 	}
 	if (audit.Checkpoint{Size: 1}).Holds(broker.Entry{}, tlog.RecordProof{}) {
 		t.Error("an entry without a revision is proven")
 	}
 }
 
-// TestAdd: a tree takes the next entry and no other.
+// TestAdd checks that a tree accepts the next entry and no other.
 func TestAdd(t *testing.T) {
 	var tree audit.Tree
 	for _, r := range []broker.Revision{0, 2} {
@@ -94,14 +94,14 @@ func TestAdd(t *testing.T) {
 	}
 }
 
-// TestVerify: a log that goes on after the checkpoint is good; one that was cut, changed or added to
-// before it is not.
+// TestVerify checks that a log may grow after the checkpoint. A log that was truncated, changed or added to before it
+// must fail.
 func TestVerify(t *testing.T) {
 	signer, key := newSigner(t)
 	list := entries(9)
 	signed := checkpoint(t, signer, list[:7])
 	changed := slices.Clone(list)
-	changed[3].Actor = "somebody else"
+	changed[3].Actor = "mallory"
 	cut := slices.Delete(slices.Clone(list), 3, 4)
 	renumbered := slices.Clone(cut)
 	for i := range renumbered {
@@ -112,20 +112,20 @@ func TestVerify(t *testing.T) {
 		elsewhere[i].At = elsewhere[i].At.UTC() // the same moment
 	}
 	later := slices.Clone(list)
-	later[8].Actor = "somebody else" // after the checkpoint
+	later[8].Actor = "mallory" // after the checkpoint
 	for name, c := range map[string]struct {
 		log  []broker.Entry
 		want error
 	}{
-		"the same":             {list[:7], nil},
-		"one that went on":     {list, nil},
-		"times in UTC":         {elsewhere, nil},
-		"changed after it":     {later, nil},
-		"a changed entry":      {changed, audit.ErrChanged},
-		"a missing entry":      {cut, audit.ErrChanged},
-		"a renumbered log":     {renumbered, audit.ErrChanged},
-		"a log cut at its end": {list[:6], audit.ErrChanged},
-		"an empty log":         {nil, audit.ErrChanged},
+		"the same":         {list[:7], nil},
+		"a log that grew":  {list, nil},
+		"times in UTC":     {elsewhere, nil},
+		"changed after it": {later, nil},
+		"a changed entry":  {changed, audit.ErrChanged},
+		"a missing entry":  {cut, audit.ErrChanged},
+		"a renumbered log": {renumbered, audit.ErrChanged},
+		"a truncated log":  {list[:6], audit.ErrChanged},
+		"an empty log":     {nil, audit.ErrChanged},
 	} {
 		if _, err := audit.Verify(log(c.log), signed, key); !errors.Is(err, c.want) {
 			t.Errorf("Verify of %s = %v, want %v", name, err, c.want)
@@ -142,7 +142,7 @@ func TestVerify(t *testing.T) {
 	broken := errors.New("the disk is gone")
 	failing := func(yield func(broker.Entry, error) bool) { yield(broker.Entry{}, broken) }
 	if _, err := audit.Verify(failing, signed, key); !errors.Is(err, broken) {
-		t.Errorf("Verify of a log that cannot be read = %v, want why", err)
+		t.Errorf("Verify of a log that cannot be read = %v, want the cause", err)
 	}
 }
 
@@ -158,7 +158,7 @@ func TestChangedCheckpoint(t *testing.T) {
 	}
 }
 
-// TestNotary: each checkpoint holds for the log as it was, while the log grows.
+// TestNotary checks that each checkpoint holds for the log at its time, while the log grows.
 func TestNotary(t *testing.T) {
 	w := newWorld(t)
 	signer, key := newSigner(t)
@@ -175,14 +175,14 @@ func TestNotary(t *testing.T) {
 	for i, signed := range kept {
 		c, err := audit.Verify(audit.Entries(w.ledger.Entries).From(t.Context(), 0), signed, key)
 		if err != nil || c.Size < int64(i+1) {
-			t.Errorf("Verify of checkpoint %d = %+v, %v, want that it holds", i+1, c, err)
+			t.Errorf("Verify of checkpoint %d = %+v, %v, want it to hold", i+1, c, err)
 		}
 	}
 	if bytes.Equal(kept[0], kept[2]) {
-		t.Error("the checkpoint did not move with the log")
+		t.Error("the checkpoint did not change with the log")
 	}
 	if _, err := audit.NewNotary(audit.NotaryConfig{}); err == nil {
-		t.Error("NewNotary of nothing = nil, want an error")
+		t.Error("NewNotary of an empty config = nil, want an error")
 	}
 }
 
@@ -206,7 +206,7 @@ func FuzzOpenCheckpoint(f *testing.F) {
 	f.Add([]byte("a\n1\nAA==\n\n— a AAAA\n"))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		if _, err := audit.OpenCheckpoint(raw, key); err == nil && !bytes.HasPrefix(raw, signed[:len(signed)/2]) {
-			t.Errorf("OpenCheckpoint took %q", raw)
+			t.Errorf("OpenCheckpoint accepted %q", raw)
 		}
 	})
 }

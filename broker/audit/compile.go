@@ -11,8 +11,8 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// Source is what a report is compiled from; a *broker.Broker is one. Its errors are returned as
-// they are. Safe for concurrent use.
+// Source provides the data of a report; *broker.Broker implements it. Its errors are returned unchanged. It must be
+// safe for concurrent use.
 type Source interface {
 	Revocation(context.Context, broker.RevocationID) (broker.Revocation, error)
 	Acknowledgements(context.Context, broker.RevocationID) ([]broker.Acknowledgement, error)
@@ -21,11 +21,11 @@ type Source interface {
 	ChainEntries(ctx context.Context, id broker.ChainID, after broker.Revision, limit int) ([]broker.Entry, error)
 }
 
-// maxNearby is how many open chains are looked through for what stands close to a revocation.
+// maxNearby limits how many open chains are searched for other delegations of the same holders.
 const maxNearby = 200
 
-// Compile makes the report of a revocation from the ledger as it is at now. log is the audit log after
-// a revision; it is read only for a revocation by a rule, whose own entries are of no chain.
+// Compile builds the report of a revocation from the ledger at the time now. log returns the audit log after a
+// revision. It is read only for a revocation by a rule, because the entries of that one belong to no chain.
 func Compile(ctx context.Context, src Source, log func(after broker.Revision) Log, id broker.RevocationID, now time.Time) (Report, error) {
 	rv, err := src.Revocation(ctx, id)
 	if err != nil {
@@ -55,15 +55,15 @@ type compiler struct {
 	now     time.Time
 	covers  covering
 	report  Report
-	holders map[string]bool                    // of delegations in scope
-	seen    map[broker.ChainID]bool            // chains looked through
-	issued  map[broker.GrantID]broker.Revision // when the secrets in scope were handed over
+	holders map[string]bool                    // of delegations and grants in scope
+	seen    map[broker.ChainID]bool            // chains in the report
+	issued  map[broker.GrantID]broker.Revision // the revision at which a secret in scope was handed over
 }
 
-// covering says whether a delegation, by the path to it, or a grant under it, is in scope.
+// covering reports whether a delegation, given by its path, or a grant under it is in scope.
 type covering func(c broker.Chain, path []broker.Delegation, g *broker.Grant) bool
 
-// scope is the rule by which the engine itself decides what a fence covers.
+// scope returns the rule by which the engine itself decides whether a fence covers something.
 func scope(rv broker.Revocation) (covering, error) {
 	switch {
 	case rv.Node != "":
@@ -91,11 +91,11 @@ func scope(rv broker.Revocation) (covering, error) {
 	}, nil
 }
 
-// acknowledged takes over who was to hear of the revocation.
+// acknowledged copies the acknowledgements of the revocation.
 func (c *compiler) acknowledged() error {
 	list, err := c.src.Acknowledgements(c.ctx, c.report.Revocation.ID)
 	if more := len(list) - MaxAgents; more > 0 {
-		// Those who have not said so are what somebody may have to go after.
+		// Holders that have not acknowledged are listed first, because a person may have to contact them.
 		slices.SortStableFunc(list, func(a, b broker.Acknowledgement) int { return a.At.Compare(b.At) })
 		list, c.report.AgentsMore = list[:MaxAgents], more
 	}
@@ -103,25 +103,25 @@ func (c *compiler) acknowledged() error {
 	return err
 }
 
-// affected looks through the chains that the revocation can be about.
+// affected reads the chains that the revocation can cover.
 func (c *compiler) affected() error {
 	if chain := c.report.Revocation.Chain; chain != "" {
-		return c.look(chain)
+		return c.collect(chain)
 	}
 	all, err := c.src.Chains(c.ctx, true)
 	if err != nil {
 		return err
 	}
 	for _, s := range all {
-		if err := c.look(s.Chain.ID); err != nil {
+		if err := c.collect(s.Chain.ID); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// look collects one chain when something of it is in scope.
-func (c *compiler) look(id broker.ChainID) error {
+// collect adds a chain if any part of it is in scope.
+func (c *compiler) collect(id broker.ChainID) error {
 	v, err := c.src.Chain(c.ctx, id)
 	if err != nil {
 		return err
@@ -168,7 +168,7 @@ func (c *compiler) look(id broker.ChainID) error {
 	return nil
 }
 
-// pathsOf gives the path, root first, of each delegation of a chain.
+// pathsOf returns the path, root first, of each delegation of a chain.
 func pathsOf(v broker.ChainView) map[broker.DelegationID][]broker.Delegation {
 	paths := map[broker.DelegationID][]broker.Delegation{}
 	for _, d := range v.Delegations { // ancestors come first
@@ -177,7 +177,7 @@ func pathsOf(v broker.ChainView) map[broker.DelegationID][]broker.Delegation {
 	return paths
 }
 
-// entries reads a chain's audit log whole.
+// entries reads the whole audit log of a chain.
 func (c *compiler) entries(id broker.ChainID) (all []broker.Entry, err error) {
 	const page = 1000
 	for after := broker.Revision(0); ; after = all[len(all)-1].Revision {
@@ -191,12 +191,12 @@ func (c *compiler) entries(id broker.ChainID) (all []broker.Entry, err error) {
 	}
 }
 
-// timeline keeps the entries that are about more than one grant's way, and finds the breach.
+// timeline keeps the entries that concern more than the progress of one grant, and finds the breach.
 func (c *compiler) timeline(entries []broker.Entry) {
 	for _, e := range entries {
 		switch e.Op.Current() {
 		case broker.OpToken, broker.OpIntent, broker.OpHandle, broker.OpIssued, broker.OpEnd, broker.OpClosed,
-			broker.OpAcknowledged: // they stand with the agents
+			broker.OpAcknowledged: // listed with the agents
 			continue
 		case broker.OpViolation:
 			w := &c.report.Window
@@ -208,7 +208,7 @@ func (c *compiler) timeline(entries []broker.Entry) {
 	}
 }
 
-// grant collects one grant in scope, whose secret was handed over at a time, or never.
+// grant adds one grant in scope. handed is the time when its secret was handed over; zero means never.
 func (c *compiler) grant(g broker.Grant, handed time.Time) {
 	fenced := c.report.Revocation.Fenced
 	out := Grant{ID: g.ID, Chain: g.Chain, Delegation: g.Delegation, Caller: g.Caller.String(), Tool: g.Tool,
@@ -225,7 +225,7 @@ func (c *compiler) grant(g broker.Grant, handed time.Time) {
 	case g.Outcome == broker.OutcomeUnknown:
 		r.Unproven = append(r.Unproven, g.ID)
 	case out.Before && !handed.IsZero():
-		r.OverBefore++
+		r.EndedBefore++
 	}
 	if end := g.LatestEnd(); g.Outcome == broker.OutcomeDead && end.After(fenced) &&
 		slices.ContainsFunc(g.Evidence, func(e broker.Evidence) bool { return e.Listed && e.Outcome == broker.OutcomeDead }) {
@@ -236,7 +236,7 @@ func (c *compiler) grant(g broker.Grant, handed time.Time) {
 	}
 }
 
-// window says which secrets could be used between the breach and the fence.
+// window lists the secrets that could be used between the breach and the fence.
 func (c *compiler) window() {
 	w := &c.report.Window
 	if w.Breach == nil {
@@ -260,7 +260,7 @@ func later(a, b time.Time) time.Time {
 	return a
 }
 
-// rule adds the entries of a revocation that is of no chain, and of its progress.
+// rule adds the entries of a revocation that belong to no chain, including those of its progress.
 func (c *compiler) rule(log func(broker.Revision) Log) error {
 	rv := c.report.Revocation
 	if rv.Chain != "" {
@@ -280,18 +280,18 @@ func (c *compiler) rule(log func(broker.Revision) Log) error {
 	return nil
 }
 
-// nearby looks for what the same holders have in other open chains.
+// nearby finds the delegations of the same holders in other open chains.
 func (c *compiler) nearby() error {
 	open, err := c.src.Chains(c.ctx, false)
 	if err != nil {
 		return err
 	}
-	looked := 0
+	searched := 0
 	for _, s := range open {
 		if c.seen[s.Chain.ID] {
 			continue
 		}
-		if looked++; looked > maxNearby {
+		if searched++; searched > maxNearby {
 			c.report.UntouchedMore++
 			continue
 		}
@@ -304,7 +304,7 @@ func (c *compiler) nearby() error {
 	return nil
 }
 
-// untouched collects those of the delegations that can still be used.
+// untouched adds those of the delegations that can still be used.
 func (c *compiler) untouched(v broker.ChainView, nodes []broker.Delegation, paths map[broker.DelegationID][]broker.Delegation, same bool) {
 	live := map[broker.DelegationID]int{}
 	for _, g := range v.Grants {
@@ -313,8 +313,8 @@ func (c *compiler) untouched(v broker.ChainView, nodes []broker.Delegation, path
 		}
 	}
 	for _, d := range nodes {
-		over := slices.ContainsFunc(paths[d.ID], func(d broker.Delegation) bool { return d.Fence != nil || !c.now.Before(d.Expires) })
-		if over || !same && !c.holders[d.Holder.String()] {
+		ended := slices.ContainsFunc(paths[d.ID], func(d broker.Delegation) bool { return d.Fence != nil || !c.now.Before(d.Expires) })
+		if ended || !same && !c.holders[d.Holder.String()] {
 			continue
 		}
 		c.report.Untouched = append(c.report.Untouched, Untouched{Chain: d.Chain, Delegation: d.ID, Holder: d.Holder.String(),
@@ -322,7 +322,7 @@ func (c *compiler) untouched(v broker.ChainView, nodes []broker.Delegation, path
 	}
 }
 
-// finish puts things into order, cuts what is too long, and spells times in UTC.
+// finish sorts the lists, truncates the long ones, and converts times to UTC.
 func (c *compiler) finish() {
 	r := &c.report
 	slices.SortFunc(r.Timeline, func(a, b broker.Entry) int { return cmp.Compare(a.Revision, b.Revision) })
@@ -330,7 +330,7 @@ func (c *compiler) finish() {
 		r.Timeline, r.TimelineMore = r.Timeline[:MaxTimeline], more
 	}
 	slices.SortStableFunc(r.Grants, func(a, b Grant) int {
-		return cmp.Or(cmp.Compare(worry(a), worry(b)), a.Created.Compare(b.Created), cmp.Compare(a.ID, b.ID))
+		return cmp.Or(cmp.Compare(rank(a), rank(b)), a.Created.Compare(b.Created), cmp.Compare(a.ID, b.ID))
 	})
 	if more := len(r.Grants) - MaxGrants; more > 0 {
 		r.Grants, r.GrantsMore = r.Grants[:MaxGrants], more
@@ -338,8 +338,8 @@ func (c *compiler) finish() {
 	r.utc()
 }
 
-// worry orders grants: what may still work, what was dead after the fence, what was over before.
-func worry(g Grant) int {
+// rank sorts grants: those that may still work, those dead after the fence, those that ended before it.
+func rank(g Grant) int {
 	switch {
 	case g.Outcome != broker.OutcomeDead:
 		return 0
@@ -349,7 +349,7 @@ func worry(g Grant) int {
 	return 1
 }
 
-// utc gives a report one spelling of its times, whatever clock the ledger was written with.
+// utc gives the times of a report one spelling, independent of the ledger's time zone.
 func (r *Report) utc() {
 	rv := &r.Revocation
 	times := []*time.Time{&rv.Asked, &rv.Fenced, &rv.Settled, &rv.LatestEnd, &r.Window.Fenced, &r.Residual.LatestEnd, &r.Residual.ListedEnd}

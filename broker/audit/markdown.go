@@ -8,14 +8,14 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Markdown renders the report for people: facts only, and what is fenced apart from what is dead. Text
-// that came from outside stands in code spans, so that it cannot pass for the report's own.
+// Markdown renders the report for people: facts only, with fenced and dead in separate sections. External text is in
+// code spans, so that it cannot pass for text of the report.
 func (r Report) Markdown() string {
 	var p page
 	rv := r.Revocation
 	p.line("# Revocation %s", rv.ID)
 	p.line("")
-	p.line("Issued by %s at %s, as the ledger was then.", code(r.Issuer), at(r.Made))
+	p.line("Issued by %s at %s, from the ledger at that time.", code(r.Issuer), at(r.Made))
 	p.fenced(r)
 	p.dead(r)
 	p.agents(r)
@@ -33,7 +33,7 @@ func (p *page) line(format string, args ...any) { fmt.Fprintf(p, format+"\n", ar
 
 func (p *page) heading(text string) { p.line("\n## %s\n", text) }
 
-// row is a row of a table.
+// row writes a row of a table.
 func (p *page) row(cells ...string) {
 	for i, c := range cells {
 		cells[i] = strings.ReplaceAll(c, "|", `\|`)
@@ -49,19 +49,19 @@ func (p *page) head(cells ...string) {
 func (p *page) fenced(r Report) {
 	rv := r.Revocation
 	p.heading("Fenced")
-	word := "revoked, for good"
+	word := "revoked permanently"
 	switch {
 	case rv.Lifted:
-		word = "frozen, and lifted since"
+		word = "frozen, and lifted later"
 	case rv.Freeze:
-		word = "frozen until it is lifted; nothing was cut"
+		word = "frozen until lifted; nothing was severed"
 	}
-	p.line("- What: %s", code(rv.Selector))
-	p.line("- How: %s", word)
+	p.line("- Selector: %s", code(rv.Selector))
+	p.line("- Effect: %s", word)
 	p.line("- By: %s", code(rv.By))
-	p.line("- Why: %s", code(rv.Reason))
-	p.line("- Asked for: %s", at(rv.Asked))
-	p.line("- Fenced: %s, revision %d. From then on nothing was handed out under it.", at(rv.Fenced), rv.Revision)
+	p.line("- Reason: %s", code(rv.Reason))
+	p.line("- Requested: %s", at(rv.Asked))
+	p.line("- Fenced: %s, revision %d. Nothing was handed out under it after that.", at(rv.Fenced), rv.Revision)
 	for _, c := range r.Chains {
 		p.line("- Chain %s: %s, opened by %s at %s; %d delegations and %d grants in scope", c.ID, code(c.Task), code(c.Opener), at(c.Opened), c.Delegations, c.Grants)
 	}
@@ -71,17 +71,17 @@ func (p *page) dead(r Report) {
 	rv := r.Revocation
 	p.heading("Dead")
 	if rv.Freeze {
-		p.line("A freeze ends nothing: what was handed out before lives to its own end.")
+		p.line("A freeze ends nothing: secrets handed out before it live until they expire.")
 		return
 	}
 	p.line("- Closure: **%s**", rv.Closure)
-	p.line("- Grants that were not over when it was fenced: %d", rv.Grants)
+	p.line("- Grants that had not ended at the fence: %d", rv.Grants)
 	p.line("- Proven dead: %d", rv.Dead)
-	p.line("- Shown to work still: %d, of which only rotation ends %d", rv.Alive, rv.Static)
+	p.line("- Shown to be alive: %d, of which only rotation ends %d", rv.Alive, rv.Static)
 	p.line("- Not proven either way: %d", rv.Unknown)
-	p.line("- Delegation tokens not shown revoked: %d", rv.Tokens)
+	p.line("- Delegation tokens not confirmed revoked: %d", rv.Tokens)
 	if rv.Settled.IsZero() {
-		p.line("- Not settled when this report was made")
+		p.line("- Not settled yet when this report was made")
 	} else {
 		p.line("- Settled: %s", at(rv.Settled))
 	}
@@ -91,8 +91,8 @@ func (p *page) agents(r Report) {
 	if len(r.Agents) == 0 {
 		return
 	}
-	p.heading("Heard")
-	p.line("Whose delegations were open when it was fenced, and when they acknowledged that their steps were told to stop. What is dead is dead without it.")
+	p.heading("Acknowledgements")
+	p.line("The holders of the delegations that were open at the fence, and when they acknowledged the order to stop their steps. The closure does not depend on it.")
 	p.line("")
 	p.head("holder", "delegation", "acknowledged")
 	for _, a := range r.Agents {
@@ -107,30 +107,30 @@ func (p *page) window(r Report) {
 	p.heading("Between the breach and the fence")
 	w := r.Window
 	if w.Breach == nil {
-		p.line("No violation is recorded before the fence. When the trouble began is not in the ledger.")
+		p.line("No violation is recorded before the fence. The ledger does not show when the incident began.")
 		return
 	}
 	p.line("- Breach: %s by %s at %s, revision %d, tool %s", code(string(w.Breach.Code)), code(w.Breach.Actor), at(w.Breach.At), w.Breach.Revision, code(string(w.Breach.Tool)))
 	p.line("- Fenced %s later", w.Fenced.Sub(w.Breach.At))
 	p.line("- Secrets handed over in between: %s", ids(w.Issued))
-	p.line("- Secrets handed over before and not over at the breach: %s", ids(w.Live))
+	p.line("- Secrets handed over earlier and still live at the breach: %s", ids(w.Live))
 }
 
 func (p *page) residual(r Report) {
 	p.heading("Residual risk")
 	left := r.Residual
-	p.line("- To be rotated where they are kept: %s", ids(left.Rotate))
-	p.line("- Shown to work still: %s", ids(left.Alive))
+	p.line("- Must be rotated at their source: %s", ids(left.Rotate))
+	p.line("- Shown to be alive: %s", ids(left.Alive))
 	p.line("- Not proven either way: %s", ids(left.Unproven))
 	if !left.LatestEnd.IsZero() {
-		p.line("- What is alive or not proven ends by itself by %s", at(left.LatestEnd))
+		p.line("- Alive and unproven secrets expire by %s", at(left.LatestEnd))
 	}
-	p.line("- Dead by a list or by introspection, and good until their own end at a verifier that looks at neither: %s", ids(left.Listed))
+	p.line("- Dead by a revocation list or by introspection, but valid until they expire at a verifier that checks neither: %s", ids(left.Listed))
 	if !left.ListedEnd.IsZero() {
-		p.line("- These end by themselves everywhere by %s", at(left.ListedEnd))
+		p.line("- These expire everywhere by %s", at(left.ListedEnd))
 	}
-	p.line("- Delegation tokens not shown revoked: %d", left.Tokens)
-	p.line("- Secrets that were handed over and were over before the fence: %d. What was done with them stays done.", left.OverBefore)
+	p.line("- Delegation tokens not confirmed revoked: %d", left.Tokens)
+	p.line("- Secrets handed over and ended before the fence: %d. Their use is not undone.", left.EndedBefore)
 }
 
 func (p *page) untouched(r Report) {
@@ -138,17 +138,17 @@ func (p *page) untouched(r Report) {
 	if len(r.Untouched) == 0 {
 		p.line("No open delegation of these chains or holders was left out.")
 	} else {
-		p.head("delegation", "chain", "holder", "live grants", "expires", "why it is named")
+		p.head("delegation", "chain", "holder", "live grants", "expires", "relation")
 	}
 	for _, u := range r.Untouched {
-		why := "same holder"
+		relation := "same holder"
 		if u.SameChain {
-			why = "same chain"
+			relation = "same chain"
 		}
-		p.row(string(u.Delegation), string(u.Chain), code(u.Holder), fmt.Sprint(u.Live), at(u.Expires), why)
+		p.row(string(u.Delegation), string(u.Chain), code(u.Holder), fmt.Sprint(u.Live), at(u.Expires), relation)
 	}
 	if r.UntouchedMore > 0 {
-		p.line("\n%d more open chains were not looked through.", r.UntouchedMore)
+		p.line("\n%d more open chains were not searched.", r.UntouchedMore)
 	}
 }
 
@@ -158,22 +158,22 @@ func (p *page) grants(r Report) {
 		p.line("None.")
 	}
 	for _, g := range r.Grants {
-		p.line("### %s: %s\n", g.ID, standing(g))
+		p.line("### %s: %s\n", g.ID, status(g))
 		p.line("- %s for %s, arguments %s, purpose %s", code(string(g.Tool)), code(g.Caller), code(g.Args), code(g.Purpose))
-		p.line("- Narrowed: %s. Asked for %s, handed over %s, over %s, at the latest %s", g.Narrowing, at(g.Created), at(g.HandedOver), at(g.Ended), at(g.LatestEnd))
-		p.line("- Lease %s, at its target %s", code(g.Lease), code(g.Ref))
+		p.line("- Narrowing: %s. Requested %s, handed over %s, ended %s, latest end %s", g.Narrowing, at(g.Created), at(g.HandedOver), at(g.Ended), at(g.LatestEnd))
+		p.line("- Lease %s, name at the target %s", code(g.Lease), code(g.Ref))
 		for _, e := range g.Evidence {
 			p.line("- Evidence, %s: %s: %s (%s)", at(e.At), code(e.Check), code(e.Answer), e.Outcome)
 		}
 		p.line("")
 	}
 	if r.GrantsMore > 0 {
-		p.line("%d more grants are counted and not listed.", r.GrantsMore)
+		p.line("%d more grants are counted but not listed.", r.GrantsMore)
 	}
 }
 
-// standing is what is known of a grant in a few words.
-func standing(g Grant) string {
+// status describes the state of a grant in a few words.
+func status(g Grant) string {
 	switch {
 	case g.Outcome == broker.OutcomeStatic:
 		return "works until it is rotated"
@@ -185,13 +185,13 @@ func standing(g Grant) string {
 
 func (p *page) timeline(r Report) {
 	p.heading("Timeline")
-	p.head("revision", "time", "what", "who", "about", "code", "detail")
+	p.head("revision", "time", "operation", "actor", "subject", "code", "detail")
 	for _, e := range r.Timeline {
-		about := string(e.Grant)
-		if about == "" {
-			about = string(e.Delegation)
+		subject := string(e.Grant)
+		if subject == "" {
+			subject = string(e.Delegation)
 		}
-		p.row(fmt.Sprint(e.Revision), at(e.At), string(e.Op), code(e.Actor), about, code(string(e.Code)), code(e.Detail))
+		p.row(fmt.Sprint(e.Revision), at(e.At), string(e.Op), code(e.Actor), subject, code(string(e.Code)), code(e.Detail))
 	}
 	if r.TimelineMore > 0 {
 		p.line("\n%d later entries are not listed.", r.TimelineMore)
@@ -221,8 +221,8 @@ func ids(list []broker.GrantID) string {
 	return b.String()
 }
 
-// code puts text into a code span that it cannot leave: longer backticks than it has around it, one
-// line, no control or direction characters.
+// code puts text into a code span that the text cannot leave: more backticks than it contains, one line, no control
+// or direction characters.
 func code(s string) string {
 	if s == "" {
 		return "none"

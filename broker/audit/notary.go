@@ -12,7 +12,7 @@ import (
 // Entries reads the ledger's audit log: at most limit entries after a revision, oldest first.
 type Entries func(ctx context.Context, after broker.Revision, limit int) ([]broker.Entry, error)
 
-// From is the log after a revision, read page by page.
+// From returns the log after a revision, read page by page.
 func (read Entries) From(ctx context.Context, after broker.Revision) Log {
 	const page = 1000
 	return func(yield func(broker.Entry, error) bool) {
@@ -34,7 +34,7 @@ func (read Entries) From(ctx context.Context, after broker.Revision) Log {
 	}
 }
 
-// NotaryConfig is what a [Notary] is made of; all of it is required.
+// NotaryConfig configures a [Notary]. Every field is required.
 type NotaryConfig struct {
 	Source  Source
 	Entries Entries
@@ -42,16 +42,16 @@ type NotaryConfig struct {
 	Now     func() time.Time
 }
 
-// Notary signs reports and checkpoints of one broker's ledger. Make one with [NewNotary]; it is safe
-// for concurrent use.
+// Notary signs reports and checkpoints of one broker's ledger. Create one with [NewNotary]; it is safe for concurrent
+// use.
 type Notary struct {
 	cfg NotaryConfig
 
-	growing chan struct{} // full while somebody reads the log; guards tree
+	growing chan struct{} // full while a caller reads the log; guards tree
 	tree    Tree
 }
 
-// NewNotary validates cfg.
+// NewNotary validates cfg and returns a notary.
 func NewNotary(cfg NotaryConfig) (*Notary, error) {
 	if cfg.Source == nil || cfg.Entries == nil || cfg.Signer == nil || cfg.Now == nil {
 		return nil, errors.New("audit: every field of NotaryConfig is required")
@@ -59,7 +59,7 @@ func NewNotary(cfg NotaryConfig) (*Notary, error) {
 	return &Notary{cfg: cfg, growing: make(chan struct{}, 1)}, nil
 }
 
-// Report gives the signed report of a revocation as of now. Errors are the engine's: NotFound, Unavailable.
+// Report returns the signed report of a revocation as of now. Errors are the engine's: NotFound, Unavailable.
 func (n *Notary) Report(ctx context.Context, id broker.RevocationID) ([]byte, error) {
 	log := func(after broker.Revision) Log { return n.cfg.Entries.From(ctx, after) }
 	r, err := Compile(ctx, n.cfg.Source, log, id, n.cfg.Now())
@@ -69,8 +69,8 @@ func (n *Notary) Report(ctx context.Context, id broker.RevocationID) ([]byte, er
 	return n.cfg.Signer.Sign(r)
 }
 
-// Checkpoint gives a signed checkpoint of the log as it is now. The first one reads the log
-// whole, and each later one only what was added.
+// Checkpoint returns a signed checkpoint of the present log. The first call reads the whole log, and each later one
+// only the new entries.
 func (n *Notary) Checkpoint(ctx context.Context) ([]byte, error) {
 	select {
 	case n.growing <- struct{}{}:

@@ -2,6 +2,7 @@ package audit
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"time"
 
@@ -14,34 +15,34 @@ import (
 // ReportType is the typ of a report's JWS.
 const ReportType = "pawl-report+jws"
 
-// Limits of a report. What is over them is counted and left out; what may still work is never
-// left out for what is dead.
+// Limits of a report. Items above a limit are counted and left out. A grant that may still work is never left out in
+// favour of a dead one.
 const (
 	MaxReport   = 64 << 20 // bytes of its JWS
 	MaxGrants   = 5000     // grants listed
 	MaxTimeline = 5000     // entries of the timeline
-	MaxAgents   = 5000     // holders listed who were to hear of it
+	MaxAgents   = 5000     // acknowledgements listed
 )
 
-// Report tells what a revocation was about and what it came to, as the ledger had it when the
-// report was made. It holds no secret, and nothing by which one could be ended or used.
+// Report describes the scope and the result of a revocation, from the ledger at the time of the report. It holds no
+// secret, and nothing that can end or use one.
 type Report struct {
 	Version    int               `json:"version"` // 1
 	Issuer     string            `json:"issuer"`  // the signer's name
 	Made       time.Time         `json:"made"`
 	Revocation broker.Revocation `json:"revocation"`
 
-	Chains        []Chain                  `json:"chains"`               // with something in its scope
-	Timeline      []broker.Entry           `json:"timeline"`             // what was decided and what followed; the grants' own steps are with them
-	TimelineMore  int                      `json:"timeline_more"`        // entries that were left out, the latest of the timeline
-	Grants        []Grant                  `json:"grants"`               // in its scope, those that may still work first
-	GrantsMore    int                      `json:"grants_more"`          // that were left out
-	Agents        []broker.Acknowledgement `json:"agents,omitzero"`      // who was to hear of it, and when they said that they had; no part of the closure
-	AgentsMore    int                      `json:"agents_more,omitzero"` // that were left out, after those who have not said so
+	Chains        []Chain                  `json:"chains"`               // with something in scope
+	Timeline      []broker.Entry           `json:"timeline"`             // the decisions and their consequences; the progress of single grants is in Grants
+	TimelineMore  int                      `json:"timeline_more"`        // entries left out, the latest of the timeline
+	Grants        []Grant                  `json:"grants"`               // in scope, those that may still work first
+	GrantsMore    int                      `json:"grants_more"`          // left out
+	Agents        []broker.Acknowledgement `json:"agents,omitzero"`      // the holders notified, and when they acknowledged; not part of the closure
+	AgentsMore    int                      `json:"agents_more,omitzero"` // left out, after the holders without an acknowledgement
 	Window        Window                   `json:"window"`               // between the breach and the fence
-	Residual      Residual                 `json:"residual"`             // what is left to worry about
-	Untouched     []Untouched              `json:"untouched"`            // what stands close to it and was not revoked
-	UntouchedMore int                      `json:"untouched_unseen"`     // open chains that were not looked through for it
+	Residual      Residual                 `json:"residual"`             // the remaining risk
+	Untouched     []Untouched              `json:"untouched"`            // close to it and not revoked
+	UntouchedMore int                      `json:"untouched_unseen"`     // open chains that were not searched for these
 }
 
 // Chain is a chain with something in the revocation's scope.
@@ -51,7 +52,7 @@ type Chain struct {
 	Opener      string         `json:"opener"`
 	Opened      time.Time      `json:"opened"`
 	Delegations int            `json:"delegations"` // in scope
-	Grants      int            `json:"grants"`      // in scope, those that were over before the fence too
+	Grants      int            `json:"grants"`      // in scope, including those that ended before the fence
 }
 
 // Grant is a grant in the revocation's scope.
@@ -62,53 +63,53 @@ type Grant struct {
 	Caller     string              `json:"caller"`
 	Tool       broker.ToolName     `json:"tool"`
 	Narrowing  string              `json:"narrowing"`
-	Args       string              `json:"args"` // canonical JSON, to the letter
+	Args       string              `json:"args"` // canonical JSON, byte for byte
 	Purpose    string              `json:"purpose,omitzero"`
 	Path       string              `json:"path,omitzero"`  // Vault mount and role
 	Lease      string              `json:"lease,omitzero"` // Vault's lease id
-	Ref        string              `json:"ref,omitzero"`   // what the backend calls the secret
+	Ref        string              `json:"ref,omitzero"`   // the backend's name for the secret
 	Created    time.Time           `json:"created"`
-	HandedOver time.Time           `json:"handed_over,omitzero"` // from here on the agent may have had the secret; left out: it never had
-	Ended      time.Time           `json:"ended,omitzero"`       // with evidence; left out: it is not over
+	HandedOver time.Time           `json:"handed_over,omitzero"` // from then on the agent may have had the secret; left out: never
+	Ended      time.Time           `json:"ended,omitzero"`       // with evidence; left out: not ended
 	Ending     broker.Ending       `json:"ending,omitzero"`
-	Before     bool                `json:"before,omitzero"` // it was over before the fence
+	Before     bool                `json:"before,omitzero"` // ended before the fence
 	Outcome    broker.Outcome      `json:"outcome"`         // empty: not proven either way
-	LatestEnd  time.Time           `json:"latest_end"`      // it ends by itself by then, unless it is static
+	LatestEnd  time.Time           `json:"latest_end"`      // it expires by then, unless it is static
 	Evidence   []broker.Evidence   `json:"evidence"`
 }
 
-// Window is what could be used between the first recorded breach and the fence.
+// Window lists the secrets that could be used between the first recorded breach and the fence.
 type Window struct {
-	Breach *broker.Entry    `json:"breach,omitzero"` // the first violation in the scope's chains before the fence; left out: none is recorded
+	Breach *broker.Entry    `json:"breach,omitzero"` // the first violation before the fence in the chains in scope; left out: none is recorded
 	Fenced time.Time        `json:"fenced"`
 	Issued []broker.GrantID `json:"issued"` // handed over in the window
-	Live   []broker.GrantID `json:"live"`   // handed over before it, and not over when it began
+	Live   []broker.GrantID `json:"live"`   // handed over before it, and not ended when it began
 }
 
-// Residual is what the revocation did not, or could not, make harmless.
+// Residual lists the secrets that the revocation did not, or could not, make harmless.
 type Residual struct {
-	Rotate     []broker.GrantID `json:"rotate"`              // static: works until it is rotated where it is kept
-	Alive      []broker.GrantID `json:"alive"`               // shown to work still
-	Unproven   []broker.GrantID `json:"unproven"`            // not shown either way
-	LatestEnd  time.Time        `json:"latest_end,omitzero"` // alive and unproven ones end by themselves by then
-	Tokens     int              `json:"tokens"`              // delegation tokens not shown revoked
-	Listed     []broker.GrantID `json:"listed"`              // dead for whoever looks at a list or asks (ssh, pki, jwt): a verifier that does neither takes them until ListedEnd
-	ListedEnd  time.Time        `json:"listed_end,omitzero"` // by which these end by themselves everywhere
-	OverBefore int              `json:"over_before"`         // secrets handed over and over before the fence: what was done with them stays done
+	Rotate      []broker.GrantID `json:"rotate"`              // static: works until it is rotated at its source
+	Alive       []broker.GrantID `json:"alive"`               // shown to be alive
+	Unproven    []broker.GrantID `json:"unproven"`            // not proven either way
+	LatestEnd   time.Time        `json:"latest_end,omitzero"` // alive and unproven ones expire by then
+	Tokens      int              `json:"tokens"`              // delegation tokens not confirmed revoked
+	Listed      []broker.GrantID `json:"listed"`              // dead for a verifier that checks the list or introspects (ssh, pki, jwt); any other accepts them until ListedEnd
+	ListedEnd   time.Time        `json:"listed_end,omitzero"` // these expire everywhere by then
+	EndedBefore int              `json:"over_before"`         // secrets handed over and ended before the fence; their use is not undone
 }
 
-// Untouched is a delegation that can still be used and stands close to the revocation: in one of its
-// chains, or with one of its holders.
+// Untouched is a usable delegation close to the revocation but outside it: in one of its chains, or with one of its
+// holders.
 type Untouched struct {
 	Chain      broker.ChainID      `json:"chain"`
 	Delegation broker.DelegationID `json:"delegation"`
 	Holder     string              `json:"holder"`
 	Expires    time.Time           `json:"expires"`
-	Live       int                 `json:"live"`       // grants directly under it that are not over
-	SameChain  bool                `json:"same_chain"` // else it shares a holder
+	Live       int                 `json:"live"`       // grants directly under it that have not ended
+	SameChain  bool                `json:"same_chain"` // otherwise it shares a holder
 }
 
-// Sign gives the report as a compact JWS of typ [ReportType].
+// Sign returns the report as a compact JWS of typ [ReportType].
 func (s *Signer) Sign(r Report) ([]byte, error) {
 	r.Issuer = s.name
 	payload, err := r.encode()
@@ -118,7 +119,7 @@ func (s *Signer) Sign(r Report) ([]byte, error) {
 	return s.jws(payload), nil
 }
 
-// encode gives the one JSON text of the report.
+// encode returns the canonical JSON of the report.
 func (r Report) encode() ([]byte, error) {
 	payload, err := json.Marshal(r, json.Deterministic(true))
 	if err != nil {
@@ -127,8 +128,10 @@ func (r Report) encode() ([]byte, error) {
 	return payload, nil
 }
 
-// VerifyReport opens a signed report with the public key alone. Errors wrap [ErrForeign] when
-// another key signed it or it is no report, and [ErrChanged] when it is not what was signed.
+var errVersion = errors.New("unknown report version")
+
+// VerifyReport opens a signed report with the public key alone. Errors wrap [ErrForeign] if another key signed it or
+// it is not a report. They wrap [ErrChanged] if it differs from the signed report.
 func VerifyReport(jws []byte, key jose.JSONWebKey) (Report, error) {
 	var r Report
 	if len(jws) > MaxReport {
@@ -139,10 +142,10 @@ func VerifyReport(jws []byte, key jose.JSONWebKey) (Report, error) {
 		return r, err
 	}
 	if err := json.Unmarshal(payload, &r, json.RejectUnknownMembers(true)); err != nil || r.Version != 1 {
-		return Report{}, fmt.Errorf("the report is of a version that is not known here")
+		return Report{}, errVersion
 	}
 	if again, err := r.encode(); err != nil || !bytes.Equal(again, payload) {
-		return Report{}, fmt.Errorf("the report is of a version that is not known here")
+		return Report{}, errVersion
 	}
 	return r, nil
 }

@@ -138,17 +138,17 @@ func grantIDs(list []audit.Grant) (ids []broker.GrantID) {
 	return ids
 }
 
-// TestReport: root has one secret that is over, a violation is reported and stays without
-// consequence, sub has one secret from before and one from after it, then sub is revoked.
+// TestReport reports a revocation of sub. root has one live secret, and sub one that has ended. A violation without
+// consequence is reported. sub has one secret from before it and one from after it. Then sub is revoked.
 func TestReport(t *testing.T) {
 	w := newWorld(t)
 	signer, key := newSigner(t)
 	root := w.open("root", "a task")
 	sub := w.delegate(root, "sub")
 	elsewhere := w.open("sub", "another task")
-	w.revoke("subtree:" + string(w.delegate(w.open("root", "a task of which a part was stopped before"), "sub").ID))
-	over := w.issue("sub", sub)
-	if _, err := w.Close(t.Context(), as("sub"), over.ID); err != nil {
+	w.revoke("subtree:" + string(w.delegate(w.open("root", "a task with a part revoked earlier"), "sub").ID))
+	ended := w.issue("sub", sub)
+	if _, err := w.Close(t.Context(), as("sub"), ended.ID); err != nil {
 		t.Fatal(err)
 	}
 	kept := w.issue("root", root)
@@ -157,8 +157,8 @@ func TestReport(t *testing.T) {
 		t.Fatal(err)
 	}
 	within := w.issue("sub", sub)
-	deaf := w.delegate(root, "deaf")
-	rv := w.revoke(fmt.Sprintf("subtree:%s or subtree:%s", sub.ID, deaf.ID))
+	silent := w.delegate(root, "silent")
+	rv := w.revoke(fmt.Sprintf("subtree:%s or subtree:%s", sub.ID, silent.ID))
 	if err := w.Acknowledge(t.Context(), as("sub"), sub.ID, rv.ID); err != nil {
 		t.Fatal(err)
 	}
@@ -174,11 +174,11 @@ func TestReport(t *testing.T) {
 	if r.Issuer != "example.org/pawl" || r.Revocation.ID != rv.ID || r.Revocation.Closure != broker.ClosureClosed || r.Revocation.Dead != 2 {
 		t.Errorf("the report is of %+v by %q, want %s CLOSED with 2 dead", r.Revocation, r.Issuer, rv.ID)
 	}
-	if got, want := grantIDs(r.Grants), []broker.GrantID{before.ID, within.ID, over.ID}; !slices.Equal(got, want) {
-		t.Errorf("grants = %v, want %v: those that the fence met before the one that was over", got, want)
+	if got, want := grantIDs(r.Grants), []broker.GrantID{before.ID, within.ID, ended.ID}; !slices.Equal(got, want) {
+		t.Errorf("grants = %v, want %v: those that the fence covered, then the ended one", got, want)
 	}
 	for _, g := range r.Grants {
-		if g.Outcome != broker.OutcomeDead || len(g.Evidence) == 0 || g.HandedOver.IsZero() || g.Before != (g.ID == over.ID) {
+		if g.Outcome != broker.OutcomeDead || len(g.Evidence) == 0 || g.HandedOver.IsZero() || g.Before != (g.ID == ended.ID) {
 			t.Errorf("grant %+v, want it handed over and dead, with evidence", g)
 		}
 	}
@@ -186,19 +186,19 @@ func TestReport(t *testing.T) {
 		!slices.Equal(r.Window.Live, []broker.GrantID{before.ID}) {
 		t.Errorf("window = %+v, want the canary, %s issued in it and %s live", r.Window, within.ID, before.ID)
 	}
-	if left := r.Residual; len(left.Rotate)+len(left.Alive)+len(left.Unproven)+left.Tokens != 0 || left.OverBefore != 1 {
-		t.Errorf("residual = %+v, want the one secret that was over before", left)
+	if left := r.Residual; len(left.Rotate)+len(left.Alive)+len(left.Unproven)+left.Tokens != 0 || left.EndedBefore != 1 {
+		t.Errorf("residual = %+v, want the one secret that ended before the fence", left)
 	}
 	if len(r.Agents) != 2 || r.AgentsMore != 0 {
-		t.Errorf("agents = %+v, want the two whose delegations were open", r.Agents)
+		t.Errorf("agents = %+v, want the holders of the two open delegations", r.Agents)
 	}
 	for _, a := range r.Agents {
-		if a.At.IsZero() != (a.Delegation == deaf.ID) || a.Holder != as("sub").ID && a.Holder != as("deaf").ID {
-			t.Errorf("agent %+v, want sub with a time and deaf without", a)
+		if a.At.IsZero() != (a.Delegation == silent.ID) || a.Holder != as("sub").ID && a.Holder != as("silent").ID {
+			t.Errorf("agent %+v, want sub with a time and silent without", a)
 		}
 	}
-	if page := r.Markdown(); !strings.Contains(page, "| `spiffe://example.org/deaf` | "+string(deaf.ID)+" | never |") {
-		t.Errorf("the page does not say who has not heard:\n%s", page)
+	if page := r.Markdown(); !strings.Contains(page, "| `spiffe://example.org/silent` | "+string(silent.ID)+" | never |") {
+		t.Errorf("the page does not list the holder without an acknowledgement:\n%s", page)
 	}
 	want := map[broker.DelegationID]audit.Untouched{
 		root.ID:      {Chain: root.Chain, Delegation: root.ID, Holder: root.Holder.String(), Expires: root.Expires.UTC().Round(0), Live: 1, SameChain: true},
@@ -217,14 +217,14 @@ func TestReport(t *testing.T) {
 		ops = append(ops, e.Op)
 	}
 	if !slices.Contains(ops, broker.OpFence) || !slices.Contains(ops, broker.OpClosure) || ops[0] != broker.OpOpen || slices.Contains(ops, broker.OpIssued) || slices.Contains(ops, broker.OpAcknowledged) {
-		t.Errorf("timeline = %v, want the opening, the fence and the closure, and no single grant's way", ops)
+		t.Errorf("timeline = %v, want the opening, the fence and the closure, and no entries of single grants", ops)
 	}
 	if bytes.Contains(jws, []byte(kept.Token.Accessor)) || strings.Contains(r.Markdown(), "marker") {
 		t.Error("the report holds an accessor or a secret")
 	}
 }
 
-// TestReportOfRule: a rule over chains has its own entries in the timeline and every chain it meets.
+// TestReportOfRule checks that a rule over chains has its own entries in the timeline and every chain that it covers.
 func TestReportOfRule(t *testing.T) {
 	w := newWorld(t)
 	signer, key := newSigner(t)
@@ -248,22 +248,22 @@ func TestReportOfRule(t *testing.T) {
 		t.Errorf("timeline %+v lacks the fence", r.Timeline)
 	}
 	if r.Window.Breach != nil || !strings.Contains(r.Markdown(), "No violation is recorded") {
-		t.Errorf("window = %+v, want that no breach is recorded", r.Window)
+		t.Errorf("window = %+v, want no recorded breach", r.Window)
 	}
 }
 
-// fixed answers with what it holds.
+// fixed answers with its fields.
 type fixed struct {
-	rv    broker.Revocation
-	view  broker.ChainView
-	heard []broker.Acknowledgement
+	rv   broker.Revocation
+	view broker.ChainView
+	acks []broker.Acknowledgement
 }
 
 func (f fixed) Revocation(context.Context, broker.RevocationID) (broker.Revocation, error) {
 	return f.rv, nil
 }
 func (f fixed) Acknowledgements(context.Context, broker.RevocationID) ([]broker.Acknowledgement, error) {
-	return f.heard, nil
+	return f.acks, nil
 }
 func (f fixed) Chains(context.Context, bool) ([]broker.ChainSummary, error)     { return nil, nil }
 func (f fixed) Chain(context.Context, broker.ChainID) (broker.ChainView, error) { return f.view, nil }
@@ -271,7 +271,7 @@ func (f fixed) ChainEntries(context.Context, broker.ChainID, broker.Revision, in
 	return nil, nil
 }
 
-// TestResidual: what is not dead is named for what it is, with the latest end of it all.
+// TestResidual checks that each secret that is not dead is listed by its kind, with the latest end of all.
 func TestResidual(t *testing.T) {
 	noon := time.Date(2030, 1, 2, 12, 0, 0, 0, time.UTC)
 	grant := func(id string, o broker.Outcome, lease time.Duration, ended bool) broker.Grant {
@@ -284,17 +284,17 @@ func TestResidual(t *testing.T) {
 	}
 	unproven := grant("unproven", broker.OutcomeUnknown, 7*time.Minute, false)
 	unproven.Lease.Outlives = noon.Add(8 * time.Minute) // at its target
-	listed, over := grant("listed", broker.OutcomeDead, 6*time.Minute, true), grant("over", broker.OutcomeDead, -time.Second, true)
+	listed, ended := grant("listed", broker.OutcomeDead, 6*time.Minute, true), grant("ended", broker.OutcomeDead, -time.Second, true)
 	dead := grant("dead", broker.OutcomeDead, 9*time.Minute, true)
 	dead.Evidence = []broker.Evidence{{Outcome: broker.OutcomeDead, Answer: "refused"}} // at its target
-	over.Expires = noon.Add(-time.Second)
-	for _, g := range []*broker.Grant{&listed, &over} { // both certificates on a list, the one past its end at the fence
+	ended.Expires = noon.Add(-time.Second)
+	for _, g := range []*broker.Grant{&listed, &ended} { // both certificates on a list, the second expired at the fence
 		g.Evidence = []broker.Evidence{{Outcome: broker.OutcomeDead, Answer: "revoked", Listed: true}}
 	}
 	f := fixed{rv: broker.Revocation{ID: "rv", Chain: "ch", Node: "dl", Selector: "chain:ch", Fenced: noon, Closure: broker.ClosurePartial},
 		view: broker.ChainView{Chain: broker.Chain{ID: "ch"}, Delegations: []broker.Delegation{{ID: "dl", Chain: "ch"}},
 			Grants: []broker.Grant{grant("static", broker.OutcomeStatic, 0, true), grant("alive", broker.OutcomeAlive, 5*time.Minute, false),
-				unproven, listed, over, dead}}}
+				unproven, listed, ended, dead}}}
 	r, err := audit.Compile(t.Context(), f, nil, "rv", noon)
 	if err != nil {
 		t.Fatal(err)
@@ -305,31 +305,31 @@ func TestResidual(t *testing.T) {
 		t.Errorf("residual = %+v, want %+v", r.Residual, want)
 	}
 	if got := grantIDs(r.Grants); slices.ContainsFunc(got[:3], func(id broker.GrantID) bool { return id == "dead" || id == "listed" }) {
-		t.Errorf("grants = %v, want what is dead last", got)
+		t.Errorf("grants = %v, want the dead ones last", got)
 	}
 	page := r.Markdown()
-	for _, must := range []string{"To be rotated where they are kept: 1: static", "Shown to work still: 1: alive", "Not proven either way: 1: unproven", "at a verifier that looks at neither: 1: listed", "**PARTIAL**"} {
+	for _, must := range []string{"Must be rotated at their source: 1: static", "Shown to be alive: 1: alive", "Not proven either way: 1: unproven", "at a verifier that checks neither: 1: listed", "**PARTIAL**"} {
 		if !strings.Contains(page, must) {
 			t.Errorf("the page lacks %q:\n%s", must, page)
 		}
 	}
 }
 
-// TestManyAgents: of more holders than a report lists, those who have not acknowledged stay in it.
+// TestManyAgents checks that holders without an acknowledgement stay in a report that cannot list all.
 func TestManyAgents(t *testing.T) {
 	noon := time.Date(2030, 1, 2, 12, 0, 0, 0, time.UTC)
 	f := fixed{rv: broker.Revocation{ID: "rv", Chain: "ch", Node: "dl", Selector: "chain:ch", Fenced: noon}, view: broker.ChainView{Chain: broker.Chain{ID: "ch"}}}
 	for range audit.MaxAgents {
-		f.heard = append(f.heard, broker.Acknowledgement{Delegation: "heard", At: noon})
+		f.acks = append(f.acks, broker.Acknowledgement{Delegation: "acknowledged", At: noon})
 	}
-	f.heard = append(f.heard, broker.Acknowledgement{Delegation: "silent"})
+	f.acks = append(f.acks, broker.Acknowledgement{Delegation: "silent"})
 	r, err := audit.Compile(t.Context(), f, nil, "rv", noon)
 	if err != nil || len(r.Agents) != audit.MaxAgents || r.AgentsMore != 1 || r.Agents[0].Delegation != "silent" {
 		t.Errorf("Compile lists %d agents and %d more, %v; want %d, the silent one first, and 1", len(r.Agents), r.AgentsMore, err, audit.MaxAgents)
 	}
 }
 
-// TestChangedReport: no byte of a signed report can be another one.
+// TestChangedReport checks that no byte of a signed report can be changed.
 func TestChangedReport(t *testing.T) {
 	signer, key := newSigner(t)
 	jws, err := signer.Sign(audit.Report{Version: 1, Revocation: broker.Revocation{ID: "rv", Reason: "a reason"}})
@@ -346,7 +346,7 @@ func TestChangedReport(t *testing.T) {
 				continue
 			}
 			if _, err := audit.VerifyReport(changed, key); !errors.Is(err, audit.ErrChanged) && !errors.Is(err, audit.ErrForeign) {
-				t.Fatalf("VerifyReport with byte %d as %q = %v, want that it was changed", i, b, err)
+				t.Fatalf("VerifyReport with byte %d as %q = %v, want ErrChanged or ErrForeign", i, b, err)
 			}
 		}
 		if _, err := audit.VerifyReport(jws[:i], key); err == nil {
@@ -365,17 +365,17 @@ func TestChangedReport(t *testing.T) {
 	}
 }
 
-// TestMarkdown: text from outside cannot leave its code span or its cell.
+// TestMarkdown checks that external text cannot leave its code span or its table cell.
 func TestMarkdown(t *testing.T) {
 	r := audit.Report{Revocation: broker.Revocation{Reason: "``` \n# Dead: all | <script>", By: "ann\u202e"},
 		Timeline: []broker.Entry{{Detail: "a | b"}}}
 	page := r.Markdown()
 	if strings.Contains(page, "\n# Dead") || strings.Contains(page, "\u202e") || !strings.Contains(page, "```` ``` ") || !strings.Contains(page, `a \| b`) {
-		t.Errorf("text from outside is not held in the page:\n%s", page)
+		t.Errorf("external text leaves its place in the page:\n%s", page)
 	}
 	fenced, dead := strings.Index(page, "## Fenced"), strings.Index(page, "## Dead")
 	if fenced < 0 || dead < fenced {
-		t.Errorf("fenced and dead are not two parts of the page:\n%s", page)
+		t.Errorf("fenced and dead are not two sections of the page:\n%s", page)
 	}
 }
 
@@ -389,12 +389,12 @@ func FuzzVerifyReport(f *testing.F) {
 	f.Add([]byte("..."))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		if _, err := audit.VerifyReport(raw, key); err == nil && !bytes.Equal(raw, jws) {
-			t.Errorf("VerifyReport took %q", raw)
+			t.Errorf("VerifyReport accepted %q", raw)
 		}
 	})
 }
 
-// TestSignAs: what is signed for others is never a report.
+// TestSignAs checks that a JWS of another type is never a report.
 func TestSignAs(t *testing.T) {
 	public, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {

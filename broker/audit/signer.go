@@ -12,15 +12,15 @@ import (
 	"github.com/go-jose/go-jose/v4"
 )
 
-// Signer signs reports and checkpoints. Make one with [NewSigner]; it is safe for concurrent use.
+// Signer signs reports and checkpoints. Create one with [NewSigner]; it is safe for concurrent use.
 type Signer struct {
 	name string
 	kid  string
 	key  ed25519.PrivateKey
 }
 
-// NewSigner takes the private Ed25519 key and the name under which the broker signs, such as
-// "example.org/pawl": no spaces, no plus sign.
+// NewSigner takes the private Ed25519 key and the name under which the broker signs, such as "example.org/pawl": no
+// spaces, no plus sign.
 func NewSigner(name string, key jose.JSONWebKey) (*Signer, error) {
 	private, ok := key.Key.(ed25519.PrivateKey)
 	if !ok || len(private) != ed25519.PrivateKeySize {
@@ -36,13 +36,13 @@ func NewSigner(name string, key jose.JSONWebKey) (*Signer, error) {
 }
 
 func (s *Signer) public() ed25519.PublicKey {
-	return s.key.Public().(ed25519.PublicKey) // what the documentation of Public promises
+	return s.key.Public().(ed25519.PublicKey) // documented for Public
 }
 
-// Name is the name that the signer was made with.
+// Name returns the name that the signer was created with.
 func (s *Signer) Name() string { return s.name }
 
-// thumbprint is the RFC 7638 SHA-256 thumbprint.
+// thumbprint returns the RFC 7638 SHA-256 thumbprint.
 func thumbprint(key ed25519.PublicKey) (string, error) {
 	sum, err := (&jose.JSONWebKey{Key: key}).Thumbprint(crypto.SHA256)
 	return encode(sum), err
@@ -50,37 +50,36 @@ func thumbprint(key ed25519.PublicKey) (string, error) {
 
 func encode(b []byte) string { return base64.RawURLEncoding.EncodeToString(b) }
 
-// header is the one protected header that a key signs a type of thing with.
+// header returns the only protected header with which a key signs a JWS of a type.
 func header(kid, typ string) string {
 	return encode([]byte(`{"alg":"EdDSA","kid":"` + kid + `","typ":"` + typ + `"}`))
 }
 
-// jws is a report in compact form.
+// jws signs a report in compact form.
 func (s *Signer) jws(payload []byte) []byte { return s.compact(ReportType, payload) }
 
-// compact is RFC 7515 section 7.1.
+// compact signs in the compact serialisation of RFC 7515 section 7.1.
 func (s *Signer) compact(typ string, payload []byte) []byte {
 	signed := header(s.kid, typ) + "." + encode(payload)
 	return []byte(signed + "." + encode(ed25519.Sign(s.key, []byte(signed))))
 }
 
-// SignAs gives a JWS of a type that is not this package's, so that nothing it signs is ever a report.
+// SignAs returns a JWS of a type that this package does not use, so that it never passes for a report.
 func (s *Signer) SignAs(typ string, payload []byte) ([]byte, error) {
 	if typ == ReportType || strings.ContainsFunc(typ, func(r rune) bool { return r <= ' ' || r >= 0x7f || r == '"' || r == '\\' }) {
-		return nil, fmt.Errorf("%q is no type that is signed for others", typ)
+		return nil, fmt.Errorf("the type %q is not allowed", typ)
 	}
 	return s.compact(typ, payload), nil
 }
 
 var (
-	// ErrForeign says that something was signed with another key, or is nothing that this package signs.
+	// ErrForeign reports another key, or something that this package does not sign.
 	ErrForeign = errors.New("it is not signed with this key")
-	// ErrChanged says that something is not what was signed.
+	// ErrChanged reports a difference from the signed content.
 	ErrChanged = errors.New("it is not what was signed")
 )
 
-// openJWS gives the payload that key signed. The header is compared, never believed: there is
-// exactly one that the key signs with.
+// openJWS returns the payload that key signed. The header is compared, never trusted: the key signs with exactly one.
 func openJWS(jws []byte, key jose.JSONWebKey) ([]byte, error) {
 	public, err := publicKey(key)
 	if err != nil {
@@ -104,7 +103,7 @@ func openJWS(jws []byte, key jose.JSONWebKey) ([]byte, error) {
 	return payload, nil
 }
 
-// strictly decodes the one spelling of bytes; base64 by itself passes over line breaks.
+// strictly decodes the one spelling of bytes. The base64 package alone accepts line breaks.
 func strictly(text []byte) ([]byte, error) {
 	if bytes.ContainsAny(text, "\r\n") {
 		return nil, ErrChanged
@@ -112,7 +111,7 @@ func strictly(text []byte) ([]byte, error) {
 	return base64.RawURLEncoding.Strict().AppendDecode(nil, text)
 }
 
-// publicKey gives the public half of an Ed25519 key.
+// publicKey returns the public half of an Ed25519 key.
 func publicKey(key jose.JSONWebKey) (ed25519.PublicKey, error) {
 	public, ok := key.Public().Key.(ed25519.PublicKey)
 	if !ok || len(public) != ed25519.PublicKeySize {

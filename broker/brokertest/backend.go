@@ -15,29 +15,29 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// Rig is a backend with what the suite needs to judge it from outside: Vault's part of a secret's
-// life, and a probe of the target that does not go through the backend.
+// Rig is a backend with the means to test it from outside: Vault's part in the lifetime of a secret, and a probe of
+// the target that bypasses the backend.
 type Rig struct {
-	Backend broker.Backend // required; revoke and proof are part of it: see Backend
-	Tool    broker.Tool    // required: one that Load takes
-	Wrong   []broker.Tool  // required: tools that Load refuses, besides those that the suite makes of Tool
+	Backend broker.Backend // required; it must revoke and prove, see Backend
+	Tool    broker.Tool    // required: one that Load accepts
+	Wrong   []broker.Tool  // required: tools that Load refuses, besides the suite's own variants of Tool
 	Args    args.Args      // of a step with Tool
-	Outside []args.Args    // arguments that Prepare refuses; empty when it takes whatever the engine lets through
+	Outside []args.Args    // arguments that Prepare refuses; empty if it accepts all that the engine lets through
 
-	// Mint does what the engine and Vault do from step 3 to step 6: make the step's token, carry
-	// out m, once, and write token and lease into g. Required; safe for concurrent use.
+	// Mint does the work of the engine and Vault in steps 3 to 6 of issuing (docs/architecture.md). It creates the
+	// step's token, executes m once, and writes token and lease into g. Required; safe for concurrent use.
 	Mint func(ctx context.Context, g *broker.Grant, m broker.Mint, displayName string) (broker.Secret, error)
-	// End does what Vault does when the step's token is killed, and returns when it is done. Nil:
-	// Vault can end nothing here, and the backend must sever.
+	// End does the work of Vault when the step's token is killed, and returns when that is done. Nil: Vault can end
+	// nothing here, and the backend must sever.
 	End func(ctx context.Context, g broker.Grant) error
 	// Works tries a secret at the target, as an agent would. Required.
 	Works func(ctx context.Context, g broker.Grant, s broker.Secret) (bool, error)
-	// Credentials counts what exists at the target that somebody could use. Required.
+	// Credentials counts the usable credentials at the target. Required.
 	Credentials func(context.Context) (int, error)
 }
 
-// Backend is the suite that every backend must pass. A backend that cannot prove fails it, and so
-// does one that nothing can revoke, or one that calls dead what Rig.Works still opens.
+// Backend is the suite that every backend must pass. It fails a backend that cannot prove, and one that nothing can
+// revoke. It also fails one that reports a secret as dead while Rig.Works succeeds with it.
 func Backend(t *testing.T, r Rig) {
 	for _, c := range backendChecks {
 		t.Run(c.name, func(t *testing.T) {
@@ -48,8 +48,8 @@ func Backend(t *testing.T, r Rig) {
 	}
 }
 
-// CheckBackend is [Backend] outside a test: nil for a backend that passes, otherwise an error
-// that names every check it fails and how.
+// CheckBackend is [Backend] outside a test. It returns nil for a backend that passes, otherwise an error that names
+// every failed check and its faults.
 func CheckBackend(ctx context.Context, r Rig) error {
 	var failed []error
 	for _, c := range backendChecks {
@@ -64,19 +64,19 @@ var backendChecks = []struct {
 	name string
 	run  func(*trial) error
 }{
-	{"loads its tool and refuses nonsense", (*trial).load},
-	{"prepares and makes nothing", (*trial).prepare},
-	{"takes only answers that hold a secret", (*trial).finish},
-	{"a secret's life", (*trial).life},
-	{"cuts one and leaves the other", (*trial).neighbour},
-	{"an answer that was lost", (*trial).lost},
-	{"grants that came to nothing", (*trial).unknown},
-	{"finds what is alive", (*trial).find},
+	{"loads its tool and refuses invalid ones", (*trial).load},
+	{"prepares without creating anything", (*trial).prepare},
+	{"accepts only answers with a secret", (*trial).finish},
+	{"a secret's lifetime", (*trial).life},
+	{"severs one and leaves the other", (*trial).neighbour},
+	{"a lost answer", (*trial).lost},
+	{"grants without a secret", (*trial).unknown},
+	{"finds live grants", (*trial).find},
 	{"many at once", (*trial).crowd},
-	{"asked too late", (*trial).cancelled},
+	{"a cancelled context", (*trial).cancelled},
 }
 
-// trial is one check of a rig. It collects faults; an error ends it.
+// trial is one check of a rig. It collects faults. An error ends the check.
 type trial struct {
 	Rig
 	ctx    context.Context
@@ -100,7 +100,7 @@ func (t *trial) errorf(format string, args ...any) {
 	t.faults = append(t.faults, fmt.Errorf(format, args...))
 }
 
-// live is a grant whose secret was minted.
+// live is a grant with a minted secret.
 type live struct {
 	broker.Grant
 	secret broker.Secret
@@ -108,7 +108,7 @@ type live struct {
 
 var backendIDs = base32.NewEncoding("0123456789abcdefghjkmnpqrstvwxyz").WithPadding(base32.NoPadding)
 
-// grant is a new one, good for five minutes, for which nothing has happened yet.
+// grant returns a new grant, valid for five minutes, for which nothing has happened yet.
 func (t *trial) grant() broker.Grant {
 	var raw [15]byte
 	_, _ = rand.Read(raw[:]) // never fails
@@ -121,7 +121,7 @@ func (t *trial) grant() broker.Grant {
 	}
 }
 
-// mint makes a secret for a new grant and sees that it works.
+// mint mints a secret for a new grant and checks that it works.
 func (t *trial) mint() (live, error) {
 	g := t.grant()
 	m, name, err := t.Backend.Prepare(t.ctx, t.Tool, g)
@@ -142,14 +142,14 @@ func (t *trial) works(g broker.Grant, s broker.Secret, want bool) error {
 		return fmt.Errorf("the rig's Works = %w", err)
 	}
 	if got != want {
-		return fmt.Errorf("the target takes the secret: %v, want %v", got, want)
+		return fmt.Errorf("the target accepts the secret: %v, want %v", got, want)
 	}
 	return nil
 }
 
-// cut does what revoke does: sever where the backend can, which has to be enough, and otherwise
-// let Vault end it.
-func (t *trial) cut(grants ...broker.Grant) error {
+// revoke does the work of a revocation. It severs if the backend can, which must be enough. Otherwise it lets Vault
+// end the secret.
+func (t *trial) revoke(grants ...broker.Grant) error {
 	if s, ok := t.Backend.(broker.Severer); ok {
 		if err := s.Sever(t.ctx, grants); err != nil {
 			return fmt.Errorf("Sever = %w", err)
@@ -157,7 +157,7 @@ func (t *trial) cut(grants ...broker.Grant) error {
 		return nil
 	}
 	if t.End == nil {
-		return errors.New("nothing revokes here: the backend does not sever, and Vault ends nothing")
+		return errors.New("there is no way to revoke: the backend does not sever, and Vault ends nothing")
 	}
 	for _, g := range grants {
 		if err := t.End(t.ctx, g); err != nil {
@@ -167,29 +167,29 @@ func (t *trial) cut(grants ...broker.Grant) error {
 	return nil
 }
 
-// end leaves nothing behind at the target.
+// end removes everything from the target that the check created.
 func (t *trial) end(list ...live) {
 	var grants []broker.Grant
 	for _, l := range list {
 		grants = append(grants, l.Grant)
 	}
-	err := t.cut(grants...)
+	err := t.revoke(grants...)
 	for _, g := range grants {
 		if t.End != nil {
 			err = errors.Join(err, t.End(t.ctx, g))
 		}
 	}
 	if err != nil {
-		t.errorf("ending what the check made: %v", err)
+		t.errorf("cleaning up after the check: %v", err)
 	}
 }
 
-// prove asks the backend and checks what does not depend on the truth: one evidence for each,
-// with words and without a secret.
+// prove calls the backend and checks the form of its answers: one evidence for each grant, with texts and without a
+// secret.
 func (t *trial) prove(ctx context.Context, list ...live) ([]broker.Evidence, error) {
 	p, ok := t.Backend.(broker.Prover)
 	if !ok {
-		return nil, errors.New("the backend cannot prove: nothing would ever be known to be dead")
+		return nil, errors.New("the backend cannot prove, so no grant could ever be proven dead")
 	}
 	grants := make([]broker.Grant, len(list))
 	for i, l := range list {
@@ -200,21 +200,21 @@ func (t *trial) prove(ctx context.Context, list ...live) ([]broker.Evidence, err
 		return nil, fmt.Errorf("Prove = %w", err)
 	}
 	if len(found) != len(list) {
-		return nil, fmt.Errorf("Prove gave %d answers for %d grants", len(found), len(list))
+		return nil, fmt.Errorf("Prove returned %d answers for %d grants", len(found), len(list))
 	}
 	for i, e := range found {
 		if e.Check == "" || e.Answer == "" {
-			t.errorf("Prove gave no words for what it checked and what was answered: %q, %q", e.Check, e.Answer)
+			t.errorf("Prove returned an empty Check or Answer: %q, %q", e.Check, e.Answer)
 		}
-		if tells(list[i], e.Check+" "+e.Answer+" "+list[i].Lease.Ref) {
-			t.errorf("Prove's words, or the lease's Ref, hold a part of the secret")
+		if leaks(list[i], e.Check+" "+e.Answer+" "+list[i].Lease.Ref) {
+			t.errorf("the texts of Prove, or the lease's Ref, contain a part of the secret")
 		}
 	}
 	return found, nil
 }
 
-// proven asks the backend for the truth, and the target too: a backend that calls dead what works
-// lies, whatever it was asked.
+// proven requires an outcome from the backend and checks it at the target. A backend that reports a working secret as
+// dead lies, whatever the wanted outcome.
 func (t *trial) proven(want broker.Outcome, list ...live) error {
 	found, err := t.prove(t.ctx, list...)
 	if err != nil {
@@ -227,11 +227,11 @@ func (t *trial) proven(want broker.Outcome, list ...live) error {
 				return fmt.Errorf("the rig's Works = %w", err)
 			}
 			if open {
-				return fmt.Errorf("the backend lies: it says %q (%s), and the target takes the secret", e.Outcome, e.Answer)
+				return fmt.Errorf("the backend lies: it reports %q (%s), but the target accepts the secret", e.Outcome, e.Answer)
 			}
 		}
 		if e.Outcome != want {
-			t.errorf("Prove says %q (%s), want %q", e.Outcome, e.Answer, want)
+			t.errorf("Prove reports %q (%s), want %q", e.Outcome, e.Answer, want)
 		}
 	}
 	return nil

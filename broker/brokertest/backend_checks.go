@@ -15,9 +15,9 @@ import (
 
 func joined(path []string) string { return strings.Join(path, "/") }
 
-// tells reports whether text holds a member of the secret. What the backend calls it by may be
-// one: a login's name is no secret.
-func tells(l live, text string) bool {
+// leaks reports whether text contains a member of the secret. The backend's name for the secret may be one: the name
+// of a login is not secret.
+func leaks(l live, text string) bool {
 	var members map[string]any
 	if json.Unmarshal(l.secret.Reveal(), &members) != nil {
 		return false
@@ -31,9 +31,9 @@ func tells(l live, text string) bool {
 	return false
 }
 
-// nonsense makes of a good tool those that no backend may take: text that would be spliced into a
-// path, no path, and a setting that does nothing.
-func nonsense(good broker.Tool) (tools []broker.Tool) {
+// invalidTools derives tools from a good one that no backend may accept: a path with text to splice, no path, and a
+// setting without effect.
+func invalidTools(good broker.Tool) (tools []broker.Tool) {
 	for _, segment := range []string{"", "..", "a/b", "{{args.name}}", "a\n", "a b", "%2e%2e"} {
 		t := good
 		t.Path = slices.Clone(good.Path)
@@ -58,9 +58,9 @@ func (t *trial) load() error {
 	if err := t.Backend.Load(t.Tool); err != nil {
 		return fmt.Errorf("Load of the rig's tool = %w", err)
 	}
-	for _, bad := range slices.Concat(nonsense(t.Tool), t.Wrong) {
+	for _, bad := range slices.Concat(invalidTools(t.Tool), t.Wrong) {
 		if t.Backend.Load(bad) == nil {
-			t.errorf("Load took a tool with path %q, settings %q and label %s", bad.Path, bad.Settings, bad.Narrowing)
+			t.errorf("Load accepted a tool with path %q, settings %q and label %s", bad.Path, bad.Settings, bad.Narrowing)
 		}
 	}
 	return nil
@@ -72,18 +72,18 @@ func (t *trial) prepare() error {
 		return fmt.Errorf("the rig's Credentials = %w", err)
 	}
 	g := t.grant()
-	for range 2 { // it may be repeated
+	for range 2 { // Prepare may be repeated
 		m, name, err := t.Backend.Prepare(t.ctx, t.Tool, g)
 		if err != nil {
 			return fmt.Errorf("Prepare = %w", err)
 		}
-		t.judge(g, m, name)
+		t.checkPrepared(g, m, name)
 	}
 	for _, args := range t.Outside {
 		g := t.grant()
 		g.Args = args
 		if _, _, err := t.Backend.Prepare(t.ctx, t.Tool, g); err == nil {
-			t.errorf("Prepare took the arguments %s", args.Canonical())
+			t.errorf("Prepare accepted the arguments %s", args.Canonical())
 		}
 	}
 	after, err := t.Credentials(t.ctx)
@@ -91,27 +91,27 @@ func (t *trial) prepare() error {
 		return fmt.Errorf("the rig's Credentials = %w", err)
 	}
 	if after != before {
-		t.errorf("Prepare made %d credentials: only Vault makes one, once the ledger knows the step's token", after-before)
+		t.errorf("Prepare created %d credentials: only Vault creates one, after the ledger has recorded the step's token", after-before)
 	}
 	return nil
 }
 
-// judge checks what Prepare gave.
-func (t *trial) judge(g broker.Grant, m broker.Mint, name string) {
+// checkPrepared checks the results of Prepare.
+func (t *trial) checkPrepared(g broker.Grant, m broker.Mint, name string) {
 	if len(m.Path) == 0 || slices.ContainsFunc(m.Path, func(s string) bool {
 		return s == "" || strings.ContainsAny(s, "/%?#{} \n") || strings.Contains(s, "..")
 	}) {
-		t.errorf("Prepare gave the path %q, want plain segments", m.Path)
+		t.errorf("Prepare returned the path %q, want plain segments", m.Path)
 	}
 	if m.Finish == nil {
-		t.errorf("Prepare gave no Finish")
+		t.errorf("Prepare returned no Finish")
 	}
 	if left := time.Until(g.Expires); m.TTL <= 0 || m.TTL > left+2*time.Second {
-		t.errorf("Prepare takes a secret that lives %v, want at most the %v that the grant has left", m.TTL, left)
+		t.errorf("Prepare allows a secret that lives %v, want at most the %v that the grant has left", m.TTL, left)
 	}
 	plain := strings.Trim(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-") == ""
 	if !strings.HasPrefix(name, string(g.ID)) || len(name) > 100 || !plain {
-		t.errorf("Prepare gave the display name %q, want one that begins with the grant's id: at most 100 letters, digits and hyphens", name)
+		t.errorf("Prepare returned the display name %q, want one that begins with the grant's id: at most 100 letters, digits and hyphens", name)
 	}
 }
 
@@ -123,7 +123,7 @@ func (t *trial) finish() error {
 	}
 	for _, answer := range []map[string]any{nil, {}, {"no-such-field": "x"}} {
 		if f, err := m.Finish(answer, time.Time{}); err == nil && !f.Secret.Empty() {
-			t.errorf("Finish made a secret of %v", answer)
+			t.errorf("Finish made a secret from %v", answer)
 		}
 	}
 	return nil
@@ -137,8 +137,8 @@ func (t *trial) life() error {
 	if err := t.proven(broker.OutcomeAlive, l); err != nil {
 		return err
 	}
-	for range 2 { // it may be repeated
-		if err := t.cut(l.Grant); err != nil {
+	for range 2 { // revoking may be repeated
+		if err := t.revoke(l.Grant); err != nil {
 			return err
 		}
 		if err := t.proven(broker.OutcomeDead, l); err != nil {
@@ -162,7 +162,7 @@ func (t *trial) neighbour() error {
 		return err
 	}
 	defer t.end(one, other)
-	if err := t.cut(one.Grant); err != nil {
+	if err := t.revoke(one.Grant); err != nil {
 		return err
 	}
 	if err := t.works(other.Grant, other.secret, true); err != nil {
@@ -186,7 +186,7 @@ func (t *trial) neighbour() error {
 	return nil
 }
 
-// lost is a mint whose answer never came: the ledger has the token, and no lease.
+// lost is a mint with a lost answer: the ledger has the token, but no lease.
 func (t *trial) lost() error {
 	l, err := t.mint()
 	if err != nil {
@@ -199,9 +199,9 @@ func (t *trial) lost() error {
 		return err
 	}
 	if found[0].Outcome == broker.OutcomeDead {
-		t.errorf("the backend lies: Prove says %q (%s) of a secret whose answer was lost, and the target takes it", found[0].Outcome, found[0].Answer)
+		t.errorf("the backend lies: Prove reports %q (%s) for a secret with a lost answer, but the target accepts it", found[0].Outcome, found[0].Answer)
 	}
-	if err := t.cut(l.Grant); err != nil {
+	if err := t.revoke(l.Grant); err != nil {
 		return err
 	}
 	if t.End != nil {
@@ -216,14 +216,14 @@ func (t *trial) lost() error {
 		return err
 	}
 	if found[0].Outcome == broker.OutcomeAlive {
-		t.errorf("Prove says %q (%s) of a secret that was cut, want dead or unknown", found[0].Outcome, found[0].Answer)
+		t.errorf("Prove reports %q (%s) for a revoked secret, want dead or unknown", found[0].Outcome, found[0].Answer)
 	}
 	return nil
 }
 
 func (t *trial) unknown() error {
 	nothing := live{Grant: t.grant()}
-	if err := t.cut(nothing.Grant); err != nil {
+	if err := t.revoke(nothing.Grant); err != nil {
 		return err
 	}
 	found, err := t.prove(t.ctx, nothing)
@@ -231,9 +231,9 @@ func (t *trial) unknown() error {
 		return err
 	}
 	if found[0].Outcome == broker.OutcomeAlive {
-		t.errorf("Prove says %q (%s) of a secret that was never made", found[0].Outcome, found[0].Answer)
+		t.errorf("Prove reports %q (%s) for a secret that was never minted", found[0].Outcome, found[0].Answer)
 	}
-	if err := t.cut(); err != nil {
+	if err := t.revoke(); err != nil {
 		return err
 	}
 	_, err = t.prove(t.ctx)
@@ -255,12 +255,12 @@ func (t *trial) find() error {
 		return fmt.Errorf("Find = %w", err)
 	}
 	if !slices.Contains(ids, l.ID) {
-		t.errorf("Find does not name a grant whose secret is alive")
+		t.errorf("Find does not list a grant with a live secret")
 	}
 	return nil
 }
 
-// crowd cuts a dozen in one go while others are being made and asked about.
+// crowd revokes a dozen grants in two calls, while others are prepared and proven.
 func (t *trial) crowd() error {
 	list := make([]live, 12)
 	errs := make([]error, len(list))
@@ -283,8 +283,8 @@ func (t *trial) crowd() error {
 	if !ok {
 		return fmt.Errorf("the backend cannot prove")
 	}
-	wg.Go(func() { errs[0] = t.cut(grants[:half]...) })
-	wg.Go(func() { errs[1] = t.cut(grants[half:]...) })
+	wg.Go(func() { errs[0] = t.revoke(grants[:half]...) })
+	wg.Go(func() { errs[1] = t.revoke(grants[half:]...) })
 	wg.Go(func() { _, errs[2] = p.Prove(t.ctx, grants) })
 	wg.Go(func() { _, _, errs[3] = t.Backend.Prepare(t.ctx, t.Tool, t.grant()) })
 	wg.Wait()
@@ -298,7 +298,7 @@ func (t *trial) crowd() error {
 	return err
 }
 
-// cancelled asks when there is no time left: no answer is one, a wrong one is not.
+// cancelled calls Prove with a cancelled context. An error is acceptable, a wrong answer is not.
 func (t *trial) cancelled() error {
 	l, err := t.mint()
 	if err != nil {
@@ -308,7 +308,7 @@ func (t *trial) cancelled() error {
 	ctx, cancel := context.WithCancel(t.ctx)
 	cancel()
 	if found, err := t.prove(ctx, l); err == nil && found[0].Outcome == broker.OutcomeDead {
-		t.errorf("Prove without time says %q (%s) of a secret that works", found[0].Outcome, found[0].Answer)
+		t.errorf("Prove with a cancelled context reports %q (%s) for a working secret", found[0].Outcome, found[0].Answer)
 	}
 	return nil
 }

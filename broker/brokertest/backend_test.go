@@ -14,7 +14,7 @@ import (
 	"github.com/pawlsec/pawl/broker/brokertest"
 )
 
-// strict is a Target that checks its tool and keeps a mint within its grant's life.
+// strict is a Target that checks its tool and limits a mint to the lifetime of its grant.
 type strict struct{ *brokertest.Target }
 
 func (s strict) Load(t broker.Tool) error {
@@ -40,7 +40,7 @@ func (s strict) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (bro
 	return m, name, err
 }
 
-// rig judges a backend over the target: Vault is brokertest's, with one delegation.
+// rig returns a rig for a backend over the target, with brokertest's Vault and one delegation.
 func rig(t *testing.T, target *brokertest.Target, b broker.Backend) brokertest.Rig {
 	t.Helper()
 	v := brokertest.NewVault(target)
@@ -89,7 +89,7 @@ func TestBackend(t *testing.T) {
 	}
 }
 
-// backend is a broker.Backend put together of parts, each of which may be broken.
+// backend is a broker.Backend with replaceable parts, so that a test can break each of them.
 type backend struct {
 	strict
 	load    func(broker.Tool) error
@@ -136,36 +136,36 @@ func (b backend) Find(ctx context.Context) ([]broker.GrantID, error) {
 	return b.strict.Find(ctx)
 }
 
-// all gives every grant the same outcome.
+// all returns the same outcome for every grant.
 func all(o broker.Outcome) func([]broker.Grant, []broker.Evidence) []broker.Evidence {
 	return func(grants []broker.Grant, _ []broker.Evidence) []broker.Evidence {
 		found := make([]broker.Evidence, len(grants))
 		for i := range found {
-			found[i] = broker.Evidence{Check: "target: a look", Outcome: o, Answer: "trust me"}
+			found[i] = broker.Evidence{Check: "target: a check", Outcome: o, Answer: "trust me"}
 		}
 		return found
 	}
 }
 
-// TestBackendFails holds that the suite sees each way to break a promise, and says which.
+// TestBackendFails checks that the suite detects each broken promise, and names it.
 func TestBackendFails(t *testing.T) {
 	idle := func([]broker.Grant) error { return nil }
 	for _, row := range []struct {
 		name string
 		make func(*brokertest.Target) broker.Backend
-		want string // in what CheckBackend says
+		want string // in the error of CheckBackend
 	}{
-		{"claims a revoke and a proof", func(t *brokertest.Target) broker.Backend {
+		{"pretends to revoke and to prove", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, sever: idle, prove: all(broker.OutcomeDead)}
 		}, "the backend lies"},
-		{"claims a revoke", func(t *brokertest.Target) broker.Backend { return backend{strict: strict{t}, sever: idle} }, `want "dead"`},
-		{"claims a proof", func(t *brokertest.Target) broker.Backend {
+		{"pretends to revoke", func(t *brokertest.Target) broker.Backend { return backend{strict: strict{t}, sever: idle} }, `want "dead"`},
+		{"pretends to prove", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, prove: all(broker.OutcomeDead)}
 		}, "the backend lies"},
 		{"never proves", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, prove: all(broker.OutcomeAlive)}
 		}, `want "dead"`},
-		{"does not know", func(t *brokertest.Target) broker.Backend {
+		{"proves nothing", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, prove: all(broker.OutcomeUnknown)}
 		}, `want "alive"`},
 		{"cannot prove", func(t *brokertest.Target) broker.Backend {
@@ -174,7 +174,7 @@ func TestBackendFails(t *testing.T) {
 				broker.Severer
 			}{strict{t}, t}
 		}, "cannot prove"},
-		{"cuts everything", func(t *brokertest.Target) broker.Backend {
+		{"severs everything", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, sever: func([]broker.Grant) error {
 				for _, id := range t.Alive() {
 					_ = t.Sever(context.Background(), []broker.Grant{{ID: id}})
@@ -182,7 +182,7 @@ func TestBackendFails(t *testing.T) {
 				return nil
 			}}
 		}, "leaves the other"},
-		{"knows only what has a lease", func(t *brokertest.Target) broker.Backend {
+		{"knows only grants with a lease", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, prove: func(grants []broker.Grant, found []broker.Evidence) []broker.Evidence {
 				for i, g := range grants {
 					if g.Lease.Ref == "" {
@@ -191,7 +191,7 @@ func TestBackendFails(t *testing.T) {
 				}
 				return found
 			}}
-		}, "whose answer was lost"},
+		}, "with a lost answer"},
 		{"answers in another order", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, prove: func(_ []broker.Grant, found []broker.Evidence) []broker.Evidence {
 				for i := range len(found) / 2 {
@@ -205,7 +205,7 @@ func TestBackendFails(t *testing.T) {
 				return found[:0]
 			}}
 		}, "0 answers for 1"},
-		{"fails what was never made", func(t *brokertest.Target) broker.Backend {
+		{"fails for secrets that were never minted", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, sever: func(grants []broker.Grant) error {
 				for _, g := range grants {
 					if g.State == broker.StateIntent {
@@ -214,8 +214,8 @@ func TestBackendFails(t *testing.T) {
 				}
 				return t.Sever(context.Background(), grants)
 			}}
-		}, "came to nothing"},
-		{"tells the secret", func(t *brokertest.Target) broker.Backend {
+		}, "grants without a secret"},
+		{"discloses the secret", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, prove: func(_ []broker.Grant, found []broker.Evidence) []broker.Evidence {
 				for i := range found {
 					for n := range 100 {
@@ -228,31 +228,31 @@ func TestBackendFails(t *testing.T) {
 		{"loads anything", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, load: func(broker.Tool) error { return nil }}
 		}, "no-such-setting"},
-		{"makes a login to prepare", func(t *brokertest.Target) broker.Backend {
+		{"creates a login in Prepare", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, prepare: func(_ *broker.Mint, name *string) { t.Plant(broker.GrantID(*name)) }}
-		}, "credentials: only Vault makes one"},
+		}, "credentials: only Vault creates one"},
 		{"splices a path", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, prepare: func(m *broker.Mint, _ *string) { m.Path = []string{"target", "../creds"} }}
 		}, "plain segments"},
-		{"takes any life", func(t *brokertest.Target) broker.Backend {
+		{"accepts any lifetime", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, prepare: func(m *broker.Mint, _ *string) { m.TTL = time.Hour }}
 		}, "that the grant has left"},
-		{"takes no end for an end", func(t *brokertest.Target) broker.Backend {
+		{"accepts an unlimited lifetime", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, prepare: func(m *broker.Mint, _ *string) { m.TTL = 0 }}
 		}, "that the grant has left"},
 		{"drops the grant's id", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, prepare: func(_ *broker.Mint, name *string) { *name = "step" }}
 		}, "the display name"},
-		{"takes an empty answer", func(t *brokertest.Target) broker.Backend {
+		{"accepts an empty answer", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, prepare: func(m *broker.Mint, _ *string) {
 				m.Finish = func(map[string]any, time.Time) (broker.Finished, error) {
 					return broker.Finished{Secret: broker.NewSecret([]byte("{}"))}, nil
 				}
 			}}
-		}, "made a secret of"},
+		}, "made a secret from"},
 		{"finds nothing", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, find: func() []broker.GrantID { return nil }}
-		}, "Find does not name"},
+		}, "Find does not list"},
 	} {
 		target := brokertest.NewTarget()
 		err := brokertest.CheckBackend(t.Context(), rig(t, target, row.make(target)))
@@ -261,15 +261,15 @@ func TestBackendFails(t *testing.T) {
 		}
 	}
 	target := brokertest.NewTarget()
-	nobody := rig(t, target, struct {
+	irrevocable := rig(t, target, struct {
 		broker.Backend
 		broker.Prover
 	}{strict{target}, target})
-	nobody.End = nil
-	if err := brokertest.CheckBackend(t.Context(), nobody); err == nil || !strings.Contains(err.Error(), "nothing revokes here") {
-		t.Errorf("CheckBackend(one that nobody can revoke) = %v, want a fault", err)
+	irrevocable.End = nil
+	if err := brokertest.CheckBackend(t.Context(), irrevocable); err == nil || !strings.Contains(err.Error(), "there is no way to revoke") {
+		t.Errorf("CheckBackend(one that cannot be revoked) = %v, want a fault", err)
 	}
 	if err := brokertest.CheckBackend(t.Context(), brokertest.Rig{}); err == nil {
-		t.Error("CheckBackend(nothing) = nil, want a fault")
+		t.Error("CheckBackend(empty rig) = nil, want a fault")
 	}
 }

@@ -15,13 +15,13 @@ type Node struct {
 //
 //	root -> planner -> {fetcher, writer -> reviewer}
 //
-// in which an arrow points to whom a delegation was passed on, and braces hold several. Names
-// are letters, digits, '-' and '_', each once. The error says at which byte reading stopped.
+// An arrow points to the receiver of a delegation, and braces hold several receivers. Names are letters, digits, '-'
+// and '_', each used once. The error gives the byte at which parsing stopped.
 func ParseChain(drawing string) (Node, error) {
 	p := chainParser{rest: drawing, seen: map[string]bool{}}
 	root, err := p.node()
 	if p.space(); err == nil && p.rest != "" {
-		err = fmt.Errorf("%q does not belong here", p.rest[:1])
+		err = fmt.Errorf("unexpected %q", p.rest[:1])
 	}
 	if err != nil {
 		return Node{}, fmt.Errorf("chain %q, byte %d: %w", drawing, len(drawing)-len(p.rest), err)
@@ -29,7 +29,7 @@ func ParseChain(drawing string) (Node, error) {
 	return root, nil
 }
 
-// String draws the chain as ParseChain reads it.
+// String draws the chain in the form that ParseChain reads.
 func (n Node) String() string {
 	switch len(n.Children) {
 	case 0:
@@ -54,7 +54,7 @@ func (n *Node) walk(parent *Node, f func(parent, node *Node)) {
 	}
 }
 
-// maxDrawing is the depth at which a drawing is surely a mistake.
+// maxDrawing is the depth beyond which a drawing must be a mistake.
 const maxDrawing = 100
 
 type chainParser struct {
@@ -65,7 +65,7 @@ type chainParser struct {
 
 func (p *chainParser) space() { p.rest = strings.TrimLeft(p.rest, " \t\n") }
 
-// eat takes token when it is next.
+// eat consumes token if it is next.
 func (p *chainParser) eat(token string) bool {
 	p.space()
 	rest, ok := strings.CutPrefix(p.rest, token)

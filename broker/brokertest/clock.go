@@ -5,17 +5,16 @@ import (
 	"time"
 )
 
-// Clock is a clock that moves only by Advance. Its zero value stands at Epoch. It is safe for
-// concurrent use.
+// Clock is a clock that moves only by Advance. Its zero value shows Epoch. It is safe for concurrent use.
 type Clock struct {
 	mu  sync.Mutex // guards ran
 	ran time.Duration
 }
 
-// Epoch is where a Clock starts.
+// Epoch is the time at which a Clock starts.
 var Epoch = time.Date(2026, time.January, 5, 9, 0, 0, 0, time.UTC)
 
-// Now is the time, in UTC.
+// Now returns the time, in UTC.
 func (c *Clock) Now() time.Time {
 	c.mu.Lock()
 	defer c.mu.Unlock()

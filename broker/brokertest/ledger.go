@@ -12,10 +12,9 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Ledger is the suite that every ledger must pass. open gives an empty ledger and sees to its
-// end with Cleanup. reopen closes the ledger it is given and opens what that one left on disk;
-// without it nothing is said about durability. A ledger that has the methods Entries and Verify
-// is held to them too.
+// Ledger is the suite that every ledger must pass. open returns an empty ledger and closes it with Cleanup. reopen
+// closes the given ledger and opens its data on disk again. Without reopen, durability is not tested. If a ledger has
+// the methods Entries and Verify, the suite tests them too.
 func Ledger(t *testing.T, open func(testing.TB) broker.Ledger, reopen ...func(testing.TB, broker.Ledger) broker.Ledger) {
 	cases := []struct {
 		name string
@@ -31,15 +30,15 @@ func Ledger(t *testing.T, open func(testing.TB) broker.Ledger, reopen ...func(te
 		{"a panic discards everything", testPanic},
 		{"no entry, no change", testNoEntry},
 		{"a view changes nothing", testReadOnly},
-		{"cancelled before it began", testCancelled},
+		{"cancelled before it started", testCancelled},
 		{"revisions", testRevisions},
 		{"head", testHead},
 		{"counter", testCounter},
 		{"one fails, the others do not", testNeighbours},
 		{"no intent after the fence", testFence},
 		{"no phantoms", testPhantom},
-		{"a view sees the last update", testViewFresh},
-		{"a view is one moment", testViewConsistent},
+		{"a view reads the last update", testViewFresh},
+		{"a view is one snapshot", testViewConsistent},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) { c.f(&ledgerTest{TB: t, Ledger: open(t)}) })
@@ -69,7 +68,7 @@ func (t *ledgerTest) view(f func(broker.Tx) error) {
 	}
 }
 
-// put gives an update that puts key, value pairs with one entry.
+// put returns an update that puts key, value pairs with one entry.
 func put(pairs ...string) func(broker.Tx) error {
 	return func(tx broker.Tx) error {
 		for i := 0; i < len(pairs); i += 2 {
@@ -86,7 +85,7 @@ func appendTo(tx broker.Tx, detail string) error {
 	return err
 }
 
-// all gives "key=value" of what a scan gives.
+// all returns the records of a scan as "key=value".
 func all(tx broker.Tx, prefix, after string) (list []string, err error) {
 	err = tx.Scan(prefix, after, func(k string, v []byte) bool {
 		list = append(list, k+"="+string(v))
@@ -137,7 +136,7 @@ func testNilEmpty(t *ledgerTest) {
 			return err
 		}
 		if got, err := tx.Get("gone"); got != nil || err != nil {
-			t.Errorf("Get of what was deleted = %q, %v, want nil", got, err)
+			t.Errorf("Get of a deleted key = %q, %v, want nil", got, err)
 		}
 		if err := tx.Put("never", nil); err != nil {
 			t.Errorf("Put(never, nil) = %v, want nil", err)
@@ -154,7 +153,7 @@ func testNilEmpty(t *ledgerTest) {
 		return nil
 	})
 	if err := t.Update(t.Context(), put("", "no key")); err == nil {
-		t.Error(`Put("", …) was taken, want an error`)
+		t.Error(`Put("", …) was accepted, want an error`)
 	}
 	t.holds("empty=")
 }
@@ -204,7 +203,7 @@ func testScan(t *ledgerTest) {
 		n := 0
 		err := tx.Scan("l/", "", func(string, []byte) bool { n++; return n < 2 })
 		if n != 2 {
-			t.Errorf("Scan went on to record %d after false, want 2", n)
+			t.Errorf("Scan continued to record %d after false, want 2", n)
 		}
 		return err
 	})
@@ -345,7 +344,7 @@ func testRevisions(t *ledgerTest) {
 // revisionIs fails the test unless the last entry has this revision.
 func (t *ledgerTest) revisionIs(want broker.Revision) {
 	t.Helper()
-	stop := errors.New("only looking")
+	stop := errors.New("roll back")
 	err := t.Update(t.Context(), func(tx broker.Tx) error {
 		next, err := tx.Append(broker.Entry{Op: broker.OpOpen})
 		if next != want+1 {
@@ -359,7 +358,7 @@ func (t *ledgerTest) revisionIs(want broker.Revision) {
 	t.logHolds(want)
 }
 
-// logHolds checks the audit log of a ledger that gives it out.
+// logHolds checks the audit log of a ledger that exposes it.
 func (t *ledgerTest) logHolds(last broker.Revision) {
 	t.Helper()
 	if v, ok := t.Ledger.(interface{ Verify(context.Context) error }); ok {

@@ -11,9 +11,9 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// The cases with many goroutines. They report with Error, never Fatal, which may only be called
-// by the test's own goroutine. A function given to Update may run more than once, so what it
-// leaves outside the transaction is set anew by each run.
+// The cases with many goroutines. They report with Error, never Fatal, which only the test's own goroutine may call.
+// A function given to Update may run more than once. Each run must therefore reset the variables that it sets outside
+// the transaction.
 
 const crowd = 64
 
@@ -26,7 +26,7 @@ func together(n int, f func(i int)) {
 	wg.Wait()
 }
 
-// number reads a record that holds a decimal number; no record is 0.
+// number reads a decimal number from a record. A missing record is 0.
 func number(tx broker.Tx, key string) (int, error) {
 	v, err := tx.Get(key)
 	if err != nil || v == nil {
@@ -40,7 +40,7 @@ func add(tx broker.Tx, key string, n int) error {
 	if err != nil {
 		return err
 	}
-	runtime.Gosched() // a ledger that lets others in between shows it
+	runtime.Gosched() // exposes a ledger that interleaves updates
 	return tx.Put(key, strconv.AppendInt(nil, int64(old+n), 10))
 }
 
@@ -71,7 +71,7 @@ func testCounter(t *ledgerTest) {
 	t.holds(fmt.Sprintf("n=%d", crowd*each))
 	for rev := broker.Revision(1); rev <= crowd*each; rev++ {
 		if !seen[rev] {
-			t.Fatalf("nobody was given revision %d of %d, want each once", rev, crowd*each)
+			t.Fatalf("no update received revision %d of %d, want each once", rev, crowd*each)
 		}
 	}
 	t.revisionIs(crowd * each)
@@ -99,8 +99,8 @@ func testNeighbours(t *ledgerTest) {
 	t.revisionIs(crowd / 2 * 5)
 }
 
-// testFence: an intent reads the nodes above it and writes elsewhere; a fence writes one of
-// those nodes. Neither writes what the other writes, and yet no intent may come after the fence.
+// testFence runs intents, which read the nodes above them and write elsewhere, against a fence that writes one of
+// those nodes. Their writes do not overlap, but no intent may be committed after the fence.
 func testFence(t *ledgerTest) {
 	for round := range 10 {
 		root, leaf := fmt.Sprintf("d/%d/root", round), fmt.Sprintf("d/%d/leaf", round)
@@ -121,7 +121,7 @@ func testFence(t *ledgerTest) {
 				after := acknowledged.Load()
 				rev := t.intent(root, leaf, fmt.Sprintf("g/%d/%d/%d", round, i, n))
 				if after && rev != 0 {
-					t.Errorf("an intent was committed that began after the fence was acknowledged")
+					t.Errorf("an intent that started after the fence was acknowledged is committed")
 				}
 				for old := late.Load(); uint64(rev) > old && !late.CompareAndSwap(old, uint64(rev)); old = late.Load() {
 				}
@@ -133,7 +133,7 @@ func testFence(t *ledgerTest) {
 	}
 }
 
-// intent records a grant unless a node above it is fenced, and gives its revision, or 0.
+// intent records a grant unless a node above it is fenced. It returns the revision, or 0.
 func (t *ledgerTest) intent(root, leaf, grant string) (rev broker.Revision) {
 	t.try(func(tx broker.Tx) error {
 		rev = 0
@@ -153,7 +153,7 @@ func (t *ledgerTest) intent(root, leaf, grant string) (rev broker.Revision) {
 	return rev
 }
 
-// testPhantom: a limit that is kept by counting records holds against records that others add.
+// testPhantom checks that a limit enforced by counting records holds while others add records.
 func testPhantom(t *ledgerTest) {
 	const limit = 10
 	together(crowd, func(i int) {
@@ -177,7 +177,7 @@ func testPhantom(t *ledgerTest) {
 }
 
 func testViewFresh(t *ledgerTest) {
-	var returned atomic.Int64 // the highest number whose update has returned
+	var returned atomic.Int64 // the highest number of a returned update
 	together(crowd/4, func(int) {
 		for range 20 {
 			var mine int
@@ -194,7 +194,7 @@ func testViewFresh(t *ledgerTest) {
 			err := t.View(t.Context(), func(tx broker.Tx) error {
 				got, err := number(tx, "n")
 				if int64(got) < want {
-					t.Errorf("a view sees %d, want at least %d, whose update had returned", got, want)
+					t.Errorf("a view reads %d, want at least %d from a returned update", got, want)
 				}
 				return err
 			})
@@ -220,13 +220,13 @@ func testViewConsistent(t *ledgerTest) {
 				if err != nil {
 					return err
 				}
-				// Between the two reads something is committed for certain.
+				// An update is certain to commit between the two reads.
 				t.try(func(tx broker.Tx) error {
 					return errors.Join(add(tx, "a", 1), add(tx, "b", -1), appendTo(tx, "move"))
 				})
 				b, err := number(tx, "b")
 				if a+b != 2000 {
-					t.Errorf("a view sees %d and %d, want a sum of 2000", a, b)
+					t.Errorf("a view reads %d and %d, want a sum of 2000", a, b)
 				}
 				return err
 			})

@@ -10,27 +10,27 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Fault is what happens to an update that is about to commit.
+// Fault is an injected failure of an update at its commit.
 type Fault int
 
 // The faults.
 const (
 	None              Fault = iota
 	NotCommitted            // nothing is applied; the error wraps broker.ErrNotCommitted
-	CommittedButFails       // everything is applied, and yet Update returns an error that does not say so
+	CommittedButFails       // everything is applied, but Update returns an error that does not say so
 )
 
-// ErrFault is in every error that a Fault made.
-var ErrFault = errors.New("a fault that the test asked for")
+// ErrFault is in every error that a Fault causes.
+var ErrFault = errors.New("a fault injected by the test")
 
-// Memory is a broker.Ledger in memory. Updates run one after the other on their callers'
-// goroutines; views run on snapshots and wait for nothing.
+// Memory is a broker.Ledger in memory. Updates run one at a time on their callers' goroutines. Views run on snapshots
+// and do not wait.
 type Memory struct {
 	// turn is held while an update runs.
 	turn sync.Mutex
 
-	// mu guards the fields below. Records are replaced and entries are added; what a snapshot
-	// has seen of either never changes.
+	// mu guards the fields below. Records are replaced and entries are appended, so a snapshot of either never
+	// changes.
 	mu      sync.Mutex
 	records *record
 	entries []broker.Entry
@@ -40,19 +40,19 @@ type Memory struct {
 
 var _ broker.Ledger = (*Memory)(nil)
 
-// NewMemory gives an empty ledger.
+// NewMemory returns an empty ledger.
 func NewMemory() *Memory { return &Memory{} }
 
-// Fail lets f decide about each update whose function succeeded and appended something: n
-// counts them from 1, from this call on, and entries is what it appended. f is called by one
-// goroutine at a time and must not use the ledger. Nil: no faults.
+// Fail lets f decide about each update that succeeded and appended an entry. n counts these updates from 1, starting
+// with this call, and entries are the appended ones. f is called by one goroutine at a time and must not use the
+// ledger. Nil: no faults.
 func (m *Memory) Fail(f func(n int, entries []broker.Entry) Fault) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.fault, m.commits = f, 0
 }
 
-// Update is broker.Ledger's. f must not call Update.
+// Update implements broker.Ledger. f must not call Update.
 func (m *Memory) Update(ctx context.Context, f func(broker.Tx) error) error {
 	m.turn.Lock()
 	defer m.turn.Unlock()
@@ -90,7 +90,7 @@ func (m *Memory) commit(tx *memoryTx) error {
 	return nil
 }
 
-// View is broker.Ledger's.
+// View implements broker.Ledger.
 func (m *Memory) View(ctx context.Context, f func(broker.Tx) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -100,7 +100,7 @@ func (m *Memory) View(ctx context.Context, f func(broker.Tx) error) error {
 	return f(tx)
 }
 
-// Entries gives up to limit entries with a revision greater than after.
+// Entries returns up to limit entries with a revision greater than after.
 func (m *Memory) Entries(ctx context.Context, after broker.Revision, limit int) ([]broker.Entry, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -116,7 +116,7 @@ func (m *Memory) begin() *memoryTx {
 	return &memoryTx{records: m.records, entries: m.entries}
 }
 
-// Head is broker.Tx's.
+// Head implements broker.Tx.
 func (tx *memoryTx) Head() (broker.Revision, error) {
 	return broker.Revision(len(tx.entries) + len(tx.appended)), nil
 }
@@ -130,7 +130,7 @@ type memoryTx struct {
 	readOnly bool
 }
 
-var errReadOnly = errors.New("a view changes nothing")
+var errReadOnly = errors.New("a view is read-only")
 
 func (tx *memoryTx) Get(key string) ([]byte, error) { return tx.records.get(key), nil }
 
@@ -139,7 +139,7 @@ func (tx *memoryTx) Put(key string, value []byte) error {
 	case tx.readOnly:
 		return errReadOnly
 	case key == "":
-		return errors.New("a key has at least one byte")
+		return errors.New("a key must not be empty")
 	}
 	tx.put = true
 	if value == nil {

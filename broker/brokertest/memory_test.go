@@ -26,7 +26,7 @@ func TestMemoryFaults(t *testing.T) {
 	faults := []brokertest.Fault{brokertest.None, brokertest.NotCommitted, brokertest.CommittedButFails}
 	m.Fail(func(n int, entries []broker.Entry) brokertest.Fault {
 		if want := []string{"a", "b", "c"}[n-1]; len(entries) != 1 || entries[0].Detail != want {
-			t.Errorf("fault %d is asked about %v, want the entry %q", n, entries, want)
+			t.Errorf("fault %d receives %v, want the entry %q", n, entries, want)
 		}
 		return faults[n-1]
 	})

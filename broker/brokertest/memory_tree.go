@@ -5,8 +5,8 @@ import (
 	"strings"
 )
 
-// record is a node of a treap: a search tree by key that is a heap by a hash of the key, which
-// keeps it about level. Nodes are never changed, so every root is a snapshot.
+// record is a node of a treap: a search tree by key that is also a heap by a hash of the key. The heap keeps it roughly
+// balanced. Nodes are never changed, so every root is a snapshot.
 type record struct {
 	key         string
 	value       []byte
@@ -28,13 +28,13 @@ func (n *record) get(key string) []byte {
 	return nil
 }
 
-// with gives the tree in which key has the value.
+// with returns the tree in which key has the value.
 func (n *record) with(key string, value []byte) *record {
 	less, more := n.split(key)
 	return join(join(less, &record{key: key, value: value, rank: rank(key)}), more)
 }
 
-// without gives the tree that lacks key.
+// without returns the tree without key.
 func (n *record) without(key string) *record {
 	less, more := n.split(key)
 	return join(less, more)
@@ -46,7 +46,7 @@ func rank(key string) uint64 {
 	return h.Sum64()
 }
 
-// split gives what lies before key and what lies after it.
+// split returns the trees of the keys before and after key.
 func (n *record) split(key string) (less, more *record) {
 	switch {
 	case n == nil:
@@ -61,7 +61,7 @@ func (n *record) split(key string) (less, more *record) {
 	return n.left, n.right
 }
 
-// join is a tree of both; all keys of less are before those of more.
+// join returns a tree of both. All keys of less must be before those of more.
 func join(less, more *record) *record {
 	switch {
 	case less == nil:
@@ -74,12 +74,12 @@ func join(less, more *record) *record {
 	return more.under(join(less, more.left), more.right)
 }
 
-// under is n with other children.
+// under returns a copy of n with other children.
 func (n *record) under(left, right *record) *record {
 	return &record{n.key, n.value, n.rank, left, right}
 }
 
-// scan calls f in order with the keys after after that begin with prefix; false: f stopped it.
+// scan calls f in order with the keys that begin with prefix and are after after. It returns false if f stopped it.
 func (n *record) scan(prefix, after string, f func(string, []byte) bool) bool {
 	if n == nil {
 		return true

@@ -2,13 +2,13 @@ package brokertest
 
 import "github.com/pawlsec/pawl/broker"
 
-// Policy is a policy as a function, over a set of tools.
+// Policy is a policy in the form of a function, over a set of tools.
 type Policy struct {
 	Tools  map[broker.ToolName]broker.Tool
 	Answer func(broker.Question) broker.Decision // nil allows everything
 }
 
-// AllowAll has the named tools, on the backend "target", for everybody.
+// AllowAll returns a policy that allows the named tools, on the backend "target", to every caller.
 func AllowAll(names ...broker.ToolName) *Policy {
 	p := &Policy{Tools: map[broker.ToolName]broker.Tool{}}
 	for _, n := range names {

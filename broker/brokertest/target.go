@@ -11,21 +11,20 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Target is a backend in memory that knows one login for each grant and refuses those that
-// were cut. Safe for concurrent use.
+// Target is a backend in memory. It has one login for each grant and refuses severed ones. It is safe for concurrent
+// use.
 type Target struct {
-	mu     sync.Mutex // guards what follows
+	mu     sync.Mutex // guards the fields below
 	fails  func(point string) error
 	n      int
 	logins map[broker.GrantID]string // password of each login that works
-	severs int
 }
 
-// NewTarget makes an empty Target.
+// NewTarget returns an empty Target.
 func NewTarget() *Target { return &Target{logins: map[broker.GrantID]string{}} }
 
-// Fail has f asked before each call ("prepare", "sever", "prove"); an error makes it fail. Nil:
-// nothing fails.
+// Fail sets a function that is called at the start of "prepare", "sever" and "prove". If it returns an error, the
+// call fails with that error. Nil removes the function.
 func (t *Target) Fail(f func(point string) error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -56,7 +55,7 @@ func (t *Target) drop(id broker.GrantID) {
 	delete(t.logins, id)
 }
 
-// Login reports whether a secret as an agent got it works.
+// Login reports whether a secret works, in the form in which an agent received it.
 func (t *Target) Login(secret []byte) bool {
 	var s struct{ Grant, Password string }
 	if json.Unmarshal(secret, &s) != nil {
@@ -68,7 +67,7 @@ func (t *Target) Login(secret []byte) bool {
 	return ok && p == s.Password
 }
 
-// Alive gives the grants whose logins work.
+// Alive returns the grants with a working login.
 func (t *Target) Alive() (ids []broker.GrantID) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -77,13 +76,6 @@ func (t *Target) Alive() (ids []broker.GrantID) {
 	}
 	slices.Sort(ids)
 	return ids
-}
-
-// Severs counts the calls of Sever that cut something or could have.
-func (t *Target) Severs() int {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.severs
 }
 
 // Load implements [broker.Backend].
@@ -109,7 +101,6 @@ func (t *Target) Sever(_ context.Context, grants []broker.Grant) error {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.severs++
 	for _, g := range grants {
 		delete(t.logins, g.ID)
 	}
@@ -136,5 +127,5 @@ func (t *Target) Prove(_ context.Context, grants []broker.Grant) ([]broker.Evide
 // Find implements [broker.Finder].
 func (t *Target) Find(context.Context) ([]broker.GrantID, error) { return t.Alive(), nil }
 
-// Plant makes a login behind the broker's back.
+// Plant creates a login that the broker does not know.
 func (t *Target) Plant(id broker.GrantID) { t.create(id) }

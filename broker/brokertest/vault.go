@@ -11,13 +11,13 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Vault is a token tree and its leases in memory, with the manners of the real one that matter
-// to the procedures: a token ends with its parent, a lease with its token, and what is minted
-// outlives an answer that is lost. It mints into a [Target]. Safe for concurrent use.
+// Vault is a token tree and its leases in memory. It behaves like the real one where the procedures depend on it. A
+// token ends with its parent, a lease ends with its token, and a minted secret outlives a lost answer. It mints into
+// a [Target]. It is safe for concurrent use.
 type Vault struct {
 	Target *Target
 
-	mu     sync.Mutex // guards what follows
+	mu     sync.Mutex // guards the fields below
 	fails  func(point string) error
 	n      int
 	tokens map[string]*token
@@ -28,7 +28,7 @@ type Vault struct {
 type lease struct {
 	accessor string
 	issued   time.Time
-	stuck    bool // nothing ends it
+	stuck    bool // irrevocable
 }
 
 type token struct {
@@ -37,15 +37,15 @@ type token struct {
 	grant  broker.GrantID
 	lease  string
 
-	created time.Time // when its grant was: near enough to when its lease is
+	created time.Time // the time of its grant, which is close to that of its lease
 }
 
-// NewVault makes a Vault that mints into target.
+// NewVault returns a Vault that mints into target.
 func NewVault(target *Target) *Vault {
 	return &Vault{Target: target, tokens: map[string]*token{}, held: map[broker.DelegationID]string{}, leases: map[string]lease{}}
 }
 
-// Restarted is the same Vault as a new process of the broker finds it: no token is in memory.
+// Restarted returns the same Vault as a new broker process finds it: without tokens in memory.
 func (v *Vault) Restarted() *Vault {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -53,14 +53,14 @@ func (v *Vault) Restarted() *Vault {
 		held: map[broker.DelegationID]string{}, leases: maps.Clone(v.leases)}
 }
 
-// Leases gives the leases that are alive.
+// LeaseIDs returns the ids of the live leases.
 func (v *Vault) LeaseIDs() []string {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return slices.Sorted(maps.Keys(v.leases))
 }
 
-// Steps counts the tokens of steps that are alive.
+// Steps counts the live tokens of steps.
 func (v *Vault) Steps() (n int) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -72,8 +72,8 @@ func (v *Vault) Steps() (n int) {
 	return n
 }
 
-// Fail has f asked before and after each call ("child", "child done", …) that makes or ends
-// something; an error makes the call fail there. Nil: nothing fails.
+// Fail sets a function that is called before and after each call that creates or ends something ("child", "child
+// done", …). If it returns an error, the call fails at that point. Nil removes the function.
 func (v *Vault) Fail(f func(point string) error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -175,7 +175,7 @@ func (v *Vault) Mint(_ context.Context, h broker.Handle, m broker.Mint) (broker.
 	return broker.Lease{ID: id, Ref: done.Ref, Expires: h.Expires, Digests: done.Digests}, done.Secret, err
 }
 
-// Kill implements [broker.Killer]. As in Vault, what hangs below ends too.
+// Kill implements [broker.Killer]. As in Vault, everything below the token ends too.
 func (v *Vault) Kill(_ context.Context, accessor string) error {
 	if err := v.fault("kill"); err != nil {
 		return err
@@ -217,7 +217,7 @@ func (v *Vault) Revoke(_ context.Context, id string) error {
 	return nil
 }
 
-// Leases implements [broker.LeaseLister]: all there are, whatever the tools.
+// Leases implements [broker.LeaseLister]. It returns every lease, for any tools.
 func (v *Vault) Leases(context.Context, []broker.Tool) (found []broker.FoundLease, err error) {
 	if err := v.fault("leases"); err != nil {
 		return nil, err
@@ -230,14 +230,14 @@ func (v *Vault) Leases(context.Context, []broker.Tool) (found []broker.FoundLeas
 	return found, nil
 }
 
-// Plant makes a lease behind the broker's back.
+// Plant creates a lease that the broker does not know.
 func (v *Vault) Plant(id string, issued time.Time) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.leases[id] = lease{issued: issued}
 }
 
-// Stick makes a lease irrevocable, or revocable again: Vault lists it, and nothing ends it.
+// Stick makes a lease irrevocable, or revocable again. Vault lists an irrevocable lease, and nothing ends it.
 func (v *Vault) Stick(id string, is bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()

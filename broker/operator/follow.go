@@ -11,20 +11,20 @@ import (
 	"github.com/pawlsec/pawl/broker/api/client"
 )
 
-// Follow calls f with how far a revocation has come, at once and whenever that has changed,
-// until it is settled, which is nil, or f returns an error, which it gives back. A stream that is lost
-// after its first event is opened again, for as long as [Config].Patience from the last event on; it
-// begins with the present, so nothing is missed. The revocation itself goes on whether anybody follows it.
+// Follow calls f with the progress of a revocation, at once and after each change. It returns nil when the revocation
+// is settled. If f returns an error, Follow returns the same error. A stream that is lost after its first event is
+// reopened, until [Config].Patience has passed since the last event. The new stream begins with the present state, so
+// no change is missed. The revocation itself does not depend on Follow.
 func (c *Client) Follow(ctx context.Context, id string, f func(api.Revocation) error) error {
-	w := watching{path: "/v1/revocations/" + url.PathEscape(id) + "/events", f: f}
+	w := follower{path: "/v1/revocations/" + url.PathEscape(id) + "/events", f: f}
 	var wait, waited time.Duration
 	for {
-		heard := w.events
-		err := c.http.Follow(ctx, w.path, w.hear)
-		if w.events > heard {
-			wait, waited = firstWait, 0
+		before := w.events
+		err := c.http.Follow(ctx, w.path, w.handle)
+		if w.events > before {
+			wait, waited = minBackoff, 0
 		}
-		if w.stopped || w.settled || w.events == 0 && err != nil || err != nil && !passing(err) {
+		if w.stopped || w.settled || w.events == 0 && err != nil || err != nil && !retryable(err) {
 			return err
 		}
 		if err == nil {
@@ -37,18 +37,18 @@ func (c *Client) Follow(ctx context.Context, id string, f func(api.Revocation) e
 			return err
 		}
 		waited += wait
-		wait = min(2*wait, longestWait)
+		wait = min(2*wait, maxBackoff)
 	}
 }
 
-// The waits between two attempts to open a lost stream again.
+// The delays between two attempts to reopen a lost stream.
 const (
-	firstWait   = 50 * time.Millisecond
-	longestWait = 5 * time.Second
+	minBackoff = 50 * time.Millisecond
+	maxBackoff = 5 * time.Second
 )
 
-// watching is what a Follow has heard.
-type watching struct {
+// follower is the state of one Follow.
+type follower struct {
 	path    string
 	f       func(api.Revocation) error
 	last    api.Revocation
@@ -57,10 +57,10 @@ type watching struct {
 	stopped bool // by f, or by the broker
 }
 
-func (w *watching) hear(ev client.Event) error {
+func (w *follower) handle(ev client.Event) error {
 	switch ev.Name {
 	case api.EventProblem:
-		w.stopped = true // opening it again gives the same
+		w.stopped = true // a new stream would return the same problem
 		return ev.Problem()
 	case api.EventRevocation:
 		var rv api.Revocation
@@ -70,7 +70,7 @@ func (w *watching) hear(ev client.Event) error {
 		w.events++
 		w.settled = rv.Freeze || !rv.Settled.IsZero()
 		if w.events > 1 && rv == w.last {
-			return nil // a stream that was opened again begins with what is known
+			return nil // a reopened stream begins with a known state
 		}
 		w.last = rv
 		if err := w.f(rv); err != nil {
@@ -81,13 +81,13 @@ func (w *watching) hear(ev client.Event) error {
 	return nil // a comment, or an event of a later version
 }
 
-// passing reports whether a stream that could not be opened may be later.
-func passing(err error) bool {
+// retryable reports whether a stream that could not be opened may open later.
+func retryable(err error) bool {
 	var p *api.Problem
 	return errors.As(err, &p) && (p.Kind == api.KindUnavailable || p.Code == api.CodeTooManyStreams)
 }
 
-// pause waits; false means that ctx is over.
+// pause waits for d. It returns false if ctx ends first.
 func pause(ctx context.Context, d time.Duration) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()

@@ -16,12 +16,12 @@ import (
 	"github.com/pawlsec/pawl/broker/operator"
 )
 
-// answers are what the broker does at each opening of the stream: events by how many are dead, of which
-// "done" is settled; then the stream ends. "cut" breaks the connection, "down" refuses with 503, "gone" with
-// 404, "problem" is a problem event. The last one repeats.
+// answers lists the behaviour of the broker at each opening of the stream, as words. A number is an event with so
+// many dead, and "done" is a settled event; then the stream ends. "cut" breaks the connection, "down" refuses with
+// 503, "gone" refuses with 404, and "problem" is a problem event. The last entry repeats.
 type answers []string
 
-// broker serves them, and counts how often it was asked.
+// fakeBroker serves answers, and counts the streams opened.
 type fakeBroker struct {
 	*httptest.Server
 
@@ -34,10 +34,10 @@ func serve(t *testing.T, list answers) *fakeBroker {
 	b := &fakeBroker{}
 	b.Server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		b.mu.Lock()
-		what := list[min(b.opened, len(list)-1)]
+		words := list[min(b.opened, len(list)-1)]
 		b.opened++
 		b.mu.Unlock()
-		for word := range strings.FieldsSeq(what) {
+		for word := range strings.FieldsSeq(words) {
 			answer(w, word)
 		}
 	}))
@@ -72,23 +72,23 @@ func answer(w http.ResponseWriter, word string) {
 	}
 }
 
-// TestFollow: whoever watches a revocation sees its end, whatever happens to the connection, and is not
-// kept waiting for what does not come.
+// TestFollow checks that Follow reports the end of a revocation despite lost connections. It must not wait for an end
+// that cannot come.
 func TestFollow(t *testing.T) {
 	for name, row := range map[string]struct {
 		answers answers
-		dead    []int    // what f saw
+		dead    []int    // received by f
 		kind    api.Kind // of the error; empty: none
 		opened  int      // streams; 0: any number over 2
 	}{
 		"at once":                     {answers{"1 2 done"}, []int{1, 2, 9}, "", 1},
 		"ends early":                  {answers{"1", "1 2", "done"}, []int{1, 2, 9}, "", 3},
-		"is cut":                      {answers{"1 cut", "2 cut", "2 3 done"}, []int{1, 2, 3, 9}, "", 3},
+		"is disconnected":             {answers{"1 cut", "2 cut", "2 3 done"}, []int{1, 2, 3, 9}, "", 3},
 		"down for a while":            {answers{"1 cut", "down", "cut", "done"}, []int{1, 9}, "", 4},
-		"never there":                 {answers{"down"}, nil, api.KindUnavailable, 1},
-		"nothing of that name":        {answers{"gone"}, nil, api.KindNotFound, 1},
+		"never available":             {answers{"down"}, nil, api.KindUnavailable, 1},
+		"no such revocation":          {answers{"gone"}, nil, api.KindNotFound, 1},
 		"gone in between":             {answers{"1 cut", "gone"}, []int{1}, api.KindNotFound, 2},
-		"a problem on the way":        {answers{"1 problem"}, []int{1}, api.KindUnavailable, 1},
+		"a problem event":             {answers{"1 problem"}, []int{1}, api.KindUnavailable, 1},
 		"does not come back":          {answers{"1 cut", "down"}, []int{1}, api.KindUnavailable, 0},
 		"ends before its first event": {answers{" "}, nil, api.KindUnavailable, 1},
 	} {
@@ -106,13 +106,13 @@ func TestFollow(t *testing.T) {
 				t.Errorf("Follow() = %v, want the kind %q", err, row.kind)
 			}
 			if !slices.Equal(dead, row.dead) || row.opened > 0 && b.opened != row.opened || row.opened == 0 && b.opened < 3 {
-				t.Errorf("Follow() saw %v over %d streams, want %v over %d", dead, b.opened, row.dead, row.opened)
+				t.Errorf("Follow() received %v over %d streams, want %v over %d", dead, b.opened, row.dead, row.opened)
 			}
 		})
 	}
 }
 
-// TestFollowStops: f's own error, whatever it is, and the end of the context are the end.
+// TestFollowStops checks that Follow ends with any error of f, and with its context.
 func TestFollowStops(t *testing.T) {
 	b := serve(t, answers{"1 cut"})
 	c, err := operator.New(operator.Config{Address: b.URL, HTTP: b.Client()})
@@ -126,7 +126,7 @@ func TestFollowStops(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	if err := c.Follow(ctx, "rv", func(api.Revocation) error { cancel(); return nil }); err == nil {
-		t.Error("Follow() whose context is over = nil")
+		t.Error("Follow() with an ended context = nil")
 	}
 	never, err := operator.New(operator.Config{Address: b.URL, HTTP: b.Client(), Patience: -1})
 	if err != nil {

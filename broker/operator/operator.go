@@ -1,5 +1,5 @@
-// Package operator is the client for operators: it looks at chains, plans and carries out
-// revocations, follows them and reads the audit log. Errors are *[api.Problem].
+// Package operator is the client for operators. It reads chains, plans and starts revocations, follows them and reads
+// the audit log. Errors are *[api.Problem].
 package operator
 
 import (
@@ -15,17 +15,17 @@ import (
 	"github.com/pawlsec/pawl/broker/api/client"
 )
 
-// Config says where the operators' listener is and who the operator is.
+// Config holds the address of the operators' listener and the operator's identity.
 type Config = client.Config
 
-// Client speaks to one broker as one operator. Make one with [New]; it is safe for concurrent
-// use. Each method but Follow blocks for one request, which it never repeats.
+// Client connects to one broker as one operator. Create one with [New]; it is safe for concurrent use. Each method
+// except Follow blocks for one request, which it never repeats.
 type Client struct {
 	http     *client.Client
 	patience time.Duration
 }
 
-// New validates cfg. It opens no connection.
+// New validates cfg and returns a client. It opens no connection.
 func New(cfg Config) (*Client, error) {
 	h, err := client.New(cfg)
 	if err != nil {
@@ -37,7 +37,7 @@ func New(cfg Config) (*Client, error) {
 // Close closes idle connections.
 func (c *Client) Close() { c.http.Close() }
 
-// Chains lists the chains that may still do something, or all; the latest first.
+// Chains lists the active chains, or all chains, the latest first.
 func (c *Client) Chains(ctx context.Context, all bool) ([]api.ChainSummary, error) {
 	path := "/v1/chains"
 	if all {
@@ -47,18 +47,17 @@ func (c *Client) Chains(ctx context.Context, all bool) ([]api.ChainSummary, erro
 	return list.Chains, err
 }
 
-// Chain gives one chain with its delegations and grants.
+// Chain returns one chain with its delegations and grants.
 func (c *Client) Chain(ctx context.Context, id string) (api.ChainView, error) {
 	return get[api.ChainView](ctx, c, "/v1/chains/"+url.PathEscape(id))
 }
 
-// Plan tells what a revocation would hit.
+// Plan returns the scope of a revocation.
 func (c *Client) Plan(ctx context.Context, selector string) (api.Plan, error) {
 	return post[api.Plan](ctx, c, "/v1/plans", api.PlanRequest{Selector: selector})
 }
 
-// Revoke revokes or freezes. When it returns, what the request means is fenced; that it is
-// dead is what [Client.Follow] waits for.
+// Revoke revokes or freezes. When it returns, the selected set is fenced. [Client.Follow] waits until it is dead.
 func (c *Client) Revoke(ctx context.Context, r api.RevokeRequest) (api.Revocation, error) {
 	return post[api.Revocation](ctx, c, "/v1/revocations", r)
 }
@@ -69,18 +68,18 @@ func (c *Client) Revocations(ctx context.Context) ([]api.Revocation, error) {
 	return list.Revocations, err
 }
 
-// Revocation tells how far a revocation has come.
+// Revocation returns the progress of a revocation.
 func (c *Client) Revocation(ctx context.Context, id string) (api.Revocation, error) {
 	return get[api.Revocation](ctx, c, "/v1/revocations/"+url.PathEscape(id))
 }
 
-// Unfreeze asks to lift a freeze. The first operator to ask gets a problem with the code
-// "second_person_needed", and the second the lifted freeze.
+// Unfreeze asks to lift a freeze. The first operator receives a problem with the code "second_person_needed", and the
+// second the lifted freeze.
 func (c *Client) Unfreeze(ctx context.Context, id string) (api.Revocation, error) {
 	return post[api.Revocation](ctx, c, "/v1/revocations/"+url.PathEscape(id)+"/unfreeze", api.Nothing{})
 }
 
-// Plant has a canary made. Its value is in this answer and in no other.
+// Plant plants a canary. Its value is in this answer and in no other.
 func (c *Client) Plant(ctx context.Context, r api.PlantRequest) (api.Planted, error) {
 	return post[api.Planted](ctx, c, "/v1/canaries", r)
 }
@@ -91,13 +90,13 @@ func (c *Client) Canaries(ctx context.Context) ([]api.Canary, error) {
 	return list.Canaries, err
 }
 
-// Pull takes a canary away.
+// Pull removes a canary.
 func (c *Client) Pull(ctx context.Context, id string) (api.Canary, error) {
 	return post[api.Canary](ctx, c, "/v1/canaries/"+url.PathEscape(id)+"/pull", api.Nothing{})
 }
 
-// Audit gives at most limit lines of the audit log after a revision, and after which revision
-// the next page is. Zero for limit is the broker's default.
+// Audit returns at most limit entries of the audit log after a revision, and the revision after which the next page
+// starts. A limit of zero is the broker's default.
 func (c *Client) Audit(ctx context.Context, after uint64, limit int) (api.Entries, error) {
 	return get[api.Entries](ctx, c, "/v1/audit"+page(after, limit))
 }

@@ -40,7 +40,7 @@ func sign(t testing.TB, s policy.Source, keys ...jose.JSONWebKey) []byte {
 	return jws
 }
 
-// version is the test bundle with another version.
+// version returns the test bundle with another version.
 func version(t testing.TB, n, cedar string) policy.Source {
 	t.Helper()
 	dir := sources(cedar)
@@ -64,7 +64,7 @@ func TestSignAndVerify(t *testing.T) {
 		t.Errorf("Signers = %v, want %v", b.Signers, want)
 	}
 	if b.Digest() != s.Digest() || !bytes.Equal(b.Payload(), s.Payload()) || b.Version() != 3 || b.Name() != "acme" {
-		t.Errorf("Verify gave %s version %d %s, want what was signed", b.Name(), b.Version(), b.Digest())
+		t.Errorf("Verify gave %s version %d %s, want the signed source", b.Name(), b.Version(), b.Digest())
 	}
 	p, err := policy.Load(b)
 	if err != nil {
@@ -99,7 +99,7 @@ func TestSignRefuses(t *testing.T) {
 	if _, err := policy.Sign(s, jose.JSONWebKey{Key: []byte(strings.Repeat("k", 32))}); err == nil || !strings.Contains(err.Error(), "not valid") {
 		t.Errorf("Sign with a symmetric key = %v", err)
 	}
-	if _, err := policy.Cosign([]byte("{}"), private...); !errors.Is(err, policy.ErrNonsense) {
+	if _, err := policy.Cosign([]byte("{}"), private...); !errors.Is(err, policy.ErrMalformed) {
 		t.Errorf("Cosign of nonsense = %v", err)
 	}
 }
@@ -127,7 +127,7 @@ func TestVerifyRefuses(t *testing.T) {
 	trust := policy.Trust{Keys: public[:3], Need: 2}
 	good := sign(t, s, private[:2]...)
 	other := version(t, "4", someCedar)
-	signed := func(payload string) []byte { return policy.SignRaw([]byte(payload), private[:2]...) } // whatever it says
+	signed := func(payload string) []byte { return policy.SignRaw([]byte(payload), private[:2]...) } // validly signed, whatever the payload
 	head := func(s string) func(map[string]any, map[string]any) {
 		return func(_, first map[string]any) { first["protected"] = b64(s) }
 	}
@@ -137,37 +137,37 @@ func TestVerifyRefuses(t *testing.T) {
 		jws   []byte
 		trust policy.Trust
 		is    error
-		says  string
+		text  string
 	}{
 		{"tampered payload", edit(t, good, func(m, _ map[string]any) { m["payload"] = b64(string(other.Payload())) }), trust, policy.ErrTampered, "signature does not fit"},
 		{"tampered signature", edit(t, good, func(_, f map[string]any) { f["signature"] = b64(strings.Repeat("x", 64)) }), trust, policy.ErrTampered, kid},
 		{"under-signed", sign(t, s, private[0]), trust, policy.ErrUnderSigned, "2 needed, 1 valid"},
 		{"one key twice", sign(t, s, private[0], private[0]), trust, policy.ErrUnderSigned, "2 needed, 1 valid"},
 		{"unknown key", sign(t, s, private[0], private[3]), trust, policy.ErrUnderSigned, "not trusted: \"" + public[3].KeyID},
-		{"unknown critical header", edit(t, good, head(`{"alg":"EdDSA","kid":"`+kid+`","typ":"pawl-bundle+jws","crit":["b64"],"b64":false}`)), trust, policy.ErrNonsense, "crit"},
+		{"unknown critical header", edit(t, good, head(`{"alg":"EdDSA","kid":"`+kid+`","typ":"pawl-bundle+jws","crit":["b64"],"b64":false}`)), trust, policy.ErrMalformed, "crit"},
 		{"other algorithm", edit(t, good, head(`{"alg":"none","kid":"`+kid+`","typ":"pawl-bundle+jws"}`)), trust, policy.ErrTampered, "signs with EdDSA, not \"none\""},
-		{"other type", edit(t, good, head(`{"alg":"EdDSA","kid":"`+kid+`","typ":"JWT"}`)), trust, policy.ErrNonsense, "typ"},
-		{"repeated member", append([]byte(`{"payload":"AA",`), good[1:]...), trust, policy.ErrNonsense, "duplicate"},
-		{"unprotected header", edit(t, good, func(_, f map[string]any) { f["header"] = map[string]any{} }), trust, policy.ErrNonsense, "header"},
-		{"something after", append(slices.Clone(good), " {}"...), trust, policy.ErrNonsense, "after top-level"},
-		{"no signature", []byte(`{"payload":"e30","signatures":[]}`), trust, policy.ErrNonsense, "1 to 16 signatures"},
+		{"other type", edit(t, good, head(`{"alg":"EdDSA","kid":"`+kid+`","typ":"JWT"}`)), trust, policy.ErrMalformed, "typ"},
+		{"repeated member", append([]byte(`{"payload":"AA",`), good[1:]...), trust, policy.ErrMalformed, "duplicate"},
+		{"unprotected header", edit(t, good, func(_, f map[string]any) { f["header"] = map[string]any{} }), trust, policy.ErrMalformed, "header"},
+		{"trailing data", append(slices.Clone(good), " {}"...), trust, policy.ErrMalformed, "after top-level"},
+		{"no signature", []byte(`{"payload":"e30","signatures":[]}`), trust, policy.ErrMalformed, "1 to 16 signatures"},
 		{"oversized", bytes.Repeat([]byte("x"), policy.MaxBundle+1), trust, policy.ErrOversized, "too large"},
-		{"empty", nil, trust, policy.ErrNonsense, "not a signed bundle"},
-		{"nobody trusted", good, policy.Trust{}, nil, "0 signatures needed of 0"},
+		{"empty", nil, trust, policy.ErrMalformed, "not a signed bundle"},
+		{"no trusted key", good, policy.Trust{}, nil, "0 signatures needed of 0"},
 		{"more needed than there are", good, policy.Trust{Keys: slices.Repeat(public[:1], 3), Need: 2}, nil, "2 signatures needed of 1 different keys"},
-		{"signed nonsense", signed(`{"name":"acme","version":1,"tools":[],"policies":[],"extra":1}`), trust, nil, "extra"},
+		{"signed, unknown member", signed(`{"name":"acme","version":1,"tools":[],"policies":[],"extra":1}`), trust, nil, "extra"},
 		{"signed, not canonical", signed(` {"name":"acme","version":1,"tools":[],"policies":[]}`), trust, nil, "canonical"},
 		{"signed, tool twice", signed(`{"name":"acme","version":1,"tools":[{"name":"a"},{"name":"a"}],"policies":[]}`), trust, nil, "declared twice"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := policy.Verify(tt.jws, tt.trust)
-			if err == nil || tt.is != nil && !errors.Is(err, tt.is) || !strings.Contains(err.Error(), tt.says) {
-				t.Errorf("Verify = %v, want %v saying %q", err, tt.is, tt.says)
+			if err == nil || tt.is != nil && !errors.Is(err, tt.is) || !strings.Contains(err.Error(), tt.text) {
+				t.Errorf("Verify = %v, want %v with %q", err, tt.is, tt.text)
 			}
 		})
 	}
 	if _, err := policy.Verify(good, trust); err != nil {
-		t.Errorf("Verify of what the rows were made of: %v", err)
+		t.Errorf("Verify of the unmodified bundle: %v", err)
 	}
 }
 
@@ -184,7 +184,7 @@ func TestRunning(t *testing.T) {
 		name     string
 		jws      []byte
 		rollback bool
-		says     string
+		text     string
 	}{
 		{"older", signed("2", someCedar), false, "version 2, and 3 is running"},
 		{"same version, other content", signed("3", ""), false, "version 3 again, with other content"},
@@ -192,8 +192,8 @@ func TestRunning(t *testing.T) {
 		{"under-signed", sign(t, version(t, "4", someCedar), private[0]), false, "2 needed, 1 valid"},
 		{"nonsense", []byte("{}"), false, "not a signed bundle"},
 	} {
-		if _, err := r.Replace(tt.jws, tt.rollback, nil); err == nil || !strings.Contains(err.Error(), tt.says) {
-			t.Errorf("%s: Replace = %v, want it to say %q", tt.name, err, tt.says)
+		if _, err := r.Replace(tt.jws, tt.rollback, nil); err == nil || !strings.Contains(err.Error(), tt.text) {
+			t.Errorf("%s: Replace = %v, want %q", tt.name, err, tt.text)
 		}
 		if got := r.Policy().Digest(); got != want {
 			t.Fatalf("%s: running %s, want %s to stay", tt.name, got, want)
@@ -212,11 +212,11 @@ func TestRunning(t *testing.T) {
 	if _, err := r.Replace(signed("6", someCedar), false, func(next *policy.Policy) error {
 		return fmt.Errorf("no to version %d", next.Bundle().Version())
 	}); err == nil || err.Error() != "no to version 6" || r.Current().Digest() != want {
-		t.Errorf("Replace that is not agreed to = %v, running %s, want %s to stay", err, r.Current().Digest(), want)
+		t.Errorf("Replace that agree refuses = %v, running %s, want %s to stay", err, r.Current().Digest(), want)
 	}
 	foreign := sources(someCedar)
 	foreign["bundle.yaml"].Data = []byte("name: other\nversion: 9\n")
-	if _, err := r.Replace(sign(t, build(t, foreign), private...), true, nil); err == nil || !strings.Contains(err.Error(), `"other" cannot take the place of "acme"`) {
+	if _, err := r.Replace(sign(t, build(t, foreign), private...), true, nil); err == nil || !strings.Contains(err.Error(), `"other" cannot replace "acme"`) {
 		t.Errorf("Replace with another bundle = %v", err)
 	}
 }

@@ -20,10 +20,10 @@ type Result struct {
 	File string `json:"file"`
 	Line int    `json:"line"`
 	Name string `json:"name"`
-	Fail string `json:"fail,omitempty"` // what was wrong, empty for a row that passed
+	Fail string `json:"fail,omitempty"` // the mismatch; empty when the row passed
 }
 
-// String is "file:line: name: ok" or what was wrong instead of ok.
+// String formats a row as "file:line: name: outcome", where outcome is "ok" or the mismatch.
 func (r Result) String() string {
 	outcome := r.Fail
 	if outcome == "" {
@@ -64,12 +64,11 @@ type chainYAML struct {
 
 type pastYAML struct {
 	Count int    `yaml:"count"`
-	First string `yaml:"first"` // as long ago as last when absent
+	First string `yaml:"first"` // same as last when absent
 	Last  string `yaml:"last"`  // now when absent
 }
 
-// Test builds an author's directory and runs the policy test files in it, *.test.yaml. A
-// directory without one is an error.
+// Test builds an author's directory and runs its policy test files, *.test.yaml. A directory without any is an error.
 func Test(dir fs.FS) (*Policy, []Result, error) {
 	s, err := Build(dir)
 	if err != nil {
@@ -89,7 +88,7 @@ func Test(dir fs.FS) (*Policy, []Result, error) {
 		if err != nil {
 			return nil, nil, err
 		}
-		some, err := RunTests(p, file, raw)
+		some, err := runTests(p, file, raw)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -98,9 +97,9 @@ func Test(dir fs.FS) (*Policy, []Result, error) {
 	return p, results, err
 }
 
-// RunTests runs a policy test file. The error is for a file that makes no sense and begins with
-// "file:line: "; rows that fail are results.
-func RunTests(p *Policy, file string, raw []byte) ([]Result, error) {
+// runTests runs a policy test file. A malformed file is an error, which begins with "file:line: ". A failing row is a
+// result.
+func runTests(p *Policy, file string, raw []byte) ([]Result, error) {
 	rows, err := readTests(file, raw)
 	if err != nil {
 		return nil, err
@@ -115,12 +114,12 @@ func RunTests(p *Policy, file string, raw []byte) ([]Result, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%s:%d: %w", file, r.line, err)
 		}
-		results = append(results, Result{file, r.line, r.value.Name, want.differs(p, q)})
+		results = append(results, Result{file, r.line, r.value.Name, want.mismatch(p, q)})
 	}
 	return results, nil
 }
 
-// Questions gives the questions of a policy test file, for [Diff].
+// Questions returns the questions of a policy test file, as input for [Diff].
 func Questions(file string, raw []byte) ([]broker.Question, error) {
 	rows, err := readTests(file, raw)
 	if err != nil {
@@ -165,7 +164,7 @@ func (y testYAML) question() (q broker.Question, err error) {
 		return q, fmt.Errorf("proof %.40q is not x509-svid or jwt-svid", y.Proof)
 	}
 	if (y.Receiver != "") != (q.Action == broker.ActionDelegate) || (y.Violation != "") != (q.Action == broker.ActionReport) {
-		return q, errors.New("a receiver belongs to delegate and a violation to report, always and only")
+		return q, errors.New("delegate requires a receiver and report a violation; no other action takes one")
 	}
 	if q.Caller.ID, err = spiffeid.FromString(y.Caller); err != nil {
 		return q, fmt.Errorf("caller: %w", err)
@@ -191,7 +190,7 @@ func (y testYAML) question() (q broker.Question, err error) {
 	return q, err
 }
 
-// past fills in what happened before the question.
+// past fills in the chain and its history before the question.
 func (y testYAML) past(q *broker.Question) (err error) {
 	q.Chain = broker.Chain{Task: y.Chain.Task, Labels: y.Chain.Labels, Opener: q.Caller.ID}
 	q.Depth = y.Chain.Depth
@@ -219,7 +218,7 @@ func (y testYAML) past(q *broker.Question) (err error) {
 	return nil
 }
 
-// ago is the instant that a duration before now; an empty text is now.
+// ago returns the instant that lies the duration s before now. Empty text means now.
 func ago(now time.Time, s string) (time.Time, error) {
 	if s == "" {
 		return now, nil
@@ -231,10 +230,10 @@ func ago(now time.Time, s string) (time.Time, error) {
 	return now.Add(-d), nil
 }
 
-// expectation is what a row wants; of the decision, what it does not state is not compared.
+// expectation is the decision that a row expects. Fields that the row does not state are not compared.
 type expectation struct {
 	broker.Decision
-	ttl, narrowing, policies bool // stated
+	ttl, narrowing, policies bool // whether the row states them
 }
 
 func (y testYAML) want() (w expectation, err error) {
@@ -260,8 +259,8 @@ func (y testYAML) want() (w expectation, err error) {
 	return w, err
 }
 
-// differs tells what is not as expected; empty: nothing.
-func (w expectation) differs(p *Policy, q broker.Question) string {
+// mismatch lists the differences from the expected decision. It is empty when there are none.
+func (w expectation) mismatch(p *Policy, q broker.Question) string {
 	e := p.Explain(q)
 	got := e.Decision
 	var why []string

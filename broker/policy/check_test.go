@@ -8,7 +8,7 @@ import (
 	"github.com/pawlsec/pawl/broker/policy"
 )
 
-// The four situations of issue 3, each a bundle with its policy tests.
+// TestSituations runs four example bundles with their policy tests.
 func TestSituations(t *testing.T) {
 	for _, name := range []string{"support", "ci", "procurement", "copilot"} {
 		p, results, err := policy.Test(os.DirFS("testdata/" + name))
@@ -32,7 +32,7 @@ func TestSituations(t *testing.T) {
 
 const row = "tests:\n  - name: x\n    caller: spiffe://acme.example/ci/runner\n    tool: db.read\n"
 
-func TestRunTestsTells(t *testing.T) {
+func TestRunTestsReports(t *testing.T) {
 	p := load(t, someCedar)
 	for _, tt := range []struct{ name, yaml, want string }{
 		{"right", row + "    expect: allow\n", "t.yaml:2: x: ok"},
@@ -61,12 +61,12 @@ func TestRunTestsRefuses(t *testing.T) {
 		{"unknown action", row + "    action: destroy\n    expect: deny\n", "action"},
 		{"nested argument", row + "    args: {a: {b: 1}}\n    expect: deny\n", `argument "a"`},
 		{"fraction", row + "    args: {a: 1.5}\n    expect: deny\n", `argument "a"`},
-		{"receiver in a use", row + "    receiver: spiffe://a.example/x\n    expect: deny\n", "belongs to delegate"},
+		{"receiver in a use", row + "    receiver: spiffe://a.example/x\n    expect: deny\n", "delegate requires a receiver"},
 		{"time", row + "    at: noon\n    expect: deny\n", "at:"},
 		{"age", row + "    chain: {age: old}\n    expect: deny\n", "chain.age"},
 		{"anchor", "tests: &a\n  - *a\n", "anchors"},
 		{"two documents", row + "---\n" + row, "exactly one document"},
-		{"nothing", "", "exactly one document"},
+		{"empty", "", "exactly one document"},
 		{"no tests", "tests: []\n", "no tests"},
 	} {
 		_, err := policy.RunTests(p, "t.yaml", []byte(tt.yaml))
@@ -95,10 +95,10 @@ func TestQuestions(t *testing.T) {
 			allowed++
 		}
 	}
-	if allowed != 5 { // the rows that expect allow, and the delegation abroad that the broker refuses
+	if allowed != 5 { // the rows that expect allow, and the delegation to another trust domain, which the broker refuses
 		t.Errorf("Diff against an empty bundle found %d lost allows of %d questions, want 5", allowed, len(questions))
 	}
 	if _, err := policy.Questions("t.yaml", []byte("tests:\n  - caller: me\n")); err == nil || !strings.HasPrefix(err.Error(), "t.yaml:2: caller") {
-		t.Errorf("Questions of nobody = %v", err)
+		t.Errorf("Questions with a malformed caller = %v", err)
 	}
 }

@@ -12,65 +12,65 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// Decide answers a question. Only the policies whose scope matches are evaluated. A question
-// without a caller, with an unknown action, or about a tool that this bundle does not declare,
-// is denied; the bundle's own declaration of the tool counts, not the question's.
+// Decide answers a question. It evaluates only the policies with a matching scope. It denies a question without a
+// caller, with an unknown action, or about a tool that this bundle does not declare. The bundle's declaration of the
+// tool counts, not the question's.
 //
-// A delegation into another trust domain is allowed here by any permit, with the Domains of a
-// permit that names both sides, or none: the broker refuses it then.
+// Any permit allows a delegation into another trust domain here. The decision carries the Domains of a permit that
+// names both sides. Without such a permit it carries none, and the broker refuses the delegation.
 //
-// A canary is denied to everybody, with the consequence of the violation; only what follows a
-// report about it is for the policies to say.
+// A canary is denied to every caller, with the consequence of the canary violation. Policies decide only about
+// reports of one.
 func (p *Policy) Decide(q broker.Question) broker.Decision {
-	if p.bait(&q) {
+	if p.isCanary(&q) {
 		return broker.Decision{Consequence: p.violations[broker.ViolationCanary]}
 	}
-	return p.settle(&q, p.evaluate(&q, p.relevant))
+	return p.conclude(&q, p.evaluate(&q, p.relevant))
 }
 
-// bait reports whether a question reaches for a canary.
-func (p *Policy) bait(q *broker.Question) bool {
+// isCanary reports whether a question requests a canary. A report about one is not a request.
+func (p *Policy) isCanary(q *broker.Question) bool {
 	t, known := p.tools[q.Tool.Name]
 	return known && t.Canary && q.Action != broker.ActionReport
 }
 
-// verdict is what evaluating told about the rules that were looked at.
+// verdict is the result of evaluating the selected rules.
 type verdict struct {
 	rules   []*rule
-	decided []*rule // the forbids that hold; when there are none, the permits that hold
-	failed  []*rule // that could not be evaluated
+	decided []*rule // the forbids that match; without any, the permits that match
+	failed  []*rule // could not be evaluated
 }
 
-// relevant gives the rules whose scope matches.
+// relevant selects the rules with a matching scope.
 func (p *Policy) relevant(t *tool, a broker.Action, caller spiffeid.ID) ([]*rule, reads) {
 	s := t.relevant[a]
-	var subjects [16]cedar.EntityUID // more are no harm
+	var subjects [16]cedar.EntityUID // more are possible and only allocate
 	return s.pick(append(appendGroups(subjects[:0], caller), uid(typeAgent, caller.String()), cedar.EntityUID{})), s.reads
 }
 
-// about finds the tool that a question is about.
-func (p *Policy) about(q *broker.Question) (*tool, bool) {
+// toolOf returns the tool that a question is about. A report may name none.
+func (p *Policy) toolOf(q *broker.Question) (*tool, bool) {
 	t, ok := p.tools[q.Tool.Name]
 	if !ok && q.Action == broker.ActionReport {
-		return p.nameless, true
+		return p.unnamed, true
 	}
 	return t, ok
 }
 
-// actions are all there are.
+// actions lists every action.
 func actions() []broker.Action {
 	return []broker.Action{broker.ActionOpen, broker.ActionUse, broker.ActionDelegate, broker.ActionReport}
 }
 
-// chooser gives the rules to evaluate and what they look at.
+// chooser selects the rules to evaluate and the context members that they read.
 type chooser func(*tool, broker.Action, spiffeid.ID) ([]*rule, reads)
 
 func (p *Policy) evaluate(q *broker.Question, choose chooser) (v verdict) {
-	t, ok := p.about(q)
+	t, ok := p.toolOf(q)
 	if !ok || q.Caller.ID.IsZero() || !slices.Contains(actions(), q.Action) {
 		return v
 	}
-	rules, look := choose(t, q.Action, q.Caller.ID)
+	rules, members := choose(t, q.Action, q.Caller.ID)
 	if v.rules = rules; len(rules) == 0 {
 		return v
 	}
@@ -78,7 +78,7 @@ func (p *Policy) evaluate(q *broker.Question, choose chooser) (v verdict) {
 		Principal: uid(typeAgent, q.Caller.ID.String()),
 		Action:    uid(typeAction, string(q.Action)),
 		Resource:  t.uid,
-		Context:   contextOf(q, look),
+		Context:   contextOf(q, members),
 	})
 	v.decided = slices.Grow(v.decided, len(found.Reasons))
 	for _, reason := range found.Reasons {
@@ -90,7 +90,7 @@ func (p *Policy) evaluate(q *broker.Question, choose chooser) (v verdict) {
 	return v
 }
 
-// batch is what Cedar goes through: the conditions of rules whose scope matches.
+// batch gives Cedar the rules with their conditions alone, because their scopes match.
 type batch []*rule
 
 // All implements [cedar.PolicyIterator].
@@ -104,9 +104,9 @@ func (b batch) All() iter.Seq2[cedar.PolicyID, *cedar.Policy] {
 	}
 }
 
-// settle makes the decision. Cedar skips a policy that fails; we deny, because what failed may
-// have been the forbid. A failed forbid's consequence does not follow: nothing is proven.
-func (p *Policy) settle(q *broker.Question, v verdict) broker.Decision {
+// conclude turns a verdict into a decision. Cedar skips a policy that fails. Here it denies, because the failed
+// policy may be the forbid. The consequence of a failed forbid is not applied: nothing is proven.
+func (p *Policy) conclude(q *broker.Question, v verdict) broker.Decision {
 	d := broker.Decision{
 		Policies: ids(v.decided, v.failed),
 		Failed:   len(v.failed) > 0,
@@ -120,8 +120,8 @@ func (p *Policy) settle(q *broker.Question, v verdict) broker.Decision {
 	return d
 }
 
-// remedy is how to ask, in the words of the policies that stand in the way: the forbids that hold,
-// the permits that would do if their conditions held, or those that wait for an approval.
+// remedy joins the @remedy texts of the policies that block the request. These are the forbids that match, the
+// permits that need an approval, or the permits with unmet conditions.
 func remedy(d broker.Decision, v verdict) string {
 	switch {
 	case d.Failed, d.Allow && d.Approval == "":
@@ -134,7 +134,7 @@ func remedy(d broker.Decision, v verdict) string {
 	return remedies(v.unmet(), "")
 }
 
-// unmet are the permits that do not hold.
+// unmet returns the permits with unmet conditions.
 func (v verdict) unmet() []*rule {
 	return slices.DeleteFunc(slices.Clone(v.rules), func(r *rule) bool { return r.forbid })
 }
@@ -150,26 +150,26 @@ func ids(lists ...[]*rule) (names []string) {
 	return names
 }
 
-// consequence is the harshest of the forbids that hold. For a report, the bundle's table speaks
-// where no forbid with a consequence does, and also where something failed to evaluate: then
-// whatever is harsher follows.
+// consequence returns the most severe consequence of the forbids that match. The bundle's table counts for a report
+// when no matching forbid sets a consequence. It also counts when a policy failed to evaluate; then the more severe
+// consequence applies.
 func (p *Policy) consequence(q *broker.Question, v verdict) (worst broker.Consequence) {
-	spoken := false
+	explicit := false
 	for _, r := range v.decided {
 		worst = max(worst, r.consequence)
-		spoken = spoken || r.violation
+		explicit = explicit || r.violation
 	}
-	if q.Action == broker.ActionReport && (!spoken || len(v.failed) > 0) {
+	if q.Action == broker.ActionReport && (!explicit || len(v.failed) > 0) {
 		worst = max(worst, p.violations[q.Violation])
 	}
 	return worst
 }
 
-// limit combines the limits of all permits that hold: the tightest of each kind. Permits that
-// name both trust domains stand alone for a delegation across them.
+// limit applies the limits of all permits that match: the tightest of each kind. For a delegation across trust
+// domains, only the permits that name both domains count, if there are any.
 func limit(d *broker.Decision, q *broker.Question, permits []*rule) {
 	if crosses(q) {
-		naming := slices.DeleteFunc(slices.Clone(permits), func(r *rule) bool { return !r.names(q) })
+		naming := slices.DeleteFunc(slices.Clone(permits), func(r *rule) bool { return !r.namesBoth(q) })
 		if len(naming) > 0 {
 			permits, d.Domains, d.Policies = naming, bothDomains(q), ids(naming)
 		}
@@ -187,7 +187,7 @@ func limit(d *broker.Decision, q *broker.Question, permits []*rule) {
 	d.Approval = approvals(needed)
 }
 
-// approvals writes "1 of managers and 2 of oncall".
+// approvals formats the approvals needed, for example "1 of managers and 2 of oncall".
 func approvals(needed map[string]int) string {
 	var parts []string
 	for _, group := range slices.Sorted(maps.Keys(needed)) {
@@ -196,7 +196,7 @@ func approvals(needed map[string]int) string {
 	return strings.Join(parts, " and ")
 }
 
-// crosses reports whether the question is about delegating into another trust domain.
+// crosses reports whether the question is a delegation into another trust domain.
 func crosses(q *broker.Question) bool {
 	return q.Action == broker.ActionDelegate && q.Caller.ID.TrustDomain() != q.Receiver.TrustDomain()
 }
@@ -207,7 +207,7 @@ func bothDomains(q *broker.Question) []string {
 	return both
 }
 
-// names reports whether the permit names both trust domains of a delegation.
-func (r *rule) names(q *broker.Question) bool {
+// namesBoth reports whether the permit names both trust domains of a delegation.
+func (r *rule) namesBoth(q *broker.Question) bool {
 	return all(bothDomains(q), func(d string) bool { return slices.Contains(r.domains, d) })
 }

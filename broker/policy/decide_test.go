@@ -58,21 +58,21 @@ func TestDecide(t *testing.T) {
 		{"other action", ci + ";", use("db.read", action(broker.ActionOpen)), denied},
 		{"unknown tool", all, use("db.drop"), denied},
 		{"unknown action", all, use("db.read", action("become-root")), denied},
-		{"nobody", all, use("db.read", func(q *broker.Question) { q.Caller = broker.Caller{} }), denied},
+		{"no caller", all, use("db.read", func(q *broker.Question) { q.Caller = broker.Caller{} }), denied},
 		{"trust domain", `@id("ci") permit(principal in TrustDomain::"acme.example", action == Action::"use", resource in ToolGroup::"db");`,
 			use("db.read"), allowed},
 		{"set of strings", ci + ` when { ["a", "b"].containsAll(context.args.tables) };`, use("db.read", given(list("a", "b"))), allowed},
 		{"set of strings, one outside", ci + ` when { ["a", "b"].containsAll(context.args.tables) };`, use("db.read", given(list("a", "c"))), denied},
 		{"label", ci + ` when { context.chain.labels has env && context.chain.labels.env == "prod" };`, use("db.read", label("env", "prod")), allowed},
 		{"no label", ci + ` when { context.chain.labels has env && context.chain.labels.env == "prod" };`, use("db.read"), denied},
-		{"demanded label of the tool", ci + ` when { resource.narrowing == "native" && resource.backend == "postgres" };`, use("db.read"), allowed},
+		{"required label of the tool", ci + ` when { resource.narrowing == "native" && resource.backend == "postgres" };`, use("db.read"), allowed},
 		{"office hours", ci + ` when { context.now.hour >= 8 && context.now.hour < 18 && context.now.weekday <= 5 };`, use("db.read"), allowed},
 		{"after hours", ci + ` when { context.now.hour >= 13 };`, use("db.read"), denied},
 		{"age, depth and opener", ci + ` when { context.chain.age_seconds == 60 && context.chain.depth == 0 && context.chain.opener in AgentGroup::"spiffe://acme.example/ci" };`,
 			use("db.read"), allowed},
 		{"Sunday is the seventh", ci + ` when { context.now.weekday == 7 };`, use("db.read", func(q *broker.Question) { q.Now = noon.AddDate(0, 0, 4) }), allowed},
 		{"Monday is the first", ci + ` when { context.now.weekday == 1 };`, use("db.read", func(q *broker.Question) { q.Now = noon.AddDate(0, 0, 5) }), allowed},
-		{"a count of none is no past", ci + ` unless { context.history has "mail" };`, use("db.read", past("mail", 0, 0)), allowed},
+		{"a count of zero is no use", ci + ` unless { context.history has "mail" };`, use("db.read", past("mail", 0, 0)), allowed},
 		{"a member as a whole", ci + ` when { context.chain == {task: "nightly", opener: Agent::"spiffe://acme.example/ci/runner", labels: {}, depth: 0, age_seconds: 60} };`,
 			use("db.read"), allowed},
 		{"a member as a whole beside its parts", ci + ` when { context.args has limit || context.args == {tables: ["a"]} };`, use("db.read", given(list("a"))), allowed},
@@ -82,7 +82,7 @@ func TestDecide(t *testing.T) {
 		{"whole context", ci + ` when { {c: context}.c.used.contains("mail") };`, use("db.read", past("mail", 1, 0)), allowed},
 
 		{"forbid wins", ci + `; @id("no") forbid(principal, action, resource);`, use("db.read"), forbidden(0, "no")},
-		{"harshest forbid", `@id("a") @violation("revoke-step") forbid(principal, action, resource);
+		{"most severe forbid", `@id("a") @violation("revoke-step") forbid(principal, action, resource);
 			@id("b") @violation("revoke-chain") forbid(principal, action, resource == Tool::"db.read");
 			@id("c") @violation("freeze-caller") forbid(principal, action, resource == Tool::"mail");`,
 			use("db.read"), forbidden(broker.ConsequenceRevokeChain, "a", "b")},
@@ -90,7 +90,7 @@ func TestDecide(t *testing.T) {
 			use("db.read"), broker.Decision{Failed: true, Policies: []string{"ci", "no"}}},
 		{"failing permit denies", ci + `; @id("odd") permit(principal == Agent::"spiffe://acme.example/ci/runner", action == Action::"use", resource == Tool::"db.read") when { context.args.env == "x" };`,
 			use("db.read"), broker.Decision{Failed: true, Policies: []string{"ci", "odd"}}},
-		{"a failing policy whose scope is elsewhere does not matter", ci + `; @id("no") forbid(principal, action, resource == Tool::"mail") when { context.nothing };`,
+		{"a failing policy with another scope is not evaluated", ci + `; @id("no") forbid(principal, action, resource == Tool::"mail") when { context.nothing };`,
 			use("db.read"), allowed},
 
 		{"tightest limits", `@id("a") @ttl("30s") @approval("1 of oncall") @any("tool") permit(principal in TrustDomain::"acme.example", action == Action::"use", resource);
@@ -100,7 +100,7 @@ func TestDecide(t *testing.T) {
 				Narrowing: broker.NarrowNative, Approval: "2 of oncall and 1 of owners"}},
 
 		{"delegate within the domain", all, use("db.read", delegate("spiffe://acme.example/x")), broker.Decision{Allow: true, Policies: []string{"all"}}},
-		{"delegate across names nobody", all, use("db.read", delegate("spiffe://b.example/x")), broker.Decision{Allow: true, Policies: []string{"all"}}},
+		{"delegate across with no domain named", all, use("db.read", delegate("spiffe://b.example/x")), broker.Decision{Allow: true, Policies: []string{"all"}}},
 		{"delegate across with both named", all + `@id("x") @domains("acme.example b.example") permit(principal in TrustDomain::"acme.example", action == Action::"delegate", resource == Tool::"db.read");`,
 			use("db.read", delegate("spiffe://b.example/x")),
 			broker.Decision{Allow: true, Policies: []string{"x"}, Domains: []string{"acme.example", "b.example"}}},
@@ -117,7 +117,7 @@ func TestDecide(t *testing.T) {
 	}
 }
 
-// TestRemedy: the policies that stand in the way say how to ask, within bounds; others are silent.
+// TestRemedy checks that the policies that block a request supply the remedy, within bounds. Others do not.
 func TestRemedy(t *testing.T) {
 	const read = `permit(principal == Agent::"spiffe://acme.example/ci/runner", action == Action::"use", resource == Tool::"db.read")`
 	long := func(c string) string { return strings.Repeat(c, 256) }
@@ -128,7 +128,7 @@ func TestRemedy(t *testing.T) {
 			@id("b") @remedy("not yours") permit(principal == Agent::"spiffe://acme.example/x", action == Action::"use", resource == Tool::"db.read");`, "name your tables"},
 		{"forbidden", `@id("a") @remedy("no need") ` + read + `; @id("b") @remedy("wait for Monday") forbid(principal, action, resource);`, "wait for Monday"},
 		{"approval", `@id("a") @approval("1 of oncall") @remedy("ask in #oncall") ` + read + `; @id("b") @remedy("no need") ` + read + ";", "ask in #oncall"},
-		{"failed", `@id("a") @remedy("nobody knows") ` + read + ` when { context.args.env == "x" };`, ""},
+		{"failed", `@id("a") @remedy("unused") ` + read + ` when { context.args.env == "x" };`, ""},
 		{"as much as fits", `@id("a") @remedy("` + long("a") + `") ` + read + ` when { false }; @id("b") @remedy("` + long("b") + `") ` + read + ` when { false };
 			@id("c") @remedy("c") ` + read + ` when { false };`, long("a") + "; c"},
 	} {
@@ -138,8 +138,8 @@ func TestRemedy(t *testing.T) {
 	}
 }
 
-// TestCanary: whatever permits say, a canary is denied with the consequence of violations.yaml, or
-// the whole chain's end where that has none.
+// TestCanary checks that a canary is denied despite any permit, with the consequence in violations.yaml. Without one
+// there, the consequence is the end of the whole chain.
 func TestCanary(t *testing.T) {
 	for table, want := range map[string]broker.Consequence{"": broker.ConsequenceRevokeChain, "canary: freeze-caller\n": broker.ConsequenceFreezeCaller, "canary: deny\n": broker.ConsequenceDeny} {
 		dir := sources(`@id("all") @any("principal action tool") permit(principal, action, resource);`)
@@ -154,7 +154,7 @@ func TestCanary(t *testing.T) {
 				t.Errorf("with %q, Decide(%s) = %+v, want a deny and %v", table, q.Action, d, want)
 			}
 			if e := p.Explain(q); e.Granted || !strings.Contains(e.Why, "canary") {
-				t.Errorf("with %q, Explain(%s) = %+v, want that it is a canary", table, q.Action, e)
+				t.Errorf("with %q, Explain(%s) = %+v, want a reason that names the canary", table, q.Action, e)
 			}
 		}
 		if d := p.Decide(use("vault.root", report(broker.ViolationCanary))); !d.Allow || d.Consequence != want {
@@ -166,7 +166,7 @@ func TestCanary(t *testing.T) {
 	}
 }
 
-// The history rules of issue 3, as an author writes them.
+// TestHistoryRules decides the usual history rules, written as an author writes them.
 func TestHistoryRules(t *testing.T) {
 	const rules = `
 @id("work") permit(principal in AgentGroup::"spiffe://acme.example/ci", action == Action::"use", resource in ToolGroup::"db");
@@ -201,7 +201,7 @@ when { context.history has "db.read" && context.history["db.read"].since_last_se
 		{"fourth write", use("db.write", past("db.read", 1, 0), past("db.write", 3, 0)), false, "at-most-three-writes"},
 		{"read too soon", use("db.read", past("db.read", 1, 9*time.Second)), false, "cool-down"},
 		{"read in time", use("db.read", past("db.read", 1, 10*time.Second)), true, "work"},
-		{"read with the clock gone back", use("db.read", past("db.read", 1, -time.Hour)), false, "cool-down"},
+		{"read after the clock was set back", use("db.read", past("db.read", 1, -time.Hour)), false, "cool-down"},
 	} {
 		d := p.Decide(tt.q)
 		if d.Allow != tt.allow || len(d.Policies) != 1 || d.Policies[0] != tt.by {
@@ -231,10 +231,10 @@ func TestReports(t *testing.T) {
 		{"table, trusted reporter", use("", report("canary"), caller("spiffe://acme.example/siem")), true, broker.ConsequenceFreezeCaller},
 		{"table, unknown tool", use("gone", report("outside_scope")), false, broker.ConsequenceRevokeStep},
 		{"unknown code", use("db.read", report("untidy")), false, broker.ConsequenceDeny},
-		{"policy over table", use("db.write", report("canary")), false, broker.ConsequenceRevokeSubtree},
+		{"policy overrides table", use("db.write", report("canary")), false, broker.ConsequenceRevokeSubtree},
 		{"policy milder than table", use("mail", report("canary")), false, broker.ConsequenceDeny},
-		{"a forbid without a word leaves the table", use("db.read", report("canary"), caller("spiffe://acme.example/suspended")), false, broker.ConsequenceFreezeCaller},
-		{"failing leaves the table", use("mail", report("canary"), caller("spiffe://acme.example/odd")), false, broker.ConsequenceFreezeCaller},
+		{"a forbid without @violation keeps the table", use("db.read", report("canary"), caller("spiffe://acme.example/suspended")), false, broker.ConsequenceFreezeCaller},
+		{"a failed policy keeps the table", use("mail", report("canary"), caller("spiffe://acme.example/odd")), false, broker.ConsequenceFreezeCaller},
 	} {
 		if d := p.Decide(tt.q); d.Allow != tt.allow || d.Consequence != tt.want {
 			t.Errorf("%s: Decide = %+v, want allow %v and %v", tt.name, d, tt.allow, tt.want)

@@ -35,7 +35,7 @@ func TestExplain(t *testing.T) {
 		{"condition", use("db.read"), false, []string{"read"}, []string{"permit:use:db.read"}, "name your tables"},
 		{"no permit", use("db.read", action(broker.ActionOpen)), false, nil, []string{"permit:open:db.read"}, "ask the platform team for a permit for spiffe://acme.example/ci/runner to open"},
 		{"approval", use("db.write"), false, nil, []string{"approval:2 of oncall"}, "ask 2 of oncall to approve"},
-		{"narrowing", use("mail"), false, nil, []string{"narrowing:proxy"}, "narrowed more strongly"},
+		{"narrowing", use("mail"), false, nil, []string{"narrowing:proxy"}, "stronger narrowing"},
 		{"domains", use("mail", delegate("spiffe://b.example/x")), false, nil, []string{"domains:acme.example b.example"}, "names both trust domains"},
 		{"forbidden", use("db.read", given(list("a")), caller("spiffe://acme.example/bad")), false, nil, nil, "do not"},
 		{"failed", use("db.read", given(list("a")), caller("spiffe://acme.example/odd")), false, nil, nil, "give every argument"},
@@ -48,7 +48,7 @@ func TestExplain(t *testing.T) {
 		if d := p.Decide(tt.q); !reflect.DeepEqual(e.Decision, d) {
 			t.Errorf("%s: Explain decides %+v, Decide %+v", tt.name, e.Decision, d)
 		}
-		if said := e.Why + e.Remedy + strings.Join(e.Unmet, ""); strings.Contains(said, "context") || strings.Contains(said, "read-other") {
+		if text := e.Why + e.Remedy + strings.Join(e.Unmet, ""); strings.Contains(text, "context") || strings.Contains(text, "read-other") {
 			t.Errorf("%s: Explain shows policy text or another caller's policy: %+v", tt.name, e)
 		}
 	}
@@ -90,9 +90,9 @@ func TestShadow(t *testing.T) {
 	}
 }
 
-// TestShadowIsNoDanger: a candidate that breaks, and one that is slower than the questions come,
-// change no answer and hold nobody up.
-func TestShadowIsNoDanger(t *testing.T) {
+// TestShadowDoesNotAffectLive checks that a candidate changes no answer and blocks no caller, even if it panics or is
+// slower than the questions.
+func TestShadowDoesNotAffectLive(t *testing.T) {
 	live := load(t, someCedar)
 	want := live.Decide(use("db.read"))
 	missed := make(chan error, 1<<16)
@@ -107,11 +107,11 @@ func TestShadowIsNoDanger(t *testing.T) {
 		}
 	}
 	ask(policy.Broken())
-	if err := <-missed; !strings.Contains(err.Error(), "the candidate broke") {
-		t.Errorf("missed because of %v, want that the candidate broke", err)
+	if err := <-missed; !strings.Contains(err.Error(), "the candidate panicked") {
+		t.Errorf("missed because of %v, want a panic of the candidate", err)
 	}
 	forbids := load(t, `@id("no") forbid(principal, action, resource);`)
-	for range 3000 { // more than wait
+	for range 3000 { // more than the queue holds
 		ask(forbids)
 	}
 	close(held)
@@ -121,7 +121,7 @@ func TestShadowIsNoDanger(t *testing.T) {
 			t.Errorf("missed because of %v, want %v", err, policy.ErrShadowBusy)
 		}
 	default:
-		t.Error("nothing was missed while the candidate was held")
+		t.Error("no question was missed while the candidate was blocked")
 	}
 }
 

@@ -6,13 +6,13 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// DecideUnsliced is Decide over every policy of the bundle and the whole context: what slicing is held against.
+// DecideUnsliced is Decide over every policy of the bundle and the whole context. It is the reference for slicing.
 func (p *Policy) DecideUnsliced(q broker.Question) broker.Decision {
 	rules := p.whole()
-	return p.settle(&q, p.evaluate(&q, func(*tool, broker.Action, spiffeid.ID) ([]*rule, reads) { return rules, every() }))
+	return p.conclude(&q, p.evaluate(&q, func(*tool, broker.Action, spiffeid.ID) ([]*rule, reads) { return rules, every() }))
 }
 
-// whole gives the rules with their scopes still to be evaluated.
+// whole returns the rules with their scopes still to be evaluated.
 func (p *Policy) whole() (rules []*rule) {
 	for _, r := range p.rules {
 		unsliced := *r
@@ -22,15 +22,15 @@ func (p *Policy) whole() (rules []*rule) {
 	return rules
 }
 
-// Unsliced is Decide over every policy, and of the context what they read: slicing alone is left
-// out, so that the two can be timed side by side.
+// Unsliced is Decide over every policy, with the context members that they read. It leaves out slicing alone, so that
+// both can be timed side by side.
 func (p *Policy) Unsliced() func(broker.Question) broker.Decision {
-	look, rules := reads{}, p.whole()
+	members, rules := reads{}, p.whole()
 	for _, r := range p.rules {
-		look.add(r.reads)
+		members.add(r.reads)
 	}
 	return func(q broker.Question) broker.Decision {
-		return p.settle(&q, p.evaluate(&q, func(*tool, broker.Action, spiffeid.ID) ([]*rule, reads) { return rules, look }))
+		return p.conclude(&q, p.evaluate(&q, func(*tool, broker.Action, spiffeid.ID) ([]*rule, reads) { return rules, members }))
 	}
 }
 
@@ -48,3 +48,9 @@ func SignRaw(payload []byte, keys ...jose.JSONWebKey) []byte {
 	}
 	return jws
 }
+
+// Payload returns the canonical JSON that signatures cover.
+func (s Source) Payload() []byte { return s.payload }
+
+// RunTests runs a policy test file.
+var RunTests = runTests

@@ -10,7 +10,7 @@ import (
 	"github.com/pawlsec/pawl/broker/policy"
 )
 
-// Whatever is signed, what Verify accepts is what was signed, and nothing else.
+// FuzzVerify checks that Verify accepts the signed content and nothing else, whatever the envelope.
 func FuzzVerify(f *testing.F) {
 	private, public := keys(f, 1)
 	good := sign(f, build(f, sources(someCedar)), private...)
@@ -21,12 +21,12 @@ func FuzzVerify(f *testing.F) {
 	f.Fuzz(func(t *testing.T, jws []byte) {
 		b, err := policy.Verify(jws, policy.Trust{Keys: public, Need: 1})
 		if err == nil && b.Digest() != want {
-			t.Errorf("Verify accepted %s, which nobody signed", b.Digest())
+			t.Errorf("Verify accepted %s, which no key signed", b.Digest())
 		}
 	})
 }
 
-// What anybody's payload holds, once signed, is refused or loads, and means the same when signed again.
+// FuzzPayload checks that any signed payload is refused, or loads and keeps its exact bytes.
 func FuzzPayload(f *testing.F) {
 	private, public, err := policy.GenerateKey(rand.Reader)
 	if err != nil {
@@ -63,7 +63,7 @@ func FuzzBuild(f *testing.F) {
 		}
 		p, err := policy.Load(s.Unsigned())
 		if err != nil {
-			t.Fatalf("Load of what Build accepted: %v", err)
+			t.Fatalf("Load after Build: %v", err)
 		}
 		p.Decide(use("db.read"))
 	})

@@ -36,7 +36,7 @@ tools:
 
 var noon = time.Date(2026, 3, 4, 12, 0, 0, 0, time.UTC) // a Wednesday
 
-// sources makes an author's directory with one policy file over the tools above.
+// sources returns an author's directory with one policy file over the tools above.
 func sources(cedar string) fstest.MapFS {
 	file := func(s string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(s)} }
 	return fstest.MapFS{
@@ -75,7 +75,7 @@ func list(names ...string) args.Args {
 	return a
 }
 
-// use is a question of spiffe://acme.example/ci/runner, changed by each of with.
+// use returns a question by spiffe://acme.example/ci/runner, changed by each of with.
 func use(tool broker.ToolName, with ...func(*broker.Question)) broker.Question {
 	q := broker.Question{
 		Action: broker.ActionUse,

@@ -8,20 +8,19 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// bySubject holds rules by the entity that their scope asks the principal to be or to be in.
-// The zero entity holds those for any principal.
+// bySubject holds rules by the principal entity in their scope ("==" or "in"). The zero entity holds the rules for
+// any principal.
 type bySubject map[cedar.EntityUID][]*rule
 
-// index holds rules by action, then by what their scope asks of the resource, then of the
-// principal. A rule stands in one place for each of its actions, so the size is linear. Whoever
-// finds a rule in it knows that its scope holds, for rules that can match nothing are left out;
-// only the conditions remain to be evaluated.
+// index holds rules by action, then by the resource in their scope, then by the principal. A rule has one entry for
+// each of its actions, so the size is linear. The scope of a rule found here matches, because rules that can match
+// nothing are left out. Only the conditions remain to be evaluated.
 type index map[broker.Action]map[cedar.EntityUID]bySubject
 
 func newIndex(rules []*rule) index {
 	idx := index{}
 	for _, r := range rules {
-		if !r.matches() {
+		if !r.canMatch() {
 			continue
 		}
 		for _, a := range r.actions() {
@@ -38,9 +37,8 @@ func newIndex(rules []*rule) index {
 	return idx
 }
 
-// of gives for each action the slices whose rules' scopes match the tool: those for itself,
-// for its groups and for any tool. No rule outside them can match, since Cedar evaluates a
-// policy's conditions only when its scope holds, and so none outside can fail either.
+// of returns for each action the rules with a scope that matches the tool: those for the tool itself, its groups and
+// any tool. No other rule can match or fail, because Cedar evaluates a policy's conditions only when its scope matches.
 func (idx index) of(t *tool) map[broker.Action]slice {
 	relevant := map[broker.Action]slice{}
 	for action, byObject := range idx {
@@ -60,13 +58,13 @@ func (idx index) of(t *tool) map[broker.Action]slice {
 	return relevant
 }
 
-// slice is the rules whose scope matches one action on one tool, by the principal, and what they look at.
+// slice holds the rules for one action on one tool, by principal, and the context members that they read.
 type slice struct {
 	rules []bySubject
 	reads reads
 }
 
-// pick gives the rules for one principal, which is all of the subjects. They must not be changed.
+// pick returns the rules for one principal. The subjects are all its entities. The caller must not change the result.
 func (s slice) pick(subjects []cedar.EntityUID) []*rule {
 	var room [16][]*rule
 	found := room[:0]

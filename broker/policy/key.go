@@ -16,9 +16,9 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
-// GenerateKey makes a platform key pair (Ed25519) from random, normally crypto/rand.Reader.
-// Both halves carry alg, use "sig" and the RFC 7638 thumbprint as kid. The private half is a
-// secret of the platform team; no broker ever needs it.
+// GenerateKey generates a platform key pair (Ed25519) from random, normally crypto/rand.Reader. Both halves carry
+// alg, use "sig" and the RFC 7638 thumbprint as kid. The private half is a secret of the platform team; no broker
+// needs it.
 func GenerateKey(random io.Reader) (private, public jose.JSONWebKey, err error) {
 	_, key, err := ed25519.GenerateKey(random)
 	if err != nil {
@@ -31,12 +31,11 @@ func GenerateKey(random io.Reader) (private, public jose.JSONWebKey, err error) 
 	return private, private.Public(), nil
 }
 
-// ParseKey reads one JWK: Ed25519, or ECDSA over P-256. An alg, use or kid that contradicts the
-// key is refused; missing ones are filled in, the kid always with the thumbprint. Errors hold
-// nothing of the key.
+// ParseKey parses one JWK: Ed25519, or ECDSA over P-256. It refuses an alg, use or kid that contradicts the key, and
+// fills in missing ones. The kid is always the thumbprint. Errors contain no part of the key.
 func ParseKey(raw []byte) (jose.JSONWebKey, error) {
 	var k jose.JSONWebKey
-	if !jsontext.Value(raw).IsValid() { // no repeated names, nothing after
+	if !jsontext.Value(raw).IsValid() { // no repeated names, no trailing data
 		return k, errors.New("key is not one JSON object")
 	}
 	if err := json.Unmarshal(raw, &k); err != nil {
@@ -45,7 +44,7 @@ func ParseKey(raw []byte) (jose.JSONWebKey, error) {
 	return bind(k)
 }
 
-// ParseKeySet reads a JWK set of public keys, {"keys":[…]}, each by the rules of [ParseKey].
+// ParseKeySet parses a JWK set of public keys, {"keys":[…]}, each by the rules of [ParseKey].
 func ParseKeySet(raw []byte) ([]jose.JSONWebKey, error) {
 	var set struct {
 		Keys []jsontext.Value `json:"keys"`
@@ -60,14 +59,14 @@ func ParseKeySet(raw []byte) ([]jose.JSONWebKey, error) {
 			return nil, fmt.Errorf("key %d: %w", i+1, err)
 		}
 		if !k.IsPublic() {
-			return nil, fmt.Errorf("key %d is private; trust takes public keys", i+1)
+			return nil, fmt.Errorf("key %d is private; a trust set holds public keys only", i+1)
 		}
 		keys = append(keys, k)
 	}
 	return keys, nil
 }
 
-// bind ties a key to its one algorithm, which go-jose does not (facts.md, SPIFFE and JOSE).
+// bind ties a key to its one algorithm. go-jose accepts every algorithm that the key type can do.
 func bind(k jose.JSONWebKey) (jose.JSONWebKey, error) {
 	alg, err := algorithm(k)
 	if err != nil {
@@ -108,7 +107,7 @@ func algorithm(k jose.JSONWebKey) (jose.SignatureAlgorithm, error) {
 	return jose.ES256, nil
 }
 
-// thumbprint is the RFC 7638 SHA-256 thumbprint of the public half.
+// thumbprint returns the RFC 7638 SHA-256 thumbprint of the public half.
 func thumbprint(k jose.JSONWebKey) (string, error) {
 	sum, err := k.Thumbprint(crypto.SHA256)
 	if err != nil {

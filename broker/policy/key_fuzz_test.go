@@ -8,8 +8,8 @@ import (
 	"github.com/pawlsec/pawl/broker/policy"
 )
 
-// FuzzKeySet holds that what is taken for keys of trust is public, tied to one algorithm and named
-// by its thumbprint, and is the same when written and read again.
+// FuzzKeySet checks that every trusted key is public, tied to one algorithm and named by its thumbprint. It must also
+// survive writing and reading.
 func FuzzKeySet(f *testing.F) {
 	private, public := keys(f, 2)
 	write := func(list ...jose.JSONWebKey) []byte {

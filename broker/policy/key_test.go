@@ -19,7 +19,7 @@ func TestKeys(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !public.IsPublic() || private.IsPublic() || private.KeyID != public.KeyID {
-		t.Fatal("GenerateKey gave halves that do not belong together")
+		t.Fatal("GenerateKey returned halves that do not match")
 	}
 	raw, err := json.Marshal(public)
 	if err != nil {
@@ -50,7 +50,7 @@ func TestParseKeyRefuses(t *testing.T) {
 	p384, _ := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
 	wrongCurve, _ := json.Marshal(jose.JSONWebKey{Key: p384.Public()})
 	for _, tt := range []struct{ name, raw, want string }{
-		{"nothing", "", "not one JSON object"},
+		{"empty", "", "not one JSON object"},
 		{"two keys", with("", "") + with("", ""), "not one JSON object"},
 		{"repeated member", with(`{`, `{"kty":"OKP",`), "not one JSON object"},
 		{"other alg", with(`"EdDSA"`, `"ES256"`), "alg"},

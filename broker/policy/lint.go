@@ -10,8 +10,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// lint finds what Cedar accepts and what can yet never match: misspelt tools, actions, agents
-// and members of the context.
+// lint finds policies that are valid Cedar but can never match: misspelt tools, actions, agents and context members.
 func (p *Policy) lint() {
 	if len(p.rules) == 0 {
 		p.warnings = append(p.warnings, "the bundle has no policy, so everything is denied")
@@ -52,7 +51,7 @@ func (p *Policy) lintScope(r *rule, warn func(string, ...any)) {
 	}
 }
 
-// lintTarget looks at one side of a scope; the first of types is the side's own.
+// lintTarget checks one side of a scope. The first of types is the side's own type.
 func (p *Policy) lintTarget(side string, s scope.IsScopeNode, types []cedar.EntityType, warn func(string, ...any)) {
 	own := types[0]
 	switch n := s.(type) {
@@ -72,13 +71,13 @@ func (p *Policy) lintTarget(side string, s scope.IsScopeNode, types []cedar.Enti
 		return
 	}
 	if !slices.Contains(types, e.Type) {
-		warn("can match nothing: %s can not be %s", side, e)
+		warn("can match nothing: %s cannot be %s", side, e)
 	} else if why := p.unknown(e); why != "" {
 		warn("can match nothing: %s", why)
 	}
 }
 
-// unknown says why an entity cannot occur, empty when it can.
+// unknown returns the reason why an entity cannot occur, or empty text if it can.
 func (p *Policy) unknown(e cedar.EntityUID) string {
 	id := string(e.ID)
 	ok := true
@@ -87,7 +86,7 @@ func (p *Policy) unknown(e cedar.EntityUID) string {
 		_, err := spiffeid.FromString(id)
 		ok = err == nil
 	case typeAgentGroup:
-		ok = prefixed(id)
+		ok = isGroup(id)
 	case typeTrustDomain:
 		td, err := spiffeid.TrustDomainFromString(id)
 		ok = err == nil && td.Name() == id
@@ -109,10 +108,10 @@ func (p *Policy) unknown(e cedar.EntityUID) string {
 	return fmt.Sprintf("%s does not exist", e)
 }
 
-// fields are the members of a record by name; nil fields are a value, or may be anything.
+// fields holds the members of a record by name. Nil fields are a plain value, or of unknown form.
 type fields map[string]fields
 
-// shape is what policies may look at in this bundle.
+// shape returns the members that policies can read in this bundle.
 func (p *Policy) shape() fields {
 	past := fields{"count": nil, "since_first_seconds": nil, "since_last_seconds": nil}
 	args, history := fields{}, fields{}
@@ -160,7 +159,7 @@ func (p *Policy) lintNode(n scope.IsNode, shape fields) (found []string) {
 	return found
 }
 
-// usedName gives the tool in context.used.contains("tool").
+// usedName returns the tool in context.used.contains("tool").
 func usedName(n scope.BinaryNode) (string, bool) {
 	left, ok := n.Left.(scope.NodeTypeAccess)
 	if !ok || left.Value != "used" {
@@ -174,9 +173,9 @@ func usedName(n scope.BinaryNode) (string, bool) {
 	return string(name), ok
 }
 
-// missing names a member that no request can have.
+// missing returns a warning about a member that no request can have.
 func missing(n scope.StrOpNode, shape fields) []string {
-	where, names, ok := follow(n.Arg, shape, maxShape)
+	where, names, ok := resolve(n.Arg, shape, maxShape)
 	if !ok || names == nil {
 		return nil
 	}
@@ -186,11 +185,11 @@ func missing(n scope.StrOpNode, shape fields) []string {
 	return []string{fmt.Sprintf("%s never has a member %q", where, n.Value)}
 }
 
-// maxShape is how many members deep the shape goes.
+// maxShape limits how many members deep resolve goes.
 const maxShape = 4
 
-// follow gives the members of what an expression like context.args stands for.
-func follow(n scope.IsNode, shape fields, deep int) (where string, names fields, ok bool) {
+// resolve returns the members of the record that an expression like context.args denotes.
+func resolve(n scope.IsNode, shape fields, deep int) (where string, names fields, ok bool) {
 	switch n := n.(type) {
 	case scope.NodeTypeVariable:
 		names, ok = shape[string(n.Name)]
@@ -199,7 +198,7 @@ func follow(n scope.IsNode, shape fields, deep int) (where string, names fields,
 		if deep == 0 {
 			return "", nil, false
 		}
-		where, names, ok = follow(n.Arg, shape, deep-1)
+		where, names, ok = resolve(n.Arg, shape, deep-1)
 		if !ok {
 			return "", nil, false
 		}

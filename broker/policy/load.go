@@ -19,7 +19,7 @@ type Policy struct {
 	bundle     Bundle
 	digest     string
 	tools      map[broker.ToolName]*tool
-	nameless   *tool   // stands for the tool of a report that names none
+	unnamed    *tool   // the tool of a report that names none
 	rules      []*rule // in the order of their ids
 	byID       map[cedar.PolicyID]*rule
 	violations map[broker.ViolationCode]broker.Consequence
@@ -28,7 +28,7 @@ type Policy struct {
 
 var _ broker.Policy = (*Policy)(nil)
 
-// tool is a declared tool and what is known of it to Cedar.
+// tool is a declared tool with its Cedar entity and the rules that can match it.
 type tool struct {
 	broker.Tool
 	uid      cedar.EntityUID
@@ -36,9 +36,9 @@ type tool struct {
 	relevant map[broker.Action]slice
 }
 
-// Load compiles a bundle. It refuses what cannot be meant: text that is not Cedar, two policies
-// with one id, unknown or misplaced annotations, open scopes without their mark. What is legal
-// but can match nothing, it reports in [Policy.Warnings]. Errors begin with "file:line: ".
+// Load compiles a bundle. It refuses text that is not Cedar, two policies with one id, unknown or misplaced
+// annotations, and open scopes without @any. Policies that are legal but can match nothing are listed in
+// [Policy.Warnings]. Errors begin with "file:line: ".
 func Load(b Bundle) (*Policy, error) {
 	p := &Policy{
 		bundle:     b,
@@ -53,16 +53,16 @@ func Load(b Bundle) (*Policy, error) {
 		}
 		p.tools[t.Name] = newTool(t)
 	}
-	p.nameless = newTool(broker.Tool{})
-	p.violations[broker.ViolationSecondUse] = broker.ConsequenceRevokeStep // somebody has a secret who should not, or did not get his
+	p.unnamed = newTool(broker.Tool{})
+	p.violations[broker.ViolationSecondUse] = broker.ConsequenceRevokeStep // the secret leaked, or was not delivered
 	p.violations[broker.ViolationCanary] = broker.ConsequenceRevokeChain
 	for code, name := range b.content.Violations {
-		p.violations[code], _ = broker.ParseConsequence(name) // content.check saw to it
+		p.violations[code], _ = broker.ParseConsequence(name) // content.check validated it
 	}
 	if err := p.compile(b.content.Policies); err != nil {
 		return nil, err
 	}
-	if err := p.conform(b.content.Schema); err != nil {
+	if err := p.checkSchema(b.content.Schema); err != nil {
 		return nil, err
 	}
 	p.lint()
@@ -70,7 +70,7 @@ func Load(b Bundle) (*Policy, error) {
 	for _, t := range p.tools {
 		t.relevant = idx.of(t)
 	}
-	p.nameless.relevant = idx.of(p.nameless)
+	p.unnamed.relevant = idx.of(p.unnamed)
 	return p, nil
 }
 
@@ -79,7 +79,7 @@ func (p *Policy) compile(docs []document) error {
 	for _, d := range docs {
 		list, err := cedar.NewPolicyListFromBytes(d.File, []byte(d.Text))
 		if err != nil {
-			return errors.New(place(d.File, err))
+			return errors.New(withFile(d.File, err))
 		}
 		for i, one := range list {
 			r, err := newRule(one, cedar.PolicyID(fmt.Sprintf("%s#%d", d.File, i+1)))
@@ -100,8 +100,8 @@ func (p *Policy) compile(docs []document) error {
 	return nil
 }
 
-// place puts the file's name where Cedar, which parses bytes, has none.
-func place(file string, err error) string {
+// withFile replaces the position in a Cedar error: Cedar parses bytes and does not know the file name.
+func withFile(file string, err error) string {
 	text := strings.TrimPrefix(err.Error(), "parser error: ")
 	if at, ok := strings.CutPrefix(text, "parse error at <input>:"); ok {
 		return file + ":" + at
@@ -109,8 +109,8 @@ func place(file string, err error) string {
 	return file + ": " + text
 }
 
-// conform holds the policies against the authors' own schema, if they gave one.
-func (p *Policy) conform(doc *document) error {
+// checkSchema validates the policies against the author's own schema, if the bundle has one.
+func (p *Policy) checkSchema(doc *document) error {
 	if doc == nil {
 		return nil
 	}
@@ -132,7 +132,7 @@ func (p *Policy) conform(doc *document) error {
 	return nil
 }
 
-// Tool gives a declared tool.
+// Tool returns a declared tool.
 func (p *Policy) Tool(name broker.ToolName) (broker.Tool, bool) {
 	if t, ok := p.tools[name]; ok {
 		return t.Tool, true
@@ -140,7 +140,7 @@ func (p *Policy) Tool(name broker.ToolName) (broker.Tool, bool) {
 	return broker.Tool{}, false
 }
 
-// Tools are the declared tools in the order of their names.
+// Tools returns the declared tools, sorted by name.
 func (p *Policy) Tools() []broker.Tool {
 	tools := make([]broker.Tool, 0, len(p.tools))
 	for _, t := range p.tools {
@@ -150,11 +150,11 @@ func (p *Policy) Tools() []broker.Tool {
 	return tools
 }
 
-// Digest identifies the bundle: "sha256:" and hex.
+// Digest identifies the bundle: "sha256:" and the hex digest.
 func (p *Policy) Digest() string { return p.digest }
 
-// Bundle is what the policy was loaded from.
+// Bundle returns the bundle that the policy was loaded from.
 func (p *Policy) Bundle() Bundle { return p.bundle }
 
-// Warnings are policies or parts of them that can match nothing, one line each.
+// Warnings lists the policies, or parts of them, that can match nothing, one line each.
 func (p *Policy) Warnings() []string { return slices.Clone(p.warnings) }

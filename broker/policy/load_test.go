@@ -44,7 +44,7 @@ func TestBuildRefuses(t *testing.T) {
 		{"tool name", tool("  - {name: X, backend: kv}\n"), `tools.yaml:6: tool "X": a tool name is`},
 		{"no narrowing", tool("  - {name: y, backend: kv}\n"), `tools.yaml:6: tool "y": narrowing ""`},
 		{"ttl too long", tool("    ttl: 16m\n"), `tools.yaml:2: tool "x": ttl "16m0s" is not`},
-		{"ttl of no time", tool("    ttl: soon\n"), `ttl "soon"`},
+		{"ttl not a duration", tool("    ttl: soon\n"), `ttl "soon"`},
 		{"argument name", tool("    arguments: {A: {kind: string}}\n"), `argument "A"`},
 		{"argument kind", tool("    arguments: {a: {kind: float}}\n"), `argument "a": kind "float"`},
 		{"constraint", tool("    arguments: {a: {kind: string, constraint: {one_off: [x]}}}\n"), `tool "x": argument "a": `},
@@ -69,16 +69,16 @@ func TestBuildRefuses(t *testing.T) {
 		{"violation on a permit", file("main.cedar", `@violation("deny") `+permit), "@violation: belongs on a forbid"},
 		{"ttl on a forbid", file("main.cedar", `@ttl("1s") forbid(principal, action, resource);`), "@ttl: belongs on a permit"},
 		{"approval", file("main.cedar", `@approval("two of oncall") `+permit), `@approval: "two of oncall"`},
-		{"approval of nobody", file("main.cedar", `@approval("0 of oncall") `+permit), `@approval: "0 of oncall"`},
+		{"approval by zero people", file("main.cedar", `@approval("0 of oncall") `+permit), `@approval: "0 of oncall"`},
 		{"ttl", file("main.cedar", `@ttl("1h") `+permit), `@ttl: ttl "1h"`},
 		{"narrowing", file("main.cedar", `@narrowing("tight") `+permit), `@narrowing: narrowing "tight"`},
-		{"one domain", file("main.cedar", `@domains("a.example") permit(principal in TrustDomain::"a", action == Action::"delegate", resource == Tool::"mail");`), "@domains: names the trust domains on both sides"},
-		{"domains without delegating", file("main.cedar", `@domains("a.example b.example") `+permit), "not about delegating"},
-		{"approval of a chain", file("main.cedar", `@approval("1 of oncall") permit(principal in TrustDomain::"a.example", action in [Action::"open", Action::"use"], resource == Tool::"mail");`), "kept for Action::\"use\""},
-		{"open principal", file("main.cedar", `permit(principal, action == Action::"use", resource == Tool::"mail");`), `permits any principal; if that is meant, say @any("principal")`},
+		{"one domain", file("main.cedar", `@domains("a.example") permit(principal in TrustDomain::"a", action == Action::"delegate", resource == Tool::"mail");`), "@domains: needs the trust domains of both sides"},
+		{"domains without delegating", file("main.cedar", `@domains("a.example b.example") `+permit), "does not include Action::\"delegate\""},
+		{"approval of a chain", file("main.cedar", `@approval("1 of oncall") permit(principal in TrustDomain::"a.example", action in [Action::"open", Action::"use"], resource == Tool::"mail");`), "apply to Action::\"use\" only"},
+		{"open principal", file("main.cedar", `permit(principal, action == Action::"use", resource == Tool::"mail");`), `permits any principal; if intended, add @any("principal")`},
 		{"open tool by type", file("main.cedar", `@any("principal") permit(principal is Agent, action == Action::"use", resource is Tool);`), "permits any tool"},
 		{"open action", file("main.cedar", `@any("principal tool") permit(principal, action, resource);`), "permits any action"},
-		{"mark without a need", file("main.cedar", `@any("tool") `+permit), `@any: "tool" is not left open`},
+		{"@any without an open part", file("main.cedar", `@any("tool") `+permit), `@any: "tool" is not left open`},
 		{"schema", file("schema.cedarschema", "entity Agent"), "schema.cedarschema: "},
 		{"against the schema", func() fstest.MapFS {
 			dir := file("schema.cedarschema", `entity Agent; entity Tool; action use appliesTo {principal: Agent, resource: Tool, context: {args: {ticket: String}}};`)
@@ -123,11 +123,11 @@ func TestWarnings(t *testing.T) {
 		{`forbid(principal, action in [Action::"use", Action::"sue"], resource);`, `no such action`},
 		{`forbid(principal == Agent::"acme/x", action, resource);`, `Agent::"acme/x" does not exist`},
 		{`forbid(principal in AgentGroup::"spiffe://acme.example", action, resource);`, `AgentGroup::"spiffe://acme.example" does not exist`},
-		{`forbid(principal == AgentGroup::"spiffe://acme.example/x", action, resource);`, `principal can not be AgentGroup`},
+		{`forbid(principal == AgentGroup::"spiffe://acme.example/x", action, resource);`, `principal cannot be AgentGroup`},
 		{`forbid(principal in TrustDomain::"spiffe://acme.example", action, resource);`, `does not exist`},
 		{`forbid(principal is User, action, resource);`, `principal is always Agent, never User`},
 		{`forbid(principal, action, resource is Tol in ToolGroup::"db");`, `resource is always Tool, never Tol`},
-		{`forbid(principal, action, resource == Agent::"spiffe://acme.example/x");`, `resource can not be Agent`},
+		{`forbid(principal, action, resource == Agent::"spiffe://acme.example/x");`, `resource cannot be Agent`},
 		{when(`context.args.tabels == ["x"]`), `context.args never has a member "tabels"`},
 		{when(`context.arg.env == "x"`), `context never has a member "arg"`},
 		{when(`context.history has "db.raed"`), `context.history never has a member "db.raed"`},
@@ -146,7 +146,7 @@ func TestWarnings(t *testing.T) {
 	}
 }
 
-// Input made to exhaust a parser is answered, and in time that grows with its length only.
+// TestDeepInput checks that input made to exhaust a parser is answered, in time that grows only with its length.
 func TestDeepInput(t *testing.T) {
 	const n = 20_000
 	when := func(s string) string { return strings.TrimSuffix(permit, ";") + " when { " + s + " };" }
@@ -158,7 +158,7 @@ func TestDeepInput(t *testing.T) {
 	} {
 		s, err := policy.Build(sources(cedar))
 		if err != nil {
-			continue // refused is an answer too
+			continue // a refusal is an answer too
 		}
 		p, err := policy.Load(s.Unsigned())
 		if err != nil {

@@ -7,15 +7,15 @@ import (
 	scope "github.com/cedar-policy/cedar-go/x/exp/ast"
 )
 
-// reads says what policies look at in the context: its members, and of each the members' names.
+// reads lists the context members that policies read, and the names that they read below each member.
 type reads map[string]names
 
-// names is a set; nil is every name.
+// names is a set; nil means every name.
 type names map[string]bool
 
 func (n names) has(name string) bool { return n == nil || n[name] }
 
-// every is the whole context.
+// every covers the whole context.
 func every() reads {
 	r := reads{}
 	for _, member := range []string{"args", "chain", "history", "used", "proof", "now", "receiver", "violation"} {
@@ -24,7 +24,7 @@ func every() reads {
 	return r
 }
 
-// add widens r by what o looks at.
+// add widens r by o.
 func (r reads) add(o reads) {
 	for member, n := range o {
 		have, known := r[member]
@@ -39,25 +39,25 @@ func (r reads) add(o reads) {
 	}
 }
 
-// readsOf looks for context.member.name, context.used.contains("name"), context.member and a bare
-// context. Each expression is met from the outside in, so what is part of a longer one was seen with
-// it and counts once.
+// readsOf finds context.member.name, context.used.contains("name"), context.member and a bare context. It counts each
+// occurrence of the context or a member, and each occurrence that is part of a longer expression. If the first count
+// is higher, the policy reads the context or the member as a whole.
 func readsOf(p *scope.Policy) reads {
 	found := reads{}
-	followed := map[string]int{} // how often "" (the context) or a member is part of something longer
-	bare := map[string]int{}     // how often it is met at all
-	meet := func(n scope.StrOpNode, longer bool) {
+	nested := map[string]int{} // occurrences of "" (the context) or a member in a longer expression
+	total := map[string]int{}  // all occurrences
+	visit := func(n scope.StrOpNode, longer bool) {
 		switch member, depth := contextMember(n.Arg); depth {
 		case 0:
-			followed[""]++
+			nested[""]++
 			if _, known := found[string(n.Value)]; !known {
 				found[string(n.Value)] = names{}
 			}
 			if longer {
-				bare[string(n.Value)]++
+				total[string(n.Value)]++
 			}
 		case 1:
-			followed[member]++
+			nested[member]++
 			if found[member] == nil {
 				found[member] = names{}
 			}
@@ -69,15 +69,15 @@ func readsOf(p *scope.Policy) reads {
 			switch n := n.(type) {
 			case scope.NodeTypeVariable:
 				if n.Name == "context" {
-					bare[""]++
+					total[""]++
 				}
 			case scope.NodeTypeAccess:
-				meet(n.StrOpNode, true)
+				visit(n.StrOpNode, true)
 			case scope.NodeTypeHas:
-				meet(n.StrOpNode, false)
+				visit(n.StrOpNode, false)
 			case scope.NodeTypeContains:
 				if tool, ok := usedTool(n); ok {
-					followed["used"]++
+					nested["used"]++
 					if found["used"] == nil {
 						found["used"] = names{}
 					}
@@ -87,18 +87,18 @@ func readsOf(p *scope.Policy) reads {
 			return true
 		})
 	}
-	if bare[""] > followed[""] {
+	if total[""] > nested[""] {
 		return every()
 	}
 	for member := range found {
-		if bare[member] > followed[member] {
+		if total[member] > nested[member] {
 			found[member] = nil
 		}
 	}
 	return found
 }
 
-// usedTool gives the tool of context.used.contains("tool").
+// usedTool returns the tool of context.used.contains("tool").
 func usedTool(n scope.NodeTypeContains) (tool string, ok bool) {
 	v, literal := n.Right.(scope.NodeValue)
 	if member, depth := contextMember(n.Left); !literal || depth != 1 || member != "used" {
@@ -108,8 +108,8 @@ func usedTool(n scope.NodeTypeContains) (tool string, ok bool) {
 	return string(name), ok
 }
 
-// contextMember tells the context itself (0), a member of it (its name, 1) and all else (-1)
-// apart. It looks two steps deep and no further, so that a long chain of members costs little.
+// contextMember returns depth 0 for the context itself, the name and depth 1 for a member of it, and -1 otherwise. It
+// inspects at most two steps, so that a long chain of members costs little.
 func contextMember(n scope.IsNode) (member string, depth int) {
 	isContext := func(n scope.IsNode) bool {
 		v, ok := n.(scope.NodeTypeVariable)

@@ -26,7 +26,7 @@ func uid(t cedar.EntityType, id string) cedar.EntityUID {
 	return cedar.NewEntityUID(t, cedar.String(id))
 }
 
-// newTool makes a tool's entity, in one group for each dotted prefix of its name.
+// newTool creates a tool's entity, in one group for each dotted prefix of its name.
 func newTool(t broker.Tool) *tool {
 	name := string(t.Name)
 	var groups []cedar.EntityUID
@@ -47,11 +47,11 @@ func newTool(t broker.Tool) *tool {
 	}}
 }
 
-// world knows a request's entities: its tool, and every agent, whose groups are in its name.
-// It is used by one evaluation.
+// world resolves the entities of a request: its tool, and any agent, because an agent's name determines its groups.
+// It serves one evaluation.
 type world struct {
 	tool   *tool
-	agents []cedar.Entity // made when asked for: few, and mostly none
+	agents []cedar.Entity // created on demand: few, and mostly none
 }
 
 func (w *world) Get(id cedar.EntityUID) (cedar.Entity, bool) {
@@ -79,7 +79,7 @@ func (w *world) Get(id cedar.EntityUID) (cedar.Entity, bool) {
 	return e, true
 }
 
-// groups are the trust domain of an agent and every directory above it: spiffe://td/a/b is in
+// appendGroups appends the groups of an agent: its trust domain and every directory above it. spiffe://td/a/b is in
 // TrustDomain td and in AgentGroup spiffe://td/a, but not in the group of its own name.
 func appendGroups(all []cedar.EntityUID, id spiffeid.ID) []cedar.EntityUID {
 	all = append(all, uid(typeTrustDomain, id.TrustDomain().Name()))
@@ -92,8 +92,8 @@ func appendGroups(all []cedar.EntityUID, id spiffeid.ID) []cedar.EntityUID {
 	return all
 }
 
-// contextOf makes the part of the context that is read. Cedar hashes every record it is given,
-// so that building all of it would cost more than deciding.
+// contextOf builds the context members that are read. Cedar hashes every record it receives, so building all of them
+// would cost more than the decision.
 func contextOf(q *broker.Question, r reads) cedar.Record {
 	b := builders.Get().(*builder)
 	c := b.open()
@@ -103,11 +103,11 @@ func contextOf(q *broker.Question, r reads) cedar.Record {
 		}
 	}
 	made := b.close(c)
-	builders.Put(b) // not after a panic, which may leave something in it
+	builders.Put(b) // skipped by a panic, which may leave data in the builder
 	return made
 }
 
-// builder makes records. Cedar copies the map that a record is made of, so the same ones serve again.
+// builder builds records. Cedar copies the map that it builds a record from, so the maps are reused.
 type builder struct {
 	free  []cedar.RecordMap
 	items []cedar.Value
@@ -115,7 +115,7 @@ type builder struct {
 
 var builders = sync.Pool{New: func() any { return new(builder) }}
 
-// open gives an empty map, which close takes back.
+// open returns an empty map, which close takes back.
 func (b *builder) open() cedar.RecordMap {
 	if len(b.free) == 0 {
 		return cedar.RecordMap{}
@@ -125,7 +125,7 @@ func (b *builder) open() cedar.RecordMap {
 	return m
 }
 
-// close makes the record. A map that grew stays large, and its copies too, so it is not kept.
+// close builds the record. It drops a large map: a map that grew stays large, and so do its copies.
 func (b *builder) close(m cedar.RecordMap) cedar.Record {
 	r := cedar.NewRecord(m)
 	if len(m) <= 8 {
@@ -135,7 +135,7 @@ func (b *builder) close(m cedar.RecordMap) cedar.Record {
 	return r
 }
 
-// set makes a set of what was appended to items.
+// set builds a set from the collected items.
 func (b *builder) set() cedar.Set {
 	s := cedar.NewSet(b.items...)
 	clear(b.items)
@@ -143,7 +143,7 @@ func (b *builder) set() cedar.Set {
 	return s
 }
 
-// member makes one member of the context; nil: a question of this kind has none of that name.
+// member builds one member of the context. It returns nil for a member that a question of this kind does not have.
 func (b *builder) member(q *broker.Question, member string, n names) cedar.Value {
 	switch {
 	case member == "args":
@@ -228,7 +228,7 @@ func (b *builder) value(v args.Value) cedar.Value {
 
 func (b *builder) history(history map[broker.ToolName]broker.Past, n names, now time.Time) cedar.Value {
 	m := b.open()
-	for name, past := range begun(history, n) {
+	for name, past := range pastUses(history, n) {
 		one := b.open()
 		one["count"] = cedar.Long(past.Count)
 		one["since_first_seconds"] = seconds(past.First, now)
@@ -239,14 +239,14 @@ func (b *builder) history(history map[broker.ToolName]broker.Past, n names, now 
 }
 
 func (b *builder) used(history map[broker.ToolName]broker.Past, n names) cedar.Value {
-	for name := range begun(history, n) {
+	for name := range pastUses(history, n) {
 		b.items = append(b.items, cedar.String(name))
 	}
 	return b.set()
 }
 
-// begun gives the tools that were used, of those that are read.
-func begun(history map[broker.ToolName]broker.Past, n names) iter.Seq2[broker.ToolName, broker.Past] {
+// pastUses yields the tools with at least one use, limited to the names that are read.
+func pastUses(history map[broker.ToolName]broker.Past, n names) iter.Seq2[broker.ToolName, broker.Past] {
 	return func(yield func(broker.ToolName, broker.Past) bool) {
 		for name, past := range history {
 			if past.Count > 0 && n.has(string(name)) && !yield(name, past) {
@@ -256,7 +256,7 @@ func begun(history map[broker.ToolName]broker.Past, n names) iter.Seq2[broker.To
 	}
 }
 
-// seconds between two instants, never negative: a clock that went back makes nothing older.
+// seconds returns the whole seconds between two instants. It is never negative, even after the clock was set back.
 func seconds(from, to time.Time) cedar.Long {
 	if from.IsZero() || to.Before(from) {
 		return 0
@@ -264,8 +264,8 @@ func seconds(from, to time.Time) cedar.Long {
 	return cedar.Long(to.Sub(from) / time.Second)
 }
 
-// prefixed reports whether an id can be a group's: a SPIFFE ID with a path.
-func prefixed(id string) bool {
+// isGroup reports whether an id can be a group's: a SPIFFE ID with a path.
+func isGroup(id string) bool {
 	s, err := spiffeid.FromString(id)
 	return err == nil && s.Path() != "" && !strings.HasSuffix(id, "/")
 }

@@ -15,16 +15,16 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// rule is one Cedar policy and what its annotations say.
+// rule is one Cedar policy with its parsed annotations.
 type rule struct {
 	id     cedar.PolicyID
 	where  string // file:line
 	policy *cedar.Policy
-	when   *cedar.Policy // its conditions alone: what is left to evaluate where the scope holds
+	when   *cedar.Policy // its conditions alone, to evaluate once the scope matches
 	forbid bool
 	reads  reads
 
-	violation   bool // has a consequence of its own
+	violation   bool // sets a consequence
 	consequence broker.Consequence
 
 	approval  approval
@@ -32,16 +32,16 @@ type rule struct {
 	narrowing broker.Narrowing
 	domains   []string
 	remedy    string
-	open      []string // what @any leaves open
+	open      []string // the parts that @any leaves open
 }
 
-// approval is "2 of oncall"; the zero approval is nobody's.
+// approval is "2 of oncall"; the zero approval requires none.
 type approval struct {
 	count int
 	group string
 }
 
-// newRule gives a rule with its place even when it fails.
+// newRule returns a rule with its position even if it fails.
 func newRule(p *cedar.Policy, id cedar.PolicyID) (*rule, error) {
 	at := p.Position()
 	r := &rule{id: id, policy: p, forbid: p.Effect() == cedar.Forbid, where: fmt.Sprintf("%s:%d", at.Filename, at.Line)}
@@ -60,15 +60,15 @@ func newRule(p *cedar.Policy, id cedar.PolicyID) (*rule, error) {
 	return r, r.checkOpen()
 }
 
-// checkReach refuses limits where nothing would keep them: the broker holds a step to them, and
-// a chain or a delegation only to the trust domains.
+// checkReach refuses limits that nothing would enforce. The broker enforces approval, TTL and narrowing only for a
+// step, and trust domains only for a delegation.
 func (r *rule) checkReach() error {
 	limits := r.approval.count > 0 || r.ttl > 0 || r.narrowing > broker.NarrowNone
 	if limits && !slices.Equal(r.actions(), []broker.Action{broker.ActionUse}) {
-		return errors.New("@approval, @ttl and @narrowing are kept for Action::\"use\"; give the other actions a permit of their own")
+		return errors.New("@approval, @ttl and @narrowing apply to Action::\"use\" only; write a separate permit for the other actions")
 	}
 	if len(r.domains) > 0 && !slices.Contains(r.actions(), broker.ActionDelegate) {
-		return errors.New("@domains: the permit is not about delegating")
+		return errors.New("@domains: the scope does not include Action::\"delegate\"")
 	}
 	return nil
 }
@@ -133,16 +133,16 @@ func parseDomains(s string) ([]string, error) {
 	domains := strings.Fields(s)
 	for _, d := range domains {
 		if td, err := spiffeid.TrustDomainFromString(d); err != nil || td.Name() != d {
-			return nil, fmt.Errorf("%.60q is not a trust domain's name", d)
+			return nil, fmt.Errorf("%.60q is not a trust domain name", d)
 		}
 	}
 	if len(domains) < 2 {
-		return nil, errors.New("names the trust domains on both sides, so at least two")
+		return nil, errors.New("needs the trust domains of both sides, so at least two")
 	}
 	return domains, nil
 }
 
-// actions are those that the scope names; all four when it names none.
+// actions returns the actions that the scope names, or all four if it names none.
 func (r *rule) actions() (names []broker.Action) {
 	var uids []cedar.EntityUID
 	switch s := r.scope().Action.(type) {
@@ -163,16 +163,15 @@ func (r *rule) actions() (names []broker.Action) {
 	return names
 }
 
-// subject is the entity that the scope asks the principal to be or to be in; the zero UID when
-// any will do.
+// subject returns the principal entity in the scope ("==" or "in"), or the zero UID for any principal.
 func (r *rule) subject() cedar.EntityUID { return target(r.scope().Principal) }
 
-// object is the same for the resource.
+// object does the same for the resource.
 func (r *rule) object() cedar.EntityUID { return target(r.scope().Resource) }
 
-// matches reports whether the scope can match at all: who asks is an Agent, and a Tool is asked for.
-// To be one of them and to be a group of them exclude each other.
-func (r *rule) matches() bool {
+// canMatch reports whether the scope can match at all. The principal is always an Agent and the resource a Tool;
+// neither can be equal to a group.
+func (r *rule) canMatch() bool {
 	return isOf(r.scope().Principal, typeAgent) && isOf(r.scope().Resource, typeTool)
 }
 
@@ -200,8 +199,8 @@ func target(s scope.IsScopeNode) cedar.EntityUID {
 	return cedar.EntityUID{}
 }
 
-// checkOpen demands that a permit for any principal, action or tool says so, and says so only
-// then (hardening.md, policy documents). A forbid for all needs no mark: it only takes away.
+// checkOpen requires @any on a permit for any principal, action or tool, and refuses @any elsewhere. A scope is then
+// never left open by accident. A forbid needs no @any, because it only takes away.
 func (r *rule) checkOpen() error {
 	if r.forbid {
 		return nil
@@ -218,7 +217,7 @@ func (r *rule) checkOpen() error {
 	}
 	for _, part := range open {
 		if !slices.Contains(r.open, part) {
-			return fmt.Errorf("permits any %s; if that is meant, say @any(%q)", part, strings.Join(open, " "))
+			return fmt.Errorf("permits any %s; if intended, add @any(%q)", part, strings.Join(open, " "))
 		}
 	}
 	for _, part := range r.open {

@@ -9,34 +9,34 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// ErrOlder refuses a bundle whose version does not go up.
-var ErrOlder = errors.New("bundle is not newer than the running one")
+// errOlder refuses a bundle with a version that is not higher than the running one's.
+var errOlder = errors.New("bundle is not newer than the running one")
 
-// Replace says whether next may take running's place: it has the same name and a higher version,
-// or is the same bundle. Going back to an older version needs rollback, which is an operator's
-// deliberate act and belongs in the audit; two contents under one version are never right.
+// Replace returns an error if next may not replace running. The name must be the same and the version higher, or the
+// bundle must be the same. An older version needs rollback, which is a deliberate act of an operator and belongs in
+// the audit log. Two contents under one version are always refused.
 func Replace(running, next *Policy, rollback bool) error {
 	was, is := running.bundle, next.bundle
 	switch {
 	case was.Name() != is.Name():
-		return fmt.Errorf("bundle %q cannot take the place of %q", is.Name(), was.Name())
+		return fmt.Errorf("bundle %q cannot replace %q", is.Name(), was.Name())
 	case running.digest == next.digest || is.Version() > was.Version():
 		return nil
 	case is.Version() == was.Version():
-		return fmt.Errorf("%w: version %d again, with other content", ErrOlder, is.Version())
+		return fmt.Errorf("%w: version %d again, with other content", errOlder, is.Version())
 	case !rollback:
-		return fmt.Errorf("%w: version %d, and %d is running", ErrOlder, is.Version(), was.Version())
+		return fmt.Errorf("%w: version %d, and %d is running", errOlder, is.Version(), was.Version())
 	}
 	return nil
 }
 
-// Running holds the bundle in force and swaps it whole: a decision sees the old one or the new
-// one. Safe for concurrent use. The zero Running has none; make one with [NewRunning].
+// Running holds the bundle in force and swaps it whole: a decision uses the old one or the new one. It is safe for
+// concurrent use. The zero Running holds none; create one with [NewRunning].
 type Running struct {
 	trust   Trust
 	current atomic.Pointer[Policy]
 
-	swap sync.Mutex // serialises Replace, so that versions are compared with what they replace
+	swap sync.Mutex // serialises Replace: the bundle compared is the bundle replaced
 }
 
 // NewRunning starts with a verified bundle.
@@ -58,15 +58,15 @@ func (r *Running) load(jws []byte) (*Policy, error) {
 	return Load(b)
 }
 
-// Current is the policy in force; a procedure takes it once and decides on that.
+// Current returns the policy in force. A procedure reads it once and decides on it.
 func (r *Running) Current() *Policy { return r.current.Load() }
 
-// Policy is [Running.Current] in the form that the engine's configuration wants.
+// Policy is [Running.Current] with the type that the engine's configuration needs.
 func (r *Running) Policy() broker.Policy { return r.current.Load() }
 
-// Replace puts a verified bundle in force by the rules of [Replace], if agree does too: it is
-// asked last, right before, and may record that the bundle comes into force; nil agrees with
-// everything. After an error the running one stays.
+// Replace puts a verified bundle in force by the rules of [Replace], if agree returns nil. It calls agree last, right
+// before the swap, so agree may record the change. A nil agree accepts every bundle. After an error the running
+// bundle stays in force.
 func (r *Running) Replace(jws []byte, rollback bool, agree func(*Policy) error) (*Policy, error) {
 	r.swap.Lock()
 	defer r.swap.Unlock()

@@ -14,21 +14,21 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Difference is a question that two bundles answer differently. The ids of the policies that
-// decided, and their words on how to ask, do not count.
+// Difference is a question that two bundles answer differently. The ids of the deciding policies and their remedies
+// are not compared.
 type Difference struct {
 	Question  broker.Question
 	Live      broker.Decision
 	Candidate broker.Decision
 }
 
-// String tells the question and the two answers in one line, without the arguments.
+// String formats the question and the two answers in one line, without the arguments.
 func (d Difference) String() string {
 	return fmt.Sprintf("%s %s %q: live %s, candidate %s", d.Question.Caller.ID, d.Question.Action, d.Question.Tool.Name,
 		describe(d.Live), describe(d.Candidate))
 }
 
-// describe is a decision in a few words: "allow (approval: 2 of oncall) by ci".
+// describe formats a decision in a few words: "allow (approval: 2 of oncall) by ci".
 func describe(d broker.Decision) string {
 	s := "allow"
 	switch {
@@ -52,7 +52,7 @@ func describe(d broker.Decision) string {
 	return fmt.Sprintf("%s by %q", s, d.Policies)
 }
 
-// compare evaluates the candidate beside a live answer.
+// compare evaluates the candidate and compares its answer with the live one.
 func compare(candidate *Policy, q broker.Question, live broker.Decision) (Difference, bool) {
 	d := Difference{q, live, candidate.Decide(q)}
 	a, b := d.Live, d.Candidate
@@ -60,8 +60,8 @@ func compare(candidate *Policy, q broker.Question, live broker.Decision) (Differ
 	return d, !reflect.DeepEqual(a, b)
 }
 
-// Diff asks both bundles the same questions, such as those of a test file or of an audit log,
-// and gives those that they answer differently.
+// Diff asks both bundles the same questions, such as those of a test file or of an audit log. It returns those with
+// different answers.
 func Diff(live, candidate *Policy, questions ...broker.Question) (found []Difference) {
 	for _, q := range questions {
 		if d, differs := compare(candidate, q, live.Decide(q)); differs {
@@ -71,32 +71,31 @@ func Diff(live, candidate *Policy, questions ...broker.Question) (found []Differ
 	return found
 }
 
-// Shadow evaluates a candidate bundle beside a live one, so that it can be tried on real questions
-// before it counts. It never decides: the live answer is given first, and what it is compared with
-// is worked out behind it, by one goroutine, from a queue of bounded length. Make one with
-// [NewShadow]; it is safe for concurrent use.
+// Shadow evaluates a candidate bundle beside a live one, to try it on real questions before it is put in force. It
+// never decides: the live answer is returned first. One goroutine then evaluates the candidate, from a queue of
+// bounded length. Create one with [NewShadow]; it is safe for concurrent use.
 type Shadow struct {
 	report    ShadowReport
 	candidate atomic.Pointer[Policy]
 	asked     chan answered
-	done      chan struct{} // closed when the goroutine is gone
+	done      chan struct{} // closed when the goroutine has ended
 	stop      chan struct{} // closed by Close
 	closing   sync.Once
 }
 
-// ShadowReport is told what a [Shadow] finds. Both fields are required.
+// ShadowReport receives the findings of a [Shadow]. Both fields are required.
 type ShadowReport struct {
-	Differs func(Difference) // one at a time
-	Missed  func(error)      // a question was not compared: there were too many, or the candidate broke on it. Must be quick and safe for concurrent use
+	Differs func(Difference) // called for one difference at a time
+	Missed  func(error)      // a question was not compared: the queue was full, or the candidate panicked. Must be quick and safe for concurrent use
 }
 
-// ErrShadowBusy says that questions come faster than a candidate answers them.
+// ErrShadowBusy reports that questions arrive faster than the candidate answers them.
 var ErrShadowBusy = errors.New("more questions than the candidate can keep up with")
 
-// shadowQueue is how many questions wait for a candidate's answer.
+// shadowQueue is the number of questions that can wait for the candidate.
 const shadowQueue = 1024
 
-// answered is a question, its live answer, and who is to be asked, too.
+// answered is a question with its live answer and the candidate to compare.
 type answered struct {
 	candidate *Policy
 	question  broker.Question
@@ -110,17 +109,17 @@ func NewShadow(report ShadowReport) *Shadow {
 	return s
 }
 
-// Close ends the comparing and waits for it. It may be called more than once.
+// Close stops the comparison and waits for its goroutine. It may be called more than once.
 func (s *Shadow) Close() {
 	s.closing.Do(func() { close(s.stop) })
 	<-s.done
 }
 
-// Try makes p the candidate; nil: there is none.
+// Try makes p the candidate. Nil removes the candidate.
 func (s *Shadow) Try(p *Policy) { s.candidate.Store(p) }
 
-// Beside gives a policy that answers by live alone, and has the candidate, if there is one, asked
-// the same.
+// Beside returns a policy that answers with live alone. If there is a candidate, the shadow asks it the same
+// questions.
 func (s *Shadow) Beside(live *Policy) broker.Policy {
 	if c := s.candidate.Load(); c != nil {
 		return shadowed{live, c, s}
@@ -128,17 +127,17 @@ func (s *Shadow) Beside(live *Policy) broker.Policy {
 	return live
 }
 
-// shadowed is a live bundle whose answers are compared.
+// shadowed is a live bundle with a candidate for comparison.
 type shadowed struct {
 	*Policy
 	candidate *Policy
 	shadow    *Shadow
 }
 
-// Decide gives the live answer.
+// Decide returns the live answer.
 func (p shadowed) Decide(q broker.Question) broker.Decision {
 	live := p.Policy.Decide(q)
-	q.History = maps.Clone(q.History) // the engine counts the step in it
+	q.History = maps.Clone(q.History) // the engine counts the step in the original
 	select {
 	case p.shadow.asked <- answered{p.candidate, q, live}:
 	default:
@@ -159,11 +158,11 @@ func (s *Shadow) run() {
 	}
 }
 
-// compare asks the candidate. Whatever it does stays here.
+// compare evaluates the candidate. It recovers a panic of the candidate and reports it.
 func (s *Shadow) compare(a answered) {
 	defer func() {
 		if p := recover(); p != nil {
-			s.report.Missed(fmt.Errorf("the candidate broke: %v", p))
+			s.report.Missed(fmt.Errorf("the candidate panicked: %v", p))
 		}
 	}()
 	if d, differs := compare(a.candidate, a.question, a.live); differs {
@@ -171,7 +170,7 @@ func (s *Shadow) compare(a answered) {
 	}
 }
 
-// Change is one thing that is not the same in two bundles.
+// Change is one difference between two bundles.
 type Change struct {
 	What string `json:"what"`           // "tool", "policy", "violation", "schema" or "version"
 	Name string `json:"name,omitempty"` // which one; empty for schema and version
@@ -180,8 +179,8 @@ type Change struct {
 
 func (c Change) String() string { return fmt.Sprintf("%s %s %s", c.How, c.What, c.Name) }
 
-// Changes lists what differs between two loaded bundles, in order. Policies are compared as
-// Cedar, so that comments and layout are no change.
+// Changes lists the differences between two loaded bundles, in order. Policies are compared as Cedar, so comments and
+// layout do not count.
 func Changes(from, to *Policy) []Change {
 	var found []Change
 	add := func(what string, old, new map[string][]byte) {
@@ -207,13 +206,13 @@ func Changes(from, to *Policy) []Change {
 	return found
 }
 
-// parts are a bundle's, by kind and name, each as comparable bytes.
+// parts returns the parts of a bundle by kind and name, each as comparable bytes.
 func (p *Policy) parts() map[string]map[string][]byte {
 	c := p.bundle.content
 	parts := map[string]map[string][]byte{"version": {"": fmt.Append(nil, c.Version)},
 		"tool": {}, "policy": {}, "violation": {}, "schema": {}}
 	for _, t := range c.Tools {
-		parts["tool"][t.Name], _ = json.Marshal(t, json.Deterministic(true)) // it came from JSON
+		parts["tool"][t.Name], _ = json.Marshal(t, json.Deterministic(true)) // cannot fail: it was decoded from JSON
 	}
 	for _, r := range p.rules {
 		parts["policy"][string(r.id)] = r.policy.MarshalCedar()

@@ -15,11 +15,10 @@ const (
 	maxSignatures = 16
 )
 
-// Causes for which a signed bundle is refused. The text of the error that wraps one has the
-// details.
+// Reasons to refuse a signed bundle. The error that wraps one has the details.
 var (
 	ErrOversized   = errors.New("bundle is too large")
-	ErrNonsense    = errors.New("not a signed bundle")
+	ErrMalformed   = errors.New("not a signed bundle")
 	ErrTampered    = errors.New("signature does not fit the bundle")
 	ErrUnderSigned = errors.New("bundle is not signed by enough trusted keys")
 )
@@ -36,7 +35,7 @@ type signature struct {
 	Signature string `json:"signature"`
 }
 
-// header is all that a signature's protected header may say; crit, jwk, x5c and the like are
+// header lists the only members that a signature's protected header may have. Others, such as crit, jwk and x5c, are
 // unknown members and refused.
 type header struct {
 	Alg string `json:"alg"`
@@ -49,8 +48,8 @@ func Sign(s Source, keys ...jose.JSONWebKey) ([]byte, error) {
 	return addSignatures(envelope{Payload: encode(s.payload)}, keys)
 }
 
-// Cosign adds signatures to a signed bundle, so that the holders of several keys need not meet.
-// What was signed before is kept and not checked; [Verify] does that.
+// Cosign adds signatures to a signed bundle, so that the holders of several keys can sign separately. It keeps the
+// earlier signatures without checking them; [Verify] does that.
 func Cosign(jws []byte, keys ...jose.JSONWebKey) ([]byte, error) {
 	e, _, err := open(jws)
 	if err != nil {
@@ -96,22 +95,21 @@ func addSignatures(e envelope, keys []jose.JSONWebKey) ([]byte, error) {
 	return json.Marshal(e)
 }
 
-// Trust says which keys may sign a bundle and how many of them must. The zero Trust trusts
-// nobody.
+// Trust lists the keys that may sign a bundle and how many of them must. The zero Trust accepts no bundle.
 type Trust struct {
 	Keys []jose.JSONWebKey // public platform keys
-	Need int               // how many different ones must have signed, at least 1
+	Need int               // the number of different keys that must have signed, at least 1
 }
 
-// Bundle is content that enough keys stand for, unless it comes from [Source.Unsigned].
+// Bundle is content signed by enough trusted keys, unless it comes from [Source.Unsigned].
 type Bundle struct {
 	Source
-	Signers []string // key ids whose signatures were verified, in the order of the envelope
+	Signers []string // ids of the keys with verified signatures, in the order of the envelope
 }
 
-// Verify opens a signed bundle. Each signature that claims a trusted key must be good; those of
-// unknown keys count for nothing, and a key counts once. The error wraps one of the Err values
-// of this package, or says what in the content makes no sense.
+// Verify opens a signed bundle. Each signature that claims a trusted key must be valid. Signatures of unknown keys
+// are ignored, and a key counts once. The error wraps one of the Err values of this package, or names the fault in
+// the content.
 func Verify(jws []byte, t Trust) (Bundle, error) {
 	trusted, err := t.byID()
 	if err != nil {
@@ -130,10 +128,10 @@ func Verify(jws []byte, t Trust) (Bundle, error) {
 		case !ok:
 			unknown = append(unknown, fmt.Sprintf("%.43q", h.Kid))
 			continue
-		case h.Alg != k.Algorithm: // go-jose would take any that the key can do
+		case h.Alg != k.Algorithm: // go-jose accepts every algorithm that the key type can do
 			return Bundle{}, fmt.Errorf("%w: key %s signs with %s, not %.20q", ErrTampered, h.Kid, k.Algorithm, h.Alg)
-		case !e.good(i, k):
-			return Bundle{}, fmt.Errorf("%w: the one by key %s", ErrTampered, h.Kid)
+		case !e.verified(i, k):
+			return Bundle{}, fmt.Errorf("%w: key %s", ErrTampered, h.Kid)
 		case !seen[h.Kid]:
 			seen[h.Kid] = true
 			b.Signers = append(b.Signers, h.Kid)
@@ -144,7 +142,7 @@ func Verify(jws []byte, t Trust) (Bundle, error) {
 	}
 	payload, err := base64.RawURLEncoding.Strict().DecodeString(e.Payload)
 	if err != nil {
-		return Bundle{}, fmt.Errorf("%w: payload is not base64url", ErrNonsense)
+		return Bundle{}, fmt.Errorf("%w: payload is not base64url", ErrMalformed)
 	}
 	if b.Source, err = parsePayload(payload); err != nil {
 		return Bundle{}, err
@@ -175,36 +173,36 @@ func (t Trust) byID() (map[string]jose.JSONWebKey, error) {
 	return keys, nil
 }
 
-// open takes the envelope apart and checks nothing but its form.
+// open decodes the envelope and checks only its form.
 func open(jws []byte) (envelope, []header, error) {
 	var e envelope
 	if len(jws) > MaxBundle {
 		return e, nil, fmt.Errorf("%w: %d bytes, at most %d", ErrOversized, len(jws), MaxBundle)
 	}
 	if err := json.Unmarshal(jws, &e, json.RejectUnknownMembers(true)); err != nil {
-		return e, nil, fmt.Errorf("%w: %w", ErrNonsense, err)
+		return e, nil, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
 	if e.Payload == "" || len(e.Signatures) == 0 || len(e.Signatures) > maxSignatures {
-		return e, nil, fmt.Errorf("%w: a payload and 1 to %d signatures are needed", ErrNonsense, maxSignatures)
+		return e, nil, fmt.Errorf("%w: a payload and 1 to %d signatures are needed", ErrMalformed, maxSignatures)
 	}
 	headers := make([]header, len(e.Signatures))
 	for i, s := range e.Signatures {
 		raw, err := base64.RawURLEncoding.Strict().DecodeString(s.Protected)
 		if err != nil || len(raw) > 1024 {
-			return e, nil, fmt.Errorf("%w: header of signature %d is not base64url or too long", ErrNonsense, i+1)
+			return e, nil, fmt.Errorf("%w: header of signature %d is not base64url or too long", ErrMalformed, i+1)
 		}
 		if err := json.Unmarshal(raw, &headers[i], json.RejectUnknownMembers(true)); err != nil {
-			return e, nil, fmt.Errorf("%w: header of signature %d: %w", ErrNonsense, i+1, err)
+			return e, nil, fmt.Errorf("%w: header of signature %d: %w", ErrMalformed, i+1, err)
 		}
 		if headers[i].Typ != bundleType {
-			return e, nil, fmt.Errorf("%w: signature %d is for typ %.40q, not %q", ErrNonsense, i+1, headers[i].Typ, bundleType)
+			return e, nil, fmt.Errorf("%w: signature %d is for typ %.40q, not %q", ErrMalformed, i+1, headers[i].Typ, bundleType)
 		}
 	}
 	return e, headers, nil
 }
 
-// good verifies one signature with the one algorithm of its key.
-func (e envelope) good(i int, k jose.JSONWebKey) bool {
+// verified reports whether one signature is valid under the one algorithm of its key.
+func (e envelope) verified(i int, k jose.JSONWebKey) bool {
 	s := e.Signatures[i]
 	if _, err := base64.RawURLEncoding.Strict().DecodeString(s.Signature); err != nil {
 		return false

@@ -16,7 +16,7 @@ import (
 
 func one[T any](r *rand.Rand, of ...T) T { return of[r.IntN(len(of))] }
 
-// randomCedar draws n policies whose scopes and conditions overlap and sometimes fail.
+// randomCedar generates n policies with overlapping scopes and conditions, some of which fail.
 func randomCedar(r *rand.Rand, n int) string {
 	var b strings.Builder
 	for i := range n {
@@ -78,7 +78,7 @@ func randomQuestion(r *rand.Rand) broker.Question {
 	return q
 }
 
-// Leaving out the policies whose scope cannot match changes no decision.
+// TestSlicedIsUnsliced checks that leaving out policies with a scope that cannot match changes no decision.
 func TestSlicedIsUnsliced(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	allowed, failed, deniedAnyway := 0, 0, 0
@@ -102,7 +102,7 @@ func TestSlicedIsUnsliced(t *testing.T) {
 		}
 	}
 	if min(allowed, failed, deniedAnyway) < 500 {
-		t.Errorf("%d allowed, %d failed, %d denied: the draw tests too little of one kind", allowed, failed, deniedAnyway)
+		t.Errorf("%d allowed, %d failed, %d denied: the random questions test too little of one kind", allowed, failed, deniedAnyway)
 	}
 }
 
@@ -129,8 +129,8 @@ func FuzzDecide(f *testing.F) {
 	})
 }
 
-// BenchmarkDecide asks at a chain of depth 8 that has used ten tools. Most policies are about
-// other tools and agents, as in a real bundle; ten of each hundred are about everybody's tool.
+// BenchmarkDecide decides for a chain of depth 8 that has used ten tools. Most policies are about other tools and
+// agents, as in a real bundle. Ten of each hundred apply to any principal.
 func BenchmarkDecide(b *testing.B) {
 	for _, n := range []int{10, 100, 1000} {
 		p := benchPolicy(b, n)

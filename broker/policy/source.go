@@ -25,11 +25,10 @@ const (
 	MaxPolicies = 10_000
 )
 
-// Source is a bundle's content, well-formed and with policies that compile, signed by nobody.
-// The zero Source has none.
+// Source is a bundle's unsigned content. It is well-formed and its policies compile. The zero Source is empty.
 type Source struct {
 	content content
-	payload []byte // canonical JSON of content: what is signed
+	payload []byte // canonical JSON of content; the signatures cover it
 }
 
 type content struct {
@@ -46,28 +45,24 @@ type document struct {
 	Text string `json:"text"`
 }
 
-// Name is the bundle's; bundles of one name replace each other.
+// Name returns the bundle's name. Bundles of one name replace each other.
 func (s Source) Name() string { return s.content.Name }
 
-// Version only goes up; see [Replace].
+// Version returns the bundle's version, which only goes up; see [Replace].
 func (s Source) Version() int64 { return s.content.Version }
 
-// Payload is the canonical JSON; the caller must not change it.
-func (s Source) Payload() []byte { return s.payload }
-
-// Digest is "sha256:" and the hex digest of the payload.
+// Digest returns "sha256:" and the hex digest of the payload.
 func (s Source) Digest() string {
 	sum := sha256.Sum256(s.payload)
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// Unsigned lets authors test policies, and `pawl dev` run them, before anybody has signed.
-// A broker that serves others takes bundles from [Verify] alone.
+// Unsigned lets authors test policies, and `pawl dev` run them, before they are signed. A broker that serves others
+// accepts bundles only from [Verify].
 func (s Source) Unsigned() Bundle { return Bundle{Source: s} }
 
-// Build reads an author's directory: bundle.yaml, tools.yaml, any number of *.cedar, and
-// optionally violations.yaml and schema.cedarschema. Other files are left alone. Errors begin
-// with the file, and where it can be told the line, that is at fault.
+// Build reads an author's directory: bundle.yaml, tools.yaml, any number of *.cedar, and optionally violations.yaml
+// and schema.cedarschema. It ignores other files. Errors begin with the file, and with the line where it is known.
 func Build(dir fs.FS) (Source, error) {
 	var c content
 	if err := c.readHead(dir); err != nil {
@@ -160,7 +155,7 @@ func (c *content) readCedar(dir fs.FS) error {
 	return nil
 }
 
-// readFile reads a file of a bundle; its size is known before its bytes are taken.
+// readFile reads a file of a bundle. It checks the size before reading.
 func readFile(dir fs.FS, name string) ([]byte, error) {
 	info, err := fs.Stat(dir, name)
 	if err != nil {
@@ -176,7 +171,7 @@ func readFile(dir fs.FS, name string) ([]byte, error) {
 	return raw, nil
 }
 
-// seal checks the content and makes its one encoding.
+// seal checks the content and encodes it in its canonical form.
 func (c content) seal() (Source, error) {
 	if err := c.check(); err != nil {
 		return Source{}, err
@@ -191,8 +186,8 @@ func (c content) seal() (Source, error) {
 	return Source{c, raw}, nil
 }
 
-// parsePayload reads a payload. Whatever does not encode to the same bytes is refused, so that
-// two readers cannot see two bundles in one.
+// parsePayload decodes a payload. It refuses a payload that does not encode to the same bytes, so that two readers
+// cannot read it differently.
 func parsePayload(raw []byte) (Source, error) {
 	var c content
 	if err := json.Unmarshal(raw, &c, json.RejectUnknownMembers(true)); err != nil {
@@ -212,8 +207,8 @@ func (c content) check() error {
 	if _, err := broker.ParseToolName(c.Name); err != nil {
 		return fmt.Errorf("bundle.yaml: name %.60q must be lower-case words joined by dots or hyphens", c.Name)
 	}
-	if c.Version < 1 || c.Version > 1<<53 { // a number in any JSON reader
-		return errors.New("bundle.yaml: version must be a number from 1 up")
+	if c.Version < 1 || c.Version > 1<<53 { // exact in any JSON reader
+		return errors.New("bundle.yaml: version must be an integer from 1 to 2^53")
 	}
 	if len(c.Tools) > MaxTools {
 		return fmt.Errorf("tools.yaml: more than %d tools", MaxTools)
@@ -226,14 +221,14 @@ func (c content) check() error {
 	last := ""
 	for _, d := range c.Policies {
 		if path.Ext(d.File) != ".cedar" || !segment(d.File) || d.File <= last {
-			return fmt.Errorf("policy file %.60q is named badly, twice or out of order", d.File)
+			return fmt.Errorf("policy file %.60q has a bad name, is repeated or is out of order", d.File)
 		}
 		if last = d.File; len(d.Text) > MaxFile || !utf8.ValidString(d.Text) {
 			return fmt.Errorf("%s: larger than %d bytes or not UTF-8", d.File, MaxFile)
 		}
 	}
 	if c.Schema != nil && (c.Schema.File != "schema.cedarschema" || len(c.Schema.Text) > MaxFile) {
-		return fmt.Errorf("schema.cedarschema: named badly or larger than %d bytes", MaxFile)
+		return fmt.Errorf("schema.cedarschema: bad name, or larger than %d bytes", MaxFile)
 	}
 	for _, code := range slices.Sorted(maps.Keys(c.Violations)) {
 		if _, ok := broker.ParseConsequence(c.Violations[code]); !ok {
@@ -246,7 +241,7 @@ func (c content) check() error {
 	return nil
 }
 
-// words accepts the form of a violation code.
+// words reports whether s has the form of a violation code.
 func words(s string) bool {
 	return len(s) <= 64 && all(strings.Split(s, "_"), func(w string) bool {
 		return w != "" && strings.Trim(w, "abcdefghijklmnopqrstuvwxyz0123456789") == ""

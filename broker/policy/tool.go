@@ -12,7 +12,7 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// toolDecl is a tool as a payload carries it.
+// toolDecl is a tool in the form of a payload.
 type toolDecl struct {
 	Name      string               `json:"name"`
 	Backend   string               `json:"backend"`
@@ -35,7 +35,7 @@ type vaultDecl struct {
 	Path   string `json:"path"`
 }
 
-// toolYAML is a tool as its author writes it.
+// toolYAML is a tool in the form of tools.yaml.
 type toolYAML struct {
 	Name      string               `yaml:"name"`
 	Backend   string               `yaml:"backend"`
@@ -56,12 +56,12 @@ type paramYAML struct {
 	Constraint any    `yaml:"constraint"`
 }
 
-// decl puts the author's words into the payload's form.
+// decl converts a tool to the payload's form.
 func (y toolYAML) decl() (toolDecl, error) {
 	d := toolDecl{Name: y.Name, Backend: y.Backend, Narrowing: y.Narrowing, TTL: y.TTL,
 		Vault: vaultDecl(y.Vault), Settings: y.Settings, Canary: y.Canary}
 	if ttl, err := time.ParseDuration(y.TTL); err == nil {
-		d.TTL = ttl.String() // one spelling; what does not parse is refused by tool
+		d.TTL = ttl.String() // one spelling; tool refuses text that does not parse
 	}
 	for name, p := range y.Arguments {
 		decl := paramDecl{Kind: p.Kind, Required: p.Required}
@@ -84,7 +84,7 @@ func (y toolYAML) decl() (toolDecl, error) {
 	return d, nil
 }
 
-// tool checks the declaration and gives the broker's form of it.
+// tool checks the declaration and converts it to the broker's form.
 func (d toolDecl) tool() (t broker.Tool, err error) {
 	if t.Name, err = broker.ParseToolName(d.Name); err != nil {
 		return t, err
@@ -105,11 +105,11 @@ func (d toolDecl) tool() (t broker.Tool, err error) {
 		return t, err
 	}
 	if !segment(d.Vault.Policy) {
-		return t, errors.New("vault.policy must be one word of letters, digits, '-', '_' and '.'")
+		return t, errors.New("vault.policy must be one segment of letters, digits, '-', '_' and '.'")
 	}
 	t.Policy, t.Path, t.Settings = d.Vault.Policy, strings.Split(d.Vault.Path, "/"), maps.Clone(d.Settings)
 	if len(t.Path) < 2 || !all(t.Path, segment) {
-		return t, errors.New("vault.path must be words of letters, digits, '-', '_' and '.' joined by slashes, at least two")
+		return t, errors.New("vault.path must be at least two segments of letters, digits, '-', '_' and '.', joined by slashes")
 	}
 	return t, nil
 }
@@ -132,7 +132,7 @@ func parameters(decls map[string]paramDecl) (map[string]broker.Parameter, error)
 	return params, nil
 }
 
-// parseTTL accepts what a secret may live: whole seconds up to [broker.MaxTTL].
+// parseTTL parses the lifetime of a secret: whole seconds up to [broker.MaxTTL].
 func parseTTL(s string) (time.Duration, error) {
 	d, err := time.ParseDuration(s)
 	if err != nil || d <= 0 || d > broker.MaxTTL || d%time.Second != 0 {
@@ -141,7 +141,7 @@ func parseTTL(s string) (time.Duration, error) {
 	return d, nil
 }
 
-// segment allows one path segment that means the same everywhere (hardening.md, CVE-2026-3605).
+// segment reports whether s is one path segment that every reader takes the same way (see CVE-2026-3605).
 func segment(s string) bool {
 	return len(s) > 0 && len(s) <= 128 && strings.Trim(s, ".") != "" && strings.IndexFunc(s, func(r rune) bool {
 		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '_' || r == '.')

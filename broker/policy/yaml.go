@@ -15,40 +15,40 @@ import (
 	"github.com/goccy/go-yaml/token"
 )
 
-// What the files are made of. Their reader's time grows with the square of a line's length, of a run of
-// blank lines and of the depth, and what people write is small, narrow and flat.
+// Limits of a file. The YAML reader's time grows with the square of a line's length, of a run of blank lines and of
+// the depth. Files that people write are small, narrow and flat.
 const (
 	maxNesting = 32
 	maxIndent  = 128  // columns
 	maxLine    = 4096 // bytes
 	maxBlank   = 64   // blank lines in a row
 	maxTokens  = 65_536
-	maxKeys    = 1024 // of one map
+	maxKeys    = 1024 // in one map
 	maxKey     = 128  // bytes
 )
 
-// ErrNoDocument is in the error for a file that says nothing.
-var ErrNoDocument = errors.New("holds no document; exactly one document is wanted")
+// ErrNoDocument is in the error for an empty file.
+var ErrNoDocument = errors.New("holds no document; exactly one document is required")
 
-var errDocuments = errors.New("holds more than one document; exactly one document is wanted")
+var errDocuments = errors.New("holds more than one document; exactly one document is required")
 
-// ReadYAML decodes one document strictly, and whatever the bytes are it has soon ended: unknown and
-// repeated keys, anchors, aliases, merge keys, tags and a second document are errors. They begin with
-// "file:line: ", or with "line N: " where file is empty.
+// ReadYAML decodes one document strictly and in bounded time, whatever the bytes are. Unknown and repeated keys,
+// anchors, aliases, merge keys, tags and a second document are errors. Errors begin with "file:line: ", or with "line
+// N: " where file is empty.
 func ReadYAML(file string, raw []byte, v any) error {
-	if err := bounded(raw); err != nil {
+	if err := checkLimits(raw); err != nil {
 		return located(file, err)
 	}
-	body, err := only(raw)
+	body, err := parseOne(raw)
 	if err != nil {
 		return located(file, err)
 	}
 	return located(file, yaml.NewDecoder(bytes.NewReader(nil), yaml.Strict()).DecodeFromNode(body, v))
 }
 
-// only parses the only document.
-func only(raw []byte) (ast.Node, error) {
-	// Not lexer.Tokenize, which begins again after each error and gives all of them: a line of @ is as many.
+// parseOne parses the only document.
+func parseOne(raw []byte) (ast.Node, error) {
+	// Not lexer.Tokenize: it restarts after each error and collects all of them, one for each byte of a line of @.
 	var s scanner.Scanner
 	s.Init(string(raw))
 	found, err := s.Scan()
@@ -56,8 +56,8 @@ func only(raw []byte) (ast.Node, error) {
 		return nil, err
 	}
 	var tokens token.Tokens
-	tokens.Add(found...) // which links them
-	if err := few(tokens); err != nil {
+	tokens.Add(found...) // Add links them
+	if err := checkTokens(tokens); err != nil {
 		return nil, err
 	}
 	f, err := parser.Parse(tokens, 0)
@@ -72,8 +72,8 @@ func only(raw []byte) (ast.Node, error) {
 	}
 	var p plain
 	ast.Walk(&p, f.Docs[0].Body)
-	if p.odd != nil {
-		return nil, lineError{line(p.odd), "anchors, aliases, merge keys and tags are not used here; write the value itself"}
+	if p.forbidden != nil {
+		return nil, lineError{line(p.forbidden), "anchors, aliases, merge keys and tags are not allowed; write the value itself"}
 	}
 	if p.key != nil {
 		return nil, lineError{line(p.key), "a key is no text; put it in quotes"}
@@ -81,15 +81,15 @@ func only(raw []byte) (ast.Node, error) {
 	return f.Docs[0].Body, nil
 }
 
-// few holds what was lexed to the limits before it is parsed. The parser calls itself for each further
-// document and each further key of a block, copies what it has each time, and keeps the path of every value.
-func few(tokens token.Tokens) error {
+// checkTokens applies the limits before parsing. The parser recurses for each further document and each further key
+// of a block. It copies its state each time, and keeps the path of every value.
+func checkTokens(tokens token.Tokens) error {
 	if len(tokens) > maxTokens {
 		return fmt.Errorf("holds more than %d keys, values and marks; split it", maxTokens)
 	}
 	var (
 		marks  = map[token.Type]int{}
-		blocks []block // that are open, by their columns
+		blocks []block // the open blocks, by column
 	)
 	for _, t := range tokens {
 		marks[t.Type]++
@@ -101,7 +101,7 @@ func few(tokens token.Tokens) error {
 		}
 		flow := marks[token.MappingStartType] + marks[token.SequenceStartType] - marks[token.MappingEndType] - marks[token.SequenceEndType]
 		if ends := t.Type == token.MappingEndType || t.Type == token.SequenceEndType; flow > 0 || ends || t.Type == token.CommentType {
-			continue // these may stand anywhere
+			continue // these may appear in any column
 		}
 		for len(blocks) > 0 && blocks[len(blocks)-1].column > t.Position.Column {
 			blocks = blocks[:len(blocks)-1]
@@ -114,16 +114,16 @@ func few(tokens token.Tokens) error {
 		}
 		last := &blocks[len(blocks)-1]
 		if last.keys++; last.keys > maxKeys {
-			return lineError{t.Position.Line, fmt.Sprintf("the map has more than %d keys; take some out", maxKeys)}
+			return lineError{t.Position.Line, fmt.Sprintf("the map has more than %d keys; remove some", maxKeys)}
 		}
 	}
 	return nil
 }
 
-// block is a map whose keys begin in one column.
+// block is a map with all keys in one column.
 type block struct{ column, keys int }
 
-// lineError is an error of ours about a line.
+// lineError is an error of this package with a line number.
 type lineError struct {
 	line int
 	text string
@@ -131,8 +131,8 @@ type lineError struct {
 
 func (e lineError) Error() string { return e.text }
 
-// bounded holds a file to the limits before its reader sees it.
-func bounded(raw []byte) error {
+// checkLimits applies the limits to the text before the YAML reader sees it.
+func checkLimits(raw []byte) error {
 	if len(raw) > MaxFile {
 		return fmt.Errorf("larger than %d bytes", MaxFile)
 	}
@@ -140,22 +140,22 @@ func bounded(raw []byte) error {
 	for text := range bytes.Lines(raw) {
 		n++
 		var err error
-		if depth, err = narrow(text, depth); err != nil {
+		if depth, err = checkLine(text, depth); err != nil {
 			return lineError{n, err.Error()}
 		}
 		if blank++; len(bytes.TrimSpace(text)) > 0 {
 			blank = 0
 		}
 		if blank > maxBlank {
-			return lineError{n, fmt.Sprintf("more than %d blank lines in a row; take some out", maxBlank)}
+			return lineError{n, fmt.Sprintf("more than %d blank lines in a row; remove some", maxBlank)}
 		}
 	}
 	return nil
 }
 
-// narrow looks at one line for what makes depth: indentation, brackets, and the dashes and question marks
-// that open several levels at once. It gives the depth of the brackets that are open after it.
-func narrow(text []byte, depth int) (int, error) {
+// checkLine checks one line for nesting: indentation, brackets, and the dashes and question marks that open several
+// levels at once. It returns the depth of the brackets that are open after the line.
+func checkLine(text []byte, depth int) (int, error) {
 	if !utf8.Valid(text) {
 		return 0, errors.New("is not UTF-8")
 	}
@@ -172,7 +172,7 @@ func narrow(text []byte, depth int) (int, error) {
 		deep = deep || depth > maxNesting
 	}
 	if deep {
-		return 0, fmt.Errorf("nested more than %d deep or indented more than %d columns; no file needs that", maxNesting, maxIndent)
+		return 0, fmt.Errorf("nested more than %d deep or indented more than %d columns; flatten it", maxNesting, maxIndent)
 	}
 	if len(text) > maxLine {
 		return 0, fmt.Errorf("longer than %d bytes; break it into several lines", maxLine)
@@ -180,14 +180,14 @@ func narrow(text []byte, depth int) (int, error) {
 	return depth, nil
 }
 
-// plain finds what would make a document mean more than it shows, or less: the decoder takes a map with
-// a key that is no text, as a number is, for an empty one.
-type plain struct{ odd, key ast.Node }
+// plain finds nodes that give a document more meaning than it shows, or less. The decoder treats a map with a key
+// that is not a string, such as a number, as an empty map.
+type plain struct{ forbidden, key ast.Node }
 
 func (p *plain) Visit(n ast.Node) ast.Visitor {
 	switch n := n.(type) {
 	case *ast.AnchorNode, *ast.AliasNode, *ast.MergeKeyNode, *ast.TagNode:
-		p.odd = n
+		p.forbidden = n
 	case *ast.MappingValueNode:
 		if _, text := n.Key.(*ast.StringNode); !text {
 			p.key = n.Key
@@ -203,7 +203,7 @@ func line(n ast.Node) int {
 	return 0
 }
 
-// located turns the reader's error, which quotes the source over several lines, into one line.
+// located rewrites the reader's error, which quotes several lines of source, as one line.
 func located(file string, err error) error {
 	var (
 		parsed  yaml.Error
@@ -232,7 +232,7 @@ func located(file string, err error) error {
 	return fmt.Errorf("%s:%d: %s", file, at, text)
 }
 
-// row is a list's element that remembers its line.
+// row is a list element that remembers its line.
 type row[T any] struct {
 	value T
 	line  int
@@ -243,11 +243,11 @@ func (r *row[T]) UnmarshalYAML(n ast.Node) error {
 	return yaml.NodeToValue(n, &r.value, yaml.Strict())
 }
 
-// asJSON is the JSON of a decoded YAML value, for parsers of our own that read JSON.
+// asJSON encodes a decoded YAML value as JSON, for parsers of this project that read JSON.
 func asJSON(v any) (json.RawMessage, error) {
 	raw, err := json.Marshal(v)
 	if err != nil {
-		return nil, errors.New("is not made of maps with text keys, lists and scalars")
+		return nil, errors.New("must consist of maps with string keys, lists and scalars")
 	}
 	return raw, nil
 }

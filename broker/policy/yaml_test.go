@@ -10,8 +10,8 @@ import (
 	"github.com/pawlsec/pawl/broker/policy"
 )
 
-// TestYAMLIsBounded feeds the reader what takes its parser minutes or gigabytes: each is refused soon, with
-// the line and what to do.
+// TestYAMLIsBounded feeds the reader input that takes its parser minutes or gigabytes. Each must be refused quickly,
+// with the line and a fix.
 func TestYAMLIsBounded(t *testing.T) {
 	numbered := func(format string) string {
 		var s strings.Builder
@@ -27,7 +27,7 @@ func TestYAMLIsBounded(t *testing.T) {
 	}
 	for what, row := range map[string]struct{ raw, want string }{
 		"a large file":                {strings.Repeat("#\n", policy.MaxFile), "f: larger than 262144 bytes"},
-		"blank lines in a text":       {"a: |\n  x" + full("\n"), "f:67: more than 64 blank lines in a row; take some out"},
+		"blank lines in a text":       {"a: |\n  x" + full("\n"), "f:67: more than 64 blank lines in a row; remove some"},
 		"lines of spaces":             {"a: |\n  x\n" + full(" \r\n"), "f:67: more than 64 blank lines in a row"},
 		"reserved marks":              {full("@"), "f:1: longer than 4096 bytes; break it into several lines"},
 		"a reserved mark a line":      {full("@\n"), "f:1: '@' is a reserved character"},
@@ -43,13 +43,13 @@ func TestYAMLIsBounded(t *testing.T) {
 		"a long key":                  {strings.Repeat("k", 129) + ": 1\n", "f:1: a key is longer than 128 bytes"},
 		"depth by indentation":        {deep, "f:34: nested more than 32 deep or indented more than 128 columns"},
 		"depth by brackets":           {"a:\n" + strings.Repeat("[\n", 33), "f:34: nested more than 32 deep"},
-		"bytes that are no text":      {"a: b\nb: \xff\n", "f:2: is not UTF-8"},
+		"bytes that are not text":     {"a: b\nb: \xff\n", "f:2: is not UTF-8"},
 		"a key that is a number":      {"a: b\n1: c\n", "f:2: a key is no text; put it in quotes"},
 		"a key that is true, deeper":  {"a: {b: c,\n true: d}\n", "f:2: a key is no text"},
 		"a key that is null":          {"~: c\n", "f:1: a key is no text"},
 		"a key with a mark":           {"? a\n: c\n", "f:1: a key is no text"},
 		"a key that is an alias":      {"a: b\n*x : c\n", "f:2: "},
-		"an anchor":                   {"a: &x b\n", "f:1: anchors, aliases, merge keys and tags are not used here; write the value itself"},
+		"an anchor":                   {"a: &x b\n", "f:1: anchors, aliases, merge keys and tags are not allowed; write the value itself"},
 		"an unfinished text":          {"a: b\nb: 'x\n", "f:2: could not find end character"},
 		"nothing but a comment":       {"# x\n", "f: holds no document"},
 		"a document that is only one": {"---\na: b\n", ""},
@@ -67,7 +67,7 @@ func TestYAMLIsBounded(t *testing.T) {
 	}
 }
 
-// TestYAMLHasRoom holds that what people have is within the bounds.
+// TestYAMLHasRoom checks that files of a realistic size are within the limits.
 func TestYAMLHasRoom(t *testing.T) {
 	var tools strings.Builder
 	tools.WriteString("tools:\n")
@@ -80,7 +80,7 @@ func TestYAMLHasRoom(t *testing.T) {
 	}
 }
 
-// soon fails the test when do does not end: a parser that hangs cannot be stopped.
+// soon fails the test when do does not return. A parser that hangs cannot be stopped.
 func soon(t *testing.T, what string, do func() error) error {
 	t.Helper()
 	done := make(chan error, 1)
@@ -89,7 +89,7 @@ func soon(t *testing.T, what string, do func() error) error {
 	case err := <-done:
 		return err
 	case <-time.After(30 * time.Second):
-		t.Fatalf("%s: reading has not ended within half a minute", what)
+		t.Fatalf("%s: not finished after 30 seconds", what)
 		return nil
 	}
 }

@@ -22,14 +22,15 @@ func (s *Server) agentRoutes() []route {
 		route{"POST", "/v1/delegations/{id}/delegate", nil, forAgent(s, s.delegate)},
 		route{"POST", "/v1/delegations/{id}/steps", nil, forAgent(s, s.step)},
 		route{"GET", "/v1/delegations/{id}/events", nil, s.standingEvents},
-		route{"POST", "/v1/delegations/{id}/heard", nil, forAgent(s, s.heard)},
+		route{"POST", "/v1/delegations/{id}/heartbeat", nil, forAgent(s, s.heartbeat)},
+		route{"POST", "/v1/delegations/{id}/acknowledge", nil, forAgent(s, s.acknowledge)},
 		route{"POST", "/v1/grants/{id}/collect", nil, forAgent(s, s.collect)},
 		route{"POST", "/v1/grants/{id}/close", nil, forAgent(s, s.closeGrant)},
 		route{"POST", "/v1/violations", nil, forAgent(s, s.report)},
 	)
 }
 
-// commonRoutes need no identity and are on both listeners.
+// commonRoutes are on both listeners and require no identity.
 func (s *Server) commonRoutes() []route {
 	return []route{
 		{"GET", "/v1/openapi.json", nil, func(x *exchange) error {
@@ -93,12 +94,12 @@ func (s *Server) delegate(x *exchange, c broker.Caller, in api.DelegateRequest) 
 	return answer{status: http.StatusCreated, body: wireDelegation(d)}, err
 }
 
-// maxSPIFFEID is the standard's limit in bytes, which go-spiffe does not hold.
+// maxSPIFFEID is the limit of the SPIFFE standard in bytes. go-spiffe does not enforce it.
 const maxSPIFFEID = 2048
 
 func receiver(s string) (spiffeid.ID, error) {
 	if len(s) > maxSPIFFEID {
-		return spiffeid.ID{}, malformed("to takes more than %d bytes", maxSPIFFEID)
+		return spiffeid.ID{}, malformed("to is longer than %d bytes", maxSPIFFEID)
 	}
 	id, err := spiffeid.FromString(s)
 	if err != nil {
@@ -117,25 +118,28 @@ func (s *Server) standing(x *exchange, c broker.Caller, _ none) (answer, error) 
 	return answer{status: http.StatusOK, body: api.Standing{Delegation: &d, Fence: wireFence(st.Fence), Ended: texts(st.Ended)}}, err
 }
 
-func (s *Server) heard(x *exchange, c broker.Caller, in api.HeardRequest) (answer, error) {
+func (s *Server) heartbeat(x *exchange, c broker.Caller, _ api.Nothing) (answer, error) {
 	id, err := pathID(x, "delegation", broker.ParseDelegationID)
 	if err != nil {
 		return answer{}, err
 	}
-	var rv broker.RevocationID
-	if in.Revocation != "" {
-		if rv, err = broker.ParseRevocationID(in.Revocation); err != nil {
-			return answer{}, malformed("%v", err)
-		}
-		x.note(slog.String("revocation", in.Revocation))
-	}
-	if rv == "" {
-		return answer{status: http.StatusOK, body: api.Heard{}}, s.cfg.Broker.Heartbeat(x.Context(), c, id)
-	}
-	return answer{status: http.StatusOK, body: api.Heard{}}, s.cfg.Broker.Acknowledge(x.Context(), c, id, rv)
+	return answer{status: http.StatusOK, body: api.Nothing{}}, s.cfg.Broker.Heartbeat(x.Context(), c, id)
 }
 
-// step is the one place where a secret is encoded; it is wiped when the answer has been sent.
+func (s *Server) acknowledge(x *exchange, c broker.Caller, in api.AcknowledgeRequest) (answer, error) {
+	id, err := pathID(x, "delegation", broker.ParseDelegationID)
+	if err != nil {
+		return answer{}, err
+	}
+	rv, err := broker.ParseRevocationID(in.Revocation)
+	if err != nil {
+		return answer{}, malformed("%v", err)
+	}
+	x.note(slog.String("revocation", in.Revocation))
+	return answer{status: http.StatusOK, body: api.Nothing{}}, s.cfg.Broker.Acknowledge(x.Context(), c, id, rv)
+}
+
+// step is the only place where a secret is encoded. The secret is wiped when the answer has been sent.
 func (s *Server) step(x *exchange, c broker.Caller, in api.StepRequest) (answer, error) {
 	r, err := stepRequest(x, in)
 	if err != nil {
@@ -157,7 +161,7 @@ func (s *Server) step(x *exchange, c broker.Caller, in api.StepRequest) (answer,
 	}
 	return answer{status: http.StatusCreated, body: out, sent: func(err error) {
 		issued.Secret.Wipe()
-		if err != nil { // nobody has it, so nobody will close it
+		if err != nil { // not delivered, so no agent will close it
 			s.abandon(x.Context(), c, g.ID)
 		}
 	}}, nil
@@ -193,7 +197,7 @@ func stepRequest(x *exchange, in api.StepRequest) (r broker.StepRequest, err err
 	return r, err
 }
 
-// abandon closes a grant whose secret did not arrive. It waits for the record, not for the proof.
+// abandon closes a grant with an undelivered secret. It waits for the record, not for the proof.
 func (s *Server) abandon(ctx context.Context, c broker.Caller, id broker.GrantID) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 	defer cancel()
@@ -202,12 +206,15 @@ func (s *Server) abandon(ctx context.Context, c broker.Caller, id broker.GrantID
 	}
 }
 
+// closeWait is how long closing a step waits for the proof.
+const closeWait = 5 * time.Second
+
 func (s *Server) closeGrant(x *exchange, c broker.Caller, _ api.Nothing) (answer, error) {
 	id, err := pathID(x, "grant", broker.ParseGrantID)
 	if err != nil {
 		return answer{}, err
 	}
-	ctx, cancel := context.WithTimeout(x.Context(), s.cfg.CloseWait)
+	ctx, cancel := context.WithTimeout(x.Context(), closeWait)
 	defer cancel()
 	g, err := s.cfg.Broker.Close(ctx, c, id)
 	return answer{status: http.StatusOK, body: wireGrant(g)}, err
@@ -230,7 +237,7 @@ func (s *Server) report(x *exchange, c broker.Caller, in api.ReportRequest) (ans
 	return answer{status: http.StatusOK, body: api.Reported{Consequence: rep.Consequence.String(), Revocation: string(rep.Revocation)}}, err
 }
 
-// standingEvents streams how a delegation stands until it is over, or the caller's SVID is.
+// standingEvents streams the status of a delegation until the delegation ends or the caller's SVID expires.
 func (s *Server) standingEvents(x *exchange) error {
 	if err := checkType[none](x); err != nil {
 		return err
@@ -250,11 +257,11 @@ func (s *Server) standingEvents(x *exchange) error {
 	d := first.Delegation
 	x.note(slog.String("chain", string(d.Chain)))
 	return s.follow(x, feed{
-		who: c.ID.String(), event: api.EventStanding, until: c.NotAfter,
+		holder: c.ID.String(), event: api.EventStanding, until: c.NotAfter,
 		watch: func() (<-chan struct{}, func()) { return s.cfg.Broker.WatchFences(d.Chain) },
-		look: func(ctx context.Context) (any, bool, error) {
+		read: func(ctx context.Context) (any, bool, error) {
 			if !s.cfg.Now().Before(d.Expires) {
-				return nil, true, broker.Errorf(broker.Expired, "standing", "the delegation is over").With(broker.CodeExpired)
+				return nil, true, broker.Errorf(broker.Expired, "standing", "the delegation has expired").With(broker.CodeExpired)
 			}
 			st, err := s.cfg.Broker.Peek(ctx, c, id)
 			return api.Standing{Fence: wireFence(st.Fence), Ended: texts(st.Ended)}, st.Fence != nil && !st.Fence.Frozen, err

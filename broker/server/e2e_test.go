@@ -122,7 +122,7 @@ func await(t *testing.T, done <-chan struct{}, what string) {
 	}
 }
 
-// TestEndToEnd plays the main job: root -> sub, a step each, a revocation that both hear of.
+// TestEndToEnd runs the main flow: root -> sub, a step each, and a revocation that reaches both.
 func TestEndToEnd(t *testing.T) {
 	w, ctx := newWorld(t), t.Context()
 	root, err := w.agent(t, "root").Open(ctx, agent.Chain{Task: "report", Depth: 1, Rights: []agent.Right{
@@ -145,7 +145,7 @@ func TestEndToEnd(t *testing.T) {
 	var problem *agent.Error
 	if _, err := sub.Begin(ctx, agent.Call{Tool: "db", Args: agent.Args{"table": "orders"}}); !errors.Is(err, agent.ErrDenied) || !errors.As(err, &problem) ||
 		problem.Code != "argument_outside" || !slices.Equal(problem.Missing, []string{"argument:table"}) {
-		t.Errorf("a step outside the delegation = %v, want argument_outside with what is missing", err)
+		t.Errorf("a step outside the delegation = %v, want argument_outside with the missing argument", err)
 	}
 	items := agent.Call{Tool: "db", Args: agent.Args{"table": "items"}}
 	var secret []byte
@@ -192,7 +192,7 @@ func TestEndToEnd(t *testing.T) {
 		}
 	}
 	if _, err := w.agent(t, "root").Join(ctx, root.ID()); !errors.Is(err, agent.ErrRevoked) {
-		t.Errorf("Join of what was revoked = %v, want revoked", err)
+		t.Errorf("Join of a revoked delegation = %v, want revoked", err)
 	}
 	if rv.Closure != "CLOSED" || rv.Dead != 2 || rv.Grants != 2 {
 		t.Errorf("revocation = %+v, want CLOSED with 2 dead", rv)
@@ -207,7 +207,7 @@ func TestEndToEnd(t *testing.T) {
 	}
 }
 
-// revokeChain does what an operator does: look, plan, revoke by the plan, follow to the end.
+// revokeChain acts as an operator: list the chains, plan, revoke by the plan, follow to the end.
 func (w world) revokeChain(t *testing.T, chain string) (last api.Revocation) {
 	t.Helper()
 	ctx, op := t.Context(), w.operator(t, "ann")
@@ -238,7 +238,7 @@ func (w world) revokeChain(t *testing.T, chain string) (last api.Revocation) {
 	return last
 }
 
-// TestFreeze: a freeze stops new steps and nothing else, and takes two people to lift.
+// TestFreeze checks that a freeze stops new steps and nothing else, and that two people must lift it.
 func TestFreeze(t *testing.T) {
 	w, ctx := newWorld(t), t.Context()
 	d, err := w.agent(t, "root").Open(ctx, agent.Chain{Task: "t", Rights: []agent.Right{{Tool: "db", Use: true}}})
@@ -255,7 +255,7 @@ func TestFreeze(t *testing.T) {
 	}
 	var problem *agent.Error
 	if _, err := d.Begin(ctx, agent.Call{Tool: "db"}); !errors.As(err, &problem) || problem.Code != "frozen" || !problem.Retryable {
-		t.Errorf("a step under a freeze = %v, want frozen, to be tried again", err)
+		t.Errorf("a step under a freeze = %v, want frozen, retryable", err)
 	}
 	if d.Context().Err() != nil {
 		t.Error("a freeze ended the delegation's context")

@@ -14,15 +14,15 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// answer is what a call came to.
+// answer is the result of a call.
 type answer struct {
 	status int
 	body   any
-	sent   func(error) // told how the sending went; nil: nobody cares
+	sent   func(error) // called with the result of sending; nil: not needed
 }
 
-// forAgent makes an endpoint of a call: the type of the body, identity, size, strict decoding,
-// the call, encoding. An In of none is a request without a body.
+// forAgent builds an endpoint from a call. The endpoint checks the media type and size, authenticates, decodes
+// strictly, makes the call and encodes the answer. An In of none is a request without a body.
 func forAgent[In any](s *Server, call func(*exchange, broker.Caller, In) (answer, error)) endpoint {
 	return func(x *exchange) error {
 		if err := checkType[In](x); err != nil {
@@ -73,13 +73,13 @@ type none struct{}
 
 func bodiless[In any]() bool { _, ok := any(*new(In)).(none); return ok }
 
-// checkType wants every body declared as JSON, exactly: a browser sends no such request to
-// another origin unasked.
+// checkType requires exactly application/json for every body. A browser does not send such a request to another
+// origin without a preflight.
 func checkType[In any](x *exchange) error {
 	given := x.Header.Values("Content-Type")
 	switch {
 	case bodiless[In]() && x.ContentLength != 0:
-		return malformed("this request has no body")
+		return malformed("this request takes no body")
 	case !bodiless[In]() && (len(given) != 1 || given[0] != "application/json"):
 		return api.NewProblem(api.KindMalformed, api.CodeMediaType, "the Content-Type must be application/json")
 	case x.ContentLength > api.MaxBody:
@@ -106,7 +106,7 @@ func reply[In any](x *exchange, call func(In) (answer, error)) error {
 		clear(body) // it may hold a secret
 	}
 	if err == nil {
-		err = x.Context().Err() // whoever asked has gone
+		err = x.Context().Err() // the client has disconnected
 	}
 	if a.sent != nil {
 		a.sent(err)
@@ -114,7 +114,7 @@ func reply[In any](x *exchange, call func(In) (answer, error)) error {
 	return err
 }
 
-// decode reads the body into in.
+// decode decodes the body into in.
 func decode[In any](x *exchange, in *In) error {
 	if bodiless[In]() {
 		return nil
@@ -129,7 +129,7 @@ func decode[In any](x *exchange, in *In) error {
 	return nil
 }
 
-// body reads the request's body whole, within the bounds of size and time.
+// body reads the whole request body, within the limits of size and time.
 func (x *exchange) body() ([]byte, error) {
 	control := http.NewResponseController(x.w)
 	_ = control.SetReadDeadline(time.Now().Add(socketTime)) // a recorder in a test has no socket
@@ -140,7 +140,7 @@ func (x *exchange) body() ([]byte, error) {
 	case errors.As(err, &tooLarge):
 		return nil, api.NewProblem(api.KindMalformed, api.CodeTooLarge, "")
 	case err != nil:
-		return nil, malformed("the body did not arrive").Because(err)
+		return nil, malformed("the body could not be read").Because(err)
 	}
 	return body, nil
 }

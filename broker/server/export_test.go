@@ -1,6 +1,6 @@
 package server
 
-// Routes lists "METHOD path" of every endpoint of a listener.
+// Routes lists "METHOD path" for every endpoint of a listener.
 func (s *Server) Routes(listener string) (all []string) {
 	routes := s.agentRoutes()
 	if listener == "operators" {
@@ -12,5 +12,5 @@ func (s *Server) Routes(listener string) (all []string) {
 	return all
 }
 
-// ParseSealKey reads the key of a seal.
+// ParseSealKey parses the key of a seal.
 var ParseSealKey = parseSealKey

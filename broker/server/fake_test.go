@@ -37,7 +37,7 @@ var (
 	agentID = spiffeid.RequireFromString("spiffe://example.org/agent")
 )
 
-// fake answers every call with one full object, or with err. It notes what it was asked.
+// fake answers every call with one full object, or with err. It records the request.
 type fake struct {
 	mu     sync.Mutex // guards everything below
 	err    error
@@ -51,13 +51,13 @@ type fake struct {
 	repeated bool
 	secret   []byte
 	standing broker.Status
-	standErr error // of Standing alone, after the first call
-	stood    int
-	beats    int // of stood, those that were the holder's own
+	standErr error // of Standing only, after the first call
+	reads    int
+	beats    int // the calls in reads that were the holder's own requests
 	rev      broker.Revocation
 	changed  chan struct{}
 	onIssue  func()
-	looked   func() // called after each Standing
+	onRead   func() // called after each Standing
 }
 
 func newFake() *fake {
@@ -76,7 +76,7 @@ func (f *fake) answer(asked any) error {
 	return f.err
 }
 
-// change alters what the fake knows and has every watcher look again.
+// change alters the state of the fake and notifies every watcher.
 func (f *fake) change(alter func()) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -150,12 +150,12 @@ func (f *fake) Status(ctx context.Context, c broker.Caller, id broker.Delegation
 
 func (f *fake) Peek(_ context.Context, _ broker.Caller, id broker.DelegationID) (broker.Status, error) {
 	err := f.answer(id)
-	if f.looked != nil {
-		defer f.looked()
+	if f.onRead != nil {
+		defer f.onRead()
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.stood++; f.stood > 1 && f.standErr != nil {
+	if f.reads++; f.reads > 1 && f.standErr != nil {
 		err = f.standErr
 	}
 	return f.standing, err
@@ -283,7 +283,7 @@ func (n fakeNotary) Checkpoint(context.Context) ([]byte, error) {
 	return []byte("pawl\n1\n"), n.answer(nil)
 }
 
-// rig is a server over a fake. A request has an identity when it has the header Test-Identity.
+// rig is a server over a fake. A request with the header Test-Identity has an identity.
 type rig struct {
 	*server.Server
 	fake *fake
@@ -341,7 +341,7 @@ func (r rig) handler(listener string) http.Handler {
 	return r.Agents()
 }
 
-// ask sends an identified request; a body is declared as JSON. More are headers, as in "Name: value".
+// ask sends an authenticated request; a body is declared as JSON. Each of more is a header, as in "Name: value".
 func (r rig) ask(listener, method, path, body string, more ...string) *httptest.ResponseRecorder {
 	req := httptest.NewRequest(method, path, strings.NewReader(body))
 	req.Header.Set("Test-Identity", "yes")
@@ -366,7 +366,7 @@ func (r rig) ask(listener, method, path, body string, more ...string) *httptest.
 func problem(t *testing.T, w *httptest.ResponseRecorder) (p api.Problem) {
 	t.Helper()
 	if err := json.Unmarshal(w.Body.Bytes(), &p); err != nil {
-		t.Fatalf("answer %d %q is no problem: %v", w.Code, w.Body, err)
+		t.Fatalf("answer %d %q is not a problem document: %v", w.Code, w.Body, err)
 	}
 	if got := w.Header().Get("Content-Type"); got != api.ProblemType || p.Status != w.Code || p.Request == "" {
 		t.Errorf("problem %+v came with status %d and type %q", p, w.Code, got)

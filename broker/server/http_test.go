@@ -24,7 +24,7 @@ import (
 
 const steps = "/v1/delegations/" + string(delegationID) + "/steps"
 
-// TestBadRequests is the table of bad input with the answer to each.
+// TestBadRequests lists bad requests with the answer to each.
 func TestBadRequests(t *testing.T) {
 	long := strings.Repeat("x", api.MaxBody)
 	for name, row := range map[string]struct {
@@ -36,15 +36,15 @@ func TestBadRequests(t *testing.T) {
 		"too big":            {"agents", "POST", steps, `{"tool":"` + long + `"}`, "", 413, "too_large", ""},
 		"nested":             {"agents", "POST", steps, `{"args":` + strings.Repeat("[", 40) + strings.Repeat("]", 40) + `}`, "", 400, "malformed", "nested more than 32 deep"},
 		"duplicated":         {"agents", "POST", steps, `{"tool":"a","tool":"b"}`, "", 400, "malformed", `"/tool" is given twice`},
-		"misspelt in case":   {"agents", "POST", steps, `{"Tool":"a"}`, "", 400, "malformed", `no member "/Tool"`},
-		"followed by more":   {"agents", "POST", steps, `{"tool":"a"}{"tool":"b"}`, "", 400, "malformed", "something follows"},
+		"misspelt in case":   {"agents", "POST", steps, `{"Tool":"a"}`, "", 400, "malformed", `unknown member "/Tool"`},
+		"followed by more":   {"agents", "POST", steps, `{"tool":"a"}{"tool":"b"}`, "", 400, "malformed", "trailing data"},
 		"null":               {"agents", "POST", steps, `null`, "", 400, "malformed", "must be a JSON object"},
-		"unknown member":     {"agents", "POST", steps, `{"tool":"a","agent":"b"}`, "", 400, "malformed", `no member "/agent"`},
+		"unknown member":     {"agents", "POST", steps, `{"tool":"a","agent":"b"}`, "", 400, "malformed", `unknown member "/agent"`},
 		"empty body":         {"agents", "POST", steps, ``, "", 400, "malformed", "the body is empty"},
 		"form":               {"agents", "POST", steps, `tool=a`, "Content-Type: application/x-www-form-urlencoded", 415, "media_type", ""},
 		"with a charset":     {"agents", "POST", steps, `{"tool":"a"}`, "Content-Type: application/json; charset=utf-8", 415, "media_type", ""},
 		"no type":            {"agents", "POST", steps, `{"tool":"a"}`, "Content-Type: ", 415, "media_type", ""},
-		"body on a GET":      {"agents", "GET", "/v1/delegations/" + string(delegationID), `{}`, "", 400, "malformed", "has no body"},
+		"body on a GET":      {"agents", "GET", "/v1/delegations/" + string(delegationID), `{}`, "", 400, "malformed", "takes no body"},
 		"tool upper case":    {"agents", "POST", steps, `{"tool":"Postgres"}`, "", 400, "malformed", "tool name"},
 		"tool with a path":   {"agents", "POST", steps, `{"tool":"a/../b"}`, "", 400, "malformed", "tool name"},
 		"args no object":     {"agents", "POST", steps, `{"tool":"a","args":[]}`, "", 400, "malformed", "must be a JSON object"},
@@ -69,7 +69,7 @@ func TestBadRequests(t *testing.T) {
 		"limit 0":            {"operators", "GET", "/v1/audit?limit=0", ``, "", 400, "malformed", "1 to 1000"},
 		"limit 1001":         {"operators", "GET", "/v1/audit?limit=1001", ``, "", 400, "malformed", "1 to 1000"},
 		"negative after":     {"operators", "GET", "/v1/audit?after=-1", ``, "", 400, "malformed", "after"},
-		"all of what":        {"operators", "GET", "/v1/chains?all=yes", ``, "", 400, "malformed", "true or false"},
+		"invalid all":        {"operators", "GET", "/v1/chains?all=yes", ``, "", 400, "malformed", "true or false"},
 		"foreign receiver":   {"agents", "POST", "/v1/delegations/" + string(delegationID) + "/delegate", `{"to":"https://example.org/a","rights":[]}`, "", 400, "malformed", "SPIFFE ID"},
 		"long receiver":      {"agents", "POST", "/v1/delegations/" + string(delegationID) + "/delegate", `{"to":"spiffe://example.org/` + strings.Repeat("a", 2028) + `","rights":[]}`, "", 400, "malformed", "2048"},
 		"bad constraint":     {"agents", "POST", "/v1/chains", `{"task":"t","rights":[{"tool":"a","use":true,"args":{"x":7}}]}`, "", 400, "malformed", `argument "x"`},
@@ -102,7 +102,7 @@ func nonEmpty(s string) []string {
 	return []string{s}
 }
 
-// TestUndeclaredLength: a body that does not say how long it is, is cut all the same.
+// TestUndeclaredLength checks that a body without a declared length is also limited.
 func TestUndeclaredLength(t *testing.T) {
 	for size, want := range map[int]api.Code{api.MaxBody: "malformed", api.MaxBody + 1: "too_large"} {
 		r := newRig(t)
@@ -118,8 +118,7 @@ func TestUndeclaredLength(t *testing.T) {
 	}
 }
 
-// TestErrors: each kind of the broker's has its status, and nothing that is meant to stay
-// inside travels.
+// TestErrors checks that each kind of broker error has its status, and that internal text is not sent.
 func TestErrors(t *testing.T) {
 	inside := errors.New("inside-marker")
 	for name, row := range map[string]struct {
@@ -143,7 +142,7 @@ func TestErrors(t *testing.T) {
 		"internal":        {broker.Errorf(broker.Internal, "op", "inside-marker").With(broker.CodeFenced).Because(inside), 500, "internal", api.KindInternal, ""},
 		"no kind":         {inside, 500, "internal", api.KindInternal, ""},
 		"unknown kind":    {broker.Errorf(broker.Kind(200), "op", "inside-marker"), 500, "internal", api.KindInternal, ""},
-		"time over":       {fmt.Errorf("inside-marker: %w", context.DeadlineExceeded), 503, "unavailable", api.KindUnavailable, ""},
+		"timed out":       {fmt.Errorf("inside-marker: %w", context.DeadlineExceeded), 503, "unavailable", api.KindUnavailable, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newRig(t)
@@ -154,7 +153,7 @@ func TestErrors(t *testing.T) {
 				t.Errorf("%v = %d %s %s Retry-After %q, want %+v", row.err, w.Code, p.Code, p.Kind, w.Header().Get("Retry-After"), row)
 			}
 			if strings.Contains(w.Body.String(), "inside-marker") {
-				t.Errorf("%v: the answer %s has what must stay inside", row.err, w.Body)
+				t.Errorf("%v: the answer %s has internal text", row.err, w.Body)
 			}
 			if !strings.Contains(r.log.String(), p.Request) {
 				t.Errorf("the log does not name request %s", p.Request)
@@ -170,14 +169,14 @@ func TestErrorDetails(t *testing.T) {
 	r.fake.err = e
 	p := problem(t, r.ask("agents", "POST", steps, `{"tool":"postgres"}`))
 	p.Request = ""
-	want := api.Problem{Type: api.Problems + "violation", Title: "Policy forbids it, and something follows", Status: 403, Detail: "no",
+	want := api.Problem{Type: api.Problems + "violation", Title: "Policy forbids it, with a consequence", Status: 403, Detail: "no",
 		Code: "violation", Kind: "denied", Policies: []string{"p1"}, Missing: []string{"tool:deploy"}, Remedy: "ask", Revocation: string(revocationID)}
 	if !reflect.DeepEqual(p, want) {
 		t.Errorf("problem = %+v, want %+v", p, want)
 	}
 }
 
-// TestCodes: every code of the broker's is explained to agents.
+// TestCodes checks that every code of the broker is explained to agents.
 func TestCodes(t *testing.T) {
 	file, err := parser.ParseFile(token.NewFileSet(), "../errors.go", nil, 0)
 	if err != nil {
@@ -215,7 +214,7 @@ func TestStep(t *testing.T) {
 		t.Errorf("Cache-Control = %q, want no-store", got)
 	}
 	if want := noon.Add(30 * time.Second); !issued.Grant.Expires.Equal(want) || issued.Grant.Expires.Location() != time.UTC {
-		t.Errorf("grant expires %v, want %v in UTC: the lease's end, which is the sooner", issued.Grant.Expires, want)
+		t.Errorf("grant expires %v, want %v in UTC: the end of the lease, which is earlier", issued.Grant.Expires, want)
 	}
 	args, _ := args.Parse([]byte(`{"table":"orders"}`))
 	want := broker.StepRequest{Delegation: delegationID, Tool: "postgres", Args: args, Purpose: "reading", Key: "k1", TTL: 30 * time.Second}
@@ -249,9 +248,9 @@ func TestRepeatedStep(t *testing.T) {
 	}
 }
 
-// TestUndelivered: a secret that nobody received is ended.
+// TestUndelivered checks that the grant of an undelivered secret is closed.
 func TestUndelivered(t *testing.T) {
-	t.Run("the caller has gone", func(t *testing.T) {
+	t.Run("the client disconnects", func(t *testing.T) {
 		r := newRig(t)
 		ctx, cancel := context.WithCancel(t.Context())
 		r.fake.onIssue = cancel
@@ -261,12 +260,12 @@ func TestUndelivered(t *testing.T) {
 		r.Agents().ServeHTTP(httptest.NewRecorder(), req)
 		wantClosed(t, r)
 	})
-	t.Run("the secret is no JSON", func(t *testing.T) {
+	t.Run("the secret is not JSON", func(t *testing.T) {
 		r := newRig(t)
 		r.fake.secret = []byte(`{"password":"` + marker)
 		w := r.ask("agents", "POST", steps, `{"tool":"postgres"}`)
 		if p := problem(t, w); p.Code != "internal" || strings.Contains(w.Body.String()+r.log.String(), marker) {
-			t.Errorf("answer = %+v, want internal, and the secret nowhere", p)
+			t.Errorf("answer = %+v, want internal, without the secret anywhere", p)
 		}
 		wantClosed(t, r)
 	})
@@ -294,7 +293,7 @@ func wantClosed(t *testing.T, r rig) {
 	}
 }
 
-// TestPanic: a panic is one request's failure, and says nothing outside.
+// TestPanic checks that a panic fails one request and that its value is not disclosed.
 func TestPanic(t *testing.T) {
 	for _, value := range []any{"inside-marker", errors.New("inside-marker"), struct{ s string }{"inside-marker"}} {
 		r := newRig(t)
@@ -304,7 +303,7 @@ func TestPanic(t *testing.T) {
 			t.Errorf("panic(%T) = %+v, want internal", value, p)
 		}
 		if both := w.Body.String() + r.log.String(); strings.Contains(both, "inside-marker") || !strings.Contains(both, "panic") {
-			t.Errorf("panic(%T): its value got out, or the log has no panic", value)
+			t.Errorf("panic(%T): its value leaked, or the log has no panic", value)
 		}
 	}
 }
@@ -357,7 +356,7 @@ func TestPages(t *testing.T) {
 
 func TestNew(t *testing.T) {
 	if _, err := server.New(server.Config{}); err == nil {
-		t.Error("New(Config{}) = nil, want an error that names what is missing")
+		t.Error("New(Config{}) = nil, want an error that names the missing field")
 	}
 }
 

@@ -8,16 +8,16 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// Introspect tells whether a token is good still. A token that is not ours, or of which nothing is
-// known, is not active; an error says that nobody could find out.
+// Introspect checks whether a token is active. An unknown token, or one of another issuer, is not active. An error
+// means that the check itself failed.
 type Introspect func(ctx context.Context, token string) (api.Introspection, error)
 
-// StatusList gives the signed status list of a backend (draft-ietf-oauth-status-list), nil when it
-// has none. It is asked by anybody, so it must cost little.
+// StatusList returns the signed status list of a backend (draft-ietf-oauth-status-list), or nil if it has none.
+// Requests need no identity, so it must cost little.
 type StatusList func(backend string) ([]byte, error)
 
-// statusListRoute is for verifiers, who need no identity: the list is signed, and says nothing of
-// whose a token is.
+// statusListRoute serves verifiers, who need no identity. The list is signed and does not disclose the owner of a
+// token.
 func (s *Server) statusListRoute() []route {
 	if s.cfg.StatusList == nil {
 		return nil
@@ -35,8 +35,8 @@ func (s *Server) statusListRoute() []route {
 	}}}
 }
 
-// introspectRoute is where the services that take tokens ask (RFC 7662). Its request is a form, as
-// the standard has it, so it does not go through forAgent.
+// introspectRoute serves the services that accept tokens (RFC 7662). The standard makes its request a form, so it
+// does not go through forAgent.
 func (s *Server) introspectRoute() []route {
 	if s.cfg.Introspect == nil {
 		return nil
@@ -54,16 +54,16 @@ func (s *Server) introspectRoute() []route {
 			return err
 		}
 		return reply(x, func(none) (answer, error) {
-			said, err := s.cfg.Introspect(x.Context(), token)
-			if !said.Active {
+			result, err := s.cfg.Introspect(x.Context(), token)
+			if !result.Active {
 				s.cfg.Broker.Present(x.Context(), caller, token)
 			}
-			return answer{status: http.StatusOK, body: said}, err
+			return answer{status: http.StatusOK, body: result}, err
 		})
 	}}}
 }
 
-// formToken reads the one member that a form may have beside its hint.
+// formToken reads the one token of a form. Other members, such as the hint, are ignored.
 func formToken(x *exchange) (string, error) {
 	body, err := x.body()
 	if err != nil {

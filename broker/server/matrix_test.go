@@ -14,7 +14,7 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// document is what the tests read of the OpenAPI document.
+// document is the part of the OpenAPI document that the tests read.
 type document struct {
 	Paths      map[string]map[string]operation `json:"paths"`
 	Components struct {
@@ -58,7 +58,7 @@ func openAPI(t *testing.T) (doc document) {
 	return doc
 }
 
-// operations calls f with each operation and listener that has it.
+// operations calls f for each operation, once for each listener that has it.
 func operations(t *testing.T, f func(listener, method, path string, op operation)) {
 	t.Helper()
 	for path, methods := range openAPI(t).Paths {
@@ -72,7 +72,7 @@ func operations(t *testing.T, f func(listener, method, path string, op operation
 	}
 }
 
-// TestDocumentedRoutes: the document and the handlers have the same endpoints.
+// TestDocumentedRoutes checks that the document and the handlers have the same endpoints.
 func TestDocumentedRoutes(t *testing.T) {
 	r := newRig(t)
 	documented := map[string][]string{}
@@ -89,16 +89,16 @@ func TestDocumentedRoutes(t *testing.T) {
 	}
 }
 
-// matrix has a row for each endpoint: what it answers without an identity, and what the same
-// request gets on the other listener. It is reviewed by hand; TestMatrix refuses an endpoint
-// that is not here.
+// matrix has a row for each endpoint: its status without an identity, and the status of the same request on the other
+// listener. It is reviewed by hand. TestMatrix refuses an endpoint that is not listed.
 var matrix = map[string]struct{ anonymous, elsewhere int }{
 	"agents POST /v1/chains":                       {401, 405},
 	"agents GET /v1/delegations/{id}":              {401, 404},
 	"agents POST /v1/delegations/{id}/delegate":    {401, 404},
 	"agents POST /v1/delegations/{id}/steps":       {401, 404},
 	"agents GET /v1/delegations/{id}/events":       {401, 404},
-	"agents POST /v1/delegations/{id}/heard":       {401, 404},
+	"agents POST /v1/delegations/{id}/heartbeat":   {401, 404},
+	"agents POST /v1/delegations/{id}/acknowledge": {401, 404},
 	"agents POST /v1/grants/{id}/close":            {401, 404},
 	"agents POST /v1/grants/{id}/collect":          {401, 404},
 	"agents POST /v1/violations":                   {401, 404},
@@ -139,12 +139,12 @@ func TestMatrix(t *testing.T) {
 		other := map[string]string{"agents": "operators", "operators": "agents"}[listener]
 		url, body := request(path, op)
 		r := newRig(t)
-		r.Close() // a stream that opens against expectation ends
+		r.Close() // ends a stream that opens unexpectedly
 		if w := r.ask(listener, method, url, body, contentType(op), "Test-Identity: "); w.Code != want.anonymous {
 			t.Errorf("%s without an identity = %d, want %d", name, w.Code, want.anonymous)
 		}
 		if open := want.anonymous != http.StatusUnauthorized; open != (len(op.Security) == 0) {
-			t.Errorf("%s without an identity = %d, and the document says its security is %v", name, want.anonymous, op.Security)
+			t.Errorf("%s without an identity = %d, but the document gives its security as %v", name, want.anonymous, op.Security)
 		}
 		if w := r.ask(other, method, url, body, contentType(op)); w.Code != want.elsewhere {
 			t.Errorf("%s on the %s' listener = %d, want %d", name, other, w.Code, want.elsewhere)
@@ -158,7 +158,7 @@ func TestMatrix(t *testing.T) {
 	}
 }
 
-// request makes a good request for an operation.
+// request returns a valid request for an operation.
 func request(path string, op operation) (url, body string) {
 	id := string(delegationID)
 	switch {
@@ -175,21 +175,21 @@ func request(path string, op operation) (url, body string) {
 		body = "token=good"
 	} else if op.RequestBody != nil {
 		body = map[string]string{
-			"OpenRequest":     `{"task":"t","rights":[{"tool":"postgres","use":true}]}`,
-			"DelegateRequest": `{"to":"spiffe://example.org/b","rights":[{"tool":"postgres","use":true}]}`,
-			"StepRequest":     `{"tool":"postgres"}`,
-			"HeardRequest":    `{"revocation":"` + string(revocationID) + `"}`,
-			"ReportRequest":   `{"delegation":"` + string(delegationID) + `","violation":"canary"}`,
-			"PlanRequest":     `{"selector":"chain:` + string(chainID) + `"}`,
-			"RevokeRequest":   `{"selector":"chain:` + string(chainID) + `","reason":"r"}`,
-			"PlantRequest":    `{"chain":"` + string(chainID) + `","note":"n"}`,
-			"Nothing":         `{}`,
+			"OpenRequest":        `{"task":"t","rights":[{"tool":"postgres","use":true}]}`,
+			"DelegateRequest":    `{"to":"spiffe://example.org/b","rights":[{"tool":"postgres","use":true}]}`,
+			"StepRequest":        `{"tool":"postgres"}`,
+			"AcknowledgeRequest": `{"revocation":"` + string(revocationID) + `"}`,
+			"ReportRequest":      `{"delegation":"` + string(delegationID) + `","violation":"canary"}`,
+			"PlanRequest":        `{"selector":"chain:` + string(chainID) + `"}`,
+			"RevokeRequest":      `{"selector":"chain:` + string(chainID) + `","reason":"r"}`,
+			"PlantRequest":       `{"chain":"` + string(chainID) + `","note":"n"}`,
+			"Nothing":            `{}`,
 		}[name(op.RequestBody.Content["application/json"].Schema)]
 	}
 	return strings.NewReplacer("{id}", id, "{backend}", "tokens").Replace(path), body
 }
 
-// contentType is the header that the operation's body needs.
+// contentType returns the header that the body of an operation needs.
 func contentType(op operation) string {
 	if op.RequestBody != nil {
 		if _, form := op.RequestBody.Content[api.FormType]; form {
@@ -201,8 +201,8 @@ func contentType(op operation) string {
 
 func name(s schema) string { return strings.TrimPrefix(s.Ref, "#/components/schemas/") }
 
-// TestDocumentedAnswers: with an identity each endpoint gives the status and body that the
-// document promises, and "not yours" and "does not exist" are the same answer.
+// TestDocumentedAnswers checks that each endpoint gives an authenticated caller the status and body in the document.
+// "Not yours" and "does not exist" must be the same answer.
 func TestDocumentedAnswers(t *testing.T) {
 	doc := openAPI(t)
 	operations(t, func(listener, method, path string, op operation) {
@@ -212,7 +212,7 @@ func TestDocumentedAnswers(t *testing.T) {
 		w := r.ask(listener, method, url, body, contentType(op))
 		promised, ok := op.Responses[fmt.Sprint(w.Code)]
 		if !ok || w.Code >= 300 {
-			t.Errorf("%s %s = %d %s, which the document does not promise", method, path, w.Code, w.Body)
+			t.Errorf("%s %s = %d %s, which is not documented", method, path, w.Code, w.Body)
 			return
 		}
 		for kind, m := range promised.Content {
@@ -234,7 +234,7 @@ func TestDocumentedAnswers(t *testing.T) {
 			t.Errorf("%s %s: %s", method, path, fault)
 		}
 		if p.Status != http.StatusNotFound {
-			t.Errorf("%s %s for what is not there = %d, want 404", method, path, p.Status)
+			t.Errorf("%s %s for a missing object = %d, want 404", method, path, p.Status)
 		}
 	})
 }
@@ -248,9 +248,8 @@ func mustJSON(t *testing.T, v any) []byte {
 	return b
 }
 
-// check reports where raw is not what the schema says: a member that is missing or not
-// declared, a value of another type. The fake fills every member, so a member that the handlers
-// forget is missed.
+// check lists the differences between raw and the schema: a missing member, an undeclared one, a value of another
+// type. The fake fills every member, so a member that the handlers forget is found too.
 func (d document) check(s schema, raw jsontext.Value, at string) (faults []string) {
 	if s.Ref != "" {
 		s = d.Components.Schemas[name(s)]
@@ -276,7 +275,7 @@ func (d document) check(s schema, raw jsontext.Value, at string) (faults []strin
 			}
 		}
 		for member := range s.Properties {
-			if members[member] == nil && !seldom[at+"."+member] {
+			if members[member] == nil && !absent[at+"."+member] {
 				faults = append(faults, at+" was expected to have "+member)
 			}
 		}
@@ -290,10 +289,10 @@ func (d document) check(s schema, raw jsontext.Value, at string) (faults []strin
 	return faults
 }
 
-// seldom are members that the fake's objects do not have.
-var seldom = map[string]bool{
+// absent lists the members that the objects of the fake do not have.
+var absent = map[string]bool{
 	"Standing.fence": true, "Issued.repeated": true, "Revocation.freeze": true, "Revocation.lifted": true, "Revocation.settled": true,
-	"Revocation.acknowledged": true, "Revocations.revocations.acknowledged": true, // only of one that is looked at: TestAcknowledged
+	"Revocation.acknowledged": true, "Revocations.revocations.acknowledged": true, // only in a single revocation: TestAcknowledged
 	"Revocations.revocations.freeze": true, "Revocations.revocations.lifted": true, "Revocations.revocations.settled": true,
 	"Problem.policies": true, "Problem.missing": true, "Problem.remedy": true, "Problem.retry_after_ms": true, "Problem.revocation": true,
 }

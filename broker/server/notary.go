@@ -8,22 +8,22 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// Notary signs what the ledger holds, for those who do not trust the broker. Errors as for Broker.
+// Notary signs the contents of the ledger, for readers who do not trust the broker. Errors as for [Broker].
 type Notary interface {
-	// Report gives the signed report of a revocation, as a compact JWS.
+	// Report returns the signed report of a revocation, as a compact JWS.
 	Report(context.Context, broker.RevocationID) ([]byte, error)
-	// Checkpoint gives a signed checkpoint of the audit log, as a note.
+	// Checkpoint returns a signed checkpoint of the audit log, as a note.
 	Checkpoint(context.Context) ([]byte, error)
 }
 
-// unsigned stands in for a Notary where there is no key to sign with.
+// unsigned is the Notary of a broker without a signing key.
 type unsigned struct{}
 
 func (unsigned) Report(context.Context, broker.RevocationID) ([]byte, error) { return nil, noKey() }
 func (unsigned) Checkpoint(context.Context) ([]byte, error)                  { return nil, noKey() }
 
 func noKey() error {
-	return api.NewProblem(api.KindUnavailable, api.CodeNoSigningKey, "this broker has no key to sign with")
+	return api.NewProblem(api.KindUnavailable, api.CodeNoSigningKey, "this broker has no signing key")
 }
 
 func (s *Server) notaryRoutes() []route {
@@ -41,7 +41,7 @@ func (s *Server) notaryRoutes() []route {
 	}
 }
 
-// signed is an operators' endpoint whose answer is no JSON but bytes that carry their signature.
+// signed builds an operators' endpoint that answers with signed bytes instead of JSON.
 func (s *Server) signed(mediaType string, call func(*exchange) ([]byte, error)) endpoint {
 	return func(x *exchange) error {
 		if err := checkType[none](x); err != nil {

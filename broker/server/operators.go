@@ -49,7 +49,7 @@ func (s *Server) chains(x *exchange, _ broker.Operator, _ none) (answer, error) 
 		all = true
 	case "", "false":
 	default:
-		return answer{}, malformed("all is true or false")
+		return answer{}, malformed("all must be true or false")
 	}
 	list, err := s.cfg.Broker.Chains(x.Context(), all)
 	return answer{status: http.StatusOK, body: api.Chains{Chains: each(list, wireSummary)}}, err
@@ -75,7 +75,7 @@ func (s *Server) plan(x *exchange, o broker.Operator, in api.PlanRequest) (answe
 	return answer{status: http.StatusOK, body: wirePlan(p)}, err
 }
 
-// revoke answers once nothing more is handed out; that all is dead takes longer, so 202.
+// revoke answers once nothing more is handed out. Proving that all is dead takes longer, so the status is 202.
 func (s *Server) revoke(x *exchange, o broker.Operator, in api.RevokeRequest) (answer, error) {
 	sel, err := selector.Parse(in.Selector)
 	if err != nil {
@@ -111,14 +111,14 @@ func (s *Server) revocation(x *exchange, _ broker.Operator, _ none) (answer, err
 	return answer{status: http.StatusOK, body: out}, err
 }
 
-// progress gives a revocation with who has heard of it, and whether it will not change any more.
-func (s *Server) progress(ctx context.Context, id broker.RevocationID) (out api.Revocation, settled bool, err error) {
+// progress returns a revocation with its acknowledgements, and whether it is final.
+func (s *Server) progress(ctx context.Context, id broker.RevocationID) (out api.Revocation, final bool, err error) {
 	rv, err := s.cfg.Broker.Revocation(ctx, id)
 	if err != nil {
 		return out, false, err
 	}
 	out = wireRevocation(rv)
-	if rv.Freeze { // it stops no step and cuts nothing, so there is nothing to wait for
+	if rv.Freeze { // it ends no step and severs nothing, so there is nothing to wait for
 		return out, true, nil
 	}
 	list, err := s.cfg.Broker.Acknowledgements(ctx, id)
@@ -126,8 +126,8 @@ func (s *Server) progress(ctx context.Context, id broker.RevocationID) (out api.
 	return out, !rv.Settled.IsZero(), err
 }
 
-// lookLeast keeps a busy broker from being asked for every single grant's progress.
-const lookLeast = 100 * time.Millisecond
+// minReadInterval limits how often a stream reads a revocation while a busy broker ends many grants.
+const minReadInterval = 100 * time.Millisecond
 
 func (s *Server) revocationEvents(x *exchange) error {
 	if err := checkType[none](x); err != nil {
@@ -142,9 +142,9 @@ func (s *Server) revocationEvents(x *exchange) error {
 		return err
 	}
 	return s.follow(x, feed{
-		who: "operator " + o.Name, event: api.EventRevocation, least: lookLeast,
+		holder: "operator " + o.Name, event: api.EventRevocation, interval: minReadInterval,
 		watch: func() (<-chan struct{}, func()) { return s.cfg.Broker.Watch("") },
-		look:  func(ctx context.Context) (any, bool, error) { return s.progress(ctx, id) },
+		read:  func(ctx context.Context) (any, bool, error) { return s.progress(ctx, id) },
 	})
 }
 
@@ -178,7 +178,7 @@ func entries(list []broker.Entry, after broker.Revision) answer {
 	return answer{status: http.StatusOK, body: api.Entries{Entries: each(list, wireEntry), Next: uint64(next)}}
 }
 
-// Lines of the audit log on one page.
+// Page sizes of the audit log, in entries.
 const (
 	defaultPage = 100
 	maxPage     = 1000
@@ -190,13 +190,13 @@ func pageOf(x *exchange) (after broker.Revision, limit int, err error) {
 	if text := query.Get("after"); query.Has("after") {
 		n, err := strconv.ParseUint(text, 10, 63)
 		if err != nil {
-			return 0, 0, malformed("after is a revision")
+			return 0, 0, malformed("after must be a revision")
 		}
 		after = broker.Revision(n)
 	}
 	if text := query.Get("limit"); query.Has("limit") {
 		if limit, err = strconv.Atoi(text); err != nil || limit < 1 || limit > maxPage {
-			return 0, 0, malformed("limit is 1 to %d", maxPage)
+			return 0, 0, malformed("limit must be 1 to %d", maxPage)
 		}
 	}
 	return after, limit, nil

@@ -14,8 +14,8 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// problemOf is the one map from the broker's errors to what travels. An error that nobody gave
-// a kind is internal, and its text stays inside.
+// problemOf is the only mapping from the broker's errors to the wire. An error without a kind is internal, and its
+// text is not sent.
 func problemOf(err error) *api.Problem {
 	var p *api.Problem
 	if errors.As(err, &p) {
@@ -24,7 +24,7 @@ func problemOf(err error) *api.Problem {
 	var e *broker.Error
 	switch {
 	case !errors.As(err, &e) && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)):
-		return api.NewProblem(api.KindUnavailable, "", "the time for this request is over").Because(err)
+		return api.NewProblem(api.KindUnavailable, "", "the request timed out").Because(err)
 	case e == nil || kindOf(e.Kind) == api.KindInternal:
 		return api.NewProblem(api.KindInternal, "", "").Because(err)
 	}
@@ -59,7 +59,7 @@ func malformed(format string, args ...any) *api.Problem {
 	return api.NewProblem(api.KindMalformed, "", fmt.Sprintf(format, args...))
 }
 
-// noIdentity is the problem for a failure to identify: 401, unless it says what else it is.
+// noIdentity returns the problem for a failed authentication: 401, unless the error has a kind of its own.
 func noIdentity(err error) error {
 	var e *broker.Error
 	if errors.As(err, &e) {
@@ -84,14 +84,14 @@ func (s *Server) refuse(x *exchange, err error) {
 	if p.Status == http.StatusUnauthorized {
 		h.Set("WWW-Authenticate", `Bearer realm="pawl"`)
 	}
-	_ = x.write(p.Status, body) // the client is gone; the log has the rest
+	_ = x.write(p.Status, body) // the client has disconnected; the log has the rest
 }
 
-// socketTime is how long a client may take to send a body, or to take one write. The socket's
-// clock is the system's, whatever Config.Now says.
+// socketTime is how long a client may take to send a body, or to receive one write. Sockets use the system clock, not
+// Config.Now.
 const socketTime = 10 * time.Second
 
-// write sends an answer's status and body within socketTime.
+// write sends the status and body of an answer within socketTime.
 func (x *exchange) write(status int, body []byte) error {
 	control := http.NewResponseController(x.w)
 	_ = control.SetWriteDeadline(time.Now().Add(socketTime)) // a recorder in a test has no socket

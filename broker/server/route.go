@@ -20,25 +20,25 @@ import (
 // route is one endpoint.
 type route struct {
 	method, path string
-	query        []string // the names of query parameters that it knows
+	query        []string // names of the accepted query parameters
 	do           endpoint
 }
 
-// endpoint answers a request, or returns the error to answer with if nothing was written yet.
+// endpoint answers a request, or returns the error to answer with if nothing has been written.
 type endpoint func(*exchange) error
 
-// exchange is one request, its answer, and what the log will say of both.
+// exchange is one request with its answer and its log attributes.
 type exchange struct {
 	*http.Request
 	w      *recorder
-	id     string // names the request in the log and in a problem
+	id     string // identifies the request in the log and in a problem
 	events []slog.Attr
 }
 
-// note adds to the request's line in the log. No secret, no body.
+// note adds attributes to the log line of the request. They must not hold a secret or a body.
 func (x *exchange) note(attrs ...slog.Attr) { x.events = append(x.events, attrs...) }
 
-// recorder remembers the status, and so whether an answer has begun.
+// recorder records the status, and so whether an answer was started.
 type recorder struct {
 	http.ResponseWriter
 	status int
@@ -58,10 +58,10 @@ func (w *recorder) Write(b []byte) (int, error) {
 	return w.ResponseWriter.Write(b)
 }
 
-// Unwrap is for http.ResponseController.
+// Unwrap lets http.ResponseController reach the wrapped writer.
 func (w *recorder) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// router answers each route's method and path exactly, and everything else with a problem.
+// router matches the method and path of each route exactly, and answers everything else with a problem.
 func (s *Server) router(routes []route) http.Handler {
 	mux := http.NewServeMux()
 	methods := map[string][]string{}
@@ -77,7 +77,7 @@ func (s *Server) router(routes []route) http.Handler {
 	}})
 	mux.Handle("/", nowhere)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// The mux would redirect a path that is not clean, and undo escapes before it matches.
+		// The mux would redirect a path that is not clean, and unescape a path before it matches.
 		if r.URL.RawPath != "" || path.Clean(r.URL.Path) != r.URL.Path {
 			nowhere.ServeHTTP(w, r)
 			return
@@ -94,10 +94,10 @@ func refuseMethod(allowed []string) endpoint {
 	}
 }
 
-// serve runs one endpoint: what holds for every request is here.
+// serve runs one endpoint with the steps that every request has in common.
 func (s *Server) serve(r route) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
-		begun := s.cfg.Now()
+		start := s.cfg.Now()
 		x := &exchange{Request: req, w: &recorder{ResponseWriter: w}, id: rand.Text()}
 		x.w.Header().Set("Cache-Control", "no-store")
 		x.w.Header().Set("X-Content-Type-Options", "nosniff")
@@ -108,12 +108,11 @@ func (s *Server) serve(r route) http.Handler {
 		if err != nil && x.w.status == 0 {
 			s.refuse(x, err)
 		}
-		s.log(r, x, err, s.cfg.Now().Sub(begun))
+		s.log(r, x, err, s.cfg.Now().Sub(start))
 	})
 }
 
-// run turns a panic of one request into that request's error. A CVE of the kind that this
-// stops is number 52 in hardening.md.
+// run turns a panic in one request into an error of that request, so that no request can harm another.
 func (s *Server) run(r route, x *exchange) (err error) {
 	defer func() {
 		switch p := recover().(type) {
@@ -121,7 +120,7 @@ func (s *Server) run(r route, x *exchange) (err error) {
 		case runtime.Error:
 			err = fmt.Errorf("panic: %w\n%s", p, debug.Stack())
 		case error:
-			err = p // http.ErrAbortHandler; of others the text may hold what a log must not
+			err = p // http.ErrAbortHandler; the text of others may hold data that must not be logged
 			if !errors.Is(p, http.ErrAbortHandler) {
 				err = fmt.Errorf("panic: %T\n%s", p, debug.Stack())
 			}
@@ -129,7 +128,7 @@ func (s *Server) run(r route, x *exchange) (err error) {
 			err = fmt.Errorf("panic: %T\n%s", p, debug.Stack())
 		}
 	}()
-	// GET routes match HEAD too; an endless answer without a body helps nobody.
+	// GET routes match HEAD too. An endless answer without a body is of no use.
 	if r.method != "" && x.Method != r.method {
 		return refuseMethod([]string{r.method})(x)
 	}
@@ -139,16 +138,15 @@ func (s *Server) run(r route, x *exchange) (err error) {
 	return r.do(x)
 }
 
-// checkQuery refuses parameters that the endpoint does not know: a misspelt limit must not
-// pass for none.
+// checkQuery refuses parameters that the endpoint does not know: a misspelt limit must not count as no limit.
 func checkQuery(u *url.URL, known []string) error {
 	values, err := url.ParseQuery(u.RawQuery)
 	if err != nil {
-		return malformed("the query cannot be read")
+		return malformed("the query is malformed")
 	}
 	for name, given := range values {
 		if !slices.Contains(known, name) {
-			return malformed("there is no query parameter %.40q here", name)
+			return malformed("unknown query parameter %.40q", name)
 		}
 		if len(given) != 1 {
 			return malformed("query parameter %q is given twice", name)

@@ -16,8 +16,7 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// sealKey is a public key as it may be asked for a seal: one curve, nothing private, no member that
-// is not known.
+// sealKey is a public key that a seal may have: one curve, no private member, no unknown member.
 type sealKey struct {
 	Kty string `json:"kty"`
 	Crv string `json:"crv"`
@@ -31,11 +30,11 @@ type sealKey struct {
 // maxKey is the largest JWK in bytes; one with all its members takes about 300.
 const maxKey = 1 << 10
 
-// parseSealKey accepts one spelling of each key, so that a thumbprint names one.
+// parseSealKey accepts one spelling of each key, so that a thumbprint identifies one key.
 func parseSealKey(raw []byte) (key *ecdsa.PublicKey, thumbprint string, err error) {
 	var k sealKey
 	if len(raw) > maxKey {
-		return nil, "", malformed("the seal's key takes more than %d bytes", maxKey)
+		return nil, "", malformed("the seal's key is longer than %d bytes", maxKey)
 	}
 	if err := api.Decode(raw, &k); err != nil {
 		return nil, "", malformed("the seal's key is not a public JWK with kty, crv, x and y: %v", err)
@@ -58,7 +57,7 @@ func parseSealKey(raw []byte) (key *ecdsa.PublicKey, thumbprint string, err erro
 	return key, base64.RawURLEncoding.EncodeToString(digest[:]), nil
 }
 
-// sealOf makes of a request what the broker needs to seal.
+// sealOf converts the seal of a request to the broker's form.
 func sealOf(in api.Seal) (*broker.Seal, error) {
 	key, thumbprint, err := parseSealKey(in.Key)
 	if err != nil {
@@ -67,7 +66,7 @@ func sealOf(in api.Seal) (*broker.Seal, error) {
 	seal := &broker.Seal{Thumbprint: thumbprint}
 	if in.Collector != "" {
 		if len(in.Collector) > maxSPIFFEID {
-			return nil, malformed("collector takes more than %d bytes", maxSPIFFEID)
+			return nil, malformed("collector is longer than %d bytes", maxSPIFFEID)
 		}
 		if seal.Collector, err = spiffeid.FromString(in.Collector); err != nil || seal.Collector.Path() == "" {
 			return nil, malformed("collector is not the SPIFFE ID of a workload")
@@ -89,7 +88,7 @@ func sealOf(in api.Seal) (*broker.Seal, error) {
 	return seal, nil
 }
 
-// collect gives a sealed secret, once. The broker cannot read it any more, so it is not wiped.
+// collect returns a sealed secret, once. The broker can no longer read it, so it is not wiped.
 func (s *Server) collect(x *exchange, c broker.Caller, _ api.Nothing) (answer, error) {
 	id, err := pathID(x, "grant", broker.ParseGrantID)
 	if err != nil {

@@ -29,8 +29,7 @@ func sealKey(t testing.TB) *agent.SealKey {
 	return k
 }
 
-// TestSealed: the secret is not in the step's answer; its collector gets it once, and nobody else
-// ever does.
+// TestSealed checks that the step's answer has no secret, and that only the collector receives it, once.
 func TestSealed(t *testing.T) {
 	w, ctx := newWorld(t), t.Context()
 	d, err := w.agent(t, "root").Open(ctx, agent.Chain{Task: "t", Rights: []agent.Right{{Tool: "db", Use: true}}})
@@ -77,11 +76,11 @@ func TestSealed(t *testing.T) {
 		t.Errorf("after Close = %v the secret works", err)
 	}
 	if _, err := d.Begin(ctx, agent.Call{Tool: "db", Seal: &agent.Seal{Key: key.Public(), Collector: "spiffe://elsewhere.org/worker"}}); !errors.As(err, &p) || p.Code != "foreign_trust_domain" {
-		t.Errorf("a collector elsewhere = %v, want foreign_trust_domain", err)
+		t.Errorf("a collector in another trust domain = %v, want foreign_trust_domain", err)
 	}
 }
 
-// TestWrongSealKey: what is sealed to another key opens for nobody, and is used up.
+// TestWrongSealKey checks that no other key opens a sealed secret. The collection counts all the same.
 func TestWrongSealKey(t *testing.T) {
 	w, ctx := newWorld(t), t.Context()
 	c := w.agent(t, "root")
@@ -98,7 +97,7 @@ func TestWrongSealKey(t *testing.T) {
 	}
 }
 
-// TestSealKeys: a key is public, on P-256, for this use, and spelt one way.
+// TestSealKeys checks that a key must be public, on P-256, for this use, and in its one spelling.
 func TestSealKeys(t *testing.T) {
 	good := string(sealKey(t).Public())
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -131,28 +130,28 @@ func TestSealKeys(t *testing.T) {
 		key string
 		ok  bool
 	}{
-		"good":            {good, true},
-		"bare":            {jwk(private.Public()), true},
-		"with a kid":      {replace(`"kty"`, `"kid":"k","kty"`), true},
-		"private":         {jwk(private), false},
-		"P-384":           {jwk(other.Public()), false},
-		"Ed25519":         {jwk(okp), false},
-		"symmetric":       {jwk([]byte("0123456789abcdef")), false},
-		"for signing":     {replace(`"enc"`, `"sig"`), false},
-		"another alg":     {replace(`"ECDH-ES"`, `"ECDH-ES+A256KW"`), false},
-		"key_ops":         {replace(`"kty"`, `"key_ops":["sign"],"kty"`), false},
-		"not a point":     {`{"kty":"EC","crv":"P-256","x":"` + strings.Repeat("A", 43) + `","y":"` + strings.Repeat("A", 43) + `"}`, false},
-		"short":           {`{"kty":"EC","crv":"P-256","x":"AA","y":"AA"}`, false},
-		"padded":          {replace(`","y"`, `=","y"`), false},
-		"given twice":     {replace(`"kty":"EC"`, `"kty":"EC","kty":"EC"`), false},
-		"in capitals":     {replace(`"kty"`, `"KTY"`), false},
-		"nothing":         {`{}`, false},
-		"no object":       {`"key"`, false},
-		"too large":       {replace(`"kty"`, `"kid":"`+strings.Repeat("k", 1100)+`","kty"`), false},
-		"something after": {good + good, false},
+		"good":          {good, true},
+		"bare":          {jwk(private.Public()), true},
+		"with a kid":    {replace(`"kty"`, `"kid":"k","kty"`), true},
+		"private":       {jwk(private), false},
+		"P-384":         {jwk(other.Public()), false},
+		"Ed25519":       {jwk(okp), false},
+		"symmetric":     {jwk([]byte("0123456789abcdef")), false},
+		"for signing":   {replace(`"enc"`, `"sig"`), false},
+		"another alg":   {replace(`"ECDH-ES"`, `"ECDH-ES+A256KW"`), false},
+		"key_ops":       {replace(`"kty"`, `"key_ops":["sign"],"kty"`), false},
+		"not a point":   {`{"kty":"EC","crv":"P-256","x":"` + strings.Repeat("A", 43) + `","y":"` + strings.Repeat("A", 43) + `"}`, false},
+		"short":         {`{"kty":"EC","crv":"P-256","x":"AA","y":"AA"}`, false},
+		"padded":        {replace(`","y"`, `=","y"`), false},
+		"given twice":   {replace(`"kty":"EC"`, `"kty":"EC","kty":"EC"`), false},
+		"in capitals":   {replace(`"kty"`, `"KTY"`), false},
+		"empty":         {`{}`, false},
+		"not an object": {`"key"`, false},
+		"too large":     {replace(`"kty"`, `"kid":"`+strings.Repeat("k", 1100)+`","kty"`), false},
+		"trailing data": {good + good, false},
 	} {
 		if _, print, err := server.ParseSealKey([]byte(row.key)); (err == nil) != row.ok || row.ok && print == "" {
-			t.Errorf("ParseSealKey of one that is %s = %v, want good: %v", name, err, row.ok)
+			t.Errorf("ParseSealKey(%s) = %v, want good: %v", name, err, row.ok)
 		}
 	}
 }
@@ -182,7 +181,7 @@ func TestSealRequest(t *testing.T) {
 func TestCollectRequest(t *testing.T) {
 	const path = "/v1/grants/" + string(grantID) + "/collect"
 	if out := decoded[api.Collected](t, newRig(t).ask("agents", "POST", path, `{}`)); out.JWE != "a.b.c.d.e" || out.Grant.ID != string(grantID) {
-		t.Errorf("collect = %+v, want what is sealed", out)
+		t.Errorf("collect = %+v, want the sealed secret", out)
 	}
 	r := newRig(t)
 	r.fake.err = broker.Errorf(broker.Conflict, "collect", "again").With(broker.CodeAlreadyCollected)
@@ -199,13 +198,13 @@ func FuzzSealKey(f *testing.F) {
 		if err != nil {
 			return
 		}
-		// go-jose is a second opinion: the same key, public, with the same thumbprint.
+		// go-jose must agree: the same key, public, with the same thumbprint.
 		var k jose.JSONWebKey
 		if err := k.UnmarshalJSON(raw); err != nil || !k.IsPublic() || !k.Valid() {
-			t.Fatalf("%q was taken, and go-jose says %v", raw, err)
+			t.Fatalf("%q was accepted, but go-jose returns %v", raw, err)
 		}
 		if other, ok := k.Key.(*ecdsa.PublicKey); !ok || !other.Equal(key) {
-			t.Fatalf("%q is another key for go-jose", raw)
+			t.Fatalf("go-jose reads another key from %q", raw)
 		}
 		if digest, err := k.Thumbprint(crypto.SHA256); err != nil || base64.RawURLEncoding.EncodeToString(digest) != print {
 			t.Fatalf("thumbprint of %q = %s, want %x, %v", raw, print, digest, err)

@@ -1,6 +1,6 @@
-// Package server is Pawl over HTTP: it identifies whoever asks, decodes strictly, makes one
-// call and encodes the answer. It has one handler for agents and another, for a listener of
-// its own, for operators, and it alone maps the broker's errors to problems.
+// Package server is Pawl over HTTP. It authenticates the client, decodes strictly, makes one call and encodes the
+// answer. One handler serves agents; another, for a separate listener, serves operators. It alone maps the broker's
+// errors to problems.
 package server
 
 import (
@@ -16,8 +16,8 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// Broker is what the handlers call; *broker.Broker with the Entries of its ledger is one. Every
-// method is safe for concurrent use; an error that is no *broker.Error is answered with 500.
+// Broker has the calls that the handlers make; *broker.Broker with the Entries of its ledger implements it. Every
+// method is safe for concurrent use. An error that is not a *broker.Error is answered with 500.
 type Broker interface {
 	Delegations
 	Steps
@@ -29,17 +29,17 @@ type Broker interface {
 	Audit
 }
 
-// Delegations opens chains and passes them on.
+// Delegations opens chains, delegates, and reads the status of a delegation.
 type Delegations interface {
 	Open(context.Context, broker.Caller, broker.OpenRequest) (broker.Delegation, error)
 	Delegate(context.Context, broker.Caller, broker.DelegateRequest) (broker.Delegation, error)
 	Status(context.Context, broker.Caller, broker.DelegationID) (broker.Status, error)
-	Peek(context.Context, broker.Caller, broker.DelegationID) (broker.Status, error) // Standing that is no request of the holder's
+	Peek(context.Context, broker.Caller, broker.DelegationID) (broker.Status, error) // like Status, but does not count as a request by the holder
 	Heartbeat(context.Context, broker.Caller, broker.DelegationID) error
 	Acknowledge(context.Context, broker.Caller, broker.DelegationID, broker.RevocationID) error
 }
 
-// Steps gives and ends the secrets of steps. Close waits for proof as long as its context allows.
+// Steps issues and ends the secrets of steps. Close waits for proof as long as its context allows.
 type Steps interface {
 	Issue(context.Context, broker.Caller, broker.StepRequest) (broker.Issued, error)
 	Close(context.Context, broker.Caller, broker.GrantID) (broker.Grant, error)
@@ -47,36 +47,36 @@ type Steps interface {
 	Report(context.Context, broker.Caller, broker.ReportRequest) (broker.Reported, error)
 }
 
-// Watcher says when to look again: the channel is closed, or sent on, at the next change of
-// the chain, or of any chain when the id is empty; of WatchFences, only when a fence that may be over
-// the chain is set or lifted. cancel must be called.
+// Watcher notifies of changes. The channel of Watch is closed, or sent on, at the next change of the chain, or of any
+// chain when the id is empty. The channel of WatchFences is limited to fences that may cover the chain: one is set or
+// lifted. cancel must be called.
 type Watcher interface {
 	Watch(broker.ChainID) (changed <-chan struct{}, cancel func())
 	WatchFences(broker.ChainID) (changed <-chan struct{}, cancel func())
 }
 
-// Revoker plans, revokes and lifts.
+// Revoker plans and starts revocations, and lifts freezes.
 type Revoker interface {
 	Plan(context.Context, broker.Operator, selector.Selector) (broker.Plan, error)
 	Revoke(context.Context, broker.Operator, selector.Request) (broker.Revocation, error)
 	Unfreeze(context.Context, broker.Operator, broker.RevocationID) (broker.Revocation, error)
 }
 
-// Revocations tells how far revocations have come.
+// Revocations reads the progress of revocations.
 type Revocations interface {
 	Revocation(context.Context, broker.RevocationID) (broker.Revocation, error)
 	Revocations(context.Context) ([]broker.Revocation, error)
 	Acknowledgements(context.Context, broker.RevocationID) ([]broker.Acknowledgement, error)
 }
 
-// Chains shows chains.
+// Chains lists chains and reads one.
 type Chains interface {
 	Chains(ctx context.Context, all bool) ([]broker.ChainSummary, error)
 	Chain(context.Context, broker.ChainID) (broker.ChainView, error)
 }
 
-// Canaries plants values that nobody has business with, and is told of what was presented as somebody's token
-// and is none. Present must not take longer for a canary's value than for any other.
+// Canaries plants values that no caller has a reason to use. Present receives each value that was presented as a
+// token and is not one. It must not take longer for a canary's value than for any other.
 type Canaries interface {
 	Plant(context.Context, broker.Operator, broker.PlantRequest) (c broker.Canary, value string, err error)
 	Canaries(context.Context) ([]broker.Canary, error)
@@ -84,21 +84,21 @@ type Canaries interface {
 	Present(ctx context.Context, c broker.Caller, value string)
 }
 
-// Audit shows the log.
+// Audit reads the log.
 type Audit interface {
 	Entries(ctx context.Context, after broker.Revision, limit int) ([]broker.Entry, error)
 	ChainEntries(ctx context.Context, id broker.ChainID, after broker.Revision, limit int) ([]broker.Entry, error)
 }
 
-// Config is what a [Server] is made of.
+// Config configures a [Server].
 type Config struct {
 	Broker Broker // required
 
-	// Identify says which agent asks, and is asked for every request to the agents' handler.
-	// Its errors are answered with 401 unless they have a kind. Required.
+	// Identify authenticates the agent of every request to the agents' handler. Its errors are answered with 401
+	// unless they have a kind. Required.
 	Identify func(*http.Request) (broker.Caller, error)
-	// Operator says which operator asks, and is asked for every request to the operators'
-	// handler. Errors as for Identify. Required.
+	// Operator authenticates the operator of every request to the operators' handler. Errors as for Identify.
+	// Required.
 	Operator func(*http.Request) (broker.Operator, error)
 
 	Notary  Notary       // signs reports and checkpoints; nil: both are refused
@@ -109,24 +109,23 @@ type Config struct {
 
 	Log       *slog.Logger     // one event for each request, never a body; nil: none
 	Now       func() time.Time // required
-	Ready     func() error     // what /healthz asks; its error is logged and answered with 503. Nil: always ready
+	Ready     func() error     // readiness for /healthz; an error is logged and answered with 503. Nil: always ready
 	Metrics   http.Handler     // operators' GET /metrics; nil: there is no such endpoint
 	Heartbeat time.Duration    // the longest silence on a stream; zero: 15 s
 	Streams   int              // open streams of one caller; zero: 256
-	CloseWait time.Duration    // how long closing a step waits for the proof; zero: 5 s
 }
 
-// Server is the HTTP side of a broker. Make one with [New].
+// Server is the HTTP side of a broker. Create one with [New].
 type Server struct {
 	cfg    Config
 	closed chan struct{} // closed by Close
 	once   sync.Once     // of Close
 
 	mu   sync.Mutex     // guards open
-	open map[string]int // streams by who holds them
+	open map[string]int // open streams by holder
 }
 
-// New validates cfg.
+// New validates cfg and returns a server.
 func New(cfg Config) (*Server, error) {
 	for name, missing := range map[string]bool{
 		"Broker": cfg.Broker == nil, "Identify": cfg.Identify == nil,
@@ -147,16 +146,14 @@ func New(cfg Config) (*Server, error) {
 	}
 	cfg.Heartbeat = cmp.Or(cfg.Heartbeat, 15*time.Second)
 	cfg.Streams = cmp.Or(cfg.Streams, 256)
-	cfg.CloseWait = cmp.Or(cfg.CloseWait, 5*time.Second)
 	return &Server{cfg: cfg, closed: make(chan struct{}), open: map[string]int{}}, nil
 }
 
-// Agents is the handler of the agents' listener.
+// Agents returns the handler of the agents' listener.
 func (s *Server) Agents() http.Handler { return s.router(s.agentRoutes()) }
 
-// Operators is the handler of the operators' listener.
+// Operators returns the handler of the operators' listener.
 func (s *Server) Operators() http.Handler { return s.router(s.operatorRoutes()) }
 
-// Close ends every open stream, so that http.Server.Shutdown need not wait for them. It may be
-// called more than once.
+// Close ends every open stream, so that http.Server.Shutdown does not wait for them. It may be called more than once.
 func (s *Server) Close() { s.once.Do(func() { close(s.closed) }) }

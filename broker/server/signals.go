@@ -7,8 +7,8 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// signalRoutes are where transmitters push security events (RFC 8935). They are known by the signature
-// of what they send, so no identity is asked for; Config.Signals answers in that protocol's words.
+// signalRoutes accepts security events that transmitters push (RFC 8935). The signature of an event authenticates it,
+// so no identity is required. Config.Signals answers in the format of that protocol.
 func (s *Server) signalRoutes() []route {
 	if s.cfg.Signals == nil {
 		return nil

@@ -14,19 +14,19 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// feed is what a stream shows.
+// feed is the content of a stream.
 type feed struct {
-	who   string        // whom the stream counts against
-	event string        // the name of its events
-	until time.Time     // the end of who's identity; zero: none
-	least time.Duration // between two looks
-	// watch gives a channel that is closed when it is time to look again.
+	holder   string        // the stream counts against this holder's limit
+	event    string        // the name of its events
+	until    time.Time     // the end of the holder's identity; zero: none
+	interval time.Duration // the shortest time between two reads
+	// watch returns a channel that is closed when it is time to read again.
 	watch func() (changed <-chan struct{}, cancel func())
-	// look gives an event's data, and whether it is the last.
-	look func(context.Context) (data any, final bool, err error)
+	// read returns the data of an event, and whether it is the last.
+	read func(context.Context) (data any, final bool, err error)
 }
 
-// stream is an answer of server-sent events under way.
+// stream is an answer of server-sent events in progress.
 type stream struct {
 	x       *exchange
 	control *http.ResponseController
@@ -34,11 +34,11 @@ type stream struct {
 	sent    int
 }
 
-// follow sends what f shows, at once and then whenever it has changed, until it is final, the
-// client goes, its identity ends or the server closes. Whoever was cut off early connects
-// again and sees the present: events say how things stand, not what happened.
+// follow sends the state of f, at once and after each change. It returns when the state is final, the client
+// disconnects, its identity expires or the server closes. A client that lost its stream connects again and receives
+// the present state: events carry state, not history.
 func (s *Server) follow(x *exchange, f feed) error {
-	leave, err := s.enter(f.who)
+	leave, err := s.enter(f.holder)
 	if err != nil {
 		return err
 	}
@@ -47,21 +47,21 @@ func (s *Server) follow(x *exchange, f feed) error {
 	defer func() { x.note(slog.Int("events", st.sent)) }()
 	beat := time.NewTicker(s.cfg.Heartbeat)
 	defer beat.Stop()
-	var over <-chan time.Time
+	var expired <-chan time.Time
 	if !f.until.IsZero() {
 		timer := time.NewTimer(f.until.Sub(s.cfg.Now()))
 		defer timer.Stop()
-		over = timer.C
+		expired = timer.C
 	}
 	for {
-		// Watch before looking: a change in between is then seen.
+		// Watch before reading, so that a change in between is not lost.
 		changed, cancel := f.watch()
-		final, err := st.look(f)
+		final, err := st.update(f)
 		if err == nil && !final {
-			err = s.wait(x.Context(), st, changed, beat.C, over, f.least)
+			err = s.wait(x.Context(), st, changed, beat.C, expired, f.interval)
 		}
 		cancel()
-		if errors.Is(err, errOver) || err == nil && final {
+		if errors.Is(err, errEnded) || err == nil && final {
 			return nil
 		}
 		if err != nil {
@@ -70,41 +70,42 @@ func (s *Server) follow(x *exchange, f feed) error {
 	}
 }
 
-// errOver says that a stream has come to an end that is nobody's fault.
-var errOver = errors.New("the stream is over")
+// errEnded reports that a stream ended without a fault.
+var errEnded = errors.New("the stream has ended")
 
-// wait returns when it is time to look again. Beats look, too: time itself ends delegations.
-func (s *Server) wait(ctx context.Context, st *stream, changed <-chan struct{}, beat, over <-chan time.Time, least time.Duration) error {
+// wait returns when it is time to read again. A heartbeat is also a reason to read, because time alone ends
+// delegations.
+func (s *Server) wait(ctx context.Context, st *stream, changed <-chan struct{}, beat, expired <-chan time.Time, interval time.Duration) error {
 	select {
 	case <-changed:
 	case <-beat:
 		return st.write(": \n\n")
-	case <-over:
-		return errOver
+	case <-expired:
+		return errEnded
 	case <-s.closed:
-		return errOver
+		return errEnded
 	case <-ctx.Done():
-		return errOver
+		return errEnded
 	}
-	if least == 0 {
+	if interval == 0 {
 		return nil
 	}
-	pause := time.NewTimer(least)
+	pause := time.NewTimer(interval)
 	defer pause.Stop()
 	select {
 	case <-pause.C:
 		return nil
 	case <-s.closed:
-		return errOver
+		return errEnded
 	case <-ctx.Done():
-		return errOver
+		return errEnded
 	}
 }
 
-// look sends one event if there is news. An error before the first event is the answer. Later
-// it is an event, and the last, unless it may pass: then the client had better connect again.
-func (st *stream) look(f feed) (final bool, err error) {
-	data, final, err := f.look(st.x.Context())
+// update sends one event if the state has changed. An error before the first event becomes the answer. A later one
+// becomes the last event. An unavailable or internal error is not sent: the client should connect again.
+func (st *stream) update(f feed) (final bool, err error) {
+	data, final, err := f.read(st.x.Context())
 	name := f.event
 	if err != nil {
 		p := *problemOf(err)
@@ -135,27 +136,27 @@ func (st *stream) look(f feed) (final bool, err error) {
 func (st *stream) write(text string) error {
 	_ = st.control.SetWriteDeadline(time.Now().Add(socketTime)) // a recorder in a test has no socket
 	if _, err := st.x.w.Write([]byte(text)); err != nil {
-		return fmt.Errorf("%w: %w", errOver, err)
+		return fmt.Errorf("%w: %w", errEnded, err)
 	}
 	if err := st.control.Flush(); err != nil {
-		return fmt.Errorf("%w: %w", errOver, err)
+		return fmt.Errorf("%w: %w", errEnded, err)
 	}
 	return nil
 }
 
-// enter counts a stream against its holder; leave takes it off again.
-func (s *Server) enter(who string) (leave func(), err error) {
+// enter counts a stream against its holder. leave reverses that.
+func (s *Server) enter(holder string) (leave func(), err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.open[who] >= s.cfg.Streams {
+	if s.open[holder] >= s.cfg.Streams {
 		return nil, api.NewProblem(api.KindDenied, api.CodeTooManyStreams, fmt.Sprintf("%d streams are open", s.cfg.Streams)).After(time.Second)
 	}
-	s.open[who]++
+	s.open[holder]++
 	return func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if s.open[who]--; s.open[who] == 0 {
-			delete(s.open, who)
+		if s.open[holder]--; s.open[holder] == 0 {
+			delete(s.open, holder)
 		}
 	}, nil
 }

@@ -41,8 +41,8 @@ func (l *listener) Write(b []byte) (int, error) {
 	return l.text.Write(b)
 }
 
-// heard gives what came since it was last asked, once all is quiet.
-func (l *listener) heard() string {
+// received returns the text received since the last call, once all goroutines are idle.
+func (l *listener) received() string {
 	synctest.Wait()
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -51,7 +51,7 @@ func (l *listener) heard() string {
 	return s
 }
 
-func (l *listener) over() bool {
+func (l *listener) ended() bool {
 	synctest.Wait()
 	select {
 	case <-l.done:
@@ -75,29 +75,29 @@ func listen(t *testing.T, h http.Handler, path string) *listener {
 	return l
 }
 
-// ticking has the server's clock follow the bubble's, from noon on.
+// ticking makes the server's clock follow the bubble's clock, starting at noon.
 func ticking(c *server.Config) {
-	begun := time.Now()
-	c.Now = func() time.Time { return noon.Add(time.Since(begun)) }
+	start := time.Now()
+	c.Now = func() time.Time { return noon.Add(time.Since(start)) }
 }
 
 func wantEvent(t *testing.T, l *listener, parts ...string) {
 	t.Helper()
-	got := l.heard()
+	got := l.received()
 	if strings.Count(got, "data: ") != 1 || !strings.HasSuffix(got, "\n\n") {
-		t.Errorf("heard %q, want one event", got)
+		t.Errorf("received %q, want one event", got)
 	}
 	for _, part := range parts {
 		if !strings.Contains(got, part) {
-			t.Errorf("heard %q, want %q in it", got, part)
+			t.Errorf("received %q, want %q in it", got, part)
 		}
 	}
 }
 
 func wantSilence(t *testing.T, l *listener) {
 	t.Helper()
-	if got := strings.ReplaceAll(l.heard(), ": \n\n", ""); got != "" {
-		t.Errorf("heard %q, want nothing", got)
+	if got := strings.ReplaceAll(l.received(), ": \n\n", ""); got != "" {
+		t.Errorf("received %q, want nothing", got)
 	}
 }
 
@@ -112,11 +112,11 @@ func TestStandingEvents(t *testing.T) {
 		r.fake.change(func() {})
 		wantSilence(t, l)
 		time.Sleep(16 * time.Second)
-		if got := l.heard(); got != ": \n\n" {
-			t.Errorf("after 16 s heard %q, want one comment", got)
+		if got := l.received(); got != ": \n\n" {
+			t.Errorf("received %q after 16 s, want one comment", got)
 		}
-		if r.fake.beats != 1 || r.fake.stood < 2 {
-			t.Errorf("of %d looks %d counted as the holder's own requests, want the first alone", r.fake.stood, r.fake.beats)
+		if r.fake.beats != 1 || r.fake.reads < 2 {
+			t.Errorf("of %d reads %d counted as requests by the holder, want only the first", r.fake.reads, r.fake.beats)
 		}
 		r.fake.change(func() { r.fake.standing.Ended = []broker.GrantID{grantID} })
 		wantEvent(t, l, "id: 2\n", string(grantID))
@@ -124,8 +124,8 @@ func TestStandingEvents(t *testing.T) {
 		wantEvent(t, l, "id: 3\n", `"frozen":true`)
 		r.fake.change(func() { r.fake.standing.Fence = &broker.Fence{At: noon, Revocation: revocationID} })
 		wantEvent(t, l, "id: 4\n", `"revocation":"`+string(revocationID)+`"`)
-		if !l.over() {
-			t.Error("the stream goes on after a final fence")
+		if !l.ended() {
+			t.Error("the stream stays open after a final fence")
 		}
 		if !strings.Contains(r.log.String(), `"events":4`) {
 			t.Errorf("the log %s lacks the number of events", r.log)
@@ -133,19 +133,19 @@ func TestStandingEvents(t *testing.T) {
 	})
 }
 
-// TestChangeWhileLooking: a change after a look and before the wait is not lost.
-func TestChangeWhileLooking(t *testing.T) {
+// TestChangeWhileReading checks that a change after a read and before the wait is not lost.
+func TestChangeWhileReading(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, ticking)
-		looks := 0
-		r.fake.looked = func() {
-			if looks++; looks == 2 { // the first look is for the permission
+		reads := 0
+		r.fake.onRead = func() {
+			if reads++; reads == 2 { // the first read checks the permission
 				r.fake.change(func() { r.fake.standing.Ended = []broker.GrantID{grantID} })
 			}
 		}
 		l := listen(t, r.Agents(), events)
-		if got := l.heard(); strings.Count(got, "data: ") != 2 || !strings.Contains(got, string(grantID)) {
-			t.Errorf("heard %q, want the state before and the state after", got)
+		if got := l.received(); strings.Count(got, "data: ") != 2 || !strings.Contains(got, string(grantID)) {
+			t.Errorf("received %q, want the state before and the state after", got)
 		}
 	})
 }
@@ -153,15 +153,15 @@ func TestChangeWhileLooking(t *testing.T) {
 func TestStreamEnds(t *testing.T) {
 	for name, row := range map[string]struct {
 		act  func(rig, *listener)
-		want string // in what is heard; empty: nothing more
+		want string // in the received text; empty: nothing more
 	}{
-		"the delegation is over":     {func(rig, *listener) { time.Sleep(time.Hour) }, `event: problem`},
-		"no longer the caller's":     {func(r rig, _ *listener) { fail(r, broker.Errorf(broker.NotFound, "standing", "gone")) }, `"code":"not_found"`},
-		"the ledger cannot be read":  {func(r rig, _ *listener) { fail(r, broker.Errorf(broker.Unavailable, "standing", "down")) }, ""},
-		"something breaks":           {func(r rig, _ *listener) { fail(r, errors.New("inside-marker")) }, ""},
-		"the server closes":          {func(r rig, _ *listener) { r.Close() }, ""},
-		"the client goes":            {func(_ rig, l *listener) { l.cancel() }, ""},
-		"the client stops listening": {func(_ rig, l *listener) { l.mu.Lock(); l.broken = true; l.mu.Unlock(); time.Sleep(time.Minute) }, ""},
+		"the delegation expires":    {func(rig, *listener) { time.Sleep(time.Hour) }, `event: problem`},
+		"no longer the caller's":    {func(r rig, _ *listener) { fail(r, broker.Errorf(broker.NotFound, "standing", "gone")) }, `"code":"not_found"`},
+		"the ledger cannot be read": {func(r rig, _ *listener) { fail(r, broker.Errorf(broker.Unavailable, "standing", "down")) }, ""},
+		"an internal error":         {func(r rig, _ *listener) { fail(r, errors.New("inside-marker")) }, ""},
+		"the server closes":         {func(r rig, _ *listener) { r.Close() }, ""},
+		"the client disconnects":    {func(_ rig, l *listener) { l.cancel() }, ""},
+		"the client stops reading":  {func(_ rig, l *listener) { l.mu.Lock(); l.broken = true; l.mu.Unlock(); time.Sleep(time.Minute) }, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -173,12 +173,12 @@ func TestStreamEnds(t *testing.T) {
 				l := listen(t, r.Agents(), events)
 				wantEvent(t, l)
 				row.act(r, l)
-				got := strings.ReplaceAll(l.heard(), ": \n\n", "")
+				got := strings.ReplaceAll(l.received(), ": \n\n", "")
 				if !strings.Contains(got, row.want) || row.want == "" && got != "" {
-					t.Errorf("heard %q, want %q", got, row.want)
+					t.Errorf("received %q, want %q", got, row.want)
 				}
-				if !l.over() {
-					t.Error("the stream goes on")
+				if !l.ended() {
+					t.Error("the stream stays open")
 				}
 			})
 		})
@@ -187,7 +187,7 @@ func TestStreamEnds(t *testing.T) {
 
 func fail(r rig, err error) { r.fake.change(func() { r.fake.standErr = err }) }
 
-// TestStreamEndsWithIdentity: a stream does not outlive the document that opened it.
+// TestStreamEndsWithIdentity checks that a stream does not outlive the SVID that opened it.
 func TestStreamEndsWithIdentity(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, ticking, func(c *server.Config) {
@@ -197,11 +197,11 @@ func TestStreamEndsWithIdentity(t *testing.T) {
 		})
 		l := listen(t, r.Agents(), events)
 		time.Sleep(59 * time.Second)
-		if l.over() {
+		if l.ended() {
 			t.Error("the stream ended before the identity")
 		}
 		time.Sleep(2 * time.Second)
-		if !l.over() {
+		if !l.ended() {
 			t.Error("the stream outlives the identity")
 		}
 	})
@@ -217,8 +217,8 @@ func TestStreamsAreBounded(t *testing.T) {
 			t.Errorf("a third stream = %+v, want too_many_streams", p)
 		}
 		first.cancel()
-		if !first.over() {
-			t.Fatal("the first stream goes on")
+		if !first.ended() {
+			t.Fatal("the first stream stays open")
 		}
 		third := listen(t, h, events)
 		if wantEvent(t, third, "event: standing"); third.status != http.StatusOK {
@@ -231,7 +231,7 @@ func TestStreamRefused(t *testing.T) {
 	r := newRig(t)
 	r.fake.err = broker.Errorf(broker.NotFound, "standing", "no").With(broker.CodeDelegationUnknown)
 	if p := problem(t, r.ask("agents", "GET", events, "")); p.Code != "delegation_unknown" {
-		t.Errorf("a stream of what is not the caller's = %+v, want delegation_unknown", p)
+		t.Errorf("a stream of another caller's delegation = %+v, want delegation_unknown", p)
 	}
 	if p := problem(t, r.ask("operators", "GET", "/v1/revocations/"+string(revocationID)+"/events", "")); p.Status != 404 {
 		t.Errorf("a stream of no revocation = %+v, want 404", p)
@@ -243,7 +243,7 @@ func TestRevocationEvents(t *testing.T) {
 		r := newRig(t, ticking)
 		l := listen(t, r.Operators(), "/v1/revocations/"+string(revocationID)+"/events")
 		wantEvent(t, l, "event: revocation\n", `"dead":1`)
-		for n := range 50 { // a burst is one look
+		for n := range 50 { // a burst causes one read
 			r.fake.change(func() { r.fake.rev.Dead = n })
 		}
 		time.Sleep(time.Second)
@@ -251,16 +251,16 @@ func TestRevocationEvents(t *testing.T) {
 		r.fake.change(func() { r.fake.rev.Closure, r.fake.rev.Settled = broker.ClosureClosed, noon })
 		time.Sleep(time.Second)
 		wantEvent(t, l, `"closure":"CLOSED"`)
-		if !l.over() {
-			t.Error("the stream goes on after the revocation has settled")
+		if !l.ended() {
+			t.Error("the stream stays open after the revocation is final")
 		}
 	})
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, ticking)
 		r.fake.rev.Freeze = true
 		l := listen(t, r.Operators(), "/v1/revocations/"+string(revocationID)+"/events")
-		if wantEvent(t, l, `"freeze":true`); !l.over() {
-			t.Error("the stream of a freeze goes on, though there is nothing to wait for")
+		if wantEvent(t, l, `"freeze":true`); !l.ended() {
+			t.Error("the stream of a freeze stays open, though there is nothing to wait for")
 		}
 	})
 }

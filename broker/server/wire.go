@@ -13,17 +13,17 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// pathID parses the path's id and notes it.
-func pathID[ID ~string](x *exchange, what string, parse func(string) (ID, error)) (ID, error) {
+// pathID parses the id in the path and adds it to the log line.
+func pathID[ID ~string](x *exchange, name string, parse func(string) (ID, error)) (ID, error) {
 	id, err := parse(x.PathValue("id"))
 	if err != nil {
 		return "", malformed("%v", err)
 	}
-	x.note(slog.String(what, string(id)))
+	x.note(slog.String(name, string(id)))
 	return id, nil
 }
 
-// maxSeconds bounds a length of time before it is multiplied; the broker's own limits are far below.
+// maxSeconds bounds a duration before it is multiplied. The broker's own limits are far lower.
 const maxSeconds = int64(366 * 24 * time.Hour / time.Second)
 
 func seconds(member string, n int64) (time.Duration, error) {
@@ -67,7 +67,7 @@ func budgetOf(in api.Budget) broker.Budget {
 	return out
 }
 
-// each maps a list; the result is never nil, so that it travels as [].
+// each maps a list. The result is never nil, so that it encodes as [].
 func each[A, B any](in []A, f func(A) B) []B {
 	out := make([]B, 0, len(in))
 	for _, a := range in {
@@ -86,7 +86,7 @@ func counts[T ~string](in map[T]int) map[string]int {
 	return out
 }
 
-// utc leaves the zero time zero.
+// utc converts a time to UTC. It leaves the zero time zero.
 func utc(t time.Time) time.Time {
 	if t.IsZero() {
 		return time.Time{}
@@ -99,7 +99,7 @@ func wireRight(r broker.Right) api.Right {
 	for arg, c := range r.Args {
 		raw, err := c.MarshalJSON()
 		if err != nil {
-			panic("a constraint that was parsed encodes")
+			panic("a parsed constraint always encodes")
 		}
 		if out.Args == nil {
 			out.Args = map[string]api.Constraint{}
@@ -191,7 +191,7 @@ func wireRevocation(r broker.Revocation) api.Revocation {
 	}
 }
 
-// maxSilent is how many holders who have not acknowledged are named.
+// maxSilent is the number of holders that are listed as not having acknowledged.
 const maxSilent = 50
 
 func wireAcknowledged(list []broker.Acknowledgement) *api.Acknowledged {
@@ -202,7 +202,7 @@ func wireAcknowledged(list []broker.Acknowledgement) *api.Acknowledged {
 	for _, a := range list {
 		switch {
 		case !a.At.IsZero():
-			out.Heard++
+			out.Done++
 		case len(out.Silent) < maxSilent:
 			out.Silent = append(out.Silent, api.Silent{Delegation: string(a.Delegation), Holder: a.Holder.String()})
 		}

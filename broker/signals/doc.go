@@ -1,13 +1,12 @@
-// Package signals takes security event tokens (RFC 8417) that others push (RFC 8935), and has the
-// engine stop whom they are about; and it pushes such tokens to others, about what was stopped here.
+// Package signals receives security event tokens (RFC 8417) by push (RFC 8935), and revokes their subjects through
+// the engine. It also pushes such tokens to subscribers, about revocations made here.
 //
-// A token that comes is believed for its signature alone: by a key of a configured transmitter, with the one
-// algorithm that the key has, for exactly our audience, once, and soon after it was made. Of the
-// events, two of CAEP lead to something: session-revoked, and credential-change when it tells that
-// a credential was revoked or deleted. One that was created or updated is taken note of and nothing
-// follows, since identities rotate all the time.
+// Only its signature authenticates a received token. A key of a configured transmitter must have signed it, with the
+// one algorithm of that key, for exactly our audience. It is accepted once, and only soon after it was issued. Two
+// CAEP events have an effect: session-revoked, and credential-change if the credential was revoked or deleted. A
+// created or updated credential is accepted without effect, because identities rotate all the time.
 //
-// Which tokens came before is kept in memory. What followed from one is in the ledger under its name, and
-// so it is not acted on again after a restart; one that nothing followed from may be, and then what it
-// asks for was not there when it came first.
+// The received tokens are remembered in memory. The revocation that a token caused is in the ledger under the token's
+// name, so a restart does not repeat it. A token that caused none may be processed again after a restart. Its subject
+// did not exist when it was first received.
 package signals

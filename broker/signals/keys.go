@@ -12,12 +12,12 @@ import (
 	"github.com/go-jose/go-jose/v4"
 )
 
-// ParseKeys reads a transmitter's JWK set. Every key is public, has a kid of its own and one
-// algorithm: that of its alg, or of its kind where it has none. Keys for other uses are passed over.
+// ParseKeys parses a transmitter's JWK set. Every key must be public, have a unique kid and one algorithm: its alg,
+// or the default of its type. Keys for other uses are skipped.
 func ParseKeys(raw []byte) ([]jose.JSONWebKey, error) {
 	var set jose.JSONWebKeySet
 	if err := json.Unmarshal(raw, &set); err != nil {
-		return nil, errors.New("it is no JWK set")
+		return nil, errors.New("not a JWK set")
 	}
 	var keys []jose.JSONWebKey
 	seen := map[string]bool{}
@@ -30,23 +30,23 @@ func ParseKeys(raw []byte) ([]jose.JSONWebKey, error) {
 			return nil, fmt.Errorf("key %d: %w", i+1, err)
 		}
 		if k.KeyID == "" || len(k.KeyID) > maxID || seen[k.KeyID] {
-			return nil, fmt.Errorf("key %d has no kid of its own", i+1)
+			return nil, fmt.Errorf("key %d has no unique kid", i+1)
 		}
 		seen[k.KeyID] = true
 		keys = append(keys, jose.JSONWebKey{Key: k.Key, KeyID: k.KeyID, Algorithm: string(alg), Use: "sig"})
 	}
 	if len(keys) == 0 {
-		return nil, errors.New("it has no key for signatures")
+		return nil, errors.New("the set has no signing key")
 	}
 	return keys, nil
 }
 
-// algorithm binds a key to one algorithm: go-jose would take whatever the token asks for.
+// algorithm binds a key to one algorithm. go-jose accepts any algorithm that the token names.
 func algorithm(k jose.JSONWebKey) (jose.SignatureAlgorithm, error) {
 	if !k.Valid() {
-		return "", errors.New("it is not valid")
+		return "", errors.New("not a valid key")
 	}
-	var can []jose.SignatureAlgorithm // the first stands for a key without an alg
+	var can []jose.SignatureAlgorithm // the first is the default for a key without an alg
 	switch key := k.Key.(type) {
 	case ed25519.PublicKey:
 		can = []jose.SignatureAlgorithm{jose.EdDSA}
@@ -58,7 +58,7 @@ func algorithm(k jose.JSONWebKey) (jose.SignatureAlgorithm, error) {
 		}
 	}
 	if len(can) == 0 {
-		return "", errors.New("it must be a public key: Ed25519, ECDSA over P-256 or P-384, or RSA of 2048 bits and more")
+		return "", errors.New("must be a public key: Ed25519, ECDSA over P-256 or P-384, or RSA of 2048 bits and more")
 	}
 	if k.Algorithm == "" {
 		return can[0], nil
@@ -66,5 +66,5 @@ func algorithm(k jose.JSONWebKey) (jose.SignatureAlgorithm, error) {
 	if alg := jose.SignatureAlgorithm(k.Algorithm); slices.Contains(can, alg) {
 		return alg, nil
 	}
-	return "", fmt.Errorf("its alg %.20q is none that its kind has here", k.Algorithm)
+	return "", fmt.Errorf("the alg %.20q is not supported for this type of key", k.Algorithm)
 }

@@ -21,60 +21,60 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// Transmitter is somebody whose events are believed.
+// Transmitter is a trusted source of events.
 type Transmitter struct {
 	Issuer   string            // the iss of its tokens, exactly; required
 	Audience string            // the aud of tokens for us, exactly; required
-	Keys     []jose.JSONWebKey // of ParseKeys; required
-	Freeze   bool              // freeze what its events are about; false: revoke it, for good
+	Keys     []jose.JSONWebKey // from ParseKeys; required
+	Freeze   bool              // freeze the subjects of its events; false: revoke them permanently
 
-	// Subjects says what the transmitter's names for its subjects mean here: name → selector. A name
-	// that is not listed must be a SPIFFE ID, and then means whoever holds delegations as that.
+	// Subjects maps the transmitter's names for its subjects to selectors. A name that is not listed must be a SPIFFE
+	// ID. It then selects the delegations with that holder.
 	Subjects map[string]selector.Selector
 
-	// ChainLabel is the label under which chains here carry the name of the transmitter's chain, or session,
-	// that they go on from: an event about that is about them. Empty: there is none, and such events
-	// are refused.
+	// ChainLabel is the label of chains here that continue a chain, or session, of the transmitter; its value is the
+	// name of that session. An event about the session selects these chains. Empty: there is no such label, and such
+	// events are refused.
 	ChainLabel string
 }
 
-// Config is what a [Receiver] is made of.
+// Config configures a [Receiver].
 type Config struct {
 	Transmitters []Transmitter // required, each issuer once
-	// Revoke is the engine's. Required.
+	// Revoke is the engine's method. Required.
 	Revoke func(context.Context, broker.Operator, selector.Request) (broker.Revocation, error)
-	// Domains are the trust domains of which an event may name SPIFFE IDs. Required.
+	// Domains lists the trust domains of the SPIFFE IDs that an event may name. Required.
 	Domains []string
 	Now     func() time.Time // required
-	// Remember is how many tokens of the last minutes are remembered; more are told to come again later.
-	// Only what a transmitter signed is. Zero: 16,384.
+	// Remember limits how many tokens of the last minutes are remembered. Further tokens are deferred: the
+	// transmitter must send them later. Only tokens signed by a transmitter count. Zero: 16,384.
 	Remember int
-	// Before is what was revoked and frozen until now. A token that one of these followed from is not taken
-	// again, so that a restart forgets none that was acted on.
+	// Before lists the revocations and freezes made until now. A token that caused one of these is not accepted
+	// again, so that a restart repeats none.
 	Before []broker.Revocation
 	Log    *slog.Logger // one event for each token, never the token; nil: none
 }
 
-// Receiver takes tokens and has the engine act. It is the http.Handler of the push endpoint. Make one
-// with [New]; it is safe for concurrent use.
+// Receiver accepts tokens and calls the engine. It is the http.Handler of the push endpoint. Create one with [New];
+// it is safe for concurrent use.
 type Receiver struct {
-	cfg  Config
-	by   map[string]Transmitter
-	keys map[string]map[string]jose.JSONWebKey // issuer → kid
-	in   map[string]bool                       // Domains
+	cfg          Config
+	transmitters map[string]Transmitter                // by issuer
+	keys         map[string]map[string]jose.JSONWebKey // issuer → kid
+	domains      map[string]bool                       // Domains
 
 	mu   sync.Mutex // guards seen
 	seen map[seenID]time.Time
 }
 
-// seenID names a token that came, by who was told to have acted and why, which is what the ledger keeps of
-// it. seen says until when its coming again must be refused.
-type seenID struct{ by, reason string }
+// seenID identifies a received token by the actor and the reason of its revocation, because the ledger keeps these.
+// seen has the time until which a repeated token must be refused.
+type seenID struct{ actor, reason string }
 
-// by is the name under which a transmitter acts here.
-func by(issuer string) string { return "set:" + issuer }
+// actorOf returns the name under which a transmitter acts here.
+func actorOf(issuer string) string { return "set:" + issuer }
 
-// New validates cfg.
+// New validates cfg and returns a receiver.
 func New(cfg Config) (*Receiver, error) {
 	if len(cfg.Transmitters) == 0 || cfg.Revoke == nil || cfg.Now == nil || len(cfg.Domains) == 0 {
 		return nil, errors.New("signals: Config.Transmitters, Revoke, Domains and Now are required")
@@ -83,32 +83,32 @@ func New(cfg Config) (*Receiver, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	cfg.Remember = cmp.Or(cfg.Remember, 16<<10)
-	r := &Receiver{cfg: cfg, by: map[string]Transmitter{}, keys: map[string]map[string]jose.JSONWebKey{}, in: map[string]bool{},
+	r := &Receiver{cfg: cfg, transmitters: map[string]Transmitter{}, keys: map[string]map[string]jose.JSONWebKey{}, domains: map[string]bool{},
 		seen: map[seenID]time.Time{}}
 	for _, d := range cfg.Domains {
-		r.in[d] = true
+		r.domains[d] = true
 	}
 	for i, t := range cfg.Transmitters {
-		if _, twice := r.by[t.Issuer]; twice || t.Issuer == "" || t.Audience == "" || len(t.Keys) == 0 {
-			return nil, fmt.Errorf("signals: transmitter %d needs an issuer of its own, an audience and keys", i+1)
+		if _, twice := r.transmitters[t.Issuer]; twice || t.Issuer == "" || t.Audience == "" || len(t.Keys) == 0 {
+			return nil, fmt.Errorf("signals: transmitter %d needs a unique issuer, an audience and keys", i+1)
 		}
-		r.by[t.Issuer], r.keys[t.Issuer] = t, map[string]jose.JSONWebKey{}
+		r.transmitters[t.Issuer], r.keys[t.Issuer] = t, map[string]jose.JSONWebKey{}
 		for _, k := range t.Keys {
 			if alg, err := algorithm(k); err != nil || string(alg) != k.Algorithm {
-				return nil, fmt.Errorf("signals: a key of transmitter %d is not of ParseKeys", i+1)
+				return nil, fmt.Errorf("signals: a key of transmitter %d is not from ParseKeys", i+1)
 			}
 			r.keys[t.Issuer][k.KeyID] = k
 		}
 	}
 	for _, rv := range cfg.Before {
-		if until := rv.Fenced.Add(MaxAge + MaxSkew); strings.HasPrefix(rv.By, by("")) && cfg.Now().Before(until) {
+		if until := rv.Fenced.Add(MaxAge + MaxSkew); strings.HasPrefix(rv.By, actorOf("")) && cfg.Now().Before(until) {
 			r.seen[seenID{rv.By, rv.Reason}] = until
 		}
 	}
 	return r, nil
 }
 
-// Refusal is why a token was not taken, in the words of RFC 8935 section 2.4.
+// Refusal is the reason why a token was refused, in the terms of RFC 8935 section 2.4.
 type Refusal struct {
 	Code        string `json:"err"` // invalid_request, invalid_key, invalid_issuer, invalid_audience
 	Description string `json:"description"`
@@ -118,52 +118,52 @@ func (r *Refusal) Error() string { return r.Code + ": " + r.Description }
 
 func refuse(code string, err error) *Refusal { return &Refusal{code, err.Error()} }
 
-// Signal is a token that was believed.
-type Signal struct {
+// signal is an authenticated token.
+type signal struct {
 	Issuer     string
 	ID         string              // its jti
 	Event      string              // "session-revoked", "credential-change revoke", …
-	Selector   string              // what it means here; empty when nothing follows
-	Revocation broker.RevocationID // what followed; empty when nothing does
+	Selector   string              // selects its subject here; empty without effect
+	Revocation broker.RevocationID // the revocation that it caused; empty without effect
 }
 
-// Receive takes one token, and returns once what it is about is fenced. A refusal is a *[Refusal];
-// any other error is the engine's, and the same token may then come again.
-func (r *Receiver) Receive(ctx context.Context, token []byte) (Signal, error) {
+// receive processes one token, and returns once its subject is fenced. A refusal is a *[Refusal]. Any other error is
+// the engine's, and the same token may then be sent again.
+func (r *Receiver) receive(ctx context.Context, token []byte) (signal, error) {
 	now := r.cfg.Now()
 	o, err := open(token)
 	if err != nil {
-		return Signal{}, refuse("invalid_request", err)
+		return signal{}, refuse("invalid_request", err)
 	}
-	t, err := r.authentic(o)
+	t, err := r.authenticate(o)
 	if err != nil {
-		return Signal{}, err
+		return signal{}, err
 	}
-	s := Signal{Issuer: t.Issuer, ID: o.claims.ID}
-	if err := o.claims.fresh(now); err != nil {
+	s := signal{Issuer: t.Issuer, ID: o.claims.ID}
+	if err := o.claims.checkTime(now); err != nil {
 		return s, refuse("invalid_request", err)
 	}
-	event, follows, err := o.claims.happened()
+	event, effective, err := o.claims.effect()
 	if err != nil {
 		return s, refuse("invalid_request", err)
 	}
 	s.Event = event
-	sel, err := r.about(t, o.claims.Subject)
+	sel, err := r.selectorOf(t, o.claims.Subject)
 	if err != nil {
 		return s, refuse("invalid_request", err)
 	}
-	this := seenID{by(t.Issuer), reason(event, o.claims.ID)}
-	if err := r.once(this, time.Unix(*o.claims.Issued, 0).Add(MaxAge), now); err != nil {
+	this := seenID{actorOf(t.Issuer), reason(event, o.claims.ID)}
+	if err := r.checkReplay(this, time.Unix(*o.claims.Issued, 0).Add(MaxAge), now); err != nil {
 		return s, err
 	}
-	if !follows {
+	if !effective {
 		return s, nil
 	}
 	s.Selector = sel.String()
-	rv, err := r.cfg.Revoke(ctx, broker.Operator{Name: this.by}, selector.Request{Selector: sel,
+	rv, err := r.cfg.Revoke(ctx, broker.Operator{Name: this.actor}, selector.Request{Selector: sel,
 		Reason: this.reason, Freeze: t.Freeze})
 	if broker.KindOf(err) == broker.NotFound {
-		return s, nil // whoever it is about has nothing here: sending it again would change nothing
+		return s, nil // its subject has nothing here, so sending it again would change nothing
 	}
 	if err != nil {
 		r.forget(this)
@@ -173,19 +173,19 @@ func (r *Receiver) Receive(ctx context.Context, token []byte) (Signal, error) {
 	return s, nil
 }
 
-// authentic says who signed the token for us.
-func (r *Receiver) authentic(o opened) (Transmitter, error) {
+// authenticate returns the transmitter that signed the token for us.
+func (r *Receiver) authenticate(o opened) (Transmitter, error) {
 	c := o.claims
-	t, known := r.by[c.Issuer]
+	t, known := r.transmitters[c.Issuer]
 	if !known {
-		return t, &Refusal{"invalid_issuer", "the issuer is no transmitter that is known here"}
+		return t, &Refusal{"invalid_issuer", "the issuer is not a known transmitter"}
 	}
 	key, known := r.keys[c.Issuer][o.header.Kid]
 	if !known {
-		return t, &Refusal{"invalid_key", "the key is none of the issuer's"}
+		return t, &Refusal{"invalid_key", "the key is not one of the issuer's"}
 	}
 	if !o.signedBy(key) {
-		return t, &Refusal{"invalid_key", "the signature is not the key's, or not of its algorithm"}
+		return t, &Refusal{"invalid_key", "the signature does not match the key and its algorithm"}
 	}
 	if len(c.Audience) != 1 || c.Audience[0] != t.Audience {
 		return t, &Refusal{"invalid_audience", "the token is not for this audience alone"}
@@ -205,8 +205,8 @@ func printable(id string) bool {
 	return id != "" && len(id) <= maxID
 }
 
-// reason is for the audit, which takes broker.MaxTask bytes, and names the token: by its jti, or by that's
-// digest where it is too long.
+// reason is the reason for the audit log, which holds broker.MaxTask bytes. It names the token by its jti, or by the
+// digest of a jti that is too long.
 func reason(event, id string) string {
 	s := "security event: " + event + ", jti "
 	if len(s)+len(id) > broker.MaxTask {
@@ -215,11 +215,11 @@ func reason(event, id string) string {
 	return s + id
 }
 
-// about gives what the subject means here.
-func (r *Receiver) about(t Transmitter, s subject) (selector.Selector, error) {
+// selectorOf returns the selector for a subject.
+func (r *Receiver) selectorOf(t Transmitter, s subject) (selector.Selector, error) {
 	if session := s.session(); session != "" && t.ChainLabel != "" {
 		if !plain(session) {
-			return selector.Selector{}, errors.New("the session's name is no label's value")
+			return selector.Selector{}, errors.New("the session's name is not a label value")
 		}
 		return selector.Parse("label." + t.ChainLabel + ":" + session)
 	}
@@ -231,13 +231,13 @@ func (r *Receiver) about(t Transmitter, s subject) (selector.Selector, error) {
 		return sel, nil
 	}
 	id, err := spiffeid.FromString(name)
-	if err != nil || id.Path() == "" || !r.in[id.TrustDomain().Name()] {
-		return selector.Selector{}, errors.New("the subject is nobody that is known here")
+	if err != nil || id.Path() == "" || !r.domains[id.TrustDomain().Name()] {
+		return selector.Selector{}, errors.New("the subject is not known here")
 	}
 	return selector.Parse("spiffe:" + id.String())
 }
 
-// plain reports whether a name can stand in a selector as it is.
+// plain reports whether a selector can contain a name as it is.
 func plain(name string) bool {
 	for _, b := range []byte(name) {
 		if !(b >= 'a' && b <= 'z' || b >= 'A' && b <= 'Z' || b >= '0' && b <= '9' || b == '-' || b == '_') {
@@ -247,12 +247,12 @@ func plain(name string) bool {
 	return len(name) <= 64
 }
 
-// once refuses a token that came before. Tokens whose age alone would refuse them are forgotten.
-func (r *Receiver) once(id seenID, until, now time.Time) error {
+// checkReplay refuses a repeated token. It forgets tokens that are too old to be accepted anyway.
+func (r *Receiver) checkReplay(id seenID, until, now time.Time) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if _, again := r.seen[id]; again {
-		return &Refusal{"invalid_request", "the token came before"}
+		return &Refusal{"invalid_request", "the token was received before"}
 	}
 	if len(r.seen) >= r.cfg.Remember {
 		for old, end := range r.seen {
@@ -262,42 +262,42 @@ func (r *Receiver) once(id seenID, until, now time.Time) error {
 		}
 	}
 	if len(r.seen) >= r.cfg.Remember {
-		return broker.Errorf(broker.Unavailable, "signal", "too many tokens came within %s", MaxAge).After(time.Minute)
+		return broker.Errorf(broker.Unavailable, "signal", "too many tokens within %s", MaxAge).After(time.Minute)
 	}
 	r.seen[id] = until
 	return nil
 }
 
-// forget lets a token come again that nothing followed from.
+// forget lets a token without effect be sent again.
 func (r *Receiver) forget(id seenID) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.seen, id)
 }
 
-// ServeHTTP is the push endpoint of RFC 8935: 202 when the token was taken, 400 with err and
-// description when it was refused, and 503 when it should come again.
+// ServeHTTP is the push endpoint of RFC 8935. It answers 202 to an accepted token, 400 with err and description to a
+// refused one, and 503 to one that should be sent again.
 func (r *Receiver) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	if types := req.Header.Values("Content-Type"); len(types) != 1 || types[0] != "application/"+tokenType {
-		r.answer(w, req, Signal{}, &Refusal{"invalid_request", "the Content-Type must be application/" + tokenType})
+		r.answer(w, req, signal{}, &Refusal{"invalid_request", "the Content-Type must be application/" + tokenType})
 		return
 	}
 	token, err := io.ReadAll(io.LimitReader(req.Body, MaxToken+1))
 	if err != nil {
-		r.answer(w, req, Signal{}, &Refusal{"invalid_request", "the token did not arrive"})
+		r.answer(w, req, signal{}, &Refusal{"invalid_request", "the token could not be read"})
 		return
 	}
-	s, err := r.Receive(req.Context(), token)
+	s, err := r.receive(req.Context(), token)
 	r.answer(w, req, s, err)
 }
 
-func (r *Receiver) answer(w http.ResponseWriter, req *http.Request, s Signal, err error) {
+func (r *Receiver) answer(w http.ResponseWriter, req *http.Request, s signal, err error) {
 	attrs := []slog.Attr{slog.String("issuer", s.Issuer), slog.String("jti", s.ID), slog.String("event", s.Event),
 		slog.String("selector", s.Selector), slog.String("revocation", string(s.Revocation))}
 	var refused *Refusal
 	switch {
 	case err == nil:
-		r.cfg.Log.LogAttrs(req.Context(), slog.LevelInfo, "security event taken", attrs...)
+		r.cfg.Log.LogAttrs(req.Context(), slog.LevelInfo, "security event accepted", attrs...)
 		w.WriteHeader(http.StatusAccepted)
 	case errors.As(err, &refused):
 		r.cfg.Log.LogAttrs(req.Context(), slog.LevelWarn, "security event refused", append(attrs, slog.String("error", err.Error()))...)
@@ -308,9 +308,9 @@ func (r *Receiver) answer(w http.ResponseWriter, req *http.Request, s Signal, er
 		w.Header().Set("Content-Type", "application/json")
 		w.Header().Set("Content-Language", "en")
 		w.WriteHeader(http.StatusBadRequest)
-		_, _ = w.Write(body) // the transmitter is gone; the log has the rest
+		_, _ = w.Write(body) // the transmitter has disconnected; the log has the rest
 	default:
-		r.cfg.Log.LogAttrs(req.Context(), slog.LevelError, "security event not acted on", append(attrs, slog.String("error", err.Error()))...)
+		r.cfg.Log.LogAttrs(req.Context(), slog.LevelError, "security event failed", append(attrs, slog.String("error", err.Error()))...)
 		w.Header().Set("Retry-After", "5")
 		w.WriteHeader(http.StatusServiceUnavailable)
 	}

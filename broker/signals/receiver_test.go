@@ -42,12 +42,12 @@ const (
 
 var noon = time.Date(2030, 1, 2, 12, 0, 0, 0, time.UTC)
 
-// rsaKey is one for all tests: making one takes long.
+// rsaKey is shared by all tests, because generating one takes long.
 var rsaKey = sync.OnceValues(func() (*rsa.PrivateKey, error) { return rsa.GenerateKey(rand.Reader, 2048) })
 
 type object = map[string]any
 
-// rig is a receiver over an engine that notes what it was asked.
+// rig is a receiver over an engine that records its calls.
 type rig struct {
 	*signals.Receiver
 	ed    ed25519.PrivateKey
@@ -115,7 +115,7 @@ func encode(t testing.TB, v any) string {
 	return base64.RawURLEncoding.EncodeToString(raw)
 }
 
-// token signs with sign, or with the Ed25519 key.
+// token signs with sign, or with the Ed25519 key if sign is nil.
 func (r *rig) token(t testing.TB, header, claims object, sign func(signed []byte) []byte) string {
 	t.Helper()
 	signed := encode(t, header) + "." + encode(t, claims)
@@ -136,7 +136,7 @@ func push(r http.Handler, token, contentType string) *httptest.ResponseRecorder 
 
 const setType = "application/secevent+jwt"
 
-// TestRefused is the table of tokens that are not believed. Each differs from a good one in one thing.
+// TestRefused lists tokens that are refused. Each differs from a good one in one thing.
 func TestRefused(t *testing.T) {
 	with := func(name string, v any) func(h, c object) {
 		return func(_, c object) {
@@ -152,40 +152,40 @@ func TestRefused(t *testing.T) {
 		sign   func(r *rig) func([]byte) []byte
 		code   string
 	}{
-		"another issuer":            {with("iss", "https://evil.example.org"), nil, "invalid_issuer"},
-		"an issuer but for a slash": {with("iss", issuer+"/"), nil, "invalid_issuer"},
-		"no issuer":                 {with("iss", nil), nil, "invalid_issuer"},
-		"another issuer's key":      {with("iss", issuer+"/other"), nil, "invalid_key"},
-		"another audience":          {with("aud", "https://elsewhere.example.org"), nil, "invalid_audience"},
-		"no audience":               {with("aud", nil), nil, "invalid_audience"},
-		"two audiences":             {with("aud", []string{audience, "https://elsewhere.example.org"}), nil, "invalid_audience"},
-		"too old":                   {with("iat", noon.Add(-5*time.Minute-time.Second).Unix()), nil, "invalid_request"},
-		"of the future":             {with("iat", noon.Add(31*time.Second).Unix()), nil, "invalid_request"},
-		"before 1970":               {with("iat", -1), nil, "invalid_request"},
-		"no time":                   {with("iat", nil), nil, "invalid_request"},
-		"a time as text":            {with("iat", "now"), nil, "invalid_request"},
-		"past its own end":          {with("exp", noon.Unix()), nil, "invalid_request"},
-		"no jti":                    {with("jti", nil), nil, "invalid_request"},
-		"a jti with a line break":   {with("jti", "a\nb"), nil, "invalid_request"},
-		"a jti too long":            {with("jti", strings.Repeat("x", 257)), nil, "invalid_request"},
-		"two events":                {with("events", object{revoked: object{}, changed: object{"change_type": "revoke"}}), nil, "invalid_request"},
-		"no event":                  {with("events", object{}), nil, "invalid_request"},
-		"an unknown event":          {with("events", object{revoked + "/x": object{}}), nil, "invalid_request"},
-		"an event that is no object": {
+		"another issuer":               {with("iss", "https://evil.example.org"), nil, "invalid_issuer"},
+		"an issuer with a slash added": {with("iss", issuer+"/"), nil, "invalid_issuer"},
+		"no issuer":                    {with("iss", nil), nil, "invalid_issuer"},
+		"another issuer's key":         {with("iss", issuer+"/other"), nil, "invalid_key"},
+		"another audience":             {with("aud", "https://elsewhere.example.org"), nil, "invalid_audience"},
+		"no audience":                  {with("aud", nil), nil, "invalid_audience"},
+		"two audiences":                {with("aud", []string{audience, "https://elsewhere.example.org"}), nil, "invalid_audience"},
+		"too old":                      {with("iat", noon.Add(-5*time.Minute-time.Second).Unix()), nil, "invalid_request"},
+		"from the future":              {with("iat", noon.Add(31*time.Second).Unix()), nil, "invalid_request"},
+		"before 1970":                  {with("iat", -1), nil, "invalid_request"},
+		"no time":                      {with("iat", nil), nil, "invalid_request"},
+		"a time as text":               {with("iat", "now"), nil, "invalid_request"},
+		"expired":                      {with("exp", noon.Unix()), nil, "invalid_request"},
+		"no jti":                       {with("jti", nil), nil, "invalid_request"},
+		"a jti with a line break":      {with("jti", "a\nb"), nil, "invalid_request"},
+		"a jti too long":               {with("jti", strings.Repeat("x", 257)), nil, "invalid_request"},
+		"two events":                   {with("events", object{revoked: object{}, changed: object{"change_type": "revoke"}}), nil, "invalid_request"},
+		"no event":                     {with("events", object{}), nil, "invalid_request"},
+		"an unknown event":             {with("events", object{revoked + "/x": object{}}), nil, "invalid_request"},
+		"an event that is not an object": {
 			with("events", object{revoked: "yes"}), nil, "invalid_request"},
-		"a change of no kind":      {with("events", object{changed: object{"change_type": "explode"}}), nil, "invalid_request"},
+		"an unknown change":        {with("events", object{changed: object{"change_type": "explode"}}), nil, "invalid_request"},
 		"no subject":               {with("sub_id", nil), nil, "invalid_request"},
 		"a subject of email":       {subject(object{"format": "email", "email": "a@example.org"}), nil, "invalid_request"},
 		"a subject of two formats": {subject(object{"format": "uri", "uri": "spiffe://example.org/a", "id": "acme"}), nil, "invalid_request"},
 		"a foreign trust domain":   {subject(object{"format": "uri", "uri": "spiffe://elsewhere.org/agent"}), nil, "invalid_request"},
 		"a whole trust domain":     {subject(object{"format": "uri", "uri": "spiffe://example.org"}), nil, "invalid_request"},
 		"a wildcard":               {subject(object{"format": "uri", "uri": "spiffe://example.org/*"}), nil, "invalid_request"},
-		"an unknown name":          {subject(object{"format": "opaque", "id": "nobody"}), nil, "invalid_request"},
-		"a subject of others":      {subject(object{"format": "iss_sub", "iss": "https://evil.example.org", "sub": "acme"}), nil, "invalid_request"},
+		"an unknown name":          {subject(object{"format": "opaque", "id": "unlisted"}), nil, "invalid_request"},
+		"another issuer's subject": {subject(object{"format": "iss_sub", "iss": "https://evil.example.org", "sub": "acme"}), nil, "invalid_request"},
 		"another typ":              {head("typ", "JWT"), nil, "invalid_request"},
 		"a key of its own":         {head("jwk", object{"kty": "oct", "k": "AA"}), nil, "invalid_request"},
 		"a critical extension":     {head("crit", []string{"b64"}), nil, "invalid_request"},
-		"an unknown kid":           {head("kid", "nobody's"), nil, "invalid_key"},
+		"an unknown kid":           {head("kid", "unlisted"), nil, "invalid_key"},
 		"no kid":                   {head("kid", ""), nil, "invalid_key"},
 		"alg none":                 {head("alg", "none"), func(*rig) func([]byte) []byte { return func([]byte) []byte { return nil } }, "invalid_key"},
 		"HS256 with the public key": {func(h, _ object) { h["alg"], h["kid"] = "HS256", "rsa" }, func(r *rig) func([]byte) []byte {
@@ -215,12 +215,12 @@ func TestRefused(t *testing.T) {
 			t.Errorf("%s = %d %s, want 400 with %s", name, w.Code, w.Body, row.code)
 		}
 		if len(r.asked) > 0 {
-			t.Errorf("%s led to %+v", name, r.asked)
+			t.Errorf("%s caused %+v", name, r.asked)
 		}
 	}
 }
 
-// signPSS signs well, under another algorithm than the key's own.
+// signPSS signs correctly, but with another algorithm than the key's own.
 func signPSS(r *rig) func([]byte) []byte {
 	return func(signed []byte) []byte {
 		sum := sha256.Sum256(signed)
@@ -232,16 +232,16 @@ func signPSS(r *rig) func([]byte) []byte {
 	}
 }
 
-// TestForm: what is no token at all, or came in another way.
+// TestForm checks that malformed tokens and other media types are refused.
 func TestForm(t *testing.T) {
 	r := newRig(t)
 	good := r.token(t, goodHeader(), goodClaims(), nil)
 	parts := strings.Split(good, ".")
 	for name, token := range map[string]string{
-		"nothing": "", "two parts": parts[0] + "." + parts[1], "four parts": good + ".AA", "a line break": good[:20] + "\n" + good[20:],
+		"empty": "", "two parts": parts[0] + "." + parts[1], "four parts": good + ".AA", "a line break": good[:20] + "\n" + good[20:],
 		"padding": good + "=", "JSON": `{"payload":"` + parts[1] + `"}`, "over-long": good + strings.Repeat("A", signals.MaxToken),
 		"a member twice": encode(t, goodHeader()) + "." + base64.RawURLEncoding.EncodeToString([]byte(`{"iss":"a","iss":"`+issuer+`"}`)) + "." + parts[2],
-		"no JSON":        "AAAA." + parts[1] + "." + parts[2],
+		"not JSON":       "AAAA." + parts[1] + "." + parts[2],
 	} {
 		if w := push(r, token, setType); w.Code != http.StatusBadRequest {
 			t.Errorf("%s = %d, want 400", name, w.Code)
@@ -257,11 +257,11 @@ func TestForm(t *testing.T) {
 	}
 }
 
-// TestTaken is the table of tokens that are believed, and what each leads to.
-func TestTaken(t *testing.T) {
+// TestAccepted lists tokens that are accepted, with the effect of each.
+func TestAccepted(t *testing.T) {
 	for name, row := range map[string]struct {
 		change   func(h, c object)
-		selector string
+		sel string
 		freeze   bool
 	}{
 		"session-revoked of a SPIFFE ID": {func(_, _ object) {}, "spiffe:spiffe://example.org/agent", false},
@@ -273,12 +273,12 @@ func TestTaken(t *testing.T) {
 		"a credential that was revoked": {func(_, c object) {
 			c["events"] = object{changed: object{"credential_type": "x509", "change_type": "revoke"}}
 		}, "spiffe:spiffe://example.org/agent", false},
-		"a credential that was made": {func(_, c object) {
+		"a credential that was created": {func(_, c object) {
 			c["events"] = object{changed: object{"credential_type": "x509", "change_type": "create"}}
 		}, "", false},
-		"as old as may be":         {func(_, c object) { c["iat"] = noon.Add(-5 * time.Minute).Unix() }, "spiffe:spiffe://example.org/agent", false},
-		"a clock a bit ahead":      {func(_, c object) { c["iat"] = noon.Add(30 * time.Second).Unix() }, "spiffe:spiffe://example.org/agent", false},
-		"claims that are ours not": {func(_, c object) { c["txn"] = "t"; c["toe"] = 1 }, "spiffe:spiffe://example.org/agent", false},
+		"as old as allowed":      {func(_, c object) { c["iat"] = noon.Add(-5 * time.Minute).Unix() }, "spiffe:spiffe://example.org/agent", false},
+		"a clock slightly ahead": {func(_, c object) { c["iat"] = noon.Add(30 * time.Second).Unix() }, "spiffe:spiffe://example.org/agent", false},
+		"unknown claims":         {func(_, c object) { c["txn"] = "t"; c["toe"] = 1 }, "spiffe:spiffe://example.org/agent", false},
 	} {
 		r := newRig(t)
 		header, claims := goodHeader(), goodClaims()
@@ -287,20 +287,21 @@ func TestTaken(t *testing.T) {
 			t.Errorf("%s = %d %s, want 202", name, w.Code, w.Body)
 			continue
 		}
-		if row.selector == "" {
+		if row.sel == "" {
 			if len(r.asked) != 0 {
-				t.Errorf("%s led to %+v, want nothing", name, r.asked)
+				t.Errorf("%s caused %+v, want nothing", name, r.asked)
 			}
 			continue
 		}
-		if len(r.asked) != 1 || r.asked[0].Selector.String() != row.selector || r.asked[0].Freeze != row.freeze || r.by[0] != "set:"+issuer ||
+		if len(r.asked) != 1 || r.asked[0].Selector.String() != row.sel || r.asked[0].Freeze != row.freeze || r.by[0] != "set:"+issuer ||
 			!strings.Contains(r.asked[0].Reason, "j1") {
-			t.Errorf("%s led to %+v by %v, want %s", name, r.asked, r.by, row.selector)
+			t.Errorf("%s caused %+v by %v, want %s", name, r.asked, r.by, row.sel)
 		}
 	}
 }
 
-// TestFreeze: a transmitter that may only freeze does, and RS256 is the algorithm of an RSA key without one.
+// TestFreeze checks that a transmitter limited to freezing freezes. RS256 is the algorithm of an RSA key without an
+// alg.
 func TestFreeze(t *testing.T) {
 	r := newRig(t)
 	header, claims := goodHeader(), goodClaims()
@@ -318,33 +319,33 @@ func TestFreeze(t *testing.T) {
 	}
 }
 
-// TestReplay: a token is acted on once; one that the engine could not act on may come again.
+// TestReplay checks that a token has an effect once, and that it may be sent again after the engine failed.
 func TestReplay(t *testing.T) {
 	r := newRig(t)
 	token := r.token(t, goodHeader(), goodClaims(), nil)
-	r.err = broker.Errorf(broker.Unavailable, "revoke", "the ledger is away")
+	r.err = broker.Errorf(broker.Unavailable, "revoke", "the ledger is down")
 	if w := push(r, token, setType); w.Code != http.StatusServiceUnavailable || w.Header().Get("Retry-After") == "" {
-		t.Errorf("with the ledger away = %d, want 503 and to come again", w.Code)
+		t.Errorf("with the ledger down = %d, want 503 with Retry-After", w.Code)
 	}
 	r.err = nil
 	if w := push(r, token, setType); w.Code != http.StatusAccepted {
 		t.Errorf("the same token, later = %d %s, want 202", w.Code, w.Body)
 	}
 	for range 2 {
-		if w := push(r, token, setType); w.Code != http.StatusBadRequest || !strings.Contains(w.Body.String(), "came before") {
-			t.Errorf("the token again = %d %s, want that it came before", w.Code, w.Body)
+		if w := push(r, token, setType); w.Code != http.StatusBadRequest || !strings.Contains(w.Body.String(), "received before") {
+			t.Errorf("the token again = %d %s, want 400 for a repeated token", w.Code, w.Body)
 		}
 	}
 	if r.now = noon.Add(5*time.Minute + time.Second); push(r, token, setType).Code != http.StatusBadRequest {
-		t.Error("the token was taken again once it was forgotten")
+		t.Error("the token was accepted again after it was forgotten")
 	}
 	if len(r.asked) != 2 {
 		t.Errorf("the engine was asked %d times, want twice", len(r.asked))
 	}
 }
 
-// TestRemembering: a flood of tokens is refused until they are too old to matter, rather than forgotten.
-func TestRemembering(t *testing.T) {
+// TestRemember checks that a flood of tokens is refused until the old ones expire, so that none is forgotten early.
+func TestRemember(t *testing.T) {
 	r := newRig(t)
 	code, taken := 0, 0
 	for ; taken < 100; taken++ {
@@ -394,11 +395,11 @@ func TestParseKeys(t *testing.T) {
 		}
 	}
 	if _, err := signals.ParseKeys([]byte("[")); err == nil {
-		t.Error("ParseKeys of no JSON = nil, want an error")
+		t.Error("ParseKeys of invalid JSON = nil, want an error")
 	}
 }
 
-// TestEndToEnd: a token comes in, and the agent's chain is fenced and proven dead.
+// TestEndToEnd checks that a received token fences the agent's chain, which is then proven dead.
 func TestEndToEnd(t *testing.T) {
 	ctx := t.Context()
 	r := newRig(t)
@@ -457,7 +458,7 @@ func TestEndToEnd(t *testing.T) {
 	}
 }
 
-// receiverOver is the rig's transmitter in front of another engine, by the wall clock.
+// receiverOver returns a receiver for the rig's transmitter over another engine, on the wall clock.
 func receiverOver(t *testing.T, r *rig, revoke func(context.Context, broker.Operator, selector.Request) (broker.Revocation, error)) *signals.Receiver {
 	t.Helper()
 	set, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: r.ed.Public(), KeyID: "ed"}}})
@@ -491,9 +492,9 @@ func FuzzReceive(f *testing.F) {
 	})
 }
 
-// TestAboutNothing: an event about somebody who has nothing here is taken, and followed by nothing. Any other
-// error of the engine has it sent again.
-func TestAboutNothing(t *testing.T) {
+// TestUnknownSubject checks that an event about a subject with nothing here is accepted without effect. After any
+// other error of the engine it must be sent again.
+func TestUnknownSubject(t *testing.T) {
 	for _, row := range []struct {
 		err    error
 		status int
@@ -510,8 +511,8 @@ func TestAboutNothing(t *testing.T) {
 		}
 		r = newRig(t)
 		r.err = row.err
-		if s, err := r.Receive(t.Context(), []byte(r.token(t, goodHeader(), goodClaims(), nil))); err == nil && s.Revocation != "" {
-			t.Errorf("Receive with %v = %+v, want no revocation", row.err, s)
+		if rv, err := r.Receive(t.Context(), []byte(r.token(t, goodHeader(), goodClaims(), nil))); err == nil && rv != "" {
+			t.Errorf("Receive with %v = %s, want no revocation", row.err, rv)
 		}
 	}
 }

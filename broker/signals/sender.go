@@ -24,16 +24,16 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Subscriber is somebody who is told of events.
+// Subscriber is a receiver of our events.
 type Subscriber struct {
-	Name     string      // of ours for it: the ledger's, and a label of metrics; required
+	Name     string      // our name for it, in the ledger and as a metric label; required
 	URL      string      // its push endpoint, https; required
 	Audience string      // the aud of its tokens; required
-	TLS      *tls.Config // whom to believe at URL, and who we are there; required
+	TLS      *tls.Config // the roots to trust at URL, and our identity there; required
 	Kinds    []string    // of [Kinds]; empty: all
 }
 
-// Source is what events are read from, and where it is kept what was told. *broker.Broker is one.
+// Source provides the events and stores the delivery cursors. *broker.Broker implements it.
 type Source interface {
 	Subscribe(ctx context.Context, subscriber string) (broker.Revision, error)
 	MarkDelivered(ctx context.Context, subscriber string, upto broker.Revision) error
@@ -42,53 +42,53 @@ type Source interface {
 	Watch(broker.ChainID) (changed <-chan struct{}, cancel func())
 }
 
-// SenderConfig is what a [Sender] is made of.
+// SenderConfig configures a [Sender].
 type SenderConfig struct {
 	Source      Source           // required
 	Subscribers []Subscriber     // required, each name once
 	Issuer      string           // the iss of its tokens; required
 	Key         jose.JSONWebKey  // private Ed25519 with a kid; required
 	Now         func() time.Time // required
-	// Alarm is told of tokens that a subscriber refused, and once of each time that one cannot be reached.
-	// Required.
+	// Alarm receives the tokens that a subscriber refused. It is also called once each time that a subscriber becomes
+	// unreachable. Required.
 	Alarm func(op string, err error)
-	Mute  spiffeid.ID   // nobody is told of chains that this one opened; zero: everything is told
+	Mute  spiffeid.ID   // events about chains opened by this ID are not sent; zero: all are sent
 	Retry time.Duration // the first wait after a failure, doubled up to a minute; zero: 1 s
 	Log   *slog.Logger  // one event for each delivery, never the token; nil: none
 }
 
-// Sender tells subscribers of revocations, each at least once and in order. A subscriber that is away is
-// told later, from where the ledger says that it stopped, and delays nobody else. Make one with [NewSender].
+// Sender pushes events about revocations to subscribers, each at least once and in order. An unreachable subscriber
+// is served later, from its delivery cursor in the ledger, and delays no other. Create one with [NewSender].
 type Sender struct {
-	cfg    SenderConfig
-	signer jose.Signer
-	lines  []*line
+	cfg     SenderConfig
+	signer  jose.Signer
+	workers []*worker
 
 	stop context.CancelFunc
 	done sync.WaitGroup
 }
 
-// line is the way to one subscriber. Its goroutine owns all of it but oldest.
-type line struct {
+// worker delivers to one subscriber. Its goroutine owns every field but oldest.
+type worker struct {
 	s       *Sender
 	to      Subscriber
 	http    *http.Client
-	at      broker.Revision // everything up to here was looked at
+	cursor  broker.Revision // entries up to here are processed
 	failing bool            // an alarm was raised since the last success
 
 	mu     sync.Mutex // guards oldest
-	oldest time.Time  // of the event that is being told; zero: none
+	oldest time.Time  // of the event in delivery; zero: none
 }
 
-// Bounds of one delivery.
+// Limits of one delivery.
 const (
 	sendTime   = 10 * time.Second
 	maxAnswer  = 16 << 10 // bytes of a refusal
-	lastWait   = time.Minute
-	pageOfSend = 256 // entries read at once
+	maxBackoff = time.Minute
+	sendPage   = 256 // entries read at once
 )
 
-// NewSender validates cfg. Nothing is sent before [Sender.Start].
+// NewSender validates cfg and returns a sender. Nothing is sent before [Sender.Start].
 func NewSender(cfg SenderConfig) (*Sender, error) {
 	if cfg.Source == nil || len(cfg.Subscribers) == 0 || cfg.Issuer == "" || cfg.Now == nil || cfg.Alarm == nil {
 		return nil, errors.New("signals: SenderConfig.Source, Subscribers, Issuer, Now and Alarm are required")
@@ -110,61 +110,61 @@ func NewSender(cfg SenderConfig) (*Sender, error) {
 		u, err := url.Parse(to.URL)
 		if to.Name == "" || names[to.Name] || to.Audience == "" || to.TLS == nil ||
 			err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.Fragment != "" {
-			return nil, fmt.Errorf("signals: subscriber %d needs a name of its own, an https URL, an audience and TLS", i+1)
+			return nil, fmt.Errorf("signals: subscriber %d needs a unique name, an https URL, an audience and TLS", i+1)
 		}
 		for _, kind := range to.Kinds {
 			if !slices.Contains(Kinds(), kind) {
-				return nil, fmt.Errorf("signals: there are no events %q", kind)
+				return nil, fmt.Errorf("signals: unknown kind of event %q", kind)
 			}
 		}
 		names[to.Name] = true
-		s.lines = append(s.lines, &line{s: s, to: to, http: &http.Client{
+		s.workers = append(s.workers, &worker{s: s, to: to, http: &http.Client{
 			Timeout:       sendTime,
-			Transport:     &http.Transport{TLSClientConfig: to.TLS, TLSHandshakeTimeout: sendTime, MaxResponseHeaderBytes: maxAnswer, DisableKeepAlives: true}, // a connection keeps the identity it began with
+			Transport:     &http.Transport{TLSClientConfig: to.TLS, TLSHandshakeTimeout: sendTime, MaxResponseHeaderBytes: maxAnswer, DisableKeepAlives: true}, // a reused connection would keep an old identity
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		}})
 	}
 	return s, nil
 }
 
-// Start begins to tell, until [Sender.Close].
+// Start starts the delivery. [Sender.Close] ends it.
 func (s *Sender) Start() {
 	var ctx context.Context
 	ctx, s.stop = context.WithCancel(context.Background())
-	for _, l := range s.lines {
-		s.done.Go(func() { l.run(ctx) })
+	for _, w := range s.workers {
+		s.done.Go(func() { w.run(ctx) })
 	}
 }
 
-// Close stops and waits. What was not told yet is after the next start.
+// Close stops the delivery and waits. Undelivered events are sent after the next start.
 func (s *Sender) Close() {
 	s.stop()
 	s.done.Wait()
 }
 
-// Lag is how old the oldest event is that a subscriber was not told of yet; zero when there is none.
+// Lag returns the age of the oldest event that a subscriber has not received, or zero if there is none.
 func (s *Sender) Lag(subscriber string) time.Duration {
-	for _, l := range s.lines {
-		if l.to.Name == subscriber {
-			l.mu.Lock()
-			defer l.mu.Unlock()
-			return since(s.cfg.Now(), l.oldest)
+	for _, w := range s.workers {
+		if w.to.Name == subscriber {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			return since(s.cfg.Now(), w.oldest)
 		}
 	}
 	return 0
 }
 
-func (l *line) run(ctx context.Context) {
-	if !l.until(ctx, func() (err error) {
-		l.at, err = l.s.cfg.Source.Subscribe(ctx, l.to.Name)
+func (w *worker) run(ctx context.Context) {
+	if !w.retry(ctx, func() (err error) {
+		w.cursor, err = w.s.cfg.Source.Subscribe(ctx, w.to.Name)
 		return err
 	}) {
 		return
 	}
 	for ctx.Err() == nil {
-		changed, cancel := l.s.cfg.Source.Watch("") // before looking, so that nothing comes in between unseen
+		changed, cancel := w.s.cfg.Source.Watch("") // before reading, so that no change in between is lost
 		for more := true; more && ctx.Err() == nil; {
-			more = l.page(ctx)
+			more = w.page(ctx)
 		}
 		select {
 		case <-changed:
@@ -174,77 +174,77 @@ func (l *line) run(ctx context.Context) {
 	}
 }
 
-// page tells of what some entries record, and gives whether there may be more.
-func (l *line) page(ctx context.Context) (more bool) {
+// page delivers the events of some entries, and reports whether there may be more.
+func (w *worker) page(ctx context.Context) (more bool) {
 	var entries []broker.Entry
-	l.until(ctx, func() (err error) {
-		entries, err = l.s.cfg.Source.Entries(ctx, l.at, pageOfSend)
+	w.retry(ctx, func() (err error) {
+		entries, err = w.s.cfg.Source.Entries(ctx, w.cursor, sendPage)
 		return err
 	})
 	for _, e := range entries {
-		if !l.entry(ctx, e) {
+		if !w.entry(ctx, e) {
 			return false
 		}
-		l.at = e.Revision
+		w.cursor = e.Revision
 	}
-	return len(entries) == pageOfSend
+	return len(entries) == sendPage
 }
 
-// entry tells of what one entry records, and then records that. A crash between the two has the
-// subscriber told again.
-func (l *line) entry(ctx context.Context, e broker.Entry) (done bool) {
+// entry delivers the events of one entry and then marks them delivered. After a crash between the two they are sent
+// again.
+func (w *worker) entry(ctx context.Context, e broker.Entry) (done bool) {
 	var event broker.Event
 	is := false
-	if !l.until(ctx, func() (err error) {
-		event, is, err = l.s.cfg.Source.Event(ctx, e)
+	if !w.retry(ctx, func() (err error) {
+		event, is, err = w.s.cfg.Source.Event(ctx, e)
 		return err
 	}) {
 		return false
 	}
-	if !is || !l.s.cfg.Mute.IsZero() && event.Opener == l.s.cfg.Mute {
+	if !is || !w.s.cfg.Mute.IsZero() && event.Opener == w.s.cfg.Mute {
 		return true
 	}
-	said := false
-	l.note(e.At)
-	defer l.note(time.Time{})
+	sent := false
+	w.setOldest(e.At)
+	defer w.setOldest(time.Time{})
 	for _, kind := range kindsOf(event) {
-		if !l.to.wants(kind) {
+		if !w.to.wants(kind) {
 			continue
 		}
-		said = true
-		if !l.until(ctx, func() error { return l.tell(ctx, event, kind) }) {
+		sent = true
+		if !w.retry(ctx, func() error { return w.push(ctx, event, kind) }) {
 			return false
 		}
 	}
-	if said {
-		// When the ledger takes nothing, only a restart has it told again.
-		if err := l.s.cfg.Source.MarkDelivered(ctx, l.to.Name, e.Revision); err != nil && ctx.Err() == nil {
-			l.s.cfg.Log.Warn("not recorded what a subscriber was told", "subscriber", l.to.Name, "error", err)
+	if sent {
+		// If the ledger does not record this, a restart sends the events again.
+		if err := w.s.cfg.Source.MarkDelivered(ctx, w.to.Name, e.Revision); err != nil && ctx.Err() == nil {
+			w.s.cfg.Log.Warn("recording a delivery failed", "subscriber", w.to.Name, "error", err)
 		}
 	}
 	return true
 }
 
-func (l *line) note(t time.Time) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.oldest = t
+func (w *worker) setOldest(t time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.oldest = t
 }
 
-// until repeats f until it succeeds, and gives false when ctx ends before.
-func (l *line) until(ctx context.Context, f func() error) bool {
-	for pause := l.s.cfg.Retry; ctx.Err() == nil; pause = min(2*pause, lastWait) {
+// retry repeats f with back-off until it succeeds. It returns false if ctx ends first.
+func (w *worker) retry(ctx context.Context, f func() error) bool {
+	for pause := w.s.cfg.Retry; ctx.Err() == nil; pause = min(2*pause, maxBackoff) {
 		err := f()
 		if err == nil {
-			l.failing = false
+			w.failing = false
 			return true
 		}
 		if ctx.Err() != nil {
 			return false
 		}
-		if !l.failing {
-			l.failing = true
-			l.s.cfg.Alarm("telling subscriber "+l.to.Name, err)
+		if !w.failing {
+			w.failing = true
+			w.s.cfg.Alarm("delivering to subscriber "+w.to.Name, err)
 		}
 		timer := time.NewTimer(pause/2 + rand.N(pause/2+1))
 		select {
@@ -256,14 +256,14 @@ func (l *line) until(ctx context.Context, f func() error) bool {
 	return false
 }
 
-// tell sends one token. An error says that it must be sent again; what the subscriber refused for good is
-// passed over, with an alarm.
-func (l *line) tell(ctx context.Context, e broker.Event, kind string) error {
-	claims, err := l.s.tokenOf(l.to, e, kind)
+// push sends one token. An error means that it must be sent again. A token that the subscriber refused is skipped,
+// with an alarm.
+func (w *worker) push(ctx context.Context, e broker.Event, kind string) error {
+	claims, err := w.s.tokenOf(w.to, e, kind)
 	if err != nil {
 		return err
 	}
-	jws, err := l.s.signer.Sign(claims)
+	jws, err := w.s.signer.Sign(claims)
 	if err != nil {
 		return err
 	}
@@ -271,29 +271,29 @@ func (l *line) tell(ctx context.Context, e broker.Event, kind string) error {
 	if err != nil {
 		return err
 	}
-	r, err := http.NewRequestWithContext(ctx, http.MethodPost, l.to.URL, bytes.NewReader([]byte(token)))
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, w.to.URL, bytes.NewReader([]byte(token)))
 	if err != nil {
 		return err
 	}
 	r.Header.Set("Content-Type", "application/"+tokenType)
 	r.Header.Set("Accept", "application/json")
-	answer, err := l.http.Do(r)
+	answer, err := w.http.Do(r)
 	if err != nil {
 		return err
 	}
 	defer answer.Body.Close() //nolint:errcheck // only read
 	if answer.StatusCode >= 200 && answer.StatusCode < 300 {
-		l.s.cfg.Log.Info("told", "subscriber", l.to.Name, "event", kind, "revocation", string(e.Revocation.ID), "revision", uint64(e.Entry.Revision))
+		w.s.cfg.Log.Info("event delivered", "subscriber", w.to.Name, "event", kind, "revocation", string(e.Revocation.ID), "revision", uint64(e.Entry.Revision))
 		return nil
 	}
 	if refused, ok := refusalOf(answer); ok {
-		l.s.cfg.Alarm("telling subscriber "+l.to.Name, fmt.Errorf("%s of %s was refused and is passed over: %w", kind, e.Revocation.ID, refused))
+		w.s.cfg.Alarm("delivering to subscriber "+w.to.Name, fmt.Errorf("%s of %s was refused and is skipped: %w", kind, e.Revocation.ID, refused))
 		return nil
 	}
-	return fmt.Errorf("the subscriber answers %d", answer.StatusCode)
+	return fmt.Errorf("the subscriber answered %d", answer.StatusCode)
 }
 
-// refusalOf reads a refusal of RFC 8935 section 2.4. Its text is somebody else's: quoted, and cut.
+// refusalOf reads a refusal of RFC 8935 section 2.4. Its text is external: it is quoted and truncated.
 func refusalOf(answer *http.Response) (error, bool) {
 	if answer.StatusCode != http.StatusBadRequest {
 		return nil, false

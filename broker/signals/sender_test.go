@@ -29,8 +29,8 @@ import (
 	"github.com/pawlsec/pawl/broker/signals"
 )
 
-// desk is a real engine in memory, and what is told of it.
-type desk struct {
+// sendRig is a real engine in memory with senders over it.
+type sendRig struct {
 	t      *testing.T
 	ledger broker.Ledger
 	b      *engine.Engine
@@ -40,9 +40,9 @@ type desk struct {
 	alarms []string
 }
 
-func newDesk(t *testing.T) *desk {
+func newSendRig(t *testing.T) *sendRig {
 	t.Helper()
-	d := &desk{t: t, ledger: brokertest.NewMemory()}
+	d := &sendRig{t: t, ledger: brokertest.NewMemory()}
 	_, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -61,8 +61,8 @@ func newDesk(t *testing.T) *desk {
 	return d
 }
 
-// tell starts a sender; the returned function ends it.
-func (d *desk) tell(to ...signals.Subscriber) (*signals.Sender, func()) {
+// start starts a sender. The returned function closes it.
+func (d *sendRig) start(to ...signals.Subscriber) (*signals.Sender, func()) {
 	d.t.Helper()
 	s, err := signals.NewSender(signals.SenderConfig{Source: d.b, Subscribers: to, Issuer: "https://a.example", Mute: spiffeid.RequireFromString("spiffe://a.example/mute"), Key: d.key, Now: time.Now,
 		Retry: time.Millisecond, Alarm: func(op string, err error) {
@@ -79,14 +79,14 @@ func (d *desk) tell(to ...signals.Subscriber) (*signals.Sender, func()) {
 	return s, stop
 }
 
-func (d *desk) alarmed(text string) bool {
+func (d *sendRig) alarmed(text string) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return slices.ContainsFunc(d.alarms, func(a string) bool { return strings.Contains(a, text) })
 }
 
-// rule fences or freezes by a selector.
-func (d *desk) rule(sel string, freeze bool) broker.Revocation {
+// rule revokes or freezes by a selector.
+func (d *sendRig) rule(sel string, freeze bool) broker.Revocation {
 	d.t.Helper()
 	s, err := selector.Parse(sel)
 	if err != nil {
@@ -99,8 +99,8 @@ func (d *desk) rule(sel string, freeze bool) broker.Revocation {
 	return rv
 }
 
-// open makes a chain of an agent's.
-func (d *desk) open(who string) broker.Delegation {
+// open opens a chain for an agent.
+func (d *sendRig) open(who string) broker.Delegation {
 	d.t.Helper()
 	caller := broker.Caller{ID: spiffeid.RequireFromString("spiffe://a.example/" + who), Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
 	root, err := d.b.Open(d.t.Context(), caller, broker.OpenRequest{Task: "t", Rights: []broker.Right{{Tool: "db", Use: true}}})
@@ -110,8 +110,8 @@ func (d *desk) open(who string) broker.Delegation {
 	return root
 }
 
-// subscribed waits until the subscriber is known, after which events are for it.
-func (d *desk) subscribed(name string) {
+// subscribed waits until the subscriber is in the ledger. Later events are sent to it.
+func (d *sendRig) subscribed(name string) {
 	d.t.Helper()
 	until(d.t, name+" is subscribed", func() bool {
 		known := false
@@ -134,30 +134,30 @@ func until(t *testing.T, what string, ok func() bool) {
 	for end := time.After(20 * time.Second); !ok(); {
 		select {
 		case <-end:
-			t.Fatalf("still not so: %s", what)
+			t.Fatalf("timed out: %s", what)
 		case <-tick.C:
 		}
 	}
 }
 
-// said is a token as it came.
-type said struct {
+// received is a token as a subscriber received it.
+type received struct {
 	ID      string                     `json:"jti"`
 	Subject map[string]any             `json:"sub_id"`
 	Events  map[string]json.RawMessage `json:"events"`
 }
 
-func (s said) kind() string {
+func (s received) kind() string {
 	for uri := range s.Events {
 		return uri[strings.LastIndexByte(uri, '/')+1:]
 	}
 	return ""
 }
 
-// ear is a subscriber over TLS; answer says how it takes each token.
-func ear(t *testing.T, name string, answer func(n int, w http.ResponseWriter, r *http.Request)) (signals.Subscriber, <-chan said) {
+// subscriber returns a subscriber over TLS. answer answers each token.
+func subscriber(t *testing.T, name string, answer func(n int, w http.ResponseWriter, r *http.Request)) (signals.Subscriber, <-chan received) {
 	t.Helper()
-	came := make(chan said, 100)
+	tokens := make(chan received, 100)
 	n := 0
 	var mu sync.Mutex // guards n
 	server := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -169,56 +169,56 @@ func ear(t *testing.T, name string, answer func(n int, w http.ResponseWriter, r 
 		n++
 		i := n
 		mu.Unlock()
-		var s said
+		var s received
 		if parts := strings.Split(string(raw), "."); len(parts) == 3 {
 			if claims, err := base64.RawURLEncoding.DecodeString(parts[1]); err != nil || json.Unmarshal(claims, &s) != nil {
-				t.Errorf("a token that cannot be read")
+				t.Errorf("a token cannot be decoded")
 			}
-			came <- s
+			tokens <- s
 		}
 		answer(i, w, r)
 	}))
 	t.Cleanup(server.Close)
 	pool := x509.NewCertPool()
 	pool.AddCert(server.Certificate())
-	return signals.Subscriber{Name: name, URL: server.URL, Audience: "https://" + name, TLS: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS13}}, came
+	return signals.Subscriber{Name: name, URL: server.URL, Audience: "https://" + name, TLS: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS13}}, tokens
 }
 
 func accept(_ int, w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusAccepted) }
 
-// kinds takes n tokens.
-func kinds(t *testing.T, came <-chan said, n int) (list []string, all []said) {
+// kinds receives n tokens.
+func kinds(t *testing.T, tokens <-chan received, n int) (list []string, all []received) {
 	t.Helper()
 	for range n {
 		select {
-		case s := <-came:
+		case s := <-tokens:
 			list, all = append(list, s.kind()), append(all, s)
 		case <-time.After(20 * time.Second):
-			t.Fatalf("only %v came", list)
+			t.Fatalf("only %v received", list)
 		}
 	}
 	return list, all
 }
 
-// TestSenderTells: each event once and in order, from the subscription on, and after a restart from where
-// the ledger says.
-func TestSenderTells(t *testing.T) {
-	d := newDesk(t)
-	d.rule("tool:other", true) // before anybody listened
-	to, came := ear(t, "soc", accept)
-	sender, stop := d.tell(to)
+// TestSenderDelivers checks that each event is delivered once and in order. Delivery starts at the subscription, and
+// after a restart at the delivery cursor.
+func TestSenderDelivers(t *testing.T) {
+	d := newSendRig(t)
+	d.rule("tool:other", true) // before the subscription
+	to, tokens := subscriber(t, "soc", accept)
+	sender, stop := d.start(to)
 	d.subscribed("soc")
-	d.rule("chain:"+string(d.open("mute").Chain), false) // nobody is told
+	d.rule("chain:"+string(d.open("mute").Chain), false) // muted
 	d.open("planner")
 	d.rule("spiffe:spiffe://a.example/planner", false)
-	list, all := kinds(t, came, 3)
+	list, all := kinds(t, tokens, 3)
 	if want := []string{"session-revoked", "chain-fenced", "closure"}; !slices.Equal(list, want) {
-		t.Fatalf("told %v, want %v", list, want)
+		t.Fatalf("received %v, want %v", list, want)
 	}
 	if s := all[0].Subject; s["format"] != "uri" || s["uri"] != "spiffe://a.example/planner" {
-		t.Errorf("the subject = %v, want whom the rule is about", s)
+		t.Errorf("the subject = %v, want the holder in the rule", s)
 	}
-	until(t, "it is recorded what was told", func() bool { return sender.Lag("soc") == 0 })
+	until(t, "the delivery is recorded", func() bool { return sender.Lag("soc") == 0 })
 	stop()
 	frozen := d.rule("tool:db", true)
 	for _, who := range []string{"ann", "bob"} {
@@ -226,41 +226,41 @@ func TestSenderTells(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	d.tell(to)
-	list, all = kinds(t, came, 2)
+	d.start(to)
+	list, all = kinds(t, tokens, 2)
 	if want := []string{"freeze", "unfreeze"}; !slices.Equal(list, want) {
-		t.Errorf("told %v after a restart, want %v", list, want)
+		t.Errorf("received %v after a restart, want %v", list, want)
 	}
 	if s := all[0].Subject; s["format"] != "opaque" || s["id"] != "tool:db" {
 		t.Errorf("the subject = %v, want the rule", s)
 	}
-	if len(came) > 0 {
-		t.Errorf("more was told: %v", <-came)
+	if len(tokens) > 0 {
+		t.Errorf("received another token: %v", <-tokens)
 	}
 }
 
-// TestSenderAgainAndAgain: what is not taken comes again, the same and in order, whatever the
-// answer was; what is refused is passed over; and nobody else waits.
+// TestSenderAgainAndAgain checks that a token that is not accepted is sent again, the same and in order, after any answer.
+// A refused token is skipped, and other subscribers do not wait.
 func TestSenderAgainAndAgain(t *testing.T) {
-	elsewhere, strayed := ear(t, "elsewhere", accept)
+	elsewhere, redirected := subscriber(t, "elsewhere", accept)
 	for name, row := range map[string]struct {
 		answer func(n int, w http.ResponseWriter, r *http.Request)
-		same   bool // the first came again
+		same   bool // the first is sent again
 		alarm  string
 	}{
-		"down": {func(_ int, w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) }, true, "answers 503"},
-		"cut":  {func(int, http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, true, "EOF"},
+		"down":    {func(_ int, w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) }, true, "answered 503"},
+		"aborted": {func(int, http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, true, "EOF"},
 		"elsewhere": {func(_ int, w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, elsewhere.URL, http.StatusTemporaryRedirect)
-		}, true, "answers 307"},
-		"not allowed":           {func(_ int, w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusForbidden) }, true, "answers 403"},
-		"400 without a reason":  {func(_ int, w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusBadRequest) }, true, "answers 400"},
-		"400 without an end":    {func(_ int, w http.ResponseWriter, r *http.Request) { endless(t, w, r) }, true, "answers 400"},
-		"refused for this once": {refuse, false, `"invalid_request": "no\nmore"`},
+		}, true, "answered 307"},
+		"not allowed":          {func(_ int, w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusForbidden) }, true, "answered 403"},
+		"400 without a reason": {func(_ int, w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusBadRequest) }, true, "answered 400"},
+		"400 without an end":   {func(_ int, w http.ResponseWriter, r *http.Request) { endless(t, w, r) }, true, "answered 400"},
+		"refused for good":     {refuse, false, `"invalid_request": "no\nmore"`},
 	} {
 		t.Run(name, func(t *testing.T) {
-			d := newDesk(t)
-			bad, came := ear(t, "bad", func(n int, w http.ResponseWriter, r *http.Request) {
+			d := newSendRig(t)
+			bad, tokens := subscriber(t, "bad", func(n int, w http.ResponseWriter, r *http.Request) {
 				if n <= 2 {
 					row.answer(n, w, r)
 					return
@@ -268,28 +268,28 @@ func TestSenderAgainAndAgain(t *testing.T) {
 				accept(n, w, r)
 			})
 			dead := signals.Subscriber{Name: "dead", URL: "https://127.0.0.1:1", Audience: "dead", TLS: &tls.Config{MinVersion: tls.VersionTLS13}}
-			good, well := ear(t, "good", accept)
-			s, _ := d.tell(dead, bad, good)
+			good, healthy := subscriber(t, "good", accept)
+			s, _ := d.start(dead, bad, good)
 			for _, name := range []string{"dead", "bad", "good"} {
 				d.subscribed(name)
 			}
 			d.rule("tool:db", true)
 			d.rule("tool:other", true)
-			if list, _ := kinds(t, well, 2); !slices.Equal(list, []string{"freeze", "freeze"}) {
-				t.Errorf("the subscriber that is well was told %v", list)
+			if list, _ := kinds(t, healthy, 2); !slices.Equal(list, []string{"freeze", "freeze"}) {
+				t.Errorf("the healthy subscriber received %v", list)
 			}
 			n := 2
 			if row.same {
 				n = 4
 			}
-			_, all := kinds(t, came, n)
+			_, all := kinds(t, tokens, n)
 			if row.same && (all[0].ID != all[1].ID || all[0].ID != all[2].ID) || all[n-1].ID == all[0].ID {
-				t.Errorf("told %v, want the first until it was taken, then the second", all)
+				t.Errorf("received %v, want the first until it was accepted, then the second", all)
 			}
-			until(t, "an alarm says "+row.alarm, func() bool { return d.alarmed(row.alarm) })
+			until(t, "an alarm with "+row.alarm, func() bool { return d.alarmed(row.alarm) })
 			until(t, "only the dead one is behind", func() bool { return s.Lag("bad") == 0 && s.Lag("good") == 0 && s.Lag("dead") > 0 })
-			if len(strayed) > 0 {
-				t.Error("a token went where a redirect pointed")
+			if len(redirected) > 0 {
+				t.Error("a token was sent to the target of a redirect")
 			}
 		})
 	}
@@ -300,7 +300,7 @@ func refuse(_ int, w http.ResponseWriter, _ *http.Request) {
 	fmt.Fprint(w, `{"err":"invalid_request","description":"no\nmore"}`)
 }
 
-// endless is a refusal that would never be read to its end.
+// endless writes a refusal that does not end.
 func endless(t *testing.T, w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusBadRequest)
 	fmt.Fprint(w, `{"err":"invalid_request","description":"`)
@@ -316,9 +316,10 @@ func endless(t *testing.T, w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// TestSenderToReceiver: what we send about a chain is what we take, and means the chains that go on from it.
+// TestSenderToReceiver checks that a receiver accepts the sender's event about a chain, and selects the chains that
+// continue it.
 func TestSenderToReceiver(t *testing.T) {
-	d := newDesk(t)
+	d := newSendRig(t)
 	public := d.key.Public()
 	set, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{public}})
 	if err != nil {
@@ -342,7 +343,7 @@ func TestSenderToReceiver(t *testing.T) {
 	t.Cleanup(server.Close)
 	pool := x509.NewCertPool()
 	pool.AddCert(server.Certificate())
-	d.tell(signals.Subscriber{Name: "peer", URL: server.URL, Audience: "https://peer", Kinds: []string{"session-revoked"},
+	d.start(signals.Subscriber{Name: "peer", URL: server.URL, Audience: "https://peer", Kinds: []string{"session-revoked"},
 		TLS: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS13}})
 	d.subscribed("peer")
 	whole, part := d.open("agent"), d.open("agent")
@@ -351,10 +352,10 @@ func TestSenderToReceiver(t *testing.T) {
 		select {
 		case r := <-asked:
 			if r.Selector.String() != "label.upstream:"+want {
-				t.Errorf("%s at one broker is %s at the other, want what carries its name", sel, r.Selector)
+				t.Errorf("%s at one broker is %s at the other, want the chains labelled with its name", sel, r.Selector)
 			}
 		case <-time.After(20 * time.Second):
-			t.Fatalf("nothing came of %s", sel)
+			t.Fatalf("%s caused nothing", sel)
 		}
 	}
 }

@@ -16,29 +16,29 @@ import (
 // Limits of a token.
 const (
 	MaxToken = 16 << 10         // bytes
-	MaxAge   = 5 * time.Minute  // since it was issued
-	MaxSkew  = 30 * time.Second // that a transmitter's clock may be ahead of ours
+	MaxAge   = 5 * time.Minute  // since the token was issued
+	MaxSkew  = 30 * time.Second // how far a transmitter's clock may be ahead of ours
 	maxID    = 256              // bytes of a jti, kid or subject's name
 )
 
-// tokenType is the one typ of a token, RFC 8417 section 2.3.
+// tokenType is the only typ of a token, RFC 8417 section 2.3.
 const tokenType = "secevent+jwt"
 
-// The events that something may follow from.
+// The known events.
 const (
 	sessionRevoked   = "https://schemas.openid.net/secevent/caep/event-type/session-revoked"
 	credentialChange = "https://schemas.openid.net/secevent/caep/event-type/credential-change"
 )
 
-// header is all that a token's protected header may say; jwk, x5c, crit and the like are unknown
-// members and refused.
+// header lists the only members that a token's protected header may have. Others, such as jwk, x5c and crit, are
+// unknown members and refused.
 type header struct {
 	Alg string `json:"alg"`
 	Kid string `json:"kid"`
 	Typ string `json:"typ"`
 }
 
-// claims are what is read of a token; others are passed over.
+// claims lists the claims that are read. Others are ignored.
 type claims struct {
 	Issuer   string                    `json:"iss"`
 	ID       string                    `json:"jti"`
@@ -49,10 +49,10 @@ type claims struct {
 	Events   map[string]jsontext.Value `json:"events"`
 }
 
-// audience is one text or a list of them.
+// audience is one string or a list of them.
 type audience []string
 
-// UnmarshalJSON reads both forms.
+// UnmarshalJSON decodes both forms.
 func (a *audience) UnmarshalJSON(raw []byte) error {
 	if jsontext.Value(raw).Kind() != jsontext.KindString {
 		return json.Unmarshal(raw, (*[]string)(a))
@@ -68,29 +68,29 @@ type subject struct {
 	Subject string   `json:"sub"`
 	URI     string   `json:"uri"`
 	ID      string   `json:"id"`
-	Session *subject `json:"session"` // of a complex one, which says more: the user it is of, for one
+	Session *subject `json:"session"` // of a complex one, with more members such as its user
 }
 
-// event is what is read of the events that are known.
+// event has the members that are read of a known event.
 type event struct {
 	Change string `json:"change_type"` // of credential-change
 }
 
-// opened is a compact JWS taken apart; nothing of it is believed yet.
+// opened is a decoded compact JWS. Nothing in it is authenticated yet.
 type opened struct {
 	token  string
 	header header
 	claims claims
 }
 
-// open reads a token's form.
+// open decodes a token and checks its form.
 func open(token []byte) (o opened, err error) {
 	if len(token) > MaxToken {
-		return o, fmt.Errorf("the token takes more than %d bytes", MaxToken)
+		return o, fmt.Errorf("the token is longer than %d bytes", MaxToken)
 	}
 	parts := bytes.Split(token, []byte("."))
 	if len(parts) != 3 {
-		return o, errors.New("the token is no compact JWS")
+		return o, errors.New("the token is not a compact JWS")
 	}
 	var plain [3][]byte
 	for i, part := range parts {
@@ -99,13 +99,13 @@ func open(token []byte) (o opened, err error) {
 		}
 	}
 	if err := json.Unmarshal(plain[0], &o.header, json.RejectUnknownMembers(true)); err != nil {
-		return o, errors.New("the token's header has more than alg, kid and typ, or is no JSON object")
+		return o, errors.New("the token's header must be a JSON object with alg, kid and typ alone")
 	}
 	if o.header.Typ != tokenType {
 		return o, fmt.Errorf("the token's typ is not %s", tokenType)
 	}
 	if err := json.Unmarshal(plain[1], &o.claims); err != nil {
-		return o, errors.New("the token's claims cannot be read")
+		return o, errors.New("the token's claims cannot be decoded")
 	}
 	o.token = string(token)
 	return o, nil
@@ -125,32 +125,32 @@ func (o opened) signedBy(k jose.JSONWebKey) bool {
 	return err == nil
 }
 
-// fresh refuses a token that is too old, of the future, or past an end of its own.
-func (c claims) fresh(now time.Time) error {
+// checkTime refuses a token that is too old, from the future, or expired.
+func (c claims) checkTime(now time.Time) error {
 	if c.Issued == nil {
-		return errors.New("the token does not say when it was issued")
+		return errors.New("the token has no iat")
 	}
 	age := now.Sub(time.Unix(*c.Issued, 0))
 	switch {
 	case *c.Issued < 0 || age > MaxAge:
 		return fmt.Errorf("the token is older than %s", MaxAge)
 	case age < -MaxSkew:
-		return errors.New("the token is of the future")
+		return errors.New("the token is from the future")
 	case c.Expires != nil && now.Unix() >= *c.Expires:
-		return errors.New("the token is past its own end")
+		return errors.New("the token has expired")
 	}
 	return nil
 }
 
-// happened gives the one event, and whether something follows from it.
-func (c claims) happened() (name string, follows bool, err error) {
+// effect returns the one event, and whether it causes a revocation.
+func (c claims) effect() (name string, effective bool, err error) {
 	if len(c.Events) != 1 {
-		return "", false, fmt.Errorf("the token has %d events, and one is taken", len(c.Events))
+		return "", false, fmt.Errorf("the token has %d events; exactly one is required", len(c.Events))
 	}
 	for uri, raw := range c.Events {
 		var e event
 		if err := json.Unmarshal(raw, &e); err != nil || raw.Kind() != jsontext.KindBeginObject {
-			return "", false, errors.New("the event cannot be read")
+			return "", false, errors.New("the event cannot be decoded")
 		}
 		switch uri {
 		case sessionRevoked:
@@ -162,10 +162,10 @@ func (c claims) happened() (name string, follows bool, err error) {
 			return "credential-change " + e.Change, e.Change == "revoke" || e.Change == "delete", nil
 		}
 	}
-	return "", false, errors.New("the event is none that is known here")
+	return "", false, errors.New("the event is not known here")
 }
 
-// name is what the subject is called by the transmitter.
+// name returns the transmitter's name for the subject.
 func (s subject) name(transmitter string) (string, error) {
 	name, only := "", subject{Format: s.Format}
 	switch s.Format {
@@ -182,12 +182,12 @@ func (s subject) name(transmitter string) (string, error) {
 		return "", errors.New("the subject's format is not iss_sub, uri, opaque, or complex with an opaque session")
 	}
 	if name == "" || len(name) > 2048 || s != only {
-		return "", errors.New("the subject is not what its format says")
+		return "", errors.New("the subject does not match its format")
 	}
 	return name, nil
 }
 
-// session is what the transmitter calls the session that a complex subject names; empty for other subjects.
+// session returns the transmitter's name for the session of a complex subject, or empty text for other subjects.
 func (s subject) session() string {
 	if s.Format != "complex" || s.Session == nil || s.Session.Format != "opaque" || *s.Session != (subject{Format: "opaque", ID: s.Session.ID}) {
 		return ""

@@ -24,26 +24,26 @@ const (
 	progressInterval = 5 * time.Second
 )
 
-// Binaries finds the servers that are Go programs, and builds them once where the machine has none: on PATH, else in
-// a cache, else from the modules beside this package (about five minutes each on two cores). The zero value does all
-// of that. Safe for use by several processes at once; a build waits for another one.
+// Binaries finds the servers that are Go programs, on PATH or in a cache. If the machine has neither, it builds them
+// once from the modules beside this package (about five minutes each on two cores). The zero value does all of that.
+// Several processes may use it at once; a build waits for another one.
 type Binaries struct {
 	// Cache is the directory of built servers. Empty is $PAWL_PARTS, or pawl/parts in the user's cache directory.
 	Cache string
-	// Source is the root of Pawl's source tree. Empty looks for it from the working directory upwards.
+	// Source is the root of Pawl's source tree. Empty searches from the working directory upwards.
 	Source string
 	// NoBuild returns ErrMissing instead of building.
 	NoBuild bool
-	// Progress is told every few seconds how a build goes. Nil is os.Stderr.
+	// Progress receives the progress of a build every few seconds. Nil is os.Stderr.
 	Progress io.Writer
 }
 
-// recipe is a module of its own that builds servers.
+// recipe is a separate module that builds servers.
 type recipe struct {
 	name     string // for people
 	dir      string // below cmd/parts
 	packages []string
-	programs []string // what the build puts in the cache
+	programs []string // the build's output in the cache
 	needsC   string   // why a C compiler is needed; empty if none is
 }
 
@@ -63,7 +63,7 @@ func spireRecipe() recipe {
 }
 
 // Vault returns the path of a Vault server. official is true for a `vault` or `bao` on PATH, which takes a
-// configuration file; false for the one built here, which takes flags.
+// configuration file. It is false for the server built here, which takes flags.
 func (b Binaries) Vault(ctx context.Context) (path string, official bool, err error) {
 	for _, name := range []string{"vault", "bao"} {
 		if path, err := exec.LookPath(name); err == nil {
@@ -91,7 +91,7 @@ func (b Binaries) SPIRE(ctx context.Context) (server, agent string, err error) {
 	return filepath.Join(dir, "spire-server"), filepath.Join(dir, "spire-agent"), nil
 }
 
-// built returns the directory that holds the recipe's programs, building them if need be.
+// built returns the directory of the recipe's programs. It builds them if necessary.
 func (b Binaries) built(ctx context.Context, r recipe) (string, error) {
 	cache, err := b.cache()
 	if err != nil {
@@ -149,7 +149,7 @@ func (b Binaries) source() (string, error) {
 	}
 }
 
-// moduleKey names a build by all that decides what comes out of it.
+// moduleKey identifies a build by everything that determines its result.
 func moduleKey(module string) (string, error) {
 	sum := sha256.New()
 	fmt.Fprintln(sum, runtime.Version(), runtime.GOOS, runtime.GOARCH)
@@ -176,13 +176,13 @@ func complete(dir string, r recipe) bool {
 	return true
 }
 
-// build compiles into a scratch directory and renames it, so that dir is there whole or not at all.
+// build compiles into a scratch directory and renames it, so that dir is either complete or absent.
 func (b Binaries) build(ctx context.Context, r recipe, module, dir string) (err error) {
 	if err := b.buildable(ctx, r); err != nil {
 		return err
 	}
 	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
-		return fmt.Errorf("making the cache: %w", err)
+		return fmt.Errorf("creating the cache: %w", err)
 	}
 	unlock, err := b.lock(ctx, filepath.Join(filepath.Dir(dir), "lock"))
 	if err != nil {
@@ -190,21 +190,21 @@ func (b Binaries) build(ctx context.Context, r recipe, module, dir string) (err 
 	}
 	defer func() { err = errors.Join(err, unlock()) }()
 	if complete(dir, r) {
-		return nil // somebody built it while we waited
+		return nil // another process built it while we waited
 	}
 	scratch, err := os.MkdirTemp(filepath.Dir(dir), "building-")
 	if err != nil {
-		return fmt.Errorf("making a directory to build in: %w", err)
+		return fmt.Errorf("creating a directory to build in: %w", err)
 	}
-	defer func() { _ = os.RemoveAll(scratch) }() // nothing is there after the rename
+	defer func() { _ = os.RemoveAll(scratch) }() // absent after the rename
 	if err := b.compile(ctx, r, module, scratch); err != nil {
 		return err
 	}
 	if err := os.Chmod(scratch, 0o755); err != nil {
-		return fmt.Errorf("opening %s: %w", scratch, err)
+		return fmt.Errorf("setting the mode of %s: %w", scratch, err)
 	}
 	if err := os.Rename(scratch, dir); err != nil {
-		return fmt.Errorf("putting %s in its place: %w", r.name, err)
+		return fmt.Errorf("installing %s: %w", r.name, err)
 	}
 	return nil
 }
@@ -218,7 +218,7 @@ func (b Binaries) buildable(ctx context.Context, r recipe) error {
 	}
 	out, err := exec.CommandContext(ctx, "go", "env", "CGO_ENABLED").Output()
 	if err != nil {
-		return fmt.Errorf("asking go for its settings: %w", err)
+		return fmt.Errorf("reading the settings of go: %w", err)
 	}
 	if strings.TrimSpace(string(out)) != "1" {
 		return missing(r.name, r.needsC+", so building it needs a C compiler: apt-get install gcc libc6-dev")
@@ -233,7 +233,7 @@ func (b Binaries) progress() io.Writer {
 	return os.Stderr
 }
 
-// lock waits for an exclusive lock on the file. The system drops it if we die.
+// lock waits for an exclusive lock on the file. The system releases it if this process dies.
 func (b Binaries) lock(ctx context.Context, path string) (unlock func() error, err error) {
 	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
 	if err != nil {
@@ -241,7 +241,7 @@ func (b Binaries) lock(ctx context.Context, path string) (unlock func() error, e
 	}
 	tick := time.NewTicker(progressInterval / 10)
 	defer tick.Stop()
-	for told := false; ; told = true {
+	for announced := false; ; announced = true {
 		err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 		if err == nil {
 			return file.Close, nil
@@ -249,7 +249,7 @@ func (b Binaries) lock(ctx context.Context, path string) (unlock func() error, e
 		if !errors.Is(err, syscall.EWOULDBLOCK) {
 			return nil, errors.Join(fmt.Errorf("locking the cache: %w", err), file.Close())
 		}
-		if !told {
+		if !announced {
 			fmt.Fprintln(b.progress(), "parts: waiting for another build")
 		}
 		select {
@@ -260,7 +260,7 @@ func (b Binaries) lock(ctx context.Context, path string) (unlock func() error, e
 	}
 }
 
-// compile runs go build and says every few seconds how far it is.
+// compile runs go build and reports its progress every few seconds.
 func (b Binaries) compile(ctx context.Context, r recipe, module, out string) error {
 	var log buildLog
 	args := append([]string{"build", "-v", "-ldflags=-s -w", "-o", out + string(filepath.Separator)}, r.packages...)
@@ -270,10 +270,10 @@ func (b Binaries) compile(ctx context.Context, r recipe, module, out string) err
 	cmd.Stdout, cmd.Stderr = &log, &log
 
 	started := time.Now()
-	say := func(format string, values ...any) {
+	report := func(format string, values ...any) {
 		fmt.Fprintf(b.progress(), "parts: "+r.name+": "+format+"\n", values...)
 	}
-	say("building, about five minutes on two cores the first time")
+	report("building, about five minutes on two cores the first time")
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(stopped)
@@ -284,7 +284,7 @@ func (b Binaries) compile(ctx context.Context, r recipe, module, out string) err
 			case <-stop:
 				return
 			case <-tick.C:
-				say("%4.0fs %5d steps", time.Since(started).Seconds(), log.lines.Load())
+				report("%4.0fs %5d steps", time.Since(started).Seconds(), log.lines.Load())
 			}
 		}
 	}()
@@ -294,11 +294,11 @@ func (b Binaries) compile(ctx context.Context, r recipe, module, out string) err
 	if err != nil {
 		return fmt.Errorf("building %s: %w\n%s", r.name, err, log.tail)
 	}
-	say("built in %.0fs", time.Since(started).Seconds())
+	report("built in %.0fs", time.Since(started).Seconds())
 	return nil
 }
 
-// buildLog counts lines, one for each module fetched or package compiled, and keeps the last of them.
+// buildLog counts lines, one for each module fetched or package compiled, and keeps the last ones.
 type buildLog struct {
 	lines atomic.Int64
 	tail  []byte // written by one goroutine, read after it has ended

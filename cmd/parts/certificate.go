@@ -15,12 +15,12 @@ import (
 
 const certificateLife = 30 * 24 * time.Hour
 
-// serverCertificate makes a certificate for 127.0.0.1 and localhost, signed by an authority whose key is dropped.
+// serverCertificate creates a certificate for 127.0.0.1 and localhost, signed by an authority with a discarded key.
 // All three results are PEM.
 func serverCertificate(now time.Time) (authority, certificate, key []byte, err error) {
 	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return nil, nil, nil, fmt.Errorf("making the authority's key: %w", err)
+		return nil, nil, nil, fmt.Errorf("generating the authority's key: %w", err)
 	}
 	ca := &x509.Certificate{
 		SerialNumber:          big.NewInt(1),
@@ -33,7 +33,7 @@ func serverCertificate(now time.Time) (authority, certificate, key []byte, err e
 	}
 	leafKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return nil, nil, nil, fmt.Errorf("making the server's key: %w", err)
+		return nil, nil, nil, fmt.Errorf("generating the server's key: %w", err)
 	}
 	leaf := &x509.Certificate{
 		SerialNumber: big.NewInt(2),

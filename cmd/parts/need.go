@@ -20,8 +20,8 @@ type TB interface {
 	Skipf(format string, args ...any)
 }
 
-// The servers that all tests of a process share. They live as long as the process, and its watchers end them: no
-// test is the last one for sure, and a Vault for each test would cost a second each.
+// The servers that all tests of a process share. They live as long as the process, and their watchers end them. No
+// test is certain to be the last one, and a Vault for each test would cost a second each.
 var shared struct {
 	vault    once[*VaultServer]
 	postgres once[*PostgresServer]
@@ -39,9 +39,9 @@ func (o *once[T]) get(start func() (T, error)) (T, error) {
 	return o.server, o.err
 }
 
-// NeedVault returns the Vault that the tests of this process share: mount engines under names of your own, and do
-// not seal, pause or end it. Where there is none the test is skipped, or fails if PAWL_REQUIRE names "vault". It
-// builds nothing: `make parts` does.
+// NeedVault returns the Vault that the tests of this process share. Mount engines under names of your own, and do not
+// seal, pause or end it. If there is none, the test is skipped, or fails if PAWL_REQUIRE names "vault". NeedVault
+// builds nothing; `make parts` does.
 func NeedVault(t TB) *VaultServer {
 	t.Helper()
 	server, err := shared.vault.get(func() (*VaultServer, error) {
@@ -51,7 +51,7 @@ func NeedVault(t TB) *VaultServer {
 	return server
 }
 
-// OwnVault returns a Vault for this test alone, to seal, pause and kill as it likes. It is closed with the test.
+// OwnVault returns a Vault for this test alone, which may seal, pause and kill it. It is closed with the test.
 func OwnVault(t TB, config VaultConfig) *VaultServer {
 	t.Helper()
 	config.Binaries.NoBuild = true
@@ -61,8 +61,8 @@ func OwnVault(t TB, config VaultConfig) *VaultServer {
 	return server
 }
 
-// NeedPostgreSQL returns the cluster that the tests of this process share: work in a database from CreateDatabase,
-// and with roles under names of your own. It takes 300 connections. Skipping is as for NeedVault, with "postgres".
+// NeedPostgreSQL returns the cluster that the tests of this process share. Work in a database from CreateDatabase,
+// and with roles under names of your own. It accepts 300 connections. It skips as NeedVault does, with "postgres".
 func NeedPostgreSQL(t TB) *PostgresServer {
 	t.Helper()
 	server, err := shared.postgres.get(func() (*PostgresServer, error) {
@@ -81,8 +81,8 @@ func OwnPostgreSQL(t TB, config PostgresConfig) *PostgresServer {
 	return server
 }
 
-// NeedSPIRE returns the SPIRE server and agent that the tests of this process share. Skipping is as for NeedVault,
-// with "spire".
+// NeedSPIRE returns the SPIRE server and agent that the tests of this process share. It skips as NeedVault does, with
+// "spire".
 func NeedSPIRE(t TB) *SPIREServers {
 	t.Helper()
 	servers, err := shared.spire.get(func() (*SPIREServers, error) {
@@ -102,7 +102,7 @@ func OwnSPIRE(t TB, config SPIREConfig) *SPIREServers {
 	return servers
 }
 
-// OwnSSHD returns an sshd for this test alone, closed with the test. Skipping is as for NeedVault, with "sshd".
+// OwnSSHD returns an sshd for this test alone, closed with the test. It skips as NeedVault does, with "sshd".
 func OwnSSHD(t TB, config SSHDConfig) *SSHDServer {
 	t.Helper()
 	server, err := SSHD(t.Context(), config)
@@ -111,8 +111,8 @@ func OwnSSHD(t TB, config SSHDConfig) *SSHDServer {
 	return server
 }
 
-// NeedPython returns the path of a Python interpreter, for plugins in another language than ours. Skipping is as for
-// NeedVault, with "python".
+// NeedPython returns the path of a Python interpreter, for plugins in another language than Go. It skips as NeedVault
+// does, with "python".
 func NeedPython(t TB) string {
 	t.Helper()
 	path, err := Python(t.Context())
@@ -120,13 +120,13 @@ func NeedPython(t TB) string {
 	return path
 }
 
-// Without ends a test that this machine cannot run although it has the part: as where the part is missing.
+// Without ends a test that this machine cannot run although it has the part. It skips or fails as for a missing part.
 func Without(t TB, name, why string) {
 	t.Helper()
 	demand(t, name, fmt.Errorf("%w: %s", ErrMissing, why))
 }
 
-// demand ends the test unless err is nil: what is missing skips it, what is broken fails it.
+// demand ends the test unless err is nil. A missing part skips the test, and a broken one fails it.
 func demand(t TB, name string, err error) {
 	t.Helper()
 	switch {

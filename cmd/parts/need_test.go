@@ -14,7 +14,7 @@ import (
 	"github.com/pawlsec/pawl/cmd/parts"
 )
 
-// verdict is a TB that notes how a test ended instead of ending it.
+// verdict is a TB that records how a test ended instead of ending it.
 type verdict struct {
 	*testing.T
 	text string
@@ -29,7 +29,7 @@ func (v *verdict) end(word, format string, args ...any) {
 func (v *verdict) Skipf(format string, args ...any)  { v.end("skip", format, args...) }
 func (v *verdict) Fatalf(format string, args ...any) { v.end("fatal", format, args...) }
 
-// judge runs a test that must end early and returns how it ended.
+// judge runs a test that must end early, and returns how it ended.
 func judge(t *testing.T, test func(parts.TB)) (how string) {
 	t.Helper()
 	v := &verdict{T: t}
@@ -43,14 +43,14 @@ func judge(t *testing.T, test func(parts.TB)) (how string) {
 	return ""
 }
 
-// bare makes a machine that has nothing: empty PATH and cache.
+// bare simulates a machine that has nothing: PATH and cache are empty.
 func bare(t *testing.T) {
 	t.Helper()
 	t.Setenv("PATH", t.TempDir())
 	t.Setenv("PAWL_PARTS", t.TempDir())
 }
 
-func TestWhatIsMissingSkipsUnlessRequired(t *testing.T) {
+func TestMissingPartsSkipUnlessRequired(t *testing.T) {
 	ownVault := func(tb parts.TB) { parts.OwnVault(tb, parts.VaultConfig{}) }
 	ownSPIRE := func(tb parts.TB) { parts.OwnSPIRE(tb, parts.SPIREConfig{}) }
 	python := func(tb parts.TB) { parts.NeedPython(tb) }
@@ -79,7 +79,7 @@ func TestWhatIsMissingSkipsUnlessRequired(t *testing.T) {
 	}
 }
 
-// tree makes a source tree whose vaultserver is the given program.
+// tree creates a source tree with the given program as its vaultserver.
 func tree(t *testing.T, program string) string {
 	t.Helper()
 	root := t.TempDir()
@@ -98,7 +98,7 @@ func tree(t *testing.T, program string) string {
 	return root
 }
 
-func TestABuildHappensOnceAndSaysSo(t *testing.T) {
+func TestBuildRunsOnceAndReports(t *testing.T) {
 	var progress strings.Builder
 	binaries := parts.Binaries{
 		Cache:    t.TempDir(),
@@ -115,11 +115,11 @@ func TestABuildHappensOnceAndSaysSo(t *testing.T) {
 	progress.Reset()
 	second, official, err := binaries.Vault(t.Context())
 	if second != first || official || err != nil || progress.Len() > 0 {
-		t.Errorf("Vault() again = %q, %v, %v and said %q, want %q in silence", second, official, err, progress.String(), first)
+		t.Errorf("Vault() again = %q, %v, %v with progress %q, want %q without progress", second, official, err, progress.String(), first)
 	}
 }
 
-func TestABrokenBuildShowsTheCompilersWords(t *testing.T) {
+func TestBrokenBuildShowsTheCompilerError(t *testing.T) {
 	binaries := parts.Binaries{Cache: t.TempDir(), Source: tree(t, "package main\n\nfunc main() { nothing }\n"), Progress: io.Discard}
 	_, _, err := binaries.Vault(t.Context())
 	if err == nil || errors.Is(err, parts.ErrMissing) || !strings.Contains(err.Error(), "undefined: nothing") {
@@ -130,7 +130,7 @@ func TestABrokenBuildShowsTheCompilersWords(t *testing.T) {
 	}
 }
 
-func TestAFailedStartShowsTheLog(t *testing.T) {
+func TestFailedStartShowsTheLog(t *testing.T) {
 	const program = "package main\n\nimport \"os\"\n\nfunc main() { println(\"the disk is made of cheese\"); os.Exit(3) }\n"
 	config := parts.VaultConfig{Binaries: parts.Binaries{Cache: t.TempDir(), Source: tree(t, program), Progress: io.Discard}}
 	t.Setenv("TMPDIR", t.TempDir())
@@ -143,7 +143,7 @@ func TestAFailedStartShowsTheLog(t *testing.T) {
 	}
 }
 
-func TestAnOfficialVaultGetsAConfigurationFile(t *testing.T) {
+func TestOfficialVaultGetsAConfigurationFile(t *testing.T) {
 	bin := t.TempDir()
 	script := "#!/bin/sh\necho \"$1\"; cat \"${2#-config=}\"; exit 1\n"
 	if err := os.WriteFile(filepath.Join(bin, "bao"), []byte(script), 0o755); err != nil {
@@ -158,7 +158,7 @@ func TestAnOfficialVaultGetsAConfigurationFile(t *testing.T) {
 	}
 }
 
-// childVariable makes this test binary start servers, say where they are, and wait to be killed.
+// childVariable makes this test binary start servers, print their addresses, and wait to be killed.
 const childVariable = "PAWL_PARTS_TEST_CHILD"
 
 func TestServersDieWithTheirParent(t *testing.T) {
@@ -181,7 +181,7 @@ func TestServersDieWithTheirParent(t *testing.T) {
 	}
 	var vault, authority, postgres, socketDir string
 	for lines := bufio.NewScanner(out); socketDir == "" && lines.Scan(); {
-		_, _ = fmt.Sscanf(lines.Text(), "here %s %s %s %s", &vault, &authority, &postgres, &socketDir) // other lines are not for us
+		_, _ = fmt.Sscanf(lines.Text(), "here %s %s %s %s", &vault, &authority, &postgres, &socketDir) // other lines do not match
 	}
 	killErr := child.Process.Kill()
 	_ = child.Wait() // it was killed

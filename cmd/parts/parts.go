@@ -1,9 +1,9 @@
 // Package parts finds or builds the real servers that Pawl works with (Vault, SPIRE, PostgreSQL, sshd) and runs
 // them for development and tests.
 //
-// Every server listens on a free loopback port, keeps all it has in a temporary directory of its own, and ends
-// together with the process that started it, also when that process is killed. The context given to a constructor
-// bounds the start only; Close ends the server.
+// Every server listens on a free loopback port and keeps its data in a temporary directory of its own. It ends
+// together with the process that started it, even if that process is killed. The context of a constructor bounds only
+// the start; Close ends the server.
 package parts
 
 import (
@@ -13,16 +13,16 @@ import (
 	"net"
 )
 
-// ErrMissing says that this machine lacks something a server needs. The error that wraps it says what, and how to
-// get it.
+// ErrMissing reports that this machine lacks something that a server needs. The error that wraps it names the missing
+// part and how to get it.
 var ErrMissing = errors.New("not on this machine")
 
-func missing(what, remedy string) error {
-	return fmt.Errorf("%s: %w: %s", what, ErrMissing, remedy)
+func missing(part, remedy string) error {
+	return fmt.Errorf("%s: %w: %s", part, ErrMissing, remedy)
 }
 
-// freePort returns a loopback TCP port that nobody listens on. It stays below the range from which systems number
-// outgoing connections, so that a server that is down for a moment finds its port free again.
+// freePort returns a loopback TCP port without a listener. It stays below the range that systems use for outgoing
+// connections, so that a server finds its port free again after a restart.
 func freePort() (int, error) {
 	const low, high, tries = 20000, 32000, 50
 	for range tries {

@@ -17,11 +17,11 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// PostgresConfig says what PostgreSQL to run.
+// PostgresConfig configures a PostgreSQL cluster.
 type PostgresConfig struct {
 	// MaxConnections is PostgreSQL's max_connections. Zero is 100.
 	MaxConnections int
-	// NoSync trades durability over a power cut for speed (fsync=off). A kill loses nothing either way.
+	// NoSync trades durability across a power cut for speed (fsync=off). A kill loses nothing in either mode.
 	NoSync bool
 	// Settings are further server settings, such as "log_statement": "all". Nil adds none.
 	Settings map[string]string
@@ -30,15 +30,15 @@ type PostgresConfig struct {
 // PostgresServer is a real PostgreSQL cluster on a loopback port and a Unix socket, with SCRAM on both and one
 // superuser, postgres. Its methods are not safe for concurrent use with Start.
 type PostgresServer struct {
-	nest     *nest
+	workdir  *workdir
 	run      command
 	process  *process
 	port     int
 	password string
 }
 
-// PostgreSQL creates a cluster and starts it, as the user postgres when we are root. It returns ErrMissing where
-// PostgreSQL is not installed.
+// PostgreSQL creates and starts a cluster, as the user postgres if we are root. It returns ErrMissing if PostgreSQL
+// is not installed.
 func PostgreSQL(ctx context.Context, config PostgresConfig) (*PostgresServer, error) {
 	bin, err := postgresBin()
 	if err != nil {
@@ -48,11 +48,11 @@ func PostgreSQL(ctx context.Context, config PostgresConfig) (*PostgresServer, er
 	if err != nil {
 		return nil, err
 	}
-	nest, err := newNest("postgres", "QUIT")
+	workdir, err := newWorkdir("postgres", "QUIT")
 	if err != nil {
 		return nil, err
 	}
-	s := &PostgresServer{nest: nest, password: rand.Text()}
+	s := &PostgresServer{workdir: workdir, password: rand.Text()}
 	if err := s.initialise(ctx, bin, owner); err != nil {
 		return nil, errors.Join(fmt.Errorf("creating a PostgreSQL cluster: %w", err), s.Close())
 	}
@@ -66,7 +66,7 @@ func PostgreSQL(ctx context.Context, config PostgresConfig) (*PostgresServer, er
 	return s, nil
 }
 
-// postgresBin is the directory of the newest PostgreSQL that has both programs we need.
+// postgresBin returns the directory of the newest PostgreSQL that has both required programs.
 func postgresBin() (string, error) {
 	var candidates []string
 	if path, err := exec.LookPath("postgres"); err == nil {
@@ -95,14 +95,14 @@ func postgresBin() (string, error) {
 	return "", missing("PostgreSQL", "install the package postgresql, or put its bin directory on PATH")
 }
 
-// postgresOwner is the user to run as: nil for ourselves, since only root is refused by PostgreSQL.
+// postgresOwner returns the user to run as. Nil means our own user, because PostgreSQL refuses only root.
 func postgresOwner() (*syscall.Credential, error) {
 	if os.Geteuid() != 0 {
 		return nil, nil
 	}
 	account, err := user.Lookup("postgres")
 	if err != nil {
-		return nil, missing("the user postgres", "PostgreSQL does not run as root; its Debian package makes that user")
+		return nil, missing("the user postgres", "PostgreSQL does not run as root; its Debian package creates that user")
 	}
 	uid, uidErr := strconv.ParseUint(account.Uid, 10, 32)
 	gid, gidErr := strconv.ParseUint(account.Gid, 10, 32)
@@ -112,21 +112,22 @@ func postgresOwner() (*syscall.Credential, error) {
 	return &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}, nil
 }
 
-// initialise makes the data directory. The password passes through a file because initdb takes it no other way.
+// initialise creates the data directory. The password passes through a file because initdb accepts it in no other
+// way.
 func (s *PostgresServer) initialise(ctx context.Context, bin string, owner *syscall.Credential) error {
-	passwordFile := s.nest.path("password")
+	passwordFile := s.workdir.path("password")
 	if err := os.WriteFile(passwordFile, []byte(s.password), 0o600); err != nil {
 		return err
 	}
 	if owner != nil {
-		for _, path := range []string{s.nest.dir, passwordFile} {
+		for _, path := range []string{s.workdir.dir, passwordFile} {
 			if err := os.Chown(path, int(owner.Uid), int(owner.Gid)); err != nil {
 				return err
 			}
 		}
 	}
-	process, err := s.nest.start(command{path: filepath.Join(bin, "initdb"), user: owner, args: []string{
-		"--pgdata=" + s.nest.path("data"), "--username=postgres", "--pwfile=" + passwordFile,
+	process, err := s.workdir.start(command{path: filepath.Join(bin, "initdb"), user: owner, args: []string{
+		"--pgdata=" + s.workdir.path("data"), "--username=postgres", "--pwfile=" + passwordFile,
 		"--auth=scram-sha-256", "--encoding=UTF8", "--no-locale", "--no-sync",
 	}})
 	if err != nil {
@@ -140,14 +141,14 @@ func (s *PostgresServer) initialise(ctx context.Context, bin string, owner *sysc
 	if !process.cmd.ProcessState.Success() {
 		return process.failure(fmt.Errorf("ended: %s", process.cmd.ProcessState))
 	}
-	return errors.Join(os.Remove(passwordFile), s.nest.watch(0))
+	return errors.Join(os.Remove(passwordFile), s.workdir.watch(0))
 }
 
 func (s *PostgresServer) arguments(config PostgresConfig) []string {
 	settings := map[string]string{
 		"listen_addresses":        "127.0.0.1",
 		"port":                    strconv.Itoa(s.port),
-		"unix_socket_directories": s.nest.dir,
+		"unix_socket_directories": s.workdir.dir,
 		"max_connections":         "100",
 	}
 	if config.MaxConnections > 0 {
@@ -159,33 +160,33 @@ func (s *PostgresServer) arguments(config PostgresConfig) []string {
 	for name, value := range config.Settings {
 		settings[name] = value
 	}
-	arguments := []string{"-D", s.nest.path("data")}
+	arguments := []string{"-D", s.workdir.path("data")}
 	for name, value := range settings {
 		arguments = append(arguments, "-c", name+"="+value)
 	}
 	return arguments
 }
 
-// Start starts the cluster after Stop or Kill, on the same port and with the same data, and returns when it accepts
+// Start starts the cluster after Stop or Kill, with the same port and data. It returns when the cluster accepts
 // connections.
 func (s *PostgresServer) Start(ctx context.Context) (err error) {
 	for {
-		if s.process, err = s.nest.start(s.run); err != nil {
+		if s.process, err = s.workdir.start(s.run); err != nil {
 			return err
 		}
 		if err = s.process.ready(ctx, s.accepts); err == nil {
 			return nil
 		}
-		// After Kill its sessions may still be on their way out: they are in groups of their own.
+		// After Kill its sessions may still be ending, because they are in process groups of their own.
 		if ctx.Err() != nil || s.process.running() || !strings.HasSuffix(s.process.tail(), s.leftover()) {
 			return fmt.Errorf("starting PostgreSQL: %w", err)
 		}
 	}
 }
 
-// leftover is how the log of a start ends that found something of the killed one still there.
+// leftover returns the end of the log of a start that found remains of the killed server.
 func (s *PostgresServer) leftover() string {
-	return fmt.Sprintf("HINT:  Terminate any old server processes associated with data directory %q.", s.nest.path("data"))
+	return fmt.Sprintf("HINT:  Terminate any old server processes associated with data directory %q.", s.workdir.path("data"))
 }
 
 func (s *PostgresServer) accepts(ctx context.Context) error {
@@ -196,12 +197,12 @@ func (s *PostgresServer) accepts(ctx context.Context) error {
 	return conn.Close(ctx)
 }
 
-// DSN is the URL of a database for the superuser, over TCP.
+// DSN returns the URL of a database for the superuser, over TCP.
 func (s *PostgresServer) DSN(database string) string {
 	return s.DSNFor("postgres", s.password, database)
 }
 
-// DSNFor is the URL of a database for a role, over TCP and without TLS.
+// DSNFor returns the URL of a database for a role, over TCP and without TLS.
 func (s *PostgresServer) DSNFor(role, password, database string) string {
 	dsn := url.URL{
 		Scheme:   "postgres",
@@ -213,19 +214,19 @@ func (s *PostgresServer) DSNFor(role, password, database string) string {
 	return dsn.String()
 }
 
-// Address is host:port. It stays the same over a Start.
+// Address returns host:port. It stays the same across a Start.
 func (s *PostgresServer) Address() string { return fmt.Sprintf("127.0.0.1:%d", s.port) }
 
-// SocketDir is the directory of the Unix socket, to be given as the host. It also wants a password.
-func (s *PostgresServer) SocketDir() string { return s.nest.dir }
+// SocketDir returns the directory of the Unix socket, for use as the host. The socket also requires a password.
+func (s *PostgresServer) SocketDir() string { return s.workdir.dir }
 
-// Password is the superuser's.
+// Password returns the superuser's password.
 func (s *PostgresServer) Password() string { return s.password }
 
-// Log is the end of the server's log.
+// Log returns the end of the server's log.
 func (s *PostgresServer) Log() string { return s.process.tail() }
 
-// CreateDatabase makes an empty database and returns its DSN for the superuser.
+// CreateDatabase creates an empty database and returns its DSN for the superuser.
 func (s *PostgresServer) CreateDatabase(ctx context.Context) (dsn string, err error) {
 	conn, err := pgx.Connect(ctx, s.DSN("postgres"))
 	if err != nil {
@@ -239,17 +240,17 @@ func (s *PostgresServer) CreateDatabase(ctx context.Context) (dsn string, err er
 	return s.DSN(name), nil
 }
 
-// Stop ends the cluster in order, cutting its sessions.
+// Stop ends the cluster in order and disconnects its sessions.
 func (s *PostgresServer) Stop() error { return s.process.end(syscall.SIGINT) }
 
-// Kill ends the server process as a crash would; its sessions end by themselves right after.
+// Kill ends the server process as a crash would. Its sessions end by themselves right after.
 func (s *PostgresServer) Kill() error { return s.process.kill() }
 
-// Close ends the cluster and removes all it had.
+// Close ends the cluster and removes its data.
 func (s *PostgresServer) Close() error {
 	var err error
 	if s.process != nil {
 		err = s.process.end(syscall.SIGQUIT)
 	}
-	return errors.Join(err, s.nest.close())
+	return errors.Join(err, s.workdir.close())
 }

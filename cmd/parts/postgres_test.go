@@ -23,8 +23,8 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// eventually polls until what is wished for is true.
-func eventually(t *testing.T, wish string, ok func() bool) {
+// eventually polls until ok returns true.
+func eventually(t *testing.T, condition string, ok func() bool) {
 	t.Helper()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
@@ -32,13 +32,13 @@ func eventually(t *testing.T, wish string, ok func() bool) {
 	for !ok() {
 		select {
 		case <-deadline:
-			t.Fatalf("waited in vain for: %s", wish)
+			t.Fatalf("timed out waiting for: %s", condition)
 		case <-tick.C:
 		}
 	}
 }
 
-func TestPostgreSQLKeepsDataOverStopAndKill(t *testing.T) {
+func TestPostgreSQLKeepsDataAcrossStopAndKill(t *testing.T) {
 	ctx, server := startContext(t), parts.OwnPostgreSQL(t, parts.PostgresConfig{MaxConnections: 1300, NoSync: true})
 	dsn, err := server.CreateDatabase(ctx)
 	if err != nil {
@@ -58,7 +58,7 @@ func TestPostgreSQLKeepsDataOverStopAndKill(t *testing.T) {
 			t.Fatalf("Start() after %s = %v, want nil", end.name, err)
 		}
 		if err := ping(ctx, dsn); err != nil {
-			t.Errorf("the database is not there after %s and Start", end.name)
+			t.Errorf("the database is missing after %s and Start", end.name)
 		}
 	}
 	var limit string
@@ -72,7 +72,7 @@ func TestPostgreSQLKeepsDataOverStopAndKill(t *testing.T) {
 	}
 }
 
-func TestPostgreSQLAsksForThePassword(t *testing.T) {
+func TestPostgreSQLRequiresThePassword(t *testing.T) {
 	ctx, server := startContext(t), parts.NeedPostgreSQL(t)
 	if err := ping(ctx, server.DSNFor("postgres", "wrong", "postgres")); err == nil {
 		t.Errorf("a wrong password is accepted over TCP")

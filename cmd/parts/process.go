@@ -15,29 +15,29 @@ import (
 )
 
 const (
-	startTimeout = time.Minute // a server that is not ready by then never will be
+	startTimeout = time.Minute // a server that is not ready by then will not become ready
 	stopTimeout  = 20 * time.Second
 	pollInterval = 20 * time.Millisecond
 	tailLength   = 2000 // bytes of the log that an error shows
 )
 
-// command says what to run.
+// command is a program to run.
 type command struct {
 	path string
 	args []string
 	user *syscall.Credential // nil is our own user
 }
 
-// process is one run of a server: the leader of a process group of its own.
+// process is one run of a server, as the leader of its own process group.
 type process struct {
-	nest   *nest
-	cmd    *exec.Cmd
-	log    string
-	exited chan struct{} // closed when it has ended and was waited for
+	workdir *workdir
+	cmd     *exec.Cmd
+	log     string
+	exited  chan struct{} // closed when the process has ended and was reaped
 }
 
-// start runs c in the nest. Its output is appended to a file there; its environment holds nothing of ours but PATH.
-func (n *nest) start(c command) (*process, error) {
+// start runs c in the directory. Its output is appended to a file there. It inherits only PATH from our environment.
+func (n *workdir) start(c command) (*process, error) {
 	name := filepath.Base(c.path)
 	logFile := n.path(name + ".log")
 	log, err := os.OpenFile(logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
@@ -54,9 +54,9 @@ func (n *nest) start(c command) (*process, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("running %s: %w", name, err)
 	}
-	p := &process{nest: n, cmd: cmd, log: logFile, exited: make(chan struct{})}
+	p := &process{workdir: n, cmd: cmd, log: logFile, exited: make(chan struct{})}
 	go func() {
-		_ = cmd.Wait() // how it ended is in ProcessState
+		_ = cmd.Wait() // ProcessState has the result
 		close(p.exited)
 	}()
 	if err := n.watch(cmd.Process.Pid); err != nil {
@@ -65,7 +65,7 @@ func (n *nest) start(c command) (*process, error) {
 	return p, nil
 }
 
-// ready polls check until it succeeds. It fails when the process ends or the time is up, with the end of its log.
+// ready polls check until it succeeds. If the process ends or the time is up, it fails with the end of the log.
 func (p *process) ready(ctx context.Context, check func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
@@ -90,7 +90,7 @@ func (p *process) failure(err error) error {
 	return fmt.Errorf("%s %w\n%s", filepath.Base(p.cmd.Path), err, p.tail())
 }
 
-// tail is the end of the log.
+// tail returns the end of the log.
 func (p *process) tail() string {
 	text, err := os.ReadFile(p.log)
 	if err != nil {
@@ -111,7 +111,7 @@ func (p *process) running() bool {
 	}
 }
 
-// signal reaches the whole process group.
+// signal sends a signal to the whole process group.
 func (p *process) signal(s syscall.Signal) error {
 	if err := syscall.Kill(-p.cmd.Process.Pid, s); err != nil {
 		return fmt.Errorf("sending %v to %s: %w", s, filepath.Base(p.cmd.Path), err)
@@ -119,8 +119,8 @@ func (p *process) signal(s syscall.Signal) error {
 	return nil
 }
 
-// pause stops the process and returns when each of its threads stands still: the signal is delivered to
-// one after the other, and those that still run go on answering. Where there is no /proc it does not wait.
+// pause stops the process and returns when each of its threads has stopped. The signal reaches one thread after the
+// other, and the remaining threads continue to answer. Without /proc it does not wait.
 func (p *process) pause() error {
 	if err := p.signal(syscall.SIGSTOP); err != nil {
 		return err
@@ -132,7 +132,7 @@ func (p *process) pause() error {
 			return nil
 		}
 	}
-	return fmt.Errorf("%s does not stand still", filepath.Base(p.cmd.Path))
+	return fmt.Errorf("%s does not stop", filepath.Base(p.cmd.Path))
 }
 
 // runs reports whether the thread of a stat file in /proc is neither stopped nor gone.
@@ -142,7 +142,7 @@ func runs(stat string) bool {
 	return err == nil && ok && !strings.HasPrefix(after, "T") && !strings.HasPrefix(after, "t")
 }
 
-// kill ends the group at once and returns when it has been waited for. Killing what has ended is no error.
+// kill ends the group at once and returns when it has been reaped. Killing an ended process is not an error.
 func (p *process) kill() error {
 	return p.end(syscall.SIGKILL)
 }
@@ -155,12 +155,12 @@ func (p *process) end(s syscall.Signal) error {
 	if err := p.signal(s); err != nil && !errors.Is(err, syscall.ESRCH) {
 		return err
 	}
-	_ = p.signal(syscall.SIGCONT) // a paused process hears nothing but a kill; one that is gone needs nothing
+	_ = p.signal(syscall.SIGCONT) // a paused process reacts only to a kill; an ended one ignores this
 	select {
 	case <-p.exited:
 	case <-time.After(stopTimeout):
-		_ = p.signal(syscall.SIGKILL) // can fail only because it just ended
+		_ = p.signal(syscall.SIGKILL) // fails only if it has just ended
 		<-p.exited
 	}
-	return p.nest.watch(0)
+	return p.workdir.watch(0)
 }

@@ -14,32 +14,30 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 )
 
-// SPIREConfig says what SPIRE to run.
+// SPIREConfig configures a SPIRE server and agent.
 type SPIREConfig struct {
-	// TrustDomain is its name. Empty is pawl.test.
+	// TrustDomain is the name of the trust domain. Empty is pawl.test.
 	TrustDomain string
 	// SVIDLifetime is how long X.509-SVIDs and JWT-SVIDs are valid; the agent renews at half of it. Zero is one hour.
 	SVIDLifetime time.Duration
-	// AuthorityLifetime is how long a signing authority is valid; a new one is prepared at half of it. Zero is a day.
-	AuthorityLifetime time.Duration
 	// Binaries says where the programs come from. Zero finds or builds them.
 	Binaries Binaries
 }
 
-// SPIREServers are a real SPIRE server and an agent that joined it by token and attests workloads by their Unix
+// SPIREServers are a real SPIRE server and agent. The agent joined by token and attests workloads by their Unix
 // process. Safe for concurrent use.
 type SPIREServers struct {
 	config        SPIREConfig
 	serverPath    string
-	server, agent *nest
+	server, agent *workdir
 	serverRun     *process
 	agentRun      *process
 	agentID       string
 	serverPort    int
 }
 
-// SPIRE starts a server and an agent, which takes some seconds. It returns ErrMissing where they are not on the
-// machine and cannot be built.
+// SPIRE starts a server and an agent, which takes some seconds. It returns ErrMissing if they are not on the machine
+// and cannot be built.
 func SPIRE(ctx context.Context, config SPIREConfig) (*SPIREServers, error) {
 	serverPath, agentPath, err := config.Binaries.SPIRE(ctx)
 	if err != nil {
@@ -50,9 +48,6 @@ func SPIRE(ctx context.Context, config SPIREConfig) (*SPIREServers, error) {
 	}
 	if config.SVIDLifetime == 0 {
 		config.SVIDLifetime = time.Hour
-	}
-	if config.AuthorityLifetime == 0 {
-		config.AuthorityLifetime = 24 * time.Hour
 	}
 	s := &SPIREServers{config: config, serverPath: serverPath}
 	if err := s.startServer(ctx); err != nil {
@@ -74,7 +69,7 @@ server {
 	log_level = "WARN"
 	default_x509_svid_ttl = %q
 	default_jwt_svid_ttl = %q
-	ca_ttl = %q
+	ca_ttl = "24h"
 }
 plugins {
 	DataStore "sql" { plugin_data { database_type = "sqlite3", connection_string = %q } }
@@ -84,7 +79,7 @@ plugins {
 `
 
 func (s *SPIREServers) startServer(ctx context.Context) (err error) {
-	if s.server, err = newNest("spire-server", "KILL"); err != nil {
+	if s.server, err = newWorkdir("spire-server", "KILL"); err != nil {
 		return err
 	}
 	if s.serverPort, err = freePort(); err != nil {
@@ -92,7 +87,7 @@ func (s *SPIREServers) startServer(ctx context.Context) (err error) {
 	}
 	lifetime := s.config.SVIDLifetime.String()
 	settings := fmt.Sprintf(serverSettings, s.serverPort, s.serverSocket(), s.config.TrustDomain, s.server.dir,
-		lifetime, lifetime, s.config.AuthorityLifetime.String(), s.server.path("datastore.sqlite3"))
+		lifetime, lifetime, s.server.path("datastore.sqlite3"))
 	if err := os.WriteFile(s.server.path("server.conf"), []byte(settings), 0o600); err != nil {
 		return err
 	}
@@ -105,7 +100,7 @@ func (s *SPIREServers) startServer(ctx context.Context) (err error) {
 	}
 	return s.serverRun.ready(ctx, func(ctx context.Context) error {
 		if _, err := os.Stat(s.serverSocket()); err != nil {
-			return err // asking costs a process, so not before the socket is there
+			return err // a health check starts a process, so wait for the socket first
 		}
 		_, err := s.ask(ctx, "healthcheck")
 		return err
@@ -114,7 +109,7 @@ func (s *SPIREServers) startServer(ctx context.Context) (err error) {
 
 func (s *SPIREServers) serverSocket() string { return s.server.path("server.sock") }
 
-// ask runs one spire-server command against our server.
+// ask runs one spire-server command against this server.
 func (s *SPIREServers) ask(ctx context.Context, words ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, s.serverPath, append(words, "-socketPath", s.serverSocket())...)
 	var stdout, stderr strings.Builder
@@ -145,7 +140,7 @@ plugins {
 `
 
 func (s *SPIREServers) startAgent(ctx context.Context, path string) (err error) {
-	if s.agent, err = newNest("spire-agent", "KILL"); err != nil {
+	if s.agent, err = newWorkdir("spire-agent", "KILL"); err != nil {
 		return err
 	}
 	bundle, err := s.BundlePEM(ctx)
@@ -158,7 +153,7 @@ func (s *SPIREServers) startAgent(ctx context.Context, path string) (err error) 
 	}
 	var token struct{ Value string }
 	if err := json.Unmarshal(answer, &token); err != nil || token.Value == "" {
-		return errors.New("the server's answer holds no join token")
+		return errors.New("the server's answer has no join token")
 	}
 	s.agentID = "spiffe://" + s.config.TrustDomain + "/spire/agent/join_token/" + token.Value
 	settings := fmt.Sprintf(agentSettings, s.agent.dir, s.serverPort, s.agentSocket(), s.config.TrustDomain,
@@ -180,25 +175,20 @@ func (s *SPIREServers) startAgent(ctx context.Context, path string) (err error) 
 
 func (s *SPIREServers) agentSocket() string { return s.agent.path("agent.sock") }
 
-// WorkloadAPI is the address of the Workload API, as SPIFFE_ENDPOINT_SOCKET holds it.
+// WorkloadAPI returns the address of the Workload API, in the form of SPIFFE_ENDPOINT_SOCKET.
 func (s *SPIREServers) WorkloadAPI() string { return "unix://" + s.agentSocket() }
 
-// TrustDomain is the name of the trust domain.
+// TrustDomain returns the name of the trust domain.
 func (s *SPIREServers) TrustDomain() string { return s.config.TrustDomain }
 
-// BundlePEM returns the X.509 authorities of the trust domain as they are now.
+// BundlePEM returns the present X.509 authorities of the trust domain.
 func (s *SPIREServers) BundlePEM(ctx context.Context) ([]byte, error) {
 	return s.ask(ctx, "bundle", "show", "-format", "pem")
 }
 
-// BundleJWKS returns the trust domain's bundle as SPIFFE's JSON form, JWT authorities included.
-func (s *SPIREServers) BundleJWKS(ctx context.Context) ([]byte, error) {
-	return s.ask(ctx, "bundle", "show", "-format", "spiffe")
-}
-
-// Entry registers a workload under a whole SPIFFE ID. Without selectors it is every process of our user, and Entry
-// returns when the Workload API hands that identity to us. With selectors (such as "unix:path:/bin/x") it returns
-// when the server knows it; the agent asks for news every second.
+// Entry registers a workload under a complete SPIFFE ID. Without selectors it covers every process of our user. Entry
+// then returns when the Workload API issues that identity to us. With selectors (such as "unix:path:/bin/x") it
+// returns when the server has the entry; the agent synchronises every second.
 func (s *SPIREServers) Entry(ctx context.Context, spiffeID string, selectors ...string) error {
 	ours := len(selectors) == 0
 	if ours {
@@ -220,7 +210,7 @@ func (s *SPIREServers) Entry(ctx context.Context, spiffeID string, selectors ...
 func (s *SPIREServers) handsOut(ctx context.Context, spiffeID string) error {
 	svids, err := workloadapi.FetchX509SVIDs(ctx, workloadapi.WithAddr(s.WorkloadAPI()))
 	if err != nil {
-		return fmt.Errorf("asking the Workload API: %w", err)
+		return fmt.Errorf("calling the Workload API: %w", err)
 	}
 	for _, svid := range svids {
 		if svid.ID.String() == spiffeID {
@@ -230,10 +220,7 @@ func (s *SPIREServers) handsOut(ctx context.Context, spiffeID string) error {
 	return fmt.Errorf("the Workload API does not hand out %s", spiffeID)
 }
 
-// Log is the end of the two logs.
-func (s *SPIREServers) Log() string { return s.serverRun.tail() + "\n" + s.agentRun.tail() }
-
-// Close ends both and removes all they had.
+// Close ends both and removes their data.
 func (s *SPIREServers) Close() error {
 	var errs []error
 	for _, p := range []*process{s.agentRun, s.serverRun} {
@@ -241,7 +228,7 @@ func (s *SPIREServers) Close() error {
 			errs = append(errs, p.kill())
 		}
 	}
-	for _, n := range []*nest{s.agent, s.server} {
+	for _, n := range []*workdir{s.agent, s.server} {
 		if n != nil {
 			errs = append(errs, n.close())
 		}

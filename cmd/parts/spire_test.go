@@ -39,8 +39,4 @@ func TestSPIREHandsOutShortIdentities(t *testing.T) {
 	if err != nil || !bytes.HasPrefix(pem, []byte("-----BEGIN CERTIFICATE-----")) {
 		t.Errorf("BundlePEM() = %.40q, %v, want certificates", pem, err)
 	}
-	jwks, err := servers.BundleJWKS(ctx)
-	if err != nil || !bytes.Contains(jwks, []byte("jwt-svid")) {
-		t.Errorf("BundleJWKS() = %.40q, %v, want a JWT authority", jwks, err)
-	}
 }

@@ -16,30 +16,29 @@ import (
 	"golang.org/x/crypto/ssh"
 )
 
-// SSHDConfig says what sshd to run.
+// SSHDConfig configures an sshd.
 type SSHDConfig struct {
-	// UserCAKeys are the authorities whose user certificates are taken, in the form of an authorized_keys file.
-	// Nil takes none.
+	// UserCAKeys are the authorities for user certificates, in the form of an authorized_keys file. Nil accepts none.
 	UserCAKeys []byte
-	// RevokedKeys is a key revocation list, or public keys one a line. Nil revokes nothing; Revoke changes it.
+	// RevokedKeys is a key revocation list, or public keys, one a line. Nil revokes nothing. Revoke replaces it.
 	RevokedKeys []byte
-	// Principals are the names that a certificate must bear one of to log in as any user. Nil leaves sshd's own
-	// rule: the certificate must bear the user's name.
+	// Principals lists names; a certificate with one of them can log in as any user. Nil keeps sshd's own rule: the
+	// certificate must have the user's name.
 	Principals []string
 	// Settings are further lines of sshd_config. Nil adds none.
 	Settings []string
 }
 
-// SSHDServer is a real OpenSSH server on a loopback port that takes certificates only. Safe for concurrent use.
+// SSHDServer is a real OpenSSH server on a loopback port that accepts only certificates. Safe for concurrent use.
 type SSHDServer struct {
-	nest    *nest
+	workdir *workdir
 	process *process
 	port    int
 	hostKey ssh.PublicKey
 }
 
-// SSHD starts an sshd. It returns ErrMissing where there is none, or where we are not root: another user's sshd can
-// log in nobody else.
+// SSHD starts an sshd. It returns ErrMissing if there is none, or if we are not root: the sshd of any other user can
+// log in only that user.
 func SSHD(ctx context.Context, config SSHDConfig) (*SSHDServer, error) {
 	path, err := sshdPath()
 	if err != nil {
@@ -48,16 +47,16 @@ func SSHD(ctx context.Context, config SSHDConfig) (*SSHDServer, error) {
 	if os.Geteuid() != 0 {
 		return nil, missing("root, for sshd", "run as root")
 	}
-	nest, err := newNest("sshd", "KILL")
+	workdir, err := newWorkdir("sshd", "KILL")
 	if err != nil {
 		return nil, err
 	}
-	s := &SSHDServer{nest: nest}
+	s := &SSHDServer{workdir: workdir}
 	if err := s.prepare(config); err != nil {
 		return nil, errors.Join(fmt.Errorf("preparing sshd: %w", err), s.Close())
 	}
 	// -D and -e keep it in the foreground with its log on standard error.
-	s.process, err = nest.start(command{path: path, args: []string{"-D", "-e", "-f", nest.path("sshd_config")}})
+	s.process, err = workdir.start(command{path: path, args: []string{"-D", "-e", "-f", workdir.path("sshd_config")}})
 	if err == nil {
 		err = s.process.ready(ctx, s.answers)
 	}
@@ -67,9 +66,9 @@ func SSHD(ctx context.Context, config SSHDConfig) (*SSHDServer, error) {
 	return s, nil
 }
 
-// sshdPath is absolute, which sshd demands of the way it is called.
+// sshdPath returns an absolute path, because sshd must be called by one.
 func sshdPath() (string, error) {
-	for _, name := range []string{"sshd", "/usr/sbin/sshd"} { // Debian's, which is not on everybody's PATH
+	for _, name := range []string{"sshd", "/usr/sbin/sshd"} { // Debian's, which may not be on PATH
 		if path, err := exec.LookPath(name); err == nil {
 			return path, nil
 		}
@@ -106,30 +105,30 @@ func (s *SSHDServer) prepare(config SSHDConfig) (err error) {
 		files["principals"] = lines.Bytes()
 	}
 	for name, text := range files {
-		if err := os.WriteFile(s.nest.path(name), text, 0o600); err != nil {
+		if err := os.WriteFile(s.workdir.path(name), text, 0o600); err != nil {
 			return err
 		}
 	}
-	const separation = "/run/sshd" // compiled into Debian's sshd, which will not start without it
+	const separation = "/run/sshd" // compiled into Debian's sshd, which does not start without it
 	return os.MkdirAll(separation, 0o755)
 }
 
 func (s *SSHDServer) settings(config SSHDConfig) []byte {
 	lines := []string{
 		"ListenAddress " + s.Address(),
-		"HostKey " + s.nest.path("host_key"),
-		"TrustedUserCAKeys " + s.nest.path("user_ca"),
-		"RevokedKeys " + s.nest.path("revoked"),
+		"HostKey " + s.workdir.path("host_key"),
+		"TrustedUserCAKeys " + s.workdir.path("user_ca"),
+		"RevokedKeys " + s.workdir.path("revoked"),
 		"AuthorizedKeysFile none",
 		"AuthenticationMethods publickey",
 		"PermitRootLogin prohibit-password",
 		"UsePAM no",
-		"StrictModes no", // the temporary directory is below one that all may write to
+		"StrictModes no", // the temporary directory is below a world-writable one
 		"PidFile none",
 		"LogLevel VERBOSE",
 	}
 	if config.Principals != nil {
-		lines = append(lines, "AuthorizedPrincipalsFile "+s.nest.path("principals"))
+		lines = append(lines, "AuthorizedPrincipalsFile "+s.workdir.path("principals"))
 	}
 	var text bytes.Buffer
 	for _, line := range append(lines, config.Settings...) {
@@ -138,7 +137,7 @@ func (s *SSHDServer) settings(config SSHDConfig) []byte {
 	return text.Bytes()
 }
 
-// answers succeeds when the server greets.
+// answers succeeds when the server sends its greeting.
 func (s *SSHDServer) answers(ctx context.Context) error {
 	var dialer net.Dialer
 	conn, err := dialer.DialContext(ctx, "tcp", s.Address())
@@ -150,30 +149,30 @@ func (s *SSHDServer) answers(ctx context.Context) error {
 	return errors.Join(err, conn.Close())
 }
 
-// Address is host:port.
+// Address returns host:port.
 func (s *SSHDServer) Address() string { return "127.0.0.1:" + strconv.Itoa(s.port) }
 
-// HostKey is the key that the server must show.
+// HostKey returns the key that the server must present.
 func (s *SSHDServer) HostKey() ssh.PublicKey { return s.hostKey }
 
-// Revoke replaces the list of revoked keys (see SSHDConfig). sshd reads it anew at every login.
+// Revoke replaces the list of revoked keys (see SSHDConfig). sshd reads it at every login.
 func (s *SSHDServer) Revoke(list []byte) error {
-	// sshd refuses everybody while it cannot read the list, so the new one takes the old one's place at once.
-	fresh := s.nest.path("revoked.new")
+	// sshd refuses every login while it cannot read the list, so the new list replaces the old one atomically.
+	fresh := s.workdir.path("revoked.new")
 	if err := os.WriteFile(fresh, list, 0o600); err != nil {
 		return fmt.Errorf("writing revoked keys: %w", err)
 	}
-	return os.Rename(fresh, s.nest.path("revoked"))
+	return os.Rename(fresh, s.workdir.path("revoked"))
 }
 
-// Log is the end of the server's log, with each login and why it was refused.
+// Log returns the end of the server's log, with each login and the reason for each refusal.
 func (s *SSHDServer) Log() string { return s.process.tail() }
 
-// Close ends the server and removes all it had. A session that is still open ends when its client closes it.
+// Close ends the server and removes its data. An open session ends when its client closes it.
 func (s *SSHDServer) Close() error {
 	var err error
 	if s.process != nil {
 		err = s.process.kill()
 	}
-	return errors.Join(err, s.nest.close())
+	return errors.Join(err, s.workdir.close())
 }

@@ -60,7 +60,7 @@ func login(server *parts.SSHDServer, as ssh.Signer) error {
 	return errors.Join(err, client.Close())
 }
 
-func TestSSHDTakesCertificatesOnly(t *testing.T) {
+func TestSSHDAcceptsCertificatesOnly(t *testing.T) {
 	authority := newSigner(t)
 	server := parts.OwnSSHD(t, parts.SSHDConfig{
 		UserCAKeys: ssh.MarshalAuthorizedKey(authority.PublicKey()),

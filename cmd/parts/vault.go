@@ -12,29 +12,27 @@ import (
 	"github.com/hashicorp/vault/api"
 )
 
-// VaultConfig says what Vault to run.
+// VaultConfig configures a Vault server.
 type VaultConfig struct {
 	// Persistent keeps state in files, so that Restart finds it again. False keeps everything in memory.
 	Persistent bool
-	// MaxRequestDuration bounds one request, and so how long a mint that was sent may still complete. Zero is
+	// MaxRequestDuration bounds one request, and so the time in which a mint already sent may complete. Zero is
 	// Vault's default of 90 s.
 	MaxRequestDuration time.Duration
-	// RevokeRetryBase is what Vault's waits between the six tries at a revocation grow from. Zero is Vault's default
-	// of 10 s, ten minutes in all. Only the server built here can be told another; with one on PATH, Vault returns
-	// ErrMissing.
+	// RevokeRetryBase is the base of the back-off between Vault's six attempts at a revocation. Zero is Vault's
+	// default of 10 s, ten minutes in total. Only the server built here accepts another value; with one on PATH,
+	// Vault returns ErrMissing.
 	RevokeRetryBase time.Duration
-	// LogLevel is trace, debug, info, warn or error. Empty is warn.
-	LogLevel string
 	// Binaries says where the program comes from. Zero finds or builds it.
 	Binaries Binaries
 }
 
-// VaultServer is a real Vault with TLS on a loopback port, initialised and unsealed. It asks clients for a
-// certificate and demands none, so TLS certificate auth works. Root token and unseal key are only in memory.
-// Its methods are not safe for concurrent use with Restart.
+// VaultServer is a real Vault with TLS on a loopback port, initialised and unsealed. It requests a client certificate
+// but does not require one, so TLS certificate auth works. Root token and unseal key are only in memory. Its methods
+// are not safe for concurrent use with Restart.
 type VaultServer struct {
 	config    VaultConfig
-	nest      *nest
+	workdir   *workdir
 	run       command
 	process   *process
 	address   string
@@ -43,20 +41,20 @@ type VaultServer struct {
 	rootToken string
 }
 
-// Vault starts a Vault server. It returns ErrMissing where there is none and none can be built.
+// Vault starts a Vault server. It returns ErrMissing if there is none and none can be built.
 func Vault(ctx context.Context, config VaultConfig) (*VaultServer, error) {
 	path, official, err := config.Binaries.Vault(ctx)
 	if err != nil {
 		return nil, err
 	}
 	if official && config.RevokeRetryBase != 0 {
-		return nil, missing("Vault", "the one on PATH cannot be told how long to wait between tries at a revocation")
+		return nil, missing("Vault", "the one on PATH does not support another back-off between attempts at a revocation")
 	}
-	nest, err := newNest("vault", "KILL")
+	workdir, err := newWorkdir("vault", "KILL")
 	if err != nil {
 		return nil, err
 	}
-	v := &VaultServer{config: config, nest: nest}
+	v := &VaultServer{config: config, workdir: workdir}
 	if err := v.prepare(path, official); err != nil {
 		return nil, errors.Join(fmt.Errorf("preparing Vault: %w", err), v.Close())
 	}
@@ -66,7 +64,7 @@ func Vault(ctx context.Context, config VaultConfig) (*VaultServer, error) {
 	return v, nil
 }
 
-// prepare writes the files that the server reads and decides how it is called.
+// prepare writes the files that the server reads and chooses its command line.
 func (v *VaultServer) prepare(path string, official bool) error {
 	authority, certificate, key, err := serverCertificate(time.Now())
 	if err != nil {
@@ -78,7 +76,7 @@ func (v *VaultServer) prepare(path string, official bool) error {
 	}
 	v.authority, v.address = authority, fmt.Sprintf("127.0.0.1:%d", port)
 	for name, text := range map[string][]byte{"ca.pem": authority, "cert.pem": certificate, "key.pem": key} {
-		if err := os.WriteFile(v.nest.path(name), text, 0o600); err != nil {
+		if err := os.WriteFile(v.workdir.path(name), text, 0o600); err != nil {
 			return err
 		}
 	}
@@ -90,64 +88,60 @@ func (v *VaultServer) prepare(path string, official bool) error {
 	if err != nil {
 		return err
 	}
-	file := v.nest.path("config.json")
+	file := v.workdir.path("config.json")
 	v.run = command{path: path, args: []string{"server", "-config=" + file}}
 	return os.WriteFile(file, settings, 0o600)
 }
 
-func (v *VaultServer) logLevel() string {
-	if v.config.LogLevel == "" {
-		return "warn"
-	}
-	return v.config.LogLevel
-}
+// logLevel is the log level of every server: warnings and errors.
+const logLevel = "warn"
 
-// flags are for the server built from cmd/parts/vaultserver.
+// flags returns the command line of the server built from cmd/parts/vaultserver.
 func (v *VaultServer) flags() []string {
 	flags := []string{
 		"-address=" + v.address,
-		"-cert=" + v.nest.path("cert.pem"),
-		"-key=" + v.nest.path("key.pem"),
+		"-cert=" + v.workdir.path("cert.pem"),
+		"-key=" + v.workdir.path("key.pem"),
 		"-max-request-duration=" + v.config.MaxRequestDuration.String(),
 		"-revoke-retry-base=" + v.config.RevokeRetryBase.String(),
-		"-log-level=" + v.logLevel(),
+		"-log-level=" + logLevel,
 	}
 	if v.config.Persistent {
-		flags = append(flags, "-storage="+v.nest.path("storage"))
+		flags = append(flags, "-storage="+v.workdir.path("storage"))
 	}
 	return flags
 }
 
-// settings are the configuration file of an official vault or bao.
+// settings returns the configuration file of an official vault or bao.
 func (v *VaultServer) settings() map[string]any {
 	listener := map[string]any{
 		"address":       v.address,
-		"tls_cert_file": v.nest.path("cert.pem"),
-		"tls_key_file":  v.nest.path("key.pem"),
+		"tls_cert_file": v.workdir.path("cert.pem"),
+		"tls_key_file":  v.workdir.path("key.pem"),
 	}
 	if v.config.MaxRequestDuration > 0 {
 		listener["max_request_duration"] = v.config.MaxRequestDuration.String()
 	}
 	storage := map[string]any{"inmem": map[string]any{}}
 	if v.config.Persistent {
-		storage = map[string]any{"file": map[string]any{"path": v.nest.path("storage")}}
+		storage = map[string]any{"file": map[string]any{"path": v.workdir.path("storage")}}
 	}
 	return map[string]any{
 		"listener":      []any{map[string]any{"tcp": listener}},
 		"storage":       storage,
 		"api_addr":      v.Address(),
 		"disable_mlock": true,
-		"log_level":     v.logLevel(),
+		"log_level":     logLevel,
 	}
 }
 
-// start runs the server and leaves it unsealed: initialised if its storage is new.
+// start runs the server and unseals it. It initialises new storage first.
 func (v *VaultServer) start(ctx context.Context) error {
 	client, err := v.Client()
 	if err != nil {
 		return err
 	}
-	v.process, err = v.nest.start(v.run)
+	v.process, err = v.workdir.start(v.run)
 	if err != nil {
 		return err
 	}
@@ -183,24 +177,24 @@ func (v *VaultServer) Client() (*api.Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("preparing a Vault client: %w", err)
 	}
-	client.ClearNamespace() // what VAULT_NAMESPACE and VAULT_TOKEN hold is for another server
+	client.ClearNamespace() // VAULT_NAMESPACE and VAULT_TOKEN are for another server
 	client.SetToken(v.rootToken)
 	return client, nil
 }
 
-// Address is the server's URL, https://127.0.0.1:port. It stays the same over a Restart.
+// Address returns the server's URL, https://127.0.0.1:port. It stays the same across a Restart.
 func (v *VaultServer) Address() string { return "https://" + v.address }
 
-// CAPEM is the certificate authority to verify the server with, CAFile the file that holds it.
+// CAPEM returns the certificate authority that verifies the server.
 func (v *VaultServer) CAPEM() []byte { return v.authority }
 
-// CAFile is the file that holds CAPEM, until Close.
-func (v *VaultServer) CAFile() string { return v.nest.path("ca.pem") }
+// CAFile returns the path of a file with CAPEM, which exists until Close.
+func (v *VaultServer) CAFile() string { return v.workdir.path("ca.pem") }
 
-// RootToken is the token that may do everything. It is another one after a Restart that lost its memory.
+// RootToken returns the root token. It changes at a Restart without Persistent.
 func (v *VaultServer) RootToken() string { return v.rootToken }
 
-// Log is the end of the server's log.
+// Log returns the end of the server's log.
 func (v *VaultServer) Log() string { return v.process.tail() }
 
 // Seal seals the server, as an operator would.
@@ -237,7 +231,7 @@ func (v *VaultServer) Unseal(ctx context.Context) error {
 	})
 }
 
-// Pause stops the process where it stands: connections are accepted by the system and nobody answers.
+// Pause stops the process. The system still accepts connections, but no request is answered.
 func (v *VaultServer) Pause() error { return v.process.pause() }
 
 // Continue undoes Pause.
@@ -247,7 +241,7 @@ func (v *VaultServer) Continue() error { return v.process.signal(syscall.SIGCONT
 func (v *VaultServer) Kill() error { return v.process.kill() }
 
 // Restart ends the process in order if it still runs, starts it on the same address and unseals it. Without
-// Persistent everything in it is lost and RootToken is new.
+// Persistent all its data is lost and RootToken is new.
 func (v *VaultServer) Restart(ctx context.Context) error {
 	if err := v.process.end(syscall.SIGTERM); err != nil {
 		return fmt.Errorf("stopping Vault: %w", err)
@@ -258,11 +252,11 @@ func (v *VaultServer) Restart(ctx context.Context) error {
 	return nil
 }
 
-// Close ends the server and removes all it had.
+// Close ends the server and removes its data.
 func (v *VaultServer) Close() error {
 	var err error
 	if v.process != nil {
 		err = v.process.kill()
 	}
-	return errors.Join(err, v.nest.close())
+	return errors.Join(err, v.workdir.close())
 }

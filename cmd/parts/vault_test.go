@@ -12,7 +12,7 @@ import (
 	"github.com/pawlsec/pawl/cmd/parts"
 )
 
-// start is the longest that any server here may take.
+// startContext bounds the start of any server in these tests.
 func startContext(t *testing.T) context.Context {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -86,7 +86,7 @@ func TestVaultMintsPostgreSQLRoles(t *testing.T) {
 	})
 }
 
-func TestVaultKeepsStateOverAKill(t *testing.T) {
+func TestVaultKeepsStateAcrossAKill(t *testing.T) {
 	ctx, server := startContext(t), parts.OwnVault(t, parts.VaultConfig{Persistent: true})
 	if err := rootClient(t, server).Sys().MountWithContext(ctx, "kept", &api.MountInput{Type: "kv"}); err != nil {
 		t.Fatalf("mounting: %v", err)
@@ -102,7 +102,7 @@ func TestVaultKeepsStateOverAKill(t *testing.T) {
 		t.Fatalf("Restart() = %v, want nil", err)
 	}
 	if server.Address() != address || server.RootToken() != token {
-		t.Errorf("address or root token changed over a persistent Restart")
+		t.Errorf("address or root token changed across a persistent Restart")
 	}
 	mounts, err := rootClient(t, server).Sys().ListMountsWithContext(ctx)
 	if err != nil {
@@ -130,7 +130,7 @@ func TestVaultSealsPausesAndCloses(t *testing.T) {
 			t.Errorf("%s answers after Close", server.Address())
 		}
 		if exists(server.CAFile()) {
-			t.Errorf("%s is there after Close", server.CAFile())
+			t.Errorf("%s exists after Close", server.CAFile())
 		}
 	}()
 	client := rootClient(t, server)
@@ -159,13 +159,13 @@ func TestVaultSealsPausesAndCloses(t *testing.T) {
 	}
 }
 
-// reachable says whether somebody listens at the URL or host:port.
+// reachable reports whether a server listens at the URL or host:port.
 func reachable(address string) bool {
 	conn, err := net.Dial("tcp", strings.TrimPrefix(address, "https://"))
 	if err != nil {
 		return false
 	}
-	_ = conn.Close() // only the opening counts
+	_ = conn.Close() // only the connection counts
 	return true
 }
 

@@ -16,8 +16,8 @@ func TestHeardLine(t *testing.T) {
 		a    api.Acknowledged
 		want string
 	}{
-		{api.Acknowledged{Agents: 3, Heard: 3}, "3 of 3 agents acknowledged"},
-		{api.Acknowledged{Agents: 3, Heard: 2, Silent: silent[:1]}, "2 of 3 agents acknowledged; not yet: spiffe://example.org/x (dla)"},
+		{api.Acknowledged{Agents: 3, Done: 3}, "3 of 3 agents acknowledged"},
+		{api.Acknowledged{Agents: 3, Done: 2, Silent: silent[:1]}, "2 of 3 agents acknowledged; not yet: spiffe://example.org/x (dla)"},
 		{api.Acknowledged{Agents: 70, Silent: silent}, "(dld), spiffe://example.org/x (dle), and 65 more"},
 	} {
 		if got := heardLine(&row.a); !strings.HasSuffix(got, row.want) {

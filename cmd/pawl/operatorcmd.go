@@ -395,12 +395,12 @@ func revocationLine(r api.Revocation) string {
 
 // heardLine says which agents know of a revocation. It is no part of what is dead.
 func heardLine(a *api.Acknowledged) string {
-	line := fmt.Sprintf("%d of %d agents acknowledged", a.Heard, a.Agents)
+	line := fmt.Sprintf("%d of %d agents acknowledged", a.Done, a.Agents)
 	const most = 5
 	for i, s := range a.Silent {
 		switch {
 		case i == most:
-			return line + fmt.Sprintf(", and %d more", a.Agents-a.Heard-most)
+			return line + fmt.Sprintf(", and %d more", a.Agents-a.Done-most)
 		case i == 0:
 			line += "; not yet: "
 		default:

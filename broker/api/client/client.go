@@ -1,5 +1,5 @@
-// Package client is the HTTP half that the agents' SDK and the operators' client share: one
-// request with one answer or problem, and streams of events.
+// Package client is the HTTP layer that the agents' SDK and the operators' client share. It sends single requests, each
+// with an answer or a problem, and reads streams of events.
 package client
 
 import (
@@ -26,30 +26,29 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// Source gives the caller's X.509-SVID and the trust bundles, both as they are now, such as
-// *workloadapi.X509Source does.
+// Source provides the caller's X.509-SVID and the trust bundles, both current, as *workloadapi.X509Source does.
 type Source interface {
 	x509svid.Source
 	x509bundle.Source
 }
 
-// Config says where the broker is and how to know it. Beside Address it has exactly one of
-// Source, TLS and HTTP; a unix socket needs none.
+// Config holds the broker's address and identity. Besides Address it has exactly one of Source, TLS and HTTP; a unix
+// socket needs none.
 type Config struct {
 	Address  string        // "https://host:port", or "unix:/path" of a socket; required
 	Source   Source        // the caller's identity; needs ServerID
 	ServerID spiffeid.ID   // the broker's identity; required with Source, and only with it
-	TLS      *tls.Config   // for whoever does not use Source
-	HTTP     *http.Client  // used as it is, http:// included, save that no redirect is followed
-	Fresh    time.Duration // for how long a connection takes new requests, since it keeps the identity it began with; zero: 10 s
+	TLS      *tls.Config   // instead of Source
+	HTTP     *http.Client  // used unchanged, http:// included, except that it follows no redirect
+	Fresh    time.Duration // how long a connection takes new requests, because it keeps its first identity; zero: 10 s
 	Silence  time.Duration // the longest silence on a stream before it counts as lost; zero: 45 s
-	Patience time.Duration // operators: for how long a lost stream is opened again; zero: 1 min; negative: it is not
+	Patience time.Duration // operators: how long to retry a lost stream; zero: 1 min; negative: no retry
 }
 
-// Client sends requests. Make one with [New]; it is safe for concurrent use.
+// Client sends requests. Create one with [New]; it is safe for concurrent use.
 type Client struct {
 	base    string
-	fixed   *http.Client // of Config.HTTP
+	fixed   *http.Client // from Config.HTTP
 	dial    func() *http.Transport
 	fresh   time.Duration
 	silence time.Duration
@@ -58,7 +57,7 @@ type Client struct {
 	pool *pool      // takes new requests; nil until the first
 }
 
-// pool is the connections that were opened within one span of Config.Fresh.
+// pool holds the connections opened within one period of Config.Fresh.
 type pool struct {
 	transport *http.Transport
 	made      time.Time
@@ -66,7 +65,7 @@ type pool struct {
 	retired   bool
 }
 
-// New validates cfg. It opens no connection.
+// New validates cfg and returns a client. It opens no connection.
 func New(cfg Config) (*Client, error) {
 	c := &Client{fresh: cmp.Or(cfg.Fresh, 10*time.Second), silence: cmp.Or(cfg.Silence, 45*time.Second)}
 	socket, unix := strings.CutPrefix(cfg.Address, "unix:")
@@ -83,7 +82,7 @@ func New(cfg Config) (*Client, error) {
 	case given > 1 || given == 1 && unix || given == 0 && !unix:
 		return nil, errors.New("exactly one of Source, TLS and HTTP is needed, and none for a unix socket")
 	case (cfg.Source != nil) != !cfg.ServerID.IsZero():
-		return nil, errors.New("Source and ServerID go together")
+		return nil, errors.New("Source and ServerID must be set together")
 	case unix:
 		c.base = "http://pawl"
 	default:
@@ -95,7 +94,7 @@ func New(cfg Config) (*Client, error) {
 	}
 	if cfg.HTTP != nil {
 		fixed := *cfg.HTTP
-		fixed.CheckRedirect = stay
+		fixed.CheckRedirect = noRedirect
 		c.fixed = &fixed
 	}
 	config := cfg.TLS
@@ -107,7 +106,7 @@ func New(cfg Config) (*Client, error) {
 	return c, nil
 }
 
-// transport asks no proxy of the environment and keeps no connection for long.
+// transport uses no proxy from the environment and keeps idle connections only briefly.
 func transport(config *tls.Config, socket string) *http.Transport {
 	t := &http.Transport{
 		TLSClientConfig: config.Clone(), ForceAttemptHTTP2: true, TLSHandshakeTimeout: 5 * time.Second,
@@ -120,7 +119,7 @@ func transport(config *tls.Config, socket string) *http.Transport {
 	return t
 }
 
-// Close closes idle connections, and each other one when its request is over.
+// Close closes idle connections at once, and every other one when its request has ended.
 func (c *Client) Close() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -134,7 +133,7 @@ func (c *Client) retireLocked() {
 	}
 }
 
-// take gives the client for one request; release must be called once the answer was read.
+// take returns the client for one request. Call release after reading the answer.
 func (c *Client) take() (h *http.Client, release func()) {
 	if c.fixed != nil {
 		return c.fixed, func() {}
@@ -149,7 +148,7 @@ func (c *Client) take() (h *http.Client, release func()) {
 	}
 	p := c.pool
 	p.users++
-	return &http.Client{Transport: p.transport, CheckRedirect: stay}, func() {
+	return &http.Client{Transport: p.transport, CheckRedirect: noRedirect}, func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		if p.users--; p.retired {
@@ -158,18 +157,18 @@ func (c *Client) take() (h *http.Client, release func()) {
 	}
 }
 
-// stay follows no redirect: what is sent is meant for the broker alone.
-func stay(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+// noRedirect follows no redirect: a request is for the broker alone.
+func noRedirect(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 
 // maxAnswer is the largest answer that is read, in bytes.
 const maxAnswer = 16 << 20
 
-// Call sends one request once and reads its answer into out, unless that is nil. A nil in is a
-// request without a body. Every error is an *[api.Problem].
+// Call sends one request once and decodes its answer into out, unless out is nil. A nil in is a request without a
+// body. Every error is an *[api.Problem].
 //
-// Once a byte has been written a request with a body is not sent again. net/http would do so
-// for one with the header Idempotency-Key, spelt like this, so whoever wants to send that
-// spells it in lower case, which means the same to the broker.
+// A request with a body is not sent again once a byte has been written. net/http would resend one with the header
+// Idempotency-Key in exactly this spelling. A caller must spell this header in lower case. The broker treats both the
+// same.
 func (c *Client) Call(ctx context.Context, method, path string, header http.Header, in, out any) error {
 	var body io.Reader
 	if in != nil {
@@ -185,18 +184,17 @@ func (c *Client) Call(ctx context.Context, method, path string, header http.Head
 		return err
 	}
 	if out != nil && json.Unmarshal(raw, out) != nil { // its error may quote a secret
-		return noAnswer(errors.New("the answer is not what the broker sends"))
+		return noAnswer(errors.New("the answer is not a valid answer of the broker"))
 	}
 	return nil
 }
 
-// Fetch sends one GET once and gives the bytes of its answer, at most 16 MiB. Every error is an
-// *[api.Problem].
+// Fetch sends one GET once and returns the body of its answer, at most 16 MiB. Every error is an *[api.Problem].
 func (c *Client) Fetch(ctx context.Context, path string) ([]byte, error) {
 	return c.ask(ctx, http.MethodGet, path, nil, nil)
 }
 
-// ask gives the body of an answer that is no refusal.
+// ask returns the body of an answer that is not a refusal.
 func (c *Client) ask(ctx context.Context, method, path string, header http.Header, body io.Reader) ([]byte, error) {
 	h, release := c.take()
 	defer release()
@@ -238,11 +236,11 @@ func noAnswer(err error) *api.Problem {
 	return api.NewProblem(api.KindUnavailable, api.CodeNoAnswer, err.Error()).Because(err)
 }
 
-// refusal reads the problem of an answer; one without a problem is not the broker's.
+// refusal decodes the problem of an answer. An answer without a problem is not the broker's.
 func refusal(status int, raw []byte) *api.Problem {
 	var p api.Problem
 	if err := json.Unmarshal(raw, &p); err != nil || p.Code == "" || p.Kind == "" {
-		return noAnswer(fmt.Errorf("status %d without a problem: something else answered in the broker's place", status))
+		return noAnswer(fmt.Errorf("status %d without a problem: the answer is not the broker's", status))
 	}
 	return &p
 }

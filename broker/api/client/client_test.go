@@ -33,7 +33,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// authority makes SVIDs, and is the source of one.
+// authority issues SVIDs, and is the source of one.
 type authority struct {
 	t      *testing.T
 	root   *x509.Certificate
@@ -43,7 +43,7 @@ type authority struct {
 
 func newAuthority(t *testing.T) *authority {
 	a := &authority{t: t}
-	a.key, _ = ecdsa.GenerateKey(elliptic.P256(), rand.Reader) // it fails only without randomness
+	a.key, _ = ecdsa.GenerateKey(elliptic.P256(), rand.Reader) // fails only without randomness
 	a.root = a.make(&x509.Certificate{IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
 		URIs: []*url.URL{{Scheme: "spiffe", Host: "example.org"}}}, a.key)
 	return a
@@ -67,8 +67,7 @@ func (a *authority) make(template *x509.Certificate, key *ecdsa.PrivateKey) *x50
 	return cert
 }
 
-// as gives the authority as the source of an identity. Each call of GetX509SVID makes a new
-// certificate, as if it had just been rotated.
+// as returns a source of an identity. Each call of GetX509SVID issues a new certificate, as after a rotation.
 func (a *authority) as(name string) source {
 	return source{a, spiffeid.RequireFromString("spiffe://example.org/" + name)}
 }
@@ -102,7 +101,7 @@ func newClient(t *testing.T, cfg client.Config) *client.Client {
 	return c
 }
 
-// plain serves h without TLS, and gives a client of it.
+// plain serves h without TLS, and returns a client for it.
 func plain(t *testing.T, h http.HandlerFunc) *client.Client {
 	t.Helper()
 	s := httptest.NewServer(h)
@@ -117,7 +116,7 @@ func TestNew(t *testing.T) {
 		cfg client.Config
 		ok  bool
 	}{
-		"nothing":               {client.Config{}, false},
+		"empty":                 {client.Config{}, false},
 		"no identity":           {client.Config{Address: "https://h:1"}, false},
 		"TLS":                   {client.Config{Address: "https://h:1", TLS: &tls.Config{}}, true},
 		"source":                {client.Config{Address: "https://h:1", Source: a.as("x"), ServerID: id}, true},
@@ -136,8 +135,8 @@ func TestNew(t *testing.T) {
 	}
 }
 
-// TestIdentity: the client knows the broker by its SPIFFE ID, and shows an SVID that is never
-// older than Fresh, over connections of which none is left behind.
+// TestIdentity checks that the client accepts only the SPIFFE ID of the broker. It must present an SVID that is never
+// older than Fresh, and leave no connection open.
 func TestIdentity(t *testing.T) {
 	a := newAuthority(t)
 	var serials []string
@@ -191,7 +190,7 @@ func TestSocket(t *testing.T) {
 	}
 }
 
-// TestAnswers: what is not an answer of the broker's is "no_answer", and quotes nothing of it.
+// TestAnswers checks that an answer from any other server is "no_answer", and that the error does not quote it.
 func TestAnswers(t *testing.T) {
 	for name, row := range map[string]struct {
 		status int
@@ -206,7 +205,7 @@ func TestAnswers(t *testing.T) {
 		"another type":           {200, `{"status":{"marker":1}}`, "no_answer"},
 		"empty":                  {200, ``, "no_answer"},
 		"a proxy's error":        {502, `<html>marker`, "no_answer"},
-		"JSON of somebody else":  {404, `{"error":"marker"}`, "no_answer"},
+		"another server's JSON":  {404, `{"error":"marker"}`, "no_answer"},
 		"a redirect":             {307, `{}`, "no_answer"},
 		"too large":              {200, `{"status":"` + strings.Repeat("x", 17<<20) + `"}`, "no_answer"},
 	} {
@@ -234,8 +233,8 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-// TestSentOnce: a request whose answer was lost on a connection used before is not sent again,
-// not even with an idempotency key.
+// TestSentOnce checks that a request is not sent again after its answer was lost on a reused connection. That holds
+// even with an idempotency key.
 func TestSentOnce(t *testing.T) {
 	var asked atomic.Int64
 	s := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -256,11 +255,11 @@ func TestSentOnce(t *testing.T) {
 	}
 	err := c.Call(t.Context(), "POST", "/", http.Header{strings.ToLower(api.IdempotencyKey): {"k"}}, api.Nothing{}, nil)
 	if !errors.Is(err, api.KindUnavailable) || asked.Load() != 1 {
-		t.Errorf("Call = %v and the request was sent %d times, want no answer and once", err, asked.Load())
+		t.Errorf("Call = %v and the request was sent %d times, want no_answer, and sent once", err, asked.Load())
 	}
 }
 
-// TestConnectionsEnd: a connection that was busy when the client closed ends with its request.
+// TestConnectionsEnd checks that a connection in use during Close ends with its request.
 func TestConnectionsEnd(t *testing.T) {
 	busy, goOn, closed := make(chan struct{}), make(chan struct{}), make(chan struct{})
 	s := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -285,7 +284,7 @@ func TestConnectionsEnd(t *testing.T) {
 	c.Close()
 	close(goOn)
 	if err := <-answered; err != nil {
-		t.Errorf("Call over Close = %v, want its answer", err)
+		t.Errorf("Call during Close = %v, want its answer", err)
 	}
 	select {
 	case <-closed:
@@ -313,11 +312,11 @@ func TestFollow(t *testing.T) {
 		want  func(error) bool
 	}{
 		"to the end": {sse("event: a\ndata: 1\n\n"), func(client.Event) error { return nil }, func(err error) bool { return err == nil }},
-		"until enough": {sse("event: a\ndata: 1\n\n"), func(client.Event) error { return stop },
+		"until f stops": {sse("event: a\ndata: 1\n\n"), func(client.Event) error { return stop },
 			func(err error) bool { return err == stop }},
 		"silence": {func(w http.ResponseWriter, r *http.Request) { sse(": \n\n")(w, r); <-r.Context().Done() }, func(client.Event) error { return nil },
 			func(err error) bool {
-				return errors.Is(err, api.KindUnavailable) && strings.Contains(err.Error(), "nothing was heard")
+				return errors.Is(err, api.KindUnavailable) && strings.Contains(err.Error(), "received nothing")
 			}},
 		"silence from the start": {func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, nil,
 			func(err error) bool { return errors.Is(err, api.KindUnavailable) }},

@@ -15,7 +15,7 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// Event is one event of a stream. One without a name is a comment: the broker is there.
+// Event is one event of a stream. One without a name is a comment, which the broker sends to keep the stream alive.
 type Event struct {
 	Name string
 	Data []byte
@@ -24,20 +24,20 @@ type Event struct {
 // maxEvent is the largest event that is read, in bytes.
 const maxEvent = 1 << 20
 
-// Events reads the events of a text/event-stream.
-type Events struct {
+// eventReader reads the events of a text/event-stream.
+type eventReader struct {
 	in *bufio.Reader
 }
 
-// NewEvents reads from r.
-func NewEvents(r io.Reader) *Events { return &Events{in: bufio.NewReader(r)} }
+// newEvents returns a reader of the events in r.
+func newEvents(r io.Reader) *eventReader { return &eventReader{in: bufio.NewReader(r)} }
 
-// Next waits for the next event. It returns io.EOF after the last whole one; a piece of an
-// event before the end is dropped, as the standard has it. An event over 1 MiB is an error.
-func (e *Events) Next() (Event, error) {
+// next waits for the next event. It returns io.EOF after the last whole one. It drops an incomplete event at the end,
+// as the standard requires. An event over 1 MiB is an error.
+func (e *eventReader) next() (Event, error) {
 	var ev Event
 	var data []byte
-	size, some := 0, false
+	size, hasData := 0, false
 	for {
 		line, err := e.line(maxEvent - size)
 		if err != nil {
@@ -47,23 +47,23 @@ func (e *Events) Next() (Event, error) {
 		name, value, _ := bytes.Cut(line, []byte(":"))
 		value = bytes.TrimPrefix(value, []byte(" "))
 		switch {
-		case len(line) == 0 && some:
+		case len(line) == 0 && hasData:
 			ev.Data = bytes.TrimSuffix(data, []byte("\n"))
 			return ev, nil
-		case len(line) > 0 && len(name) == 0 && !some && ev.Name == "":
+		case len(line) > 0 && len(name) == 0 && !hasData && ev.Name == "":
 			return Event{}, nil
 		case len(line) == 0:
-			ev.Name = "" // a name without data is no event
+			ev.Name = "" // a name without data is not an event
 		case string(name) == "event":
 			ev.Name = string(value)
 		case string(name) == "data":
-			data, some = append(append(data, value...), '\n'), true
+			data, hasData = append(append(data, value...), '\n'), true
 		}
 	}
 }
 
-// line reads up to a newline, which may follow a carriage return.
-func (e *Events) line(most int) ([]byte, error) {
+// line reads up to a newline, with or without a carriage return before it.
+func (e *eventReader) line(most int) ([]byte, error) {
 	var line []byte
 	for {
 		piece, err := e.in.ReadSlice('\n')
@@ -74,7 +74,7 @@ func (e *Events) line(most int) ([]byte, error) {
 		if err == nil {
 			line = bytes.TrimSuffix(line[:len(line)-1], []byte("\r"))
 			if bytes.IndexByte(line, '\r') >= 0 {
-				return nil, errors.New("a carriage return inside a line") // by itself it would end the line
+				return nil, errors.New("a carriage return inside a line") // alone it would end the line
 			}
 			return line, nil
 		}
@@ -84,13 +84,12 @@ func (e *Events) line(most int) ([]byte, error) {
 	}
 }
 
-// Follow opens a stream and calls f with each event until the stream ends, which is nil, or f
-// returns an error, which it gives back. Other errors are an *[api.Problem]; a stream that was
-// silent for too long is one.
+// Follow opens a stream and calls f with each event. It returns nil at the end of the stream, or the error of f
+// unchanged. Every other error is an *[api.Problem], also after too long a silence.
 func (c *Client) Follow(ctx context.Context, path string, f func(Event) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	alarm := time.AfterFunc(c.silence, func() { cancel(fmt.Errorf("nothing was heard for %s", c.silence)) })
+	alarm := time.AfterFunc(c.silence, func() { cancel(fmt.Errorf("received nothing for %s", c.silence)) })
 	defer alarm.Stop()
 	h, release := c.take()
 	defer release()
@@ -100,11 +99,11 @@ func (c *Client) Follow(ctx context.Context, path string, f func(Event) error) e
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK || resp.Header.Get("Content-Type") != "text/event-stream" {
-		raw, _ := io.ReadAll(io.LimitReader(resp.Body, maxEvent)) // what arrived is a problem, or is none
+		raw, _ := io.ReadAll(io.LimitReader(resp.Body, maxEvent)) // refusal checks whether it is a problem
 		return refusal(resp.StatusCode, raw)
 	}
-	for events := NewEvents(resp.Body); ; alarm.Reset(c.silence) {
-		ev, err := events.Next()
+	for events := newEvents(resp.Body); ; alarm.Reset(c.silence) {
+		ev, err := events.next()
 		switch {
 		case errors.Is(err, io.EOF):
 			return nil
@@ -119,13 +118,13 @@ func (c *Client) Follow(ctx context.Context, path string, f func(Event) error) e
 	}
 }
 
-// Problem reads the data of a problem event.
+// Problem decodes the data of a problem event.
 func (ev Event) Problem() *api.Problem { return refusal(http.StatusOK, ev.Data) }
 
-// Read reads the event's data into v.
+// Read decodes the event's data into v.
 func (ev Event) Read(v any) error {
 	if json.Unmarshal(ev.Data, v) != nil {
-		return noAnswer(fmt.Errorf("a %q event is not what the broker sends", ev.Name))
+		return noAnswer(fmt.Errorf("the data of a %q event is invalid", ev.Name))
 	}
 	return nil
 }

@@ -1,5 +1,5 @@
-// Command build makes sure that the servers which are Go programs are built, so that no test has to wait for it.
-// What cannot be built on this machine is said and is no failure: the tests that need it skip.
+// Command build builds the servers that are Go programs, so that no test has to wait for a build. A server that
+// cannot be built on this machine is reported and is not a failure: the tests that need it skip.
 package main
 
 import (

@@ -1,5 +1,5 @@
-// Command gotest runs `go test` with its arguments and says what `go test` keeps to itself: which tests were skipped,
-// and why. It ends with the status of `go test`.
+// Command gotest runs `go test` with its arguments and also reports which tests were skipped, and why. It exits with
+// status 1 if `go test` fails.
 package main
 
 import (
@@ -44,12 +44,12 @@ type event struct {
 	Output     string
 }
 
-// subject is what an event is about. A whole package has no test.
+// subject identifies the test of an event. The subject of a whole package has no test.
 type subject struct{ pkg, test string }
 
-// report prints one line for each package, everything that a failed test or build said, and the skipped tests.
+// report prints one line for each package, the output of each failed test or build, and the skipped tests.
 func report(events io.Reader, w io.Writer) error {
-	said := map[subject]string{}
+	output := map[subject]string{}
 	skipped := map[string][]string{} // tests, by reason
 	lines := bufio.NewReader(events)
 	for {
@@ -62,31 +62,31 @@ func report(events io.Reader, w io.Writer) error {
 		}
 		var e event
 		if json.Unmarshal(line, &e) != nil {
-			fmt.Fprintf(w, "%s", line) // go test says some things in plain words
+			fmt.Fprintf(w, "%s", line) // some output of go test is plain text
 			continue
 		}
 		about := subject{cmp.Or(e.Package, e.ImportPath), e.Test}
 		switch e.Action {
 		case "output", "build-output":
-			said[about] += e.Output
+			output[about] += e.Output
 			continue
 		case "fail", "build-fail":
-			fmt.Fprint(w, said[about])
+			fmt.Fprint(w, output[about])
 		case "skip":
 			if about.test == "" { // a package without tests
-				fmt.Fprintln(w, lastLine(said[about]))
+				fmt.Fprintln(w, lastLine(output[about]))
 				break
 			}
-			why := reason(said[about])
+			why := reason(output[about])
 			skipped[why] = append(skipped[why], about.pkg+" "+about.test)
 		case "pass":
 			if about.test == "" {
-				fmt.Fprintln(w, lastLine(said[about]))
+				fmt.Fprintln(w, lastLine(output[about]))
 			}
 		default:
 			continue
 		}
-		delete(said, about)
+		delete(output, about)
 	}
 	for _, why := range slices.Sorted(maps.Keys(skipped)) {
 		fmt.Fprintf(w, "skipped %d: %s\n\t%s\n", len(skipped[why]), why, strings.Join(skipped[why], "\n\t"))
@@ -94,9 +94,9 @@ func report(events io.Reader, w io.Writer) error {
 	return nil
 }
 
-// reason is what the test said to t.Skip: the line before the verdict, without the position in the source.
-func reason(said string) string {
-	text, _, _ := strings.Cut(said, "--- SKIP")
+// reason returns the text given to t.Skip: the line before the verdict, without the position in the source.
+func reason(output string) string {
+	text, _, _ := strings.Cut(output, "--- SKIP")
 	text = lastLine(text)
 	if _, words, ok := strings.Cut(text, ".go:"); ok {
 		_, text, _ = strings.Cut(words, ": ")

@@ -19,7 +19,7 @@ func TestSkip(t *testing.T) { t.Skip("NOT TESTED, the moon: not on this machine"
 
 const failing = "func TestFail(t *testing.T) { t.Log(\"said before\"); t.Error(\"the reason\") }\n"
 
-func TestSkipsAreSaidAndFailuresShown(t *testing.T) {
+func TestSkipsAndFailuresAreReported(t *testing.T) {
 	program := filepath.Join(t.TempDir(), "gotest")
 	if out, err := exec.Command("go", "build", "-o", program, ".").CombinedOutput(); err != nil {
 		t.Fatalf("building: %v\n%s", err, out)
@@ -61,12 +61,12 @@ func TestSkipsAreSaidAndFailuresShown(t *testing.T) {
 			}
 			for _, want := range row.want {
 				if !strings.Contains(string(out), want) {
-					t.Errorf("it says %q, want %q in it", out, want)
+					t.Errorf("output %q, want %q in it", out, want)
 				}
 			}
 			for _, not := range row.not {
 				if strings.Contains(string(out), not) {
-					t.Errorf("it says %q, want no %q in it", out, not)
+					t.Errorf("output %q, want no %q in it", out, not)
 				}
 			}
 		})

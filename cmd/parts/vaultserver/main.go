@@ -1,9 +1,9 @@
-// Command vaultserver is HashiCorp Vault cut down to the engines that Pawl works with, as a real server for
-// development and tests on machines that have no vault of their own.
+// Command vaultserver is HashiCorp Vault reduced to the engines that Pawl works with. It is a real server for
+// development and tests on machines without a Vault.
 //
-// Vault is under the Business Source License 1.1. That is why this is a module of its own: nothing here is ever
-// linked into the product. The server starts sealed, as `vault server` does; package parts initialises and unseals
-// both over the API, so that root token and unseal key never touch a disk.
+// Vault is under the Business Source License 1.1. Therefore this is a separate module: nothing here is ever linked
+// into the product. The server starts sealed, as `vault server` does. Package parts initialises and unseals it over
+// the API, so that root token and unseal key never touch a disk.
 package main
 
 import (
@@ -42,14 +42,14 @@ import (
 	"github.com/hashicorp/vault/vault"
 )
 
-// options are the command line.
+// options are the command-line flags.
 type options struct {
 	address     string
 	certFile    string
 	keyFile     string
 	storage     string        // directory; empty keeps everything in memory
 	maxDuration time.Duration // of one request; zero is Vault's own default of 90 s
-	retryBase   time.Duration // of a revocation that failed; zero is Vault's own default of 10 s
+	retryBase   time.Duration // base of the back-off after a failed revocation; zero is Vault's own default of 10 s
 	logLevel    string
 }
 
@@ -58,9 +58,9 @@ func main() {
 	flag.StringVar(&o.address, "address", "127.0.0.1:0", "`host:port` to listen on; port 0 takes a free one")
 	flag.StringVar(&o.certFile, "cert", "", "PEM `file` with the server's certificate (required)")
 	flag.StringVar(&o.keyFile, "key", "", "PEM `file` with the certificate's key (required)")
-	flag.StringVar(&o.storage, "storage", "", "`directory` that keeps state over a restart; in memory if empty")
+	flag.StringVar(&o.storage, "storage", "", "`directory` that keeps state across a restart; in memory if empty")
 	flag.DurationVar(&o.maxDuration, "max-request-duration", 0, "how long one request may take; 0 is Vault's default, 90s")
-	flag.DurationVar(&o.retryBase, "revoke-retry-base", 0, "what the wait before a failed revocation is tried again grows from; 0 is Vault's default, 10s")
+	flag.DurationVar(&o.retryBase, "revoke-retry-base", 0, "base of the back-off before a failed revocation is retried; 0 is Vault's default, 10s")
 	flag.StringVar(&o.logLevel, "log-level", "warn", "trace, debug, info, warn or error")
 	flag.Parse()
 
@@ -73,14 +73,14 @@ func main() {
 	}
 }
 
-// run serves until ctx ends, then seals the core so that file storage is left whole.
+// run serves until ctx ends, then seals the core so that file storage stays consistent.
 func run(ctx context.Context, o options) error {
 	logger := hclog.New(&hclog.LoggerOptions{Name: "vault", Level: hclog.LevelFromString(o.logLevel), Output: os.Stderr})
 	listener, err := listen(o)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = listener.Close() }() // the server below has closed it on every path but an early error
+	defer func() { _ = listener.Close() }() // the server below closes it, except after an early error
 	url := "https://" + listener.Addr().String()
 
 	core, err := newCore(o, url, logger)
@@ -110,7 +110,7 @@ func run(ctx context.Context, o options) error {
 	return errors.Join(closeErr, core.ShutdownWait())
 }
 
-// listen asks every client for a certificate and demands none: the cert auth method looks at what came.
+// listen requests a certificate from every client and requires none. The cert auth method checks it.
 func listen(o options) (net.Listener, error) {
 	pair, err := tls.LoadX509KeyPair(o.certFile, o.keyFile)
 	if err != nil {
@@ -134,7 +134,7 @@ func newCore(o options, url string, logger hclog.Logger) (*vault.Core, error) {
 		return nil, fmt.Errorf("opening storage: %w", err)
 	}
 	if o.maxDuration > 0 {
-		vault.DefaultMaxRequestDuration = o.maxDuration // a revocation in the background is bounded by this one
+		vault.DefaultMaxRequestDuration = o.maxDuration // bounds a revocation in the background
 	}
 	return vault.NewCore(&vault.CoreConfig{
 		Physical:           storage,
@@ -176,7 +176,7 @@ var (
 	}
 )
 
-// builtins tells the core's plugin catalogue what is compiled in. Without it the database engine finds no plugin.
+// builtins lists the compiled-in plugins for the core's catalogue. Without it the database engine finds no plugin.
 type builtins struct{}
 
 func (builtins) Get(name string, kind consts.PluginType) (func() (any, error), bool) {
