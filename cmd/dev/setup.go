@@ -83,11 +83,11 @@ func (e *Env) setupVault(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	roles, err := wire.TokenRoles(running.Tools(), e.Config.Backends)
+	writes, err := wire.Writes(running.Tools(), e.Config.Backends)
 	if err != nil {
 		return err
 	}
-	for _, w := range roles {
+	for _, w := range writes {
 		if err := e.teach(ctx, w); err != nil {
 			return err
 		}

@@ -17,8 +17,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
@@ -87,7 +85,7 @@ func (d *doctor) examine(ctx context.Context) error {
 	slices.Sort(names)
 	for _, name := range names {
 		d.note(ctx, "backend "+name, "issuing with its tools fails until this is mended; everything else goes on",
-			func(ctx context.Context) (string, error) { return reach(ctx, d.c.Backends[name]) })
+			func(ctx context.Context) (string, error) { return wire.Reach(ctx, d.c.Backends[name]) })
 	}
 	if d.ill > 0 {
 		return fmt.Errorf("%d things are wrong", d.ill)
@@ -341,34 +339,4 @@ func (d *doctor) selfTest(ctx context.Context) (string, error) {
 		return "the first is still to come", nil
 	}
 	return "passed", nil
-}
-
-// reach looks whether a backend is there, without a credential.
-func reach(ctx context.Context, b wire.Backend) (string, error) {
-	switch {
-	case b.Plugin == "postgres":
-		c, err := pgx.ParseConfig(b.DSN)
-		if err != nil {
-			return "", errors.New("dsn does not parse")
-		}
-		network, address := pgconn.NetworkAddress(c.Host, c.Port)
-		var dial net.Dialer
-		conn, err := dial.DialContext(ctx, network, address)
-		if err != nil {
-			return "", err
-		}
-		_ = conn.Close() // it only had to open
-		return address + " accepts connections", nil
-	case b.Plugin == "ssh" && b.KRL != "":
-		if err := syscall.Access(filepath.Dir(b.KRL), 2|1); err != nil { // write and search, access(2)
-			return "", fmt.Errorf("the directory of krl: %w", err)
-		}
-		return b.KRL + " can be written", nil
-	case b.Plugin == "exec" && b.Program != nil:
-		if err := syscall.Access(b.Program.Path, 1); err != nil { // execute, access(2)
-			return "", fmt.Errorf("program: %w", err)
-		}
-		return b.Program.Path + " can be run", nil
-	}
-	return "in Vault", nil
 }

@@ -35,7 +35,7 @@ func vaultPlanCommand() *cobra.Command {
 			if err := required(cmd, "config", "broker"); err != nil {
 				return err
 			}
-			setup, roles, err := vaultSetup(cmd.Context(), config, id, trust)
+			setup, writes, err := vaultSetup(cmd.Context(), config, id, trust)
 			if err != nil {
 				return err
 			}
@@ -43,7 +43,7 @@ func vaultPlanCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			plan = append(plan, roles...)
+			plan = append(plan, writes...)
 			enc := json.NewEncoder(cmd.OutOrStdout())
 			enc.SetEscapeHTML(false)
 			for _, w := range plan {
@@ -78,9 +78,9 @@ func vaultSetup(ctx context.Context, file, id, trust string) (vault.SetupConfig,
 		return vault.SetupConfig{}, nil, err
 	}
 	tools := running.Current().Tools()
-	roles, err := wire.TokenRoles(tools, config.Backends)
+	writes, err := wire.Writes(tools, config.Backends)
 	return vault.SetupConfig{BrokerID: broker, TrustPEM: authorities, Role: config.Vault.Role,
-		Tools: wire.Access(tools, config.Backends), Reads: wire.Reads(tools, config.Backends)}, roles, err
+		Tools: wire.Access(tools, config.Backends), Reads: wire.Reads(tools, config.Backends)}, writes, err
 }
 
 func trustPEM(ctx context.Context, td spiffeid.TrustDomain, api, file string) (string, error) {

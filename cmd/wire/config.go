@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/pawlsec/pawl/broker/policy"
@@ -165,34 +166,22 @@ func (c Config) check() error {
 	return errors.Join(missing...)
 }
 
-// check refuses fields that the plugin would pass over: a setting that does nothing misleads.
+// check refuses keys that the plugin would ignore: a setting without an effect misleads.
 func (b Backend) check(name string) error {
-	own := map[string]bool{"dsn": b.DSN != "", "mount": b.Mount != "", "shaper": b.Shaper != "", "revoker": b.Revoker != "",
-		"service_ttl": b.ServiceTTL != 0, "krl": b.KRL != "", "issuer": b.Issuer != "", "status_uri": b.StatusURI != "",
-		"program": b.Program != nil, "probe": b.Probe != nil, "timeout": b.Timeout != 0}
-	takes := map[string][]string{
-		"postgres": {"dsn", "mount", "shaper", "revoker", "service_ttl"}, "ssh": {"krl"},
-		"jwt": {"issuer", "status_uri"}, "exec": {"program", "probe", "timeout"}, "pki": nil, "kv": nil, "token": nil,
+	p, ok := pluginNamed(b.Plugin)
+	if !ok {
+		return fmt.Errorf("%s.plugin is %q; it is %s", name, b.Plugin, pluginNames())
 	}
-	fields, known := takes[b.Plugin]
-	if !known {
-		return fmt.Errorf("%s.plugin is %q; it is postgres, pki, ssh, jwt, token, kv or exec", name, b.Plugin)
-	}
-	for _, f := range fields {
-		delete(own, f)
-	}
-	for f, set := range own {
-		if set {
-			return fmt.Errorf("%s.%s means nothing to plugin %s", name, f, b.Plugin)
+	set := b.keysSet()
+	for _, key := range set {
+		if !slices.Contains(p.keys, key) {
+			return fmt.Errorf("%s.%s is not a key of plugin %s", name, key, b.Plugin)
 		}
 	}
-	switch {
-	case b.Plugin == "postgres" && b.DSN == "":
-		return fmt.Errorf("%s.dsn is required", name)
-	case b.Plugin == "exec" && b.Program == nil:
-		return fmt.Errorf("%s.program is required", name)
-	case b.Plugin == "jwt" && b.Issuer == "":
-		return fmt.Errorf("%s.issuer is required", name)
+	for _, key := range p.required {
+		if !slices.Contains(set, key) {
+			return fmt.Errorf("%s.%s is required", name, key)
+		}
 	}
 	return nil
 }

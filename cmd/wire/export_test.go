@@ -12,6 +12,15 @@ import (
 	"github.com/pawlsec/pawl/broker/engine"
 )
 
+// Plugins gives the table's configuration keys, by plugin.
+func Plugins() map[string][]string {
+	keys := map[string][]string{}
+	for _, p := range plugins {
+		keys[p.name] = p.keys
+	}
+	return keys
+}
+
 // Counting puts metrics over a ledger and alarms, as Start does.
 func Counting(parts *engine.Config, known func(broker.ToolName) bool, ready func() error) *metrics {
 	m := newMetrics(known, ready)

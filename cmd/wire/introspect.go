@@ -12,8 +12,24 @@ import (
 	"github.com/pawlsec/pawl/plugins/jwt"
 )
 
-// active is what introspection says of a grant's token, and so what proves it dead. Backends are
-// made before the broker, and ask only once it runs.
+// The abilities of a backend that signs tokens, found by type assertion.
+type (
+	// tokenVerifier checks that a tool's key has signed a token. An error that is not Unavailable means
+	// that it is not a token of this backend.
+	tokenVerifier interface {
+		Verify(ctx context.Context, t broker.Tool, token string) (jwt.Token, error)
+	}
+	// statusLister keeps a status list of its tokens, if HasStatusList reports true. Restore fills it after
+	// a restart from the grants of the last [jwt.Remember].
+	statusLister interface {
+		HasStatusList() bool
+		StatusList() ([]byte, error)
+		Restore(grants []broker.Grant, active func(broker.GrantID) (bool, error)) error
+	}
+)
+
+// active reports whether a grant's token is still good. Introspection answers it, so it also proves a
+// token dead. Backends are made before the broker, and call it only once the broker runs.
 func (s *Server) active(ctx context.Context, id broker.GrantID) (bool, error) {
 	return s.Broker.Active(ctx, id)
 }
@@ -24,7 +40,7 @@ func (s *Server) active(ctx context.Context, id broker.GrantID) (bool, error) {
 func introspect(active func(context.Context, broker.GrantID) (bool, error), running *policy.Running, backends map[string]broker.Backend) server.Introspect {
 	issues := false
 	for _, backend := range backends {
-		_, is := backend.(*jwt.Backend)
+		_, is := backend.(tokenVerifier)
 		issues = issues || is
 	}
 	if !issues {
@@ -36,7 +52,7 @@ func introspect(active func(context.Context, broker.GrantID) (bool, error), runn
 			return api.Introspection{}, nil // whoever made it, it is no token of ours
 		}
 		tool, _ := running.Current().Tool(claimed.Tool)
-		backend, ok := backends[tool.Backend].(*jwt.Backend)
+		backend, ok := backends[tool.Backend].(tokenVerifier)
 		if !ok {
 			return api.Introspection{}, nil
 		}
@@ -69,7 +85,7 @@ func (s *Server) sign(typ string, payload []byte) ([]byte, error) {
 // past their end.
 func (s *Server) restore(ctx context.Context, backends map[string]broker.Backend) error {
 	for name, backend := range backends {
-		b, ok := backend.(*jwt.Backend)
+		b, ok := backend.(statusLister)
 		if !ok || !b.HasStatusList() {
 			continue
 		}
@@ -86,9 +102,9 @@ func (s *Server) restore(ctx context.Context, backends map[string]broker.Backend
 
 // statusLists gives the backends' status lists; nil when none has one.
 func statusLists(backends map[string]broker.Backend) server.StatusList {
-	lists := map[string]*jwt.Backend{}
+	lists := map[string]statusLister{}
 	for name, backend := range backends {
-		if b, ok := backend.(*jwt.Backend); ok && b.HasStatusList() {
+		if b, ok := backend.(statusLister); ok && b.HasStatusList() {
 			lists[name] = b
 		}
 	}

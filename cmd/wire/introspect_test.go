@@ -19,7 +19,7 @@ vault: {address: "https://vault", ca: ca.pem}
 	for name, row := range map[string]struct{ text, want string }{
 		"good":      {"signing_key: k\nbackends: {a: {plugin: jwt, issuer: \"https://i\", status_uri: \"https://i/v1/status-lists/a\"}}", ""},
 		"no key":    {"backends: {a: {plugin: jwt, issuer: \"https://i\", status_uri: \"https://i/v1/status-lists/a\"}}", "signing_key (with backends.a.status_uri) is required"},
-		"no tokens": {"signing_key: k\nbackends: {a: {plugin: kv, status_uri: \"https://i\"}}", "means nothing to plugin kv"},
+		"no tokens": {"signing_key: k\nbackends: {a: {plugin: kv, status_uri: \"https://i\"}}", "is not a key of plugin kv"},
 	} {
 		_, err := wire.ParseConfig([]byte(rest + row.text))
 		if (err == nil) != (row.want == "") || err != nil && !strings.Contains(err.Error(), row.want) {

@@ -33,6 +33,7 @@ type Server struct {
 
 	metrics           *metrics
 	shadow            *policy.Shadow
+	checking          bool // the backends only check tools: see [plugin]
 	targets           map[string]broker.Backend
 	log               *slog.Logger
 	signer            *audit.Signer // nil without a key
@@ -92,7 +93,7 @@ func start(ctx context.Context, c Config, log *slog.Logger, change func(*engine.
 	if s.signer, err = LoadSigner(c); err != nil {
 		return s, err
 	}
-	if s.targets, err = s.backends(c.Backends, log); err != nil {
+	if s.targets, err = s.backends(c.Backends); err != nil {
 		return s, err
 	}
 	backends := s.targets

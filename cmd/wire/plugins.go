@@ -1,0 +1,236 @@
+package wire
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/plugins/exec"
+	"github.com/pawlsec/pawl/plugins/jwt"
+	"github.com/pawlsec/pawl/plugins/kv"
+	"github.com/pawlsec/pawl/plugins/pki"
+	"github.com/pawlsec/pawl/plugins/postgres"
+	"github.com/pawlsec/pawl/plugins/ssh"
+	"github.com/pawlsec/pawl/plugins/token"
+	"github.com/pawlsec/pawl/plugins/vault"
+)
+
+// plugin is one row of [plugins]: all that this package knows about one kind of backend.
+type plugin struct {
+	name     string
+	keys     []string // the keys of [Backend] that it takes; any other key is refused
+	required []string // those of keys that must be set
+
+	// open makes the backend called name. With [Server.checking] it only has to check tools: it must not
+	// reach Vault and must not open a file that a running broker may hold.
+	open func(s *Server, name string, c Backend) (broker.Backend, error)
+
+	// bare is a backend without a configuration. It answers for the abilities that depend on the tool
+	// alone: [accessReporter] and [wrapReporter].
+	bare broker.Backend
+
+	// reads gives the Vault paths that the broker's own token reads for a tool. Nil: none.
+	reads func(t broker.Tool, c Backend) [][]string
+	// writes gives the writes that a tool needs in Vault, besides its policy. Nil: none.
+	writes func(t broker.Tool) ([]vault.Write, error)
+
+	// reach checks without a credential that the target is there, and describes it. Nil: the target is Vault.
+	reach func(ctx context.Context, c Backend) (found string, err error)
+}
+
+// plugins has a row for each plugin of this build. A new plugin is a new row; its configuration keys are
+// fields of [Backend].
+var plugins = []plugin{
+	{
+		name: "postgres", keys: []string{"dsn", "mount", "shaper", "revoker", "service_ttl"}, required: []string{"dsn"},
+		open: openPostgres, bare: new(postgres.Backend), reads: postgresReads, reach: reachPostgres,
+	},
+	{name: "pki", open: openPKI, bare: new(pki.Backend), reads: pkiReads},
+	{name: "ssh", keys: []string{"krl"}, open: openSSH, bare: new(ssh.Backend), reach: reachSSH},
+	{
+		name: "jwt", keys: []string{"issuer", "status_uri"}, required: []string{"issuer"},
+		open: openJWT, bare: new(jwt.Backend), reads: jwtReads,
+	},
+	{name: "token", open: openToken, bare: new(token.Backend), writes: tokenWrites},
+	{name: "kv", open: openKV, bare: new(kv.Backend)},
+	{
+		name: "exec", keys: []string{"program", "probe", "timeout"}, required: []string{"program"},
+		open: openExec, bare: new(exec.Backend), reach: reachExec,
+	},
+}
+
+func pluginNamed(name string) (plugin, bool) {
+	for _, p := range plugins {
+		if p.name == name {
+			return p, true
+		}
+	}
+	return plugin{}, false
+}
+
+// pluginNames lists the names for a message: "a, b or c".
+func pluginNames() string {
+	var names []string
+	for _, p := range plugins {
+		names = append(names, p.name)
+	}
+	last := len(names) - 1
+	return strings.Join(names[:last], ", ") + " or " + names[last]
+}
+
+// keysSet gives the configuration keys that b sets, besides plugin, in the order of its fields.
+func (b Backend) keysSet() (keys []string) {
+	for f, v := range reflect.ValueOf(b).Fields() {
+		if key := f.Tag.Get("yaml"); key != "plugin" && !v.IsZero() {
+			keys = append(keys, key)
+		}
+	}
+	return keys
+}
+
+func openPostgres(s *Server, _ string, c Backend) (broker.Backend, error) {
+	b, err := postgres.New(postgres.Config{DSN: c.DSN, Credentials: serviceLogins{s.Vault, c}, Log: s.log})
+	if err == nil {
+		s.later(b.Close)
+	}
+	return b, err
+}
+
+func openPKI(s *Server, _ string, _ Backend) (broker.Backend, error) {
+	return pki.New(pki.Config{Vault: s.Vault})
+}
+
+func openSSH(s *Server, _ string, c Backend) (broker.Backend, error) {
+	if s.checking {
+		c.KRL = "" // a running broker may hold the file
+	}
+	return ssh.New(ssh.Config{KRL: c.KRL})
+}
+
+func openJWT(s *Server, _ string, c Backend) (broker.Backend, error) {
+	return jwt.New(jwt.Config{Vault: s.Vault, Issuer: c.Issuer, Active: s.active, StatusURI: c.StatusURI, Sign: s.sign})
+}
+
+func openToken(s *Server, _ string, _ Backend) (broker.Backend, error) {
+	return token.New(token.Config{Vault: s.Vault})
+}
+
+func openKV(*Server, string, Backend) (broker.Backend, error) { return kv.New(kv.Config{}), nil }
+
+func openExec(_ *Server, name string, c Backend) (broker.Backend, error) {
+	return exec.New(exec.Config{Name: name, Program: *c.Program.program(), Probe: c.Probe.program(), Timeout: c.Timeout})
+}
+
+func (p *Program) program() *exec.Program {
+	if p == nil {
+		return nil
+	}
+	return &exec.Program{Path: p.Path, SHA256: p.SHA256, Args: p.Args, Env: p.Env}
+}
+
+// pkiReads opens the certificates and the revocation list, which prove certificates dead.
+func pkiReads(t broker.Tool, _ Backend) [][]string {
+	return [][]string{{t.Path[0], "cert", "*"}, {t.Path[0], "crl", "rotate"}}
+}
+
+// jwtReads opens the public half of the tool's transit key, which verifies tokens.
+func jwtReads(t broker.Tool, _ Backend) [][]string { return [][]string{{t.Path[0], "keys", t.Path[1]}} }
+
+// postgresReads opens the broker's own database logins.
+func postgresReads(_ broker.Tool, c Backend) [][]string {
+	return [][]string{c.loginPath(postgres.Shaper), c.loginPath(postgres.Revoker)}
+}
+
+// loginPath is the Vault path of one of the broker's own database logins.
+func (b Backend) loginPath(p postgres.Purpose) []string {
+	role := cmp.Or(b.Shaper, "pawl-shaper")
+	if p == postgres.Revoker {
+		role = cmp.Or(b.Revoker, "pawl-revoker")
+	}
+	return []string{cmp.Or(b.Mount, "database"), "creds", role}
+}
+
+// tokenWrites makes the Vault token role that limits the tool's tokens.
+func tokenWrites(t broker.Tool) ([]vault.Write, error) {
+	path, data, err := token.Role(t)
+	if err != nil {
+		return nil, err
+	}
+	return []vault.Write{{Why: "The token role that limits the tokens of tool " + string(t.Name),
+		Method: "POST", Path: strings.Join(path, "/"), Data: data}}, nil
+}
+
+// serviceLogins fetches the broker's own database logins from Vault, with the broker's own token.
+type serviceLogins struct {
+	vault *vault.Client // nil: the backend only checks tools, and every login is refused
+	c     Backend
+}
+
+// Credential implements [postgres.Credentials].
+func (l serviceLogins) Credential(
+	ctx context.Context, p postgres.Purpose,
+) (username, password string, expires time.Time, err error) {
+	if l.vault == nil {
+		return "", "", time.Time{}, errors.New("this backend only checks tools")
+	}
+	asked := time.Now()
+	data, err := l.vault.Read(ctx, l.c.loginPath(p))
+	if err != nil {
+		return "", "", time.Time{}, err
+	}
+	username, _ = data["username"].(string)
+	password, _ = data["password"].(string)
+	if username == "" || password == "" {
+		return "", "", time.Time{}, errors.New("vault's answer has no database login")
+	}
+	return username, password, asked.Add(cmp.Or(l.c.ServiceTTL, 4*time.Hour)), nil
+}
+
+func reachPostgres(ctx context.Context, c Backend) (string, error) {
+	parsed, err := pgx.ParseConfig(c.DSN)
+	if err != nil {
+		return "", errors.New("dsn does not parse")
+	}
+	network, address := pgconn.NetworkAddress(parsed.Host, parsed.Port)
+	var dial net.Dialer
+	conn, err := dial.DialContext(ctx, network, address)
+	if err != nil {
+		return "", err
+	}
+	_ = conn.Close() // it only had to open
+	return address + " accepts connections", nil
+}
+
+// The modes of access(2).
+const (
+	mayExecute = 1 // of a directory: search
+	mayWrite   = 2
+)
+
+func reachSSH(_ context.Context, c Backend) (string, error) {
+	if c.KRL == "" {
+		return inVault, nil
+	}
+	if err := syscall.Access(filepath.Dir(c.KRL), mayWrite|mayExecute); err != nil {
+		return "", fmt.Errorf("the directory of krl: %w", err)
+	}
+	return c.KRL + " can be written", nil
+}
+
+func reachExec(_ context.Context, c Backend) (string, error) {
+	if err := syscall.Access(c.Program.Path, mayExecute); err != nil {
+		return "", fmt.Errorf("program: %w", err)
+	}
+	return c.Program.Path + " can be run", nil
+}
