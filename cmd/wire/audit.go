@@ -18,15 +18,17 @@ import (
 	"github.com/pawlsec/pawl/broker/signals"
 )
 
-// Signal says whose security events are believed, and what follows from them.
+// Signal is a transmitter of security events that the broker acts on, and the action.
 type Signal struct {
-	Issuer   string            `yaml:"issuer"`   // the iss of its tokens, exactly; required
-	Audience string            `yaml:"audience"` // the aud of tokens for this broker, exactly; required
-	Keys     string            `yaml:"keys"`     // JWK set of its public keys, a file; required
-	Action   string            `yaml:"action"`   // revoke or freeze what an event is about; required
-	Subjects map[string]string `yaml:"subjects"` // its names for its subjects and the selector that each means; others must be SPIFFE IDs
-
-	ChainLabel string `yaml:"chain_label"` // label of chains here that names the sender's chain they go on from: an event about that ends them; empty: such events are refused
+	Issuer   string `yaml:"issuer"`   // the iss claim of its tokens, compared exactly; required
+	Audience string `yaml:"audience"` // the aud claim of tokens for this broker, compared exactly; required
+	Keys     string `yaml:"keys"`     // file of the JWK set with its public keys; required
+	Action   string `yaml:"action"`   // revoke or freeze the subject of an event; required
+	// its names for its subjects, each with the selector for it; every other subject must be a SPIFFE ID
+	Subjects map[string]string `yaml:"subjects"`
+	// label of local chains that has the id of the sender's chain they continue: an event about that chain ends
+	// them; empty: such events are refused
+	ChainLabel string `yaml:"chain_label"`
 }
 
 func (s Signal) check(name string) error {
@@ -66,7 +68,7 @@ func signingKey(c Config) (jose.JSONWebKey, error) {
 	return key, nil
 }
 
-// LoadSigner reads the configured signing key; nil without one.
+// LoadSigner makes a signer with the configured signing key; nil without a key.
 func LoadSigner(c Config) (*audit.Signer, error) {
 	if c.SigningKey == "" {
 		return nil, nil
@@ -82,12 +84,14 @@ func LoadSigner(c Config) (*audit.Signer, error) {
 	return signer, nil
 }
 
-// notary signs with the configured key; without one the server refuses for it.
+// notary makes the notary that signs with the configured key; nil without a key: the server then refuses
+// requests for signatures.
 func (s *Server) notary() (server.Notary, error) {
 	if s.signer == nil {
 		return nil, nil
 	}
-	return audit.NewNotary(audit.NotaryConfig{Source: s.Broker, Entries: s.Broker.Entries, Signer: s.signer, Now: time.Now})
+	return audit.NewNotary(audit.NotaryConfig{
+		Source: s.Broker, Entries: s.Broker.Entries, Signer: s.signer, Now: time.Now})
 }
 
 // LoadTransmitters reads the configured transmitters' keys.
@@ -97,7 +101,8 @@ func LoadTransmitters(c Config) (list []signals.Transmitter, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("signals: keys of %s: %w", from.Issuer, err)
 		}
-		t := signals.Transmitter{Issuer: from.Issuer, Audience: from.Audience, Freeze: from.Action == "freeze", ChainLabel: from.ChainLabel, Subjects: map[string]selector.Selector{}}
+		t := signals.Transmitter{Issuer: from.Issuer, Audience: from.Audience, Freeze: from.Action == "freeze",
+			ChainLabel: from.ChainLabel, Subjects: map[string]selector.Selector{}}
 		if t.Keys, err = signals.ParseKeys(raw); err != nil {
 			return nil, fmt.Errorf("signals: keys of %s in %q: %w", from.Issuer, from.Keys, err)
 		}
@@ -111,7 +116,7 @@ func LoadTransmitters(c Config) (list []signals.Transmitter, err error) {
 	return list, nil
 }
 
-// receiver takes security events; nil without transmitters.
+// receiver makes the handler of pushed security events; nil without transmitters.
 func (s *Server) receiver(ctx context.Context, c Config, log *slog.Logger) (http.Handler, error) {
 	transmitters, err := LoadTransmitters(c)
 	if err != nil || len(transmitters) == 0 {
@@ -121,5 +126,6 @@ func (s *Server) receiver(ctx context.Context, c Config, log *slog.Logger) (http
 	if err != nil {
 		return nil, err
 	}
-	return signals.New(signals.Config{Before: before, Transmitters: transmitters, Revoke: s.Broker.Revoke, Domains: c.TrustDomains, Now: time.Now, Log: log})
+	return signals.New(signals.Config{Before: before, Transmitters: transmitters, Revoke: s.Broker.Revoke,
+		Domains: c.TrustDomains, Now: time.Now, Log: log})
 }

@@ -23,19 +23,22 @@ vault: {address: "https://vault:8200", ca: ca.pem}
 backends: {notes: {plugin: kv}}
 `
 
-// TestSignalsConfig: what follows from somebody else's word is written out, never assumed.
+// TestSignalsConfig holds that the configuration must state the action for a transmitter's events: there is no
+// default.
 func TestSignalsConfig(t *testing.T) {
-	const good = `signals: [{issuer: "https://idp", audience: us, keys: k.json, action: freeze, subjects: {acme: "label.customer:acme"}}]`
+	const good = `signals: [{issuer: "https://idp", audience: us, keys: k.json, action: freeze, ` +
+		`subjects: {acme: "label.customer:acme"}}]`
 	c, err := wire.ParseConfig([]byte(config + good))
 	if err != nil || len(c.Signals) != 1 || c.Signals[0].Subjects["acme"] == "" {
 		t.Fatalf("ParseConfig = %+v, %v, want the transmitter", c.Signals, err)
 	}
 	for name, row := range map[string]struct{ text, want string }{
-		"no action":        {`signals: [{issuer: i, audience: us, keys: k}]`, "signals.0.action"},
-		"another action":   {`signals: [{issuer: i, audience: us, keys: k, action: kill}]`, "revoke or freeze"},
-		"no audience":      {`signals: [{issuer: i, keys: k, action: revoke}]`, "signals.0.audience is required"},
-		"no keys":          {`signals: [{issuer: i, audience: us, action: revoke}]`, "signals.0.keys is required"},
-		"a bad selector":   {`signals: [{issuer: i, audience: us, keys: k, action: revoke, subjects: {a: "label:x"}}]`, "signals.0.subjects.a"},
+		"no action":      {`signals: [{issuer: i, audience: us, keys: k}]`, "signals.0.action"},
+		"another action": {`signals: [{issuer: i, audience: us, keys: k, action: kill}]`, "revoke or freeze"},
+		"no audience":    {`signals: [{issuer: i, keys: k, action: revoke}]`, "signals.0.audience is required"},
+		"no keys":        {`signals: [{issuer: i, audience: us, action: revoke}]`, "signals.0.keys is required"},
+		"a bad selector": {`signals: [{issuer: i, audience: us, keys: k, action: revoke, subjects: {a: "label:x"}}]`,
+			"signals.0.subjects.a"},
 		"an unknown field": {`signals: [{issuer: i, audience: us, keys: k, action: revoke, alg: none}]`, "alg"},
 	} {
 		if _, err := wire.ParseConfig([]byte(config + row.text)); err == nil || !strings.Contains(err.Error(), row.want) {
@@ -44,7 +47,7 @@ func TestSignalsConfig(t *testing.T) {
 	}
 }
 
-// TestKeys: a signing key is private, and a transmitter's are public.
+// TestKeys holds that a signing key must be private, and the keys of a transmitter public.
 func TestKeys(t *testing.T) {
 	private, public, err := policy.GenerateKey(rand.Reader)
 	if err != nil {
@@ -62,8 +65,10 @@ func TestKeys(t *testing.T) {
 	if _, err := wire.LoadSigner(c); err == nil {
 		t.Error("LoadSigner of a public key = nil, want an error")
 	}
-	c.Signals = []wire.Signal{{Issuer: "i", Audience: "us", Keys: write(t, jose.JSONWebKeySet{Keys: []jose.JSONWebKey{public}}), Action: "freeze"}}
-	if list, err := wire.LoadTransmitters(c); err != nil || len(list) != 1 || !list[0].Freeze || len(list[0].Keys) != 1 {
+	c.Signals = []wire.Signal{{Issuer: "i", Audience: "us", Action: "freeze",
+		Keys: write(t, jose.JSONWebKeySet{Keys: []jose.JSONWebKey{public}})}}
+	list, err := wire.LoadTransmitters(c)
+	if err != nil || len(list) != 1 || !list[0].Freeze || len(list[0].Keys) != 1 {
 		t.Errorf("LoadTransmitters = %+v, %v, want one that freezes", list, err)
 	}
 	c.Signals[0].Keys = write(t, jose.JSONWebKeySet{Keys: []jose.JSONWebKey{private}})

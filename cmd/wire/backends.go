@@ -117,7 +117,7 @@ func Writes(tools []broker.Tool, backends map[string]Backend) (writes []vault.Wr
 	return writes, nil
 }
 
-// inVault is what [Reach] reports about a backend whose target is Vault.
+// inVault is the answer of [Reach] for a backend without a target outside Vault.
 const inVault = "in Vault"
 
 // Reach checks, without a credential, that the target of a validated configuration is there. found
@@ -141,8 +141,8 @@ func (l leaseLister) Leases(ctx context.Context, tools []broker.Tool) (found []b
 	if tools == nil {
 		tools = l.policy.Current().Tools()
 	}
-	listed, err := listLeases(ctx, func(ctx context.Context, path []string) ([]vault.LeaseInfo, error) { return l.Client.Leases(ctx, path) },
-		mintPaths(tools, l.backends))
+	list := func(ctx context.Context, path []string) ([]vault.LeaseInfo, error) { return l.Client.Leases(ctx, path) }
+	listed, err := listLeases(ctx, list, mintPaths(tools, l.backends))
 	for _, lease := range listed {
 		found = append(found, broker.FoundLease{ID: lease.ID, Issued: lease.Issued})
 	}
@@ -184,7 +184,9 @@ func (u *uniquePaths) add(path []string) {
 
 // listLeases lists below each path. A path that may not be listed leaves out no other: it may be that of
 // a tool of an earlier bundle.
-func listLeases(ctx context.Context, list func(context.Context, []string) ([]vault.LeaseInfo, error), paths [][]string) (all []vault.LeaseInfo, err error) {
+func listLeases(
+	ctx context.Context, list func(context.Context, []string) ([]vault.LeaseInfo, error), paths [][]string,
+) (all []vault.LeaseInfo, err error) {
 	var errs []error
 	for _, path := range paths {
 		found, err := list(ctx, path)

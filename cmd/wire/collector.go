@@ -5,15 +5,15 @@ import (
 	"runtime/debug"
 )
 
-// collectAt is by how many percent the heap grows between two runs of the garbage collector.
-const collectAt = 200
+// gcPercent is the growth of the heap, in percent, between two runs of the garbage collector.
+const gcPercent = 200
 
-// PaceCollector has the garbage collector run half as often as Go would have it, unless GOGC says how
-// often. A broker's heap is small, and what a step leaves in it is gone in a moment; what is bought
-// with a few megabytes is a sixth of the steps per second. Whoever runs a broker calls it first, and
-// whoever measures one in process, so that the same is measured as is run.
+// PaceCollector makes the garbage collector run half as often as Go's default, unless GOGC is set. A
+// broker's heap is small, and the garbage of a step is short-lived: a few megabytes more give a sixth more
+// steps per second. A program that runs a broker calls it first. A program that measures a broker in its own
+// process does the same, so that it measures the broker that runs in production.
 func PaceCollector() {
 	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(collectAt)
+		debug.SetGCPercent(gcPercent)
 	}
 }

@@ -15,7 +15,7 @@ func TestPaceCollector(t *testing.T) {
 		want int
 	}{{"50", 77}, {"off", 77}, {"", 200}} {
 		t.Setenv("GOGC", row.env)
-		debug.SetGCPercent(77) // stands for what the runtime made of GOGC
+		debug.SetGCPercent(77) // in place of the runtime's own setting from GOGC
 		wire.PaceCollector()
 		if got := debug.SetGCPercent(77); got != row.want {
 			t.Errorf("with GOGC=%q the collector runs at %d percent, want %d", row.env, got, row.want)

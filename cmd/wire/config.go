@@ -1,5 +1,5 @@
-// Package wire makes a running broker out of a configuration: it is the one place that knows
-// every part and puts them together.
+// Package wire builds a running broker from a configuration. Only this package knows every part and
+// connects them.
 package wire
 
 import (
@@ -14,81 +14,96 @@ import (
 )
 
 // Config is the configuration file of `pawl server`. Unknown keys are errors. Durations are
-// written like 90s or 4h.
+// written like 90s or 4h. The comments of the fields are the table of docs/configuration.md.
 type Config struct {
-	TrustDomains []string           `yaml:"trust_domains"` // whose workloads may come; required
-	WorkloadAPI  string             `yaml:"workload_api"`  // unix:///path of the SPIFFE Workload API; empty: $SPIFFE_ENDPOINT_SOCKET
-	JWTAudience  string             `yaml:"jwt_audience"`  // accept JWT-SVIDs for this one audience; empty: only X.509-SVIDs
-	Listen       Listen             `yaml:"listen"`        // required
-	Operators    []string           `yaml:"operators"`     // SPIFFE IDs that may look and revoke over TLS; empty: only the local socket
-	Ledger       string             `yaml:"ledger"`        // file; required
-	Policy       Policy             `yaml:"policy"`        // required
-	Vault        Vault              `yaml:"vault"`         // required
-	Backends     map[string]Backend `yaml:"backends"`      // by the name that tools use; at least one
-	SweepEvery   time.Duration      `yaml:"sweep_every"`   // how often strays are looked for; zero: 1m
-	SigningKey   string             `yaml:"signing_key"`   // private Ed25519 JWK that signs reports, checkpoints and status lists, a file; empty: these are refused
-	Signals      []Signal           `yaml:"signals"`       // whose security events are believed; empty: none, and there is no such endpoint
-
-	Subscribers map[string]Subscriber `yaml:"subscribers"` // who is told of revocations by security events, each under a name of lower-case letters, digits and dashes; needs signing_key; empty: nobody
-	SelfTest    SelfTest              `yaml:"self_test"`   // whether revoking works is tried on a schedule; empty: it is not
-
-	Issuer string `yaml:"issuer"` // the iss of these events; empty: https://, the first trust domain, /pawl
+	TrustDomains []string `yaml:"trust_domains"` // the trust domains of the workloads that are let in; required
+	// address of the SPIFFE Workload API, unix:///path; empty: $SPIFFE_ENDPOINT_SOCKET
+	WorkloadAPI string `yaml:"workload_api"`
+	JWTAudience string `yaml:"jwt_audience"` // accept JWT-SVIDs for this one audience; empty: only X.509-SVIDs
+	Listen      Listen `yaml:"listen"`       // required
+	// SPIFFE IDs of operators that may read, revoke and freeze over TLS; empty: only the local socket
+	Operators  []string           `yaml:"operators"`
+	Ledger     string             `yaml:"ledger"`      // file of the ledger; required
+	Policy     Policy             `yaml:"policy"`      // required
+	Vault      Vault              `yaml:"vault"`       // required
+	Backends   map[string]Backend `yaml:"backends"`    // by the name that tools use; at least one
+	SweepEvery time.Duration      `yaml:"sweep_every"` // how often to sweep for orphaned leases and logins; zero: 1m
+	// file of the private Ed25519 JWK that signs reports, checkpoints and status lists; empty: these are refused
+	SigningKey string `yaml:"signing_key"`
+	// transmitters of security events that the broker acts on; empty: none, and the endpoint does not exist
+	Signals []Signal `yaml:"signals"`
+	// receivers of security events about revocations, each under a name of lower-case letters, digits and dashes;
+	// needs signing_key; empty: none
+	Subscribers map[string]Subscriber `yaml:"subscribers"`
+	SelfTest    SelfTest              `yaml:"self_test"` // a scheduled test that revoking works; empty: none
+	// the iss claim of the events to subscribers; empty: https://, the first trust domain, /pawl
+	Issuer string `yaml:"issuer"`
 }
 
-// Listen says where the broker is reached. An address without a host is all interfaces.
+// Listen has the broker's addresses. An address without a host is all interfaces.
 type Listen struct {
 	Agents    string `yaml:"agents"`    // host:port, TLS; required
 	Operators string `yaml:"operators"` // host:port, TLS; empty: operators use the socket
-	Socket    string `yaml:"socket"`    // unix socket for local operators (root, or the broker's own user); required: revoking must work when TLS cannot
+	// Unix socket for local operators (root and the broker's own user); required, because revoking must work when
+	// TLS does not
+	Socket string `yaml:"socket"`
 }
 
-// Policy says which bundle rules.
+// Policy selects the policy bundle.
 type Policy struct {
-	Bundle string `yaml:"bundle"` // signed bundle, a file; required
-	Keys   string `yaml:"keys"`   // JWK set of the platform keys, a file; required
-	Need   int    `yaml:"need"`   // how many of them must have signed; zero: 1
-
-	// Candidate never decides.
-	Candidate string `yaml:"candidate"` // a second signed bundle, a file, that is asked the same questions; where it would answer differently is logged and counted; empty: none
+	Bundle string `yaml:"bundle"` // file of the signed bundle; required
+	Keys   string `yaml:"keys"`   // file of the JWK set of the platform keys; required
+	Need   int    `yaml:"need"`   // how many of these keys must have signed; zero: 1
+	// file of a second signed bundle that answers the same questions and never decides; answers that differ are
+	// logged and counted; empty: none
+	Candidate string `yaml:"candidate"`
 }
 
-// Vault says which Vault, and how the broker is known there.
+// Vault has the address of Vault and the broker's login there.
 type Vault struct {
 	Address     string        `yaml:"address"`      // https://host:port; required
-	CA          string        `yaml:"ca"`           // PEM file of the authorities of its certificate; required
+	CA          string        `yaml:"ca"`           // PEM file of the authorities of Vault's certificate; required
 	Namespace   string        `yaml:"namespace"`    // empty: the root namespace
-	Auth        string        `yaml:"auth"`         // cert or jwt: with which SVID the broker logs in; empty: cert
-	Mount       string        `yaml:"mount"`        // of the auth method; empty: its name
-	Role        string        `yaml:"role"`         // of the auth method; empty: pawl-broker
-	Audience    string        `yaml:"audience"`     // of the JWT-SVID for Vault; required with jwt
-	MintTimeout time.Duration `yaml:"mint_timeout"` // how long a mint is waited for; zero: 10s
+	Auth        string        `yaml:"auth"`         // kind of SVID for the login, cert or jwt; empty: cert
+	Mount       string        `yaml:"mount"`        // mount of the auth method; empty: the method's name
+	Role        string        `yaml:"role"`         // role of the auth method; empty: pawl-broker
+	Audience    string        `yaml:"audience"`     // audience of the JWT-SVID for Vault; required with jwt
+	MintTimeout time.Duration `yaml:"mint_timeout"` // how long the broker waits for a mint; zero: 10s
 	MintBound   time.Duration `yaml:"mint_bound"`   // Vault's max_request_duration; zero: 90s
 }
 
-// Backend is one target of secrets. Which of the fields count is the plugin's matter; one that
-// does not must be absent.
+// Backend is one target of secrets. The plugin's row in [plugins] lists the fields that it takes; the
+// others must be absent.
 type Backend struct {
 	Plugin string `yaml:"plugin"` // postgres, pki, ssh, jwt, token, kv or exec; required
 
-	DSN        string        `yaml:"dsn"`         // postgres: host, port, dbname, sslmode; never a user or password
-	Mount      string        `yaml:"mount"`       // postgres: the database engine's mount; empty: database
-	Shaper     string        `yaml:"shaper"`      // postgres: Vault role of the broker's own login that makes shapes; empty: pawl-shaper
-	Revoker    string        `yaml:"revoker"`     // postgres: of the one that severs; empty: pawl-revoker
-	ServiceTTL time.Duration `yaml:"service_ttl"` // postgres: the life of both; zero: 4h
-	KRL        string        `yaml:"krl"`         // ssh: key revocation list that sshd reads; empty: none, and secrets live until their end
-	Issuer     string        `yaml:"issuer"`      // jwt: the iss claim; required
-	StatusURI  string        `yaml:"status_uri"`  // jwt: https URL at which verifiers reach GET /v1/status-lists/NAME of listen.agents; empty: tokens name no status list
-	Program    *Program      `yaml:"program"`     // exec: the plugin; required
-	Probe      *Program      `yaml:"probe"`       // exec: proves in its place, so that what cuts is not what says it is cut; empty: the plugin does
-	Timeout    time.Duration `yaml:"timeout"`     // exec: of one start to its end; zero: 10s
+	DSN   string `yaml:"dsn"`   // postgres: host, port, dbname and sslmode, never a user or password; required
+	Mount string `yaml:"mount"` // postgres: mount of the database engine; empty: database
+	// postgres: Vault role of the broker's own login that makes shapes; empty: pawl-shaper
+	Shaper string `yaml:"shaper"`
+	// postgres: Vault role of the broker's own login that severs; empty: pawl-revoker
+	Revoker    string        `yaml:"revoker"`
+	ServiceTTL time.Duration `yaml:"service_ttl"` // postgres: lifetime of these two logins; zero: 4h
+	// ssh: file of the key revocation list that sshd reads; empty: none, and certificates live until they expire
+	KRL    string `yaml:"krl"`
+	Issuer string `yaml:"issuer"` // jwt: the iss claim; required
+	// jwt: https URL at which verifiers reach GET /v1/status-lists/NAME of listen.agents; empty: tokens name no
+	// status list
+	StatusURI string   `yaml:"status_uri"`
+	Program   *Program `yaml:"program"` // exec: the plugin; required
+	// exec: a second program that proves in the plugin's place, so that the program that severs does not vouch for
+	// itself; empty: the plugin proves
+	Probe   *Program      `yaml:"probe"`
+	Timeout time.Duration `yaml:"timeout"` // exec: limit of one run, from its start to its end; zero: 10s
 }
 
 // Program is an external plugin.
 type Program struct {
-	Path   string   `yaml:"path"`   // absolute; one file that needs no other beside it; required
-	SHA256 string   `yaml:"sha256"` // its checksum, 64 lower-case hexadecimal digits, checked at every start; required
-	Args   []string `yaml:"args"`   // after the program's name
-	Env    []string `yaml:"env"`    // NAME=value; empty: the environment is empty
+	Path string `yaml:"path"` // absolute path of one file that needs no other file beside it; required
+	// checksum of the file, 64 lower-case hexadecimal digits, checked at every start; required
+	SHA256 string   `yaml:"sha256"`
+	Args   []string `yaml:"args"` // arguments after the program's name
+	Env    []string `yaml:"env"`  // NAME=value; empty: the environment is empty
 }
 
 // ReadConfig reads and validates a file.
@@ -109,8 +124,8 @@ func ReadConfig(path string) (Config, error) {
 	return c, nil
 }
 
-// ParseConfig reads YAML strictly, by the rules of [policy.ReadYAML]. Missing required fields are errors
-// that name the field.
+// ParseConfig reads YAML strictly, by the rules of [policy.ReadYAML]. The error names each required field
+// that is missing.
 func ParseConfig(raw []byte) (Config, error) {
 	var c Config
 	err := policy.ReadYAML("", raw, &c)
@@ -124,10 +139,10 @@ func ParseConfig(raw []byte) (Config, error) {
 }
 
 func (c Config) check() error {
-	var missing []error
+	var wrong []error
 	need := func(name string, ok bool) {
 		if !ok {
-			missing = append(missing, fmt.Errorf("%s is required", name))
+			wrong = append(wrong, fmt.Errorf("%s is required", name))
 		}
 	}
 	need("trust_domains", len(c.TrustDomains) > 0)
@@ -142,28 +157,28 @@ func (c Config) check() error {
 	if c.Vault.Auth == "jwt" {
 		need("vault.audience", c.Vault.Audience != "")
 	} else if c.Vault.Auth != "" && c.Vault.Auth != "cert" {
-		missing = append(missing, fmt.Errorf("vault.auth is %q; it is cert or jwt", c.Vault.Auth))
+		wrong = append(wrong, fmt.Errorf("vault.auth is %q; it is cert or jwt", c.Vault.Auth))
 	}
 	if c.Listen.Operators != "" {
 		need("operators (with listen.operators)", len(c.Operators) > 0)
 	}
 	for name, b := range c.Backends {
-		missing = append(missing, b.check("backends."+name))
+		wrong = append(wrong, b.check("backends."+name))
 		if b.StatusURI != "" {
 			need("signing_key (with backends."+name+".status_uri)", c.SigningKey != "")
 		}
 	}
 	for i, s := range c.Signals {
-		missing = append(missing, s.check(fmt.Sprintf("signals.%d", i)))
+		wrong = append(wrong, s.check(fmt.Sprintf("signals.%d", i)))
 	}
 	if len(c.Subscribers) > 0 {
 		need("signing_key (with subscribers)", c.SigningKey != "")
 	}
-	missing = append(missing, c.SelfTest.check())
+	wrong = append(wrong, c.SelfTest.check())
 	for name, s := range c.Subscribers {
-		missing = append(missing, s.check(name))
+		wrong = append(wrong, s.check(name))
 	}
-	return errors.Join(missing...)
+	return errors.Join(wrong...)
 }
 
 // check refuses keys that the plugin would ignore: a setting without an effect misleads.

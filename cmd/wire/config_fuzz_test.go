@@ -12,11 +12,14 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// FuzzConfig holds that a configuration is read or refused soon, and that one which is taken has what it must
-// have and is the same when written and read again.
+// FuzzConfig holds that the parser accepts or refuses a configuration within a bounded time. An accepted
+// configuration has every required key, and stays the same when it is written and read again.
 func FuzzConfig(f *testing.F) {
-	for _, s := range []string{goodConfig, goodConfig + "sweep_every: 90s\n", goodConfig + "---\nx: 1\n", goodConfig + "ledger: /other\n", goodConfig + "1: x\n",
-		goodConfig + "signals: [{issuer: i, audience: a, keys: /k, action: revoke}]\n", "", "a: &a [*a]", "{", "- x", "a: |\n  x\n\n\n\n", "@@@", "--- a\n--- b\n", "? a\n: b\n"} {
+	for _, s := range []string{
+		goodConfig, goodConfig + "sweep_every: 90s\n", goodConfig + "---\nx: 1\n", goodConfig + "ledger: /other\n",
+		goodConfig + "1: x\n", goodConfig + "signals: [{issuer: i, audience: a, keys: /k, action: revoke}]\n",
+		"", "a: &a [*a]", "{", "- x", "a: |\n  x\n\n\n\n", "@@@", "--- a\n--- b\n", "? a\n: b\n",
+	} {
 		f.Add([]byte(s))
 	}
 	page, err := os.ReadFile("../../docs/configuration.md")
@@ -35,9 +38,10 @@ func FuzzConfig(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if len(c.TrustDomains) == 0 || c.Listen.Agents == "" || c.Listen.Socket == "" || c.Ledger == "" || c.Policy.Bundle == "" || c.Policy.Keys == "" ||
-			c.Vault.Address == "" || c.Vault.CA == "" || len(c.Backends) == 0 {
-			t.Fatalf("ParseConfig(%q) = no error, want one about what is missing", raw)
+		if len(c.TrustDomains) == 0 || c.Listen.Agents == "" || c.Listen.Socket == "" || c.Ledger == "" ||
+			c.Policy.Bundle == "" || c.Policy.Keys == "" || c.Vault.Address == "" || c.Vault.CA == "" ||
+			len(c.Backends) == 0 {
+			t.Fatalf("ParseConfig(%q) = no error, want one about a missing key", raw)
 		}
 		one, err := yaml.Marshal(c)
 		if err != nil {
@@ -53,7 +57,7 @@ func FuzzConfig(f *testing.F) {
 	})
 }
 
-// read fails the test when a configuration is neither taken nor refused soon: a parser that hangs cannot be stopped.
+// read parses a configuration and fails the test after half a minute: a parser that hangs cannot be stopped.
 func read(t *testing.T, raw []byte) (c wire.Config, err error) {
 	t.Helper()
 	done := make(chan struct{})
@@ -65,7 +69,7 @@ func read(t *testing.T, raw []byte) (c wire.Config, err error) {
 	case <-done:
 		return c, err
 	case <-time.After(30 * time.Second):
-		t.Fatalf("ParseConfig of %d bytes has not ended within half a minute: %.300q", len(raw), raw)
+		t.Fatalf("ParseConfig of %d bytes did not return within half a minute: %.300q", len(raw), raw)
 		panic("unreachable")
 	}
 }

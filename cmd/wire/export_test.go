@@ -21,21 +21,24 @@ func Plugins() map[string][]string {
 	return keys
 }
 
-// Counting puts metrics over a ledger and alarms, as Start does.
+// Counting wraps the ledger and the alarms of parts with metrics, as Start does.
 func Counting(parts *engine.Config, known func(broker.ToolName) bool, ready func() error) *metrics {
 	m := newMetrics(known, ready)
 	parts.Ledger, parts.Alarm = counted{parts.Ledger, m}, m.alarm(parts.Alarm)
 	return m
 }
 
-// Begin and Handler are the metrics' own.
-var Begin = (*metrics).begin
+// Seed is the metrics' seed method.
+var Seed = (*metrics).seed
 
-// Handler is what is scraped.
+// Handler serves the metrics.
 func (m *metrics) Handler() http.Handler { return m.handler() }
 
-// Tests puts a self-test over an engine, as Start does, with metrics that leave its chains out.
-func Tests(m *metrics, b *engine.Engine, id spiffeid.ID, step broker.StepRequest, every time.Duration, alarm func(string, error)) func(context.Context) {
+// Tests makes a self-test of an engine, as Start does, and returns its run method. m does not count the
+// self-test's chains.
+func Tests(
+	m *metrics, b *engine.Engine, id spiffeid.ID, step broker.StepRequest, every time.Duration, alarm func(string, error),
+) func(context.Context) {
 	t := newSelfTest(b, id, step, every, alarm, slog.New(slog.DiscardHandler))
 	m.tester = id
 	t.register(m.registry)

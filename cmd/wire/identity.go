@@ -19,7 +19,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// certificate is the current SVID as a TLS client certificate.
+// certificate returns the current SVID as a TLS client certificate.
 func certificate(source x509svid.Source) (*tls.Certificate, error) {
 	svid, err := source.GetX509SVID()
 	if err != nil {
@@ -32,9 +32,9 @@ func certificate(source x509svid.Source) (*tls.Certificate, error) {
 	return c, nil
 }
 
-func jwtFor(o *own, audience string) func(context.Context) (string, error) {
+func jwtFor(svids *svidSource, audience string) func(context.Context) (string, error) {
 	return func(ctx context.Context) (string, error) {
-		svid, err := workloadapi.FetchJWTSVID(ctx, jwtsvid.Params{Audience: audience}, o.options...)
+		svid, err := workloadapi.FetchJWTSVID(ctx, jwtsvid.Params{Audience: audience}, svids.options...)
 		if err != nil {
 			return "", fmt.Errorf("the broker's own JWT-SVID: %w", err)
 		}
@@ -42,9 +42,9 @@ func jwtFor(o *own, audience string) func(context.Context) (string, error) {
 	}
 }
 
-// operators says who may look and revoke: listed SPIFFE IDs over TLS, and over the local socket
-// root and the broker's own user. The socket needs no SVID, so that revoking works when the
-// broker's own has expired (hardening.md, "SVID rotation").
+// operators authenticates operators: the listed SPIFFE IDs over TLS, and root and the broker's own user
+// over the local socket. The socket needs no SVID, so that revoking works when the broker's own SVID has
+// expired.
 type operators struct {
 	listed []string
 	a      *attest.Attestor
@@ -55,7 +55,8 @@ func newOperators(listed []string, a *attest.Attestor) operators { return operat
 func (o operators) identify(r *http.Request) (broker.Operator, error) {
 	if peer, ok := r.Context().Value(peerKey{}).(peerUser); ok {
 		if peer.err != nil || peer.uid != 0 && int(peer.uid) != os.Getuid() {
-			return broker.Operator{}, broker.Errorf(broker.Unauthenticated, "operator", "only root and the broker's own user may use this socket")
+			return broker.Operator{}, broker.Errorf(broker.Unauthenticated, "operator",
+				"only root and the broker's own user may use this socket")
 		}
 		return broker.Operator{Name: fmt.Sprintf("local:uid=%d", peer.uid)}, nil
 	}
@@ -64,13 +65,14 @@ func (o operators) identify(r *http.Request) (broker.Operator, error) {
 		return broker.Operator{}, err
 	}
 	if !slices.Contains(o.listed, c.ID.String()) {
-		return broker.Operator{}, broker.Errorf(broker.Unauthenticated, "operator", "%s is not an operator of this broker", c.ID)
+		return broker.Operator{}, broker.Errorf(broker.Unauthenticated, "operator",
+			"%s is not an operator of this broker", c.ID)
 	}
 	return broker.Operator{Name: c.ID.String()}, nil
 }
 
-// peerKey is the context key of the user at the other end of the local socket. It travels in the
-// context because that is the only way from a connection to its requests.
+// peerKey is the context key of the peer's user on the local socket. It is in the context because
+// net/http has no other way from a connection to its requests.
 type peerKey struct{}
 
 type peerUser struct {
@@ -105,8 +107,8 @@ func peerUID(conn net.Conn) (uint32, error) {
 	return cred.Uid, nil
 }
 
-// serveSocket serves operators on a unix socket. One left behind by a process that died is
-// replaced; one that answers belongs to another broker.
+// serveSocket serves operators on a Unix socket. It replaces the socket of a process that died, and
+// refuses a socket that answers: that belongs to another broker.
 func (s *Server) serveSocket(path string, h http.Handler) error {
 	if conn, err := net.Dial("unix", path); err == nil {
 		_ = conn.Close()

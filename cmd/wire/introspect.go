@@ -28,16 +28,19 @@ type (
 	}
 )
 
-// active reports whether a grant's token is still good. Introspection answers it, so it also proves a
-// token dead. Backends are made before the broker, and call it only once the broker runs.
+// active reports whether introspection accepts a grant's token. Its answer is also the proof that a token is
+// dead. Backends are made before the broker, and call it only after the broker started.
 func (s *Server) active(ctx context.Context, id broker.GrantID) (bool, error) {
 	return s.Broker.Active(ctx, id)
 }
 
-// introspect answers about tokens of the jwt backends; nil when there is none. The signature is
-// the tool's key's matter, whether the grant stands the ledger's: so what was revoked stays refused
-// over a restart.
-func introspect(active func(context.Context, broker.GrantID) (bool, error), running *policy.Running, backends map[string]broker.Backend) server.Introspect {
+// introspect answers introspection requests about the tokens of the backends that sign; nil without such a
+// backend. The tool's key verifies the signature, and the ledger decides whether the grant is still open, so
+// that a revoked token stays refused after a restart.
+func introspect(
+	active func(context.Context, broker.GrantID) (bool, error), running *policy.Running,
+	backends map[string]broker.Backend,
+) server.Introspect {
 	issues := false
 	for _, backend := range backends {
 		_, is := backend.(tokenVerifier)
@@ -49,7 +52,7 @@ func introspect(active func(context.Context, broker.GrantID) (bool, error), runn
 	return func(ctx context.Context, token string) (api.Introspection, error) {
 		claimed, err := jwt.Read(token)
 		if err != nil {
-			return api.Introspection{}, nil // whoever made it, it is no token of ours
+			return api.Introspection{}, nil // not a token of this broker
 		}
 		tool, _ := running.Current().Tool(claimed.Tool)
 		backend, ok := backends[tool.Backend].(tokenVerifier)
@@ -72,17 +75,17 @@ func introspect(active func(context.Context, broker.GrantID) (bool, error), runn
 	}
 }
 
-// sign signs a status list with the broker's own key. The tokens' key is Vault's, and the broker's
-// token may not sign with it: then it could make tokens without a step.
+// sign signs a status list with the broker's own key. The tokens' key is in Vault, and the broker's own
+// Vault token must not sign with it: it could then make tokens without a step.
 func (s *Server) sign(typ string, payload []byte) ([]byte, error) {
 	if s.signer == nil {
-		return nil, errors.New("there is no signing_key")
+		return nil, errors.New("no signing_key is configured")
 	}
 	return s.signer.SignAs(typ, payload)
 }
 
-// restore tells the backends that have status lists what the ledger knows of tokens that may not be
-// past their end.
+// restore fills the backends' status lists from the ledger, with the grants that are recent enough for their
+// tokens to be unexpired.
 func (s *Server) restore(ctx context.Context, backends map[string]broker.Backend) error {
 	for name, backend := range backends {
 		b, ok := backend.(statusLister)
@@ -100,7 +103,7 @@ func (s *Server) restore(ctx context.Context, backends map[string]broker.Backend
 	return nil
 }
 
-// statusLists gives the backends' status lists; nil when none has one.
+// statusLists serves the backends' status lists by name; nil when no backend has one.
 func statusLists(backends map[string]broker.Backend) server.StatusList {
 	lists := map[string]statusLister{}
 	for name, backend := range backends {

@@ -7,7 +7,7 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// TestStatusURI: a status list needs a key to sign it, and only tokens have one.
+// TestStatusURI holds that a status list needs a signing key, and that only the jwt plugin takes one.
 func TestStatusURI(t *testing.T) {
 	const rest = `
 trust_domains: [example.org]
@@ -16,9 +16,10 @@ ledger: ledger.db
 policy: {bundle: policy.jws, keys: keys.json}
 vault: {address: "https://vault", ca: ca.pem}
 `
+	const backend = `backends: {a: {plugin: jwt, issuer: "https://i", status_uri: "https://i/v1/status-lists/a"}}`
 	for name, row := range map[string]struct{ text, want string }{
-		"good":      {"signing_key: k\nbackends: {a: {plugin: jwt, issuer: \"https://i\", status_uri: \"https://i/v1/status-lists/a\"}}", ""},
-		"no key":    {"backends: {a: {plugin: jwt, issuer: \"https://i\", status_uri: \"https://i/v1/status-lists/a\"}}", "signing_key (with backends.a.status_uri) is required"},
+		"good":      {"signing_key: k\n" + backend, ""},
+		"no key":    {backend, "signing_key (with backends.a.status_uri) is required"},
 		"no tokens": {"signing_key: k\nbackends: {a: {plugin: kv, status_uri: \"https://i\"}}", "is not a key of plugin kv"},
 	} {
 		_, err := wire.ParseConfig([]byte(rest + row.text))

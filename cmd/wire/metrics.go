@@ -19,8 +19,8 @@ import (
 	"github.com/pawlsec/pawl/broker/engine"
 )
 
-// metrics counts what the ledger commits. Labels are tools of the bundle and words of ours: no id,
-// no name that somebody outside can choose.
+// metrics counts the entries that the ledger commits. Labels are the bundle's tools and fixed words: no id,
+// and no name that an outsider can choose.
 type metrics struct {
 	registry *prometheus.Registry
 	known    func(broker.ToolName) bool
@@ -28,81 +28,95 @@ type metrics struct {
 	steps   *prometheus.CounterVec // by tool and outcome
 	fences  *prometheus.CounterVec // by kind
 	closure prometheus.Histogram
-	strays  prometheus.Counter
+	orphans prometheus.Counter
 	alarms  prometheus.Counter
-	live    atomic.Int64 // grants that are not over
+	live    atomic.Int64 // grants that are not closed
 
-	differences *prometheus.CounterVec // of a candidate policy, by action and tool
+	differences *prometheus.CounterVec // of the candidate policy, by action and tool
 	missed      prometheus.Counter
-	candidate   atomic.Bool // whether there is one
+	candidate   atomic.Bool // a candidate policy is being compared
 
-	tester spiffeid.ID // whose chains are not counted: they are tests of ours; zero: nobody's
+	tester spiffeid.ID // the self-test's caller: its chains are not counted; zero: none
 
-	mu     sync.Mutex // guards what follows
-	fenced map[broker.RevocationID]time.Time
-	tests  []broker.ChainID // the last of tester's
+	mu     sync.Mutex                        // guards the fields below
+	fenced map[broker.RevocationID]time.Time // revocations that are not CLOSED yet
+	tests  []broker.ChainID                  // the tester's latest chains
 }
 
-// maxTests bounds the tester's chains that are known, each of which is over within two periods.
+// maxTests bounds the tester's chains that are remembered. Each of them ends within two periods.
 const maxTests = 16
 
-// isTest reports whether an entry is of a chain of the tester's, and notes a new one.
+// isTest reports whether an entry belongs to a chain of the tester. It remembers a new chain.
 func (m *metrics) isTest(e broker.Entry) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if e.Op == broker.OpOpen && !m.tester.IsZero() && e.Actor == m.tester.String() {
-		m.noteTest(e.Chain)
+		m.addTestLocked(e.Chain)
 	}
 	return e.Chain != "" && slices.Contains(m.tests, e.Chain)
 }
 
-func (m *metrics) noteTest(id broker.ChainID) {
+func (m *metrics) addTestLocked(id broker.ChainID) {
 	m.tests = append(m.tests, id)
 	m.tests = m.tests[max(len(m.tests)-maxTests, 0):]
 }
 
-// maxFenced bounds the revocations whose closure is waited for; one with statics never closes.
+// maxFenced bounds the revocations that are remembered until they are CLOSED. One with static secrets never is.
 const maxFenced = 10_000
 
-// newMetrics makes the metrics of a broker. known says which tools there are, ready whether Vault answers.
+func newCounter(name, help string) prometheus.Counter {
+	return prometheus.NewCounter(prometheus.CounterOpts{Name: name, Help: help})
+}
+
+func newCounterVec(name, help string, labels ...string) *prometheus.CounterVec {
+	return prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, labels)
+}
+
+func newGauge(name, help string, value func() float64) prometheus.GaugeFunc {
+	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value)
+}
+
+func oneIf(ok bool) float64 {
+	if ok {
+		return 1
+	}
+	return 0
+}
+
+// newMetrics makes the metrics of a broker. known reports whether the bundle has a tool. ready returns nil while
+// Vault answers.
 func newMetrics(known func(broker.ToolName) bool, ready func() error) *metrics {
 	m := &metrics{registry: prometheus.NewRegistry(), known: known, fenced: map[broker.RevocationID]time.Time{}}
-	m.steps = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "pawl_steps_total",
-		Help: "Steps, and reported violations, by tool and outcome: issued, denied, violation, unknown (whether Vault minted)."}, []string{"tool", "outcome"})
-	m.fences = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "pawl_fences_total", Help: "Fences by kind: revoke, freeze."}, []string{"kind"})
-	m.closure = prometheus.NewHistogram(prometheus.HistogramOpts{Name: "pawl_closure_seconds", Help: "From fenced to closed with evidence, for revocations fenced since the start.",
+	m.steps = newCounterVec("pawl_steps_total",
+		"Steps, and reported violations, by tool and outcome: issued, denied, violation, unknown (whether Vault minted).",
+		"tool", "outcome")
+	m.fences = newCounterVec("pawl_fences_total", "Fences by kind: revoke, freeze.", "kind")
+	m.closure = prometheus.NewHistogram(prometheus.HistogramOpts{Name: "pawl_closure_seconds",
+		Help:    "Time from fenced to closed with evidence, for revocations fenced since the start.",
 		Buckets: []float64{0.01, 0.05, 0.1, 0.4, 1, 4, 15, 60, 300, 3600}})
-	m.strays = prometheus.NewCounter(prometheus.CounterOpts{Name: "pawl_strays_total", Help: "Found alive under our names while the ledger did not know them."})
-	m.alarms = prometheus.NewCounter(prometheus.CounterOpts{Name: "pawl_alarms_total", Help: "What a person should look at; the log says what."})
-	m.differences = prometheus.NewCounterVec(prometheus.CounterOpts{Name: "pawl_shadow_differences_total",
-		Help: "Questions that the candidate policy bundle would answer differently, by action and tool."}, []string{"action", "tool"})
-	m.missed = prometheus.NewCounter(prometheus.CounterOpts{Name: "pawl_shadow_missed_total", Help: "Questions that the candidate policy bundle was not asked, or broke on."})
-	m.registry.MustRegister(m.differences, m.missed, m.steps, m.fences, m.closure, m.strays, m.alarms, collectors.NewGoCollector(),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_live_grants", Help: "Grants that are not over."},
-			func() float64 { return float64(m.live.Load()) }),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_shadow_candidate", Help: "1 while a candidate policy bundle is compared."},
-			func() float64 {
-				if m.candidate.Load() {
-					return 1
-				}
-				return 0
-			}),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_vault_ready", Help: "1 while the broker is logged in to Vault."},
-			func() float64 {
-				if ready() != nil {
-					return 0
-				}
-				return 1
-			}),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_closure_lag_seconds", Help: "Age of the oldest fence of this process that is not closed yet; 0 when there is none."},
+	m.orphans = newCounter("pawl_strays_total",
+		"Orphaned leases and logins: found alive under the broker's names and unknown to the ledger.")
+	m.alarms = newCounter("pawl_alarms_total", "Alarms that a person should investigate; the log has each one.")
+	m.differences = newCounterVec("pawl_shadow_differences_total",
+		"Questions that the candidate policy bundle would answer differently, by action and tool.", "action", "tool")
+	m.missed = newCounter("pawl_shadow_missed_total",
+		"Questions that were not put to the candidate policy bundle, or that it failed to answer.")
+	m.registry.MustRegister(m.differences, m.missed, m.steps, m.fences, m.closure, m.orphans, m.alarms,
+		collectors.NewGoCollector(),
+		newGauge("pawl_live_grants", "Grants that are not closed.", func() float64 { return float64(m.live.Load()) }),
+		newGauge("pawl_shadow_candidate", "1 while a candidate policy bundle is compared.",
+			func() float64 { return oneIf(m.candidate.Load()) }),
+		newGauge("pawl_vault_ready", "1 while the broker is logged in to Vault.",
+			func() float64 { return oneIf(ready() == nil) }),
+		newGauge("pawl_closure_lag_seconds", "Age of the oldest fence of this process that is not closed yet; 0 without one.",
 			func() float64 { return m.lag(time.Now()).Seconds() }))
 	return m
 }
 
-// subscriber adds how far behind one is. Its name is of the configuration.
-func (m *metrics) subscriber(name string, lag func() time.Duration) {
+// addSubscriber adds the lag of a subscriber. Its name comes from the configuration.
+func (m *metrics) addSubscriber(name string, lag func() time.Duration) {
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_subscriber_lag_seconds",
-		Help:        "Age of the oldest event that a subscriber was not told of yet; 0 when there is none.",
+		Help:        "Age of the oldest event that a subscriber has not acknowledged; 0 without one.",
 		ConstLabels: prometheus.Labels{"subscriber": name}}, func() float64 { return lag().Seconds() }))
 }
 
@@ -110,7 +124,7 @@ func (m *metrics) handler() http.Handler {
 	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{})
 }
 
-// lag is the age of the oldest fence whose closure is waited for.
+// lag returns the age of the oldest fence that is not CLOSED yet.
 func (m *metrics) lag(now time.Time) (lag time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -120,17 +134,17 @@ func (m *metrics) lag(now time.Time) (lag time.Duration) {
 	return lag
 }
 
-// begin takes over how many grants were alive before anything is counted.
-func (m *metrics) begin(ctx context.Context, b *engine.Engine) error {
-	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_irrevocable_leases",
-		Help: "Leases of ours that Vault has given up revoking, as of the last sweep; each needs a person."},
+// seed sets the number of live grants from the ledger. Call it before the first entry is counted.
+func (m *metrics) seed(ctx context.Context, b *engine.Engine) error {
+	m.registry.MustRegister(newGauge("pawl_irrevocable_leases",
+		"Leases of this broker that Vault has given up revoking, as of the last sweep; a person must end each by hand.",
 		func() float64 { return float64(b.Irrevocable()) }))
 	chains, err := b.Chains(ctx, true)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, c := range chains {
 		if !m.tester.IsZero() && c.Chain.Opener == m.tester {
-			m.noteTest(c.Chain.ID)
+			m.addTestLocked(c.Chain.ID)
 			continue
 		}
 		m.live.Add(int64(c.Live))
@@ -138,7 +152,7 @@ func (m *metrics) begin(ctx context.Context, b *engine.Engine) error {
 	return err
 }
 
-// alarm counts and then does as f does.
+// alarm counts an alarm and then calls f.
 func (m *metrics) alarm(f func(string, error)) func(string, error) {
 	return func(op string, err error) {
 		m.alarms.Inc()
@@ -163,11 +177,11 @@ func (m *metrics) count(e broker.Entry) {
 	case broker.OpViolation:
 		m.step(e.Tool, "violation")
 	case broker.OpDenied:
-		if e.Detail == "issue" { // the procedure that refused
+		if e.Detail == "issue" { // the detail names the procedure that refused
 			m.step(e.Tool, "denied")
 		}
 	case broker.OpOrphan:
-		m.strays.Inc()
+		m.orphans.Inc()
 	case broker.OpFreeze:
 		m.fences.WithLabelValues("freeze").Inc()
 	case broker.OpFence:
@@ -182,7 +196,6 @@ func (m *metrics) count(e broker.Entry) {
 	}
 }
 
-// step counts a step.
 func (m *metrics) step(tool broker.ToolName, outcome string) {
 	m.steps.WithLabelValues(m.label(tool), outcome).Inc()
 }
@@ -192,7 +205,7 @@ func (m *metrics) differs(q broker.Question) {
 	m.differences.WithLabelValues(string(q.Action), m.label(q.Tool.Name)).Inc()
 }
 
-// label is the tool's name. What an agent made up is no label.
+// label returns the tool's name, or "other" for a name that an agent made up.
 func (m *metrics) label(tool broker.ToolName) string {
 	if !m.known(tool) {
 		tool = "other"
@@ -200,18 +213,18 @@ func (m *metrics) label(tool broker.ToolName) string {
 	return string(tool)
 }
 
-// closed ends the wait for a revocation; its entry begins with the closure.
+// closed observes the time to CLOSED and forgets the revocation. The entry's detail begins with the closure.
 func (m *metrics) closed(e broker.Entry) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	at, waited := m.fenced[e.Revocation]
-	if waited && strings.HasPrefix(e.Detail, string(broker.ClosureClosed)+":") {
+	at, open := m.fenced[e.Revocation]
+	if open && strings.HasPrefix(e.Detail, string(broker.ClosureClosed)+":") {
 		m.closure.Observe(e.At.Sub(at).Seconds())
 		delete(m.fenced, e.Revocation)
 	}
 }
 
-// counted is a ledger that counts the entries of what it commits.
+// counted is a ledger that counts the entries it commits.
 type counted struct {
 	broker.Ledger
 	metrics *metrics
@@ -221,7 +234,7 @@ type counted struct {
 func (l counted) Update(ctx context.Context, f func(broker.Tx) error) error {
 	var entries []broker.Entry
 	err := l.Ledger.Update(ctx, func(tx broker.Tx) error {
-		entries = entries[:0] // it may run more than once
+		entries = entries[:0] // the ledger may call this again
 		return f(&countedTx{tx, &entries})
 	})
 	if err == nil {

@@ -18,21 +18,22 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// TestMetrics: the numbers are those of what was committed, over a restart too, and no label holds what
-// an agent made up.
+// TestMetrics holds that the metrics count committed entries, also after a restart, and that no label has a
+// name that an agent made up.
 func TestMetrics(t *testing.T) {
 	ctx := t.Context()
 	ledger, target, tools := brokertest.NewMemory(), brokertest.NewTarget(), brokertest.AllowAll("db")
 	start := func() (*engine.Engine, func() string) {
-		parts := engine.Config{Ledger: ledger, Policy: func() broker.Policy { return tools }, Vault: brokertest.NewVault(target),
-			Backends: map[string]broker.Backend{"target": target}, Now: time.Now, Random: rand.Reader, SweepEvery: -1,
-			Alarm: func(string, error) {}}
-		m := wire.Counting(&parts, func(name broker.ToolName) bool { return name == "db" }, func() error { return errors.New("no session") })
+		parts := engine.Config{Ledger: ledger, Policy: func() broker.Policy { return tools },
+			Vault: brokertest.NewVault(target), Backends: map[string]broker.Backend{"target": target},
+			Now: time.Now, Random: rand.Reader, SweepEvery: -1, Alarm: func(string, error) {}}
+		known := func(name broker.ToolName) bool { return name == "db" }
+		m := wire.Counting(&parts, known, func() error { return errors.New("no session") })
 		b, err := engine.New(parts)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := wire.Begin(m, ctx, b); err != nil {
+		if err := wire.Seed(m, ctx, b); err != nil {
 			t.Fatal(err)
 		}
 		if err := b.Resume(ctx); err != nil {
@@ -46,7 +47,8 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 	b, scrape := start()
-	agent := broker.Caller{ID: spiffeid.RequireFromString("spiffe://example.org/agent"), Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
+	agent := broker.Caller{ID: spiffeid.RequireFromString("spiffe://example.org/agent"),
+		Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
 	root, err := b.Open(ctx, agent, broker.OpenRequest{Task: "t", Rights: []broker.Right{{Tool: "db", Use: true}}})
 	if err != nil {
 		t.Fatal(err)
@@ -56,10 +58,12 @@ func TestMetrics(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := b.Issue(ctx, agent, broker.StepRequest{Delegation: root.ID, Tool: "made-up"}); !errors.Is(err, broker.Denied) {
-		t.Fatalf("a step with a tool that is not there = %v, want denied", err)
+	_, err = b.Issue(ctx, agent, broker.StepRequest{Delegation: root.ID, Tool: "made-up"})
+	if !errors.Is(err, broker.Denied) {
+		t.Fatalf("Issue with an unknown tool = %v, want denied", err)
 	}
-	lines(t, scrape(), `pawl_steps_total{outcome="issued",tool="db"} 2`, `pawl_steps_total{outcome="denied",tool="other"} 1`,
+	lines(t, scrape(), `pawl_steps_total{outcome="issued",tool="db"} 2`,
+		`pawl_steps_total{outcome="denied",tool="other"} 1`,
 		`pawl_live_grants 2`, `pawl_vault_ready 0`, `pawl_irrevocable_leases 0`, `pawl_closure_lag_seconds 0`)
 	b.Stop()
 
@@ -88,11 +92,12 @@ func TestMetrics(t *testing.T) {
 		}
 		cancel()
 	}
-	b.Stop() // then everything is counted
+	b.Stop() // waits until every entry is counted
 	page := scrape()
-	lines(t, page, `pawl_live_grants 0`, `pawl_fences_total{kind="revoke"} 1`, `pawl_closure_seconds_count 1`, `pawl_closure_lag_seconds 0`)
+	lines(t, page, `pawl_live_grants 0`, `pawl_fences_total{kind="revoke"} 1`, `pawl_closure_seconds_count 1`,
+		`pawl_closure_lag_seconds 0`)
 	if found := regexp.MustCompile(`(ch|dl|gr|rv)[0-9a-z]{24}|spiffe:|marker|made-up`).FindString(page); found != "" {
-		t.Errorf("the metrics hold %q", found)
+		t.Errorf("the metrics have %q", found)
 	}
 }
 

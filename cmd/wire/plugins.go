@@ -102,7 +102,7 @@ func (b Backend) keysSet() (keys []string) {
 func openPostgres(s *Server, _ string, c Backend) (broker.Backend, error) {
 	b, err := postgres.New(postgres.Config{DSN: c.DSN, Credentials: serviceLogins{s.Vault, c}, Log: s.log})
 	if err == nil {
-		s.later(b.Close)
+		s.onClose(b.Close)
 	}
 	return b, err
 }

@@ -70,12 +70,14 @@ func TestVaultNeeds(t *testing.T) {
 		settings              map[string]string
 		access, reads, writes string
 	}{
-		{"postgres", "database/orders", nil, "read database/creds/orders leased", "database/creds/pawl-shaper database/creds/pawl-revoker", ""},
+		{"postgres", "database/orders", nil, "read database/creds/orders leased",
+			"database/creds/pawl-shaper database/creds/pawl-revoker", ""},
 		{"other", "db/orders", nil, "read db/creds/orders leased", "db/creds/s db/creds/r", ""},
 		{"pki", "pki/client", nil, "write pki/issue/client leased", "pki/cert/* pki/crl/rotate", ""},
 		{"ssh", "ssh/uptime", nil, "write ssh/sign/uptime", "", ""},
 		{"jwt", "transit/key", nil, "write transit/sign/key/sha2-256", "transit/keys/key", ""},
-		{"token", "auth/token/create/notes", map[string]string{"policies": "dev"}, "write auth/token/create/notes wrapped", "", "auth/token/roles/notes"},
+		{"token", "auth/token/create/notes", map[string]string{"policies": "dev"},
+			"write auth/token/create/notes wrapped", "", "auth/token/roles/notes"},
 		{"kv", "secret/notes", nil, "read secret/data/notes", "", ""},
 		{"exec", "any/path", map[string]string{"pawl.mint": "write"}, "write any/path leased", "", ""},
 		{"none", "any/path", nil, "", "", ""},

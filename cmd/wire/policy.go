@@ -40,11 +40,11 @@ func readBundle(c Policy) ([]byte, policy.Trust, error) {
 	return jws, policy.Trust{Keys: keys, Need: max(c.Need, 1)}, nil
 }
 
-// ReloadPolicy reads the bundle file again and puts it in force when it is newer, the backends
-// take its tools and the ledger has recorded it; otherwise the running bundle stays. The candidate
-// is read again either way.
+// ReloadPolicy reads the bundle file again. The bundle comes into force when it is newer, the backends
+// accept its tools and the ledger has recorded it; otherwise the running bundle stays. The candidate
+// is read again in both cases.
 func (s *Server) ReloadPolicy(ctx context.Context, c Config) (*policy.Policy, error) {
-	defer s.tryCandidate(c) // after: what was the candidate may have come into force
+	defer s.reloadCandidate(c) // afterwards, because the candidate may just have come into force
 	jws, _, err := readBundle(c.Policy)
 	if err != nil {
 		return nil, err
@@ -58,12 +58,12 @@ func (s *Server) ReloadPolicy(ctx context.Context, c Config) (*policy.Policy, er
 	if err != nil {
 		return nil, fmt.Errorf("policy bundle %q: %w", c.Policy.Bundle, err)
 	}
-	warn(s.log, next)
+	logWarnings(s.log, next)
 	return next, nil
 }
 
-// newShadow logs and counts what a candidate would answer differently. A line has who asked, for
-// what and both answers; it has no arguments.
+// newShadow logs and counts the questions that a candidate would answer differently. A log line has the
+// caller, the tool and both answers; it has no arguments.
 func newShadow(log *slog.Logger, m *metrics) *policy.Shadow {
 	return policy.NewShadow(policy.ShadowReport{
 		Differs: func(d policy.Difference) {
@@ -73,16 +73,16 @@ func newShadow(log *slog.Logger, m *metrics) *policy.Shadow {
 		},
 		Missed: func(err error) {
 			m.missed.Inc()
-			if !errors.Is(err, policy.ErrShadowBusy) { // of which there are as many as questions
+			if !errors.Is(err, policy.ErrShadowBusy) { // under load, that would be a line for each question
 				log.Warn("the candidate policy was not compared", "error", err)
 			}
 		},
 	})
 }
 
-// tryCandidate reads the candidate bundle again. One that could not be put in force is not asked:
-// then nothing is compared, and nothing else changes.
-func (s *Server) tryCandidate(c Config) {
+// reloadCandidate reads the candidate bundle again. A candidate that could not come into force is not
+// evaluated: nothing is compared, and nothing else changes.
+func (s *Server) reloadCandidate(c Config) {
 	next, err := loadCandidate(c, s.targets)
 	if err != nil {
 		s.log.Error("the candidate policy bundle is refused; nothing is compared", "error", err)
@@ -93,13 +93,13 @@ func (s *Server) tryCandidate(c Config) {
 	}
 	if next != nil {
 		s.log.Info("candidate policy bundle", "bundle", next.Digest(), "version", next.Bundle().Version())
-		warn(s.log, next)
+		logWarnings(s.log, next)
 	}
 	s.shadow.Try(next)
 	s.metrics.candidate.Store(next != nil)
 }
 
-// loadCandidate gives nil when none is configured.
+// loadCandidate verifies and loads the candidate bundle; nil without a configured candidate.
 func loadCandidate(c Config, targets map[string]broker.Backend) (*policy.Policy, error) {
 	if c.Policy.Candidate == "" {
 		return nil, nil
@@ -116,9 +116,9 @@ func loadCandidate(c Config, targets map[string]broker.Backend) (*policy.Policy,
 	return running.Current(), nil
 }
 
-// CheckPolicy says whether a start or a reload would take the bundle, and the candidate if there is
-// one, as far as that can be told without the ledger: from their signatures, and from what the
-// plugins say of their tools.
+// CheckPolicy checks whether a start or a reload would accept the bundle, and the candidate if one is
+// configured. It checks their signatures, and their tools with the plugins. It does not open the ledger, so it
+// does not know which version was in force last.
 func CheckPolicy(c Config) (*policy.Policy, error) {
 	running, err := LoadPolicy(c.Policy)
 	if err != nil {
@@ -136,21 +136,22 @@ func CheckPolicy(c Config) (*policy.Policy, error) {
 	return running.Current(), err
 }
 
-// adopt has the ledger record that a bundle comes into force. rollback is a version that may, in
-// the word of whoever started the broker, follow a newer one; zero: none.
+// adopt records in the ledger that a bundle comes into force. rollback is the version that the user who started
+// the broker allows to follow a newer one; zero: none.
 func (s *Server) adopt(ctx context.Context, p *policy.Policy, rollback int64) error {
 	b := p.Bundle()
 	a := broker.Adoption{Name: b.Name(), Version: b.Version(), Digest: p.Digest(), Signers: b.Signers}
 	if rollback != 0 {
 		if rollback != b.Version() {
-			return fmt.Errorf("the rollback is to version %d, and the policy bundle %q is version %d", rollback, b.Name(), b.Version())
+			return fmt.Errorf("the rollback is to version %d, but policy bundle %q is version %d",
+				rollback, b.Name(), b.Version())
 		}
 		a.Back, a.By = true, fmt.Sprintf("local:uid=%d", os.Getuid())
 	}
 	return s.Broker.Adopt(ctx, a)
 }
 
-func warn(log *slog.Logger, p *policy.Policy) {
+func logWarnings(log *slog.Logger, p *policy.Policy) {
 	for _, w := range p.Warnings() {
 		log.Warn("policy", "warning", w)
 	}

@@ -18,23 +18,23 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// SelfTest says how the broker tries by itself whether revoking works: it opens a chain, takes a
-// step, revokes the chain, and wants it CLOSED and the next step refused.
+// SelfTest configures the broker's own test that revoking works. The test opens a chain, takes a step and
+// revokes the chain. It passes when the revocation is CLOSED and the next step is refused.
 type SelfTest struct {
-	Every time.Duration  `yaml:"every"` // how often, 10s and more; zero: never
-	Tool  string         `yaml:"tool"`  // the tool of its step; required with every
-	Args  map[string]any `yaml:"args"`  // the step's arguments
+	Every time.Duration  `yaml:"every"` // the period, 10s or more; zero: never
+	Tool  string         `yaml:"tool"`  // the tool of the test's step; required with every
+	Args  map[string]any `yaml:"args"`  // the arguments of that step
 }
 
-// leastSelfTest keeps a self-test from being most of what a broker does.
-const leastSelfTest = 10 * time.Second
+// minSelfTestPeriod keeps self-tests a small part of a broker's load.
+const minSelfTestPeriod = 10 * time.Second
 
 func (t SelfTest) check() error {
 	switch {
 	case t.Every == 0 && t.Tool == "" && len(t.Args) == 0:
 		return nil
-	case t.Every < leastSelfTest:
-		return fmt.Errorf("self_test.every is %v; it is %v and more", t.Every, leastSelfTest)
+	case t.Every < minSelfTestPeriod:
+		return fmt.Errorf("self_test.every is %v; it must be at least %v", t.Every, minSelfTestPeriod)
 	case t.Tool == "":
 		return errors.New("self_test.tool is required")
 	}
@@ -59,14 +59,14 @@ func (t SelfTest) step() (r broker.StepRequest, err error) {
 	return r, nil
 }
 
-// The names by which a self-test is known in policies, lists and the audit.
+// The names of a self-test in policies, lists and the audit log.
 const (
 	selfTestPath  = "/pawl/self-test"
 	selfTestLabel = "selftest"
 	selfTestName  = "pawl self-test"
 )
 
-// SelfTester is the SPIFFE ID under which the broker tests itself. No workload may have it.
+// SelfTester returns the SPIFFE ID under which the broker tests itself. No workload may have it.
 func SelfTester(c Config) (spiffeid.ID, error) {
 	td, err := spiffeid.TrustDomainFromString(c.TrustDomains[0])
 	if err != nil {
@@ -75,7 +75,7 @@ func SelfTester(c Config) (spiffeid.ID, error) {
 	return spiffeid.FromPath(td, selfTestPath)
 }
 
-// selfTest makes the test again and again, and keeps what came of it.
+// selfTest runs the test periodically and keeps the latest result.
 type selfTest struct {
 	b     *engine.Engine
 	id    spiffeid.ID
@@ -85,16 +85,16 @@ type selfTest struct {
 	log   *slog.Logger
 	now   func() time.Time
 
-	mu      sync.Mutex // guards what follows
-	begun   time.Time  // the first test is counted from here
-	success time.Time  // of the last success; zero: none yet
-	took    time.Duration
-	failed  bool // the last one did
-	count   int  // of failures
+	mu       sync.Mutex // guards the fields below
+	begun    time.Time  // when the period of the first test began
+	success  time.Time  // when a test last passed; zero: never
+	took     time.Duration
+	failed   bool // the last test failed
+	failures int
 }
 
-// run tests until ctx ends. A test that takes longer than a period has failed, so that the alarm comes
-// within two.
+// run tests until ctx ends. A test that takes longer than a period has failed, so that the alarm is raised
+// within two periods.
 func (t *selfTest) run(ctx context.Context) {
 	tick := time.NewTicker(t.every)
 	defer tick.Stop()
@@ -111,14 +111,14 @@ func (t *selfTest) run(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		t.note(begun, err)
+		t.record(begun, err)
 	}
 }
 
-func (t *selfTest) note(begun time.Time, err error) {
+func (t *selfTest) record(begun time.Time, err error) {
 	t.mu.Lock()
 	if t.failed = err != nil; t.failed {
-		t.count++
+		t.failures++
 	} else {
 		t.success, t.took = t.now(), t.now().Sub(begun)
 	}
@@ -130,7 +130,7 @@ func (t *selfTest) note(begun time.Time, err error) {
 	t.log.Info("self-test of revoking passed", "took", t.now().Sub(begun))
 }
 
-// ok reports whether the last test passed and none is late.
+// ok reports whether the last test passed and no test is late. A test is late after two periods.
 func (t *selfTest) ok() bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -141,10 +141,11 @@ func (t *selfTest) ok() bool {
 	return !t.failed && t.now().Sub(last) <= 2*t.every
 }
 
-// once is one test. Whatever it finds, its chain is revoked.
+// once runs one test. It revokes the test's chain whether the test passes or fails.
 func (t *selfTest) once(ctx context.Context) error {
 	caller := broker.Caller{ID: t.id, Proof: broker.ProofX509, NotAfter: t.now().Add(2 * t.every)}
-	root, err := t.b.Open(ctx, caller, broker.OpenRequest{Task: "self-test", Labels: map[string]string{selfTestLabel: "true"},
+	root, err := t.b.Open(ctx, caller, broker.OpenRequest{
+		Task: "self-test", Labels: map[string]string{selfTestLabel: "true"},
 		Rights: []broker.Right{{Tool: t.step.Tool, Use: true}}, TTL: min(2*t.every, broker.MaxChainTTL)})
 	if err != nil {
 		return fmt.Errorf("opening a chain as %s, which policy must permit: %w", t.id, err)
@@ -157,7 +158,8 @@ func (t *selfTest) once(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	rv, err := t.b.Revoke(context.WithoutCancel(ctx), broker.Operator{Name: selfTestName}, selector.Request{Selector: sel, Reason: "self-test"})
+	rv, err := t.b.Revoke(context.WithoutCancel(ctx), broker.Operator{Name: selfTestName},
+		selector.Request{Selector: sel, Reason: "self-test"})
 	switch {
 	case err != nil:
 		return fmt.Errorf("revoking the chain: %w", err)
@@ -168,15 +170,15 @@ func (t *selfTest) once(ctx context.Context) error {
 	issued.Secret.Wipe()
 	switch {
 	case err == nil:
-		return errors.New("a step under the revoked chain was given a secret")
+		return errors.New("a step under the revoked chain was issued a secret")
 	case !errors.Is(err, broker.Revoked):
 		return fmt.Errorf("a step under the revoked chain was not refused as revoked: %w", err)
 	}
-	return t.closed(ctx, rv.ID)
+	return t.awaitClosed(ctx, rv.ID)
 }
 
-// closed waits until the revocation is CLOSED.
-func (t *selfTest) closed(ctx context.Context, id broker.RevocationID) error {
+// awaitClosed waits until the revocation is CLOSED.
+func (t *selfTest) awaitClosed(ctx context.Context, id broker.RevocationID) error {
 	for {
 		changed, cancel := t.b.Watch("")
 		rv, err := t.b.Revocation(ctx, id)
@@ -186,50 +188,47 @@ func (t *selfTest) closed(ctx context.Context, id broker.RevocationID) error {
 		}
 		if err == nil && !rv.Settled.IsZero() {
 			cancel()
-			return fmt.Errorf("the revocation ended %s and not CLOSED: %d alive, %d unknown", rv.Closure, rv.Alive, rv.Unknown)
+			return fmt.Errorf("the revocation settled as %s, not CLOSED: %d alive, %d unknown", rv.Closure, rv.Alive, rv.Unknown)
 		}
 		select {
 		case <-changed:
 			cancel()
 		case <-ctx.Done():
 			cancel()
-			return fmt.Errorf("not CLOSED in time but %s: %d of %d proven dead: %w", rv.Closure, rv.Dead, rv.Grants, ctx.Err())
+			return fmt.Errorf("the revocation is not CLOSED in time but %s: %d of %d proven dead: %w",
+				rv.Closure, rv.Dead, rv.Grants, ctx.Err())
 		}
 	}
 }
 
-// register adds what the tests show to the metrics.
+// register adds the metrics of the self-test.
 func (t *selfTest) register(r prometheus.Registerer) {
-	gauge := func(name, help string, f func() float64) {
-		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 {
+	locked := func(f func() float64) func() float64 {
+		return func() float64 {
 			t.mu.Lock()
 			defer t.mu.Unlock()
 			return f()
-		}))
-	}
-	gauge("pawl_selftest_seconds", "How long the last self-test that passed took, from opening a chain to CLOSED.", func() float64 { return t.took.Seconds() })
-	gauge("pawl_selftest_success_timestamp_seconds", "When a self-test passed last; 0: never since the start.", func() float64 {
-		if t.success.IsZero() {
-			return 0
 		}
-		return float64(t.success.UnixMilli()) / 1000
-	})
+	}
 	r.MustRegister(
-		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "pawl_selftest_failures_total", Help: "Self-tests that failed."}, func() float64 {
-			t.mu.Lock()
-			defer t.mu.Unlock()
-			return float64(t.count)
-		}),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_selftest_ok", Help: "1 while the last self-test passed and none is late: two periods."}, func() float64 {
-			if t.ok() {
-				return 1
-			}
-			return 0
-		}))
+		newGauge("pawl_selftest_seconds", "Duration of the last self-test that passed, from opening a chain to CLOSED.",
+			locked(func() float64 { return t.took.Seconds() })),
+		newGauge("pawl_selftest_success_timestamp_seconds", "When a self-test last passed; 0: never since the start.",
+			locked(func() float64 {
+				if t.success.IsZero() {
+					return 0
+				}
+				return float64(t.success.UnixMilli()) / 1000
+			})),
+		prometheus.NewCounterFunc(
+			prometheus.CounterOpts{Name: "pawl_selftest_failures_total", Help: "Self-tests that failed."},
+			locked(func() float64 { return float64(t.failures) })),
+		newGauge("pawl_selftest_ok", "1 while the last self-test passed and no self-test is late. Late is after two periods.",
+			func() float64 { return oneIf(t.ok()) }))
 }
 
-// testSelf begins the configured self-test.
-func (s *Server) testSelf(c Config, alarm func(string, error)) error {
+// startSelfTest starts the configured self-test.
+func (s *Server) startSelfTest(c Config, alarm func(string, error)) error {
 	if c.SelfTest.Every == 0 {
 		return nil
 	}
@@ -242,17 +241,20 @@ func (s *Server) testSelf(c Config, alarm func(string, error)) error {
 		return err
 	}
 	if _, ok := s.Policy.Current().Tool(step.Tool); !ok {
-		return fmt.Errorf("self_test.tool %q is none of the policy bundle's", step.Tool)
+		return fmt.Errorf("the policy bundle has no tool %q, which self_test.tool names", step.Tool)
 	}
 	t := newSelfTest(s.Broker, id, step, c.SelfTest.Every, alarm, s.log)
 	t.register(s.metrics.registry)
 	ctx, stop := context.WithCancel(context.Background())
 	var done sync.WaitGroup
 	done.Go(func() { t.run(ctx) })
-	s.later(func() { stop(); done.Wait() })
+	s.onClose(func() { stop(); done.Wait() })
 	return nil
 }
 
-func newSelfTest(b *engine.Engine, id spiffeid.ID, step broker.StepRequest, every time.Duration, alarm func(string, error), log *slog.Logger) *selfTest {
+func newSelfTest(
+	b *engine.Engine, id spiffeid.ID, step broker.StepRequest, every time.Duration,
+	alarm func(string, error), log *slog.Logger,
+) *selfTest {
 	return &selfTest{b: b, id: id, step: step, every: every, alarm: alarm, log: log, now: time.Now, begun: time.Now()}
 }

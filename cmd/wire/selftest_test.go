@@ -20,8 +20,8 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// TestSelfTest has a broker test itself, and then breaks the way of revoking at one place after the other:
-// each time the alarm comes within two periods, and goes away when it is mended.
+// TestSelfTest runs a broker's self-test and breaks revocation at one point per row. Each time the alarm is
+// raised within two periods, and the self-test passes again after the repair.
 func TestSelfTest(t *testing.T) {
 	const every = 5 * time.Minute
 	broken := errors.New("broken on purpose")
@@ -34,16 +34,14 @@ func TestSelfTest(t *testing.T) {
 		}
 	}
 	for name, row := range map[string]struct {
-		harm func(*tested)
-		say  string
+		sabotage func(*tested)
+		want     string
 	}{
 		"nothing can be proven dead": {func(w *tested) { w.target.Fail(at("prove")) }, "not CLOSED in time"},
-		"no step can be taken": {func(w *tested) {
-			w.vault.Fail(at("child"))
-		}, "taking a step"},
-		"policy does not permit it": {func(w *tested) { w.deny(broker.ActionOpen) }, "which policy must permit"},
-		"no fence is written":       {func(w *tested) { w.fence(broken) }, "revoking the chain"},
-		"a fence means nothing":     {func(w *tested) { w.forget(true) }, "a step under the revoked chain"},
+		"no step can be taken":       {func(w *tested) { w.vault.Fail(at("child")) }, "taking a step"},
+		"policy does not permit it":  {func(w *tested) { w.deny(broker.ActionOpen) }, "which policy must permit"},
+		"no fence is written":        {func(w *tested) { w.failFences(broken) }, "revoking the chain"},
+		"a fence has no effect":      {func(w *tested) { w.loseFences() }, "a step under the revoked chain"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -54,21 +52,26 @@ func TestSelfTest(t *testing.T) {
 				defer func() { cancel(); done.Wait(); w.b.Stop() }()
 
 				w.quiet(every + time.Minute)
-				lines(t, w.scrape(), "pawl_selftest_ok 1", "pawl_selftest_failures_total 0", "pawl_live_grants 0", "pawl_closure_seconds_count 0")
-				if page := w.scrape(); strings.Contains(page, "pawl_selftest_success_timestamp_seconds 0\n") || strings.Contains(page, `pawl_steps_total{`) {
-					t.Error("the metrics know of no success, or count a test as somebody's step")
+				page := w.scrape()
+				lines(t, page, "pawl_selftest_ok 1", "pawl_selftest_failures_total 0", "pawl_live_grants 0",
+					"pawl_closure_seconds_count 0")
+				if strings.Contains(page, "pawl_selftest_success_timestamp_seconds 0\n") {
+					t.Error("the metrics have no success of the self-test")
 				}
-				row.harm(w)
+				if strings.Contains(page, `pawl_steps_total{`) {
+					t.Error("the metrics count the self-test's step")
+				}
+				row.sabotage(w)
 				select {
-				case said := <-w.alarms:
-					if !strings.Contains(said, row.say) {
-						t.Errorf("the alarm says %q, want %q", said, row.say)
+				case alarm := <-w.alarms:
+					if !strings.Contains(alarm, row.want) {
+						t.Errorf("the alarm is %q, want %q", alarm, row.want)
 					}
 				case <-time.After(2 * every):
-					t.Fatal("no alarm came within two periods")
+					t.Fatal("no alarm was raised within two periods")
 				}
 				lines(t, w.scrape(), "pawl_selftest_ok 0")
-				w.mend()
+				w.repair()
 				w.drain(2*every + time.Minute)
 				lines(t, w.scrape(), "pawl_selftest_ok 1", "pawl_live_grants 0")
 			})
@@ -76,7 +79,8 @@ func TestSelfTest(t *testing.T) {
 	}
 }
 
-// TestSelfTestConfig: a test that could not be made is an error at the start, and one that can is in the metrics.
+// TestSelfTestConfig holds that an impossible self-test is an error at the start, and that a possible one is in
+// the metrics.
 func TestSelfTestConfig(t *testing.T) {
 	for text, want := range map[string]string{
 		"self_test: {every: 1s, tool: notes.read}":                        "self_test.every",
@@ -91,20 +95,21 @@ func TestSelfTestConfig(t *testing.T) {
 		}
 	}
 	if _, err := wire.ParseConfig([]byte(config + "self_test: {every: 0s, tool: \"\", args: {}}")); err != nil {
-		t.Errorf("ParseConfig with an empty self_test = %v, want that there is none", err)
+		t.Errorf("ParseConfig with an empty self_test = %v, want no error and no self-test", err)
 	}
 	s := newSite(t, "example.org")
 	s.config.SelfTest = wire.SelfTest{Every: time.Minute, Tool: "notes.write"}
-	if w, err := wire.Start(t.Context(), s.config, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "self_test.tool") {
+	w, err := wire.Start(t.Context(), s.config, slog.New(slog.DiscardHandler))
+	if err == nil || !strings.Contains(err.Error(), "self_test.tool") {
 		w.Close()
-		t.Errorf("Start with a tool that is not there = %v, want an error", err)
+		t.Errorf("Start with an unknown tool = %v, want an error", err)
 	}
 	s.config.SelfTest.Tool = "notes.read"
 	s.start()
 	lines(t, scrape(t, s), "pawl_selftest_ok 1", "pawl_selftest_success_timestamp_seconds 0")
 }
 
-// tested is an engine in memory whose parts can be broken, and its self-test.
+// tested is an in-memory engine with parts that can be broken, and its self-test.
 type tested struct {
 	t      *testing.T
 	target *brokertest.Target
@@ -114,10 +119,10 @@ type tested struct {
 	scrape func() string
 	alarms chan string
 
-	mu      sync.Mutex // guards what follows
-	denied  broker.Action
-	noFence error
-	blind   bool
+	mu         sync.Mutex // guards the fields below
+	denied     broker.Action
+	fenceErr   error // refuses every fence
+	fencesLost bool  // commits every fence without its mark
 }
 
 func newTested(t *testing.T) *tested {
@@ -129,7 +134,8 @@ func newTested(t *testing.T) *tested {
 		defer w.mu.Unlock()
 		return broker.Decision{Allow: q.Action != w.denied && q.Action != broker.ActionReport}
 	}
-	parts := engine.Config{Ledger: lame{brokertest.NewMemory(), w}, Policy: func() broker.Policy { return tools }, Vault: w.vault,
+	parts := engine.Config{Ledger: faultyLedger{brokertest.NewMemory(), w}, Vault: w.vault,
+		Policy:   func() broker.Policy { return tools },
 		Backends: map[string]broker.Backend{"target": w.target}, Now: time.Now, Random: rand.Reader, SweepEvery: -1,
 		Alarm: func(string, error) {}}
 	m := wire.Counting(&parts, func(broker.ToolName) bool { return true }, func() error { return nil })
@@ -140,8 +146,8 @@ func newTested(t *testing.T) *tested {
 	if err := w.b.Resume(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	w.run = wire.Tests(m, w.b, spiffeid.RequireFromString("spiffe://example.org/pawl/self-test"), broker.StepRequest{Tool: "db"}, 5*time.Minute,
-		func(_ string, err error) { w.alarms <- err.Error() })
+	w.run = wire.Tests(m, w.b, spiffeid.RequireFromString("spiffe://example.org/pawl/self-test"),
+		broker.StepRequest{Tool: "db"}, 5*time.Minute, func(_ string, err error) { w.alarms <- err.Error() })
 	w.scrape = func() string {
 		r := httptest.NewRecorder()
 		m.Handler().ServeHTTP(r, httptest.NewRequest("GET", "/metrics", nil))
@@ -157,26 +163,26 @@ func (w *tested) set(f func()) {
 }
 
 func (w *tested) deny(a broker.Action) { w.set(func() { w.denied = a }) }
-func (w *tested) fence(err error)      { w.set(func() { w.noFence = err }) }
-func (w *tested) forget(blind bool)    { w.set(func() { w.blind = blind }) }
+func (w *tested) failFences(err error) { w.set(func() { w.fenceErr = err }) }
+func (w *tested) loseFences()          { w.set(func() { w.fencesLost = true }) }
 
-func (w *tested) mend() {
+func (w *tested) repair() {
 	w.target.Fail(nil)
 	w.vault.Fail(nil)
-	w.set(func() { w.denied, w.noFence, w.blind = "", nil, false })
+	w.set(func() { w.denied, w.fenceErr, w.fencesLost = "", nil, false })
 }
 
-// quiet lets time pass and fails at an alarm.
+// quiet waits for d and fails the test at an alarm.
 func (w *tested) quiet(d time.Duration) {
 	w.t.Helper()
 	select {
-	case said := <-w.alarms:
-		w.t.Fatalf("an alarm without a cause: %s", said)
+	case alarm := <-w.alarms:
+		w.t.Fatalf("an alarm without a cause: %s", alarm)
 	case <-time.After(d):
 	}
 }
 
-// drain lets time pass, whatever is said.
+// drain waits for d and drops alarms.
 func (w *tested) drain(d time.Duration) {
 	for end := time.After(d); ; {
 		select {
@@ -187,35 +193,35 @@ func (w *tested) drain(d time.Duration) {
 	}
 }
 
-// lame is a ledger that takes no fence, or shows none, when told so.
-type lame struct {
+// faultyLedger refuses or loses fences as w says.
+type faultyLedger struct {
 	broker.Ledger
 	w *tested
 }
 
-func (l lame) Update(ctx context.Context, f func(broker.Tx) error) error {
+func (l faultyLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
 	l.w.mu.Lock()
-	noFence, blind := l.w.noFence, l.w.blind
+	fenceErr, fencesLost := l.w.fenceErr, l.w.fencesLost
 	l.w.mu.Unlock()
-	return l.Ledger.Update(ctx, func(tx broker.Tx) error { return f(lameTx{tx, noFence, blind}) })
+	return l.Ledger.Update(ctx, func(tx broker.Tx) error { return f(faultyTx{tx, fenceErr, fencesLost}) })
 }
 
-type lameTx struct {
+type faultyTx struct {
 	broker.Tx
-	noFence error
-	blind   bool
+	fenceErr   error
+	fencesLost bool
 }
 
-func (t lameTx) Append(e broker.Entry) (broker.Revision, error) {
-	if t.noFence != nil && e.Op == broker.OpFence {
-		return 0, errors.Join(broker.ErrNotCommitted, t.noFence)
+func (t faultyTx) Append(e broker.Entry) (broker.Revision, error) {
+	if t.fenceErr != nil && e.Op == broker.OpFence {
+		return 0, errors.Join(broker.ErrNotCommitted, t.fenceErr)
 	}
 	return t.Tx.Append(e)
 }
 
-// Put loses the mark of a fence when blind.
-func (t lameTx) Put(key string, value []byte) error {
-	if t.blind && strings.HasPrefix(key, "d/") && strings.Contains(string(value), `"fence"`) {
+// Put drops the mark of a fence with fencesLost.
+func (t faultyTx) Put(key string, value []byte) error {
+	if t.fencesLost && strings.HasPrefix(key, "d/") && strings.Contains(string(value), `"fence"`) {
 		return nil
 	}
 	return t.Tx.Put(key, value)

@@ -24,21 +24,21 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// site is a place with a trust domain of its own and a broker by configuration. Its Vault is down.
+// site has a trust domain of its own and the configuration of a broker. Its Vault is down.
 type site struct {
 	t          *testing.T
 	dir        string
 	identities *workload.Server
-	behind     atomic.Int64 // nanoseconds by which the identities' clock is late
+	behind     atomic.Int64 // nanoseconds by which the clock of identities is late
 	config     wire.Config
-	public     jose.JSONWebKey // verifies what the broker signs
+	public     jose.JSONWebKey // verifies the broker's signatures
 }
 
 func newSite(t *testing.T, domain string) *site {
 	t.Helper()
 	s := &site{t: t}
 	var err error
-	if s.dir, err = os.MkdirTemp("", "pawl"); err != nil { // a socket's path must be short
+	if s.dir, err = os.MkdirTemp("", "pawl"); err != nil { // t.TempDir is too long for a socket's path
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(s.dir) }) // a temporary directory
@@ -56,8 +56,10 @@ func newSite(t *testing.T, domain string) *site {
 	s.public = public
 	source, err := policy.Build(fstest.MapFS{
 		"bundle.yaml": {Data: []byte("{name: site, version: 1}")},
-		"tools.yaml":  {Data: []byte("tools:\n  - {name: notes.read, backend: notes, narrowing: none, vault: {policy: pawl-notes, path: secret/notes}}\n")},
-		"main.cedar":  {Data: []byte("@id(\"all\")\n@any(\"action tool\")\npermit (principal in TrustDomain::\"" + domain + "\", action, resource);\n")},
+		"tools.yaml": {Data: []byte("tools:\n  - {name: notes.read, backend: notes, narrowing: none, " +
+			"vault: {policy: pawl-notes, path: secret/notes}}\n")},
+		"main.cedar": {Data: []byte("@id(\"all\")\n@any(\"action tool\")\n" +
+			"permit (principal in TrustDomain::\"" + domain + "\", action, resource);\n")},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -70,7 +72,8 @@ func newSite(t *testing.T, domain string) *site {
 	s.config = wire.Config{
 		TrustDomains: []string{domain}, WorkloadAPI: "unix://" + s.path("workload.sock"),
 		Listen: wire.Listen{Agents: freeAddress(t), Socket: s.path("admin.sock")}, Ledger: s.path("ledger.db"),
-		Policy:     wire.Policy{Bundle: s.file("policy.jws", bundle), Keys: s.file("keys.json", jose.JSONWebKeySet{Keys: []jose.JSONWebKey{public}})},
+		Policy: wire.Policy{Bundle: s.file("policy.jws", bundle),
+			Keys: s.file("keys.json", jose.JSONWebKeySet{Keys: []jose.JSONWebKey{public}})},
 		Vault:      wire.Vault{Address: "https://127.0.0.1:1", CA: s.file("ca.pem", authority)},
 		Backends:   map[string]wire.Backend{"notes": {Plugin: "kv"}},
 		SweepEvery: -1, SigningKey: s.file("signing.key", private),
@@ -78,20 +81,20 @@ func newSite(t *testing.T, domain string) *site {
 	return s
 }
 
-// freeAddress is one that a broker can have, and have again.
+// freeAddress returns an address with a free port, which a broker can listen on more than once.
 func freeAddress(t *testing.T) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close() //nolint:errcheck // nobody connected
+	defer l.Close() //nolint:errcheck // it has no connection
 	return l.Addr().String()
 }
 
 func (s *site) path(name string) string { return filepath.Join(s.dir, name) }
 
-// file writes bytes as they are and everything else as JSON.
+// file writes bytes unchanged and every other value as JSON. It returns the path.
 func (s *site) file(name string, v any) string {
 	s.t.Helper()
 	raw, is := v.([]byte)
@@ -107,7 +110,7 @@ func (s *site) file(name string, v any) string {
 	return s.path(name)
 }
 
-// identify brings the Workload API up.
+// identify starts the Workload API.
 func (s *site) identify() {
 	s.t.Helper()
 	if _, err := s.identities.Listen(s.path("workload.sock")); err != nil {
@@ -125,7 +128,7 @@ func (s *site) start() *wire.Server {
 	return w
 }
 
-// open makes a chain of an agent's, past the listener.
+// open opens a chain of the agent in the engine, without the listener.
 func (s *site) open(w *wire.Server, labels map[string]string) broker.Delegation {
 	s.t.Helper()
 	caller := broker.Caller{ID: s.identities.ID("/agent"), Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
@@ -137,7 +140,7 @@ func (s *site) open(w *wire.Server, labels map[string]string) broker.Delegation 
 	return root
 }
 
-// operator is somebody at the local socket.
+// operator is a client of the local socket.
 func (s *site) operator() *operator.Client {
 	s.t.Helper()
 	c, err := operator.New(operator.Config{Address: "unix:" + s.config.Listen.Socket})
@@ -148,10 +151,11 @@ func (s *site) operator() *operator.Client {
 	return c
 }
 
-// agent is the agent over the network, with an SVID of its own that is good.
+// agent is the agent's client over the network, with a valid SVID.
 func (s *site) agent() *agent.Client {
 	s.t.Helper()
-	c, err := agent.New(agent.Config{Address: "https://" + s.config.Listen.Agents, Source: s.identities.Source(s.identities.ID("/agent")), ServerID: s.identities.ID("/pawl")})
+	c, err := agent.New(agent.Config{Address: "https://" + s.config.Listen.Agents,
+		Source: s.identities.Source(s.identities.ID("/agent")), ServerID: s.identities.ID("/pawl")})
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -159,7 +163,7 @@ func (s *site) agent() *agent.Client {
 	return c
 }
 
-// within waits for what others bring about.
+// within waits until ok, and fails the test after d.
 func within(t *testing.T, d time.Duration, what string, ok func() bool) {
 	t.Helper()
 	tick := time.NewTicker(10 * time.Millisecond)
@@ -167,7 +171,7 @@ func within(t *testing.T, d time.Duration, what string, ok func() bool) {
 	for end := time.After(d); !ok(); {
 		select {
 		case <-end:
-			t.Fatalf("still not so after %v: %s", d, what)
+			t.Fatalf("after %v still not: %s", d, what)
 		case <-tick.C:
 		}
 	}

@@ -21,14 +21,18 @@ import (
 	"github.com/pawlsec/pawl/broker/signals"
 )
 
-// Subscriber says who is told of what happens here, and how to know it.
+// Subscriber is a receiver of this broker's security events, and how the broker authenticates it.
 type Subscriber struct {
-	URL      string   `yaml:"url"`       // its push endpoint (RFC 8935), https; required
-	Audience string   `yaml:"audience"`  // the aud of tokens for it; required
-	CA       string   `yaml:"ca"`        // PEM file of the authorities of its certificate; empty: the system's, or with server_id those that the Workload API has of its trust domain
-	ServerID string   `yaml:"server_id"` // the SPIFFE ID that its certificate must have; empty: the certificate must have the URL's host name
-	MTLS     bool     `yaml:"mtls"`      // show it the broker's own X.509-SVID; nothing else is shown: there are no static secrets
-	Events   []string `yaml:"events"`    // of session-revoked, chain-fenced, closure, freeze and unfreeze; empty: all
+	URL      string `yaml:"url"`      // its push endpoint (RFC 8935), https; required
+	Audience string `yaml:"audience"` // the aud claim of its tokens; required
+	// PEM file of the authorities of its certificate; empty: the system's, or with server_id the Workload API's
+	// bundle of its trust domain
+	CA string `yaml:"ca"`
+	// the SPIFFE ID that its certificate must have; empty: the certificate must have the URL's host name
+	ServerID string `yaml:"server_id"`
+	// authenticate with the broker's own X.509-SVID; there is no other way, so there are no static secrets
+	MTLS   bool     `yaml:"mtls"`
+	Events []string `yaml:"events"` // of session-revoked, chain-fenced, closure, freeze and unfreeze; empty: all
 }
 
 var subscriberName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
@@ -39,8 +43,9 @@ func (s Subscriber) check(name string) error {
 	if !subscriberName.MatchString(name) {
 		wrong = append(wrong, fmt.Errorf("%s: a name is 1 to 63 lower-case letters, digits and dashes", at))
 	}
-	if u, err := url.Parse(s.URL); err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.Fragment != "" {
-		wrong = append(wrong, fmt.Errorf("%s.url is required, and https without a user", at))
+	u, err := url.Parse(s.URL)
+	if err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.Fragment != "" {
+		wrong = append(wrong, fmt.Errorf("%s.url is required, and must be https without a user", at))
 	}
 	if s.Audience == "" {
 		wrong = append(wrong, fmt.Errorf("%s.audience is required", at))
@@ -52,14 +57,14 @@ func (s Subscriber) check(name string) error {
 	}
 	for _, kind := range s.Events {
 		if !slices.Contains(signals.Kinds(), kind) {
-			wrong = append(wrong, fmt.Errorf("%s.events: there are none called %q", at, kind))
+			wrong = append(wrong, fmt.Errorf("%s.events: there is no event %q", at, kind))
 		}
 	}
 	return errors.Join(wrong...)
 }
 
-// tls says whom to believe at the subscriber's address.
-func (s Subscriber) tls(me *own) (*tls.Config, error) {
+// tls configures how the broker authenticates the subscriber, and itself to the subscriber.
+func (s Subscriber) tls(svids *svidSource) (*tls.Config, error) {
 	var authorities []*x509.Certificate
 	if s.CA != "" {
 		raw, err := os.ReadFile(s.CA)
@@ -84,7 +89,7 @@ func (s Subscriber) tls(me *own) (*tls.Config, error) {
 		if err != nil {
 			return nil, fmt.Errorf("server_id: %w", err)
 		}
-		var bundles x509bundle.Source = me
+		var bundles x509bundle.Source = svids
 		if len(authorities) > 0 {
 			bundles = x509bundle.FromX509Authorities(id.TrustDomain(), authorities)
 		}
@@ -96,12 +101,12 @@ func (s Subscriber) tls(me *own) (*tls.Config, error) {
 		}
 	}
 	if s.MTLS {
-		c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return certificate(me) }
+		c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return certificate(svids) }
 	}
 	return c, nil
 }
 
-// CheckSubscribers reads what the configured subscribers' entries name.
+// CheckSubscribers reads the files that the subscribers' entries name.
 func CheckSubscribers(c Config) error {
 	for name, s := range c.Subscribers {
 		if _, err := s.tls(nil); err != nil {
@@ -111,8 +116,10 @@ func CheckSubscribers(c Config) error {
 	return nil
 }
 
-// sender makes what tells the configured subscribers; nil without any.
-func sender(c Config, me *own, source signals.Source, alarm func(string, error), log *slog.Logger) (*signals.Sender, error) {
+// newSender makes the sender of events to the configured subscribers; nil without subscribers.
+func newSender(
+	c Config, svids *svidSource, source signals.Source, alarm func(string, error), log *slog.Logger,
+) (*signals.Sender, error) {
 	if len(c.Subscribers) == 0 {
 		return nil, nil
 	}
@@ -124,27 +131,29 @@ func sender(c Config, me *own, source signals.Source, alarm func(string, error),
 	if err != nil {
 		return nil, err
 	}
-	config := signals.SenderConfig{Mute: tester, Source: source, Issuer: cmp.Or(c.Issuer, "https://"+c.TrustDomains[0]+"/pawl"), Key: key, Now: time.Now, Alarm: alarm, Log: log}
+	config := signals.SenderConfig{Mute: tester, Source: source, Key: key, Now: time.Now, Alarm: alarm, Log: log,
+		Issuer: cmp.Or(c.Issuer, "https://"+c.TrustDomains[0]+"/pawl")}
 	for name, s := range c.Subscribers {
-		trust, err := s.tls(me)
+		trust, err := s.tls(svids)
 		if err != nil {
 			return nil, fmt.Errorf("subscribers.%s.%w", name, err)
 		}
-		config.Subscribers = append(config.Subscribers, signals.Subscriber{Name: name, URL: s.URL, Audience: s.Audience, TLS: trust, Kinds: s.Events})
+		config.Subscribers = append(config.Subscribers,
+			signals.Subscriber{Name: name, URL: s.URL, Audience: s.Audience, TLS: trust, Kinds: s.Events})
 	}
 	return signals.NewSender(config)
 }
 
-// tell begins to tell the subscribers.
-func (s *Server) tell(c Config, me *own, alarm func(string, error), log *slog.Logger) error {
-	to, err := sender(c, me, s.Broker, alarm, log)
-	if err != nil || to == nil {
+// startSender starts to push events to the subscribers.
+func (s *Server) startSender(c Config, svids *svidSource, alarm func(string, error), log *slog.Logger) error {
+	sender, err := newSender(c, svids, s.Broker, alarm, log)
+	if err != nil || sender == nil {
 		return err
 	}
 	for name := range c.Subscribers {
-		s.metrics.subscriber(name, func() time.Duration { return to.Lag(name) })
+		s.metrics.addSubscriber(name, func() time.Duration { return sender.Lag(name) })
 	}
-	to.Start()
-	s.later(to.Close)
+	sender.Start()
+	s.onClose(sender.Close)
 	return nil
 }

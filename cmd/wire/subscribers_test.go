@@ -19,62 +19,69 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// TestRevocationIsCarriedOn: a chain that is fenced at one broker ends what goes on from it at another,
-// in another trust domain, although that one is down at first and the first is restarted in between;
-// and a subscriber of another make, who wants a certificate, can verify what it is told.
+// TestRevocationIsCarriedOn fences a chain at one broker. A broker of another trust domain ends the chains that
+// continue it, although it is down at first and the first broker restarts in between. A subscriber that knows
+// nothing of Pawl and demands a client certificate can verify the events.
 func TestRevocationIsCarriedOn(t *testing.T) {
 	a, b := newSite(t, "a.example"), newSite(t, "b.example")
 	a.identify()
 	b.identify()
 	b.config.JWTAudience = "pawl" // so that others need no certificate of its trust domain
-	b.config.Signals = []wire.Signal{{Issuer: "https://a.example/pawl", Audience: "https://b.example", Action: "revoke", ChainLabel: "upstream",
+	b.config.Signals = []wire.Signal{{Issuer: "https://a.example/pawl", Audience: "https://b.example",
+		Action: "revoke", ChainLabel: "upstream",
 		Keys: b.file("a.json", jose.JSONWebKeySet{Keys: []jose.JSONWebKey{a.public}})}}
 	soc := newSOC(t, a)
 	a.config.Subscribers = map[string]wire.Subscriber{
-		"b": {URL: "https://" + b.config.Listen.Agents + "/v1/security-events", Audience: "https://b.example", CA: b.path("ca.pem"),
-			ServerID: "spiffe://b.example/pawl", Events: []string{"session-revoked"}},
+		"b": {URL: "https://" + b.config.Listen.Agents + "/v1/security-events", Audience: "https://b.example",
+			CA: b.path("ca.pem"), ServerID: "spiffe://b.example/pawl", Events: []string{"session-revoked"}},
 		"soc": soc.subscriber(a),
 	}
 
 	w := a.start()
 	root, other := a.open(w, nil), a.open(w, nil)
 	begun := time.Now()
-	rv, err := a.operator().Revoke(t.Context(), api.RevokeRequest{Selector: "chain:" + string(root.Chain), Reason: "it leaked"})
+	rv, err := a.operator().Revoke(t.Context(),
+		api.RevokeRequest{Selector: "chain:" + string(root.Chain), Reason: "it leaked"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if took := time.Since(begun); took > 2*time.Second {
-		t.Errorf("fencing took %v with a subscriber down, want that it waits for none", took)
+		t.Errorf("fencing took %v with a subscriber down, want less than 2 s", took)
 	}
 	soc.verify(t, rv, root, a.public)
-	within(t, 10*time.Second, "the metrics say who is behind", func() bool { return strings.Contains(lag(t, a, "b"), "0.") || len(lag(t, a, "b")) > 1 })
-	within(t, 10*time.Second, "who was told everything is not behind", func() bool { return lag(t, a, "soc") == "0" })
-	w.Close() // with b not told
+	within(t, 10*time.Second, "the subscriber that is down has a lag", func() bool {
+		return strings.Contains(lag(t, a, "b"), "0.") || len(lag(t, a, "b")) > 1
+	})
+	within(t, 10*time.Second, "the subscriber that acknowledged all events has no lag", func() bool {
+		return lag(t, a, "soc") == "0"
+	})
+	w.Close() // before b has acknowledged an event
 
-	there := b.start()
-	child, free := b.open(there, map[string]string{"upstream": string(root.Chain)}), b.open(there, map[string]string{"upstream": string(other.Chain)})
+	remote := b.start()
+	child := b.open(remote, map[string]string{"upstream": string(root.Chain)})
+	free := b.open(remote, map[string]string{"upstream": string(other.Chain)})
 	a.start()
-	within(t, 30*time.Second, "the fence has reached the other broker", func() bool { return b.fenced(there, child) })
-	if b.fenced(there, free) {
-		t.Error("a chain that goes on from another is fenced too")
+	within(t, 30*time.Second, "the fence has reached the other broker", func() bool { return b.fenced(remote, child) })
+	if b.fenced(remote, free) {
+		t.Error("a chain that continues another chain is fenced too")
 	}
-	within(t, 10*time.Second, "nobody is behind", func() bool { return lag(t, a, "b") == "0" })
-	if again := len(soc.said); again != 0 {
-		t.Errorf("%d events were told again after a restart", again)
+	within(t, 10*time.Second, "no subscriber has a lag", func() bool { return lag(t, a, "b") == "0" })
+	if again := len(soc.events); again != 0 {
+		t.Errorf("%d events were pushed again after a restart", again)
 	}
 }
 
 func (s *site) fenced(w *wire.Server, d broker.Delegation) bool {
 	s.t.Helper()
 	caller := broker.Caller{ID: d.Holder, Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
-	standing, err := w.Broker.Status(s.t.Context(), caller, d.ID)
+	status, err := w.Broker.Status(s.t.Context(), caller, d.ID)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	return standing.Fence != nil
+	return status.Fence != nil
 }
 
-// lag is what the metrics say of a subscriber.
+// lag returns a subscriber's lag as it is in the metrics.
 func lag(t *testing.T, s *site, subscriber string) string {
 	t.Helper()
 	for line := range strings.Lines(scrape(t, s)) {
@@ -82,7 +89,7 @@ func lag(t *testing.T, s *site, subscriber string) string {
 			return strings.TrimSpace(value)
 		}
 	}
-	t.Fatalf("the metrics know no subscriber %q", subscriber)
+	t.Fatalf("the metrics have no subscriber %q", subscriber)
 	return ""
 }
 
@@ -101,21 +108,21 @@ func scrape(t *testing.T, s *site) string {
 	return string(page)
 }
 
-// soc is a subscriber that has nothing of ours.
+// soc is a subscriber that uses none of Pawl's code.
 type soc struct {
 	*httptest.Server
-	said chan string
+	events chan string
 }
 
 func newSOC(t *testing.T, a *site) soc {
-	s := soc{said: make(chan string, 100)}
+	s := soc{events: make(chan string, 100)}
 	s.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		raw, err := io.ReadAll(r.Body)
 		if err != nil || r.Header.Get("Content-Type") != "application/secevent+jwt" || r.Method != http.MethodPost {
 			w.WriteHeader(http.StatusInternalServerError)
 			return
 		}
-		s.said <- string(raw)
+		s.events <- string(raw)
 		w.WriteHeader(http.StatusAccepted)
 	}))
 	pool := x509.NewCertPool()
@@ -131,7 +138,7 @@ func (s soc) subscriber(a *site) wire.Subscriber {
 	return wire.Subscriber{URL: s.URL + "/events", Audience: "https://soc.example", CA: ca, MTLS: true}
 }
 
-// verify takes the three events of a fence and of its closure, in order.
+// verify checks the two events of a fence and the event of its closure, in order.
 func (s soc) verify(t *testing.T, rv api.Revocation, root broker.Delegation, key jose.JSONWebKey) {
 	t.Helper()
 	seen := map[string]bool{}
@@ -139,9 +146,9 @@ func (s soc) verify(t *testing.T, rv api.Revocation, root broker.Delegation, key
 		"https://pawl.dev/secevent/event-type/chain-fenced", "https://pawl.dev/secevent/event-type/closure"} {
 		var token string
 		select {
-		case token = <-s.said:
+		case token = <-s.events:
 		case <-time.After(20 * time.Second):
-			t.Fatalf("no %s came", want)
+			t.Fatalf("no event %s came", want)
 		}
 		jws, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.EdDSA})
 		if err != nil {
@@ -173,38 +180,44 @@ func (s soc) verify(t *testing.T, rv api.Revocation, root broker.Delegation, key
 		e, is := c.Events[want]
 		if !is || len(c.Events) != 1 || c.Iss != "https://a.example/pawl" || c.Aud != "https://soc.example" || seen[c.Jti] ||
 			c.Toe > c.Iat || e.EventTimestamp != c.Toe || time.Since(time.Unix(c.Iat, 0)) > time.Minute {
-			t.Errorf("the token says %s, want one %s of now with an id of its own", raw, want)
+			t.Errorf("the token is %s, want one recent event %s with a unique id", raw, want)
 		}
 		seen[c.Jti] = true
-		if c.SubID.Format != "complex" || c.SubID.Session.ID != string(root.Chain) || c.SubID.User.URI != root.Holder.String() {
+		if c.SubID.Format != "complex" || c.SubID.Session.ID != string(root.Chain) ||
+			c.SubID.User.URI != root.Holder.String() {
 			t.Errorf("the subject is %+v, want the chain, of %s", c.SubID, root.Holder)
 		}
-		if caep := strings.Contains(want, "caep"); caep && e.ReasonAdmin["en"] != "it leaked" || !caep && e.Revocation != rv.ID {
-			t.Errorf("the event says %+v, want the revocation, or why", e)
+		caep := strings.Contains(want, "caep")
+		if caep && e.ReasonAdmin["en"] != "it leaked" || !caep && e.Revocation != rv.ID {
+			t.Errorf("the event is %+v, want the reason in CAEP's event and the revocation in others", e)
 		}
 		if strings.HasSuffix(want, "/closure") && e.Closure != string(broker.ClosureClosed) {
-			t.Errorf("the closure told is %q, want CLOSED", e.Closure)
+			t.Errorf("the event's closure is %q, want CLOSED", e.Closure)
 		}
 	}
 }
 
-// TestSubscribersConfig: whom to tell, and how to know it, is written out.
+// TestSubscribersConfig holds that a subscriber's address and authentication must be configured in full.
 func TestSubscribersConfig(t *testing.T) {
-	const good = "signing_key: k\nsubscribers: {soc: {url: \"https://soc/events\", audience: soc, mtls: true, events: [freeze]}}"
+	const key = "signing_key: k\n"
+	const good = key + `subscribers: {soc: {url: "https://soc/events", audience: soc, mtls: true, events: [freeze]}}`
 	if c, err := wire.ParseConfig([]byte(config + good)); err != nil || !c.Subscribers["soc"].MTLS {
 		t.Fatalf("ParseConfig = %+v, %v, want the subscriber", c.Subscribers, err)
 	}
 	for name, row := range map[string]struct{ text, want string }{
-		"no key":           {`subscribers: {soc: {url: "https://soc", audience: soc}}`, "signing_key"},
-		"no url":           {"signing_key: k\nsubscribers: {soc: {audience: soc}}", "subscribers.soc.url"},
-		"no TLS":           {"signing_key: k\nsubscribers: {soc: {url: \"http://soc\", audience: soc}}", "subscribers.soc.url"},
-		"a password":       {"signing_key: k\nsubscribers: {soc: {url: \"https://u:p@soc\", audience: soc}}", "subscribers.soc.url"},
-		"no audience":      {"signing_key: k\nsubscribers: {soc: {url: \"https://soc\"}}", "subscribers.soc.audience"},
-		"a bad name":       {"signing_key: k\nsubscribers: {SOC: {url: \"https://soc\", audience: soc}}", "subscribers.SOC"},
-		"no such event":    {"signing_key: k\nsubscribers: {soc: {url: \"https://soc\", audience: soc, events: [all]}}", "subscribers.soc.events"},
-		"no SPIFFE ID":     {"signing_key: k\nsubscribers: {soc: {url: \"https://soc\", audience: soc, server_id: soc}}", "subscribers.soc.server_id"},
-		"a static secret":  {"signing_key: k\nsubscribers: {soc: {url: \"https://soc\", audience: soc, token: x}}", "token"},
-		"a label that not": {`signals: [{issuer: i, audience: us, keys: k, action: revoke, chain_label: "a b"}]`, "signals.0.chain_label"},
+		"no key":      {`subscribers: {soc: {url: "https://soc", audience: soc}}`, "signing_key"},
+		"no url":      {key + `subscribers: {soc: {audience: soc}}`, "subscribers.soc.url"},
+		"no TLS":      {key + `subscribers: {soc: {url: "http://soc", audience: soc}}`, "subscribers.soc.url"},
+		"a password":  {key + `subscribers: {soc: {url: "https://u:p@soc", audience: soc}}`, "subscribers.soc.url"},
+		"no audience": {key + `subscribers: {soc: {url: "https://soc"}}`, "subscribers.soc.audience"},
+		"a bad name":  {key + `subscribers: {SOC: {url: "https://soc", audience: soc}}`, "subscribers.SOC"},
+		"an unknown event": {key + `subscribers: {soc: {url: "https://soc", audience: soc, events: [all]}}`,
+			"subscribers.soc.events"},
+		"a bad SPIFFE ID": {key + `subscribers: {soc: {url: "https://soc", audience: soc, server_id: soc}}`,
+			"subscribers.soc.server_id"},
+		"a static secret": {key + `subscribers: {soc: {url: "https://soc", audience: soc, token: x}}`, "token"},
+		"a bad label": {`signals: [{issuer: i, audience: us, keys: k, action: revoke, chain_label: "a b"}]`,
+			"signals.0.chain_label"},
 	} {
 		if _, err := wire.ParseConfig([]byte(config + row.text)); err == nil || !strings.Contains(err.Error(), row.want) {
 			t.Errorf("ParseConfig with %s = %v, want an error with %q", name, err, row.want)

@@ -39,31 +39,33 @@ type Server struct {
 	signer            *audit.Signer // nil without a key
 	agents, operators net.Addr
 	failed            chan error
-	closers           []func() // in the order of making; Close runs them backwards
-	closing           sync.Once
+	closeFuncs        []func() // in the order of construction; Close runs them in reverse
+	closeOnce         sync.Once
 }
 
-// Start puts the parts together and serves. ctx bounds the start, not the serving. Neither Vault nor
-// the Workload API need be up: fencing over the operators' socket works without them, nothing is
-// issued, and the broker goes on trying. What is wrong with the configuration is an error.
+// Start connects the parts and serves. ctx bounds the start, not the serving. Neither Vault nor the
+// Workload API need be up: fencing over the operators' socket works without them, the broker issues
+// nothing, and it retries. A wrong configuration is an error.
 func Start(ctx context.Context, c Config, log *slog.Logger) (s *Server, err error) {
 	return start(ctx, c, log, func(*engine.Config) {}, 0)
 }
 
-// StartWith is Start with a last word on the engine's parts, for tests that put faults between
+// StartWith is Start with a hook that changes the engine's parts, for tests that inject faults between
 // them.
 func StartWith(ctx context.Context, c Config, log *slog.Logger, change func(*engine.Config)) (s *Server, err error) {
 	return start(ctx, c, log, change, 0)
 }
 
-// StartRolledBack is Start for a policy bundle that is not newer than the one that was in force
-// last: exactly this version of it is taken, and the audit says that it was, and for whom. Zero is
-// Start.
+// StartRolledBack is Start for a policy bundle that is not newer than the last one in force. It accepts
+// exactly this version, and the audit log records the rollback and the user who started the broker. Version
+// zero is Start.
 func StartRolledBack(ctx context.Context, c Config, log *slog.Logger, version int64) (s *Server, err error) {
 	return start(ctx, c, log, func(*engine.Config) {}, version)
 }
 
-func start(ctx context.Context, c Config, log *slog.Logger, change func(*engine.Config), rollback int64) (s *Server, err error) {
+func start(
+	ctx context.Context, c Config, log *slog.Logger, change func(*engine.Config), rollback int64,
+) (s *Server, err error) {
 	s = &Server{failed: make(chan error, 3), log: log}
 	defer func() {
 		if err != nil {
@@ -73,23 +75,23 @@ func start(ctx context.Context, c Config, log *slog.Logger, change func(*engine.
 	if s.Policy, err = LoadPolicy(c.Policy); err != nil {
 		return s, err
 	}
-	warn(log, s.Policy.Current())
-	me, err := newOwn(c, log)
+	logWarnings(log, s.Policy.Current())
+	svids, err := newSVIDSource(c, log)
 	if err != nil {
 		return s, err
 	}
-	attestor, err := newAttestor(c, me)
+	attestor, err := newAttestor(c, svids)
 	if err != nil {
 		return s, err
 	}
-	s.identify(me, c.JWTAudience != "")
-	if s.Vault, err = s.login(c.Vault, me, log); err != nil {
+	s.watchIdentity(svids, c.JWTAudience != "")
+	if s.Vault, err = s.login(c.Vault, svids, log); err != nil {
 		return s, err
 	}
 	if s.Ledger, err = bolt.Open(bolt.Config{Path: c.Ledger}); err != nil {
 		return s, err
 	}
-	s.later(func() { logClose(log, "ledger", s.Ledger.Close()) })
+	s.onClose(func() { logClose(log, "ledger", s.Ledger.Close()) })
 	if s.signer, err = LoadSigner(c); err != nil {
 		return s, err
 	}
@@ -101,8 +103,10 @@ func start(ctx context.Context, c Config, log *slog.Logger, change func(*engine.
 		return s, err
 	}
 	parts := engine.Config{
-		Ledger: s.Ledger, Policy: func() broker.Policy { return s.shadow.Beside(s.Policy.Current()) }, Vault: leaseLister{s.Vault, s.Policy, backends}, Backends: backends,
-		Now: time.Now, Random: rand.Reader, Alarm: func(op string, err error) { log.Error("alarm", "op", op, "error", err) },
+		Ledger: s.Ledger, Vault: leaseLister{s.Vault, s.Policy, backends}, Backends: backends,
+		Policy: func() broker.Policy { return s.shadow.Beside(s.Policy.Current()) },
+		Alarm:  func(op string, err error) { log.Error("alarm", "op", op, "error", err) },
+		Now:    time.Now, Random: rand.Reader,
 		MintTimeout: c.Vault.MintTimeout, MintBound: c.Vault.MintBound, SweepEvery: c.SweepEvery,
 	}
 	change(&parts)
@@ -110,20 +114,21 @@ func start(ctx context.Context, c Config, log *slog.Logger, change func(*engine.
 	if err != nil {
 		return s, err
 	}
-	s.metrics = newMetrics(func(name broker.ToolName) bool { _, ok := s.Policy.Current().Tool(name); return ok }, s.Vault.Ready)
+	known := func(name broker.ToolName) bool { _, ok := s.Policy.Current().Tool(name); return ok }
+	s.metrics = newMetrics(known, s.Vault.Ready)
 	s.metrics.tester = tester
 	s.shadow = newShadow(log, s.metrics)
-	s.later(s.shadow.Close)
+	s.onClose(s.shadow.Close)
 	parts.Ledger, parts.Alarm = counted{parts.Ledger, s.metrics}, s.metrics.alarm(parts.Alarm)
 	if s.Broker, err = engine.New(parts); err != nil {
 		return s, err
 	}
-	s.later(s.Broker.Stop)
+	s.onClose(s.Broker.Stop)
 	if err := s.adopt(ctx, s.Policy.Current(), rollback); err != nil {
 		return s, err
 	}
-	s.tryCandidate(c)
-	if err := s.metrics.begin(ctx, s.Broker); err != nil {
+	s.reloadCandidate(c)
+	if err := s.metrics.seed(ctx, s.Broker); err != nil {
 		return s, err
 	}
 	if err := s.restore(ctx, backends); err != nil {
@@ -132,40 +137,42 @@ func start(ctx context.Context, c Config, log *slog.Logger, change func(*engine.
 	if err := s.Broker.Resume(ctx); err != nil {
 		return s, err
 	}
-	if err := s.listen(ctx, c, attestor, me, backends, log); err != nil {
+	if err := s.listen(ctx, c, attestor, svids, backends, log); err != nil {
 		return s, err
 	}
-	if err := errors.Join(s.tell(c, me, parts.Alarm, log), s.testSelf(c, parts.Alarm)); err != nil {
+	if err := errors.Join(s.startSender(c, svids, parts.Alarm, log), s.startSelfTest(c, parts.Alarm)); err != nil {
 		return s, err
 	}
 	wait, cancel := context.WithTimeout(ctx, identityWait)
 	defer cancel()
-	me.await(wait)
+	svids.await(wait)
 	return s, nil
 }
 
-// identityWait is how long Start waits for the broker's identity with the listeners open already, so
-// that whoever started a healthy broker finds it ready.
+// identityWait is how long Start waits for the broker's identity after it opened the listeners, so that a
+// healthy broker is ready when Start returns.
 const identityWait = 5 * time.Second
 
-// later has Close run f, before what was given to later earlier.
-func (s *Server) later(f func()) { s.closers = append(s.closers, f) }
+// onClose registers f for Close, which runs it before the functions registered earlier.
+func (s *Server) onClose(f func()) { s.closeFuncs = append(s.closeFuncs, f) }
 
-// Close stops serving, then the background work, then the parts, and waits for each. What was
-// under way is in the ledger.
+// Close stops serving, then the background work, then the parts, and waits for each. Unfinished work is in
+// the ledger; the next start resumes it.
 func (s *Server) Close() {
-	s.closing.Do(func() {
-		for i := len(s.closers) - 1; i >= 0; i-- {
-			s.closers[i]()
+	s.closeOnce.Do(func() {
+		for i := len(s.closeFuncs) - 1; i >= 0; i-- {
+			s.closeFuncs[i]()
 		}
 	})
 }
 
-// Failed gives the error of a listener that stopped by itself.
+// Failed delivers the error of a listener that stopped by itself.
 func (s *Server) Failed() <-chan error { return s.failed }
 
-// Agents and Operators are the addresses that are listened on; Operators is nil without one.
-func (s *Server) Agents() net.Addr    { return s.agents }
+// Agents is the address of the agents' listener.
+func (s *Server) Agents() net.Addr { return s.agents }
+
+// Operators is the address of the operators' TLS listener; nil without one.
 func (s *Server) Operators() net.Addr { return s.operators }
 
 func logClose(log *slog.Logger, what string, err error) {
@@ -174,16 +181,19 @@ func logClose(log *slog.Logger, what string, err error) {
 	}
 }
 
-func newAttestor(c Config, me *own) (*attest.Attestor, error) {
-	config := attest.Config{TrustDomains: c.TrustDomains, Source: me}
+func newAttestor(c Config, svids *svidSource) (*attest.Attestor, error) {
+	config := attest.Config{TrustDomains: c.TrustDomains, Source: svids}
 	if c.JWTAudience != "" {
-		config.JWT, config.Audience = me, c.JWTAudience
+		config.JWT, config.Audience = svids, c.JWTAudience
 	}
 	return attest.New(config)
 }
 
-// listen opens the operators' socket before all else. Agents can connect once the broker has an identity.
-func (s *Server) listen(ctx context.Context, c Config, a *attest.Attestor, me *own, backends map[string]broker.Backend, log *slog.Logger) error {
+// listen opens the operators' socket first. Agents can connect once the broker has an identity.
+func (s *Server) listen(
+	ctx context.Context, c Config, a *attest.Attestor, svids *svidSource,
+	backends map[string]broker.Backend, log *slog.Logger,
+) error {
 	operators := newOperators(c.Operators, a)
 	notary, err := s.notary()
 	if err != nil {
@@ -194,15 +204,16 @@ func (s *Server) listen(ctx context.Context, c Config, a *attest.Attestor, me *o
 		return err
 	}
 	srv, err := server.New(server.Config{Broker: s.Broker, Identify: a.Identify, Operator: operators.identify,
-		Notary: notary, Signals: receiver, Introspect: introspect(s.active, s.Policy, backends), StatusList: statusLists(backends), Metrics: s.metrics.handler(), Log: log, Now: time.Now,
-		Ready: func() error { return errors.Join(me.ready(), s.Vault.Ready()) }})
+		Notary: notary, Signals: receiver, Introspect: introspect(s.active, s.Policy, backends),
+		StatusList: statusLists(backends), Metrics: s.metrics.handler(), Log: log, Now: time.Now,
+		Ready: func() error { return errors.Join(svids.ready(), s.Vault.Ready()) }})
 	if err != nil {
 		return err
 	}
 	if err := s.serveSocket(c.Listen.Socket, srv.Operators()); err != nil {
 		return fmt.Errorf("listening on the operators' socket: %w", err)
 	}
-	defer s.later(srv.Close) // the first thing that Close does: it ends the streams
+	defer s.onClose(srv.Close) // registered last, so that Close ends the streams first
 	if s.agents, err = s.serveTLS(c.Listen.Agents, a, srv.Agents(), log); err != nil {
 		return fmt.Errorf("listening for agents: %w", err)
 	}
@@ -233,17 +244,17 @@ func (s *Server) serve(h *http.Server, l net.Listener) {
 			s.failed <- err
 		}
 	}()
-	s.later(func() {
+	s.onClose(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()
 		if h.Shutdown(ctx) != nil {
-			_ = h.Close() // what is still open after the grace is cut
+			_ = h.Close() // it closes the connections that are still open after the grace period
 		}
 		<-done
 	})
 }
 
-func (s *Server) login(c Vault, me *own, log *slog.Logger) (*vault.Client, error) {
+func (s *Server) login(c Vault, svids *svidSource, log *slog.Logger) (*vault.Client, error) {
 	pem, err := os.ReadFile(c.CA)
 	if err != nil {
 		return nil, fmt.Errorf("vault.ca: %w", err)
@@ -258,12 +269,12 @@ func (s *Server) login(c Vault, me *own, log *slog.Logger) (*vault.Client, error
 	}
 	login := vault.Login{Mount: c.Mount}
 	if c.Auth == "jwt" {
-		login.JWTRole, login.JWT = role, jwtFor(me, c.Audience)
+		login.JWTRole, login.JWT = role, jwtFor(svids, c.Audience)
 	} else {
 		login.CertRole = role
 		login.Certificate = func(r *tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			me.await(r.Context()) // else the first login of every start would come too soon
-			return certificate(me)
+			svids.await(r.Context()) // otherwise the first login of every start would be too early
+			return certificate(svids)
 		}
 	}
 	client, err := vault.New(vault.Config{Address: c.Address, Roots: roots, Namespace: c.Namespace, Login: login,
@@ -271,6 +282,6 @@ func (s *Server) login(c Vault, me *own, log *slog.Logger) (*vault.Client, error
 	if err != nil {
 		return nil, err
 	}
-	s.later(client.Close)
+	s.onClose(client.Close)
 	return client, nil
 }

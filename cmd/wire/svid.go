@@ -1,0 +1,228 @@
+package wire
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+)
+
+// svidSource has the broker's own SVID and the trust bundles, from the last update of the Workload API.
+// It starts empty and returns an error until the first update: a broker without an identity can still fence
+// over its local socket, but nothing else. Safe for concurrent use.
+type svidSource struct {
+	options   []workloadapi.ClientOption
+	log       *slog.Logger
+	now       func() time.Time
+	attempted chan struct{} // closed after the first attempt to get the X.509 identity, successful or not
+
+	mu   sync.RWMutex // guards the fields below
+	x509 *workloadapi.X509Context
+	jwts *jwtbundle.Set
+	err  error // of the last attempt to get the X.509 identity; nil after a success
+}
+
+var errNoIdentity = errors.New("the Workload API has not given the broker an identity yet")
+
+// newSVIDSource checks the Workload API's address. It fetches nothing before [Server.watchIdentity].
+func newSVIDSource(c Config, log *slog.Logger) (*svidSource, error) {
+	s := &svidSource{log: log, now: time.Now, attempted: make(chan struct{})}
+	address, set := c.WorkloadAPI, true
+	if address == "" {
+		address, set = workloadapi.GetDefaultAddress()
+	}
+	if !set {
+		return nil, errors.New("workload_api is required unless SPIFFE_ENDPOINT_SOCKET is set")
+	}
+	if err := workloadapi.ValidateAddress(address); err != nil {
+		return nil, fmt.Errorf("workload_api: %w", err)
+	}
+	s.options = []workloadapi.ClientOption{workloadapi.WithAddr(address)}
+	return s, nil
+}
+
+// watchIdentity updates svids until Close.
+func (s *Server) watchIdentity(svids *svidSource, jwts bool) {
+	ctx, stop := context.WithCancel(context.Background())
+	var done sync.WaitGroup
+	done.Go(func() {
+		svids.run(ctx, "X.509-SVID", func(ctx context.Context, c *workloadapi.Client, w watcher) error {
+			return c.WatchX509Context(ctx, w)
+		})
+	})
+	if jwts {
+		done.Go(func() {
+			svids.run(ctx, "JWT bundles", func(ctx context.Context, c *workloadapi.Client, w watcher) error {
+				return c.WatchJWTBundles(ctx, w)
+			})
+		})
+	}
+	s.onClose(func() { stop(); done.Wait() })
+}
+
+// The backoff between attempts. Each attempt has a new client, because gRPC's own backoff grows to two
+// minutes.
+const (
+	firstRetry = 500 * time.Millisecond
+	lastRetry  = 10 * time.Second
+)
+
+// watch delivers the updates of one stream of the Workload API to w.
+type watch func(ctx context.Context, c *workloadapi.Client, w watcher) error
+
+// run watches and retries after each error until ctx ends.
+func (s *svidSource) run(ctx context.Context, what string, watch watch) {
+	for pause := firstRetry; ; pause = min(2*pause, lastRetry) {
+		begun := s.now()
+		err := s.once(ctx, watch)
+		if ctx.Err() != nil {
+			return
+		}
+		if s.now().Sub(begun) > lastRetry {
+			pause = firstRetry // the stream was healthy for a while
+		}
+		wait := pause/2 + rand.N(pause)
+		s.log.Error("the stream from the Workload API broke; its last update stays in use",
+			"of", what, "error", err, "again_in", wait)
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+// once watches until the first error.
+func (s *svidSource) once(ctx context.Context, watch watch) error {
+	c, err := workloadapi.New(ctx, s.options...)
+	if err != nil {
+		s.fail(err)
+		return err
+	}
+	defer c.Close() //nolint:errcheck // it only closes the connection
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	err = watch(ctx, c, watcher{s, stop})
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	return err
+}
+
+// watcher stores the updates of the Workload API and stops the watch at the first error.
+type watcher struct {
+	s    *svidSource
+	stop context.CancelCauseFunc
+}
+
+// OnX509ContextUpdate implements [workloadapi.X509ContextWatcher].
+func (w watcher) OnX509ContextUpdate(c *workloadapi.X509Context) {
+	w.s.mu.Lock()
+	had := w.s.x509 != nil
+	w.s.x509, w.s.err = c, nil
+	w.s.attemptedLocked()
+	w.s.mu.Unlock()
+	if !had {
+		w.s.log.Info("the broker has an identity",
+			"spiffe_id", c.DefaultSVID().ID.String(), "until", c.DefaultSVID().Certificates[0].NotAfter)
+	}
+}
+
+// OnX509ContextWatchError implements [workloadapi.X509ContextWatcher].
+func (w watcher) OnX509ContextWatchError(err error) {
+	w.s.fail(err)
+	w.stop(err)
+}
+
+// OnJWTBundlesUpdate implements [workloadapi.JWTBundleWatcher].
+func (w watcher) OnJWTBundlesUpdate(set *jwtbundle.Set) {
+	w.s.mu.Lock()
+	defer w.s.mu.Unlock()
+	w.s.jwts = set
+}
+
+// OnJWTBundlesWatchError implements [workloadapi.JWTBundleWatcher].
+func (w watcher) OnJWTBundlesWatchError(err error) { w.stop(err) }
+
+// fail records why there is no newer identity.
+func (s *svidSource) fail(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.err = err
+	s.attemptedLocked()
+}
+
+func (s *svidSource) attemptedLocked() {
+	select {
+	case <-s.attempted:
+	default:
+		close(s.attempted)
+	}
+}
+
+// await returns after the first attempt to get an identity, or when ctx ends.
+func (s *svidSource) await(ctx context.Context) {
+	select {
+	case <-s.attempted:
+	case <-ctx.Done():
+	}
+}
+
+// ready returns why the broker cannot prove its identity; nil when it can.
+func (s *svidSource) ready() error {
+	svid, err := s.GetX509SVID()
+	if err != nil {
+		return err
+	}
+	if end := svid.Certificates[0].NotAfter; !s.now().Before(end) {
+		return fmt.Errorf("the broker's own SVID expired at %s", end.UTC().Format(time.RFC3339))
+	}
+	return nil
+}
+
+// GetX509SVID implements [x509svid.Source].
+func (s *svidSource) GetX509SVID() (*x509svid.SVID, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.x509 == nil {
+		return nil, s.missingLocked()
+	}
+	return s.x509.DefaultSVID(), nil
+}
+
+// GetX509BundleForTrustDomain implements [x509bundle.Source].
+func (s *svidSource) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.x509 == nil {
+		return nil, s.missingLocked()
+	}
+	return s.x509.Bundles.GetX509BundleForTrustDomain(td)
+}
+
+// GetJWTBundleForTrustDomain implements [jwtbundle.Source].
+func (s *svidSource) GetJWTBundleForTrustDomain(td spiffeid.TrustDomain) (*jwtbundle.Bundle, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.jwts == nil {
+		return nil, errNoIdentity
+	}
+	return s.jwts.GetJWTBundleForTrustDomain(td)
+}
+
+func (s *svidSource) missingLocked() error {
+	if s.err != nil {
+		return fmt.Errorf("%w: %w", errNoIdentity, s.err)
+	}
+	return errNoIdentity
+}
