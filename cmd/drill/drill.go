@@ -26,8 +26,8 @@ type Config struct {
 	SVG, JSON  string    // files of the chart and of the figures; empty: none
 }
 
-// MostSecrets is as many as can be made before the first of them ends by itself.
-const MostSecrets = 1000
+// MaxSecrets is as many as can be made before the first of them ends by itself.
+const MaxSecrets = 1000
 
 // The tree that holds the secrets:
 //
@@ -55,8 +55,8 @@ func Run(ctx context.Context, c Config) (Result, error) {
 	if c.Progress == nil {
 		c.Progress = io.Discard
 	}
-	if c.Secrets < len(holders) || c.Secrets > MostSecrets {
-		return Result{}, fmt.Errorf("a drill takes %d to %d secrets", len(holders), MostSecrets)
+	if c.Secrets < len(holders) || c.Secrets > MaxSecrets {
+		return Result{}, fmt.Errorf("a drill takes %d to %d secrets", len(holders), MaxSecrets)
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()

@@ -75,7 +75,7 @@ func readable(t *testing.T, path string) {
 }
 
 func TestDrillSizes(t *testing.T) {
-	for _, n := range []int{-1, 3, drill.MostSecrets + 1} {
+	for _, n := range []int{-1, 3, drill.MaxSecrets + 1} {
 		if _, err := drill.Run(t.Context(), drill.Config{Out: io.Discard, Secrets: n}); err == nil {
 			t.Errorf("Run with %d secrets = nil, want an error", n)
 		}

@@ -17,7 +17,7 @@ import (
 	"github.com/pawlsec/pawl/broker/agent"
 )
 
-// stepFlags are what `pawl step` is told.
+// stepFlags are the flags of `pawl step`.
 type stepFlags struct {
 	broker                          agent.Config
 	task, tool, delegation, purpose string
@@ -29,32 +29,35 @@ type stepFlags struct {
 func stepCommand() *cobra.Command {
 	var f stepFlags
 	c := &cobra.Command{
-		Use: "step --tool TOOL [--arg NAME=TEXT | --arg NAME:=JSON]… -- COMMAND [ARGUMENT]…", Short: "Take one step and run a command with its secret",
-		Long: "Take one step as the agent that the SPIFFE Workload API says we are, run the command with the\n" +
-			"secret in its environment (PAWL_SECRET_USERNAME, PAWL_SECRET_PASSWORD, …), and end the secret\n" +
-			"when the command ends. When the chain is revoked the command is ended. The exit status is the\n" +
-			"command's. Without --delegation a chain of its own is opened for it.",
-		Example: "  pawl step --tool db.read --arg 'tables:=[\"orders\"]' -- \\\n    sh -c 'psql \"$PAWL_SECRET_URL\" -c \"SELECT * FROM orders\"'",
+		Use:   "step --tool TOOL [--arg NAME=TEXT | --arg NAME:=JSON]… -- COMMAND [ARGUMENT]…",
+		Short: "Take one step and run a command with its secret",
+		Long: "Take one step with the agent's identity from the SPIFFE Workload API. Run the command with the secret in\n" +
+			"its environment (PAWL_SECRET_USERNAME, PAWL_SECRET_PASSWORD, …), and end the secret when the command\n" +
+			"exits. If the chain is revoked, the command is stopped. The exit status is the command's. Without\n" +
+			"--delegation, a new chain is opened for the step.",
+		Example: "  pawl step --tool db.read --arg 'tables:=[\"orders\"]' -- \\\n" +
+			"    sh -c 'psql \"$PAWL_SECRET_URL\" -c \"SELECT * FROM orders\"'",
 		RunE: func(cmd *cobra.Command, command []string) error {
 			if err := required(cmd, "tool"); err != nil {
 				return err
 			}
 			if f.print == (len(command) > 0) {
-				return misuse{hinted{errors.New("either a command after -- or --print is needed"), "pawl step --help shows an example"}}
+				return misuse{hinted{errors.New("either a command after -- or --print is needed"),
+					"pawl step --help shows an example"}}
 			}
 			return takeStep(cmd, f, command)
 		},
 	}
 	flags := c.Flags()
-	flags.StringVar(&f.broker.Address, "address", "", "the broker, https://host:port ($PAWL_ADDRESS)")
+	flags.StringVar(&f.broker.Address, "address", "", "the broker's address, https://host:port ($PAWL_ADDRESS)")
 	flags.TextVar(&f.broker.ServerID, "server-id", spiffeid.ID{}, "the broker's SPIFFE `ID` ($PAWL_SERVER_ID)")
 	flags.StringVar(&f.tool, "tool", "", "the tool; required")
 	flags.StringArrayVar(&f.args, "arg", nil, "an argument: name=text, or name:=json for lists, numbers and booleans")
-	flags.StringVar(&f.delegation, "delegation", "", "the delegation to use; empty: a chain is opened")
-	flags.StringVar(&f.task, "task", "pawl step", "what the chain is for, when one is opened")
-	flags.StringVar(&f.purpose, "purpose", "", "why, for the audit")
-	flags.DurationVar(&f.ttl, "ttl", 0, "the secret's life; zero: as long as is allowed")
-	flags.BoolVar(&f.print, "print", false, "print the secret and end it when standard input closes")
+	flags.StringVar(&f.delegation, "delegation", "", "the delegation to use; empty: open a new chain")
+	flags.StringVar(&f.task, "task", "pawl step", "the task of a new chain")
+	flags.StringVar(&f.purpose, "purpose", "", "the purpose of the step, for the audit")
+	flags.DurationVar(&f.ttl, "ttl", 0, "the secret's lifetime; zero: the longest allowed")
+	flags.BoolVar(&f.print, "print", false, "print the secret, and end it when standard input closes")
 	return c
 }
 
@@ -125,7 +128,7 @@ func parseArgs(given []string) (agent.Args, error) {
 				return nil, hinted{fmt.Errorf("--arg %s: not JSON", plain), `write a list as 'name:=["a","b"]'`}
 			}
 			if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-				return nil, fmt.Errorf("--arg %s: something follows the JSON", plain)
+				return nil, fmt.Errorf("--arg %s: text follows the JSON value", plain)
 			}
 			args[plain] = v
 			continue
@@ -145,8 +148,8 @@ func printSecret(cmd *cobra.Command, s *agent.Secret) error {
 	return err
 }
 
-// runWith runs the command with the secret's members in its environment. The command ends with
-// ctx, which ends when the step is revoked.
+// runWith runs the command with the secret's members in its environment. It stops the command when ctx ends,
+// which it does when the step is revoked.
 func runWith(ctx context.Context, s *agent.Secret, command []string) error {
 	run := exec.CommandContext(ctx, command[0], command[1:]...)
 	run.Stdin, run.Stdout, run.Stderr = os.Stdin, os.Stdout, os.Stderr

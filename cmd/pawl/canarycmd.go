@@ -14,17 +14,19 @@ import (
 func canaryCommand() *cobra.Command {
 	var f operatorFlags
 	var in api.PlantRequest
-	c := &cobra.Command{Use: "canary", Short: "Values that only a thief presents",
-		Long: "Plant values that open nothing, where nobody has business: whoever presents one has been there. That is the\n" +
-			"violation canary of the chain it was planted in, and what policy says follows: revoke-chain, unless\n" +
-			"violations.yaml says otherwise. One of no chain is an alarm and a line of the audit.",
-		Example: "  pawl canary plant --chain ch0123456789abcdefghjkmnpq --note 'the planner home' > .vault-token\n  pawl canary list"}
+	c := &cobra.Command{Use: "canary", Short: "Plant decoy values that only a thief presents",
+		Long: "Plant values that give access to nothing, in places that no workload should read: only a thief presents\n" +
+			"one. That is the violation canary of the chain it was planted in. Its consequence is revoke-chain, unless\n" +
+			"violations.yaml has another. A canary without a chain raises an alarm and adds an audit entry.",
+		Example: "  pawl canary plant --chain ch0123456789abcdefghjkmnpq --note 'the planner home' > .vault-token\n" +
+			"  pawl canary list"}
 	f.add(c)
 	plant := &cobra.Command{
-		Use: "plant", Short: "Make one, and print its value this once", Args: cobra.NoArgs,
-		Long: "Make a canary. Its value goes to standard output and is kept nowhere: the broker has a digest. It is presented\n" +
-			"where the broker is asked whether a token is good still (introspection), or by pawl revoke --leaked.",
-		Example: "  pawl canary plant --chain ch0123456789abcdefghjkmnpq --note 'the planner home' > .vault-token\n  pawl canary plant --like github",
+		Use: "plant", Short: "Make a canary, and print its value once", Args: cobra.NoArgs,
+		Long: "Make a canary. Its value goes to standard output and is stored nowhere: the broker keeps a digest. The\n" +
+			"broker notices the value in a token introspection and in pawl revoke --leaked.",
+		Example: "  pawl canary plant --chain ch0123456789abcdefghjkmnpq --note 'the planner home' > .vault-token\n" +
+			"  pawl canary plant --like github",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, _ []string) error {
 			p, err := c.Plant(cmd.Context(), in)
 			if err != nil {
@@ -37,11 +39,13 @@ func canaryCommand() *cobra.Command {
 			return nil
 		}),
 	}
-	plant.Flags().StringVar(&in.Chain, "chain", "", "the `chain` that is to blame when it is touched; none: nothing is revoked")
-	plant.Flags().StringVar(&in.Note, "note", "", "where it will be put, for the list and the audit")
-	plant.Flags().StringVar(&in.Like, "like", "vault", "what it looks like: vault (a service token) or github (a personal access token)")
+	plant.Flags().StringVar(&in.Chain, "chain", "", "the `chain` that the violation belongs to; empty: nothing is revoked")
+	plant.Flags().StringVar(&in.Note, "note", "", "the place of the canary, for the list and the audit")
+	plant.Flags().StringVar(&in.Like, "like", "vault",
+		"form of the value: vault (a service token) or github (a personal access token)")
 	list := &cobra.Command{
-		Use: "list", Short: "List what is planted, and what was touched", Args: cobra.NoArgs, Long: "List the canaries, the latest first.", Example: "  pawl canary list",
+		Use: "list", Short: "List the canaries, and when they were touched", Args: cobra.NoArgs,
+		Long: "List the canaries, latest first.", Example: "  pawl canary list",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, _ []string) error {
 			all, err := c.Canaries(cmd.Context())
 			if err != nil {
@@ -57,13 +61,15 @@ func canaryCommand() *cobra.Command {
 					if k.Chain != "" {
 						chain = k.Chain
 					}
-					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", k.ID, chain, k.Planted.UTC().Format(time.RFC3339), touched, k.Touches, k.By, oneLine(k.Note))
+					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", k.ID, chain, k.Planted.UTC().Format(time.RFC3339),
+						touched, k.Touches, k.By, oneLine(k.Note))
 				}
 			})
 		}),
 	}
 	pull := &cobra.Command{
-		Use: "pull CANARY", Short: "Take one away", Args: cobra.ExactArgs(1), Long: "Take a canary away: from then on its value is like any that nobody knows.",
+		Use: "pull CANARY", Short: "Remove a canary", Args: cobra.ExactArgs(1),
+		Long:    "Remove a canary. Its value is then like any unknown value.",
 		Example: "  pawl canary pull cn0123456789abcdefghjkmnpq",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, args []string) error {
 			k, err := c.Pull(cmd.Context(), args[0])

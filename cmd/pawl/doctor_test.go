@@ -17,7 +17,7 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// TestDoctor asks the doctor about a healthy broker, and then breaks one thing after the other.
+// TestDoctor runs the doctor on a healthy broker, and then breaks one part per row.
 func TestDoctor(t *testing.T) {
 	parts.NeedVault(t)
 	parts.NeedPostgreSQL(t)
@@ -28,40 +28,47 @@ func TestDoctor(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer env.Close()
-	if out, err := examine(ctx, env.ConfigFile); err != nil || strings.Contains(out, "WRONG") || strings.Count(out, "ok ") != 7+len(env.Config.Backends) {
+	out, err := runDoctor(ctx, env.ConfigFile)
+	if err != nil || strings.Contains(out, "WRONG") || strings.Count(out, "ok ") != 7+len(env.Config.Backends) {
 		t.Fatalf("pawl doctor = %v\n%s\nwant everything ok", err, out)
 	}
-	ledger := env.Config.Ledger
+	chmod := func(mode os.FileMode) func() error {
+		return func() error { return os.Chmod(env.Config.Ledger, mode) }
+	}
+	bundle, away := env.Config.Policy.Bundle, filepath.Join(env.Dir, "away")
 	for _, row := range []struct {
-		name         string
-		harm, mend   func() error
-		wrong, words string
+		name             string
+		sabotage, repair func() error
+		check, want      string
 	}{
-		{"database down", env.Postgres.Stop, func() error { return env.Postgres.Start(ctx) }, "backend shop", "connection refused"},
-		{"Vault sealed", func() error { return env.Vault.Seal(ctx) }, func() error { return env.Vault.Unseal(ctx) }, "vault", "is sealed"},
-		{"ledger open to others", func() error { return os.Chmod(ledger, 0o644) }, func() error { return os.Chmod(ledger, 0o600) }, "ledger", "only the broker's user"},
-		{"bundle gone", func() error { return os.Rename(env.Config.Policy.Bundle, filepath.Join(env.Dir, "away")) },
-			func() error { return os.Rename(filepath.Join(env.Dir, "away"), env.Config.Policy.Bundle) }, "policy bundle", "no such file"},
+		{"database down", env.Postgres.Stop, func() error { return env.Postgres.Start(ctx) },
+			"backend shop", "connection refused"},
+		{"Vault sealed", func() error { return env.Vault.Seal(ctx) }, func() error { return env.Vault.Unseal(ctx) },
+			"vault", "is sealed"},
+		{"ledger readable by others", chmod(0o644), chmod(0o600), "ledger", "only the broker's user"},
+		{"bundle gone", func() error { return os.Rename(bundle, away) }, func() error { return os.Rename(away, bundle) },
+			"policy bundle", "no such file"},
 		{"identities gone", env.Identities.Close, nil, "identity", ""},
 	} {
-		if err := row.harm(); err != nil {
+		if err := row.sabotage(); err != nil {
 			t.Fatal(err)
 		}
-		out, err := examine(ctx, env.ConfigFile)
-		if found := wrong(out, row.wrong); err == nil || found == "" || !strings.Contains(found, row.words) || !strings.Contains(out, "hint: ") {
-			t.Errorf("%s: pawl doctor = %v\n%s\nwant %q wrong, with %q", row.name, err, out, row.wrong, row.words)
+		out, err := runDoctor(ctx, env.ConfigFile)
+		found := failedLine(out, row.check)
+		if err == nil || found == "" || !strings.Contains(found, row.want) || !strings.Contains(out, "hint: ") {
+			t.Errorf("%s: pawl doctor = %v\n%s\nwant %q wrong, with %q", row.name, err, out, row.check, row.want)
 		}
-		if row.mend != nil {
-			if err := row.mend(); err != nil {
+		if row.repair != nil {
+			if err := row.repair(); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
 }
 
-// TestDoctorOnSelfTest: what the broker's metrics say of its self-test is a line of the doctor's.
+// TestDoctorOnSelfTest holds that the doctor reports the result of the self-test from the broker's metrics.
 func TestDoctorOnSelfTest(t *testing.T) {
-	dir, err := os.MkdirTemp("", "pawl") // a socket's path must be short
+	dir, err := os.MkdirTemp("", "pawl") // t.TempDir is too long for a socket's path
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,13 +91,13 @@ func TestDoctorOnSelfTest(t *testing.T) {
 		}
 		fmt.Fprint(w, page)
 	}))
-	_ = server.Listener.Close() // it is on the socket instead
+	_ = server.Listener.Close() // the socket replaces it
 	server.Listener = l
 	server.Start()
 	t.Cleanup(server.Close)
 	for text, want := range map[string]string{
 		"x 1\npawl_selftest_ok 1\npawl_selftest_success_timestamp_seconds 1.9e+09\n": "passed",
-		"x 1\npawl_selftest_ok 1\npawl_selftest_success_timestamp_seconds 0\n":       "the first is still to come",
+		"x 1\npawl_selftest_ok 1\npawl_selftest_success_timestamp_seconds 0\n":       "the first self-test has not run yet",
 		"x 1\npawl_selftest_ok 0\npawl_selftest_success_timestamp_seconds 1.9e+09\n": "",
 		"x 1\n": "",
 	} {
@@ -101,7 +108,7 @@ func TestDoctorOnSelfTest(t *testing.T) {
 	}
 }
 
-func examine(ctx context.Context, file string) (string, error) {
+func runDoctor(ctx context.Context, file string) (string, error) {
 	var out strings.Builder
 	c := command()
 	c.SetArgs([]string{"doctor", "--config", file})
@@ -110,10 +117,10 @@ func examine(ctx context.Context, file string) (string, error) {
 	return out.String(), err
 }
 
-// wrong gives the line that calls what wrong.
-func wrong(out, what string) string {
+// failedLine returns the line of a failed check; empty when the check passed.
+func failedLine(out, check string) string {
 	for line := range strings.Lines(out) {
-		if rest, ok := strings.CutPrefix(line, "WRONG  "+what); ok && strings.HasPrefix(rest, " ") {
+		if rest, ok := strings.CutPrefix(line, "WRONG  "+check); ok && strings.HasPrefix(rest, " ") {
 			return line
 		}
 	}

@@ -30,10 +30,11 @@ import (
 func doctorCommand() *cobra.Command {
 	var file string
 	c := &cobra.Command{
-		Use: "doctor --config FILE", Short: "Check everything a broker needs, and say what is wrong", Args: cobra.NoArgs,
-		Long: "Check what the broker of a configuration file needs, as the user and on the machine that it runs\n" +
-			"as and on: policy bundle, Workload API, Vault and its rights there, ledger, backends. One line each,\n" +
-			"and what to do about each that is wrong. Nothing is changed; a running broker is left alone.",
+		Use: "doctor --config FILE", Short: "Check everything a broker needs, with a hint for each fault", Args: cobra.NoArgs,
+		Long: "Check everything that the broker of a configuration file needs: the policy bundle, the Workload API,\n" +
+			"Vault and its rights there, the ledger and the backends. Run it on the broker's machine as the broker's\n" +
+			"user. It prints one line for each check, and a hint for each fault. It changes nothing and does not\n" +
+			"disturb a running broker.",
 		Example: "  pawl doctor --config pawl.yaml",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := required(cmd, "config"); err != nil {
@@ -44,39 +45,40 @@ func doctorCommand() *cobra.Command {
 				return hinted{err, "docs/configuration.md explains each key"}
 			}
 			d := doctor{c: config, out: cmd.OutOrStdout()}
-			return d.examine(cmd.Context())
+			return d.run(cmd.Context())
 		},
 	}
 	c.Flags().StringVar(&file, "config", "", "the broker's configuration; required")
 	return c
 }
 
-// doctor examines the parts of one configuration.
+// doctor checks the parts of one configuration.
 type doctor struct {
-	c    wire.Config
-	out  io.Writer
-	svid *x509svid.SVID // the broker's own; nil until it was fetched
-	ill  int
+	c      wire.Config
+	out    io.Writer
+	svid   *x509svid.SVID // the broker's own; nil until it is fetched
+	faults int
 }
 
 // checkTime bounds each check.
 const checkTime = 10 * time.Second
 
-// examine makes all checks, each whether or not those before it passed.
-func (d *doctor) examine(ctx context.Context) error {
+// run makes all checks. A failed check does not skip the later ones.
+func (d *doctor) run(ctx context.Context) error {
 	for _, check := range []struct {
 		what, hint string
 		run        func(context.Context) (found string, err error)
 	}{
 		{"policy bundle", "sign one with `pawl policy sign`, by keys that policy.keys lists", d.policy},
 		{"identity", "is the Workload API at workload_api, and has it an entry for this process?", d.identity},
-		{"vault", "is it up and unsealed, and is vault.ca the authority of its certificate?", d.vaultAnswers},
-		{"vault rights", "`pawl vault plan` prints what Vault must be taught, the auth role included", d.vaultRights},
+		{"vault", "is it up and unsealed, and is vault.ca the authority of its certificate?", d.vaultHealth},
+		{"vault rights", "`pawl vault plan` prints the setup that Vault needs, with the auth role", d.vaultRights},
 		{"ledger", "it needs a directory that the broker may write to, and room to grow", d.ledger},
-		{"broker", "start it with `pawl server`; when it runs, its log says what it waits for", d.broker},
-		{"self-test", "the broker's log has the alarm that says what failed; docs/configuration.md says what policy must permit", d.selfTest},
+		{"broker", "start it with `pawl server`; a running broker logs the reason that it is not ready", d.broker},
+		{"self-test", "the broker's log has the alarm with the cause; docs/configuration.md has the permit that it needs",
+			d.selfTest},
 	} {
-		d.note(ctx, check.what, check.hint, check.run)
+		d.check(ctx, check.what, check.hint, check.run)
 	}
 	names := make([]string, 0, len(d.c.Backends))
 	for name := range d.c.Backends {
@@ -84,21 +86,22 @@ func (d *doctor) examine(ctx context.Context) error {
 	}
 	slices.Sort(names)
 	for _, name := range names {
-		d.note(ctx, "backend "+name, "issuing with its tools fails until this is mended; everything else goes on",
+		d.check(ctx, "backend "+name, "issuing with its tools fails until this is repaired; other tools still work",
 			func(ctx context.Context) (string, error) { return wire.Reach(ctx, d.c.Backends[name]) })
 	}
-	if d.ill > 0 {
-		return fmt.Errorf("%d things are wrong", d.ill)
+	if d.faults > 0 {
+		return fmt.Errorf("%d of the checks failed", d.faults)
 	}
 	return nil
 }
 
-func (d *doctor) note(ctx context.Context, what, hint string, run func(context.Context) (string, error)) {
+// check makes one check and prints its line.
+func (d *doctor) check(ctx context.Context, what, hint string, run func(context.Context) (string, error)) {
 	ctx, cancel := context.WithTimeout(ctx, checkTime)
 	defer cancel()
 	found, err := run(ctx)
 	if err != nil {
-		d.ill++
+		d.faults++
 		fmt.Fprintf(d.out, "WRONG  %-16s %s\n       %-16s hint: %s\n", what, oneLine(err.Error()), "", hint)
 		return
 	}
@@ -131,13 +134,13 @@ func (d *doctor) identity(ctx context.Context) (string, error) {
 			return "", fmt.Errorf("trust_domains: %w", err)
 		}
 		if !got.Bundles.Has(td) {
-			return "", fmt.Errorf("the Workload API has no bundle of %s, so none of its workloads is let in", td)
+			return "", fmt.Errorf("the Workload API has no bundle of %s, so the broker refuses its workloads", td)
 		}
 	}
 	d.svid = got.DefaultSVID()
 	end := d.svid.Certificates[0].NotAfter
 	if left := time.Until(end); left <= 0 {
-		return "", fmt.Errorf("the SVID of %s ended at %s", d.svid.ID, end.UTC().Format(time.RFC3339))
+		return "", fmt.Errorf("the SVID of %s expired at %s", d.svid.ID, end.UTC().Format(time.RFC3339))
 	}
 	return fmt.Sprintf("%s until %s", d.svid.ID, end.UTC().Format(time.RFC3339)), nil
 }
@@ -155,14 +158,15 @@ func (d *doctor) vaultRoots() (*x509.CertPool, error) {
 	return roots, nil
 }
 
-// vaultAnswers asks for Vault's health, which needs no login.
-func (d *doctor) vaultAnswers(ctx context.Context) (string, error) {
+// vaultHealth requests Vault's health, which needs no login.
+func (d *doctor) vaultHealth(ctx context.Context) (string, error) {
 	roots, err := d.vaultRoots()
 	if err != nil {
 		return "", err
 	}
 	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, DisableKeepAlives: true}
-	client := &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	client := &http.Client{Transport: transport,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, d.c.Vault.Address+"/v1/sys/health", nil)
 	if err != nil {
 		return "", err
@@ -171,7 +175,7 @@ func (d *doctor) vaultAnswers(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	_ = answer.Body.Close() // the status says it all
+	_ = answer.Body.Close() // only the status counts
 	switch answer.StatusCode {
 	case http.StatusOK, http.StatusTooManyRequests: // active, or a standby that forwards
 		return d.c.Vault.Address + " is unsealed", nil
@@ -183,7 +187,7 @@ func (d *doctor) vaultAnswers(ctx context.Context) (string, error) {
 	return "", fmt.Errorf("%s answers %s", d.c.Vault.Address, answer.Status)
 }
 
-// vaultRights logs in as the broker does, and reads what its background work reads.
+// vaultRights logs in like the broker, and makes the requests of the broker's background work.
 func (d *doctor) vaultRights(ctx context.Context) (string, error) {
 	if d.svid == nil {
 		return "", errors.New("not tried: there is no SVID to log in with")
@@ -192,7 +196,8 @@ func (d *doctor) vaultRights(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	client, err := vault.New(vault.Config{Address: d.c.Vault.Address, Roots: roots, Namespace: d.c.Vault.Namespace, Login: d.login()})
+	client, err := vault.New(vault.Config{
+		Address: d.c.Vault.Address, Roots: roots, Namespace: d.c.Vault.Namespace, Login: d.login()})
 	if err != nil {
 		return "", err
 	}
@@ -212,14 +217,14 @@ func (d *doctor) vaultRights(ctx context.Context) (string, error) {
 	}
 	stuck, err := client.Irrevocable(ctx)
 	if err != nil {
-		return "", fmt.Errorf("listing leases that Vault gave up: %w", err)
+		return "", fmt.Errorf("listing irrevocable leases: %w", err)
 	}
 	if len(stuck) > 0 {
-		return "", fmt.Errorf("vault has given up revoking %d leases; somebody must end them by hand", len(stuck))
+		return "", fmt.Errorf("vault has given up revoking %d leases; a person must end them by hand", len(stuck))
 	}
 	running, err := wire.LoadPolicy(d.c.Policy)
 	if err != nil {
-		return "logged in; the tools' rights are not known without a policy bundle", nil
+		return "logged in; the tools' rights are unknown without a policy bundle", nil
 	}
 	leased := 0
 	for _, tool := range wire.Access(running.Current().Tools(), d.c.Backends) {
@@ -231,7 +236,7 @@ func (d *doctor) vaultRights(ctx context.Context) (string, error) {
 		}
 		leased++
 	}
-	return fmt.Sprintf("logged in, may list the leases of %d tools, none is given up", leased), nil
+	return fmt.Sprintf("logged in, may list the leases of %d tools, none is irrevocable", leased), nil
 }
 
 func (d *doctor) login() vault.Login {
@@ -245,32 +250,33 @@ func (d *doctor) login() vault.Login {
 			return svid.Marshal(), nil
 		}}
 	}
-	return vault.Login{Mount: d.c.Vault.Mount, CertRole: role, Certificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+	certificate := func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 		c := &tls.Certificate{PrivateKey: d.svid.PrivateKey, Leaf: d.svid.Certificates[0]}
 		for _, cert := range d.svid.Certificates {
 			c.Certificate = append(c.Certificate, cert.Raw)
 		}
 		return c, nil
-	}}
+	}
+	return vault.Login{Mount: d.c.Vault.Mount, CertRole: role, Certificate: certificate}
 }
 
-// leastFree is the room on the ledger's disk below which the doctor complains, in bytes.
-const leastFree = 256 << 20
+// minFree is the free space that the ledger's disk must have, in bytes.
+const minFree = 256 << 20
 
-// ledger looks at the file and its disk, and does not open it: a running broker has it locked.
+// ledger checks the file and its disk. It does not open the file, because a running broker has it locked.
 func (d *doctor) ledger(context.Context) (string, error) {
 	dir := filepath.Dir(d.c.Ledger)
 	const write, search = 2, 1 // access(2)
 	if err := syscall.Access(dir, write|search); err != nil {
 		return "", fmt.Errorf("directory %q: %w", dir, err)
 	}
-	what := "will be made at the first start"
+	what := "will be created at the first start"
 	switch info, err := os.Stat(d.c.Ledger); {
 	case errors.Is(err, os.ErrNotExist):
 	case err != nil:
 		return "", err
 	case !info.Mode().IsRegular() || info.Mode().Perm()&0o077 != 0:
-		return "", fmt.Errorf("%q has mode %s, and only the broker's user may read it", d.c.Ledger, info.Mode())
+		return "", fmt.Errorf("%q has mode %s; only the broker's user may have access", d.c.Ledger, info.Mode())
 	default:
 		what = fmt.Sprintf("%d MiB", info.Size()>>20)
 	}
@@ -279,47 +285,46 @@ func (d *doctor) ledger(context.Context) (string, error) {
 		return "", fmt.Errorf("directory %q: %w", dir, err)
 	}
 	free := disk.Bavail * uint64(disk.Bsize)
-	if free < leastFree {
+	if free < minFree {
 		return "", fmt.Errorf("only %d MiB are free in %q", free>>20, dir)
 	}
 	return fmt.Sprintf("%s, %s; %d MiB free", d.c.Ledger, what, free>>20), nil
 }
 
-// broker asks a running broker over the operators' socket how it is.
+// broker requests the health of a running broker over the operators' socket.
 func (d *doctor) broker(ctx context.Context) (string, error) {
-	answer, err := d.ask(ctx, "/healthz")
+	answer, err := d.get(ctx, "/healthz")
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
 		return "not running", nil
 	}
 	if err != nil {
 		return "", err
 	}
-	_ = answer.Body.Close() // the status says it all
+	_ = answer.Body.Close() // only the status counts
 	if answer.StatusCode != http.StatusOK {
-		return "", fmt.Errorf("it runs and is not ready: %s", answer.Status)
+		return "", fmt.Errorf("running but not ready: %s", answer.Status)
 	}
 	return "running and ready", nil
 }
 
-// ask gets a path from a running broker, over the operators' socket.
-func (d *doctor) ask(ctx context.Context, path string) (*http.Response, error) {
-	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		var dial net.Dialer
-		return dial.DialContext(ctx, "unix", d.c.Listen.Socket)
-	}}
+// get requests a path from a running broker over the operators' socket.
+func (d *doctor) get(ctx context.Context, path string) (*http.Response, error) {
+	dialSocket := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", d.c.Listen.Socket)
+	}
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://socket"+path, nil)
 	if err != nil {
 		return nil, err
 	}
-	return (&http.Client{Transport: transport}).Do(r)
+	return (&http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: dialSocket}}).Do(r)
 }
 
-// selfTest reads what a running broker's metrics say of its self-test.
+// selfTest reads the result of the self-test from a running broker's metrics.
 func (d *doctor) selfTest(ctx context.Context) (string, error) {
 	if d.c.SelfTest.Every == 0 {
 		return "none is configured", nil
 	}
-	answer, err := d.ask(ctx, "/metrics")
+	answer, err := d.get(ctx, "/metrics")
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
 		return "the broker is not running", nil
 	}
@@ -334,9 +339,10 @@ func (d *doctor) selfTest(ctx context.Context) (string, error) {
 	case answer.StatusCode != http.StatusOK:
 		return "", fmt.Errorf("the broker's metrics answer %s", answer.Status)
 	case !strings.Contains(string(page), "\npawl_selftest_ok 1\n"):
-		return "", fmt.Errorf("the last one failed, or none has passed for two periods of %v: revoking may not work", d.c.SelfTest.Every)
+		return "", fmt.Errorf("the last self-test failed, or none has passed for two periods of %v: revoking may not work",
+			d.c.SelfTest.Every)
 	case strings.Contains(string(page), "\npawl_selftest_success_timestamp_seconds 0\n"):
-		return "the first is still to come", nil
+		return "the first self-test has not run yet", nil
 	}
 	return "passed", nil
 }

@@ -29,8 +29,7 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// lifecycle is `pawl server` in processes of its own, one after another on one ledger, with bundles
-// that two keys must sign.
+// lifecycle runs `pawl server` in one process after another on one ledger. Two keys must sign its bundles.
 type lifecycle struct {
 	t          *testing.T
 	config     wire.Config
@@ -38,8 +37,8 @@ type lifecycle struct {
 	keys       []jose.JSONWebKey
 	identities *workload.Server
 	cmd        *exec.Cmd
-	lines      chan logLine // closed when the process has said all
-	agents     string       // where it listens
+	lines      chan logLine // its log; closed when the process ends
+	agents     string       // the address of its agents' listener
 }
 
 type logLine struct {
@@ -50,7 +49,7 @@ type logLine struct {
 
 func newLifecycle(t *testing.T) *lifecycle {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "pawl") // a socket's path must be short
+	dir, err := os.MkdirTemp("", "pawl") // t.TempDir is too long for a socket's path
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -91,11 +90,13 @@ func (l *lifecycle) write(path string, raw []byte) {
 	}
 }
 
-const notesTool = `{name: notes.read, backend: notes, narrowing: none, arguments: {page: {kind: string}}, vault: {policy: pawl-notes, path: secret/notes}}`
+const notesTool = `{name: notes.read, backend: notes, narrowing: none, arguments: {page: {kind: string}}, ` +
+	`vault: {policy: pawl-notes, path: secret/notes}}`
 
-const notesPermit = "@id(\"all\")\n@any(\"action tool\")\npermit (principal in TrustDomain::\"example.org\", action, resource);\n"
+const notesPermit = "@id(\"all\")\n@any(\"action tool\")\n" +
+	"permit (principal in TrustDomain::\"example.org\", action, resource);\n"
 
-// bundle is a version of the policy, signed by n of the keys, and its digest.
+// bundle makes a version of the policy, signed by n of the keys, and its digest.
 func (l *lifecycle) bundle(version int, tool, cedar string, n int) (jws []byte, digest string) {
 	l.t.Helper()
 	source, err := policy.Build(fstest.MapFS{
@@ -112,8 +113,8 @@ func (l *lifecycle) bundle(version int, tool, cedar string, n int) (jws []byte, 
 	return jws, source.Digest()
 }
 
-// start runs the server until it serves; what it said instead is given when it ends before that.
-func (l *lifecycle) start(flags ...string) (said string, serving bool) {
+// start runs the server until it serves or ends, and returns its log until then.
+func (l *lifecycle) start(flags ...string) (log string, serving bool) {
 	l.t.Helper()
 	l.cmd = exec.Command("pawl", append([]string{"server", "--config", l.file}, flags...)...)
 	stderr, err := l.cmd.StderrPipe()
@@ -128,48 +129,48 @@ func (l *lifecycle) start(flags ...string) (said string, serving bool) {
 		defer close(lines)
 		for in.Scan() {
 			line := logLine{raw: in.Text()}
-			_ = json.Unmarshal(in.Bytes(), &line)      // an error for people is no JSON
+			_ = json.Unmarshal(in.Bytes(), &line)      // an error line is not JSON
 			_ = json.Unmarshal(in.Bytes(), &line.text) // the same
 			lines <- line
 		}
 	}(l.lines, bufio.NewScanner(stderr))
-	var heard []string
+	var lines []string
 	for line := range l.lines {
-		heard = append(heard, line.raw)
+		lines = append(lines, line.raw)
 		if line.Msg == "serving" {
 			l.agents, _ = line.text["agents"].(string)
 			l.t.Cleanup(l.stop)
-			return strings.Join(heard, "\n"), true
+			return strings.Join(lines, "\n"), true
 		}
 	}
-	_ = l.cmd.Wait() // it failed; what it said is what counts
-	return strings.Join(heard, "\n"), false
+	_ = l.cmd.Wait() // it failed; the caller checks its log
+	return strings.Join(lines, "\n"), false
 }
 
 func (l *lifecycle) mustServe(flags ...string) {
 	l.t.Helper()
-	if said, serving := l.start(flags...); !serving {
-		l.t.Fatalf("pawl server %v ended:\n%s", flags, said)
+	if log, serving := l.start(flags...); !serving {
+		l.t.Fatalf("pawl server %v ended:\n%s", flags, log)
 	}
 }
 
 // stop may be called again.
 func (l *lifecycle) stop() {
-	_ = l.cmd.Process.Signal(syscall.SIGTERM) // it may be gone
+	_ = l.cmd.Process.Signal(syscall.SIGTERM) // the process may have ended
 	for range l.lines {
 	}
 	_ = l.cmd.Wait() // the same
 }
 
-// heard waits for a line of the log.
-func (l *lifecycle) heard(msg ...string) logLine {
+// await waits for a log line with one of the messages.
+func (l *lifecycle) await(msg ...string) logLine {
 	l.t.Helper()
 	deadline := time.After(30 * time.Second)
 	for {
 		select {
 		case line, open := <-l.lines:
 			if !open {
-				l.t.Fatalf("the server ended before it said one of %q", msg)
+				l.t.Fatalf("the server ended before it logged one of %q", msg)
 			}
 			for _, m := range msg {
 				if line.Msg == m {
@@ -177,17 +178,18 @@ func (l *lifecycle) heard(msg ...string) logLine {
 				}
 			}
 		case <-deadline:
-			l.t.Fatalf("the server did not say one of %q within 30 s", msg)
+			l.t.Fatalf("the server did not log one of %q within 30 s", msg)
 		}
 	}
 }
 
 const (
-	saidRefused = "the policy bundle on disk is refused; the running one stays"
-	saidInForce = "policy bundle in force"
+	msgRefused = "the policy bundle on disk is refused; the running one stays"
+	msgInForce = "policy bundle in force"
 )
 
-// reload puts a bundle on disk, sends HUP and gives the answer, or the first of other lines.
+// reload writes a bundle to disk, sends HUP, and returns the first line with one of the messages; by default
+// those of a reload.
 func (l *lifecycle) reload(jws []byte, msg ...string) logLine {
 	l.t.Helper()
 	l.write(l.config.Policy.Bundle, jws)
@@ -195,15 +197,16 @@ func (l *lifecycle) reload(jws []byte, msg ...string) logLine {
 		l.t.Fatal(err)
 	}
 	if len(msg) == 0 {
-		msg = []string{saidRefused, saidInForce}
+		msg = []string{msgRefused, msgInForce}
 	}
-	return l.heard(msg...)
+	return l.await(msg...)
 }
 
-// open opens a chain over the wire.
+// open opens a chain over the network.
 func (l *lifecycle) open() (*agent.Delegation, error) {
 	l.t.Helper()
-	c, err := agent.New(agent.Config{Address: "https://" + l.agents, Source: l.identities.Source(l.identities.ID("/agent")), ServerID: l.identities.ID("/pawl")})
+	c, err := agent.New(agent.Config{Address: "https://" + l.agents,
+		Source: l.identities.Source(l.identities.ID("/agent")), ServerID: l.identities.ID("/pawl")})
 	if err != nil {
 		l.t.Fatal(err)
 	}
@@ -211,7 +214,7 @@ func (l *lifecycle) open() (*agent.Delegation, error) {
 	return c.Open(l.t.Context(), agent.Chain{Task: "t", Rights: []agent.Right{{Tool: "notes.read", Use: true}}})
 }
 
-// audit gives the entries with an op, oldest first.
+// audit returns the entries with an op, oldest first.
 func (l *lifecycle) audit(op broker.Op) (found []api.Entry) {
 	l.t.Helper()
 	c, err := operator.New(operator.Config{Address: "unix:" + l.config.Listen.Socket})
@@ -231,9 +234,9 @@ func (l *lifecycle) audit(op broker.Op) (found []api.Entry) {
 	return found
 }
 
-// TestPolicyLifecycle: a bundle comes into force by the rules or not at all, in one process and over
-// restarts; the log names the cause of a refusal, the running bundle goes on deciding, and the audit
-// has each change with who stands for it.
+// TestPolicyLifecycle holds that a bundle comes into force only by the rules, at a reload and at a restart. The
+// log has the cause of a refusal, the running bundle still decides, and the audit has each change with the
+// responsible user.
 func TestPolicyLifecycle(t *testing.T) {
 	l := newLifecycle(t)
 	good := func(version int) []byte { jws, _ := l.bundle(version, notesTool, notesPermit, 2); return jws }
@@ -241,15 +244,16 @@ func TestPolicyLifecycle(t *testing.T) {
 		jws, _ := l.bundle(4, strings.Replace(notesTool, old, new, 1), notesPermit, 2)
 		return jws
 	}
-	interpolating, _ := l.bundle(4, `{name: notes.read, backend: hosts, narrowing: native, arguments: {page: {kind: string, required: true}},
-    settings: {arg.page: principal, force_command: "cat {{page}}"}, vault: {policy: pawl-notes, path: ssh/notes}}`, notesPermit, 2)
+	interpolating, _ := l.bundle(4, `{name: notes.read, backend: hosts, narrowing: native,
+    arguments: {page: {kind: string, required: true}}, settings: {arg.page: principal, force_command: "cat {{page}}"},
+    vault: {policy: pawl-notes, path: ssh/notes}}`, notesPermit, 2)
 	other, _ := l.bundle(3, notesTool, notesPermit+"// not the same\n", 2)
 	under, _ := l.bundle(4, notesTool, notesPermit, 1)
 	_, digest := l.bundle(3, notesTool, notesPermit, 2)
 	l.write(l.config.Policy.Bundle, good(3))
 	l.mustServe()
 	for _, row := range []struct {
-		name, says string
+		name, want string
 		jws        []byte
 	}{
 		{"older", "version 2, and 3 is running", good(2)},
@@ -258,13 +262,15 @@ func TestPolicyLifecycle(t *testing.T) {
 		{"under-signed", "2 needed, 1 valid", under},
 		{"oversized", "bundle is too large", bytes.Repeat([]byte(" "), policy.MaxBundle+1)},
 		{"nonsense", "not a signed bundle", []byte("version: 4\n")},
-		{"a tool of no backend", `names backend "diary", which is not configured`, tool("backend: notes", "backend: diary")},
-		{"a tool whose label is not true", "labelled none, not native", tool("narrowing: none", "narrowing: native")},
+		{"a tool without a backend", `names backend "diary", which is not configured`,
+			tool("backend: notes", "backend: diary")},
+		{"a tool with a false label", "labelled none, not native", tool("narrowing: none", "narrowing: native")},
 		{"a tool that would interpolate", "never a template", interpolating},
 	} {
 		line := l.reload(row.jws)
-		if cause, _ := line.text["error"].(string); line.Msg != saidRefused || !strings.Contains(cause, row.says) || line.text["bundle"] != digest {
-			t.Errorf("%s: %s, want it refused saying %q while %s runs", row.name, line.raw, row.says, digest)
+		cause, _ := line.text["error"].(string)
+		if line.Msg != msgRefused || !strings.Contains(cause, row.want) || line.text["bundle"] != digest {
+			t.Errorf("%s: %s, want it refused with %q while %s runs", row.name, line.raw, row.want, digest)
 		}
 		if _, err := l.open(); err != nil {
 			t.Errorf("%s: Open = %v, want a chain", row.name, err)
@@ -273,42 +279,50 @@ func TestPolicyLifecycle(t *testing.T) {
 			t.Errorf("%s: %s decided, want %s to stay", row.name, opened[len(opened)-1].Bundle, digest)
 		}
 	}
-	idle, newer := l.bundle(5, notesTool, notesPermit+`@id("idle") forbid (principal, action, resource == Tool::"notes.write");`, 2)
-	if line := l.reload(idle); line.Msg != saidInForce || line.text["bundle"] != newer {
+	idle, newer := l.bundle(5, notesTool,
+		notesPermit+`@id("idle") forbid (principal, action, resource == Tool::"notes.write");`, 2)
+	if line := l.reload(idle); line.Msg != msgInForce || line.text["bundle"] != newer {
 		t.Fatalf("a newer bundle: %s", line.raw)
 	}
 	l.stop()
 
-	// Over a restart the ledger knows what was in force.
+	// After a restart the ledger still has the bundle that was in force.
 	l.write(l.config.Policy.Bundle, good(3))
-	for flag, says := range map[string]string{
-		"":                          `version 3 of policy bundle "notes" is older than version 5, which was in force`,
+	for flag, want := range map[string]string{
+		"":                          `older than version 5`,
 		"--allow-policy-rollback=2": "the rollback is to version 2",
 	} {
-		if said, serving := l.start(strings.Fields(flag)...); serving || !strings.Contains(said, says) || flag == "" && !strings.Contains(said, "hint: if that is meant, start once with --allow-policy-rollback 3") {
-			t.Fatalf("pawl server %s with an older bundle, serving %v, said:\n%s\nwant %q", flag, serving, said, says)
+		log, serving := l.start(strings.Fields(flag)...)
+		if serving || !strings.Contains(log, want) {
+			t.Fatalf("pawl server %s with an older bundle, serving %v, logs:\n%s\nwant %q", flag, serving, log, want)
+		}
+		if _, hint, _ := strings.Cut(log, "hint: "); flag == "" && !strings.Contains(hint, "--allow-policy-rollback 3") {
+			t.Fatalf("pawl server with an older bundle logs:\n%s\nwant a hint with the flag", log)
 		}
 	}
 	l.mustServe("--allow-policy-rollback=3")
 	l.stop()
-	l.mustServe() // which is what was in force last
+	l.mustServe() // version 3 was in force last
 	changes := l.audit(broker.OpPolicy)
 	want := []struct{ actor, bundle, detail string }{
 		{"pawl", digest, "notes version 3; signed by "},
 		{"pawl", newer, "notes version 5 follows notes version 3; signed by "},
-		{fmt.Sprintf("local:uid=%d", os.Getuid()), digest, "notes version 3 follows notes version 5, rolled back; signed by "},
+		{fmt.Sprintf("local:uid=%d", os.Getuid()), digest,
+			"notes version 3 follows notes version 5, rolled back; signed by "},
 	}
 	if len(changes) != len(want) {
 		t.Fatalf("the audit has the changes %+v, want %d", changes, len(want))
 	}
 	for i, w := range want {
-		if e := changes[i]; e.Actor != w.actor || e.Bundle != w.bundle || !strings.HasPrefix(e.Detail, w.detail) || strings.Count(e.Detail, ", ") != strings.Count(w.detail, ", ")+1 {
+		e := changes[i]
+		if e.Actor != w.actor || e.Bundle != w.bundle || !strings.HasPrefix(e.Detail, w.detail) ||
+			strings.Count(e.Detail, ", ") != strings.Count(w.detail, ", ")+1 {
 			t.Errorf("change %d in the audit = %+v, want %+v and two signers", i+1, e, w)
 		}
 	}
 }
 
-// tampered changes one byte of what was signed.
+// tampered changes one byte of the signed payload.
 func tampered(t *testing.T, jws []byte) []byte {
 	t.Helper()
 	var e map[string]json.RawMessage
@@ -325,12 +339,13 @@ func tampered(t *testing.T, jws []byte) []byte {
 	return raw
 }
 
-// TestCandidate: a candidate is asked what the running bundle is, over the wire; it changes no answer,
-// each difference is logged and counted, and no argument is in either.
+// TestCandidate holds that a candidate gets the running bundle's questions and changes no answer. Each difference
+// is logged and counted, without arguments.
 func TestCandidate(t *testing.T) {
 	l := newLifecycle(t)
 	live, _ := l.bundle(3, notesTool, notesPermit, 2)
-	stricter, _ := l.bundle(4, notesTool, notesPermit+`@id("no-steps") @violation("freeze-caller") forbid (principal, action == Action::"use", resource);`, 2)
+	stricter, _ := l.bundle(4, notesTool, notesPermit+
+		`@id("no-steps") @violation("freeze-caller") forbid (principal, action == Action::"use", resource);`, 2)
 	unsigned, _ := l.bundle(4, notesTool, notesPermit, 1)
 	l.write(l.config.Policy.Bundle, live)
 	l.write(l.config.Policy.Candidate, stricter)
@@ -339,37 +354,42 @@ func TestCandidate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const marker = "page-that-nobody-else-may-know"
-	begin := func(what string) {
+	const marker = "page-that-only-the-agent-may-know"
+	begin := func(step string) {
 		t.Helper()
 		_, err := d.Begin(t.Context(), agent.Call{Tool: "notes.read", Args: agent.Args{"page": marker}})
 		if p := new(agent.Error); !errors.As(err, &p) || p.Status != http.StatusServiceUnavailable {
-			t.Fatalf("a step %s = %v, want that policy allows it and Vault is not there", what, err)
+			t.Fatalf("a step %s = %v, want 503: policy allows it and Vault is down", step, err)
 		}
 	}
 	begin("that the candidate forbids")
-	line := l.heard("the candidate policy differs")
-	if strings.Contains(line.raw, marker) || !strings.Contains(line.raw, `live allow by [\"all\"], candidate deny (freeze-caller) by [\"no-steps\"]`) {
-		t.Errorf("the log says %s", line.raw)
+	line := l.await("the candidate policy differs")
+	if strings.Contains(line.raw, marker) ||
+		!strings.Contains(line.raw, `live allow by [\"all\"], candidate deny (freeze-caller) by [\"no-steps\"]`) {
+		t.Errorf("the log has %s, want both answers and no argument", line.raw)
 	}
 	page := scrape(t, l.config.Listen.Socket)
-	for _, want := range []string{`pawl_shadow_differences_total{action="use",tool="notes.read"} 1`, "pawl_shadow_candidate 1", "pawl_shadow_missed_total 0"} {
+	for _, want := range []string{
+		`pawl_shadow_differences_total{action="use",tool="notes.read"} 1`,
+		"pawl_shadow_candidate 1", "pawl_shadow_missed_total 0",
+	} {
 		if !strings.Contains(page, "\n"+want+"\n") {
 			t.Errorf("/metrics lacks %q", want)
 		}
 	}
 	if strings.Contains(page, `pawl_shadow_differences_total{action="open"`) || strings.Contains(page, marker) {
-		t.Error("/metrics counts an answer that is the same, or holds an argument")
+		t.Error("/metrics counts an equal answer, or has an argument")
 	}
 
-	// One that is not good, and one that is in force by now, are not asked.
+	// An invalid candidate, and a candidate that is already in force, are not evaluated.
 	l.write(l.config.Policy.Candidate, unsigned)
-	if line := l.reload(live, "the candidate policy bundle is refused; nothing is compared"); !strings.Contains(line.raw, "2 needed, 1 valid") {
+	line = l.reload(live, "the candidate policy bundle is refused; nothing is compared")
+	if !strings.Contains(line.raw, "2 needed, 1 valid") {
 		t.Errorf("an under-signed candidate: %s", line.raw)
 	}
-	begin("beside a candidate that is refused")
+	begin("beside a refused candidate")
 	if page := scrape(t, l.config.Listen.Socket); !strings.Contains(page, "\npawl_shadow_candidate 0\n") {
-		t.Error("/metrics says that there is a candidate")
+		t.Error("/metrics has a candidate")
 	}
 	newer, _ := l.bundle(5, notesTool, notesPermit, 2)
 	l.write(l.config.Policy.Candidate, newer)

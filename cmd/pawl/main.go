@@ -1,4 +1,4 @@
-// Command pawl is the credential broker for agent workloads, and the tools around it.
+// Command pawl runs the credential broker for agent workloads, and has the tools for it.
 package main
 
 import (
@@ -25,13 +25,13 @@ func main() {
 	os.Exit(report(err))
 }
 
-// misuse is an error of whoever typed the command.
+// misuse is an error in the command line.
 type misuse struct{ err error }
 
 func (m misuse) Error() string { return m.err.Error() }
 func (m misuse) Unwrap() error { return m.err }
 
-// hinted is an error with what to do about it.
+// hinted is an error with a hint for its repair.
 type hinted struct {
 	err  error
 	hint string
@@ -40,14 +40,14 @@ type hinted struct {
 func (h hinted) Error() string { return h.err.Error() }
 func (h hinted) Unwrap() error { return h.err }
 
-// report prints an error for people and gives the exit status: 0, 1 failed, 2 misused, or that of
-// the command that a step ran.
+// report prints an error for people and returns the exit status: 0, 1 for failed, 2 for misused, or the
+// status of the command that a step ran.
 func report(err error) int {
 	if err == nil {
 		return 0
 	}
-	// The command that a step ran has said what it had to say.
-	if ran, ok := err.(*exec.ExitError); ok && ran.ExitCode() > 0 { //nolint:errorlint // wrapped, it is part of a longer story
+	// The command that a step ran has printed its own error.
+	if ran, ok := err.(*exec.ExitError); ok && ran.ExitCode() > 0 { //nolint:errorlint // a wrapped one is printed
 		return ran.ExitCode()
 	}
 	fmt.Fprintf(os.Stderr, "pawl: error: %s\n", oneLine(err.Error()))
@@ -66,7 +66,7 @@ func report(err error) int {
 	return 1
 }
 
-// oneLine keeps what a server said from drawing on the terminal.
+// oneLine removes control characters, so that a server's text cannot control the terminal.
 func oneLine(s string) string {
 	return strings.Map(func(r rune) rune {
 		if r < ' ' && r != '\n' || r == 0x7f || r >= 0x80 && r < 0xa0 {
@@ -80,31 +80,32 @@ const usage = `Pawl gives an agent one secret for one step with one tool, and st
 delegations at once.
 
 To try it:
-  pawl dev               everything on this machine: identities, Vault, the broker
-  pawl demo              the main job played on real parts, in half a minute
+  pawl dev               run everything on this machine: identities, Vault, the broker
+  pawl demo              play the main scenario on real parts, in half a minute
 
 To run it:
-  pawl server            serve, by a configuration file
+  pawl server            run the broker with a configuration file
   pawl policy            make keys; build, sign, verify, test and compare policy bundles
-  pawl vault             what Vault must be taught
-  pawl doctor            what is wrong, and what to do about it
+  pawl vault             print the setup that Vault and the targets need
+  pawl doctor            check everything a broker needs, and print a hint for each fault
 
 For agents:
   pawl step              take one step and run a command with its secret
-  pawl explain           why something is allowed or not
+  pawl explain           explain why policy grants or refuses a request
 
 For responders:
-  pawl chain             what is alive
-  pawl revoke            stop it, and be told the truth about what is dead
-  pawl leaked            the selector of a value that was found where it must not be
-  pawl canary            values that only a thief presents
-  pawl freeze            stop it for now; pawl unfreeze lifts it
-  pawl audit             what happened, and whether the log is whole
-  pawl report            what a revocation came to, signed
-  pawl drill             rehearse it on real parts of its own, and measure
+  pawl chain             list the live chains, and show one with its grants
+  pawl revoke            revoke for good, and report which secrets are proven dead
+  pawl leaked            print the selector of a leaked value
+  pawl canary            plant decoy values that only a thief presents
+  pawl freeze            stop new secrets for now; pawl unfreeze lifts it
+  pawl audit             print the audit log, and verify that it is complete
+  pawl report            print the signed report of a revocation
+  pawl drill             rehearse an incident in its own environment, and measure it
 
-Errors say what happened, and then what to do. Exit status: 0, 1 failed, 2 misused.
-Every command has --help, with an example. pawl completion SHELL and pawl version do what they say.
+An error has a line with the cause, and often a hint. Exit status: 0, 1 failed, 2 misused.
+Every command has --help, with an example. pawl completion SHELL prints a completion script, and
+pawl version the version.
 `
 
 func command() *cobra.Command {
@@ -119,19 +120,35 @@ func command() *cobra.Command {
 			return nil
 		},
 	}
-	root.SetHelpTemplate("{{with (or .Long .Short)}}{{. | trimTrailingWhitespaces}}{{end}}\n{{if .Runnable}}\nUsage:\n  {{.UseLine}}\n{{end}}{{if .HasAvailableSubCommands}}{{if .HasParent}}\nCommands:{{range .Commands}}{{if .IsAvailableCommand}}\n  {{rpad .Name .NamePadding}} {{.Short}}{{end}}{{end}}\n{{end}}{{end}}{{if .HasExample}}\nExample:\n{{.Example}}\n{{end}}{{if .HasAvailableLocalFlags}}\nFlags:\n{{.LocalFlags.FlagUsages}}{{end}}{{if .HasAvailableInheritedFlags}}{{.InheritedFlags.FlagUsages}}{{end}}")
+	root.SetHelpTemplate(helpTemplate)
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return misuse{hinted{err, cmd.CommandPath() + " --help shows the flags"}}
 	})
 	root.AddCommand(serverCommand(), devCommand(), demoCommand(), versionCommand(), policyCommand(), vaultCommand(),
-		stepCommand(), chainCommand(), revokeCommand(), leakedCommand(), canaryCommand(), freezeCommand(), unfreezeCommand(), auditCommand(), reportCommand(), explainCommand(), drillCommand(), doctorCommand())
+		stepCommand(), chainCommand(), revokeCommand(), leakedCommand(), canaryCommand(), freezeCommand(),
+		unfreezeCommand(), auditCommand(), reportCommand(), explainCommand(), drillCommand(), doctorCommand())
 	for _, c := range root.Commands() {
-		mend(c)
+		checkUsage(c)
 	}
 	return root
 }
 
-// required makes a misuse of flags that were not given.
+// helpTemplate prints the long text, the usage, the subcommands, the example and the flags.
+const helpTemplate = `{{with (or .Long .Short)}}{{. | trimTrailingWhitespaces}}{{end}}
+{{if .Runnable}}
+Usage:
+  {{.UseLine}}
+{{end}}{{if .HasAvailableSubCommands}}{{if .HasParent}}
+Commands:{{range .Commands}}{{if .IsAvailableCommand}}
+  {{rpad .Name .NamePadding}} {{.Short}}{{end}}{{end}}
+{{end}}{{end}}{{if .HasExample}}
+Example:
+{{.Example}}
+{{end}}{{if .HasAvailableLocalFlags}}
+Flags:
+{{.LocalFlags.FlagUsages}}{{end}}{{if .HasAvailableInheritedFlags}}{{.InheritedFlags.FlagUsages}}{{end}}`
+
+// required returns a misuse that names the flags without a value; nil when all have one.
 func required(cmd *cobra.Command, flags ...string) error {
 	var missing []string
 	for _, name := range flags {
@@ -142,16 +159,18 @@ func required(cmd *cobra.Command, flags ...string) error {
 	if len(missing) == 0 {
 		return nil
 	}
-	return misuse{hinted{fmt.Errorf("%s needs %s", cmd.CommandPath(), strings.Join(missing, " and ")), cmd.CommandPath() + " --help shows an example"}}
+	return misuse{hinted{fmt.Errorf("%s needs %s", cmd.CommandPath(), strings.Join(missing, " and ")),
+		cmd.CommandPath() + " --help shows an example"}}
 }
 
-// mend makes wrong numbers of arguments, and commands that a group does not have, a misuse, for
-// every command below c too.
-func mend(c *cobra.Command) {
+// checkUsage turns a wrong number of arguments and an unknown subcommand into a misuse, for c and every command
+// below it.
+func checkUsage(c *cobra.Command) {
 	if c.HasSubCommands() && !c.Runnable() {
 		c.RunE = func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {
-				return misuse{hinted{fmt.Errorf("there is no command %q below %s", args[0], cmd.CommandPath()), cmd.CommandPath() + " --help lists them"}}
+				return misuse{hinted{fmt.Errorf("there is no command %q below %s", args[0], cmd.CommandPath()),
+					cmd.CommandPath() + " --help lists them"}}
 			}
 			return cmd.Help()
 		}
@@ -159,12 +178,12 @@ func mend(c *cobra.Command) {
 	if check := c.Args; check != nil {
 		c.Args = func(cmd *cobra.Command, args []string) error {
 			if err := check(cmd, args); err != nil {
-				return misuse{hinted{err, cmd.CommandPath() + " --help shows how it is used"}}
+				return misuse{hinted{err, cmd.CommandPath() + " --help shows its usage"}}
 			}
 			return nil
 		}
 	}
 	for _, sub := range c.Commands() {
-		mend(sub)
+		checkUsage(sub)
 	}
 }

@@ -22,7 +22,7 @@ import (
 	"github.com/pawlsec/pawl/broker/operator"
 )
 
-// operatorFlags say which broker, and how the operator is known there.
+// operatorFlags select the broker and the operator's way of authentication.
 type operatorFlags struct {
 	socket, address, serverID string
 	json                      bool
@@ -31,8 +31,10 @@ type operatorFlags struct {
 func (f *operatorFlags) add(c *cobra.Command) {
 	flags := c.PersistentFlags()
 	flags.StringVar(&f.socket, "socket", os.Getenv("PAWL_SOCKET"), "the broker's local socket ($PAWL_SOCKET)")
-	flags.StringVar(&f.address, "operators", os.Getenv("PAWL_OPERATORS"), "or its operators' listener, https://host:port, as the Workload API says we are ($PAWL_OPERATORS)")
-	flags.StringVar(&f.serverID, "server-id", os.Getenv("PAWL_SERVER_ID"), "the broker's SPIFFE ID, with --operators ($PAWL_SERVER_ID)")
+	flags.StringVar(&f.address, "operators", os.Getenv("PAWL_OPERATORS"),
+		"or the operators' listener, https://host:port, with this process's SVID ($PAWL_OPERATORS)")
+	flags.StringVar(&f.serverID, "server-id", os.Getenv("PAWL_SERVER_ID"),
+		"the broker's SPIFFE ID; required with --operators ($PAWL_SERVER_ID)")
 	flags.BoolVar(&f.json, "json", false, "print JSON")
 }
 
@@ -40,7 +42,8 @@ func (f *operatorFlags) add(c *cobra.Command) {
 func (f *operatorFlags) client(ctx context.Context) (*operator.Client, error) {
 	if f.address == "" {
 		if f.socket == "" {
-			return nil, misuse{hinted{errors.New("--socket or --operators is needed"), "the socket's path is listen.socket in the broker's configuration"}}
+			return nil, misuse{hinted{errors.New("--socket or --operators is needed"),
+				"the socket's path is listen.socket in the broker's configuration"}}
 		}
 		return operator.New(operator.Config{Address: "unix:" + f.socket})
 	}
@@ -52,13 +55,16 @@ func (f *operatorFlags) client(ctx context.Context) (*operator.Client, error) {
 	defer cancel()
 	source, err := workloadapi.NewX509Source(wait)
 	if err != nil {
-		return nil, hinted{fmt.Errorf("getting our SVID from the Workload API: %w", err), "set SPIFFE_ENDPOINT_SOCKET, or use --socket on the broker's machine"}
+		return nil, hinted{fmt.Errorf("fetching this process's SVID from the Workload API: %w", err),
+			"set SPIFFE_ENDPOINT_SOCKET, or use --socket on the broker's machine"}
 	}
 	return operator.New(operator.Config{Address: f.address, Source: source, ServerID: id})
 }
 
-// run gives a command's RunE that has a client.
-func (f *operatorFlags) run(do func(cmd *cobra.Command, c *operator.Client, args []string) error) func(*cobra.Command, []string) error {
+// run makes a command's RunE that calls do with a client and closes the client afterwards.
+func (f *operatorFlags) run(
+	do func(cmd *cobra.Command, c *operator.Client, args []string) error,
+) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
 		c, err := f.client(cmd.Context())
 		if err != nil {
@@ -69,7 +75,7 @@ func (f *operatorFlags) run(do func(cmd *cobra.Command, c *operator.Client, args
 	}
 }
 
-// show prints v as JSON when that was asked for, and otherwise what text writes.
+// show prints v as JSON with --json, and the output of text otherwise.
 func (f *operatorFlags) show(cmd *cobra.Command, v any, text func(w io.Writer)) error {
 	if f.json {
 		enc := json.NewEncoder(cmd.OutOrStdout())
@@ -84,11 +90,13 @@ func (f *operatorFlags) show(cmd *cobra.Command, v any, text func(w io.Writer)) 
 func chainCommand() *cobra.Command {
 	var f operatorFlags
 	var all bool
-	c := &cobra.Command{Use: "chain", Short: "What is alive", Long: "Look at chains: one task's tree of delegations each.",
+	c := &cobra.Command{Use: "chain", Short: "List the live chains, and show one",
+		Long:    "List and show chains. A chain is one task's tree of delegations.",
 		Example: "  pawl chain list\n  pawl chain show ch0123456789abcdefghjkmnpq"}
 	f.add(c)
 	list := &cobra.Command{
-		Use: "list", Short: "List the chains that may still do something", Args: cobra.NoArgs, Long: "List the chains that may still do something, the latest first.",
+		Use: "list", Short: "List the live chains", Args: cobra.NoArgs,
+		Long:    "List the live chains, latest first: those that agents can still use, and those with live grants.",
 		Example: "  pawl chain list\n  pawl chain list --all --json",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, _ []string) error {
 			chains, err := c.Chains(cmd.Context(), all)
@@ -98,16 +106,19 @@ func chainCommand() *cobra.Command {
 			return f.show(cmd, chains, func(w io.Writer) {
 				fmt.Fprintln(w, "CHAIN\tSTATE\tLIVE\tSTEPS\tDELEGATIONS\tOPENED\tOPENER\tTASK")
 				for _, s := range chains {
-					fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%d\t%s\t%s\t%s\n", s.Chain.ID, fenceWord(s.Fence), s.Live, s.Steps, s.Delegations,
+					fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%d\t%s\t%s\t%s\n",
+						s.Chain.ID, fenceWord(s.Fence), s.Live, s.Steps, s.Delegations,
 						s.Chain.Opened.UTC().Format(time.RFC3339), s.Chain.Opener, oneLine(s.Chain.Task))
 				}
 			})
 		}),
 	}
-	list.Flags().BoolVar(&all, "all", false, "those that are over, too")
+	list.Flags().BoolVar(&all, "all", false, "list ended chains too")
 	show := &cobra.Command{
-		Use: "show CHAIN", Short: "Show one chain's delegations and grants", Args: cobra.ExactArgs(1), Long: "Show one chain: who holds what, and every grant with how it stands, its arguments and the first digits of their\n" +
-			"SHA-256, which a jwt's claim or a token's metadata pawl_args has whole, as has --json.",
+		Use: "show CHAIN", Short: "Show one chain's delegations and grants", Args: cobra.ExactArgs(1),
+		Long: "Show one chain: its delegations with their holders, and every grant with its state, its arguments and the\n" +
+			"first digits of their SHA-256. The whole digest is in --json, and in pawl_args: a claim of a jwt, and\n" +
+			"metadata of a token.",
 		Example: "  pawl chain show ch0123456789abcdefghjkmnpq",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, args []string) error {
 			v, err := c.Chain(cmd.Context(), args[0])
@@ -145,10 +156,12 @@ func writeChain(w io.Writer, v api.ChainView) {
 	var draw func(parent, indent string)
 	draw = func(parent, indent string) {
 		for _, d := range children[parent] {
-			fmt.Fprintf(w, "%s%s  %s  %s until %s\n", indent, d.ID, d.Holder, fenceWord(d.Fence), d.Expires.UTC().Format(time.RFC3339))
+			fmt.Fprintf(w, "%s%s  %s  %s until %s\n",
+				indent, d.ID, d.Holder, fenceWord(d.Fence), d.Expires.UTC().Format(time.RFC3339))
 			for _, g := range grants[d.ID] {
-				fmt.Fprintf(w, "%s    %s  %s  %s %s  %s  %.12s\n", indent, g.ID, g.Tool, g.State, g.Outcome, g.Args, g.ArgsDigest)
-				for _, e := range g.Evidence { // of what is being ended: why it is not over
+				fmt.Fprintf(w, "%s    %s  %s  %s %s  %s  %.12s\n",
+					indent, g.ID, g.Tool, g.State, g.Outcome, g.Args, g.ArgsDigest)
+				for _, e := range g.Evidence { // why a grant that is being ended is not closed yet
 					if g.State != "CLOSED" && e.Outcome != "dead" {
 						fmt.Fprintf(w, "%s      %s: %s\n", indent, e.Check, oneLine(e.Answer))
 					}
@@ -160,7 +173,7 @@ func writeChain(w io.Writer, v api.ChainView) {
 	draw("", "  ")
 }
 
-// revokeFlags are what `pawl revoke` is told.
+// revokeFlags are the flags of `pawl revoke` and `pawl freeze`.
 type revokeFlags struct {
 	operatorFlags
 	reason, from                    string
@@ -171,16 +184,16 @@ type revokeFlags struct {
 func revokeCommand() *cobra.Command {
 	var f revokeFlags
 	c := &cobra.Command{
-		Use: "revoke SELECTOR | --leaked", Short: "Stop what a selector means, for good", Args: f.selectorArgs,
-		Long: "Stop what a selector means, for good: from the acknowledgement on nothing is handed out under it,\n" +
-			"what was handed out is cut at its backend, and the closure says what is proven dead:\n" +
-			"CLOSED all of it, PARTIAL some is known alive, UNKNOWN some is not proven.\n\n" +
-			"Without --yes it shows what would be hit and changes nothing. A plan stands for exactly that set:\n" +
-			"--from-plan stops when the set has grown since, unless --include-new.\n\n" +
+		Use: "revoke SELECTOR | --leaked", Short: "Revoke everything that a selector matches, for good", Args: f.selectorArgs,
+		Long: "Revoke everything that a selector matches, for good. From the acknowledgement on, no secret is handed\n" +
+			"out under it. The secrets that were handed out are severed at their backends. The closure reports the\n" +
+			"proof: CLOSED all of them are dead, PARTIAL some are known alive, UNKNOWN some are not proven.\n\n" +
+			"Without --yes it prints a plan and changes nothing. A plan is bound to exactly the set it shows: with\n" +
+			"--from-plan the revocation stops if the set has grown since, unless --include-new is given.\n\n" +
 			"A selector is made of chain:ID, subtree:DELEGATION, grant:ID, spiffe:ID or spiffe:PREFIX/*, task:\"text\",\n" +
 			"tool:NAME, arg.NAME:value, vault:mount/role, bundle:DIGEST, label.NAME:value, since:TIME, until:TIME,\n" +
-			"leaked:sha256:DIGEST, joined by and, or, not and parentheses. --leaked reads a value that was found where\n" +
-			"it must not be from standard input, and selects the grant that handed it out.",
+			"leaked:sha256:DIGEST, joined by and, or, not and parentheses. --leaked reads a leaked value from standard\n" +
+			"input, and selects the grant that handed it out.",
 		Example: "  pawl revoke chain:ch0123456789abcdefghjkmnpq\n" +
 			"  pawl revoke chain:ch0123456789abcdefghjkmnpq --yes --reason 'leaked in a chat'\n" +
 			"  pawl revoke 'spiffe:spiffe://example.org/ci/* and tool:deploy' --yes --reason 'compromised runner'\n" +
@@ -191,14 +204,16 @@ func revokeCommand() *cobra.Command {
 	}
 	f.addRevoke(c)
 	watch := &cobra.Command{
-		Use: "watch REVOCATION", Short: "Follow a revocation until it is settled", Args: cobra.ExactArgs(1), Long: "Follow a revocation until it is settled. It goes on whether anybody follows it or not.",
+		Use: "watch REVOCATION", Short: "Follow a revocation until it is settled", Args: cobra.ExactArgs(1),
+		Long:    "Follow a revocation until it is settled. The broker continues it with or without a watcher.",
 		Example: "  pawl revoke watch rv0123456789abcdefghjkmnpq",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, args []string) error {
 			return follow(cmd, c, &f.operatorFlags, args[0])
 		}),
 	}
 	list := &cobra.Command{
-		Use: "list", Short: "List revocations and freezes", Args: cobra.NoArgs, Long: "List revocations and freezes, the latest first.", Example: "  pawl revoke list",
+		Use: "list", Short: "List revocations and freezes", Args: cobra.NoArgs,
+		Long: "List revocations and freezes, latest first.", Example: "  pawl revoke list",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, _ []string) error {
 			all, err := c.Revocations(cmd.Context())
 			if err != nil {
@@ -207,7 +222,8 @@ func revokeCommand() *cobra.Command {
 			return f.show(cmd, all, func(w io.Writer) {
 				fmt.Fprintln(w, "REVOCATION\tSTATE\tFENCED\tDEAD\tALIVE\tUNKNOWN\tBY\tSELECTOR")
 				for _, r := range all {
-					fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d\t%d\t%s\t%s\n", r.ID, stateWord(r), r.Fenced.UTC().Format(time.RFC3339), r.Dead, r.Alive, r.Unknown, r.By, r.Selector)
+					fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d\t%d\t%s\t%s\n", r.ID, stateWord(r),
+						r.Fenced.UTC().Format(time.RFC3339), r.Dead, r.Alive, r.Unknown, r.By, r.Selector)
 				}
 			})
 		}),
@@ -219,22 +235,24 @@ func revokeCommand() *cobra.Command {
 func (f *revokeFlags) addRevoke(c *cobra.Command) {
 	f.add(c)
 	flags := c.Flags()
-	flags.BoolVar(&f.plan, "plan", false, "show what would be hit and change nothing, as without --yes")
-	flags.BoolVar(&f.yes, "yes", false, "do it")
-	flags.StringVar(&f.reason, "reason", "", "why, for the audit and the report; required with --yes")
-	flags.StringVar(&f.from, "from-plan", "", "the plan's token: stop when the set has grown since")
-	flags.BoolVar(&f.includeNew, "include-new", false, "with --from-plan: go on when the set has grown")
-	flags.BoolVar(&f.leaked, "leaked", false, "in place of a selector: the grant that handed out the value on standard input")
+	flags.BoolVar(&f.plan, "plan", false, "print the plan and change nothing, as without --yes")
+	flags.BoolVar(&f.yes, "yes", false, "carry it out")
+	flags.StringVar(&f.reason, "reason", "", "the reason, for the audit and the report; required with --yes")
+	flags.StringVar(&f.from, "from-plan", "", "the plan's token: stop if the set has grown since")
+	flags.BoolVar(&f.includeNew, "include-new", false, "with --from-plan: continue if the set has grown")
+	flags.BoolVar(&f.leaked, "leaked", false,
+		"instead of a selector: the grant that handed out the value on standard input")
 	flags.BoolVar(&f.noFollow, "no-follow", false, "do not wait for the closure")
 }
 
 func freezeCommand() *cobra.Command {
 	var f revokeFlags
 	c := &cobra.Command{
-		Use: "freeze SELECTOR | --leaked", Short: "Stop what a selector means for now: no new secrets, nothing is cut", Args: f.selectorArgs,
-		Long: "Hand out nothing under what a selector means, until it is lifted. What was handed out lives to its\n" +
-			"end. A freeze by SPIFFE ID holds for chains that are opened later, too. See pawl unfreeze.",
-		Example: "  pawl freeze spiffe:spiffe://example.org/agent/planner --yes --reason 'looking into it'",
+		Use: "freeze SELECTOR | --leaked", Args: f.selectorArgs,
+		Short: "Stop new secrets under a selector for now; existing ones stay",
+		Long: "Hand out no secret under anything that a selector matches, until the freeze is lifted. Existing secrets\n" +
+			"live until they expire. A freeze by SPIFFE ID also applies to chains opened later. See pawl unfreeze.",
+		Example: "  pawl freeze spiffe:spiffe://example.org/agent/planner --yes --reason 'under investigation'",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, args []string) error {
 			return revoke(cmd, c, f, args, true)
 		}),
@@ -247,7 +265,8 @@ func unfreezeCommand() *cobra.Command {
 	var f operatorFlags
 	c := &cobra.Command{
 		Use: "unfreeze REVOCATION", Short: "Lift a freeze; takes two operators", Args: cobra.ExactArgs(1),
-		Long: "Lift a freeze. Two different operators must ask for it; what was revoked stays revoked.", Example: "  pawl unfreeze rv0123456789abcdefghjkmnpq",
+		Long:    "Lift a freeze. Two different operators must run this command. A revocation cannot be lifted.",
+		Example: "  pawl unfreeze rv0123456789abcdefghjkmnpq",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, args []string) error {
 			r, err := c.Unfreeze(cmd.Context(), args[0])
 			if err != nil {
@@ -260,7 +279,7 @@ func unfreezeCommand() *cobra.Command {
 	return c
 }
 
-// selectorArgs wants one selector, or --leaked in its place.
+// selectorArgs requires one selector, or --leaked instead.
 func (f *revokeFlags) selectorArgs(cmd *cobra.Command, args []string) error {
 	if f.leaked {
 		return cobra.NoArgs(cmd, args)
@@ -287,9 +306,10 @@ func revoke(cmd *cobra.Command, c *operator.Client, f revokeFlags, args []string
 		return f.show(cmd, plan, func(w io.Writer) { writePlan(w, plan, cmd.Name(), f.plan) })
 	}
 	if f.reason == "" {
-		return misuse{hinted{errors.New("--reason is required with --yes"), "the audit and the report need to say why"}}
+		return misuse{hinted{errors.New("--reason is required with --yes"), "the audit and the report record it"}}
 	}
-	r, err := c.Revoke(cmd.Context(), api.RevokeRequest{Selector: selector, Reason: f.reason, Plan: f.from, IncludeNew: f.includeNew, Freeze: freeze})
+	r, err := c.Revoke(cmd.Context(), api.RevokeRequest{
+		Selector: selector, Reason: f.reason, Plan: f.from, IncludeNew: f.includeNew, Freeze: freeze})
 	if err != nil {
 		writeGrown(cmd.ErrOrStderr(), err)
 		return err
@@ -300,7 +320,7 @@ func revoke(cmd *cobra.Command, c *operator.Client, f revokeFlags, args []string
 	return follow(cmd, c, &f.operatorFlags, r.ID)
 }
 
-// writeGrown shows what has come to a plan's set since.
+// writeGrown prints the delegations and grants that joined a plan's set since.
 func writeGrown(w io.Writer, err error) {
 	var p *api.Problem
 	if !errors.As(err, &p) || p.Code != api.Code(broker.CodePlanStale) {
@@ -311,8 +331,10 @@ func writeGrown(w io.Writer, err error) {
 	}
 }
 
-func writePlan(w io.Writer, p api.Plan, verb string, asked bool) {
-	fmt.Fprintf(w, "%s would hit %d chains, %d delegations and %d grants, %d of them handed out and %d of these live now\n", p.Selector, p.Chains, p.Delegations, p.Grants, p.Issued, p.Live)
+func writePlan(w io.Writer, p api.Plan, verb string, planOnly bool) {
+	fmt.Fprintf(w,
+		"%s would hit %d chains, %d delegations and %d grants, %d of them handed out and %d of these live now\n",
+		p.Selector, p.Chains, p.Delegations, p.Grants, p.Issued, p.Live)
 	for _, part := range []struct {
 		title  string
 		counts map[string]int
@@ -328,17 +350,18 @@ func writePlan(w io.Writer, p api.Plan, verb string, asked bool) {
 		fmt.Fprintf(w, "  breaks\t%d more\n", p.TasksMore)
 	}
 	if p.Later > 0 {
-		fmt.Fprintf(w, "later steps of %d other delegations may fall under it\n", p.Later)
+		fmt.Fprintf(w, "it may also match later steps of %d other delegations\n", p.Later)
 	}
 	if p.Static > 0 {
-		fmt.Fprintf(w, "%d cannot be ended, only rotated\n", p.Static)
+		fmt.Fprintf(w, "%d static secrets can only be rotated\n", p.Static)
 	}
 	if !p.LatestEnd.IsZero() {
-		fmt.Fprintf(w, "left alone, the last of them ends at %s\n", p.LatestEnd.UTC().Format(time.RFC3339))
+		fmt.Fprintf(w, "without a revocation the last of them expires at %s\n", p.LatestEnd.UTC().Format(time.RFC3339))
 	}
 	fmt.Fprintf(w, "plan %s\n", p.Plan)
-	if !asked {
-		fmt.Fprintf(w, "nothing was changed; to do it: pawl %s '%s' --yes --reason … --from-plan %s\n", verb, p.Selector, p.Plan)
+	if !planOnly {
+		fmt.Fprintf(w, "nothing was changed; to do it: pawl %s '%s' --yes --reason … --from-plan %s\n",
+			verb, p.Selector, p.Plan)
 	}
 }
 
@@ -362,45 +385,46 @@ func stateWord(r api.Revocation) string {
 
 func writeRevocation(w io.Writer, r api.Revocation) { fmt.Fprintln(w, revocationLine(r)) }
 
-// revocationLine keeps fenced and dead apart: nothing is handed out from the one on, and the
-// other was shown.
+// revocationLine keeps fenced and dead apart. Fenced: no secret is handed out from then on. Dead: the backend
+// proved it.
 func revocationLine(r api.Revocation) string {
 	var note string
 	if r.CoversNothing {
-		note = "; nothing fell under it when it was written, what is asked for later may"
+		note = "; it matched nothing when it was written, and applies to later requests"
 	}
 	if r.Unswept {
-		note += "; what a mint under way may have left is looked for"
+		note += "; the sweep for the secrets of unfinished mints is not complete"
 	}
 	if r.Repeated {
-		note += "; it stood already"
+		note += "; it existed already"
 	}
 	if r.Freeze {
-		return fmt.Sprintf("%s  %s at %s  %s%s", r.ID, strings.ToLower(stateWord(r)), r.Fenced.UTC().Format(time.RFC3339), r.Selector, note)
+		return fmt.Sprintf("%s  %s at %s  %s%s", r.ID, strings.ToLower(stateWord(r)),
+			r.Fenced.UTC().Format(time.RFC3339), r.Selector, note)
 	}
-	line := fmt.Sprintf("%s  fenced at %s  %s: %d of %d dead, %d alive, %d unknown", r.ID, r.Fenced.UTC().Format(time.RFC3339Nano),
-		r.Closure, r.Dead, r.Grants, r.Alive, r.Unknown)
+	line := fmt.Sprintf("%s  fenced at %s  %s: %d of %d dead, %d alive, %d unknown",
+		r.ID, r.Fenced.UTC().Format(time.RFC3339Nano), r.Closure, r.Dead, r.Grants, r.Alive, r.Unknown)
 	if r.Static > 0 {
 		line += fmt.Sprintf(", %d to be rotated", r.Static)
 	}
 	switch end := r.LatestEnd.UTC().Format(time.RFC3339); {
 	case r.LatestEnd.IsZero():
 	case r.Static > 0:
-		line += "; what else is left ends by itself by " + end
+		line += "; the others expire by " + end
 	default:
-		line += "; what is left ends by itself by " + end
+		line += "; the rest expires by " + end
 	}
 	return line + note
 }
 
-// heardLine says which agents know of a revocation. It is no part of what is dead.
-func heardLine(a *api.Acknowledged) string {
+// ackLine lists which agents acknowledged a revocation. It is independent of the closure.
+func ackLine(a *api.Acknowledged) string {
 	line := fmt.Sprintf("%d of %d agents acknowledged", a.Done, a.Agents)
-	const most = 5
+	const maxListed = 5
 	for i, s := range a.Silent {
 		switch {
-		case i == most:
-			return line + fmt.Sprintf(", and %d more", a.Agents-a.Done-most)
+		case i == maxListed:
+			return line + fmt.Sprintf(", and %d more", a.Agents-a.Done-maxListed)
 		case i == 0:
 			line += "; not yet: "
 		default:
@@ -411,8 +435,8 @@ func heardLine(a *api.Acknowledged) string {
 	return line
 }
 
-// follow prints how far a revocation has come: one line that is rewritten in a terminal, a line
-// for each change in a pipe. A settled revocation that is not CLOSED is a failure to the shell.
+// follow prints the progress of a revocation until it is settled: in a terminal one line that is rewritten, in a
+// pipe a line for each change. A settled revocation that is not CLOSED is an error.
 func follow(cmd *cobra.Command, c *operator.Client, f *operatorFlags, id string) error {
 	out := cmd.OutOrStdout()
 	again, end := "", "" // in a terminal: back to the start of the line, and a line feed at the end
@@ -434,13 +458,14 @@ func follow(cmd *cobra.Command, c *operator.Client, f *operatorFlags, id string)
 	})
 	fmt.Fprint(out, end)
 	if err != nil {
-		return hinted{err, "it goes on without us: pawl revoke watch " + id}
+		return hinted{err, "the broker continues the revocation: pawl revoke watch " + id}
 	}
 	if now, err := c.Revocation(cmd.Context(), id); err == nil && now.Acknowledged != nil && !f.json {
-		fmt.Fprintln(out, heardLine(now.Acknowledged)) // as it is now: the closure does not wait for it
+		fmt.Fprintln(out, ackLine(now.Acknowledged)) // the state of this moment: the closure does not wait for agents
 	}
 	if last.Closure != "CLOSED" {
-		return hinted{fmt.Errorf("%s is settled as %s: %d secrets can only be rotated", id, last.Closure, last.Static), "rotate them where they are kept"}
+		return hinted{fmt.Errorf("%s is settled as %s: %d secrets can only be rotated", id, last.Closure, last.Static),
+			"rotate them where they are stored"}
 	}
 	return nil
 }
@@ -450,7 +475,8 @@ func auditCommand() *cobra.Command {
 	var chain string
 	var after uint64
 	c := &cobra.Command{
-		Use: "audit", Short: "What happened", Args: cobra.NoArgs, Long: "Print the audit log, oldest first: every change of the ledger has its line.",
+		Use: "audit", Short: "Print the audit log", Args: cobra.NoArgs,
+		Long:    "Print the audit log, oldest first. Every change of the ledger has an entry.",
 		Example: "  pawl audit\n  pawl audit --chain ch0123456789abcdefghjkmnpq --json",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, _ []string) error {
 			for {
@@ -475,16 +501,16 @@ func auditCommand() *cobra.Command {
 		}),
 	}
 	f.add(c)
-	c.Flags().StringVar(&chain, "chain", "", "of one chain")
-	c.Flags().Uint64Var(&after, "after", 0, "only entries after this revision")
+	c.Flags().StringVar(&chain, "chain", "", "print only the entries of this chain")
+	c.Flags().Uint64Var(&after, "after", 0, "print only the entries after this revision")
 	c.AddCommand(auditVerifyCommand(&f))
 	return c
 }
 
 func writeEntries(w io.Writer, entries []api.Entry) {
 	for _, e := range entries {
-		fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Revision, e.At.UTC().Format("2006-01-02T15:04:05.000Z"), e.Op, e.Actor,
-			firstOf(e.Grant, e.Delegation, e.Chain, e.Revocation), e.Tool, e.Code, oneLine(e.Detail))
+		fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Revision, e.At.UTC().Format("2006-01-02T15:04:05.000Z"),
+			e.Op, e.Actor, firstOf(e.Grant, e.Delegation, e.Chain, e.Revocation), e.Tool, e.Code, oneLine(e.Detail))
 	}
 }
 

@@ -23,9 +23,10 @@ func policyCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use: "policy", Short: "Make keys; sign, verify, test and compare policy bundles",
 		Long: "A policy bundle is a directory with bundle.yaml, tools.yaml and *.cedar, signed by enough of the\n" +
-			"platform's keys. A broker takes no other, and its version only goes up.",
+			"platform's keys. A broker accepts no other bundle, and the version only goes up.",
 		Example: "  pawl policy keygen --private ana.key --public ana.pub\n  pawl policy test ./policy\n" +
-			"  pawl policy sign ./policy --key ana.key --out policy.jws\n  pawl policy verify policy.jws --keys policy-keys.json --need 1",
+			"  pawl policy sign ./policy --key ana.key --out policy.jws\n" +
+			"  pawl policy verify policy.jws --keys policy-keys.json --need 1",
 	}
 	c.AddCommand(keygenCommand(), signCommand(), verifyCommand(), policyTestCommand(), diffCommand())
 	return c
@@ -35,7 +36,8 @@ func keygenCommand() *cobra.Command {
 	var private, public string
 	c := &cobra.Command{
 		Use: "keygen --private FILE --public FILE", Short: "Make a platform key", Args: cobra.NoArgs,
-		Long:    "Make a platform key. The private half signs bundles and never goes to a broker; the public half is\nadded to the set of keys that the broker trusts. Files that exist are not overwritten.",
+		Long: "Make a platform key. The private half signs bundles and never goes to a broker. The public half is added\n" +
+			"to the set of keys that the broker trusts. Existing files are not overwritten.",
 		Example: "  pawl policy keygen --private ana.key --public ana.pub",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := required(cmd, "private", "public"); err != nil {
@@ -72,9 +74,12 @@ func writeNewJSON(path string, v any, mode os.FileMode) error {
 func signCommand() *cobra.Command {
 	var key, out string
 	c := &cobra.Command{
-		Use: "sign DIR|BUNDLE --key FILE --out FILE", Short: "Sign a bundle's directory, or add a signature to a bundle", Args: cobra.ExactArgs(1),
-		Long:    "Sign a bundle's directory, or add a signature to a signed bundle, so that the holders of several\nkeys need not meet.",
-		Example: "  pawl policy sign ./policy --key ana.key --out policy.jws\n  pawl policy sign policy.jws --key ben.key --out policy.jws",
+		Use:   "sign DIR|BUNDLE --key FILE --out FILE",
+		Short: "Sign a bundle's directory, or add a signature to a bundle", Args: cobra.ExactArgs(1),
+		Long: "Sign a bundle's directory, or add a signature to a signed bundle: the holders of several keys can sign\n" +
+			"one after the other.",
+		Example: "  pawl policy sign ./policy --key ana.key --out policy.jws\n" +
+			"  pawl policy sign policy.jws --key ben.key --out policy.jws",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := required(cmd, "key", "out"); err != nil {
 				return err
@@ -122,8 +127,10 @@ func verifyCommand() *cobra.Command {
 	var keys string
 	var need int
 	c := &cobra.Command{
-		Use: "verify BUNDLE --keys FILE [--need N]", Short: "Say whether a broker would take a bundle, and why not", Args: cobra.ExactArgs(1),
-		Long: "Say whether a broker with these keys would take a bundle, and why not.", Example: "  pawl policy verify policy.jws --keys policy-keys.json --need 2",
+		Use: "verify BUNDLE --keys FILE [--need N]", Args: cobra.ExactArgs(1),
+		Short:   "Check whether a broker would accept a bundle",
+		Long:    "Check whether a broker with these keys would accept a bundle. The error gives the reason against it.",
+		Example: "  pawl policy verify policy.jws --keys policy-keys.json --need 2",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := required(cmd, "keys"); err != nil {
 				return err
@@ -133,7 +140,8 @@ func verifyCommand() *cobra.Command {
 				return err
 			}
 			p := running.Current()
-			fmt.Fprintf(cmd.OutOrStdout(), "%s version %d is good: %d tools, signed by %s\n%s\n", p.Bundle().Name(), p.Bundle().Version(),
+			fmt.Fprintf(cmd.OutOrStdout(), "%s version %d is good: %d tools, signed by %s\n%s\n",
+				p.Bundle().Name(), p.Bundle().Version(),
 				len(p.Tools()), strings.Join(p.Bundle().Signers, ", "), p.Digest())
 			for _, w := range p.Warnings() {
 				fmt.Fprintf(cmd.ErrOrStderr(), "pawl: warning: %s\n", w)
@@ -149,7 +157,8 @@ func verifyCommand() *cobra.Command {
 func policyTestCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "test DIR", Short: "Run a bundle's policy tests, *.test.yaml", Args: cobra.ExactArgs(1),
-		Long: "Build a bundle's directory and run the policy test files in it.", Example: "  pawl policy test ./policy",
+		Long:    "Build a bundle's directory and run the policy test files in it.",
+		Example: "  pawl policy test ./policy",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			p, results, err := policy.Test(os.DirFS(args[0]))
 			if err != nil {
@@ -177,8 +186,9 @@ func policyTestCommand() *cobra.Command {
 func diffCommand() *cobra.Command {
 	var questions string
 	c := &cobra.Command{
-		Use: "diff DIR DIR", Short: "Say what differs between two bundles' directories", Args: cobra.ExactArgs(2),
-		Long:    "Say what differs between two bundles' directories, and, with --questions, which of the questions of a\npolicy test file they answer differently.",
+		Use: "diff DIR DIR", Short: "Print the differences between two bundles' directories", Args: cobra.ExactArgs(2),
+		Long: "Print the differences between two bundles' directories. With --questions, also print the questions of a\n" +
+			"policy test file that they answer differently.",
 		Example: "  pawl policy diff ./policy ./policy.next --questions ./policy/ci.test.yaml",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			from, err := loadDir(args[0])
@@ -209,7 +219,7 @@ func diffCommand() *cobra.Command {
 			return nil
 		},
 	}
-	c.Flags().StringVar(&questions, "questions", "", "a policy test file whose questions both are asked")
+	c.Flags().StringVar(&questions, "questions", "", "policy test file with questions for both bundles")
 	return c
 }
 
@@ -221,7 +231,7 @@ func loadDir(dir string) (*policy.Policy, error) {
 	return policy.Load(source.Unsigned())
 }
 
-// explainFlags are one question.
+// explainFlags are the flags of `pawl explain`: one question.
 type explainFlags struct {
 	caller, action, tool, receiver, task string
 	args, used                           []string
@@ -231,19 +241,21 @@ type explainFlags struct {
 func explainCommand() *cobra.Command {
 	var f explainFlags
 	c := &cobra.Command{
-		Use: "explain DIR --caller SPIFFE-ID --tool TOOL", Short: "Say why something is allowed or not, and what is missing", Args: cobra.ExactArgs(1),
-		Long:    "Ask a bundle's directory one question and say which policies decided and what a request would need\nto be granted.",
+		Use:   "explain DIR --caller SPIFFE-ID --tool TOOL",
+		Short: "Explain why policy grants or refuses a request", Args: cobra.ExactArgs(1),
+		Long: "Evaluate one question with a bundle's directory. Print which policies decided it, and which conditions\n" +
+			"a refused request would have to meet.",
 		Example: "  pawl explain ./policy --caller spiffe://example.org/agent/ci --tool deploy --arg environment=production",
 		RunE:    func(cmd *cobra.Command, args []string) error { return explain(cmd, f, args[0]) },
 	}
 	flags := c.Flags()
-	flags.StringVar(&f.caller, "caller", "", "who asks; required")
+	flags.StringVar(&f.caller, "caller", "", "the caller's SPIFFE ID; required")
 	flags.StringVar(&f.action, "action", "use", "open, use or delegate")
 	flags.StringVar(&f.tool, "tool", "", "the tool; required")
 	flags.StringArrayVar(&f.args, "arg", nil, "an argument: name=text, or name:=json")
-	flags.StringVar(&f.receiver, "to", "", "the receiver, for delegate")
+	flags.StringVar(&f.receiver, "to", "", "the receiver's SPIFFE ID, for delegate")
 	flags.StringVar(&f.task, "task", "explain", "the chain's task")
-	flags.StringArrayVar(&f.used, "used", nil, "a tool that the chain used before, a minute ago")
+	flags.StringArrayVar(&f.used, "used", nil, "a tool that the chain used a minute ago")
 	flags.BoolVar(&f.json, "json", false, "print JSON")
 	return c
 }
@@ -304,7 +316,8 @@ func (f explainFlags) question(p *policy.Policy) (q broker.Question, err error) 
 		}
 	}
 	for _, used := range f.used {
-		q.History[broker.ToolName(used)] = broker.Past{Count: 1, First: now.Add(-time.Minute), Last: now.Add(-time.Minute)}
+		at := now.Add(-time.Minute)
+		q.History[broker.ToolName(used)] = broker.Past{Count: 1, First: at, Last: at}
 	}
 	given, err := parseArgs(f.args)
 	if err != nil {

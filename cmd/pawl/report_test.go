@@ -13,7 +13,6 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/rogpeppe/go-internal/testscript"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/audit"
@@ -26,7 +25,7 @@ import (
 
 // TestOperatorScripts runs operators' commands against the real engine in memory, on a local socket.
 func TestOperatorScripts(t *testing.T) {
-	dir, err := os.MkdirTemp("", "pawl") // a socket's path must be short
+	dir, err := os.MkdirTemp("", "pawl") // t.TempDir is too long for a socket's path
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -65,7 +64,8 @@ func TestOperatorScripts(t *testing.T) {
 func startEngine(t *testing.T, target *brokertest.Target) *engine.Engine {
 	t.Helper()
 	tools := brokertest.AllowAll("db")
-	b, err := engine.New(engine.Config{Ledger: brokertest.NewMemory(), Policy: func() broker.Policy { return tools }, Vault: brokertest.NewVault(target),
+	b, err := engine.New(engine.Config{Ledger: brokertest.NewMemory(), Vault: brokertest.NewVault(target),
+		Policy:   func() broker.Policy { return tools },
 		Backends: map[string]broker.Backend{"target": target}, Now: time.Now, Random: rand.Reader, SweepEvery: -1})
 	if err != nil {
 		t.Fatal(err)
@@ -98,7 +98,7 @@ func serveOperators(t *testing.T, b *engine.Engine, key jose.JSONWebKey, operato
 		t.Fatal(err)
 	}
 	h := httptest.NewUnstartedServer(s.Operators())
-	_ = h.Listener.Close() // the socket takes its place
+	_ = h.Listener.Close() // the socket replaces it
 	h.Listener = l
 	h.Start()
 	t.Cleanup(h.Close)
@@ -110,7 +110,7 @@ func serveOperators(t *testing.T, b *engine.Engine, key jose.JSONWebKey, operato
 func revokedChain(t *testing.T, b *engine.Engine) broker.Revocation {
 	t.Helper()
 	ctx := t.Context()
-	agent := broker.Caller{ID: spiffeid.RequireFromString("spiffe://example.org/agent"), Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
+	agent := agentNamed("agent")
 	root, err := b.Open(ctx, agent, broker.OpenRequest{Task: "t", Rights: []broker.Right{{Tool: "db", Use: true}}})
 	if err != nil {
 		t.Fatal(err)

@@ -20,7 +20,7 @@ import (
 	"github.com/pawlsec/pawl/broker/policy"
 )
 
-// reportFlags are what `pawl report` is told.
+// reportFlags are the flags of `pawl report`.
 type reportFlags struct {
 	operatorFlags
 	out, key string
@@ -30,14 +30,17 @@ type reportFlags struct {
 func reportCommand() *cobra.Command {
 	var f reportFlags
 	c := &cobra.Command{
-		Use: "report REVOCATION", Short: "What a revocation came to, signed", Args: cobra.ExactArgs(1),
-		Long: "Get the signed report of a revocation: timeline, who and why, the evidence for each grant, what could\n" +
-			"be used between the breach and the fence, what was not touched, and what is left to worry about. It is\n" +
-			"a compact JWS that verifies offline with the broker's public key: pawl report verify.",
-		Example: "  pawl report rv0123456789abcdefghjkmnpq --out incident.jws\n  pawl report rv0123456789abcdefghjkmnpq --markdown --key broker.pub",
+		Use: "report REVOCATION", Short: "Print the signed report of a revocation", Args: cobra.ExactArgs(1),
+		Long: "Get the signed report of a revocation: the timeline, the operator and the reason, the evidence for each\n" +
+			"grant, the secrets that were usable between the breach and the fence, related delegations that were not\n" +
+			"revoked, and the remaining risks. It is a compact JWS that verifies offline with the broker's public key:\n" +
+			"pawl report verify.",
+		Example: "  pawl report rv0123456789abcdefghjkmnpq --out incident.jws\n" +
+			"  pawl report rv0123456789abcdefghjkmnpq --markdown --key broker.pub",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, args []string) error {
 			if f.markdown && f.key == "" {
-				return misuse{hinted{errors.New("--markdown needs --key"), "it is the broker's public key: nothing is shown that was not verified"}}
+				return misuse{hinted{errors.New("--markdown needs --key"),
+					"it is the broker's public key: only a verified report is shown"}}
 			}
 			jws, err := c.Report(cmd.Context(), args[0])
 			if err != nil {
@@ -59,9 +62,9 @@ func reportCommand() *cobra.Command {
 		}),
 	}
 	f.add(c)
-	c.Flags().StringVar(&f.out, "out", "", "file for the signed report; left out: it is printed")
-	c.Flags().StringVar(&f.key, "key", "", "file of the broker's public key, with --markdown")
-	c.Flags().BoolVar(&f.markdown, "markdown", false, "verify it and print it for people")
+	c.Flags().StringVar(&f.out, "out", "", "file for the signed report; empty: print it")
+	c.Flags().StringVar(&f.key, "key", "", "file of the broker's public key; required with --markdown")
+	c.Flags().BoolVar(&f.markdown, "markdown", false, "verify the report and print it as Markdown")
 	c.AddCommand(reportVerifyCommand())
 	return c
 }
@@ -71,7 +74,7 @@ func reportVerifyCommand() *cobra.Command {
 	var markdown bool
 	c := &cobra.Command{
 		Use: "verify FILE --key FILE", Short: "Verify a signed report offline", Args: cobra.ExactArgs(1),
-		Long:    "Verify a signed report with the broker's public key alone, and print what it says as JSON.",
+		Long:    "Verify a signed report with only the broker's public key, and print it as JSON.",
 		Example: "  pawl report verify incident.jws --key broker.pub --markdown",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := required(cmd, "key"); err != nil {
@@ -81,14 +84,14 @@ func reportVerifyCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if n := len(jws); n > 0 && jws[n-1] == '\n' { // as pawl report prints it
+			if n := len(jws); n > 0 && jws[n-1] == '\n' { // pawl report prints it with a line feed
 				jws = jws[:n-1]
 			}
 			return showReport(cmd, jws, key, markdown)
 		},
 	}
 	c.Flags().StringVar(&key, "key", "", "file of the broker's public key")
-	c.Flags().BoolVar(&markdown, "markdown", false, "print it for people")
+	c.Flags().BoolVar(&markdown, "markdown", false, "print it as Markdown")
 	return c
 }
 
@@ -99,7 +102,8 @@ func showReport(cmd *cobra.Command, jws []byte, keyFile string, markdown bool) e
 	}
 	r, err := audit.VerifyReport(jws, key)
 	if err != nil {
-		return hinted{fmt.Errorf("the report is not good: %w", err), "get it again from the broker, and the key from whoever runs the broker"}
+		return hinted{fmt.Errorf("the report is not valid: %w", err),
+			"get the report again from the broker, and the key from its administrator"}
 	}
 	fmt.Fprintf(cmd.ErrOrStderr(), "pawl: good signature of %s\n", oneLine(r.Issuer))
 	if markdown {
@@ -114,7 +118,7 @@ func showReport(cmd *cobra.Command, jws []byte, keyFile string, markdown bool) e
 	return err
 }
 
-// readPublicKey reads a key as `pawl policy keygen` writes its public half: a set of one, or one alone.
+// readPublicKey reads one public key: a set with one key, as `pawl policy keygen` writes it, or a single JWK.
 func readPublicKey(path string) (jose.JSONWebKey, error) {
 	raw, err := readAtMost(path, 64<<10)
 	if err != nil {
@@ -129,7 +133,8 @@ func readPublicKey(path string) (jose.JSONWebKey, error) {
 		keys = []jose.JSONWebKey{key}
 	}
 	if len(keys) != 1 || !keys[0].IsPublic() {
-		return jose.JSONWebKey{}, hinted{fmt.Errorf("%s holds %d keys; one public key is needed", path, len(keys)), "it is the file that pawl policy keygen --public wrote"}
+		return jose.JSONWebKey{}, hinted{fmt.Errorf("%s has %d keys; one public key is needed", path, len(keys)),
+			"it is the file that pawl policy keygen --public wrote"}
 	}
 	return keys[0], nil
 }
@@ -147,17 +152,18 @@ func readAtMost(path string, most int64) ([]byte, error) {
 	return raw, err
 }
 
-// auditVerifyFlags are what `pawl audit verify` is told, beside the broker.
+// auditVerifyFlags are the flags of `pawl audit verify`, besides those that select the broker.
 type auditVerifyFlags struct{ key, checkpoint, save, log string }
 
 func auditVerifyCommand(f *operatorFlags) *cobra.Command {
 	var v auditVerifyFlags
 	c := &cobra.Command{
-		Use: "verify --key FILE", Short: "Find out whether an entry was changed or taken away", Args: cobra.NoArgs,
-		Long: "Hold the audit log against a signed checkpoint. Keep one where the broker cannot reach it, with --save;\n" +
-			"later, with --checkpoint, the log must still begin with exactly what it stood for. --log reads what\n" +
-			"pawl audit --json printed, and with --checkpoint nothing is asked of the broker.",
-		Example: "  pawl audit verify --key broker.pub --save monday.note\n  pawl audit verify --key broker.pub --checkpoint monday.note\n" +
+		Use: "verify --key FILE", Short: "Verify that no entry was changed or removed", Args: cobra.NoArgs,
+		Long: "Verify the audit log against a signed checkpoint. Save a checkpoint with --save where the broker cannot\n" +
+			"reach it. Later, with --checkpoint, the log must still begin with exactly the entries that the checkpoint\n" +
+			"covers. --log reads the output of pawl audit --json; with --checkpoint too, no broker is needed.",
+		Example: "  pawl audit verify --key broker.pub --save monday.note\n" +
+			"  pawl audit verify --key broker.pub --checkpoint monday.note\n" +
 			"  pawl audit --json > log.json && pawl audit verify --key broker.pub --checkpoint monday.note --log log.json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := required(cmd, "key"); err != nil {
@@ -172,9 +178,9 @@ func auditVerifyCommand(f *operatorFlags) *cobra.Command {
 	}
 	flags := c.Flags()
 	flags.StringVar(&v.key, "key", "", "file of the broker's public key")
-	flags.StringVar(&v.checkpoint, "checkpoint", "", "a checkpoint that was kept; left out: the broker's present one")
-	flags.StringVar(&v.save, "save", "", "file to keep the checkpoint in")
-	flags.StringVar(&v.log, "log", "", "file of the log; left out: the broker's")
+	flags.StringVar(&v.checkpoint, "checkpoint", "", "file of a saved checkpoint; empty: the broker's current one")
+	flags.StringVar(&v.save, "save", "", "file to save the checkpoint to")
+	flags.StringVar(&v.log, "log", "", "file of the log; empty: the broker's log")
 	return c
 }
 
@@ -202,14 +208,16 @@ func (v auditVerifyFlags) verify(cmd *cobra.Command, f *operatorFlags, key jose.
 	}
 	checked, err := audit.Verify(log, signed, key)
 	if err != nil {
-		return hinted{fmt.Errorf("the audit log is not good: %w", err), "keep the ledger's file as it is, and compare with a copy from before"}
+		return hinted{fmt.Errorf("the audit log is not valid: %w", err),
+			"keep the ledger's file unchanged, and compare it with an earlier copy"}
 	}
 	if v.save != "" {
 		if err := os.WriteFile(v.save, signed, 0o600); err != nil {
 			return err
 		}
 	}
-	fmt.Fprintf(cmd.OutOrStdout(), "the first %d entries are those that %s signed\n", checked.Size, oneLine(checked.Origin))
+	fmt.Fprintf(cmd.OutOrStdout(), "the first %d entries are those that %s signed\n",
+		checked.Size, oneLine(checked.Origin))
 	return nil
 }
 
@@ -234,7 +242,7 @@ func brokerLog(ctx context.Context, c *operator.Client) audit.Log {
 	}
 }
 
-// fileLog reads what `pawl audit --json` printed: lists of entries, one after the other.
+// fileLog reads the output of `pawl audit --json`: lists of entries, one after the other.
 func fileLog(path string) iter.Seq2[broker.Entry, error] {
 	return func(yield func(broker.Entry, error) bool) {
 		f, err := os.Open(path)
@@ -262,9 +270,10 @@ func fileLog(path string) iter.Seq2[broker.Entry, error] {
 	}
 }
 
-// entryOf is an entry as the ledger has it.
+// entryOf converts an entry to the ledger's form.
 func entryOf(e api.Entry) broker.Entry {
-	return broker.Entry{Revision: broker.Revision(e.Revision), At: e.At, Actor: e.Actor, Op: broker.Op(e.Op), Chain: broker.ChainID(e.Chain),
-		Delegation: broker.DelegationID(e.Delegation), Grant: broker.GrantID(e.Grant), Revocation: broker.RevocationID(e.Revocation),
-		Tool: broker.ToolName(e.Tool), Code: broker.Code(e.Code), Bundle: e.Bundle, Policies: e.Policies, Detail: e.Detail}
+	return broker.Entry{Revision: broker.Revision(e.Revision), At: e.At, Actor: e.Actor, Op: broker.Op(e.Op),
+		Chain: broker.ChainID(e.Chain), Delegation: broker.DelegationID(e.Delegation), Grant: broker.GrantID(e.Grant),
+		Revocation: broker.RevocationID(e.Revocation), Tool: broker.ToolName(e.Tool), Code: broker.Code(e.Code),
+		Bundle: e.Bundle, Policies: e.Policies, Detail: e.Detail}
 }

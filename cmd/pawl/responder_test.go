@@ -21,8 +21,8 @@ import (
 	"github.com/pawlsec/pawl/broker/policy"
 )
 
-// scene is what a responder's script plays in: a real engine in memory, with a socket of each of two operators,
-// $PAWL_SOCKET and $SECOND.
+// scene is the environment of a responder's script: a real engine in memory, with one socket for each of two
+// operators, $PAWL_SOCKET and $SECOND.
 type scene struct {
 	t      *testing.T
 	engine *engine.Engine
@@ -31,26 +31,28 @@ type scene struct {
 	served []*httptest.Server
 }
 
-// TestResponderScripts runs what a responder types, as it is typed, against a broker with agents at work. Beside
-// what testscript has, scripts have
+// TestResponderScripts runs a responder's commands against a broker with working agents. Besides the commands
+// of testscript, scripts have
 //
-//	agent NAME   opens a chain, whose id is then $CHAIN
-//	step NAME    takes a step in it, whose grant is then $GRANT and whose password is in the file secret
-//	stick        the target does not answer any more, so that nothing is proven; unstick
-//	cut          every connection of an operator is lost
-//	json FILE    FILE holds JSON values and nothing else
+//	agent NAME    opens a chain and sets $CHAIN to its id
+//	step NAME     takes a step in it, sets $GRANT to its grant and writes its password to the file secret
+//	target-down   the target stops answering, so that nothing is proven; target-up undoes it
+//	disconnect    closes every connection of an operator
+//	json FILE     fails unless FILE has only JSON values
 func TestResponderScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{Dir: "testdata/responder", RequireExplicitExec: true, RequireUniqueNames: true,
 		Setup: func(e *testscript.Env) error { return newScene(t, e) },
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"agent": onScene(1, func(s *scene, ts *testscript.TestScript, args []string) error {
-				root, err := s.engine.Open(t.Context(), agentNamed(args[0]), broker.OpenRequest{Task: "work of " + args[0], Rights: []broker.Right{{Tool: "db", Use: true}}})
+				root, err := s.engine.Open(t.Context(), agentNamed(args[0]),
+					broker.OpenRequest{Task: "work of " + args[0], Rights: []broker.Right{{Tool: "db", Use: true}}})
 				s.roots[args[0]] = root
 				ts.Setenv("CHAIN", string(root.Chain))
 				return err
 			}),
 			"step": onScene(1, func(s *scene, ts *testscript.TestScript, args []string) error {
-				got, err := s.engine.Issue(t.Context(), agentNamed(args[0]), broker.StepRequest{Delegation: s.roots[args[0]].ID, Tool: "db"})
+				got, err := s.engine.Issue(t.Context(), agentNamed(args[0]),
+					broker.StepRequest{Delegation: s.roots[args[0]].ID, Tool: "db"})
 				if err != nil {
 					return err
 				}
@@ -61,7 +63,7 @@ func TestResponderScripts(t *testing.T) {
 				}
 				return os.WriteFile(ts.MkAbs("secret"), []byte(secret.Password+"\n"), 0o600)
 			}),
-			"stick": onScene(0, func(s *scene, _ *testscript.TestScript, _ []string) error {
+			"target-down": onScene(0, func(s *scene, _ *testscript.TestScript, _ []string) error {
 				s.target.Fail(func(point string) error {
 					if point == "prove" {
 						return errors.New("the target does not answer")
@@ -70,19 +72,24 @@ func TestResponderScripts(t *testing.T) {
 				})
 				return nil
 			}),
-			"unstick": onScene(0, func(s *scene, _ *testscript.TestScript, _ []string) error { s.target.Fail(nil); return nil }),
-			"cut": onScene(0, func(s *scene, _ *testscript.TestScript, _ []string) error {
+			"target-up": onScene(0, func(s *scene, _ *testscript.TestScript, _ []string) error {
+				s.target.Fail(nil)
+				return nil
+			}),
+			"disconnect": onScene(0, func(s *scene, _ *testscript.TestScript, _ []string) error {
 				for _, h := range s.served {
 					h.CloseClientConnections()
 				}
 				return nil
 			}),
-			"json": onScene(1, func(_ *scene, ts *testscript.TestScript, args []string) error { return onlyJSON(ts.MkAbs(args[0])) }),
+			"json": onScene(1, func(_ *scene, ts *testscript.TestScript, args []string) error {
+				return onlyJSON(ts.MkAbs(args[0]))
+			}),
 		}})
 }
 
 func newScene(t *testing.T, e *testscript.Env) error {
-	dir, err := os.MkdirTemp("", "pawl") // a socket's path must be short
+	dir, err := os.MkdirTemp("", "pawl") // t.TempDir is too long for a socket's path
 	if err != nil {
 		return err
 	}
@@ -103,17 +110,20 @@ func newScene(t *testing.T, e *testscript.Env) error {
 	return nil
 }
 
-func onScene(args int, do func(*scene, *testscript.TestScript, []string) error) func(*testscript.TestScript, bool, []string) {
+func onScene(
+	args int, do func(*scene, *testscript.TestScript, []string) error,
+) func(*testscript.TestScript, bool, []string) {
 	return func(ts *testscript.TestScript, neg bool, given []string) {
 		if neg || len(given) != args {
-			ts.Fatalf("wants %d arguments, and no !", args)
+			ts.Fatalf("the command takes %d arguments, and no !", args)
 		}
 		ts.Check(do(ts.Value("scene").(*scene), ts, given))
 	}
 }
 
 func agentNamed(name string) broker.Caller {
-	return broker.Caller{ID: spiffeid.RequireFromString("spiffe://example.org/" + name), Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
+	return broker.Caller{ID: spiffeid.RequireFromString("spiffe://example.org/" + name),
+		Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
 }
 
 func onlyJSON(file string) error {

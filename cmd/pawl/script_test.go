@@ -7,10 +7,10 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
-// TestMain lets scripts start this package, and so stands inside it.
+// TestMain lets scripts run this package's main as the command pawl.
 func TestMain(m *testing.M) { testscript.Main(m, map[string]func(){"pawl": main}) }
 
-// TestScripts runs the commands that need no servers, as people type them.
+// TestScripts runs the commands that need no servers, as a user types them.
 func TestScripts(t *testing.T) {
 	bundles, err := filepath.Abs("../../broker/policy/testdata")
 	if err != nil {
@@ -24,7 +24,9 @@ func TestScripts(t *testing.T) {
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("BUNDLES", bundles)
 			e.Setenv("EXAMPLE", example)
-			for _, name := range []string{"PAWL_ADDRESS", "PAWL_SERVER_ID", "PAWL_SOCKET", "PAWL_OPERATORS", "SPIFFE_ENDPOINT_SOCKET"} {
+			for _, name := range []string{
+				"PAWL_ADDRESS", "PAWL_SERVER_ID", "PAWL_SOCKET", "PAWL_OPERATORS", "SPIFFE_ENDPOINT_SOCKET",
+			} {
 				e.Setenv(name, "")
 			}
 			return nil

@@ -28,13 +28,14 @@ func serverCommand() *cobra.Command {
 	var example, check bool
 	var rollback int64
 	c := &cobra.Command{
-		Use: "server --config FILE", Short: "Serve agents and operators, by a configuration file", Args: cobra.NoArgs,
-		Long: "Serve agents and operators. A signal HUP reads the policy bundle again; one that is not newer,\n" +
-			"not signed, or whose tools the backends do not take leaves the running one in force. TERM and\n" +
-			"INT end the server; what was under way is in the ledger, and the next start goes on with it.\n" +
-			"The ledger remembers which bundle was in force last and refuses an older one at the start, unless\n" +
-			"--allow-policy-rollback names its version; the audit log has who started it so.",
-		Example: "  pawl server --example > pawl.yaml\n  pawl server --config pawl.yaml --check\n  pawl server --config pawl.yaml\n" +
+		Use: "server --config FILE", Short: "Run the broker with a configuration file", Args: cobra.NoArgs,
+		Long: "Run the broker: serve agents and operators. A HUP signal reads the policy bundle again. The running\n" +
+			"bundle stays in force if the new one is not newer, lacks signatures, or has a tool that its backend\n" +
+			"refuses. TERM and INT stop the server; unfinished work is in the ledger, and the next start resumes it.\n" +
+			"The ledger records the last bundle in force. A start with an older bundle is refused unless\n" +
+			"--allow-policy-rollback gives its version; the audit log records the user who started it.",
+		Example: "  pawl server --example > pawl.yaml\n  pawl server --config pawl.yaml --check\n" +
+			"  pawl server --config pawl.yaml\n" +
 			"  pawl server --config pawl.yaml --allow-policy-rollback 3",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if example {
@@ -42,7 +43,8 @@ func serverCommand() *cobra.Command {
 				return nil
 			}
 			if file == "" {
-				return misuse{hinted{fmt.Errorf("--config is required"), "pawl server --example prints one to start from"}}
+				return misuse{hinted{errors.New("--config is required"),
+					"pawl server --example prints a configuration to start from"}}
 			}
 			config, err := wire.ReadConfig(file)
 			if err != nil {
@@ -56,8 +58,9 @@ func serverCommand() *cobra.Command {
 	}
 	c.Flags().StringVar(&file, "config", "", "configuration file")
 	c.Flags().BoolVar(&example, "example", false, "print a commented configuration and exit")
-	c.Flags().Int64Var(&rollback, "allow-policy-rollback", 0, "version of the policy bundle that may follow a newer one, this once")
-	c.Flags().BoolVar(&check, "check", false, "check configuration and policy bundle and exit")
+	c.Flags().Int64Var(&rollback, "allow-policy-rollback", 0,
+		"version of a policy bundle that may follow a newer one, for this start")
+	c.Flags().BoolVar(&check, "check", false, "check the configuration and the policy bundle, and exit")
 	return c
 }
 
@@ -107,7 +110,8 @@ func serve(ctx context.Context, c wire.Config, rollback int64) error {
 			return err
 		case <-reload:
 			if p, err := s.ReloadPolicy(ctx, c); err != nil {
-				log.Error("the policy bundle on disk is refused; the running one stays", "error", err, "bundle", s.Policy.Current().Digest())
+				log.Error("the policy bundle on disk is refused; the running one stays",
+					"error", err, "bundle", s.Policy.Current().Digest())
 			} else {
 				log.Info("policy bundle in force", "bundle", p.Digest())
 			}
@@ -119,10 +123,11 @@ func devCommand() *cobra.Command {
 	var envFile string
 	var noPostgres bool
 	c := &cobra.Command{
-		Use: "dev", Short: "Run everything on this machine: identities, Vault, PostgreSQL if there is one, the broker", Args: cobra.NoArgs,
-		Long: "Run a SPIFFE Workload API, a real Vault, a real PostgreSQL where it is installed, and the broker,\n" +
-			"until interrupted. Everything is in a temporary directory and gone afterwards. The environment\n" +
-			"for the other commands is written to a file for the shell.",
+		Use: "dev", Args: cobra.NoArgs,
+		Short: "Run everything on this machine: identities, Vault, PostgreSQL if installed, the broker",
+		Long: "Run a SPIFFE Workload API, a real Vault, a real PostgreSQL if it is installed, and the broker, until\n" +
+			"interrupted. All files are in a temporary directory, which is removed at the end. With --env, the\n" +
+			"environment for the other commands is written to a file for the shell.",
 		Example: "  pawl dev --env dev.env &\n  . ./dev.env\n  pawl step --tool tls.call --arg name=a.agents.pawl.dev -- env",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			env, err := dev.Start(cmd.Context(), dev.Config{Progress: cmd.ErrOrStderr(), NoPostgres: noPostgres})
@@ -139,9 +144,9 @@ func devCommand() *cobra.Command {
 				if err := os.WriteFile(envFile, []byte(text), 0o600); err != nil {
 					return err
 				}
-				defer os.Remove(envFile) //nolint:errcheck // it names what is gone now
+				defer os.Remove(envFile) //nolint:errcheck // its addresses are useless by then
 			}
-			fmt.Fprintln(cmd.ErrOrStderr(), "pawl: ready; interrupt to end")
+			fmt.Fprintln(cmd.ErrOrStderr(), "pawl: ready; interrupt to stop")
 			select {
 			case <-cmd.Context().Done():
 				return nil
@@ -150,8 +155,8 @@ func devCommand() *cobra.Command {
 			}
 		},
 	}
-	c.Flags().StringVar(&envFile, "env", "", "file for the shell to read: addresses and the identity of an agent")
-	c.Flags().BoolVar(&noPostgres, "no-postgres", false, "leave PostgreSQL out")
+	c.Flags().StringVar(&envFile, "env", "", "file to write for the shell: the addresses and an agent's identity")
+	c.Flags().BoolVar(&noPostgres, "no-postgres", false, "run without PostgreSQL")
 	return c
 }
 
@@ -164,30 +169,34 @@ func shellEnv(env *dev.Env) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("export PAWL_ADDRESS=https://%s\nexport PAWL_SERVER_ID=%s\nexport PAWL_SOCKET=%s\nexport SPIFFE_ENDPOINT_SOCKET=%s # %s\n# the other agent, %s: SPIFFE_ENDPOINT_SOCKET=%s\n",
-		env.Broker.Agents(), dev.BrokerID, env.Config.Listen.Socket, planner, dev.Agent("planner"), dev.Agent("writer"), writer), nil
+	return fmt.Sprintf("export PAWL_ADDRESS=https://%s\nexport PAWL_SERVER_ID=%s\nexport PAWL_SOCKET=%s\n"+
+		"export SPIFFE_ENDPOINT_SOCKET=%s # %s\n# the other agent, %s: SPIFFE_ENDPOINT_SOCKET=%s\n",
+		env.Broker.Agents(), dev.BrokerID, env.Config.Listen.Socket,
+		planner, dev.Agent("planner"), dev.Agent("writer"), writer), nil
 }
 
 func demoCommand() *cobra.Command {
 	var path string
 	var noPostgres bool
 	c := &cobra.Command{
-		Use: "demo", Short: "Play the main job on real parts and print a timeline", Args: cobra.NoArgs,
-		Long: "Play the main job on real parts, in half a minute, and leave nothing running: one secret for one\n" +
-			"step, a delegation that is narrower, and a chain that is stopped when one agent breaks policy.",
+		Use: "demo", Short: "Play the main scenario on real parts and print a timeline", Args: cobra.NoArgs,
+		Long: "Play the main scenario on real parts, in half a minute, and leave nothing running: one secret for one\n" +
+			"step, a narrower delegation, and a chain that is revoked when one agent breaks policy.",
 		Example: "  pawl demo",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return demo.Run(cmd.Context(), demo.Config{Out: cmd.OutOrStdout(), Progress: cmd.ErrOrStderr(), JSON: path, NoPostgres: noPostgres})
+			return demo.Run(cmd.Context(), demo.Config{
+				Out: cmd.OutOrStdout(), Progress: cmd.ErrOrStderr(), JSON: path, NoPostgres: noPostgres})
 		},
 	}
-	c.Flags().StringVar(&path, "timeline", "build/demo/timeline.json", "file of the timeline as JSON")
-	c.Flags().BoolVar(&noPostgres, "no-postgres", false, "play as on a machine without PostgreSQL")
+	c.Flags().StringVar(&path, "timeline", "build/demo/timeline.json", "file to write the timeline to as JSON")
+	c.Flags().BoolVar(&noPostgres, "no-postgres", false, "play without PostgreSQL, even if it is installed")
 	return c
 }
 
 func versionCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "version", Short: "Print the version", Args: cobra.NoArgs, Long: "Print the version and what it was built with.", Example: "  pawl version",
+		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
+		Long: "Print the version of pawl and of the Go toolchain that built it.", Example: "  pawl version",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			fmt.Fprintln(cmd.OutOrStdout(), "pawl", version())
 			return nil
@@ -195,7 +204,7 @@ func versionCommand() *cobra.Command {
 	}
 }
 
-// version is the module's version, or the commit it was built from.
+// version returns the module's version, or devel, and the version of Go.
 func version() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {

@@ -19,7 +19,8 @@ import (
 )
 
 func vaultCommand() *cobra.Command {
-	c := &cobra.Command{Use: "vault", Short: "What Vault and the targets must be taught", Long: "What Vault and the targets must be taught, with the least rights that will do.",
+	c := &cobra.Command{Use: "vault", Short: "Print the setup that Vault and the targets need",
+		Long:    "Print the setup that Vault and the targets need, with the least rights that suffice.",
 		Example: "  pawl vault plan --config pawl.yaml --broker spiffe://example.org/pawl"}
 	c.AddCommand(vaultPlanCommand(), postgresSQLCommand())
 	return c
@@ -28,8 +29,11 @@ func vaultCommand() *cobra.Command {
 func vaultPlanCommand() *cobra.Command {
 	var config, id, trust string
 	c := &cobra.Command{
-		Use: "plan --config FILE --broker SPIFFE-ID", Short: "Print the writes that Vault needs, each with its reason", Args: cobra.NoArgs,
-		Long:    "Print the writes that Vault needs as JSON lines, each with its reason: policies, the token role, the\nauth role. Nothing is written. The trust domain's authorities come from --trust, or from the Workload API.",
+		Use: "plan --config FILE --broker SPIFFE-ID", Args: cobra.NoArgs,
+		Short: "Print the writes that Vault needs, each with its reason",
+		Long: "Print the writes that Vault needs as JSON lines, each with its reason: the policies, the token roles\n" +
+			"and the auth role. Nothing is written to Vault. The trust domain's authorities come from --trust or from\n" +
+			"the Workload API.",
 		Example: "  pawl vault plan --config pawl.yaml --broker spiffe://example.org/pawl --trust bundle.pem",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := required(cmd, "config", "broker"); err != nil {
@@ -56,14 +60,16 @@ func vaultPlanCommand() *cobra.Command {
 	}
 	c.Flags().StringVar(&config, "config", "", "the broker's configuration; required")
 	c.Flags().StringVar(&id, "broker", "", "the broker's SPIFFE ID; required")
-	c.Flags().StringVar(&trust, "trust", "", "PEM file of the trust domain's X.509 authorities; empty: ask the Workload API")
+	c.Flags().StringVar(&trust, "trust", "",
+		"PEM file of the trust domain's X.509 authorities; empty: fetch them from the Workload API")
 	return c
 }
 
 func vaultSetup(ctx context.Context, file, id, trust string) (vault.SetupConfig, []vault.Write, error) {
 	broker, err := spiffeid.FromString(id)
 	if err != nil {
-		return vault.SetupConfig{}, nil, misuse{hinted{fmt.Errorf("--broker: %w", err), "it is the SPIFFE ID that the broker runs as"}}
+		return vault.SetupConfig{}, nil, misuse{hinted{fmt.Errorf("--broker: %w", err),
+			"it is the SPIFFE ID that the broker runs as"}}
 	}
 	config, err := wire.ReadConfig(file)
 	if err != nil {
@@ -96,7 +102,8 @@ func trustPEM(ctx context.Context, td spiffeid.TrustDomain, api, file string) (s
 	}
 	bundles, err := workloadapi.FetchX509Bundles(ctx, options...)
 	if err != nil {
-		return "", hinted{fmt.Errorf("asking the Workload API for the trust bundle: %w", err), "give the authorities with --trust"}
+		return "", hinted{fmt.Errorf("fetching the trust bundle from the Workload API: %w", err),
+			"give the authorities with --trust"}
 	}
 	bundle, err := bundles.GetX509BundleForTrustDomain(td)
 	if err != nil {
@@ -114,7 +121,8 @@ func trustPEM(ctx context.Context, td spiffeid.TrustDomain, api, file string) (s
 func postgresSQLCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "postgres-sql", Short: "Print the script that a PostgreSQL target needs", Args: cobra.NoArgs,
-		Long:    "Print the script that a PostgreSQL target needs: the schema pawl with the functions that make, cut and\ncollect agents' logins. It is run once by a superuser and may be repeated.",
+		Long: "Print the script that a PostgreSQL target needs: the schema pawl with the functions that create, sever\n" +
+			"and clean up agents' logins. A superuser runs it once in each database; it may be repeated.",
 		Example: "  pawl vault postgres-sql | psql --single-transaction shop",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			_, err := fmt.Fprint(cmd.OutOrStdout(), postgres.Bootstrap())

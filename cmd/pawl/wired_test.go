@@ -34,12 +34,12 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// TestWired: a broker as it is configured, with Vault down. An identity provider pushes an event over
-// TLS, the agent's chain is fenced, and the operator gets the signed report, the checkpoint and the
-// metrics over the local socket.
+// TestWired starts a broker from a configuration, with Vault down. An identity provider pushes an event over
+// TLS, and the agent's chain is fenced. The operator gets the signed report, the checkpoint and the metrics
+// over the local socket.
 func TestWired(t *testing.T) {
 	ctx := t.Context()
-	dir, err := os.MkdirTemp("", "pawl") // a socket's path must be short
+	dir, err := os.MkdirTemp("", "pawl") // t.TempDir is too long for a socket's path
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -56,7 +56,8 @@ func TestWired(t *testing.T) {
 	}
 	t.Cleanup(s.Close)
 	agent := broker.Caller{ID: identities.ID("/agent"), Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
-	root, err := s.Broker.Open(ctx, agent, broker.OpenRequest{Task: "t", Rights: []broker.Right{{Tool: "notes.read", Use: true}}})
+	root, err := s.Broker.Open(ctx, agent,
+		broker.OpenRequest{Task: "t", Rights: []broker.Right{{Tool: "notes.read", Use: true}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,9 +68,9 @@ func TestWired(t *testing.T) {
 			t.Fatalf("push %d = %d, want %d", i+1, status, want)
 		}
 	}
-	standing, err := s.Broker.Status(ctx, agent, root.ID)
-	if err != nil || standing.Fence == nil {
-		t.Fatalf("Standing = %+v, %v, want a fence", standing, err)
+	status, err := s.Broker.Status(ctx, agent, root.ID)
+	if err != nil || status.Fence == nil {
+		t.Fatalf("Status = %+v, %v, want a fence", status, err)
 	}
 
 	c, err := operator.New(operator.Config{Address: "unix:" + config.Listen.Socket})
@@ -77,20 +78,22 @@ func TestWired(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(c.Close)
-	jws, err := c.Report(ctx, string(standing.Fence.Revocation))
+	jws, err := c.Report(ctx, string(status.Fence.Revocation))
 	if err != nil {
 		t.Fatal(err)
 	}
 	r, err := audit.VerifyReport(jws, public)
-	if err != nil || r.Revocation.By != "set:https://idp.example.org" || len(r.Chains) != 1 || r.Chains[0].ID != root.Chain {
+	if err != nil || r.Revocation.By != "set:https://idp.example.org" ||
+		len(r.Chains) != 1 || r.Chains[0].ID != root.Chain {
 		t.Errorf("VerifyReport = %+v, %v, want the chain, fenced by the identity provider", r, err)
 	}
 	signed, err := c.Checkpoint(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if checked, err := audit.Verify(brokerLog(ctx, c), signed, public); err != nil || checked.Size < 3 || checked.Origin != "example.org/pawl" {
-		t.Errorf("Verify of the broker's log = %+v, %v, want that it is whole", checked, err)
+	checked, err := audit.Verify(brokerLog(ctx, c), signed, public)
+	if err != nil || checked.Size < 3 || checked.Origin != "example.org/pawl" {
+		t.Errorf("Verify of the broker's log = %+v, %v, want at least 3 entries of example.org/pawl", checked, err)
 	}
 	page := scrape(t, config.Listen.Socket)
 	for _, line := range []string{"pawl_vault_ready 0", `pawl_fences_total{kind="revoke"} 1`, "pawl_live_grants 0"} {
@@ -99,10 +102,10 @@ func TestWired(t *testing.T) {
 		}
 	}
 	if strings.Contains(page, string(root.Chain)) || strings.Contains(page, "spiffe://") {
-		t.Error("/metrics holds an id or a name")
+		t.Error("/metrics has an id or a name")
 	}
 
-	s.Close() // a restart forgets no token that was acted on
+	s.Close() // after a restart, an event that was acted on is still refused as a replay
 	if s, err = wire.Start(ctx, config, slog.New(slog.DiscardHandler)); err != nil {
 		t.Fatal(err)
 	}
@@ -112,8 +115,10 @@ func TestWired(t *testing.T) {
 	}
 }
 
-// wiredConfig is a configuration whose files exist, and whose Vault does not.
-func wiredConfig(t *testing.T, dir string, identities *workload.Server) (c wire.Config, public jose.JSONWebKey, transmitter ed25519.PrivateKey) {
+// wiredConfig makes a configuration and its files. Its Vault does not exist.
+func wiredConfig(
+	t *testing.T, dir string, identities *workload.Server,
+) (c wire.Config, public jose.JSONWebKey, transmitter ed25519.PrivateKey) {
 	t.Helper()
 	private, public, err := policy.GenerateKey(rand.Reader)
 	if err != nil {
@@ -125,8 +130,9 @@ func wiredConfig(t *testing.T, dir string, identities *workload.Server) (c wire.
 	}
 	source, err := policy.Build(fstest.MapFS{
 		"bundle.yaml": {Data: []byte("{name: wired, version: 1}")},
-		"tools.yaml":  {Data: []byte("tools:\n  - {name: notes.read, backend: notes, narrowing: none, vault: {policy: pawl-notes, path: secret/notes}}\n")},
-		"main.cedar":  {Data: []byte("@id(\"all\")\n@any(\"action tool\")\npermit (principal in TrustDomain::\"example.org\", action, resource);\n")},
+		"tools.yaml": {Data: []byte("tools:\n  - {name: notes.read, backend: notes, narrowing: none, " +
+			"vault: {policy: pawl-notes, path: secret/notes}}\n")},
+		"main.cedar": {Data: []byte(notesPermit)},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -154,8 +160,10 @@ func wiredConfig(t *testing.T, dir string, identities *workload.Server) (c wire.
 	}
 	return wire.Config{
 		TrustDomains: []string{"example.org"}, WorkloadAPI: api, JWTAudience: "pawl",
-		Listen: wire.Listen{Agents: "127.0.0.1:0", Socket: filepath.Join(dir, "admin.sock")}, Ledger: filepath.Join(dir, "ledger.db"),
-		Policy:     wire.Policy{Bundle: file("policy.jws", bundle), Keys: file("keys.json", jose.JSONWebKeySet{Keys: []jose.JSONWebKey{public}})},
+		Listen: wire.Listen{Agents: "127.0.0.1:0", Socket: filepath.Join(dir, "admin.sock")},
+		Ledger: filepath.Join(dir, "ledger.db"),
+		Policy: wire.Policy{Bundle: file("policy.jws", bundle),
+			Keys: file("keys.json", jose.JSONWebKeySet{Keys: []jose.JSONWebKey{public}})},
 		Vault:      wire.Vault{Address: "https://127.0.0.1:1", CA: file("ca.pem", someAuthority(t))},
 		Backends:   map[string]wire.Backend{"notes": {Plugin: "kv"}},
 		SweepEvery: -1, SigningKey: file("signing.key", private),
@@ -170,7 +178,8 @@ func someAuthority(t *testing.T) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true, NotAfter: time.Now().Add(time.Hour)}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true,
+		NotAfter: time.Now().Add(time.Hour)}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)
@@ -178,21 +187,23 @@ func someAuthority(t *testing.T) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 }
 
-// event is a token as an identity provider makes it, with nothing of ours.
+// event makes a token like an identity provider, without Pawl's code.
 func event(t *testing.T, key ed25519.PrivateKey, uri string) string {
 	t.Helper()
 	part := base64.RawURLEncoding.EncodeToString
 	signed := part([]byte(`{"typ":"secevent+jwt","alg":"EdDSA","kid":"k1"}`)) + "." + part(fmt.Appendf(nil,
-		`{"iss":"https://idp.example.org","jti":"756e69","iat":%d,"aud":"https://pawl.example.org","sub_id":{"format":"uri","uri":%q},
-		"events":{"https://schemas.openid.net/secevent/caep/event-type/session-revoked":{"initiating_entity":"policy"}}}`, time.Now().Unix(), uri))
+		`{"iss":"https://idp.example.org","jti":"756e69","iat":%d,"aud":"https://pawl.example.org",
+		"sub_id":{"format":"uri","uri":%q},
+		"events":{"https://schemas.openid.net/secevent/caep/event-type/session-revoked":{"initiating_entity":"policy"}}}`,
+		time.Now().Unix(), uri))
 	return signed + "." + part(ed25519.Sign(key, []byte(signed)))
 }
 
-// pushEvent sends a token without a certificate of our own.
+// pushEvent pushes a token without a client certificate.
 func pushEvent(t *testing.T, to net.Addr, token string) (status int) {
 	t.Helper()
 	h := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{TLSClientConfig: &tls.Config{
-		InsecureSkipVerify: true, // an SVID has no host name; what is tested is what the broker does
+		InsecureSkipVerify: true, // an SVID has no host name, and this tests the broker's side
 		MinVersion:         tls.VersionTLS13,
 	}}}
 	defer h.CloseIdleConnections()
@@ -200,15 +211,16 @@ func pushEvent(t *testing.T, to net.Addr, token string) (status int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_ = resp.Body.Close() // the status is all that is looked at
+	_ = resp.Body.Close() // only the status counts
 	return resp.StatusCode
 }
 
 func scrape(t *testing.T, socket string) string {
 	t.Helper()
-	h := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
-	}}}
+	}
+	h := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DialContext: dial}}
 	defer h.CloseIdleConnections()
 	resp, err := h.Get("http://pawl/metrics")
 	if err != nil {
