@@ -1,6 +1,6 @@
-// Package dev runs everything Pawl needs on one machine: a SPIFFE Workload API, a real Vault, a
-// real PostgreSQL where there is one, and the broker on an embedded ledger. `pawl dev`, the
-// demonstration and the tests of the whole stand on it.
+// Package dev runs everything that Pawl needs on one machine: a SPIFFE Workload API, a real Vault, a real
+// PostgreSQL if it is installed, and the broker with an embedded ledger. `pawl dev`, the demonstration and
+// the end-to-end tests use it.
 package dev
 
 import (
@@ -31,58 +31,59 @@ var bundle embed.FS
 // TrustDomain is the development trust domain.
 const TrustDomain = "pawl.dev"
 
-// Config says what to run.
+// Config selects the parts to run.
 type Config struct {
-	// Log gets what the broker logs. Nil: nothing.
+	// Log gets the broker's log. Nil discards it.
 	Log *slog.Logger
-	// Progress is told what is being started, one line each, and how builds go. Nil: nobody.
+	// Progress gets a line for each part that is started, and the progress of builds. Nil discards it.
 	Progress io.Writer
-	// NoPostgres leaves PostgreSQL out even where there is one.
+	// NoPostgres leaves PostgreSQL out even if it is installed.
 	NoPostgres bool
-	// ForgetfulVault keeps Vault's storage in memory: it cannot be started again.
+	// ForgetfulVault keeps Vault's storage in memory: that Vault cannot be restarted.
 	ForgetfulVault bool
-	// MaxConnections of PostgreSQL; zero: 300.
+	// MaxConnections is PostgreSQL's limit. Zero is 300.
 	MaxConnections int
-	// Agents and Operators are the addresses to listen on; empty: free ports of the loopback.
+	// Agents and Operators are the addresses of the listeners. Empty is a free port of the loopback.
 	Agents, Operators string
 	// External leaves the broker itself to another process, which reads ConfigFile.
 	External bool
-	// SVIDTTL is the life of SVIDs; zero: 5 minutes.
+	// SVIDTTL is the lifetime of SVIDs. Zero is 5 minutes.
 	SVIDTTL time.Duration
-	// MaxRequestDuration is Vault's, and the broker's mint_bound; zero: 10 s.
+	// MaxRequestDuration is Vault's max_request_duration, and the broker's mint_bound. Zero is 10 s.
 	MaxRequestDuration time.Duration
-	// RevokeRetryBase is what Vault's waits between its tries at a revocation grow from; zero: Vault's own, 10 s.
+	// RevokeRetryBase is the start of Vault's exponential backoff between attempts at a revocation. Zero is
+	// Vault's own, 10 s.
 	RevokeRetryBase time.Duration
 }
 
 // Env is the running environment.
 type Env struct {
-	Dir        string                // of everything that is on disk; removed by Close
-	ConfigFile string                // what `pawl server` would be started with
-	Config     wire.Config           // the same, read
-	Identities *workload.Server      // who is who
+	Dir        string                // has all files; Close removes it
+	ConfigFile string                // the configuration of the broker, for `pawl server`
+	Config     wire.Config           // the content of ConfigFile
+	Identities *workload.Server      // the Workload API
 	Vault      *parts.VaultServer    // with its root token
-	Postgres   *parts.PostgresServer // nil without one
-	Database   string                // its database's superuser DSN; empty without one
-	Broker     *wire.Server          // nil when External
+	Postgres   *parts.PostgresServer // nil without PostgreSQL
+	Database   string                // superuser's DSN of the database; empty without PostgreSQL
+	Broker     *wire.Server          // nil with External
 
-	password string // of Vault's own database login, until it is rotated
-	progress io.Writer
-	closers  []func()
+	password   string // of Vault's own database login, until Vault rotates it
+	progress   io.Writer
+	closeFuncs []func() // in the order of construction; Close runs them in reverse
 }
 
-// BrokerID, OperatorID and the agents are who takes part.
+// The SPIFFE IDs of the broker and of the operator.
 var (
 	BrokerID   = spiffeid.RequireFromString("spiffe://" + TrustDomain + "/pawl")
 	OperatorID = spiffeid.RequireFromString("spiffe://" + TrustDomain + "/operator")
 )
 
-// Agent is the SPIFFE ID of a development agent.
+// Agent returns the SPIFFE ID of a development agent.
 func Agent(name string) spiffeid.ID {
 	return spiffeid.RequireFromString("spiffe://" + TrustDomain + "/agent/" + name)
 }
 
-// Start brings everything up. ctx bounds the start.
+// Start starts all parts and waits until the broker is logged in to Vault. ctx bounds the start.
 func Start(ctx context.Context, c Config) (e *Env, err error) {
 	e = &Env{progress: c.Progress}
 	if e.progress == nil {
@@ -96,7 +97,7 @@ func Start(ctx context.Context, c Config) (e *Env, err error) {
 	if e.Dir, err = os.MkdirTemp("", "pawl-"); err != nil {
 		return e, err
 	}
-	e.later(func() { _ = os.RemoveAll(e.Dir) }) // a temporary directory
+	e.onClose(func() { _ = os.RemoveAll(e.Dir) }) // a temporary directory
 	if c.MaxRequestDuration == 0 {
 		c.MaxRequestDuration = 10 * time.Second
 	}
@@ -109,14 +110,14 @@ func Start(ctx context.Context, c Config) (e *Env, err error) {
 	if err := e.configure(c); err != nil {
 		return e, err
 	}
-	e.say("configuring Vault")
+	e.report("configuring Vault")
 	if err := e.setupVault(ctx); err != nil {
 		return e, err
 	}
 	if c.External {
 		return e, nil
 	}
-	e.say("starting the broker")
+	e.report("starting the broker")
 	log := c.Log
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
@@ -124,24 +125,24 @@ func Start(ctx context.Context, c Config) (e *Env, err error) {
 	if e.Broker, err = wire.Start(ctx, e.Config, log); err != nil {
 		return e, err
 	}
-	e.later(e.Broker.Close)
-	return e, e.ready(ctx)
+	e.onClose(e.Broker.Close)
+	return e, e.awaitLogin(ctx)
 }
 
-func (e *Env) later(f func()) { e.closers = append(e.closers, f) }
+func (e *Env) onClose(f func()) { e.closeFuncs = append(e.closeFuncs, f) }
 
-func (e *Env) say(what string) { fmt.Fprintln(e.progress, "pawl: "+what) }
+func (e *Env) report(progress string) { fmt.Fprintln(e.progress, "pawl: "+progress) }
 
-// Close ends everything, what was started last first.
+// Close stops all parts in the reverse order of their start.
 func (e *Env) Close() {
-	for len(e.closers) > 0 {
-		last := e.closers[len(e.closers)-1]
-		e.closers = e.closers[:len(e.closers)-1]
+	for len(e.closeFuncs) > 0 {
+		last := e.closeFuncs[len(e.closeFuncs)-1]
+		e.closeFuncs = e.closeFuncs[:len(e.closeFuncs)-1]
 		last()
 	}
 }
 
-// StopBroker ends the broker alone.
+// StopBroker stops only the broker.
 func (e *Env) StopBroker() {
 	if e.Broker != nil {
 		e.Broker.Close()
@@ -152,38 +153,39 @@ func (e *Env) identities(c Config) (err error) {
 	if e.Identities, err = workload.New(workload.Config{TrustDomain: TrustDomain, SVIDTTL: c.SVIDTTL}); err != nil {
 		return err
 	}
-	e.later(func() { _ = e.Identities.Close() }) // its sockets end with it
+	e.onClose(func() { _ = e.Identities.Close() }) // best effort: it removes its sockets
 	return nil
 }
 
 func (e *Env) servers(ctx context.Context, c Config) (err error) {
-	e.say("starting Vault")
-	if e.Vault, err = parts.Vault(ctx, parts.VaultConfig{Persistent: !c.ForgetfulVault, MaxRequestDuration: c.MaxRequestDuration,
+	e.report("starting Vault")
+	if e.Vault, err = parts.Vault(ctx, parts.VaultConfig{
+		Persistent: !c.ForgetfulVault, MaxRequestDuration: c.MaxRequestDuration,
 		RevokeRetryBase: c.RevokeRetryBase, Binaries: parts.Binaries{Progress: e.progress}}); err != nil {
 		return fmt.Errorf("starting Vault: %w", err)
 	}
-	e.later(func() { _ = e.Vault.Close() }) // a server of ours, gone with us
+	e.onClose(func() { _ = e.Vault.Close() }) // best effort: a development server
 	if c.NoPostgres {
 		return nil
 	}
-	e.say("starting PostgreSQL")
+	e.report("starting PostgreSQL")
 	connections := c.MaxConnections
 	if connections == 0 {
 		connections = 300
 	}
 	e.Postgres, err = parts.PostgreSQL(ctx, parts.PostgresConfig{MaxConnections: connections, NoSync: true})
 	if errors.Is(err, parts.ErrMissing) {
-		e.say(err.Error() + ": database tools are left out")
+		e.report(err.Error() + ": the database tools are left out")
 		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("starting PostgreSQL: %w", err)
 	}
-	e.later(func() { _ = e.Postgres.Close() }) // a server of ours, gone with us
+	e.onClose(func() { _ = e.Postgres.Close() }) // best effort: a development server
 	return e.setupPostgres(ctx)
 }
 
-// configure writes the policy, signed by a key made now, and the broker's configuration.
+// configure writes the policy, signed by a new key, and the broker's configuration.
 func (e *Env) configure(c Config) error {
 	if err := e.signPolicy(); err != nil {
 		return err
@@ -202,7 +204,8 @@ func (e *Env) configure(c Config) error {
 	}
 	e.Config = wire.Config{
 		TrustDomains: []string{TrustDomain}, WorkloadAPI: address, JWTAudience: "pawl",
-		Listen:    wire.Listen{Agents: orLoopback(c.Agents), Operators: orLoopback(c.Operators), Socket: e.path("admin.sock")},
+		Listen: wire.Listen{Agents: orLoopback(c.Agents), Operators: orLoopback(c.Operators),
+			Socket: e.path("admin.sock")},
 		Operators: []string{OperatorID.String()}, Ledger: e.path("ledger.db"),
 		Policy:   wire.Policy{Bundle: e.path("policy.jws"), Keys: e.path("policy-keys.json")},
 		Vault:    wire.Vault{Address: e.Vault.Address(), CA: e.path("vault-ca.pem"), MintBound: c.MaxRequestDuration},
@@ -229,8 +232,7 @@ func orLoopback(address string) string {
 
 func (e *Env) path(name string) string { return filepath.Join(e.Dir, name) }
 
-// signPolicy lays the authors' directory out, without the database tools where there is no
-// database, and signs it.
+// signPolicy writes the bundle's directory, without the database tools if there is no database, and signs it.
 func (e *Env) signPolicy() error {
 	dir := e.path("policy")
 	if err := os.Mkdir(dir, 0o700); err != nil {
@@ -270,11 +272,13 @@ func (e *Env) signPolicy() error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(os.WriteFile(e.path("policy.jws"), jws, 0o600), os.WriteFile(e.path("policy-keys.json"), keys, 0o600))
+	return errors.Join(
+		os.WriteFile(e.path("policy.jws"), jws, 0o600),
+		os.WriteFile(e.path("policy-keys.json"), keys, 0o600))
 }
 
-// ready waits until the broker is logged in to Vault.
-func (e *Env) ready(ctx context.Context) error {
+// awaitLogin waits until the broker is logged in to Vault.
+func (e *Env) awaitLogin(ctx context.Context) error {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {

@@ -16,14 +16,14 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// TestStartAndClose: what Start brings up serves, the configuration file says how, and Close
-// leaves nothing behind.
+// TestStartAndClose holds that the parts that Start starts serve, that the configuration file describes them, and
+// that Close leaves nothing behind.
 func TestStartAndClose(t *testing.T) {
 	parts.NeedVault(t)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	var told strings.Builder
-	e, err := dev.Start(ctx, dev.Config{NoPostgres: true, Progress: &told})
+	var progress strings.Builder
+	e, err := dev.Start(ctx, dev.Config{NoPostgres: true, Progress: &progress})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -34,10 +34,11 @@ func TestStartAndClose(t *testing.T) {
 	if err := e.Broker.Vault.Ready(); err != nil {
 		t.Errorf("Ready() = %v right after Start", err)
 	}
-	if e.Postgres != nil || e.Database != "" || !strings.Contains(told.String(), "starting the broker") {
-		t.Errorf("Start with NoPostgres has the database %q and told %q", e.Database, &told)
+	if e.Postgres != nil || e.Database != "" || !strings.Contains(progress.String(), "starting the broker") {
+		t.Errorf("Start with NoPostgres has the database %q and the progress %q", e.Database, &progress)
 	}
-	addresses := []string{e.Broker.Agents().String(), e.Broker.Operators().String(), strings.TrimPrefix(e.Vault.Address(), "https://")}
+	addresses := []string{e.Broker.Agents().String(), e.Broker.Operators().String(),
+		strings.TrimPrefix(e.Vault.Address(), "https://")}
 	e.Close()
 	for _, a := range addresses {
 		if conn, err := net.Dial("tcp", a); err == nil {
@@ -46,6 +47,6 @@ func TestStartAndClose(t *testing.T) {
 		}
 	}
 	if _, err := os.Stat(e.Dir); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("Stat(%s) = %v after Close, want nothing there", e.Dir, err)
+		t.Errorf("Stat(%s) = %v after Close, want that it does not exist", e.Dir, err)
 	}
 }

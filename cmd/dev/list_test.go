@@ -12,8 +12,8 @@ import (
 	"github.com/pawlsec/pawl/cmd/parts"
 )
 
-// TestLaggingList holds that the rights of `pawl vault plan` are enough to prove a certificate dead
-// where Vault's list follows its revocations late.
+// TestLaggingList holds that the rights of `pawl vault plan` suffice to prove a certificate dead when Vault
+// updates its revocation list late.
 func TestLaggingList(t *testing.T) {
 	parts.NeedVault(t)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -27,12 +27,14 @@ func TestLaggingList(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := root.Logical().WriteWithContext(ctx, "pki/config/crl", map[string]any{"auto_rebuild": true, "expiry": "72h"}); err != nil {
+	if _, err := root.Logical().WriteWithContext(ctx, "pki/config/crl",
+		map[string]any{"auto_rebuild": true, "expiry": "72h"}); err != nil {
 		t.Fatal(err)
 	}
 	b := e.Broker.Broker
 	c := broker.Caller{ID: dev.Agent("planner"), Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
-	chain, err := b.Open(ctx, c, broker.OpenRequest{Task: "a lagging list", Rights: []broker.Right{{Tool: "tls.call", Use: true}}})
+	chain, err := b.Open(ctx, c,
+		broker.OpenRequest{Task: "a lagging list", Rights: []broker.Right{{Tool: "tls.call", Use: true}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -45,7 +47,8 @@ func TestLaggingList(t *testing.T) {
 		t.Fatal(err)
 	}
 	g, err := b.Close(ctx, c, got.Grant.ID)
-	if err != nil || g.Outcome != broker.OutcomeDead || len(g.Evidence) == 0 || !strings.Contains(g.Evidence[len(g.Evidence)-1].Answer, "on the list of ") {
-		t.Errorf("Close() = %s %v, %v, want dead by the list", g.Outcome, g.Evidence, err)
+	if err != nil || g.Outcome != broker.OutcomeDead || len(g.Evidence) == 0 ||
+		!strings.Contains(g.Evidence[len(g.Evidence)-1].Answer, "on the list of ") {
+		t.Errorf("Close() = %s %v, %v, want dead by the revocation list", g.Outcome, g.Evidence, err)
 	}
 }

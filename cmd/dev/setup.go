@@ -12,7 +12,6 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
-	"github.com/pawlsec/pawl/broker/policy"
 	"github.com/pawlsec/pawl/cmd/wire"
 	"github.com/pawlsec/pawl/plugins/postgres"
 	"github.com/pawlsec/pawl/plugins/vault"
@@ -20,7 +19,7 @@ import (
 
 const vaultLogin = "pawl_vault"
 
-// setupPostgres makes a small shop and what agents may get of it.
+// setupPostgres makes the database of a small shop, and grants the rights that agents may get.
 func (e *Env) setupPostgres(ctx context.Context) (err error) {
 	if e.Database, err = e.Postgres.CreateDatabase(ctx); err != nil {
 		return err
@@ -43,7 +42,7 @@ func (e *Env) setupPostgres(ctx context.Context) (err error) {
 	}})
 }
 
-// vaultPassword is the one of pawl_vault, made once; rotate-root replaces it.
+// vaultPassword returns the password of pawl_vault. It is made once; rotate-root replaces it.
 func (e *Env) vaultPassword() string {
 	if e.password == "" {
 		e.password = rand.Text()
@@ -59,16 +58,16 @@ func (e *Env) shopDSN() string {
 func (e *Env) databaseName() string {
 	u, err := url.Parse(e.Database)
 	if err != nil {
-		panic("dev: the DSN that was just made does not parse")
+		panic("dev: the DSN of parts.PostgresServer does not parse")
 	}
 	return strings.TrimPrefix(u.Path, "/")
 }
 
-// setupVault teaches a fresh Vault what the broker needs, as a platform team would with
-// `pawl vault bootstrap`.
+// setupVault sets up a fresh Vault for the broker: first the mounts, as an operator of Vault would, and then
+// the writes of `pawl vault plan`.
 func (e *Env) setupVault(ctx context.Context) error {
 	for _, w := range e.mounts() {
-		if err := e.teach(ctx, w); err != nil {
+		if err := e.write(ctx, w); err != nil {
 			return err
 		}
 	}
@@ -79,27 +78,28 @@ func (e *Env) setupVault(ctx context.Context) error {
 			return err
 		}
 	}
-	running, err := e.tools()
+	running, err := wire.LoadPolicy(e.Config.Policy)
 	if err != nil {
 		return err
 	}
-	writes, err := wire.Writes(running.Tools(), e.Config.Backends)
+	tools := running.Current().Tools()
+	writes, err := wire.Writes(tools, e.Config.Backends)
 	if err != nil {
 		return err
 	}
 	for _, w := range writes {
-		if err := e.teach(ctx, w); err != nil {
+		if err := e.write(ctx, w); err != nil {
 			return err
 		}
 	}
 	_, err = vault.Setup(ctx, e.admin(), vault.SetupConfig{BrokerID: BrokerID, TrustPEM: authorities.String(),
-		Tools: wire.Access(running.Tools(), e.Config.Backends), Reads: wire.Reads(running.Tools(), e.Config.Backends)})
+		Tools: wire.Access(tools, e.Config.Backends), Reads: wire.Reads(tools, e.Config.Backends)})
 	return err
 }
 
-// teach makes one write, and again when Vault gave it up: tests give its requests two seconds, which
-// on a busy machine is now and then too short for a mount.
-func (e *Env) teach(ctx context.Context, w vault.Write) (err error) {
+// write makes one write, and retries it: tests limit Vault's requests to two seconds, which a mount sometimes
+// exceeds on a busy machine.
+func (e *Env) write(ctx context.Context, w vault.Write) (err error) {
 	w.Exists = true
 	for range 3 {
 		if err = e.admin().Write(ctx, w); err == nil {
@@ -107,14 +107,6 @@ func (e *Env) teach(ctx context.Context, w vault.Write) (err error) {
 		}
 	}
 	return err
-}
-
-func (e *Env) tools() (*policy.Policy, error) {
-	running, err := wire.LoadPolicy(e.Config.Policy)
-	if err != nil {
-		return nil, err
-	}
-	return running.Current(), nil
 }
 
 func (e *Env) admin() vault.Admin {
@@ -132,24 +124,29 @@ func (e *Env) mounts() []vault.Write {
 		post("secret/data/notes", map[string]any{"data": map[string]any{"note": "kept in a drawer"}}),
 		post("sys/policies/acl/dev-notes", map[string]any{"policy": `path "secret/data/notes" { capabilities = ["read"] }`}),
 		post("sys/mounts/pki", map[string]any{"type": "pki"}),
-		post("pki/root/generate/internal", map[string]any{"common_name": "Pawl development", "key_type": "ec", "ttl": "24h"}),
+		post("pki/root/generate/internal",
+			map[string]any{"common_name": "Pawl development", "key_type": "ec", "ttl": "24h"}),
 		post("pki/roles/pawl-client", map[string]any{"allowed_domains": "agents.pawl.dev", "allow_subdomains": true,
-			"client_flag": true, "server_flag": false, "key_type": "ec", "key_bits": 256, "generate_lease": true, "max_ttl": "5m"}),
+			"client_flag": true, "server_flag": false, "key_type": "ec", "key_bits": 256,
+			"generate_lease": true, "max_ttl": "5m"}),
 	}
 	writes = append(writes,
 		post("sys/mounts/transit", map[string]any{"type": "transit"}),
 		post("transit/keys/pawl-tokens", map[string]any{"type": "ecdsa-p256"}),
 		post("sys/mounts/ssh", map[string]any{"type": "ssh"}),
 		post("ssh/config/ca", map[string]any{"generate_signing_key": true, "key_type": "ssh-ed25519"}),
-		post("ssh/roles/pawl-uptime", map[string]any{"key_type": "ca", "allow_user_certificates": true, "allowed_users": "pawl",
-			"allowed_critical_options": "force-command,source-address", "allowed_extensions": "", "default_extensions": map[string]any{},
+		post("ssh/roles/pawl-uptime", map[string]any{"key_type": "ca",
+			"allow_user_certificates": true, "allowed_users": "pawl",
+			"allowed_critical_options": "force-command,source-address",
+			"allowed_extensions":       "", "default_extensions": map[string]any{},
 			"allow_user_key_ids": true, "max_ttl": "5m"}),
 	)
 	if e.Postgres == nil {
 		return writes
 	}
 	writes = append(writes, post("sys/mounts/database", map[string]any{"type": "database"}))
-	setup := postgres.VaultSetup{Mount: "database", Connection: "shop", Address: e.Postgres.Address(), Database: e.databaseName(),
+	setup := postgres.VaultSetup{Mount: "database", Connection: "shop",
+		Address: e.Postgres.Address(), Database: e.databaseName(),
 		SSLMode: "disable", Tools: map[string]time.Duration{"pawl-db-read": 0, "pawl-db-admin": 0},
 		Service: map[postgres.Purpose]string{postgres.Shaper: "pawl-shaper", postgres.Revoker: "pawl-revoker"}}
 	for _, w := range setup.Writes() {

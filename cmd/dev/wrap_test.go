@@ -13,9 +13,9 @@ import (
 	"github.com/pawlsec/pawl/cmd/parts"
 )
 
-// TestWrapped takes a wrapped token through the whole, as a tool that speaks Vault does: the
-// secret opens once, and what is inside reads its note and no other. Ended before or after it
-// was opened, neither token is left.
+// TestWrapped uses a wrapped token like a tool that speaks to Vault. The secret can be unwrapped once, and the
+// token inside reads its note and nothing else. Neither token is left when the step is closed, before the
+// unwrapping or after it.
 func TestWrapped(t *testing.T) {
 	parts.NeedVault(t)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -27,7 +27,8 @@ func TestWrapped(t *testing.T) {
 	defer e.Close()
 	b := e.Broker.Broker
 	c := broker.Caller{ID: dev.Agent("planner"), Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
-	chain, err := b.Open(ctx, c, broker.OpenRequest{Task: "wrapped", Rights: []broker.Right{{Tool: "notes.fetch", Use: true}}})
+	chain, err := b.Open(ctx, c,
+		broker.OpenRequest{Task: "wrapped", Rights: []broker.Right{{Tool: "notes.fetch", Use: true}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -53,35 +54,35 @@ func TestWrapped(t *testing.T) {
 			Path  string `json:"creation_path"`
 		}
 		if err := json.Unmarshal(got.Secret.Reveal(), &s); err != nil || s.Path != "auth/token/create/pawl-notes" {
-			t.Fatalf("the secret was made at %q, %v", s.Path, err)
+			t.Fatalf("the secret's creation path is %q, %v", s.Path, err)
 		}
 		want := 2
 		if opened {
 			want = 1 // the wrapping token had one use
-			read(ctx, t, e, root, s.Token)
+			unwrap(ctx, t, e, root, s.Token)
 		}
 		if n := known(got.Grant); n != want {
-			t.Errorf("Vault knows %d of the step's two tokens, opened %v; want %d", n, opened, want)
+			t.Errorf("Vault knows %d of the step's two tokens, unwrapped %v; want %d", n, opened, want)
 		}
 		g, err := b.Close(ctx, c, got.Grant.ID)
 		if err != nil || g.Outcome != broker.OutcomeDead {
 			t.Errorf("Close() = %s %v, %v, want dead", g.Outcome, g.Evidence, err)
 		}
 		if n := known(got.Grant); n != 0 {
-			t.Errorf("Vault knows %d tokens of a step that is closed, opened %v", n, opened)
+			t.Errorf("Vault knows %d tokens of a closed step, unwrapped %v; want 0", n, opened)
 		}
 	}
 }
 
-// read opens a wrapping token, once, and reads the note with what is inside.
-func read(ctx context.Context, t *testing.T, e *dev.Env, root *api.Client, wrapping string) {
+// unwrap uses a wrapping token, tries it again, and reads the note with the token inside.
+func unwrap(ctx context.Context, t *testing.T, e *dev.Env, root *api.Client, wrapping string) {
 	t.Helper()
 	inside, err := root.Logical().UnwrapWithContext(ctx, wrapping)
 	if err != nil || inside.Auth == nil {
-		t.Fatalf("unwrapping = %v", err)
+		t.Fatalf("unwrapping = %v, want a token", err)
 	}
 	if again, err := root.Logical().UnwrapWithContext(ctx, wrapping); err == nil {
-		t.Errorf("unwrapping again gives something: %v", again.Auth != nil)
+		t.Errorf("unwrapping again succeeds, with a token: %v", again.Auth != nil)
 	}
 	agent, err := e.Vault.Client()
 	if err != nil {
@@ -89,9 +90,9 @@ func read(ctx context.Context, t *testing.T, e *dev.Env, root *api.Client, wrapp
 	}
 	agent.SetToken(inside.Auth.ClientToken)
 	if note, err := agent.Logical().ReadWithContext(ctx, "secret/data/notes"); err != nil || note == nil {
-		t.Errorf("reading the note = %v", err)
+		t.Errorf("reading the note = %v, want it", err)
 	}
 	if _, err := agent.Logical().ReadWithContext(ctx, "secret/metadata/notes"); err == nil {
-		t.Error("the token reads more than the note")
+		t.Error("the token can read more than the note")
 	}
 }
