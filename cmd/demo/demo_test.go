@@ -22,22 +22,22 @@ import (
 	"github.com/pawlsec/pawl/cmd/parts"
 )
 
-// bound is how long a demonstration may take once everything is built.
+// bound is the longest a demonstration may take after everything is built.
 const bound = 30 * time.Second
 
-// TestDemo plays the demonstration, reads its timeline as a script would, and holds what it says
-// against Vault, PostgreSQL and the processes of this machine.
+// TestDemo plays the demonstration and reads its timeline. It checks the timeline's claims in Vault, in
+// PostgreSQL and in this machine's list of processes.
 func TestDemo(t *testing.T) {
 	parts.NeedPostgreSQL(t)
-	play(t, false, "chain_opened", "step_issued", "table_read", "other_table_refused", "write_refused", "step_closed", "delegated",
-		"wider_refused", "replay_refused", "ten_live", "violation", "revoked", "session_cut", "agents_heard", "asked_again",
-		"tried_again", "ledger", "vault_leases", "pg_roles")
+	play(t, false, "chain_opened", "step_issued", "table_read", "other_table_refused", "write_refused", "step_closed",
+		"delegated", "wider_refused", "replay_refused", "ten_live", "violation", "revoked", "session_cut",
+		"agents_heard", "asked_again", "tried_again", "ledger", "vault_leases", "pg_roles")
 }
 
-// TestDemoWithoutPostgreSQL: on a machine without one the other scenes still play.
+// TestDemoWithoutPostgreSQL holds that the other scenes play without PostgreSQL.
 func TestDemoWithoutPostgreSQL(t *testing.T) {
-	play(t, true, "chain_opened", "delegated", "wider_refused", "replay_refused", "ten_live", "violation", "revoked", "agents_heard",
-		"asked_again", "tried_again", "ledger", "vault_leases")
+	play(t, true, "chain_opened", "delegated", "wider_refused", "replay_refused", "ten_live", "violation", "revoked",
+		"agents_heard", "asked_again", "tried_again", "ledger", "vault_leases")
 }
 
 func play(t *testing.T, noPostgres bool, events ...string) {
@@ -45,13 +45,13 @@ func play(t *testing.T, noPostgres bool, events ...string) {
 	parts.NeedVault(t)
 	path := filepath.Join(t.TempDir(), "timeline.json")
 	before := descendants(t)
-	var ours []int
+	var started []int
 	began := time.Now()
 	if err := demo.Run(t.Context(), demo.Config{Out: testWriter{t}, JSON: path, NoPostgres: noPostgres,
 		Inspect: func(ctx context.Context, env *dev.Env) error {
 			for _, pid := range descendants(t) {
 				if !slices.Contains(before, pid) {
-					ours = append(ours, pid)
+					started = append(started, pid)
 				}
 			}
 			return inspect(ctx, env)
@@ -61,10 +61,10 @@ func play(t *testing.T, noPostgres bool, events ...string) {
 	if took := time.Since(began); took > bound {
 		t.Errorf("the demonstration took %v, want less than %v", took, bound)
 	}
-	if len(ours) == 0 {
-		t.Error("the demonstration ran no process")
+	if len(started) == 0 {
+		t.Error("the demonstration started no process")
 	}
-	for _, pid := range ours {
+	for _, pid := range started {
 		if err := syscall.Kill(pid, 0); !errors.Is(err, syscall.ESRCH) {
 			t.Errorf("process %d of the demonstration still runs", pid)
 		}
@@ -72,7 +72,7 @@ func play(t *testing.T, noPostgres bool, events ...string) {
 	read(t, path, events)
 }
 
-// read holds the timeline to what it must have: every event in order, and the revocation's figures.
+// read checks that the timeline has every event in order, and the revocation's figures.
 func read(t *testing.T, path string, events []string) {
 	t.Helper()
 	raw, err := os.ReadFile(path)
@@ -91,11 +91,15 @@ func read(t *testing.T, path string, events []string) {
 	last := int64(0)
 	for _, e := range got.Events {
 		if names = append(names, e.Name); e.AtMS < last {
-			t.Errorf("%s is at %d ms, before what came before it", e.Name, e.AtMS)
+			t.Errorf("%s is at %d ms, earlier than the event before it", e.Name, e.AtMS)
 		}
 		last = e.AtMS
-		if e.Name == "revoked" && (e.FencedMS == nil || e.DeadMS == nil || *e.DeadMS < *e.FencedMS || e.Secrets == nil || *e.Secrets != 10 || e.AliveAfter == nil || *e.AliveAfter != 0) {
-			t.Errorf("the revocation's event has not all its figures: %s", raw)
+		if e.Name != "revoked" {
+			continue
+		}
+		if e.FencedMS == nil || e.DeadMS == nil || *e.DeadMS < *e.FencedMS ||
+			e.Secrets == nil || *e.Secrets != 10 || e.AliveAfter == nil || *e.AliveAfter != 0 {
+			t.Errorf("the revocation's event lacks figures, or has wrong ones: %s", raw)
 		}
 	}
 	if !slices.Equal(names, events) {
@@ -106,22 +110,23 @@ func read(t *testing.T, path string, events []string) {
 	}
 }
 
-// inspect asks Vault and PostgreSQL as root and superuser, and shows first that it would see what
-// lives: it makes one of each itself.
+// inspect checks as root and superuser that Vault and PostgreSQL have no lease and no login left. Then it makes
+// one of each, to prove that the check would find them.
 func inspect(ctx context.Context, env *dev.Env) error {
 	vault, err := env.Vault.Client()
 	if err != nil {
 		return err
 	}
-	now, err := look(ctx, vault, env)
+	found, err := leftovers(ctx, vault, env)
 	if err != nil {
 		return err
 	}
-	if len(now) > 0 {
-		return fmt.Errorf("still there: %v", now)
+	if len(found) > 0 {
+		return fmt.Errorf("leases or logins are left: %v", found)
 	}
 	made := 1
-	if _, err := vault.Logical().WriteWithContext(ctx, "pki/issue/pawl-client", map[string]any{"common_name": "x.agents.pawl.dev"}); err != nil {
+	if _, err := vault.Logical().WriteWithContext(ctx, "pki/issue/pawl-client",
+		map[string]any{"common_name": "x.agents.pawl.dev"}); err != nil {
 		return err
 	}
 	if env.Postgres != nil {
@@ -135,14 +140,14 @@ func inspect(ctx context.Context, env *dev.Env) error {
 			return err
 		}
 	}
-	if now, err = look(ctx, vault, env); err == nil && len(now) != made {
-		err = fmt.Errorf("of %d that live only %v are seen", made, now)
+	if found, err = leftovers(ctx, vault, env); err == nil && len(found) != made {
+		err = fmt.Errorf("the check finds %v, want %d", found, made)
 	}
 	return err
 }
 
-// look lists every lease of an engine and every login that was made for a time, but the broker's own.
-func look(ctx context.Context, vault *api.Client, env *dev.Env) (found []string, err error) {
+// leftovers lists every lease of the engines and every temporary login, except the broker's own.
+func leftovers(ctx context.Context, vault *api.Client, env *dev.Env) (found []string, err error) {
 	for _, mount := range []string{"pki/", "database/"} {
 		leases, err := list(ctx, vault, "sys/leases/lookup/"+mount)
 		if err != nil {
@@ -194,7 +199,7 @@ func list(ctx context.Context, vault *api.Client, path string) (all []string, er
 	return all, nil
 }
 
-// descendants are the processes below this one.
+// descendants lists the processes below this one.
 func descendants(t *testing.T) (pids []int) {
 	t.Helper()
 	stats, err := filepath.Glob("/proc/[0-9]*/stat")
@@ -205,7 +210,7 @@ func descendants(t *testing.T) (pids []int) {
 	for _, file := range stats {
 		raw, err := os.ReadFile(file)
 		if err != nil {
-			continue // it is gone
+			continue // the process has ended
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file)))
 		_, rest, ok := strings.Cut(string(raw), ") ")

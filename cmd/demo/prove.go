@@ -19,7 +19,7 @@ import (
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
-// prove asks everybody who could know better: the backends, Vault, and the ledger.
+// prove checks that nothing is left alive: at the backends, in Vault and in the ledger.
 func (p *play) prove(ctx context.Context) error {
 	p.scene("6  Nothing is left")
 	alive := 0
@@ -29,11 +29,11 @@ func (p *play) prove(ctx context.Context) error {
 		}
 	}
 	p.note("tried_again", "each captured secret was tried once more at its backend: %d of %d work", alive, len(p.live))
-	open, err := p.settled(ctx)
+	open, err := p.awaitClosed(ctx)
 	if err != nil {
 		return err
 	}
-	p.note("ledger", "the ledger has %d grants that are not over", open)
+	p.note("ledger", "the ledger has %d grants that are not closed", open)
 	leases, err := Leases(p.env)
 	if err != nil {
 		return err
@@ -55,13 +55,13 @@ func (p *play) prove(ctx context.Context) error {
 		}
 	}
 	if p.AliveAfter != 0 {
-		return fmt.Errorf("%d are left alive", p.AliveAfter)
+		return fmt.Errorf("%d secrets, grants, leases or logins are left alive", p.AliveAfter)
 	}
 	return nil
 }
 
-// settled waits until the ledger calls every grant over, and gives how many are not.
-func (p *play) settled(ctx context.Context) (open int, err error) {
+// awaitClosed waits until every grant is closed in the ledger, and returns the number that is not.
+func (p *play) awaitClosed(ctx context.Context) (open int, err error) {
 	id, err := broker.ParseChainID(string(p.root.Info().Chain))
 	if err != nil {
 		return 0, err
@@ -88,13 +88,15 @@ func (p *play) settled(ctx context.Context) (open int, err error) {
 	}
 }
 
-// Leases lists the leases of agents' secrets in Vault, with the root token: not the broker's word.
+// Leases lists the leases of agents' secrets in Vault with the root token, independently of the broker.
 func Leases(env *dev.Env) (ids []string, err error) {
 	client, err := env.Vault.Client()
 	if err != nil {
 		return nil, err
 	}
-	for _, prefix := range []string{"database/creds/pawl-db-read", "database/creds/pawl-db-admin", "pki/issue/pawl-client"} {
+	for _, prefix := range []string{
+		"database/creds/pawl-db-read", "database/creds/pawl-db-admin", "pki/issue/pawl-client",
+	} {
 		listed, err := client.Logical().List("sys/leases/lookup/" + prefix)
 		if err != nil {
 			return nil, err
@@ -110,7 +112,7 @@ func Leases(env *dev.Env) (ids []string, err error) {
 	return ids, nil
 }
 
-// Roles lists the agents' logins in PostgreSQL, over the superuser's connection.
+// Roles lists the agents' logins in PostgreSQL with the superuser's connection, independently of the broker.
 func Roles(ctx context.Context, env *dev.Env) (names []string, err error) {
 	conn, err := pgx.Connect(ctx, env.Database)
 	if err != nil {
@@ -124,8 +126,8 @@ func Roles(ctx context.Context, env *dev.Env) (names []string, err error) {
 	return pgx.CollectRows(rows, pgx.RowTo[string])
 }
 
-// tlsServer lets in whoever has a certificate of Vault's PKI that is not on its revocation list,
-// which it reads anew for each handshake.
+// tlsServer accepts certificates of Vault's PKI that are not on its revocation list. It fetches the list for
+// each handshake.
 type tlsServer struct {
 	env      *dev.Env
 	roots    *x509.CertPool
@@ -161,7 +163,8 @@ func newTLSServer(env *dev.Env) (*tlsServer, error) {
 func (s *tlsServer) fetch(path string) ([]byte, error) {
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(s.env.Vault.CAPEM())
-	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots}}}
+	client := &http.Client{Timeout: 5 * time.Second,
+		Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots}}}
 	answer, err := client.Get(s.env.Vault.Address() + path)
 	if err != nil {
 		return nil, err
@@ -174,14 +177,16 @@ func (s *tlsServer) fetch(path string) ([]byte, error) {
 }
 
 func (s *tlsServer) serve() {
-	config := &tls.Config{Certificates: []tls.Certificate{s.cert}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: s.roots,
-		SessionTicketsDisabled: true, VerifyPeerCertificate: s.notRevoked, MinVersion: tls.VersionTLS12, MaxVersion: tls.VersionTLS12}
+	config := &tls.Config{Certificates: []tls.Certificate{s.cert},
+		ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: s.roots,
+		SessionTicketsDisabled: true, VerifyPeerCertificate: s.notRevoked,
+		MinVersion: tls.VersionTLS12, MaxVersion: tls.VersionTLS12}
 	for {
 		conn, err := s.listener.Accept()
 		if err != nil {
 			return
 		}
-		_ = conn.SetDeadline(time.Now().Add(5 * time.Second)) // of a connection that was just made
+		_ = conn.SetDeadline(time.Now().Add(5 * time.Second)) // it fails only on a closed connection
 		_ = tls.Server(conn, config).Handshake()              // the client sees the outcome
 		_ = conn.Close()
 	}
@@ -208,11 +213,11 @@ func (s *tlsServer) notRevoked(_ [][]byte, chains [][]*x509.Certificate) error {
 	return nil
 }
 
-// enter shows a certificate to the server. TLS 1.2, in which the client learns within the
-// handshake whether its certificate was taken.
-func (s *tlsServer) enter(ctx context.Context, cert tls.Certificate) error {
+// try presents a certificate to the server. It uses TLS 1.2, because the client then learns within the
+// handshake whether the server accepted its certificate.
+func (s *tlsServer) try(ctx context.Context, cert tls.Certificate) error {
 	d := tls.Dialer{Config: &tls.Config{Certificates: []tls.Certificate{cert}, MaxVersion: tls.VersionTLS12,
-		InsecureSkipVerify: true}} // the server under test is ours; it is the client's certificate that counts
+		InsecureSkipVerify: true}} // the client's certificate is tested, not the server's
 	conn, err := d.DialContext(ctx, "tcp", s.listener.Addr().String())
 	if err != nil {
 		return err

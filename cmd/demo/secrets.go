@@ -13,7 +13,7 @@ import (
 	"github.com/pawlsec/pawl/broker/agent"
 )
 
-// held is a secret that an agent was given, and a copy of it such as a thief would have made.
+// held is a secret that was issued to an agent, and a thief's copy of it.
 type held struct {
 	step  *agent.Step
 	login login
@@ -27,11 +27,12 @@ type login struct {
 }
 
 func (l login) dsn() string {
-	return fmt.Sprintf("host=%s port=%s dbname=%s user=%s password=%s sslmode=disable connect_timeout=5", l.Host, l.Port, l.Database, l.Username, l.Password)
+	return fmt.Sprintf("host=%s port=%s dbname=%s user=%s password=%s sslmode=disable connect_timeout=5",
+		l.Host, l.Port, l.Database, l.Username, l.Password)
 }
 
-// login takes a step on a table.
-func (p *play) login(ctx context.Context, _ string, d *agent.Delegation, table string) (*held, error) {
+// login takes a step that gives a database login for a table.
+func (p *play) login(ctx context.Context, d *agent.Delegation, table string) (*held, error) {
 	step, err := d.Begin(ctx, agent.Call{Tool: "db.read", Args: agent.Args{"tables": []string{table}}})
 	if err != nil {
 		return nil, err
@@ -52,14 +53,13 @@ func (p *play) certificate(ctx context.Context, d *agent.Delegation) error {
 	s := step.Secret()
 	cert, err := tls.X509KeyPair([]byte(s.Field("certificate")), []byte(s.Field("private_key")))
 	if err != nil {
-		return errors.New("the secret is not what the pki backend documents")
+		return errors.New("the secret has no certificate and key as the pki plugin documents them")
 	}
 	p.live = append(p.live, &held{step: step, cert: &cert, p: p})
 	return nil
 }
 
-// holdTen takes ten steps, each agent some, and leaves a database session open in the middle of
-// a cursor.
+// holdTen takes ten steps, some with each agent, and leaves a database session open in the middle of a cursor.
 func (p *play) holdTen(ctx context.Context) error {
 	certificates := 3
 	if p.env.Postgres == nil {
@@ -75,7 +75,7 @@ func (p *play) holdTen(ctx context.Context) error {
 		if i%2 == 0 {
 			d = p.part
 		}
-		if _, err := p.login(ctx, "", d, "orders"); err != nil {
+		if _, err := p.login(ctx, d, "orders"); err != nil {
 			return err
 		}
 	}
@@ -85,21 +85,22 @@ func (p *play) holdTen(ctx context.Context) error {
 		}
 	}
 	if p.env.Postgres == nil {
-		p.note("ten_live", "10 certificates are live, and each one opens the TLS server")
+		p.note("ten_live", "10 certificates are live, and the TLS server accepts each one")
 		return nil
 	}
 	var err error
 	if p.session, err = openSession(ctx, p.live[len(p.live)-1].login); err != nil {
 		return err
 	}
-	p.note("ten_live", "7 logins and 3 certificates are live; each one works, and one login has a session open with a cursor in the middle of a table")
+	p.note("ten_live", "7 logins and 3 certificates are live; each one works, and one login has a session open "+
+		"with a cursor in the middle of a table")
 	return nil
 }
 
 // works tries the secret at its backend.
 func (h *held) works(ctx context.Context) error {
 	if h.cert != nil {
-		return h.p.door.enter(ctx, *h.cert)
+		return h.p.door.try(ctx, *h.cert)
 	}
 	conn, err := pgx.Connect(ctx, h.login.dsn())
 	if err != nil {
@@ -119,8 +120,8 @@ func (h *held) read(ctx context.Context, table string) (rows int, err error) {
 	return rows, err
 }
 
-// refused runs a statement that PostgreSQL must refuse, and gives its words.
-func (h *held) refused(ctx context.Context, sql string) (said string, err error) {
+// refused runs a statement that PostgreSQL must refuse, and returns PostgreSQL's message.
+func (h *held) refused(ctx context.Context, sql string) (message string, err error) {
 	conn, err := pgx.Connect(ctx, h.login.dsn())
 	if err != nil {
 		return "", err
@@ -129,13 +130,13 @@ func (h *held) refused(ctx context.Context, sql string) (said string, err error)
 	_, err = conn.Exec(ctx, sql)
 	var pg *pgconn.PgError
 	if !errors.As(err, &pg) || pg.Code != "42501" { // insufficient_privilege
-		return "", fmt.Errorf("answered with %v", err)
+		return "", fmt.Errorf("PostgreSQL answered with %v, not with insufficient_privilege", err)
 	}
 	return pg.Message, nil
 }
 
-// untilDead tries every secret until its backend refuses it, and the open session until it is
-// cut. It gives when the last one was refused, and how many never were.
+// untilDead tries every secret until its backend refuses it, and the open session until it ends. It returns when
+// the last one was refused, and how many were not refused within the deadline.
 func (p *play) untilDead(ctx context.Context, since time.Time) (ms float64, alive int) {
 	deadline := time.Now().Add(20 * time.Second)
 	left := append([]*held{}, p.live...)
@@ -147,9 +148,9 @@ func (p *play) untilDead(ctx context.Context, since time.Time) (ms float64, aliv
 			}
 		}
 		left = working
-		cut := p.session.cut(ctx)
-		if len(left) == 0 && cut || time.Now().After(deadline) {
-			if alive = len(left); !cut {
+		ended := p.session.ended(ctx)
+		if len(left) == 0 && ended || time.Now().After(deadline) {
+			if alive = len(left); !ended {
 				alive++
 			}
 			return milliseconds(time.Since(since)), alive
@@ -157,7 +158,7 @@ func (p *play) untilDead(ctx context.Context, since time.Time) (ms float64, aliv
 	}
 }
 
-// session is a database session in the middle of reading.
+// session is a database session with an open cursor.
 type session struct{ conn *pgx.Conn }
 
 func openSession(ctx context.Context, l login) (*session, error) {
@@ -169,8 +170,8 @@ func openSession(ctx context.Context, l login) (*session, error) {
 	return &session{conn}, err
 }
 
-// cut reports whether the session is over: its cursor gives nothing more.
-func (s *session) cut(ctx context.Context) bool {
+// ended reports whether the session has ended: its cursor returns nothing more. A nil session has.
+func (s *session) ended(ctx context.Context) bool {
 	if s == nil {
 		return true
 	}
@@ -180,6 +181,6 @@ func (s *session) cut(ctx context.Context) bool {
 
 func (s *session) close() {
 	if s != nil {
-		_ = s.conn.Close(context.Background()) // it is cut, or about to be
+		_ = s.conn.Close(context.Background()) // best effort: PostgreSQL is stopped next
 	}
 }

@@ -9,16 +9,18 @@ import (
 	"time"
 )
 
-// Event is one line of the timeline. The figures are those of the revocation's event alone.
+// Event is one line of the timeline. Only the revocation's event has the figures.
 type Event struct {
 	Name   string `json:"name"`
 	AtMS   int64  `json:"at_ms"` // since the agents began
 	Detail string `json:"detail,omitempty"`
 
-	FencedMS   *float64 `json:"fenced_ms,omitempty"`   // from asking for the forbidden tool to the answer that the chain is fenced
-	DeadMS     *float64 `json:"dead_ms,omitempty"`     // from asking until the last secret was refused by its backend
-	Secrets    *int     `json:"secrets,omitempty"`     // that were live when it was asked
-	AliveAfter *int     `json:"alive_after,omitempty"` // of these, that still worked at the end, or left anything behind
+	// Both times begin with the request for the forbidden tool.
+	FencedMS *float64 `json:"fenced_ms,omitempty"` // until the answer that the chain is fenced
+	DeadMS   *float64 `json:"dead_ms,omitempty"`   // until the last secret was refused by its backend
+
+	Secrets    *int `json:"secrets,omitempty"`     // live when the tool was requested
+	AliveAfter *int `json:"alive_after,omitempty"` // secrets that still worked at the end, and other leftovers
 }
 
 // timeline prints events as they happen and keeps them.
@@ -27,7 +29,7 @@ type timeline struct {
 	began time.Time
 
 	Events     []Event `json:"events"`
-	FencedMS   float64 `json:"fenced_ms"` // the revocation's figures once more
+	FencedMS   float64 `json:"fenced_ms"` // this and the next are the figures of the revocation's event
 	DeadMS     float64 `json:"dead_ms"`
 	Secrets    int     `json:"secrets"`
 	AliveAfter int     `json:"alive_after"`
