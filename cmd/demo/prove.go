@@ -34,19 +34,19 @@ func (p *play) prove(ctx context.Context) error {
 		return err
 	}
 	p.note("ledger", "the ledger has %d grants that are not closed", open)
-	leases, err := Leases(p.env)
+	leases, err := agentLeases(p.env)
 	if err != nil {
 		return err
 	}
 	p.note("vault_leases", "Vault has %d leases of agents", len(leases))
 	left := alive + open + len(leases)
 	if p.env.Postgres != nil {
-		roles, err := Roles(ctx, p.env)
+		logins, err := agentLogins(ctx, p.env)
 		if err != nil {
 			return err
 		}
-		p.note("pg_roles", "PostgreSQL has %d logins of agents", len(roles))
-		left += len(roles)
+		p.note("pg_roles", "PostgreSQL has %d logins of agents", len(logins))
+		left += len(logins)
 	}
 	for i := range p.Events {
 		if e := &p.Events[i]; e.AliveAfter != nil {
@@ -88,8 +88,8 @@ func (p *play) awaitClosed(ctx context.Context) (open int, err error) {
 	}
 }
 
-// Leases lists the leases of agents' secrets in Vault with the root token, independently of the broker.
-func Leases(env *dev.Env) (ids []string, err error) {
+// agentLeases lists the leases of agents' secrets in Vault with the root token, independently of the broker.
+func agentLeases(env *dev.Env) (ids []string, err error) {
 	client, err := env.Vault.Client()
 	if err != nil {
 		return nil, err
@@ -112,8 +112,8 @@ func Leases(env *dev.Env) (ids []string, err error) {
 	return ids, nil
 }
 
-// Roles lists the agents' logins in PostgreSQL with the superuser's connection, independently of the broker.
-func Roles(ctx context.Context, env *dev.Env) (names []string, err error) {
+// agentLogins lists the agents' logins in PostgreSQL with the superuser's connection, independently of the broker.
+func agentLogins(ctx context.Context, env *dev.Env) (names []string, err error) {
 	conn, err := pgx.Connect(ctx, env.Database)
 	if err != nil {
 		return nil, err

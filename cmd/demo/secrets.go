@@ -21,7 +21,7 @@ type held struct {
 	p     *play
 }
 
-// login is what the postgres backend delivers.
+// login is a secret of the postgres plugin.
 type login struct {
 	Username, Password, Host, Port, Database string
 }

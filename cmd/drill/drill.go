@@ -1,5 +1,5 @@
-// Package drill rehearses an incident on real parts of its own and measures it: agents hold live
-// secrets under a tree of delegations, one of them breaks policy, and everything must die.
+// Package drill rehearses an incident in its own environment of real parts and measures it. Agents hold live
+// secrets under a tree of delegations, one agent breaks policy, and every secret must die.
 package drill
 
 import (
@@ -17,23 +17,23 @@ import (
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
-// Config says how to drill.
+// Config configures a drill.
 type Config struct {
-	Out        io.Writer // the table for people; required
-	Progress   io.Writer // what is being started and done; nil: nobody is told
-	Secrets    int       // live when policy is broken; zero: 100, at most 1000
-	NoPostgres bool      // certificates alone, as on a machine without PostgreSQL
-	SVG, JSON  string    // files of the chart and of the figures; empty: none
+	Out        io.Writer // gets the table; required
+	Progress   io.Writer // gets a line for each part and each step of the drill; nil discards it
+	Secrets    int       // number of live secrets when policy is broken; zero: 100, at most [MaxSecrets]
+	NoPostgres bool      // only certificates, even if PostgreSQL is installed
+	SVG, JSON  string    // files to write the chart and the figures to; empty: none
 }
 
-// MaxSecrets is as many as can be made before the first of them ends by itself.
+// MaxSecrets is the number of secrets that can be made before the first of them expires.
 const MaxSecrets = 1000
 
-// The tree that holds the secrets:
+// holders are the agents with secrets. Their delegations form the tree
 //
 //	planner -> {writer -> helper, reviewer}
 //
-// writer is the one that breaks policy.
+// and writer breaks policy.
 var holders = []string{"planner", "writer", "helper", "reviewer"}
 
 // drill is one run.
@@ -44,12 +44,12 @@ type drill struct {
 	clients  []*agent.Client
 	tree     map[string]*agent.Delegation
 	live     []*secret
-	asked    time.Time // when policy was broken
+	began    time.Time // when writer requested the forbidden step
 	result   Result
 }
 
-// Run drills once, prints the table and writes the files. An error says what went otherwise than
-// it must; secrets that never died are one.
+// Run drills once, prints the table and writes the files. It returns an error for a failed step of the drill and
+// for a result that is not as required, such as a secret that did not die.
 func Run(ctx context.Context, c Config) (Result, error) {
 	c.Secrets = cmp.Or(c.Secrets, 100)
 	if c.Progress == nil {
@@ -66,10 +66,10 @@ func Run(ctx context.Context, c Config) (Result, error) {
 	}
 	defer env.Close()
 	d := &drill{Config: c, env: env, tree: map[string]*agent.Delegation{}}
-	defer d.leave()
-	for _, scene := range []func(context.Context) error{d.gather, d.arm, d.breach} {
-		if err := scene(ctx); err != nil {
-			return Result{}, fmt.Errorf("the drill went wrong: %w", err)
+	defer d.close()
+	for _, stage := range []func(context.Context) error{d.connect, d.issue, d.breach} {
+		if err := stage(ctx); err != nil {
+			return Result{}, fmt.Errorf("the drill failed: %w", err)
 		}
 	}
 	if err := d.result.print(c.Out); err != nil {
@@ -81,21 +81,21 @@ func Run(ctx context.Context, c Config) (Result, error) {
 	return d.result, d.result.verdict()
 }
 
-func (d *drill) say(format string, args ...any) {
+func (d *drill) report(format string, args ...any) {
 	fmt.Fprintf(d.Progress, "pawl: "+format+"\n", args...)
 }
 
-func (d *drill) leave() {
+func (d *drill) close() {
 	if d.operator != nil {
 		d.operator.Close()
 	}
 	for _, c := range d.clients {
-		_ = c.Close() // the broker goes next
+		_ = c.Close() // the broker is closed next
 	}
 }
 
-// gather makes the agents and their tree.
-func (d *drill) gather(ctx context.Context) (err error) {
+// connect makes the agents' clients and their tree of delegations.
+func (d *drill) connect(ctx context.Context) (err error) {
 	if d.operator, err = operator.New(operator.Config{Address: "unix:" + d.env.Config.Listen.Socket}); err != nil {
 		return err
 	}
@@ -110,9 +110,12 @@ func (d *drill) gather(ctx context.Context) (err error) {
 	if d.tree["planner"], err = root.Open(ctx, agent.Chain{Task: "drill", Rights: rights, Depth: 2}); err != nil {
 		return err
 	}
-	for _, edge := range []struct{ from, to string }{{"planner", "writer"}, {"writer", "helper"}, {"planner", "reviewer"}} {
+	for _, edge := range []struct{ from, to string }{
+		{"planner", "writer"}, {"writer", "helper"}, {"planner", "reviewer"},
+	} {
 		from := d.tree[edge.from]
-		id, err := from.Delegate(ctx, dev.Agent(edge.to).String(), agent.Share{Rights: rights, Depth: from.Info().Depth - 1})
+		id, err := from.Delegate(ctx, dev.Agent(edge.to).String(),
+			agent.Share{Rights: rights, Depth: from.Info().Depth - 1})
 		if err != nil {
 			return err
 		}
@@ -136,12 +139,12 @@ func (d *drill) agent(name string) (*agent.Client, error) {
 	return c, err
 }
 
-// hands is how many secrets are made, or tried beforehand, at once.
-const hands = 8
+// workers is the number of secrets that are made, or tried, at the same time.
+const workers = 8
 
-// arm has the agents take their steps, in turn, and sees that every secret works.
-func (d *drill) arm(ctx context.Context) error {
-	d.say("making %d secrets", d.Secrets)
+// issue takes the agents' steps and checks that every secret works.
+func (d *drill) issue(ctx context.Context) error {
+	d.report("making %d secrets", d.Secrets)
 	d.live = make([]*secret, d.Secrets)
 	if err := each(ctx, d.Secrets, func(ctx context.Context, i int) (err error) {
 		d.live[i], err = d.take(ctx, i)
@@ -149,7 +152,7 @@ func (d *drill) arm(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	d.say("trying each of them")
+	d.report("trying each of them")
 	first := time.Now().Add(time.Hour)
 	for _, s := range d.live {
 		if s.ends.Before(first) {
@@ -170,18 +173,18 @@ func (d *drill) arm(ctx context.Context) error {
 		return err
 	}
 	if time.Until(first) < 10*time.Second {
-		return errors.New("the first secrets are about to end by themselves: this machine is too slow for so many")
+		return errors.New("the first secrets are about to expire: this machine is too slow for this number of secrets")
 	}
 	return nil
 }
 
-// each calls f with 0 to n-1, several at a time, and gives the first error.
+// each calls f with 0 to n-1 in several goroutines, and returns the first error.
 func each(ctx context.Context, n int, f func(context.Context, int) error) error {
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
 	next := make(chan int)
 	var work sync.WaitGroup
-	for range min(n, hands) {
+	for range min(n, workers) {
 		work.Go(func() {
 			for i := range next {
 				if err := f(ctx, i); err != nil {
@@ -198,12 +201,12 @@ func each(ctx context.Context, n int, f func(context.Context, int) error) error 
 	return context.Cause(ctx)
 }
 
-// breach has writer ask for what policy forbids with revoke-chain, and measures what follows.
+// breach requests a step as writer that policy forbids with revoke-chain, and measures the consequences.
 func (d *drill) breach(ctx context.Context) error {
-	d.say("writer breaks policy")
-	watch := d.listen(ctx)
+	d.report("writer breaks policy")
+	awaitNotified := d.watchAgents(ctx)
 	tool, args := "tls.call", agent.Args{"name": "root.agents.pawl.dev"}
-	d.asked = time.Now()
+	d.began = time.Now()
 	_, err := d.tree["writer"].Begin(ctx, agent.Call{Tool: tool, Args: args})
 	d.result.FencedMS = d.since()
 	var refusal *agent.Error
@@ -211,51 +214,52 @@ func (d *drill) breach(ctx context.Context) error {
 		return fmt.Errorf("the forbidden step was answered with %w", err)
 	}
 	var work sync.WaitGroup
-	var followed error
-	work.Go(func() { followed = d.follow(ctx, refusal.Revocation) })
-	hunted := d.hunt(ctx)
+	var followErr error
+	work.Go(func() { followErr = d.follow(ctx, refusal.Revocation) })
+	probeErr := d.probe(ctx)
 	work.Wait()
-	d.result.HeardMS, d.result.Unheard = watch()
+	d.result.NotifiedMS, d.result.Unnotified = awaitNotified()
 	d.result.Agents, d.result.Secrets = len(d.tree), len(d.live)
-	return errors.Join(followed, hunted)
+	return errors.Join(followErr, probeErr)
 }
 
-func (d *drill) since() float64 { return float64(time.Since(d.asked).Microseconds()) / 1000 }
+func (d *drill) since() float64 { return float64(time.Since(d.began).Microseconds()) / 1000 }
 
-// patience is how long anything is waited for before it counts as never.
-const patience = 30 * time.Second
+// limit is the longest wait for a notification or a death. After it they count as never.
+const limit = 30 * time.Second
 
-// listen notes when each agent's SDK says that it is over; call what it gives to wait for that.
-func (d *drill) listen(ctx context.Context) (wait func() (heard []float64, unheard int)) {
+// watchAgents records when each agent's SDK cancels its steps. The returned function waits for all of them, up to
+// limit.
+func (d *drill) watchAgents(ctx context.Context) (wait func() (notified []float64, unnotified int)) {
 	ctx, cancel := context.WithCancel(ctx)
 	var work sync.WaitGroup
-	var mu sync.Mutex // guards heard
-	var heard []float64
+	var mu sync.Mutex // guards notified
+	var notified []float64
 	for _, delegation := range d.tree {
-		over := delegation.Context()
+		revoked := delegation.Context()
 		work.Go(func() {
 			select {
-			case <-over.Done():
+			case <-revoked.Done():
 				at := d.since()
 				mu.Lock()
 				defer mu.Unlock()
-				heard = append(heard, at)
+				notified = append(notified, at)
 			case <-ctx.Done():
 			}
 		})
 	}
 	return func() ([]float64, int) {
-		late := time.AfterFunc(patience, cancel)
+		late := time.AfterFunc(limit, cancel)
 		defer late.Stop()
 		work.Wait()
 		cancel()
-		return sorted(heard), len(d.tree) - len(heard)
+		return sorted(notified), len(d.tree) - len(notified)
 	}
 }
 
-// follow notes when the broker itself called the revocation CLOSED, and with what.
+// follow follows the revocation until it is settled, and records when that was and the last closure.
 func (d *drill) follow(ctx context.Context, id string) error {
-	ctx, cancel := context.WithTimeout(ctx, 2*patience)
+	ctx, cancel := context.WithTimeout(ctx, 2*limit)
 	defer cancel()
 	err := d.operator.Follow(ctx, id, func(rv api.Revocation) error {
 		d.result.Closure, d.result.ProvenDead = rv.Closure, rv.Dead

@@ -14,7 +14,7 @@ import (
 	"github.com/pawlsec/pawl/cmd/parts"
 )
 
-// TestDrill drills small, and reads the table, the chart and the figures as their readers would.
+// TestDrill runs a small drill, and reads the table, the chart and the figures.
 func TestDrill(t *testing.T) {
 	for _, row := range []struct {
 		name       string
@@ -28,15 +28,17 @@ func TestDrill(t *testing.T) {
 			}
 			var table strings.Builder
 			svg, figures := filepath.Join(t.TempDir(), "out", "drill.svg"), filepath.Join(t.TempDir(), "drill.json")
-			got, err := drill.Run(t.Context(), drill.Config{Out: &table, Secrets: 16, NoPostgres: row.noPostgres, SVG: svg, JSON: figures})
+			got, err := drill.Run(t.Context(), drill.Config{
+				Out: &table, Secrets: 16, NoPostgres: row.noPostgres, SVG: svg, JSON: figures})
 			if err != nil {
 				t.Fatalf("Run = %v\n%s", err, table.String())
 			}
-			if got.Secrets != 16 || got.Logins != row.logins || len(got.DeadMS) != 16 || len(got.HeardMS) != 4 || got.Closure != "CLOSED" {
-				t.Errorf("Run = %+v, want 16 secrets, all dead, and 4 agents that heard", got)
+			if got.Secrets != 16 || got.Logins != row.logins || len(got.DeadMS) != 16 ||
+				len(got.NotifiedMS) != 4 || got.Closure != "CLOSED" {
+				t.Errorf("Run = %+v, want 16 secrets, all dead, and 4 notified agents", got)
 			}
 			if got.FencedMS <= 0 || got.ClosedMS < got.FencedMS || got.DeadMS[0] <= 0 {
-				t.Errorf("Run = %+v, want moments after the violation", got)
+				t.Errorf("Run = %+v, want times after the violation", got)
 			}
 			if want := "Alive: 0 of 16. Closure: CLOSED, with evidence for 16."; !strings.Contains(table.String(), want) {
 				t.Errorf("the table is\n%s, want %q in it", table.String(), want)
@@ -54,7 +56,7 @@ func TestDrill(t *testing.T) {
 	}
 }
 
-// readable fails unless the chart is well-formed and has its four moments.
+// readable fails unless the chart is well-formed XML and has its four marks.
 func readable(t *testing.T, path string) {
 	t.Helper()
 	raw, err := os.ReadFile(path)
@@ -65,12 +67,15 @@ func readable(t *testing.T, path string) {
 		_, err = d.Token()
 	}
 	if !errors.Is(err, io.EOF) {
-		t.Errorf("the chart is no XML: %v", err)
+		t.Errorf("the chart is not XML: %v", err)
 	}
-	for _, want := range []string{"fenced", "all agents heard", "all dead", "closure"} {
-		if strings.Count(string(raw), ">"+want+" ") != 1 || strings.Contains(string(raw), "NaN") {
-			t.Errorf("the chart has not one %q", want)
+	for _, want := range []string{"fenced", "agents notified", "all dead", "closure"} {
+		if n := strings.Count(string(raw), ">"+want+" "); n != 1 {
+			t.Errorf("the chart has %d marks %q, want one", n, want)
 		}
+	}
+	if strings.Contains(string(raw), "NaN") {
+		t.Error("the chart has a coordinate that is not a number")
 	}
 }
 

@@ -23,12 +23,12 @@ import (
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
-// secret is what a thief would have copied of a step: a login's DSN or a certificate's serial.
+// secret is a thief's copy of a step's secret: a login's DSN, or a certificate's serial number.
 type secret struct {
 	step       *agent.Step
 	login, dsn string
-	cert       *big.Int  // of a certificate, nil for a login
-	ends       time.Time // by itself
+	cert       *big.Int  // serial number of a certificate, nil for a login
+	ends       time.Time // when it expires
 }
 
 func (s *secret) kind() string {
@@ -38,7 +38,7 @@ func (s *secret) kind() string {
 	return "login"
 }
 
-// take takes the i-th step: the holders take turns, and every fourth round is of certificates.
+// take takes the i-th step. The holders take turns, and every fourth round makes certificates.
 func (d *drill) take(ctx context.Context, i int) (*secret, error) {
 	from := d.tree[holders[i%len(holders)]]
 	if d.env.Postgres == nil || i/len(holders)%4 == 3 {
@@ -49,8 +49,9 @@ func (d *drill) take(ctx context.Context, i int) (*secret, error) {
 		return nil, err
 	}
 	s := step.Secret()
-	return &secret{step: step, ends: step.Grant().Expires, login: s.Field("username"), dsn: fmt.Sprintf("host=%s port=%s dbname=%s user=%s password=%s sslmode=disable connect_timeout=5",
-		s.Field("host"), s.Field("port"), s.Field("database"), s.Field("username"), s.Field("password"))}, nil
+	dsn := fmt.Sprintf("host=%s port=%s dbname=%s user=%s password=%s sslmode=disable connect_timeout=5",
+		s.Field("host"), s.Field("port"), s.Field("database"), s.Field("username"), s.Field("password"))
+	return &secret{step: step, ends: step.Grant().Expires, login: s.Field("username"), dsn: dsn}, nil
 }
 
 func takeCertificate(ctx context.Context, from *agent.Delegation) (*secret, error) {
@@ -60,7 +61,7 @@ func takeCertificate(ctx context.Context, from *agent.Delegation) (*secret, erro
 	}
 	block, _ := pem.Decode([]byte(step.Secret().Field("certificate")))
 	if block == nil {
-		return nil, errors.New("the secret is not what the pki backend documents")
+		return nil, errors.New("the secret has no certificate as the pki plugin documents it")
 	}
 	cert, err := x509.ParseCertificate(block.Bytes)
 	if err != nil {
@@ -69,8 +70,8 @@ func takeCertificate(ctx context.Context, from *agent.Delegation) (*secret, erro
 	return &secret{step: step, ends: step.Grant().Expires, cert: cert.SerialNumber}, nil
 }
 
-// works asks the backend, not the broker: PostgreSQL takes the login, or Vault's revocation list
-// does not have the certificate. An error is an answer that is neither.
+// works checks the secret at its backend, not at the broker: PostgreSQL accepts the login, or Vault's revocation
+// list does not have the certificate. Any answer besides acceptance and refusal is an error.
 func (s *secret) works(ctx context.Context, env *dev.Env) (bool, error) {
 	if s.cert != nil {
 		revoked, err := revocationList(ctx, env)
@@ -83,16 +84,17 @@ func (s *secret) works(ctx context.Context, env *dev.Env) (bool, error) {
 	}
 	var refusal *pgconn.PgError
 	if !errors.As(err, &refusal) || !strings.HasPrefix(refusal.Code, "28") { // invalid authorization
-		return false, errors.New("PostgreSQL answers with something that is no refusal")
+		return false, errors.New("PostgreSQL neither accepts nor refuses the login")
 	}
 	return false, nil
 }
 
-// revocationList reads the serial numbers on the list of Vault's PKI, which is public.
+// revocationList reads the serial numbers on the revocation list of Vault's PKI. The list is public.
 func revocationList(ctx context.Context, env *dev.Env) (map[string]bool, error) {
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(env.Vault.CAPEM())
-	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots}}}
+	client := &http.Client{Timeout: 5 * time.Second,
+		Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: roots}}}
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, env.Vault.Address()+"/v1/pki/crl", nil)
 	if err != nil {
 		return nil, err
@@ -117,8 +119,8 @@ func revocationList(ctx context.Context, env *dev.Env) (map[string]bool, error) 
 	return serials, nil
 }
 
-// usableLogins asks PostgreSQL, over the superuser's connection, which agents' logins could be used:
-// those that may log in, and those with a session.
+// usableLogins lists the agents' logins that are usable: those that may log in, and those with a session. conn is
+// the superuser's connection.
 func usableLogins(ctx context.Context, conn *pgx.Conn) (map[string]bool, error) {
 	rows, err := conn.Query(ctx, `SELECT rolname FROM pg_roles WHERE rolcanlogin AND rolname LIKE 'pawl-gr%'
 		UNION SELECT usename FROM pg_stat_activity WHERE usename LIKE 'pawl-gr%'`)
@@ -133,11 +135,10 @@ func usableLogins(ctx context.Context, conn *pgx.Conn) (map[string]bool, error) 
 	return usable, err
 }
 
-// hunt asks the two backends over and over what still works, and notes when each secret does not.
-// To ask takes a moment, so that a death is noted a little late and never early. In the end each
-// secret is tried as its thief would.
-func (d *drill) hunt(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+// probe polls the two backends and records when each secret stops working. A poll takes a moment, so a death is
+// recorded a little late and never early. At the end it tries each secret like a thief.
+func (d *drill) probe(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	var logins, certs []*secret
 	for _, s := range d.live {
@@ -147,11 +148,11 @@ func (d *drill) hunt(ctx context.Context) error {
 			logins = append(logins, s)
 		}
 	}
-	var logged, listed []float64
+	var loginDeaths, certDeaths []float64
 	var failed error
 	var work sync.WaitGroup
 	work.Go(func() {
-		listed = d.watch(ctx, certs, func() (func(*secret) bool, error) {
+		certDeaths = d.poll(ctx, certs, func() (func(*secret) bool, error) {
 			revoked, err := revocationList(ctx, d.env)
 			return func(s *secret) bool { return !revoked[s.cert.String()] }, err
 		})
@@ -165,37 +166,38 @@ func (d *drill) hunt(ctx context.Context) error {
 			return
 		}
 		defer conn.Close(context.WithoutCancel(ctx)) //nolint:errcheck // only read
-		logged = d.watch(ctx, logins, func() (func(*secret) bool, error) {
+		loginDeaths = d.poll(ctx, logins, func() (func(*secret) bool, error) {
 			usable, err := usableLogins(ctx, conn)
 			return func(s *secret) bool { return usable[s.login] }, err
 		})
 	})
 	work.Wait()
-	d.result.DeadMS = sorted(append(logged, listed...))
+	d.result.DeadMS = sorted(append(loginDeaths, certDeaths...))
 	if failed != nil {
 		return failed
 	}
 	return d.tryAll(context.WithoutCancel(ctx))
 }
 
-// watch asks until nothing works any more, and gives when each stopped. What cannot be asked is
-// asked again.
-func (d *drill) watch(ctx context.Context, left []*secret, ask func() (works func(*secret) bool, err error)) (died []float64) {
+// poll queries a backend until no secret works, and returns when each one stopped. A query that fails is retried.
+func (d *drill) poll(
+	ctx context.Context, left []*secret, query func() (works func(*secret) bool, err error),
+) (deaths []float64) {
 	for left = slices.Clone(left); len(left) > 0 && ctx.Err() == nil; {
-		works, err := ask()
+		works, err := query()
 		at := d.since()
 		left = slices.DeleteFunc(left, func(s *secret) bool {
 			if err != nil || works(s) {
 				return false
 			}
-			died = append(died, at)
+			deaths = append(deaths, at)
 			return true
 		})
 	}
-	return died
+	return deaths
 }
 
-// tryAll counts the secrets that their backends still take.
+// tryAll counts the secrets that their backends still accept.
 func (d *drill) tryAll(ctx context.Context) error {
 	var alive atomic.Int32
 	err := each(ctx, len(d.live), func(ctx context.Context, i int) error {
