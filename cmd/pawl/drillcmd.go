@@ -14,9 +14,9 @@ func drillCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "drill", Short: "Rehearse an incident in its own environment, and measure it", Args: cobra.NoArgs,
 		Long: "Rehearse an incident on real parts in an environment of its own. Agents hold live secrets under a tree\n" +
-			"of delegations and one agent breaks policy. Probes that do not ask the broker measure when each secret is\n" +
-			"dead. Prints the measured times, and writes a chart (SVG) and the figures (JSON). Fails if a secret is\n" +
-			"still alive or not proven dead. It touches no broker, Vault or database of yours.",
+			"of delegations and one agent breaks policy. Probes that are independent of the broker measure when each\n" +
+			"secret is dead. Prints the measured times, and writes a chart (SVG) and the figures (JSON). Fails if a\n" +
+			"secret is still alive or not proven dead. It touches no broker, Vault or database of yours.",
 		Example: "  pawl drill\n  pawl drill --secrets 500 --svg drill.svg --figures drill.json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if c.Secrets < 1 || c.Secrets > drill.MaxSecrets {

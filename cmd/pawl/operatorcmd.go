@@ -38,7 +38,7 @@ func (f *operatorFlags) add(c *cobra.Command) {
 	flags.BoolVar(&f.json, "json", false, "print JSON")
 }
 
-// client connects as the flags say: the local socket unless --operators is given.
+// client connects to the local socket, or with --operators over TLS.
 func (f *operatorFlags) client(ctx context.Context) (*operator.Client, error) {
 	if f.address == "" {
 		if f.socket == "" {

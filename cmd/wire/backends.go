@@ -19,7 +19,7 @@ type (
 	accessReporter interface {
 		Access(broker.Tool) (path []string, write, leased bool)
 	}
-	// wrapReporter reports whether a tool's mint is asked for wrapped.
+	// wrapReporter reports whether a tool's mint requests a wrapped answer.
 	wrapReporter interface {
 		Wraps(broker.Tool) bool
 	}

@@ -193,7 +193,7 @@ func (w *tested) drain(d time.Duration) {
 	}
 }
 
-// faultyLedger refuses or loses fences as w says.
+// faultyLedger refuses or loses fences, as the fields of w select.
 type faultyLedger struct {
 	broker.Ledger
 	w *tested
