@@ -203,25 +203,29 @@ func (l faultyLedger) Update(ctx context.Context, f func(broker.Tx) error) error
 	l.w.mu.Lock()
 	fenceErr, fencesLost := l.w.fenceErr, l.w.fencesLost
 	l.w.mu.Unlock()
-	return l.Ledger.Update(ctx, func(tx broker.Tx) error { return f(faultyTx{tx, fenceErr, fencesLost}) })
+	return l.Ledger.Update(ctx, func(tx broker.Tx) error {
+		return f(&faultyTx{Tx: tx, fenceErr: fenceErr, fencesLost: fencesLost})
+	})
 }
 
 type faultyTx struct {
 	broker.Tx
 	fenceErr   error
 	fencesLost bool
+	fences     bool // the transaction writes a fence
 }
 
-func (t faultyTx) Append(e broker.Entry) (broker.Revision, error) {
+func (t *faultyTx) Append(e broker.Entry) (broker.Revision, error) {
+	t.fences = t.fences || e.Op == broker.OpFence
 	if t.fenceErr != nil && e.Op == broker.OpFence {
 		return 0, errors.Join(broker.ErrNotCommitted, t.fenceErr)
 	}
 	return t.Tx.Append(e)
 }
 
-// Put drops the mark of a fence with fencesLost.
-func (t faultyTx) Put(key string, value []byte) error {
-	if t.fencesLost && strings.HasPrefix(key, "d/") && strings.Contains(string(value), `"fence"`) {
+// Put drops the fenced delegation's record with fencesLost. The fence's entry comes before that record.
+func (t *faultyTx) Put(key string, value []byte) error {
+	if t.fencesLost && t.fences && strings.HasPrefix(key, "d/") {
 		return nil
 	}
 	return t.Tx.Put(key, value)
