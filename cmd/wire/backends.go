@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/pawlsec/pawl/broker"
@@ -26,14 +27,14 @@ type (
 )
 
 // backends makes the configured backends.
-func (s *Server) backends(configured map[string]Backend) (map[string]broker.Backend, error) {
+func backends(o opener, configured map[string]Backend) (map[string]broker.Backend, error) {
 	made := map[string]broker.Backend{}
 	for name, c := range configured {
 		p, ok := pluginNamed(c.Plugin)
 		if !ok {
 			return nil, fmt.Errorf("backends.%s: plugin %q is not in this build", name, c.Plugin)
 		}
-		b, err := p.open(s, name, c)
+		b, err := p.open(o, name, c)
 		if err != nil {
 			return nil, fmt.Errorf("backends.%s: %w", name, err)
 		}
@@ -45,12 +46,17 @@ func (s *Server) backends(configured map[string]Backend) (map[string]broker.Back
 // offline makes the configured backends for checking tools alone. They reach no Vault and no target.
 // done closes them.
 func offline(configured map[string]Backend) (made map[string]broker.Backend, done func(), err error) {
-	s := &Server{checking: true}
-	if made, err = s.backends(configured); err != nil {
-		s.Close()
+	var closing []func()
+	done = func() {
+		for _, f := range slices.Backward(closing) {
+			f()
+		}
+	}
+	if made, err = backends(opener{checking: true, onClose: func(f func()) { closing = append(closing, f) }}, configured); err != nil {
+		done()
 		return nil, nil, err
 	}
-	return made, s.Close, nil
+	return made, done, nil
 }
 
 // checkTools calls Load of each tool's backend and joins the errors.
@@ -116,9 +122,6 @@ func Writes(tools []broker.Tool, backends map[string]Backend) (writes []vault.Wr
 	}
 	return writes, nil
 }
-
-// inVault is the answer of [Reach] for a backend without a target outside Vault.
-const inVault = "in Vault"
 
 // Reach checks, without a credential, that the target of a validated configuration is there. found
 // describes it.

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"slices"
 	"time"
 
 	"github.com/pawlsec/pawl/broker/policy"
@@ -70,40 +69,6 @@ type Vault struct {
 	Audience    string        `yaml:"audience"`     // audience of the JWT-SVID for Vault; required with jwt
 	MintTimeout time.Duration `yaml:"mint_timeout"` // how long the broker waits for a mint; zero: 10s
 	MintBound   time.Duration `yaml:"mint_bound"`   // Vault's max_request_duration; zero: 90s
-}
-
-// Backend is one target of secrets. The plugin's row in [plugins] lists the fields that it takes; the
-// others must be absent.
-type Backend struct {
-	Plugin string `yaml:"plugin"` // postgres, pki, ssh, jwt, token, kv or exec; required
-
-	DSN   string `yaml:"dsn"`   // postgres: host, port, dbname and sslmode, never a user or password; required
-	Mount string `yaml:"mount"` // postgres: mount of the database engine; empty: database
-	// postgres: Vault role of the broker's own login that makes shapes; empty: pawl-shaper
-	Shaper string `yaml:"shaper"`
-	// postgres: Vault role of the broker's own login that severs; empty: pawl-revoker
-	Revoker    string        `yaml:"revoker"`
-	ServiceTTL time.Duration `yaml:"service_ttl"` // postgres: lifetime of these two logins; zero: 4h
-	// ssh: file of the key revocation list that sshd reads; empty: none, and certificates live until they expire
-	KRL    string `yaml:"krl"`
-	Issuer string `yaml:"issuer"` // jwt: the iss claim; required
-	// jwt: https URL at which verifiers reach GET /v1/status-lists/NAME of listen.agents; empty: tokens name no
-	// status list
-	StatusURI string   `yaml:"status_uri"`
-	Program   *Program `yaml:"program"` // exec: the plugin; required
-	// exec: a second program that proves in the plugin's place, so that the program that severs does not vouch for
-	// itself; empty: the plugin proves
-	Probe   *Program      `yaml:"probe"`
-	Timeout time.Duration `yaml:"timeout"` // exec: limit of one run, from its start to its end; zero: 10s
-}
-
-// Program is an external plugin.
-type Program struct {
-	Path string `yaml:"path"` // absolute path of one file that needs no other file beside it; required
-	// checksum of the file, 64 lower-case hexadecimal digits, checked at every start; required
-	SHA256 string   `yaml:"sha256"`
-	Args   []string `yaml:"args"` // arguments after the program's name
-	Env    []string `yaml:"env"`  // NAME=value; empty: the environment is empty
 }
 
 // ReadConfig reads and validates a file.
@@ -179,24 +144,4 @@ func (c Config) check() error {
 		wrong = append(wrong, s.check(name))
 	}
 	return errors.Join(wrong...)
-}
-
-// check refuses keys that the plugin would ignore: a setting without an effect misleads.
-func (b Backend) check(name string) error {
-	p, ok := pluginNamed(b.Plugin)
-	if !ok {
-		return fmt.Errorf("%s.plugin is %q; it is %s", name, b.Plugin, pluginNames())
-	}
-	set := b.keysSet()
-	for _, key := range set {
-		if !slices.Contains(p.keys, key) {
-			return fmt.Errorf("%s.%s is not a key of plugin %s", name, key, b.Plugin)
-		}
-	}
-	for _, key := range p.required {
-		if !slices.Contains(set, key) {
-			return fmt.Errorf("%s.%s is required", name, key)
-		}
-	}
-	return nil
 }

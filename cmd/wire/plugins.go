@@ -5,9 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -32,9 +34,8 @@ type plugin struct {
 	keys     []string // the keys of [Backend] that it takes; any other key is refused
 	required []string // those of keys that must be set
 
-	// open makes the backend called name. With [Server.checking] it only has to check tools: it must not
-	// reach Vault and must not open a file that a running broker may hold.
-	open func(s *Server, name string, c Backend) (broker.Backend, error)
+	// open makes the backend called name.
+	open func(o opener, name string, c Backend) (broker.Backend, error)
 
 	// bare is a backend without a configuration. It answers for the abilities that depend on the tool
 	// alone: [accessReporter] and [wrapReporter].
@@ -47,6 +48,74 @@ type plugin struct {
 
 	// reach checks without a credential that the target is there, and describes it. Nil: the target is Vault.
 	reach func(ctx context.Context, c Backend) (found string, err error)
+}
+
+// Backend is one target of secrets. The plugin's row in [plugins] lists the fields that it takes; the
+// others must be absent.
+type Backend struct {
+	Plugin string `yaml:"plugin"` // postgres, pki, ssh, jwt, token, kv or exec; required
+
+	DSN   string `yaml:"dsn"`   // postgres: host, port, dbname and sslmode, never a user or password; required
+	Mount string `yaml:"mount"` // postgres: mount of the database engine; empty: database
+	// postgres: Vault role of the broker's own login that makes shapes; empty: pawl-shaper
+	Shaper string `yaml:"shaper"`
+	// postgres: Vault role of the broker's own login that severs; empty: pawl-revoker
+	Revoker    string        `yaml:"revoker"`
+	ServiceTTL time.Duration `yaml:"service_ttl"` // postgres: lifetime of these two logins; zero: 4h
+	// ssh: file of the key revocation list that sshd reads; empty: none, and certificates live until they expire
+	KRL    string `yaml:"krl"`
+	Issuer string `yaml:"issuer"` // jwt: the iss claim; required
+	// jwt: https URL at which verifiers reach GET /v1/status-lists/NAME of listen.agents; empty: tokens name no
+	// status list
+	StatusURI string   `yaml:"status_uri"`
+	Program   *Program `yaml:"program"` // exec: the plugin; required
+	// exec: a second program that proves in the plugin's place, so that the program that severs does not vouch for
+	// itself; empty: the plugin proves
+	Probe   *Program      `yaml:"probe"`
+	Timeout time.Duration `yaml:"timeout"` // exec: limit of one run, from its start to its end; zero: 10s
+}
+
+// Program is an external plugin.
+type Program struct {
+	Path string `yaml:"path"` // absolute path of one file that needs no other file beside it; required
+	// checksum of the file, 64 lower-case hexadecimal digits, checked at every start; required
+	SHA256 string   `yaml:"sha256"`
+	Args   []string `yaml:"args"` // arguments after the program's name
+	Env    []string `yaml:"env"`  // NAME=value; empty: the environment is empty
+}
+
+// check refuses keys that the plugin would ignore: a setting without an effect misleads.
+func (b Backend) check(name string) error {
+	p, ok := pluginNamed(b.Plugin)
+	if !ok {
+		return fmt.Errorf("%s.plugin is %q; it is %s", name, b.Plugin, pluginNames())
+	}
+	set := b.keysSet()
+	for _, key := range set {
+		if !slices.Contains(p.keys, key) {
+			return fmt.Errorf("%s.%s is not a key of plugin %s", name, key, b.Plugin)
+		}
+	}
+	for _, key := range p.required {
+		if !slices.Contains(set, key) {
+			return fmt.Errorf("%s.%s is required", name, key)
+		}
+	}
+	return nil
+}
+
+// opener is what a backend is opened with.
+type opener struct {
+	vault *vault.Client
+	log   *slog.Logger
+
+	// checking opens a backend to check tools alone: it must not reach Vault and must not open a file that a running
+	// broker may hold.
+	checking bool
+
+	onClose func(func())                                        // runs when the broker stops
+	active  func(context.Context, broker.GrantID) (bool, error) // a grant's secret is good as far as the ledger knows
+	sign    func(typ string, payload []byte) ([]byte, error)    // signs a status list
 }
 
 // plugins has a row for each plugin of this build. A new plugin is a new row; its configuration keys are
@@ -69,6 +138,9 @@ var plugins = []plugin{
 		open: openExec, bare: new(exec.Backend), reach: reachExec,
 	},
 }
+
+// inVault is the answer of [Reach] for a backend without a target outside Vault.
+const inVault = "in Vault"
 
 func pluginNamed(name string) (plugin, bool) {
 	for _, p := range plugins {
@@ -99,36 +171,36 @@ func (b Backend) keysSet() (keys []string) {
 	return keys
 }
 
-func openPostgres(s *Server, _ string, c Backend) (broker.Backend, error) {
-	b, err := postgres.New(postgres.Config{DSN: c.DSN, Credentials: serviceLogins{s.Vault, c}, Log: s.log})
+func openPostgres(o opener, _ string, c Backend) (broker.Backend, error) {
+	b, err := postgres.New(postgres.Config{DSN: c.DSN, Credentials: serviceLogins{o.vault, c}, Log: o.log})
 	if err == nil {
-		s.onClose(b.Close)
+		o.onClose(b.Close)
 	}
 	return b, err
 }
 
-func openPKI(s *Server, _ string, _ Backend) (broker.Backend, error) {
-	return pki.New(pki.Config{Vault: s.Vault})
+func openPKI(o opener, _ string, _ Backend) (broker.Backend, error) {
+	return pki.New(pki.Config{Vault: o.vault})
 }
 
-func openSSH(s *Server, _ string, c Backend) (broker.Backend, error) {
-	if s.checking {
+func openSSH(o opener, _ string, c Backend) (broker.Backend, error) {
+	if o.checking {
 		c.KRL = "" // a running broker may hold the file
 	}
 	return ssh.New(ssh.Config{KRL: c.KRL})
 }
 
-func openJWT(s *Server, _ string, c Backend) (broker.Backend, error) {
-	return jwt.New(jwt.Config{Vault: s.Vault, Issuer: c.Issuer, Active: s.active, StatusURI: c.StatusURI, Sign: s.sign})
+func openJWT(o opener, _ string, c Backend) (broker.Backend, error) {
+	return jwt.New(jwt.Config{Vault: o.vault, Issuer: c.Issuer, Active: o.active, StatusURI: c.StatusURI, Sign: o.sign})
 }
 
-func openToken(s *Server, _ string, _ Backend) (broker.Backend, error) {
-	return token.New(token.Config{Vault: s.Vault})
+func openToken(o opener, _ string, _ Backend) (broker.Backend, error) {
+	return token.New(token.Config{Vault: o.vault})
 }
 
-func openKV(*Server, string, Backend) (broker.Backend, error) { return kv.New(kv.Config{}), nil }
+func openKV(opener, string, Backend) (broker.Backend, error) { return kv.New(kv.Config{}), nil }
 
-func openExec(_ *Server, name string, c Backend) (broker.Backend, error) {
+func openExec(_ opener, name string, c Backend) (broker.Backend, error) {
 	return exec.New(exec.Config{Name: name, Program: *c.Program.program(), Probe: c.Probe.program(), Timeout: c.Timeout})
 }
 

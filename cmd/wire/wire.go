@@ -33,7 +33,6 @@ type Server struct {
 
 	metrics           *metrics
 	shadow            *policy.Shadow
-	checking          bool // the backends only check tools: see [plugin]
 	targets           map[string]broker.Backend
 	log               *slog.Logger
 	signer            *audit.Signer // nil without a key
@@ -95,20 +94,14 @@ func start(
 	if s.signer, err = LoadSigner(c); err != nil {
 		return s, err
 	}
-	if s.targets, err = s.backends(c.Backends); err != nil {
+	opener := opener{vault: s.Vault, log: log, onClose: s.onClose, active: s.active, sign: s.sign}
+	if s.targets, err = backends(opener, c.Backends); err != nil {
 		return s, err
 	}
-	backends := s.targets
-	if err := checkTools(s.Policy.Current().Tools(), backends); err != nil {
+	if err := checkTools(s.Policy.Current().Tools(), s.targets); err != nil {
 		return s, err
 	}
-	parts := engine.Config{
-		Ledger: s.Ledger, Vault: leaseLister{s.Vault, s.Policy, backends}, Backends: backends,
-		Policy: func() broker.Policy { return s.shadow.Beside(s.Policy.Current()) },
-		Alarm:  func(op string, err error) { log.Error("alarm", "op", op, "error", err) },
-		Now:    time.Now, Random: rand.Reader,
-		MintTimeout: c.Vault.MintTimeout, MintBound: c.Vault.MintBound, SweepEvery: c.SweepEvery,
-	}
+	parts := s.parts(c, log)
 	change(&parts)
 	tester, err := SelfTester(c)
 	if err != nil {
@@ -131,13 +124,13 @@ func start(
 	if err := s.metrics.seed(ctx, s.Broker); err != nil {
 		return s, err
 	}
-	if err := s.restore(ctx, backends); err != nil {
+	if err := s.restore(ctx, s.targets); err != nil {
 		return s, err
 	}
 	if err := s.Broker.Resume(ctx); err != nil {
 		return s, err
 	}
-	if err := s.listen(ctx, c, attestor, svids, backends, log); err != nil {
+	if err := s.listen(ctx, c, attestor, svids, s.targets, log); err != nil {
 		return s, err
 	}
 	if err := errors.Join(s.startSender(c, svids, parts.Alarm, log), s.startSelfTest(c, parts.Alarm)); err != nil {
@@ -147,6 +140,17 @@ func start(
 	defer cancel()
 	svids.await(wait)
 	return s, nil
+}
+
+// parts are the engine's, before the metrics wrap them.
+func (s *Server) parts(c Config, log *slog.Logger) engine.Config {
+	return engine.Config{
+		Ledger: s.Ledger, Vault: leaseLister{s.Vault, s.Policy, s.targets}, Backends: s.targets,
+		Policy: func() broker.Policy { return s.shadow.Beside(s.Policy.Current()) },
+		Alarm:  func(op string, err error) { log.Error("alarm", "op", op, "error", err) },
+		Now:    time.Now, Random: rand.Reader,
+		MintTimeout: c.Vault.MintTimeout, MintBound: c.Vault.MintBound, SweepEvery: c.SweepEvery,
+	}
 }
 
 // identityWait is how long Start waits for the broker's identity after it opened the listeners, so that a

@@ -61,7 +61,7 @@ var tree = rules{
 		{pattern: "cmd/dev", cycle: 2, why: asToday},
 		{pattern: "cmd/drill", cycle: 2, why: asToday},
 		{pattern: "cmd/pawl", cycle: 11, why: asToday},
-		{pattern: "cmd/wire", cycle: 10, why: asToday},
+		{pattern: "cmd/wire", cycle: 9, why: asToday},
 		{pattern: "plugins/exec", cycle: 5, why: asToday},
 		{pattern: "plugins/jwt", cycle: 4, why: asToday},
 		{pattern: "plugins/pki", cycle: 3, why: asToday},
