@@ -1,5 +1,6 @@
-# What people and .ci/run call. Needs Go, git and make; what a test needs beyond that and does not find is said at
-# the end of `make test`. PAWL_REQUIRE=all (or vault,spire,postgres,sshd,python) makes that a failure.
+# The entry points for people and for .ci/run. They need Go, git and make. `make test` ends with a list of the tests that
+# were skipped, and of the program that each lacked.
+# PAWL_REQUIRE=all (or vault,spire,postgres,sshd,python) makes that a failure.
 
 GO       ?= go
 PACKAGES ?= ./...

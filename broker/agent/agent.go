@@ -115,7 +115,7 @@ func (c *Client) background(f func()) {
 // Chain describes a new chain.
 type Chain struct {
 	Task   string            // the purpose, in the words of the person or system that gave the task; 1 to 256 bytes
-	Rights []Right           // what may happen under it
+	Rights []Right           // its rights
 	Budget Budget            // over the whole chain; zero: no limits
 	Depth  int               // how many times it may be passed on, 0 to 8
 	TTL    time.Duration     // its lifetime, in whole seconds; zero: one hour

@@ -8,7 +8,7 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 )
 
-// Right is what a delegation may do with one tool.
+// Right allows a delegation to use one tool, or to pass it on.
 type Right struct {
 	Tool     string
 	Use      bool                  // take steps with the tool

@@ -35,7 +35,7 @@ func TestReference(t *testing.T) {
 	if !ok || !ended {
 		t.Fatalf("%s has no place for the table", page)
 	}
-	table := "\n| key | is | what it says |\n|---|---|---|\n" + keys(t, reflect.TypeFor[wire.Config](), "", fieldComments(t)) + "\n"
+	table := "\n| key | type | meaning |\n|---|---|---|\n" + keys(t, reflect.TypeFor[wire.Config](), "", fieldComments(t)) + "\n"
 	if table == old {
 		return
 	}

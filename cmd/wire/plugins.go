@@ -104,7 +104,7 @@ func (b Backend) check(name string) error {
 	return nil
 }
 
-// opener is what a backend is opened with.
+// opener has the parts of the broker that a backend needs.
 type opener struct {
 	vault *vault.Client
 	log   *slog.Logger

@@ -7,9 +7,9 @@ import (
 	"strings"
 )
 
-// rules are what the packages are held to.
+// rules are the limits of the packages.
 type rules struct {
-	limits []limit     // the first whose pattern fits a package counts
+	limits []limit     // the first that fits a package counts
 	long   []exception // functions that may be longer than mostOfFunction
 }
 
@@ -37,8 +37,8 @@ const (
 	domain  = "a package of the domain can be read a few files at a time"
 )
 
-// tree is the table of this module. A limit may name a package that does not exist yet. An exception is for a table,
-// or for a procedure whose steps are numbered, and says which.
+// tree is the table of this module. A limit may name a package that does not exist yet. An exception is for a table or a
+// procedure with numbered steps, and gives the reason.
 var tree = rules{
 	limits: []limit{
 		{pattern: "broker", cycle: 6, why: domain},

@@ -53,7 +53,7 @@ type listed struct {
 	}
 }
 
-// measureModule measures the packages of the module whose root is dir. Modules nested in it are not part of it.
+// measureModule measures the packages of the module in dir, without nested modules.
 func measureModule(dir string) ([]figures, error) {
 	all, err := list(dir)
 	if err != nil {

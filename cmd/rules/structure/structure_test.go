@@ -12,7 +12,7 @@ import (
 	"github.com/rogpeppe/go-internal/txtar"
 )
 
-// TestMeasure measures the packages in testdata. Each begins with what it is for and the figures it has.
+// TestMeasure measures the packages in testdata. Each begins with its purpose and its figures.
 func TestMeasure(t *testing.T) {
 	files, err := filepath.Glob("testdata/*.txtar")
 	if err != nil || len(files) == 0 {
