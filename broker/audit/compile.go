@@ -3,7 +3,6 @@ package audit
 import (
 	"cmp"
 	"context"
-	"fmt"
 	"slices"
 	"time"
 
@@ -31,7 +30,7 @@ func Compile(ctx context.Context, src Source, log func(after broker.Revision) Lo
 	if err != nil {
 		return Report{}, err
 	}
-	covers, err := scope(rv)
+	covers, err := selector.Covering(rv)
 	if err != nil {
 		return Report{}, err
 	}
@@ -53,42 +52,11 @@ type compiler struct {
 	ctx     context.Context
 	src     Source
 	now     time.Time
-	covers  covering
+	covers  func(selector.Subject) bool
 	report  Report
 	holders map[string]bool                    // of delegations and grants in scope
 	seen    map[broker.ChainID]bool            // chains in the report
 	issued  map[broker.GrantID]broker.Revision // the revision at which a secret in scope was handed over
-}
-
-// covering reports whether a delegation, given by its path, or a grant under it is in scope.
-type covering func(c broker.Chain, path []broker.Delegation, g *broker.Grant) bool
-
-// scope returns the rule by which the engine itself decides whether a fence covers something.
-func scope(rv broker.Revocation) (covering, error) {
-	switch {
-	case rv.Node != "":
-		return func(_ broker.Chain, path []broker.Delegation, _ *broker.Grant) bool {
-			return slices.ContainsFunc(path, func(d broker.Delegation) bool { return d.ID == rv.Node })
-		}, nil
-	case rv.Grant != "":
-		return func(_ broker.Chain, _ []broker.Delegation, g *broker.Grant) bool { return g != nil && g.ID == rv.Grant }, nil
-	}
-	sel, err := selector.Parse(rv.Selector)
-	if err != nil {
-		return nil, fmt.Errorf("selector of %s: %w", rv.ID, err)
-	}
-	return func(c broker.Chain, path []broker.Delegation, g *broker.Grant) bool {
-		if !rv.Freeze && c.Opened.After(rv.Fenced) {
-			return false
-		}
-		for i, d := range path {
-			if sel.Matches(selector.Subject{Chain: c, Path: path[:i+1], At: d.Created}) {
-				return true
-			}
-		}
-		return g != nil && sel.Matches(selector.Subject{Chain: c, Path: path, Grant: g.ID, Tool: g.Tool, Args: g.Args,
-			Vault: g.Path, Bundle: g.Bundle, At: g.Created})
-	}, nil
 }
 
 // acknowledged copies the acknowledgements of the revocation.
@@ -130,7 +98,7 @@ func (c *compiler) collect(id broker.ChainID) error {
 	found := Chain{ID: id, Task: v.Chain.Task, Opener: v.Chain.Opener.String(), Opened: v.Chain.Opened}
 	var outside []broker.Delegation
 	for _, d := range v.Delegations {
-		if !c.covers(v.Chain, paths[d.ID], nil) {
+		if !c.covers(selector.Subject{Chain: v.Chain, Path: paths[d.ID]}) {
 			outside = append(outside, d)
 			continue
 		}
@@ -139,7 +107,7 @@ func (c *compiler) collect(id broker.ChainID) error {
 	}
 	var inside []broker.Grant
 	for _, g := range v.Grants {
-		if c.covers(v.Chain, paths[g.Delegation], &g) && !g.Created.After(c.report.Revocation.Fenced) {
+		if c.covers(selector.OfGrant(v.Chain, paths[g.Delegation], g)) && !g.Created.After(c.report.Revocation.Fenced) {
 			inside = append(inside, g)
 			c.holders[g.Caller.String()] = true
 		}
@@ -308,7 +276,7 @@ func (c *compiler) nearby() error {
 func (c *compiler) untouched(v broker.ChainView, nodes []broker.Delegation, paths map[broker.DelegationID][]broker.Delegation, same bool) {
 	live := map[broker.DelegationID]int{}
 	for _, g := range v.Grants {
-		if g.State != broker.StateClosed && !c.covers(v.Chain, paths[g.Delegation], &g) {
+		if g.State != broker.StateClosed && !c.covers(selector.OfGrant(v.Chain, paths[g.Delegation], g)) {
 			live[g.Delegation]++
 		}
 	}
