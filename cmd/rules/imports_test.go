@@ -46,6 +46,10 @@ type row struct {
 // forTests are packages that every test may import.
 var forTests = []string{"broker/brokertest", "broker/engine", "cmd/parts"}
 
+// forAll are packages that every package may import, the SDK too, unless never forbids it. They import the standard
+// library alone.
+var forAll = []string{"broker/backoff"}
+
 // The first row that fits a package counts. A package without a row is an error: add its row with the package. A row
 // may name a package that does not exist yet.
 var rows = []row{
@@ -62,6 +66,7 @@ var rows = []row{
 		"closing knows records, and no procedure that asks for it"},
 	{"broker/engine", []string{"broker", "broker/args", "broker/selector", "broker/engine/internal/*"}, []string{"broker/args/argstest", "store/*"},
 		"the procedures know the ports and no adapter"},
+	{"broker/backoff", nil, nil, "every package may import it"},
 	{"broker/api", nil, nil, "wire types are a contract with clients in other languages, not a view of our own types"},
 	{"broker/api/client", []string{"broker/api"}, nil, "a client knows the wire and nothing behind it"},
 	{"broker/agent", []string{"broker/api", "broker/api/client"}, []string{"attest/workload"},
@@ -119,10 +124,10 @@ var homes = []struct {
 	{"pgregory.net/rapid", nil, "it draws cases for tests"},
 }
 
-// domain is package broker with the packages that it was divided into. They do no I/O.
-var domain = []string{"broker", "broker/args", "broker/selector", "broker/engine", "broker/engine/*", "broker/engine/*/*"}
+// domain is package broker with the packages that it was divided into, and forAll. They do no I/O.
+var domain = append([]string{"broker", "broker/args", "broker/selector", "broker/engine", "broker/engine/*", "broker/engine/*/*"}, forAll...)
 
-// never lists packages of the standard library that a package must not import.
+// never lists packages of the standard library and of forAll that a package must not import.
 var never = []struct {
 	in, except []string // patterns
 	path       string
@@ -139,6 +144,7 @@ var never = []struct {
 	{[]string{"broker/policy"}, nil, "net", "a decision is a pure function of a bundle and a question"},
 	{[]string{"broker/policy"}, nil, "net/http", "a decision is a pure function of a bundle and a question"},
 	{[]string{"broker/policy"}, nil, "context", "a decision waits for nothing"},
+	{[]string{"broker", "broker/args", "broker/selector", "broker/policy"}, nil, module + "/broker/backoff", "rules and decisions wait for nothing"},
 	{[]string{"plugins/*"}, []string{"plugins/exec"}, "os/exec", "plugins/exec alone starts programs"},
 	{[]string{"store/*"}, nil, "net/http", "a store serves no requests"},
 }
@@ -212,7 +218,7 @@ func forbidden(r row, name, imported string) string {
 			return o.why
 		}
 	}
-	if !matchesAny(r.may, other) {
+	if !matchesAny(r.may, other) && !slices.Contains(forAll, other) {
 		return r.why
 	}
 	return ""
@@ -220,7 +226,7 @@ func forbidden(r row, name, imported string) string {
 
 func forbiddenInTests(r row, name, imported string) string {
 	other, isOurs := ours(imported)
-	if !isOurs || other == name || slices.Contains(forTests, other) || matchesAny(r.may, other) || matchesAny(r.tests, other) {
+	if !isOurs || other == name || slices.Contains(forTests, other) || slices.Contains(forAll, other) || matchesAny(r.may, other) || matchesAny(r.tests, other) {
 		return ""
 	}
 	return r.why
@@ -394,6 +400,15 @@ func TestImportsBite(t *testing.T) {
 		{"broker/server", module + "/broker/agent", true, 0},
 		{"broker/agent", module + "/broker", false, 1},
 		{"broker/agent", module + "/broker/api/client", false, 0},
+		{"broker/agent", module + "/broker/backoff", false, 0},
+		{"broker/engine/internal/closing", module + "/broker/backoff", false, 0},
+		{"plugins/vault", module + "/broker/backoff", false, 0},
+		{"store/bolt", module + "/broker/backoff", true, 0},
+		{"broker/policy", module + "/broker/backoff", false, 1},
+		{"broker/backoff", "math/rand/v2", false, 0},
+		{"broker/backoff", module + "/broker", false, 1},
+		{"broker/backoff", "github.com/cenkalti/backoff/v5", false, 1},
+		{"broker/backoff", "net", false, 1},
 		{"plugins/ssh", module + "/plugins/vault", false, 1},
 		{"plugins/ssh", module + "/plugins/vault", true, 1},
 		{"plugins/ssh", module + "/cmd/parts", false, 1},
