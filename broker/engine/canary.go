@@ -13,6 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/backoff"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 	"github.com/pawlsec/pawl/broker/selector"
 )
@@ -131,7 +132,8 @@ func (b *Engine) Present(ctx context.Context, c broker.Caller, value string) {
 	}
 	b.background(func() {
 		defer b.touches.End(digest)
-		for wait := 50 * time.Millisecond; ; wait = min(2*wait, 10*time.Second) {
+		retry := backoff.Exponential{First: 50 * time.Millisecond, Most: 10 * time.Second}
+		for {
 			ctx, cancel := after(b.ctx, 30*time.Second) // a broker that stops still records it
 			_, _, err := b.touch(ctx, c.ID.String(), digest)
 			cancel()
@@ -139,7 +141,7 @@ func (b *Engine) Present(ctx context.Context, c broker.Caller, value string) {
 				return
 			}
 			b.cfg.Alarm("recording that a canary was touched", err)
-			if !b.pause(nil, wait, 0) {
+			if retry.Wait(b.ctx) != nil {
 				return
 			}
 		}

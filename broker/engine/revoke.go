@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/backoff"
 	"github.com/pawlsec/pawl/broker/engine/internal/closing"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 	"github.com/pawlsec/pawl/broker/selector"
@@ -86,13 +87,16 @@ func (b *Engine) reconcile(rv broker.Revocation) {
 		defer b.reconciling.End(rv.ID)
 		r := reconciler{b: b, rv: rv, killed: map[string]bool{}}
 		defer r.close()
-		for wait := 10 * time.Millisecond; b.ctx.Err() == nil; wait = min(wait*2, 5*time.Second) {
+		retry := backoff.Exponential{First: 10 * time.Millisecond, Most: 5 * time.Second}
+		for b.ctx.Err() == nil {
 			done, err := r.round(b.ctx)
 			if err != nil {
 				b.cfg.Alarm("reconciling revocation "+string(rv.ID), err)
 			}
+			wait := retry.Next()
 			if r.held {
 				wait = 50 * time.Millisecond
+				retry.Reset() // the kills begin after that
 			}
 			if done || !b.pause(r.changed(), wait, r.minWait) {
 				return

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/backoff"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
@@ -245,7 +246,8 @@ func (w *worker) isAlive(g broker.Grant) bool {
 // retry is when to check again: soon at first, since Vault has usually only queued its part. spread, from 0 to 1, keeps
 // the checks of one backend apart from those of another.
 func (w *worker) retry(id broker.GrantID, attempt int, spread float64) Due {
-	wait := min(10*time.Millisecond<<min(attempt, 12), 10*time.Second)
+	series := backoff.Exponential{First: 10 * time.Millisecond, Most: 10 * time.Second}
+	wait := series.At(attempt)
 	wait += time.Duration(spread * float64(wait/2))
 	return Due{At: w.r.cfg.Now().Add(wait), ID: id, Backend: w.backend, attempt: attempt + 1}
 }
