@@ -3,12 +3,12 @@ package operator
 import (
 	"context"
 	"errors"
-	"math/rand/v2"
 	"net/url"
 	"time"
 
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/api/client"
+	"github.com/pawlsec/pawl/broker/backoff"
 )
 
 // Follow calls f with the progress of a revocation, at once and after each change. It returns nil when the revocation
@@ -17,12 +17,14 @@ import (
 // no change is missed. The revocation itself does not depend on Follow.
 func (c *Client) Follow(ctx context.Context, id string, f func(api.Revocation) error) error {
 	w := follower{path: "/v1/revocations/" + url.PathEscape(id) + "/events", f: f}
-	var wait, waited time.Duration
+	retry := backoff.Exponential{First: 50 * time.Millisecond, Most: 5 * time.Second, Jitter: 0.5}
+	var waited time.Duration // in the waits since the last event
 	for {
 		before := w.events
 		err := c.http.Follow(ctx, w.path, w.handle)
 		if w.events > before {
-			wait, waited = minBackoff, 0
+			retry.Reset()
+			waited = 0
 		}
 		if w.stopped || w.settled || w.events == 0 && err != nil || err != nil && !retryable(err) {
 			return err
@@ -33,19 +35,13 @@ func (c *Client) Follow(ctx context.Context, id string, f func(api.Revocation) e
 		if waited >= c.patience || ctx.Err() != nil {
 			return err
 		}
-		if !pause(ctx, wait+rand.N(wait/2+1)) {
+		wait := retry.Next()
+		if backoff.Sleep(ctx, wait) != nil {
 			return err
 		}
 		waited += wait
-		wait = min(2*wait, maxBackoff)
 	}
 }
-
-// The delays between two attempts to reopen a lost stream.
-const (
-	minBackoff = 50 * time.Millisecond
-	maxBackoff = 5 * time.Second
-)
 
 // follower is the state of one Follow.
 type follower struct {
@@ -85,16 +81,4 @@ func (w *follower) handle(ev client.Event) error {
 func retryable(err error) bool {
 	var p *api.Problem
 	return errors.As(err, &p) && (p.Kind == api.KindUnavailable || p.Code == api.CodeTooManyStreams)
-}
-
-// pause waits for d. It returns false if ctx ends first.
-func pause(ctx context.Context, d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-timer.C:
-		return true
-	}
 }

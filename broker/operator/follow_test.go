@@ -17,8 +17,8 @@ import (
 )
 
 // answers lists the behaviour of the broker at each opening of the stream, as words. A number is an event with so
-// many dead, and "done" is a settled event; then the stream ends. "cut" breaks the connection, "down" refuses with
-// 503, "gone" refuses with 404, and "problem" is a problem event. The last entry repeats.
+// many dead, and "done" is a settled event; then the stream ends. "empty" is a stream without an event, "cut" breaks the
+// connection, "down" refuses with 503, "gone" refuses with 404, and "problem" is a problem event. The last entry repeats.
 type answers []string
 
 // fakeBroker serves answers, and counts the streams opened.
@@ -63,6 +63,8 @@ func answer(w http.ResponseWriter, word string) {
 		refuse(http.StatusServiceUnavailable, api.KindUnavailable)
 	case "gone":
 		refuse(http.StatusNotFound, api.KindNotFound)
+	case "empty":
+		w.Header().Set("Content-Type", "text/event-stream")
 	case "problem":
 		event(api.EventProblem, `{"kind":"unavailable","code":"c","title":"t","status":503}`)
 	case "done":
@@ -90,6 +92,7 @@ func TestFollow(t *testing.T) {
 		"gone in between":             {answers{"1 cut", "gone"}, []int{1}, api.KindNotFound, 2},
 		"a problem event":             {answers{"1 problem"}, []int{1}, api.KindUnavailable, 1},
 		"does not come back":          {answers{"1 cut", "down"}, []int{1}, api.KindUnavailable, 0},
+		"never has an event":          {answers{"empty"}, nil, api.KindUnavailable, 0},
 		"ends before its first event": {answers{" "}, nil, api.KindUnavailable, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
