@@ -4,12 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"net/http"
 	"time"
 
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/api/client"
+	"github.com/pawlsec/pawl/broker/backoff"
 )
 
 // watch starts the delegation's one stream of events.
@@ -27,19 +27,18 @@ func (d *Delegation) watch() {
 	d.client.background(d.follow)
 }
 
-// The waits between attempts double from firstWait to longestWait. A random half of each is left out.
-const (
-	firstWait   = 100 * time.Millisecond
-	longestWait = 15 * time.Second
-)
+// newBackoff returns the waits between attempts.
+func newBackoff() backoff.Exponential {
+	return backoff.Exponential{First: 100 * time.Millisecond, Most: 15 * time.Second, Jitter: 0.5}
+}
 
 // follow keeps the stream open until the delegation ends.
 func (d *Delegation) follow() {
 	defer d.stopSilence()
-	wait := firstWait
+	retry := newBackoff()
 	for d.ctx.Err() == nil {
 		err := d.client.http.Follow(d.ctx, d.path("/events"), func(ev client.Event) error {
-			wait = firstWait
+			retry.Reset()
 			d.resetSilence()
 			return d.handle(ev)
 		})
@@ -48,8 +47,7 @@ func (d *Delegation) follow() {
 			d.acknowledge(err)
 			return
 		}
-		backOff(d.ctx, wait)
-		wait = min(2*wait, longestWait)
+		_ = retry.Wait(d.ctx) // the loop ends with its context
 	}
 	d.endAll(context.Cause(d.ctx))
 }
@@ -120,24 +118,15 @@ func (d *Delegation) acknowledge(err error) {
 		return
 	}
 	in := api.AcknowledgeRequest{Revocation: p.Revocation}
-	for wait := firstWait; d.client.ctx.Err() == nil; wait = min(2*wait, longestWait) {
+	retry := newBackoff()
+	for d.client.ctx.Err() == nil {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(d.client.ctx), ackTimeout)
 		err := d.client.http.Call(ctx, http.MethodPost, d.path("/acknowledge"), nil, in, nil)
 		cancel()
 		if !errors.Is(err, ErrUnavailable) {
 			return
 		}
-		backOff(d.client.ctx, wait)
-	}
-}
-
-// backOff waits for between half of d and d, or until ctx ends.
-func backOff(ctx context.Context, d time.Duration) {
-	timer := time.NewTimer(d/2 + rand.N(d/2))
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-ctx.Done():
+		_ = retry.Wait(d.client.ctx) // the loop ends with its context
 	}
 }
 
