@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math/rand/v2"
 	"net/http"
 	"net/url"
 	"slices"
@@ -22,6 +21,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/backoff"
 )
 
 // Subscriber is a receiver of our events.
@@ -233,7 +233,8 @@ func (w *worker) setOldest(t time.Time) {
 
 // retry repeats f with back-off until it succeeds. It returns false if ctx ends first.
 func (w *worker) retry(ctx context.Context, f func() error) bool {
-	for pause := w.s.cfg.Retry; ctx.Err() == nil; pause = min(2*pause, maxBackoff) {
+	series := backoff.Exponential{First: w.s.cfg.Retry, Most: maxBackoff, Jitter: 0.5}
+	for ctx.Err() == nil {
 		err := f()
 		if err == nil {
 			w.failing = false
@@ -246,12 +247,9 @@ func (w *worker) retry(ctx context.Context, f func() error) bool {
 			w.failing = true
 			w.s.cfg.Alarm("delivering to subscriber "+w.to.Name, err)
 		}
-		timer := time.NewTimer(pause/2 + rand.N(pause/2+1))
-		select {
-		case <-ctx.Done():
-		case <-timer.C:
+		if series.Wait(ctx) != nil {
+			return false
 		}
-		timer.Stop()
 	}
 	return false
 }
