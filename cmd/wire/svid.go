@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -14,6 +13,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"github.com/pawlsec/pawl/broker/backoff"
 )
 
 // svidSource has the broker's own SVID and the trust bundles, from the last update of the Workload API.
@@ -81,24 +82,22 @@ type watch func(ctx context.Context, c *workloadapi.Client, w watcher) error
 
 // run watches and retries after each error until ctx ends.
 func (s *svidSource) run(ctx context.Context, what string, watch watch) {
-	for pause := firstRetry; ; pause = min(2*pause, lastRetry) {
+	retry := backoff.Exponential{First: firstRetry, Most: lastRetry, Jitter: 0.5}
+	for {
 		begun := s.now()
 		err := s.once(ctx, watch)
 		if ctx.Err() != nil {
 			return
 		}
 		if s.now().Sub(begun) > lastRetry {
-			pause = firstRetry // the stream was healthy for a while
+			retry.Reset() // the stream was healthy for a while
 		}
-		wait := pause/2 + rand.N(pause)
+		wait := retry.Next()
 		s.log.Error("the stream from the Workload API broke; its last update stays in use",
 			"of", what, "error", err, "again_in", wait)
-		timer := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-		case <-timer.C:
+		if backoff.Sleep(ctx, wait) != nil {
+			return
 		}
-		timer.Stop()
 	}
 }
 
