@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/pawlsec/pawl/broker/backoff"
 )
 
 // Login is how the broker authenticates to Vault: with its X.509-SVID (CertRole and Certificate) or with a JWT-SVID
@@ -85,8 +87,7 @@ var farFuture = time.Unix(1<<40, 0)
 // login the delegations of the old token are no longer held, so the engine branches them again. Their tokens are still
 // renewed as long as steps may depend on them.
 func (c *Client) loginLoop(ctx context.Context) {
-	const first, last = 500 * time.Millisecond, 30 * time.Second
-	pause := first
+	retry := backoff.Exponential{First: 500 * time.Millisecond, Most: 30 * time.Second}
 	for {
 		wait, err := c.refreshLogin(ctx)
 		if ctx.Err() != nil {
@@ -94,10 +95,10 @@ func (c *Client) loginLoop(ctx context.Context) {
 		}
 		c.firstLoginOnce.Do(func() { close(c.firstLogin) })
 		if err != nil {
-			c.cfg.Log.Error("vault login failed", "error", err, "again_in", pause)
-			wait, pause = pause, min(2*pause, last)
+			wait = retry.Next()
+			c.cfg.Log.Error("vault login failed", "error", err, "again_in", wait)
 		} else {
-			pause = first
+			retry.Reset()
 		}
 		timer := time.NewTimer(wait)
 		select {
@@ -114,10 +115,7 @@ func (c *Client) loginLoop(ctx context.Context) {
 
 // throttle lets 403 responses wake the loop at most once in 200 ms.
 func (c *Client) throttle(ctx context.Context) {
-	select {
-	case <-ctx.Done():
-	case <-time.After(200 * time.Millisecond):
-	}
+	_ = backoff.Sleep(ctx, 200*time.Millisecond) // loginLoop ends with ctx
 }
 
 // refreshLogin renews the login token or logs in. It returns how long to wait before the next renewal.
