@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/backoff"
 )
 
 // Sever implements [broker.Severer]. It removes LOGIN and the rights from all logins of the grants in one transaction,
@@ -45,7 +46,9 @@ func (b *Backend) severUntilQuiet(ctx context.Context, ids []string) error {
 	var quiet bool           // a pass found nothing left
 	var waited time.Duration // since that pass
 	var before []int32       // the processes that were starting up at that pass and still are
-	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
+	retry := backoff.Exponential{First: time.Millisecond, Most: 100 * time.Millisecond}
+	for {
+		pause := retry.Next()
 		var severed, passedOver, sessions int
 		var starting []int32
 		err := b.revoker.query(ctx, "SELECT severed, passed_over, sessions, starting FROM pawl.sever($1)", []any{ids},
@@ -68,12 +71,8 @@ func (b *Backend) severUntilQuiet(ctx context.Context, ids []string) error {
 			}
 			waited += pause
 		}
-		timer := time.NewTimer(pause)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return context.Cause(ctx)
+		if err := backoff.Sleep(ctx, pause); err != nil {
+			return err
 		}
 	}
 }
