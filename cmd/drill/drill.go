@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/operator"
@@ -178,26 +180,16 @@ func (d *drill) issue(ctx context.Context) error {
 	return nil
 }
 
-// each calls f with 0 to n-1 in several goroutines, and returns the first error.
+// each calls f with 0 to n-1 in several goroutines, and returns the first error. The error ends the context of f.
 func each(ctx context.Context, n int, f func(context.Context, int) error) error {
-	ctx, fail := context.WithCancelCause(ctx)
-	defer fail(nil)
-	next := make(chan int)
-	var work sync.WaitGroup
-	for range min(n, workers) {
-		work.Go(func() {
-			for i := range next {
-				if err := f(ctx, i); err != nil {
-					fail(err)
-				}
-			}
-		})
+	g, inner := errgroup.WithContext(ctx)
+	g.SetLimit(workers)
+	for i := 0; i < n && inner.Err() == nil; i++ {
+		g.Go(func() error { return f(inner, i) })
 	}
-	for i := 0; i < n && ctx.Err() == nil; i++ {
-		next <- i
+	if err := g.Wait(); err != nil {
+		return err
 	}
-	close(next)
-	work.Wait()
 	return context.Cause(ctx)
 }
 
