@@ -1,10 +1,13 @@
 package main
 
 import (
+	"context"
 	"math"
 	"slices"
 	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // samples are measurements of one thing.
@@ -78,29 +81,12 @@ func closedLoop(clients int, d time.Duration, most int, f func(client int) error
 
 // each calls f for 0 to n-1 from several workers. The first error stops it.
 func each(workers, n int, f func(i int) error) error {
-	var mu sync.Mutex // guards next and first
-	var first error
-	next := 0
-	take := func() (int, bool) {
-		mu.Lock()
-		defer mu.Unlock()
-		next++
-		return next - 1, next <= n && first == nil
+	g, ctx := errgroup.WithContext(context.Background()) // ends with the first error
+	g.SetLimit(workers)
+	for i := 0; i < n && ctx.Err() == nil; i++ {
+		g.Go(func() error { return f(i) })
 	}
-	var wg sync.WaitGroup
-	for range min(workers, n) {
-		wg.Go(func() {
-			for i, ok := take(); ok; i, ok = take() {
-				if err := f(i); err != nil {
-					mu.Lock()
-					first = err
-					mu.Unlock()
-				}
-			}
-		})
-	}
-	wg.Wait()
-	return first
+	return g.Wait()
 }
 
 // pace calls f perSecond times a second until stop, without waiting for earlier calls. It returns when all calls have
