@@ -260,9 +260,9 @@ func TestForm(t *testing.T) {
 // TestAccepted lists tokens that are accepted, with the effect of each.
 func TestAccepted(t *testing.T) {
 	for name, row := range map[string]struct {
-		change   func(h, c object)
-		sel string
-		freeze   bool
+		change func(h, c object)
+		sel    string
+		freeze bool
 	}{
 		"session-revoked of a SPIFFE ID": {func(_, _ object) {}, "spiffe:spiffe://example.org/agent", false},
 		"a list with our audience":       {func(_, c object) { c["aud"] = []string{audience} }, "spiffe:spiffe://example.org/agent", false},
