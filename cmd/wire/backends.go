@@ -52,12 +52,18 @@ func offline(configured map[string]Backend) (made map[string]broker.Backend, don
 			f()
 		}
 	}
-	if made, err = backends(opener{checking: true, onClose: func(f func()) { closing = append(closing, f) }}, configured); err != nil {
+	o := opener{checking: true, onClose: func(f func()) { closing = append(closing, f) },
+		active: func(context.Context, broker.GrantID) (bool, error) { return false, errOnlyChecks },
+		sign:   func(string, []byte) ([]byte, error) { return nil, errOnlyChecks }}
+	if made, err = backends(o, configured); err != nil {
 		done()
 		return nil, nil, err
 	}
 	return made, done, nil
 }
+
+// errOnlyChecks is the answer of a backend that only checks tools.
+var errOnlyChecks = errors.New("this backend only checks tools")
 
 // checkTools calls Load of each tool's backend and joins the errors.
 func checkTools(tools []broker.Tool, backends map[string]broker.Backend) error {

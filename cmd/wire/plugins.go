@@ -254,7 +254,7 @@ func (l serviceLogins) Credential(
 	ctx context.Context, p postgres.Purpose,
 ) (username, password string, expires time.Time, err error) {
 	if l.vault == nil {
-		return "", "", time.Time{}, errors.New("this backend only checks tools")
+		return "", "", time.Time{}, errOnlyChecks
 	}
 	asked := time.Now()
 	data, err := l.vault.Read(ctx, l.c.loginPath(p))
