@@ -15,22 +15,22 @@ import (
 //
 // Errors: Unauthenticated, NotFound (the delegation is not the caller's), Unavailable; also Revoked and Expired, so that
 // a holder who missed the push learns of it here.
-func (b *Engine) Heartbeat(ctx context.Context, c broker.Caller, id broker.DelegationID) error {
+func (e *Engine) Heartbeat(ctx context.Context, c broker.Caller, id broker.DelegationID) error {
 	const op = "heartbeat"
-	_, unusable, err := b.heartbeat(ctx, op, c, id)
+	_, unusable, err := e.heartbeat(ctx, op, c, id)
 	return cmp.Or(err, unusable)
 }
 
 // heartbeat notes a sign of life. A frozen delegation takes it too: its holder is there.
-func (b *Engine) heartbeat(ctx context.Context, op string, c broker.Caller, id broker.DelegationID) (now time.Time, unusable, err error) {
-	now = b.cfg.Now()
+func (e *Engine) heartbeat(ctx context.Context, op string, c broker.Caller, id broker.DelegationID) (now time.Time, unusable, err error) {
+	now = e.cfg.Now()
 	if err := c.Check(op, now); err != nil {
 		return now, nil, err
 	}
-	var p records.Lineage
-	if err := b.view(ctx, op, func(tx *records.Tx) (err error) {
-		if p, err = tx.Lineage(op, id); err == nil {
-			if unusable = tx.CheckUsable(op, p, selector.Subject{}, now); unusable != nil && broker.KindOf(unusable) == broker.Internal {
+	var l records.Lineage
+	if err := e.view(ctx, op, func(tx *records.Tx) (err error) {
+		if l, err = tx.Lineage(op, id); err == nil {
+			if unusable = tx.CheckUsable(op, l, selector.Subject{}, now); unusable != nil && broker.KindOf(unusable) == broker.Internal {
 				err = unusable
 			}
 		}
@@ -38,10 +38,10 @@ func (b *Engine) heartbeat(ctx context.Context, op string, c broker.Caller, id b
 	}); err != nil {
 		return now, nil, err
 	}
-	if p.Leaf().Holder != c.ID {
-		return now, nil, b.violated(ctx, c, p, broker.ViolationHolder, "", records.UnknownDelegation(op))
+	if l.Leaf().Holder != c.ID {
+		return now, nil, e.refuseViolation(ctx, c, l, broker.ViolationHolder, "", records.UnknownDelegation(op))
 	}
-	b.watchdog.Beat(p.Leaf(), now)
+	e.watchdog.Beat(l.Leaf(), now)
 	return now, unusable, nil
 }
 
@@ -49,31 +49,31 @@ func (b *Engine) heartbeat(ctx context.Context, op string, c broker.Caller, id b
 // once. A fenced or expired delegation takes it too, since the fence is what it acknowledges.
 //
 // Errors: Unauthenticated, NotFound (the delegation is not the caller's, or no such revocation covers it), Unavailable.
-func (b *Engine) Acknowledge(ctx context.Context, c broker.Caller, id broker.DelegationID, rv broker.RevocationID) error {
+func (e *Engine) Acknowledge(ctx context.Context, c broker.Caller, id broker.DelegationID, rv broker.RevocationID) error {
 	const op = "acknowledge"
-	now, _, err := b.heartbeat(ctx, op, c, id)
+	now, _, err := e.heartbeat(ctx, op, c, id)
 	if err != nil {
 		return err
 	}
-	return b.update(ctx, op, func(tx *records.Tx) error { return recordAcknowledgement(tx, c, id, rv, now) })
+	return e.update(ctx, op, func(tx *records.Tx) error { return recordAcknowledgement(tx, c, id, rv, now) })
 }
 
 // recordAcknowledgement records the acknowledgement of the revocation, and of every other final one over the delegation:
 // a holder who has stopped for one has stopped for all.
 func recordAcknowledgement(tx *records.Tx, c broker.Caller, id broker.DelegationID, rv broker.RevocationID, now time.Time) error {
 	const op = "acknowledge"
-	p, err := tx.Lineage(op, id)
+	l, err := tx.Lineage(op, id)
 	if err != nil {
 		return err
 	}
-	over, err := tx.FinalFences(p)
+	fences, err := tx.FinalFences(l)
 	if err != nil {
 		return err
 	}
-	if !slices.ContainsFunc(over, func(f broker.Fence) bool { return f.Revocation == rv }) {
+	if !slices.ContainsFunc(fences, func(f broker.Fence) bool { return f.Revocation == rv }) {
 		return records.UnknownRevocation(op)
 	}
-	for _, f := range over {
+	for _, f := range fences {
 		first, err := tx.Acknowledge(f.Revocation, id, now)
 		if err != nil {
 			return err
@@ -81,7 +81,7 @@ func recordAcknowledgement(tx *records.Tx, c broker.Caller, id broker.Delegation
 		if !first {
 			continue
 		}
-		if _, err := tx.Enter(broker.Entry{At: now, Actor: c.ID.String(), Op: broker.OpAcknowledged, Chain: p.Chain.ID, Delegation: id,
+		if _, err := tx.Enter(broker.Entry{At: now, Actor: c.ID.String(), Op: broker.OpAcknowledged, Chain: l.Chain.ID, Delegation: id,
 			Revocation: f.Revocation}); err != nil {
 			return err
 		}
@@ -90,31 +90,31 @@ func recordAcknowledgement(tx *records.Tx, c broker.Caller, id broker.Delegation
 }
 
 // maxRolls is of how many revocations the holders that must acknowledge are kept.
-const maxRolls = 32
+const maxExpected = 32
 
 // Acknowledgements tells who was to hear of a revocation and who has said so, by delegation and
 // ancestors first. It is empty for a freeze, which stops no step, and for a revocation that covers
 // grants and no delegation.
 //
 // Errors: NotFound with CodeRevocationUnknown, Unavailable.
-func (b *Engine) Acknowledgements(ctx context.Context, id broker.RevocationID) (list []broker.Acknowledgement, err error) {
+func (e *Engine) Acknowledgements(ctx context.Context, id broker.RevocationID) (list []broker.Acknowledgement, err error) {
 	const op = "revocation"
-	err = b.view(ctx, op, func(tx *records.Tx) error {
+	err = e.view(ctx, op, func(tx *records.Tx) error {
 		rv, ok, err := tx.Revocation(id)
 		if err != nil || !ok {
-			return orUnknown(err, records.UnknownRevocation(op))
+			return orNotFound(err, records.UnknownRevocation(op))
 		}
-		who, known := b.rolls.Get(id)
+		holders, known := e.expected.Get(id)
 		if !known {
-			if who, err = roll(tx, rv); err != nil {
+			if holders, err = expectedHolders(tx, rv); err != nil {
 				return err
 			}
-			b.rolls.Put(id, who)
+			e.expected.Put(id, holders)
 		}
-		list = slices.Clone(who)
-		at, err := tx.Acknowledgements(id)
+		list = slices.Clone(holders)
+		acknowledged, err := tx.Acknowledgements(id)
 		for i := range list {
-			list[i].At = at[list[i].Delegation]
+			list[i].At = acknowledged[list[i].Delegation]
 		}
 		return err
 	})
@@ -123,7 +123,7 @@ func (b *Engine) Acknowledgements(ctx context.Context, id broker.RevocationID) (
 
 // roll lists who is to hear of a revocation. It looks at what is in the ledger after the fence, so
 // that the fence's own transaction costs the same whatever hangs below.
-func roll(tx *records.Tx, rv broker.Revocation) (who []broker.Acknowledgement, err error) {
+func expectedHolders(tx *records.Tx, rv broker.Revocation) (holders []broker.Acknowledgement, err error) {
 	if rv.Freeze || rv.Grant != "" {
 		return nil, nil
 	}
@@ -133,19 +133,19 @@ func roll(tx *records.Tx, rv broker.Revocation) (who []broker.Acknowledgement, e
 	}
 	var open []broker.Delegation
 	err = tx.EachMember(rv.Chain, func(id broker.DelegationID) error {
-		p, err := tx.Lineage("revocation", id)
-		if err != nil || p.Leaf().Created.After(rv.Fenced) || !covers(p, selector.Subject{}) || slices.ContainsFunc(p.Nodes, func(d broker.Delegation) bool { return !rv.Fenced.Before(d.Expires) }) {
+		l, err := tx.Lineage("revocation", id)
+		if err != nil || l.Leaf().Created.After(rv.Fenced) || !covers(l, selector.Subject{}) || slices.ContainsFunc(l.Nodes, func(d broker.Delegation) bool { return !rv.Fenced.Before(d.Expires) }) {
 			return err
 		}
-		before, err := tx.FinalFences(p)
+		before, err := tx.FinalFences(l)
 		if err == nil && !slices.ContainsFunc(before, func(f broker.Fence) bool { return f.Generation < rv.Revision }) {
-			open = append(open, p.Leaf())
+			open = append(open, l.Leaf())
 		}
 		return err
 	})
 	records.RootFirst(open)
 	for _, d := range open {
-		who = append(who, broker.Acknowledgement{Chain: d.Chain, Delegation: d.ID, Holder: d.Holder})
+		holders = append(holders, broker.Acknowledgement{Chain: d.Chain, Delegation: d.ID, Holder: d.Holder})
 	}
-	return who, err
+	return holders, err
 }

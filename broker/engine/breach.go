@@ -17,7 +17,7 @@ type breach struct {
 	op       string // the procedure that found it
 	code     broker.ViolationCode
 	actor    string          // of the audit entry: who broke policy, or who reported it
-	path     records.Lineage // where in the tree; without nodes: the chain was still to be opened
+	lineage  records.Lineage // where in the tree; without nodes: the chain was still to be opened
 	tool     broker.ToolName
 	decision broker.Decision // of policy: the consequence, and the policies that decided it
 	freeze   spiffeid.ID     // the caller that freeze-caller freezes
@@ -42,17 +42,17 @@ type breach struct {
 //
 // When the outcome of the commit is unknown, the fence may be in the ledger, and the requester may never ask again.
 // So the error is returned and the revocation is carried out nevertheless, if it exists.
-func (b *Engine) applyConsequence(ctx context.Context, v breach) (broker.Revocation, error) {
-	entry := broker.Entry{At: v.now, Actor: v.actor, Op: broker.OpViolation, Chain: v.path.Chain.ID, Grant: v.grant, Tool: v.tool,
+func (e *Engine) applyConsequence(ctx context.Context, v breach) (broker.Revocation, error) {
+	entry := broker.Entry{At: v.now, Actor: v.actor, Op: broker.OpViolation, Chain: v.lineage.Chain.ID, Grant: v.grant, Tool: v.tool,
 		Policies: v.decision.Policies, Code: broker.Code(v.code), Detail: cmp.Or(v.detail, v.decision.Consequence.String())}
-	if len(v.path.Nodes) > 0 {
-		entry.Delegation = v.path.Leaf().ID
+	if len(v.lineage.Nodes) > 0 {
+		entry.Delegation = v.lineage.Leaf().ID
 	}
 	f := fencing{by: cmp.Or(v.by, "pawl"), reason: cmp.Or(v.reason, "violation: "+string(v.code)), now: v.now}
 	var fences bool
 	f.target, fences = v.target()
 	var fenced, frozen broker.Revocation
-	err := b.update(ctx, v.op, func(tx *records.Tx) (err error) {
+	err := e.update(ctx, v.op, func(tx *records.Tx) (err error) {
 		fenced, frozen = broker.Revocation{}, broker.Revocation{}
 		if v.record != nil {
 			if stop, err := v.record(tx); stop || err != nil {
@@ -63,60 +63,60 @@ func (b *Engine) applyConsequence(ctx context.Context, v breach) (broker.Revocat
 			return err
 		}
 		if fences {
-			if fenced, err = b.fence(tx, f); err != nil {
+			if fenced, err = e.fence(tx, f); err != nil {
 				return err
 			}
 		}
 		if v.decision.Consequence == broker.ConsequenceFreezeCaller {
-			frozen, err = b.fence(tx, fencing{by: f.by, selector: "spiffe:" + v.freeze.String(), freeze: true, reason: f.reason, now: v.now})
+			frozen, err = e.fence(tx, fencing{by: f.by, selector: "spiffe:" + v.freeze.String(), freeze: true, reason: f.reason, now: v.now})
 		}
 		return err
 	})
 	if err != nil {
-		b.reconcileUnsure(fenced, err)
+		e.reconcileUnconfirmed(fenced, err)
 		return broker.Revocation{}, err
 	}
 	if fenced.ID == "" {
 		return frozen, nil
 	}
-	b.reconcile(fenced)
+	e.reconcile(fenced)
 	return fenced, nil
 }
 
 // target is what the consequence fences; ok is false when it fences nothing.
 func (v breach) target() (t target, ok bool) {
-	if len(v.path.Nodes) == 0 {
+	if len(v.lineage.Nodes) == 0 {
 		return target{}, false
 	}
-	switch what := v.decision.Consequence; {
-	case what >= broker.ConsequenceRevokeChain:
-		return target{node: v.path.Root().ID}, true
-	case what == broker.ConsequenceRevokeSubtree:
-		return target{node: v.path.Leaf().ID}, true
-	case what == broker.ConsequenceDeny || v.noSecret:
+	switch consequence := v.decision.Consequence; {
+	case consequence >= broker.ConsequenceRevokeChain:
+		return target{node: v.lineage.Root().ID}, true
+	case consequence == broker.ConsequenceRevokeSubtree:
+		return target{node: v.lineage.Leaf().ID}, true
+	case consequence == broker.ConsequenceDeny || v.noSecret:
 		return target{}, false
 	case v.grant != "":
 		return target{grant: v.grant}, true
 	}
-	return target{node: v.path.Leaf().ID}, true
+	return target{node: v.lineage.Leaf().ID}, true
 }
 
 // refuseBreach applies the consequence of a breach by a request that is refused with e, and gives e with the revocation in it.
 // When the ledger fails, the request is refused all the same: with e where nothing was to be fenced.
-func (b *Engine) refuseBreach(ctx context.Context, v breach, e *broker.Error) error {
-	rv, err := b.applyConsequence(ctx, v)
+func (e *Engine) refuseBreach(ctx context.Context, v breach, refusal *broker.Error) error {
+	rv, err := e.applyConsequence(ctx, v)
 	switch {
 	case err != nil && v.decision.Consequence == broker.ConsequenceDeny:
-		b.cfg.Alarm("recording a violation", err)
+		e.cfg.Alarm("recording a violation", err)
 	case err != nil:
-		b.cfg.Alarm("fencing after a violation", err)
+		e.cfg.Alarm("fencing after a violation", err)
 		return err
 	}
-	e.Revocation = rv.ID
-	return e
+	refusal.Revocation = rv.ID
+	return refusal
 }
 
 // violationQuestion asks policy for the consequence of a breach.
-func violationQuestion(c broker.Caller, p records.Lineage, v broker.ViolationCode, t broker.Tool, now time.Time) broker.Question {
-	return broker.Question{Action: broker.ActionReport, Caller: c, Violation: v, Tool: t, Chain: p.Chain, Depth: max(len(p.Nodes)-1, 0), Now: now}
+func violationQuestion(c broker.Caller, l records.Lineage, v broker.ViolationCode, t broker.Tool, now time.Time) broker.Question {
+	return broker.Question{Action: broker.ActionReport, Caller: c, Violation: v, Tool: t, Chain: l.Chain, Depth: max(len(l.Nodes)-1, 0), Now: now}
 }

@@ -15,21 +15,21 @@ import (
 // same bundle again is adopted without another entry.
 //
 // Errors: Conflict with CodePolicyOlder, Unavailable.
-func (b *Engine) Adopt(ctx context.Context, a broker.Adoption) error {
+func (e *Engine) Adopt(ctx context.Context, a broker.Adoption) error {
 	const op = "policy"
-	now, by := b.cfg.Now(), cmp.Or(a.By, "pawl")
-	return b.update(ctx, op, func(tx *records.Tx) error {
-		was, known, err := tx.Bundle()
-		if err != nil || known && was.Digest == a.Digest {
+	now, by := e.cfg.Now(), cmp.Or(a.By, "pawl")
+	return e.update(ctx, op, func(tx *records.Tx) error {
+		previous, known, err := tx.Bundle()
+		if err != nil || known && previous.Digest == a.Digest {
 			return err
 		}
 		detail := fmt.Sprintf("%s version %d", a.Name, a.Version)
 		if known {
-			if err := mayFollow(op, a, was); err != nil {
+			if err := checkSuccessor(op, a, previous); err != nil {
 				return err
 			}
-			detail += fmt.Sprintf(" follows %s version %d", was.Name, was.Version)
-			if a.Name != was.Name || a.Version < was.Version {
+			detail += fmt.Sprintf(" follows %s version %d", previous.Name, previous.Version)
+			if a.Name != previous.Name || a.Version < previous.Version {
 				detail += ", rolled back"
 			}
 		}
@@ -46,17 +46,17 @@ func (b *Engine) Adopt(ctx context.Context, a broker.Adoption) error {
 
 // mayFollow refuses what may not take the place of the bundle that was in force last. Two contents
 // under one version are never right: nobody could say which of them decided.
-func mayFollow(op string, a broker.Adoption, was records.Bundle) error {
+func checkSuccessor(op string, a broker.Adoption, previous records.Bundle) error {
 	switch {
-	case a.Name == was.Name && a.Version == was.Version:
+	case a.Name == previous.Name && a.Version == previous.Version:
 		return broker.Errorf(broker.Conflict, op, "version %d of policy bundle %q was in force with other content", a.Version, a.Name).
 			With(broker.CodePolicyOlder).Lacks("give the bundle a higher version")
-	case a.Back || a.Name == was.Name && a.Version > was.Version:
+	case a.Back || a.Name == previous.Name && a.Version > previous.Version:
 		return nil
-	case a.Name != was.Name:
-		return broker.Errorf(broker.Conflict, op, "policy bundle %q version %d cannot take the place of %q by itself", a.Name, a.Version, was.Name).
+	case a.Name != previous.Name:
+		return broker.Errorf(broker.Conflict, op, "policy bundle %q version %d cannot take the place of %q by itself", a.Name, a.Version, previous.Name).
 			With(broker.CodePolicyOlder).Lacks(fmt.Sprintf("if that is meant, start once with --allow-policy-rollback %d", a.Version))
 	}
-	return broker.Errorf(broker.Conflict, op, "version %d of policy bundle %q is older than version %d, which was in force", a.Version, a.Name, was.Version).
+	return broker.Errorf(broker.Conflict, op, "version %d of policy bundle %q is older than version %d, which was in force", a.Version, a.Name, previous.Version).
 		With(broker.CodePolicyOlder).Lacks(fmt.Sprintf("if that is meant, start once with --allow-policy-rollback %d", a.Version))
 }

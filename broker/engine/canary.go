@@ -22,7 +22,7 @@ import (
 // whoever knows that it is a canary can step around it, and it is given this once.
 //
 // Errors: Malformed, Unauthenticated, NotFound (no such chain), Unavailable.
-func (b *Engine) Plant(ctx context.Context, o broker.Operator, r broker.PlantRequest) (c broker.Canary, value string, err error) {
+func (e *Engine) Plant(ctx context.Context, o broker.Operator, r broker.PlantRequest) (c broker.Canary, value string, err error) {
 	const op = "plant"
 	if err := o.Check(op); err != nil {
 		return broker.Canary{}, "", err
@@ -32,24 +32,24 @@ func (b *Engine) Plant(ctx context.Context, o broker.Operator, r broker.PlantReq
 	}
 	switch r.Like {
 	case "", broker.GuiseVault:
-		value, err = drawVaultToken(b.cfg.Random)
+		value, err = drawVaultToken(e.cfg.Random)
 	case broker.GuiseGitHub:
-		value, err = drawGitHubToken(b.cfg.Random)
+		value, err = drawGitHubToken(e.cfg.Random)
 	default:
 		return broker.Canary{}, "", broker.Errorf(broker.Malformed, op, "a canary is like %s or %s", broker.GuiseVault, broker.GuiseGitHub)
 	}
 	if err != nil {
 		return broker.Canary{}, "", err
 	}
-	id, err := b.newID("cn")
+	id, err := e.newID("cn")
 	if err != nil {
 		return broker.Canary{}, "", err
 	}
-	c = broker.Canary{ID: broker.CanaryID(id), Chain: r.Chain, Note: r.Note, By: o.Name, Planted: b.cfg.Now()}
-	err = b.update(ctx, op, func(tx *records.Tx) error {
+	c = broker.Canary{ID: broker.CanaryID(id), Chain: r.Chain, Note: r.Note, By: o.Name, Planted: e.cfg.Now()}
+	err = e.update(ctx, op, func(tx *records.Tx) error {
 		if r.Chain != "" {
 			if _, known, err := tx.Chain(r.Chain); err != nil || !known {
-				return orUnknown(err, records.UnknownChain(op, r.Chain))
+				return orNotFound(err, records.UnknownChain(op, r.Chain))
 			}
 		}
 		if _, err := tx.Enter(broker.Entry{At: c.Planted, Actor: o.Name, Op: broker.OpPlant, Chain: c.Chain, Detail: canaryDetail(c)}); err != nil {
@@ -73,8 +73,8 @@ func canaryDetail(c broker.Canary) string {
 // Canaries lists what is planted, the latest first.
 //
 // Errors: Unavailable.
-func (b *Engine) Canaries(ctx context.Context) (list []broker.Canary, err error) {
-	err = b.view(ctx, "canaries", func(tx *records.Tx) error {
+func (e *Engine) Canaries(ctx context.Context) (list []broker.Canary, err error) {
+	err = e.view(ctx, "canaries", func(tx *records.Tx) error {
 		list = nil
 		return tx.EachCanary(func(_ broker.ValueDigest, c broker.Canary) { list = append(list, c) })
 	})
@@ -85,12 +85,12 @@ func (b *Engine) Canaries(ctx context.Context) (list []broker.Canary, err error)
 // Pull takes a canary away: from then on its value is like any that nobody knows.
 //
 // Errors: Unauthenticated, NotFound with CodeCanaryUnknown, Unavailable.
-func (b *Engine) Pull(ctx context.Context, o broker.Operator, id broker.CanaryID) (c broker.Canary, err error) {
+func (e *Engine) Pull(ctx context.Context, o broker.Operator, id broker.CanaryID) (c broker.Canary, err error) {
 	const op = "pull"
 	if err := o.Check(op); err != nil {
 		return broker.Canary{}, err
 	}
-	err = b.update(ctx, op, func(tx *records.Tx) error {
+	err = e.update(ctx, op, func(tx *records.Tx) error {
 		var at broker.ValueDigest
 		c = broker.Canary{}
 		if err := tx.EachCanary(func(value broker.ValueDigest, found broker.Canary) {
@@ -103,7 +103,7 @@ func (b *Engine) Pull(ctx context.Context, o broker.Operator, id broker.CanaryID
 		if at == "" {
 			return broker.Errorf(broker.NotFound, op, "there is no such canary").With(broker.CodeCanaryUnknown)
 		}
-		if _, err := tx.Enter(broker.Entry{At: b.cfg.Now(), Actor: o.Name, Op: broker.OpPull, Chain: c.Chain, Detail: canaryDetail(c)}); err != nil {
+		if _, err := tx.Enter(broker.Entry{At: e.cfg.Now(), Actor: o.Name, Op: broker.OpPull, Chain: c.Chain, Detail: canaryDetail(c)}); err != nil {
 			return err
 		}
 		return tx.DropCanary(at)
@@ -117,31 +117,31 @@ func (b *Engine) Pull(ctx context.Context, o broker.Operator, id broker.CanaryID
 // Present is told of a value that a workload presented as somebody's token and that is none. When it is a
 // canary's, that is a violation of the chain in which it was planted. What follows does so in the background, also
 // when the ledger has to be waited for: from no answer, and from none's time, can anybody tell that it was one.
-func (b *Engine) Present(ctx context.Context, c broker.Caller, value string) {
+func (e *Engine) Present(ctx context.Context, c broker.Caller, value string) {
 	digest := broker.DigestValue(value)
 	planted := false
-	err := b.view(ctx, "present", func(tx *records.Tx) (err error) {
+	err := e.view(ctx, "present", func(tx *records.Tx) (err error) {
 		_, planted, err = tx.Canary(digest)
 		return err
 	})
 	if err == nil && !planted {
 		return
 	}
-	if !b.touches.Begin(digest) {
+	if !e.touching.Begin(digest) {
 		return // it is being recorded
 	}
-	b.background(func() {
-		defer b.touches.End(digest)
+	e.background(func() {
+		defer e.touching.End(digest)
 		retry := backoff.Exponential{First: 50 * time.Millisecond, Most: 10 * time.Second}
 		for {
-			ctx, cancel := after(b.ctx, 30*time.Second) // a broker that stops still records it
-			_, _, err := b.touch(ctx, c.ID.String(), digest)
+			ctx, cancel := detached(e.ctx, 30*time.Second) // a broker that stops still records it
+			_, _, err := e.touch(ctx, c.ID.String(), digest)
 			cancel()
 			if err == nil {
 				return
 			}
-			b.cfg.Alarm("recording that a canary was touched", err)
-			if retry.Wait(b.ctx) != nil {
+			e.cfg.Alarm("recording that a canary was touched", err)
+			if retry.Wait(e.ctx) != nil {
 				return
 			}
 		}
@@ -154,49 +154,49 @@ const maxTouches = 1024
 // touch records that a canary was presented and carries out what policy says; the zero Canary: the value is not a
 // canary's. Who presented it is not who broke anything: a service that asks about a token, or an operator. So it
 // is the chain's opener whom freeze-caller freezes, and of a chain no single step is the breach.
-func (b *Engine) touch(ctx context.Context, by string, digest broker.ValueDigest) (k broker.Canary, rv broker.Revocation, err error) {
+func (e *Engine) touch(ctx context.Context, by string, digest broker.ValueDigest) (canary broker.Canary, rv broker.Revocation, err error) {
 	const op = "present"
-	now := b.cfg.Now()
-	var p records.Lineage
-	if err := b.view(ctx, op, func(tx *records.Tx) (err error) {
-		p = records.Lineage{}
-		if k, _, err = tx.Canary(digest); err != nil || k.Chain == "" {
+	now := e.cfg.Now()
+	var l records.Lineage
+	if err := e.view(ctx, op, func(tx *records.Tx) (err error) {
+		l = records.Lineage{}
+		if canary, _, err = tx.Canary(digest); err != nil || canary.Chain == "" {
 			return err
 		}
-		chain, _, err := tx.Chain(k.Chain)
+		chain, _, err := tx.Chain(canary.Chain)
 		if err == nil {
-			p, err = tx.Lineage(op, chain.Root)
+			l, err = tx.Lineage(op, chain.Root)
 		}
 		return err
-	}); err != nil || k.ID == "" {
+	}); err != nil || canary.ID == "" {
 		return broker.Canary{}, broker.Revocation{}, err
 	}
 	var d broker.Decision
 	var opener spiffeid.ID
-	if k.Chain != "" {
-		opener = p.Root().Holder
-		d = b.cfg.Policy().Decide(violationQuestion(broker.Caller{ID: opener}, p, broker.ViolationCanary, broker.Tool{}, now))
+	if canary.Chain != "" {
+		opener = l.Root().Holder
+		d = e.cfg.Policy().Decide(violationQuestion(broker.Caller{ID: opener}, l, broker.ViolationCanary, broker.Tool{}, now))
 	}
 	pulled := false
-	rv, err = b.applyConsequence(ctx, breach{op: op, code: broker.ViolationCanary, actor: by, path: p, decision: d, freeze: opener, now: now,
-		detail: "canary " + string(k.ID) + ", " + d.Consequence.String(),
+	rv, err = e.applyConsequence(ctx, breach{op: op, code: broker.ViolationCanary, actor: by, lineage: l, decision: d, freeze: opener, now: now,
+		detail: "canary " + string(canary.ID) + ", " + d.Consequence.String(),
 		record: func(tx *records.Tx) (stop bool, err error) {
 			var planted bool
-			k, planted, err = tx.Canary(digest)
+			canary, planted, err = tx.Canary(digest)
 			if pulled = err == nil && !planted; err != nil || pulled {
 				return true, err
 			}
-			k.Touched, k.Touches = now, k.Touches+1
-			return false, tx.PutCanary(digest, k)
+			canary.Touched, canary.Touches = now, canary.Touches+1
+			return false, tx.PutCanary(digest, canary)
 		}})
 	if err != nil {
-		return k, broker.Revocation{}, err
+		return canary, broker.Revocation{}, err
 	}
 	if pulled {
 		return broker.Canary{}, broker.Revocation{}, nil
 	}
-	b.cfg.Alarm("canary", broker.Errorf(broker.Internal, op, "%s was presented by %s: %s", canaryPlace(k), by, d.Consequence))
-	return k, rv, nil
+	e.cfg.Alarm("canary", broker.Errorf(broker.Internal, op, "%s was presented by %s: %s", canaryPlace(canary), by, d.Consequence))
+	return canary, rv, nil
 }
 
 func canaryPlace(c broker.Canary) string {
@@ -208,33 +208,33 @@ func canaryPlace(c broker.Canary) string {
 
 // touchedBy is touch for an operator who looks for the grant of a leaked value; known says that it is a canary's, so
 // that there is none.
-func (b *Engine) touchedBy(ctx context.Context, o broker.Operator, s selector.Selector) (rv broker.Revocation, known bool, err error) {
+func (e *Engine) touchLeaked(ctx context.Context, o broker.Operator, s selector.Selector) (rv broker.Revocation, known bool, err error) {
 	digest, ok := s.LeakedValue()
 	if !ok {
 		return broker.Revocation{}, false, nil
 	}
-	k, rv, err := b.touch(ctx, o.Name, digest)
-	if k.ID == "" {
+	canary, rv, err := e.touch(ctx, o.Name, digest)
+	if canary.ID == "" {
 		return broker.Revocation{}, false, nil // an error shows again where the fence is set
 	}
 	if err == nil && rv.ID == "" {
-		err = broker.Errorf(broker.NotFound, "revoke", "the value is that of %s; it is on record as touched, and nothing is revoked", canaryPlace(k)).
+		err = broker.Errorf(broker.NotFound, "revoke", "the value is that of %s; it is on record as touched, and nothing is revoked", canaryPlace(canary)).
 			With(broker.CodeCanaryValue).Lacks("find out who had it, and revoke that; pawl canary list shows where it was planted", "selector")
 	}
 	return rv, true, err
 }
 
 // canaryOf refuses a plan for a leaked value that is a canary's, and says so.
-func canaryOf(tx *records.Tx, s selector.Selector) error {
+func refuseCanaryPlan(tx *records.Tx, s selector.Selector) error {
 	digest, ok := s.LeakedValue()
 	if !ok {
 		return nil
 	}
-	k, planted, err := tx.Canary(digest)
+	canary, planted, err := tx.Canary(digest)
 	if err != nil || !planted {
 		return err
 	}
-	return broker.Errorf(broker.NotFound, "plan", "the value is that of %s, and was handed out by no grant", canaryPlace(k)).
+	return broker.Errorf(broker.NotFound, "plan", "the value is that of %s, and was handed out by no grant", canaryPlace(canary)).
 		With(broker.CodeCanaryValue).Lacks("revoking it has it recorded as touched, and what policy says of a canary follows", "selector")
 }
 

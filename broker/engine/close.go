@@ -12,20 +12,20 @@ import (
 //
 // Errors: Unauthenticated, NotFound, Unavailable (the end could not be recorded; the secret
 // ends with its time).
-func (b *Engine) Close(ctx context.Context, c broker.Caller, id broker.GrantID) (broker.Grant, error) {
+func (e *Engine) Close(ctx context.Context, c broker.Caller, id broker.GrantID) (broker.Grant, error) {
 	const op = "close"
-	now := b.cfg.Now()
+	now := e.cfg.Now()
 	if err := c.Check(op, now); err != nil {
 		return broker.Grant{}, err
 	}
 	var g broker.Grant
-	if err := b.view(ctx, op, func(tx *records.Tx) error { return ownGrant(tx, op, c, id, &g) }); err != nil {
+	if err := e.view(ctx, op, func(tx *records.Tx) error { return ownGrant(tx, op, c, id, &g) }); err != nil {
 		return broker.Grant{}, err
 	}
-	b.watchdog.BeatAgain(g.Delegation, now)
-	closed, cancel := b.reaper.Closed(id)
+	e.watchdog.BeatAgain(g.Delegation, now)
+	closed, cancel := e.reaper.Closed(id)
 	defer cancel()
-	err := b.update(ctx, op, func(tx *records.Tx) error {
+	err := e.update(ctx, op, func(tx *records.Tx) error {
 		if err := ownGrant(tx, op, c, id, &g); err != nil || g.State == broker.StateClosed || g.Ending != "" {
 			return err
 		}
@@ -33,9 +33,9 @@ func (b *Engine) Close(ctx context.Context, c broker.Caller, id broker.GrantID) 
 		if err := tx.PutGrant(g); err != nil {
 			return err
 		}
-		e := records.GrantEntry(&g, broker.OpEnd, now)
-		e.Actor, e.Detail = c.ID.String(), string(broker.EndingClosed)
-		_, err := tx.Enter(e)
+		entry := records.GrantEntry(&g, broker.OpEnd, now)
+		entry.Actor, entry.Detail = c.ID.String(), string(broker.EndingClosed)
+		_, err := tx.Enter(entry)
 		return err
 	})
 	if err != nil {
@@ -44,17 +44,17 @@ func (b *Engine) Close(ctx context.Context, c broker.Caller, id broker.GrantID) 
 	if g.State == broker.StateClosed {
 		return g, nil
 	}
-	b.reaper.EndNow(g)
+	e.reaper.EndNow(g)
 	select {
 	case <-ctx.Done():
 		return g, nil // the end is recorded; only the proof was not waited for
-	case <-b.ctx.Done():
+	case <-e.ctx.Done():
 		return g, nil
 	case <-closed:
 	}
-	clean, cancelRead := after(ctx, b.cfg.MintTimeout)
+	clean, cancelRead := detached(ctx, e.cfg.MintTimeout)
 	defer cancelRead()
-	_ = b.view(clean, op, func(tx *records.Tx) error { return ownGrant(tx, op, c, id, &g) }) // it is closed either way
+	_ = e.view(clean, op, func(tx *records.Tx) error { return ownGrant(tx, op, c, id, &g) }) // it is closed either way
 	return g, nil
 }
 

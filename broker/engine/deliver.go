@@ -12,17 +12,17 @@ import (
 // new that is the revision of this call, which records it.
 //
 // Errors: Unavailable.
-func (b *Engine) Subscribe(ctx context.Context, subscriber string) (at broker.Revision, err error) {
+func (e *Engine) Subscribe(ctx context.Context, subscriber string) (at broker.Revision, err error) {
 	const op = "subscribe"
 	known := false
-	if err := b.view(ctx, op, func(tx *records.Tx) (err error) {
+	if err := e.view(ctx, op, func(tx *records.Tx) (err error) {
 		at, known, err = tx.Cursor(subscriber)
 		return err
 	}); err != nil || known {
 		return at, err
 	}
-	err = b.update(ctx, op, func(tx *records.Tx) error {
-		if at, err = tx.Enter(broker.Entry{At: b.cfg.Now(), Actor: "pawl", Op: broker.OpDelivered, Detail: subscriber + ": from now on"}); err != nil {
+	err = e.update(ctx, op, func(tx *records.Tx) error {
+		if at, err = tx.Enter(broker.Entry{At: e.cfg.Now(), Actor: "pawl", Op: broker.OpDelivered, Detail: subscriber + ": from now on"}); err != nil {
 			return err
 		}
 		return tx.PutCursor(subscriber, at)
@@ -33,9 +33,9 @@ func (b *Engine) Subscribe(ctx context.Context, subscriber string) (at broker.Re
 // MarkDelivered records that a subscriber need not be told again of anything up to a revision.
 //
 // Errors: Unavailable.
-func (b *Engine) MarkDelivered(ctx context.Context, subscriber string, upto broker.Revision) error {
-	return b.update(ctx, "deliver", func(tx *records.Tx) error {
-		if _, err := tx.Enter(broker.Entry{At: b.cfg.Now(), Actor: "pawl", Op: broker.OpDelivered, Detail: fmt.Sprintf("%s: %d", subscriber, upto)}); err != nil {
+func (e *Engine) MarkDelivered(ctx context.Context, subscriber string, upto broker.Revision) error {
+	return e.update(ctx, "deliver", func(tx *records.Tx) error {
+		if _, err := tx.Enter(broker.Entry{At: e.cfg.Now(), Actor: "pawl", Op: broker.OpDelivered, Detail: fmt.Sprintf("%s: %d", subscriber, upto)}); err != nil {
 			return err
 		}
 		return tx.PutCursor(subscriber, upto)
@@ -46,16 +46,16 @@ func (b *Engine) MarkDelivered(ctx context.Context, subscriber string, upto brok
 // changed, a freeze, and one that was lifted.
 //
 // Errors: Unavailable.
-func (b *Engine) Event(ctx context.Context, e broker.Entry) (ev broker.Event, ok bool, err error) {
+func (e *Engine) Event(ctx context.Context, entry broker.Entry) (ev broker.Event, ok bool, err error) {
 	switch {
-	case e.Op == broker.OpUnfreeze && e.Detail != unfreezeLifted:
+	case entry.Op == broker.OpUnfreeze && entry.Detail != unfreezeLifted:
 		return broker.Event{}, false, nil
-	case e.Op != broker.OpFence && e.Op != broker.OpFreeze && e.Op != broker.OpUnfreeze && e.Op != broker.OpClosure:
+	case entry.Op != broker.OpFence && entry.Op != broker.OpFreeze && entry.Op != broker.OpUnfreeze && entry.Op != broker.OpClosure:
 		return broker.Event{}, false, nil
 	}
-	err = b.view(ctx, "deliver", func(tx *records.Tx) error {
-		ev = broker.Event{Entry: e}
-		if ev.Revocation, ok, err = tx.Revocation(e.Revocation); err != nil || !ok {
+	err = e.view(ctx, "deliver", func(tx *records.Tx) error {
+		ev = broker.Event{Entry: entry}
+		if ev.Revocation, ok, err = tx.Revocation(entry.Revocation); err != nil || !ok {
 			return err
 		}
 		if ev.Revocation.Chain == "" {
@@ -65,8 +65,8 @@ func (b *Engine) Event(ctx context.Context, e broker.Entry) (ev broker.Event, ok
 		ev.Opener = c.Opener
 		return err
 	})
-	if err == nil && ok && e.Op == broker.OpClosure {
-		ev.Tally, ok = parseTally(e.Detail) // what cannot be read is none of ours
+	if err == nil && ok && entry.Op == broker.OpClosure {
+		ev.Tally, ok = parseTally(entry.Detail) // what cannot be read is none of ours
 	}
 	return ev, ok, err
 }

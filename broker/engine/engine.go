@@ -50,11 +50,11 @@ type Engine struct {
 	watchdog   *volatile.Watchdog
 	deliveries volatile.Deliveries
 	plans      volatile.Latest[string, planned]                               // by token; executing one shows what has been added
-	rolls      volatile.Latest[broker.RevocationID, []broker.Acknowledgement] // the holders that must acknowledge: the set does not change after the fence
+	expected   volatile.Latest[broker.RevocationID, []broker.Acknowledgement] // the holders that must acknowledge: the set does not change after the fence
 
 	reconciling sched.Busy[broker.RevocationID]  // by this process
-	touches     sched.Busy[broker.ValueDigest]   // canary values that are being recorded as presented
-	branching   sched.Locks[broker.DelegationID] // one delegation's token is made once at a time
+	touching    sched.Busy[broker.ValueDigest]   // canary values that are being recorded as presented
+	tokenLocks  sched.Locks[broker.DelegationID] // one delegation's token is made once at a time
 
 	ctx  context.Context // ends with Stop: the lifetime of background work
 	stop context.CancelFunc
@@ -69,58 +69,58 @@ type planned struct {
 }
 
 // background runs f until it returns; Stop waits for it.
-func (b *Engine) background(f func()) {
-	b.work.Go(f)
+func (e *Engine) background(f func()) {
+	e.work.Go(f)
 }
 
 // newID draws an id with the given two-letter prefix.
-func (b *Engine) newID(prefix string) (string, error) {
-	return broker.NewID(prefix, b.cfg.Now(), b.cfg.Random)
+func (e *Engine) newID(prefix string) (string, error) {
+	return broker.NewID(prefix, e.cfg.Now(), e.cfg.Random)
 }
 
 // update runs one transaction for the procedure op. Entries of the transaction wake whoever
 // watches their chains.
-func (b *Engine) update(ctx context.Context, op string, f func(*records.Tx) error) error {
-	var touched touchedTx
-	err := b.cfg.Ledger.Update(ctx, func(tx broker.Tx) error {
-		touched = touchedTx{Tx: tx}
-		return f(b.cache.In(&touched))
+func (e *Engine) update(ctx context.Context, op string, f func(*records.Tx) error) error {
+	var recording topicTx
+	err := e.cfg.Ledger.Update(ctx, func(tx broker.Tx) error {
+		recording = topicTx{Tx: tx}
+		return f(e.cache.In(&recording))
 	})
 	if err == nil {
-		b.hub.Wake(touched.names)
+		e.hub.Wake(recording.topics)
 		return nil
 	}
-	var e *broker.Error
-	if errors.As(err, &e) {
-		return e
+	var refusal *broker.Error
+	if errors.As(err, &refusal) {
+		return refusal
 	}
 	return broker.Errorf(broker.Unavailable, op, "the ledger cannot record this now, and nothing was handed out").
 		With(broker.CodeLedgerDown).Because(err)
 }
 
 // view runs one read for the procedure op.
-func (b *Engine) view(ctx context.Context, op string, f func(*records.Tx) error) error {
-	err := b.cfg.Ledger.View(ctx, func(tx broker.Tx) error { return f(b.cache.In(tx)) })
-	var e *broker.Error
-	if err == nil || errors.As(err, &e) {
+func (e *Engine) view(ctx context.Context, op string, f func(*records.Tx) error) error {
+	err := e.cfg.Ledger.View(ctx, func(tx broker.Tx) error { return f(e.cache.In(tx)) })
+	var refusal *broker.Error
+	if err == nil || errors.As(err, &refusal) {
 		return err
 	}
 	return broker.Errorf(broker.Unavailable, op, "the ledger cannot be read now").With(broker.CodeLedgerDown).Because(err)
 }
 
 // touchedTx remembers whom the entries of a transaction are about.
-type touchedTx struct {
+type topicTx struct {
 	broker.Tx
-	names []volatile.Topic
+	topics []volatile.Topic
 }
 
-func (t *touchedTx) Append(e broker.Entry) (broker.Revision, error) {
-	t.names = append(t.names, volatile.Topic{Chain: e.Chain, Fences: e.Op == broker.OpFence || e.Op == broker.OpFreeze || e.Op == broker.OpUnfreeze})
-	return t.Tx.Append(e)
+func (t *topicTx) Append(entry broker.Entry) (broker.Revision, error) {
+	t.topics = append(t.topics, volatile.Topic{Chain: entry.Chain, Fences: entry.Op == broker.OpFence || entry.Op == broker.OpFreeze || entry.Op == broker.OpUnfreeze})
+	return t.Tx.Append(entry)
 }
 
 // after gives a context for cleaning up after a request, which may itself be over.
-func after(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+func detached(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(ctx), d)
 }
 
@@ -139,24 +139,24 @@ func checkText(op, what, s string, least, most int) error {
 
 // asUnavailable keeps a classified error and makes Unavailable of any other.
 func asUnavailable(err error, code broker.Code, msg string) error {
-	var e *broker.Error
-	if errors.As(err, &e) {
-		return e
+	var refusal *broker.Error
+	if errors.As(err, &refusal) {
+		return refusal
 	}
 	return broker.Errorf(broker.Unavailable, "issue", "%s", msg).With(code).Because(err).After(time.Second)
 }
 
 // kill ends a token that the ledger may not know, best effort: it has a hard end of its own.
-func (b *Engine) kill(ctx context.Context, token broker.Handle) {
-	clean, cancel := after(ctx, b.cfg.MintTimeout)
+func (e *Engine) kill(ctx context.Context, token broker.Handle) {
+	clean, cancel := detached(ctx, e.cfg.MintTimeout)
 	defer cancel()
-	if err := b.cfg.Vault.Kill(clean, token.Accessor); err != nil {
-		b.cfg.Alarm("ending an unused token", err)
+	if err := e.cfg.Vault.Kill(clean, token.Accessor); err != nil {
+		e.cfg.Alarm("ending an unused token", err)
 	}
 }
 
 // orUnknown gives the error of a read, or the refusal of what was not found.
-func orUnknown(err error, unknown *broker.Error) error {
+func orNotFound(err error, unknown *broker.Error) error {
 	if err != nil {
 		return err
 	}

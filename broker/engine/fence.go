@@ -27,8 +27,8 @@ type fencing struct {
 // fence is step 1 of revoke, inside the caller's transaction: one mark, whatever hangs below. Where the
 // same exists already, or a final mark where a freeze is asked for, nothing is written and the revocation
 // that exists is given: neither a thief who tries again nor a signal that is repeated makes the ledger grow.
-func (b *Engine) fence(tx *records.Tx, f fencing) (broker.Revocation, error) {
-	id, err := b.newID("rv")
+func (e *Engine) fence(tx *records.Tx, f fencing) (broker.Revocation, error) {
+	id, err := e.newID("rv")
 	if err != nil {
 		return broker.Revocation{}, err
 	}
@@ -41,16 +41,16 @@ func (b *Engine) fence(tx *records.Tx, f fencing) (broker.Revocation, error) {
 	entry := broker.Entry{At: f.now, Actor: f.by, Op: op, Revocation: rv.ID, Detail: f.reason}
 	switch {
 	case f.target.node != "":
-		return b.fenceNode(tx, f, rv, entry)
+		return e.fenceNode(tx, f, rv, entry)
 	case f.target.grant != "":
-		return b.fenceGrant(tx, f, rv, entry)
+		return e.fenceGrant(tx, f, rv, entry)
 	}
-	return b.fenceRule(tx, f, rv, entry)
+	return e.fenceRule(tx, f, rv, entry)
 }
 
 // fenceRule writes a rule. There is one of each kind for a selector: a final rule is about the chains that
 // were open when it was written, so a repeated one takes the place of the first when there are others now.
-func (b *Engine) fenceRule(tx *records.Tx, f fencing, rv broker.Revocation, entry broker.Entry) (broker.Revocation, error) {
+func (e *Engine) fenceRule(tx *records.Tx, f fencing, rv broker.Revocation, entry broker.Entry) (broker.Revocation, error) {
 	s, err := selector.Parse(f.selector)
 	if err != nil {
 		return broker.Revocation{}, broker.Errorf(broker.Malformed, "revoke", "%v", err)
@@ -69,7 +69,7 @@ func (b *Engine) fenceRule(tx *records.Tx, f fencing, rv broker.Revocation, entr
 		since = first.At
 	}
 	if f.check {
-		how, err := tx.MatchOf(records.NewRule(s, mark), b.cfg.Policy(), since, f.now)
+		how, err := tx.MatchOf(records.NewRule(s, mark), e.cfg.Policy(), since, f.now)
 		if err != nil {
 			return broker.Revocation{}, err
 		}
@@ -112,7 +112,7 @@ func existing(tx *records.Tx, mark *broker.Fence, freeze bool) (rv broker.Revoca
 	return rv, exists, err
 }
 
-func (b *Engine) fenceNode(tx *records.Tx, f fencing, rv broker.Revocation, entry broker.Entry) (broker.Revocation, error) {
+func (e *Engine) fenceNode(tx *records.Tx, f fencing, rv broker.Revocation, entry broker.Entry) (broker.Revocation, error) {
 	d, ok, err := tx.Delegation(f.target.node)
 	if err != nil {
 		return broker.Revocation{}, err
@@ -138,7 +138,7 @@ func (b *Engine) fenceNode(tx *records.Tx, f fencing, rv broker.Revocation, entr
 	return rv, tx.PutRevocation(rv)
 }
 
-func (b *Engine) fenceGrant(tx *records.Tx, f fencing, rv broker.Revocation, entry broker.Entry) (broker.Revocation, error) {
+func (e *Engine) fenceGrant(tx *records.Tx, f fencing, rv broker.Revocation, entry broker.Entry) (broker.Revocation, error) {
 	g, ok, err := tx.Grant(f.target.grant)
 	if err != nil {
 		return broker.Revocation{}, err

@@ -15,26 +15,26 @@ const unfreezeLifted = "lifted"
 //
 // Errors: Unauthenticated, NotFound, Conflict (it is no freeze, or is lifted), Denied with
 // CodeSecondPerson after the first call.
-func (b *Engine) Unfreeze(ctx context.Context, o broker.Operator, id broker.RevocationID) (rv broker.Revocation, err error) {
+func (e *Engine) Unfreeze(ctx context.Context, o broker.Operator, id broker.RevocationID) (rv broker.Revocation, err error) {
 	const op = "unfreeze"
 	if err := o.Check(op); err != nil {
 		return broker.Revocation{}, err
 	}
 	second := false
-	err = b.update(ctx, op, func(tx *records.Tx) error {
+	err = e.update(ctx, op, func(tx *records.Tx) error {
 		var ok bool
 		if rv, ok, err = tx.Revocation(id); err != nil || !ok {
-			return orUnknown(err, records.UnknownRevocation(op))
+			return orNotFound(err, records.UnknownRevocation(op))
 		}
 		if !rv.Freeze || rv.Lifted {
 			return broker.Errorf(broker.Conflict, op, "%s is not a freeze that is in force", id)
 		}
 		if second = rv.Unfreezer != "" && rv.Unfreezer != o.Name; !second {
 			rv.Unfreezer = o.Name
-		} else if err := b.lift(tx, &rv); err != nil {
+		} else if err := e.lift(tx, &rv); err != nil {
 			return err
 		}
-		if _, err := tx.Enter(broker.Entry{At: b.cfg.Now(), Actor: o.Name, Op: broker.OpUnfreeze, Chain: rv.Chain, Delegation: rv.Node,
+		if _, err := tx.Enter(broker.Entry{At: e.cfg.Now(), Actor: o.Name, Op: broker.OpUnfreeze, Chain: rv.Chain, Delegation: rv.Node,
 			Grant: rv.Grant, Revocation: id, Detail: map[bool]string{false: "asked for", true: unfreezeLifted}[second]}); err != nil {
 			return err
 		}
@@ -48,8 +48,8 @@ func (b *Engine) Unfreeze(ctx context.Context, o broker.Operator, id broker.Revo
 }
 
 // lift takes a freeze's mark away where it is still that freeze's.
-func (b *Engine) lift(tx *records.Tx, rv *broker.Revocation) error {
-	rv.Lifted, rv.Settled = true, b.cfg.Now()
+func (e *Engine) lift(tx *records.Tx, rv *broker.Revocation) error {
+	rv.Lifted, rv.Settled = true, e.cfg.Now()
 	switch {
 	case rv.Node != "":
 		d, _, err := tx.Delegation(rv.Node)

@@ -18,9 +18,9 @@ import (
 // Vault before the first step needs it.
 //
 // Errors: Malformed, Unauthenticated, Denied, Unavailable.
-func (b *Engine) Open(ctx context.Context, c broker.Caller, r broker.OpenRequest) (broker.Delegation, error) {
+func (e *Engine) Open(ctx context.Context, c broker.Caller, r broker.OpenRequest) (broker.Delegation, error) {
 	const op = "open"
-	now := b.cfg.Now()
+	now := e.cfg.Now()
 	if err := c.Check(op, now); err != nil {
 		return broker.Delegation{}, err
 	}
@@ -31,23 +31,23 @@ func (b *Engine) Open(ctx context.Context, c broker.Caller, r broker.OpenRequest
 	chain := broker.Chain{Task: r.Task, Opener: c.ID, Opened: now, Labels: r.Labels}
 	root := broker.Delegation{Holder: c.ID, Scope: scope, Budget: r.Budget, Depth: r.Depth, Created: now, Heartbeat: r.Heartbeat,
 		Expires: now.Add(cmp.Or(r.TTL, broker.DefaultChainTTL))}
-	if err := b.identify(&chain, &root); err != nil {
+	if err := e.identify(&chain, &root); err != nil {
 		return broker.Delegation{}, err
 	}
-	policy := b.cfg.Policy()
+	policy := e.cfg.Policy()
 	q := broker.Question{Action: broker.ActionOpen, Caller: c, Chain: chain, Now: now}
-	if err := b.refuseCanary(ctx, op, policy, q, records.Lineage{}, nil, scope.Tools()...); err != nil {
+	if err := e.refuseCanary(ctx, op, policy, q, records.Lineage{}, nil, scope.Tools()...); err != nil {
 		return broker.Delegation{}, err
 	}
 	var deciders []string
 	for _, right := range scope {
-		d, err := b.permit(ctx, op, policy, q, right.Tool, records.Lineage{})
+		d, err := e.permit(ctx, op, policy, q, right.Tool, records.Lineage{})
 		if err != nil {
 			return broker.Delegation{}, err
 		}
 		deciders = append(deciders, d.Policies...)
 	}
-	err = b.update(ctx, op, func(tx *records.Tx) error {
+	err = e.update(ctx, op, func(tx *records.Tx) error {
 		f, err := tx.FenceOver(records.Lineage{Chain: chain, Nodes: []broker.Delegation{root}}, selector.Subject{})
 		if err != nil {
 			return err
@@ -64,16 +64,16 @@ func (b *Engine) Open(ctx context.Context, c broker.Caller, r broker.OpenRequest
 	if err != nil {
 		return broker.Delegation{}, err
 	}
-	b.watchdog.Beat(root, now)
+	e.watchdog.Beat(root, now)
 	return root, nil
 }
 
-func (b *Engine) identify(chain *broker.Chain, root *broker.Delegation) error {
-	ch, err := b.newID("ch")
+func (e *Engine) identify(chain *broker.Chain, root *broker.Delegation) error {
+	ch, err := e.newID("ch")
 	if err != nil {
 		return err
 	}
-	dl, err := b.newID("dl")
+	dl, err := e.newID("dl")
 	if err != nil {
 		return err
 	}
@@ -126,9 +126,9 @@ func checkShare(op string, rights []broker.Right, budget broker.Budget, depth in
 // that passes through Pawl only ever gets narrower).
 //
 // Errors: Malformed, Unauthenticated, NotFound, Denied, Revoked, Expired, Unavailable.
-func (b *Engine) Delegate(ctx context.Context, c broker.Caller, r broker.DelegateRequest) (broker.Delegation, error) {
+func (e *Engine) Delegate(ctx context.Context, c broker.Caller, r broker.DelegateRequest) (broker.Delegation, error) {
 	const op = "delegate"
-	now := b.cfg.Now()
+	now := e.cfg.Now()
 	if err := c.Check(op, now); err != nil {
 		return broker.Delegation{}, err
 	}
@@ -142,36 +142,36 @@ func (b *Engine) Delegate(ctx context.Context, c broker.Caller, r broker.Delegat
 	if r.To.IsZero() || r.To.Path() == "" {
 		return broker.Delegation{}, broker.Errorf(broker.Malformed, op, "the receiver must be the SPIFFE ID of a workload")
 	}
-	id, err := b.newID("dl")
+	id, err := e.newID("dl")
 	if err != nil {
 		return broker.Delegation{}, err
 	}
-	p, history, err := b.held(ctx, op, c, r.From, now)
+	l, history, err := e.heldLineage(ctx, op, c, r.From, now)
 	if err != nil {
 		return broker.Delegation{}, err
 	}
-	policy := b.cfg.Policy()
-	q := broker.Question{Action: broker.ActionDelegate, Caller: c, Receiver: r.To, Chain: p.Chain, Depth: p.Depth(),
+	policy := e.cfg.Policy()
+	q := broker.Question{Action: broker.ActionDelegate, Caller: c, Receiver: r.To, Chain: l.Chain, Depth: l.Depth(),
 		History: history, Now: now}
-	child := childOf(p.Leaf(), r, scope, now)
+	child := childOf(l.Leaf(), r, scope, now)
 	child.ID = broker.DelegationID(id)
-	wider := refuseWider(op, p.Leaf(), child, r.TTL)
-	if err := b.refuseCanary(ctx, op, policy, q, p, wider, scope.Tools()...); err != nil {
+	wider := refuseWider(op, l.Leaf(), child, r.TTL)
+	if err := e.refuseCanary(ctx, op, policy, q, l, wider, scope.Tools()...); err != nil {
 		return broker.Delegation{}, err
 	}
 	if wider != nil {
-		return broker.Delegation{}, b.denied(ctx, c, p, "", wider)
+		return broker.Delegation{}, e.recordDenial(ctx, c, l, "", wider)
 	}
-	deciders, err := b.permitAll(ctx, op, policy, q, scope, p)
+	deciders, err := e.permitAll(ctx, op, policy, q, scope, l)
 	if err != nil {
 		return broker.Delegation{}, err
 	}
-	err = b.update(ctx, op, func(tx *records.Tx) error {
-		p, err := tx.Lineage(op, r.From)
+	err = e.update(ctx, op, func(tx *records.Tx) error {
+		l, err := tx.Lineage(op, r.From)
 		if err != nil {
 			return err
 		}
-		if err := tx.CheckUsable(op, p, selector.Subject{}, now); err != nil {
+		if err := tx.CheckUsable(op, l, selector.Subject{}, now); err != nil {
 			return err
 		}
 		return tx.AddDelegation(child, broker.Entry{At: now, Actor: c.ID.String(), Op: broker.OpDelegate,
@@ -232,14 +232,14 @@ func refuseWider(op string, parent, child broker.Delegation, ttl time.Duration) 
 
 // permitAll asks policy for each tool of a scope, and that a permit names both trust domains
 // when the receiver is in another.
-func (b *Engine) permitAll(ctx context.Context, op string, policy broker.Policy, q broker.Question, scope broker.Scope, p records.Lineage) (deciders []string, err error) {
+func (e *Engine) permitAll(ctx context.Context, op string, policy broker.Policy, q broker.Question, scope broker.Scope, l records.Lineage) (deciders []string, err error) {
 	for _, right := range scope {
-		d, err := b.permit(ctx, op, policy, q, right.Tool, p)
+		d, err := e.permit(ctx, op, policy, q, right.Tool, l)
 		if err != nil {
 			return nil, err
 		}
-		if !named(d.Domains, q.Caller.ID.TrustDomain(), q.Receiver.TrustDomain()) {
-			return nil, b.denied(ctx, q.Caller, p, right.Tool,
+		if !permitsBoth(d.Domains, q.Caller.ID.TrustDomain(), q.Receiver.TrustDomain()) {
+			return nil, e.recordDenial(ctx, q.Caller, l, right.Tool,
 				broker.Errorf(broker.Denied, op, "the receiver is in another trust domain and no policy names both").
 					With(broker.CodeForeignDomain).Decided(d.Policies).Lacks("a permit that names both trust domains", "domain:"+q.Receiver.TrustDomain().Name()))
 		}
@@ -248,7 +248,7 @@ func (b *Engine) permitAll(ctx context.Context, op string, policy broker.Policy,
 	return unique(deciders), nil
 }
 
-func named(domains []string, from, to spiffeid.TrustDomain) bool {
+func permitsBoth(domains []string, from, to spiffeid.TrustDomain) bool {
 	return from == to || slices.Contains(domains, from.Name()) && slices.Contains(domains, to.Name())
 }
 
@@ -259,24 +259,24 @@ func unique(s []string) []string {
 
 // held reads the records.Lineage to a delegation that the caller holds, and the chain's history. One that
 // somebody else holds is answered like one that does not exist.
-func (b *Engine) held(ctx context.Context, op string, c broker.Caller, id broker.DelegationID, now time.Time) (p records.Lineage, history map[broker.ToolName]broker.Past, err error) {
-	err = b.view(ctx, op, func(tx *records.Tx) error {
-		if p, err = tx.Lineage(op, id); err != nil {
+func (e *Engine) heldLineage(ctx context.Context, op string, c broker.Caller, id broker.DelegationID, now time.Time) (l records.Lineage, history map[broker.ToolName]broker.Past, err error) {
+	err = e.view(ctx, op, func(tx *records.Tx) error {
+		if l, err = tx.Lineage(op, id); err != nil {
 			return err
 		}
-		u, err := tx.Usage(p.Root().ID)
+		u, err := tx.Usage(l.Root().ID)
 		history = u.Tools
-		if err != nil || p.Leaf().Holder != c.ID {
+		if err != nil || l.Leaf().Holder != c.ID {
 			return err
 		}
-		return tx.CheckUsable(op, p, selector.Subject{}, now)
+		return tx.CheckUsable(op, l, selector.Subject{}, now)
 	})
 	if err != nil {
 		return records.Lineage{}, nil, err
 	}
-	if p.Leaf().Holder != c.ID {
-		return records.Lineage{}, nil, b.violated(ctx, c, p, broker.ViolationHolder, "", records.UnknownDelegation(op))
+	if l.Leaf().Holder != c.ID {
+		return records.Lineage{}, nil, e.refuseViolation(ctx, c, l, broker.ViolationHolder, "", records.UnknownDelegation(op))
 	}
-	b.watchdog.Beat(p.Leaf(), now)
-	return p, history, nil
+	e.watchdog.Beat(l.Leaf(), now)
+	return l, history, nil
 }

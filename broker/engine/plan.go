@@ -24,24 +24,24 @@ const (
 //
 // Errors: Unauthenticated, NotFound with CodeSelectorEmpty when the selector matches nothing and with
 // CodeCanaryValue when it is that of a canary's value, Unavailable.
-func (b *Engine) Plan(ctx context.Context, o broker.Operator, s selector.Selector) (broker.Plan, error) {
+func (e *Engine) Plan(ctx context.Context, o broker.Operator, s selector.Selector) (broker.Plan, error) {
 	const op = "plan"
 	if err := o.Check(op); err != nil {
 		return broker.Plan{}, err
 	}
-	plan := broker.Plan{Selector: s.String(), Made: b.cfg.Now()}
+	plan := broker.Plan{Selector: s.String(), Made: e.cfg.Now()}
 	var set []string
-	err := b.view(ctx, op, func(tx *records.Tx) (err error) {
+	err := e.view(ctx, op, func(tx *records.Tx) (err error) {
 		plan = broker.Plan{Selector: plan.Selector, Made: plan.Made}
 		if plan.Revision, err = tx.Head(); err != nil {
 			return err
 		}
-		if err := canaryOf(tx, s); err != nil {
+		if err := refuseCanaryPlan(tx, s); err != nil {
 			return err
 		}
-		rv, err := meant(tx, s, plan.Made)
+		rv, err := revocationOf(tx, s, plan.Made)
 		if err == nil {
-			set, err = b.resolved(tx, rv, &plan)
+			set, err = e.resolve(tx, rv, &plan)
 		}
 		return err
 	})
@@ -57,7 +57,7 @@ func (b *Engine) Plan(ctx context.Context, o broker.Operator, s selector.Selecto
 		fmt.Fprintln(hash, id)
 	}
 	plan.Token = "pl" + hex.EncodeToString(hash.Sum(nil)[:16])
-	b.plans.Put(plan.Token, planned{selector: plan.Selector, set: asSet(set), at: plan.Made})
+	e.plans.Put(plan.Token, planned{selector: plan.Selector, set: asSet(set), at: plan.Made})
 	return plan, nil
 }
 
@@ -70,7 +70,7 @@ func asSet(ids []string) map[string]bool {
 }
 
 // meant is the revocation that a selector would be now.
-func meant(tx *records.Tx, s selector.Selector, now time.Time) (rv broker.Revocation, err error) {
+func revocationOf(tx *records.Tx, s selector.Selector, now time.Time) (rv broker.Revocation, err error) {
 	t, err := targetOf(tx, s)
 	if err != nil {
 		return rv, err
@@ -84,7 +84,7 @@ func meant(tx *records.Tx, s selector.Selector, now time.Time) (rv broker.Revoca
 
 // resolved lists the ids of the delegations and grants that a revocation means now, and counts
 // them into plan.
-func (b *Engine) resolved(tx *records.Tx, rv broker.Revocation, plan *broker.Plan) (set []string, err error) {
+func (e *Engine) resolve(tx *records.Tx, rv broker.Revocation, plan *broker.Plan) (set []string, err error) {
 	grants, _, err := tx.Under(rv)
 	if err != nil {
 		return nil, err
@@ -94,10 +94,10 @@ func (b *Engine) resolved(tx *records.Tx, rv broker.Revocation, plan *broker.Pla
 		return nil, err
 	}
 	tasks := map[broker.ChainID]*broker.PlannedTask{}
-	if err := b.openUnder(tx, rv, plan, func(p records.Lineage) {
-		set = append(set, string(p.Leaf().ID))
+	if err := e.openUnder(tx, rv, plan, func(l records.Lineage) {
+		set = append(set, string(l.Leaf().ID))
 		plan.Nodes++
-		taskOf(tasks, p.Chain).Delegations++
+		taskOf(tasks, l.Chain).Delegations++
 	}); err != nil {
 		return nil, err
 	}
@@ -121,7 +121,7 @@ func (b *Engine) resolved(tx *records.Tx, rv broker.Revocation, plan *broker.Pla
 
 // openUnder calls f with the delegations under rv that are still open, and counts those whose later steps a
 // rule may meet.
-func (b *Engine) openUnder(tx *records.Tx, rv broker.Revocation, plan *broker.Plan, f func(records.Lineage)) error {
+func (e *Engine) openUnder(tx *records.Tx, rv broker.Revocation, plan *broker.Plan, f func(records.Lineage)) error {
 	covers, err := records.Covering(rv)
 	if err != nil || rv.Grant != "" {
 		return err
@@ -135,11 +135,11 @@ func (b *Engine) openUnder(tx *records.Tx, rv broker.Revocation, plan *broker.Pl
 		r := records.NewRule(s, broker.Fence{})
 		rule = &r
 	}
-	policy := b.cfg.Policy()
-	return tx.EachOpen(rv.Chain, rv.Fenced, func(p records.Lineage) error {
-		if covers(p, selector.Subject{}) {
-			f(p)
-		} else if rule != nil && rule.MayCoverStep(p, policy, rv.Fenced) {
+	policy := e.cfg.Policy()
+	return tx.EachOpen(rv.Chain, rv.Fenced, func(l records.Lineage) error {
+		if covers(l, selector.Subject{}) {
+			f(l)
+		} else if rule != nil && rule.MayCoverStep(l, policy, rv.Fenced) {
 			plan.Later++
 		}
 		return nil
@@ -156,16 +156,16 @@ func taskOf(tasks map[broker.ChainID]*broker.PlannedTask, c broker.Chain) *broke
 }
 
 // listTasks takes over the tasks that lose most, and how many more there are.
-func listTasks(p *broker.Plan, tasks map[broker.ChainID]*broker.PlannedTask) {
-	p.Chains, p.Tasks = len(tasks), nil
+func listTasks(plan *broker.Plan, tasks map[broker.ChainID]*broker.PlannedTask) {
+	plan.Chains, plan.Tasks = len(tasks), nil
 	for _, t := range tasks {
-		p.Tasks = append(p.Tasks, *t)
+		plan.Tasks = append(plan.Tasks, *t)
 	}
-	slices.SortFunc(p.Tasks, func(a, b broker.PlannedTask) int {
+	slices.SortFunc(plan.Tasks, func(a, b broker.PlannedTask) int {
 		return cmp.Or(cmp.Compare(b.Grants, a.Grants), cmp.Compare(b.Delegations, a.Delegations), cmp.Compare(a.Chain, b.Chain))
 	})
-	if more := len(p.Tasks) - broker.MaxPlannedTasks; more > 0 {
-		p.Tasks, p.TasksMore = p.Tasks[:broker.MaxPlannedTasks], more
+	if more := len(plan.Tasks) - broker.MaxPlannedTasks; more > 0 {
+		plan.Tasks, plan.TasksMore = plan.Tasks[:broker.MaxPlannedTasks], more
 	}
 }
 
@@ -184,68 +184,68 @@ func chainOf(tx *records.Tx, t target) (broker.ChainID, error) {
 	return g.Chain, err
 }
 
-func countGrants(p *broker.Plan, grants []broker.Grant, now time.Time) {
-	p.ByTool, p.ByBackend, p.ByLabel, p.ByCaller = map[broker.ToolName]int{}, map[string]int{}, map[string]int{}, map[string]int{}
+func countGrants(plan *broker.Plan, grants []broker.Grant, now time.Time) {
+	plan.ByTool, plan.ByBackend, plan.ByLabel, plan.ByCaller = map[broker.ToolName]int{}, map[string]int{}, map[string]int{}, map[string]int{}
 	for _, g := range grants {
-		p.Grants++
+		plan.Grants++
 		if g.State == broker.StateIssued {
-			p.Issued++
+			plan.Issued++
 		}
 		if g.State == broker.StateIssued && g.Ending == "" && now.Before(g.Expires) {
-			p.Live++
+			plan.Live++
 		}
 		if g.Narrowing == broker.NarrowNone {
-			p.Static++
+			plan.Static++
 		}
-		p.ByTool[g.Tool]++
-		p.ByBackend[g.Backend]++
-		p.ByLabel[g.Narrowing.String()]++
-		p.ByCaller[g.Caller.String()]++
-		if end := g.LatestEnd(); end.After(p.LatestEnd) {
-			p.LatestEnd = end
+		plan.ByTool[g.Tool]++
+		plan.ByBackend[g.Backend]++
+		plan.ByLabel[g.Narrowing.String()]++
+		plan.ByCaller[g.Caller.String()]++
+		if end := g.LatestEnd(); end.After(plan.LatestEnd) {
+			plan.LatestEnd = end
 		}
 	}
 }
 
 // compared is a plan that was compared with what there is, outside the fence's transaction: in it only
 // what came since has to be looked at.
-type compared struct {
+type comparison struct {
 	rv    broker.Revocation
 	known map[string]bool // ids of what there was
 }
 
 // comparePlan refuses a plan that is not known, is for something else, or whose set has grown. It gives nil when
 // what is new is meant too.
-func (b *Engine) comparePlan(ctx context.Context, r selector.Request) (*compared, error) {
+func (e *Engine) comparePlan(ctx context.Context, r selector.Request) (*comparison, error) {
 	const op = "revoke"
-	made, ok := b.plans.Get(r.Plan)
-	if !ok || b.cfg.Now().Sub(made.at) > planLife {
+	plan, ok := e.plans.Get(r.Plan)
+	if !ok || e.cfg.Now().Sub(plan.at) > planLife {
 		return nil, broker.Errorf(broker.Conflict, op, "the plan is not known or older than %s", planLife).With(broker.CodePlanUnknown).
 			Lacks("make the plan again", "plan")
 	}
-	if made.selector != r.Selector.String() {
+	if plan.selector != r.Selector.String() {
 		return nil, broker.Errorf(broker.Conflict, op, "the plan is for another selector").With(broker.CodePlanUnknown).Lacks("make the plan again", "plan")
 	}
 	if r.IncludeNew {
 		return nil, nil
 	}
-	var c *compared
-	err := b.view(ctx, op, func(tx *records.Tx) (err error) {
-		c = &compared{known: map[string]bool{}}
-		if c.rv, err = meant(tx, r.Selector, b.cfg.Now()); err != nil {
+	var c *comparison
+	err := e.view(ctx, op, func(tx *records.Tx) (err error) {
+		c = &comparison{known: map[string]bool{}}
+		if c.rv, err = revocationOf(tx, r.Selector, e.cfg.Now()); err != nil {
 			return err
 		}
-		set, err := b.resolved(tx, c.rv, &broker.Plan{})
+		set, err := e.resolve(tx, c.rv, &broker.Plan{})
 		if err != nil {
 			return err
 		}
 		var added []string
 		for _, id := range set {
-			if !made.set[id] {
+			if !plan.set[id] {
 				added = append(added, id)
 			}
 		}
-		if err := grownBy(added); err != nil {
+		if err := refuseGrown(added); err != nil {
 			return err
 		}
 		return eachID(tx, c.rv, func(id string) { c.known[id] = true })
@@ -254,7 +254,7 @@ func (b *Engine) comparePlan(ctx context.Context, r selector.Request) (*compared
 }
 
 // grown refuses, in the fence's transaction, what came under the plan's selector since it was compared.
-func grown(tx *records.Tx, c *compared) error {
+func checkGrown(tx *records.Tx, c *comparison) error {
 	covers, err := records.Covering(c.rv)
 	if err != nil {
 		return err
@@ -264,8 +264,8 @@ func grown(tx *records.Tx, c *compared) error {
 		if c.known[string(id)] {
 			return nil
 		}
-		p, err := tx.Lineage("revoke", id)
-		if err == nil && covers(p, selector.Subject{}) {
+		l, err := tx.Lineage("revoke", id)
+		if err == nil && covers(l, selector.Subject{}) {
 			added = append(added, string(id))
 		}
 		return err
@@ -280,15 +280,15 @@ func grown(tx *records.Tx, c *compared) error {
 		if err != nil {
 			return err
 		}
-		p, err := tx.Lineage("revoke", g.Delegation)
-		if err == nil && covers(p, p.Subject(g)) {
+		l, err := tx.Lineage("revoke", g.Delegation)
+		if err == nil && covers(l, l.Subject(g)) {
 			added = append(added, string(id))
 		}
 		return err
 	}); err != nil {
 		return err
 	}
-	return grownBy(added)
+	return refuseGrown(added)
 }
 
 // eachID calls f with the id of each delegation and live grant that a revocation can cover.
@@ -299,10 +299,10 @@ func eachID(tx *records.Tx, rv broker.Revocation, f func(id string)) error {
 	return tx.EachLiveID(rv.Chain, func(id broker.GrantID) error { f(string(id)); return nil })
 }
 
-func grownBy(added []string) error {
+func refuseGrown(added []string) error {
 	if len(added) == 0 {
 		return nil
 	}
-	e := broker.Errorf(broker.Conflict, "revoke", "the set has grown by %d since the plan; nothing was revoked", len(added)).With(broker.CodePlanStale)
-	return e.Lacks("make the plan again, or say that what is new is meant too", added[:min(len(added), 20)]...)
+	refusal := broker.Errorf(broker.Conflict, "revoke", "the set has grown by %d since the plan; nothing was revoked", len(added)).With(broker.CodePlanStale)
+	return refusal.Lacks("make the plan again, or say that what is new is meant too", added[:min(len(added), 20)]...)
 }

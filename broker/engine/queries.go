@@ -11,9 +11,9 @@ import (
 )
 
 // Chains lists chains, newest first: those that may still do something, or all.
-func (b *Engine) Chains(ctx context.Context, all bool) (list []broker.ChainSummary, err error) {
-	now := b.cfg.Now()
-	err = b.view(ctx, "chains", func(tx *records.Tx) error {
+func (e *Engine) Chains(ctx context.Context, all bool) (list []broker.ChainSummary, err error) {
+	now := e.cfg.Now()
+	err = e.view(ctx, "chains", func(tx *records.Tx) error {
 		list = nil
 		return tx.EachChain(func(c broker.Chain) error {
 			s, err := summary(tx, c)
@@ -43,8 +43,8 @@ func summary(tx *records.Tx, c broker.Chain) (s broker.ChainSummary, err error) 
 // Chain gives one chain whole.
 //
 // Errors: NotFound, Unavailable.
-func (b *Engine) Chain(ctx context.Context, id broker.ChainID) (v broker.ChainView, err error) {
-	err = b.view(ctx, "chain", func(tx *records.Tx) error {
+func (e *Engine) Chain(ctx context.Context, id broker.ChainID) (v broker.ChainView, err error) {
+	err = e.view(ctx, "chain", func(tx *records.Tx) error {
 		v = broker.ChainView{}
 		var ok bool
 		if v.Chain, ok, err = tx.Chain(id); err != nil {
@@ -77,8 +77,8 @@ func (b *Engine) Chain(ctx context.Context, id broker.ChainID) (v broker.ChainVi
 // are over too.
 //
 // Errors: Unavailable.
-func (b *Engine) Recent(ctx context.Context, backend string, after time.Time) (list []broker.Grant, err error) {
-	err = b.view(ctx, "recent", func(tx *records.Tx) (err error) {
+func (e *Engine) Recent(ctx context.Context, backend string, after time.Time) (list []broker.Grant, err error) {
+	err = e.view(ctx, "recent", func(tx *records.Tx) (err error) {
 		list, err = tx.RecentGrants(backend, after)
 		return err
 	})
@@ -88,11 +88,11 @@ func (b *Engine) Recent(ctx context.Context, backend string, after time.Time) (l
 // Revocation gives one revocation with its counts as last recorded.
 //
 // Errors: NotFound with CodeRevocationUnknown, Unavailable.
-func (b *Engine) Revocation(ctx context.Context, id broker.RevocationID) (rv broker.Revocation, err error) {
-	err = b.view(ctx, "revocation", func(tx *records.Tx) error {
+func (e *Engine) Revocation(ctx context.Context, id broker.RevocationID) (rv broker.Revocation, err error) {
+	err = e.view(ctx, "revocation", func(tx *records.Tx) error {
 		var ok bool
 		if rv, ok, err = tx.Revocation(id); err != nil || !ok {
-			return orUnknown(err, records.UnknownRevocation("revocation"))
+			return orNotFound(err, records.UnknownRevocation("revocation"))
 		}
 		if rv.Grants >= 0 || rv.Freeze {
 			rv.Grants = max(rv.Grants, 0)
@@ -110,8 +110,8 @@ func (b *Engine) Revocation(ctx context.Context, id broker.RevocationID) (rv bro
 }
 
 // Revocations lists all revocations and freezes, newest first.
-func (b *Engine) Revocations(ctx context.Context) (list []broker.Revocation, err error) {
-	err = b.view(ctx, "revocations", func(tx *records.Tx) error {
+func (e *Engine) Revocations(ctx context.Context) (list []broker.Revocation, err error) {
+	err = e.view(ctx, "revocations", func(tx *records.Tx) error {
 		list = nil
 		return tx.EachRevocation(func(rv broker.Revocation) error {
 			rv.Grants = max(rv.Grants, 0)
@@ -126,8 +126,8 @@ func (b *Engine) Revocations(ctx context.Context) (list []broker.Revocation, err
 // Entries gives at most limit entries of the audit log after a revision, oldest first.
 //
 // Errors: Unavailable.
-func (b *Engine) Entries(ctx context.Context, after broker.Revision, limit int) ([]broker.Entry, error) {
-	list, err := b.cfg.Ledger.Entries(ctx, after, limit)
+func (e *Engine) Entries(ctx context.Context, after broker.Revision, limit int) ([]broker.Entry, error) {
+	list, err := e.cfg.Ledger.Entries(ctx, after, limit)
 	if err != nil {
 		return nil, broker.Errorf(broker.Unavailable, "audit", "the ledger cannot be read now").With(broker.CodeLedgerDown).Because(err)
 	}
@@ -136,14 +136,14 @@ func (b *Engine) Entries(ctx context.Context, after broker.Revision, limit int) 
 
 // ChainEntries is [Broker.Entries] for one chain, without the inner steps of its issues: intent and
 // handle.
-func (b *Engine) ChainEntries(ctx context.Context, id broker.ChainID, after broker.Revision, limit int) (list []broker.Entry, err error) {
+func (e *Engine) ChainEntries(ctx context.Context, id broker.ChainID, after broker.Revision, limit int) (list []broker.Entry, err error) {
 	var revisions []broker.Revision
-	err = b.view(ctx, "audit", func(tx *records.Tx) (err error) {
+	err = e.view(ctx, "audit", func(tx *records.Tx) (err error) {
 		revisions, err = tx.ChainRevisions(id, after, limit)
 		return err
 	})
 	for _, r := range revisions {
-		one, err := b.Entries(ctx, r-1, 1)
+		one, err := e.Entries(ctx, r-1, 1)
 		if err != nil {
 			return nil, err
 		}

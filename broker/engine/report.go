@@ -12,9 +12,9 @@ import (
 // policy lets report. What follows is policy's to say.
 //
 // Errors: Malformed, Unauthenticated, NotFound, Denied, Unavailable.
-func (b *Engine) Report(ctx context.Context, c broker.Caller, r broker.ReportRequest) (broker.Reported, error) {
+func (e *Engine) Report(ctx context.Context, c broker.Caller, r broker.ReportRequest) (broker.Reported, error) {
 	const op = "report"
-	now := b.cfg.Now()
+	now := e.cfg.Now()
 	if err := c.Check(op, now); err != nil {
 		return broker.Reported{}, err
 	}
@@ -24,10 +24,10 @@ func (b *Engine) Report(ctx context.Context, c broker.Caller, r broker.ReportReq
 	if err := checkText(op, "detail", r.Detail, 0, broker.MaxTask); err != nil {
 		return broker.Reported{}, err
 	}
-	var p records.Lineage
+	var l records.Lineage
 	var g broker.Grant
-	err := b.view(ctx, op, func(tx *records.Tx) (err error) {
-		if p, err = tx.Lineage(op, r.Delegation); err != nil || r.Grant == "" {
+	err := e.view(ctx, op, func(tx *records.Tx) (err error) {
+		if l, err = tx.Lineage(op, r.Delegation); err != nil || r.Grant == "" {
 			return err
 		}
 		var ok bool
@@ -39,22 +39,22 @@ func (b *Engine) Report(ctx context.Context, c broker.Caller, r broker.ReportReq
 	if err != nil {
 		return broker.Reported{}, err
 	}
-	if p.Leaf().Holder == c.ID {
-		b.watchdog.BeatAgain(r.Delegation, now)
+	if l.Leaf().Holder == c.ID {
+		e.watchdog.BeatAgain(r.Delegation, now)
 	}
-	policy := b.cfg.Policy()
+	policy := e.cfg.Policy()
 	t, _ := policy.Tool(g.Tool) // the zero Tool when the report names no grant
-	d := policy.Decide(violationQuestion(c, p, r.Violation, t, now))
+	d := policy.Decide(violationQuestion(c, l, r.Violation, t, now))
 	if !d.Allow {
-		if !p.Holds(c) {
-			return broker.Reported{}, b.denied(ctx, c, p, "", records.UnknownDelegation(op))
+		if !l.Holds(c) {
+			return broker.Reported{}, e.recordDenial(ctx, c, l, "", records.UnknownDelegation(op))
 		}
 		// A holder may stop its own chain, and nobody beyond it: otherwise an agent could pass a
 		// little on to another one and have that frozen everywhere.
 		d.Consequence = min(d.Consequence, broker.ConsequenceRevokeChain)
 	}
-	rv, err := b.applyConsequence(ctx, breach{op: op, code: r.Violation, actor: c.ID.String(), path: p, tool: g.Tool, grant: r.Grant,
-		decision: d, freeze: p.Leaf().Holder, by: c.ID.String(), reason: "reported: " + string(r.Violation), detail: r.Detail, now: now})
+	rv, err := e.applyConsequence(ctx, breach{op: op, code: r.Violation, actor: c.ID.String(), lineage: l, tool: g.Tool, grant: r.Grant,
+		decision: d, freeze: l.Leaf().Holder, by: c.ID.String(), reason: "reported: " + string(r.Violation), detail: r.Detail, now: now})
 	if err != nil {
 		return broker.Reported{}, err
 	}

@@ -34,7 +34,7 @@ import (
 // revocation that policy attaches to it; where there is none, NotFound with CodeCanaryValue.
 //
 // Errors: Malformed, Unauthenticated, NotFound, Conflict (the plan is stale), Unavailable.
-func (b *Engine) Revoke(ctx context.Context, o broker.Operator, r selector.Request) (broker.Revocation, error) {
+func (e *Engine) Revoke(ctx context.Context, o broker.Operator, r selector.Request) (broker.Revocation, error) {
 	const op = "revoke"
 	if err := o.Check(op); err != nil {
 		return broker.Revocation{}, err
@@ -42,63 +42,63 @@ func (b *Engine) Revoke(ctx context.Context, o broker.Operator, r selector.Reque
 	if err := checkText(op, "reason", r.Reason, 1, broker.MaxTask); err != nil {
 		return broker.Revocation{}, err
 	}
-	if rv, canary, err := b.touchedBy(ctx, o, r.Selector); canary {
+	if rv, isCanary, err := e.touchLeaked(ctx, o, r.Selector); isCanary {
 		return rv, err
 	}
-	var plan *compared
+	var plan *comparison
 	if r.Plan != "" {
 		var err error
-		if plan, err = b.comparePlan(ctx, r); err != nil {
+		if plan, err = e.comparePlan(ctx, r); err != nil {
 			return broker.Revocation{}, err
 		}
 	}
 	// Step 1. A crash after it leaves a fence, whose steps 2 to 6 the next process does.
-	f := fencing{by: o.Name, reason: r.Reason, selector: r.Selector.String(), freeze: r.Freeze, now: b.cfg.Now(), check: true}
+	f := fencing{by: o.Name, reason: r.Reason, selector: r.Selector.String(), freeze: r.Freeze, now: e.cfg.Now(), check: true}
 	var rv broker.Revocation
-	err := b.update(ctx, op, func(tx *records.Tx) (err error) {
+	err := e.update(ctx, op, func(tx *records.Tx) (err error) {
 		if f.target, err = targetOf(tx, r.Selector); err != nil {
 			return err
 		}
 		if plan != nil {
-			if err := grown(tx, plan); err != nil {
+			if err := checkGrown(tx, plan); err != nil {
 				return err
 			}
 		}
-		rv, err = b.fence(tx, f)
+		rv, err = e.fence(tx, f)
 		return err
 	})
 	if broker.KindOf(err) == broker.Unavailable {
-		b.reconcileUnsure(rv, err)
-		return broker.Revocation{}, b.endUnrecorded(ctx, r, f, err)
+		e.reconcileUnconfirmed(rv, err)
+		return broker.Revocation{}, e.endUnfenced(ctx, r, f, err)
 	}
 	if err != nil {
 		return broker.Revocation{}, err
 	}
-	b.reconcile(rv)
+	e.reconcile(rv)
 	return rv, nil
 }
 
 // reconcile starts steps 2 to 6 in the background, unless this process is at work on them.
-func (b *Engine) reconcile(rv broker.Revocation) {
-	if rv.Freeze || !rv.Settled.IsZero() || !b.reconciling.Begin(rv.ID) {
+func (e *Engine) reconcile(rv broker.Revocation) {
+	if rv.Freeze || !rv.Settled.IsZero() || !e.reconciling.Begin(rv.ID) {
 		return
 	}
-	b.background(func() {
-		defer b.reconciling.End(rv.ID)
-		r := reconciler{b: b, rv: rv, killed: map[string]bool{}}
+	e.background(func() {
+		defer e.reconciling.End(rv.ID)
+		r := reconciler{e: e, rv: rv, killed: map[string]bool{}}
 		defer r.close()
 		retry := backoff.Exponential{First: 10 * time.Millisecond, Most: 5 * time.Second}
-		for b.ctx.Err() == nil {
-			done, err := r.round(b.ctx)
+		for e.ctx.Err() == nil {
+			done, err := r.round(e.ctx)
 			if err != nil {
-				b.cfg.Alarm("reconciling revocation "+string(rv.ID), err)
+				e.cfg.Alarm("reconciling revocation "+string(rv.ID), err)
 			}
 			wait := retry.Next()
-			if r.held {
+			if r.delayed {
 				wait = 50 * time.Millisecond
 				retry.Reset() // the kills begin after that
 			}
-			if done || !b.pause(r.changed(), wait, r.minWait) {
+			if done || !e.pause(r.changed(), wait, r.minWait) {
 				return
 			}
 		}
@@ -107,25 +107,25 @@ func (b *Engine) reconcile(rv broker.Revocation) {
 
 // reconcileUnsure is reconcile for a fence that the ledger failed to acknowledge. It may have been recorded all the same,
 // and the requester may never ask again.
-func (b *Engine) reconcileUnsure(rv broker.Revocation, err error) {
+func (e *Engine) reconcileUnconfirmed(rv broker.Revocation, err error) {
 	if rv.ID != "" && !errors.Is(err, broker.ErrNotCommitted) {
-		b.reconcile(rv)
+		e.reconcile(rv)
 	}
 }
 
 // pause waits until woken, for at least least and at most d longer; false means that the broker stops.
-func (b *Engine) pause(woken <-chan struct{}, d, least time.Duration) bool {
+func (e *Engine) pause(woken <-chan struct{}, d, least time.Duration) bool {
 	first := time.NewTimer(least)
 	defer first.Stop()
 	select {
-	case <-b.ctx.Done():
+	case <-e.ctx.Done():
 		return false
 	case <-first.C:
 	}
 	most := time.NewTimer(d)
 	defer most.Stop()
 	select {
-	case <-b.ctx.Done():
+	case <-e.ctx.Done():
 		return false
 	case <-woken:
 	case <-most.C:
@@ -135,7 +135,7 @@ func (b *Engine) pause(woken <-chan struct{}, d, least time.Duration) bool {
 
 // reconciler carries one revocation from its fence to its closure.
 type reconciler struct {
-	b      *Engine
+	e      *Engine
 	rv     broker.Revocation
 	stored broker.Revocation // as the ledger is known to have it; zero: not known
 
@@ -146,9 +146,9 @@ type reconciler struct {
 	nodes    []broker.Delegation // with tokens, root first; after the fence none gets another
 	killed   map[string]bool     // accessors whose end Vault confirmed to this process
 
-	began   time.Time
+	started time.Time
 	read    time.Time     // when the ledger was read last
-	held    bool          // step 3 waits for the targets
+	delayed bool          // step 3 waits for the targets
 	minWait time.Duration // between two rounds: each may write, and more so the more is left
 	absent  bool          // the ledger does not have the revocation: see reconcileUnsure
 }
@@ -168,31 +168,31 @@ func (r *reconciler) changed() <-chan struct{} {
 
 // round finds what is left, has it ended, and records the closure when it changed.
 func (r *reconciler) round(ctx context.Context) (done bool, err error) {
-	r.held = false
+	r.delayed = false
 	if r.progress == nil {
-		err = r.begin(ctx)
-	} else if r.b.cfg.Now().Sub(r.read) > rereadEvery {
+		err = r.start(ctx)
+	} else if r.e.cfg.Now().Sub(r.read) > rereadEvery {
 		err = r.reread(ctx)
 	}
 	if err != nil || r.absent {
-		return r.absent && r.b.cfg.Now().Sub(r.rv.Fenced) > r.b.cfg.MintTimeout, err
+		return r.absent && r.e.cfg.Now().Sub(r.rv.Fenced) > r.e.cfg.MintTimeout, err
 	}
 	t := tally{total: r.total}
 	t.left, t.alive, t.static, t.latest = r.progress.Count()
 	r.minWait = 5*time.Millisecond + time.Duration(t.left)*50*time.Microsecond
 	if t.left == 0 && r.rv.Unswept {
 		if err := r.sweep(ctx); err != nil {
-			r.b.cfg.Alarm("sweeping for "+string(r.rv.ID), err)
+			r.e.cfg.Alarm("sweeping for "+string(r.rv.ID), err)
 		}
 	}
 	return r.record(ctx, t, r.killTokens(ctx))
 }
 
 // begin is step 2: it lists what the fence covers, which nothing can join any more, and gives it to the workers.
-func (r *reconciler) begin(ctx context.Context) error {
+func (r *reconciler) start(ctx context.Context) error {
 	var grants []broker.Grant
 	var static []broker.GrantID
-	err := r.b.view(ctx, "revoke", func(tx *records.Tx) error {
+	err := r.e.view(ctx, "revoke", func(tx *records.Tx) error {
 		_, ok, err := tx.Revocation(r.rv.ID)
 		if r.absent = err == nil && !ok; err != nil || !ok {
 			return err
@@ -206,15 +206,15 @@ func (r *reconciler) begin(ctx context.Context) error {
 	if err != nil || r.absent {
 		return err
 	}
-	r.total, r.backends, r.began = len(grants)+len(static), map[string]bool{}, r.b.cfg.Now()
+	r.total, r.backends, r.started = len(grants)+len(static), map[string]bool{}, r.e.cfg.Now()
 	for _, g := range grants {
 		r.backends[g.Backend] = true
 		if g.State == broker.StateHandle && g.Lease.Expires.IsZero() {
 			r.inFlight, r.rv.Unswept = append(r.inFlight, g.ID), true
 		}
 	}
-	r.progress = r.b.reaper.Follow(grants, static)
-	r.b.reaper.EndFenced(grants)
+	r.progress = r.e.reaper.Follow(grants, static)
+	r.e.reaper.EndFenced(grants)
 	return r.reread(ctx) // what was closed between reading and following was reported to no follower
 }
 
@@ -223,9 +223,9 @@ const rereadEvery = 5 * time.Second
 
 // reread compares the progress with the ledger, which decides.
 func (r *reconciler) reread(ctx context.Context) error {
-	r.read = r.b.cfg.Now()
+	r.read = r.e.cfg.Now()
 	closed := map[broker.GrantID]broker.Outcome{}
-	err := r.b.view(ctx, "revoke", func(tx *records.Tx) error {
+	err := r.e.view(ctx, "revoke", func(tx *records.Tx) error {
 		clear(closed)
 		for id, f := range r.progress.Left() {
 			live, static, err := tx.LiveOrStatic(f.Chain, id)
@@ -255,22 +255,22 @@ const headStart = 2 * time.Second
 // killTokens is step 3 for the delegations: their tokens end, root first, so that what is below ends with one call where
 // Vault can do it. It gives how many are not confirmed yet. The workers end the steps' tokens and leases.
 func (r *reconciler) killTokens(ctx context.Context) (pending int) {
-	now := r.b.cfg.Now()
-	r.held = len(r.nodes) > 0 && now.Sub(r.began) < headStart && r.b.reaper.Severing(r.backends)
+	now := r.e.cfg.Now()
+	r.delayed = len(r.nodes) > 0 && now.Sub(r.started) < headStart && r.e.reaper.Severing(r.backends)
 	for _, d := range r.nodes {
 		for _, t := range d.Tokens {
 			if r.killed[t.Accessor] || !t.Expires.IsZero() && now.After(t.Expires) {
 				continue
 			}
-			if r.held || pending > 0 {
+			if r.delayed || pending > 0 {
 				pending++ // later; or Vault has just not answered, and is not asked a thousand times more
 				continue
 			}
-			killCtx, cancel := context.WithTimeout(ctx, r.b.cfg.MintTimeout)
-			err := r.b.cfg.Vault.Kill(killCtx, t.Accessor)
+			killCtx, cancel := context.WithTimeout(ctx, r.e.cfg.MintTimeout)
+			err := r.e.cfg.Vault.Kill(killCtx, t.Accessor)
 			cancel()
 			if err != nil {
-				r.b.cfg.Alarm("revoking the tokens of "+string(r.rv.ID), err)
+				r.e.cfg.Alarm("revoking the tokens of "+string(r.rv.ID), err)
 				pending++
 				continue
 			}
@@ -284,7 +284,7 @@ func (r *reconciler) killTokens(ctx context.Context) (pending int) {
 // left what the ledger does not know.
 func (r *reconciler) sweep(ctx context.Context) error {
 	var lost []broker.Grant
-	err := r.b.view(ctx, "revoke", func(tx *records.Tx) error {
+	err := r.e.view(ctx, "revoke", func(tx *records.Tx) error {
 		lost = nil
 		for _, id := range r.inFlight {
 			g, _, err := tx.Grant(id)
@@ -304,7 +304,7 @@ func (r *reconciler) sweep(ctx context.Context) error {
 		r.rv.Unswept = false
 		return nil
 	}
-	done, err := sweeper{r.b}.sweepAfter(ctx, lost, r.rv.Fenced)
+	done, err := sweeper{r.e}.sweepAfter(ctx, lost, r.rv.Fenced)
 	r.rv.Unswept = !done
 	return err
 }
@@ -312,8 +312,8 @@ func (r *reconciler) sweep(ctx context.Context) error {
 // record is step 6: it works out the counts and the closure, and stores them when they changed. A revocation has settled
 // when nothing is left that work or time can change. pending counts tokens.
 func (r *reconciler) record(ctx context.Context, t tally, pending int) (done bool, err error) {
-	now := r.b.cfg.Now()
-	reckon := func(rv broker.Revocation) broker.Revocation {
+	now := r.e.cfg.Now()
+	recounted := func(rv broker.Revocation) broker.Revocation {
 		rv.Tokens, rv.Unswept = pending, r.rv.Unswept // first: the closure counts them
 		recount(&rv, t)
 		done = t.left == 0 && pending == 0 && !rv.Unswept
@@ -323,15 +323,15 @@ func (r *reconciler) record(ctx context.Context, t tally, pending int) (done boo
 		return rv
 	}
 	// Without this, hundreds that wait for a Vault that is down would keep the ledger from those who fence.
-	if r.stored.ID != "" && reckon(r.stored) == r.stored {
+	if r.stored.ID != "" && recounted(r.stored) == r.stored {
 		return done, nil
 	}
-	err = r.b.update(ctx, "revoke", func(tx *records.Tx) error {
+	err = r.e.update(ctx, "revoke", func(tx *records.Tx) error {
 		before, ok, err := tx.Revocation(r.rv.ID)
 		if err != nil || !ok {
-			return orUnknown(err, records.UnknownRevocation("revoke"))
+			return orNotFound(err, records.UnknownRevocation("revoke"))
 		}
-		rv := reckon(before)
+		rv := recounted(before)
 		if r.rv = rv; before == rv {
 			return nil
 		}
@@ -357,15 +357,15 @@ func (r *reconciler) record(ctx context.Context, t tally, pending int) (done boo
 // endUnrecorded does what can be done when the ledger takes no fence. Issuing has stopped with it, so what is known is
 // all there is, and it is ended now: revoking works when everything else is broken. The command must be repeated, since
 // nothing keeps the fence.
-func (b *Engine) endUnrecorded(ctx context.Context, r selector.Request, f fencing, cause error) error {
+func (e *Engine) endUnfenced(ctx context.Context, r selector.Request, f fencing, cause error) error {
 	if r.Freeze {
 		return cause
 	}
-	clean, cancel := after(ctx, 30*time.Second)
+	clean, cancel := detached(ctx, 30*time.Second)
 	defer cancel()
 	var grants []broker.Grant
 	var nodes []broker.Delegation
-	err := b.view(clean, "revoke", func(tx *records.Tx) (err error) {
+	err := e.view(clean, "revoke", func(tx *records.Tx) (err error) {
 		if f.target, err = targetOf(tx, r.Selector); err != nil {
 			return err
 		}
@@ -375,13 +375,13 @@ func (b *Engine) endUnrecorded(ctx context.Context, r selector.Request, f fencin
 	if err != nil {
 		return cause
 	}
-	failed := b.endWithoutLedger(clean, grants, nodes)
+	failed := e.endWithoutLedger(clean, grants, nodes)
 	return broker.Errorf(broker.Unavailable, "revoke", "the ledger takes no fence: %d secrets known to it were cut without a record, %d calls failed; nothing keeps later ones from being handed out once the ledger is back", len(grants), failed).
 		With(broker.CodeLedgerDown).Because(cause).Lacks("repeat the command until it is acknowledged", "ledger")
 }
 
 // endWithoutLedger severs and kills without reading the ledger, and gives how many calls failed.
-func (b *Engine) endWithoutLedger(ctx context.Context, grants []broker.Grant, nodes []broker.Delegation) (failed int) {
+func (e *Engine) endWithoutLedger(ctx context.Context, grants []broker.Grant, nodes []broker.Delegation) (failed int) {
 	by := map[string][]broker.Grant{}
 	var tokens []broker.Handle
 	for _, d := range nodes {
@@ -394,12 +394,12 @@ func (b *Engine) endWithoutLedger(ctx context.Context, grants []broker.Grant, no
 		}
 	}
 	for name, part := range by {
-		if s, ok := b.cfg.Backends[name].(broker.Severer); ok && s.Sever(ctx, part) != nil {
+		if severer, ok := e.cfg.Backends[name].(broker.Severer); ok && severer.Sever(ctx, part) != nil {
 			failed++
 		}
 	}
 	for _, t := range tokens {
-		if b.cfg.Vault.Kill(ctx, t.Accessor) != nil {
+		if e.cfg.Vault.Kill(ctx, t.Accessor) != nil {
 			failed++
 		}
 	}

@@ -29,21 +29,21 @@ func New(cfg Config) (*Engine, error) {
 	cfg.MintBound = cmp.Or(cfg.MintBound, 90*time.Second)
 	cfg.SweepEvery = cmp.Or(cfg.SweepEvery, time.Minute)
 	cfg.Workers = cmp.Or(cfg.Workers, 8)
-	b := &Engine{cfg: cfg}
-	b.ctx, b.stop = context.WithCancel(context.Background())
-	b.touches.Most, b.plans.Most, b.rolls.Most = maxTouches, maxPlans, maxRolls
-	b.watchdog = volatile.NewWatchdog(cfg.Now, b.missedHeartbeat)
-	b.reaper = closing.New(closing.Config{Vault: cfg.Vault, Backends: cfg.Backends, Now: cfg.Now, Alarm: cfg.Alarm,
-		View: b.view, Update: b.update, Undeliverable: b.undeliverable, Discard: b.deliveries.Drop,
-		Context: b.ctx, Background: b.background, CallTimeout: cfg.MintTimeout, Workers: cfg.Workers})
-	return b, nil
+	e := &Engine{cfg: cfg}
+	e.ctx, e.stop = context.WithCancel(context.Background())
+	e.touching.Most, e.plans.Most, e.expected.Most = maxTouches, maxPlans, maxExpected
+	e.watchdog = volatile.NewWatchdog(cfg.Now, e.missedHeartbeat)
+	e.reaper = closing.New(closing.Config{Vault: cfg.Vault, Backends: cfg.Backends, Now: cfg.Now, Alarm: cfg.Alarm,
+		View: e.view, Update: e.update, Undeliverable: e.undeliverable, Discard: e.deliveries.Drop,
+		Context: e.ctx, Background: e.background, CallTimeout: cfg.MintTimeout, Workers: cfg.Workers})
+	return e, nil
 }
 
 // Stop ends the background work and waits for it. What was not finished is in the ledger, and
 // [Engine.Resume] of the next Engine goes on with it.
-func (b *Engine) Stop() {
-	b.stop()
-	b.work.Wait()
+func (e *Engine) Stop() {
+	e.stop()
+	e.work.Wait()
 }
 
 // Resume takes up what the ledger holds and starts the background work. Grants that were under
@@ -51,13 +51,13 @@ func (b *Engine) Stop() {
 // revocations go on. It is called once, before the first request.
 //
 // Errors: Unavailable when the ledger cannot be read or written.
-func (b *Engine) Resume(ctx context.Context) error {
+func (e *Engine) Resume(ctx context.Context) error {
 	const op = "resume"
 	var alive []closing.Due
 	var abandoned []broker.Grant
 	var unsettled []broker.Revocation
 	var watching []broker.Delegation
-	err := b.view(ctx, op, func(tx *records.Tx) error {
+	err := e.view(ctx, op, func(tx *records.Tx) error {
 		alive, abandoned, unsettled = nil, nil, nil
 		err := tx.EachLiveHead(func(g records.GrantHead) error {
 			uncollected := g.Sealed != "" && g.Collected.IsZero() // what was kept for it went with the process
@@ -81,25 +81,25 @@ func (b *Engine) Resume(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := b.update(ctx, op, func(tx *records.Tx) (err error) {
-		if watching, err = watched(tx, b.cfg.Now()); err != nil {
+	if err := e.update(ctx, op, func(tx *records.Tx) (err error) {
+		if watching, err = withHeartbeat(tx, e.cfg.Now()); err != nil {
 			return err
 		}
-		_, err = tx.Enter(broker.Entry{At: b.cfg.Now(), Actor: "pawl", Op: broker.OpResume})
+		_, err = tx.Enter(broker.Entry{At: e.cfg.Now(), Actor: "pawl", Op: broker.OpResume})
 		return err
 	}); err != nil {
 		return err
 	}
-	b.reaper.Fill(alive)
+	e.reaper.Fill(alive)
 	for _, d := range watching {
-		b.watchdog.Beat(d, b.cfg.Now())
+		e.watchdog.Beat(d, e.cfg.Now())
 	}
-	b.background(func() { b.watchdog.Run(b.ctx) })
-	b.background(b.reaper.Run)
-	b.background(b.runSweeps)
-	b.reaper.EndNow(abandoned...)
+	e.background(func() { e.watchdog.Run(e.ctx) })
+	e.background(e.reaper.Run)
+	e.background(e.runSweeps)
+	e.reaper.EndNow(abandoned...)
 	for _, rv := range unsettled {
-		b.reconcile(rv)
+		e.reconcile(rv)
 	}
 	return nil
 }

@@ -21,47 +21,47 @@ type Orphans struct {
 // Sweep compares what Vault and the backends hold under our names with the ledger, and ends
 // what the ledger does not know: the answer of a mint that was lost, or somebody minting behind
 // the broker (revoke, step 4). It runs on a schedule as well.
-func (b *Engine) Sweep(ctx context.Context) (Orphans, error) { return sweeper{b}.sweep(ctx) }
+func (e *Engine) Sweep(ctx context.Context) (Orphans, error) { return sweeper{e}.sweep(ctx) }
 
 // sweeper is one sweep.
 type sweeper struct{ *Engine }
 
-func (b sweeper) sweep(ctx context.Context) (s Orphans, err error) {
-	if err := b.dropSpentRules(ctx); err != nil {
-		return s, err
+func (s sweeper) sweep(ctx context.Context) (ended Orphans, err error) {
+	if err := s.dropSpentRules(ctx); err != nil {
+		return ended, err
 	}
 	var errs []error
-	if lister, ok := b.cfg.Vault.(broker.LeaseLister); ok {
-		earlier, err := b.earlierTools(ctx)
+	if lister, ok := s.cfg.Vault.(broker.LeaseLister); ok {
+		former, err := s.formerTools(ctx)
 		errs = append(errs, err)
-		for _, tools := range [][]broker.Tool{nil, earlier} {
+		for _, tools := range [][]broker.Tool{nil, former} {
 			if tools == nil || len(tools) > 0 {
-				n, _, err := b.sweepLeases(ctx, lister, tools)
-				s.Leases += n
+				n, _, err := s.sweepLeases(ctx, lister, tools)
+				ended.Leases += n
 				errs = append(errs, err)
 			}
 		}
 	}
-	if lister, ok := b.cfg.Vault.(broker.IrrevocableLister); ok {
-		errs = append(errs, b.lookForStuck(ctx, lister))
+	if lister, ok := s.cfg.Vault.(broker.IrrevocableLister); ok {
+		errs = append(errs, s.retryIrrevocable(ctx, lister))
 	}
-	for name := range b.cfg.Backends {
-		n, err := b.sweepBackend(ctx, name)
-		s.Logins += n
+	for name := range s.cfg.Backends {
+		n, err := s.sweepBackend(ctx, name)
+		ended.Logins += n
 		errs = append(errs, err)
 	}
-	return s, errors.Join(errs...)
+	return ended, errors.Join(errs...)
 }
 
 // originOf is what is known of the tool that a grant was minted with.
-func originOf(g broker.Grant) broker.Tool {
+func toolOf(g broker.Grant) broker.Tool {
 	return broker.Tool{Name: g.Tool, Backend: g.Backend, Path: strings.Split(g.Path, "/")}
 }
 
 // earlierTools gives the origins of live grants that the running bundle has no tool for any more.
-func (b sweeper) earlierTools(ctx context.Context) (tools []broker.Tool, err error) {
-	policy := b.cfg.Policy()
-	err = b.view(ctx, "sweep", func(tx *records.Tx) error {
+func (s sweeper) formerTools(ctx context.Context) (tools []broker.Tool, err error) {
+	policy := s.cfg.Policy()
+	err = s.view(ctx, "sweep", func(tx *records.Tx) error {
 		tools = []broker.Tool{}
 		seen := map[string]bool{}
 		return tx.EachLive("", func(g broker.Grant) error {
@@ -71,7 +71,7 @@ func (b sweeper) earlierTools(ctx context.Context) (tools []broker.Tool, err err
 			}
 			seen[key] = true
 			if t, known := policy.Tool(g.Tool); !known || t.Backend != g.Backend || strings.Join(t.Path, "/") != g.Path {
-				tools = append(tools, originOf(g))
+				tools = append(tools, toolOf(g))
 			}
 			return nil
 		})
@@ -81,10 +81,10 @@ func (b sweeper) earlierTools(ctx context.Context) (tools []broker.Tool, err err
 
 // dropSpentRules takes final rules away once every chain that was open when they were written
 // has ended: each transaction reads every rule.
-func (b sweeper) dropSpentRules(ctx context.Context) error {
-	now := b.cfg.Now()
+func (s sweeper) dropSpentRules(ctx context.Context) error {
+	now := s.cfg.Now()
 	var spent []broker.RevocationID
-	if err := b.view(ctx, "sweep", func(tx *records.Tx) error {
+	if err := s.view(ctx, "sweep", func(tx *records.Tx) error {
 		rules, err := tx.Rules()
 		for _, r := range rules {
 			if !r.Fence.Frozen && now.Sub(r.Fence.At) > broker.MaxChainTTL {
@@ -95,7 +95,7 @@ func (b sweeper) dropSpentRules(ctx context.Context) error {
 	}); err != nil || len(spent) == 0 {
 		return err
 	}
-	return b.update(ctx, "sweep", func(tx *records.Tx) error {
+	return s.update(ctx, "sweep", func(tx *records.Tx) error {
 		for _, id := range spent {
 			if err := tx.DropRule(id); err != nil {
 				return err
@@ -108,62 +108,62 @@ func (b sweeper) dropSpentRules(ctx context.Context) error {
 
 // sweepLeases ends the leases that the ledger does not know. young are those that are too young to tell: each
 // may be the answer that an issue is about to record.
-func (b sweeper) sweepLeases(ctx context.Context, lister broker.LeaseLister, tools []broker.Tool) (n int, young []broker.FoundLease, err error) {
+func (s sweeper) sweepLeases(ctx context.Context, lister broker.LeaseLister, tools []broker.Tool) (n int, recent []broker.FoundLease, err error) {
 	found, err := lister.Leases(ctx, tools)
 	if len(found) == 0 {
 		return 0, nil, err
 	}
 	errs := []error{err}
 	known := map[string]bool{}
-	if err := b.view(ctx, "sweep", func(tx *records.Tx) error {
+	if err := s.view(ctx, "sweep", func(tx *records.Tx) error {
 		return tx.EachLive("", func(g broker.Grant) error { known[g.Lease.ID] = true; return nil })
 	}); err != nil {
 		return 0, nil, err
 	}
-	now := b.cfg.Now()
+	now := s.cfg.Now()
 	for _, lease := range found {
 		if known[lease.ID] {
 			continue
 		}
-		if now.Sub(lease.Issued) < b.cfg.MintTimeout+5*time.Second {
-			young = append(young, lease)
+		if now.Sub(lease.Issued) < s.cfg.MintTimeout+5*time.Second {
+			recent = append(recent, lease)
 			continue
 		}
-		if err := b.cfg.Vault.Revoke(ctx, lease.ID); err != nil {
+		if err := s.cfg.Vault.Revoke(ctx, lease.ID); err != nil {
 			errs = append(errs, err) // one that cannot be ended keeps no other alive
 			continue
 		}
 		n++
-		errs = append(errs, b.recordOrphan(ctx, broker.Entry{Detail: "a lease that the ledger does not know was ended: " + lease.ID}))
+		errs = append(errs, s.recordOrphan(ctx, broker.Entry{Detail: "a lease that the ledger does not know was ended: " + lease.ID}))
 	}
-	return n, young, errors.Join(errs...)
+	return n, recent, errors.Join(errs...)
 }
 
 // Irrevocable counts the leases of grants that Vault has given up revoking, as of the last sweep. Each is tried
 // again, and needs a person who looks why.
-func (b *Engine) Irrevocable() int {
-	return b.reaper.GivenUp()
+func (e *Engine) Irrevocable() int {
+	return e.reaper.GivenUp()
 }
 
 // lookForStuck finds which grants' leases Vault has given up, says so once of each, and has them tried again: what
 // stood in the way, a target that was down for longer than Vault's patience, may be over.
-func (b sweeper) lookForStuck(ctx context.Context, lister broker.IrrevocableLister) error {
+func (s sweeper) retryIrrevocable(ctx context.Context, lister broker.IrrevocableLister) error {
 	ids, err := lister.Irrevocable(ctx)
 	if err != nil {
 		return err
 	}
-	given := make(map[string]bool, len(ids))
+	listed := make(map[string]bool, len(ids))
 	for _, id := range ids {
-		given[id] = true
+		listed[id] = true
 	}
 	ours := map[string]bool{}
 	var again []broker.Grant
-	if len(given) > 0 {
-		if err := b.view(ctx, "sweep", func(tx *records.Tx) error {
+	if len(listed) > 0 {
+		if err := s.view(ctx, "sweep", func(tx *records.Tx) error {
 			clear(ours)
 			again = nil
 			return tx.EachLive("", func(g broker.Grant) error {
-				if given[g.Lease.ID] {
+				if listed[g.Lease.ID] {
 					ours[g.Lease.ID] = true
 					again = append(again, g)
 				}
@@ -173,15 +173,15 @@ func (b sweeper) lookForStuck(ctx context.Context, lister broker.IrrevocableList
 			return err
 		}
 	}
-	for _, id := range b.reaper.SetGivenUp(ours) {
-		b.cfg.Alarm("sweep", broker.Errorf(broker.Internal, "sweep", "Vault has given up revoking lease %s: it is tried again, and needs a person", id))
+	for _, id := range s.reaper.SetGivenUp(ours) {
+		s.cfg.Alarm("sweep", broker.Errorf(broker.Internal, "sweep", "Vault has given up revoking lease %s: it is tried again, and needs a person", id))
 	}
-	b.reaper.EndNow(again...)
+	s.reaper.EndNow(again...)
 	return nil
 }
 
-func (b sweeper) sweepBackend(ctx context.Context, name string) (n int, err error) {
-	finder, ok := b.cfg.Backends[name].(broker.Finder)
+func (s sweeper) sweepBackend(ctx context.Context, name string) (n int, err error) {
+	finder, ok := s.cfg.Backends[name].(broker.Finder)
 	if !ok {
 		return 0, nil
 	}
@@ -190,8 +190,8 @@ func (b sweeper) sweepBackend(ctx context.Context, name string) (n int, err erro
 		return 0, err
 	}
 	var orphans []broker.Grant
-	now := b.cfg.Now()
-	if err := b.view(ctx, "sweep", func(tx *records.Tx) error {
+	now := s.cfg.Now()
+	if err := s.view(ctx, "sweep", func(tx *records.Tx) error {
 		orphans = nil
 		for _, id := range found {
 			g, ok, err := tx.Grant(id)
@@ -206,11 +206,11 @@ func (b sweeper) sweepBackend(ctx context.Context, name string) (n int, err erro
 	}); err != nil || len(orphans) == 0 {
 		return 0, err
 	}
-	if err := b.endOrphans(ctx, name, orphans); err != nil {
+	if err := s.endOrphans(ctx, name, orphans); err != nil {
 		return 0, err
 	}
 	for _, g := range orphans {
-		if err := b.recordOrphan(ctx, broker.Entry{Chain: g.Chain, Delegation: g.Delegation, Grant: g.ID, Tool: g.Tool,
+		if err := s.recordOrphan(ctx, broker.Entry{Chain: g.Chain, Delegation: g.Delegation, Grant: g.ID, Tool: g.Tool,
 			Detail: "a credential at " + name + " that should not be alive was ended"}); err != nil {
 			return n, err
 		}
@@ -219,52 +219,52 @@ func (b sweeper) sweepBackend(ctx context.Context, name string) (n int, err erro
 	return n, nil
 }
 
-func (b sweeper) endOrphans(ctx context.Context, name string, orphans []broker.Grant) error {
-	if s, ok := b.cfg.Backends[name].(broker.Severer); ok {
-		if err := s.Sever(ctx, orphans); err != nil {
+func (s sweeper) endOrphans(ctx context.Context, name string, orphans []broker.Grant) error {
+	if severer, ok := s.cfg.Backends[name].(broker.Severer); ok {
+		if err := severer.Sever(ctx, orphans); err != nil {
 			return err
 		}
 	}
-	if r, ok := b.cfg.Backends[name].(broker.Remover); ok {
+	if remover, ok := s.cfg.Backends[name].(broker.Remover); ok {
 		all := make([]broker.GrantID, len(orphans))
 		for i, g := range orphans {
 			all[i] = g.ID
 		}
-		return r.Remove(ctx, all)
+		return remover.Remove(ctx, all)
 	}
 	return nil
 }
 
-func (b sweeper) recordOrphan(ctx context.Context, e broker.Entry) error {
-	e.At, e.Actor, e.Op = b.cfg.Now(), "pawl", broker.OpOrphan
-	b.cfg.Alarm("sweep", broker.Errorf(broker.Internal, "sweep", "%s", e.Detail))
-	return b.update(ctx, "sweep", func(tx *records.Tx) error { _, err := tx.Enter(e); return err })
+func (s sweeper) recordOrphan(ctx context.Context, entry broker.Entry) error {
+	entry.At, entry.Actor, entry.Op = s.cfg.Now(), "pawl", broker.OpOrphan
+	s.cfg.Alarm("sweep", broker.Errorf(broker.Internal, "sweep", "%s", entry.Detail))
+	return s.update(ctx, "sweep", func(tx *records.Tx) error { _, err := tx.Enter(entry); return err })
 }
 
 // sweepAfter is step 4 of revoke for mints whose answer was lost: when none of them can complete any more, what Vault
 // holds below their paths is compared with the ledger. done means that no lease that they could have left is there.
 // With no grants, as after a restart, all paths are looked at.
-func (b sweeper) sweepAfter(ctx context.Context, grants []broker.Grant, fenced time.Time) (done bool, err error) {
+func (s sweeper) sweepAfter(ctx context.Context, grants []broker.Grant, fenced time.Time) (done bool, err error) {
 	var tools []broker.Tool
 	backends := map[string]bool{}
 	for _, g := range grants {
 		if !slices.ContainsFunc(tools, func(t broker.Tool) bool { return t.Backend == g.Backend && strings.Join(t.Path, "/") == g.Path }) {
-			tools = append(tools, originOf(g))
+			tools = append(tools, toolOf(g))
 		}
 		backends[g.Backend] = true
 	}
 	var errs []error
 	done = true
-	if lister, ok := b.cfg.Vault.(broker.LeaseLister); ok {
-		_, young, err := b.sweepLeases(ctx, lister, tools)
+	if lister, ok := s.cfg.Vault.(broker.LeaseLister); ok {
+		_, recent, err := s.sweepLeases(ctx, lister, tools)
 		errs = append(errs, err)
 		// Their mints were sent before the fence, and Vault is given some seconds for its clock.
-		last := fenced.Add(b.cfg.MintTimeout + b.cfg.MintBound + broker.EndTolerance)
-		done = !slices.ContainsFunc(young, func(l broker.FoundLease) bool { return l.Issued.Before(last) })
+		last := fenced.Add(s.cfg.MintTimeout + s.cfg.MintBound + broker.EndTolerance)
+		done = !slices.ContainsFunc(recent, func(l broker.FoundLease) bool { return l.Issued.Before(last) })
 	}
-	for name := range b.cfg.Backends {
+	for name := range s.cfg.Backends {
 		if grants == nil || backends[name] {
-			_, err := b.sweepBackend(ctx, name)
+			_, err := s.sweepBackend(ctx, name)
 			errs = append(errs, err)
 		}
 	}
@@ -273,21 +273,21 @@ func (b sweeper) sweepAfter(ctx context.Context, grants []broker.Grant, fenced t
 }
 
 // runSweeps sweeps on a schedule until the broker stops.
-func (b *Engine) runSweeps() {
-	if b.cfg.SweepEvery < 0 {
+func (e *Engine) runSweeps() {
+	if e.cfg.SweepEvery < 0 {
 		return
 	}
-	tick := time.NewTicker(b.cfg.SweepEvery)
+	tick := time.NewTicker(e.cfg.SweepEvery)
 	defer tick.Stop()
 	for {
 		select {
-		case <-b.ctx.Done():
+		case <-e.ctx.Done():
 			return
 		case <-tick.C:
 		}
-		ctx, cancel := context.WithTimeout(b.ctx, b.cfg.SweepEvery)
-		if _, err := b.Sweep(ctx); err != nil && b.ctx.Err() == nil {
-			b.cfg.Alarm("sweep", err)
+		ctx, cancel := context.WithTimeout(e.ctx, e.cfg.SweepEvery)
+		if _, err := e.Sweep(ctx); err != nil && e.ctx.Err() == nil {
+			e.cfg.Alarm("sweep", err)
 		}
 		cancel()
 	}

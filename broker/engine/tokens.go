@@ -13,59 +13,59 @@ import (
 // branch sees to it that Vault holds a usable token for a delegation and each of its ancestors:
 // the delegation tree is the Vault token tree. A token's accessor is recorded, on a records.Lineage that is
 // not fenced, before the token is used for anything.
-func (b *Engine) branch(ctx context.Context, op string, id broker.DelegationID, policy broker.Policy) error {
-	if b.cfg.Vault.HasToken(id) {
+func (e *Engine) ensureToken(ctx context.Context, op string, id broker.DelegationID, policy broker.Policy) error {
+	if e.cfg.Vault.HasToken(id) {
 		return nil
 	}
-	unlock, err := b.branching.Lock(ctx, id)
+	unlock, err := e.tokenLocks.Lock(ctx, id)
 	if err != nil {
 		return broker.Errorf(broker.Unavailable, op, "gave up waiting").Because(err)
 	}
 	defer unlock()
-	if b.cfg.Vault.HasToken(id) {
+	if e.cfg.Vault.HasToken(id) {
 		return nil
 	}
 	var d broker.Delegation
-	if err := b.view(ctx, op, func(tx *records.Tx) error {
-		p, err := tx.Lineage(op, id)
+	if err := e.view(ctx, op, func(tx *records.Tx) error {
+		l, err := tx.Lineage(op, id)
 		if err == nil {
-			d = p.Leaf()
+			d = l.Leaf()
 		}
 		return err
 	}); err != nil {
 		return err
 	}
 	if d.Parent != "" {
-		if err := b.branch(ctx, op, d.Parent, policy); err != nil {
+		if err := e.ensureToken(ctx, op, d.Parent, policy); err != nil {
 			return err
 		}
 	}
-	token, err := b.cfg.Vault.CreateDelegationToken(ctx, d, vaultPolicies(d.Scope, policy))
+	token, err := e.cfg.Vault.CreateDelegationToken(ctx, d, vaultPolicies(d.Scope, policy))
 	if errors.Is(err, broker.ErrNoParent) {
 		return broker.Errorf(broker.Unavailable, op, "the parent delegation's token has just ended").With(broker.CodeVaultDown).Because(err)
 	}
 	if err != nil {
 		return asUnavailable(err, broker.CodeVaultDown, "Vault makes no token for the delegation; nothing was minted")
 	}
-	if err := b.recordToken(ctx, op, id, token); err != nil {
-		b.kill(ctx, token)
+	if err := e.recordToken(ctx, op, id, token); err != nil {
+		e.kill(ctx, token)
 		return err
 	}
-	b.cfg.Vault.Activate(id, token)
+	e.cfg.Vault.Activate(id, token)
 	return nil
 }
 
-func (b *Engine) recordToken(ctx context.Context, op string, id broker.DelegationID, token broker.Handle) error {
-	return b.update(ctx, op, func(tx *records.Tx) error {
-		p, err := tx.Lineage(op, id)
+func (e *Engine) recordToken(ctx context.Context, op string, id broker.DelegationID, token broker.Handle) error {
+	return e.update(ctx, op, func(tx *records.Tx) error {
+		l, err := tx.Lineage(op, id)
 		if err != nil {
 			return err
 		}
-		now := b.cfg.Now()
-		if err := tx.CheckUsable(op, p, selector.Subject{}, now); err != nil {
+		now := e.cfg.Now()
+		if err := tx.CheckUsable(op, l, selector.Subject{}, now); err != nil {
 			return err
 		}
-		d := p.Leaf()
+		d := l.Leaf()
 		d.Tokens = append(slices.Clip(d.Tokens), token)
 		if err := tx.PutDelegation(d); err != nil {
 			return err
@@ -77,8 +77,8 @@ func (b *Engine) recordToken(ctx context.Context, op string, id broker.Delegatio
 
 // vaultPolicies are the Vault policies of a scope's tools: what Vault itself holds the
 // delegation to.
-func vaultPolicies(s broker.Scope, policy broker.Policy) (names []string) {
-	for _, r := range s {
+func vaultPolicies(scope broker.Scope, policy broker.Policy) (names []string) {
+	for _, r := range scope {
 		if t, ok := policy.Tool(r.Tool); ok && t.Policy != "" {
 			names = append(names, t.Policy)
 		}

@@ -19,17 +19,17 @@ type Found struct {
 type Progress struct {
 	Changed sched.Signal // something was reported
 
-	r    *Reaper
-	mu   sync.Mutex // guards what follows
-	left map[broker.GrantID]Found
-	work map[broker.GrantID]bool // closed, and the static secret works on
+	r      *Reaper
+	mu     sync.Mutex // guards what follows
+	left   map[broker.GrantID]Found
+	static map[broker.GrantID]bool // closed, and the static secret works on
 }
 
 // Follow gives the progress of grants that were read as not closed, and of static ones that are closed. Close must be called.
 func (r *Reaper) Follow(grants []broker.Grant, static []broker.GrantID) *Progress {
-	p := &Progress{r: r, Changed: sched.NewSignal(), left: make(map[broker.GrantID]Found, len(grants)), work: map[broker.GrantID]bool{}}
+	p := &Progress{r: r, Changed: sched.NewSignal(), left: make(map[broker.GrantID]Found, len(grants)), static: map[broker.GrantID]bool{}}
 	for _, id := range static {
-		p.work[id] = true
+		p.static[id] = true
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -85,7 +85,7 @@ func (p *Progress) Count() (left, alive, static int, latest time.Time) {
 			latest = f.LatestEnd
 		}
 	}
-	return len(p.left), alive, len(p.work), latest
+	return len(p.left), alive, len(p.static), latest
 }
 
 // Report says that a grant was found like this; closed: it is CLOSED.
@@ -98,7 +98,7 @@ func (p *Progress) Report(id broker.GrantID, f Found, closed bool) {
 	if p.left[id] = f; closed {
 		delete(p.left, id)
 		if f.Outcome == broker.OutcomeStatic {
-			p.work[id] = true
+			p.static[id] = true
 		}
 	}
 	p.Changed.Notify()

@@ -36,21 +36,21 @@ func (w *worker) kill(pass []broker.Grant) []killAnswer {
 	}
 	w.mu.Unlock()
 	var mu sync.Mutex // guards silent
-	var silent error
+	var refusal error
 	for batch := range slices.Chunk(ask, batchSize) {
 		ctx, cancel := context.WithTimeout(w.r.cfg.Context, time.Minute)
-		w.each(len(batch), func(k int) {
+		w.parallel(len(batch), func(k int) {
 			i := batch[k]
 			mu.Lock()
-			answers[i].err = silent
+			answers[i].err = refusal
 			mu.Unlock()
 			if answers[i].err != nil {
 				return
 			}
 			if answers[i] = w.killOne(ctx, pass[i]); answers[i].err != nil {
 				mu.Lock()
-				first := silent == nil
-				silent = answers[i].err
+				first := refusal == nil
+				refusal = answers[i].err
 				mu.Unlock()
 				if first {
 					w.alarm("revoking tokens in Vault", answers[i].err)
@@ -79,7 +79,7 @@ func (w *worker) killOne(ctx context.Context, g broker.Grant) killAnswer {
 }
 
 // each runs f for 0 to n-1, as many at once as is configured.
-func (w *worker) each(n int, f func(i int)) {
+func (w *worker) parallel(n int, f func(i int)) {
 	var group errgroup.Group
 	group.SetLimit(w.r.cfg.Workers)
 	for i := range n {
@@ -138,17 +138,17 @@ func (w *worker) leasesGone(ctx context.Context, pass []broker.Grant) []goneAnsw
 
 // patience is how many checks Vault gets to end a lease after its token, more than a second in all, before the lease
 // is revoked by name.
-const patience = 7
+const checksBeforeRevoke = 7
 
 // revokeLeft revokes leases that outlived their token. Vault writes a lease without checking the token again, so a lease
 // that was written during the kill is in no queue of Vault's. A lease that Vault has given up gets no patience: each
 // sweep starts its checks anew, and they would never be enough.
 func (w *worker) revokeLeft(ctx context.Context, pass []broker.Grant, gone []goneAnswer, taken map[broker.GrantID]Due) {
-	w.each(len(pass), func(i int) {
+	w.parallel(len(pass), func(i int) {
 		if !gone[i].answered || gone[i].gone {
 			return
 		}
-		if taken[pass[i].ID].attempt < patience && !w.r.isGivenUp(pass[i].Lease.ID) {
+		if taken[pass[i].ID].attempt < checksBeforeRevoke && !w.r.isGivenUp(pass[i].Lease.ID) {
 			return
 		}
 		one, cancel := context.WithTimeout(ctx, w.r.cfg.CallTimeout)

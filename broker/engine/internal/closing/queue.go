@@ -69,7 +69,7 @@ func (q *queue) done() {
 }
 
 // idle reports whether everything that was pushed has been dealt with.
-func (q *queue) idle() bool {
+func (q *queue) isIdle() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return len(q.due) == 0 && !q.busy

@@ -44,19 +44,19 @@ type Reaper struct {
 	minting sched.Busy[broker.GrantID] // an issue of this process works on it: its mint may be under way
 	wake    sched.Signal               // of the clock: the heap has an earlier first
 
-	mu       sync.Mutex // guards what follows
-	due      sched.Heap[Due]
-	again    map[broker.GrantID]time.Time // the next check of a grant that a check did not end; later ones in due are void
-	checked  time.Time                    // by the clock, at the last look at due
-	workers  map[string]*worker
-	waiting  map[broker.GrantID][]chan struct{} // callers that wait for a grant to be closed
-	progress map[broker.GrantID][]*Progress
-	givenUp  map[string]bool // leases that Vault has given up revoking
+	mu        sync.Mutex // guards what follows
+	due       sched.Heap[Due]
+	nextCheck map[broker.GrantID]time.Time // the next check of a grant that a check did not end; later ones in due are void
+	checked   time.Time                    // by the clock, at the last look at due
+	workers   map[string]*worker
+	waiting   map[broker.GrantID][]chan struct{} // callers that wait for a grant to be closed
+	progress  map[broker.GrantID][]*Progress
+	givenUp   map[string]bool // leases that Vault has given up revoking
 }
 
 // New makes a Reaper. Nothing is scheduled before [Reaper.Run].
 func New(cfg Config) *Reaper {
-	return &Reaper{cfg: cfg, wake: sched.NewSignal(), again: map[broker.GrantID]time.Time{}, workers: map[string]*worker{},
+	return &Reaper{cfg: cfg, wake: sched.NewSignal(), nextCheck: map[broker.GrantID]time.Time{}, workers: map[string]*worker{},
 		waiting: map[broker.GrantID][]chan struct{}{}, progress: map[broker.GrantID][]*Progress{}}
 }
 
@@ -123,7 +123,7 @@ func (r *Reaper) dispatch(ds []Due) {
 // Severing reports whether one of the backends still severs what it was given.
 func (r *Reaper) Severing(backends map[string]bool) bool {
 	for backend := range backends {
-		if !r.worker(backend).sever.idle() {
+		if !r.worker(backend).sever.isIdle() {
 			return true
 		}
 	}
@@ -139,8 +139,8 @@ func (r *Reaper) worker(backend string) *worker {
 		w = newWorker(r, backend)
 		r.workers[backend] = w
 		r.cfg.Background(w.runSever)
-		r.cfg.Background(func() { w.runSettle(w.quick) })
-		r.cfg.Background(func() { w.runSettle(w.bulk) })
+		r.cfg.Background(func() { w.runClose(w.quick) })
+		r.cfg.Background(func() { w.runClose(w.bulk) })
 	}
 	return w
 }
@@ -165,11 +165,11 @@ func (r *Reaper) schedule(d Due) {
 		if d.At.After(most) {
 			d.At = most
 		}
-		if next, ok := r.again[d.ID]; ok && !d.At.Before(next) {
+		if next, ok := r.nextCheck[d.ID]; ok && !d.At.Before(next) {
 			r.mu.Unlock()
 			return
 		}
-		r.again[d.ID] = d.At
+		r.nextCheck[d.ID] = d.At
 	}
 	first := r.due.Add(d)
 	r.mu.Unlock()
@@ -200,7 +200,7 @@ func (r *Reaper) dispatchDue() time.Duration {
 	next := maxWait
 	r.mu.Lock()
 	if now.Before(r.checked) {
-		r.setBackLocked(now)
+		r.clockSetBackLocked(now)
 	}
 	r.checked = now
 	for r.due.Len() > 0 {
@@ -210,10 +210,10 @@ func (r *Reaper) dispatchDue() time.Duration {
 		}
 		d := r.due.Pop()
 		if d.attempt > 0 {
-			if !r.again[d.ID].Equal(d.At) {
+			if !r.nextCheck[d.ID].Equal(d.At) {
 				continue // an earlier check took its place
 			}
-			delete(r.again, d.ID)
+			delete(r.nextCheck, d.ID)
 		}
 		ready = append(ready, d)
 	}
@@ -224,13 +224,13 @@ func (r *Reaper) dispatchDue() time.Duration {
 
 // setBackLocked is for a clock that was ahead and has been set right: what it put off for seconds must not wait for
 // the hours that it was ahead.
-func (r *Reaper) setBackLocked(now time.Time) {
+func (r *Reaper) clockSetBackLocked(now time.Time) {
 	r.due.Each(func(d Due) Due {
 		if d.attempt == 0 || d.At.Sub(now) <= maxWait {
 			return d
 		}
-		if r.again[d.ID].Equal(d.At) {
-			r.again[d.ID] = now.Add(maxWait)
+		if r.nextCheck[d.ID].Equal(d.At) {
+			r.nextCheck[d.ID] = now.Add(maxWait)
 		}
 		d.At = now.Add(maxWait)
 		return d

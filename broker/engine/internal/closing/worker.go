@@ -31,19 +31,19 @@ func newWorker(r *Reaper, backend string) *worker {
 }
 
 func (w *worker) push(ds []Due) {
-	var sever, settle []Due
+	var toSever, toClose []Due
 	for _, d := range ds {
 		if d.attempt == 0 || d.alive {
-			sever = append(sever, d)
+			toSever = append(toSever, d)
 		} else {
-			settle = append(settle, d)
+			toClose = append(toClose, d)
 		}
 	}
-	w.sever.push(sever)
-	w.pushSettle(settle)
+	w.sever.push(toSever)
+	w.pushClose(toClose)
 }
 
-func (w *worker) pushSettle(ds []Due) {
+func (w *worker) pushClose(ds []Due) {
 	if len(ds) <= batchSize {
 		w.quick.push(ds)
 	} else {
@@ -55,7 +55,7 @@ func (w *worker) pushSettle(ds []Due) {
 func (w *worker) runSever() {
 	for w.await(w.sever) {
 		taken := w.sever.take()
-		grants := w.ending(taken)
+		grants := w.grantsToEnd(taken)
 		if s, ok := w.r.cfg.Backends[w.backend].(broker.Severer); ok && len(grants) > 0 {
 			ctx, cancel := context.WithTimeout(w.r.cfg.Context, 30*time.Second)
 			if err := s.Sever(ctx, grants); err != nil {
@@ -67,7 +67,7 @@ func (w *worker) runSever() {
 		for i, g := range grants {
 			severed[i] = Due{ID: g.ID, attempt: max(taken[g.ID].attempt, 1)}
 		}
-		w.pushSettle(severed)
+		w.pushClose(severed)
 		w.sever.done()
 	}
 }
@@ -90,11 +90,11 @@ func (w *worker) await(q *queue) bool {
 
 // ending reads the grants that were not handed over with their records. It leaves out the closed ones, and those that
 // need not end yet: a clock that was ahead has them checked too soon, and they are checked again at their end.
-func (w *worker) ending(due map[broker.GrantID]Due) (grants []broker.Grant) {
+func (w *worker) grantsToEnd(due map[broker.GrantID]Due) (grants []broker.Grant) {
 	now := w.r.cfg.Now()
-	var early []Due
+	var notYet []Due
 	err := w.r.cfg.View(w.r.cfg.Context, "close", func(tx *records.Tx) error {
-		grants, early = nil, nil
+		grants, notYet = nil, nil
 		for id, d := range due {
 			if d.grant != nil {
 				grants = append(grants, *d.grant)
@@ -114,7 +114,7 @@ func (w *worker) ending(due map[broker.GrantID]Due) (grants []broker.Grant) {
 			if must {
 				grants = append(grants, g)
 			} else {
-				early = append(early, Due{At: g.Expires, ID: id, Backend: w.backend})
+				notYet = append(notYet, Due{At: g.Expires, ID: id, Backend: w.backend})
 			}
 		}
 		return nil
@@ -128,7 +128,7 @@ func (w *worker) ending(due map[broker.GrantID]Due) (grants []broker.Grant) {
 		}
 		return nil
 	}
-	for _, d := range early {
+	for _, d := range notYet {
 		w.r.schedule(d)
 	}
 	return grants
@@ -171,7 +171,7 @@ const batchSize = 200
 const passSize = 10 * batchSize
 
 // runSettle is steps 3 to 5 of revoke for what one queue gets.
-func (w *worker) runSettle(q *queue) {
+func (w *worker) runClose(q *queue) {
 	for w.await(q) {
 		taken := q.take()
 		if q == w.quick && len(taken) > batchSize { // many small ones have become many
@@ -180,7 +180,7 @@ func (w *worker) runSettle(q *queue) {
 		}
 		for pass := range slices.Chunk(values(taken), passSize) {
 			if w.r.cfg.Context.Err() == nil {
-				w.settle(pass)
+				w.closePass(pass)
 			}
 		}
 		q.done()
@@ -196,17 +196,17 @@ func values(due map[broker.GrantID]Due) []Due {
 }
 
 // settle closes what can be closed. What is left is checked again all at once, and not each by itself.
-func (w *worker) settle(pass []Due) {
+func (w *worker) closePass(pass []Due) {
 	taken := make(map[broker.GrantID]Due, len(pass))
 	for _, d := range pass {
 		taken[d.ID] = d
 	}
-	grants := w.ending(taken)
+	grants := w.grantsToEnd(taken)
 	if len(grants) == 0 {
 		return
 	}
 	spread := rand.Float64()
-	for _, g := range w.close(grants, taken) {
+	for _, g := range w.closeProven(grants, taken) {
 		due := w.retry(g.ID, taken[g.ID].attempt, spread)
 		due.alive = w.isAlive(g)
 		if settles := g.Settles.Add(time.Millisecond); settles.After(w.r.cfg.Now()) && settles.Before(due.At) {
@@ -217,7 +217,7 @@ func (w *worker) settle(pass []Due) {
 }
 
 // close kills and proves a pass, closes what is proven, and gives the rest.
-func (w *worker) close(pass []broker.Grant, taken map[broker.GrantID]Due) (rest []broker.Grant) {
+func (w *worker) closeProven(pass []broker.Grant, taken map[broker.GrantID]Due) (rest []broker.Grant) {
 	killed := w.kill(pass)
 	ctx, cancel := context.WithTimeout(w.r.cfg.Context, time.Minute)
 	defer cancel()

@@ -27,24 +27,24 @@ func (r Rule) Covers(l Lineage, subject selector.Subject) bool {
 
 // Rules gives the rules in force.
 func (t *Tx) Rules() (rules []Rule, err error) {
-	if !t.ruled {
+	if !t.rulesRead {
 		if t.rules, err = t.cache.rules.read(t); err != nil {
 			return nil, err
 		}
-		t.ruled = true
+		t.rulesRead = true
 	}
 	return t.rules, nil
 }
 
 // AddRule writes a rule under its fence's revocation.
 func (t *Tx) AddRule(r Rule) error {
-	t.ruled = false
+	t.rulesRead = false
 	return save(t, keyRule(r.Fence.Revocation), r)
 }
 
 // DropRule takes a revocation's rule away.
 func (t *Tx) DropRule(id broker.RevocationID) error {
-	t.ruled = false
+	t.rulesRead = false
 	return t.drop(keyRule(id))
 }
 
@@ -85,25 +85,25 @@ func stronger(a, b *broker.Fence) *broker.Fence {
 }
 
 // FinalFences gives every final fence over a delegation: those on its nodes, and the rules that match one.
-func (t *Tx) FinalFences(l Lineage) (over []broker.Fence, err error) {
+func (t *Tx) FinalFences(l Lineage) (fences []broker.Fence, err error) {
 	for _, d := range l.Nodes {
 		if d.Fence != nil && !d.Fence.Frozen {
-			over = append(over, *d.Fence)
+			fences = append(fences, *d.Fence)
 		}
 	}
 	rules, err := t.Rules()
 	for _, r := range rules {
 		if !r.Fence.Frozen && r.Covers(l, noGrant) {
-			over = append(over, r.Fence)
+			fences = append(fences, r.Fence)
 		}
 	}
-	return over, err
+	return fences, err
 }
 
 // StillOpen reports whether no node is revoked or past its end. A freeze may be lifted, so it does not count.
 func (t *Tx) StillOpen(l Lineage, now time.Time) (bool, error) {
-	over, err := t.FinalFences(l)
-	return err == nil && len(over) == 0 && !l.Expired(now), err
+	fences, err := t.FinalFences(l)
+	return err == nil && len(fences) == 0 && !l.Expired(now), err
 }
 
 // CheckUsable refuses a delegation over which anything is fenced or expired. The subject is the step that is to

@@ -40,7 +40,7 @@ func (t *Tx) AddEncoded(e EncodedGrant) error {
 }
 
 // GrantAgain reads the grant of e, and decodes it only when it is not as e has it.
-func (t *Tx) GrantAgain(e EncodedGrant) (g broker.Grant, same, ok bool, err error) {
+func (t *Tx) RereadGrant(e EncodedGrant) (g broker.Grant, unchanged, ok bool, err error) {
 	raw, err := t.tx.Get(keyGrant(e.Grant.ID))
 	if err != nil || raw == nil {
 		return broker.Grant{}, false, false, err
@@ -149,14 +149,14 @@ func (t *Tx) RecentGrants(backend string, after time.Time) (list []broker.Grant,
 }
 
 // Once looks up the grant that an idempotency key was used for.
-func (t *Tx) Once(d broker.DelegationID, digest [32]byte) (id broker.GrantID, ok bool, err error) {
-	raw, err := t.tx.Get(keyOnce(d, digest))
+func (t *Tx) GrantOfKey(d broker.DelegationID, digest [32]byte) (id broker.GrantID, ok bool, err error) {
+	raw, err := t.tx.Get(keyIdempotency(d, digest))
 	return broker.GrantID(raw), raw != nil, err
 }
 
 // TakeOnce records the grant that an idempotency key is used for.
-func (t *Tx) TakeOnce(d broker.DelegationID, digest [32]byte, id broker.GrantID) error {
-	return t.tx.Put(keyOnce(d, digest), []byte(id))
+func (t *Tx) PutKey(d broker.DelegationID, digest [32]byte, id broker.GrantID) error {
+	return t.tx.Put(keyIdempotency(d, digest), []byte(id))
 }
 
 // LiveOrStatic reports whether a grant is not closed, or is closed while its static secret works on.

@@ -67,7 +67,7 @@ func keyCursor(subscriber string) string    { return "t/" + subscriber }
 func keyAcknowledged(rv broker.RevocationID, d broker.DelegationID) string {
 	return "h/" + string(rv) + "/" + string(d)
 }
-func keyOnce(d broker.DelegationID, digest [32]byte) string {
+func keyIdempotency(d broker.DelegationID, digest [32]byte) string {
 	return fmt.Sprintf("k/%s/%x", d, digest[:16])
 }
 

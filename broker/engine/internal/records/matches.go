@@ -25,31 +25,31 @@ var errFound = errors.New("found")
 // MatchOf says what r is about in the caller's transaction, among chains opened after since. It stops
 // at the first thing found, so that only a rule about nothing has everything looked at.
 func (t *Tx) MatchOf(r Rule, policy broker.Policy, since, now time.Time) (how Match, err error) {
-	meant := func(g broker.Grant) error {
-		p, err := t.Lineage("revoke", g.Delegation)
-		if err == nil && p.Chain.Opened.After(since) && r.Covers(p, p.Subject(g)) {
+	check := func(g broker.Grant) error {
+		l, err := t.Lineage("revoke", g.Delegation)
+		if err == nil && l.Chain.Opened.After(since) && r.Covers(l, l.Subject(g)) {
 			how, err = MatchesNow, errFound
 		}
 		return err
 	}
-	for _, look := range []func() error{
-		func() error { return t.EachLive("", meant) },
-		func() error { return t.EachStatic("", meant) },
+	for _, scan := range []func() error{
+		func() error { return t.EachLive("", check) },
+		func() error { return t.EachStatic("", check) },
 		func() error {
-			return t.EachOpen("", now, func(p Lineage) error {
+			return t.EachOpen("", now, func(l Lineage) error {
 				switch {
-				case !p.Chain.Opened.After(since):
-				case r.Covers(p, noGrant):
+				case !l.Chain.Opened.After(since):
+				case r.Covers(l, noGrant):
 					how = MatchesNow
 					return errFound
-				case r.MayCoverStep(p, policy, now):
+				case r.MayCoverStep(l, policy, now):
 					how = MayMatchLater
 				}
 				return nil
 			})
 		},
 	} {
-		if err := look(); errors.Is(err, errFound) {
+		if err := scan(); errors.Is(err, errFound) {
 			return MatchesNow, nil
 		} else if err != nil {
 			return how, err
@@ -60,13 +60,13 @@ func (t *Tx) MatchOf(r Rule, policy broker.Policy, since, now time.Time) (how Ma
 
 // MayCoverStep reports whether a step that p's holder can still take, with a tool as policy has it now, can fall
 // under the rule.
-func (r Rule) MayCoverStep(p Lineage, policy broker.Policy, now time.Time) bool {
-	for _, right := range p.Leaf().Scope {
+func (r Rule) MayCoverStep(l Lineage, policy broker.Policy, now time.Time) bool {
+	for _, right := range l.Leaf().Scope {
 		t, known := policy.Tool(right.Tool)
 		if !known || !right.Use {
 			continue
 		}
-		s := selector.Subject{Chain: p.Chain, Path: p.Nodes, Tool: t.Name, Vault: strings.Join(t.Path, "/"), Bundle: policy.Digest(), At: now}
+		s := selector.Subject{Chain: l.Chain, Path: l.Nodes, Tool: t.Name, Vault: strings.Join(t.Path, "/"), Bundle: policy.Digest(), At: now}
 		if r.parsed.MayMatchLater(s, t.Arguments) {
 			return true
 		}

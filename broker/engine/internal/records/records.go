@@ -22,9 +22,9 @@ type Tx struct {
 	cache *Cache
 
 	// Lineages and rules that this transaction has read. A thousand grants of one delegation have one lineage.
-	lineages map[broker.DelegationID]Lineage
-	rules    []Rule
-	ruled    bool // rules were read
+	lineages  map[broker.DelegationID]Lineage
+	rules     []Rule
+	rulesRead bool // rules were read
 }
 
 // In gives the transaction tx with the cache's help.

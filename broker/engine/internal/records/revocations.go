@@ -57,7 +57,7 @@ func (t *Tx) Under(rv broker.Revocation) (grants []broker.Grant, nodes []broker.
 	if err != nil {
 		return nil, nil, err
 	}
-	err = t.EachLive(rv.Chain, t.covered(covers, func(g broker.Grant) { grants = append(grants, g) }))
+	err = t.EachLive(rv.Chain, t.ifCovered(covers, func(g broker.Grant) { grants = append(grants, g) }))
 	if err != nil || rv.Grant != "" {
 		return grants, nil, err
 	}
@@ -78,12 +78,12 @@ func (t *Tx) StaticUnder(rv broker.Revocation) (list []broker.GrantID, err error
 	if err != nil {
 		return nil, err
 	}
-	err = t.EachStatic(rv.Chain, t.covered(covers, func(g broker.Grant) { list = append(list, g.ID) }))
+	err = t.EachStatic(rv.Chain, t.ifCovered(covers, func(g broker.Grant) { list = append(list, g.ID) }))
 	return list, err
 }
 
 // covered calls f with those of the grants that are covered.
-func (t *Tx) covered(covers Covers, f func(broker.Grant)) func(broker.Grant) error {
+func (t *Tx) ifCovered(covers Covers, f func(broker.Grant)) func(broker.Grant) error {
 	return func(g broker.Grant) error {
 		l, err := t.Lineage("revoke", g.Delegation)
 		if err == nil && covers(l, l.Subject(g)) {

@@ -12,25 +12,25 @@ type Locks[K comparable] struct {
 }
 
 // Lock waits for the key; the returned function gives it back.
-func (k *Locks[K]) Lock(ctx context.Context, id K) (unlock func(), err error) {
+func (l *Locks[K]) Lock(ctx context.Context, id K) (unlock func(), err error) {
 	for {
-		k.mu.Lock()
-		busy, taken := k.held[id]
+		l.mu.Lock()
+		busy, taken := l.held[id]
 		if !taken {
-			if k.held == nil {
-				k.held = map[K]chan struct{}{}
+			if l.held == nil {
+				l.held = map[K]chan struct{}{}
 			}
-			mine := make(chan struct{})
-			k.held[id] = mine
-			k.mu.Unlock()
+			released := make(chan struct{})
+			l.held[id] = released
+			l.mu.Unlock()
 			return func() {
-				k.mu.Lock()
-				delete(k.held, id)
-				k.mu.Unlock()
-				close(mine)
+				l.mu.Lock()
+				delete(l.held, id)
+				l.mu.Unlock()
+				close(released)
 			}, nil
 		}
-		k.mu.Unlock()
+		l.mu.Unlock()
 		select {
 		case <-busy:
 		case <-ctx.Done():

@@ -19,29 +19,29 @@ var (
 // Deliveries holds the secrets that are sealed and not collected. Like every secret they are in no ledger, and a restart
 // loses them: their grants are then ended.
 type Deliveries struct {
-	mu      sync.Mutex // guards what follows
-	waiting map[broker.GrantID]delivery
-	each    map[spiffeid.ID]int
-	bytes   int
+	mu        sync.Mutex // guards what follows
+	waiting   map[broker.GrantID]delivery
+	perCaller map[spiffeid.ID]int
+	bytes     int
 }
 
 type delivery struct {
 	sealed []byte
-	asker  spiffeid.ID
+	caller spiffeid.ID
 }
 
 // Reserve takes a place before anything is minted for it.
 func (d *Deliveries) Reserve(g broker.Grant) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if len(d.waiting) >= broker.MaxWaiting || d.each[g.Caller] >= broker.MaxWaitingEach || d.bytes >= broker.MaxSealedBytes {
+	if len(d.waiting) >= broker.MaxWaiting || d.perCaller[g.Caller] >= broker.MaxWaitingEach || d.bytes >= broker.MaxSealedBytes {
 		return broker.Errorf(broker.Unavailable, "issue", "%v; nothing was minted", ErrSealedFull).With(broker.CodeDeliveriesFull).After(time.Second)
 	}
 	if d.waiting == nil {
-		d.waiting, d.each = map[broker.GrantID]delivery{}, map[spiffeid.ID]int{}
+		d.waiting, d.perCaller = map[broker.GrantID]delivery{}, map[spiffeid.ID]int{}
 	}
-	d.waiting[g.ID] = delivery{asker: g.Caller}
-	d.each[g.Caller]++
+	d.waiting[g.ID] = delivery{caller: g.Caller}
+	d.perCaller[g.Caller]++
 	return nil
 }
 
@@ -49,7 +49,7 @@ func (d *Deliveries) Reserve(g broker.Grant) error {
 func (d *Deliveries) Put(id broker.GrantID, sealed []byte) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	at, ok := d.waiting[id]
+	waiting, ok := d.waiting[id]
 	switch {
 	case !ok:
 		return broker.Errorf(broker.Revoked, "issue", "it ended while it was on its way; nothing is handed out").With(broker.CodeFenced)
@@ -58,8 +58,8 @@ func (d *Deliveries) Put(id broker.GrantID, sealed []byte) error {
 	case d.bytes+len(sealed) > broker.MaxSealedBytes:
 		return ErrSealedFull
 	}
-	at.sealed = sealed
-	d.waiting[id] = at
+	waiting.sealed = sealed
+	d.waiting[id] = waiting
 	d.bytes += len(sealed)
 	return nil
 }
@@ -75,16 +75,16 @@ func (d *Deliveries) Has(id broker.GrantID) bool {
 func (d *Deliveries) Take(id broker.GrantID) []byte {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	at, ok := d.waiting[id]
+	taken, ok := d.waiting[id]
 	if !ok {
 		return nil
 	}
 	delete(d.waiting, id)
-	if d.each[at.asker]--; d.each[at.asker] == 0 {
-		delete(d.each, at.asker)
+	if d.perCaller[taken.caller]--; d.perCaller[taken.caller] == 0 {
+		delete(d.perCaller, taken.caller)
 	}
-	d.bytes -= len(at.sealed)
-	return at.sealed
+	d.bytes -= len(taken.sealed)
+	return taken.sealed
 }
 
 // Drop forgets what ends.

@@ -59,21 +59,21 @@ func (h *Hub) Wake(names []Topic) {
 		if n.Chain == "" {
 			for name := range h.topics {
 				if n.Fences || !name.Fences {
-					h.fire(name)
+					h.notify(name)
 				}
 			}
 			continue
 		}
-		h.fire(Topic{Chain: n.Chain})
-		h.fire(Topic{})
+		h.notify(Topic{Chain: n.Chain})
+		h.notify(Topic{})
 		if n.Fences {
-			h.fire(n)
+			h.notify(n)
 		}
 	}
 }
 
 // fire closes the topic's channel; who watches on takes a new one.
-func (h *Hub) fire(name Topic) {
+func (h *Hub) notify(name Topic) {
 	if t, ok := h.topics[name]; ok {
 		close(t.changed)
 		delete(h.topics, name)

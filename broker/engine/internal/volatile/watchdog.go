@@ -35,7 +35,7 @@ type beat struct {
 }
 
 // Due is its turn.
-func (t *beat) Due() time.Time { return t.at }
+func (b *beat) Due() time.Time { return b.at }
 
 // NewWatchdog makes a Watchdog. missed is called for each missed heartbeat; when it is false, it is called again.
 func NewWatchdog(now func() time.Time, missed func(context.Context, broker.DelegationID) bool) *Watchdog {
@@ -49,8 +49,8 @@ func (w *Watchdog) Beat(d broker.Delegation, now time.Time) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if t, known := w.beats[d.ID]; known {
-		t.last = now
+	if b, known := w.beats[d.ID]; known {
+		b.last = now
 		return
 	}
 	w.watchLocked(&beat{id: d.ID, every: d.Heartbeat, ends: d.Expires, last: now, at: now.Add(d.Heartbeat)})
@@ -60,14 +60,14 @@ func (w *Watchdog) Beat(d broker.Delegation, now time.Time) {
 func (w *Watchdog) BeatAgain(id broker.DelegationID, now time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if t, known := w.beats[id]; known {
-		t.last = now
+	if b, known := w.beats[id]; known {
+		b.last = now
 	}
 }
 
-func (w *Watchdog) watchLocked(t *beat) {
-	w.beats[t.id] = t
-	if w.due.Add(t) {
+func (w *Watchdog) watchLocked(b *beat) {
+	w.beats[b.id] = b
+	if w.due.Add(b) {
 		w.wake.Notify()
 	}
 }
@@ -78,8 +78,8 @@ func (w *Watchdog) Run(ctx context.Context) {
 	defer timer.Stop()
 	for {
 		late, next := w.takeLate(w.now())
-		for _, t := range late {
-			w.report(ctx, t)
+		for _, b := range late {
+			w.report(ctx, b)
 		}
 		timer.Reset(next)
 		select {
@@ -99,31 +99,31 @@ func (w *Watchdog) takeLate(now time.Time) (late []*beat, next time.Duration) {
 		if wait := w.due.First().at.Sub(now); wait > 0 {
 			return late, min(wait, time.Minute)
 		}
-		t := w.due.Pop()
-		if deadline := t.last.Add(t.every); now.Before(deadline) && now.Before(t.ends) {
-			t.at = deadline
-			w.due.Add(t)
+		b := w.due.Pop()
+		if deadline := b.last.Add(b.every); now.Before(deadline) && now.Before(b.ends) {
+			b.at = deadline
+			w.due.Add(b)
 			continue
 		}
-		delete(w.beats, t.id)
-		if now.Before(t.ends) {
-			late = append(late, t)
+		delete(w.beats, b.id)
+		if now.Before(b.ends) {
+			late = append(late, b)
 		}
 	}
 	return late, time.Minute
 }
 
 // report treats a missed heartbeat as its holder's breach. The holder is watched again from its next heartbeat on.
-func (w *Watchdog) report(ctx context.Context, t *beat) {
+func (w *Watchdog) report(ctx context.Context, b *beat) {
 	reportCtx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	if w.missed(reportCtx, t.id) || ctx.Err() != nil {
+	if w.missed(reportCtx, b.id) || ctx.Err() != nil {
 		return
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if _, back := w.beats[t.id]; !back {
-		t.at = w.now().Add(time.Second) // once more: it is not on record
-		w.watchLocked(t)
+	if _, rewatched := w.beats[b.id]; !rewatched {
+		b.at = w.now().Add(time.Second) // once more: it is not on record
+		w.watchLocked(b)
 	}
 }
