@@ -11,40 +11,41 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-// breach is one violation of policy, noticed by the broker or reported to it, with the consequence that policy
-// attaches to it. Every violation goes through [Broker.applyConsequence], so that none of them can forget a step.
+// breach is one violation of policy with the consequence that policy attaches to it. The broker notices it, or a
+// reporter reports it. Every violation goes through [Engine.applyConsequence], so that all are recorded and fenced
+// alike.
 type breach struct {
 	op       string // the procedure that found it
 	code     broker.ViolationCode
-	actor    string          // of the audit entry: who broke policy, or who reported it
-	lineage  records.Lineage // where in the tree; without nodes: the chain was still to be opened
+	actor    string          // of the audit entry: the violator or the reporter
+	lineage  records.Lineage // of the delegation; without nodes: the request would have opened the chain
 	tool     broker.ToolName
 	decision broker.Decision // of policy: the consequence, and the policies that decided it
 	freeze   spiffeid.ID     // the caller that freeze-caller freezes
 	now      time.Time
 
-	// grant is the step in which policy was broken. Empty: none in particular, and revoke-step ends everything below
-	// the records.Lineage's leaf.
+	// grant is the step that broke policy. Empty: no particular step, and revoke-step fences the lineage's leaf.
 	grant broker.GrantID
-	// noSecret says that the step in question left no secret alive: it was refused, or has ended. revoke-step then
-	// has nothing to fence.
+	// noSecret: the step has no live secret, because it was refused or has ended. revoke-step then fences nothing.
 	noSecret bool
 
-	by     string                                   // of the revocation; empty: "pawl"
-	reason string                                   // of the revocation; empty: "violation: " and the code
-	detail string                                   // of the audit entry; empty: the consequence
-	record func(*records.Tx) (stop bool, err error) // further changes of the same transaction, before all others; nil: none
+	by     string // of the revocation; empty: "pawl"
+	reason string // of the revocation; empty: "violation: " and the code
+	detail string // of the audit entry; empty: the consequence
+	// record makes further changes in the same transaction, before all others. stop: make no others. Nil: none.
+	record func(*records.Tx) (stop bool, err error)
 }
 
-// applyConsequence records a violation and carries out its consequence. The audit entry, the fence and the freeze are
-// one transaction; ending what the fence covers follows in the background. It gives the revocation, the zero one
-// when nothing was revoked.
+// applyConsequence records a violation and applies its consequence. The audit entry, the fence and the freeze are one
+// transaction. The fenced grants end in the background. It returns the revocation, or the zero Revocation when the
+// consequence revokes nothing.
 //
-// When the outcome of the commit is unknown, the fence may be in the ledger, and the requester may never ask again.
-// So the error is returned and the revocation is carried out nevertheless, if it exists.
+// When the outcome of the commit is unknown, the fence may be in the ledger, and the requester may never ask again. So
+// it returns the error and reconciles the revocation nevertheless, if it exists.
 func (e *Engine) applyConsequence(ctx context.Context, v breach) (broker.Revocation, error) {
-	entry := broker.Entry{At: v.now, Actor: v.actor, Op: broker.OpViolation, Chain: v.lineage.Chain.ID, Grant: v.grant, Tool: v.tool,
-		Policies: v.decision.Policies, Code: broker.Code(v.code), Detail: cmp.Or(v.detail, v.decision.Consequence.String())}
+	entry := broker.Entry{At: v.now, Actor: v.actor, Op: broker.OpViolation, Chain: v.lineage.Chain.ID, Grant: v.grant,
+		Tool: v.tool, Policies: v.decision.Policies, Code: broker.Code(v.code),
+		Detail: cmp.Or(v.detail, v.decision.Consequence.String())}
 	if len(v.lineage.Nodes) > 0 {
 		entry.Delegation = v.lineage.Leaf().ID
 	}
@@ -68,7 +69,8 @@ func (e *Engine) applyConsequence(ctx context.Context, v breach) (broker.Revocat
 			}
 		}
 		if v.decision.Consequence == broker.ConsequenceFreezeCaller {
-			frozen, err = e.fence(tx, fencing{by: f.by, selector: "spiffe:" + v.freeze.String(), freeze: true, reason: f.reason, now: v.now})
+			frozen, err = e.fence(tx, fencing{by: f.by, selector: "spiffe:" + v.freeze.String(), freeze: true,
+				reason: f.reason, now: v.now})
 		}
 		return err
 	})
@@ -83,7 +85,7 @@ func (e *Engine) applyConsequence(ctx context.Context, v breach) (broker.Revocat
 	return fenced, nil
 }
 
-// target is what the consequence fences; ok is false when it fences nothing.
+// target returns the node or grant that the consequence fences; ok is false when it fences none.
 func (v breach) target() (t target, ok bool) {
 	if len(v.lineage.Nodes) == 0 {
 		return target{}, false
@@ -101,8 +103,8 @@ func (v breach) target() (t target, ok bool) {
 	return target{node: v.lineage.Leaf().ID}, true
 }
 
-// refuseBreach applies the consequence of a breach by a request that is refused with e, and gives e with the revocation in it.
-// When the ledger fails, the request is refused all the same: with e where nothing was to be fenced.
+// refuseBreach applies the consequence of a breach and returns the refusal of its request, with the revocation in it.
+// When the ledger fails, it returns the ledger's error if there was something to fence, and else the refusal.
 func (e *Engine) refuseBreach(ctx context.Context, v breach, refusal *broker.Error) error {
 	rv, err := e.applyConsequence(ctx, v)
 	switch {
@@ -116,7 +118,9 @@ func (e *Engine) refuseBreach(ctx context.Context, v breach, refusal *broker.Err
 	return refusal
 }
 
-// violationQuestion asks policy for the consequence of a breach.
-func violationQuestion(c broker.Caller, l records.Lineage, v broker.ViolationCode, t broker.Tool, now time.Time) broker.Question {
-	return broker.Question{Action: broker.ActionReport, Caller: c, Violation: v, Tool: t, Chain: l.Chain, Depth: max(len(l.Nodes)-1, 0), Now: now}
+// violationQuestion is the question to policy for the consequence of a breach.
+func violationQuestion(c broker.Caller, l records.Lineage, v broker.ViolationCode, t broker.Tool, now time.Time,
+) broker.Question {
+	return broker.Question{Action: broker.ActionReport, Caller: c, Violation: v, Tool: t, Chain: l.Chain, Depth: l.Depth(),
+		Now: now}
 }

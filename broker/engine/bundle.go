@@ -10,9 +10,9 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-// Adopt records that a bundle comes into force, before it does: no entry, no change. The ledger
-// remembers which one was in force last, so that a version only goes up over restarts, too. The
-// same bundle again is adopted without another entry.
+// Adopt records that a policy bundle comes into force. The caller puts the bundle into force only after that: no entry,
+// no change. The ledger keeps the last bundle in force, so that a version only goes up, over restarts too. Adopting the
+// same bundle again writes no entry.
 //
 // Errors: Conflict with CodePolicyOlder, Unavailable.
 func (e *Engine) Adopt(ctx context.Context, a broker.Adoption) error {
@@ -36,7 +36,8 @@ func (e *Engine) Adopt(ctx context.Context, a broker.Adoption) error {
 		if len(a.Signers) > 0 {
 			detail += "; signed by " + strings.Join(a.Signers, ", ")
 		}
-		if err := tx.PutBundle(records.Bundle{Name: a.Name, Version: a.Version, Digest: a.Digest, Since: now, By: by}); err != nil {
+		next := records.Bundle{Name: a.Name, Version: a.Version, Digest: a.Digest, Since: now, By: by}
+		if err := tx.PutBundle(next); err != nil {
 			return err
 		}
 		_, err = tx.Enter(broker.Entry{At: now, Actor: by, Op: broker.OpPolicy, Bundle: a.Digest, Detail: detail})
@@ -44,19 +45,22 @@ func (e *Engine) Adopt(ctx context.Context, a broker.Adoption) error {
 	})
 }
 
-// mayFollow refuses what may not take the place of the bundle that was in force last. Two contents
-// under one version are never right: nobody could say which of them decided.
+// checkSuccessor refuses a bundle that may not replace the last one in force. Two contents under one version are always
+// refused: a record could not show which of them decided.
 func checkSuccessor(op string, a broker.Adoption, previous records.Bundle) error {
+	allow := fmt.Sprintf("start once with --allow-policy-rollback %d", a.Version)
 	switch {
 	case a.Name == previous.Name && a.Version == previous.Version:
-		return broker.Errorf(broker.Conflict, op, "version %d of policy bundle %q was in force with other content", a.Version, a.Name).
-			With(broker.CodePolicyOlder).Lacks("give the bundle a higher version")
+		return broker.Errorf(broker.Conflict, op, "version %d of policy bundle %q was in force with other content",
+			a.Version, a.Name).With(broker.CodePolicyOlder).Lacks("give the bundle a higher version")
 	case a.Back || a.Name == previous.Name && a.Version > previous.Version:
 		return nil
 	case a.Name != previous.Name:
-		return broker.Errorf(broker.Conflict, op, "policy bundle %q version %d cannot take the place of %q by itself", a.Name, a.Version, previous.Name).
-			With(broker.CodePolicyOlder).Lacks(fmt.Sprintf("if that is meant, start once with --allow-policy-rollback %d", a.Version))
+		return broker.Errorf(broker.Conflict, op,
+			"policy bundle %q version %d cannot replace %q without an operator's consent", a.Name, a.Version, previous.Name).
+			With(broker.CodePolicyOlder).Lacks("to replace it, " + allow)
 	}
-	return broker.Errorf(broker.Conflict, op, "version %d of policy bundle %q is older than version %d, which was in force", a.Version, a.Name, previous.Version).
-		With(broker.CodePolicyOlder).Lacks(fmt.Sprintf("if that is meant, start once with --allow-policy-rollback %d", a.Version))
+	return broker.Errorf(broker.Conflict, op,
+		"version %d of policy bundle %q is older than version %d, which was in force", a.Version, a.Name, previous.Version).
+		With(broker.CodePolicyOlder).Lacks("to roll back, " + allow)
 }

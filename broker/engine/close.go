@@ -7,11 +7,10 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-// Close ends a step's secret. It waits for the proof that it is dead for as long as ctx allows;
-// the grant's State tells whether that came in time. Closing again is no error.
+// Close ends a step's secret. It waits, as long as ctx allows, for the proof that the secret is dead. The returned
+// grant's State is CLOSED if the proof came in time. To close a grant again is no error.
 //
-// Errors: Unauthenticated, NotFound, Unavailable (the end could not be recorded; the secret
-// ends with its time).
+// Errors: Unauthenticated, NotFound, Unavailable (the ledger did not record the end; the secret ends at its expiry).
 func (e *Engine) Close(ctx context.Context, c broker.Caller, id broker.GrantID) (broker.Grant, error) {
 	const op = "close"
 	now := e.cfg.Now()
@@ -47,17 +46,19 @@ func (e *Engine) Close(ctx context.Context, c broker.Caller, id broker.GrantID) 
 	e.reaper.EndNow(g)
 	select {
 	case <-ctx.Done():
-		return g, nil // the end is recorded; only the proof was not waited for
+		return g, nil // the end is recorded, and the reaper proves it later
 	case <-e.ctx.Done():
 		return g, nil
 	case <-closed:
 	}
-	clean, cancelRead := detached(ctx, e.cfg.MintTimeout)
+	readCtx, cancelRead := detached(ctx, e.cfg.MintTimeout)
 	defer cancelRead()
-	_ = e.view(clean, op, func(tx *records.Tx) error { return ownGrant(tx, op, c, id, &g) }) // it is closed either way
+	// When the read fails, the caller gets the grant as it was before it was closed.
+	_ = e.view(readCtx, op, func(tx *records.Tx) error { return ownGrant(tx, op, c, id, &g) })
 	return g, nil
 }
 
+// ownGrant reads the caller's grant into g. A grant of another caller gets the same refusal as one that does not exist.
 func ownGrant(tx *records.Tx, op string, c broker.Caller, id broker.GrantID, g *broker.Grant) error {
 	found, ok, err := tx.Grant(id)
 	if err != nil {

@@ -9,12 +9,13 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-// undeliverable reports whether a sealed secret can reach nobody: it was not collected, and is not kept.
+// undeliverable reports whether a sealed secret was neither collected nor kept, so that no collector can get it.
 func (e *Engine) undeliverable(g *broker.Grant) bool {
-	return g.Sealed != "" && g.State == broker.StateIssued && g.Collected.IsZero() && !e.deliveries.Has(g.ID) && !e.reaper.IsMinting(g.ID)
+	return g.Sealed != "" && g.State == broker.StateIssued && g.Collected.IsZero() &&
+		!e.deliveries.Has(g.ID) && !e.reaper.IsMinting(g.ID)
 }
 
-// bind writes the seal into the grant, and refuses a collector whom the step may not reach.
+// bindSeal writes the seal into the grant. It refuses a collector of another trust domain.
 func (s *issue) bindSeal(ctx context.Context, l records.Lineage) error {
 	seal := s.request.Seal
 	if seal == nil {
@@ -25,13 +26,14 @@ func (s *issue) bindSeal(ctx context.Context, l records.Lineage) error {
 		s.grant.Collector = s.caller.ID
 	}
 	if !s.grant.Collector.MemberOf(s.caller.ID.TrustDomain()) {
-		return s.e.recordDenial(ctx, s.caller, l, s.tool.Name, broker.Errorf(broker.Denied, opIssue, "the collector is in another trust domain").With(broker.CodeForeignDomain).
-			Lacks("have a workload of your own trust domain collect it", "domain:"+s.grant.Collector.TrustDomain().Name()))
+		return s.deny(ctx, l, broker.Errorf(broker.Denied, opIssue, "the collector is in another trust domain").
+			With(broker.CodeForeignDomain).
+			Lacks("name a collector in your own trust domain", "domain:"+s.grant.Collector.TrustDomain().Name()))
 	}
 	return nil
 }
 
-// deliver is step 7 for a sealed step: the secret is encrypted at once, and wiped.
+// deliver is step 7 for a sealed step: it encrypts the secret, keeps it for the collector, and wipes the plain text.
 func (s *issue) deliver(secret broker.Secret) error {
 	defer secret.Wipe()
 	sealed, err := s.request.Seal.Encrypt(s.grant, secret)
@@ -40,7 +42,8 @@ func (s *issue) deliver(secret broker.Secret) error {
 	}
 	var refusal *broker.Error
 	if err != nil && !errors.As(err, &refusal) {
-		refusal = broker.Errorf(broker.Unavailable, opIssue, "the secret cannot be kept sealed; it is being ended").With(broker.CodeDeliveryLost).Because(err)
+		refusal = broker.Errorf(broker.Unavailable, opIssue, "the broker cannot keep the sealed secret and ends it").
+			With(broker.CodeDeliveryLost).Because(err)
 	}
 	if refusal != nil {
 		return refusal
@@ -48,12 +51,12 @@ func (s *issue) deliver(secret broker.Secret) error {
 	return nil
 }
 
-// Collect gives a sealed secret to its collector, once. That it was collected is recorded before
-// anything is given, in a transaction that finds nothing fenced and the grant still in time.
+// Collect gives a sealed secret to its collector, once. It records the collection before it returns the secret, in a
+// transaction that finds nothing fenced and the grant not expired.
 //
-// Errors: Unauthenticated, NotFound (no such grant, or it is not sealed for the caller), Revoked,
-// Expired (CodeDeliveryLost: it is not kept any more), Conflict with CodeAlreadyCollected, after
-// which what policy says has followed, Unavailable.
+// Errors: Unauthenticated, NotFound (no such grant, or it is not sealed for the caller), Revoked, Expired
+// (CodeDeliveryLost: the broker no longer keeps the secret), Conflict with CodeAlreadyCollected (the consequence that
+// policy attaches to a second use has been applied), Unavailable.
 func (e *Engine) Collect(ctx context.Context, caller broker.Caller, id broker.GrantID) (broker.Grant, []byte, error) {
 	c := &collection{e: e, caller: caller, now: e.cfg.Now()}
 	if err := caller.Check(opCollect, c.now); err != nil {
@@ -63,7 +66,8 @@ func (e *Engine) Collect(ctx context.Context, caller broker.Caller, id broker.Gr
 		return broker.Grant{}, nil, err
 	}
 	if c.grant.Collector != caller.ID {
-		return broker.Grant{}, nil, e.refuseViolation(ctx, caller, c.lineage, broker.ViolationHolder, c.grant.Tool, records.UnknownGrant(opCollect))
+		return broker.Grant{}, nil, e.refuseViolation(ctx, caller, c.lineage, broker.ViolationHolder, c.grant.Tool,
+			records.UnknownGrant(opCollect))
 	}
 	if caller.ID == c.lineage.Leaf().Holder {
 		e.watchdog.BeatAgain(c.grant.Delegation, c.now)
@@ -72,15 +76,16 @@ func (e *Engine) Collect(ctx context.Context, caller broker.Caller, id broker.Gr
 		return broker.Grant{}, nil, c.refuse(ctx, err)
 	}
 	sealed := e.deliveries.Take(id)
-	if sealed == nil { // it was fenced just after it was recorded
-		return broker.Grant{}, nil, broker.Errorf(broker.Revoked, opCollect, "it has just ended; nothing is handed out").With(broker.CodeFenced)
+	if sealed == nil { // a fence came between the commit and here
+		return broker.Grant{}, nil, broker.Errorf(broker.Revoked, opCollect,
+			"the grant has just ended; nothing is handed out").With(broker.CodeFenced)
 	}
 	return c.grant, sealed, nil
 }
 
 const opCollect = "collect"
 
-// collecting is one run of [Broker.Collect].
+// collection is one run of [Engine.Collect].
 type collection struct {
 	e       *Engine
 	caller  broker.Caller
@@ -102,8 +107,7 @@ func (c *collection) read(tx *records.Tx, id broker.GrantID) error {
 	return err
 }
 
-// record is the commit point: what step 6 of an issue checks, checked again, and that nobody has
-// collected it.
+// record is the commit point. It repeats the checks of step 6 of an issue, and refuses a secret that was collected.
 func (c *collection) record(tx *records.Tx, id broker.GrantID) error {
 	if err := c.read(tx, id); err != nil {
 		return err
@@ -120,11 +124,13 @@ func (c *collection) record(tx *records.Tx, id broker.GrantID) error {
 	case f != nil:
 		return records.Fenced(opCollect, f)
 	case !g.Collected.IsZero():
-		return broker.Errorf(broker.Conflict, opCollect, "it was collected at %s, and is given once", g.Collected.UTC().Format(time.RFC3339)).With(broker.CodeAlreadyCollected)
+		return broker.Errorf(broker.Conflict, opCollect, "the secret was collected at %s, and is handed out once",
+			g.Collected.UTC().Format(time.RFC3339)).With(broker.CodeAlreadyCollected)
 	case !c.e.deliveries.Has(id) && (!ended || g.Ending == broker.EndingFailed):
-		return broker.Errorf(broker.Expired, opCollect, "it is not kept any more, and is being ended").With(broker.CodeDeliveryLost)
+		return broker.Errorf(broker.Expired, opCollect, "the broker no longer keeps the secret, and ends it").
+			With(broker.CodeDeliveryLost)
 	case ended:
-		return broker.Errorf(broker.Expired, opCollect, "the grant is over").With(broker.CodeExpired)
+		return broker.Errorf(broker.Expired, opCollect, "the grant has ended").With(broker.CodeExpired)
 	}
 	if err := tx.CheckUsable(opCollect, c.lineage, c.lineage.Subject(g), c.now); err != nil {
 		return err
@@ -140,7 +146,7 @@ func (c *collection) record(tx *records.Tx, id broker.GrantID) error {
 	return err
 }
 
-// refused has follow what a refusal calls for.
+// refuse records a refusal and applies its consequences.
 func (c *collection) refuse(ctx context.Context, err error) error {
 	var refusal *broker.Error
 	switch {
@@ -157,11 +163,13 @@ func (c *collection) refuse(ctx context.Context, err error) error {
 	return c.e.recordDenial(ctx, c.caller, c.lineage, c.grant.Tool, refusal)
 }
 
-// secondUse applies the consequence of collecting a secret twice. The code stays already_collected: the collector must know that
-// another party has the secret.
+// secondUse applies the consequence of collecting a secret twice. The code stays already_collected: the collector must
+// know that another party has the secret.
 func (c *collection) secondUse(ctx context.Context, refusal *broker.Error) error {
 	policy := c.e.cfg.Policy()
 	t, _ := policy.Tool(c.grant.Tool)
-	return c.e.refuseBreach(ctx, breach{op: opCollect, code: broker.ViolationSecondUse, actor: c.caller.ID.String(), lineage: c.lineage, tool: c.grant.Tool, grant: c.grant.ID,
-		decision: policy.Decide(violationQuestion(c.caller, c.lineage, broker.ViolationSecondUse, t, c.now)), freeze: c.caller.ID, noSecret: c.grant.State == broker.StateClosed, now: c.now}, refusal)
+	d := policy.Decide(violationQuestion(c.caller, c.lineage, broker.ViolationSecondUse, t, c.now))
+	return c.e.refuseBreach(ctx, breach{op: opCollect, code: broker.ViolationSecondUse, actor: c.caller.ID.String(),
+		lineage: c.lineage, tool: c.grant.Tool, grant: c.grant.ID, decision: d, freeze: c.caller.ID,
+		noSecret: c.grant.State == broker.StateClosed, now: c.now}, refusal)
 }

@@ -8,32 +8,32 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// target is what a fence is put on: one node, one grant, or, when both are empty, whatever the
-// selector matches.
+// target is the place of a fence: one node, or one grant. When both are empty, the fence is a rule over everything that
+// the selector matches.
 type target struct {
 	node  broker.DelegationID
 	grant broker.GrantID
 }
 
-// fencing is one fence to be written.
+// fencing is one fence to write.
 type fencing struct {
 	by, reason, selector string
 	target               target
 	freeze               bool
 	now                  time.Time
-	check                bool // find out whether a rule covers anything, and refuse a final one that cannot
+	check                bool // refuse a final rule that covers nothing and never can
 }
 
-// fence is step 1 of revoke, inside the caller's transaction: one mark, whatever hangs below. Where the
-// same exists already, or a final mark where a freeze is asked for, nothing is written and the revocation
-// that exists is given: neither a thief who tries again nor a signal that is repeated makes the ledger grow.
+// fence is step 1 of Revoke, inside the caller's transaction: one mark, for any number of grants below. When the same
+// mark exists already, or a final mark where a freeze is requested, it writes nothing and returns the existing
+// revocation. So neither a thief's further attempts nor a repeated signal makes the ledger grow.
 func (e *Engine) fence(tx *records.Tx, f fencing) (broker.Revocation, error) {
 	id, err := e.newID("rv")
 	if err != nil {
 		return broker.Revocation{}, err
 	}
-	rv := broker.Revocation{ID: broker.RevocationID(id), Selector: f.selector, Reason: f.reason, By: f.by, Freeze: f.freeze,
-		Asked: f.now, Fenced: f.now, Closure: broker.ClosureUnknown, Grants: -1}
+	rv := broker.Revocation{ID: broker.RevocationID(id), Selector: f.selector, Reason: f.reason, By: f.by,
+		Freeze: f.freeze, Asked: f.now, Fenced: f.now, Closure: broker.ClosureUnknown, Grants: -1}
 	op := broker.OpFence
 	if f.freeze {
 		op = broker.OpFreeze
@@ -48,9 +48,10 @@ func (e *Engine) fence(tx *records.Tx, f fencing) (broker.Revocation, error) {
 	return e.fenceRule(tx, f, rv, entry)
 }
 
-// fenceRule writes a rule. There is one of each kind for a selector: a final rule is about the chains that
-// were open when it was written, so a repeated one takes the place of the first when there are others now.
-func (e *Engine) fenceRule(tx *records.Tx, f fencing, rv broker.Revocation, entry broker.Entry) (broker.Revocation, error) {
+// fenceRule writes a rule. A selector has at most one rule of each kind. A final rule covers the chains that were open
+// when it was written, so a repeated one replaces the first when it would cover more.
+func (e *Engine) fenceRule(tx *records.Tx, f fencing, rv broker.Revocation, entry broker.Entry,
+) (broker.Revocation, error) {
 	s, err := selector.Parse(f.selector)
 	if err != nil {
 		return broker.Revocation{}, broker.Errorf(broker.Malformed, "revoke", "%v", err)
@@ -69,18 +70,18 @@ func (e *Engine) fenceRule(tx *records.Tx, f fencing, rv broker.Revocation, entr
 		since = first.At
 	}
 	if f.check {
-		how, err := tx.MatchOf(records.NewRule(s, mark), e.cfg.Policy(), since, f.now)
+		match, err := tx.MatchOf(records.NewRule(s, mark), e.cfg.Policy(), since, f.now)
 		if err != nil {
 			return broker.Revocation{}, err
 		}
-		if how == records.MatchesNothing && first != nil {
+		if match == records.MatchesNothing && first != nil {
 			rv, _, err := existing(tx, first, false)
 			return rv, err
 		}
-		if how == records.MatchesNothing && !f.freeze {
+		if match == records.MatchesNothing && !f.freeze {
 			return broker.Revocation{}, nothingMatches("revoke")
 		}
-		rv.Nothing = how != records.MatchesNow
+		rv.Nothing = match != records.MatchesNow
 	}
 	if rv.Revision, err = tx.Enter(entry); err != nil {
 		return broker.Revocation{}, err
@@ -98,11 +99,12 @@ func (e *Engine) fenceRule(tx *records.Tx, f fencing, rv broker.Revocation, entr
 }
 
 func nothingMatches(op string) *broker.Error {
-	return broker.Errorf(broker.NotFound, op, "the selector matches nothing that is open or alive, and no step that can still be taken").
-		With(broker.CodeSelectorEmpty).Lacks("check its spelling; pawl chain list shows what there is", "selector")
+	return broker.Errorf(broker.NotFound, op,
+		"the selector matches nothing that is open or alive, and no step that can still be taken").
+		With(broker.CodeSelectorEmpty).Lacks("check its spelling; pawl chain list shows the open chains", "selector")
 }
 
-// existing gives the revocation whose mark is in force, when that is as hard as what is asked for.
+// existing returns the revocation of the mark in force, when the mark is at least as strong as the requested one.
 func existing(tx *records.Tx, mark *broker.Fence, freeze bool) (rv broker.Revocation, exists bool, err error) {
 	if mark == nil || mark.Frozen && !freeze {
 		return broker.Revocation{}, false, nil
@@ -112,7 +114,8 @@ func existing(tx *records.Tx, mark *broker.Fence, freeze bool) (rv broker.Revoca
 	return rv, exists, err
 }
 
-func (e *Engine) fenceNode(tx *records.Tx, f fencing, rv broker.Revocation, entry broker.Entry) (broker.Revocation, error) {
+func (e *Engine) fenceNode(tx *records.Tx, f fencing, rv broker.Revocation, entry broker.Entry,
+) (broker.Revocation, error) {
 	d, ok, err := tx.Delegation(f.target.node)
 	if err != nil {
 		return broker.Revocation{}, err
@@ -138,7 +141,8 @@ func (e *Engine) fenceNode(tx *records.Tx, f fencing, rv broker.Revocation, entr
 	return rv, tx.PutRevocation(rv)
 }
 
-func (e *Engine) fenceGrant(tx *records.Tx, f fencing, rv broker.Revocation, entry broker.Entry) (broker.Revocation, error) {
+func (e *Engine) fenceGrant(tx *records.Tx, f fencing, rv broker.Revocation, entry broker.Entry,
+) (broker.Revocation, error) {
 	g, ok, err := tx.Grant(f.target.grant)
 	if err != nil {
 		return broker.Revocation{}, err
@@ -169,7 +173,7 @@ func (e *Engine) fenceGrant(tx *records.Tx, f fencing, rv broker.Revocation, ent
 	return rv, tx.PutRevocation(rv)
 }
 
-// targetOf finds the one node or grant that a selector names; the zero target exists for a rule.
+// targetOf finds the one node or grant that a selector names. The zero target is that of a rule.
 func targetOf(tx *records.Tx, s selector.Selector) (target, error) {
 	chain, node, grant, ok := s.Target()
 	if !ok {

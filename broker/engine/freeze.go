@@ -7,15 +7,16 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-// unfreezeLifted is the detail of the entry that lifts a freeze, and not of the one that first asks for it.
+// unfreezeLifted is the detail of the entry that lifts a freeze. The entry of the first request has another.
 const unfreezeLifted = "lifted"
 
-// Unfreeze lifts a freeze once a second operator has asked for it; the first call records the
-// first. What was revoked stays revoked.
+// Unfreeze lifts a freeze when two operators have requested it. The first call records the first operator. Revocations
+// are not lifted.
 //
-// Errors: Unauthenticated, NotFound, Conflict (it is no freeze, or is lifted), Denied with
-// CodeSecondPerson after the first call.
-func (e *Engine) Unfreeze(ctx context.Context, o broker.Operator, id broker.RevocationID) (rv broker.Revocation, err error) {
+// Errors: Unauthenticated, NotFound, Conflict (it is no freeze, or is lifted), Denied with CodeSecondPerson after the
+// first call.
+func (e *Engine) Unfreeze(ctx context.Context, o broker.Operator, id broker.RevocationID,
+) (rv broker.Revocation, err error) {
 	const op = "unfreeze"
 	if err := o.Check(op); err != nil {
 		return broker.Revocation{}, err
@@ -34,20 +35,21 @@ func (e *Engine) Unfreeze(ctx context.Context, o broker.Operator, id broker.Revo
 		} else if err := e.lift(tx, &rv); err != nil {
 			return err
 		}
-		if _, err := tx.Enter(broker.Entry{At: e.cfg.Now(), Actor: o.Name, Op: broker.OpUnfreeze, Chain: rv.Chain, Delegation: rv.Node,
-			Grant: rv.Grant, Revocation: id, Detail: map[bool]string{false: "asked for", true: unfreezeLifted}[second]}); err != nil {
+		detail := map[bool]string{false: "asked for", true: unfreezeLifted}[second]
+		if _, err := tx.Enter(broker.Entry{At: e.cfg.Now(), Actor: o.Name, Op: broker.OpUnfreeze, Chain: rv.Chain,
+			Delegation: rv.Node, Grant: rv.Grant, Revocation: id, Detail: detail}); err != nil {
 			return err
 		}
 		return tx.PutRevocation(rv)
 	})
 	if err == nil && !second {
-		err = broker.Errorf(broker.Denied, op, "recorded; a second operator must ask for the same").With(broker.CodeSecondPerson).
-			Lacks("another operator repeats this command", "operator")
+		err = broker.Errorf(broker.Denied, op, "recorded; a second operator must ask for the same").
+			With(broker.CodeSecondPerson).Lacks("another operator repeats this command", "operator")
 	}
 	return rv, err
 }
 
-// lift takes a freeze's mark away where it is still that freeze's.
+// lift removes the freeze's mark, unless a final fence has replaced it.
 func (e *Engine) lift(tx *records.Tx, rv *broker.Revocation) error {
 	rv.Lifted, rv.Settled = true, e.cfg.Now()
 	switch {

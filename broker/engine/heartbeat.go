@@ -10,23 +10,24 @@ import (
 
 func checkHeartbeat(op string, d time.Duration) error {
 	if d != 0 && (d < broker.MinHeartbeat || d > broker.MaxChainTTL) {
-		return broker.Errorf(broker.Malformed, op, "the heartbeat must be %s to %s, or none", broker.MinHeartbeat, broker.MaxChainTTL)
+		return broker.Errorf(broker.Malformed, op, "the heartbeat must be %s to %s, or none",
+			broker.MinHeartbeat, broker.MaxChainTTL)
 	}
 	return nil
 }
 
-// missedHeartbeat records the violation and applies its consequence. recorded is false when the ledger failed, and it must be
-// tried again.
+// missedHeartbeat records the violation of a missed heartbeat and applies its consequence. recorded is false when the
+// ledger failed and the watchdog must retry.
 func (e *Engine) missedHeartbeat(ctx context.Context, id broker.DelegationID) (recorded bool) {
 	err := e.applyMissedHeartbeat(ctx, id)
 	if err != nil && e.ctx.Err() == nil {
-		e.cfg.Alarm("recording a lost heartbeat", err)
+		e.cfg.Alarm("recording a missed heartbeat", err)
 	}
 	return err == nil
 }
 
-// lostHeartbeat is the breach of a missed heartbeat. Of an expired or revoked delegation none is expected. No step is the breach, so
-// revoke-step ends everything under the delegation, as for a report that names no grant.
+// applyMissedHeartbeat does the work of missedHeartbeat. An expired or revoked delegation owes no heartbeat. No single
+// step is at fault, so revoke-step fences the delegation, as for a report that names no grant.
 func (e *Engine) applyMissedHeartbeat(ctx context.Context, id broker.DelegationID) error {
 	const op = "heartbeat"
 	now := e.cfg.Now()
@@ -42,13 +43,14 @@ func (e *Engine) applyMissedHeartbeat(ctx context.Context, id broker.DelegationI
 		return err
 	}
 	holder := l.Leaf().Holder
-	d := e.cfg.Policy().Decide(violationQuestion(broker.Caller{ID: holder}, l, broker.ViolationHeartbeat, broker.Tool{}, now))
-	_, err = e.applyConsequence(ctx, breach{op: op, code: broker.ViolationHeartbeat, actor: holder.String(), lineage: l, decision: d, freeze: holder, now: now})
+	q := violationQuestion(broker.Caller{ID: holder}, l, broker.ViolationHeartbeat, broker.Tool{}, now)
+	_, err = e.applyConsequence(ctx, breach{op: op, code: broker.ViolationHeartbeat, actor: holder.String(), lineage: l,
+		decision: e.cfg.Policy().Decide(q), freeze: holder, now: now})
 	return err
 }
 
-// watched gives the delegations that the watchdog watches from a start on: roots, and delegations that were passed on and
-// used. Expired and revoked ones leave the list.
+// withHeartbeat lists the delegations that the watchdog watches from the start: those with a heartbeat that are roots,
+// or under which a step was taken. It takes expired and revoked delegations off the ledger's list.
 func withHeartbeat(tx *records.Tx, now time.Time) (list []broker.Delegation, err error) {
 	err = tx.EachHeartbeat(func(id broker.DelegationID) error {
 		l, err := tx.Lineage("resume", id)

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"strings"
 	"time"
 
@@ -13,9 +14,21 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-// issue is one run of the numbered procedure of architecture.md, "Issue". Its methods are the
-// steps; between any two of them the process may die, and [Broker.Resume] must find enough in
-// the ledger to leave nothing alive that it does not know.
+// Issue, the numbered procedure (docs/architecture.md):
+//
+//  0. Check the identity and the request.                              decide
+//  1. Decide on one policy snapshot, and narrow the grant.             decide
+//  2. Commit the intended grant: INTENT.                               intend
+//  3. Create the step's token below the delegation's token.            obtainToken; prefetchToken, concurrently with 2
+//  4. Commit the token's accessor: HANDLE.                             recordHandle
+//  5. Mint, once.                                                      mint
+//  6. Commit the lease: ISSUED. This is the commit point.              recordIssued
+//  7. Hand the secret over, or seal it for its collector.              the server, or deliver
+//
+// The process may die between any two steps. Each step names the state that a crash after it leaves. From that state
+// Resume ends everything that the issue may have created.
+
+// issue is one run of the procedure.
 type issue struct {
 	e         *Engine
 	caller    broker.Caller
@@ -23,37 +36,39 @@ type issue struct {
 	policy    broker.Policy
 	tool      broker.Tool
 	now       time.Time
-	asked     broker.Question // what was decided, with the history as it was then
-	answer    broker.Decision
+	asked     broker.Question // to policy in step 1, with the history of that moment
+	answer    broker.Decision // of policy in step 1
 	grant     broker.Grant
 	saved     records.EncodedGrant // the grant as this issue recorded it last
-	unchanged bool                 // what was read last is what this issue recorded
+	unchanged bool                 // the last read found the grant as saved
 	repeated  bool                 // the idempotency key was used for this step before
 }
 
 // Issue gives one secret for one step with one tool, or nothing.
 //
-// Errors: Malformed, Unauthenticated, NotFound (the delegation is not the caller's), Denied,
-// Revoked, Expired, Conflict (idempotency key), Unavailable. After Unavailable with
-// CodeOutcomeUnknown the broker hunts down what may have been minted; ask again with a new key.
+// Errors: Malformed, Unauthenticated, NotFound (the delegation is not the caller's), Denied, Revoked, Expired, Conflict
+// (idempotency key), Unavailable. After Unavailable with CodeOutcomeUnknown the broker ends any secret that Vault may
+// have minted, and the agent asks again with a new key.
 func (e *Engine) Issue(ctx context.Context, c broker.Caller, r broker.StepRequest) (broker.Issued, error) {
 	s := &issue{e: e, caller: c, request: r, policy: e.cfg.Policy(), now: e.cfg.Now()}
-	l, err := s.decide(ctx) // steps 0 and 1
+	// Steps 0 and 1. A crash after them leaves nothing.
+	l, err := s.decide(ctx)
 	if err != nil {
 		return broker.Issued{}, err
 	}
-	reserved := s.grant.ID // which a repeated key replaces by the grant that it names
+	reserved := s.grant.ID // a repeated key replaces s.grant by the earlier grant
 	if r.Seal != nil {
 		if err := e.deliveries.Reserve(s.grant); err != nil {
 			return broker.Issued{}, err
 		}
 	}
-	prefetched := s.prefetchToken(ctx, l) // step 3, beside step 2 where that wastes nothing
-	if err := s.intend(ctx); err != nil { // step 2
+	// Step 2, and step 3 concurrently where the token is unlikely to be wasted.
+	prefetched := s.prefetchToken(ctx, l)
+	if err := s.intend(ctx); err != nil {
 		prefetched.drop(ctx, e)
 		e.deliveries.Take(reserved)
 		if broker.KindOf(err) == broker.Unavailable {
-			e.reaper.EndNow(s.grant) // whether it was recorded may not be known
+			e.reaper.EndNow(s.grant) // the commit may have succeeded
 		}
 		return broker.Issued{}, s.refuseIntent(ctx, l, err)
 	}
@@ -64,23 +79,23 @@ func (e *Engine) Issue(ctx context.Context, c broker.Caller, r broker.StepReques
 	}
 	e.reaper.BeginMint(s.grant)
 	defer e.reaper.EndMint(s.grant.ID)
-	secret, err := s.mint(ctx, prefetched)
+	secret, err := s.mint(ctx, prefetched) // steps 3 to 6
 	if err == nil && r.Seal != nil {
 		err = s.deliver(secret)
 		secret = broker.Secret{}
 	}
 	if err != nil {
 		e.deliveries.Take(s.grant.ID)
-		e.reaper.EndMint(s.grant.ID) // first: the closer leaves alone what is being minted
+		e.reaper.EndMint(s.grant.ID) // before EndNow: the reaper leaves grants in minting alone
 		e.reaper.EndNow(s.grant)
 		return broker.Issued{}, err
 	}
-	return broker.Issued{Grant: s.grant, Secret: secret}, nil // step 7 is the server's
+	return broker.Issued{Grant: s.grant, Secret: secret}, nil // step 7, by the server; a crash leaves the ISSUED grant
 }
 
 const opIssue = "issue"
 
-// decide is steps 0 and 1: who asks, for what exactly, and may they.
+// decide is steps 0 and 1: it validates the request, asks policy, and builds the grant.
 func (s *issue) decide(ctx context.Context) (l records.Lineage, err error) {
 	if err := s.caller.Check(opIssue, s.now); err != nil {
 		return l, err
@@ -99,12 +114,12 @@ func (s *issue) decide(ctx context.Context) (l records.Lineage, err error) {
 		return l, err
 	}
 	s.tool, _ = s.policy.Tool(s.request.Tool)
-	s.asked = broker.Question{Action: broker.ActionUse, Caller: s.caller, Tool: s.tool, Args: s.request.Args, Chain: l.Chain, Depth: l.Depth(),
-		History: history, Now: s.now}
+	s.asked = broker.Question{Action: broker.ActionUse, Caller: s.caller, Tool: s.tool, Args: s.request.Args,
+		Chain: l.Chain, Depth: l.Depth(), History: history, Now: s.now}
 	if err := s.e.refuseCanary(ctx, opIssue, s.policy, s.asked, l, nil, s.request.Tool); err != nil {
 		return l, err
 	}
-	// Policy speaks before scope: a forbidden tool is a violation whether it was delegated or not.
+	// Policy comes before scope: a forbidden tool is a violation even when it was not delegated.
 	if s.answer, err = s.e.permit(ctx, opIssue, s.policy, s.asked, s.request.Tool, l); err != nil {
 		return l, err
 	}
@@ -120,21 +135,38 @@ func (s *issue) decide(ctx context.Context) (l records.Lineage, err error) {
 	return l, s.bindSeal(ctx, l)
 }
 
-// inScope checks the tool and each argument against the declaration and every ancestor.
+// deny records the refusal and returns it.
+func (s *issue) deny(ctx context.Context, l records.Lineage, refusal *broker.Error) error {
+	return s.e.recordDenial(ctx, s.caller, l, s.tool.Name, refusal)
+}
+
+// denyViolation applies the consequence of a violation and returns the refusal.
+func (s *issue) denyViolation(ctx context.Context, l records.Lineage, v broker.ViolationCode, refusal *broker.Error,
+) error {
+	return s.e.refuseViolation(ctx, s.caller, l, v, s.tool.Name, refusal)
+}
+
+// checkScope checks the tool and each argument against the tool's declaration and every delegation of the lineage.
 func (s *issue) checkScope(ctx context.Context, l records.Lineage) error {
+	tool := s.tool.Name
 	if wrong := s.tool.Check(s.request.Args); len(wrong) > 0 {
-		return s.e.recordDenial(ctx, s.caller, l, s.tool.Name, broker.Errorf(broker.Denied, opIssue, "the arguments are not what tool %q takes: %s", s.tool.Name, strings.Join(wrong, ", ")).
+		return s.deny(ctx, l, broker.Errorf(broker.Denied, opIssue,
+			"tool %q does not take these arguments: %s", tool, strings.Join(wrong, ", ")).
 			With(broker.CodeArgumentOutside).Lacks("see the tool's declaration", prefixed("argument:", wrong)...))
 	}
 	for i, d := range l.Nodes {
-		right, ok := d.Scope.Right(s.tool.Name)
+		right, ok := d.Scope.Right(tool)
 		if leaf := i == len(l.Nodes)-1; !ok || leaf && !right.Use {
-			return s.e.refuseViolation(ctx, s.caller, l, broker.ViolationScope, s.tool.Name, broker.Errorf(broker.Denied, opIssue, "your delegation does not let you use tool %q", s.tool.Name).
-				With(broker.CodeToolNotDelegated).Lacks("ask whoever delegated to you for a delegation that has it", "tool:"+string(s.tool.Name)+":use"))
+			return s.denyViolation(ctx, l, broker.ViolationScope,
+				broker.Errorf(broker.Denied, opIssue, "your delegation does not let you use tool %q", tool).
+					With(broker.CodeToolNotDelegated).
+					Lacks("ask your delegator for a delegation with this tool", "tool:"+string(tool)+":use"))
 		}
 		if outside := right.Allows(s.request.Args); len(outside) > 0 {
-			return s.e.refuseViolation(ctx, s.caller, l, broker.ViolationScope, s.tool.Name, broker.Errorf(broker.Denied, opIssue, "outside your delegation of tool %q: %s", s.tool.Name, strings.Join(outside, ", ")).
-				With(broker.CodeArgumentOutside).Lacks("stay inside the delegation, or ask for a wider one", prefixed("argument:", outside)...))
+			return s.denyViolation(ctx, l, broker.ViolationScope, broker.Errorf(broker.Denied, opIssue,
+				"outside your delegation of tool %q: %s", tool, strings.Join(outside, ", ")).
+				With(broker.CodeArgumentOutside).
+				Lacks("stay inside the delegation, or ask for a wider one", prefixed("argument:", outside)...))
 		}
 	}
 	return nil
@@ -148,20 +180,24 @@ func prefixed(prefix string, names []string) []string {
 	return out
 }
 
-// checkObligations checks what an allow asks for in return.
+// checkObligations checks the obligations of an allow: narrowing and approval.
 func (s *issue) checkObligations(ctx context.Context, l records.Lineage, d broker.Decision) error {
 	if s.tool.Narrowing < d.Narrowing {
-		return s.e.recordDenial(ctx, s.caller, l, s.tool.Name, broker.Errorf(broker.Denied, opIssue, "policy wants secrets narrowed %q and tool %q gives %q", d.Narrowing, s.tool.Name, s.tool.Narrowing).
-			With(broker.CodeNarrowingTooWeak).Decided(d.Policies).Lacks("use a tool whose secrets are narrower", "narrowing:"+d.Narrowing.String()))
+		return s.deny(ctx, l, broker.Errorf(broker.Denied, opIssue,
+			"policy wants secrets narrowed %q and tool %q gives %q", d.Narrowing, s.tool.Name, s.tool.Narrowing).
+			With(broker.CodeNarrowingTooWeak).Decided(d.Policies).
+			Lacks("use a tool with narrower secrets", "narrowing:"+d.Narrowing.String()))
 	}
 	if d.Approval != "" {
-		return s.e.recordDenial(ctx, s.caller, l, s.tool.Name, broker.Errorf(broker.Denied, opIssue, "this step must be approved first: %s", d.Approval).
-			With(broker.CodeApprovalNeeded).Decided(d.Policies).Lacks(cmp.Or(d.Remedy, "have it approved by "+d.Approval), "approval:"+d.Approval))
+		return s.deny(ctx, l, broker.Errorf(broker.Denied, opIssue, "this step must be approved first: %s", d.Approval).
+			With(broker.CodeApprovalNeeded).Decided(d.Policies).
+			Lacks(cmp.Or(d.Remedy, "have it approved by "+d.Approval), "approval:"+d.Approval))
 	}
 	return nil
 }
 
-// narrow makes the grant: its life is the least of all that bounds it.
+// buildGrant builds the grant. It lives as long as the shortest of its limits: those of the tool, the request, the
+// decision, each delegation of the lineage, and the caller's SVID.
 func (s *issue) buildGrant(l records.Lineage, d broker.Decision) error {
 	ttl := s.tool.Lifetime()
 	for _, bound := range []time.Duration{s.request.TTL, d.TTL} {
@@ -175,19 +211,20 @@ func (s *issue) buildGrant(l records.Lineage, d broker.Decision) error {
 			expires = end
 		}
 	}
-	// Vault counts in seconds, and a life below one would round to none or to more.
+	// Vault counts whole seconds. It would round a lifetime below one second to none, or up.
 	if expires = expires.Truncate(time.Second); expires.Sub(s.now) < time.Second {
-		return broker.Errorf(broker.Expired, opIssue, "less than a second is left of the delegation or of your identity").With(broker.CodeExpired)
+		return broker.Errorf(broker.Expired, opIssue, "less than a second is left of the delegation or of your identity").
+			With(broker.CodeExpired)
 	}
 	id, err := s.e.newID("gr")
 	if err != nil {
 		return err
 	}
 	digest := s.request.Args.Digest()
-	s.grant = broker.Grant{ID: broker.GrantID(id), Chain: l.Chain.ID, Delegation: l.Leaf().ID, Caller: s.caller.ID, Tool: s.tool.Name,
-		Backend: s.tool.Backend, Narrowing: s.tool.Narrowing, Args: s.request.Args, ArgsDigest: hex.EncodeToString(digest[:]), Purpose: s.request.Purpose,
-		Path: strings.Join(s.tool.Path, "/"), State: broker.StateIntent, Created: s.now, Expires: expires,
-		Bundle: s.policy.Digest(), Policies: d.Policies}
+	s.grant = broker.Grant{ID: broker.GrantID(id), Chain: l.Chain.ID, Delegation: l.Leaf().ID, Caller: s.caller.ID,
+		Tool: s.tool.Name, Backend: s.tool.Backend, Narrowing: s.tool.Narrowing, Args: s.request.Args,
+		ArgsDigest: hex.EncodeToString(digest[:]), Purpose: s.request.Purpose, Path: strings.Join(s.tool.Path, "/"),
+		State: broker.StateIntent, Created: s.now, Expires: expires, Bundle: s.policy.Digest(), Policies: d.Policies}
 	return nil
 }
 
@@ -198,9 +235,10 @@ func expiries(nodes []broker.Delegation) (list []time.Time) {
 	return list
 }
 
-// intend is step 2, one transaction: nothing on the records.Lineage is fenced, no budget of the records.Lineage is
-// exceeded, policy allows it with the history as it is now, the key is new → INTENT. A crash
-// after it leaves an INTENT under which nothing can have been made in Vault.
+// intend is step 2, one transaction. No node of the lineage is fenced, no budget is exceeded, policy allows the step
+// with the present history, and the idempotency key is new. Then it records the INTENT.
+//
+// A crash after it leaves an INTENT without a token's accessor, so Vault has minted nothing for it.
 func (s *issue) intend(ctx context.Context) error {
 	next, err := records.EncodeGrant(s.grant)
 	if err != nil {
@@ -232,7 +270,8 @@ func (s *issue) recordIntent(tx *records.Tx, next records.EncodedGrant) error {
 	return err
 }
 
-// once looks the idempotency key up, and takes it when it is new.
+// claimKey records a new idempotency key for the grant. For a known key it replaces s.grant by the earlier grant, and
+// refuses the key for any other step.
 func (s *issue) claimKey(tx *records.Tx) (known bool, err error) {
 	if s.request.Key == "" {
 		return false, nil
@@ -249,25 +288,25 @@ func (s *issue) claimKey(tx *records.Tx) (known bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	// A key is looked up under its delegation, which one caller holds: from anybody else it is
-	// refused with the delegation.
+	// Keys are stored by delegation, and one caller holds a delegation. Other callers were refused before this.
+	refuse := func(code broker.Code, other, missing string) error {
+		return broker.Errorf(broker.Conflict, opIssue, "this idempotency key was used for a step %s", other).
+			With(code).Lacks("use a new key for a new step", missing)
+	}
 	if old.Tool != s.grant.Tool {
-		return false, broker.Errorf(broker.Conflict, opIssue, "this idempotency key was used for a step with tool %q", old.Tool).
-			With(broker.CodeKeyOtherTool).Lacks("use a new key for a new step", "tool:"+string(old.Tool))
+		return false, refuse(broker.CodeKeyOtherTool, fmt.Sprintf("with tool %q", old.Tool), "tool:"+string(old.Tool))
 	}
 	if old.Args.Digest() != s.grant.Args.Digest() {
-		return false, broker.Errorf(broker.Conflict, opIssue, "this idempotency key was used for a step with other arguments").
-			With(broker.CodeKeyOtherArguments).Lacks("use a new key for a new step", "arguments")
+		return false, refuse(broker.CodeKeyOtherArguments, "with other arguments", "arguments")
 	}
 	if old.Sealed != s.grant.Sealed || old.Collector != s.grant.Collector {
-		return false, broker.Errorf(broker.Conflict, opIssue, "this idempotency key was used for a step that was sealed otherwise").
-			With(broker.CodeKeyOtherSeal).Lacks("use a new key for a new step", "seal")
+		return false, refuse(broker.CodeKeyOtherSeal, "with another seal", "seal")
 	}
 	s.grant, s.repeated = old, true
 	return true, nil
 }
 
-// spend counts the step on every node of the records.Lineage that counts, in-flight steps included.
+// spendBudgets counts the step on every node of the lineage. Steps in flight count.
 func (s *issue) spendBudgets(tx *records.Tx, l records.Lineage) error {
 	for i, d := range l.Nodes {
 		u, err := tx.Usage(d.ID)
@@ -290,8 +329,8 @@ func (s *issue) spendBudgets(tx *records.Tx, l records.Lineage) error {
 	return nil
 }
 
-// stillAllowed decides again when other steps of the chain have begun since: a rule over the
-// history must hold when steps race. A decision is a pure function, so that is cheap here.
+// redecide decides again when other steps of the chain have begun since step 1: a policy over the history must hold
+// when steps race. A decision is a pure function, so it is cheap inside a transaction.
 func (s *issue) redecide(u records.Usage) error {
 	begun := 0
 	for _, past := range s.asked.History {
@@ -307,30 +346,31 @@ func (s *issue) redecide(u records.Usage) error {
 		return &deniedNow{q, d}
 	}
 	if d.Approval != s.answer.Approval || d.Narrowing != s.answer.Narrowing || d.TTL != s.answer.TTL {
-		return broker.Errorf(broker.Conflict, opIssue, "another step of the chain came between; ask again").After(time.Millisecond)
+		return broker.Errorf(broker.Conflict, opIssue, "another step of the chain came between; ask again").
+			After(time.Millisecond)
 	}
 	return nil
 }
 
-// forbidding carries a deny out of a transaction, so that its consequence follows after it.
+// deniedNow carries a deny out of the transaction of step 2. Its consequence needs a transaction of its own.
 type deniedNow struct {
 	q broker.Question
 	d broker.Decision
 }
 
-func (*deniedNow) Error() string { return "policy forbids it with the history as it is now" }
+func (*deniedNow) Error() string { return "policy denies the step with the chain's present history" }
 
 func (s *issue) overBudget(limit string) *broker.Error {
 	refusal := broker.Errorf(broker.Denied, opIssue, "the budget is used up: %s", strings.TrimPrefix(limit, "budget:")).
-		With(broker.CodeBudgetExhausted).Lacks("ask whoever delegated to you for more", limit)
+		With(broker.CodeBudgetExhausted).Lacks("ask your delegator for a larger budget", limit)
 	if limit == "budget:per_minute" {
 		return refusal.With(broker.CodeTooFast).After(time.Minute - time.Duration(s.now.Unix()%60)*time.Second)
 	}
 	return refusal
 }
 
-// explain records a refusal of step 2 and lets policy say what follows a budget that is used
-// up or a replayed key.
+// refuseIntent records a refusal of step 2. For an exhausted budget and a replayed key it applies the consequence that
+// policy attaches to them.
 func (s *issue) refuseIntent(ctx context.Context, l records.Lineage, err error) error {
 	var denied *deniedNow
 	var refusal *broker.Error
@@ -340,42 +380,45 @@ func (s *issue) refuseIntent(ctx context.Context, l records.Lineage, err error) 
 	case !errors.As(err, &refusal):
 		return err
 	case refusal.Code == broker.CodeBudgetExhausted || refusal.Code == broker.CodeTooFast:
-		return s.e.refuseViolation(ctx, s.caller, l, broker.ViolationBudget, s.tool.Name, refusal)
+		return s.denyViolation(ctx, l, broker.ViolationBudget, refusal)
 	case refusal.Code == broker.CodeKeyOtherTool || refusal.Code == broker.CodeKeyOtherArguments:
-		return s.e.refuseViolation(ctx, s.caller, l, broker.ViolationReplay, s.tool.Name, refusal)
+		return s.denyViolation(ctx, l, broker.ViolationReplay, refusal)
 	case refusal.Kind == broker.Unavailable || refusal.Kind == broker.Internal:
 		return refusal
 	}
-	return s.e.recordDenial(ctx, s.caller, l, s.tool.Name, refusal)
+	return s.deny(ctx, l, refusal)
 }
 
-// mint is steps 3 to 6. After an error from it the grant is the closer's: whatever may exist is
-// named in the ledger by then.
+// mint is steps 3 to 6. After an error the reaper ends the grant: the ledger has the accessor of any token that may
+// have minted.
 func (s *issue) mint(ctx context.Context, prefetched *stepToken) (broker.Secret, error) {
-	// Step 3: a token that can mint this once. A crash before its accessor is recorded leaves a
-	// token that nobody has, with no lease, that ends with the grant.
+	// Step 3. A crash after it leaves an INTENT, and a token that no process holds and that has no lease. Resume closes
+	// the INTENT, and Vault expires the token at its hard maximum.
 	m, token, err := s.obtainToken(ctx, prefetched)
 	if err != nil {
 		return broker.Secret{}, err
 	}
-	// The client's own going away must not cut the mint in two.
+	// The mint must complete although the client may disconnect.
 	mintCtx, cancel := detached(ctx, s.e.cfg.MintTimeout)
 	defer cancel()
-	// Step 4: from here on the ledger can end whatever the token makes.
+	// Step 4. A crash after it leaves a HANDLE. Resume revokes the accessor, and with it every lease of the token.
 	if err := s.recordHandle(ctx, token, m.TTL); err != nil {
 		s.e.kill(ctx, token)
 		return broker.Secret{}, err
 	}
 	if mintCtx.Err() != nil {
-		return broker.Secret{}, broker.Errorf(broker.Unavailable, opIssue, "recording took longer than a mint may; nothing was minted").
+		return broker.Secret{}, broker.Errorf(broker.Unavailable, opIssue,
+			"recording the token took longer than a mint may; nothing was minted").
 			With(broker.CodeLedgerDown).After(time.Second)
 	}
-	// Step 5, once.
+	// Step 5, without a retry. A crash after it leaves a HANDLE, and a lease that the ledger may not know. Resume
+	// revokes the accessor, waits until no mint can be in flight, and the sweep ends a lease that outlived its token.
 	lease, secret, err := s.e.cfg.Vault.Mint(mintCtx, token, m)
 	if err != nil {
 		return broker.Secret{}, s.mintFailed(ctx, err)
 	}
-	// Step 6, the commit point: handed over only when nothing is fenced now.
+	// Step 6, the commit point. A crash after it leaves an ISSUED grant, which ends at its expiry. A sealed secret is
+	// lost with the process, so Resume ends its grant at once.
 	if err := s.recordIssued(ctx, lease); err != nil {
 		secret.Wipe()
 		return broker.Secret{}, err
@@ -383,7 +426,8 @@ func (s *issue) mint(ctx context.Context, prefetched *stepToken) (broker.Secret,
 	return secret, nil
 }
 
-// handle is step 4. The time for the mint runs already, so that Settles is after its end.
+// recordHandle is step 4. Settles is after the last moment at which Vault may complete the mint, since the mint's
+// timeout began before this call.
 func (s *issue) recordHandle(ctx context.Context, token broker.Handle, longest time.Duration) error {
 	settles := s.e.cfg.Now().Add(s.e.cfg.MintTimeout + s.e.cfg.MintBound)
 	record := func(g broker.Grant) (records.EncodedGrant, error) {
@@ -413,8 +457,8 @@ func (s *issue) recordHandle(ctx context.Context, token broker.Handle, longest t
 	})
 }
 
-// issued is step 6. When it refuses, the lease is recorded all the same, so that it can be
-// ended by name.
+// recordIssued is step 6. When the grant was fenced or expired meanwhile, it records the lease nevertheless, so that
+// the reaper can revoke it by name, and returns the refusal.
 func (s *issue) recordIssued(ctx context.Context, lease broker.Lease) error {
 	record := func(g broker.Grant, refusal error) (records.EncodedGrant, error) {
 		if g.State, g.Lease = broker.StateIssued, lease; refusal != nil {
@@ -453,22 +497,23 @@ func (s *issue) recordIssued(ctx context.Context, lease broker.Lease) error {
 	return refusal
 }
 
-// save records the grant, and keeps what was recorded.
+// save writes the grant and keeps it.
 func (s *issue) save(tx *records.Tx, encoded records.EncodedGrant) error {
 	s.saved, s.grant = encoded, encoded.Grant
 	return tx.PutEncoded(encoded)
 }
 
-// recheck reads the grant again and refuses it when anything over it is fenced or out of time.
-// The grant is given with the refusal.
+// recheck reads the grant again, and refuses it when it or a node of its lineage is fenced or expired. It returns the
+// grant with the refusal.
 func (s *issue) recheck(tx *records.Tx) (broker.Grant, error) {
 	g, unchanged, ok, err := tx.RereadGrant(s.saved)
 	s.unchanged = unchanged
 	if ok && g.State == broker.StateClosed && g.Ending == broker.EndingRevoked {
-		return g, broker.Errorf(broker.Revoked, opIssue, "revoked while it was on its way; nothing more is handed out").With(broker.CodeFenced)
+		return g, broker.Errorf(broker.Revoked, opIssue, "revoked while the step was in flight; nothing more is handed out").
+			With(broker.CodeFenced)
 	}
 	if err != nil || !ok || g.State == broker.StateClosed {
-		return s.grant, broker.Errorf(broker.Expired, opIssue, "the grant is over").With(broker.CodeExpired).Because(err)
+		return s.grant, broker.Errorf(broker.Expired, opIssue, "the grant has ended").With(broker.CodeExpired).Because(err)
 	}
 	if g.Fence != nil {
 		return g, records.Fenced(opIssue, g.Fence)
@@ -482,36 +527,43 @@ func (s *issue) recheck(tx *records.Tx) (broker.Grant, error) {
 		return g, err
 	}
 	if !now.Before(g.Expires) {
-		return g, broker.Errorf(broker.Expired, opIssue, "the step took longer than its secret would have lived").With(broker.CodeExpired)
+		return g, broker.Errorf(broker.Expired, opIssue, "issuing took longer than the secret's lifetime").
+			With(broker.CodeExpired)
 	}
 	return g, nil
 }
 
-// mintFailed sorts what a failed mint may have left. The closer ends it either way. A fence that
-// killed the step's token is what the agent is told of, not Vault's refusal.
+// mintFailed classifies a failed mint: fenced or expired, certainly not minted, or unknown. The reaper ends the grant
+// in each case. A fence makes the reaper kill the step's token, and Vault then refuses the mint. The agent gets the
+// fence as the reason, not Vault's refusal.
 func (s *issue) mintFailed(ctx context.Context, err error) error {
 	var ended error
-	if s.e.view(context.WithoutCancel(ctx), opIssue, func(tx *records.Tx) error { _, ended = s.recheck(tx); return nil }) == nil &&
-		(broker.KindOf(ended) == broker.Revoked || broker.KindOf(ended) == broker.Expired) && ended != nil {
+	readErr := s.e.view(context.WithoutCancel(ctx), opIssue, func(tx *records.Tx) error {
+		_, ended = s.recheck(tx)
+		return nil
+	})
+	if kind := broker.KindOf(ended); readErr == nil && (kind == broker.Revoked || kind == broker.Expired) {
 		return ended
 	}
 	if errors.Is(err, broker.ErrNotMinted) {
 		return asUnavailable(err, broker.CodeVaultDown, "Vault did not mint; nothing was made")
 	}
-	clean, cancel := detached(ctx, s.e.cfg.MintTimeout)
+	recordCtx, cancel := detached(ctx, s.e.cfg.MintTimeout)
 	defer cancel()
-	recordErr := s.e.update(clean, opIssue, func(tx *records.Tx) error {
+	recordErr := s.e.update(recordCtx, opIssue, func(tx *records.Tx) error {
 		_, err := tx.Enter(s.entry(broker.OpUnknown, "the mint's outcome is not known"))
 		return err
 	})
 	if recordErr != nil {
 		s.e.cfg.Alarm("recording a mint whose outcome is unknown", recordErr)
 	}
-	return broker.Errorf(broker.Unavailable, opIssue, "it is not known whether Vault minted; whatever exists is being ended").
+	return broker.Errorf(broker.Unavailable, opIssue,
+		"it is not known whether Vault minted; the broker ends any secret that exists").
 		With(broker.CodeOutcomeUnknown).Because(err).Lacks("ask again, with a new idempotency key").After(time.Second)
 }
 
 func (s *issue) entry(op broker.Op, detail string) broker.Entry {
-	return broker.Entry{At: s.e.cfg.Now(), Actor: s.caller.ID.String(), Op: op, Chain: s.grant.Chain, Delegation: s.grant.Delegation,
-		Grant: s.grant.ID, Tool: s.grant.Tool, Bundle: s.grant.Bundle, Policies: s.grant.Policies, Detail: detail}
+	return broker.Entry{At: s.e.cfg.Now(), Actor: s.caller.ID.String(), Op: op, Chain: s.grant.Chain,
+		Delegation: s.grant.Delegation, Grant: s.grant.ID, Tool: s.grant.Tool, Bundle: s.grant.Bundle,
+		Policies: s.grant.Policies, Detail: detail}
 }

@@ -14,8 +14,7 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// Open begins a chain for a task and gives its root, held by the caller. Nothing is made in
-// Vault before the first step needs it.
+// Open creates a chain for a task and returns its root, which the caller holds. The first step creates its Vault token.
 //
 // Errors: Malformed, Unauthenticated, Denied, Unavailable.
 func (e *Engine) Open(ctx context.Context, c broker.Caller, r broker.OpenRequest) (broker.Delegation, error) {
@@ -29,8 +28,8 @@ func (e *Engine) Open(ctx context.Context, c broker.Caller, r broker.OpenRequest
 		return broker.Delegation{}, err
 	}
 	chain := broker.Chain{Task: r.Task, Opener: c.ID, Opened: now, Labels: r.Labels}
-	root := broker.Delegation{Holder: c.ID, Scope: scope, Budget: r.Budget, Depth: r.Depth, Created: now, Heartbeat: r.Heartbeat,
-		Expires: now.Add(cmp.Or(r.TTL, broker.DefaultChainTTL))}
+	root := broker.Delegation{Holder: c.ID, Scope: scope, Budget: r.Budget, Depth: r.Depth, Created: now,
+		Heartbeat: r.Heartbeat, Expires: now.Add(cmp.Or(r.TTL, broker.DefaultChainTTL))}
 	if err := e.identify(&chain, &root); err != nil {
 		return broker.Delegation{}, err
 	}
@@ -91,7 +90,8 @@ func checkOpen(op string, r broker.OpenRequest) (broker.Scope, error) {
 	}
 	for name, value := range r.Labels {
 		if err := args.CheckName(name); err != nil {
-			return nil, broker.Errorf(broker.Malformed, op, "label names are lower-case letters, digits and underscores, at most 64")
+			return nil, broker.Errorf(broker.Malformed, op,
+				"label names are lower-case letters, digits and underscores, at most 64")
 		}
 		if err := checkText(op, "the value of label "+name, value, 0, 64); err != nil {
 			return nil, err
@@ -103,8 +103,9 @@ func checkOpen(op string, r broker.OpenRequest) (broker.Scope, error) {
 	return checkShare(op, r.Rights, r.Budget, r.Depth, r.TTL)
 }
 
-// checkShare validates what opening and delegating have in common.
-func checkShare(op string, rights []broker.Right, budget broker.Budget, depth int, ttl time.Duration) (broker.Scope, error) {
+// checkShare validates the fields that OpenRequest and DelegateRequest share.
+func checkShare(op string, rights []broker.Right, budget broker.Budget, depth int, ttl time.Duration,
+) (broker.Scope, error) {
 	scope, err := broker.NewScope(rights)
 	if err != nil {
 		return nil, broker.Errorf(broker.Malformed, op, "%v", err)
@@ -121,9 +122,8 @@ func checkShare(op string, rights []broker.Right, budget broker.Budget, depth in
 	return scope, nil
 }
 
-// Delegate passes on less than the caller's own delegation to another SPIFFE ID and gives the
-// child. The child allows nothing that the parent may not pass on (architecture.md: authority
-// that passes through Pawl only ever gets narrower).
+// Delegate passes a part of the caller's delegation on to another SPIFFE ID and returns the child. The child allows
+// nothing that the parent may not pass on: authority only gets narrower.
 //
 // Errors: Malformed, Unauthenticated, NotFound, Denied, Revoked, Expired, Unavailable.
 func (e *Engine) Delegate(ctx context.Context, c broker.Caller, r broker.DelegateRequest) (broker.Delegation, error) {
@@ -183,7 +183,8 @@ func (e *Engine) Delegate(ctx context.Context, c broker.Caller, r broker.Delegat
 	return child, nil
 }
 
-// childOf is what r makes of d, before it is checked to be narrower. It ends with d at the latest.
+// childOf builds the child that r asks for under d. Zero fields of r take d's limit, and the child expires with d at
+// the latest. The caller checks that the child is narrower.
 func childOf(d broker.Delegation, r broker.DelegateRequest, scope broker.Scope, now time.Time) broker.Delegation {
 	expires := d.Expires
 	if r.TTL > 0 && now.Add(r.TTL).Before(expires) {
@@ -205,9 +206,9 @@ func childOf(d broker.Delegation, r broker.DelegateRequest, scope broker.Scope, 
 		Depth: r.Depth, Created: now, Expires: expires, Heartbeat: cmp.Or(r.Heartbeat, d.Heartbeat)}
 }
 
-// refuseWider gives the refusal of a child that is wider than its parent in anything; nil when it is not.
-// The life asked for is held against the parent's whole life, not against what is left of it: whoever
-// asks for as long as it was given itself means to the end, and gets that.
+// refuseWider refuses a child that is wider than its parent in any respect; nil: it is not. It compares the requested
+// lifetime with the parent's whole lifetime, not with the remaining part. A holder that asks for the lifetime it was
+// given gets the remaining part.
 func refuseWider(op string, parent, child broker.Delegation, ttl time.Duration) *broker.Error {
 	if parent.Depth == 0 {
 		return broker.Errorf(broker.Denied, op, "this delegation may not be passed on any further").
@@ -225,14 +226,16 @@ func refuseWider(op string, parent, child broker.Delegation, ttl time.Duration) 
 	}
 	if len(wider) > 0 {
 		return broker.Errorf(broker.Denied, op, "the delegation asks for more than yours may pass on").
-			With(broker.CodeDelegationWider).Lacks("ask for less, or for a wider delegation from whoever gave you yours", wider...)
+			With(broker.CodeDelegationWider).
+			Lacks("ask for less, or ask your delegator for a wider delegation", wider...)
 	}
 	return nil
 }
 
-// permitAll asks policy for each tool of a scope, and that a permit names both trust domains
-// when the receiver is in another.
-func (e *Engine) permitAll(ctx context.Context, op string, policy broker.Policy, q broker.Question, scope broker.Scope, l records.Lineage) (deciders []string, err error) {
+// permitAll asks policy for each tool of a scope. When the receiver is in another trust domain, a permit must name both
+// domains.
+func (e *Engine) permitAll(ctx context.Context, op string, policy broker.Policy, q broker.Question, scope broker.Scope,
+	l records.Lineage) (deciders []string, err error) {
 	for _, right := range scope {
 		d, err := e.permit(ctx, op, policy, q, right.Tool, l)
 		if err != nil {
@@ -241,7 +244,8 @@ func (e *Engine) permitAll(ctx context.Context, op string, policy broker.Policy,
 		if !permitsBoth(d.Domains, q.Caller.ID.TrustDomain(), q.Receiver.TrustDomain()) {
 			return nil, e.recordDenial(ctx, q.Caller, l, right.Tool,
 				broker.Errorf(broker.Denied, op, "the receiver is in another trust domain and no policy names both").
-					With(broker.CodeForeignDomain).Decided(d.Policies).Lacks("a permit that names both trust domains", "domain:"+q.Receiver.TrustDomain().Name()))
+					With(broker.CodeForeignDomain).Decided(d.Policies).
+					Lacks("a permit that names both trust domains", "domain:"+q.Receiver.TrustDomain().Name()))
 		}
 		deciders = append(deciders, d.Policies...)
 	}
@@ -257,9 +261,10 @@ func unique(s []string) []string {
 	return slices.Compact(s)
 }
 
-// held reads the records.Lineage to a delegation that the caller holds, and the chain's history. One that
-// somebody else holds is answered like one that does not exist.
-func (e *Engine) heldLineage(ctx context.Context, op string, c broker.Caller, id broker.DelegationID, now time.Time) (l records.Lineage, history map[broker.ToolName]broker.Past, err error) {
+// heldLineage reads the lineage of a delegation that the caller holds, and the chain's history. A delegation of another
+// holder gets the same refusal as one that does not exist.
+func (e *Engine) heldLineage(ctx context.Context, op string, c broker.Caller, id broker.DelegationID, now time.Time,
+) (l records.Lineage, history map[broker.ToolName]broker.Past, err error) {
 	err = e.view(ctx, op, func(tx *records.Tx) error {
 		if l, err = tx.Lineage(op, id); err != nil {
 			return err

@@ -8,8 +8,8 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-// Report takes a violation from a reporter: a holder of a delegation in the chain, or whoever
-// policy lets report. What follows is policy's to say.
+// Report records a violation and applies the consequence that policy attaches to it. The reporter is a holder of the
+// delegation or of one of its ancestors, or a caller that policy allows to report.
 //
 // Errors: Malformed, Unauthenticated, NotFound, Denied, Unavailable.
 func (e *Engine) Report(ctx context.Context, c broker.Caller, r broker.ReportRequest) (broker.Reported, error) {
@@ -19,7 +19,8 @@ func (e *Engine) Report(ctx context.Context, c broker.Caller, r broker.ReportReq
 		return broker.Reported{}, err
 	}
 	if args.CheckName(string(r.Violation)) != nil {
-		return broker.Reported{}, broker.Errorf(broker.Malformed, op, "a violation's code is lower-case letters, digits and underscores, at most 64")
+		return broker.Reported{}, broker.Errorf(broker.Malformed, op,
+			"a violation's code is lower-case letters, digits and underscores, at most 64")
 	}
 	if err := checkText(op, "detail", r.Detail, 0, broker.MaxTask); err != nil {
 		return broker.Reported{}, err
@@ -49,12 +50,13 @@ func (e *Engine) Report(ctx context.Context, c broker.Caller, r broker.ReportReq
 		if !l.Holds(c) {
 			return broker.Reported{}, e.recordDenial(ctx, c, l, "", records.UnknownDelegation(op))
 		}
-		// A holder may stop its own chain, and nobody beyond it: otherwise an agent could pass a
-		// little on to another one and have that frozen everywhere.
+		// A holder without a permit may stop its own chain only. Otherwise an agent could delegate to another workload
+		// and then freeze it everywhere.
 		d.Consequence = min(d.Consequence, broker.ConsequenceRevokeChain)
 	}
-	rv, err := e.applyConsequence(ctx, breach{op: op, code: r.Violation, actor: c.ID.String(), lineage: l, tool: g.Tool, grant: r.Grant,
-		decision: d, freeze: l.Leaf().Holder, by: c.ID.String(), reason: "reported: " + string(r.Violation), detail: r.Detail, now: now})
+	rv, err := e.applyConsequence(ctx, breach{op: op, code: r.Violation, actor: c.ID.String(), lineage: l, tool: g.Tool,
+		grant: r.Grant, decision: d, freeze: l.Leaf().Holder, by: c.ID.String(),
+		reason: "reported: " + string(r.Violation), detail: r.Detail, now: now})
 	if err != nil {
 		return broker.Reported{}, err
 	}

@@ -12,7 +12,7 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/volatile"
 )
 
-// New validates cfg. Nothing runs in the background before [Engine.Resume].
+// New validates cfg and makes an Engine. No background work runs before [Engine.Resume].
 func New(cfg Config) (*Engine, error) {
 	for name, missing := range map[string]bool{
 		"Ledger": cfg.Ledger == nil, "Policy": cfg.Policy == nil, "Vault": cfg.Vault == nil,
@@ -39,16 +39,18 @@ func New(cfg Config) (*Engine, error) {
 	return e, nil
 }
 
-// Stop ends the background work and waits for it. What was not finished is in the ledger, and
-// [Engine.Resume] of the next Engine goes on with it.
+// Stop cancels the background work and waits for it. Unfinished work is in the ledger, and [Engine.Resume] of the next
+// Engine continues it.
 func (e *Engine) Stop() {
 	e.stop()
 	e.work.Wait()
 }
 
-// Resume takes up what the ledger holds and starts the background work. Grants that were under
-// way when a process died are hunted down, grants that are alive end when their time comes, and
-// revocations go on. It is called once, before the first request.
+// Resume reads the unfinished work from the ledger and starts the background work. The caller calls it once, before the
+// first request. It runs the functions of the normal path:
+//   - It ends the grants that were in flight when the last process died.
+//   - It schedules the end of the grants that are alive.
+//   - It reconciles the revocations that have not settled.
 //
 // Errors: Unavailable when the ledger cannot be read or written.
 func (e *Engine) Resume(ctx context.Context) error {
@@ -60,8 +62,8 @@ func (e *Engine) Resume(ctx context.Context) error {
 	err := e.view(ctx, op, func(tx *records.Tx) error {
 		alive, abandoned, unsettled = nil, nil, nil
 		err := tx.EachLiveHead(func(g records.GrantHead) error {
-			uncollected := g.Sealed != "" && g.Collected.IsZero() // what was kept for it went with the process
-			if g.State == broker.StateIssued && g.Ending == "" && !uncollected {
+			lost := g.Sealed != "" && g.Collected.IsZero() // the sealed secret was in the memory of the last process
+			if g.State == broker.StateIssued && g.Ending == "" && !lost {
 				alive = append(alive, closing.Due{At: g.Expires, ID: g.ID, Backend: g.Backend})
 			} else {
 				abandoned = append(abandoned, broker.Grant{ID: g.ID, Backend: g.Backend})

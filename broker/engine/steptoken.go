@@ -8,10 +8,10 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-// stepToken is step 3 of an issue under way beside step 2. The ledger's disk and Vault are waited
-// for at once then, which is a sixth of a step's time. Nothing else changes: the token can do nothing
-// before step 4 has recorded it, and when step 2 refuses it is what a crash after step 3 leaves, a
-// token that nobody has, and is revoked at once. A nil stepToken was not begun.
+// stepToken is step 3 of an issue, running concurrently with step 2. The issue then waits for the ledger's disk and for
+// Vault at the same time, which saves a sixth of a step's time. The order of the commits stays: no mint uses the token
+// before step 4 has recorded it. When step 2 refuses, the token is in the state that a crash after step 3 leaves, and
+// is revoked at once. A nil stepToken was not started.
 type stepToken struct {
 	done  chan struct{} // closed when the fields below are set
 	mint  broker.Mint
@@ -19,8 +19,8 @@ type stepToken struct {
 	err   error
 }
 
-// prefetchToken begins step 3 where step 2 is expected to agree: the delegation's own token is there, and no
-// budget was used up a moment ago. So what is refused costs Vault nothing.
+// prefetchToken starts step 3 when step 2 will probably succeed: the delegation has a token, and no budget is spent. So
+// a step that will be refused costs Vault no request.
 func (s *issue) prefetchToken(ctx context.Context, l records.Lineage) *stepToken {
 	if !s.e.cfg.Vault.HasToken(s.grant.Delegation) || s.budgetSpent(ctx, l) {
 		return nil
@@ -28,7 +28,7 @@ func (s *issue) prefetchToken(ctx context.Context, l records.Lineage) *stepToken
 	t, tool, g := &stepToken{done: make(chan struct{})}, s.tool, s.grant
 	s.e.background(func() {
 		defer close(t.done)
-		// Not cut off with the request: of a token that was made the accessor must come to be known.
+		// The call outlives the request: the accessor of a created token must become known.
 		ctx, cancel := detached(ctx, s.e.cfg.MintTimeout)
 		defer cancel()
 		var name string
@@ -39,7 +39,7 @@ func (s *issue) prefetchToken(ctx context.Context, l records.Lineage) *stepToken
 	return t
 }
 
-// budgetSpent reports whether a budget on the records.Lineage is used up, or whether that cannot be read.
+// budgetSpent reports whether a budget of the lineage is spent, or cannot be read.
 func (s *issue) budgetSpent(ctx context.Context, l records.Lineage) (spent bool) {
 	return s.e.view(ctx, opIssue, func(tx *records.Tx) error {
 		for _, d := range l.Nodes {
@@ -56,13 +56,13 @@ func (s *issue) budgetSpent(ctx context.Context, l records.Lineage) (spent bool)
 	}) != nil || spent
 }
 
-// wait gives what came of it.
+// wait waits for the token.
 func (t *stepToken) wait() (broker.Mint, broker.Handle, error) {
 	<-t.done
 	return t.mint, t.token, t.err
 }
 
-// drop ends the token of a step that is not taken, once it is there.
+// drop kills the token of a refused step as soon as it exists.
 func (t *stepToken) drop(ctx context.Context, e *Engine) {
 	if t == nil {
 		return
@@ -74,7 +74,7 @@ func (t *stepToken) drop(ctx context.Context, e *Engine) {
 	})
 }
 
-// prepare narrows the mint of a step to its arguments, at the target where that is needed.
+// prepare narrows the mint to the step's arguments. Some backends create an object at the target for it.
 func (e *Engine) prepare(ctx context.Context, t broker.Tool, g broker.Grant) (broker.Mint, string, error) {
 	m, name, err := e.cfg.Backends[g.Backend].Prepare(ctx, t, g)
 	if err != nil {
@@ -83,9 +83,10 @@ func (e *Engine) prepare(ctx context.Context, t broker.Tool, g broker.Grant) (br
 	return m, name, err
 }
 
-// token is step 3: what was begun early, or what is made now. A delegation's token that is not
-// there, or has ended meanwhile, is made anew, once: nothing was minted yet.
-func (s *issue) obtainToken(ctx context.Context, prefetched *stepToken) (m broker.Mint, token broker.Handle, err error) {
+// obtainToken is step 3: it returns the prefetched token, or creates one. When the delegation's token is missing or has
+// ended, it creates that again, once. A retry is safe here, since Vault has minted nothing yet.
+func (s *issue) obtainToken(ctx context.Context, prefetched *stepToken,
+) (m broker.Mint, token broker.Handle, err error) {
 	wasPrefetched := prefetched != nil
 	if wasPrefetched {
 		m, token, err = prefetched.wait()
@@ -94,7 +95,7 @@ func (s *issue) obtainToken(ctx context.Context, prefetched *stepToken) (m broke
 		m, token, err = s.createToken(ctx)
 	}
 	if err != nil {
-		err = asUnavailable(err, broker.CodeVaultDown, "Vault makes no token for the step; nothing was minted")
+		err = asUnavailable(err, broker.CodeVaultDown, "Vault did not create the step's token; nothing was minted")
 	}
 	return m, token, err
 }
@@ -108,7 +109,8 @@ func (s *issue) createToken(ctx context.Context) (m broker.Mint, token broker.Ha
 		if err := s.e.ensureToken(ctx, opIssue, s.grant.Delegation, s.policy); err != nil {
 			return m, token, err
 		}
-		if token, err = s.e.cfg.Vault.CreateStepToken(ctx, s.grant, name, s.tool.Policy); !errors.Is(err, broker.ErrNoParent) {
+		token, err = s.e.cfg.Vault.CreateStepToken(ctx, s.grant, name, s.tool.Policy)
+		if !errors.Is(err, broker.ErrNoParent) {
 			break
 		}
 	}

@@ -12,15 +12,15 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-// Orphans is what a sweep found that the ledger does not know as alive, and ended.
+// Orphans counts the orphaned leases and logins that a sweep ended.
 type Orphans struct {
 	Leases int
 	Logins int
 }
 
-// Sweep compares what Vault and the backends hold under our names with the ledger, and ends
-// what the ledger does not know: the answer of a mint that was lost, or somebody minting behind
-// the broker (revoke, step 4). It runs on a schedule as well.
+// Sweep compares the leases in Vault and the logins at the backends with the ledger, and ends the orphans: those under
+// our names that the ledger does not know as alive. A mint with a lost answer leaves an orphan, and so does a mint that
+// bypasses the broker. Sweep is step 4 of Revoke for all paths, and runs on a schedule too.
 func (e *Engine) Sweep(ctx context.Context) (Orphans, error) { return sweeper{e}.sweep(ctx) }
 
 // sweeper is one sweep.
@@ -53,12 +53,12 @@ func (s sweeper) sweep(ctx context.Context) (ended Orphans, err error) {
 	return ended, errors.Join(errs...)
 }
 
-// originOf is what is known of the tool that a grant was minted with.
+// toolOf returns the part of a grant's tool that the grant records.
 func toolOf(g broker.Grant) broker.Tool {
 	return broker.Tool{Name: g.Tool, Backend: g.Backend, Path: strings.Split(g.Path, "/")}
 }
 
-// earlierTools gives the origins of live grants that the running bundle has no tool for any more.
+// formerTools returns the tools of live grants that the running bundle no longer declares with the same path.
 func (s sweeper) formerTools(ctx context.Context) (tools []broker.Tool, err error) {
 	policy := s.cfg.Policy()
 	err = s.view(ctx, "sweep", func(tx *records.Tx) error {
@@ -79,8 +79,8 @@ func (s sweeper) formerTools(ctx context.Context) (tools []broker.Tool, err erro
 	return tools, err
 }
 
-// dropSpentRules takes final rules away once every chain that was open when they were written
-// has ended: each transaction reads every rule.
+// dropSpentRules deletes the final rules of which every covered chain has expired, since each transaction reads all
+// rules.
 func (s sweeper) dropSpentRules(ctx context.Context) error {
 	now := s.cfg.Now()
 	var spent []broker.RevocationID
@@ -101,14 +101,15 @@ func (s sweeper) dropSpentRules(ctx context.Context) error {
 				return err
 			}
 		}
-		_, err := tx.Enter(broker.Entry{At: now, Actor: "pawl", Op: broker.OpEnd, Detail: fmt.Sprintf("%d rules that no open chain can fall under", len(spent))})
+		_, err := tx.Enter(broker.Entry{At: now, Actor: "pawl", Op: broker.OpEnd,
+			Detail: fmt.Sprintf("deleted %d rules that can cover no open chain", len(spent))})
 		return err
 	})
 }
 
-// sweepLeases ends the leases that the ledger does not know. young are those that are too young to tell: each
-// may be the answer that an issue is about to record.
-func (s sweeper) sweepLeases(ctx context.Context, lister broker.LeaseLister, tools []broker.Tool) (n int, recent []broker.FoundLease, err error) {
+// sweepLeases ends the orphaned leases. It leaves the recent ones alone: an issue may be about to record them.
+func (s sweeper) sweepLeases(ctx context.Context, lister broker.LeaseLister, tools []broker.Tool,
+) (n int, recent []broker.FoundLease, err error) {
 	found, err := lister.Leases(ctx, tools)
 	if len(found) == 0 {
 		return 0, nil, err
@@ -130,23 +131,21 @@ func (s sweeper) sweepLeases(ctx context.Context, lister broker.LeaseLister, too
 			continue
 		}
 		if err := s.cfg.Vault.Revoke(ctx, lease.ID); err != nil {
-			errs = append(errs, err) // one that cannot be ended keeps no other alive
+			errs = append(errs, err) // the other leases must end nevertheless
 			continue
 		}
 		n++
-		errs = append(errs, s.recordOrphan(ctx, broker.Entry{Detail: "a lease that the ledger does not know was ended: " + lease.ID}))
+		errs = append(errs, s.recordOrphan(ctx, broker.Entry{Detail: "revoked an orphaned lease: " + lease.ID}))
 	}
 	return n, recent, errors.Join(errs...)
 }
 
-// Irrevocable counts the leases of grants that Vault has given up revoking, as of the last sweep. Each is tried
-// again, and needs a person who looks why.
-func (e *Engine) Irrevocable() int {
-	return e.reaper.GivenUp()
-}
+// Irrevocable counts the leases of grants that Vault has given up revoking, as of the last sweep. The broker retries
+// each of them, and an operator must find the cause.
+func (e *Engine) Irrevocable() int { return e.reaper.GivenUp() }
 
-// lookForStuck finds which grants' leases Vault has given up, says so once of each, and has them tried again: what
-// stood in the way, a target that was down for longer than Vault's patience, may be over.
+// retryIrrevocable finds the grants with leases that Vault has given up revoking, raises one alarm for each, and ends
+// them again. The cause may have gone: a target may have been down for longer than Vault retries.
 func (s sweeper) retryIrrevocable(ctx context.Context, lister broker.IrrevocableLister) error {
 	ids, err := lister.Irrevocable(ctx)
 	if err != nil {
@@ -174,7 +173,8 @@ func (s sweeper) retryIrrevocable(ctx context.Context, lister broker.Irrevocable
 		}
 	}
 	for _, id := range s.reaper.SetGivenUp(ours) {
-		s.cfg.Alarm("sweep", broker.Errorf(broker.Internal, "sweep", "Vault has given up revoking lease %s: it is tried again, and needs a person", id))
+		s.cfg.Alarm("sweep", broker.Errorf(broker.Internal, "sweep",
+			"Vault has given up revoking lease %s: the broker retries, and an operator must find the cause", id))
 	}
 	s.reaper.EndNow(again...)
 	return nil
@@ -211,7 +211,7 @@ func (s sweeper) sweepBackend(ctx context.Context, name string) (n int, err erro
 	}
 	for _, g := range orphans {
 		if err := s.recordOrphan(ctx, broker.Entry{Chain: g.Chain, Delegation: g.Delegation, Grant: g.ID, Tool: g.Tool,
-			Detail: "a credential at " + name + " that should not be alive was ended"}); err != nil {
+			Detail: "ended an orphaned login at " + name}); err != nil {
 			return n, err
 		}
 		n++
@@ -241,14 +241,15 @@ func (s sweeper) recordOrphan(ctx context.Context, entry broker.Entry) error {
 	return s.update(ctx, "sweep", func(tx *records.Tx) error { _, err := tx.Enter(entry); return err })
 }
 
-// sweepAfter is step 4 of revoke for mints whose answer was lost: when none of them can complete any more, what Vault
-// holds below their paths is compared with the ledger. done means that no lease that they could have left is there.
-// With no grants, as after a restart, all paths are looked at.
+// sweepAfter is step 4 of Revoke for mints with a lost answer. The caller has waited until none of them can complete.
+// It sweeps the paths of the grants, or all paths when there are no grants, as after a restart. done reports that no
+// lease of these mints is left.
 func (s sweeper) sweepAfter(ctx context.Context, grants []broker.Grant, fenced time.Time) (done bool, err error) {
 	var tools []broker.Tool
 	backends := map[string]bool{}
 	for _, g := range grants {
-		if !slices.ContainsFunc(tools, func(t broker.Tool) bool { return t.Backend == g.Backend && strings.Join(t.Path, "/") == g.Path }) {
+		same := func(t broker.Tool) bool { return t.Backend == g.Backend && strings.Join(t.Path, "/") == g.Path }
+		if !slices.ContainsFunc(tools, same) {
 			tools = append(tools, toolOf(g))
 		}
 		backends[g.Backend] = true
@@ -258,7 +259,7 @@ func (s sweeper) sweepAfter(ctx context.Context, grants []broker.Grant, fenced t
 	if lister, ok := s.cfg.Vault.(broker.LeaseLister); ok {
 		_, recent, err := s.sweepLeases(ctx, lister, tools)
 		errs = append(errs, err)
-		// Their mints were sent before the fence, and Vault is given some seconds for its clock.
+		// The mints were sent before the fence. EndTolerance allows for Vault's clock.
 		last := fenced.Add(s.cfg.MintTimeout + s.cfg.MintBound + broker.EndTolerance)
 		done = !slices.ContainsFunc(recent, func(l broker.FoundLease) bool { return l.Issued.Before(last) })
 	}
@@ -272,7 +273,7 @@ func (s sweeper) sweepAfter(ctx context.Context, grants []broker.Grant, fenced t
 	return done && err == nil, err
 }
 
-// runSweeps sweeps on a schedule until the broker stops.
+// runSweeps sweeps on a schedule until the engine stops.
 func (e *Engine) runSweeps() {
 	if e.cfg.SweepEvery < 0 {
 		return

@@ -10,16 +10,16 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// branch sees to it that Vault holds a usable token for a delegation and each of its ancestors:
-// the delegation tree is the Vault token tree. A token's accessor is recorded, on a records.Lineage that is
-// not fenced, before the token is used for anything.
+// ensureToken creates the missing Vault tokens of a delegation and its ancestors: the delegation tree is the Vault
+// token tree. It records each token's accessor, under a lineage that is not fenced, before the token is used.
 func (e *Engine) ensureToken(ctx context.Context, op string, id broker.DelegationID, policy broker.Policy) error {
 	if e.cfg.Vault.HasToken(id) {
 		return nil
 	}
 	unlock, err := e.tokenLocks.Lock(ctx, id)
 	if err != nil {
-		return broker.Errorf(broker.Unavailable, op, "gave up waiting").Because(err)
+		return broker.Errorf(broker.Unavailable, op, "the request ended while it waited for the delegation's token").
+			Because(err)
 	}
 	defer unlock()
 	if e.cfg.Vault.HasToken(id) {
@@ -42,10 +42,11 @@ func (e *Engine) ensureToken(ctx context.Context, op string, id broker.Delegatio
 	}
 	token, err := e.cfg.Vault.CreateDelegationToken(ctx, d, vaultPolicies(d.Scope, policy))
 	if errors.Is(err, broker.ErrNoParent) {
-		return broker.Errorf(broker.Unavailable, op, "the parent delegation's token has just ended").With(broker.CodeVaultDown).Because(err)
+		return broker.Errorf(broker.Unavailable, op, "the parent delegation's token has just ended").
+			With(broker.CodeVaultDown).Because(err)
 	}
 	if err != nil {
-		return asUnavailable(err, broker.CodeVaultDown, "Vault makes no token for the delegation; nothing was minted")
+		return asUnavailable(err, broker.CodeVaultDown, "Vault did not create the delegation's token; nothing was minted")
 	}
 	if err := e.recordToken(ctx, op, id, token); err != nil {
 		e.kill(ctx, token)
@@ -75,8 +76,7 @@ func (e *Engine) recordToken(ctx context.Context, op string, id broker.Delegatio
 	})
 }
 
-// vaultPolicies are the Vault policies of a scope's tools: what Vault itself holds the
-// delegation to.
+// vaultPolicies lists the Vault policies of a scope's tools. Vault holds the delegation's token to them.
 func vaultPolicies(scope broker.Scope, policy broker.Policy) (names []string) {
 	for _, r := range scope {
 		if t, ok := policy.Tool(r.Tool); ok && t.Policy != "" {

@@ -101,7 +101,7 @@ func TestCIAssistantStaysInItsPolicy(t *testing.T) {
 	s.refused(deployer, "deploy", agent.Args{"repository": "api", "environment": "test"}, broker.CodeArgumentOutside)
 	s.do(deployer, "deploy", agent.Args{"repository": "web", "environment": "staging"})
 	advises(t, s.refused(deployer, "deploy", agent.Args{"repository": "web", "environment": "staging"}, broker.CodePolicyDenied, "ten-minutes-between-stagings"),
-		"pawl explain says which policies were looked at; ask their owners") // the bundle has no remedy of its own
+		"pawl explain lists the policies that were evaluated; ask their owners") // the bundle has no remedy of its own
 
 	reading := s.hold(assistant, "repo.read", web)
 	deploying := s.hold(deployer, "deploy", agent.Args{"repository": "web", "environment": "test"})
