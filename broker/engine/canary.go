@@ -2,10 +2,7 @@ package engine
 
 import (
 	"context"
-	"encoding/base64"
 	"fmt"
-	"hash/crc32"
-	"io"
 	"slices"
 	"strings"
 	"time"
@@ -14,15 +11,18 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/backoff"
+	"github.com/pawlsec/pawl/broker/engine/internal/draw"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// Plant draws a value, keeps its digest and gives both. The value is no [Secret], since it opens nothing; but
-// whoever knows that it is a canary can step around it, and it is given this once.
+// Plant draws a canary value, records its digest, and returns the canary with the value. The value is no
+// [broker.Secret]: it opens nothing. But a thief who knows the canary avoids it, so the broker returns the value only
+// here.
 //
 // Errors: Malformed, Unauthenticated, NotFound (no such chain), Unavailable.
-func (e *Engine) Plant(ctx context.Context, o broker.Operator, r broker.PlantRequest) (c broker.Canary, value string, err error) {
+func (e *Engine) Plant(ctx context.Context, o broker.Operator, r broker.PlantRequest,
+) (c broker.Canary, value string, err error) {
 	const op = "plant"
 	if err := o.Check(op); err != nil {
 		return broker.Canary{}, "", err
@@ -32,11 +32,12 @@ func (e *Engine) Plant(ctx context.Context, o broker.Operator, r broker.PlantReq
 	}
 	switch r.Like {
 	case "", broker.GuiseVault:
-		value, err = drawVaultToken(e.cfg.Random)
+		value, err = draw.VaultToken(e.cfg.Random)
 	case broker.GuiseGitHub:
-		value, err = drawGitHubToken(e.cfg.Random)
+		value, err = draw.GitHubToken(e.cfg.Random)
 	default:
-		return broker.Canary{}, "", broker.Errorf(broker.Malformed, op, "a canary is like %s or %s", broker.GuiseVault, broker.GuiseGitHub)
+		return broker.Canary{}, "", broker.Errorf(broker.Malformed, op, "a canary is like %s or %s",
+			broker.GuiseVault, broker.GuiseGitHub)
 	}
 	if err != nil {
 		return broker.Canary{}, "", err
@@ -52,7 +53,8 @@ func (e *Engine) Plant(ctx context.Context, o broker.Operator, r broker.PlantReq
 				return orNotFound(err, records.UnknownChain(op, r.Chain))
 			}
 		}
-		if _, err := tx.Enter(broker.Entry{At: c.Planted, Actor: o.Name, Op: broker.OpPlant, Chain: c.Chain, Detail: canaryDetail(c)}); err != nil {
+		if _, err := tx.Enter(broker.Entry{At: c.Planted, Actor: o.Name, Op: broker.OpPlant, Chain: c.Chain,
+			Detail: canaryDetail(c)}); err != nil {
 			return err
 		}
 		return tx.PutCanary(broker.DigestValue(value), c)
@@ -70,7 +72,7 @@ func canaryDetail(c broker.Canary) string {
 	return "canary " + string(c.ID) + ", " + c.Note
 }
 
-// Canaries lists what is planted, the latest first.
+// Canaries lists the planted canaries, newest first.
 //
 // Errors: Unavailable.
 func (e *Engine) Canaries(ctx context.Context) (list []broker.Canary, err error) {
@@ -78,11 +80,12 @@ func (e *Engine) Canaries(ctx context.Context) (list []broker.Canary, err error)
 		list = nil
 		return tx.EachCanary(func(_ broker.ValueDigest, c broker.Canary) { list = append(list, c) })
 	})
-	slices.SortFunc(list, func(a, b broker.Canary) int { return strings.Compare(string(b.ID), string(a.ID)) }) // ids begin with the time
+	// An id begins with its time.
+	slices.SortFunc(list, func(a, b broker.Canary) int { return strings.Compare(string(b.ID), string(a.ID)) })
 	return list, err
 }
 
-// Pull takes a canary away: from then on its value is like any that nobody knows.
+// Pull removes a canary. From then on its value is an unknown value like any other.
 //
 // Errors: Unauthenticated, NotFound with CodeCanaryUnknown, Unavailable.
 func (e *Engine) Pull(ctx context.Context, o broker.Operator, id broker.CanaryID) (c broker.Canary, err error) {
@@ -103,7 +106,8 @@ func (e *Engine) Pull(ctx context.Context, o broker.Operator, id broker.CanaryID
 		if at == "" {
 			return broker.Errorf(broker.NotFound, op, "there is no such canary").With(broker.CodeCanaryUnknown)
 		}
-		if _, err := tx.Enter(broker.Entry{At: e.cfg.Now(), Actor: o.Name, Op: broker.OpPull, Chain: c.Chain, Detail: canaryDetail(c)}); err != nil {
+		if _, err := tx.Enter(broker.Entry{At: e.cfg.Now(), Actor: o.Name, Op: broker.OpPull, Chain: c.Chain,
+			Detail: canaryDetail(c)}); err != nil {
 			return err
 		}
 		return tx.DropCanary(at)
@@ -114,9 +118,9 @@ func (e *Engine) Pull(ctx context.Context, o broker.Operator, id broker.CanaryID
 	return c, nil
 }
 
-// Present is told of a value that a workload presented as somebody's token and that is none. When it is a
-// canary's, that is a violation of the chain in which it was planted. What follows does so in the background, also
-// when the ledger has to be waited for: from no answer, and from none's time, can anybody tell that it was one.
+// Present takes a value that a workload presented as a token and that is none of the broker's. A canary's value is a
+// violation in the chain in which the canary was planted. Recording it and its consequence run in the background, and
+// are retried while the ledger is down. So neither an answer nor its timing reveals a canary.
 func (e *Engine) Present(ctx context.Context, c broker.Caller, value string) {
 	digest := broker.DigestValue(value)
 	planted := false
@@ -128,13 +132,13 @@ func (e *Engine) Present(ctx context.Context, c broker.Caller, value string) {
 		return
 	}
 	if !e.touching.Begin(digest) {
-		return // it is being recorded
+		return // it is being recorded, or too many are
 	}
 	e.background(func() {
 		defer e.touching.End(digest)
 		retry := backoff.Exponential{First: 50 * time.Millisecond, Most: 10 * time.Second}
 		for {
-			ctx, cancel := detached(e.ctx, 30*time.Second) // a broker that stops still records it
+			ctx, cancel := detached(e.ctx, 30*time.Second) // an engine that stops still records it
 			_, _, err := e.touch(ctx, c.ID.String(), digest)
 			cancel()
 			if err == nil {
@@ -148,13 +152,14 @@ func (e *Engine) Present(ctx context.Context, c broker.Caller, value string) {
 	})
 }
 
-// maxTouches bounds what waits for the ledger: while it cannot be read, any value may be a canary's.
+// maxTouches bounds the values that wait for the ledger. While the ledger cannot be read, any value may be a canary's.
 const maxTouches = 1024
 
-// touch records that a canary was presented and carries out what policy says; the zero Canary: the value is not a
-// canary's. Who presented it is not who broke anything: a service that asks about a token, or an operator. So it
-// is the chain's opener whom freeze-caller freezes, and of a chain no single step is the breach.
-func (e *Engine) touch(ctx context.Context, by string, digest broker.ValueDigest) (canary broker.Canary, rv broker.Revocation, err error) {
+// touch records that a canary was presented, and applies the consequence that policy attaches to it. It returns the
+// zero Canary for any other value. The presenter is a service that inspects a token, or an operator, and is not the
+// violator. So freeze-caller freezes the chain's opener, and the breach is that of the chain, not of one step.
+func (e *Engine) touch(ctx context.Context, by string, digest broker.ValueDigest,
+) (canary broker.Canary, rv broker.Revocation, err error) {
 	const op = "present"
 	now := e.cfg.Now()
 	var l records.Lineage
@@ -175,11 +180,12 @@ func (e *Engine) touch(ctx context.Context, by string, digest broker.ValueDigest
 	var opener spiffeid.ID
 	if canary.Chain != "" {
 		opener = l.Root().Holder
-		d = e.cfg.Policy().Decide(violationQuestion(broker.Caller{ID: opener}, l, broker.ViolationCanary, broker.Tool{}, now))
+		q := violationQuestion(broker.Caller{ID: opener}, l, broker.ViolationCanary, broker.Tool{}, now)
+		d = e.cfg.Policy().Decide(q)
 	}
 	pulled := false
-	rv, err = e.applyConsequence(ctx, breach{op: op, code: broker.ViolationCanary, actor: by, lineage: l, decision: d, freeze: opener, now: now,
-		detail: "canary " + string(canary.ID) + ", " + d.Consequence.String(),
+	rv, err = e.applyConsequence(ctx, breach{op: op, code: broker.ViolationCanary, actor: by, lineage: l, decision: d,
+		freeze: opener, now: now, detail: "canary " + string(canary.ID) + ", " + d.Consequence.String(),
 		record: func(tx *records.Tx) (stop bool, err error) {
 			var planted bool
 			canary, planted, err = tx.Canary(digest)
@@ -195,7 +201,8 @@ func (e *Engine) touch(ctx context.Context, by string, digest broker.ValueDigest
 	if pulled {
 		return broker.Canary{}, broker.Revocation{}, nil
 	}
-	e.cfg.Alarm("canary", broker.Errorf(broker.Internal, op, "%s was presented by %s: %s", canaryPlace(canary), by, d.Consequence))
+	e.cfg.Alarm("canary", broker.Errorf(broker.Internal, op, "%s was presented by %s: %s",
+		canaryPlace(canary), by, d.Consequence))
 	return canary, rv, nil
 }
 
@@ -206,25 +213,28 @@ func canaryPlace(c broker.Canary) string {
 	return fmt.Sprintf("canary %s of chain %s", c.ID, c.Chain)
 }
 
-// touchedBy is touch for an operator who looks for the grant of a leaked value; known says that it is a canary's, so
-// that there is none.
-func (e *Engine) touchLeaked(ctx context.Context, o broker.Operator, s selector.Selector) (rv broker.Revocation, known bool, err error) {
+// touchLeaked is touch for an operator who revokes the grant of a leaked value. isCanary: the value is a canary's, and
+// no grant has it.
+func (e *Engine) touchLeaked(ctx context.Context, o broker.Operator, s selector.Selector,
+) (rv broker.Revocation, isCanary bool, err error) {
 	digest, ok := s.LeakedValue()
 	if !ok {
 		return broker.Revocation{}, false, nil
 	}
 	canary, rv, err := e.touch(ctx, o.Name, digest)
 	if canary.ID == "" {
-		return broker.Revocation{}, false, nil // an error shows again where the fence is set
+		return broker.Revocation{}, false, nil // Revoke reports the same ledger error again when it fences
 	}
 	if err == nil && rv.ID == "" {
-		err = broker.Errorf(broker.NotFound, "revoke", "the value is that of %s; it is on record as touched, and nothing is revoked", canaryPlace(canary)).
-			With(broker.CodeCanaryValue).Lacks("find out who had it, and revoke that; pawl canary list shows where it was planted", "selector")
+		err = broker.Errorf(broker.NotFound, "revoke",
+			"the value is that of %s; it is on record as touched, and nothing is revoked", canaryPlace(canary)).
+			With(broker.CodeCanaryValue).
+			Lacks("pawl canary list shows where it was planted; find the workload that had it, and revoke that", "selector")
 	}
 	return rv, true, err
 }
 
-// canaryOf refuses a plan for a leaked value that is a canary's, and says so.
+// refuseCanaryPlan refuses a plan for a leaked value that is a canary's.
 func refuseCanaryPlan(tx *records.Tx, s selector.Selector) error {
 	digest, ok := s.LeakedValue()
 	if !ok {
@@ -234,39 +244,7 @@ func refuseCanaryPlan(tx *records.Tx, s selector.Selector) error {
 	if err != nil || !planted {
 		return err
 	}
-	return broker.Errorf(broker.NotFound, "plan", "the value is that of %s, and was handed out by no grant", canaryPlace(canary)).
-		With(broker.CodeCanaryValue).Lacks("revoking it has it recorded as touched, and what policy says of a canary follows", "selector")
-}
-
-// drawVaultToken draws what looks like a Vault service token: "hvs." and 92 characters.
-func drawVaultToken(random io.Reader) (string, error) {
-	var raw [66]byte
-	if _, err := io.ReadFull(random, raw[:]); err != nil {
-		return "", fmt.Errorf("drawing a canary: %w", err)
-	}
-	return "hvs.CAES" + base64.RawURLEncoding.EncodeToString(raw[:]), nil
-}
-
-const base62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-
-// drawGitHubToken draws what looks like a personal access token: "ghp_", 30 characters and six that are their
-// CRC-32, by which scanners tell such a token from any text.
-func drawGitHubToken(random io.Reader) (string, error) {
-	drawn := make([]byte, 0, 30)
-	var one [1]byte
-	for len(drawn) < cap(drawn) {
-		if _, err := io.ReadFull(random, one[:]); err != nil {
-			return "", fmt.Errorf("drawing a canary: %w", err)
-		}
-		if n := int(one[0]); n < 4*len(base62) { // the rest would make some characters likelier
-			drawn = append(drawn, base62[n%len(base62)])
-		}
-	}
-	var check [6]byte
-	sum := crc32.ChecksumIEEE(drawn)
-	for i := len(check) - 1; i >= 0; i-- {
-		check[i] = base62[sum%62]
-		sum /= 62
-	}
-	return "ghp_" + string(drawn) + string(check[:]), nil
+	return broker.Errorf(broker.NotFound, "plan", "the value is that of %s; no grant handed it out", canaryPlace(canary)).
+		With(broker.CodeCanaryValue).
+		Lacks("a revocation records it as touched, and applies the consequence that policy attaches to a canary", "selector")
 }

@@ -5,11 +5,12 @@ import (
 	"fmt"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/closing"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-// Subscribe gives the revision after which a subscriber is still to be told of events. For one that is
-// new that is the revision of this call, which records it.
+// Subscribe returns the subscriber's delivery cursor: the revision after which events are not yet delivered. For a new
+// subscriber it records a cursor, which starts at this call.
 //
 // Errors: Unavailable.
 func (e *Engine) Subscribe(ctx context.Context, subscriber string) (at broker.Revision, err error) {
@@ -22,7 +23,9 @@ func (e *Engine) Subscribe(ctx context.Context, subscriber string) (at broker.Re
 		return at, err
 	}
 	err = e.update(ctx, op, func(tx *records.Tx) error {
-		if at, err = tx.Enter(broker.Entry{At: e.cfg.Now(), Actor: "pawl", Op: broker.OpDelivered, Detail: subscriber + ": from now on"}); err != nil {
+		at, err = tx.Enter(broker.Entry{At: e.cfg.Now(), Actor: "pawl", Op: broker.OpDelivered,
+			Detail: subscriber + ": from now on"})
+		if err != nil {
 			return err
 		}
 		return tx.PutCursor(subscriber, at)
@@ -30,27 +33,29 @@ func (e *Engine) Subscribe(ctx context.Context, subscriber string) (at broker.Re
 	return at, err
 }
 
-// MarkDelivered records that a subscriber need not be told again of anything up to a revision.
+// MarkDelivered moves a subscriber's delivery cursor to a revision: the events up to it are delivered.
 //
 // Errors: Unavailable.
 func (e *Engine) MarkDelivered(ctx context.Context, subscriber string, upto broker.Revision) error {
 	return e.update(ctx, "deliver", func(tx *records.Tx) error {
-		if _, err := tx.Enter(broker.Entry{At: e.cfg.Now(), Actor: "pawl", Op: broker.OpDelivered, Detail: fmt.Sprintf("%s: %d", subscriber, upto)}); err != nil {
+		if _, err := tx.Enter(broker.Entry{At: e.cfg.Now(), Actor: "pawl", Op: broker.OpDelivered,
+			Detail: fmt.Sprintf("%s: %d", subscriber, upto)}); err != nil {
 			return err
 		}
 		return tx.PutCursor(subscriber, upto)
 	})
 }
 
-// Event gives the event that an entry records; ok is false when it records none: a fence, a closure that
-// changed, a freeze, and one that was lifted.
+// Event returns the event that an entry records: a fence, a changed closure, a freeze, or a lifted freeze. ok is false
+// for every other entry.
 //
 // Errors: Unavailable.
 func (e *Engine) Event(ctx context.Context, entry broker.Entry) (ev broker.Event, ok bool, err error) {
 	switch {
 	case entry.Op == broker.OpUnfreeze && entry.Detail != unfreezeLifted:
 		return broker.Event{}, false, nil
-	case entry.Op != broker.OpFence && entry.Op != broker.OpFreeze && entry.Op != broker.OpUnfreeze && entry.Op != broker.OpClosure:
+	case entry.Op != broker.OpFence && entry.Op != broker.OpFreeze && entry.Op != broker.OpUnfreeze &&
+		entry.Op != broker.OpClosure:
 		return broker.Event{}, false, nil
 	}
 	err = e.view(ctx, "deliver", func(tx *records.Tx) error {
@@ -66,7 +71,7 @@ func (e *Engine) Event(ctx context.Context, entry broker.Entry) (ev broker.Event
 		return err
 	})
 	if err == nil && ok && entry.Op == broker.OpClosure {
-		ev.Tally, ok = parseTally(entry.Detail) // what cannot be read is none of ours
+		ev.Tally, ok = closing.ParseTally(entry.Detail)
 	}
 	return ev, ok, err
 }

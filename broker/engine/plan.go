@@ -1,7 +1,6 @@
 package engine
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -10,6 +9,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/planning"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 	"github.com/pawlsec/pawl/broker/selector"
 )
@@ -19,11 +19,11 @@ const (
 	planLife = 15 * time.Minute
 )
 
-// Plan says what revoking the selector would hit, and changes nothing. The token stands for
-// exactly this set: [Broker.Revoke] with it stops when the set has grown.
+// Plan counts the delegations and grants that revoking the selector would hit, and changes nothing. The plan's token
+// names exactly this set: [Engine.Revoke] with the token refuses a set that has grown.
 //
-// Errors: Unauthenticated, NotFound with CodeSelectorEmpty when the selector matches nothing and with
-// CodeCanaryValue when it is that of a canary's value, Unavailable.
+// Errors: Unauthenticated, NotFound with CodeSelectorEmpty when the selector matches nothing and with CodeCanaryValue
+// when it selects a canary's value, Unavailable.
 func (e *Engine) Plan(ctx context.Context, o broker.Operator, s selector.Selector) (broker.Plan, error) {
 	const op = "plan"
 	if err := o.Check(op); err != nil {
@@ -69,7 +69,7 @@ func asSet(ids []string) map[string]bool {
 	return set
 }
 
-// meant is the revocation that a selector would be now.
+// revocationOf returns the revocation that the selector would make now.
 func revocationOf(tx *records.Tx, s selector.Selector, now time.Time) (rv broker.Revocation, err error) {
 	t, err := targetOf(tx, s)
 	if err != nil {
@@ -82,8 +82,7 @@ func revocationOf(tx *records.Tx, s selector.Selector, now time.Time) (rv broker
 	return rv, err
 }
 
-// resolved lists the ids of the delegations and grants that a revocation means now, and counts
-// them into plan.
+// resolve lists the ids of the delegations and grants that a revocation covers now, and counts them in plan.
 func (e *Engine) resolve(tx *records.Tx, rv broker.Revocation, plan *broker.Plan) (set []string, err error) {
 	grants, _, err := tx.Under(rv)
 	if err != nil {
@@ -93,34 +92,32 @@ func (e *Engine) resolve(tx *records.Tx, rv broker.Revocation, plan *broker.Plan
 	if err != nil {
 		return nil, err
 	}
-	tasks := map[broker.ChainID]*broker.PlannedTask{}
+	counter := planning.New(plan)
 	if err := e.openUnder(tx, rv, plan, func(l records.Lineage) {
 		set = append(set, string(l.Leaf().ID))
-		plan.Nodes++
-		taskOf(tasks, l.Chain).Delegations++
+		counter.AddDelegation(l.Chain)
 	}); err != nil {
 		return nil, err
 	}
-	countGrants(plan, grants, rv.Fenced)
 	for _, g := range grants {
 		set = append(set, string(g.ID))
-		c, _, err := tx.Chain(g.Chain)
+		chain, _, err := tx.Chain(g.Chain)
 		if err != nil {
 			return nil, err
 		}
-		taskOf(tasks, c).Grants++
+		counter.AddGrant(g, chain, rv.Fenced)
 	}
 	for _, id := range static {
 		set = append(set, string(id))
 	}
-	plan.Static += len(static)
-	listTasks(plan, tasks)
+	counter.AddStatic(len(static))
+	counter.Finish()
 	slices.Sort(set)
 	return set, nil
 }
 
-// openUnder calls f with the delegations under rv that are still open, and counts those whose later steps a
-// rule may meet.
+// openUnder calls f with the open delegations that rv covers. It counts as plan.Later the other open delegations under
+// which rv's rule may cover a later step.
 func (e *Engine) openUnder(tx *records.Tx, rv broker.Revocation, plan *broker.Plan, f func(records.Lineage)) error {
 	covers, err := records.Covering(rv)
 	if err != nil || rv.Grant != "" {
@@ -146,29 +143,6 @@ func (e *Engine) openUnder(tx *records.Tx, rv broker.Revocation, plan *broker.Pl
 	})
 }
 
-func taskOf(tasks map[broker.ChainID]*broker.PlannedTask, c broker.Chain) *broker.PlannedTask {
-	t, ok := tasks[c.ID]
-	if !ok {
-		t = &broker.PlannedTask{Chain: c.ID, Task: c.Task}
-		tasks[c.ID] = t
-	}
-	return t
-}
-
-// listTasks takes over the tasks that lose most, and how many more there are.
-func listTasks(plan *broker.Plan, tasks map[broker.ChainID]*broker.PlannedTask) {
-	plan.Chains, plan.Tasks = len(tasks), nil
-	for _, t := range tasks {
-		plan.Tasks = append(plan.Tasks, *t)
-	}
-	slices.SortFunc(plan.Tasks, func(a, b broker.PlannedTask) int {
-		return cmp.Or(cmp.Compare(b.Grants, a.Grants), cmp.Compare(b.Delegations, a.Delegations), cmp.Compare(a.Chain, b.Chain))
-	})
-	if more := len(plan.Tasks) - broker.MaxPlannedTasks; more > 0 {
-		plan.Tasks, plan.TasksMore = plan.Tasks[:broker.MaxPlannedTasks], more
-	}
-}
-
 func chainOf(tx *records.Tx, t target) (broker.ChainID, error) {
 	if t.node != "" {
 		d, ok, err := tx.Delegation(t.node)
@@ -184,47 +158,25 @@ func chainOf(tx *records.Tx, t target) (broker.ChainID, error) {
 	return g.Chain, err
 }
 
-func countGrants(plan *broker.Plan, grants []broker.Grant, now time.Time) {
-	plan.ByTool, plan.ByBackend, plan.ByLabel, plan.ByCaller = map[broker.ToolName]int{}, map[string]int{}, map[string]int{}, map[string]int{}
-	for _, g := range grants {
-		plan.Grants++
-		if g.State == broker.StateIssued {
-			plan.Issued++
-		}
-		if g.State == broker.StateIssued && g.Ending == "" && now.Before(g.Expires) {
-			plan.Live++
-		}
-		if g.Narrowing == broker.NarrowNone {
-			plan.Static++
-		}
-		plan.ByTool[g.Tool]++
-		plan.ByBackend[g.Backend]++
-		plan.ByLabel[g.Narrowing.String()]++
-		plan.ByCaller[g.Caller.String()]++
-		if end := g.LatestEnd(); end.After(plan.LatestEnd) {
-			plan.LatestEnd = end
-		}
-	}
-}
-
-// compared is a plan that was compared with what there is, outside the fence's transaction: in it only
-// what came since has to be looked at.
+// comparison is the result of comparing a plan with the ledger outside the fence's transaction. The transaction then
+// reads only the newer delegations and grants.
 type comparison struct {
 	rv    broker.Revocation
-	known map[string]bool // ids of what there was
+	known map[string]bool // the ids of the compared delegations and grants
 }
 
-// comparePlan refuses a plan that is not known, is for something else, or whose set has grown. It gives nil when
-// what is new is meant too.
+// comparePlan refuses a plan that is unknown, is for another selector, or has a set that has grown. It returns nil when
+// the request includes new delegations and grants.
 func (e *Engine) comparePlan(ctx context.Context, r selector.Request) (*comparison, error) {
 	const op = "revoke"
 	plan, ok := e.plans.Get(r.Plan)
 	if !ok || e.cfg.Now().Sub(plan.at) > planLife {
-		return nil, broker.Errorf(broker.Conflict, op, "the plan is not known or older than %s", planLife).With(broker.CodePlanUnknown).
-			Lacks("make the plan again", "plan")
+		return nil, broker.Errorf(broker.Conflict, op, "the plan is not known or older than %s", planLife).
+			With(broker.CodePlanUnknown).Lacks("make the plan again", "plan")
 	}
 	if plan.selector != r.Selector.String() {
-		return nil, broker.Errorf(broker.Conflict, op, "the plan is for another selector").With(broker.CodePlanUnknown).Lacks("make the plan again", "plan")
+		return nil, broker.Errorf(broker.Conflict, op, "the plan is for another selector").
+			With(broker.CodePlanUnknown).Lacks("make the plan again", "plan")
 	}
 	if r.IncludeNew {
 		return nil, nil
@@ -253,7 +205,7 @@ func (e *Engine) comparePlan(ctx context.Context, r selector.Request) (*comparis
 	return c, err
 }
 
-// grown refuses, in the fence's transaction, what came under the plan's selector since it was compared.
+// checkGrown refuses, in the fence's transaction, a set that has grown since comparePlan.
 func checkGrown(tx *records.Tx, c *comparison) error {
 	covers, err := records.Covering(c.rv)
 	if err != nil {
@@ -293,7 +245,8 @@ func checkGrown(tx *records.Tx, c *comparison) error {
 
 // eachID calls f with the id of each delegation and live grant that a revocation can cover.
 func eachID(tx *records.Tx, rv broker.Revocation, f func(id string)) error {
-	if err := tx.EachRecent(rv.Chain, rv.Fenced, func(id broker.DelegationID) error { f(string(id)); return nil }); err != nil {
+	err := tx.EachRecent(rv.Chain, rv.Fenced, func(id broker.DelegationID) error { f(string(id)); return nil })
+	if err != nil {
 		return err
 	}
 	return tx.EachLiveID(rv.Chain, func(id broker.GrantID) error { f(string(id)); return nil })
@@ -303,6 +256,7 @@ func refuseGrown(added []string) error {
 	if len(added) == 0 {
 		return nil
 	}
-	refusal := broker.Errorf(broker.Conflict, "revoke", "the set has grown by %d since the plan; nothing was revoked", len(added)).With(broker.CodePlanStale)
-	return refusal.Lacks("make the plan again, or say that what is new is meant too", added[:min(len(added), 20)]...)
+	return broker.Errorf(broker.Conflict, "revoke", "the set has grown by %d since the plan; nothing was revoked",
+		len(added)).With(broker.CodePlanStale).
+		Lacks("make the plan again, or include the new ones", added[:min(len(added), 20)]...)
 }

@@ -7,10 +7,11 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/closing"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-// Chains lists chains, newest first: those that may still do something, or all.
+// Chains lists chains, newest first: all, or those that are open or have live grants.
 func (e *Engine) Chains(ctx context.Context, all bool) (list []broker.ChainSummary, err error) {
 	now := e.cfg.Now()
 	err = e.view(ctx, "chains", func(tx *records.Tx) error {
@@ -40,7 +41,7 @@ func summary(tx *records.Tx, c broker.Chain) (s broker.ChainSummary, err error) 
 	return s, tx.EachMember(c.ID, func(broker.DelegationID) error { s.Delegations++; return nil })
 }
 
-// Chain gives one chain whole.
+// Chain returns one chain with its delegations and grants.
 //
 // Errors: NotFound, Unavailable.
 func (e *Engine) Chain(ctx context.Context, id broker.ChainID) (v broker.ChainView, err error) {
@@ -73,8 +74,8 @@ func (e *Engine) Chain(ctx context.Context, id broker.ChainID) (v broker.ChainVi
 	return v, err
 }
 
-// Recent gives the grants of a backend that were made after a time, to some milliseconds, those that
-// are over too.
+// Recent returns the grants of a backend that were created after a time, closed ones included. The time is exact to
+// some milliseconds.
 //
 // Errors: Unavailable.
 func (e *Engine) Recent(ctx context.Context, backend string, after time.Time) (list []broker.Grant, err error) {
@@ -85,7 +86,7 @@ func (e *Engine) Recent(ctx context.Context, backend string, after time.Time) (l
 	return list, err
 }
 
-// Revocation gives one revocation with its counts as last recorded.
+// Revocation returns one revocation with its last recorded counts.
 //
 // Errors: NotFound with CodeRevocationUnknown, Unavailable.
 func (e *Engine) Revocation(ctx context.Context, id broker.RevocationID) (rv broker.Revocation, err error) {
@@ -98,12 +99,12 @@ func (e *Engine) Revocation(ctx context.Context, id broker.RevocationID) (rv bro
 			rv.Grants = max(rv.Grants, 0)
 			return nil
 		}
-		left, _, err := tx.Under(rv) // fenced just now, and not counted yet
+		left, _, err := tx.Under(rv) // step 6 has not recorded counts yet
 		if err != nil {
 			return err
 		}
 		static, err := tx.StaticUnder(rv)
-		recount(&rv, tallyOf(left, len(static)))
+		closing.CountsOf(left, len(static)).Apply(&rv)
 		return err
 	})
 	return rv, err
@@ -123,20 +124,21 @@ func (e *Engine) Revocations(ctx context.Context) (list []broker.Revocation, err
 	return list, err
 }
 
-// Entries gives at most limit entries of the audit log after a revision, oldest first.
+// Entries returns at most limit entries of the audit log after a revision, oldest first.
 //
 // Errors: Unavailable.
 func (e *Engine) Entries(ctx context.Context, after broker.Revision, limit int) ([]broker.Entry, error) {
 	list, err := e.cfg.Ledger.Entries(ctx, after, limit)
 	if err != nil {
-		return nil, broker.Errorf(broker.Unavailable, "audit", "the ledger cannot be read now").With(broker.CodeLedgerDown).Because(err)
+		return nil, broker.Errorf(broker.Unavailable, "audit", "the ledger cannot be read now").
+			With(broker.CodeLedgerDown).Because(err)
 	}
 	return list, nil
 }
 
-// ChainEntries is [Broker.Entries] for one chain, without the inner steps of its issues: intent and
-// handle.
-func (e *Engine) ChainEntries(ctx context.Context, id broker.ChainID, after broker.Revision, limit int) (list []broker.Entry, err error) {
+// ChainEntries is [Engine.Entries] for one chain, without the intents and handles of its issues.
+func (e *Engine) ChainEntries(ctx context.Context, id broker.ChainID, after broker.Revision, limit int,
+) (list []broker.Entry, err error) {
 	var revisions []broker.Revision
 	err = e.view(ctx, "audit", func(tx *records.Tx) (err error) {
 		revisions, err = tx.ChainRevisions(id, after, limit)

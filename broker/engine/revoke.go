@@ -14,24 +14,27 @@ import (
 
 // Revoke, the numbered procedure (docs/architecture.md):
 //
-//  1. Fence, in one transaction, and answer "fenced".                        Revoke, fence.go
-//  2. Sever at the targets, in bulk, without Vault.                          begin, closing
-//  3. Kill the delegations' tokens, then the steps' tokens and leases.       killTokens, closing
-//  4. Wait out the mints under way, then sweep for what the ledger lacks.    sweep
-//  5. Prove, and record the evidence of each grant.                          closing
-//  6. Work out the closure, and record it.                                   record
+//  1. Fence, in one transaction, and answer "fenced".                     Revoke, fence.go
+//  2. Sever at the targets, in bulk, without Vault.                       start, internal/closing
+//  3. Kill the delegations' tokens, then the steps' tokens and leases.    killTokens, internal/closing
+//  4. Wait out the mints in flight, then sweep for orphans.               sweep
+//  5. Prove, and record the evidence of each grant.                       internal/closing
+//  6. Compute the closure, and record it.                                 record
 //
-// Steps 2 to 6 run in the background. Resume starts them for every revocation that has not settled: it is the same function.
+// Steps 2 to 6 run in the background, in rounds, until the revocation has settled. A crash in any of them leaves the
+// fence and the evidence recorded so far. Resume then runs the same function, since every step may be repeated.
 
-// Revoke fences what the selector selects, and returns. From then on nothing under it is handed out. Severing and proving
-// follow in the background; [Engine.Revocation] tells how far they are. With Freeze nothing is severed, and an operator
-// can lift it. A repeated command is answered with the existing revocation, marked Repeated.
+// Revoke fences the delegations and grants that the selector matches, and returns. From then on no secret is handed out
+// under the fence. Steps 2 to 6 follow in the background, and [Engine.Revocation] reports their progress. With Freeze
+// only the fence is set, and operators can lift it. A repeated command returns the existing revocation, marked
+// Repeated.
 //
-// A final rule covers what is open. One that matches nothing open, and no step that can still be taken, is refused with
-// CodeSelectorEmpty. A freeze by a rule covers later chains as well; Nothing says that it covers nothing yet.
+// A final rule covers the open chains. If it matches nothing that is open and no step that can still be taken, Revoke
+// refuses it with CodeSelectorEmpty. A freeze by a rule covers later chains too. Nothing marks a rule that covers
+// nothing yet.
 //
-// A leaked value that is a canary's was handed out by no grant. It is recorded as touched, and the answer is the
-// revocation that policy attaches to it; where there is none, NotFound with CodeCanaryValue.
+// No grant handed out the value of a canary. For such a leaked value Revoke records the touch, and returns the
+// revocation that policy attaches to it, or else NotFound with CodeCanaryValue.
 //
 // Errors: Malformed, Unauthenticated, NotFound, Conflict (the plan is stale), Unavailable.
 func (e *Engine) Revoke(ctx context.Context, o broker.Operator, r selector.Request) (broker.Revocation, error) {
@@ -52,8 +55,9 @@ func (e *Engine) Revoke(ctx context.Context, o broker.Operator, r selector.Reque
 			return broker.Revocation{}, err
 		}
 	}
-	// Step 1. A crash after it leaves a fence, whose steps 2 to 6 the next process does.
-	f := fencing{by: o.Name, reason: r.Reason, selector: r.Selector.String(), freeze: r.Freeze, now: e.cfg.Now(), check: true}
+	// Step 1. A crash after it leaves the fence, and a revocation for which Resume runs steps 2 to 6.
+	f := fencing{by: o.Name, reason: r.Reason, selector: r.Selector.String(), freeze: r.Freeze, now: e.cfg.Now(),
+		check: true}
 	var rv broker.Revocation
 	err := e.update(ctx, op, func(tx *records.Tx) (err error) {
 		if f.target, err = targetOf(tx, r.Selector); err != nil {
@@ -78,7 +82,7 @@ func (e *Engine) Revoke(ctx context.Context, o broker.Operator, r selector.Reque
 	return rv, nil
 }
 
-// reconcile starts steps 2 to 6 in the background, unless this process is at work on them.
+// reconcile starts steps 2 to 6 in the background, unless this process runs them already.
 func (e *Engine) reconcile(rv broker.Revocation) {
 	if rv.Freeze || !rv.Settled.IsZero() || !e.reconciling.Begin(rv.ID) {
 		return
@@ -96,7 +100,7 @@ func (e *Engine) reconcile(rv broker.Revocation) {
 			wait := retry.Next()
 			if r.delayed {
 				wait = 50 * time.Millisecond
-				retry.Reset() // the kills begin after that
+				retry.Reset() // the kills follow
 			}
 			if done || !e.pause(r.changed(), wait, r.minWait) {
 				return
@@ -105,15 +109,15 @@ func (e *Engine) reconcile(rv broker.Revocation) {
 	})
 }
 
-// reconcileUnsure is reconcile for a fence that the ledger failed to acknowledge. It may have been recorded all the same,
-// and the requester may never ask again.
+// reconcileUnconfirmed is reconcile for a fence with an unknown commit. The fence may be in the ledger, and the
+// requester may never ask again.
 func (e *Engine) reconcileUnconfirmed(rv broker.Revocation, err error) {
 	if rv.ID != "" && !errors.Is(err, broker.ErrNotCommitted) {
 		e.reconcile(rv)
 	}
 }
 
-// pause waits until woken, for at least least and at most d longer; false means that the broker stops.
+// pause waits for least, and then until woken, but at most d longer. It returns false when the engine stops.
 func (e *Engine) pause(woken <-chan struct{}, d, least time.Duration) bool {
 	first := time.NewTimer(least)
 	defer first.Stop()
@@ -133,24 +137,24 @@ func (e *Engine) pause(woken <-chan struct{}, d, least time.Duration) bool {
 	return true
 }
 
-// reconciler carries one revocation from its fence to its closure.
+// reconciler reconciles one revocation, from its fence to its closure.
 type reconciler struct {
 	e      *Engine
 	rv     broker.Revocation
-	stored broker.Revocation // as the ledger is known to have it; zero: not known
+	stored broker.Revocation // as last read from or written to the ledger; zero: not known
 
 	progress *closing.Progress   // of the grants under the fence
-	total    int                 // grants under the fence, static ones included, when it began
-	inFlight []broker.GrantID    // whose mint was under way then
-	backends map[string]bool     // of the grants then
-	nodes    []broker.Delegation // with tokens, root first; after the fence none gets another
-	killed   map[string]bool     // accessors whose end Vault confirmed to this process
+	total    int                 // grants under the fence at the start, static ones included
+	inFlight []broker.GrantID    // grants with a mint in flight at the start
+	backends map[string]bool     // of the grants at the start
+	nodes    []broker.Delegation // with Vault tokens, root first; after the fence no delegation gets another token
+	killed   map[string]bool     // accessors that this process revoked
 
 	started time.Time
-	read    time.Time     // when the ledger was read last
-	delayed bool          // step 3 waits for the targets
-	minWait time.Duration // between two rounds: each may write, and more so the more is left
-	absent  bool          // the ledger does not have the revocation: see reconcileUnsure
+	read    time.Time     // the last read of the ledger
+	delayed bool          // step 3 waits for severing
+	minWait time.Duration // between two rounds; longer with more grants left, since each round may write
+	absent  bool          // the ledger does not have the revocation: see reconcileUnconfirmed
 }
 
 func (r *reconciler) close() {
@@ -166,7 +170,7 @@ func (r *reconciler) changed() <-chan struct{} {
 	return r.progress.Changed
 }
 
-// round finds what is left, has it ended, and records the closure when it changed.
+// round runs steps 2 to 6 once, as far as they can go now. done: the revocation has settled.
 func (r *reconciler) round(ctx context.Context) (done bool, err error) {
 	r.delayed = false
 	if r.progress == nil {
@@ -177,18 +181,21 @@ func (r *reconciler) round(ctx context.Context) (done bool, err error) {
 	if err != nil || r.absent {
 		return r.absent && r.e.cfg.Now().Sub(r.rv.Fenced) > r.e.cfg.MintTimeout, err
 	}
-	t := tally{total: r.total}
-	t.left, t.alive, t.static, t.latest = r.progress.Count()
-	r.minWait = 5*time.Millisecond + time.Duration(t.left)*50*time.Microsecond
-	if t.left == 0 && r.rv.Unswept {
+	counts := r.progress.Counts()
+	counts.Total = r.total
+	r.minWait = 5*time.Millisecond + time.Duration(counts.Left)*50*time.Microsecond
+	if counts.Left == 0 && r.rv.Unswept {
 		if err := r.sweep(ctx); err != nil {
 			r.e.cfg.Alarm("sweeping for "+string(r.rv.ID), err)
 		}
 	}
-	return r.record(ctx, t, r.killTokens(ctx))
+	return r.record(ctx, counts, r.killTokens(ctx))
 }
 
-// begin is step 2: it lists what the fence covers, which nothing can join any more, and gives it to the workers.
+// start is step 2: it lists the grants and delegations under the fence, which none can join any more, and gives the
+// grants to the workers of their backends. These sever, kill and prove (steps 2, 3 and 5).
+//
+// A crash after step 2 leaves severed logins of which the ledger has no evidence. The next process severs them again.
 func (r *reconciler) start(ctx context.Context) error {
 	var grants []broker.Grant
 	var static []broker.GrantID
@@ -215,13 +222,13 @@ func (r *reconciler) start(ctx context.Context) error {
 	}
 	r.progress = r.e.reaper.Follow(grants, static)
 	r.e.reaper.EndFenced(grants)
-	return r.reread(ctx) // what was closed between reading and following was reported to no follower
+	return r.reread(ctx) // a worker may have closed a grant between the view and Follow
 }
 
-// rereadEvery is how often the ledger is read for what a worker reports anyway.
+// rereadEvery is how often the progress is compared with the ledger, in addition to the workers' reports.
 const rereadEvery = 5 * time.Second
 
-// reread compares the progress with the ledger, which decides.
+// reread updates the progress from the ledger, which is authoritative.
 func (r *reconciler) reread(ctx context.Context) error {
 	r.read = r.e.cfg.Now()
 	closed := map[broker.GrantID]broker.Outcome{}
@@ -248,12 +255,15 @@ func (r *reconciler) reread(ctx context.Context) error {
 	return err
 }
 
-// headStart is how long severing may delay the end of the delegations' tokens. Vault would use that time to end what is
-// below them one by one, over the same database, and lock a login out of the bulk for as long as that takes.
+// headStart is how long severing may delay the kill of the delegations' tokens. After the kill Vault revokes the leases
+// below one by one, at the same database. Each revocation would lock its login against the bulk.
 const headStart = 2 * time.Second
 
-// killTokens is step 3 for the delegations: their tokens end, root first, so that what is below ends with one call where
-// Vault can do it. It gives how many are not confirmed yet. The workers end the steps' tokens and leases.
+// killTokens is step 3 for the delegations. It kills their tokens, root first: where Vault can, one call ends the whole
+// subtree. It returns the number of tokens without a confirmation. The workers kill the steps' tokens and leases.
+//
+// A crash after it leaves dead tokens of which the ledger has no record. The next process kills them again, which Vault
+// confirms.
 func (r *reconciler) killTokens(ctx context.Context) (pending int) {
 	now := r.e.cfg.Now()
 	r.delayed = len(r.nodes) > 0 && now.Sub(r.started) < headStart && r.e.reaper.Severing(r.backends)
@@ -263,7 +273,7 @@ func (r *reconciler) killTokens(ctx context.Context) (pending int) {
 				continue
 			}
 			if r.delayed || pending > 0 {
-				pending++ // later; or Vault has just not answered, and is not asked a thousand times more
+				pending++ // for a later round: after one failed call Vault gets no more in this round
 				continue
 			}
 			killCtx, cancel := context.WithTimeout(ctx, r.e.cfg.MintTimeout)
@@ -280,8 +290,10 @@ func (r *reconciler) killTokens(ctx context.Context) (pending int) {
 	return pending
 }
 
-// sweep is step 4, once nothing is left: mints that were under way at the fence, and whose answer never came, may have
-// left what the ledger does not know.
+// sweep is step 4. It runs when every grant is closed, which includes that no mint can complete any more. A mint with a
+// lost answer may have left an orphaned lease or login.
+//
+// A crash after it leaves the revocation Unswept. The next process no longer knows the mints, and sweeps all paths.
 func (r *reconciler) sweep(ctx context.Context) error {
 	var lost []broker.Grant
 	err := r.e.view(ctx, "revoke", func(tx *records.Tx) error {
@@ -309,20 +321,23 @@ func (r *reconciler) sweep(ctx context.Context) error {
 	return err
 }
 
-// record is step 6: it works out the counts and the closure, and stores them when they changed. A revocation has settled
-// when nothing is left that work or time can change. pending counts tokens.
-func (r *reconciler) record(ctx context.Context, t tally, pending int) (done bool, err error) {
+// record is step 6: it computes the counts and the closure, and records them when they changed. pending counts tokens.
+// A revocation has settled when every grant is closed, every token is dead and the sweep is done.
+//
+// A crash before it leaves the previous closure, and the next process computes it again. After a settled closure,
+// Resume has no work left.
+func (r *reconciler) record(ctx context.Context, counts closing.Counts, pending int) (done bool, err error) {
 	now := r.e.cfg.Now()
 	recounted := func(rv broker.Revocation) broker.Revocation {
-		rv.Tokens, rv.Unswept = pending, r.rv.Unswept // first: the closure counts them
-		recount(&rv, t)
-		done = t.left == 0 && pending == 0 && !rv.Unswept
+		rv.Tokens, rv.Unswept = pending, r.rv.Unswept
+		counts.Apply(&rv)
+		done = counts.Left == 0 && pending == 0 && !rv.Unswept
 		if done && rv.Settled.IsZero() {
 			rv.Settled = now
 		}
 		return rv
 	}
-	// Without this, hundreds that wait for a Vault that is down would keep the ledger from those who fence.
+	// Without this check, hundreds of revocations that wait for Vault would write in each round and delay new fences.
 	if r.stored.ID != "" && recounted(r.stored) == r.stored {
 		return done, nil
 	}
@@ -342,45 +357,48 @@ func (r *reconciler) record(ctx context.Context, t tally, pending int) (done boo
 		if before.Closure != rv.Closure {
 			op = broker.OpClosure
 		}
-		_, err = tx.Enter(broker.Entry{At: now, Actor: "pawl", Op: op, Chain: rv.Chain, Delegation: rv.Node, Revocation: rv.ID,
-			Detail: tallyText(rv)})
+		_, err = tx.Enter(broker.Entry{At: now, Actor: "pawl", Op: op, Chain: rv.Chain, Delegation: rv.Node,
+			Revocation: rv.ID, Detail: closing.FormatTally(rv)})
 		return err
 	})
 	if err != nil {
 		r.stored = broker.Revocation{}
-		return false, err // a closure that was not recorded is worked out again
+		return false, err
 	}
 	r.stored = r.rv
 	return done, nil
 }
 
-// endUnrecorded does what can be done when the ledger takes no fence. Issuing has stopped with it, so what is known is
-// all there is, and it is ended now: revoking works when everything else is broken. The command must be repeated, since
-// nothing keeps the fence.
+// endUnfenced ends the known grants when the ledger cannot record the fence: revoking works when everything else is
+// broken. Issuing has stopped with the ledger, so no other grants exist. The operator must repeat the command, since no
+// fence is recorded.
 func (e *Engine) endUnfenced(ctx context.Context, r selector.Request, f fencing, cause error) error {
 	if r.Freeze {
 		return cause
 	}
-	clean, cancel := detached(ctx, 30*time.Second)
+	endCtx, cancel := detached(ctx, 30*time.Second)
 	defer cancel()
 	var grants []broker.Grant
 	var nodes []broker.Delegation
-	err := e.view(clean, "revoke", func(tx *records.Tx) (err error) {
+	err := e.view(endCtx, "revoke", func(tx *records.Tx) (err error) {
 		if f.target, err = targetOf(tx, r.Selector); err != nil {
 			return err
 		}
-		grants, nodes, err = tx.Under(broker.Revocation{Selector: f.selector, Node: f.target.node, Grant: f.target.grant, Fenced: f.now})
+		grants, nodes, err = tx.Under(broker.Revocation{Selector: f.selector, Node: f.target.node, Grant: f.target.grant,
+			Fenced: f.now})
 		return err
 	})
 	if err != nil {
 		return cause
 	}
-	failed := e.endWithoutLedger(clean, grants, nodes)
-	return broker.Errorf(broker.Unavailable, "revoke", "the ledger takes no fence: %d secrets known to it were cut without a record, %d calls failed; nothing keeps later ones from being handed out once the ledger is back", len(grants), failed).
+	failed := e.endWithoutLedger(endCtx, grants, nodes)
+	return broker.Errorf(broker.Unavailable, "revoke", "the ledger cannot record the fence: %d known secrets were "+
+		"severed and killed without a record, %d calls failed; once the ledger is back, nothing prevents new ones",
+		len(grants), failed).
 		With(broker.CodeLedgerDown).Because(cause).Lacks("repeat the command until it is acknowledged", "ledger")
 }
 
-// endWithoutLedger severs and kills without reading the ledger, and gives how many calls failed.
+// endWithoutLedger severs and kills without a read of the ledger. It returns the number of failed calls.
 func (e *Engine) endWithoutLedger(ctx context.Context, grants []broker.Grant, nodes []broker.Delegation) (failed int) {
 	by := map[string][]broker.Grant{}
 	var tokens []broker.Handle

@@ -8,26 +8,29 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/sched"
 )
 
-// Found is the state of a grant as a worker found it last.
+// Found is the state of a grant at a worker's last check.
 type Found struct {
 	Chain     broker.ChainID
 	Outcome   broker.Outcome
 	LatestEnd time.Time // when its secret ends by itself
 }
 
-// Progress is how far the end of some grants has come. The workers report to it directly. It is safe for concurrent use.
+// Progress counts how many of a set of grants have ended. The workers report to it directly. It is safe for concurrent
+// use.
 type Progress struct {
-	Changed sched.Signal // something was reported
+	Changed sched.Signal // a worker has reported
 
 	r      *Reaper
-	mu     sync.Mutex // guards what follows
+	mu     sync.Mutex // guards left and static
 	left   map[broker.GrantID]Found
-	static map[broker.GrantID]bool // closed, and the static secret works on
+	static map[broker.GrantID]bool // closed, while the static secret still works
 }
 
-// Follow gives the progress of grants that were read as not closed, and of static ones that are closed. Close must be called.
+// Follow returns the progress of grants that were read as not closed, and of static ones that are closed. The caller
+// must call Close.
 func (r *Reaper) Follow(grants []broker.Grant, static []broker.GrantID) *Progress {
-	p := &Progress{r: r, Changed: sched.NewSignal(), left: make(map[broker.GrantID]Found, len(grants)), static: map[broker.GrantID]bool{}}
+	p := &Progress{r: r, Changed: sched.NewSignal(), left: make(map[broker.GrantID]Found, len(grants)),
+		static: map[broker.GrantID]bool{}}
 	for _, id := range static {
 		p.static[id] = true
 	}
@@ -61,7 +64,7 @@ func (r *Reaper) unfollowLocked(id broker.GrantID, p *Progress) {
 	}
 }
 
-// Left gives a copy of what is not closed.
+// Left returns a copy of the grants that are not closed.
 func (p *Progress) Left() map[broker.GrantID]Found {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -72,23 +75,18 @@ func (p *Progress) Left() map[broker.GrantID]Found {
 	return left
 }
 
-// Count gives the numbers of grants that are not closed, of those shown to work, and of static ones that work on; and
-// when the last of what is not closed ends by itself.
-func (p *Progress) Count() (left, alive, static int, latest time.Time) {
+// Counts counts the grants as they are now. Total is zero.
+func (p *Progress) Counts() Counts {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	c := Counts{Left: len(p.left), Static: len(p.static)}
 	for _, f := range p.left {
-		if f.Outcome == broker.OutcomeAlive {
-			alive++
-		}
-		if f.LatestEnd.After(latest) {
-			latest = f.LatestEnd
-		}
+		c.add(f.Outcome, f.LatestEnd)
 	}
-	return len(p.left), alive, len(p.static), latest
+	return c
 }
 
-// Report says that a grant was found like this; closed: it is CLOSED.
+// Report notes the state of a grant; closed: the grant is CLOSED.
 func (p *Progress) Report(id broker.GrantID, f Found, closed bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -104,7 +102,7 @@ func (p *Progress) Report(id broker.GrantID, f Found, closed bool) {
 	p.Changed.Notify()
 }
 
-// report tells the grants' waiting callers and followers what a worker has recorded.
+// report notifies the followers and the waiting callers of grants that a worker has recorded.
 func (r *Reaper) report(grants []broker.Grant) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

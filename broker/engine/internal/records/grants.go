@@ -3,6 +3,7 @@ package records
 import (
 	"bytes"
 	"cmp"
+	"slices"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
@@ -94,10 +95,36 @@ func GrantEntry(g *broker.Grant, op broker.Op, now time.Time) broker.Entry {
 // MarkFenced lists a grant as fenced, so that its holder's agent finds it without a search through the live ones.
 func (t *Tx) MarkFenced(g broker.Grant) error { return t.mark(keyFenced(g.Delegation, g.ID)) }
 
-// EachMarkedFenced calls f with each grant of the delegation that is listed so.
-func (t *Tx) EachMarkedFenced(d broker.DelegationID, f func(broker.GrantID) error) error {
+// eachMarkedFenced calls f with each grant of the delegation that is listed so.
+func (t *Tx) eachMarkedFenced(d broker.DelegationID, f func(broker.GrantID) error) error {
 	list, err := ids[broker.GrantID](t, keyFenced(d, ""), "")
 	return each(list, err, f)
+}
+
+// EachFenced calls f with each grant directly under the lineage's leaf that was fenced by itself or by a rule. The
+// ledger lists the grants with a fence of their own. The live grants are read only when a final rule is in force, so
+// that in a chain with thousands of them the agents learn of a fence at once.
+func (t *Tx) EachFenced(l Lineage, f func(broker.GrantID)) error {
+	leaf := l.Leaf().ID
+	listed := map[broker.GrantID]bool{}
+	err := t.eachMarkedFenced(leaf, func(id broker.GrantID) error { listed[id] = true; f(id); return nil })
+	if err != nil {
+		return err
+	}
+	rules, err := t.Rules()
+	if err != nil || !slices.ContainsFunc(rules, func(r Rule) bool { return !r.Fence.Frozen }) {
+		return err
+	}
+	return t.EachLive(l.Chain.ID, func(g broker.Grant) error {
+		if g.Delegation != leaf || listed[g.ID] {
+			return nil
+		}
+		fence, err := t.FenceOver(l, l.Subject(g))
+		if err == nil && fence != nil && !fence.Frozen {
+			f(g.ID)
+		}
+		return err
+	})
 }
 
 // EachLive calls f with each grant of the chain, or of all chains when it is empty, that is not closed.

@@ -2,6 +2,7 @@ package records
 
 import (
 	"cmp"
+	"slices"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
@@ -91,6 +92,36 @@ func (t *Tx) ifCovered(covers Covers, f func(broker.Grant)) func(broker.Grant) e
 		}
 		return err
 	}
+}
+
+// ExpectedHolders lists the holders that must acknowledge a revocation: those of the delegations that it covers, that
+// were open at the fence, and over which no earlier final fence is. It runs after the fence, so that the fence's
+// transaction costs the same for a tree of any size.
+func (t *Tx) ExpectedHolders(rv broker.Revocation) (holders []broker.Acknowledgement, err error) {
+	if rv.Freeze || rv.Grant != "" {
+		return nil, nil
+	}
+	covers, err := Covering(rv)
+	if err != nil {
+		return nil, err
+	}
+	var open []broker.Delegation
+	err = t.EachMember(rv.Chain, func(id broker.DelegationID) error {
+		l, err := t.Lineage("revocation", id)
+		if err != nil || l.Leaf().Created.After(rv.Fenced) || !covers(l, noGrant) || l.Expired(rv.Fenced) {
+			return err
+		}
+		before, err := t.FinalFences(l)
+		if err == nil && !slices.ContainsFunc(before, func(f broker.Fence) bool { return f.Generation < rv.Revision }) {
+			open = append(open, l.Leaf())
+		}
+		return err
+	})
+	RootFirst(open)
+	for _, d := range open {
+		holders = append(holders, broker.Acknowledgement{Chain: d.Chain, Delegation: d.ID, Holder: d.Holder})
+	}
+	return holders, err
 }
 
 // Acknowledge records that a delegation's holder has acknowledged a revocation; first says that it had not before.

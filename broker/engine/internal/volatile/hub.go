@@ -20,6 +20,19 @@ type Topic struct {
 	Fences bool
 }
 
+// TopicTx collects the topics of a transaction's entries.
+type TopicTx struct {
+	broker.Tx
+	Topics []Topic
+}
+
+// Append appends the entry to the transaction.
+func (t *TopicTx) Append(entry broker.Entry) (broker.Revision, error) {
+	fences := entry.Op == broker.OpFence || entry.Op == broker.OpFreeze || entry.Op == broker.OpUnfreeze
+	t.Topics = append(t.Topics, Topic{Chain: entry.Chain, Fences: fences})
+	return t.Tx.Append(entry)
+}
+
 // watchers of one topic share a channel that is closed when they must read again.
 type watchers struct {
 	changed chan struct{}
