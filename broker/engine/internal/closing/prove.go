@@ -13,12 +13,12 @@ import (
 
 // killAnswer is Vault's answer to the revocation of a step's token.
 type killAnswer struct {
-	at  time.Time // when it confirmed
+	at  time.Time // of the confirmation
 	err error
 }
 
-// kill revokes the steps' tokens, some at once. After Vault failed to answer for one, it is not asked for more in this pass.
-// What it has confirmed is not asked again by this process: a token does not come back.
+// kill revokes the steps' tokens concurrently. After one failed call it sends Vault no more calls in this pass. A token
+// with a confirmation is not revoked again by this process, since a revoked token does not come back.
 func (w *worker) kill(pass []broker.Grant) []killAnswer {
 	answers := make([]killAnswer, len(pass))
 	var ask []int
@@ -35,22 +35,22 @@ func (w *worker) kill(pass []broker.Grant) []killAnswer {
 		}
 	}
 	w.mu.Unlock()
-	var mu sync.Mutex // guards silent
-	var refusal error
+	var mu sync.Mutex // guards lastErr
+	var lastErr error
 	for batch := range slices.Chunk(ask, batchSize) {
 		ctx, cancel := context.WithTimeout(w.r.cfg.Context, time.Minute)
 		w.parallel(len(batch), func(k int) {
 			i := batch[k]
 			mu.Lock()
-			answers[i].err = refusal
+			answers[i].err = lastErr
 			mu.Unlock()
 			if answers[i].err != nil {
 				return
 			}
 			if answers[i] = w.killOne(ctx, pass[i]); answers[i].err != nil {
 				mu.Lock()
-				first := refusal == nil
-				refusal = answers[i].err
+				first := lastErr == nil
+				lastErr = answers[i].err
 				mu.Unlock()
 				if first {
 					w.alarm("revoking tokens in Vault", answers[i].err)
@@ -78,14 +78,14 @@ func (w *worker) killOne(ctx context.Context, g broker.Grant) killAnswer {
 	return killAnswer{at: w.r.cfg.Now()}
 }
 
-// each runs f for 0 to n-1, as many at once as is configured.
+// parallel runs f for 0 to n-1, at most Config.Workers at once.
 func (w *worker) parallel(n int, f func(i int)) {
 	var group errgroup.Group
 	group.SetLimit(w.r.cfg.Workers)
 	for i := range n {
 		group.Go(func() error { f(i); return nil })
 	}
-	_ = group.Wait() // f reports its errors itself
+	_ = group.Wait() // f returns no error
 }
 
 func (w *worker) probes() bool {
@@ -93,7 +93,7 @@ func (w *worker) probes() bool {
 	return ok
 }
 
-// prove asks the target. A target that does not answer proves nothing.
+// prove asks the target whether the secrets still work. A target that does not answer proves nothing.
 func (w *worker) prove(ctx context.Context, pass []broker.Grant) []broker.Evidence {
 	found := make([]broker.Evidence, len(pass))
 	p, ok := w.r.cfg.Backends[w.backend].(broker.Prover)
@@ -136,13 +136,13 @@ func (w *worker) leasesGone(ctx context.Context, pass []broker.Grant) []goneAnsw
 	return answers
 }
 
-// patience is how many checks Vault gets to end a lease after its token, more than a second in all, before the lease
-// is revoked by name.
+// checksBeforeRevoke is the number of checks, over more than a second, in which Vault may end a lease after its token.
+// After them the worker revokes the lease by name.
 const checksBeforeRevoke = 7
 
-// revokeLeft revokes leases that outlived their token. Vault writes a lease without checking the token again, so a lease
-// that was written during the kill is in no queue of Vault's. A lease that Vault has given up gets no patience: each
-// sweep starts its checks anew, and they would never be enough.
+// revokeLeft revokes the leases that outlived their token. Vault writes a lease without checking the token again, so a
+// lease that it wrote during the kill is in no queue of Vault's. A lease that Vault has given up revoking is revoked by
+// name at each check: every sweep resets its number of checks, which would never reach checksBeforeRevoke.
 func (w *worker) revokeLeft(ctx context.Context, pass []broker.Grant, gone []goneAnswer, taken map[broker.GrantID]Due) {
 	w.parallel(len(pass), func(i int) {
 		if !gone[i].answered || gone[i].gone {

@@ -8,25 +8,25 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/sched"
 )
 
-// Due is a grant to be checked at a time.
+// Due is a grant to check at a time.
 type Due struct {
 	At      time.Time
 	ID      broker.GrantID
 	Backend string
 
-	attempt int           // how often it was checked before
-	alive   bool          // the target has not shown that it is dead: sever again
-	grant   *broker.Grant // as read after its fence, because of which it must end; nil: to be read
+	attempt int           // checks before this one
+	alive   bool          // the target has not shown that the secret is dead: sever again
+	grant   *broker.Grant // as read after its fence, which makes it end; nil: not read yet
 }
 
-// Due is when.
+// Due is the time of the check.
 func (d Due) Due() time.Time { return d.At }
 
 // queue collects grants until its one reader takes them all.
 type queue struct {
 	mu   sync.Mutex // guards due and busy
 	due  map[broker.GrantID]Due
-	busy bool // the reader works on what it took
+	busy bool // the reader works on the taken grants
 	wake sched.Signal
 }
 
@@ -34,8 +34,8 @@ func newQueue() *queue {
 	return &queue{due: map[broker.GrantID]Due{}, wake: sched.NewSignal()}
 }
 
-// push adds some at once, so that the reader finds all of them. Otherwise it would begin with the first of a thousand,
-// and do the rest in a second pass.
+// push adds all grants under one lock, so that the reader takes all of them. Otherwise it would work on the first of a
+// thousand, and on the rest in a second pass.
 func (q *queue) push(ds []Due) {
 	if len(ds) == 0 {
 		return
@@ -61,14 +61,14 @@ func (q *queue) take() map[broker.GrantID]Due {
 	return taken
 }
 
-// done notes that the reader has finished what it took.
+// done notes that the reader has finished the taken grants.
 func (q *queue) done() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.busy = false
 }
 
-// idle reports whether everything that was pushed has been dealt with.
+// isIdle reports whether the reader has finished every pushed grant.
 func (q *queue) isIdle() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()

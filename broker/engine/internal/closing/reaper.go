@@ -1,5 +1,5 @@
-// Package closing ends what must end, per backend, and proves it: grants that expired, that are fenced, that their agent
-// closed, and those whose issue failed.
+// Package closing ends grants and proves them dead, with one worker for each backend. A grant must end when it expires,
+// is fenced, is closed by its agent, or when its issue failed.
 package closing
 
 import (
@@ -14,7 +14,7 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/sched"
 )
 
-// Config is what a [Reaper] works with. All fields are required.
+// Config configures a [Reaper]. All fields are required.
 type Config struct {
 	Vault    broker.Vault
 	Backends map[string]broker.Backend
@@ -24,30 +24,30 @@ type Config struct {
 	View   func(ctx context.Context, op string, f func(*records.Tx) error) error
 	Update func(ctx context.Context, op string, f func(*records.Tx) error) error
 
-	Undeliverable func(*broker.Grant) bool // no agent can get the grant's sealed secret any more
-	Discard       func([]broker.Grant)     // the sealed secrets of grants that end
+	Undeliverable func(*broker.Grant) bool // reports whether no collector can get the grant's sealed secret any more
+	Discard       func([]broker.Grant)     // drops the sealed secrets of grants that end
 
 	Context    context.Context // the lifetime of background work
 	Background func(func())    // runs f in a goroutine that the owner waits for
 
 	CallTimeout time.Duration // of one call to Vault
-	Workers     int           // calls to Vault at once for each backend
+	Workers     int           // concurrent calls to Vault for each backend
 }
 
-// Reaper ends grants. It holds ids and times only: the ledger says how each grant stands, and a restart fills the reaper
-// from it. It is safe for concurrent use.
+// Reaper ends grants. It holds ids and times only. The state of each grant is in the ledger, and the engine fills the
+// reaper from the ledger after a restart. It is safe for concurrent use.
 //
-// Each backend has a worker of its own, so that a dead backend delays no other. In a worker, severing waits for
-// nothing; killing in Vault and proving follow.
+// Each backend has its own worker, so a dead backend delays no other. A worker severs first, without waiting for Vault.
+// It kills and proves after that.
 type Reaper struct {
 	cfg     Config
-	minting sched.Busy[broker.GrantID] // an issue of this process works on it: its mint may be under way
-	wake    sched.Signal               // of the clock: the heap has an earlier first
+	minting sched.Busy[broker.GrantID] // an issue of this process works on the grant: its mint may be in flight
+	wake    sched.Signal               // wakes Run: the heap has a new first item
 
-	mu        sync.Mutex // guards what follows
+	mu        sync.Mutex // guards the fields below
 	due       sched.Heap[Due]
-	nextCheck map[broker.GrantID]time.Time // the next check of a grant that a check did not end; later ones in due are void
-	checked   time.Time                    // by the clock, at the last look at due
+	nextCheck map[broker.GrantID]time.Time // of a grant that the last check did not end; later ones in due are void
+	checked   time.Time                    // the time of the last dispatchDue
 	workers   map[string]*worker
 	waiting   map[broker.GrantID][]chan struct{} // callers that wait for a grant to be closed
 	progress  map[broker.GrantID][]*Progress
@@ -56,23 +56,24 @@ type Reaper struct {
 
 // New makes a Reaper. Nothing is scheduled before [Reaper.Run].
 func New(cfg Config) *Reaper {
-	return &Reaper{cfg: cfg, wake: sched.NewSignal(), nextCheck: map[broker.GrantID]time.Time{}, workers: map[string]*worker{},
-		waiting: map[broker.GrantID][]chan struct{}{}, progress: map[broker.GrantID][]*Progress{}}
+	return &Reaper{cfg: cfg, wake: sched.NewSignal(), nextCheck: map[broker.GrantID]time.Time{},
+		workers: map[string]*worker{}, waiting: map[broker.GrantID][]chan struct{}{},
+		progress: map[broker.GrantID][]*Progress{}}
 }
 
-// BeginMint notes a grant that this process is issuing, and when it must end.
+// BeginMint notes that this process is issuing the grant, and schedules the grant's end.
 func (r *Reaper) BeginMint(g broker.Grant) {
 	r.minting.Begin(g.ID)
 	r.schedule(Due{At: g.Expires, ID: g.ID, Backend: g.Backend})
 }
 
-// EndMint notes that no mint of this process is under way for the grant any more.
+// EndMint notes that this process has no mint in flight for the grant any more.
 func (r *Reaper) EndMint(id broker.GrantID) { r.minting.End(id) }
 
 // IsMinting reports whether an issue of this process works on the grant.
 func (r *Reaper) IsMinting(id broker.GrantID) bool { return r.minting.Has(id) }
 
-// Closed gives a channel that is closed when the grant has been recorded as CLOSED. cancel must be called.
+// Closed returns a channel that is closed when the grant has been recorded as CLOSED. The caller must call cancel.
 func (r *Reaper) Closed(id broker.GrantID) (closed <-chan struct{}, cancel func()) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -88,7 +89,7 @@ func (r *Reaper) Closed(id broker.GrantID) (closed <-chan struct{}, cancel func(
 	}
 }
 
-// EndNow ends grants without waiting for their time.
+// EndNow checks grants at once, and ends those that must end.
 func (r *Reaper) EndNow(grants ...broker.Grant) {
 	now := make([]Due, len(grants))
 	for i, g := range grants {
@@ -97,8 +98,8 @@ func (r *Reaper) EndNow(grants ...broker.Grant) {
 	r.dispatch(now)
 }
 
-// EndFenced is [Reaper.EndNow] for grants that were read after they were fenced. They are severed without being read
-// again: reading a thousand takes as long as severing half of them.
+// EndFenced is [Reaper.EndNow] for grants that were read after their fence. The worker severs them without reading them
+// again: to read a thousand grants takes as long as to sever half of them.
 func (r *Reaper) EndFenced(grants []broker.Grant) {
 	now := make([]Due, len(grants))
 	for i := range grants {
@@ -109,7 +110,7 @@ func (r *Reaper) EndFenced(grants []broker.Grant) {
 	r.dispatch(now)
 }
 
-// dispatch gives each worker its part.
+// dispatch enqueues the grants at the workers of their backends.
 func (r *Reaper) dispatch(ds []Due) {
 	by := map[string][]Due{}
 	for _, d := range ds {
@@ -120,7 +121,7 @@ func (r *Reaper) dispatch(ds []Due) {
 	}
 }
 
-// Severing reports whether one of the backends still severs what it was given.
+// Severing reports whether the worker of one of the backends has grants left to sever.
 func (r *Reaper) Severing(backends map[string]bool) bool {
 	for backend := range backends {
 		if !r.worker(backend).sever.isIdle() {
@@ -130,7 +131,7 @@ func (r *Reaper) Severing(backends map[string]bool) bool {
 	return false
 }
 
-// worker gives the backend's worker, which runs from its first use on.
+// worker returns the backend's worker. It starts the worker at the first use.
 func (r *Reaper) worker(backend string) *worker {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -152,12 +153,12 @@ func (r *Reaper) Fill(due []Due) {
 	r.due.Fill(due)
 }
 
-// maxWait is about the longest that [worker.retry] puts a grant off.
+// maxWait is about the longest delay of [worker.retry].
 const maxWait = 15 * time.Second
 
-// schedule checks a grant later. Of repeated checks only the earliest is kept: a grant may be hurried any number
-// of times, and otherwise each check of a grant that cannot be ended would be followed by another one for good. When the clock was ahead
-// and has been set right, what it put off is checked soon.
+// schedule checks a grant at d.At. It keeps only the earliest of repeated checks. EndNow may come any number of times
+// for a grant, and each check of a grant that does not end schedules another: without this limit the checks would
+// multiply. It shortens the delay of a repeated check to maxWait, in case the clock was set back.
 func (r *Reaper) schedule(d Due) {
 	most := r.cfg.Now().Add(maxWait)
 	r.mu.Lock()
@@ -178,7 +179,7 @@ func (r *Reaper) schedule(d Due) {
 	}
 }
 
-// Run gives due grants to the workers until the broker stops.
+// Run dispatches due grants to the workers until the engine stops.
 func (r *Reaper) Run() {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
@@ -193,7 +194,7 @@ func (r *Reaper) Run() {
 	}
 }
 
-// dispatchDue gives every due grant to its worker, and returns how long the next can wait.
+// dispatchDue dispatches the due grants. It returns the time until the next one is due, at most maxWait.
 func (r *Reaper) dispatchDue() time.Duration {
 	now := r.cfg.Now()
 	var ready []Due
@@ -211,7 +212,7 @@ func (r *Reaper) dispatchDue() time.Duration {
 		d := r.due.Pop()
 		if d.attempt > 0 {
 			if !r.nextCheck[d.ID].Equal(d.At) {
-				continue // an earlier check took its place
+				continue // an earlier check replaced it
 			}
 			delete(r.nextCheck, d.ID)
 		}
@@ -222,8 +223,8 @@ func (r *Reaper) dispatchDue() time.Duration {
 	return next
 }
 
-// setBackLocked is for a clock that was ahead and has been set right: what it put off for seconds must not wait for
-// the hours that it was ahead.
+// clockSetBackLocked corrects the scheduled checks after the clock was set back. A clock that was hours ahead scheduled
+// them hours too late.
 func (r *Reaper) clockSetBackLocked(now time.Time) {
 	r.due.Each(func(d Due) Due {
 		if d.attempt == 0 || d.At.Sub(now) <= maxWait {
@@ -237,7 +238,7 @@ func (r *Reaper) clockSetBackLocked(now time.Time) {
 	})
 }
 
-// SetGivenUp takes over the leases that Vault has given up revoking, and gives those that are new among them.
+// SetGivenUp replaces the set of leases that Vault has given up revoking. It returns the new ones among them.
 func (r *Reaper) SetGivenUp(leases map[string]bool) (fresh []string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

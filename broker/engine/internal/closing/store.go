@@ -8,7 +8,7 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-// store records a batch and gives the grants that are not closed.
+// store records a batch and returns the grants that are not closed.
 func (w *worker) store(batch []broker.Grant) (rest []broker.Grant) {
 	ctx, cancel := context.WithTimeout(w.r.cfg.Context, time.Minute)
 	defer cancel()
@@ -33,18 +33,18 @@ func (w *worker) store(batch []broker.Grant) (rest []broker.Grant) {
 	return rest
 }
 
-// recordTime is how long one transaction of a worker takes in grants. Every fence and intent waits for the running
-// transaction, and its commit takes about twice as long again.
+// recordTime bounds the time in which one transaction of a worker adds grants. Every fence and intent waits for the
+// running transaction, and the commit takes about twice as long again.
 const recordTime = 2 * time.Millisecond
 
-// record stores what was found of the first n grants of a batch, one at least. Closed grants leave the live ones and
-// give back their place in the budgets. A grant whose outcome has not changed is not written again.
+// record stores the outcomes of the first n grants of a batch, at least one. A closed grant leaves the live ones and
+// returns its place in the budgets. A grant with an unchanged outcome is not written again.
 func (w *worker) record(ctx context.Context, batch []broker.Grant) (n int, err error) {
 	now := w.r.cfg.Now()
 	err = w.r.cfg.Update(ctx, "close", func(tx *records.Tx) error {
 		n = 0
 		began := w.r.cfg.Now()
-		ended := map[broker.DelegationID]int{} // how many live grants each delegation has less
+		ended := map[broker.DelegationID]int{} // closed grants by delegation
 		for i := range batch {
 			if i > 0 && w.r.cfg.Now().Sub(began) > recordTime {
 				break
@@ -68,7 +68,7 @@ func recordOne(tx *records.Tx, g *broker.Grant, now time.Time, ended map[broker.
 	case !ok || old.State == broker.StateClosed:
 		g.State, g.Outcome = broker.StateClosed, old.Outcome
 	case g.State != old.State:
-		// An issue has moved it since it was read; the next check sees it as it is.
+		// An issue has changed the state since the read. The next check reads the new state.
 	case dead:
 		return tx.Finish(g, now, ended)
 	case g.Outcome != old.Outcome || old.Ending == "" || givenUp(g.Evidence) != givenUp(old.Evidence):

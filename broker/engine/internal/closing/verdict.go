@@ -7,21 +7,20 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// verdict judges one grant by what was found of it. Dead takes an answer from every part that
-// could know better: Vault has ended the token, knows the lease no more, no mint can still be
-// under way, and the target, where it can be asked, refuses the secret.
+// verdict decides the outcome of one grant. Dead needs all of these: Vault has revoked the token, Vault no longer knows
+// the lease, no mint can be in flight, and the target, if it can be probed, refuses the secret.
 type verdict struct {
 	g       broker.Grant
-	killed  killAnswer      // of revoking the step's token
-	gone    goneAnswer      // of the lease
-	found   broker.Evidence // of the target; zero when it cannot be asked
-	probed  bool            // the target can be asked
-	minting bool            // an issue of this process is at work
+	killed  killAnswer      // to the revocation of the step's token
+	gone    goneAnswer      // about the lease
+	found   broker.Evidence // of the target; zero when it cannot be probed
+	probed  bool            // the target can be probed
+	minting bool            // an issue of this process works on the grant
 	givenUp bool            // Vault has given up revoking the lease
 	now     time.Time
 }
 
-// answerGivenUp is the evidence of a lease that Vault lists as irrevocable.
+// answerGivenUp is the evidence for a lease that Vault lists as irrevocable. Ledgers hold the text: it must not change.
 const answerGivenUp = "still there, and Vault has given up revoking it: it is tried again, and needs a person"
 
 func givenUp(evidence []broker.Evidence) bool {
@@ -55,7 +54,8 @@ func (v verdict) outcome() (broker.Outcome, []broker.Evidence) {
 }
 
 func (v verdict) token() broker.Evidence {
-	e := broker.Evidence{At: v.killed.at, Check: "vault: revoke the step's token", Outcome: broker.OutcomeDead, Answer: "revoked, or gone before"}
+	e := broker.Evidence{At: v.killed.at, Check: "vault: revoke the step's token", Outcome: broker.OutcomeDead,
+		Answer: "revoked, or gone before"}
 	if v.killed.err != nil {
 		e.At, e.Outcome, e.Answer = v.now, broker.OutcomeUnknown, "Vault did not confirm"
 	}
@@ -63,24 +63,27 @@ func (v verdict) token() broker.Evidence {
 }
 
 func (v verdict) lease() broker.Evidence {
+	text := func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 	e := broker.Evidence{At: v.now, Check: "vault: look the lease up", Outcome: broker.OutcomeDead, Answer: "gone"}
 	switch {
 	case v.gone.asked && !v.gone.answered:
 		e.Outcome, e.Answer = broker.OutcomeUnknown, "Vault did not answer"
 	case v.gone.asked && !v.gone.gone:
-		// Vault still lists it: what the target says decides whether it works, but it is not over.
+		// Vault still lists the lease. The target decides whether the secret works, but the grant is not closed.
 		if e.Outcome, e.Answer = broker.OutcomeUnknown, "still there"; v.givenUp {
 			e.Answer = answerGivenUp
 		}
 	case v.gone.asked:
 	case v.g.State == broker.StateHandle && (v.minting || v.now.Before(v.g.Settles)):
-		e.Check, e.Outcome, e.Answer = "ledger", broker.OutcomeUnknown, "a mint may still be on its way until "+v.g.Settles.UTC().Format(time.RFC3339)
+		e.Check, e.Outcome = "ledger", broker.OutcomeUnknown
+		e.Answer = "a mint may still be on its way until " + text(v.g.Settles)
 	case v.g.State == broker.StateHandle:
 		e.Check, e.Answer = "ledger", "no mint can be on its way any more"
 	case v.probed:
 		e.Check, e.Answer = "ledger", "this engine gives no lease; the target decides"
 	case v.now.Before(v.g.LatestEnd()):
-		e.Check, e.Outcome, e.Answer = "ledger", broker.OutcomeAlive, "it has no lease and ends by itself at "+v.g.LatestEnd().UTC().Format(time.RFC3339)
+		e.Check, e.Outcome = "ledger", broker.OutcomeAlive
+		e.Answer = "it has no lease and ends by itself at " + text(v.g.LatestEnd())
 	default:
 		e.Check, e.Answer = "ledger", "past its own end"
 	}

@@ -16,18 +16,19 @@ import (
 type worker struct {
 	r       *Reaper
 	backend string
-	sever   *queue // not severed yet
+	sever   *queue // grants to sever
 
-	// Severed, as far as that could be done: to be killed in Vault and proven. An agent's own Close must not wait for the
-	// revocation of another chain, so few grants at once and many at once are settled beside each other.
+	// Grants to kill and prove, after the attempt to sever them. Small sets go to quick and large ones to bulk, and
+	// both run concurrently: an agent's own Close must not wait for the revocation of another chain.
 	quick, bulk *queue
 
 	mu     sync.Mutex           // guards killed
-	killed map[string]time.Time // when Vault confirmed the end of a token, by accessor, while its grant is not closed
+	killed map[string]time.Time // the time of Vault's confirmation, by accessor, until the grant is closed
 }
 
 func newWorker(r *Reaper, backend string) *worker {
-	return &worker{r: r, backend: backend, sever: newQueue(), quick: newQueue(), bulk: newQueue(), killed: map[string]time.Time{}}
+	return &worker{r: r, backend: backend, sever: newQueue(), quick: newQueue(), bulk: newQueue(),
+		killed: map[string]time.Time{}}
 }
 
 func (w *worker) push(ds []Due) {
@@ -51,7 +52,7 @@ func (w *worker) pushClose(ds []Due) {
 	}
 }
 
-// runSever is step 2 of revoke for everything that has arrived: at once, in bulk, without Vault.
+// runSever is step 2 of Revoke: it severs all queued grants in bulk, without Vault.
 func (w *worker) runSever() {
 	for w.await(w.sever) {
 		taken := w.sever.take()
@@ -59,7 +60,7 @@ func (w *worker) runSever() {
 		if s, ok := w.r.cfg.Backends[w.backend].(broker.Severer); ok && len(grants) > 0 {
 			ctx, cancel := context.WithTimeout(w.r.cfg.Context, 30*time.Second)
 			if err := s.Sever(ctx, grants); err != nil {
-				w.alarm("severing at "+w.backend, err) // Vault may still end them
+				w.alarm("severing at "+w.backend, err) // continue: Vault may end them
 			}
 			cancel()
 		}
@@ -72,7 +73,7 @@ func (w *worker) runSever() {
 	}
 }
 
-// alarm reports an error, unless the broker stops.
+// alarm raises an alarm, unless the engine stops.
 func (w *worker) alarm(op string, err error) {
 	if w.r.cfg.Context.Err() == nil {
 		w.r.cfg.Alarm(op, err)
@@ -88,8 +89,8 @@ func (w *worker) await(q *queue) bool {
 	}
 }
 
-// ending reads the grants that were not handed over with their records. It leaves out the closed ones, and those that
-// need not end yet: a clock that was ahead has them checked too soon, and they are checked again at their end.
+// grantsToEnd returns the due grants that must end now. It reads those that were enqueued without their record. A grant
+// that need not end yet was due too early, because the clock was ahead: it is scheduled again for its expiry.
 func (w *worker) grantsToEnd(due map[broker.GrantID]Due) (grants []broker.Grant) {
 	now := w.r.cfg.Now()
 	var notYet []Due
@@ -121,7 +122,7 @@ func (w *worker) grantsToEnd(due map[broker.GrantID]Due) (grants []broker.Grant)
 	})
 	w.r.cfg.Discard(grants)
 	if err != nil && w.r.cfg.Context.Err() == nil {
-		w.alarm("reading what must end", err)
+		w.alarm("reading grants that must end", err)
 		spread := rand.Float64()
 		for id, d := range due {
 			w.r.schedule(w.retry(id, d.attempt, spread))
@@ -134,7 +135,7 @@ func (w *worker) grantsToEnd(due map[broker.GrantID]Due) (grants []broker.Grant)
 	return grants
 }
 
-// MustEnd reports whether a grant that is not closed has to end now, and says why in g.Ending.
+// MustEnd reports whether a grant that is not closed must end now, and puts the reason in g.Ending.
 func (r *Reaper) MustEnd(tx *records.Tx, g *broker.Grant, now time.Time) (bool, error) {
 	if g.Ending != "" {
 		return true, nil
@@ -163,18 +164,19 @@ func (r *Reaper) MustEnd(tx *records.Tx, g *broker.Grant, now time.Time) (bool, 
 	return g.Ending != "", nil
 }
 
-// batchSize is how many grants are killed, and then recorded, together; and how many count as few.
+// batchSize is the number of grants that are killed together, and then recorded together. A set up to this size is
+// small.
 const batchSize = 200
 
-// passSize is how many grants are asked about together. One question about many leases, or about many secrets at their
-// target, costs Vault or the target little more than one about a few.
+// passSize is the number of grants that are proven together. A query for many leases, or for many secrets at their
+// target, costs little more than a query for a few.
 const passSize = 10 * batchSize
 
-// runSettle is steps 3 to 5 of revoke for what one queue gets.
+// runClose is steps 3 to 5 of Revoke for the grants of one queue.
 func (w *worker) runClose(q *queue) {
 	for w.await(q) {
 		taken := q.take()
-		if q == w.quick && len(taken) > batchSize { // many small ones have become many
+		if q == w.quick && len(taken) > batchSize { // many small sets make a large one
 			w.bulk.push(values(taken))
 			taken = nil
 		}
@@ -195,7 +197,8 @@ func values(due map[broker.GrantID]Due) []Due {
 	return list
 }
 
-// settle closes what can be closed. What is left is checked again all at once, and not each by itself.
+// closePass closes the grants of a pass that can be closed. It schedules the others for about the same time, so that
+// the next check is one pass again.
 func (w *worker) closePass(pass []Due) {
 	taken := make(map[broker.GrantID]Due, len(pass))
 	for _, d := range pass {
@@ -210,13 +213,13 @@ func (w *worker) closePass(pass []Due) {
 		due := w.retry(g.ID, taken[g.ID].attempt, spread)
 		due.alive = w.isAlive(g)
 		if settles := g.Settles.Add(time.Millisecond); settles.After(w.r.cfg.Now()) && settles.Before(due.At) {
-			due.At = settles // then an answer is possible
+			due.At = settles // from then on no mint can be in flight
 		}
 		w.r.schedule(due)
 	}
 }
 
-// close kills and proves a pass, closes what is proven, and gives the rest.
+// closeProven kills and proves the grants of a pass, closes the proven ones, and returns the others.
 func (w *worker) closeProven(pass []broker.Grant, taken map[broker.GrantID]Due) (rest []broker.Grant) {
 	killed := w.kill(pass)
 	ctx, cancel := context.WithTimeout(w.r.cfg.Context, time.Minute)
@@ -236,15 +239,15 @@ func (w *worker) closeProven(pass []broker.Grant, taken map[broker.GrantID]Due) 
 	return rest
 }
 
-// isAlive reports whether the target has not shown that the grant's secret is dead: it was not severed because the
-// target was down, or was created after that.
+// isAlive reports whether the target has not shown that the grant's secret is dead. The target was down when the worker
+// severed, or the secret was created after that: the next check severs again.
 func (w *worker) isAlive(g broker.Grant) bool {
 	n := len(g.Evidence)
 	return n > 0 && w.probes() && g.Evidence[n-1].Outcome != broker.OutcomeDead
 }
 
-// retry is when to check again: soon at first, since Vault has usually only queued its part. spread, from 0 to 1, keeps
-// the checks of one backend apart from those of another.
+// retry schedules the next check with exponential backoff. The first delays are short, since Vault has usually only
+// queued the revocation. spread, from 0 to 1, is jitter: it separates the checks of different backends.
 func (w *worker) retry(id broker.GrantID, attempt int, spread float64) Due {
 	series := backoff.Exponential{First: 10 * time.Millisecond, Most: 10 * time.Second}
 	wait := series.At(attempt)

@@ -21,7 +21,7 @@ func (t *Tx) Delegation(id broker.DelegationID) (broker.Delegation, bool, error)
 	return t.cache.delegations.load(t, keyDelegation(id))
 }
 
-// PutDelegation writes a delegation that exists.
+// PutDelegation overwrites an existing delegation.
 func (t *Tx) PutDelegation(d broker.Delegation) error {
 	clear(t.lineages)
 	return save(t, keyDelegation(d.ID), d)
@@ -63,8 +63,8 @@ func (t *Tx) EachMember(chain broker.ChainID, f func(broker.DelegationID) error)
 	return each(list, err, f)
 }
 
-// EachRecent is EachMember without most of the expired ones. A chain lives no longer than MaxChainTTL and its id begins
-// with the time, so of all chains the older ones are not read.
+// EachRecent is EachMember without most of the expired delegations. A chain lives at most MaxChainTTL and its id begins
+// with its time. So a scan of all chains skips the older ones.
 func (t *Tx) EachRecent(chain broker.ChainID, now time.Time, f func(broker.DelegationID) error) error {
 	after := ""
 	if chain == "" {
@@ -74,8 +74,8 @@ func (t *Tx) EachRecent(chain broker.ChainID, now time.Time, f func(broker.Deleg
 	return each(list, err, f)
 }
 
-// EachOpen calls f with the lineage of each delegation under which a secret can still be handed out, now or when a
-// freeze is lifted.
+// EachOpen calls f with the lineage of each delegation under which the broker can still hand out a secret, now or after
+// a freeze is lifted.
 func (t *Tx) EachOpen(chain broker.ChainID, now time.Time, f func(Lineage) error) error {
 	return t.EachRecent(chain, now, func(id broker.DelegationID) error {
 		l, err := t.Lineage("revoke", id)
@@ -97,7 +97,7 @@ func RootFirst(nodes []broker.Delegation) {
 	})
 }
 
-// EachHeartbeat calls f with each delegation whose holder promised a heartbeat.
+// EachHeartbeat calls f with each delegation on the list of those with a heartbeat.
 func (t *Tx) EachHeartbeat(f func(broker.DelegationID) error) error {
 	list, err := ids[broker.DelegationID](t, prefixHeartbeat, "")
 	return each(list, err, f)

@@ -12,7 +12,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// A record begins with the version of its format. Builds before the first version wrote JSON, whose first byte is a brace.
+// A record begins with the version of its format. Builds before version 1 wrote JSON, which begins with a brace.
 const (
 	version1 = 1
 	jsonOpen = '{'
@@ -25,15 +25,15 @@ func modes() (cbor.EncMode, cbor.DecMode) {
 	if err != nil {
 		panic("records: the encoder's options are wrong: " + err.Error())
 	}
-	dec, err := cbor.DecOptions{DupMapKey: cbor.DupMapKeyEnforcedAPF, IndefLength: cbor.IndefLengthForbidden, TagsMd: cbor.TagsForbidden,
-		MaxNestedLevels: 8}.DecMode()
+	dec, err := cbor.DecOptions{DupMapKey: cbor.DupMapKeyEnforcedAPF, IndefLength: cbor.IndefLengthForbidden,
+		TagsMd: cbor.TagsForbidden, MaxNestedLevels: 8}.DecMode()
 	if err != nil {
 		panic("records: the decoder's options are wrong: " + err.Error())
 	}
 	return enc, dec
 }
 
-// encode writes a record in the latest format.
+// encode encodes a record in the latest format.
 func encode(key string, rec any) ([]byte, error) {
 	wire, err := toWire(rec)
 	if err != nil {
@@ -47,7 +47,7 @@ func encode(key string, rec any) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-// decode reads a record of any format.
+// decode decodes a record of any format.
 func decode(key string, raw []byte, rec any) (err error) {
 	switch {
 	case len(raw) == 0:
@@ -57,7 +57,8 @@ func decode(key string, raw []byte, rec any) (err error) {
 	case raw[0] == version1:
 		err = fromWire(raw[1:], rec)
 	default:
-		err = fmt.Errorf("its format is version %d, and this build reads version %d and JSON: run a later build", raw[0], version1)
+		err = fmt.Errorf("its format is version %d, and this build reads version %d and JSON: run a later build",
+			raw[0], version1)
 	}
 	if err != nil {
 		return fmt.Errorf("reading record %q: %w", key, err)
@@ -65,7 +66,7 @@ func decode(key string, raw []byte, rec any) (err error) {
 	return nil
 }
 
-// toWire is the one table of what is written.
+// toWire is the one table of the types that are encoded.
 func toWire(rec any) (any, error) {
 	switch r := rec.(type) {
 	case broker.Grant:
@@ -92,7 +93,7 @@ func toWire(rec any) (any, error) {
 	panic(fmt.Sprintf("records: %T has no format", rec))
 }
 
-// fromWire is the one table of what is read.
+// fromWire is the one table of the types that are decoded.
 func fromWire(raw []byte, rec any) (err error) {
 	switch r := rec.(type) {
 	case *broker.Grant:
@@ -108,10 +109,13 @@ func fromWire(raw []byte, rec any) (err error) {
 	case *broker.Revocation:
 		*r, err = read(raw, func(w *wireRevocation) (broker.Revocation, error) { return w.revocation(), nil })
 	case *Rule:
-		*r, err = read(raw, func(w *wireRule) (Rule, error) { return Rule{Fence: *w.Fence.fence(), Selector: w.Selector}, nil })
+		*r, err = read(raw, func(w *wireRule) (Rule, error) {
+			return Rule{Fence: *w.Fence.fence(), Selector: w.Selector}, nil
+		})
 	case *broker.Canary:
 		*r, err = read(raw, func(w *wireCanary) (broker.Canary, error) {
-			return broker.Canary{ID: w.ID, Chain: w.Chain, Note: w.Note, By: w.By, Planted: w.Planted.time(), Touched: w.Touched.time(), Touches: w.Touches}, nil
+			return broker.Canary{ID: w.ID, Chain: w.Chain, Note: w.Note, By: w.By, Planted: w.Planted.time(),
+				Touched: w.Touched.time(), Touches: w.Touches}, nil
 		})
 	case *Bundle:
 		*r, err = read(raw, func(w *wireBundle) (Bundle, error) {
@@ -168,7 +172,7 @@ type keptRecord[T any] struct {
 	rec T
 }
 
-// maxKept bounds the records of a family that are kept; then all are dropped.
+// maxKept bounds the kept records of a family. At the bound all of them are dropped.
 const maxKept = 1 << 16
 
 func (c *decoded[T]) load(t *Tx, key string) (rec T, ok bool, err error) {

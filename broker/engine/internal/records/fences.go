@@ -9,10 +9,10 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// noGrant is the subject of a question about a delegation alone.
+// noGrant is the subject of a delegation alone.
 var noGrant selector.Subject
 
-// Covers reports whether the rule is over a delegation, or over the subject when that has a grant.
+// Covers reports whether the rule covers the delegation, or the subject if that has a grant.
 func (r Rule) Covers(l Lineage, subject selector.Subject) bool {
 	if !r.Fence.Frozen && l.Chain.Opened.After(r.Fence.At) {
 		return false
@@ -25,7 +25,7 @@ func (r Rule) Covers(l Lineage, subject selector.Subject) bool {
 	return subject.Grant != "" && r.parsed.Matches(subject)
 }
 
-// Rules gives the rules in force.
+// Rules returns the rules in force.
 func (t *Tx) Rules() (rules []Rule, err error) {
 	if !t.rulesRead {
 		if t.rules, err = t.cache.rules.read(t); err != nil {
@@ -36,19 +36,19 @@ func (t *Tx) Rules() (rules []Rule, err error) {
 	return t.rules, nil
 }
 
-// AddRule writes a rule under its fence's revocation.
+// AddRule writes a rule, by its fence's revocation.
 func (t *Tx) AddRule(r Rule) error {
 	t.rulesRead = false
 	return save(t, keyRule(r.Fence.Revocation), r)
 }
 
-// DropRule takes a revocation's rule away.
+// DropRule deletes a revocation's rule.
 func (t *Tx) DropRule(id broker.RevocationID) error {
 	t.rulesRead = false
 	return t.drop(keyRule(id))
 }
 
-// RuleLike gives the mark of the rule in force with this selector and of this kind; nil: there is none.
+// RuleLike returns the mark of the rule in force with this selector and of this kind; nil: there is none.
 func (t *Tx) RuleLike(s string, freeze bool) (*broker.Fence, error) {
 	rules, err := t.Rules()
 	for i := range rules {
@@ -59,8 +59,8 @@ func (t *Tx) RuleLike(s string, freeze bool) (*broker.Fence, error) {
 	return nil, err
 }
 
-// FenceOver gives the fence that covers a delegation or the subject: on a node, or a rule that matches a node or the
-// subject. A final fence is given before a freeze; nil: there is none.
+// FenceOver returns the fence that covers a delegation or the subject: one on a node, or a rule that covers a node or
+// the subject. A final fence comes before a freeze; nil: there is none.
 func (t *Tx) FenceOver(l Lineage, subject selector.Subject) (found *broker.Fence, err error) {
 	rules, err := t.Rules()
 	if err != nil {
@@ -84,7 +84,7 @@ func stronger(a, b *broker.Fence) *broker.Fence {
 	return a
 }
 
-// FinalFences gives every final fence over a delegation: those on its nodes, and the rules that match one.
+// FinalFences returns every final fence over a delegation: those on the lineage's nodes, and the rules that cover one.
 func (t *Tx) FinalFences(l Lineage) (fences []broker.Fence, err error) {
 	for _, d := range l.Nodes {
 		if d.Fence != nil && !d.Fence.Frozen {
@@ -106,8 +106,8 @@ func (t *Tx) StillOpen(l Lineage, now time.Time) (bool, error) {
 	return err == nil && len(fences) == 0 && !l.Expired(now), err
 }
 
-// CheckUsable refuses a delegation over which anything is fenced or expired. The subject is the step that is to
-// happen under it; its Grant is empty for a further delegation.
+// CheckUsable refuses a lineage with a fence over it or with an expired node. The subject is the step to take under it.
+// For a further delegation the subject's Grant is empty.
 //
 // Errors: Revoked, Expired.
 func (t *Tx) CheckUsable(op string, l Lineage, subject selector.Subject, now time.Time) error {
@@ -119,18 +119,19 @@ func (t *Tx) CheckUsable(op string, l Lineage, subject selector.Subject, now tim
 		return Fenced(op, f)
 	}
 	if end, expired := l.expired(now); expired {
-		return broker.Errorf(broker.Expired, op, "the delegation ended at %s", end.UTC().Format(time.RFC3339)).With(broker.CodeExpired)
+		return broker.Errorf(broker.Expired, op, "the delegation ended at %s", end.UTC().Format(time.RFC3339)).
+			With(broker.CodeExpired)
 	}
 	return nil
 }
 
-// ruleCache keeps parsed rules. Which rules there are is read in every transaction.
+// ruleCache keeps parsed rules. Every transaction reads the list of rules from the ledger.
 type ruleCache struct {
 	mu     sync.Mutex // guards parsed
 	parsed map[string]Rule
 }
 
-// maxParsed bounds the rules that are kept parsed; then all are dropped.
+// maxParsed bounds the parsed rules. At the bound all of them are dropped.
 const maxParsed = 1024
 
 func (c *ruleCache) read(t *Tx) (rules []Rule, err error) {

@@ -14,10 +14,11 @@ func (t *Tx) Grant(id broker.GrantID) (broker.Grant, bool, error) {
 	return load[broker.Grant](t, keyGrant(id))
 }
 
-// PutGrant writes a grant that exists.
+// PutGrant overwrites an existing grant.
 func (t *Tx) PutGrant(g broker.Grant) error { return save(t, keyGrant(g.ID), g) }
 
-// EncodedGrant is a grant ready to be written. An issue encodes it before its transaction, because all others wait for that.
+// EncodedGrant is a grant in its encoded form. An issue encodes it before its transaction, since all other transactions
+// wait for that one.
 type EncodedGrant struct {
 	Grant broker.Grant
 	raw   []byte
@@ -32,7 +33,7 @@ func EncodeGrant(g broker.Grant) (EncodedGrant, error) {
 // PutEncoded writes an encoded grant.
 func (t *Tx) PutEncoded(e EncodedGrant) error { return t.tx.Put(keyGrant(e.Grant.ID), e.raw) }
 
-// AddEncoded writes a new grant, which is live from then on.
+// AddEncoded writes a new grant and lists it as live.
 func (t *Tx) AddEncoded(e EncodedGrant) error {
 	if err := t.PutEncoded(e); err != nil {
 		return err
@@ -40,7 +41,7 @@ func (t *Tx) AddEncoded(e EncodedGrant) error {
 	return t.mark(keyLive(e.Grant.Chain, e.Grant.ID))
 }
 
-// GrantAgain reads the grant of e, and decodes it only when it is not as e has it.
+// RereadGrant reads the grant of e again. It decodes the grant only when its bytes have changed.
 func (t *Tx) RereadGrant(e EncodedGrant) (g broker.Grant, unchanged, ok bool, err error) {
 	raw, err := t.tx.Get(keyGrant(e.Grant.ID))
 	if err != nil || raw == nil {
@@ -53,7 +54,7 @@ func (t *Tx) RereadGrant(e EncodedGrant) (g broker.Grant, unchanged, ok bool, er
 	return g, false, err == nil, err
 }
 
-// Finish makes a grant CLOSED, and counts it in ended for each delegation above it.
+// Finish makes a grant CLOSED, and counts it in ended for each delegation of its lineage.
 func (t *Tx) Finish(g *broker.Grant, now time.Time, ended map[broker.DelegationID]int) error {
 	l, err := t.Lineage("close", g.Delegation)
 	if err != nil {
@@ -77,7 +78,7 @@ func (t *Tx) Finish(g *broker.Grant, now time.Time, ended map[broker.DelegationI
 			return err
 		}
 	}
-	if g.Outcome == broker.OutcomeStatic { // closed, and yet it works: a later revocation counts it too
+	if g.Outcome == broker.OutcomeStatic { // its secret still works: a later revocation counts it too
 		if err := t.mark(keyStatic(g.Chain, g.ID)); err != nil {
 			return err
 		}
@@ -86,13 +87,13 @@ func (t *Tx) Finish(g *broker.Grant, now time.Time, ended map[broker.DelegationI
 	return err
 }
 
-// GrantEntry is the entry about a grant that is ending.
+// GrantEntry returns the audit entry of a grant that is ending.
 func GrantEntry(g *broker.Grant, op broker.Op, now time.Time) broker.Entry {
-	return broker.Entry{At: now, Actor: "pawl", Op: op, Chain: g.Chain, Delegation: g.Delegation, Grant: g.ID, Tool: g.Tool,
-		Detail: string(g.Ending) + ", " + g.Outcome.String()}
+	return broker.Entry{At: now, Actor: "pawl", Op: op, Chain: g.Chain, Delegation: g.Delegation, Grant: g.ID,
+		Tool: g.Tool, Detail: string(g.Ending) + ", " + g.Outcome.String()}
 }
 
-// MarkFenced lists a grant as fenced, so that its holder's agent finds it without a search through the live ones.
+// MarkFenced lists a grant as fenced, so that its holder's agent finds it without a scan of the live grants.
 func (t *Tx) MarkFenced(g broker.Grant) error { return t.mark(keyFenced(g.Delegation, g.ID)) }
 
 // eachMarkedFenced calls f with each grant of the delegation that is listed so.
@@ -133,17 +134,17 @@ func (t *Tx) EachLive(chain broker.ChainID, f func(broker.Grant) error) error {
 }
 
 // EachStatic calls f with each grant of the chain, or of all chains when it is empty, that is closed while its static
-// secret works on.
+// secret still works.
 func (t *Tx) EachStatic(chain broker.ChainID, f func(broker.Grant) error) error {
 	return eachGrant(t, inChain(prefixStatic, chain), f)
 }
 
-// EachPast calls f with each grant of the chain that is closed.
+// EachPast calls f with each closed grant of the chain.
 func (t *Tx) EachPast(chain broker.ChainID, f func(broker.Grant) error) error {
 	return eachGrant(t, inChain(prefixPast, chain), f)
 }
 
-// EachLiveHead is EachLive for the heads alone.
+// EachLiveHead is EachLive for all chains, with the grants' heads alone.
 func (t *Tx) EachLiveHead(f func(GrantHead) error) error { return eachGrant(t, prefixLive, f) }
 
 // EachLiveID calls f with the id of each grant of the chain, or of all chains when it is empty, that is not closed.
@@ -163,9 +164,11 @@ func eachGrant[T any](t *Tx, prefix string, f func(T) error) error {
 	})
 }
 
-// RecentGrants gives the grants of a backend that were made after a time, to some milliseconds, closed ones included.
+// RecentGrants returns the grants of a backend that were created after a time, closed ones included. The time is exact
+// to some milliseconds.
 func (t *Tx) RecentGrants(backend string, after time.Time) (list []broker.Grant, err error) {
-	scanErr := t.tx.Scan(prefixGrant, keyGrant(broker.GrantID("gr"+broker.IDTime(after))), func(key string, raw []byte) bool {
+	first := keyGrant(broker.GrantID("gr" + broker.IDTime(after)))
+	scanErr := t.tx.Scan(prefixGrant, first, func(key string, raw []byte) bool {
 		var g broker.Grant
 		if err = decode(key, raw, &g); err == nil && g.Backend == backend {
 			list = append(list, g)
@@ -175,18 +178,18 @@ func (t *Tx) RecentGrants(backend string, after time.Time) (list []broker.Grant,
 	return list, cmp.Or(err, scanErr)
 }
 
-// Once looks up the grant that an idempotency key was used for.
+// GrantOfKey reads the grant of an idempotency key.
 func (t *Tx) GrantOfKey(d broker.DelegationID, digest [32]byte) (id broker.GrantID, ok bool, err error) {
 	raw, err := t.tx.Get(keyIdempotency(d, digest))
 	return broker.GrantID(raw), raw != nil, err
 }
 
-// TakeOnce records the grant that an idempotency key is used for.
+// PutKey records the grant of an idempotency key.
 func (t *Tx) PutKey(d broker.DelegationID, digest [32]byte, id broker.GrantID) error {
 	return t.tx.Put(keyIdempotency(d, digest), []byte(id))
 }
 
-// LiveOrStatic reports whether a grant is not closed, or is closed while its static secret works on.
+// LiveOrStatic reports whether a grant is not closed, or is closed while its static secret still works.
 func (t *Tx) LiveOrStatic(c broker.ChainID, id broker.GrantID) (live, static bool, err error) {
 	if live, err = t.has(keyLive(c, id)); err != nil || live {
 		return live, false, err

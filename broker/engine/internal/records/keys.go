@@ -6,13 +6,14 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// The keys of the ledger, by family. Ids have one length and alphabet, so no key is a prefix of another of its family.
+// The keys of the ledger, by family. All ids have the same length and alphabet, so no key is a prefix of another key of
+// its family.
 //
 //	b/policy         the policy bundle in force
 //	c/CHAIN          a chain
 //	d/DELEGATION     a delegation
 //	e/CHAIN/REV      an entry of the audit log about the chain (no content)
-//	f/REVOCATION     a rule: a fence over whatever a selector matches
+//	f/REVOCATION     a rule: a fence over everything that a selector matches
 //	g/GRANT          a grant
 //	h/REV/DELEG      the acknowledgement of a revocation by a delegation's holder
 //	k/DELEG/HASH     an idempotency key, with the grant it was used for
@@ -71,7 +72,7 @@ func keyIdempotency(d broker.DelegationID, digest [32]byte) string {
 	return fmt.Sprintf("k/%s/%x", d, digest[:16])
 }
 
-// inChain is the prefix of a family's keys in one chain, or in all when it is empty.
+// inChain is the prefix of a family's keys in one chain, or in all chains when c is empty.
 func inChain(prefix string, c broker.ChainID) string {
 	if c == "" {
 		return prefix

@@ -9,8 +9,8 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// Lineage is a delegation and its ancestors, root first, with their chain. The zero Lineage has no nodes: it stands for a
-// chain that is not opened yet.
+// Lineage is a delegation and its ancestors, root first, with their chain. The zero Lineage has no nodes. It is
+// that of a chain that is not opened yet.
 type Lineage struct {
 	Chain broker.Chain
 	Nodes []broker.Delegation
@@ -30,13 +30,13 @@ func (l Lineage) Holds(c broker.Caller) bool {
 	return slices.ContainsFunc(l.Nodes, func(d broker.Delegation) bool { return d.Holder == c.ID })
 }
 
-// Subject is a grant under the leaf as selectors see it.
+// Subject returns the subject of a grant under the leaf, for selectors.
 func (l Lineage) Subject(g broker.Grant) selector.Subject {
 	return selector.Subject{Chain: l.Chain, Path: l.Nodes, Grant: g.ID, Tool: g.Tool, Args: g.Args,
 		Vault: g.Path, Bundle: g.Bundle, Leaked: g.Lease.Digests, At: g.Created}
 }
 
-// expired gives the end of the first node that is past it.
+// expired returns the end of the first expired node.
 func (l Lineage) expired(now time.Time) (end time.Time, ok bool) {
 	for _, d := range l.Nodes {
 		if !now.Before(d.Expires) {
@@ -46,13 +46,13 @@ func (l Lineage) expired(now time.Time) (end time.Time, ok bool) {
 	return time.Time{}, false
 }
 
-// Expired reports whether a node was past its end at a time.
+// Expired reports whether a node had expired at a time.
 func (l Lineage) Expired(at time.Time) bool {
 	_, expired := l.expired(at)
 	return expired
 }
 
-// Lineage walks from a delegation to its root.
+// Lineage reads the lineage of a delegation.
 //
 // Errors: NotFound.
 func (t *Tx) Lineage(op string, id broker.DelegationID) (Lineage, error) {

@@ -9,26 +9,26 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// Match is what a rule is about at the moment at which it is written.
+// Match says whether a rule covers delegations or grants when it is written.
 type Match int8
 
 // The matches.
 const (
-	MatchesNothing Match = iota // nothing, and nothing that is open now can come under it
-	MayMatchLater               // nothing, but a step under a delegation that is open now may
-	MatchesNow                  // something that is open or works
+	MatchesNothing Match = iota // it covers none, and no later step under an open delegation
+	MayMatchLater               // it covers none, but may cover a later step under an open delegation
+	MatchesNow                  // it covers an open delegation or a grant with a secret that may work
 )
 
 // errFound ends a scan early.
 var errFound = errors.New("found")
 
-// MatchOf says what r is about in the caller's transaction, among chains opened after since. It stops
-// at the first thing found, so that only a rule about nothing has everything looked at.
-func (t *Tx) MatchOf(r Rule, policy broker.Policy, since, now time.Time) (how Match, err error) {
+// MatchOf returns the match of r among the chains opened after since. It stops at the first match, so only a rule that
+// matches nothing costs a full scan.
+func (t *Tx) MatchOf(r Rule, policy broker.Policy, since, now time.Time) (match Match, err error) {
 	check := func(g broker.Grant) error {
 		l, err := t.Lineage("revoke", g.Delegation)
 		if err == nil && l.Chain.Opened.After(since) && r.Covers(l, l.Subject(g)) {
-			how, err = MatchesNow, errFound
+			match, err = MatchesNow, errFound
 		}
 		return err
 	}
@@ -40,10 +40,10 @@ func (t *Tx) MatchOf(r Rule, policy broker.Policy, since, now time.Time) (how Ma
 				switch {
 				case !l.Chain.Opened.After(since):
 				case r.Covers(l, noGrant):
-					how = MatchesNow
+					match = MatchesNow
 					return errFound
 				case r.MayCoverStep(l, policy, now):
-					how = MayMatchLater
+					match = MayMatchLater
 				}
 				return nil
 			})
@@ -52,21 +52,22 @@ func (t *Tx) MatchOf(r Rule, policy broker.Policy, since, now time.Time) (how Ma
 		if err := scan(); errors.Is(err, errFound) {
 			return MatchesNow, nil
 		} else if err != nil {
-			return how, err
+			return match, err
 		}
 	}
-	return how, nil
+	return match, nil
 }
 
-// MayCoverStep reports whether a step that p's holder can still take, with a tool as policy has it now, can fall
-// under the rule.
+// MayCoverStep reports whether the rule may cover a later step of the leaf's holder, with a tool as policy declares it
+// now.
 func (r Rule) MayCoverStep(l Lineage, policy broker.Policy, now time.Time) bool {
 	for _, right := range l.Leaf().Scope {
 		t, known := policy.Tool(right.Tool)
 		if !known || !right.Use {
 			continue
 		}
-		s := selector.Subject{Chain: l.Chain, Path: l.Nodes, Tool: t.Name, Vault: strings.Join(t.Path, "/"), Bundle: policy.Digest(), At: now}
+		s := selector.Subject{Chain: l.Chain, Path: l.Nodes, Tool: t.Name, Vault: strings.Join(t.Path, "/"),
+			Bundle: policy.Digest(), At: now}
 		if r.parsed.MayMatchLater(s, t.Arguments) {
 			return true
 		}

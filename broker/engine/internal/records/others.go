@@ -7,17 +7,17 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Canary reads the canary with a value.
+// Canary reads the canary of a value.
 func (t *Tx) Canary(value broker.ValueDigest) (broker.Canary, bool, error) {
 	return load[broker.Canary](t, keyCanary(value))
 }
 
-// PutCanary writes it.
+// PutCanary writes the canary of a value.
 func (t *Tx) PutCanary(value broker.ValueDigest, c broker.Canary) error {
 	return save(t, keyCanary(value), c)
 }
 
-// DropCanary takes it away.
+// DropCanary deletes the canary of a value.
 func (t *Tx) DropCanary(value broker.ValueDigest) error { return t.drop(keyCanary(value)) }
 
 // EachCanary calls f with each canary and its value's digest.
@@ -32,24 +32,24 @@ func (t *Tx) EachCanary(f func(broker.ValueDigest, broker.Canary)) (err error) {
 	return cmp.Or(err, scanErr)
 }
 
-// Bundle reads it; ok is false when there was none.
+// Bundle reads the last policy bundle in force; ok is false when there was none.
 func (t *Tx) Bundle() (b Bundle, ok bool, err error) { return load[Bundle](t, keyBundle) }
 
-// PutBundle writes it.
+// PutBundle records the policy bundle in force.
 func (t *Tx) PutBundle(b Bundle) error { return save(t, keyBundle, b) }
 
-// Cursor reads up to which revision events were delivered to a subscriber; ok is false for one that is new.
+// Cursor reads a subscriber's delivery cursor; ok is false for a new subscriber.
 func (t *Tx) Cursor(subscriber string) (at broker.Revision, ok bool, err error) {
 	c, ok, err := load[cursor](t, keyCursor(subscriber))
 	return c.Revision, ok, err
 }
 
-// PutCursor writes it.
+// PutCursor writes a subscriber's delivery cursor.
 func (t *Tx) PutCursor(subscriber string, at broker.Revision) error {
 	return save(t, keyCursor(subscriber), cursor{at})
 }
 
-// ChainRevisions gives the revisions of at most limit listed entries about a chain after a revision, oldest first.
+// ChainRevisions returns the revisions of at most limit listed entries of a chain after a revision, oldest first.
 func (t *Tx) ChainRevisions(id broker.ChainID, after broker.Revision, limit int) (list []broker.Revision, err error) {
 	prefix := keyEvent(id, 0)[:len("e/")+broker.IDLength+1]
 	scanErr := t.tx.Scan(prefix, keyEvent(id, after), func(key string, _ []byte) bool {

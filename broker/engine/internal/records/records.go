@@ -1,13 +1,13 @@
-// Package records is the ledger in the product's terms: its keys, the encoding of its records, its scans, the lineage of a
-// delegation, and the fences over it.
+// Package records reads and writes the ledger in the product's terms: its keys, the encoding of its records, its scans,
+// the lineage of a delegation, and the fences over it.
 package records
 
 import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Cache keeps decoded records beside the bytes they were decoded from. The ledger is read every time; a record that has
-// not changed is not decoded again. The zero Cache is empty. It is safe for concurrent use.
+// Cache keeps decoded records with their bytes. Every read goes to the ledger, but a record with unchanged bytes is not
+// decoded again. The zero Cache is empty. It is safe for concurrent use.
 type Cache struct {
 	delegations decoded[broker.Delegation]
 	chains      decoded[broker.Chain]
@@ -15,26 +15,26 @@ type Cache struct {
 	rules       ruleCache
 }
 
-// Tx is one transaction of the ledger. What it gives may be shared and must not be changed in place. Like the
-// transaction itself it is used by one goroutine, and not after the transaction has ended.
+// Tx is one transaction of the ledger. The records that it returns may be shared and must not be changed in place. One
+// goroutine uses it, and not after the transaction has ended.
 type Tx struct {
 	tx    broker.Tx
 	cache *Cache
 
-	// Lineages and rules that this transaction has read. A thousand grants of one delegation have one lineage.
+	// The lineages and rules that this transaction has read. A thousand grants of one delegation share one lineage.
 	lineages  map[broker.DelegationID]Lineage
 	rules     []Rule
 	rulesRead bool // rules were read
 }
 
-// In gives the transaction tx with the cache's help.
+// In returns tx as a Tx that uses the cache.
 func (c *Cache) In(tx broker.Tx) *Tx { return &Tx{tx: tx, cache: c} }
 
-// Head is the revision of the last entry that the transaction sees.
+// Head returns the revision of the last entry that the transaction sees.
 func (t *Tx) Head() (broker.Revision, error) { return t.tx.Head() }
 
-// Enter appends an entry and lists its revision under its chain, where reports read it. The inner steps of an issue are
-// not listed, since its end says more.
+// Enter appends an entry to the audit log and lists its revision by chain, for reports. It does not list the intent and
+// the handle of an issue, since later entries of the issue tell more.
 func (t *Tx) Enter(e broker.Entry) (broker.Revision, error) {
 	rev, err := t.tx.Append(e)
 	if err != nil || e.Chain == "" || e.Op == broker.OpIntent || e.Op == broker.OpHandle {
@@ -43,7 +43,7 @@ func (t *Tx) Enter(e broker.Entry) (broker.Revision, error) {
 	return rev, t.mark(keyEvent(e.Chain, rev))
 }
 
-// mark puts a record without content: its key says all.
+// mark writes a record without content. Its key is the fact.
 func (t *Tx) mark(key string) error { return t.tx.Put(key, []byte{}) }
 
 func (t *Tx) drop(key string) error { return t.tx.Put(key, nil) }
@@ -53,8 +53,8 @@ func (t *Tx) has(key string) (bool, error) {
 	return raw != nil, err
 }
 
-// ids collects the last id in each key that has the prefix and is greater than after. It is complete before it is used,
-// because a scan must not run while the transaction reads or writes other records.
+// ids collects the last id of each key that has the prefix and is greater than after. It ends its scan before the
+// caller uses the ids: during a scan the transaction must not read or write other records.
 func ids[T ~string](t *Tx, prefix, after string) (list []T, err error) {
 	err = t.tx.Scan(prefix, after, func(key string, _ []byte) bool {
 		list = append(list, T(key[len(key)-broker.IDLength:]))
@@ -63,7 +63,7 @@ func ids[T ~string](t *Tx, prefix, after string) (list []T, err error) {
 	return list, err
 }
 
-// each calls f with each of the ids until it fails.
+// each calls f with each id, until f fails.
 func each[T any](list []T, err error, f func(T) error) error {
 	if err != nil {
 		return err

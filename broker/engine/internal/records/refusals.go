@@ -6,12 +6,12 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// UnknownDelegation refuses a delegation that does not exist, in the same words as one of another holder.
+// UnknownDelegation refuses a delegation that does not exist, with the same text as one of another holder.
 func UnknownDelegation(op string) *broker.Error {
 	return broker.Errorf(broker.NotFound, op, "no such delegation, or it is not yours").With(broker.CodeDelegationUnknown)
 }
 
-// UnknownGrant refuses a grant that does not exist, in the same words as one of another caller.
+// UnknownGrant refuses a grant that does not exist, with the same text as one of another caller.
 func UnknownGrant(op string) *broker.Error {
 	return broker.Errorf(broker.NotFound, op, "no such grant, or it is not yours").With(broker.CodeGrantUnknown)
 }
@@ -26,13 +26,14 @@ func UnknownRevocation(op string) *broker.Error {
 	return broker.Errorf(broker.NotFound, op, "there is no such revocation").With(broker.CodeRevocationUnknown)
 }
 
-// Fenced refuses what is under a fence.
+// Fenced refuses a request under a fence.
 func Fenced(op string, f *broker.Fence) *broker.Error {
-	e := broker.Errorf(broker.Revoked, op, "revoked at %s; nothing more is handed out", f.At.UTC().Format(time.RFC3339)).With(broker.CodeFenced)
+	at := f.At.UTC().Format(time.RFC3339)
+	refusal := broker.Errorf(broker.Revoked, op, "revoked at %s; nothing more is handed out", at).With(broker.CodeFenced)
 	if f.Frozen {
-		e = broker.Errorf(broker.Revoked, op, "frozen at %s; nothing is handed out until it is lifted", f.At.UTC().Format(time.RFC3339)).
-			With(broker.CodeFrozen).Lacks("an operator can lift the freeze")
+		refusal = broker.Errorf(broker.Revoked, op, "frozen at %s; nothing is handed out until the freeze is lifted", at).
+			With(broker.CodeFrozen).Lacks("ask two operators to lift the freeze")
 	}
-	e.Revocation = f.Revocation
-	return e
+	refusal.Revocation = f.Revocation
+	return refusal
 }

@@ -29,10 +29,10 @@ func (t *Tx) EachRevocation(f func(broker.Revocation) error) error {
 	})
 }
 
-// Covers reports whether a revocation covers a delegation, or the subject when that has a grant.
+// Covers reports whether a revocation covers a delegation, or the subject if that has a grant.
 type Covers func(Lineage, selector.Subject) bool
 
-// Covering gives the test of whether a revocation covers something.
+// Covering returns the revocation's test.
 func Covering(rv broker.Revocation) (Covers, error) {
 	switch {
 	case rv.Node != "":
@@ -51,8 +51,8 @@ func Covering(rv broker.Revocation) (Covers, error) {
 	return NewRule(s, broker.Fence{At: rv.Fenced, Frozen: rv.Freeze}).Covers, err
 }
 
-// Under lists what a revocation covers: the grants that are not closed, and the delegations with Vault tokens, ancestors
-// before their descendants.
+// Under lists the grants that a revocation covers and that are not closed, and the covered delegations with Vault
+// tokens, ancestors before their descendants.
 func (t *Tx) Under(rv broker.Revocation) (grants []broker.Grant, nodes []broker.Delegation, err error) {
 	covers, err := Covering(rv)
 	if err != nil {
@@ -73,7 +73,7 @@ func (t *Tx) Under(rv broker.Revocation) (grants []broker.Grant, nodes []broker.
 	return grants, nodes, err
 }
 
-// StaticUnder lists the grants that a revocation covers, that are closed, and whose static secrets still work.
+// StaticUnder lists the closed grants that a revocation covers and that have a static secret that still works.
 func (t *Tx) StaticUnder(rv broker.Revocation) (list []broker.GrantID, err error) {
 	covers, err := Covering(rv)
 	if err != nil {
@@ -83,7 +83,7 @@ func (t *Tx) StaticUnder(rv broker.Revocation) (list []broker.GrantID, err error
 	return list, err
 }
 
-// covered calls f with those of the grants that are covered.
+// ifCovered returns a function that calls f with a grant if the grant is covered.
 func (t *Tx) ifCovered(covers Covers, f func(broker.Grant)) func(broker.Grant) error {
 	return func(g broker.Grant) error {
 		l, err := t.Lineage("revoke", g.Delegation)
@@ -124,7 +124,8 @@ func (t *Tx) ExpectedHolders(rv broker.Revocation) (holders []broker.Acknowledge
 	return holders, err
 }
 
-// Acknowledge records that a delegation's holder has acknowledged a revocation; first says that it had not before.
+// Acknowledge records that a delegation's holder has acknowledged a revocation. first is false when the ledger had the
+// acknowledgement already.
 func (t *Tx) Acknowledge(rv broker.RevocationID, d broker.DelegationID, now time.Time) (first bool, err error) {
 	key := keyAcknowledged(rv, d)
 	if known, err := t.has(key); err != nil || known {
@@ -133,7 +134,7 @@ func (t *Tx) Acknowledge(rv broker.RevocationID, d broker.DelegationID, now time
 	return true, save(t, key, acknowledged{At: now})
 }
 
-// Acknowledgements gives when the holders of delegations acknowledged a revocation.
+// Acknowledgements returns the times at which the holders of delegations acknowledged a revocation.
 func (t *Tx) Acknowledgements(rv broker.RevocationID) (map[broker.DelegationID]time.Time, error) {
 	at := map[broker.DelegationID]time.Time{}
 	var err error

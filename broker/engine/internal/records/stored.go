@@ -8,9 +8,9 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// The records below are no words of package broker. Their JSON names are those of builds that wrote JSON.
+// The types below are stored and are not part of package broker. Their JSON names are those of builds that wrote JSON.
 
-// Usage counts what has happened under a delegation, descendants included.
+// Usage counts the steps under a delegation, descendants included.
 type Usage struct {
 	Steps  int                             `json:"steps"`
 	Live   int                             `json:"live"`
@@ -19,7 +19,7 @@ type Usage struct {
 	Tools  map[broker.ToolName]broker.Past `json:"tools,omitempty"`
 }
 
-// Exceeded names the limit of b that one more step with tool at now would break; empty: none.
+// Exceeded names the limit of b that one more step with the tool would exceed now; empty: none.
 func (u Usage) Exceeded(b broker.Budget, tool broker.ToolName, now time.Time) string {
 	switch {
 	case b.Steps > 0 && u.Steps >= b.Steps:
@@ -47,14 +47,14 @@ func (u *Usage) Count(tool broker.ToolName, now time.Time) {
 		p.First = now
 	}
 	p.Count, p.Last = p.Count+1, now
-	tools := make(map[broker.ToolName]broker.Past, len(u.Tools)+1) // the one before is what others read
+	tools := make(map[broker.ToolName]broker.Past, len(u.Tools)+1) // a new map: other readers share the old one
 	maps.Copy(tools, u.Tools)
 	tools[tool] = p
 	u.Tools = tools
 }
 
 // Rule is a fence over everything that a selector matches. A final rule covers the chains that were open when it was
-// written. A freeze covers later ones as well, until it is lifted.
+// written. A freeze covers later chains too, until it is lifted.
 type Rule struct {
 	Fence    broker.Fence `json:"fence"`
 	Selector string       `json:"selector"` // in canonical spelling
@@ -62,12 +62,13 @@ type Rule struct {
 	parsed selector.Selector
 }
 
-// NewRule makes a rule of a selector and its mark.
+// NewRule makes a rule from a selector and a mark.
 func NewRule(s selector.Selector, mark broker.Fence) Rule {
 	return Rule{Fence: mark, Selector: s.String(), parsed: s}
 }
 
-// GrantHead is the part of a grant that says when it must end. Of a hundred thousand nothing else is decoded.
+// GrantHead is the part of a grant that decides when the grant must end. Resume decodes only the heads, since there may
+// be a hundred thousand.
 type GrantHead struct {
 	ID      broker.GrantID    `json:"id"`
 	State   broker.GrantState `json:"state"`
@@ -85,7 +86,7 @@ type acknowledged struct {
 	At time.Time `json:"at"`
 }
 
-// Bundle is the policy bundle that was in force last.
+// Bundle is the last policy bundle in force.
 type Bundle struct {
 	Name    string    `json:"name"`
 	Version int64     `json:"version"`

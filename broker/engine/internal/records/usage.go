@@ -4,18 +4,18 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Usage reads what has happened under a delegation.
+// Usage reads the usage of a delegation.
 func (t *Tx) Usage(id broker.DelegationID) (Usage, error) {
 	u, _, err := t.cache.usages.load(t, keyUsage(id))
 	return u, err
 }
 
-// PutUsage writes it.
+// PutUsage writes the usage of a delegation.
 func (t *Tx) PutUsage(id broker.DelegationID, u Usage) error {
 	return t.cache.usages.save(t, keyUsage(id), u)
 }
 
-// GiveBack takes ended grants off the delegations' counts of live ones.
+// GiveBack subtracts ended grants from the delegations' counts of live grants.
 func (t *Tx) GiveBack(ended map[broker.DelegationID]int) error {
 	for id, n := range ended {
 		u, err := t.Usage(id)

@@ -13,8 +13,8 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// The wire types are the records as the ledger holds them, in CBOR with integer keys. A key is never used for another
-// meaning; a new field gets a new key, and reads as zero from a record that lacks it.
+// The wire types are the records in the ledger, in CBOR with integer keys. A key never changes its meaning. A new field
+// gets a new key, and decodes as zero from a record without it.
 
 // stamp is a time in nanoseconds since 1970; zero is the zero time.
 type stamp int64
@@ -94,7 +94,8 @@ func chainWire(c broker.Chain) wireChain {
 
 func (w wireChain) chain() (broker.Chain, error) {
 	opener, err := idOf(w.Opener)
-	return broker.Chain{ID: w.ID, Task: w.Task, Opener: opener, Opened: w.Opened.time(), Labels: w.Labels, Root: w.Root}, err
+	return broker.Chain{ID: w.ID, Task: w.Task, Opener: opener, Opened: w.Opened.time(), Labels: w.Labels,
+		Root: w.Root}, err
 }
 
 type wireRight struct {
@@ -127,8 +128,9 @@ type wireDelegation struct {
 }
 
 func delegationWire(d broker.Delegation) (wireDelegation, error) {
-	w := wireDelegation{ID: d.ID, Chain: d.Chain, Parent: d.Parent, Holder: idText(d.Holder), Budget: wireBudget(d.Budget), Depth: d.Depth,
-		Created: stampOf(d.Created), Expires: stampOf(d.Expires), Fence: fenceWire(d.Fence), Heartbeat: d.Heartbeat}
+	w := wireDelegation{ID: d.ID, Chain: d.Chain, Parent: d.Parent, Holder: idText(d.Holder),
+		Budget: wireBudget(d.Budget), Depth: d.Depth, Created: stampOf(d.Created), Expires: stampOf(d.Expires),
+		Fence: fenceWire(d.Fence), Heartbeat: d.Heartbeat}
 	for _, r := range d.Scope {
 		wr := wireRight{Tool: r.Tool, Use: r.Use, Delegate: r.Delegate}
 		for name, c := range r.Args {
@@ -225,7 +227,7 @@ type wireEvidence struct {
 	Listed  bool           `cbor:"5,keyasint,omitempty"`
 }
 
-// wireGrantHead has the keys of a grant that say when it must end. Decoding it skips the rest.
+// wireGrantHead has the keys of a grant that decide when it must end. Decoding it skips the other keys.
 type wireGrantHead struct {
 	ID        broker.GrantID    `cbor:"1,keyasint"`
 	Backend   string            `cbor:"2,keyasint"`
@@ -238,8 +240,8 @@ type wireGrantHead struct {
 }
 
 func (w wireGrantHead) head() GrantHead {
-	return GrantHead{ID: w.ID, State: w.State, Backend: w.Backend, Expires: w.Expires.time(), Ending: w.Ending, Outcome: w.Outcome,
-		Sealed: w.Sealed, Collected: w.Collected.time()}
+	return GrantHead{ID: w.ID, State: w.State, Backend: w.Backend, Expires: w.Expires.time(), Ending: w.Ending,
+		Outcome: w.Outcome, Sealed: w.Sealed, Collected: w.Collected.time()}
 }
 
 type wireGrant struct {
@@ -269,12 +271,12 @@ type wireGrant struct {
 
 func grantWire(g broker.Grant) wireGrant {
 	w := wireGrant{
-		wireGrantHead: wireGrantHead{ID: g.ID, Backend: g.Backend, State: g.State, Expires: stampOf(g.Expires), Ending: g.Ending,
-			Outcome: g.Outcome, Sealed: g.Sealed, Collected: stampOf(g.Collected)},
-		Chain: g.Chain, Delegation: g.Delegation, Caller: idText(g.Caller), Tool: g.Tool, Narrowing: g.Narrowing, Purpose: g.Purpose,
-		Path: g.Path, Created: stampOf(g.Created), Bundle: g.Bundle, Policies: g.Policies, Token: handleWire(g.Token),
-		Settles: stampOf(g.Settles), Fence: fenceWire(g.Fence), Ended: stampOf(g.Ended), ArgsDigest: g.ArgsDigest, Longest: g.Longest,
-		Collector: idText(g.Collector),
+		wireGrantHead: wireGrantHead{ID: g.ID, Backend: g.Backend, State: g.State, Expires: stampOf(g.Expires),
+			Ending: g.Ending, Outcome: g.Outcome, Sealed: g.Sealed, Collected: stampOf(g.Collected)},
+		Chain: g.Chain, Delegation: g.Delegation, Caller: idText(g.Caller), Tool: g.Tool, Narrowing: g.Narrowing,
+		Purpose: g.Purpose, Path: g.Path, Created: stampOf(g.Created), Bundle: g.Bundle, Policies: g.Policies,
+		Token: handleWire(g.Token), Settles: stampOf(g.Settles), Fence: fenceWire(g.Fence), Ended: stampOf(g.Ended),
+		ArgsDigest: g.ArgsDigest, Longest: g.Longest, Collector: idText(g.Collector),
 	}
 	if canon := g.Args.Canonical(); len(canon) > len("{}") {
 		w.Args = canon
@@ -289,11 +291,11 @@ func grantWire(g broker.Grant) wireGrant {
 }
 
 func (w *wireGrant) grant() (g broker.Grant, err error) {
-	g = broker.Grant{ID: w.ID, Chain: w.Chain, Delegation: w.Delegation, Tool: w.Tool, Backend: w.Backend, Narrowing: w.Narrowing,
-		Purpose: w.Purpose, Path: w.Path, State: w.State, Created: w.Created.time(), Expires: w.Expires.time(), Bundle: w.Bundle,
-		Policies: w.Policies, Token: w.Token.handle(), Settles: w.Settles.time(), Fence: w.Fence.fence(), Ending: w.Ending,
-		Ended: w.Ended.time(), Outcome: w.Outcome, ArgsDigest: w.ArgsDigest, Longest: w.Longest, Sealed: w.Sealed,
-		Collected: w.Collected.time()}
+	g = broker.Grant{ID: w.ID, Chain: w.Chain, Delegation: w.Delegation, Tool: w.Tool, Backend: w.Backend,
+		Narrowing: w.Narrowing, Purpose: w.Purpose, Path: w.Path, State: w.State, Created: w.Created.time(),
+		Expires: w.Expires.time(), Bundle: w.Bundle, Policies: w.Policies, Token: w.Token.handle(),
+		Settles: w.Settles.time(), Fence: w.Fence.fence(), Ending: w.Ending, Ended: w.Ended.time(), Outcome: w.Outcome,
+		ArgsDigest: w.ArgsDigest, Longest: w.Longest, Sealed: w.Sealed, Collected: w.Collected.time()}
 	if g.Caller, err = idOf(w.Caller); err != nil {
 		return g, err
 	}
@@ -310,10 +312,12 @@ func (w *wireGrant) grant() (g broker.Grant, err error) {
 		}
 	}
 	if l := w.Lease; l != nil {
-		g.Lease = broker.Lease{ID: l.ID, Ref: l.Ref, Expires: l.Expires.time(), Outlives: l.Outlives.time(), Digests: l.Digests}
+		g.Lease = broker.Lease{ID: l.ID, Ref: l.Ref, Expires: l.Expires.time(), Outlives: l.Outlives.time(),
+			Digests: l.Digests}
 	}
 	for _, e := range w.Evidence {
-		g.Evidence = append(g.Evidence, broker.Evidence{At: e.At.time(), Check: e.Check, Outcome: e.Outcome, Answer: e.Answer, Listed: e.Listed})
+		g.Evidence = append(g.Evidence, broker.Evidence{At: e.At.time(), Check: e.Check, Outcome: e.Outcome,
+			Answer: e.Answer, Listed: e.Listed})
 	}
 	return g, nil
 }
@@ -346,16 +350,17 @@ type wireRevocation struct {
 }
 
 func revocationWire(rv broker.Revocation) wireRevocation {
-	return wireRevocation{rv.ID, rv.Selector, rv.Reason, rv.By, rv.Freeze, rv.Lifted, rv.Unfreezer, rv.Chain, rv.Node, rv.Grant,
-		stampOf(rv.Asked), stampOf(rv.Fenced), rv.Revision, stampOf(rv.Settled), rv.Closure, rv.Nothing, rv.Grants, rv.Dead, rv.Alive,
-		rv.Unknown, rv.Static, rv.Tokens, rv.Unswept, stampOf(rv.LatestEnd)}
+	return wireRevocation{rv.ID, rv.Selector, rv.Reason, rv.By, rv.Freeze, rv.Lifted, rv.Unfreezer, rv.Chain, rv.Node,
+		rv.Grant, stampOf(rv.Asked), stampOf(rv.Fenced), rv.Revision, stampOf(rv.Settled), rv.Closure, rv.Nothing,
+		rv.Grants, rv.Dead, rv.Alive, rv.Unknown, rv.Static, rv.Tokens, rv.Unswept, stampOf(rv.LatestEnd)}
 }
 
 func (w wireRevocation) revocation() broker.Revocation {
-	return broker.Revocation{ID: w.ID, Selector: w.Selector, Reason: w.Reason, By: w.By, Freeze: w.Freeze, Lifted: w.Lifted,
-		Unfreezer: w.Unfreezer, Chain: w.Chain, Node: w.Node, Grant: w.Grant, Asked: w.Asked.time(), Fenced: w.Fenced.time(),
-		Revision: w.Revision, Settled: w.Settled.time(), Closure: w.Closure, Nothing: w.Nothing, Grants: w.Grants, Dead: w.Dead,
-		Alive: w.Alive, Unknown: w.Unknown, Static: w.Static, Tokens: w.Tokens, Unswept: w.Unswept, LatestEnd: w.LatestEnd.time()}
+	return broker.Revocation{ID: w.ID, Selector: w.Selector, Reason: w.Reason, By: w.By, Freeze: w.Freeze,
+		Lifted: w.Lifted, Unfreezer: w.Unfreezer, Chain: w.Chain, Node: w.Node, Grant: w.Grant, Asked: w.Asked.time(),
+		Fenced: w.Fenced.time(), Revision: w.Revision, Settled: w.Settled.time(), Closure: w.Closure,
+		Nothing: w.Nothing, Grants: w.Grants, Dead: w.Dead, Alive: w.Alive, Unknown: w.Unknown, Static: w.Static,
+		Tokens: w.Tokens, Unswept: w.Unswept, LatestEnd: w.LatestEnd.time()}
 }
 
 type wireRule struct {

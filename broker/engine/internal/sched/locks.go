@@ -5,13 +5,13 @@ import (
 	"sync"
 )
 
-// Locks serializes work on one key without stopping work on others. The zero Locks are open.
+// Locks serializes the work on each key. Work on different keys runs concurrently. The zero Locks are unlocked.
 type Locks[K comparable] struct {
 	mu   sync.Mutex // guards held
 	held map[K]chan struct{}
 }
 
-// Lock waits for the key; the returned function gives it back.
+// Lock locks the key. It waits until the key is free or ctx ends.
 func (l *Locks[K]) Lock(ctx context.Context, id K) (unlock func(), err error) {
 	for {
 		l.mu.Lock()

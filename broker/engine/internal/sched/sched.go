@@ -1,5 +1,5 @@
-// Package sched has the small parts of background work: a heap of items by their due time, a set of keys that are being
-// worked on, and a signal to look again.
+// Package sched has the small parts of background work: a heap of items by due time, a set of busy keys, locks by key,
+// and a signal.
 package sched
 
 import (
@@ -11,25 +11,25 @@ import (
 // Item has a due time.
 type Item interface{ Due() time.Time }
 
-// Heap holds items, the earliest first. The zero Heap is empty. It is not safe for concurrent use.
+// Heap orders items by due time, the earliest first. The zero Heap is empty. It is not safe for concurrent use.
 type Heap[T Item] struct{ items items[T] }
 
 // Len counts the items.
 func (h *Heap[T]) Len() int { return len(h.items) }
 
-// First is the earliest item. There must be one.
+// First returns the earliest item. There must be one.
 func (h *Heap[T]) First() T { return h.items[0] }
 
-// Add puts an item in, and reports whether it is the earliest.
+// Add adds an item, and reports whether it is the earliest.
 func (h *Heap[T]) Add(item T) (first bool) {
 	heap.Push(&h.items, item)
 	return h.items[0].Due().Equal(item.Due())
 }
 
-// Pop takes the earliest item out. There must be one.
+// Pop removes and returns the earliest item. There must be one.
 func (h *Heap[T]) Pop() T { return heap.Pop(&h.items).(T) }
 
-// Each gives every item to f and keeps what f returns in its place.
+// Each replaces every item by f of it.
 func (h *Heap[T]) Each(f func(T) T) {
 	for i := range h.items {
 		h.items[i] = f(h.items[i])
@@ -56,15 +56,15 @@ func (h *items[T]) Pop() any {
 	return last
 }
 
-// Busy is a set of keys that are being worked on. The zero Busy is empty. It is safe for concurrent use.
+// Busy is a set of keys with work in progress. The zero Busy is empty. It is safe for concurrent use.
 type Busy[K comparable] struct {
-	Most int // keys at once; zero: no limit
+	Most int // concurrent keys; zero: no limit
 
 	mu   sync.Mutex // guards keys
 	keys map[K]bool
 }
 
-// Begin adds a key. It is false when the key is there already, or the set is full.
+// Begin adds a key. It returns false when the key is in the set already, or the set is full.
 func (b *Busy[K]) Begin(k K) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -78,27 +78,27 @@ func (b *Busy[K]) Begin(k K) bool {
 	return true
 }
 
-// End takes a key out.
+// End removes a key.
 func (b *Busy[K]) End(k K) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	delete(b.keys, k)
 }
 
-// Has reports whether a key is there.
+// Has reports whether a key is in the set.
 func (b *Busy[K]) Has(k K) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.keys[k]
 }
 
-// Signal tells one goroutine to look again. It carries no data, and several notifications may become one.
+// Signal wakes one goroutine, which then reads the state again. It carries no data, and may merge notifications.
 type Signal chan struct{}
 
 // NewSignal makes a Signal.
 func NewSignal() Signal { return make(Signal, 1) }
 
-// Notify never blocks.
+// Notify wakes the goroutine. It never blocks.
 func (s Signal) Notify() {
 	select {
 	case s <- struct{}{}:

@@ -12,14 +12,14 @@ import (
 
 // The refusals of [Deliveries.Put].
 var (
-	ErrSealedTooLarge = errors.New("the sealed secret is larger than is kept")
+	ErrSealedTooLarge = errors.New("the sealed secret is too large to be kept")
 	ErrSealedFull     = errors.New("too many sealed secrets wait to be collected")
 )
 
-// Deliveries holds the secrets that are sealed and not collected. Like every secret they are in no ledger, and a restart
-// loses them: their grants are then ended.
+// Deliveries keeps the sealed secrets until they are collected. Like every secret they are in no ledger. A restart loses
+// them, and their grants are then ended.
 type Deliveries struct {
-	mu        sync.Mutex // guards what follows
+	mu        sync.Mutex // guards the fields below
 	waiting   map[broker.GrantID]delivery
 	perCaller map[spiffeid.ID]int
 	bytes     int
@@ -30,12 +30,14 @@ type delivery struct {
 	caller spiffeid.ID
 }
 
-// Reserve takes a place before anything is minted for it.
+// Reserve takes a place for the grant's secret, before the mint.
 func (d *Deliveries) Reserve(g broker.Grant) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if len(d.waiting) >= broker.MaxWaiting || d.perCaller[g.Caller] >= broker.MaxWaitingEach || d.bytes >= broker.MaxSealedBytes {
-		return broker.Errorf(broker.Unavailable, "issue", "%v; nothing was minted", ErrSealedFull).With(broker.CodeDeliveriesFull).After(time.Second)
+	if len(d.waiting) >= broker.MaxWaiting || d.perCaller[g.Caller] >= broker.MaxWaitingEach ||
+		d.bytes >= broker.MaxSealedBytes {
+		return broker.Errorf(broker.Unavailable, "issue", "%v; nothing was minted", ErrSealedFull).
+			With(broker.CodeDeliveriesFull).After(time.Second)
 	}
 	if d.waiting == nil {
 		d.waiting, d.perCaller = map[broker.GrantID]delivery{}, map[spiffeid.ID]int{}
@@ -45,14 +47,15 @@ func (d *Deliveries) Reserve(g broker.Grant) error {
 	return nil
 }
 
-// Put fills the place. It fails when the grant has ended meanwhile, and its place is gone.
+// Put puts the sealed secret into its place. It fails when the grant has ended meanwhile, which drops the place.
 func (d *Deliveries) Put(id broker.GrantID, sealed []byte) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	waiting, ok := d.waiting[id]
 	switch {
 	case !ok:
-		return broker.Errorf(broker.Revoked, "issue", "it ended while it was on its way; nothing is handed out").With(broker.CodeFenced)
+		return broker.Errorf(broker.Revoked, "issue", "the grant ended while the step was in flight; nothing is handed out").
+			With(broker.CodeFenced)
 	case len(sealed) > broker.MaxSealed:
 		return ErrSealedTooLarge
 	case d.bytes+len(sealed) > broker.MaxSealedBytes:
@@ -64,14 +67,14 @@ func (d *Deliveries) Put(id broker.GrantID, sealed []byte) error {
 	return nil
 }
 
-// Has reports whether a sealed secret waits.
+// Has reports whether a grant's sealed secret waits to be collected.
 func (d *Deliveries) Has(id broker.GrantID) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.waiting[id].sealed != nil
 }
 
-// Take gives a delivery and forgets it; nil: there is none.
+// Take removes and returns a grant's sealed secret; nil: there is none.
 func (d *Deliveries) Take(id broker.GrantID) []byte {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -87,7 +90,7 @@ func (d *Deliveries) Take(id broker.GrantID) []byte {
 	return taken.sealed
 }
 
-// Drop forgets what ends.
+// Drop removes the sealed secrets of grants that end.
 func (d *Deliveries) Drop(grants []broker.Grant) {
 	for _, g := range grants {
 		if g.Sealed != "" {

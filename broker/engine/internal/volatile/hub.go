@@ -1,5 +1,5 @@
-// Package volatile has what the engine keeps in memory alone: watchers, heartbeats, sealed secrets that wait, and small
-// caches. Each says what a restart loses.
+// Package volatile has the state that the engine keeps in memory only: watchers, heartbeats, sealed secrets and small
+// caches. Each type states the consequence of a restart.
 package volatile
 
 import (
@@ -8,16 +8,16 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Hub wakes watchers, so that they read again. It carries no data and never blocks. A restart ends every watch.
+// Hub wakes watchers, so that they read again. It carries no data and never blocks. A restart ends all watches.
 type Hub struct {
 	mu     sync.Mutex // guards topics
 	topics map[Topic]*watchers
 }
 
-// Topic is what a watcher waits for: any change of a chain, or only that a fence over it was set or lifted.
+// Topic is the subject of a watch: every change of a chain, or only its fences.
 type Topic struct {
 	Chain  broker.ChainID // empty: all chains
-	Fences bool
+	Fences bool           // only fences that are set or lifted
 }
 
 // TopicTx collects the topics of a transaction's entries.
@@ -33,13 +33,13 @@ func (t *TopicTx) Append(entry broker.Entry) (broker.Revision, error) {
 	return t.Tx.Append(entry)
 }
 
-// watchers of one topic share a channel that is closed when they must read again.
+// watchers of one topic share a channel, which is closed when they must read again.
 type watchers struct {
 	changed chan struct{}
 	count   int
 }
 
-// Watch gives a channel that is closed at the next change. cancel must be called.
+// Watch returns a channel that is closed at the next change. The caller must call cancel.
 func (h *Hub) Watch(name Topic) (changed <-chan struct{}, cancel func()) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -64,7 +64,7 @@ func (h *Hub) Watch(name Topic) (changed <-chan struct{}, cancel func()) {
 	}
 }
 
-// Wake wakes the watchers of topics. An entry without a chain is a rule's, which may cover any.
+// Wake wakes the watchers of topics. A topic without a chain is that of a rule, which may cover any chain.
 func (h *Hub) Wake(names []Topic) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -85,7 +85,7 @@ func (h *Hub) Wake(names []Topic) {
 	}
 }
 
-// fire closes the topic's channel; who watches on takes a new one.
+// notify closes the topic's channel. The next Watch makes a new one.
 func (h *Hub) notify(name Topic) {
 	if t, ok := h.topics[name]; ok {
 		close(t.changed)

@@ -2,16 +2,16 @@ package volatile
 
 import "sync"
 
-// Latest keeps the values of the latest keys. It is a cache, or something that can be made again: a restart empties it.
+// Latest keeps the values of the latest keys. It is for values that can be computed again: a restart empties it.
 type Latest[K comparable, V any] struct {
-	Most int // keys that are kept
+	Most int // keys to keep
 
-	mu    sync.Mutex // guards what follows
+	mu    sync.Mutex // guards the fields below
 	kept  map[K]V
 	order []K // the oldest first
 }
 
-// Put keeps a value, and forgets the oldest where there are too many.
+// Put keeps a value. When there are too many keys, it drops the oldest.
 func (l *Latest[K, V]) Put(key K, value V) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -28,7 +28,7 @@ func (l *Latest[K, V]) Put(key K, value V) {
 	}
 }
 
-// Get gives the value of a key that is kept.
+// Get returns the value of a kept key.
 func (l *Latest[K, V]) Get(key K) (value V, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

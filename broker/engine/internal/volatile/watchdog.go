@@ -9,40 +9,40 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/sched"
 )
 
-// Watchdog notices holders who promised a heartbeat and missed it. It is in memory alone: a sign of life is worth no
-// write, and after a restart every holder has its whole interval again.
+// Watchdog detects missed heartbeats. It is in memory only, since a heartbeat is not worth a write. After a restart
+// every holder has its whole interval again.
 //
-// A root is watched from its opening on. A delegation that was passed on is watched from its holder's first request on: an
-// agent that was never started has been handed nothing.
+// The watch of a root starts when its chain is opened. The watch of a delegation that was passed on starts with its
+// holder's first request: an agent that never ran has no secret.
 type Watchdog struct {
 	now    func() time.Time
 	missed func(context.Context, broker.DelegationID) (recorded bool)
-	wake   sched.Signal // the heap has an earlier first
+	wake   sched.Signal // wakes Run: the heap has a new first item
 
-	mu    sync.Mutex // guards what follows
+	mu    sync.Mutex // guards the fields below
 	beats map[broker.DelegationID]*beat
 	due   sched.Heap[*beat]
 }
 
-// beat is one delegation that is watched, until it expires or misses its heartbeat. A heartbeat does not move it in the heap: it is put
-// off when its turn comes.
+// beat is one watched delegation, until it expires or misses its heartbeat. A heartbeat does not move it in the heap.
+// When the item is due, takeLate reschedules it.
 type beat struct {
 	id    broker.DelegationID
 	every time.Duration
 	ends  time.Time // the delegation's own end
-	last  time.Time // heartbeat
-	at    time.Time // its turn in the heap
+	last  time.Time // the last heartbeat
+	at    time.Time // due in the heap
 }
 
-// Due is its turn.
+// Due is the time at which takeLate checks the delegation.
 func (b *beat) Due() time.Time { return b.at }
 
-// NewWatchdog makes a Watchdog. missed is called for each missed heartbeat; when it is false, it is called again.
+// NewWatchdog makes a Watchdog. It calls missed for each missed heartbeat, and again until missed returns true.
 func NewWatchdog(now func() time.Time, missed func(context.Context, broker.DelegationID) bool) *Watchdog {
 	return &Watchdog{now: now, missed: missed, beats: map[broker.DelegationID]*beat{}, wake: sched.NewSignal()}
 }
 
-// Beat notes a heartbeat of the delegation's holder, and watches for the next.
+// Beat notes a heartbeat of the delegation's holder, and starts the watch if there is none.
 func (w *Watchdog) Beat(d broker.Delegation, now time.Time) {
 	if d.Heartbeat == 0 {
 		return
@@ -56,7 +56,7 @@ func (w *Watchdog) Beat(d broker.Delegation, now time.Time) {
 	w.watchLocked(&beat{id: d.ID, every: d.Heartbeat, ends: d.Expires, last: now, at: now.Add(d.Heartbeat)})
 }
 
-// BeatAgain notes a heartbeat of a holder that is watched.
+// BeatAgain notes a heartbeat of a watched delegation's holder. It starts no watch.
 func (w *Watchdog) BeatAgain(id broker.DelegationID, now time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -72,7 +72,7 @@ func (w *Watchdog) watchLocked(b *beat) {
 	}
 }
 
-// Run reports missed heartbeats until ctx ends.
+// Run reports missed heartbeats, until ctx ends.
 func (w *Watchdog) Run(ctx context.Context) {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
@@ -91,7 +91,7 @@ func (w *Watchdog) Run(ctx context.Context) {
 	}
 }
 
-// takeLate takes out of the heap those whose heartbeat is late, and gives how long the next can wait.
+// takeLate removes the delegations with a late heartbeat from the heap, and returns the time until the next is due.
 func (w *Watchdog) takeLate(now time.Time) (late []*beat, next time.Duration) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -113,7 +113,7 @@ func (w *Watchdog) takeLate(now time.Time) (late []*beat, next time.Duration) {
 	return late, time.Minute
 }
 
-// report treats a missed heartbeat as its holder's breach. The holder is watched again from its next heartbeat on.
+// report reports a missed heartbeat. The holder's next heartbeat starts a new watch.
 func (w *Watchdog) report(ctx context.Context, b *beat) {
 	reportCtx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -123,7 +123,7 @@ func (w *Watchdog) report(ctx context.Context, b *beat) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if _, rewatched := w.beats[b.id]; !rewatched {
-		b.at = w.now().Add(time.Second) // once more: it is not on record
+		b.at = w.now().Add(time.Second) // retry: the ledger has no record of it
 		w.watchLocked(b)
 	}
 }
