@@ -64,7 +64,7 @@ func (e *Engine) Acknowledge(ctx context.Context, c broker.Caller, id broker.Del
 }
 
 // recordAcknowledgement records the acknowledgement of the revocation, and of every other final fence over the
-// delegation: a holder that has stopped for one has stopped for all.
+// delegation. A holder that has stopped for one has stopped for all.
 func recordAcknowledgement(tx *records.Tx, c broker.Caller, id broker.DelegationID, rv broker.RevocationID,
 	now time.Time) error {
 	const op = "acknowledge"

@@ -1,5 +1,5 @@
-// Package engine runs the procedures over the ports of package broker: open a chain, delegate, issue a secret for one
-// step, collect it, close it, report a violation, plan and execute a revocation, and resume after a crash.
+// Package engine runs the procedures over the ports of package broker. They open a chain, delegate, issue a secret for
+// one step, collect it, and close it. They report a violation, plan and execute a revocation, and resume after a crash.
 //
 // It does no I/O and never reads the clock. Three rules shape every procedure:
 //   - The intent is committed before any act that cannot be undone.

@@ -196,8 +196,8 @@ func (s *issue) checkObligations(ctx context.Context, l records.Lineage, d broke
 	return nil
 }
 
-// buildGrant builds the grant. It lives as long as the shortest of its limits: those of the tool, the request, the
-// decision, each delegation of the lineage, and the caller's SVID.
+// buildGrant builds the grant. Its lifetime is the least of all limits: the tool, the request, the decision, each
+// delegation of the lineage, and the caller's SVID.
 func (s *issue) buildGrant(l records.Lineage, d broker.Decision) error {
 	ttl := s.tool.Lifetime()
 	for _, bound := range []time.Duration{s.request.TTL, d.TTL} {
@@ -457,8 +457,8 @@ func (s *issue) recordHandle(ctx context.Context, token broker.Handle, longest t
 	})
 }
 
-// recordIssued is step 6. When the grant was fenced or expired meanwhile, it records the lease nevertheless, so that
-// the reaper can revoke it by name, and returns the refusal.
+// recordIssued is step 6. When the grant was fenced or expired meanwhile, it records the lease nevertheless and returns
+// the refusal. The reaper then revokes the lease by name.
 func (s *issue) recordIssued(ctx context.Context, lease broker.Lease) error {
 	record := func(g broker.Grant, refusal error) (records.EncodedGrant, error) {
 		if g.State, g.Lease = broker.StateIssued, lease; refusal != nil {

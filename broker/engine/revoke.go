@@ -192,7 +192,7 @@ func (r *reconciler) round(ctx context.Context) (done bool, err error) {
 	return r.record(ctx, counts, r.killTokens(ctx))
 }
 
-// start is step 2: it lists the grants and delegations under the fence, which none can join any more, and gives the
+// start is step 2. It lists the grants and delegations under the fence, which none can join any more. It gives the
 // grants to the workers of their backends. These sever, kill and prove (steps 2, 3 and 5).
 //
 // A crash after step 2 leaves severed logins of which the ledger has no evidence. The next process severs them again.

@@ -15,8 +15,8 @@ func (e *Engine) Watch(id broker.ChainID) (changed <-chan struct{}, cancel func(
 	return e.hub.Watch(volatile.Topic{Chain: id})
 }
 
-// WatchFences is [Engine.Watch] for fences alone: the channel is closed when a fence that may cover the chain is set or
-// lifted, and not by each step of a busy chain. It suits a watcher that reads only [Engine.Status].
+// WatchFences is [Engine.Watch] for fences alone. The channel is closed when a fence that may cover the chain is set or
+// lifted, and not by each step. It suits a watcher that reads only [Engine.Status].
 func (e *Engine) WatchFences(id broker.ChainID) (changed <-chan struct{}, cancel func()) {
 	return e.hub.Watch(volatile.Topic{Chain: id, Fences: true})
 }

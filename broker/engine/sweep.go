@@ -18,9 +18,9 @@ type Orphans struct {
 	Logins int
 }
 
-// Sweep compares the leases in Vault and the logins at the backends with the ledger, and ends the orphans: those under
-// our names that the ledger does not know as alive. A mint with a lost answer leaves an orphan, and so does a mint that
-// bypasses the broker. Sweep is step 4 of Revoke for all paths, and runs on a schedule too.
+// Sweep compares the leases in Vault and the logins at the backends with the ledger, and ends the orphans. An orphan
+// has our name, and the ledger does not know it as alive. A mint with a lost answer leaves an orphan, and so does a
+// mint that bypasses the broker. Sweep is step 4 of Revoke for all paths, and runs on a schedule too.
 func (e *Engine) Sweep(ctx context.Context) (Orphans, error) { return sweeper{e}.sweep(ctx) }
 
 // sweeper is one sweep.

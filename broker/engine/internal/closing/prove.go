@@ -142,7 +142,7 @@ const checksBeforeRevoke = 7
 
 // revokeLeft revokes the leases that outlived their token. Vault writes a lease without checking the token again, so a
 // lease that it wrote during the kill is in no queue of Vault's. A lease that Vault has given up revoking is revoked by
-// name at each check: every sweep resets its number of checks, which would never reach checksBeforeRevoke.
+// name at each check. Every sweep resets its number of checks, which would never reach checksBeforeRevoke.
 func (w *worker) revokeLeft(ctx context.Context, pass []broker.Grant, gone []goneAnswer, taken map[broker.GrantID]Due) {
 	w.parallel(len(pass), func(i int) {
 		if !gone[i].answered || gone[i].gone {

@@ -157,7 +157,7 @@ func (r *Reaper) Fill(due []Due) {
 const maxWait = 15 * time.Second
 
 // schedule checks a grant at d.At. It keeps only the earliest of repeated checks. EndNow may come any number of times
-// for a grant, and each check of a grant that does not end schedules another: without this limit the checks would
+// for a grant, and each check of a grant that does not end schedules another. Without this limit the checks would
 // multiply. It shortens the delay of a repeated check to maxWait, in case the clock was set back.
 func (r *Reaper) schedule(d Due) {
 	most := r.cfg.Now().Add(maxWait)

@@ -7,8 +7,8 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// verdict decides the outcome of one grant. Dead needs all of these: Vault has revoked the token, Vault no longer knows
-// the lease, no mint can be in flight, and the target, if it can be probed, refuses the secret.
+// verdict decides the outcome of one grant. Dead needs all of these answers: Vault has revoked the token and no longer
+// knows the lease, and no mint can be in flight. If the target can be probed, it must refuse the secret too.
 type verdict struct {
 	g       broker.Grant
 	killed  killAnswer      // to the revocation of the step's token

@@ -19,7 +19,7 @@ type worker struct {
 	sever   *queue // grants to sever
 
 	// Grants to kill and prove, after the attempt to sever them. Small sets go to quick and large ones to bulk, and
-	// both run concurrently: an agent's own Close must not wait for the revocation of another chain.
+	// both run concurrently. An agent's own Close must not wait for the revocation of another chain.
 	quick, bulk *queue
 
 	mu     sync.Mutex           // guards killed

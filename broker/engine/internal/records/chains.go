@@ -74,8 +74,8 @@ func (t *Tx) EachRecent(chain broker.ChainID, now time.Time, f func(broker.Deleg
 	return each(list, err, f)
 }
 
-// EachOpen calls f with the lineage of each delegation under which the broker can still hand out a secret, now or after
-// a freeze is lifted.
+// EachOpen calls f with the lineage of each open delegation: it has not expired, and no final fence covers it. A
+// freeze may be lifted, so it does not count.
 func (t *Tx) EachOpen(chain broker.ChainID, now time.Time, f func(Lineage) error) error {
 	return t.EachRecent(chain, now, func(id broker.DelegationID) error {
 		l, err := t.Lineage("revoke", id)

@@ -103,8 +103,8 @@ func (t *Tx) eachMarkedFenced(d broker.DelegationID, f func(broker.GrantID) erro
 }
 
 // EachFenced calls f with each grant directly under the lineage's leaf that was fenced by itself or by a rule. The
-// ledger lists the grants with a fence of their own. The live grants are read only when a final rule is in force, so
-// that in a chain with thousands of them the agents learn of a fence at once.
+// ledger lists the grants with a fence of their own. The live grants are read only when a final rule is in force. So in
+// a chain with thousands of grants the agents learn of a fence at once.
 func (t *Tx) EachFenced(l Lineage, f func(broker.GrantID)) error {
 	leaf := l.Leaf().ID
 	listed := map[broker.GrantID]bool{}
@@ -133,8 +133,7 @@ func (t *Tx) EachLive(chain broker.ChainID, f func(broker.Grant) error) error {
 	return eachGrant(t, inChain(prefixLive, chain), f)
 }
 
-// EachStatic calls f with each grant of the chain, or of all chains when it is empty, that is closed while its static
-// secret still works.
+// EachStatic calls f with each closed grant with a static secret that still works. An empty chain selects all chains.
 func (t *Tx) EachStatic(chain broker.ChainID, f func(broker.Grant) error) error {
 	return eachGrant(t, inChain(prefixStatic, chain), f)
 }

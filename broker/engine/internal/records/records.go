@@ -1,5 +1,5 @@
-// Package records reads and writes the ledger in the product's terms: its keys, the encoding of its records, its scans,
-// the lineage of a delegation, and the fences over it.
+// Package records reads and writes the ledger in the product's terms. It has the keys, the encoding of records, the
+// scans, the lineage of a delegation, and the fences over it.
 package records
 
 import (

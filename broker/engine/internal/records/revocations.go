@@ -94,8 +94,8 @@ func (t *Tx) ifCovered(covers Covers, f func(broker.Grant)) func(broker.Grant) e
 	}
 }
 
-// ExpectedHolders lists the holders that must acknowledge a revocation: those of the delegations that it covers, that
-// were open at the fence, and over which no earlier final fence is. It runs after the fence, so that the fence's
+// ExpectedHolders lists the holders that must acknowledge a revocation. They hold the delegations that it covers, that
+// were open at the fence, and that no earlier final fence covers. It runs after the fence, so that the fence's
 // transaction costs the same for a tree of any size.
 func (t *Tx) ExpectedHolders(rv broker.Revocation) (holders []broker.Acknowledgement, err error) {
 	if rv.Freeze || rv.Grant != "" {

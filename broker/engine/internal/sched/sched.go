@@ -1,5 +1,5 @@
-// Package sched has the small parts of background work: a heap of items by due time, a set of busy keys, locks by key,
-// and a signal.
+// Package sched has the small parts of background work: a heap of due items, a set of busy keys, locks by key, and a
+// signal.
 package sched
 
 import (

@@ -16,8 +16,8 @@ var (
 	ErrSealedFull     = errors.New("too many sealed secrets wait to be collected")
 )
 
-// Deliveries keeps the sealed secrets until they are collected. Like every secret they are in no ledger. A restart loses
-// them, and their grants are then ended.
+// Deliveries keeps the sealed secrets until they are collected. Like every secret they are in no ledger. A restart
+// loses them, and their grants are then ended.
 type Deliveries struct {
 	mu        sync.Mutex // guards the fields below
 	waiting   map[broker.GrantID]delivery
