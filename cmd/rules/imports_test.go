@@ -60,6 +60,8 @@ var rows = []row{
 	{"broker/selector", []string{"broker", "broker/args"}, nil, "a selector knows no ledger and no procedure"},
 	{"broker/engine/internal/records", []string{"broker", "broker/args", "broker/selector"}, []string{"store/*"},
 		"records know no procedure"},
+	{"broker/engine/internal/draw", nil, nil, "it draws values, and knows nothing of the domain"},
+	{"broker/engine/internal/planning", []string{"broker"}, nil, "it counts, and reads no ledger"},
 	{"broker/engine/internal/sched", nil, nil, "a heap and a set of keys know nothing of the domain"},
 	{"broker/engine/internal/volatile", []string{"broker", "broker/engine/internal/sched"}, nil, "it keeps what a restart loses, and decides nothing"},
 	{"broker/engine/internal/closing", []string{"broker", "broker/args", "broker/engine/internal/records", "broker/engine/internal/sched"}, []string{"store/*"},
