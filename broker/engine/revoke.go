@@ -30,8 +30,8 @@ import (
 // Repeated.
 //
 // A final rule covers the open chains. If it matches nothing that is open and no step that can still be taken, Revoke
-// refuses it with CodeSelectorEmpty. A freeze by a rule covers later chains too. Nothing marks a rule that covers
-// nothing yet.
+// refuses it with CodeSelectorEmpty. A freeze by a rule covers later chains too. The field Nothing marks a rule that
+// covers nothing yet.
 //
 // No grant handed out the value of a canary. For such a leaked value Revoke records the touch, and returns the
 // revocation that policy attaches to it, or else NotFound with CodeCanaryValue.
@@ -148,7 +148,7 @@ type reconciler struct {
 	inFlight []broker.GrantID    // grants with a mint in flight at the start
 	backends map[string]bool     // of the grants at the start
 	nodes    []broker.Delegation // with Vault tokens, root first; after the fence no delegation gets another token
-	killed   map[string]bool     // accessors that this process revoked
+	killed   map[string]bool     // accessors that Vault confirmed as revoked to this process
 
 	started time.Time
 	read    time.Time     // the last read of the ledger

@@ -21,7 +21,7 @@ func (t *Tx) Delegation(id broker.DelegationID) (broker.Delegation, bool, error)
 	return t.cache.delegations.load(t, keyDelegation(id))
 }
 
-// PutDelegation overwrites an existing delegation.
+// PutDelegation writes a delegation.
 func (t *Tx) PutDelegation(d broker.Delegation) error {
 	clear(t.lineages)
 	return save(t, keyDelegation(d.ID), d)
