@@ -10,7 +10,7 @@ import (
 )
 
 // heard fails unless exactly the named holders were to hear of a revocation, those of said with a time.
-func (w *world) heard(rv broker.Revocation, d map[string]broker.Delegation, toHear, said []string) {
+func (w *world) wantAcknowledgements(rv broker.Revocation, d map[string]broker.Delegation, toHear, said []string) {
 	w.t.Helper()
 	list, err := w.Acknowledgements(ctx, rv.ID)
 	if err != nil {
@@ -34,7 +34,7 @@ func (w *world) heard(rv broker.Revocation, d map[string]broker.Delegation, toHe
 	}
 }
 
-func (w *world) entries(op broker.Op) (n int) {
+func (w *world) countEntries(op broker.Op) (n int) {
 	w.t.Helper()
 	all, err := w.Entries(ctx, 0, 10000)
 	if err != nil {
@@ -70,16 +70,16 @@ func TestAcknowledgements(t *testing.T) {
 				w.issue("writer", step(d["writer"], "db.read"))
 				rv := w.revoke("%s", what(d))
 				toHear := []string{"planner", "fetcher", "writer"}
-				w.heard(rv, d, toHear, nil)
+				w.wantAcknowledgements(rv, d, toHear, nil)
 				pass(time.Second)
-				w.closure(rv, broker.ClosureClosed)
+				w.wantClosure(rv, broker.ClosureClosed)
 				for range 2 {
 					if err := w.Acknowledge(ctx, as("writer"), d["writer"].ID, rv.ID); err != nil {
 						t.Fatalf("Heard under a fence = %v, want nil", err)
 					}
 				}
-				w.heard(rv, d, toHear, []string{"writer"})
-				if n := w.entries(broker.OpAcknowledged); n != 1 {
+				w.wantAcknowledgements(rv, d, toHear, []string{"writer"})
+				if n := w.countEntries(broker.OpAcknowledged); n != 1 {
 					t.Errorf("%d entries for one acknowledgement, want 1", n)
 				}
 				w.Stop()
@@ -87,14 +87,14 @@ func TestAcknowledgements(t *testing.T) {
 				if err := w.Acknowledge(ctx, as("planner"), d["planner"].ID, rv.ID); err != nil {
 					t.Fatal(err)
 				}
-				w.heard(rv, d, toHear, []string{"writer", "planner"})
+				w.wantAcknowledgements(rv, d, toHear, []string{"writer", "planner"})
 			})
 		})
 	}
 }
 
-// TestHeardRefuses: nobody acknowledges for another, nor what does not concern it.
-func TestHeardRefuses(t *testing.T) {
+// TestAcknowledgeRefuses: nobody acknowledges for another, nor what does not concern it.
+func TestAcknowledgeRefuses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		d := w.draw("root -> {one, two}")
@@ -122,11 +122,11 @@ func TestHeardRefuses(t *testing.T) {
 			}
 			refused(t, "an acknowledgement "+what, err, row.kind, row.code)
 		}
-		if n := w.entries(broker.OpAcknowledged); n != 0 {
+		if n := w.countEntries(broker.OpAcknowledged); n != 0 {
 			t.Errorf("%d acknowledgements were recorded, want none", n)
 		}
-		w.heard(rv, d, []string{"one"}, nil)
-		w.heard(frozen, d, nil, nil)
+		w.wantAcknowledgements(rv, d, []string{"one"}, nil)
+		w.wantAcknowledgements(frozen, d, nil, nil)
 		if err := w.Heartbeat(ctx, as("root"), d["root"].ID); err != nil {
 			t.Errorf("a sign of life of the root = %v, want nil", err)
 		}
@@ -135,17 +135,17 @@ func TestHeardRefuses(t *testing.T) {
 	})
 }
 
-// TestHeardOfOneOfTwo: whoever stopped for one revocation stopped for the other over it, too.
-func TestHeardOfOneOfTwo(t *testing.T) {
+// TestAcknowledgeOneOfTwo: whoever stopped for one revocation stopped for the other over it, too.
+func TestAcknowledgeOneOfTwo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		d := w.draw("root -> sub")
 		first, second := w.revoke("subtree:%s", d["sub"].ID), w.revoke("chain:%s", d["root"].Chain)
-		w.heard(first, d, []string{"sub"}, nil)
-		w.heard(second, d, []string{"root"}, nil)
+		w.wantAcknowledgements(first, d, []string{"sub"}, nil)
+		w.wantAcknowledgements(second, d, []string{"root"}, nil)
 		if err := w.Acknowledge(ctx, as("sub"), d["sub"].ID, second.ID); err != nil {
 			t.Fatal(err)
 		}
-		w.heard(first, d, []string{"sub"}, []string{"sub"})
+		w.wantAcknowledgements(first, d, []string{"sub"}, []string{"sub"})
 	})
 }

@@ -16,9 +16,9 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// TestRefusedKillIsAnAlarm has Vault refuse to revoke tokens: somebody is told, nothing is called CLOSED, and
+// TestRefusedKillRaisesAnAlarm has Vault refuse to revoke tokens: somebody is told, nothing is called CLOSED, and
 // it is once Vault does it.
-func TestRefusedKillIsAnAlarm(t *testing.T) {
+func TestRefusedKillRaisesAnAlarm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		refused := errors.New("permission denied, 403")
 		target, tools := brokertest.NewTarget(), brokertest.AllowAll("db.read")

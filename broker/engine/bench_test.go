@@ -54,9 +54,9 @@ func BenchmarkIssue(b *testing.B) {
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "issues/s")
 }
 
-// BenchmarkStanding is what each agent of a chain asks for when a fence was set in it, with a thousand
+// BenchmarkStatus is what each agent of a chain asks for when a fence was set in it, with a thousand
 // live secrets under the chain.
-func BenchmarkStanding(b *testing.B) {
+func BenchmarkStatus(b *testing.B) {
 	pawl, c := newBoltBroker(b, time.Now), as("planner")
 	root, err := pawl.Open(ctx, c, broker.OpenRequest{Task: "bench", Rights: use("db.read")})
 	if err != nil {

@@ -17,12 +17,12 @@ type breachRow struct {
 	code broker.ViolationCode
 	do   func(s *breachScene) error
 
-	kind    broker.Kind // of the answer that follows no consequence
-	refusal broker.Code // likewise; empty with silent
-	keeps   bool        // the answer keeps that code when a consequence follows
-	hides   bool        // and does not name the revocation
-	silent  bool        // the broker noticed it by itself, or answers nothing, and tries again when it cannot record it
-	report  bool        // the answer of a report, which is no refusal
+	kind            broker.Kind // of the answer that follows no consequence
+	refusal         broker.Code // likewise; empty with silent
+	keepsCode       bool        // the answer keeps that code when a consequence follows
+	hidesRevocation bool        // and does not name the revocation
+	silent          bool        // the broker noticed it by itself, or answers nothing, and tries again when it cannot record it
+	report          bool        // the answer of a report, which is no refusal
 
 	always bool // it is a violation in the audit even when policy attaches no consequence
 	step   bool // one step is the breach, and its secret is alive
@@ -56,9 +56,9 @@ var breachRows = map[string]breachRow{
 			_, err := s.w.Issue(ctx, as("worker"), r)
 			return err
 		}},
-	"a secret collected twice": {code: broker.ViolationSecondUse, kind: broker.Conflict, refusal: broker.CodeAlreadyCollected, keeps: true, always: true, step: true, frozen: "worker",
+	"a secret collected twice": {code: broker.ViolationSecondUse, kind: broker.Conflict, refusal: broker.CodeAlreadyCollected, keepsCode: true, always: true, step: true, frozen: "worker",
 		do: func(s *breachScene) error { _, _, err := s.w.Collect(ctx, as("worker"), s.grant); return err }},
-	"a canary tool": {code: broker.ViolationCanary, kind: broker.Denied, refusal: broker.CodePolicyDenied, keeps: true, hides: true, always: true, frozen: "worker",
+	"a canary tool": {code: broker.ViolationCanary, kind: broker.Denied, refusal: broker.CodePolicyDenied, keepsCode: true, hidesRevocation: true, always: true, frozen: "worker",
 		do: func(s *breachScene) error { _, err := s.w.Issue(ctx, as("worker"), step(s.worker, "bait")); return err }},
 	"a canary value": {code: broker.ViolationCanary, silent: true, always: true, node: true, root: true, frozen: "root",
 		do: func(s *breachScene) error { s.w.Present(ctx, as("thief"), s.canary); return nil }},
@@ -155,7 +155,7 @@ func testBreach(t *testing.T, row breachRow, what broker.Consequence, fault brok
 	if hit := recorded && fault != brokertest.None && !row.silent; hit != (faults.Load() == 1) && !row.silent {
 		t.Fatalf("the ledger failed %d times, want once: %v", faults.Load(), hit)
 	}
-	row.answered(t, err, what, faults.Load() > 0)
+	row.checkAnswer(t, err, what, faults.Load() > 0)
 
 	applied := recorded && (fault != brokertest.NotCommitted || row.silent) // what is silent is tried again
 	pass(5 * time.Second)
@@ -183,7 +183,7 @@ func testBreach(t *testing.T, row breachRow, what broker.Consequence, fault brok
 }
 
 // answered checks the answer to the request that broke policy.
-func (row breachRow) answered(t *testing.T, err error, what broker.Consequence, failed bool) {
+func (row breachRow) checkAnswer(t *testing.T, err error, what broker.Consequence, failed bool) {
 	t.Helper()
 	switch {
 	case row.silent:
@@ -195,12 +195,12 @@ func (row breachRow) answered(t *testing.T, err error, what broker.Consequence, 
 		refused(t, "the request", err, broker.Unavailable, broker.CodeLedgerDown)
 	default:
 		code := row.refusal
-		if what > broker.ConsequenceDeny && !row.keeps {
+		if what > broker.ConsequenceDeny && !row.keepsCode {
 			code = broker.CodeViolation
 		}
 		refused(t, "the request", err, row.kind, code)
-		if e := err.(*broker.Error); !failed && (e.Revocation != "") != (!row.hides && row.revokes(what)) {
-			t.Errorf("the answer names the revocation %q, want one: %v", e.Revocation, !row.hides && row.revokes(what))
+		if e := err.(*broker.Error); !failed && (e.Revocation != "") != (!row.hidesRevocation && row.revokes(what)) {
+			t.Errorf("the answer names the revocation %q, want one: %v", e.Revocation, !row.hidesRevocation && row.revokes(what))
 		}
 	}
 }

@@ -15,7 +15,7 @@ import (
 )
 
 // answerCanary has policy say what follows a canary.
-func (w *world) answerCanary(what broker.Consequence) {
+func (w *world) onCanary(what broker.Consequence) {
 	w.policy.Answer = func(q broker.Question) broker.Decision {
 		if q.Action == broker.ActionReport && q.Violation == broker.ViolationCanary {
 			return broker.Decision{Consequence: what}
@@ -34,7 +34,7 @@ func (w *world) plant(r broker.PlantRequest) (broker.Canary, string) {
 }
 
 // touched is how the list shows a canary; the zero Canary: it does not.
-func (w *world) listed(id broker.CanaryID) broker.Canary {
+func (w *world) listedCanary(id broker.CanaryID) broker.Canary {
 	w.t.Helper()
 	list, err := w.Canaries(ctx)
 	if err != nil {
@@ -49,7 +49,7 @@ func (w *world) listed(id broker.CanaryID) broker.Canary {
 }
 
 // blamed counts the audit's violations by a canary.
-func (w *world) blamed(id broker.CanaryID) (n int) {
+func (w *world) canaryViolations(id broker.CanaryID) (n int) {
 	w.t.Helper()
 	entries, err := w.ledger.Entries(ctx, 0, 1000)
 	if err != nil {
@@ -70,7 +70,7 @@ func TestCanaryIsPresented(t *testing.T) {
 		t.Run(what.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
-				w.answerCanary(what)
+				w.onCanary(what)
 				root, other := w.open("root", broker.OpenRequest{}), w.open("other", broker.OpenRequest{})
 				held, apart := w.issue("root", step(root, "db.read")), w.issue("other", step(other, "db.read"))
 				again := w.open("root", broker.OpenRequest{})
@@ -91,10 +91,10 @@ func TestCanaryIsPresented(t *testing.T) {
 						t.Errorf("Active(%s) = %v, %v; want %v", id, got, err, want)
 					}
 				}
-				if c := w.listed(k.ID); c.Touches != 1 || c.Touched.IsZero() || c.Chain != root.Chain || c.Note != "the home directory" || c.By != responder.Name {
+				if c := w.listedCanary(k.ID); c.Touches != 1 || c.Touched.IsZero() || c.Chain != root.Chain || c.Note != "the home directory" || c.By != responder.Name {
 					t.Errorf("it is listed as %+v, want it touched once", c)
 				}
-				if n, m := w.blamed(k.ID), w.blamed(pulled.ID); n != 1 || m != 0 || w.alarmed(string(k.ID)) != 1 || w.alarmed("canary") != 1 {
+				if n, m := w.canaryViolations(k.ID), w.canaryViolations(pulled.ID); n != 1 || m != 0 || w.countAlarms(string(k.ID)) != 1 || w.countAlarms("canary") != 1 {
 					t.Errorf("%d violations by it and %d by the one that was pulled, alarms %v; want one of each by it alone", n, m, w.alarms)
 				}
 				_, err := w.Issue(ctx, as("root"), step(again, "db.read"))
@@ -103,45 +103,45 @@ func TestCanaryIsPresented(t *testing.T) {
 				}
 				w.Present(ctx, as("mail"), value)
 				pass(time.Second)
-				if all, err := w.Revocations(ctx); err != nil || w.listed(k.ID).Touches != 2 || what == broker.ConsequenceRevokeChain && len(all) != 1 {
-					t.Errorf("presented again: %+v and %d revocations, %v; want it on record, and no other revocation", w.listed(k.ID), len(all), err)
+				if all, err := w.Revocations(ctx); err != nil || w.listedCanary(k.ID).Touches != 2 || what == broker.ConsequenceRevokeChain && len(all) != 1 {
+					t.Errorf("presented again: %+v and %d revocations, %v; want it on record, and no other revocation", w.listedCanary(k.ID), len(all), err)
 				}
 			})
 		})
 	}
 }
 
-// TestCanaryOfNoChain: it is an alarm and a line of the audit, and stops nobody.
-func TestCanaryOfNoChain(t *testing.T) {
+// TestCanaryWithoutChain: it is an alarm and a line of the audit, and stops nobody.
+func TestCanaryWithoutChain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
-		w.answerCanary(broker.ConsequenceFreezeCaller)
+		w.onCanary(broker.ConsequenceFreezeCaller)
 		root := w.open("root", broker.OpenRequest{})
 		k, value := w.plant(broker.PlantRequest{})
 		w.Present(ctx, as("mail"), value)
 		pass(time.Second)
-		if all, err := w.Revocations(ctx); err != nil || len(all) != 0 || w.blamed(k.ID) != 1 || w.alarmed("of no chain") != 1 {
-			t.Errorf("%d revocations, %v, %d violations, alarms %v; want one violation, one alarm and nothing else", len(all), err, w.blamed(k.ID), w.alarms)
+		if all, err := w.Revocations(ctx); err != nil || len(all) != 0 || w.canaryViolations(k.ID) != 1 || w.countAlarms("of no chain") != 1 {
+			t.Errorf("%d revocations, %v, %d violations, alarms %v; want one violation, one alarm and nothing else", len(all), err, w.canaryViolations(k.ID), w.alarms)
 		}
 		w.issue("root", step(root, "db.read"))
 		_, err := w.Plan(ctx, responder, selector.ForLeaked(value))
 		refused(t, "Plan of it", err, broker.NotFound, broker.CodeCanaryValue)
-		if w.blamed(k.ID) != 1 {
+		if w.canaryViolations(k.ID) != 1 {
 			t.Error("a plan has it touched, and plans change nothing")
 		}
 		_, err = w.Revoke(ctx, responder, selector.Request{Selector: selector.ForLeaked(value), Reason: "found in a log"})
 		refused(t, "Revoke of it", err, broker.NotFound, broker.CodeCanaryValue)
-		if w.blamed(k.ID) != 2 {
-			t.Errorf("%d violations by it, want another by the operator who found it", w.blamed(k.ID))
+		if w.canaryViolations(k.ID) != 2 {
+			t.Errorf("%d violations by it, want another by the operator who found it", w.canaryViolations(k.ID))
 		}
 	})
 }
 
-// TestCanaryIsLeaked: an operator who looks for the grant of a value that is a canary's is given what it set off.
-func TestCanaryIsLeaked(t *testing.T) {
+// TestRevokeCanaryValue: an operator who looks for the grant of a value that is a canary's is given what it set off.
+func TestRevokeCanaryValue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
-		w.answerCanary(broker.ConsequenceRevokeChain)
+		w.onCanary(broker.ConsequenceRevokeChain)
 		root := w.open("root", broker.OpenRequest{})
 		held := w.issue("root", step(root, "db.read"))
 		_, value := w.plant(broker.PlantRequest{Chain: root.Chain, Like: broker.GuiseGitHub})
@@ -153,7 +153,7 @@ func TestCanaryIsLeaked(t *testing.T) {
 			t.Errorf("Active = %v, %v; want the chain's secret fenced", got, err)
 		}
 		pass(time.Second)
-		w.closure(rv, broker.ClosureClosed)
+		w.wantClosure(rv, broker.ClosureClosed)
 	})
 }
 
@@ -162,7 +162,7 @@ func TestCanaryIsLeaked(t *testing.T) {
 func TestCanaryIsNotLost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
-		w.answerCanary(broker.ConsequenceRevokeChain)
+		w.onCanary(broker.ConsequenceRevokeChain)
 		root := w.open("root", broker.OpenRequest{})
 		held := w.issue("root", step(root, "db.read"))
 		k, value := w.plant(broker.PlantRequest{Chain: root.Chain})
@@ -177,13 +177,13 @@ func TestCanaryIsNotLost(t *testing.T) {
 			}
 		}
 		pass(15 * time.Second)
-		if w.alarmed("recording that a canary was touched") == 0 || w.blamed(k.ID) != 0 {
-			t.Errorf("alarms %v and %d violations, want it said and not recorded", w.alarms, w.blamed(k.ID))
+		if w.countAlarms("recording that a canary was touched") == 0 || w.canaryViolations(k.ID) != 0 {
+			t.Errorf("alarms %v and %d violations, want it said and not recorded", w.alarms, w.canaryViolations(k.ID))
 		}
 		w.ledger.Fail(nil)
 		pass(11 * time.Second)
-		if got, err := w.Active(ctx, held.Grant.ID); err != nil || got || w.blamed(k.ID) != 1 {
-			t.Errorf("Active = %v, %v with %d violations; want the chain fenced, for one", got, err, w.blamed(k.ID))
+		if got, err := w.Active(ctx, held.Grant.ID); err != nil || got || w.canaryViolations(k.ID) != 1 {
+			t.Errorf("Active = %v, %v with %d violations; want the chain fenced, for one", got, err, w.canaryViolations(k.ID))
 		}
 	})
 }

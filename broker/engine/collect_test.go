@@ -20,14 +20,14 @@ import (
 // bytes round, so that unsealed can read them.
 func sealed(d broker.Delegation, collector string) broker.StepRequest {
 	r := step(d, "db.read")
-	r.Seal = &broker.Seal{Thumbprint: "thumb", Encrypt: func(_ broker.Grant, s broker.Secret) ([]byte, error) { return turned(s.Reveal()), nil }}
+	r.Seal = &broker.Seal{Thumbprint: "thumb", Encrypt: func(_ broker.Grant, s broker.Secret) ([]byte, error) { return reversed(s.Reveal()), nil }}
 	if collector != "" {
 		r.Seal.Collector = as(collector).ID
 	}
 	return r
 }
 
-func turned(b []byte) []byte {
+func reversed(b []byte) []byte {
 	out := make([]byte, len(b))
 	for i, c := range b {
 		out[len(b)-1-i] = c
@@ -48,13 +48,13 @@ func TestCollectOnce(t *testing.T) {
 			_, _, err := w.Collect(ctx, as("thief"), got.Grant.ID)
 			refused(t, "Collect by somebody else", err, broker.NotFound, broker.CodeGrantUnknown)
 			g, bytes, err := w.Collect(ctx, as(who), got.Grant.ID)
-			if err != nil || !w.target.Login(turned(bytes)) || !g.Collected.Equal(time.Now()) {
+			if err != nil || !w.target.Login(reversed(bytes)) || !g.Collected.Equal(time.Now()) {
 				t.Fatalf("Collect = %+v, %v; want a secret that works", g, err)
 			}
 			_, _, err = w.Collect(ctx, as(who), got.Grant.ID)
 			refused(t, "Collect again", err, broker.Conflict, broker.CodeAlreadyCollected)
 		}
-		if n := w.entries(broker.OpCollected); n != 2 {
+		if n := w.countEntries(broker.OpCollected); n != 2 {
 			t.Errorf("%d collections are on record, want 2", n)
 		}
 		plain := w.issue("root", step(root, "db.read"))
@@ -148,7 +148,7 @@ func TestCollectAgainstAFence(t *testing.T) {
 			}
 			wg.Wait()
 			pass(10 * time.Second)
-			w.over()
+			w.wantAllClosed()
 		})
 	}
 }
@@ -203,7 +203,7 @@ func TestSecondUse(t *testing.T) {
 				for name, row := range map[string]struct {
 					secret []byte
 					dead   bool
-				}{"collected twice": {turned(bytes), what >= broker.ConsequenceRevokeStep}, "beside it": {beside.Secret.Reveal(), what >= broker.ConsequenceRevokeSubtree},
+				}{"collected twice": {reversed(bytes), what >= broker.ConsequenceRevokeStep}, "beside it": {beside.Secret.Reveal(), what >= broker.ConsequenceRevokeSubtree},
 					"above it": {above.Secret.Reveal(), what >= broker.ConsequenceRevokeChain}} {
 					if w.target.Login(row.secret) == row.dead {
 						t.Errorf("after %s the secret %s is dead: %v", what, name, !row.dead)
@@ -212,7 +212,7 @@ func TestSecondUse(t *testing.T) {
 				if _, err := w.Issue(ctx, as("worker"), step(apart, "db.read")); errors.Is(err, broker.Revoked) != (what == broker.ConsequenceFreezeCaller) {
 					t.Errorf("after %s a step of the collector's own = %v", what, err)
 				}
-				if n := w.entries(broker.OpViolation); n != 1 {
+				if n := w.countEntries(broker.OpViolation); n != 1 {
 					t.Errorf("%d violations are on record, want 1", n)
 				}
 			})
@@ -220,9 +220,9 @@ func TestSecondUse(t *testing.T) {
 	}
 }
 
-// TestSealsAreBounded: what waits is bounded before anything is minted, and ends give room again; a
+// TestSealedSecretsAreLimited: what waits is bounded before anything is minted, and ends give room again; a
 // secret that cannot be sealed is ended.
-func TestSealsAreBounded(t *testing.T) {
+func TestSealedSecretsAreLimited(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("root", broker.OpenRequest{})
@@ -238,7 +238,7 @@ func TestSealsAreBounded(t *testing.T) {
 			refused(t, "a step that cannot be sealed", err, broker.Unavailable, broker.CodeDeliveryLost)
 		}
 		pass(time.Second)
-		w.over()
+		w.wantAllClosed()
 		var last broker.Grant
 		for i := range 1000 {
 			got, err := w.Issue(ctx, as("root"), sealed(root, ""))
@@ -265,8 +265,8 @@ func TestSealsAreBounded(t *testing.T) {
 	})
 }
 
-// TestCollectWithoutALedger: nothing is given that is not on record, and it is not lost by that.
-func TestCollectWithoutALedger(t *testing.T) {
+// TestCollectWithoutLedger: nothing is given that is not on record, and it is not lost by that.
+func TestCollectWithoutLedger(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		g := w.issue("root", sealed(w.open("root", broker.OpenRequest{}), "")).Grant

@@ -12,7 +12,7 @@ import (
 )
 
 // follows has policy answer a lost heartbeat with a consequence.
-func (w *world) follows(what broker.Consequence) {
+func (w *world) onMissedHeartbeat(what broker.Consequence) {
 	w.policy.Answer = func(q broker.Question) broker.Decision {
 		if q.Action == broker.ActionReport && q.Violation == broker.ViolationHeartbeat {
 			return broker.Decision{Consequence: what}
@@ -22,7 +22,7 @@ func (w *world) follows(what broker.Consequence) {
 }
 
 // raised fails unless so many violations are in the log, and gives their times.
-func (w *world) raised(want int) (at []time.Time) {
+func (w *world) wantMissed(want int) (at []time.Time) {
 	w.t.Helper()
 	all, err := w.Entries(ctx, 0, 10000)
 	if err != nil {
@@ -41,9 +41,9 @@ func (w *world) raised(want int) (at []time.Time) {
 
 const interval = 30 * time.Second
 
-// TestLostHeartbeat: a holder who is not heard for its interval is reported once, and again only
+// TestMissedHeartbeat: a holder who is not heard for its interval is reported once, and again only
 // after it was heard again. Without a word of policy nothing else follows.
-func TestLostHeartbeat(t *testing.T) {
+func TestMissedHeartbeat(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("root", broker.OpenRequest{Heartbeat: interval})
@@ -55,22 +55,22 @@ func TestLostHeartbeat(t *testing.T) {
 				t.Fatal("a sign of life was refused")
 			}
 		}
-		w.raised(0)
+		w.wantMissed(0)
 		pass(interval + time.Millisecond)
-		if at := w.raised(1); at[0].Sub(last) != interval {
+		if at := w.wantMissed(1); at[0].Sub(last) != interval {
 			t.Errorf("raised %s after the last sign of life, want %s", at[0].Sub(last), interval)
 		}
 		pass(10 * interval)
-		w.raised(1)
+		w.wantMissed(1)
 		w.issue("root", step(root, "db.read")) // nothing was revoked, and it is heard again
 		pass(interval + time.Millisecond)
-		w.raised(2)
+		w.wantMissed(2)
 	})
 }
 
-// TestWhatIsHeard: any request of the holder's under the delegation is a sign of life; somebody
+// TestRequestsAreHeartbeats: any request of the holder's under the delegation is a sign of life; somebody
 // else's, or the broker's own look for an open stream, is not.
-func TestWhatIsHeard(t *testing.T) {
+func TestRequestsAreHeartbeats(t *testing.T) {
 	for name, row := range map[string]struct {
 		request func(*world, broker.Delegation, broker.Grant) error
 		heard   bool
@@ -126,9 +126,9 @@ func TestWhatIsHeard(t *testing.T) {
 					t.Fatal(err)
 				}
 				pass(interval/2 + time.Millisecond)
-				w.raised(map[bool]int{true: 0, false: 1}[row.heard])
+				w.wantMissed(map[bool]int{true: 0, false: 1}[row.heard])
 				pass(interval / 2)
-				w.raised(1)
+				w.wantMissed(1)
 			})
 		})
 	}
@@ -141,7 +141,7 @@ func TestHeartbeatConsequences(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				d := w.draw("root -> writer -> helper")
-				w.follows(what)
+				w.onMissedHeartbeat(what)
 				silent, err := w.Delegate(ctx, as("root"), broker.DelegateRequest{From: d["root"].ID, To: as("silent").ID, Rights: use("db.read"), Heartbeat: interval})
 				if err != nil {
 					t.Fatal(err)
@@ -149,7 +149,7 @@ func TestHeartbeatConsequences(t *testing.T) {
 				apart := w.open("silent", broker.OpenRequest{})
 				secrets := map[string]broker.Issued{"root": w.issue("root", step(d["root"], "db.read")), "silent": w.issue("silent", step(silent, "db.read"))}
 				pass(interval + time.Second)
-				w.raised(1)
+				w.wantMissed(1)
 				dead := map[string]bool{"silent": what >= broker.ConsequenceRevokeStep, "root": what >= broker.ConsequenceRevokeChain}
 				for name, s := range secrets {
 					if works := w.target.Login(s.Secret.Reveal()); works == dead[name] {
@@ -173,15 +173,15 @@ func TestHeartbeatConsequences(t *testing.T) {
 					t.Errorf("%d revocations after %s, want %d", len(all), what, want)
 				}
 				pass(10 * interval)
-				w.raised(1)
+				w.wantMissed(1)
 			})
 		})
 	}
 }
 
-// TestHeartbeatIsPassedOn: a child promises as much as its parent or more, and its holder is
+// TestHeartbeatIsDelegated: a child promises as much as its parent or more, and its holder is
 // watched from its first request on.
-func TestHeartbeatIsPassedOn(t *testing.T) {
+func TestHeartbeatIsDelegated(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("root", broker.OpenRequest{Heartbeat: interval, Depth: 1})
@@ -211,18 +211,18 @@ func TestHeartbeatIsPassedOn(t *testing.T) {
 			}
 		}
 		beats(3 * interval)
-		w.raised(0)
+		w.wantMissed(0)
 		if _, err := w.Status(ctx, as("sub"), same.ID); err != nil {
 			t.Fatal(err)
 		}
 		beats(interval + time.Second)
-		w.raised(1)
+		w.wantMissed(1)
 	})
 }
 
-// TestHeartbeatAfterARestart: everybody has a whole interval from then on, whatever is over is not
+// TestHeartbeatAfterRestart: everybody has a whole interval from then on, whatever is over is not
 // expected to be heard, and a violation that could not be recorded is recorded later.
-func TestHeartbeatAfterARestart(t *testing.T) {
+func TestHeartbeatAfterRestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("root", broker.OpenRequest{Heartbeat: interval, Depth: 1})
@@ -244,12 +244,12 @@ func TestHeartbeatAfterARestart(t *testing.T) {
 		w.vault = w.vault.Restarted()
 		w.start(w.ledger)
 		pass(interval - time.Second)
-		w.raised(0)
+		w.wantMissed(0)
 		w.ledger.Fail(func(int, []broker.Entry) brokertest.Fault { return brokertest.NotCommitted })
 		pass(5 * time.Second)
-		w.raised(0)
+		w.wantMissed(0)
 		w.ledger.Fail(nil)
 		pass(2 * time.Second)
-		w.raised(2) // root and the one that was used
+		w.wantMissed(2) // root and the one that was used
 	})
 }

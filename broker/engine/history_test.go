@@ -20,14 +20,14 @@ import (
 	"github.com/pawlsec/pawl/broker/engine"
 )
 
-// deed is one thing that somebody did to a chain, as seen from outside the broker.
-type deed string
+// action is one thing that somebody did to a chain, as seen from outside the broker.
+type action string
 
 const (
-	handOver deed = "hand over" // a step was asked for; true: its secret was handed over, false: refused as revoked
-	tried    deed = "try"       // a captured secret was tried at the target; true: it works
-	fence    deed = "fence"     // the chain was revoked and that was acknowledged
-	closed   deed = "closed"    // its revocation was seen to be CLOSED
+	handOver action = "hand over" // a step was asked for; true: its secret was handed over, false: refused as revoked
+	tried    action = "try"       // a captured secret was tried at the target; true: it works
+	fence    action = "fence"     // the chain was revoked and that was acknowledged
+	closed   action = "closed"    // its revocation was seen to be CLOSED
 )
 
 // chainState is all that the model knows of a chain: two promises, each kept once and for good.
@@ -40,7 +40,7 @@ var promises = porcupine.Model{
 	Init: func() any { return chainState{} },
 	Step: func(state, input, output any) (bool, any) {
 		s, yes := state.(chainState), output.(bool)
-		switch input.(deed) {
+		switch input.(action) {
 		case handOver:
 			return yes != s.fenced, s
 		case tried:
@@ -62,7 +62,7 @@ type recorder struct {
 
 func (r *recorder) now() int64 { return r.ticks.Add(1) }
 
-func (r *recorder) add(chain broker.ChainID, client int, what deed, call int64, output bool) {
+func (r *recorder) add(chain broker.ChainID, client int, what action, call int64, output bool) {
 	op := porcupine.Operation{ClientId: client, Input: what, Call: call, Output: output, Return: r.now()}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -79,10 +79,10 @@ func (r *recorder) check() porcupine.CheckResult {
 	return porcupine.Ok
 }
 
-// lateVault holds some mints back until their chain's revocation is acknowledged: half of those
+// delayingVault holds some mints back until their chain's revocation is acknowledged: half of those
 // before Vault has minted, half with the answer on its way. It notes when an answer arrived, since
 // the commit that decides about the hand-over comes after that.
-type lateVault struct {
+type delayingVault struct {
 	*brokertest.Vault
 	*recorder
 	acknowledged map[broker.ChainID]chan struct{}
@@ -96,7 +96,7 @@ type lateVault struct {
 // mostHeld mints of a chain wait at once, so that others go on.
 const mostHeld = 3
 
-func (v *lateVault) CreateStepToken(ctx context.Context, g broker.Grant, name, policy string) (broker.Handle, error) {
+func (v *delayingVault) CreateStepToken(ctx context.Context, g broker.Grant, name, policy string) (broker.Handle, error) {
 	h, err := v.Vault.CreateStepToken(ctx, g, name, policy)
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -104,7 +104,7 @@ func (v *lateVault) CreateStepToken(ctx context.Context, g broker.Grant, name, p
 	return h, err
 }
 
-func (v *lateVault) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (broker.Lease, broker.Secret, error) {
+func (v *delayingVault) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (broker.Lease, broker.Secret, error) {
 	v.mu.Lock()
 	g := v.grants[h.Accessor]
 	before, after := false, false
@@ -132,7 +132,7 @@ func (v *lateVault) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (b
 	return lease, secret, err
 }
 
-func (v *lateVault) answered(id broker.GrantID) int64 {
+func (v *delayingVault) answered(id broker.GrantID) int64 {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return v.arrived[id]
@@ -218,14 +218,14 @@ func (tx blindTx) Scan(prefix, after string, f func(string, []byte) bool) error 
 
 // storm is one round: clients that ask for steps in all chains at once, and somebody who
 // revokes each chain in the middle of that.
-type storm struct {
+type round struct {
 	*world
 	*recorder
-	vault  *lateVault
-	chains []*stormChain
+	vault  *delayingVault
+	chains []*roundChain
 }
 
-type stormChain struct {
+type roundChain struct {
 	id    broker.ChainID
 	d     map[string]broker.Delegation
 	after int64 // attempts at which it is revoked
@@ -234,12 +234,12 @@ type stormChain struct {
 }
 
 const (
-	stormClients  = 16
-	stormChains   = 4
-	stormAttempts = 125 // of each client
+	roundClients  = 16
+	roundChains   = 4
+	roundAttempts = 125 // of each client
 )
 
-func newStorm(t *testing.T, ledger func(broker.Ledger) broker.Ledger) *storm {
+func newRound(t *testing.T, ledger func(broker.Ledger) broker.Ledger) *round {
 	w := &world{t: t, ledger: brokertest.NewMemory(), target: brokertest.NewTarget(), policy: brokertest.AllowAll("db.read", "deploy")}
 	w.policy.Answer = func(q broker.Question) broker.Decision {
 		if q.Tool.Name == "deploy" && q.Action == broker.ActionUse {
@@ -247,8 +247,8 @@ func newStorm(t *testing.T, ledger func(broker.Ledger) broker.Ledger) *storm {
 		}
 		return broker.Decision{Allow: true}
 	}
-	s := &storm{world: w, recorder: &recorder{seen: map[broker.ChainID][]porcupine.Operation{}}}
-	s.vault = &lateVault{Vault: brokertest.NewVault(w.target), recorder: s.recorder, acknowledged: map[broker.ChainID]chan struct{}{},
+	s := &round{world: w, recorder: &recorder{seen: map[broker.ChainID][]porcupine.Operation{}}}
+	s.vault = &delayingVault{Vault: brokertest.NewVault(w.target), recorder: s.recorder, acknowledged: map[broker.ChainID]chan struct{}{},
 		grants: map[string]broker.Grant{}, held: map[broker.ChainID]int{}, arrived: map[broker.GrantID]int64{}}
 	w.vault = s.vault.Vault // what it holds is looked at in the end
 	b, err := engine.New(engine.Config{Ledger: ledger(w.ledger), Policy: func() broker.Policy { return w.policy }, Vault: s.vault,
@@ -262,9 +262,9 @@ func newStorm(t *testing.T, ledger func(broker.Ledger) broker.Ledger) *storm {
 	}
 	w.Engine = b
 	t.Cleanup(b.Stop)
-	for range stormChains {
-		c := &stormChain{d: map[string]broker.Delegation{}, full: make(chan struct{})}
-		c.after = stormAttempts * stormClients / stormChains / 20 * rand.Int64N(8)
+	for range roundChains {
+		c := &roundChain{d: map[string]broker.Delegation{}, full: make(chan struct{})}
+		c.after = roundAttempts * roundClients / roundChains / 20 * rand.Int64N(8)
 		root := w.open("root", broker.OpenRequest{Depth: 1, Rights: use("db.read", "deploy")})
 		leaf, err := w.Delegate(ctx, as("root"), broker.DelegateRequest{From: root.ID, To: as("agent").ID, Rights: use("db.read", "deploy")})
 		if err != nil {
@@ -278,7 +278,7 @@ func newStorm(t *testing.T, ledger func(broker.Ledger) broker.Ledger) *storm {
 }
 
 // revoke fences a chain in one of the ways there are, and watches it until it is CLOSED.
-func (s *storm) revoke(way int, c *stormChain, client int) {
+func (s *round) revoke(way int, c *roundChain, client int) {
 	<-c.full
 	began := s.now()
 	var id broker.RevocationID
@@ -323,7 +323,7 @@ type captured struct {
 	secret broker.Secret
 }
 
-func (s *storm) attempt(c *stormChain, client int) (got captured, ok bool) {
+func (s *round) attempt(c *roundChain, client int) (got captured, ok bool) {
 	if c.asked.Add(1) == c.after+1 {
 		close(c.full)
 	}
@@ -341,16 +341,16 @@ func (s *storm) attempt(c *stormChain, client int) (got captured, ok bool) {
 	return captured{}, false
 }
 
-func (s *storm) try(stolen captured, client int) {
+func (s *round) try(kept captured, client int) {
 	began := s.now()
-	s.add(stolen.chain, client, tried, began, s.target.Login(stolen.secret.Reveal()))
+	s.add(kept.chain, client, tried, began, s.target.Login(kept.secret.Reveal()))
 }
 
 // client asks in every chain in turn, and tries what it kept now and then, and all of it once
 // everything is over.
-func (s *storm) client(n int) (kept []captured) {
-	for i := range stormAttempts {
-		if got, ok := s.attempt(s.chains[(i+n)%stormChains], n); ok {
+func (s *round) client(n int) (kept []captured) {
+	for i := range roundAttempts {
+		if got, ok := s.attempt(s.chains[(i+n)%roundChains], n); ok {
 			kept = append(kept, got)
 		}
 		if len(kept) > 0 && i%2 == 0 {
@@ -364,20 +364,20 @@ func (s *storm) client(n int) (kept []captured) {
 }
 
 // rage runs the round and gives what porcupine says of it.
-func (s *storm) rage() porcupine.CheckResult {
+func (s *round) run() porcupine.CheckResult {
 	var clients, revokers sync.WaitGroup
 	for way, c := range s.chains {
-		revokers.Go(func() { s.revoke(way, c, stormClients+way) })
+		revokers.Go(func() { s.revoke(way, c, roundClients+way) })
 	}
-	kept := make([][]captured, stormClients)
-	for n := range stormClients {
+	kept := make([][]captured, roundClients)
+	for n := range roundClients {
 		clients.Go(func() { kept[n] = s.client(n) })
 	}
 	clients.Wait()
 	revokers.Wait()
-	for n := range stormClients {
-		for _, stolen := range kept[n] {
-			s.try(stolen, n)
+	for n := range roundClients {
+		for _, kept := range kept[n] {
+			s.try(kept, n)
 		}
 	}
 	return s.check()
@@ -387,13 +387,13 @@ func (s *storm) rage() porcupine.CheckResult {
 // saw of 100,000 attempts around it.
 func TestHistories(t *testing.T) {
 	var handed, refused, used int
-	for range 100_000 / (stormClients * stormAttempts) {
+	for range 100_000 / (roundClients * roundAttempts) {
 		synctest.Test(t, func(t *testing.T) {
-			s := newStorm(t, func(l broker.Ledger) broker.Ledger { return l })
-			if got := s.rage(); got != porcupine.Ok {
+			s := newRound(t, func(l broker.Ledger) broker.Ledger { return l })
+			if got := s.run(); got != porcupine.Ok {
 				t.Fatalf("porcupine says %s", got)
 			}
-			s.over()
+			s.wantAllClosed()
 			for _, history := range s.seen {
 				for _, op := range history {
 					switch yes := op.Output.(bool); {
@@ -419,8 +419,8 @@ func TestHistoriesWithoutTheConditionalCommit(t *testing.T) {
 	for range 10 {
 		found := false
 		synctest.Test(t, func(t *testing.T) {
-			s := newStorm(t, func(l broker.Ledger) broker.Ledger { return blindLedger{l} })
-			found = s.rage() == porcupine.Illegal
+			s := newRound(t, func(l broker.Ledger) broker.Ledger { return blindLedger{l} })
+			found = s.run() == porcupine.Illegal
 		})
 		if found {
 			return

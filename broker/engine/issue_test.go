@@ -36,13 +36,13 @@ func TestIssueAndClose(t *testing.T) {
 		if w.target.Login(got.Secret.Reveal()) {
 			t.Fatal("the secret works after Close")
 		}
-		w.over()
+		w.wantAllClosed()
 	})
 }
 
-// TestGrantHasTheDigestOfItsArguments: one digest for one set of arguments however it was spelled, the same
+// TestArgsDigest: one digest for one set of arguments however it was spelled, the same
 // in every state.
-func TestGrantHasTheDigestOfItsArguments(t *testing.T) {
+func TestArgsDigest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("planner", broker.OpenRequest{})
@@ -74,7 +74,7 @@ func TestGrantHasTheDigestOfItsArguments(t *testing.T) {
 	})
 }
 
-func TestSecretEndsWithItsTime(t *testing.T) {
+func TestSecretExpires(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("planner", broker.OpenRequest{TTL: time.Hour})
@@ -85,11 +85,11 @@ func TestSecretEndsWithItsTime(t *testing.T) {
 			t.Fatalf("%d secrets alive after 21 s, want only the one of a minute", n)
 		}
 		pass(time.Minute)
-		w.over()
+		w.wantAllClosed()
 	})
 }
 
-func TestLifeIsTheLeastOfAll(t *testing.T) {
+func TestTTLIsTheMinimum(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		short := as("planner")
@@ -236,9 +236,9 @@ var budgetsOfTen = map[string]broker.Budget{
 	"tool": {Tools: map[broker.ToolName]int{"db.read": 10}},
 }
 
-// TestBudgetCountsWhatIsInFlight: fifty agents at once against a budget of ten, and exactly ten get through,
+// TestBudgetCountsStepsInFlight: fifty agents at once against a budget of ten, and exactly ten get through,
 // whatever the budget counts.
-func TestBudgetCountsWhatIsInFlight(t *testing.T) {
+func TestBudgetCountsStepsInFlight(t *testing.T) {
 	for name, budget := range budgetsOfTen {
 		t.Run(name, func(t *testing.T) {
 			for range 100 {
@@ -251,7 +251,7 @@ func TestBudgetCountsWhatIsInFlight(t *testing.T) {
 	}
 }
 
-// TestBudgetOnBolt is TestBudgetCountsWhatIsInFlight on the embedded ledger: many agents' transactions
+// TestBudgetOnBolt is TestBudgetCountsStepsInFlight on the embedded ledger: many agents' transactions
 // share one commit there. Each run is a chain of its own.
 func TestBudgetOnBolt(t *testing.T) {
 	at := time.Now()
@@ -321,33 +321,33 @@ func TestHistoryIsExact(t *testing.T) {
 }
 
 // dead makes everything that a process could still do fail, from the nth act on.
-type dead struct {
+type crash struct {
 	mu   sync.Mutex
 	left int
 	at   string // what the process was about to do, or had just done
 }
 
-var errDead = errors.New("the process is dead")
+var errCrashed = errors.New("the process is dead")
 
-func (d *dead) act(point string) error {
+func (d *crash) act(point string) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.left--; d.left <= 0 {
 		if d.at == "" {
 			d.at = point
 		}
-		return errDead
+		return errCrashed
 	}
 	return nil
 }
 
-// TestDiesAnywhere kills the broker before and after each thing that issue and close do to the
+// TestCrashAnywhere kills the broker before and after each thing that issue and close do to the
 // ledger, to Vault and at the target, starts it again, and finds nothing alive that is not meant to be.
 // A second step of a delegation has its token made while its intent is committed, in either order.
-func TestDiesAnywhere(t *testing.T) {
+func TestCrashAnywhere(t *testing.T) {
 	points := map[string]bool{}
 	for _, steps := range []int{0, 1} {
-		dieAnywhere(t, points, steps)
+		crashAtEachAct(t, points, steps)
 	}
 	for _, want := range []string{"ledger", "ledger committed", "branch", "branch done", "child", "child done", "mint", "mint created", "mint done", "kill", "sever", "prove"} {
 		if !points[want] {
@@ -356,8 +356,8 @@ func TestDiesAnywhere(t *testing.T) {
 	}
 }
 
-// dieAnywhere takes some steps, and dies at each act of one more.
-func dieAnywhere(t *testing.T, points map[string]bool, steps int) {
+// crashAtEachAct takes some steps, and dies at each act of one more.
+func crashAtEachAct(t *testing.T, points map[string]bool, steps int) {
 	for n := 1; ; n++ {
 		finished := false
 		synctest.Test(t, func(t *testing.T) {
@@ -366,7 +366,7 @@ func dieAnywhere(t *testing.T, points map[string]bool, steps int) {
 			for range steps {
 				w.issue("planner", step(root, "db.read"))
 			}
-			d := &dead{left: n}
+			d := &crash{left: n}
 			w.ledger.Fail(func(_ int, entries []broker.Entry) brokertest.Fault {
 				if d.act("ledger") != nil {
 					return brokertest.NotCommitted
@@ -396,7 +396,7 @@ func dieAnywhere(t *testing.T, points map[string]bool, steps int) {
 				pass(time.Second)
 			}
 			pass(2 * time.Minute)
-			w.over()
+			w.wantAllClosed()
 			w.issue("planner", step(root, "db.read")) // and it still works
 		})
 		if t.Failed() {
@@ -408,9 +408,9 @@ func dieAnywhere(t *testing.T, points map[string]bool, steps int) {
 	}
 }
 
-// TestFaultsAreNotDeath lets one act fail and the rest go on, at every act in turn: an error
+// TestSingleFaults lets one act fail and the rest go on, at every act in turn: an error
 // is answered, nothing is handed out that the ledger does not know, and all of it ends.
-func TestFaultsAreNotDeath(t *testing.T) {
+func TestSingleFaults(t *testing.T) {
 	for _, fault := range []brokertest.Fault{brokertest.NotCommitted, brokertest.CommittedButFails} {
 		for n := 1; n <= 24; n++ {
 			synctest.Test(t, func(t *testing.T) {
@@ -439,7 +439,7 @@ func TestFaultsAreNotDeath(t *testing.T) {
 					t.Fatalf("fault %v at act %d: handed out a secret that does not work", fault, n)
 				}
 				pass(2 * time.Minute)
-				w.over()
+				w.wantAllClosed()
 			})
 		}
 	}
@@ -468,6 +468,6 @@ func TestUnknownIsAState(t *testing.T) {
 			t.Fatalf("the grant is CLOSED (%v) while a mint may be on its way", g.Evidence)
 		}
 		pass(10 * time.Second) // past MintTimeout and MintBound
-		w.over()
+		w.wantAllClosed()
 	})
 }

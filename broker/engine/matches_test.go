@@ -11,13 +11,13 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-func (w *world) try(freeze bool, format string, args ...any) (broker.Revocation, error) {
+func (w *world) tryRevoke(freeze bool, format string, args ...any) (broker.Revocation, error) {
 	w.t.Helper()
 	return w.Revoke(ctx, responder, selector.Request{Selector: selecting(w.t, format, args...), Reason: "a test", Freeze: freeze})
 }
 
 // rules counts the rules that every transaction reads, and records the revocations.
-func (w *world) written() (rules, revocations int) {
+func (w *world) countRecords() (rules, revocations int) {
 	w.t.Helper()
 	if err := w.ledger.View(ctx, func(tx broker.Tx) error {
 		if err := tx.Scan("f/", "", func(string, []byte) bool { rules++; return true }); err != nil {
@@ -30,9 +30,9 @@ func (w *world) written() (rules, revocations int) {
 	return rules, revocations
 }
 
-// TestRulesAboutNothing: a final rule that no open thing and no step still to come can fall under is refused, not
+// TestRulesThatMatchNothing: a final rule that no open thing and no step still to come can fall under is refused, not
 // answered CLOSED; a freeze is about later chains as well, and says that it covers nothing yet.
-func TestRulesAboutNothing(t *testing.T) {
+func TestRulesThatMatchNothing(t *testing.T) {
 	for _, row := range []struct {
 		selector               string
 		final, nothing, frozen bool // accepted as final; covers nothing now; the freeze covers nothing now
@@ -61,14 +61,14 @@ func TestRulesAboutNothing(t *testing.T) {
 				pass(2 * time.Minute)
 				root := w.open("root", broker.OpenRequest{})
 				w.issue("root", step(root, "db.read"))
-				_, before := w.written()
-				if rv, err := w.try(false, "%s", row.selector); row.final {
+				_, before := w.countRecords()
+				if rv, err := w.tryRevoke(false, "%s", row.selector); row.final {
 					if err != nil || rv.Nothing != row.nothing {
 						t.Errorf("Revoke = %+v, %v; want it fenced, covering nothing now: %v", rv, err, row.nothing)
 					}
 				} else {
 					refused(t, "Revoke", err, broker.NotFound, broker.CodeSelectorEmpty)
-					if _, after := w.written(); after != before {
+					if _, after := w.countRecords(); after != before {
 						t.Error("a refused revocation was written")
 					}
 				}
@@ -76,7 +76,7 @@ func TestRulesAboutNothing(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				w.issue("root", step(w.open("root", broker.OpenRequest{}), "db.read"))
-				if rv, err := w.try(true, "%s", row.selector); err != nil || rv.Nothing != row.frozen {
+				if rv, err := w.tryRevoke(true, "%s", row.selector); err != nil || rv.Nothing != row.frozen {
 					t.Errorf("freeze = %+v, %v; want it in force, covering nothing now: %v", rv, err, row.frozen)
 				}
 			})
@@ -102,21 +102,21 @@ func TestRepeatedCommands(t *testing.T) {
 				got := w.issue("root", step(root, "db.read"))
 				ask := func() broker.Revocation {
 					t.Helper()
-					rv, err := w.try(row.freeze, row.selector+"%.0[1]s%.0[2]s%.0[3]s", root.Chain, root.ID, got.Grant.ID)
+					rv, err := w.tryRevoke(row.freeze, row.selector+"%.0[1]s%.0[2]s%.0[3]s", root.Chain, root.ID, got.Grant.ID)
 					if err != nil {
 						t.Fatal(err)
 					}
 					return rv
 				}
 				first := ask()
-				rules, revocations := w.written()
+				rules, revocations := w.countRecords()
 				for range 10 {
 					pass(time.Second)
 					if rv := ask(); rv.ID != first.ID || !rv.Repeated || first.Repeated {
 						t.Errorf("repeated: %+v, want %s as it stands", rv, first.ID)
 					}
 				}
-				if r, n := w.written(); r != rules || n != revocations {
+				if r, n := w.countRecords(); r != rules || n != revocations {
 					t.Errorf("%d rules and %d revocations, want %d and %d as after the first", r, n, rules, revocations)
 				}
 			})
@@ -124,9 +124,9 @@ func TestRepeatedCommands(t *testing.T) {
 	}
 }
 
-// TestRepeatedRuleTakesNewChains: a final rule is about what was open, so the same command later is another
+// TestRepeatedRuleCoversNewChains: a final rule is about what was open, so the same command later is another
 // one when there are other chains, and takes the first one's place among the rules.
-func TestRepeatedRuleTakesNewChains(t *testing.T) {
+func TestRepeatedRuleCoversNewChains(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		old := w.open("root", broker.OpenRequest{})
@@ -139,7 +139,7 @@ func TestRepeatedRuleTakesNewChains(t *testing.T) {
 		if second.ID == first.ID || second.Repeated {
 			t.Fatalf("Revoke with a new chain = %+v, want a revocation of its own", second)
 		}
-		if rules, _ := w.written(); rules != 1 {
+		if rules, _ := w.countRecords(); rules != 1 {
 			t.Errorf("%d rules, want the second in place of the first", rules)
 		}
 		for _, d := range []broker.Delegation{old, later} {
@@ -150,13 +150,13 @@ func TestRepeatedRuleTakesNewChains(t *testing.T) {
 		if w.target.Login(got.Secret.Reveal()) {
 			t.Error("the secret of the new chain works")
 		}
-		w.closure(first, broker.ClosureClosed)
-		w.closure(second, broker.ClosureClosed)
+		w.wantClosure(first, broker.ClosureClosed)
+		w.wantClosure(second, broker.ClosureClosed)
 	})
 }
 
-// TestThiefGrowsNothing: a request with somebody else's delegation fences its chain and freezes the thief, once.
-func TestThiefGrowsNothing(t *testing.T) {
+// TestThiefAddsNoRecords: a request with somebody else's delegation fences its chain and freezes the thief, once.
+func TestThiefAddsNoRecords(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("root", broker.OpenRequest{})
@@ -170,15 +170,15 @@ func TestThiefGrowsNothing(t *testing.T) {
 			_, err := w.Issue(ctx, as("thief"), step(root, "db.read"))
 			refused(t, "Issue by a thief", err, broker.NotFound, broker.CodeViolation)
 		}
-		if rules, revocations := w.written(); rules != 1 || revocations != 2 {
+		if rules, revocations := w.countRecords(); rules != 1 || revocations != 2 {
 			t.Errorf("%d rules and %d revocations, want one freeze and one revocation", rules, revocations)
 		}
 	})
 }
 
-// TestLostAnswerIsPursued: when the answer of the fence's transaction was lost, the repeated command finds it
+// TestLostAnswerIsReconciled: when the answer of the fence's transaction was lost, the repeated command finds it
 // in force, and what it covers is ended by this process.
-func TestLostAnswerIsPursued(t *testing.T) {
+func TestLostAnswerIsReconciled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("root", broker.OpenRequest{})
@@ -186,7 +186,7 @@ func TestLostAnswerIsPursued(t *testing.T) {
 		w.ledger.Fail(func(int, []broker.Entry) brokertest.Fault { return brokertest.CommittedButFails })
 		w.vault.Fail(func(string) error { return errors.New("sealed") })
 		w.target.Fail(func(string) error { return errors.New("sealed") })
-		_, err := w.try(false, "chain:%s", root.Chain)
+		_, err := w.tryRevoke(false, "chain:%s", root.Chain)
 		refused(t, "Revoke", err, broker.Unavailable, broker.CodeLedgerDown)
 		w.ledger.Fail(nil)
 		w.vault.Fail(nil)
@@ -196,7 +196,7 @@ func TestLostAnswerIsPursued(t *testing.T) {
 			t.Fatalf("Revoke = %+v, want the fence that was committed", rv)
 		}
 		pass(10 * time.Second)
-		w.closure(rv, broker.ClosureClosed)
-		w.over()
+		w.wantClosure(rv, broker.ClosureClosed)
+		w.wantAllClosed()
 	})
 }

@@ -75,7 +75,7 @@ func TestMintEndsBeforeItsGrantSettles(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				vault := &mintVault{Vault: w.vault}
-				w.through = vault
+				w.brokerVault = vault
 				w.start(slowLedger{w.ledger, broker.OpHandle, row.takes})
 				root := w.open("planner", broker.OpenRequest{})
 				got, err := w.Issue(ctx, as("planner"), step(root, "db.read"))
@@ -85,7 +85,7 @@ func TestMintEndsBeforeItsGrantSettles(t *testing.T) {
 				if row.mints == 0 {
 					refused(t, "Issue, recorded too late", err, broker.Unavailable, broker.CodeLedgerDown)
 					pass(time.Minute)
-					w.over()
+					w.wantAllClosed()
 					return
 				}
 				if err != nil {
@@ -100,11 +100,11 @@ func TestMintEndsBeforeItsGrantSettles(t *testing.T) {
 }
 
 // What was encoded before a transaction is not put over what the ledger was told meanwhile.
-func TestEndIsKeptWhileMinting(t *testing.T) {
+func TestCloseWhileMinting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		vault := &mintVault{Vault: w.vault}
-		w.through = vault
+		w.brokerVault = vault
 		w.start(w.ledger)
 		root := w.open("planner", broker.OpenRequest{})
 		vault.after = func() {
@@ -120,7 +120,7 @@ func TestEndIsKeptWhileMinting(t *testing.T) {
 		}
 		w.issue("planner", step(root, "db.read"))
 		pass(time.Second)
-		w.over()
+		w.wantAllClosed()
 		v, err := w.Chain(ctx, root.Chain)
 		if err != nil || v.Grants[0].Ending != broker.EndingClosed || v.Grants[0].Lease.ID == "" {
 			t.Fatalf("Chain = %+v, %v, want the grant closed by its agent, with its lease", v.Grants, err)
@@ -128,12 +128,12 @@ func TestEndIsKeptWhileMinting(t *testing.T) {
 	})
 }
 
-// twiceLedger runs what each update does twice, and keeps the second time.
-type twiceLedger struct{ broker.Ledger }
+// rerunLedger runs what each update does twice, and keeps the second time.
+type rerunLedger struct{ broker.Ledger }
 
 var errAgain = errors.New("once more")
 
-func (l twiceLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
+func (l rerunLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
 	err := l.Ledger.Update(ctx, func(tx broker.Tx) error { return cmp.Or(f(tx), errAgain) })
 	if !errors.Is(err, errAgain) {
 		return err
@@ -142,10 +142,10 @@ func (l twiceLedger) Update(ctx context.Context, f func(broker.Tx) error) error 
 }
 
 // A ledger may run what records a step again.
-func TestIssueIsRecordedAgain(t *testing.T) {
+func TestIssueInRerunTransactions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
-		w.start(twiceLedger{w.ledger})
+		w.start(rerunLedger{w.ledger})
 		root := w.open("planner", broker.OpenRequest{})
 		got := w.issue("planner", step(root, "db.read"))
 		v, err := w.Chain(ctx, root.Chain)

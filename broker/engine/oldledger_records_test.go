@@ -203,7 +203,7 @@ func (w *oldWriter) lostLeases(d broker.Delegation, before []string) {
 // sealSecrets leaves sealed secrets in each state: collected, expired, and waiting to be collected.
 func (w *oldWriter) sealSecrets() {
 	root := w.open("courier", broker.OpenRequest{Task: "sealed secrets", Rights: use("db.read"), Depth: 1})
-	encrypt := func(_ broker.Grant, s broker.Secret) ([]byte, error) { return turned(s.Reveal()), nil }
+	encrypt := func(_ broker.Grant, s broker.Secret) ([]byte, error) { return reversed(s.Reveal()), nil }
 	ask := func(collector spiffeid.ID, ttl time.Duration) broker.Grant {
 		seal := broker.Seal{Thumbprint: "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs", Collector: collector,
 			Encrypt: encrypt}

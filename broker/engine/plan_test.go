@@ -13,12 +13,12 @@ import (
 )
 
 // between is a ledger in which something comes in just before an update.
-type between struct {
+type interruptedLedger struct {
 	*brokertest.Memory
 	before func()
 }
 
-func (l *between) Update(ctx context.Context, f func(broker.Tx) error) error {
+func (l *interruptedLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
 	if before := l.before; before != nil {
 		l.before = nil
 		before()
@@ -26,13 +26,13 @@ func (l *between) Update(ctx context.Context, f func(broker.Tx) error) error {
 	return l.Memory.Update(ctx, f)
 }
 
-// TestPlanIsComparedInTheFence: what comes between the comparison with the plan and the fence stops the fence,
+// TestPlanIsComparedInTheFencingTransaction: what comes between the comparison with the plan and the fence stops the fence,
 // when it is under the selector, and only then.
-func TestPlanIsComparedInTheFence(t *testing.T) {
+func TestPlanIsComparedInTheFencingTransaction(t *testing.T) {
 	for _, row := range []struct {
 		name, selector string
-		comes          func(*world, broker.Delegation)
-		stops          bool
+		meanwhile      func(*world, broker.Delegation)
+		stale          bool
 	}{
 		{"a step, under the chain", "chain", func(w *world, d broker.Delegation) { w.issue("root", step(d, "db.read")) }, true},
 		{"a delegation, under the chain", "chain", func(w *world, d broker.Delegation) {
@@ -51,7 +51,7 @@ func TestPlanIsComparedInTheFence(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				w.Stop()
-				ledger := &between{Memory: w.ledger}
+				ledger := &interruptedLedger{Memory: w.ledger}
 				w.start(ledger)
 				root := w.open("root", broker.OpenRequest{Depth: 1})
 				w.issue("root", step(root, "db.read"))
@@ -64,9 +64,9 @@ func TestPlanIsComparedInTheFence(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				ledger.before = func() { row.comes(w, root) }
+				ledger.before = func() { row.meanwhile(w, root) }
 				_, err = w.Revoke(ctx, responder, selector.Request{Selector: s, Reason: "a test", Plan: plan.Token})
-				if row.stops {
+				if row.stale {
 					refused(t, "Revoke of a set that has just grown", err, broker.Conflict, broker.CodePlanStale)
 				} else if err != nil {
 					t.Errorf("Revoke = %v, want it fenced: nothing under it has come", err)
@@ -76,8 +76,8 @@ func TestPlanIsComparedInTheFence(t *testing.T) {
 	}
 }
 
-// TestPlanSaysWhatBreaks: counts, tasks and the revision of the snapshot that they are of.
-func TestPlanSaysWhatBreaks(t *testing.T) {
+// TestPlanCounts: counts, tasks and the revision of the snapshot that they are of.
+func TestPlanCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		first := w.open("root", broker.OpenRequest{Task: "rotate the keys", Rights: use("db.read", "note")})

@@ -13,10 +13,10 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// TestRevocationsSettleThroughFaults fails each commit of a revocation in turn, before and after it
+// TestRevocationsCloseThroughFaults fails each commit of a revocation in turn, before and after it
 // was applied: without a restart the chain is dead and every revocation in the ledger CLOSED. An
 // operator repeats what was not acknowledged; whoever broke policy does not.
-func TestRevocationsSettleThroughFaults(t *testing.T) {
+func TestRevocationsCloseThroughFaults(t *testing.T) {
 	for name, end := range map[string]func(w *world, root broker.Delegation) error{
 		"operator": func(w *world, root broker.Delegation) (err error) {
 			s, err := selector.Parse("chain:" + string(root.Chain))
@@ -81,7 +81,7 @@ func settlesThrough(t *testing.T, end func(*world, broker.Delegation) error, fau
 		}
 	}
 	if !lost {
-		w.over()
+		w.wantAllClosed()
 	}
 	return came
 }

@@ -39,16 +39,16 @@ func (v *slowVault) LeasesGone(ctx context.Context, leases []string) ([]bool, er
 	return gone, err
 }
 
-// TestManyAtOnce holds that Vault is told once to end a token, and that a question about many leases is one question:
+// TestVaultCallsPerRevocation holds that Vault is told once to end a token, and that a question about many leases is one question:
 // how often it is asked grows with how long it takes, and not with how many there are.
-func TestManyAtOnce(t *testing.T) {
+func TestVaultCallsPerRevocation(t *testing.T) {
 	asked := map[int]int{}
 	for _, n := range []int{20, 1500} {
 		synctest.Test(t, func(t *testing.T) {
 			w := newWorld(t)
 			v := &slowVault{Vault: w.vault, kills: map[string]int{}}
 			w.Stop()
-			w.through = v
+			w.brokerVault = v
 			w.start(w.ledger)
 			root := w.open("root", broker.OpenRequest{})
 			for range n {
@@ -57,8 +57,8 @@ func TestManyAtOnce(t *testing.T) {
 			v.until = time.Now().Add(400 * time.Millisecond)
 			rv := w.revoke("chain:%s", root.Chain)
 			pass(10 * time.Second)
-			w.closure(rv, broker.ClosureClosed)
-			w.over()
+			w.wantClosure(rv, broker.ClosureClosed)
+			w.wantAllClosed()
 			if len(v.kills) < n {
 				t.Errorf("%d tokens were ended, want %d and the delegation's", len(v.kills), n)
 			}

@@ -42,9 +42,9 @@ func (v *killVault) count() int {
 	return v.kills
 }
 
-// TestTargetsCutFirst holds that Vault is told of a revocation once the target has cut, since it would end the same
+// TestTargetsSeverFirst holds that Vault is told of a revocation once the target has cut, since it would end the same
 // logins over the same database, and that a target that hangs holds it up for two seconds at most.
-func TestTargetsCutFirst(t *testing.T) {
+func TestTargetsSeverFirst(t *testing.T) {
 	for _, row := range []struct {
 		name                  string
 		takes, atLeast, below time.Duration
@@ -58,7 +58,7 @@ func TestTargetsCutFirst(t *testing.T) {
 				w := newWorld(t)
 				v := &killVault{Vault: w.vault}
 				w.Stop()
-				w.through = v
+				w.brokerVault = v
 				w.start(w.ledger)
 				root := w.open("root", broker.OpenRequest{})
 				w.issue("root", step(root, "db.read"))
@@ -71,7 +71,7 @@ func TestTargetsCutFirst(t *testing.T) {
 				began := time.Now()
 				rv := w.revoke("chain:%s", root.Chain)
 				pass(time.Minute)
-				w.closure(rv, broker.ClosureClosed)
+				w.wantClosure(rv, broker.ClosureClosed)
 				if took := v.first.Sub(began); took < row.atLeast || took >= row.below {
 					t.Errorf("Vault was told %v after the revocation, want at least %v and less than %v", took, row.atLeast, row.below)
 				}
@@ -80,54 +80,54 @@ func TestTargetsCutFirst(t *testing.T) {
 	}
 }
 
-// lookedLedger counts the updates that look at a revocation.
-type lookedLedger struct {
+// readLedger counts the updates that look at a revocation.
+type readLedger struct {
 	broker.Ledger
-	looks atomic.Int32
+	reads atomic.Int32
 }
 
-func (l *lookedLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
-	return l.Ledger.Update(ctx, func(tx broker.Tx) error { return f(lookedTx{tx, &l.looks}) })
+func (l *readLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
+	return l.Ledger.Update(ctx, func(tx broker.Tx) error { return f(readTx{tx, &l.reads}) })
 }
 
-type lookedTx struct {
+type readTx struct {
 	broker.Tx
-	looks *atomic.Int32
+	reads *atomic.Int32
 }
 
-func (t lookedTx) Get(key string) ([]byte, error) {
+func (t readTx) Get(key string) ([]byte, error) {
 	if strings.HasPrefix(key, "r/") {
-		t.looks.Add(1)
+		t.reads.Add(1)
 	}
 	return t.Tx.Get(key)
 }
 
-// TestWaitingIsQuiet holds that a revocation that waits for Vault leaves the ledger to others while nothing changes.
-func TestWaitingIsQuiet(t *testing.T) {
+// TestReconcilerWaitsWithoutReading holds that a revocation that waits for Vault leaves the ledger to others while nothing changes.
+func TestReconcilerWaitsWithoutReading(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
-		v, l := &killVault{Vault: w.vault, down: true}, &lookedLedger{Ledger: w.ledger}
+		v, l := &killVault{Vault: w.vault, down: true}, &readLedger{Ledger: w.ledger}
 		w.Stop()
-		w.through = v
+		w.brokerVault = v
 		w.start(l)
 		root := w.open("root", broker.OpenRequest{})
 		w.issue("root", step(root, "db.read"))
 		rv := w.revoke("chain:%s", root.Chain)
 		pass(10 * time.Second)
-		looks, kills := l.looks.Load(), v.count()
+		reads, kills := l.reads.Load(), v.count()
 		pass(20 * time.Second)
-		if got := l.looks.Load(); got != looks {
-			t.Errorf("%d updates looked at a revocation of which nothing changed, want none", got-looks)
+		if got := l.reads.Load(); got != reads {
+			t.Errorf("%d updates looked at a revocation of which nothing changed, want none", got-reads)
 		}
 		if v.count() == kills {
 			t.Error("Vault was not asked again")
 		}
-		w.closure(rv, broker.ClosureUnknown)
+		w.wantClosure(rv, broker.ClosureUnknown)
 		v.mu.Lock()
 		v.down = false
 		v.mu.Unlock()
 		pass(20 * time.Second)
-		w.closure(rv, broker.ClosureClosed)
+		w.wantClosure(rv, broker.ClosureClosed)
 	})
 }
 
@@ -155,7 +155,7 @@ type tickingTx struct {
 }
 
 func (t *tickingTx) Get(key string) ([]byte, error) {
-	t.l.w.ahead.Add(int64(time.Millisecond))
+	t.l.w.skew.Add(int64(time.Millisecond))
 	return t.Tx.Get(key)
 }
 
@@ -166,9 +166,9 @@ func (t *tickingTx) Append(e broker.Entry) (broker.Revision, error) {
 	return t.Tx.Append(e)
 }
 
-// TestClosingMakesWay holds that the closer, however much it has to record, is never long in the ledger: a fence waits
+// TestReaperTransactionsAreShort holds that the closer, however much it has to record, is never long in the ledger: a fence waits
 // for the update that is running.
-func TestClosingMakesWay(t *testing.T) {
+func TestReaperTransactionsAreShort(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		w.Stop()
@@ -180,8 +180,8 @@ func TestClosingMakesWay(t *testing.T) {
 		}
 		rv := w.revoke("chain:%s", root.Chain)
 		pass(10 * time.Second)
-		w.closure(rv, broker.ClosureClosed)
-		w.over()
+		w.wantClosure(rv, broker.ClosureClosed)
+		w.wantAllClosed()
 		if most := l.most.Load(); most < 1 || most > 4 {
 			t.Errorf("one update ended %d grants when reading each took a millisecond, want 1 to 4", most)
 		}

@@ -34,7 +34,7 @@ func TestStaticSecretsOutliveTheirGrants(t *testing.T) {
 				rv           broker.Revocation
 				dead, static int
 			}{{"subtree", subtree, 0, 2}, {"rule", rule, 0, 3}, {"chain", chain, 1, 3}} {
-				got := w.closure(row.rv, broker.ClosurePartial)
+				got := w.wantClosure(row.rv, broker.ClosurePartial)
 				if got.Static != row.static || got.Alive != row.static || got.Dead != row.dead || got.Grants != row.dead+row.static || got.Settled.IsZero() {
 					t.Errorf("%s, %s: %+v; want %d dead and %d to be rotated", when, row.name, got, row.dead, row.static)
 				}

@@ -37,7 +37,7 @@ func (w *world) revoke(format string, args ...any) broker.Revocation {
 	return rv
 }
 
-func (w *world) closure(rv broker.Revocation, want broker.Closure) broker.Revocation {
+func (w *world) wantClosure(rv broker.Revocation, want broker.Closure) broker.Revocation {
 	w.t.Helper()
 	got, err := w.Revocation(ctx, rv.ID)
 	if err != nil || got.Closure != want {
@@ -46,8 +46,8 @@ func (w *world) closure(rv broker.Revocation, want broker.Closure) broker.Revoca
 	return got
 }
 
-// TestFenceReaches revokes one thing in a chain and says who may go on.
-func TestFenceReaches(t *testing.T) {
+// TestFenceCovers revokes one thing in a chain and says who may go on.
+func TestFenceCovers(t *testing.T) {
 	all := []string{"root", "planner", "fetcher", "writer", "other"}
 	for _, row := range []struct {
 		name   string
@@ -89,7 +89,7 @@ func TestFenceReaches(t *testing.T) {
 						t.Errorf("the secret of %s works: %v", name, works)
 					}
 				}
-				if got := w.closure(rv, broker.ClosureClosed); got.Dead != len(row.fenced) || got.Grants != len(row.fenced) {
+				if got := w.wantClosure(rv, broker.ClosureClosed); got.Dead != len(row.fenced) || got.Grants != len(row.fenced) {
 					t.Errorf("revocation = %+v, want %d dead", got, len(row.fenced))
 				}
 			})
@@ -118,7 +118,7 @@ func TestClosureTellsTheTruth(t *testing.T) {
 		w.target.Fail(down(&targetDown))
 		rv := w.revoke("chain:%s", root.Chain)
 		pass(time.Second)
-		got := w.closure(rv, broker.ClosureUnknown)
+		got := w.wantClosure(rv, broker.ClosureUnknown)
 		if got.Unknown != 2 || got.Dead != 0 || got.LatestEnd.Before(secrets[0].Grant.Expires) {
 			t.Errorf("everything down: %+v, want 2 unknown that end at %v or later", got, secrets[0].Grant.Expires)
 		}
@@ -128,36 +128,36 @@ func TestClosureTellsTheTruth(t *testing.T) {
 			// Severing is tried once at once; after that Vault and the probe decide.
 			t.Logf("alive at the target: %v", alive)
 		}
-		if got := w.closure(rv, w.mustNotBeClosed(rv)); got.Dead != 0 {
+		if got := w.wantClosure(rv, w.closureNotClosed(rv)); got.Dead != 0 {
 			t.Errorf("Vault down: %+v, want none called dead", got)
 		}
 		vaultDown.Store(false)
 		pass(20 * time.Second)
-		w.closure(rv, broker.ClosureClosed)
-		w.over()
+		w.wantClosure(rv, broker.ClosureClosed)
+		w.wantAllClosed()
 	})
 }
 
-// TestClockSetRight: what a clock that was an hour ahead put off for some seconds does not wait for an
+// TestClockCorrected: what a clock that was an hour ahead put off for some seconds does not wait for an
 // hour once it is right.
-func TestClockSetRight(t *testing.T) {
+func TestClockCorrected(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("root", broker.OpenRequest{})
 		w.issue("root", step(root, "db.read"))
 		w.target.Fail(func(string) error { return errors.New("connection refused") })
-		w.ahead.Store(int64(time.Hour))
+		w.skew.Store(int64(time.Hour))
 		pass(3 * time.Minute)
-		w.ahead.Store(0)
+		w.skew.Store(0)
 		w.target.Fail(nil)
 		pass(time.Minute)
-		w.over()
+		w.wantAllClosed()
 	})
 }
 
-// TestClockSetRightMeanwhile: a grant that a clock an hour ahead called over, and that is looked at when the
+// TestClockCorrectedWhileSevering: a grant that a clock an hour ahead called over, and that is looked at when the
 // clock is right again, is ended in its time all the same.
-func TestClockSetRightMeanwhile(t *testing.T) {
+func TestClockCorrectedWhileSevering(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("root", broker.OpenRequest{})
@@ -171,16 +171,16 @@ func TestClockSetRightMeanwhile(t *testing.T) {
 		})
 		w.revoke("grant:%s", first.Grant.ID)
 		pass(time.Millisecond)
-		w.ahead.Store(int64(time.Hour))
+		w.skew.Store(int64(time.Hour))
 		pass(20 * time.Second)
-		w.ahead.Store(0)
+		w.skew.Store(0)
 		close(severed)
 		pass(time.Until(second.Grant.Expires) + 5*time.Second)
-		w.over()
+		w.wantAllClosed()
 	})
 }
 
-func (w *world) mustNotBeClosed(rv broker.Revocation) broker.Closure {
+func (w *world) closureNotClosed(rv broker.Revocation) broker.Closure {
 	got, _ := w.Revocation(ctx, rv.ID)
 	if got.Closure == broker.ClosureClosed {
 		w.t.Errorf("CLOSED while Vault does not answer: %+v", got)
@@ -188,8 +188,8 @@ func (w *world) mustNotBeClosed(rv broker.Revocation) broker.Closure {
 	return got.Closure
 }
 
-// TestRevocationGoesOnAfterARestart: what a fence began, the next process finishes.
-func TestRevocationGoesOnAfterARestart(t *testing.T) {
+// TestRevocationContinuesAfterRestart: what a fence began, the next process finishes.
+func TestRevocationContinuesAfterRestart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("root", broker.OpenRequest{})
@@ -202,8 +202,8 @@ func TestRevocationGoesOnAfterARestart(t *testing.T) {
 		_, err := w.Issue(ctx, as("root"), step(root, "db.read"))
 		refused(t, "Issue after the restart", err, broker.Revoked, broker.CodeFenced)
 		pass(time.Second)
-		w.closure(rv, broker.ClosureClosed)
-		w.over()
+		w.wantClosure(rv, broker.ClosureClosed)
+		w.wantAllClosed()
 	})
 }
 
@@ -238,7 +238,7 @@ func TestNothingAfterTheAcknowledgement(t *testing.T) {
 			})
 			wg.Wait()
 			pass(10 * time.Second)
-			w.over()
+			w.wantAllClosed()
 		})
 	}
 }
@@ -354,14 +354,14 @@ func TestViolationRevokesTheChain(t *testing.T) {
 			}
 		}
 		pass(time.Second)
-		w.over()
+		w.wantAllClosed()
 		if rv, err := w.Revocation(ctx, e.Revocation); err != nil || rv.Closure != broker.ClosureClosed || rv.Dead != 10 {
 			t.Errorf("revocation = %+v, %v; want CLOSED with 10 dead", rv, err)
 		}
 	})
 }
 
-func TestSweepEndsStrays(t *testing.T) {
+func TestSweepEndsOrphans(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("root", broker.OpenRequest{})
@@ -377,9 +377,9 @@ func TestSweepEndsStrays(t *testing.T) {
 	})
 }
 
-// TestRevokingWithoutALedger: what is known is cut although nothing can be recorded, and the
+// TestRevokeWithoutLedger: what is known is cut although nothing can be recorded, and the
 // answer does not claim a fence.
-func TestRevokingWithoutALedger(t *testing.T) {
+func TestRevokeWithoutLedger(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("root", broker.OpenRequest{})
@@ -395,12 +395,12 @@ func TestRevokingWithoutALedger(t *testing.T) {
 		w.ledger.Fail(nil)
 		w.revoke("chain:%s", root.Chain)
 		pass(10 * time.Second)
-		w.over()
+		w.wantAllClosed()
 	})
 }
 
-// TestSpentRulesGo: a rule is read in every transaction, so it goes when nothing can fall under it.
-func TestSpentRulesGo(t *testing.T) {
+// TestSpentRulesAreDeleted: a rule is read in every transaction, so it goes when nothing can fall under it.
+func TestSpentRulesAreDeleted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		w.open("root", broker.OpenRequest{})
@@ -449,9 +449,9 @@ func TestActive(t *testing.T) {
 	})
 }
 
-// TestDeadTakesEveryAnswer: as long as one part that could know better does not say dead,
+// TestDeadNeedsEveryAnswer: as long as one part that could know better does not say dead,
 // nothing is called dead.
-func TestDeadTakesEveryAnswer(t *testing.T) {
+func TestDeadNeedsEveryAnswer(t *testing.T) {
 	for name, fail := range map[string]func(*world, broker.GrantID){
 		"Vault does not confirm that the token is revoked": func(w *world, _ broker.GrantID) {
 			w.vault.Fail(func(point string) error {
@@ -492,7 +492,7 @@ func TestDeadTakesEveryAnswer(t *testing.T) {
 				w.vault.Fail(nil)
 				w.target.Fail(nil)
 				pass(30 * time.Second)
-				w.closure(rv, broker.ClosureClosed)
+				w.wantClosure(rv, broker.ClosureClosed)
 				if alive := w.target.Alive(); len(alive) > 0 && name != "the target still lets it in" {
 					t.Errorf("alive: %v", alive)
 				}
@@ -558,7 +558,7 @@ func TestRevokeLeaked(t *testing.T) {
 			t.Fatal(err)
 		}
 		pass(time.Second)
-		w.closure(rv, broker.ClosureClosed)
+		w.wantClosure(rv, broker.ClosureClosed)
 		for id, want := range map[broker.GrantID]bool{leaked.Grant.ID: false, other.Grant.ID: true} {
 			if got, err := w.Active(ctx, id); err != nil || got != want {
 				t.Errorf("Active(%s) = %v, %v; want %v", id, got, err, want)

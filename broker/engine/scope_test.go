@@ -13,9 +13,9 @@ import (
 	"github.com/pawlsec/pawl/broker/engine"
 )
 
-// grove is a fixed set of constraints and values, with the reference's answer for every pair, so
+// samples is a fixed set of constraints and values, with the reference's answer for every pair, so
 // that looking at a call in a tree costs nothing.
-type grove struct {
+type samples struct {
 	wires       [][]byte
 	constraints []args.Constraint
 	values      []args.Value
@@ -24,8 +24,8 @@ type grove struct {
 	covered     [][]int  // by constraint: those that it covers
 }
 
-func newGrove(p argstest.Pick) *grove {
-	w := &grove{}
+func newSamples(p argstest.Pick) *samples {
+	w := &samples{}
 	for len(w.constraints) < 300 {
 		wire := argstest.Constraint(p, argstest.OneFrom(p, append(slices.Clone(argstest.Kinds), "all")...))
 		if c, err := args.ParseConstraint(wire); err == nil {
@@ -54,7 +54,7 @@ func newGrove(p argstest.Pick) *grove {
 	return w
 }
 
-// treeNode is a scope as the reference sees it: constraints by their place in the grove.
+// treeNode is a scope as the reference sees it: constraints by their place in the samples.
 type treeNode struct {
 	parent int
 	rights map[broker.ToolName]treeRight
@@ -71,7 +71,7 @@ var treeTime = time.Date(2026, 3, 4, 12, 0, 0, 0, time.UTC)
 
 var treeTools = []broker.ToolName{"deploy", "psql", "ssh"}
 
-func (w *grove) scope(t *testing.T, rights map[broker.ToolName]treeRight) broker.Scope {
+func (w *samples) scope(t *testing.T, rights map[broker.ToolName]treeRight) broker.Scope {
 	var list []broker.Right
 	for tool, r := range rights {
 		args := map[string]args.Constraint{}
@@ -89,7 +89,7 @@ func (w *grove) scope(t *testing.T, rights map[broker.ToolName]treeRight) broker
 
 // grow draws rights: of nothing in particular for a root, else near those of a parent, mostly
 // argstest.Narrower and sometimes not.
-func (w *grove) grow(p argstest.Pick, parent map[broker.ToolName]treeRight) map[broker.ToolName]treeRight {
+func (w *samples) randomRights(p argstest.Pick, parent map[broker.ToolName]treeRight) map[broker.ToolName]treeRight {
 	rights := map[broker.ToolName]treeRight{}
 	for len(rights) == 0 {
 		for _, tool := range treeTools {
@@ -116,7 +116,7 @@ func (w *grove) grow(p argstest.Pick, parent map[broker.ToolName]treeRight) map[
 }
 
 // allows is the reference for a call: a value for each argument, -1 for one that is not given.
-func (w *grove) allows(r treeRight, call map[string]int) bool {
+func (w *samples) allows(r treeRight, call map[string]int) bool {
 	for name, c := range r.args {
 		if call[name] < 0 || !w.inside[c][call[name]] {
 			return false
@@ -126,7 +126,7 @@ func (w *grove) allows(r treeRight, call map[string]int) bool {
 }
 
 // call draws arguments, by preference from what the right allows.
-func (w *grove) call(p argstest.Pick, r treeRight) map[string]int {
+func (w *samples) randomCall(p argstest.Pick, r treeRight) map[string]int {
 	call := map[string]int{}
 	for _, name := range []string{"a", "b"} {
 		call[name] = p(len(w.values)+1) - 1
@@ -139,7 +139,7 @@ func (w *grove) call(p argstest.Pick, r treeRight) map[string]int {
 
 // limits draws what bounds a delegation beside its scope, mostly within what is above and sometimes
 // not.
-func (w *grove) limits(p argstest.Pick, above broker.Delegation) (r broker.DelegateRequest) {
+func (w *samples) randomLimits(p argstest.Pick, above broker.Delegation) (r broker.DelegateRequest) {
 	some := func(limit int) int {
 		switch n := p(20); {
 		case n < 10:
@@ -167,7 +167,7 @@ func (w *grove) limits(p argstest.Pick, above broker.Delegation) (r broker.Deleg
 }
 
 // within fails unless a node is bounded by the one above in life, depth and every budget.
-func within(t *testing.T, above, d broker.Delegation) {
+func checkWithin(t *testing.T, above, d broker.Delegation) {
 	t.Helper()
 	for limit, pair := range map[string][2]int{"steps": {above.Budget.Steps, d.Budget.Steps}, "live": {above.Budget.Live, d.Budget.Live},
 		"per minute": {above.Budget.PerMinute, d.Budget.PerMinute}, "deploy": {above.Budget.Tools["deploy"], d.Budget.Tools["deploy"]},
@@ -188,20 +188,20 @@ func TestNoTreeWidens(t *testing.T) {
 	const trees, nodes = 100_000, 5
 	random := rand.New(rand.NewPCG(3, 20251124))
 	p := argstest.Pick(random.IntN)
-	w := newGrove(p)
+	w := newSamples(p)
 	accepted, refused, allowed := 0, 0, 0
 	for range trees {
-		root := w.grow(p, nil)
+		root := w.randomRights(p, nil)
 		tree := []treeNode{{parent: -1, rights: root, scope: w.scope(t, root), held: broker.Delegation{Depth: 1 + p(broker.MaxDepth),
 			Budget:  broker.Budget{Steps: p(3) * 10, Live: p(3) * 10, PerMinute: p(2) * 10, Tools: map[broker.ToolName]int{"ssh": p(2) * 10}},
 			Created: treeTime, Expires: treeTime.Add(time.Hour)}}}
 		for range nodes {
 			parent := p(len(tree))
-			rights := w.grow(p, tree[parent].rights)
+			rights := w.randomRights(p, tree[parent].rights)
 			child := treeNode{parent: parent, rights: rights, scope: w.scope(t, rights)}
 			above := tree[parent].held
 			above.Scope = tree[parent].scope
-			r := w.limits(p, above)
+			r := w.randomLimits(p, above)
 			r.Rights = child.scope
 			held, ok := engine.Shrink(above, r, above.Created.Add(time.Duration(p(60))*time.Second))
 			if !ok {
@@ -210,11 +210,11 @@ func TestNoTreeWidens(t *testing.T) {
 			}
 			accepted++
 			child.held = held
-			within(t, above, held)
+			checkWithin(t, above, held)
 			tree = append(tree, child)
 			for _, tool := range treeTools {
 				if r, held := rights[tool]; held {
-					allowed += w.check(t, tree, tool, w.call(p, r))
+					allowed += w.check(t, tree, tool, w.randomCall(p, r))
 				}
 			}
 		}
@@ -227,7 +227,7 @@ func TestNoTreeWidens(t *testing.T) {
 
 // check compares a call under the newest node with every node above, if the node allows it, and
 // gives the number of calls compared.
-func (w *grove) check(t *testing.T, tree []treeNode, tool broker.ToolName, call map[string]int) int {
+func (w *samples) check(t *testing.T, tree []treeNode, tool broker.ToolName, call map[string]int) int {
 	leaf := tree[len(tree)-1]
 	r := leaf.rights[tool]
 	values := map[string]args.Value{}

@@ -10,10 +10,10 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// TestStandingNamesCutSteps: the holder hears which of its own steps must stop, whether their secrets
+// TestStatusNamesEndedSteps: the holder hears which of its own steps must stop, whether their secrets
 // are alive still or not, and of nobody else's.
-func TestStandingNamesCutSteps(t *testing.T) {
-	for name, cut := range map[string]func(w *world, g broker.Grant){
+func TestStatusNamesEndedSteps(t *testing.T) {
+	for name, fence := range map[string]func(w *world, g broker.Grant){
 		"by itself": func(w *world, g broker.Grant) { w.revoke("grant:%s", g.ID) },
 		"by a rule": func(w *world, g broker.Grant) { w.revoke("grant:%s and tool:db.read", g.ID) },
 	} {
@@ -24,7 +24,7 @@ func TestStandingNamesCutSteps(t *testing.T) {
 				first := w.issue("writer", step(d["writer"], "db.read")).Grant
 				w.issue("writer", step(d["writer"], "db.read"))
 				w.issue("other", step(d["other"], "db.read"))
-				cut(w, first)
+				fence(w, first)
 				for range 2 { // before and after its end is proven
 					for holder, want := range map[string][]broker.GrantID{"writer": {first.ID}, "other": nil, "root": nil} {
 						s, err := w.Status(ctx, as(holder), d[holder].ID)

@@ -36,8 +36,8 @@ func TestStepTokenBesideIntent(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				w.Stop()
-				goOn := make(chan struct{})
-				late := &lateLedger{Ledger: w.ledger, waits: make(chan struct{}), goOn: goOn}
+				resume := make(chan struct{})
+				late := &pausedLedger{Ledger: w.ledger, paused: make(chan struct{}), resume: resume}
 				w.start(late)
 				root := w.open("planner", broker.OpenRequest{Budget: row.budget})
 				r := step(root, "db.read")
@@ -51,9 +51,9 @@ func TestStepTokenBesideIntent(t *testing.T) {
 					if point == "child" {
 						children.Add(1)
 						if row.during != nil {
-							<-late.waits
+							<-late.paused
 							row.during(w, root)
-							close(goOn)
+							close(resume)
 						}
 					}
 					if point == "mint" {
@@ -80,18 +80,18 @@ func TestStepTokenBesideIntent(t *testing.T) {
 	}
 }
 
-// lateLedger has one update wait.
-type lateLedger struct {
+// pausedLedger has one update wait.
+type pausedLedger struct {
 	broker.Ledger
-	next  atomic.Bool   // the next one is it
-	waits chan struct{} // closed when it does
-	goOn  <-chan struct{}
+	next   atomic.Bool   // the next one is it
+	paused chan struct{} // closed when it does
+	resume <-chan struct{}
 }
 
-func (l *lateLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
+func (l *pausedLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
 	if l.next.CompareAndSwap(true, false) {
-		close(l.waits)
-		<-l.goOn
+		close(l.paused)
+		<-l.resume
 	}
 	return l.Ledger.Update(ctx, f)
 }

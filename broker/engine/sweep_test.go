@@ -54,12 +54,12 @@ func TestSweepLeases(t *testing.T) {
 }
 
 // asked notes for which tools leases were listed.
-type asked struct {
+type leaseLister struct {
 	broker.Vault
 	tools [][]broker.Tool
 }
 
-func (a *asked) Leases(_ context.Context, tools []broker.Tool) ([]broker.FoundLease, error) {
+func (a *leaseLister) Leases(_ context.Context, tools []broker.Tool) ([]broker.FoundLease, error) {
 	a.tools = append(a.tools, tools)
 	return nil, nil
 }
@@ -70,8 +70,8 @@ func TestSweepCoversEarlierTools(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		w.Stop()
-		vault := &asked{Vault: w.vault}
-		w.through = vault
+		vault := &leaseLister{Vault: w.vault}
+		w.brokerVault = vault
 		w.start(w.ledger)
 		root := w.open("root", broker.OpenRequest{})
 		w.issue("root", step(root, "db.read"))
@@ -118,7 +118,7 @@ func TestSweptBeforeClosed(t *testing.T) {
 			pass(6 * time.Second)
 			w.vault.Plant("target/creds/late", time.Now()) // as late as Vault's bound allows
 			pass(time.Minute)
-			if got := w.closure(rv, broker.ClosureUnknown); !got.Unswept || got.Unknown != 0 || got.Dead != 2 {
+			if got := w.wantClosure(rv, broker.ClosureUnknown); !got.Unswept || got.Unknown != 0 || got.Dead != 2 {
 				t.Errorf("before the sweep: %+v, want all dead and yet not closed", got)
 			}
 			if restarts {
@@ -127,17 +127,17 @@ func TestSweptBeforeClosed(t *testing.T) {
 			}
 			w.vault.Fail(nil)
 			pass(10 * time.Second)
-			if got := w.closure(rv, broker.ClosureClosed); got.Unswept {
+			if got := w.wantClosure(rv, broker.ClosureClosed); got.Unswept {
 				t.Errorf("CLOSED and unswept: %+v", got)
 			}
-			w.over()
+			w.wantAllClosed()
 		})
 	}
 }
 
-// TestYoungLeaseKeepsOpen: a lease that may be the lost mint's, and is too young to be told from another issue's,
+// TestYoungLeaseDelaysClosure: a lease that may be the lost mint's, and is too young to be told from another issue's,
 // keeps the revocation open until it is old enough; what was minted later does not.
-func TestYoungLeaseKeepsOpen(t *testing.T) {
+func TestYoungLeaseDelaysClosure(t *testing.T) {
 	for _, row := range []struct {
 		name   string
 		issued time.Duration // after the fence
@@ -162,10 +162,10 @@ func TestYoungLeaseKeepsOpen(t *testing.T) {
 				if row.open {
 					want = broker.ClosureUnknown
 				}
-				w.closure(rv, want)
+				w.wantClosure(rv, want)
 				if row.open {
 					pass(10 * time.Second)
-					w.closure(rv, broker.ClosureClosed)
+					w.wantClosure(rv, broker.ClosureClosed)
 					if left := w.vault.LeaseIDs(); len(left) != 0 {
 						t.Errorf("CLOSED with %v alive", left)
 					}
@@ -193,7 +193,7 @@ func TestNoSweepWithoutALostMint(t *testing.T) {
 		})
 		rv := w.revoke("chain:%s", root.Chain)
 		pass(time.Second)
-		w.closure(rv, broker.ClosureClosed)
+		w.wantClosure(rv, broker.ClosureClosed)
 		if n := listed.Load(); n != 0 {
 			t.Errorf("leases were listed %d times, want never", n)
 		}
@@ -223,29 +223,29 @@ func TestIrrevocableLeases(t *testing.T) {
 		if n := w.Irrevocable(); n != 1 {
 			t.Errorf("Irrevocable() = %d, want ours alone", n)
 		}
-		if said := w.alarmed("given up revoking"); said != 1 {
+		if said := w.countAlarms("given up revoking"); said != 1 {
 			t.Errorf("it was said %d times, want once", said)
 		}
 		v, err := w.Chain(ctx, root.Chain)
 		if err != nil || !slices.ContainsFunc(v.Grants[0].Evidence, func(e broker.Evidence) bool { return strings.Contains(e.Answer, "given up revoking") }) {
 			t.Errorf("grant = %+v, %v; want it to say that Vault has given up", v.Grants[0], err)
 		}
-		w.closure(rv, broker.ClosureUnknown)
+		w.wantClosure(rv, broker.ClosureUnknown)
 		w.vault.Stick(lease, false) // the database is back
 		if _, err := w.Sweep(ctx); err != nil {
 			t.Fatal(err)
 		}
 		pass(time.Second)
-		w.closure(rv, broker.ClosureClosed)
+		w.wantClosure(rv, broker.ClosureClosed)
 		if _, err := w.Sweep(ctx); err != nil || w.Irrevocable() != 0 {
 			t.Errorf("Irrevocable() = %d, %v; want none left", w.Irrevocable(), err)
 		}
 	})
 }
 
-// TestStuckLeaseCostsTheSame: each sweep has a lease that Vault has given up tried again, and however long that goes on,
+// TestStuckLeaseCostIsConstant: each sweep has a lease that Vault has given up tried again, and however long that goes on,
 // it is looked at no more often than at first.
-func TestStuckLeaseCostsTheSame(t *testing.T) {
+func TestStuckLeaseCostIsConstant(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("root", broker.OpenRequest{})
@@ -275,20 +275,20 @@ func TestStuckLeaseCostsTheSame(t *testing.T) {
 		if later := minutes(5); first == 0 || later > first*3/2 {
 			t.Errorf("in five minutes it is looked at %d times at first, and %d times later; want no more", first, later)
 		}
-		w.closure(rv, broker.ClosureUnknown)
+		w.wantClosure(rv, broker.ClosureUnknown)
 	})
 }
 
-// TestStuckLeaseIsTriedBetweenSweeps: however often sweeps hurry a lease that Vault has given up, it is revoked by
+// TestStuckLeaseIsRetriedBetweenSweeps: however often sweeps hurry a lease that Vault has given up, it is revoked by
 // name, for which a grant that was hurried a moment ago would be given time.
-func TestStuckLeaseIsTriedBetweenSweeps(t *testing.T) {
+func TestStuckLeaseIsRetriedBetweenSweeps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("root", broker.OpenRequest{})
 		w.issue("root", step(root, "db.read"))
 		w.vault.Stick(w.vault.LeaseIDs()[0], true)
 		w.revoke("chain:%s", root.Chain)
-		tried := func() int { return w.alarmed("outlived its token") }
+		tried := func() int { return w.countAlarms("outlived its token") }
 		pass(5 * time.Second)
 		before := tried()
 		for range 40 {

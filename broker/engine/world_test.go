@@ -27,15 +27,15 @@ type world struct {
 	target *brokertest.Target
 	policy *brokertest.Policy
 
-	through broker.Vault // what the broker asks in place of vault; nil: vault itself
+	brokerVault broker.Vault // what the broker asks in place of vault; nil: vault itself
 
 	mu     sync.Mutex // guards alarms
 	alarms []string
-	ahead  atomic.Int64 // nanoseconds by which the broker's clock is wrong
+	skew   atomic.Int64 // nanoseconds by which the broker's clock is wrong
 }
 
 // alarmed counts the alarms that hold a text.
-func (w *world) alarmed(text string) (n int) {
+func (w *world) countAlarms(text string) (n int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, a := range w.alarms {
@@ -56,9 +56,9 @@ func newWorld(t *testing.T) *world {
 }
 
 // keeper hands out what cannot be ended.
-type keeper struct{ *brokertest.Target }
+type staticBackend struct{ *brokertest.Target }
 
-func (k keeper) Prove(_ context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
+func (staticBackend) Prove(_ context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	found := make([]broker.Evidence, len(grants))
 	for i := range found {
 		found[i] = broker.Evidence{At: time.Now(), Check: "keeper", Outcome: broker.OutcomeStatic, Answer: "it can only be rotated"}
@@ -66,12 +66,12 @@ func (k keeper) Prove(_ context.Context, grants []broker.Grant) ([]broker.Eviden
 	return found, nil
 }
 
-func (w *world) clock() time.Time { return time.Now().Add(time.Duration(w.ahead.Load())) }
+func (w *world) clock() time.Time { return time.Now().Add(time.Duration(w.skew.Load())) }
 
 // start makes a broker over the world's parts, as a new process would.
 func (w *world) start(ledger broker.Ledger) {
 	w.t.Helper()
-	vault := w.through
+	vault := w.brokerVault
 	if vault == nil {
 		vault = w.vault
 	}
@@ -81,7 +81,7 @@ func (w *world) start(ledger broker.Ledger) {
 			defer w.mu.Unlock()
 			w.alarms = append(w.alarms, op+": "+err.Error())
 		},
-		Backends: map[string]broker.Backend{"target": w.target, "keeper": keeper{w.target}}, Now: w.clock, Random: rand.Reader,
+		Backends: map[string]broker.Backend{"target": w.target, "keeper": staticBackend{w.target}}, Now: w.clock, Random: rand.Reader,
 		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: -1})
 	if err != nil {
 		w.t.Fatal(err)
@@ -173,7 +173,7 @@ func refused(t *testing.T, what string, err error, kind broker.Kind, code broker
 func pass(d time.Duration) { <-time.After(d) }
 
 // over fails unless nothing is alive at the target or in Vault, and the ledger knows that.
-func (w *world) over() {
+func (w *world) wantAllClosed() {
 	w.t.Helper()
 	if alive, leases := w.target.Alive(), w.vault.LeaseIDs(); len(alive)+len(leases) > 0 {
 		w.t.Fatalf("alive at the target: %v, leases in Vault: %v; want none", alive, leases)
