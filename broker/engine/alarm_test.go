@@ -16,8 +16,8 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// TestRefusedKillRaisesAnAlarm has Vault refuse to revoke tokens: somebody is told, nothing is called CLOSED, and
-// it is once Vault does it.
+// TestRefusedKillRaisesAnAlarm lets Vault refuse to revoke tokens. The broker raises an alarm, and the revocation is not
+// CLOSED before Vault has revoked them.
 func TestRefusedKillRaisesAnAlarm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		refused := errors.New("permission denied, 403")
@@ -25,7 +25,8 @@ func TestRefusedKillRaisesAnAlarm(t *testing.T) {
 		vault := brokertest.NewVault(target)
 		var mu sync.Mutex // guards alarms
 		var alarms []string
-		b, err := engine.New(engine.Config{Ledger: brokertest.NewMemory(), Policy: func() broker.Policy { return tools }, Vault: vault,
+		b, err := engine.New(engine.Config{Ledger: brokertest.NewMemory(), Vault: vault,
+			Policy:   func() broker.Policy { return tools },
 			Backends: map[string]broker.Backend{"target": target}, Now: time.Now, Random: rand.Reader, SweepEvery: -1,
 			Alarm: func(op string, err error) {
 				mu.Lock()
@@ -45,7 +46,7 @@ func TestRefusedKillRaisesAnAlarm(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := b.Issue(ctx, as("agent"), broker.StepRequest{Delegation: root.ID, Tool: "db.read"}); err != nil {
+		if _, err := b.Issue(ctx, as("agent"), step(root, "db.read")); err != nil {
 			t.Fatal(err)
 		}
 		vault.Fail(func(point string) error {
@@ -64,7 +65,7 @@ func TestRefusedKillRaisesAnAlarm(t *testing.T) {
 		}
 		<-time.After(30 * time.Second)
 		if rv, err = b.Revocation(ctx, rv.ID); err != nil || rv.Closure == broker.ClosureClosed {
-			t.Errorf("Revocation while Vault refuses = %s, %v, want that it is not CLOSED", rv.Closure, err)
+			t.Errorf("Revocation while Vault refuses = %s, %v, want it not CLOSED", rv.Closure, err)
 		}
 		mu.Lock()
 		for _, op := range []string{"revoking tokens in Vault", "revoking the tokens of " + string(rv.ID)} {
@@ -76,7 +77,7 @@ func TestRefusedKillRaisesAnAlarm(t *testing.T) {
 		vault.Fail(nil)
 		<-time.After(10 * time.Minute)
 		if rv, err = b.Revocation(ctx, rv.ID); err != nil || rv.Closure != broker.ClosureClosed {
-			t.Errorf("Revocation once Vault does it = %s, %v, want CLOSED", rv.Closure, err)
+			t.Errorf("Revocation once Vault revokes tokens = %s, %v, want CLOSED", rv.Closure, err)
 		}
 	})
 }

@@ -1,14 +1,17 @@
 package engine
 
-import "time"
-import "github.com/pawlsec/pawl/broker"
+import (
+	"time"
 
-// Shrink is what Delegate makes of a request under a delegation, and whether it refuses that.
-func Shrink(d broker.Delegation, r broker.DelegateRequest, now time.Time) (broker.Delegation, bool) {
+	"github.com/pawlsec/pawl/broker"
+)
+
+// Shrink returns the delegation that Delegate makes of a request, and whether Delegate accepts the request.
+func Shrink(d broker.Delegation, r broker.DelegateRequest, now time.Time) (child broker.Delegation, accepted bool) {
 	scope, err := broker.NewScope(r.Rights)
 	if err != nil {
 		return broker.Delegation{}, false
 	}
-	child := childOf(d, r, scope, now)
+	child = childOf(d, r, scope, now)
 	return child, refuseWider("delegate", d, child, r.TTL) == nil
 }

@@ -9,21 +9,25 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// TestLatestEnd: with nobody able to end anything, the time that is shown is never earlier than the true end: of a
-// mint whose answer was lost, which lives as long as its target lets it, and of many secrets at once.
+// TestLatestEnd holds that a revocation's LatestEnd is never earlier than the true end of a secret. Vault and the
+// target are down, so every secret lives until its own end. After a mint with a lost answer, that is as long as the
+// target lets a login live.
 func TestLatestEnd(t *testing.T) {
 	down := func(string) error { return errors.New("connection refused") }
 	for _, row := range []struct {
-		name string
-		many int
-		lost bool
-	}{{"one", 1, false}, {"a lost answer", 1, true}, {"many", 1001, false}, {"many, one lost", 1001, true}} {
+		name   string
+		grants int
+		lost   bool
+	}{
+		{"one grant", 1, false}, {"one grant and a lost answer", 1, true},
+		{"many grants", 1001, false}, {"many grants and a lost answer", 1001, true},
+	} {
 		t.Run(row.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				root := w.open("root", broker.OpenRequest{})
 				var latest time.Time
-				for range row.many {
+				for range row.grants {
 					latest = w.issue("root", step(root, "db.read")).Grant.Expires
 				}
 				if row.lost {
@@ -35,7 +39,7 @@ func TestLatestEnd(t *testing.T) {
 					})
 					_, err := w.Issue(ctx, as("root"), step(root, "db.read"))
 					refused(t, "Issue", err, broker.Unavailable, broker.CodeOutcomeUnknown)
-					// It may be made as late as MintTimeout and MintBound allow, and the target's logins live MaxTTL.
+					// Vault may complete the mint until MintTimeout and MintBound have passed. The target's logins live MaxTTL.
 					latest = time.Now().Add(2*time.Second + 5*time.Second + broker.MaxTTL)
 				}
 				w.vault.Fail(down)
@@ -44,7 +48,7 @@ func TestLatestEnd(t *testing.T) {
 				for _, d := range []time.Duration{0, time.Millisecond, time.Second, 5 * time.Second} {
 					pass(d)
 					if got, err := w.Revocation(ctx, rv.ID); err != nil || got.LatestEnd.Before(latest) {
-						t.Errorf("%v after: the latest end is %v, %v; want %v or later", d, got.LatestEnd, err, latest)
+						t.Errorf("%v later LatestEnd = %v, %v; want %v or later", d, got.LatestEnd, err, latest)
 					}
 				}
 			})

@@ -17,8 +17,8 @@ import (
 	"github.com/pawlsec/pawl/broker/engine"
 )
 
-// world is a broker on a ledger, a Vault and a target in memory. It is made inside a synctest
-// bubble, whose clock stands still until everybody waits.
+// world is a broker with a ledger, a Vault and a target in memory. Make it inside a synctest bubble: the bubble's clock
+// stands still until every goroutine waits.
 type world struct {
 	*engine.Engine
 	t      *testing.T
@@ -27,14 +27,14 @@ type world struct {
 	target *brokertest.Target
 	policy *brokertest.Policy
 
-	brokerVault broker.Vault // what the broker asks in place of vault; nil: vault itself
+	brokerVault broker.Vault // wraps vault for the broker; nil: the broker uses vault itself
 
 	mu     sync.Mutex // guards alarms
 	alarms []string
-	skew   atomic.Int64 // nanoseconds by which the broker's clock is wrong
+	skew   atomic.Int64 // nanoseconds by which the broker's clock is ahead
 }
 
-// alarmed counts the alarms that hold a text.
+// countAlarms counts the alarms that contain a text.
 func (w *world) countAlarms(text string) (n int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -49,26 +49,28 @@ func (w *world) countAlarms(text string) (n int) {
 func newWorld(t *testing.T) *world {
 	w := &world{t: t, ledger: brokertest.NewMemory(), target: brokertest.NewTarget(),
 		policy: brokertest.AllowAll("db.read", "db.write", "deploy")}
-	w.policy.Tools["note"] = broker.Tool{Name: "note", Backend: "keeper", Narrowing: broker.NarrowNone, Path: []string{"kv", "notes"}}
+	w.policy.Tools["note"] = broker.Tool{Name: "note", Backend: "keeper", Narrowing: broker.NarrowNone,
+		Path: []string{"kv", "notes"}}
 	w.vault = brokertest.NewVault(w.target)
 	w.start(w.ledger)
 	return w
 }
 
-// keeper hands out what cannot be ended.
+// staticBackend hands out static secrets, which nothing ends.
 type staticBackend struct{ *brokertest.Target }
 
 func (staticBackend) Prove(_ context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	found := make([]broker.Evidence, len(grants))
 	for i := range found {
-		found[i] = broker.Evidence{At: time.Now(), Check: "keeper", Outcome: broker.OutcomeStatic, Answer: "it can only be rotated"}
+		found[i] = broker.Evidence{At: time.Now(), Check: "keeper", Outcome: broker.OutcomeStatic,
+			Answer: "it can only be rotated"}
 	}
 	return found, nil
 }
 
 func (w *world) clock() time.Time { return time.Now().Add(time.Duration(w.skew.Load())) }
 
-// start makes a broker over the world's parts, as a new process would.
+// start makes and resumes a broker over the world's parts, as a new process does.
 func (w *world) start(ledger broker.Ledger) {
 	w.t.Helper()
 	vault := w.brokerVault
@@ -81,7 +83,8 @@ func (w *world) start(ledger broker.Ledger) {
 			defer w.mu.Unlock()
 			w.alarms = append(w.alarms, op+": "+err.Error())
 		},
-		Backends: map[string]broker.Backend{"target": w.target, "keeper": staticBackend{w.target}}, Now: w.clock, Random: rand.Reader,
+		Backends: map[string]broker.Backend{"target": w.target, "keeper": staticBackend{w.target}},
+		Now:      w.clock, Random: rand.Reader,
 		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: -1})
 	if err != nil {
 		w.t.Fatal(err)
@@ -95,7 +98,7 @@ func (w *world) start(ledger broker.Ledger) {
 
 var ctx = context.Background()
 
-// as is a caller with an SVID that is good for an hour.
+// as returns a caller with an SVID that is valid for an hour.
 func as(name string) broker.Caller {
 	return broker.Caller{ID: spiffeid.RequireFromString("spiffe://example.org/" + name), Proof: broker.ProofX509,
 		NotAfter: time.Now().Add(time.Hour)}
@@ -123,7 +126,7 @@ func (w *world) open(holder string, r broker.OpenRequest) broker.Delegation {
 	return d
 }
 
-// draw opens the chain of a drawing; each name is also the holder's.
+// draw opens the chain of a drawing. Each name in it is also the name of the delegation's holder.
 func (w *world) draw(drawing string) map[string]broker.Delegation {
 	w.t.Helper()
 	root, err := brokertest.ParseChain(drawing)
@@ -160,19 +163,20 @@ func (w *world) issue(holder string, r broker.StepRequest) broker.Issued {
 	return got
 }
 
-// refused fails unless err is of the kind and has the code.
-func refused(t *testing.T, what string, err error, kind broker.Kind, code broker.Code) {
+// refused fails the test unless err has the kind and the code.
+func refused(t *testing.T, call string, err error, kind broker.Kind, code broker.Code) {
 	t.Helper()
 	var e *broker.Error
 	if !errors.As(err, &e) || e.Kind != kind || e.Code != code {
-		t.Fatalf("%s = %v, want kind %s and code %q", what, err, kind, code)
+		t.Fatalf("%s = %v, want kind %s and code %q", call, err, kind, code)
 	}
 }
 
-// pass lets the bubble's time pass.
+// pass lets time pass in the bubble.
 func pass(d time.Duration) { <-time.After(d) }
 
-// over fails unless nothing is alive at the target or in Vault, and the ledger knows that.
+// wantAllClosed fails the test unless the target has no login and Vault has no lease. Every grant in the ledger must be
+// CLOSED, and every chain must count no live grant.
 func (w *world) wantAllClosed() {
 	w.t.Helper()
 	if alive, leases := w.target.Alive(), w.vault.LeaseIDs(); len(alive)+len(leases) > 0 {
