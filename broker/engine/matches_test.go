@@ -8,15 +8,9 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/brokertest"
-	"github.com/pawlsec/pawl/broker/selector"
 )
 
-func (w *world) tryRevoke(freeze bool, format string, args ...any) (broker.Revocation, error) {
-	w.t.Helper()
-	return w.Revoke(ctx, responder, selector.Request{Selector: selecting(w.t, format, args...), Reason: "a test", Freeze: freeze})
-}
-
-// rules counts the rules that every transaction reads, and records the revocations.
+// countRecords counts the ledger's records of rules, which every transaction reads, and of revocations.
 func (w *world) countRecords() (rules, revocations int) {
 	w.t.Helper()
 	if err := w.ledger.View(ctx, func(tx broker.Tx) error {
@@ -30,19 +24,19 @@ func (w *world) countRecords() (rules, revocations int) {
 	return rules, revocations
 }
 
-// TestRulesThatMatchNothing: a final rule that no open thing and no step still to come can fall under is refused, not
-// answered CLOSED; a freeze is about later chains as well, and says that it covers nothing yet.
+// TestRulesThatMatchNothing holds that a final rule is refused, and not answered CLOSED, when it can match nothing open
+// and no later step. A freeze also covers later chains, so it is accepted. It reports that it covers nothing yet.
 func TestRulesThatMatchNothing(t *testing.T) {
 	for _, row := range []struct {
-		selector               string
-		final, nothing, frozen bool // accepted as final; covers nothing now; the freeze covers nothing now
+		selector                         string
+		accepted, nothing, freezeNothing bool // whether Revoke accepts it; Nothing of the revocation, and of a freeze
 	}{
 		{"tool:typo", false, true, true},
-		{"tool:note", false, true, true}, // a tool that nobody who is open holds
-		{"spiffe:spiffe://example.org/nobody", false, true, true},
-		{"spiffe:spiffe://example.org/over", false, true, true}, // held a chain that is over
+		{"tool:note", false, true, true}, // no open delegation has the tool
+		{"spiffe:spiffe://example.org/unknown", false, true, true},
+		{"spiffe:spiffe://example.org/expired", false, true, true}, // held an expired chain
 		{"spiffe:spiffe://example.org/fenced", false, true, true},
-		{"tool:deploy", true, true, true}, // root may still take such a step
+		{"tool:deploy", true, true, true}, // root may take such a step later
 		{"tool:deploy and arg.table:users", true, true, true},
 		{"tool:deploy and arg.tabel:users", false, true, true}, // no argument of that name
 		{"tool:deploy and vault:other/*", false, true, true},
@@ -56,76 +50,79 @@ func TestRulesThatMatchNothing(t *testing.T) {
 		t.Run(row.selector, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
-				w.open("over", broker.OpenRequest{TTL: time.Minute})
+				w.open("expired", broker.OpenRequest{TTL: time.Minute})
 				w.revoke("chain:%s", w.open("fenced", broker.OpenRequest{}).Chain)
 				pass(2 * time.Minute)
 				root := w.open("root", broker.OpenRequest{})
 				w.issue("root", step(root, "db.read"))
 				_, before := w.countRecords()
-				if rv, err := w.tryRevoke(false, "%s", row.selector); row.final {
+				if rv, err := w.tryRevoke(false, "%s", row.selector); row.accepted {
 					if err != nil || rv.Nothing != row.nothing {
-						t.Errorf("Revoke = %+v, %v; want it fenced, covering nothing now: %v", rv, err, row.nothing)
+						t.Errorf("Revoke = %+v, %v; want it fenced, and Nothing %v", rv, err, row.nothing)
 					}
 				} else {
 					refused(t, "Revoke", err, broker.NotFound, broker.CodeSelectorEmpty)
 					if _, after := w.countRecords(); after != before {
-						t.Error("a refused revocation was written")
+						t.Error("the ledger has a record of the refused revocation")
 					}
 				}
 			})
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				w.issue("root", step(w.open("root", broker.OpenRequest{}), "db.read"))
-				if rv, err := w.tryRevoke(true, "%s", row.selector); err != nil || rv.Nothing != row.frozen {
-					t.Errorf("freeze = %+v, %v; want it in force, covering nothing now: %v", rv, err, row.frozen)
+				if rv, err := w.tryRevoke(true, "%s", row.selector); err != nil || rv.Nothing != row.freezeNothing {
+					t.Errorf("freezing = %+v, %v; want it in force, and Nothing %v", rv, err, row.freezeNothing)
 				}
 			})
 		})
 	}
 }
 
-// TestRepeatedCommands: the same command answers with the revocation that stands, so that what is repeated
-// without end (by an operator, a signal, or a thief with a delegation that is not his) writes no more.
+// TestRepeatedCommands holds that a repeated command is answered with the existing revocation. An operator, a signal or
+// a caller with another's delegation can repeat a command without end, and the ledger does not grow.
 func TestRepeatedCommands(t *testing.T) {
 	for _, row := range []struct {
-		name, selector string // %s is the chain, subtree or grant
+		name, selector string // %[1]s is the chain, %[2]s the delegation, %[3]s the grant
 		freeze         bool
 	}{
-		{"a chain", "chain:%[1]s", false}, {"a chain, frozen", "chain:%[1]s", true},
-		{"a subtree", "subtree:%[2]s", false}, {"a grant", "grant:%[3]s", false}, {"a grant, frozen", "grant:%[3]s", true},
-		{"a rule", "tool:db.read%.0[1]s", false}, {"a rule, frozen", "tool:db.read%.0[1]s", true},
+		{"a chain", "chain:%[1]s", false}, {"a frozen chain", "chain:%[1]s", true},
+		{"a subtree", "subtree:%[2]s", false},
+		{"a grant", "grant:%[3]s", false}, {"a frozen grant", "grant:%[3]s", true},
+		{"a rule", "tool:db.read%.0[1]s", false}, {"a freeze by a rule", "tool:db.read%.0[1]s", true},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				root := w.open("root", broker.OpenRequest{})
 				got := w.issue("root", step(root, "db.read"))
-				ask := func() broker.Revocation {
+				command := func() broker.Revocation {
 					t.Helper()
-					rv, err := w.tryRevoke(row.freeze, row.selector+"%.0[1]s%.0[2]s%.0[3]s", root.Chain, root.ID, got.Grant.ID)
+					rv, err := w.tryRevoke(row.freeze, row.selector+"%.0[1]s%.0[2]s%.0[3]s",
+						root.Chain, root.ID, got.Grant.ID)
 					if err != nil {
 						t.Fatal(err)
 					}
 					return rv
 				}
-				first := ask()
+				first := command()
 				rules, revocations := w.countRecords()
 				for range 10 {
 					pass(time.Second)
-					if rv := ask(); rv.ID != first.ID || !rv.Repeated || first.Repeated {
-						t.Errorf("repeated: %+v, want %s as it stands", rv, first.ID)
+					if rv := command(); rv.ID != first.ID || !rv.Repeated || first.Repeated {
+						t.Errorf("the repeated command = %+v, want the existing %s", rv, first.ID)
 					}
 				}
 				if r, n := w.countRecords(); r != rules || n != revocations {
-					t.Errorf("%d rules and %d revocations, want %d and %d as after the first", r, n, rules, revocations)
+					t.Errorf("the ledger has %d rules and %d revocations, want %d and %d as after the first command",
+						r, n, rules, revocations)
 				}
 			})
 		})
 	}
 }
 
-// TestRepeatedRuleCoversNewChains: a final rule is about what was open, so the same command later is another
-// one when there are other chains, and takes the first one's place among the rules.
+// TestRepeatedRuleCoversNewChains holds that a repeated final rule covers the chains opened since. A final rule covers
+// only the chains that were open. So the second command makes a new revocation, whose rule replaces the first.
 func TestRepeatedRuleCoversNewChains(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -137,10 +134,10 @@ func TestRepeatedRuleCoversNewChains(t *testing.T) {
 		got := w.issue("root", step(later, "db.read"))
 		second := w.revoke("tool:db.read")
 		if second.ID == first.ID || second.Repeated {
-			t.Fatalf("Revoke with a new chain = %+v, want a revocation of its own", second)
+			t.Fatalf("Revoke after another chain was opened = %+v, want a new revocation", second)
 		}
 		if rules, _ := w.countRecords(); rules != 1 {
-			t.Errorf("%d rules, want the second in place of the first", rules)
+			t.Errorf("the ledger has %d rules, want the second in place of the first", rules)
 		}
 		for _, d := range []broker.Delegation{old, later} {
 			_, err := w.Issue(ctx, as("root"), step(d, "db.read"))
@@ -155,7 +152,8 @@ func TestRepeatedRuleCoversNewChains(t *testing.T) {
 	})
 }
 
-// TestThiefAddsNoRecords: a request with somebody else's delegation fences its chain and freezes the thief, once.
+// TestThiefAddsNoRecords holds that a caller who uses another's delegation fences the chain and freezes itself once,
+// however often it tries.
 func TestThiefAddsNoRecords(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -171,13 +169,14 @@ func TestThiefAddsNoRecords(t *testing.T) {
 			refused(t, "Issue by a thief", err, broker.NotFound, broker.CodeViolation)
 		}
 		if rules, revocations := w.countRecords(); rules != 1 || revocations != 2 {
-			t.Errorf("%d rules and %d revocations, want one freeze and one revocation", rules, revocations)
+			t.Errorf("the ledger has %d rules and %d revocations, want one rule, for the freeze, and two revocations",
+				rules, revocations)
 		}
 	})
 }
 
-// TestLostAnswerIsReconciled: when the answer of the fence's transaction was lost, the repeated command finds it
-// in force, and what it covers is ended by this process.
+// TestLostAnswerIsReconciled loses the answer of the fencing transaction. The repeated command finds the fence in
+// force, and this process ends the grants that it covers.
 func TestLostAnswerIsReconciled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -193,7 +192,7 @@ func TestLostAnswerIsReconciled(t *testing.T) {
 		w.target.Fail(nil)
 		rv := w.revoke("chain:%s", root.Chain)
 		if !rv.Repeated {
-			t.Fatalf("Revoke = %+v, want the fence that was committed", rv)
+			t.Fatalf("the repeated Revoke = %+v, want the committed revocation", rv)
 		}
 		pass(10 * time.Second)
 		w.wantClosure(rv, broker.ClosureClosed)

@@ -37,6 +37,13 @@ func (w *world) revoke(format string, args ...any) broker.Revocation {
 	return rv
 }
 
+// tryRevoke is revoke, or a freeze, that may fail.
+func (w *world) tryRevoke(freeze bool, format string, args ...any) (broker.Revocation, error) {
+	w.t.Helper()
+	return w.Revoke(ctx, responder, selector.Request{Selector: selecting(w.t, format, args...),
+		Reason: "a test", Freeze: freeze})
+}
+
 func (w *world) wantClosure(rv broker.Revocation, want broker.Closure) broker.Revocation {
 	w.t.Helper()
 	got, err := w.Revocation(ctx, rv.ID)

@@ -7,15 +7,14 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
-	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// TestStatusNamesEndedSteps: the holder hears which of its own steps must stop, whether their secrets
-// are alive still or not, and of nobody else's.
+// TestStatusNamesEndedSteps holds that the status names the holder's own fenced steps, and no other holder's. It names
+// them before their secrets are dead, and after.
 func TestStatusNamesEndedSteps(t *testing.T) {
 	for name, fence := range map[string]func(w *world, g broker.Grant){
-		"by itself": func(w *world, g broker.Grant) { w.revoke("grant:%s", g.ID) },
-		"by a rule": func(w *world, g broker.Grant) { w.revoke("grant:%s and tool:db.read", g.ID) },
+		"by its own fence": func(w *world, g broker.Grant) { w.revoke("grant:%s", g.ID) },
+		"by a rule":        func(w *world, g broker.Grant) { w.revoke("grant:%s and tool:db.read", g.ID) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -26,10 +25,12 @@ func TestStatusNamesEndedSteps(t *testing.T) {
 				w.issue("other", step(d["other"], "db.read"))
 				fence(w, first)
 				for range 2 { // before and after its end is proven
-					for holder, want := range map[string][]broker.GrantID{"writer": {first.ID}, "other": nil, "root": nil} {
+					for holder, want := range map[string][]broker.GrantID{
+						"writer": {first.ID}, "other": nil, "root": nil,
+					} {
 						s, err := w.Status(ctx, as(holder), d[holder].ID)
 						if err != nil || s.Fence != nil || !slices.Equal(s.Ended, want) {
-							t.Errorf("Standing of %s = %+v, %v; want %v cut and no fence", holder, s, err, want)
+							t.Errorf("Status of %s = %+v, %v; want %v ended and no fence", holder, s, err, want)
 						}
 					}
 					pass(time.Second)
@@ -39,8 +40,8 @@ func TestStatusNamesEndedSteps(t *testing.T) {
 	}
 }
 
-// TestWatchFences: whoever waits for a fence is not woken by the steps of a busy chain, and is by
-// everything that sets or lifts a fence over it.
+// TestWatchFences holds that every fence over a chain, and the lifting of a freeze, wakes its WatchFences. The steps of
+// a busy chain do not.
 func TestWatchFences(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -54,20 +55,23 @@ func TestWatchFences(t *testing.T) {
 			want  bool
 		}{
 			{"a step", func() error { take("writer"); return nil }, false},
-			{"the end of one", func() error { _, err := w.Close(ctx, as("writer"), take("writer").ID); return err }, false},
+			{"the end of a step", func() error {
+				_, err := w.Close(ctx, as("writer"), take("writer").ID)
+				return err
+			}, false},
 			{"a fence on another chain", func() error { w.revoke("chain:%s", apart.Chain); return nil }, false},
 			{"a freeze by a rule", func() (err error) {
-				frozen, err = w.Revoke(ctx, responder, selector.Request{Selector: selecting(t, "tool:deploy"), Reason: "a test", Freeze: true})
+				frozen, err = w.tryRevoke(true, "tool:deploy")
 				return err
 			}, true},
-			{"the freeze lifted", func() error {
-				_, _ = w.Unfreeze(ctx, responder, frozen.ID) // the first of two
+			{"the end of the freeze", func() error {
+				_, _ = w.Unfreeze(ctx, responder, frozen.ID) // the first of two persons: refused
 				_, err := w.Unfreeze(ctx, broker.Operator{Name: "ben"}, frozen.ID)
 				return err
 			}, true},
-			{"a grant's fence", func() error { w.revoke("grant:%s", take("other").ID); return nil }, true},
-			{"a subtree's", func() error { w.revoke("subtree:%s", d["other"].ID); return nil }, true},
-			{"the chain's", func() error { w.revoke("chain:%s", d["root"].Chain); return nil }, true},
+			{"a fence on a grant", func() error { w.revoke("grant:%s", take("other").ID); return nil }, true},
+			{"a fence on a subtree", func() error { w.revoke("subtree:%s", d["other"].ID); return nil }, true},
+			{"a fence on the chain", func() error { w.revoke("chain:%s", d["root"].Chain); return nil }, true},
 		} {
 			woken, cancel := w.WatchFences(d["root"].Chain)
 			if err := row.event(); err != nil {
