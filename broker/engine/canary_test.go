@@ -14,11 +14,11 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// answerCanary has policy say what follows a canary.
-func (w *world) onCanary(what broker.Consequence) {
+// onCanary lets policy answer a touched canary with a consequence.
+func (w *world) onCanary(consequence broker.Consequence) {
 	w.policy.Answer = func(q broker.Question) broker.Decision {
 		if q.Action == broker.ActionReport && q.Violation == broker.ViolationCanary {
-			return broker.Decision{Consequence: what}
+			return broker.Decision{Consequence: consequence}
 		}
 		return broker.Decision{Allow: q.Action != broker.ActionReport}
 	}
@@ -33,7 +33,7 @@ func (w *world) plant(r broker.PlantRequest) (broker.Canary, string) {
 	return c, value
 }
 
-// touched is how the list shows a canary; the zero Canary: it does not.
+// listedCanary returns a canary as Canaries lists it; the zero Canary: it does not.
 func (w *world) listedCanary(id broker.CanaryID) broker.Canary {
 	w.t.Helper()
 	list, err := w.Canaries(ctx)
@@ -48,7 +48,7 @@ func (w *world) listedCanary(id broker.CanaryID) broker.Canary {
 	return broker.Canary{}
 }
 
-// blamed counts the audit's violations by a canary.
+// canaryViolations counts the violations in the audit log that name a canary.
 func (w *world) canaryViolations(id broker.CanaryID) (n int) {
 	w.t.Helper()
 	entries, err := w.ledger.Entries(ctx, 0, 1000)
@@ -56,21 +56,22 @@ func (w *world) canaryViolations(id broker.CanaryID) (n int) {
 		w.t.Fatal(err)
 	}
 	for _, e := range entries {
-		if e.Op == broker.OpViolation && e.Code == broker.Code(broker.ViolationCanary) && strings.Contains(e.Detail, string(id)) {
+		if e.Op == broker.OpViolation && e.Code == broker.Code(broker.ViolationCanary) &&
+			strings.Contains(e.Detail, string(id)) {
 			n++
 		}
 	}
 	return n
 }
 
-// TestCanaryIsPresented: whoever presents a canary's value sets off what policy says, in the chain in which it was
-// planted and in no other, and after a restart too; a value that was pulled, or never planted, nothing.
+// TestCanaryIsPresented presents a canary's value after a restart. The broker applies policy's consequence to the chain
+// of the canary, and to no other. A value that was pulled or never planted has no consequence.
 func TestCanaryIsPresented(t *testing.T) {
-	for what := broker.ConsequenceDeny; what <= broker.ConsequenceFreezeCaller; what++ {
-		t.Run(what.String(), func(t *testing.T) {
+	for consequence := broker.ConsequenceDeny; consequence <= broker.ConsequenceFreezeCaller; consequence++ {
+		t.Run(consequence.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
-				w.onCanary(what)
+				w.onCanary(consequence)
 				root, other := w.open("root", broker.OpenRequest{}), w.open("other", broker.OpenRequest{})
 				held, apart := w.issue("root", step(root, "db.read")), w.issue("other", step(other, "db.read"))
 				again := w.open("root", broker.OpenRequest{})
@@ -81,37 +82,48 @@ func TestCanaryIsPresented(t *testing.T) {
 				}
 				w.Stop()
 				w.start(w.ledger)
-				for _, nobodys := range []string{gone, "hvs.nobody", value + "x", ""} {
-					w.Present(ctx, as("mail"), nobodys)
+				for _, unknown := range []string{gone, "hvs.nobody", value + "x", ""} {
+					w.Present(ctx, as("mail"), unknown)
 				}
 				w.Present(ctx, as("mail"), value+"\n")
 				pass(time.Second)
-				for id, want := range map[broker.GrantID]bool{held.Grant.ID: what == broker.ConsequenceDeny, apart.Grant.ID: true} {
+				for id, want := range map[broker.GrantID]bool{
+					held.Grant.ID: consequence == broker.ConsequenceDeny, apart.Grant.ID: true,
+				} {
 					if got, err := w.Active(ctx, id); err != nil || got != want {
 						t.Errorf("Active(%s) = %v, %v; want %v", id, got, err, want)
 					}
 				}
-				if c := w.listedCanary(k.ID); c.Touches != 1 || c.Touched.IsZero() || c.Chain != root.Chain || c.Note != "the home directory" || c.By != responder.Name {
-					t.Errorf("it is listed as %+v, want it touched once", c)
+				c := w.listedCanary(k.ID)
+				if c.Touches != 1 || c.Touched.IsZero() || c.Chain != root.Chain || c.Note != "the home directory" ||
+					c.By != responder.Name {
+					t.Errorf("the canary is listed as %+v, want it touched once", c)
 				}
-				if n, m := w.canaryViolations(k.ID), w.canaryViolations(pulled.ID); n != 1 || m != 0 || w.countAlarms(string(k.ID)) != 1 || w.countAlarms("canary") != 1 {
-					t.Errorf("%d violations by it and %d by the one that was pulled, alarms %v; want one of each by it alone", n, m, w.alarms)
+				if n, m := w.canaryViolations(k.ID), w.canaryViolations(pulled.ID); n != 1 || m != 0 {
+					t.Errorf("%d violations name the canary and %d the pulled one, want 1 and 0", n, m)
+				}
+				if w.countAlarms(string(k.ID)) != 1 || w.countAlarms("canary") != 1 {
+					t.Errorf("alarms = %q, want one about the canary", w.alarms)
 				}
 				_, err := w.Issue(ctx, as("root"), step(again, "db.read"))
-				if frozen := what == broker.ConsequenceFreezeCaller; frozen != (broker.KindOf(err) == broker.Revoked) || !frozen && err != nil {
-					t.Errorf("a step of the opener elsewhere = %v, want it frozen: %v", err, frozen)
+				frozen := consequence == broker.ConsequenceFreezeCaller
+				if frozen != (broker.KindOf(err) == broker.Revoked) || !frozen && err != nil {
+					t.Errorf("a step in the opener's other chain = %v, want it frozen: %v", err, frozen)
 				}
 				w.Present(ctx, as("mail"), value)
 				pass(time.Second)
-				if all, err := w.Revocations(ctx); err != nil || w.listedCanary(k.ID).Touches != 2 || what == broker.ConsequenceRevokeChain && len(all) != 1 {
-					t.Errorf("presented again: %+v and %d revocations, %v; want it on record, and no other revocation", w.listedCanary(k.ID), len(all), err)
+				c = w.listedCanary(k.ID)
+				all, err := w.Revocations(ctx)
+				if err != nil || c.Touches != 2 || consequence == broker.ConsequenceRevokeChain && len(all) != 1 {
+					t.Errorf("after another Present: %+v and %d revocations, %v; want 2 touches and no new revocation",
+						c, len(all), err)
 				}
 			})
 		})
 	}
 }
 
-// TestCanaryWithoutChain: it is an alarm and a line of the audit, and stops nobody.
+// TestCanaryWithoutChain holds that a canary of no chain raises an alarm and is in the audit log, and fences nothing.
 func TestCanaryWithoutChain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -120,24 +132,27 @@ func TestCanaryWithoutChain(t *testing.T) {
 		k, value := w.plant(broker.PlantRequest{})
 		w.Present(ctx, as("mail"), value)
 		pass(time.Second)
-		if all, err := w.Revocations(ctx); err != nil || len(all) != 0 || w.canaryViolations(k.ID) != 1 || w.countAlarms("of no chain") != 1 {
-			t.Errorf("%d revocations, %v, %d violations, alarms %v; want one violation, one alarm and nothing else", len(all), err, w.canaryViolations(k.ID), w.alarms)
+		all, err := w.Revocations(ctx)
+		if n := w.canaryViolations(k.ID); err != nil || len(all) != 0 || n != 1 || w.countAlarms("of no chain") != 1 {
+			t.Errorf("%d revocations, %v, %d violations, alarms %q; want only one violation and one alarm",
+				len(all), err, n, w.alarms)
 		}
 		w.issue("root", step(root, "db.read"))
-		_, err := w.Plan(ctx, responder, selector.ForLeaked(value))
-		refused(t, "Plan of it", err, broker.NotFound, broker.CodeCanaryValue)
+		_, err = w.Plan(ctx, responder, selector.ForLeaked(value))
+		refused(t, "Plan of the value", err, broker.NotFound, broker.CodeCanaryValue)
 		if w.canaryViolations(k.ID) != 1 {
-			t.Error("a plan has it touched, and plans change nothing")
+			t.Error("the plan touched the canary, want plans to change nothing")
 		}
-		_, err = w.Revoke(ctx, responder, selector.Request{Selector: selector.ForLeaked(value), Reason: "found in a log"})
-		refused(t, "Revoke of it", err, broker.NotFound, broker.CodeCanaryValue)
-		if w.canaryViolations(k.ID) != 2 {
-			t.Errorf("%d violations by it, want another by the operator who found it", w.canaryViolations(k.ID))
+		_, err = w.Revoke(ctx, responder, selector.Request{Selector: selector.ForLeaked(value),
+			Reason: "found in a log"})
+		refused(t, "Revoke of the value", err, broker.NotFound, broker.CodeCanaryValue)
+		if n := w.canaryViolations(k.ID); n != 2 {
+			t.Errorf("%d violations name the canary, want another for the operator's Revoke", n)
 		}
 	})
 }
 
-// TestRevokeCanaryValue: an operator who looks for the grant of a value that is a canary's is given what it set off.
+// TestRevokeCanaryValue holds that Revoke of a canary's value returns the revocation that the value has triggered.
 func TestRevokeCanaryValue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -145,20 +160,21 @@ func TestRevokeCanaryValue(t *testing.T) {
 		root := w.open("root", broker.OpenRequest{})
 		held := w.issue("root", step(root, "db.read"))
 		_, value := w.plant(broker.PlantRequest{Chain: root.Chain, Like: broker.GuiseGitHub})
-		rv, err := w.Revoke(ctx, responder, selector.Request{Selector: selector.ForLeaked(value), Reason: "found in a log"})
+		rv, err := w.Revoke(ctx, responder, selector.Request{Selector: selector.ForLeaked(value),
+			Reason: "found in a log"})
 		if err != nil || rv.Chain != root.Chain || rv.Node != root.ID || !strings.Contains(rv.Reason, "canary") {
-			t.Fatalf("Revoke = %+v, %v; want the revocation of its chain", rv, err)
+			t.Fatalf("Revoke = %+v, %v; want the revocation of the canary's chain", rv, err)
 		}
 		if got, err := w.Active(ctx, held.Grant.ID); err != nil || got {
-			t.Errorf("Active = %v, %v; want the chain's secret fenced", got, err)
+			t.Errorf("Active = %v, %v; want the chain's grant fenced", got, err)
 		}
 		pass(time.Second)
 		w.wantClosure(rv, broker.ClosureClosed)
 	})
 }
 
-// TestCanaryIsNotLost: while the ledger fails, or whoever presents the value hangs up, it is remembered until it
-// can be recorded; meanwhile the one who presents it is kept waiting no longer than anybody.
+// TestCanaryIsNotLost presents a canary while the ledger fails, on a request that is cancelled. The broker retries
+// until it can record the violation. Present returns at once, so the caller cannot tell a canary by the time.
 func TestCanaryIsNotLost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -172,32 +188,37 @@ func TestCanaryIsNotLost(t *testing.T) {
 		for range 3 {
 			before := time.Now()
 			w.Present(hungUp, as("mail"), value)
-			if time.Since(before) != 0 {
-				t.Error("the one who presents it waits for the ledger")
+			if waited := time.Since(before); waited != 0 {
+				t.Errorf("Present returned after %v, want at once", waited)
 			}
 		}
 		pass(15 * time.Second)
-		if w.countAlarms("recording that a canary was touched") == 0 || w.canaryViolations(k.ID) != 0 {
-			t.Errorf("alarms %v and %d violations, want it said and not recorded", w.alarms, w.canaryViolations(k.ID))
+		if n := w.canaryViolations(k.ID); w.countAlarms("recording that a canary was touched") == 0 || n != 0 {
+			t.Errorf("alarms %q and %d violations, want an alarm and none", w.alarms, n)
 		}
 		w.ledger.Fail(nil)
 		pass(11 * time.Second)
-		if got, err := w.Active(ctx, held.Grant.ID); err != nil || got || w.canaryViolations(k.ID) != 1 {
-			t.Errorf("Active = %v, %v with %d violations; want the chain fenced, for one", got, err, w.canaryViolations(k.ID))
+		got, err := w.Active(ctx, held.Grant.ID)
+		if n := w.canaryViolations(k.ID); err != nil || got || n != 1 {
+			t.Errorf("Active = %v, %v with %d violations; want the chain fenced, for one violation", got, err, n)
 		}
 	})
 }
 
-// TestPlant: values look like what they are said to, are all different, and are kept nowhere.
+// TestPlant holds that the values have the form of their guise, are all different, and are stored nowhere.
 func TestPlant(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		seen := map[string]bool{}
-		for like, form := range map[broker.Guise]string{"": `^hvs\.[\w-]{92}$`, broker.GuiseVault: `^hvs\.CAES[\w-]{88}$`, broker.GuiseGitHub: `^ghp_[0-9A-Za-z]{36}$`} {
+		for like, form := range map[broker.Guise]string{
+			"":                 `^hvs\.[\w-]{92}$`,
+			broker.GuiseVault:  `^hvs\.CAES[\w-]{88}$`,
+			broker.GuiseGitHub: `^ghp_[0-9A-Za-z]{36}$`,
+		} {
 			for range 20 {
 				_, value := w.plant(broker.PlantRequest{Like: like})
 				if !regexp.MustCompile(form).MatchString(value) || seen[value] {
-					t.Errorf("a value like %q does not look like %s, or is not new", like, form)
+					t.Errorf("a value like %q does not match %s, or is not new", like, form)
 				}
 				seen[value] = true
 				if like == broker.GuiseGitHub && value[34:] != checksum(value[4:34]) {
@@ -205,34 +226,34 @@ func TestPlant(t *testing.T) {
 				}
 			}
 		}
-		held := 0
+		records := 0
 		if err := w.ledger.View(ctx, func(tx broker.Tx) error {
 			return tx.Scan("", "", func(key string, raw []byte) bool {
-				held++
+				records++
 				for value := range seen {
 					if strings.Contains(key+string(raw), value) {
-						t.Errorf("the record %s holds a value", key)
+						t.Errorf("the record %s contains a value", key)
 					}
 				}
 				return true
 			})
-		}); err != nil || held < len(seen) {
-			t.Errorf("%d records, %v", held, err)
+		}); err != nil || records < len(seen) {
+			t.Errorf("the ledger has %d records, %v; want one for each canary", records, err)
 		}
 		_, _, err := w.Plant(ctx, responder, broker.PlantRequest{Like: "aws"})
 		refused(t, "Plant like aws", err, broker.Malformed, "")
 		_, _, err = w.Plant(ctx, responder, broker.PlantRequest{Chain: "ch0123456789abcdefghjkmnpq"})
-		refused(t, "Plant in no chain", err, broker.NotFound, "")
+		refused(t, "Plant in an unknown chain", err, broker.NotFound, "")
 		_, _, err = w.Plant(ctx, responder, broker.PlantRequest{Note: "a\nb"})
 		refused(t, "Plant with a line break", err, broker.Malformed, "")
 		_, _, err = w.Plant(ctx, broker.Operator{}, broker.PlantRequest{})
-		refused(t, "Plant by nobody", err, broker.Unauthenticated, "")
+		refused(t, "Plant without an operator", err, broker.Unauthenticated, "")
 		_, err = w.Pull(ctx, responder, "cn0123456789abcdefghjkmnpq")
-		refused(t, "Pull of none", err, broker.NotFound, broker.CodeCanaryUnknown)
+		refused(t, "Pull of an unknown canary", err, broker.NotFound, broker.CodeCanaryUnknown)
 	})
 }
 
-// checksum is what GitHub ends its tokens with, worked out otherwise than the broker does.
+// checksum computes the end of a GitHub token from its start, by another algorithm than the broker's.
 func checksum(text string) string {
 	const digits = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 	out := ""

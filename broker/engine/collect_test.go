@@ -1,6 +1,7 @@
 package engine_test
 
 import (
+	"cmp"
 	"errors"
 	"strings"
 	"sync"
@@ -13,14 +14,15 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/brokertest"
-	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// sealed is a step whose secret the named caller collects. What stands for encrypting turns the
-// bytes round, so that unsealed can read them.
+// sealed returns a step whose secret is sealed for the named collector; empty: for the holder. In place of encryption,
+// the bytes are reversed.
 func sealed(d broker.Delegation, collector string) broker.StepRequest {
 	r := step(d, "db.read")
-	r.Seal = &broker.Seal{Thumbprint: "thumb", Encrypt: func(_ broker.Grant, s broker.Secret) ([]byte, error) { return reversed(s.Reveal()), nil }}
+	r.Seal = &broker.Seal{Thumbprint: "thumb", Encrypt: func(_ broker.Grant, s broker.Secret) ([]byte, error) {
+		return reversed(s.Reveal()), nil
+	}}
 	if collector != "" {
 		r.Seal.Collector = as(collector).ID
 	}
@@ -41,79 +43,88 @@ func TestCollectOnce(t *testing.T) {
 		root := w.open("root", broker.OpenRequest{})
 		for _, collector := range []string{"", "worker"} {
 			got := w.issue("root", sealed(root, collector))
-			who := map[string]string{"": "root", "worker": "worker"}[collector]
-			if !got.Secret.Empty() || got.Grant.Collector != as(who).ID || got.Grant.Sealed != "thumb" {
-				t.Fatalf("a sealed step = %+v, want no secret and %s to collect it", got.Grant, who)
+			collects := cmp.Or(collector, "root")
+			if !got.Secret.Empty() || got.Grant.Collector != as(collects).ID || got.Grant.Sealed != "thumb" {
+				t.Fatalf("Issue of a sealed step = %+v, want no secret, and %s to collect it", got.Grant, collects)
 			}
 			_, _, err := w.Collect(ctx, as("thief"), got.Grant.ID)
-			refused(t, "Collect by somebody else", err, broker.NotFound, broker.CodeGrantUnknown)
-			g, bytes, err := w.Collect(ctx, as(who), got.Grant.ID)
+			refused(t, "Collect by another caller", err, broker.NotFound, broker.CodeGrantUnknown)
+			g, bytes, err := w.Collect(ctx, as(collects), got.Grant.ID)
 			if err != nil || !w.target.Login(reversed(bytes)) || !g.Collected.Equal(time.Now()) {
 				t.Fatalf("Collect = %+v, %v; want a secret that works", g, err)
 			}
-			_, _, err = w.Collect(ctx, as(who), got.Grant.ID)
+			_, _, err = w.Collect(ctx, as(collects), got.Grant.ID)
 			refused(t, "Collect again", err, broker.Conflict, broker.CodeAlreadyCollected)
 		}
 		if n := w.countEntries(broker.OpCollected); n != 2 {
-			t.Errorf("%d collections are on record, want 2", n)
+			t.Errorf("%d collections are recorded, want 2", n)
 		}
 		plain := w.issue("root", step(root, "db.read"))
 		_, _, err := w.Collect(ctx, as("root"), plain.Grant.ID)
-		refused(t, "Collect of what is not sealed", err, broker.NotFound, broker.CodeGrantUnknown)
+		refused(t, "Collect of a step that is not sealed", err, broker.NotFound, broker.CodeGrantUnknown)
 		_, _, err = w.Collect(ctx, as("root"), "gr000000000000000000000000")
-		refused(t, "Collect of nothing", err, broker.NotFound, broker.CodeGrantUnknown)
+		refused(t, "Collect of an unknown grant", err, broker.NotFound, broker.CodeGrantUnknown)
 		r := sealed(root, "")
 		r.Seal.Collector = spiffeid.RequireFromString("spiffe://elsewhere.org/worker")
 		_, err = w.Issue(ctx, as("root"), r)
-		refused(t, "a collector elsewhere", err, broker.Denied, broker.CodeForeignDomain)
+		refused(t, "Issue for a collector in another trust domain", err, broker.Denied, broker.CodeForeignDomain)
 	})
 }
 
-// TestCollectAfter: whatever ends or stops a step between its answer and the collection stops the
-// collection, too.
+// TestCollectAfter holds that an event that ends or stops a step between its answer and the collection also stops the
+// collection.
 func TestCollectAfter(t *testing.T) {
+	type event func(*world, broker.Delegation, broker.Grant)
 	for name, row := range map[string]struct {
-		between func(*world, broker.Delegation, broker.Grant)
-		kind    broker.Kind
-		code    broker.Code
-		works   bool // the secret goes on, unseen
+		event event
+		kind  broker.Kind
+		code  broker.Code
+		works bool // the secret still works, and is not handed over
 	}{
-		"the chain is revoked": {func(w *world, d broker.Delegation, _ broker.Grant) { w.revoke("chain:%s", d.Chain) }, broker.Revoked, broker.CodeFenced, false},
-		"the step is revoked":  {func(w *world, _ broker.Delegation, g broker.Grant) { w.revoke("grant:%s", g.ID) }, broker.Revoked, broker.CodeFenced, false},
-		"a rule is written":    {func(w *world, _ broker.Delegation, _ broker.Grant) { w.revoke("tool:db.read") }, broker.Revoked, broker.CodeFenced, false},
-		"it is frozen": {func(w *world, d broker.Delegation, _ broker.Grant) {
-			if _, err := w.Revoke(ctx, responder, selector.Request{Selector: selecting(w.t, "chain:%s", d.Chain), Reason: "a look", Freeze: true}); err != nil {
+		"the chain is revoked": {func(w *world, d broker.Delegation, _ broker.Grant) {
+			w.revoke("chain:%s", d.Chain)
+		}, broker.Revoked, broker.CodeFenced, false},
+		"the step is revoked": {func(w *world, _ broker.Delegation, g broker.Grant) {
+			w.revoke("grant:%s", g.ID)
+		}, broker.Revoked, broker.CodeFenced, false},
+		"a rule covers it": {func(w *world, _ broker.Delegation, _ broker.Grant) {
+			w.revoke("tool:db.read")
+		}, broker.Revoked, broker.CodeFenced, false},
+		"the chain is frozen": {func(w *world, d broker.Delegation, _ broker.Grant) {
+			if _, err := w.tryRevoke(true, "chain:%s", d.Chain); err != nil {
 				w.t.Fatal(err)
 			}
 		}, broker.Revoked, broker.CodeFrozen, true},
-		"it is closed": {func(w *world, _ broker.Delegation, g broker.Grant) {
+		"its agent closes it": {func(w *world, _ broker.Delegation, g broker.Grant) {
 			if _, err := w.Close(ctx, as("root"), g.ID); err != nil {
 				w.t.Fatal(err)
 			}
 		}, broker.Expired, broker.CodeExpired, false},
-		"its time is over": {func(_ *world, _ broker.Delegation, g broker.Grant) { pass(time.Until(g.Expires)) }, broker.Expired, broker.CodeExpired, false},
+		"it expires": {func(_ *world, _ broker.Delegation, g broker.Grant) {
+			pass(time.Until(g.Expires))
+		}, broker.Expired, broker.CodeExpired, false},
 		"the broker restarts": {func(w *world, _ broker.Delegation, _ broker.Grant) {
 			w.Stop()
 			w.vault = w.vault.Restarted()
 			w.start(w.ledger)
 		}, broker.Expired, broker.CodeDeliveryLost, false},
 	} {
-		for _, wait := range []time.Duration{0, time.Second} { // at once, and when everything has settled
+		for _, wait := range []time.Duration{0, time.Second} { // at once, and after the background work
 			t.Run(name+"/"+wait.String(), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					w := newWorld(t)
 					root := w.open("root", broker.OpenRequest{})
 					g := w.issue("root", sealed(root, "worker")).Grant
-					row.between(w, root, g)
+					row.event(w, root, g)
 					pass(wait)
 					_, bytes, err := w.Collect(ctx, as("worker"), g.ID)
 					if bytes != nil {
-						t.Fatal("a secret was given")
+						t.Fatal("Collect handed a secret over")
 					}
 					refused(t, "Collect", err, row.kind, row.code)
 					pass(5 * time.Second)
 					if alive := w.target.Alive(); len(alive) > 0 != row.works {
-						t.Errorf("alive afterwards: %v, want some: %v", alive, row.works)
+						t.Errorf("alive after Collect: %v, want a login: %v", alive, row.works)
 					}
 				})
 			})
@@ -121,8 +132,8 @@ func TestCollectAfter(t *testing.T) {
 	}
 }
 
-// TestCollectAgainstAFence: collectors and a revocation at once. A collection that began after the
-// acknowledgement gives nothing.
+// TestCollectAgainstAFence revokes a chain while collectors collect. A collection that began after the acknowledgement
+// hands nothing over.
 func TestCollectAgainstAFence(t *testing.T) {
 	for range 30 {
 		synctest.Test(t, func(t *testing.T) {
@@ -142,7 +153,7 @@ func TestCollectAgainstAFence(t *testing.T) {
 					}
 					after := acknowledged.Load()
 					if _, bytes, err := w.Collect(ctx, as("root"), id); after && (err == nil || bytes != nil) {
-						t.Error("a secret was given after the acknowledgement")
+						t.Error("Collect handed a secret over after the acknowledgement")
 					}
 				})
 			}
@@ -153,41 +164,42 @@ func TestCollectAgainstAFence(t *testing.T) {
 	}
 }
 
-// TestCollectRace: of many at once one gets it.
+// TestCollectRace holds that one of many concurrent collections gets the secret.
 func TestCollectRace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		g := w.issue("root", sealed(w.open("root", broker.OpenRequest{}), "")).Grant
-		var given atomic.Int32
+		var collected atomic.Int32
 		var wg sync.WaitGroup
 		for range 16 {
 			wg.Go(func() {
 				if _, bytes, err := w.Collect(ctx, as("root"), g.ID); err == nil && bytes != nil {
-					given.Add(1)
+					collected.Add(1)
 				}
 			})
 		}
 		wg.Wait()
-		if given.Load() != 1 {
-			t.Errorf("%d got the secret, want 1", given.Load())
+		if collected.Load() != 1 {
+			t.Errorf("%d collections got the secret, want 1", collected.Load())
 		}
 	})
 }
 
-// TestSecondUse: what policy says follows a second collection.
+// TestSecondUse holds that the broker applies the consequence that policy attaches to a second collection.
 func TestSecondUse(t *testing.T) {
-	for what := broker.ConsequenceDeny; what <= broker.ConsequenceFreezeCaller; what++ {
-		t.Run(what.String(), func(t *testing.T) {
+	for consequence := broker.ConsequenceDeny; consequence <= broker.ConsequenceFreezeCaller; consequence++ {
+		t.Run(consequence.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				w.policy.Answer = func(q broker.Question) broker.Decision {
 					if q.Violation == broker.ViolationSecondUse {
-						return broker.Decision{Consequence: what}
+						return broker.Decision{Consequence: consequence}
 					}
 					return broker.Decision{Allow: true}
 				}
 				d := w.draw("root -> sub")
-				above, beside, twice := w.issue("root", step(d["root"], "db.read")), w.issue("sub", step(d["sub"], "db.read")), w.issue("sub", sealed(d["sub"], "worker")).Grant
+				above, beside := w.issue("root", step(d["root"], "db.read")), w.issue("sub", step(d["sub"], "db.read"))
+				twice := w.issue("sub", sealed(d["sub"], "worker")).Grant
 				_, bytes, err := w.Collect(ctx, as("worker"), twice.ID)
 				if err != nil {
 					t.Fatal(err)
@@ -196,32 +208,37 @@ func TestSecondUse(t *testing.T) {
 				_, _, err = w.Collect(ctx, as("worker"), twice.ID)
 				refused(t, "Collect again", err, broker.Conflict, broker.CodeAlreadyCollected)
 				var e *broker.Error
-				if errors.As(err, &e); (e.Revocation == "") != (what == broker.ConsequenceDeny) {
-					t.Errorf("after %s the refusal names revocation %q", what, e.Revocation)
+				if errors.As(err, &e); (e.Revocation == "") != (consequence == broker.ConsequenceDeny) {
+					t.Errorf("after %s the refusal names revocation %q", consequence, e.Revocation)
 				}
 				pass(time.Second)
 				for name, row := range map[string]struct {
 					secret []byte
 					dead   bool
-				}{"collected twice": {reversed(bytes), what >= broker.ConsequenceRevokeStep}, "beside it": {beside.Secret.Reveal(), what >= broker.ConsequenceRevokeSubtree},
-					"above it": {above.Secret.Reveal(), what >= broker.ConsequenceRevokeChain}} {
+				}{
+					"collected twice":       {reversed(bytes), consequence >= broker.ConsequenceRevokeStep},
+					"of the same holder":    {beside.Secret.Reveal(), consequence >= broker.ConsequenceRevokeSubtree},
+					"of the chain's opener": {above.Secret.Reveal(), consequence >= broker.ConsequenceRevokeChain},
+				} {
 					if w.target.Login(row.secret) == row.dead {
-						t.Errorf("after %s the secret %s is dead: %v", what, name, !row.dead)
+						t.Errorf("after %s the secret %s is dead: %v, want %v", consequence, name, !row.dead, row.dead)
 					}
 				}
-				if _, err := w.Issue(ctx, as("worker"), step(apart, "db.read")); errors.Is(err, broker.Revoked) != (what == broker.ConsequenceFreezeCaller) {
-					t.Errorf("after %s a step of the collector's own = %v", what, err)
+				_, err = w.Issue(ctx, as("worker"), step(apart, "db.read"))
+				if frozen := consequence == broker.ConsequenceFreezeCaller; errors.Is(err, broker.Revoked) != frozen {
+					t.Errorf("after %s a step in the collector's chain = %v, want it frozen: %v",
+						consequence, err, frozen)
 				}
 				if n := w.countEntries(broker.OpViolation); n != 1 {
-					t.Errorf("%d violations are on record, want 1", n)
+					t.Errorf("%d violations are recorded, want 1", n)
 				}
 			})
 		})
 	}
 }
 
-// TestSealedSecretsAreLimited: what waits is bounded before anything is minted, and ends give room again; a
-// secret that cannot be sealed is ended.
+// TestSealedSecretsAreLimited holds that the broker refuses a sealed step before the mint when too many sealed secrets
+// wait. A collection or an end frees a place. A secret that cannot be sealed is ended.
 func TestSealedSecretsAreLimited(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -235,7 +252,7 @@ func TestSealedSecretsAreLimited(t *testing.T) {
 		} {
 			r.Seal.Encrypt = encrypt
 			_, err := w.Issue(ctx, as("root"), r)
-			refused(t, "a step that cannot be sealed", err, broker.Unavailable, broker.CodeDeliveryLost)
+			refused(t, "Issue of a secret that cannot be sealed", err, broker.Unavailable, broker.CodeDeliveryLost)
 		}
 		pass(time.Second)
 		w.wantAllClosed()
@@ -243,15 +260,15 @@ func TestSealedSecretsAreLimited(t *testing.T) {
 		for i := range 1000 {
 			got, err := w.Issue(ctx, as("root"), sealed(root, ""))
 			if err != nil {
-				refused(t, "a step too many", err, broker.Unavailable, broker.CodeDeliveriesFull)
-				if i < 100 || len(w.target.Alive()) != i {
-					t.Errorf("refused after %d, with %d alive; want nothing minted for it", i, len(w.target.Alive()))
+				refused(t, "Issue above the limit", err, broker.Unavailable, broker.CodeDeliveriesFull)
+				if alive := len(w.target.Alive()); i < 100 || alive != i {
+					t.Errorf("Issue was refused after %d steps with %d secrets alive, want nothing minted", i, alive)
 				}
 				break
 			}
 			last = got.Grant
 		}
-		w.issue("other", sealed(w.open("other", broker.OpenRequest{}), "")) // has room of its own
+		w.issue("other", sealed(w.open("other", broker.OpenRequest{}), "")) // the limit is each caller's own
 		if _, _, err := w.Collect(ctx, as("root"), last.ID); err != nil {
 			t.Fatal(err)
 		}
@@ -265,7 +282,8 @@ func TestSealedSecretsAreLimited(t *testing.T) {
 	})
 }
 
-// TestCollectWithoutLedger: nothing is given that is not on record, and it is not lost by that.
+// TestCollectWithoutLedger holds that Collect hands nothing over that the ledger cannot record. The secret stays
+// collectable.
 func TestCollectWithoutLedger(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -273,11 +291,11 @@ func TestCollectWithoutLedger(t *testing.T) {
 		w.ledger.Fail(func(int, []broker.Entry) brokertest.Fault { return brokertest.NotCommitted })
 		_, bytes, err := w.Collect(ctx, as("root"), g.ID)
 		if refused(t, "Collect", err, broker.Unavailable, broker.CodeLedgerDown); bytes != nil {
-			t.Error("a secret was given without a record")
+			t.Error("Collect handed a secret over without a record")
 		}
 		w.ledger.Fail(nil)
 		if _, bytes, err := w.Collect(ctx, as("root"), g.ID); err != nil || bytes == nil {
-			t.Errorf("Collect afterwards = %v, want the secret", err)
+			t.Errorf("Collect once the ledger works = %v, want the secret", err)
 		}
 	})
 }

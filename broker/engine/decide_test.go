@@ -10,36 +10,38 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// TestForbiddenToOpen: a forbid with a consequence may hold when a chain is opened. There is no chain to
-// end; the violation is recorded, and freezing the caller reaches its other chains.
+// TestForbiddenToOpen holds that opening a chain with a forbidden tool is a violation. There is no chain to revoke, so
+// the broker records the violation. A freeze of the caller stops its other chains.
 func TestForbiddenToOpen(t *testing.T) {
-	for what := broker.ConsequenceRevokeStep; what <= broker.ConsequenceFreezeCaller; what++ {
+	for consequence := broker.ConsequenceRevokeStep; consequence <= broker.ConsequenceFreezeCaller; consequence++ {
 		synctest.Test(t, func(t *testing.T) {
 			w := newWorld(t)
 			before := w.open("writer", broker.OpenRequest{})
 			w.policy.Answer = func(q broker.Question) broker.Decision {
 				if q.Action == broker.ActionOpen {
-					return broker.Decision{Policies: []string{"no"}, Consequence: what}
+					return broker.Decision{Policies: []string{"no"}, Consequence: consequence}
 				}
 				return broker.Decision{Allow: true}
 			}
 			_, err := w.Open(ctx, as("writer"), broker.OpenRequest{Task: "t", Rights: use("deploy")})
 			refused(t, "Open with a forbidden tool", err, broker.Denied, broker.CodeViolation)
-			if got := w.recorded(broker.OpViolation); len(got) != 1 || got[0].Detail != what.String() || got[0].Tool != "deploy" || got[0].Actor != as("writer").ID.String() {
-				t.Errorf("the audit has the violations %+v, want one with %s", got, what)
+			got := w.recorded(broker.OpViolation)
+			if len(got) != 1 || got[0].Detail != consequence.String() || got[0].Tool != "deploy" ||
+				got[0].Actor != as("writer").ID.String() {
+				t.Errorf("the audit log has the violations %+v, want one with %s", got, consequence)
 			}
 			_, err = w.Issue(ctx, as("writer"), step(before, "deploy"))
-			if what == broker.ConsequenceFreezeCaller {
-				refused(t, "a step of the frozen caller", err, broker.Revoked, broker.CodeFrozen)
+			if consequence == broker.ConsequenceFreezeCaller {
+				refused(t, "Issue by the frozen caller", err, broker.Revoked, broker.CodeFrozen)
 			} else if err != nil {
-				t.Errorf("after %s a step in another chain = %v, want a secret", what, err)
+				t.Errorf("after %s Issue in another chain = %v, want a secret", consequence, err)
 			}
 		})
 	}
 }
 
-// TestCanaryNeverMints: a tool that became a canary while a chain held it gives nothing any more, to
-// whoever asks, however policy answers.
+// TestCanaryNeverMints makes a tool a canary after a chain has got it. From then on the broker refuses every request
+// with the tool, although policy allows it.
 func TestCanaryNeverMints(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -48,53 +50,58 @@ func TestCanaryNeverMints(t *testing.T) {
 		bait.Canary = true
 		w.policy.Tools["deploy"] = bait
 		_, err := w.Issue(ctx, as("planner"), step(root, "deploy"))
-		refused(t, "a step with a canary", err, broker.Denied, broker.CodePolicyDenied)
-		_, err = w.Delegate(ctx, as("planner"), broker.DelegateRequest{From: root.ID, To: as("writer").ID, Rights: use("db.read", "deploy")})
-		refused(t, "passing a canary on", err, broker.Denied, broker.CodePolicyDenied)
+		refused(t, "Issue with a canary", err, broker.Denied, broker.CodePolicyDenied)
+		_, err = w.Delegate(ctx, as("planner"), broker.DelegateRequest{From: root.ID, To: as("writer").ID,
+			Rights: use("db.read", "deploy")})
+		refused(t, "Delegate with a canary", err, broker.Denied, broker.CodePolicyDenied)
 		_, err = w.Open(ctx, as("planner"), broker.OpenRequest{Task: "t", Rights: use("db.read", "deploy")})
-		refused(t, "opening with a canary", err, broker.Denied, broker.CodePolicyDenied)
-		if n := len(w.target.Alive()); n != 0 || len(w.recorded(broker.OpIntent)) != 0 {
-			t.Errorf("%d secrets and %d intents, want none", n, len(w.recorded(broker.OpIntent)))
+		refused(t, "Open with a canary", err, broker.Denied, broker.CodePolicyDenied)
+		secrets, intents := len(w.target.Alive()), len(w.recorded(broker.OpIntent))
+		if secrets != 0 || intents != 0 {
+			t.Errorf("there are %d secrets and %d intents, want none", secrets, intents)
 		}
-		for _, e := range w.recorded(broker.OpViolation) {
+		violations := w.recorded(broker.OpViolation)
+		for _, e := range violations {
 			if e.Code != broker.Code(broker.ViolationCanary) || e.Tool != "deploy" {
-				t.Errorf("the audit has %+v, want the canary", e)
+				t.Errorf("the audit log has the violation %+v, want the canary's", e)
 			}
 		}
-		if n := len(w.recorded(broker.OpViolation)); n != 3 {
-			t.Errorf("%d violations, want 3", n)
+		if len(violations) != 3 {
+			t.Errorf("the audit log has %d violations, want 3", len(violations))
 		}
 	})
 }
 
-// TestDelegateAcrossTrustDomains: a receiver in another trust domain is given nothing unless policy names
-// both domains for each of the tools; one that is named takes steps like any other.
+// TestDelegateAcrossTrustDomains holds that a receiver in another trust domain gets a delegation only when policy names
+// both domains for each tool. Such a receiver takes steps like any other.
 func TestDelegateAcrossTrustDomains(t *testing.T) {
 	partner := as("writer")
 	partner.ID = spiffeid.RequireFromString("spiffe://partner.example/writer")
 	both := []string{"example.org", "partner.example"}
 	for name, row := range map[string]struct {
-		to      broker.Caller
-		domains map[broker.ToolName][]string // that the permit names, of each tool
-		missing broker.ToolName              // that it is refused for; empty: it is allowed
+		to           broker.Caller
+		read, deploy []string        // the domains that policy's permits name, for db.read and for deploy
+		missing      broker.ToolName // the tool that Delegate is refused for; empty: it is allowed
 	}{
-		"inside one":               {to: as("writer")},
-		"no domains":               {to: partner, missing: "db.read"},
-		"only the holder's":        {to: partner, domains: map[broker.ToolName][]string{"db.read": {"example.org"}, "deploy": both}, missing: "db.read"},
-		"only the receiver's":      {to: partner, domains: map[broker.ToolName][]string{"db.read": {"partner.example"}, "deploy": both}, missing: "db.read"},
-		"others":                   {to: partner, domains: map[broker.ToolName][]string{"db.read": {"example.org", "example"}, "deploy": both}, missing: "db.read"},
-		"both for one of two":      {to: partner, domains: map[broker.ToolName][]string{"db.read": both}, missing: "deploy"},
-		"both for each":            {to: partner, domains: map[broker.ToolName][]string{"db.read": both, "deploy": both}},
-		"both, and more, unsorted": {to: partner, domains: map[broker.ToolName][]string{"db.read": {"z.example", "partner.example", "example.org"}, "deploy": both}},
+		"the same domain":           {as("writer"), nil, nil, ""},
+		"no domains":                {partner, nil, nil, "db.read"},
+		"the holder's only":         {partner, []string{"example.org"}, both, "db.read"},
+		"the receiver's only":       {partner, []string{"partner.example"}, both, "db.read"},
+		"other domains":             {partner, []string{"example.org", "example"}, both, "db.read"},
+		"both for one of two tools": {partner, both, nil, "deploy"},
+		"both for each tool":        {partner, both, both, ""},
+		"both and more, unsorted":   {partner, []string{"z.example", "partner.example", "example.org"}, both, ""},
 	} {
+		domains := map[broker.ToolName][]string{"db.read": row.read, "deploy": row.deploy}
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				w.policy.Answer = func(q broker.Question) broker.Decision {
-					return broker.Decision{Allow: true, Domains: row.domains[q.Tool.Name], Policies: []string{"some"}}
+					return broker.Decision{Allow: true, Domains: domains[q.Tool.Name], Policies: []string{"some"}}
 				}
 				root := w.open("planner", broker.OpenRequest{Depth: 1})
-				d, err := w.Delegate(ctx, as("planner"), broker.DelegateRequest{From: root.ID, To: row.to.ID, Rights: use("db.read", "deploy")})
+				d, err := w.Delegate(ctx, as("planner"), broker.DelegateRequest{From: root.ID, To: row.to.ID,
+					Rights: use("db.read", "deploy")})
 				if row.missing == "" {
 					if err != nil {
 						t.Fatalf("Delegate = %v, want a delegation", err)
@@ -105,11 +112,13 @@ func TestDelegateAcrossTrustDomains(t *testing.T) {
 					return
 				}
 				refused(t, "Delegate", err, broker.Denied, broker.CodeForeignDomain)
-				if got := w.recorded(broker.OpDenied); len(got) != 1 || got[0].Code != broker.CodeForeignDomain || got[0].Tool != row.missing || !slices.Equal(got[0].Policies, []string{"some"}) {
-					t.Errorf("the audit has the denials %+v, want one for tool %s", got, row.missing)
+				got := w.recorded(broker.OpDenied)
+				if len(got) != 1 || got[0].Code != broker.CodeForeignDomain || got[0].Tool != row.missing ||
+					!slices.Equal(got[0].Policies, []string{"some"}) {
+					t.Errorf("the audit log has the denials %+v, want one for tool %s", got, row.missing)
 				}
 				if v, err := w.Chain(ctx, root.Chain); err != nil || len(v.Delegations) != 1 {
-					t.Errorf("the chain has %d delegations, %v; want the root alone", len(v.Delegations), err)
+					t.Errorf("the chain has %d delegations, %v; want only the root", len(v.Delegations), err)
 				}
 			})
 		})
