@@ -12,18 +12,19 @@ import (
 	"github.com/pawlsec/pawl/store/bolt"
 )
 
-// newBoltBroker is the engine on the embedded ledger, with a Vault and a target in memory.
+// newBoltBroker makes an engine on the embedded ledger, with a Vault and a target in memory.
 func newBoltBroker(b testing.TB, now func() time.Time) *engine.Engine {
 	b.Helper()
 	ledger, err := bolt.Open(bolt.Config{Path: filepath.Join(b.TempDir(), "ledger.db"), Reserve: -1})
 	if err != nil {
 		b.Fatal(err)
 	}
-	b.Cleanup(func() { _ = ledger.Close() }) // a temporary file
+	b.Cleanup(func() { _ = ledger.Close() }) // the file is temporary
 	target := brokertest.NewTarget()
 	policy := brokertest.AllowAll("db.read")
-	pawl, err := engine.New(engine.Config{Ledger: ledger, Policy: func() broker.Policy { return policy }, Vault: brokertest.NewVault(target),
-		Backends: map[string]broker.Backend{"target": target}, Now: now, Random: rand.Reader, SweepEvery: -1})
+	pawl, err := engine.New(engine.Config{Ledger: ledger, Policy: func() broker.Policy { return policy },
+		Vault: brokertest.NewVault(target), Backends: map[string]broker.Backend{"target": target}, Now: now,
+		Random: rand.Reader, SweepEvery: -1})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -54,8 +55,8 @@ func BenchmarkIssue(b *testing.B) {
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "issues/s")
 }
 
-// BenchmarkStatus is what each agent of a chain asks for when a fence was set in it, with a thousand
-// live secrets under the chain.
+// BenchmarkStatus measures the request that each agent of a chain makes after a fence in it. The chain has a thousand
+// live secrets.
 func BenchmarkStatus(b *testing.B) {
 	pawl, c := newBoltBroker(b, time.Now), as("planner")
 	root, err := pawl.Open(ctx, c, broker.OpenRequest{Task: "bench", Rights: use("db.read")})

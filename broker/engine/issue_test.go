@@ -40,8 +40,8 @@ func TestIssueAndClose(t *testing.T) {
 	})
 }
 
-// TestArgsDigest: one digest for one set of arguments however it was spelled, the same
-// in every state.
+// TestArgsDigest holds that equal arguments have equal digests, however they were spelled, and that a grant keeps its
+// digest in every state.
 func TestArgsDigest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -68,7 +68,8 @@ func TestArgsDigest(t *testing.T) {
 			}
 			i := slices.IndexFunc(v.Grants, func(g broker.Grant) bool { return g.ID == issued.ID })
 			if i < 0 || issued.ArgsDigest != want || closed.ArgsDigest != want || v.Grants[i].ArgsDigest != want {
-				t.Errorf("%s: digest %q when issued, %q when closed, grants in the ledger %+v; want %s", raw, issued.ArgsDigest, closed.ArgsDigest, v.Grants, want)
+				t.Errorf("%s: the digest is %q when issued and %q when closed, the ledger has %+v; want %s",
+					raw, issued.ArgsDigest, closed.ArgsDigest, v.Grants, want)
 			}
 		}
 	})
@@ -82,7 +83,7 @@ func TestSecretExpires(t *testing.T) {
 		w.issue("planner", step(root, "db.write"))
 		pass(21 * time.Second)
 		if n := len(w.target.Alive()); n != 1 {
-			t.Fatalf("%d secrets alive after 21 s, want only the one of a minute", n)
+			t.Fatalf("%d secrets are alive after 21 s, want only the one of a minute", n)
 		}
 		pass(time.Minute)
 		w.wantAllClosed()
@@ -95,25 +96,29 @@ func TestTTLIsTheMinimum(t *testing.T) {
 		short := as("planner")
 		short.NotAfter = time.Now().Add(10 * time.Second)
 		for _, row := range []struct {
-			name   string
-			caller broker.Caller
-			chain  time.Duration
-			asked  time.Duration
-			policy time.Duration
-			want   time.Duration
+			name      string
+			caller    broker.Caller
+			chain     time.Duration
+			requested time.Duration
+			policy    time.Duration
+			want      time.Duration
 		}{
 			{"the tool's", as("planner"), time.Hour, 0, 0, time.Minute},
 			{"the request's", as("planner"), time.Hour, 30 * time.Second, 0, 30 * time.Second},
 			{"the policy's", as("planner"), time.Hour, 30 * time.Second, 5 * time.Second, 5 * time.Second},
 			{"the delegation's", as("planner"), 15 * time.Second, 0, 0, 15 * time.Second},
 			{"the identity's", short, time.Hour, 0, 0, 10 * time.Second},
-			{"no more than asked", as("planner"), time.Hour, time.Hour, 0, time.Minute},
+			{"the tool's, below the request's", as("planner"), time.Hour, time.Hour, 0, time.Minute},
 		} {
-			w.policy.Answer = func(broker.Question) broker.Decision { return broker.Decision{Allow: true, TTL: row.policy} }
+			w.policy.Answer = func(broker.Question) broker.Decision {
+				return broker.Decision{Allow: true, TTL: row.policy}
+			}
 			root := w.open("planner", broker.OpenRequest{TTL: row.chain})
-			got, err := w.Issue(ctx, row.caller, broker.StepRequest{Delegation: root.ID, Tool: "db.read", TTL: row.asked})
-			if err != nil || got.Grant.Expires.Sub(got.Grant.Created) != row.want {
-				t.Errorf("%s: life = %v, %v; want %v", row.name, got.Grant.Expires.Sub(got.Grant.Created), err, row.want)
+			r := step(root, "db.read")
+			r.TTL = row.requested
+			got, err := w.Issue(ctx, row.caller, r)
+			if ttl := got.Grant.Expires.Sub(got.Grant.Created); err != nil || ttl != row.want {
+				t.Errorf("%s: the grant's TTL = %v, %v; want %v", row.name, ttl, err, row.want)
 			}
 		}
 	})
@@ -123,12 +128,16 @@ func TestRefusals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("planner", broker.OpenRequest{Depth: 2, Rights: []broker.Right{
-			{Tool: "db.read", Use: true, Delegate: true, Args: map[string]args.Constraint{"table": args.OneOf("orders")}},
+			{Tool: "db.read", Use: true, Delegate: true,
+				Args: map[string]args.Constraint{"table": args.OneOf("orders")}},
 			{Tool: "deploy", Delegate: true},
 		}})
-		orders, _ := args.New(map[string]args.Value{"table": args.String("orders")})
-		people, _ := args.New(map[string]args.Value{"table": args.String("people")})
-		other, _ := args.New(map[string]args.Value{"shard": args.Int(1)})
+		reads := func(a args.Args) broker.StepRequest {
+			return broker.StepRequest{Delegation: root.ID, Tool: "db.read", Args: a}
+		}
+		orders := reads(table("orders"))
+		unknown, long := step(root, "db.read"), step(root, "db.read")
+		unknown.Delegation, long.Key = "dl000000000000000000000000", string(make([]byte, 129))
 		expired := as("planner")
 		expired.NotAfter = time.Now()
 		for _, row := range []struct {
@@ -138,70 +147,84 @@ func TestRefusals(t *testing.T) {
 			kind   broker.Kind
 			code   broker.Code
 		}{
-			{"nobody", broker.Caller{}, step(root, "db.read"), broker.Unauthenticated, ""},
-			{"expired", expired, step(root, "db.read"), broker.Unauthenticated, broker.CodeExpired},
+			{"no identity", broker.Caller{}, step(root, "db.read"), broker.Unauthenticated, ""},
+			{"an expired identity", expired, step(root, "db.read"), broker.Unauthenticated, broker.CodeExpired},
 			{"not the holder", as("writer"), step(root, "db.read"), broker.NotFound, broker.CodeDelegationUnknown},
-			{"no such delegation", as("planner"), broker.StepRequest{Delegation: "dl000000000000000000000000", Tool: "db.read"}, broker.NotFound, broker.CodeDelegationUnknown},
+			{"no such delegation", as("planner"), unknown, broker.NotFound, broker.CodeDelegationUnknown},
 			{"no such tool", as("planner"), step(root, "rm"), broker.Denied, broker.CodeToolUnknown},
-			{"not delegated", as("planner"), step(root, "db.write"), broker.Denied, broker.CodeToolNotDelegated},
-			{"only to pass on", as("planner"), step(root, "deploy"), broker.Denied, broker.CodeToolNotDelegated},
-			{"argument left out", as("planner"), step(root, "db.read"), broker.Denied, broker.CodeArgumentOutside},
-			{"argument outside", as("planner"), broker.StepRequest{Delegation: root.ID, Tool: "db.read", Args: people}, broker.Denied, broker.CodeArgumentOutside},
-			{"argument unknown", as("planner"), broker.StepRequest{Delegation: root.ID, Tool: "db.read", Args: other}, broker.Denied, broker.CodeArgumentOutside},
-			{"key too long", as("planner"), broker.StepRequest{Delegation: root.ID, Tool: "db.read", Key: string(make([]byte, 129))}, broker.Malformed, ""},
+			{"not in the scope", as("planner"), step(root, "db.write"), broker.Denied, broker.CodeToolNotDelegated},
+			{"delegate only", as("planner"), step(root, "deploy"), broker.Denied, broker.CodeToolNotDelegated},
+			{"argument missing", as("planner"), step(root, "db.read"), broker.Denied, broker.CodeArgumentOutside},
+			{"argument outside", as("planner"), reads(table("people")), broker.Denied, broker.CodeArgumentOutside},
+			{"argument unknown", as("planner"), reads(argsOf(map[string]args.Value{"shard": args.Int(1)})),
+				broker.Denied, broker.CodeArgumentOutside},
+			{"key too long", as("planner"), long, broker.Malformed, ""},
 		} {
 			_, err := w.Issue(ctx, row.caller, row.r)
 			refused(t, row.name, err, row.kind, row.code)
 		}
-		w.issue("planner", broker.StepRequest{Delegation: root.ID, Tool: "db.read", Args: orders})
+		w.issue("planner", orders)
 		w.policy.Answer = func(broker.Question) broker.Decision { return broker.Decision{Allow: true, Failed: true} }
-		_, err := w.Issue(ctx, as("planner"), broker.StepRequest{Delegation: root.ID, Tool: "db.read", Args: orders})
-		refused(t, "a decision that failed to evaluate", err, broker.Denied, broker.CodePolicyDenied)
+		_, err := w.Issue(ctx, as("planner"), orders)
+		refused(t, "Issue with a decision that failed to evaluate", err, broker.Denied, broker.CodePolicyDenied)
 	})
 }
 
 func TestDelegationOnlyNarrows(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
-		root := w.open("planner", broker.OpenRequest{Depth: 2, TTL: 30 * time.Minute, Budget: broker.Budget{Steps: 10}, Rights: []broker.Right{
-			{Tool: "db.read", Use: true, Delegate: true, Args: map[string]args.Constraint{"table": args.OneOf("orders", "items")}},
-			{Tool: "db.write", Use: true},
-			{Tool: "deploy", Delegate: true},
-		}})
-		orders := map[string]args.Constraint{"table": args.OneOf("orders")}
-		wide := map[string]args.Constraint{"table": args.OneOf("orders", "people")}
+		reads := func(tables ...string) broker.Right {
+			return broker.Right{Tool: "db.read", Use: true,
+				Args: map[string]args.Constraint{"table": args.OneOf(tables...)}}
+		}
+		both := reads("orders", "items")
+		both.Delegate = true
+		root := w.open("planner", broker.OpenRequest{Depth: 2, TTL: 30 * time.Minute,
+			Budget: broker.Budget{Steps: 10},
+			Rights: []broker.Right{both, {Tool: "db.write", Use: true}, {Tool: "deploy", Delegate: true}}})
 		pass(time.Minute)
 		for _, row := range []struct {
 			name string
 			r    broker.DelegateRequest
 			code broker.Code
 		}{
-			{"narrower", broker.DelegateRequest{Rights: []broker.Right{{Tool: "db.read", Use: true, Args: orders}}}, ""},
-			{"what it may only pass on", broker.DelegateRequest{Rights: use("deploy")}, ""},
-			{"an argument wider", broker.DelegateRequest{Rights: []broker.Right{{Tool: "db.read", Use: true, Args: wide}}}, broker.CodeDelegationWider},
-			{"an argument left open", broker.DelegateRequest{Rights: use("db.read")}, broker.CodeDelegationWider},
-			{"what it may only use", broker.DelegateRequest{Rights: use("db.write")}, broker.CodeDelegationWider},
-			{"more budget", broker.DelegateRequest{Rights: use("deploy"), Budget: broker.Budget{Steps: 11}}, broker.CodeDelegationWider},
-			{"as long as the parent's whole life, a while later", broker.DelegateRequest{Rights: use("deploy"), TTL: 30 * time.Minute}, ""},
-			{"longer than that", broker.DelegateRequest{Rights: use("deploy"), TTL: 30*time.Minute + time.Second}, broker.CodeDelegationWider},
-			{"as much depth", broker.DelegateRequest{Rights: use("deploy"), Depth: 2}, broker.CodeDelegationWider},
+			{"a narrower argument", broker.DelegateRequest{Rights: []broker.Right{reads("orders")}}, ""},
+			{"a tool that it may only delegate", broker.DelegateRequest{Rights: use("deploy")}, ""},
+			{"a wider argument", broker.DelegateRequest{Rights: []broker.Right{reads("orders", "people")}},
+				broker.CodeDelegationWider},
+			{"an unconstrained argument", broker.DelegateRequest{Rights: use("db.read")}, broker.CodeDelegationWider},
+			{"a tool that it may only use", broker.DelegateRequest{Rights: use("db.write")},
+				broker.CodeDelegationWider},
+			{"a larger budget", broker.DelegateRequest{Rights: use("deploy"), Budget: broker.Budget{Steps: 11}},
+				broker.CodeDelegationWider},
+			{"the TTL that the parent began with", broker.DelegateRequest{Rights: use("deploy"), TTL: 30 * time.Minute},
+				""},
+			{"a longer TTL", broker.DelegateRequest{Rights: use("deploy"), TTL: 30*time.Minute + time.Second},
+				broker.CodeDelegationWider},
+			{"the same depth", broker.DelegateRequest{Rights: use("deploy"), Depth: 2}, broker.CodeDelegationWider},
 		} {
 			row.r.From, row.r.To = root.ID, as("writer").ID
 			d, err := w.Delegate(ctx, as("planner"), row.r)
 			if row.code != "" {
 				refused(t, row.name, err, broker.Denied, row.code)
-			} else if err != nil || d.Holder != as("writer").ID || d.Budget.Steps != 10 || d.Expires.After(root.Expires) {
+				continue
+			}
+			if err != nil || d.Holder != as("writer").ID || d.Budget.Steps != 10 || d.Expires.After(root.Expires) {
 				t.Errorf("%s: Delegate = %+v, %v; want a child with the parent's budget", row.name, d, err)
 			}
 		}
-		last, err := w.Delegate(ctx, as("planner"), broker.DelegateRequest{From: root.ID, To: as("writer").ID, Rights: use("deploy")})
+		delegate := func(from string, parent broker.Delegation, to string) (broker.Delegation, error) {
+			return w.Delegate(ctx, as(from), broker.DelegateRequest{From: parent.ID, To: as(to).ID,
+				Rights: use("deploy")})
+		}
+		last, err := delegate("planner", root, "writer")
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = w.Delegate(ctx, as("writer"), broker.DelegateRequest{From: last.ID, To: as("helper").ID, Rights: use("deploy")})
-		refused(t, "past the depth", err, broker.Denied, broker.CodeDelegationDepth)
-		_, err = w.Delegate(ctx, as("thief"), broker.DelegateRequest{From: root.ID, To: as("thief").ID, Rights: use("deploy")})
-		refused(t, "by somebody else", err, broker.NotFound, broker.CodeDelegationUnknown)
+		_, err = delegate("writer", last, "helper")
+		refused(t, "Delegate below the depth", err, broker.Denied, broker.CodeDelegationDepth)
+		_, err = delegate("thief", root, "thief")
+		refused(t, "Delegate by another caller", err, broker.NotFound, broker.CodeDelegationUnknown)
 	})
 }
 
@@ -213,31 +236,30 @@ func TestIdempotencyKey(t *testing.T) {
 		first := w.issue("planner", r)
 		second := w.issue("planner", r)
 		if !second.Repeated || second.Grant.ID != first.Grant.ID || !second.Secret.Empty() {
-			t.Fatalf("the key again = %+v, want the same grant and no secret", second)
+			t.Fatalf("Issue with a used key = %+v, want the same grant and no secret", second)
 		}
 		r.Tool = "deploy"
 		_, err := w.Issue(ctx, as("planner"), r)
-		refused(t, "the key for another tool", err, broker.Conflict, broker.CodeKeyOtherTool)
+		refused(t, "Issue with a used key for another tool", err, broker.Conflict, broker.CodeKeyOtherTool)
 		r.Tool = "db.read"
-		r.Args, _ = args.New(map[string]args.Value{"table": args.String("orders")})
+		r.Args = table("orders")
 		_, err = w.Issue(ctx, as("planner"), r)
-		refused(t, "the key for other arguments", err, broker.Conflict, broker.CodeKeyOtherArguments)
+		refused(t, "Issue with a used key for other arguments", err, broker.Conflict, broker.CodeKeyOtherArguments)
 		_, err = w.Issue(ctx, as("writer"), r)
-		refused(t, "the key from another caller", err, broker.NotFound, broker.CodeDelegationUnknown)
+		refused(t, "Issue with a used key by another caller", err, broker.NotFound, broker.CodeDelegationUnknown)
 		if n := len(w.target.Alive()); n != 1 {
-			t.Fatalf("%d secrets were made, want 1", n)
+			t.Fatalf("%d secrets were minted, want 1", n)
 		}
 	})
 }
 
-// budgetsOfTen are one for each thing that a budget counts.
+// budgetsOfTen has a budget of ten for each of a budget's limits.
 var budgetsOfTen = map[string]broker.Budget{
 	"steps": {Steps: 10}, "live": {Live: 10}, "per minute": {PerMinute: 10},
 	"tool": {Tools: map[broker.ToolName]int{"db.read": 10}},
 }
 
-// TestBudgetCountsStepsInFlight: fifty agents at once against a budget of ten, and exactly ten get through,
-// whatever the budget counts.
+// TestBudgetCountsStepsInFlight holds that exactly ten of fifty concurrent steps get a secret under a budget of ten.
 func TestBudgetCountsStepsInFlight(t *testing.T) {
 	for name, budget := range budgetsOfTen {
 		t.Run(name, func(t *testing.T) {
@@ -251,11 +273,11 @@ func TestBudgetCountsStepsInFlight(t *testing.T) {
 	}
 }
 
-// TestBudgetOnBolt is TestBudgetCountsStepsInFlight on the embedded ledger: many agents' transactions
-// share one commit there. Each run is a chain of its own.
+// TestBudgetOnBolt is TestBudgetCountsStepsInFlight on the embedded ledger, where concurrent transactions share one
+// commit. Each run has its own chain.
 func TestBudgetOnBolt(t *testing.T) {
 	at := time.Now()
-	pawl := newBoltBroker(t, func() time.Time { return at }) // no minute begins in between
+	pawl := newBoltBroker(t, func() time.Time { return at }) // the clock stands still: no new minute begins
 	for name, budget := range budgetsOfTen {
 		t.Run(name, func(t *testing.T) {
 			for range 25 { // four budgets: a hundred runs
@@ -265,7 +287,7 @@ func TestBudgetOnBolt(t *testing.T) {
 	}
 }
 
-// tenOfFifty fails unless ten of fifty that ask at once get a secret and all others are denied.
+// tenOfFifty fails the test unless ten of fifty concurrent steps get a secret and all others are denied.
 func tenOfFifty(t *testing.T, b *engine.Engine, budget broker.Budget) {
 	t.Helper()
 	root, err := b.Open(ctx, as("planner"), broker.OpenRequest{Task: "a task", Rights: use("db.read"), Budget: budget})
@@ -285,16 +307,17 @@ func tenOfFifty(t *testing.T, b *engine.Engine, budget broker.Budget) {
 	}
 	wg.Wait()
 	if got.Load() != 10 {
-		t.Fatalf("%d of 50 got a secret, want 10", got.Load())
+		t.Fatalf("%d of 50 steps got a secret, want 10", got.Load())
 	}
 }
 
-// TestHistoryIsExact: a rule over the chain's history must hold when its steps race.
+// TestHistoryIsExact holds that a policy over a chain's history decides on the exact history when steps race.
 func TestHistoryIsExact(t *testing.T) {
 	for range 50 {
 		synctest.Test(t, func(t *testing.T) {
 			w := newWorld(t)
-			w.policy.Answer = func(q broker.Question) broker.Decision { // never db.read and deploy in one chain
+			// The policy never allows db.read and deploy in one chain.
+			w.policy.Answer = func(q broker.Question) broker.Decision {
 				other := map[broker.ToolName]broker.ToolName{"db.read": "deploy", "deploy": "db.read"}[q.Tool.Name]
 				return broker.Decision{Allow: q.Action != broker.ActionUse || q.History[other].Count == 0}
 			}
@@ -314,17 +337,18 @@ func TestHistoryIsExact(t *testing.T) {
 			}
 			wg.Wait()
 			if reads.Load() > 0 && deploys.Load() > 0 || reads.Load()+deploys.Load() == 0 {
-				t.Fatalf("%d reads and %d deploys, want one of them alone", reads.Load(), deploys.Load())
+				t.Fatalf("%d reads and %d deploys got a secret, want only reads or only deploys",
+					reads.Load(), deploys.Load())
 			}
 		})
 	}
 }
 
-// dead makes everything that a process could still do fail, from the nth act on.
+// crash fails every act of a process from the nth on.
 type crash struct {
-	mu   sync.Mutex
+	mu   sync.Mutex // guards left and at
 	left int
-	at   string // what the process was about to do, or had just done
+	at   string // the point before or after the first act that failed
 }
 
 var errCrashed = errors.New("the process is dead")
@@ -341,22 +365,23 @@ func (d *crash) act(point string) error {
 	return nil
 }
 
-// TestCrashAnywhere kills the broker before and after each thing that issue and close do to the
-// ledger, to Vault and at the target, starts it again, and finds nothing alive that is not meant to be.
-// A second step of a delegation has its token made while its intent is committed, in either order.
+// TestCrashAnywhere crashes the broker before and after each act of Issue and Close on the ledger, Vault and the
+// target. After a restart, every secret of the process before must end. A delegation's second step is tested too: its
+// token is made while its intent is committed, in either order.
 func TestCrashAnywhere(t *testing.T) {
 	points := map[string]bool{}
 	for _, steps := range []int{0, 1} {
 		crashAtEachAct(t, points, steps)
 	}
-	for _, want := range []string{"ledger", "ledger committed", "branch", "branch done", "child", "child done", "mint", "mint created", "mint done", "kill", "sever", "prove"} {
+	for _, want := range []string{"ledger", "ledger committed", "branch", "branch done", "child", "child done",
+		"mint", "mint created", "mint done", "kill", "sever", "prove"} {
 		if !points[want] {
-			t.Errorf("the walk never died at %q: %v", want, points)
+			t.Errorf("no crash came at %q: %v", want, points)
 		}
 	}
 }
 
-// crashAtEachAct takes some steps, and dies at each act of one more.
+// crashAtEachAct takes some steps, and crashes the broker at each act of one more.
 func crashAtEachAct(t *testing.T, points map[string]bool, steps int) {
 	for n := 1; ; n++ {
 		finished := false
@@ -397,10 +422,10 @@ func crashAtEachAct(t *testing.T, points map[string]bool, steps int) {
 			}
 			pass(2 * time.Minute)
 			w.wantAllClosed()
-			w.issue("planner", step(root, "db.read")) // and it still works
+			w.issue("planner", step(root, "db.read")) // the chain is still usable
 		})
 		if t.Failed() {
-			t.Fatalf("after %d steps and dying at act %d", steps, n)
+			t.Fatalf("after %d steps and a crash at act %d", steps, n)
 		}
 		if finished {
 			return
@@ -408,8 +433,8 @@ func crashAtEachAct(t *testing.T, points map[string]bool, steps int) {
 	}
 }
 
-// TestSingleFaults lets one act fail and the rest go on, at every act in turn: an error
-// is answered, nothing is handed out that the ledger does not know, and all of it ends.
+// TestSingleFaults fails one act of Issue, each in turn, and lets the process continue. Issue returns a secret that
+// works, or Unavailable, and every secret ends.
 func TestSingleFaults(t *testing.T) {
 	for _, fault := range []brokertest.Fault{brokertest.NotCommitted, brokertest.CommittedButFails} {
 		for n := 1; n <= 24; n++ {
@@ -436,7 +461,7 @@ func TestSingleFaults(t *testing.T) {
 					t.Fatalf("fault %v at act %d: Issue = %v, want a secret or Unavailable", fault, n, err)
 				}
 				if err == nil && !w.target.Login(got.Secret.Reveal()) {
-					t.Fatalf("fault %v at act %d: handed out a secret that does not work", fault, n)
+					t.Fatalf("fault %v at act %d: Issue returned a secret that does not work", fault, n)
 				}
 				pass(2 * time.Minute)
 				w.wantAllClosed()
@@ -445,7 +470,7 @@ func TestSingleFaults(t *testing.T) {
 	}
 }
 
-// TestUnknownIsAState: while a mint may still complete, the grant is not called over.
+// TestUnknownIsAState holds that a grant is not CLOSED while Vault may still complete its mint.
 func TestUnknownIsAState(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -461,11 +486,11 @@ func TestUnknownIsAState(t *testing.T) {
 		w.vault.Fail(nil)
 		pass(time.Second)
 		if alive := w.target.Alive(); len(alive) != 0 {
-			t.Fatalf("alive a second later: %v", alive)
+			t.Fatalf("alive after a second: %v, want none", alive)
 		}
 		v, _ := w.Chain(ctx, root.Chain)
 		if g := v.Grants[0]; g.State == broker.StateClosed {
-			t.Fatalf("the grant is CLOSED (%v) while a mint may be on its way", g.Evidence)
+			t.Fatalf("the grant is CLOSED (%v) while its mint may be under way", g.Evidence)
 		}
 		pass(10 * time.Second) // past MintTimeout and MintBound
 		w.wantAllClosed()

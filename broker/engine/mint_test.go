@@ -12,48 +12,48 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// slowLedger takes its time to answer for an update that appends an entry of one kind.
+// slowLedger delays the answer of an update that appends an entry with an op.
 type slowLedger struct {
 	broker.Ledger
-	op broker.Op
-	by time.Duration
+	op    broker.Op
+	delay time.Duration
 }
 
 func (l slowLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
-	var seen bool
+	var appended bool
 	err := l.Ledger.Update(ctx, func(tx broker.Tx) error {
-		seen = false
-		return f(opTx{tx, l.op, &seen})
+		appended = false
+		return f(opTx{tx, l.op, &appended})
 	})
-	if seen {
-		pass(l.by)
+	if appended {
+		pass(l.delay)
 	}
 	return err
 }
 
 type opTx struct {
 	broker.Tx
-	op   broker.Op
-	seen *bool
+	op       broker.Op
+	appended *bool
 }
 
 func (t opTx) Append(e broker.Entry) (broker.Revision, error) {
-	*t.seen = *t.seen || e.Op == t.op
+	*t.appended = *t.appended || e.Op == t.op
 	return t.Tx.Append(e)
 }
 
-// mintVault remembers until when the last mint may last.
+// mintVault counts the mints and keeps the deadline of the last.
 type mintVault struct {
 	broker.Vault
-	after func() // called once each mint was made; nil: nothing
-	mints atomic.Int32
-	until atomic.Pointer[time.Time]
+	after    func() // called after each mint; nil: nothing
+	mints    atomic.Int32
+	deadline atomic.Pointer[time.Time]
 }
 
 func (v *mintVault) Mint(ctx context.Context, token broker.Handle, m broker.Mint) (broker.Lease, broker.Secret, error) {
 	v.mints.Add(1)
-	if until, ok := ctx.Deadline(); ok {
-		v.until.Store(&until)
+	if deadline, ok := ctx.Deadline(); ok {
+		v.deadline.Store(&deadline)
 	}
 	lease, secret, err := v.Vault.Mint(ctx, token, m)
 	if v.after != nil {
@@ -62,25 +62,25 @@ func (v *mintVault) Mint(ctx context.Context, token broker.Handle, m broker.Mint
 	return lease, secret, err
 }
 
-// However long the ledger takes to record the step's token: when a grant settles, whatever was
-// sent for it is over, and a mint whose time is over is not sent.
+// TestMintEndsBeforeItsGrantSettles delays the record of the step's token. However long that takes, no mint is under
+// way once the grant settles. The broker sends no mint after the mint's deadline.
 func TestMintEndsBeforeItsGrantSettles(t *testing.T) {
 	const mintBound = 5 * time.Second // as in start
 	for _, row := range []struct {
 		name  string
-		takes time.Duration
+		delay time.Duration
 		mints int32
-	}{{"at once", 0, 1}, {"a second", time.Second, 1}, {"longer than a mint may", 3 * time.Second, 0}} {
+	}{{"at once", 0, 1}, {"after a second", time.Second, 1}, {"after the mint's deadline", 3 * time.Second, 0}} {
 		t.Run(row.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				vault := &mintVault{Vault: w.vault}
 				w.brokerVault = vault
-				w.start(slowLedger{w.ledger, broker.OpHandle, row.takes})
+				w.start(slowLedger{w.ledger, broker.OpHandle, row.delay})
 				root := w.open("planner", broker.OpenRequest{})
 				got, err := w.Issue(ctx, as("planner"), step(root, "db.read"))
 				if n := vault.mints.Load(); n != row.mints {
-					t.Fatalf("%d mints were sent, want %d", n, row.mints)
+					t.Fatalf("the broker sent %d mints, want %d", n, row.mints)
 				}
 				if row.mints == 0 {
 					refused(t, "Issue, recorded too late", err, broker.Unavailable, broker.CodeLedgerDown)
@@ -91,15 +91,18 @@ func TestMintEndsBeforeItsGrantSettles(t *testing.T) {
 				if err != nil {
 					t.Fatalf("Issue = %v, want a secret", err)
 				}
-				if until := vault.until.Load(); until == nil || got.Grant.Settles.Before(until.Add(mintBound)) {
-					t.Errorf("the grant settles at %v, and its mint may last until %v and %v more", got.Grant.Settles, until, mintBound)
+				deadline := vault.deadline.Load()
+				if deadline == nil || got.Grant.Settles.Before(deadline.Add(mintBound)) {
+					t.Errorf("the grant settles at %v, want it %v after the mint's deadline %v, or later",
+						got.Grant.Settles, mintBound, deadline)
 				}
 			})
 		})
 	}
 }
 
-// What was encoded before a transaction is not put over what the ledger was told meanwhile.
+// TestCloseWhileMinting closes a grant while its mint is under way. The record of the mint, which was encoded before,
+// does not overwrite the ending.
 func TestCloseWhileMinting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -115,7 +118,7 @@ func TestCloseWhileMinting(t *testing.T) {
 			soon, cancel := context.WithTimeout(ctx, time.Millisecond)
 			defer cancel()
 			if g, err := w.Close(soon, as("planner"), v.Grants[0].ID); err != nil || g.Ending != broker.EndingClosed {
-				t.Fatalf("Close = %v, %v, want it on its way to its end", g, err)
+				t.Fatalf("Close = %v, %v, want it ending", g, err)
 			}
 		}
 		w.issue("planner", step(root, "db.read"))
@@ -123,15 +126,15 @@ func TestCloseWhileMinting(t *testing.T) {
 		w.wantAllClosed()
 		v, err := w.Chain(ctx, root.Chain)
 		if err != nil || v.Grants[0].Ending != broker.EndingClosed || v.Grants[0].Lease.ID == "" {
-			t.Fatalf("Chain = %+v, %v, want the grant closed by its agent, with its lease", v.Grants, err)
+			t.Fatalf("Chain = %+v, %v, want the grant closed by its agent, and with its lease", v.Grants, err)
 		}
 	})
 }
 
-// rerunLedger runs what each update does twice, and keeps the second time.
+// rerunLedger runs the function of each update twice, and commits the second run.
 type rerunLedger struct{ broker.Ledger }
 
-var errAgain = errors.New("once more")
+var errAgain = errors.New("run it again")
 
 func (l rerunLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
 	err := l.Ledger.Update(ctx, func(tx broker.Tx) error { return cmp.Or(f(tx), errAgain) })
@@ -141,7 +144,7 @@ func (l rerunLedger) Update(ctx context.Context, f func(broker.Tx) error) error 
 	return l.Ledger.Update(ctx, f)
 }
 
-// A ledger may run what records a step again.
+// TestIssueInRerunTransactions issues a step on a ledger that runs each function of an update again, as a ledger may.
 func TestIssueInRerunTransactions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -152,11 +155,12 @@ func TestIssueInRerunTransactions(t *testing.T) {
 		if err != nil || len(v.Grants) != 1 {
 			t.Fatalf("Chain = %v, %v, want one grant", v, err)
 		}
-		if g := v.Grants[0]; g.State != broker.StateIssued || g.Token.Accessor == "" || g.Settles.IsZero() || g.Lease.ID == "" {
-			t.Errorf("recorded: %+v, want it issued, with its token, its lease and when it settles", g)
+		g := v.Grants[0]
+		if g.State != broker.StateIssued || g.Token.Accessor == "" || g.Settles.IsZero() || g.Lease.ID == "" {
+			t.Errorf("the recorded grant = %+v, want it ISSUED, with Token, Lease and Settles", g)
 		}
-		if g := got.Grant; g.State != broker.StateIssued || g.Lease.ID != v.Grants[0].Lease.ID {
-			t.Errorf("Issue = %+v, want what was recorded: %+v", g, v.Grants[0])
+		if got.Grant.State != broker.StateIssued || got.Grant.Lease.ID != g.Lease.ID {
+			t.Errorf("Issue = %+v, want the recorded grant %+v", got.Grant, g)
 		}
 	})
 }

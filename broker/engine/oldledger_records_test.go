@@ -115,8 +115,8 @@ func (w *oldWriter) useEveryConstraint() {
 		TTL: 3 * time.Hour})
 	helper := w.share(root, agent("archivist/helper"), broker.DelegateRequest{Rights: rights[:1],
 		Budget: broker.Budget{Live: 2, Steps: 2}})
-	w.take(root, broker.StepRequest{Tool: "every", Args: oldArgs(values)})
-	w.end(helper, w.take(helper, broker.StepRequest{Tool: "every", Args: oldArgs(values)}).Grant.ID)
+	w.take(root, broker.StepRequest{Tool: "every", Args: argsOf(values)})
+	w.end(helper, w.take(helper, broker.StepRequest{Tool: "every", Args: argsOf(values)}).Grant.ID)
 }
 
 // endGrants ends grants in each way: by their agent, by their time, by a fence, and by each failure of a mint.

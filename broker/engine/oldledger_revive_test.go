@@ -132,7 +132,7 @@ func (w *oldWorld) nextStep(d broker.Delegation) string {
 		}
 	}
 	r := step(d, d.Scope[i].Tool)
-	r.Args = oldArgs(values)
+	r.Args = argsOf(values)
 	if _, err := w.Issue(ctx, held(d), r); err != nil {
 		return codeOf(err)
 	}

@@ -309,8 +309,8 @@ var everyConstraint = map[string]struct {
 	"all": {`{"all":[{"prefix":"web-"},{"not_one_of":["web-0"]}]}`, args.String("web-9")},
 }
 
-// oldArgs makes a step's arguments.
-func oldArgs(values map[string]args.Value) args.Args {
+// argsOf makes a step's arguments.
+func argsOf(values map[string]args.Value) args.Args {
 	a, err := args.New(values)
 	if err != nil {
 		panic("the test's own arguments: " + err.Error())
@@ -320,7 +320,7 @@ func oldArgs(values map[string]args.Value) args.Args {
 
 // table is the argument of the database tools.
 func table(name string) args.Args {
-	return oldArgs(map[string]args.Value{"table": args.String(name)})
+	return argsOf(map[string]args.Value{"table": args.String(name)})
 }
 
 func everyParameter() map[string]broker.Parameter {

@@ -11,23 +11,24 @@ import (
 	"github.com/pawlsec/pawl/broker/brokertest"
 )
 
-// TestStepTokenBesideIntent: a step's token is made while its intent is being committed, is used for
-// nothing before that, is revoked when the intent is refused, and is not made when the refusal was
-// foreseeable.
+// TestStepTokenBesideIntent holds that the broker makes a step's token while the intent is being committed, and does
+// not mint with it before. It revokes the token when the intent is refused. It makes none when it can foresee the
+// refusal.
 func TestStepTokenBesideIntent(t *testing.T) {
 	for name, row := range map[string]struct {
 		before func(w *world, d broker.Delegation) // after a first step, while nothing is under way
-		during func(w *world, d broker.Delegation) // while the intent waits to be committed
+		during func(w *world, d broker.Delegation) // while the intent waits for its commit
 		budget broker.Budget
 		key    string
 		kind   broker.Kind
-		made   bool // a token was, for the step that is refused
+		made   bool // the broker makes a token for the refused step
 	}{
-		"fenced while it waits": {made: true, kind: broker.Revoked,
+		"fenced during the commit": {made: true, kind: broker.Revoked,
 			during: func(w *world, d broker.Delegation) { w.revoke("subtree:%s", d.ID) }},
-		"fenced before":           {kind: broker.Revoked, before: func(w *world, d broker.Delegation) { w.revoke("subtree:%s", d.ID) }},
-		"the budget is used up":   {kind: broker.Denied, budget: broker.Budget{Steps: 1}},
-		"the key was used before": {key: "once", made: true},
+		"fenced before": {kind: broker.Revoked,
+			before: func(w *world, d broker.Delegation) { w.revoke("subtree:%s", d.ID) }},
+		"the budget is spent":   {kind: broker.Denied, budget: broker.Budget{Steps: 1}},
+		"the key is a used one": {key: "once", made: true},
 		"the ledger is down": {made: true, kind: broker.Unavailable, before: func(w *world, _ broker.Delegation) {
 			w.ledger.Fail(func(int, []broker.Entry) brokertest.Fault { return brokertest.NotCommitted })
 		}},
@@ -37,8 +38,8 @@ func TestStepTokenBesideIntent(t *testing.T) {
 				w := newWorld(t)
 				w.Stop()
 				resume := make(chan struct{})
-				late := &pausedLedger{Ledger: w.ledger, paused: make(chan struct{}), resume: resume}
-				w.start(late)
+				ledger := &pausedLedger{Ledger: w.ledger, paused: make(chan struct{}), resume: resume}
+				w.start(ledger)
 				root := w.open("planner", broker.OpenRequest{Budget: row.budget})
 				r := step(root, "db.read")
 				r.Key = row.key
@@ -51,17 +52,17 @@ func TestStepTokenBesideIntent(t *testing.T) {
 					if point == "child" {
 						children.Add(1)
 						if row.during != nil {
-							<-late.paused
+							<-ledger.paused
 							row.during(w, root)
 							close(resume)
 						}
 					}
 					if point == "mint" {
-						t.Error("a step that is refused was minted for")
+						t.Error("the broker minted for a refused step")
 					}
 					return nil
 				})
-				late.next.Store(row.during != nil)
+				ledger.next.Store(row.during != nil)
 				got, err := w.Issue(ctx, as("planner"), r)
 				if broker.KindOf(err) != row.kind && !(row.kind == 0 && err == nil && got.Repeated) {
 					t.Errorf("Issue = %+v, %v; want kind %v", got, err, row.kind)
@@ -69,23 +70,23 @@ func TestStepTokenBesideIntent(t *testing.T) {
 				w.ledger.Fail(nil)
 				pass(10 * time.Millisecond)
 				if made := children.Load() > 0; made != row.made {
-					t.Errorf("a token was made: %v, want %v", made, row.made)
+					t.Errorf("the broker made a token: %v, want %v", made, row.made)
 				}
 				pass(2 * time.Minute)
 				if n := w.vault.Steps(); n != 0 {
-					t.Errorf("%d tokens of steps are alive, want none", n)
+					t.Errorf("%d step tokens are alive, want none", n)
 				}
 			})
 		})
 	}
 }
 
-// pausedLedger has one update wait.
+// pausedLedger pauses one update.
 type pausedLedger struct {
 	broker.Ledger
-	next   atomic.Bool   // the next one is it
-	paused chan struct{} // closed when it does
-	resume <-chan struct{}
+	next   atomic.Bool     // pause the next update
+	paused chan struct{}   // closed once the update has paused
+	resume <-chan struct{} // the update continues when it is closed
 }
 
 func (l *pausedLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
