@@ -13,15 +13,15 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// TestRevocationsCloseThroughFaults fails each commit of a revocation in turn, before and after it
-// was applied: without a restart the chain is dead and every revocation in the ledger CLOSED. An
-// operator repeats what was not acknowledged; whoever broke policy does not.
+// TestRevocationsCloseThroughFaults fails each commit of a revocation in turn, before and after it is applied. Without
+// a restart, the chain is dead and every revocation in the ledger is CLOSED. An operator repeats a command that failed.
+// An agent that broke policy does not repeat its request.
 func TestRevocationsCloseThroughFaults(t *testing.T) {
-	for name, end := range map[string]func(w *world, root broker.Delegation) error{
+	for name, revoke := range map[string]revoking{
 		"operator": func(w *world, root broker.Delegation) (err error) {
 			s, err := selector.Parse("chain:" + string(root.Chain))
 			for range 2 {
-				if _, err = w.Revoke(ctx, broker.Operator{Name: "ana"}, selector.Request{Selector: s, Reason: "a test"}); err == nil {
+				if _, err = w.Revoke(ctx, responder, selector.Request{Selector: s, Reason: "a test"}); err == nil {
 					break
 				}
 			}
@@ -29,59 +29,64 @@ func TestRevocationsCloseThroughFaults(t *testing.T) {
 		},
 		"violation": func(w *world, root broker.Delegation) error {
 			w.policy.Answer = func(q broker.Question) broker.Decision {
-				return broker.Decision{Consequence: broker.ConsequenceRevokeChain, Policies: []string{"no-" + string(q.Tool.Name)}}
+				return broker.Decision{Consequence: broker.ConsequenceRevokeChain,
+					Policies: []string{"no-" + string(q.Tool.Name)}}
 			}
 			if _, err := w.Issue(ctx, as("root"), step(root, "db.write")); err == nil {
-				return errors.New("a forbidden tool was given")
+				return errors.New("a step with a forbidden tool got a secret")
 			}
 			return nil
 		},
 	} {
 		for _, fault := range []brokertest.Fault{brokertest.NotCommitted, brokertest.CommittedButFails} {
-			for n, came := 1, true; came; n++ {
+			for n, failed := 1, true; failed; n++ {
 				t.Run(fmt.Sprintf("%s/%d/commit %d", name, fault, n), func(t *testing.T) {
-					synctest.Test(t, func(t *testing.T) { came = settlesThrough(t, end, fault, n) })
+					synctest.Test(t, func(t *testing.T) { failed = closesThrough(t, revoke, fault, n) })
 				})
 			}
 		}
 	}
 }
 
-// settlesThrough reports whether there was an n-th commit.
-func settlesThrough(t *testing.T, end func(*world, broker.Delegation) error, fault brokertest.Fault, n int) (came bool) {
+// revoking revokes the chain of a root.
+type revoking func(w *world, root broker.Delegation) error
+
+// closesThrough fails the n-th commit. It reports whether there was one.
+func closesThrough(t *testing.T, revoke revoking, fault brokertest.Fault, n int) (failed bool) {
 	w := newWorld(t)
 	root := w.open("root", broker.OpenRequest{})
 	w.issue("root", step(root, "db.read"))
-	var refused atomic.Bool // Vault refuses to revoke a token, once; steps' and delegations' are revoked at the same time
+	// Vault refuses once to revoke a token. The tokens of steps and of delegations are revoked at the same time.
+	var refused atomic.Bool
 	w.vault.Fail(func(point string) error {
 		if point == "kill" && !refused.Swap(true) {
 			return errors.New("sealed")
 		}
 		return nil
 	})
-	lost := false // a fence that was not written, and that nobody asks for again
+	lost := false // the fence of a violation was not committed, and no request repeats it
 	w.ledger.Fail(func(i int, entries []broker.Entry) brokertest.Fault {
 		if i != n {
 			return brokertest.None
 		}
-		came, lost = true, fault == brokertest.NotCommitted && entries[0].Op == broker.OpViolation
+		failed, lost = true, fault == brokertest.NotCommitted && entries[0].Op == broker.OpViolation
 		return fault
 	})
-	if err := end(w, root); err != nil {
+	if err := revoke(w, root); err != nil {
 		t.Fatal(err)
 	}
-	pass(30 * time.Second) // half of the secret's life
+	pass(30 * time.Second) // half of the secret's TTL
 	all, err := w.Revocations(ctx)
 	if err != nil || len(all) == 0 && !lost {
-		t.Fatalf("Revocations() = %v, %v", all, err)
+		t.Fatalf("Revocations() = %v, %v; want at least one", all, err)
 	}
 	for _, rv := range all {
 		if rv.Closure != broker.ClosureClosed || rv.Settled.IsZero() || rv.Dead != rv.Grants {
-			t.Errorf("the revocation is %+v, want it settled as CLOSED", rv)
+			t.Errorf("revocation = %+v, want it CLOSED and all grants dead", rv)
 		}
 	}
 	if !lost {
 		w.wantAllClosed()
 	}
-	return came
+	return failed
 }

@@ -13,8 +13,8 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// TestSweepLeases: of what Vault lists, only what the ledger does not know and no issue can still be about to
-// record is ended, and one that cannot be ended keeps no other alive.
+// TestSweepLeases holds that a sweep revokes the leases that the ledger does not know, except young ones: an issue may
+// be about to record these. A lease that Vault cannot revoke stops no other revocation.
 func TestSweepLeases(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -29,31 +29,24 @@ func TestSweepLeases(t *testing.T) {
 		w.vault.Plant("young", time.Now())
 		s, err := w.Sweep(ctx)
 		if err == nil || s.Leases != 2 {
-			t.Errorf("Sweep = %+v, %v; want 2 strays ended and an error for the others", s, err)
+			t.Errorf("Sweep = %+v, %v; want 2 orphans revoked and an error for the others", s, err)
 		}
 		if got, want := w.vault.LeaseIDs(), []string{"a-stuck", known, "young", "z-stuck"}; !slices.Equal(got, want) {
 			t.Errorf("leases = %v, want %v", got, want)
 		}
 		w.vault.Stick("a-stuck", false)
 		w.vault.Stick("z-stuck", false)
-		pass(10 * time.Second) // then the young one is nobody's
+		pass(10 * time.Second) // then the young lease is an orphan
 		if s, err = w.Sweep(ctx); err != nil || s.Leases != 3 || !slices.Equal(w.vault.LeaseIDs(), []string{known}) {
-			t.Errorf("Sweep later = %+v, %v, %v left; want the known lease alone", s, err, w.vault.LeaseIDs())
+			t.Errorf("Sweep later = %+v, %v, leases %v; want only the known lease left", s, err, w.vault.LeaseIDs())
 		}
-		strays := 0
-		entries, _ := w.Entries(ctx, 0, 1000)
-		for _, e := range entries {
-			if e.Op == broker.OpOrphan {
-				strays++
-			}
-		}
-		if strays != 5 {
-			t.Errorf("%d strays in the audit, want 5", strays)
+		if n := w.countEntries(broker.OpOrphan); n != 5 {
+			t.Errorf("the audit log has %d orphans, want 5", n)
 		}
 	})
 }
 
-// asked notes for which tools leases were listed.
+// leaseLister keeps the tools whose leases the broker listed.
 type leaseLister struct {
 	broker.Vault
 	tools [][]broker.Tool
@@ -64,8 +57,8 @@ func (a *leaseLister) Leases(_ context.Context, tools []broker.Tool) ([]broker.F
 	return nil, nil
 }
 
-// TestSweepCoversEarlierTools: a lease of a tool that the running bundle has elsewhere, or no more, is looked for at
-// the path that it came from, as long as its grant lives.
+// TestSweepCoversEarlierTools changes the path of one tool in the running bundle, and removes another. While their
+// grants are live, a sweep also lists the leases at the paths from which the secrets came.
 func TestSweepCoversEarlierTools(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -81,19 +74,21 @@ func TestSweepCoversEarlierTools(t *testing.T) {
 		if _, err := w.Sweep(ctx); err != nil {
 			t.Fatal(err)
 		}
-		if len(vault.tools) != 2 || vault.tools[0] != nil || len(vault.tools[1]) != 1 || strings.Join(vault.tools[1][0].Path, "/") != "target/creds" {
-			t.Errorf("leases were listed of %v, want the running bundle's and then those below target/creds", vault.tools)
+		if len(vault.tools) != 2 || vault.tools[0] != nil || len(vault.tools[1]) != 1 ||
+			strings.Join(vault.tools[1][0].Path, "/") != "target/creds" {
+			t.Errorf("the sweep listed leases of %v, want those of the running bundle, then those below target/creds",
+				vault.tools)
 		}
 		pass(2 * time.Minute)
 		vault.tools = nil
 		if _, err := w.Sweep(ctx); err != nil || len(vault.tools) != 1 {
-			t.Errorf("with none of them alive, leases were listed of %v, %v; want the running bundle's alone", vault.tools, err)
+			t.Errorf("after their end a sweep listed leases of %v, %v; want the running bundle's", vault.tools, err)
 		}
 	})
 }
 
-// TestSweptBeforeClosed: the answer of a mint was lost, and Vault wrote a lease that the ledger does not know. The
-// revocation is not CLOSED while it is there.
+// TestSweptBeforeClosed loses the answer of a mint, and Vault writes a lease that the ledger does not know. The
+// revocation is not CLOSED before a sweep has revoked that lease.
 func TestSweptBeforeClosed(t *testing.T) {
 	for _, restarts := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
@@ -116,10 +111,10 @@ func TestSweptBeforeClosed(t *testing.T) {
 			})
 			rv := w.revoke("chain:%s", root.Chain)
 			pass(6 * time.Second)
-			w.vault.Plant("target/creds/late", time.Now()) // as late as Vault's bound allows
+			w.vault.Plant("target/creds/late", time.Now()) // as late as MintBound allows
 			pass(time.Minute)
 			if got := w.wantClosure(rv, broker.ClosureUnknown); !got.Unswept || got.Unknown != 0 || got.Dead != 2 {
-				t.Errorf("before the sweep: %+v, want all dead and yet not closed", got)
+				t.Errorf("before the sweep: %+v, want all grants dead, and Unswept", got)
 			}
 			if restarts {
 				w.Stop()
@@ -128,21 +123,21 @@ func TestSweptBeforeClosed(t *testing.T) {
 			w.vault.Fail(nil)
 			pass(10 * time.Second)
 			if got := w.wantClosure(rv, broker.ClosureClosed); got.Unswept {
-				t.Errorf("CLOSED and unswept: %+v", got)
+				t.Errorf("after the sweep: %+v, want it swept", got)
 			}
 			w.wantAllClosed()
 		})
 	}
 }
 
-// TestYoungLeaseDelaysClosure: a lease that may be the lost mint's, and is too young to be told from another issue's,
-// keeps the revocation open until it is old enough; what was minted later does not.
+// TestYoungLeaseDelaysClosure holds that an unknown lease that may be the lost mint's delays the closure while it is
+// young: another issue may be about to record it. A lease that was minted later does not delay the closure.
 func TestYoungLeaseDelaysClosure(t *testing.T) {
 	for _, row := range []struct {
 		name   string
-		issued time.Duration // after the fence
-		open   bool
-	}{{"in time to be the lost one", 6 * time.Second, true}, {"minted later", 40 * time.Second, false}} {
+		minted time.Duration // after the fence
+		delays bool
+	}{{"minted within the bound", 6 * time.Second, true}, {"minted later", 40 * time.Second, false}} {
 		t.Run(row.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
@@ -156,27 +151,25 @@ func TestYoungLeaseDelaysClosure(t *testing.T) {
 				_, _ = w.Issue(ctx, as("root"), step(root, "db.read"))
 				w.vault.Fail(nil)
 				rv := w.revoke("chain:%s", root.Chain)
-				w.vault.Plant("target/creds/young", time.Now().Add(row.issued))
+				w.vault.Plant("target/creds/young", time.Now().Add(row.minted))
 				pass(11 * time.Second) // past Settles, and the lease is not 7 s old
-				want := broker.ClosureClosed
-				if row.open {
-					want = broker.ClosureUnknown
-				}
-				w.wantClosure(rv, want)
-				if row.open {
-					pass(10 * time.Second)
+				if !row.delays {
 					w.wantClosure(rv, broker.ClosureClosed)
-					if left := w.vault.LeaseIDs(); len(left) != 0 {
-						t.Errorf("CLOSED with %v alive", left)
-					}
+					return
+				}
+				w.wantClosure(rv, broker.ClosureUnknown)
+				pass(10 * time.Second)
+				w.wantClosure(rv, broker.ClosureClosed)
+				if left := w.vault.LeaseIDs(); len(left) != 0 {
+					t.Errorf("leases %v are alive when the revocation is CLOSED, want none", left)
 				}
 			})
 		})
 	}
 }
 
-// TestNoSweepWithoutALostMint: listing leases costs a request each, so a revocation none of whose mints was lost asks
-// for none.
+// TestNoSweepWithoutALostMint holds that a revocation without a lost mint lists no leases: Vault is asked about each
+// lease in a request of its own.
 func TestNoSweepWithoutALostMint(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -195,22 +188,22 @@ func TestNoSweepWithoutALostMint(t *testing.T) {
 		pass(time.Second)
 		w.wantClosure(rv, broker.ClosureClosed)
 		if n := listed.Load(); n != 0 {
-			t.Errorf("leases were listed %d times, want never", n)
+			t.Errorf("the broker listed leases %d times, want never", n)
 		}
 	})
 }
 
-// TestIrrevocableLeases: what Vault has given up revoking is said once, shown with its grant, never called dead, and
-// tried again until it goes.
+// TestIrrevocableLeases holds that a lease that Vault has given up revoking raises one alarm and shows in its grant's
+// evidence. Its grant is not dead, and the broker retries until the lease is gone.
 func TestIrrevocableLeases(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("root", broker.OpenRequest{})
 		w.issue("root", step(root, "db.read"))
 		lease := w.vault.LeaseIDs()[0]
-		w.issue("other", step(w.open("other", broker.OpenRequest{}), "db.read")) // whose lease is well
-		w.vault.Plant("somebody/elses", time.Now().Add(time.Hour))
-		w.vault.Stick("somebody/elses", true)
+		w.issue("other", step(w.open("other", broker.OpenRequest{}), "db.read")) // Vault can revoke this lease
+		w.vault.Plant("of/another/client", time.Now().Add(time.Hour))
+		w.vault.Stick("of/another/client", true)
 		w.vault.Stick(lease, true)
 		rv := w.revoke("chain:%s", root.Chain)
 		pass(time.Second)
@@ -221,17 +214,21 @@ func TestIrrevocableLeases(t *testing.T) {
 			pass(time.Second)
 		}
 		if n := w.Irrevocable(); n != 1 {
-			t.Errorf("Irrevocable() = %d, want ours alone", n)
+			t.Errorf("Irrevocable() = %d, want only the lease of the grant", n)
 		}
-		if said := w.countAlarms("given up revoking"); said != 1 {
-			t.Errorf("it was said %d times, want once", said)
+		if n := w.countAlarms("given up revoking"); n != 1 {
+			t.Errorf("the broker raised %d alarms about it, want 1", n)
 		}
 		v, err := w.Chain(ctx, root.Chain)
-		if err != nil || !slices.ContainsFunc(v.Grants[0].Evidence, func(e broker.Evidence) bool { return strings.Contains(e.Answer, "given up revoking") }) {
-			t.Errorf("grant = %+v, %v; want it to say that Vault has given up", v.Grants[0], err)
+		if err != nil {
+			t.Fatal(err)
+		}
+		givenUp := func(e broker.Evidence) bool { return strings.Contains(e.Answer, "given up revoking") }
+		if g := v.Grants[0]; !slices.ContainsFunc(g.Evidence, givenUp) {
+			t.Errorf("grant = %+v, want evidence that Vault has given up", g)
 		}
 		w.wantClosure(rv, broker.ClosureUnknown)
-		w.vault.Stick(lease, false) // the database is back
+		w.vault.Stick(lease, false) // Vault can revoke it again
 		if _, err := w.Sweep(ctx); err != nil {
 			t.Fatal(err)
 		}
@@ -243,44 +240,45 @@ func TestIrrevocableLeases(t *testing.T) {
 	})
 }
 
-// TestStuckLeaseCostIsConstant: each sweep has a lease that Vault has given up tried again, and however long that goes on,
-// it is looked at no more often than at first.
+// TestStuckLeaseCostIsConstant holds that the broker looks up a lease that Vault has given up no more often after many
+// sweeps than after the first, although each sweep ends its grant again.
 func TestStuckLeaseCostIsConstant(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("root", broker.OpenRequest{})
 		w.issue("root", step(root, "db.read"))
 		w.vault.Stick(w.vault.LeaseIDs()[0], true)
-		var looks atomic.Int32
+		var lookups atomic.Int32
 		w.vault.Fail(func(point string) error {
 			if point == "gone" {
-				looks.Add(1)
+				lookups.Add(1)
 			}
 			return nil
 		})
 		rv := w.revoke("chain:%s", root.Chain)
-		minutes := func(n int) int32 {
-			looks.Store(0)
-			for range n {
+		lookupsIn := func(minutes int) int32 {
+			lookups.Store(0)
+			for range minutes {
 				if _, err := w.Sweep(ctx); err != nil {
 					t.Fatal(err)
 				}
 				pass(time.Minute)
 			}
-			return looks.Load()
+			return lookups.Load()
 		}
-		minutes(2)
-		first := minutes(5)
-		minutes(40)
-		if later := minutes(5); first == 0 || later > first*3/2 {
-			t.Errorf("in five minutes it is looked at %d times at first, and %d times later; want no more", first, later)
+		lookupsIn(2)
+		first := lookupsIn(5)
+		lookupsIn(40)
+		if later := lookupsIn(5); first == 0 || later > first*3/2 {
+			t.Errorf("five minutes have %d lookups at first and %d later, want no more than half as many again",
+				first, later)
 		}
 		w.wantClosure(rv, broker.ClosureUnknown)
 	})
 }
 
-// TestStuckLeaseIsRetriedBetweenSweeps: however often sweeps hurry a lease that Vault has given up, it is revoked by
-// name, for which a grant that was hurried a moment ago would be given time.
+// TestStuckLeaseIsRetriedBetweenSweeps sweeps so often that no grant reaches the checks after which its lease is
+// revoked by name. A lease that Vault has given up is revoked by name all the same.
 func TestStuckLeaseIsRetriedBetweenSweeps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -288,17 +286,17 @@ func TestStuckLeaseIsRetriedBetweenSweeps(t *testing.T) {
 		w.issue("root", step(root, "db.read"))
 		w.vault.Stick(w.vault.LeaseIDs()[0], true)
 		w.revoke("chain:%s", root.Chain)
-		tried := func() int { return w.countAlarms("outlived its token") }
+		tries := func() int { return w.countAlarms("outlived its token") }
 		pass(5 * time.Second)
-		before := tried()
+		before := tries()
 		for range 40 {
 			if _, err := w.Sweep(ctx); err != nil {
 				t.Fatal(err)
 			}
 			pass(500 * time.Millisecond)
 		}
-		if n := tried() - before; n < 20 {
-			t.Errorf("in 20 s with 40 sweeps it was tried %d times, want about once for each", n)
+		if n := tries() - before; n < 20 {
+			t.Errorf("in 20 s with 40 sweeps the broker tried %d times to revoke the lease, want 20 or more", n)
 		}
 	})
 }
