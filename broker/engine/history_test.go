@@ -20,22 +20,21 @@ import (
 	"github.com/pawlsec/pawl/broker/engine"
 )
 
-// action is one thing that somebody did to a chain, as seen from outside the broker.
+// action is an operation of a client on a chain, as seen from outside the broker.
 type action string
 
 const (
-	handOver action = "hand over" // a step was asked for; true: its secret was handed over, false: refused as revoked
-	tried    action = "try"       // a captured secret was tried at the target; true: it works
-	fence    action = "fence"     // the chain was revoked and that was acknowledged
-	closed   action = "closed"    // its revocation was seen to be CLOSED
+	handOver action = "hand over" // Issue; true: it handed a secret over, false: it was refused as revoked
+	tried    action = "try"       // a login at the target with a captured secret; true: it works
+	fence    action = "fence"     // Revoke, which was acknowledged
+	closed   action = "closed"    // a read of the revocation that was CLOSED
 )
 
-// chainState is all that the model knows of a chain: two promises, each kept once and for good.
+// chainState is the model's state of a chain: two promises, each final.
 type chainState struct{ fenced, closed bool }
 
-// promises is the model: a secret is handed over only before the fence and refused only after
-// it, works only before CLOSED was said and is dead only after the fence, and CLOSED is said of what
-// is fenced. Every chain is a history of its own, numbered by the operations' Metadata.
+// promises is the model. A secret is handed over only before the fence, and refused only after it. It works only before
+// CLOSED, and is dead only after the fence. Only a fenced chain is CLOSED. Each chain is a history of its own.
 var promises = porcupine.Model{
 	Init: func() any { return chainState{} },
 	Step: func(state, input, output any) (bool, any) {
@@ -52,24 +51,24 @@ var promises = porcupine.Model{
 	},
 }
 
-// recorder stamps what happens with the ticks of one counter, so that what ended before another
-// thing began has the smaller stamp, on a clock that stands still too.
+// recorder stamps the calls and returns of operations with the ticks of a counter. An operation that returned before
+// another was called has the smaller stamp, although the bubble's clock stands still.
 type recorder struct {
 	ticks atomic.Int64
-	mu    sync.Mutex // guards what follows
+	mu    sync.Mutex // guards seen
 	seen  map[broker.ChainID][]porcupine.Operation
 }
 
 func (r *recorder) now() int64 { return r.ticks.Add(1) }
 
-func (r *recorder) add(chain broker.ChainID, client int, what action, call int64, output bool) {
-	op := porcupine.Operation{ClientId: client, Input: what, Call: call, Output: output, Return: r.now()}
+func (r *recorder) add(chain broker.ChainID, client int, a action, call int64, output bool) {
+	op := porcupine.Operation{ClientId: client, Input: a, Call: call, Output: output, Return: r.now()}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.seen[chain] = append(r.seen[chain], op)
 }
 
-// check gives the worst that porcupine says of any chain.
+// check returns porcupine's result: Ok when it is Ok for every chain.
 func (r *recorder) check() porcupine.CheckResult {
 	for _, history := range r.seen {
 		if !porcupine.CheckOperations(promises, history) {
@@ -79,25 +78,25 @@ func (r *recorder) check() porcupine.CheckResult {
 	return porcupine.Ok
 }
 
-// delayingVault holds some mints back until their chain's revocation is acknowledged: half of those
-// before Vault has minted, half with the answer on its way. It notes when an answer arrived, since
-// the commit that decides about the hand-over comes after that.
+// delayingVault delays some mints until their chain's revocation is acknowledged, half of them before Vault mints and
+// half after. It stamps the arrival of each answer: the commit that decides on the hand-over comes after it.
 type delayingVault struct {
 	*brokertest.Vault
 	*recorder
 	acknowledged map[broker.ChainID]chan struct{}
 
-	mu      sync.Mutex // guards what follows
+	mu      sync.Mutex // guards grants, delayed and arrived
 	grants  map[string]broker.Grant
-	held    map[broker.ChainID]int
+	delayed map[broker.ChainID]int
 	arrived map[broker.GrantID]int64
 }
 
-// mostHeld mints of a chain wait at once, so that others go on.
-const mostHeld = 3
+// mostDelayed is the number of a chain's mints that are delayed. The others continue.
+const mostDelayed = 3
 
-func (v *delayingVault) CreateStepToken(ctx context.Context, g broker.Grant, name, policy string) (broker.Handle, error) {
-	h, err := v.Vault.CreateStepToken(ctx, g, name, policy)
+func (v *delayingVault) CreateStepToken(ctx context.Context, g broker.Grant, name, policy string) (
+	h broker.Handle, err error) {
+	h, err = v.Vault.CreateStepToken(ctx, g, name, policy)
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.grants[h.Accessor] = g
@@ -108,24 +107,24 @@ func (v *delayingVault) Mint(ctx context.Context, h broker.Handle, m broker.Mint
 	v.mu.Lock()
 	g := v.grants[h.Accessor]
 	before, after := false, false
-	if v.held[g.Chain] < mostHeld && rand.N(10) == 0 {
-		v.held[g.Chain]++
-		before = v.held[g.Chain]%2 == 0
+	if v.delayed[g.Chain] < mostDelayed && rand.N(10) == 0 {
+		v.delayed[g.Chain]++
+		before = v.delayed[g.Chain]%2 == 0
 		after = !before
 	}
 	v.mu.Unlock()
-	hold := func(held bool) {
-		if !held {
+	delay := func(delayed bool) {
+		if !delayed {
 			return
 		}
 		select {
 		case <-v.acknowledged[g.Chain]:
-		case <-ctx.Done(): // so many wait that nobody asks any more
+		case <-ctx.Done(): // so many clients wait that none makes the attempts after which the chain is revoked
 		}
 	}
-	hold(before)
+	delay(before)
 	lease, secret, err := v.Vault.Mint(ctx, h, m)
-	hold(after)
+	delay(after)
 	v.mu.Lock()
 	v.arrived[g.ID] = v.now()
 	v.mu.Unlock()
@@ -138,9 +137,8 @@ func (v *delayingVault) answered(id broker.GrantID) int64 {
 	return v.arrived[id]
 }
 
-// blindLedger takes the conditional commit out: transactions that change something do not see
-// fences, and keep those that are there. Reading alone shows them, so that asking after the fence
-// is refused as ever.
+// blindLedger takes out the conditional commit: updates do not see fences, and keep the existing ones. Views show the
+// fences, so a request after the fence is refused as before.
 type blindLedger struct{ broker.Ledger }
 
 func (l blindLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
@@ -149,18 +147,19 @@ func (l blindLedger) Update(ctx context.Context, f func(broker.Tx) error) error 
 
 type blindTx struct{ broker.Tx }
 
-func marked(key string) bool { return strings.HasPrefix(key, "d/") || strings.HasPrefix(key, "g/") }
+// hasFence reports whether a record has a field for a fence: delegations and grants have.
+func hasFence(key string) bool { return strings.HasPrefix(key, "d/") || strings.HasPrefix(key, "g/") }
 
 func (tx blindTx) Get(key string) ([]byte, error) {
 	raw, err := tx.Tx.Get(key)
-	if err != nil || raw == nil || !marked(key) {
+	if err != nil || raw == nil || !hasFence(key) {
 		return raw, err
 	}
-	return without(raw, nil)
+	return withFence(raw, nil)
 }
 
 func (tx blindTx) Put(key string, value []byte) error {
-	if value == nil || !marked(key) {
+	if value == nil || !hasFence(key) {
 		return tx.Tx.Put(key, value)
 	}
 	raw, err := tx.Tx.Get(key)
@@ -175,35 +174,35 @@ func (tx blindTx) Put(key string, value []byte) error {
 		return err
 	}
 	if fence, ok := fields[fenceField(fields)]; ok {
-		if value, err = without(value, fence); err != nil {
+		if value, err = withFence(value, fence); err != nil {
 			return err
 		}
 	}
 	return tx.Tx.Put(key, value)
 }
 
-// fieldsOf gives the members of a record, which follow the version of its format.
+// fieldsOf returns the members of a record. They follow the byte with the version of its format.
 func fieldsOf(raw []byte) (fields map[int]cbor.RawMessage, err error) {
 	return fields, cbor.Unmarshal(raw[1:], &fields)
 }
 
-// fenceField is the key of the fence in a delegation, or in a grant.
+// fenceField returns the key of the fence in a delegation or in a grant.
 func fenceField(fields map[int]cbor.RawMessage) int {
-	if _, grant := fields[17]; grant { // the path that it is minted at
+	if _, grant := fields[17]; grant { // the path in Vault, which only a grant has
 		return 24
 	}
 	return 11
 }
 
-// without gives a record without its fence, or with another one.
-func without(raw []byte, other cbor.RawMessage) ([]byte, error) {
+// withFence replaces the fence of a record; nil: it removes the fence.
+func withFence(raw []byte, fence cbor.RawMessage) ([]byte, error) {
 	fields, err := fieldsOf(raw)
 	if err != nil {
 		return nil, err
 	}
 	at := fenceField(fields)
-	if delete(fields, at); other != nil {
-		fields[at] = other
+	if delete(fields, at); fence != nil {
+		fields[at] = fence
 	}
 	body, err := cbor.Marshal(fields)
 	return append([]byte{raw[0]}, body...), err
@@ -216,8 +215,7 @@ func (tx blindTx) Scan(prefix, after string, f func(string, []byte) bool) error 
 	return tx.Tx.Scan(prefix, after, f)
 }
 
-// storm is one round: clients that ask for steps in all chains at once, and somebody who
-// revokes each chain in the middle of that.
+// round is one history of clients that take steps in all chains at once, while each chain is revoked.
 type round struct {
 	*world
 	*recorder
@@ -226,11 +224,11 @@ type round struct {
 }
 
 type roundChain struct {
-	id    broker.ChainID
-	d     map[string]broker.Delegation
-	after int64 // attempts at which it is revoked
-	asked atomic.Int64
-	full  chan struct{} // closed when asked has reached after
+	id       broker.ChainID
+	d        map[string]broker.Delegation
+	after    int64 // attempts after which it is revoked
+	attempts atomic.Int64
+	full     chan struct{} // closed when there were more attempts than after
 }
 
 const (
@@ -240,7 +238,8 @@ const (
 )
 
 func newRound(t *testing.T, ledger func(broker.Ledger) broker.Ledger) *round {
-	w := &world{t: t, ledger: brokertest.NewMemory(), target: brokertest.NewTarget(), policy: brokertest.AllowAll("db.read", "deploy")}
+	w := &world{t: t, ledger: brokertest.NewMemory(), target: brokertest.NewTarget(),
+		policy: brokertest.AllowAll("db.read", "deploy")}
 	w.policy.Answer = func(q broker.Question) broker.Decision {
 		if q.Tool.Name == "deploy" && q.Action == broker.ActionUse {
 			return broker.Decision{Consequence: broker.ConsequenceRevokeChain}
@@ -248,11 +247,12 @@ func newRound(t *testing.T, ledger func(broker.Ledger) broker.Ledger) *round {
 		return broker.Decision{Allow: true}
 	}
 	s := &round{world: w, recorder: &recorder{seen: map[broker.ChainID][]porcupine.Operation{}}}
-	s.vault = &delayingVault{Vault: brokertest.NewVault(w.target), recorder: s.recorder, acknowledged: map[broker.ChainID]chan struct{}{},
-		grants: map[string]broker.Grant{}, held: map[broker.ChainID]int{}, arrived: map[broker.GrantID]int64{}}
-	w.vault = s.vault.Vault // what it holds is looked at in the end
-	b, err := engine.New(engine.Config{Ledger: ledger(w.ledger), Policy: func() broker.Policy { return w.policy }, Vault: s.vault,
-		Backends: map[string]broker.Backend{"target": w.target}, Now: time.Now, Random: crand.Reader,
+	s.vault = &delayingVault{Vault: brokertest.NewVault(w.target), recorder: s.recorder,
+		acknowledged: map[broker.ChainID]chan struct{}{}, grants: map[string]broker.Grant{},
+		delayed: map[broker.ChainID]int{}, arrived: map[broker.GrantID]int64{}}
+	w.vault = s.vault.Vault // for wantAllClosed
+	b, err := engine.New(engine.Config{Ledger: ledger(w.ledger), Policy: func() broker.Policy { return w.policy },
+		Vault: s.vault, Backends: map[string]broker.Backend{"target": w.target}, Now: time.Now, Random: crand.Reader,
 		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: -1})
 	if err != nil {
 		t.Fatal(err)
@@ -266,7 +266,8 @@ func newRound(t *testing.T, ledger func(broker.Ledger) broker.Ledger) *round {
 		c := &roundChain{d: map[string]broker.Delegation{}, full: make(chan struct{})}
 		c.after = roundAttempts * roundClients / roundChains / 20 * rand.Int64N(8)
 		root := w.open("root", broker.OpenRequest{Depth: 1, Rights: use("db.read", "deploy")})
-		leaf, err := w.Delegate(ctx, as("root"), broker.DelegateRequest{From: root.ID, To: as("agent").ID, Rights: use("db.read", "deploy")})
+		leaf, err := w.Delegate(ctx, as("root"), broker.DelegateRequest{From: root.ID, To: as("agent").ID,
+			Rights: use("db.read", "deploy")})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -277,7 +278,7 @@ func newRound(t *testing.T, ledger func(broker.Ledger) broker.Ledger) *round {
 	return s
 }
 
-// revoke fences a chain in one of the ways there are, and watches it until it is CLOSED.
+// revoke fences a chain in one of four ways, and watches the revocation until it is CLOSED.
 func (s *round) revoke(way int, c *roundChain, client int) {
 	<-c.full
 	began := s.now()
@@ -289,7 +290,7 @@ func (s *round) revoke(way int, c *roundChain, client int) {
 		id = s.world.revoke("subtree:%s", c.d["agent"].ID).ID
 	case 2:
 		id = s.world.revoke("spiffe:%s and chain:%s", as("agent").ID, c.id).ID
-	case 3: // the fence is a consequence
+	case 3: // the fence is the consequence of a violation
 		_, err := s.Issue(ctx, as("root"), step(c.d["root"], "deploy"))
 		var e *broker.Error
 		if !errors.As(err, &e) || e.Revocation == "" {
@@ -317,14 +318,14 @@ func (s *round) revoke(way int, c *roundChain, client int) {
 	}
 }
 
-// captured is a secret that a client keeps when it should not.
+// captured is a secret that a client keeps and tries later.
 type captured struct {
 	chain  broker.ChainID
 	secret broker.Secret
 }
 
 func (s *round) attempt(c *roundChain, client int) (got captured, ok bool) {
-	if c.asked.Add(1) == c.after+1 {
+	if c.attempts.Add(1) == c.after+1 {
 		close(c.full)
 	}
 	began := s.now()
@@ -335,19 +336,19 @@ func (s *round) attempt(c *roundChain, client int) (got captured, ok bool) {
 		return captured{c.id, issued.Secret}, true
 	case errors.Is(err, broker.Revoked):
 		s.add(c.id, client, handOver, began, false)
-	case !errors.Is(err, broker.Unavailable): // Vault had ended the token before the mint
+	case !errors.Is(err, broker.Unavailable): // Unavailable: Vault had revoked the token before the mint
 		s.t.Errorf("Issue = %v, want a secret, Revoked or Unavailable", err)
 	}
 	return captured{}, false
 }
 
-func (s *round) try(kept captured, client int) {
+func (s *round) try(c captured, client int) {
 	began := s.now()
-	s.add(kept.chain, client, tried, began, s.target.Login(kept.secret.Reveal()))
+	s.add(c.chain, client, tried, began, s.target.Login(c.secret.Reveal()))
 }
 
-// client asks in every chain in turn, and tries what it kept now and then, and all of it once
-// everything is over.
+// client takes steps in the chains in turn. From time to time it tries a secret that it has captured, and it returns
+// them all.
 func (s *round) client(n int) (kept []captured) {
 	for i := range roundAttempts {
 		if got, ok := s.attempt(s.chains[(i+n)%roundChains], n); ok {
@@ -357,13 +358,13 @@ func (s *round) client(n int) (kept []captured) {
 			s.try(kept[rand.N(len(kept))], n)
 		}
 		if i%5 == 4 {
-			pass(2 * time.Millisecond) // lets the broker's own clock run, for what it does in the background
+			pass(2 * time.Millisecond) // the bubble's clock advances, so the background work continues
 		}
 	}
 	return kept
 }
 
-// rage runs the round and gives what porcupine says of it.
+// run runs the round and returns porcupine's result.
 func (s *round) run() porcupine.CheckResult {
 	var clients, revokers sync.WaitGroup
 	for way, c := range s.chains {
@@ -376,22 +377,22 @@ func (s *round) run() porcupine.CheckResult {
 	clients.Wait()
 	revokers.Wait()
 	for n := range roundClients {
-		for _, kept := range kept[n] {
-			s.try(kept, n)
+		for _, c := range kept[n] {
+			s.try(c, n)
 		}
 	}
 	return s.check()
 }
 
-// TestHistories is the promise of the acknowledgement, checked by porcupine over what 16 clients
-// saw of 100,000 attempts around it.
+// TestHistories checks the promise of the acknowledgement with porcupine, over the histories of 16 clients that make
+// 100,000 attempts around it.
 func TestHistories(t *testing.T) {
 	var handed, refused, used int
 	for range 100_000 / (roundClients * roundAttempts) {
 		synctest.Test(t, func(t *testing.T) {
 			s := newRound(t, func(l broker.Ledger) broker.Ledger { return l })
 			if got := s.run(); got != porcupine.Ok {
-				t.Fatalf("porcupine says %s", got)
+				t.Fatalf("porcupine's result = %s, want %s", got, porcupine.Ok)
 			}
 			s.wantAllClosed()
 			for _, history := range s.seen {
@@ -410,11 +411,13 @@ func TestHistories(t *testing.T) {
 	}
 	t.Logf("%d secrets handed over, %d requests refused, %d uses of captured secrets", handed, refused, used)
 	if handed < 10_000 || refused < 50_000 {
-		t.Errorf("%d handed over and %d refused: the fences fell too early or too late to tell anything", handed, refused)
+		t.Errorf("%d secrets handed over and %d requests refused, want 10,000 and 50,000 or more: "+
+			"the fences came too early or too late to test the promise", handed, refused)
 	}
 }
 
-// TestHistoriesWithoutTheConditionalCommit: a checker that finds nothing must be able to.
+// TestHistoriesWithoutTheConditionalCommit holds that the checker can fail: on a ledger without the conditional commit
+// it finds a broken promise.
 func TestHistoriesWithoutTheConditionalCommit(t *testing.T) {
 	for range 10 {
 		found := false
@@ -426,5 +429,5 @@ func TestHistoriesWithoutTheConditionalCommit(t *testing.T) {
 			return
 		}
 	}
-	t.Error("porcupine finds nothing wrong in 10 rounds in which fences are not looked at when a secret is handed over")
+	t.Error("porcupine found no broken promise in 10 rounds whose hand-overs do not check the fences")
 }
