@@ -13,15 +13,15 @@ import (
 	"github.com/pawlsec/pawl/broker/engine"
 )
 
-// samples is a fixed set of constraints and values, with the reference's answer for every pair, so
-// that looking at a call in a tree costs nothing.
+// samples is a fixed set of constraints and values with the reference's answer for every pair. So checking a call in a
+// tree costs nothing.
 type samples struct {
 	wires       [][]byte
 	constraints []args.Constraint
 	values      []args.Value
-	inside      [][]bool // by constraint and value, from the reference
-	within      [][]int  // by constraint: the values inside
-	covered     [][]int  // by constraint: those that it covers
+	allowed     [][]bool // by constraint and value, from the reference
+	within      [][]int  // by constraint: the values that it allows
+	covered     [][]int  // by constraint: the constraints that it covers
 }
 
 func newSamples(p argstest.Pick) *samples {
@@ -36,11 +36,11 @@ func newSamples(p argstest.Pick) *samples {
 		w.values = append(w.values, argstest.ValueFor(p, argstest.OneFrom(p, argstest.Kinds...)))
 	}
 	for i, c := range w.constraints {
-		inside := make([]bool, len(w.values))
+		allowed := make([]bool, len(w.values))
 		var within, covered []int
 		for j, v := range w.values {
-			inside[j] = argstest.Allows(w.wires[i], v)
-			if inside[j] {
+			allowed[j] = argstest.Allows(w.wires[i], v)
+			if allowed[j] {
 				within = append(within, j)
 			}
 		}
@@ -49,12 +49,13 @@ func newSamples(p argstest.Pick) *samples {
 				covered = append(covered, j)
 			}
 		}
-		w.inside, w.within, w.covered = append(w.inside, inside), append(w.within, within), append(w.covered, covered)
+		w.allowed = append(w.allowed, allowed)
+		w.within, w.covered = append(w.within, within), append(w.covered, covered)
 	}
 	return w
 }
 
-// treeNode is a scope as the reference sees it: constraints by their place in the samples.
+// treeNode is a delegation. Its rights name the constraints by their index in the samples, for the reference.
 type treeNode struct {
 	parent int
 	rights map[broker.ToolName]treeRight
@@ -87,8 +88,8 @@ func (w *samples) scope(t *testing.T, rights map[broker.ToolName]treeRight) brok
 	return s
 }
 
-// grow draws rights: of nothing in particular for a root, else near those of a parent, mostly
-// argstest.Narrower and sometimes not.
+// randomRights draws the rights of a root (a nil parent) or of a child. A child's rights are mostly narrower than its
+// parent's, and sometimes not.
 func (w *samples) randomRights(p argstest.Pick, parent map[broker.ToolName]treeRight) map[broker.ToolName]treeRight {
 	rights := map[broker.ToolName]treeRight{}
 	for len(rights) == 0 {
@@ -102,7 +103,7 @@ func (w *samples) randomRights(p argstest.Pick, parent map[broker.ToolName]treeR
 			for _, name := range []string{"a", "b"} {
 				c, limited := above.args[name]
 				switch {
-				case limited && p(20) == 0: // left free
+				case limited && p(20) == 0: // no constraint, which is wider
 				case limited && p(10) > 0 && len(w.covered[c]) > 0:
 					r.args[name] = argstest.OneFrom(p, w.covered[c]...)
 				case limited || p(2) == 0:
@@ -115,17 +116,17 @@ func (w *samples) randomRights(p argstest.Pick, parent map[broker.ToolName]treeR
 	return rights
 }
 
-// allows is the reference for a call: a value for each argument, -1 for one that is not given.
+// allows is the reference's answer for a call: the index of each argument's value, or -1 for none.
 func (w *samples) allows(r treeRight, call map[string]int) bool {
 	for name, c := range r.args {
-		if call[name] < 0 || !w.inside[c][call[name]] {
+		if call[name] < 0 || !w.allowed[c][call[name]] {
 			return false
 		}
 	}
 	return true
 }
 
-// call draws arguments, by preference from what the right allows.
+// randomCall draws arguments, mostly those that the right allows.
 func (w *samples) randomCall(p argstest.Pick, r treeRight) map[string]int {
 	call := map[string]int{}
 	for _, name := range []string{"a", "b"} {
@@ -137,10 +138,9 @@ func (w *samples) randomCall(p argstest.Pick, r treeRight) map[string]int {
 	return call
 }
 
-// limits draws what bounds a delegation beside its scope, mostly within what is above and sometimes
-// not.
+// randomLimits draws the budget, depth and TTL of a delegation. They are mostly within its parent's, and sometimes not.
 func (w *samples) randomLimits(p argstest.Pick, above broker.Delegation) (r broker.DelegateRequest) {
-	some := func(limit int) int {
+	near := func(limit int) int {
 		switch n := p(20); {
 		case n < 10:
 			return 0
@@ -150,9 +150,10 @@ func (w *samples) randomLimits(p argstest.Pick, above broker.Delegation) (r brok
 		return 1 + p(max(limit, 1))
 	}
 	b := above.Budget
-	r.Budget = broker.Budget{Steps: some(b.Steps), Live: some(b.Live), PerMinute: some(b.PerMinute), Tools: map[broker.ToolName]int{}}
+	r.Budget = broker.Budget{Steps: near(b.Steps), Live: near(b.Live), PerMinute: near(b.PerMinute),
+		Tools: map[broker.ToolName]int{}}
 	for _, tool := range treeTools {
-		if n := some(b.Tools[tool]); n > 0 {
+		if n := near(b.Tools[tool]); n > 0 {
 			r.Budget.Tools[tool] = n
 		}
 	}
@@ -166,24 +167,32 @@ func (w *samples) randomLimits(p argstest.Pick, above broker.Delegation) (r brok
 	return r
 }
 
-// within fails unless a node is bounded by the one above in life, depth and every budget.
+// checkWithin fails the test unless a delegation's expiry, depth and budgets are within those of its parent.
 func checkWithin(t *testing.T, above, d broker.Delegation) {
 	t.Helper()
-	for limit, pair := range map[string][2]int{"steps": {above.Budget.Steps, d.Budget.Steps}, "live": {above.Budget.Live, d.Budget.Live},
-		"per minute": {above.Budget.PerMinute, d.Budget.PerMinute}, "deploy": {above.Budget.Tools["deploy"], d.Budget.Tools["deploy"]},
-		"psql": {above.Budget.Tools["psql"], d.Budget.Tools["psql"]}, "ssh": {above.Budget.Tools["ssh"], d.Budget.Tools["ssh"]}} {
-		if pair[0] > 0 && (pair[1] == 0 || pair[1] > pair[0]) {
-			t.Fatalf("the budget %s is %d under one of %d", limit, pair[1], pair[0])
+	type limit struct{ above, below int }
+	limits := map[string]limit{
+		"steps":      {above.Budget.Steps, d.Budget.Steps},
+		"live":       {above.Budget.Live, d.Budget.Live},
+		"per minute": {above.Budget.PerMinute, d.Budget.PerMinute},
+	}
+	for _, tool := range treeTools {
+		limits[string(tool)] = limit{above.Budget.Tools[tool], d.Budget.Tools[tool]}
+	}
+	for name, l := range limits {
+		if l.above > 0 && (l.below == 0 || l.below > l.above) {
+			t.Fatalf("the budget %s is %d under a delegation with %d", name, l.below, l.above)
 		}
 	}
 	if d.Depth >= above.Depth || d.Expires.After(above.Expires) {
-		t.Fatalf("depth %d until %v under depth %d until %v", d.Depth, d.Expires, above.Depth, above.Expires)
+		t.Fatalf("a delegation of depth %d until %v is under one of depth %d until %v",
+			d.Depth, d.Expires, above.Depth, above.Expires)
 	}
 }
 
-// TestNoTreeWidens grows trees of delegations by what Delegate accepts and asks the reference about
-// calls: none that a node allows is refused by the node above it, and none outlives, outspends or
-// reaches deeper than that.
+// TestNoTreeWidens draws trees of delegations that Delegate accepts, and calls. By the reference, every call that a
+// node allows is allowed by the node above it. No node has a later expiry, a larger budget or a greater depth than the
+// node above it.
 func TestNoTreeWidens(t *testing.T) {
 	const trees, nodes = 100_000, 5
 	random := rand.New(rand.NewPCG(3, 20251124))
@@ -192,8 +201,10 @@ func TestNoTreeWidens(t *testing.T) {
 	accepted, refused, allowed := 0, 0, 0
 	for range trees {
 		root := w.randomRights(p, nil)
-		tree := []treeNode{{parent: -1, rights: root, scope: w.scope(t, root), held: broker.Delegation{Depth: 1 + p(broker.MaxDepth),
-			Budget:  broker.Budget{Steps: p(3) * 10, Live: p(3) * 10, PerMinute: p(2) * 10, Tools: map[broker.ToolName]int{"ssh": p(2) * 10}},
+		tree := []treeNode{{parent: -1, rights: root, scope: w.scope(t, root), held: broker.Delegation{
+			Depth: 1 + p(broker.MaxDepth),
+			Budget: broker.Budget{Steps: p(3) * 10, Live: p(3) * 10, PerMinute: p(2) * 10,
+				Tools: map[broker.ToolName]int{"ssh": p(2) * 10}},
 			Created: treeTime, Expires: treeTime.Add(time.Hour)}}}
 		for range nodes {
 			parent := p(len(tree))
@@ -219,14 +230,14 @@ func TestNoTreeWidens(t *testing.T) {
 			}
 		}
 	}
-	t.Logf("%d trees, %d delegations accepted, %d refused, %d allowed calls compared", trees, accepted, refused, allowed)
+	t.Logf("%d trees: %d delegations accepted, %d refused; %d allowed calls compared", trees, accepted, refused, allowed)
 	if accepted < trees || refused < trees || allowed < trees/2 {
-		t.Errorf("%d accepted, %d refused, %d allowed calls: too few for the property to say anything", accepted, refused, allowed)
+		t.Errorf("%d accepted, %d refused, %d allowed calls: too few to test the property", accepted, refused, allowed)
 	}
 }
 
-// check compares a call under the newest node with every node above, if the node allows it, and
-// gives the number of calls compared.
+// check compares a call under the newest node with the reference. If the node allows the call, every node above must
+// allow it too. check returns the number of calls that were compared so.
 func (w *samples) check(t *testing.T, tree []treeNode, tool broker.ToolName, call map[string]int) int {
 	leaf := tree[len(tree)-1]
 	r := leaf.rights[tool]
@@ -238,7 +249,7 @@ func (w *samples) check(t *testing.T, tree []treeNode, tool broker.ToolName, cal
 	}
 	args, err := args.New(values)
 	if err != nil {
-		t.Fatalf("NewArgs(%v): %v", values, err)
+		t.Fatalf("args.New(%v): %v", values, err)
 	}
 	mine, _ := leaf.scope.Right(tool)
 	want := w.allows(r, call)
@@ -251,7 +262,8 @@ func (w *samples) check(t *testing.T, tree []treeNode, tool broker.ToolName, cal
 	for up := leaf.parent; up >= 0; up = tree[up].parent {
 		above, held := tree[up].rights[tool]
 		if !held || !above.delegate || !w.allows(above, call) {
-			t.Fatalf("%s with %s is allowed by %v and not by %v above it", tool, args.Canonical(), leaf.scope, tree[up].scope)
+			t.Fatalf("%s with %s is allowed by %v and not by %v above it",
+				tool, args.Canonical(), leaf.scope, tree[up].scope)
 		}
 	}
 	return 1
@@ -266,41 +278,43 @@ func TestScopeWider(t *testing.T) {
 		}
 		return r
 	}
-	pass := func(r broker.Right) broker.Right { r.Use, r.Delegate = false, true; return r }
+	delegate := func(tool string, given ...string) broker.Right {
+		r := use(tool, given...)
+		r.Use, r.Delegate = false, true
+		return r
+	}
+	type rights = []broker.Right
 	for name, row := range map[string]struct {
-		parent, child []broker.Right
-		want          string
+		parent broker.Right
+		child  rights
+		want   string
 	}{
-		"same tool, for use":            {[]broker.Right{pass(use("a"))}, []broker.Right{use("a")}, ""},
-		"passed on further":             {[]broker.Right{pass(use("a"))}, []broker.Right{pass(use("a"))}, ""},
-		"use cannot be passed on":       {[]broker.Right{use("a")}, []broker.Right{use("a")}, "tool:a"},
-		"a tool the parent lacks":       {[]broker.Right{pass(use("a"))}, []broker.Right{use("a"), use("b")}, "tool:b"},
-		"narrower argument":             {[]broker.Right{pass(use("a", `x={"prefix":"p"}`))}, []broker.Right{use("a", `x={"exact":"pq"}`)}, ""},
-		"further argument":              {[]broker.Right{pass(use("a"))}, []broker.Right{use("a", `x={"exact":"pq"}`)}, ""},
-		"argument left free":            {[]broker.Right{pass(use("a", `x={"prefix":"p"}`))}, []broker.Right{use("a")}, "tool:a:argument:x"},
-		"wider argument":                {[]broker.Right{pass(use("a", `x={"exact":"p"}`))}, []broker.Right{use("a", `x={"prefix":"p"}`)}, "tool:a:argument:x"},
-		"two arguments, one is wider":   {[]broker.Right{pass(use("a", `x={"exact":"p"}`, `y={"range":{"max":3}}`))}, []broker.Right{use("a", `x={"exact":"p"}`, `y={"range":{"max":4}}`)}, "tool:a:argument:y"},
-		"what allows nothing is inside": {[]broker.Right{pass(use("a", `x={"exact":"p"}`))}, []broker.Right{use("a", `x={"one_of":[]}`)}, ""},
+		"to use":                  {delegate("a"), rights{use("a")}, ""},
+		"to delegate":             {delegate("a"), rights{delegate("a")}, ""},
+		"a right to use only":     {use("a"), rights{use("a")}, "tool:a"},
+		"a tool the parent lacks": {delegate("a"), rights{use("a"), use("b")}, "tool:b"},
+		"a narrower argument":     {delegate("a", `x={"prefix":"p"}`), rights{use("a", `x={"exact":"pq"}`)}, ""},
+		"another argument":        {delegate("a"), rights{use("a", `x={"exact":"pq"}`)}, ""},
+		"an argument left free":   {delegate("a", `x={"prefix":"p"}`), rights{use("a")}, "tool:a:argument:x"},
+		"a wider argument": {delegate("a", `x={"exact":"p"}`), rights{use("a", `x={"prefix":"p"}`)},
+			"tool:a:argument:x"},
+		"one of two is wider": {delegate("a", `x={"exact":"p"}`, `y={"range":{"max":3}}`),
+			rights{use("a", `x={"exact":"p"}`, `y={"range":{"max":4}}`)}, "tool:a:argument:y"},
+		"an argument with no value": {delegate("a", `x={"exact":"p"}`), rights{use("a", `x={"one_of":[]}`)}, ""},
 	} {
-		parent, err := broker.NewScope(row.parent)
-		if err != nil {
-			t.Fatal(err)
-		}
-		child, err := broker.NewScope(row.child)
-		if err != nil {
-			t.Fatal(err)
-		}
+		parent, child := must(broker.NewScope(rights{row.parent})), must(broker.NewScope(row.child))
 		if got := strings.Join(parent.Wider(child), " "); got != row.want {
 			t.Errorf("%s: Wider = %q, want %q", name, got, row.want)
 		}
 	}
 	if got := (broker.Scope{}).Wider(broker.Scope{use("a")}); len(got) != 1 {
-		t.Errorf("the zero Scope passes on %v", got)
+		t.Errorf("Wider of the zero Scope = %v, want the tool", got)
 	}
 }
 
 func TestRightAllows(t *testing.T) {
-	right := broker.Right{Tool: "a", Use: true, Args: map[string]args.Constraint{"x": args.OneOf("1"), "y": args.Range(0, 9)}}
+	right := broker.Right{Tool: "a", Use: true,
+		Args: map[string]args.Constraint{"x": args.OneOf("1"), "y": args.Range(0, 9)}}
 	for raw, want := range map[string]string{
 		`{"x":"1","y":5}`:         "",
 		`{"x":"1","y":5,"z":"q"}`: "",
@@ -314,7 +328,7 @@ func TestRightAllows(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got := strings.Join(right.Allows(args), " "); got != want {
-			t.Errorf("Right.Allows(%s) = %q outside, want %q", raw, got, want)
+			t.Errorf("Right.Allows(%s) = %q, want %q", raw, got, want)
 		}
 	}
 }
@@ -331,15 +345,15 @@ func TestNewScope(t *testing.T) {
 		t.Errorf("NewScope(b, a) = %v, %v, want a, b", s, err)
 	}
 	if _, err := broker.NewScope(many(broker.MaxRights)); err != nil {
-		t.Errorf("NewScope at the limit: %v", err)
+		t.Errorf("NewScope with %d rights = %v, want a scope", broker.MaxRights, err)
 	}
 	for name, rights := range map[string][]broker.Right{
-		"none":             nil,
-		"over the limit":   many(broker.MaxRights + 1),
-		"two for one tool": {r("a"), r("a")},
-		"to nothing":       {{Tool: "a"}},
-		"bad tool":         {r("A")},
-		"bad argument":     {{Tool: "a", Use: true, Args: map[string]args.Constraint{"X": args.OneOf("a")}}},
+		"none":                   nil,
+		"above the limit":        many(broker.MaxRights + 1),
+		"two for one tool":       {r("a"), r("a")},
+		"no use and no delegate": {{Tool: "a"}},
+		"bad tool":               {r("A")},
+		"bad argument":           {{Tool: "a", Use: true, Args: map[string]args.Constraint{"X": args.OneOf("a")}}},
 	} {
 		if s, err := broker.NewScope(rights); err == nil {
 			t.Errorf("NewScope(%s) = %v, want an error", name, s)
