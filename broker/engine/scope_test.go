@@ -230,7 +230,7 @@ func TestNoTreeWidens(t *testing.T) {
 			}
 		}
 	}
-	t.Logf("%d trees: %d delegations accepted, %d refused; %d allowed calls compared", trees, accepted, refused, allowed)
+	t.Logf("%d trees: %d delegations accepted, %d refused, %d calls compared", trees, accepted, refused, allowed)
 	if accepted < trees || refused < trees || allowed < trees/2 {
 		t.Errorf("%d accepted, %d refused, %d allowed calls: too few to test the property", accepted, refused, allowed)
 	}
