@@ -16,8 +16,8 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// TestRefusedKillRaisesAnAlarm lets Vault refuse to revoke tokens. The broker raises an alarm, and the revocation is not
-// CLOSED before Vault has revoked them.
+// TestRefusedKillRaisesAnAlarm lets Vault refuse to revoke tokens. The broker raises an alarm, and the revocation is
+// not CLOSED before Vault has revoked them.
 func TestRefusedKillRaisesAnAlarm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		refused := errors.New("permission denied, 403")

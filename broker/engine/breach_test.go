@@ -26,7 +26,7 @@ type breachRow struct {
 	report          bool // a report, which is not refused
 
 	always bool // the audit log has a violation also when policy attaches no consequence
-	step   bool // the breach is one step's, whose secret is alive
+	step   bool // the breach is one step's, and its secret is alive
 	node   bool // the breach is no step's: revoke-step ends every grant under worker
 	root   bool // the breach is the whole chain's
 	frozen string

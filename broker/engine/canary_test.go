@@ -82,7 +82,7 @@ func TestCanaryIsPresented(t *testing.T) {
 				}
 				w.Stop()
 				w.start(w.ledger)
-				for _, unknown := range []string{gone, "hvs.nobody", value + "x", ""} {
+				for _, unknown := range []string{gone, "hvs.unknown", value + "x", ""} {
 					w.Present(ctx, as("mail"), unknown)
 				}
 				w.Present(ctx, as("mail"), value+"\n")

@@ -16,7 +16,7 @@ import (
 	"github.com/pawlsec/pawl/broker/brokertest"
 )
 
-// sealed returns a step whose secret is sealed for the named collector; empty: for the holder. In place of encryption,
+// sealed returns a step with a secret sealed for the named collector; empty: for the holder. In place of encryption,
 // the bytes are reversed.
 func sealed(d broker.Delegation, collector string) broker.StepRequest {
 	r := step(d, "db.read")

@@ -41,8 +41,8 @@ func (w *world) wantMissed(want int) (at []time.Time) {
 
 const interval = 30 * time.Second
 
-// TestMissedHeartbeat holds that a holder whose heartbeat is late has one violation, and another only after it has sent
-// one again. Without a consequence in policy, nothing else happens.
+// TestMissedHeartbeat holds that a holder with a late heartbeat has one violation, and another only after it has sent a
+// heartbeat again. Without a consequence in policy, nothing else happens.
 func TestMissedHeartbeat(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)

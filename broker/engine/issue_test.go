@@ -477,7 +477,7 @@ func TestUnknownIsAState(t *testing.T) {
 		root := w.open("planner", broker.OpenRequest{})
 		w.vault.Fail(func(point string) error {
 			if point == "mint created" {
-				return errors.New("the connection was cut")
+				return errors.New("connection reset")
 			}
 			return nil
 		})

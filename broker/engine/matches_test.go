@@ -122,7 +122,7 @@ func TestRepeatedCommands(t *testing.T) {
 }
 
 // TestRepeatedRuleCoversNewChains holds that a repeated final rule covers the chains opened since. A final rule covers
-// only the chains that were open. So the second command makes a new revocation, whose rule replaces the first.
+// only the chains that were open. So the second command makes a new revocation, and its rule replaces the first.
 func TestRepeatedRuleCoversNewChains(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)

@@ -33,7 +33,7 @@ type oldData struct {
 
 // oldOutside is what existed outside the ledger when the process died.
 type oldOutside struct {
-	Leases map[string]string `json:"leases"` // in Vault, by id: the grant each was minted for; empty: none of ours
+	Leases map[string]string `json:"leases"` // in Vault, by id: the grant that it was minted for; empty: none
 	Logins []string          `json:"logins"` // at the target, by grant
 	Signed []string          `json:"signed"` // tokens that the signer accepts, by grant
 }
@@ -47,7 +47,7 @@ type oldLog struct {
 	Ops        map[string]int `json:"ops"`        // how many entries of each op
 }
 
-// oldAnswers are the engine's answers before Resume. Nothing that gives them writes to the ledger.
+// oldAnswers are the engine's answers before Resume. None of these queries writes to the ledger.
 type oldAnswers struct {
 	Chains      []oldChain        `json:"chains"`
 	Revocations []oldRevocation   `json:"revocations"`
@@ -56,8 +56,8 @@ type oldAnswers struct {
 	Plans       []oldPlan         `json:"plans"`
 }
 
-// oldAfter is the state in which the build that wrote the ledger left it after Resume, once it had reconciled
-// everything. It has no times of that, since retries are spread at random.
+// oldAfter is the state after Resume by the build that wrote the ledger, once it had reconciled everything. It has no
+// times: retries are spread at random.
 type oldAfter struct {
 	Grants      map[string]string `json:"grants"`      // state, ending, outcome
 	Revocations map[string]string `json:"revocations"` // closure and counts
@@ -230,7 +230,7 @@ type oldCanary struct {
 	Touches int       `json:"touches,omitempty"`
 }
 
-// oldPlan is what revoking a selector would affect, or why it was refused.
+// oldPlan is the plan of a selector, or its refusal.
 type oldPlan struct {
 	Selector  string         `json:"selector"`
 	Refused   string         `json:"refused,omitempty"`
@@ -247,7 +247,7 @@ type oldPlan struct {
 	LatestEnd time.Time      `json:"latest_end,omitzero"`
 }
 
-// answers asks the engine everything that oldAnswers holds, about the subscribers and selectors of want.
+// answers queries the engine for oldAnswers, with the subscribers and selectors of want.
 func (w *oldWorld) answers(want oldAnswers) (a oldAnswers) {
 	w.t.Helper()
 	chains, err := w.Chains(ctx, true)
@@ -302,7 +302,7 @@ func (w *oldWorld) answerChain(s broker.ChainSummary) oldChain {
 	w.must(err)
 	for _, e := range entries {
 		if e.Chain != s.Chain.ID {
-			w.t.Errorf("entry %d is listed under chain %s and is of %q", e.Revision, s.Chain.ID, e.Chain)
+			w.t.Errorf("ChainEntries of chain %s has entry %d of chain %q", s.Chain.ID, e.Revision, e.Chain)
 		}
 		c.Entries = append(c.Entries, uint64(e.Revision))
 	}
@@ -311,13 +311,13 @@ func (w *oldWorld) answerChain(s broker.ChainSummary) oldChain {
 
 func (w *oldWorld) answerDelegation(d broker.Delegation) oldDelegation {
 	w.t.Helper()
-	standing, err := w.Peek(ctx, held(d), d.ID)
+	status, err := w.Peek(ctx, holderOf(d), d.ID)
 	w.must(err)
 	got := oldDelegation{ID: string(d.ID), Chain: string(d.Chain), Parent: string(d.Parent), Holder: d.Holder.String(),
 		Budget: oldBudget{d.Budget.Steps, d.Budget.Live, d.Budget.PerMinute, byName(d.Budget.Tools)}, Depth: d.Depth,
 		Created: d.Created.UTC(), Expires: d.Expires.UTC(), Fence: answerFence(d.Fence),
 		Heartbeat: d.Heartbeat.String(),
-		Covered:   answerFence(standing.Fence)}
+		Covered:   answerFence(status.Fence)}
 	for _, r := range d.Scope {
 		right := oldRight{Tool: string(r.Tool), Use: r.Use, Delegate: r.Delegate}
 		for name, c := range r.Args {
@@ -333,7 +333,7 @@ func (w *oldWorld) answerDelegation(d broker.Delegation) oldDelegation {
 	for _, h := range d.Tokens {
 		got.Tokens = append(got.Tokens, oldHandle{h.Accessor, h.Expires.UTC()})
 	}
-	for _, id := range standing.Ended {
+	for _, id := range status.Ended {
 		got.Ended = append(got.Ended, string(id))
 	}
 	return got
@@ -410,7 +410,7 @@ func byName[K ~string, V any](m map[K]V) map[string]V {
 	return named
 }
 
-// codeOf is a refusal as the JSON holds it: its kind, its code, and the revocation that it names.
+// codeOf returns a refusal as the JSON has it: its kind, its code, and the revocation that it names.
 func codeOf(err error) string {
 	var e *broker.Error
 	if !errors.As(err, &e) {
@@ -419,8 +419,8 @@ func codeOf(err error) string {
 	return strings.TrimSpace(fmt.Sprintf("%s %s %s", e.Kind, e.Code, e.Revocation))
 }
 
-// oldEntry is an entry of the audit log with the members that it has had from the first version on. Signed
-// checkpoints are about exactly this text, so it must not follow changes of broker.Entry's tags.
+// oldEntry is an entry of the audit log with the members of the first version. Signed checkpoints cover exactly this
+// text, so it must not follow changes of broker.Entry's tags.
 type oldEntry struct {
 	Revision   uint64    `json:"revision"`
 	At         time.Time `json:"at"`
@@ -437,7 +437,7 @@ type oldEntry struct {
 	Detail     string    `json:"detail,omitempty"`
 }
 
-// rootOf gives the Merkle root of entries, from the first of the log on, as broker/audit computes it.
+// rootOf returns the Merkle root of entries, from the first of the log on, as broker/audit computes it.
 func rootOf(t *testing.T, entries []broker.Entry) tlog.Hash {
 	t.Helper()
 	must := func(err error) {

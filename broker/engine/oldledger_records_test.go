@@ -17,7 +17,7 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// The functions below are the life of the broker that dies. Each leaves some kinds of records.
+// The functions below are the requests to the broker that dies. Each leaves records of some kinds.
 
 const (
 	usedKey   = "order 17"
@@ -41,11 +41,11 @@ func (w *oldWriter) adoptBundles() {
 
 const shopTask = `keep the café open: <orders> & "stock"`
 
-// openShop opens the chain that stays open:
+// openShop opens a chain that is open when the broker dies:
 //
 //	shop -> planner -> {fetcher -> parser -> printer, writer}
 //
-// Below the root each budget leaves one more step, or none, so that the test sees a count that was lost.
+// Below the root each budget leaves one more step, or none. So the test detects a lost count.
 func (w *oldWriter) openShop() {
 	reads := func(table args.Constraint) []broker.Right {
 		return []broker.Right{{Tool: "db.read", Use: true, Delegate: true,
@@ -84,7 +84,7 @@ func (w *oldWriter) openShop() {
 	w.planFor(fetcher, used)
 }
 
-// planFor lists the selectors that plans are made for: one of each term.
+// planFor lists the selectors of the plans: one with each term of the language.
 func (w *oldWriter) planFor(d broker.Delegation, used broker.Issued) {
 	var secret struct{ Password string }
 	w.must(json.Unmarshal(used.Secret.Reveal(), &secret))
@@ -110,7 +110,7 @@ func (w *oldWriter) useEveryConstraint() {
 		bounds[name], values[name] = bound, c.value
 	}
 	rights := []broker.Right{{Tool: "every", Use: true, Delegate: true, Args: bounds},
-		{Tool: "db.write", Use: true, Args: map[string]args.Constraint{"table": {}}}} // which allows nothing
+		{Tool: "db.write", Use: true, Args: map[string]args.Constraint{"table": {}}}} // allows no value
 	root := w.open("archivist", broker.OpenRequest{Task: "every kind of constraint", Rights: rights, Depth: 1,
 		TTL: 3 * time.Hour})
 	helper := w.share(root, agent("archivist/helper"), broker.DelegateRequest{Rights: rights[:1],
@@ -119,7 +119,7 @@ func (w *oldWriter) useEveryConstraint() {
 	w.end(helper, w.take(helper, broker.StepRequest{Tool: "every", Args: argsOf(values)}).Grant.ID)
 }
 
-// endGrants ends grants in each way: by their agent, by their time, by a fence, and by each failure of a mint.
+// endGrants ends grants in each way: by Close, by their expiry, by a fence, and by each failure of a mint.
 func (w *oldWriter) endGrants() {
 	root := w.open("worker", broker.OpenRequest{Task: "every ending", Rights: use("db.read", "note", "token"),
 		Depth: 2})
@@ -129,12 +129,12 @@ func (w *oldWriter) endGrants() {
 	}{{"db.read", broker.OutcomeDead}, {"token", broker.OutcomeDead}, {"note", broker.OutcomeStatic}} {
 		closed := w.take(root, broker.StepRequest{Tool: row.tool})
 		w.end(root, closed.Grant.ID)
-		w.ends(closed.Grant, broker.StateClosed, broker.EndingClosed, row.outcome)
+		w.wantGrant(closed.Grant, broker.StateClosed, broker.EndingClosed, row.outcome)
 		expired := w.take(root, broker.StepRequest{Tool: row.tool, TTL: 2 * time.Second})
 		pass(3 * time.Second)
-		w.ends(expired.Grant, broker.StateClosed, broker.EndingExpired, row.outcome)
+		w.wantGrant(expired.Grant, broker.StateClosed, broker.EndingExpired, row.outcome)
 	}
-	w.take(root, broker.StepRequest{Tool: "note"}) // is alive at the end
+	w.take(root, broker.StepRequest{Tool: "note"}) // stays alive until the broker dies
 
 	w.target.Fail(func(point string) error {
 		if point == "prepare" {
@@ -142,19 +142,19 @@ func (w *oldWriter) endGrants() {
 		}
 		return nil
 	})
-	w.takeNone(root, broker.StepRequest{Tool: "db.read"})
+	w.takeRefused(root, broker.StepRequest{Tool: "db.read"})
 	w.target.Fail(nil)
 	w.fail("mint", nil, fmt.Errorf("permission denied: %w", broker.ErrNotMinted))
-	w.takeNone(root, broker.StepRequest{Tool: "db.read"})
+	w.takeRefused(root, broker.StepRequest{Tool: "db.read"})
 	w.fail("mint created", nil, errRefused)
-	w.takeNone(root, broker.StepRequest{Tool: "db.read"})
+	w.takeRefused(root, broker.StepRequest{Tool: "db.read"})
 	w.fail("", nil, nil)
 	pass(oldMintTimeout + oldMintBound + time.Second)
 
 	one, other := w.take(root, broker.StepRequest{Tool: "db.read"}), w.take(root, broker.StepRequest{Tool: "db.read"})
 	w.revoked(selector.Request{Reason: "one step"}, "grant:%s", one.Grant.ID)
-	w.ends(one.Grant, broker.StateClosed, broker.EndingRevoked, broker.OutcomeDead)
-	w.ends(other.Grant, broker.StateIssued, "", "")
+	w.wantGrant(one.Grant, broker.StateClosed, broker.EndingRevoked, broker.OutcomeDead)
+	w.wantGrant(other.Grant, broker.StateIssued, "", "")
 	w.revokeWhileMinting(root)
 }
 
@@ -180,7 +180,7 @@ func (w *oldWriter) stall(point string, until <-chan struct{}, err error, d brok
 	before := w.vault.LeaseIDs()
 	w.fail(point, until, err)
 	requests.Go(func() {
-		if got, err := w.Issue(ctx, held(d), step(d, tool)); err == nil {
+		if got, err := w.Issue(ctx, holderOf(d), step(d, tool)); err == nil {
 			w.t.Errorf("a step that stopped at %q = %v, want an error", point, got.Grant.ID)
 		}
 	})
@@ -189,7 +189,7 @@ func (w *oldWriter) stall(point string, until <-chan struct{}, err error, d brok
 	w.fail("", nil, nil)
 }
 
-// lostLeases notes the leases that were not there before. They belong to the latest grant of the chain.
+// lostLeases keeps the leases that are not among those before. They belong to the latest grant of the chain.
 func (w *oldWriter) lostLeases(d broker.Delegation, before []string) {
 	v, err := w.Chain(ctx, d.Chain)
 	w.must(err)
@@ -215,15 +215,15 @@ func (w *oldWriter) sealSecrets() {
 		w.must(err)
 	}
 	own := ask(spiffeid.ID{}, 0)
-	collect(held(root), own)
-	_, _, err := w.Collect(ctx, held(root), own.ID)
+	collect(holderOf(root), own)
+	_, _, err := w.Collect(ctx, holderOf(root), own.ID)
 	refused(w.t, "Collect again", err, broker.Conflict, broker.CodeAlreadyCollected)
 	collected := ask(agent("driver"), 0)
 	collect(named(agent("driver")), collected)
 	w.end(root, collected.ID)
 	expired := ask(agent("driver"), 2*time.Second)
 	pass(3 * time.Second)
-	w.ends(expired, broker.StateClosed, broker.EndingExpired, broker.OutcomeDead)
+	w.wantGrant(expired, broker.StateClosed, broker.EndingExpired, broker.OutcomeDead)
 	w.d.Cases["uncollected"] = string(ask(agent("driver"), 0).ID)
 	w.d.Cases["collected"] = string(own.ID)
 }
@@ -241,7 +241,7 @@ func (w *oldWriter) revokeAndSettle() {
 	w.take(other, broker.StepRequest{Tool: "token"})
 	rv := w.revoked(selector.Request{Reason: "a subtree"}, "subtree:%s", lead.ID)
 	pass(time.Second)
-	w.must(w.Acknowledge(ctx, held(first), first.ID, rv.ID))
+	w.must(w.Acknowledge(ctx, holderOf(first), first.ID, rv.ID))
 	w.d.Cases["settled"], w.d.Cases["revoked"] = string(rv.ID), string(lead.ID)
 	w.d.Cases["acknowledged"], w.d.Cases["unacknowledged"] = string(first.ID), string(other.ID)
 
@@ -254,13 +254,13 @@ func (w *oldWriter) revokeAndSettle() {
 		Labels: map[string]string{"on_breach": "revoke-chain"}})
 	g := w.take(reported, broker.StepRequest{Tool: "db.read"}).Grant
 	w.inTurn(func() {
-		_, err := w.Report(ctx, held(reported), broker.ReportRequest{Delegation: reported.ID, Grant: g.ID,
+		_, err := w.Report(ctx, holderOf(reported), broker.ReportRequest{Delegation: reported.ID, Grant: g.ID,
 			Violation: "prompt_injection", Detail: "a page said “ignore”"})
 		w.must(err)
 	})
 }
 
-// writeRules leaves final rules in force: over a tool, over steps that are still to come, and over holders.
+// writeRules leaves final rules in force: over a tool, over later steps, and over holders.
 func (w *oldWriter) writeRules() {
 	root := w.open("deployer", broker.OpenRequest{Task: "rules", Rights: use("db.read", "db.write", "deploy"),
 		Labels: map[string]string{"env": "test"}})
@@ -343,9 +343,9 @@ func (w *oldWriter) plantCanaries() {
 func (w *oldWriter) refuse() {
 	root := w.open("reader", broker.OpenRequest{Task: "refusals", Rights: use("db.read", "db.write"), Depth: 1,
 		Labels: map[string]string{"mode": "read"}})
-	w.takeNone(root, broker.StepRequest{Tool: "db.write"})
-	w.takeNone(root, broker.StepRequest{Tool: "token"})
-	w.takeNone(root, broker.StepRequest{Tool: "unknown"})
+	w.takeRefused(root, broker.StepRequest{Tool: "db.write"})
+	w.takeRefused(root, broker.StepRequest{Tool: "token"})
+	w.takeRefused(root, broker.StepRequest{Tool: "unknown"})
 	_, err := w.Issue(ctx, named(agent("thief")), step(root, "db.read"))
 	refused(w.t, "Issue by a thief", err, broker.NotFound, broker.CodeDelegationUnknown)
 	guarded := w.open("guarded", broker.OpenRequest{Task: "a thief that is frozen", Rights: use("db.read"),
@@ -354,8 +354,9 @@ func (w *oldWriter) refuse() {
 		_, err := w.Issue(ctx, named(agent("thief")), step(guarded, "db.read"))
 		refused(w.t, "Issue by a thief", err, broker.NotFound, broker.CodeViolation)
 	})
-	_, err = w.Delegate(ctx, held(root), broker.DelegateRequest{From: root.ID, To: agent("wide"), Rights: use("token")})
-	refused(w.t, "Delegate of more", err, broker.Denied, broker.CodeDelegationWider)
+	_, err = w.Delegate(ctx, holderOf(root), broker.DelegateRequest{From: root.ID, To: agent("wide"),
+		Rights: use("token")})
+	refused(w.t, "Delegate of another tool", err, broker.Denied, broker.CodeDelegationWider)
 	w.open("brief", broker.OpenRequest{Task: "an expired chain", Rights: use("db.read"),
 		TTL: 2 * time.Second, Heartbeat: time.Hour})
 	pass(3 * time.Second)
@@ -425,10 +426,10 @@ func (w *oldWriter) leaveHalfDone(died <-chan struct{}, requests *sync.WaitGroup
 	w.vaultDown.Store(true)
 	w.severDown.Store(true)
 	pass(3 * time.Second)
-	w.ends(expired, broker.StateIssued, broker.EndingExpired, broker.OutcomeAlive)
-	requests.Go(func() { _, _ = w.Close(ctx, held(ends), closed.ID) }) // waits until the broker stops
+	w.wantGrant(expired, broker.StateIssued, broker.EndingExpired, broker.OutcomeAlive)
+	requests.Go(func() { _, _ = w.Close(ctx, holderOf(ends), closed.ID) }) // waits until the broker stops
 	synctest.Wait()
-	w.ends(closed, broker.StateIssued, broker.EndingClosed, broker.OutcomeAlive)
+	w.wantGrant(closed, broker.StateIssued, broker.EndingClosed, broker.OutcomeAlive)
 	w.revoked(selector.Request{Reason: "shown to be alive"}, "chain:%s", partial.Chain)
 	w.revoked(selector.Request{Reason: "one step, shown to be alive"}, "grant:%s", one.ID)
 	w.revoked(selector.Request{Reason: "by a rule, shown to be alive"}, "label.case:rule")

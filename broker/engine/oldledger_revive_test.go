@@ -63,7 +63,7 @@ func (v survivingVault) Kill(ctx context.Context, accessor string) error {
 	return v.signingVault.Kill(ctx, accessor)
 }
 
-// below gives the grants with the accessor's token, or with one below it.
+// below returns the grants with the accessor's token, or with a token below it.
 func (v survivingVault) below(accessor string) (ids []string) {
 	own := func(h oldHandle) bool { return h.Accessor == accessor }
 	for _, c := range v.d.Answers.Chains {
@@ -80,7 +80,7 @@ func (v survivingVault) below(accessor string) (ids []string) {
 	return ids
 }
 
-// after gives the state that [oldAfter] describes.
+// after returns the state that [oldAfter] describes.
 func (w *oldWorld) after(d *oldData) oldAfter {
 	w.t.Helper()
 	a := oldAfter{Grants: map[string]string{}, Revocations: map[string]string{}, Steps: map[string]string{},
@@ -121,7 +121,7 @@ func (w *oldWorld) after(d *oldData) oldAfter {
 	return a
 }
 
-// nextStep takes a step with the first tool that a delegation may use. It gives "issued" or the refusal.
+// nextStep takes a step with the first tool that a delegation may use. It returns "issued" or the refusal.
 func (w *oldWorld) nextStep(d broker.Delegation) string {
 	w.t.Helper()
 	i := slices.IndexFunc(d.Scope, func(r broker.Right) bool { return r.Use })
@@ -133,7 +133,7 @@ func (w *oldWorld) nextStep(d broker.Delegation) string {
 	}
 	r := step(d, d.Scope[i].Tool)
 	r.Args = argsOf(values)
-	if _, err := w.Issue(ctx, held(d), r); err != nil {
+	if _, err := w.Issue(ctx, holderOf(d), r); err != nil {
 		return codeOf(err)
 	}
 	return "issued"
@@ -154,7 +154,8 @@ func (w *oldWorld) delegation(d *oldData, id string) (found broker.Delegation) {
 	return found
 }
 
-// silent resumes the broker and gives, in order, the delegations with a missed heartbeat after two hours of silence.
+// silent resumes the broker, and sends no heartbeat for two hours. It returns the delegations that missed one, in
+// order.
 func (w *oldWorld) silent(d *oldData) []string {
 	w.t.Helper()
 	w.must(w.Resume(ctx))

@@ -24,13 +24,13 @@ import (
 	"github.com/pawlsec/pawl/store/bolt"
 )
 
-// TestOldLedger opens each ledger that an earlier build left behind when its process died. The engine must give the
-// answers that were kept with it, and verify its audit log. After Resume it must end every grant that must end, close
-// the revocations that were under way, refuse steps that are fenced, and issue under chains that are open.
+// TestOldLedger opens each ledger that an earlier build left when its process died. The engine must give the answers
+// that are stored with it, and verify its audit log. After Resume it must end every grant that must end, and close the
+// revocations that were under way. It must refuse fenced steps, and issue under open chains.
 func TestOldLedger(t *testing.T) {
 	kept, err := filepath.Glob("testdata/ledger-*.json")
 	if err != nil || len(kept) == 0 {
-		t.Fatalf("no old ledger is kept in testdata (%v)", err)
+		t.Fatalf("there is no old ledger in testdata (%v)", err)
 	}
 	for _, name := range kept {
 		t.Run(filepath.Base(name), func(t *testing.T) {
@@ -108,7 +108,7 @@ func (w *oldWorld) checkLog(d *oldData) {
 	w.t.Helper()
 	entries := w.entries(0)
 	if len(entries) < int(d.Log.Head) {
-		w.t.Fatalf("the log ends after entry %d, and has had %d", len(entries), d.Log.Head)
+		w.t.Fatalf("the log has %d entries, want the %d of the old process", len(entries), d.Log.Head)
 	}
 	entries = entries[:d.Log.Head]
 	ops := map[string]int{}
@@ -148,11 +148,11 @@ func (w *oldWorld) grant(d *oldData, id string) broker.Grant {
 	return broker.Grant{}
 }
 
-// checkEndings: every grant that the old process was issuing or ending is CLOSED and dead, and so is every revocation
-// that had not settled. A secret that was handed out, and is neither fenced nor expired, stays alive.
+// checkEndings holds that every grant that the old process was issuing or ending is CLOSED and dead. Every revocation
+// that had not settled is CLOSED. A secret that was handed out, and is neither fenced nor expired, stays alive.
 func (w *oldWorld) checkEndings(d *oldData) {
 	w.t.Helper()
-	abandoned, kept, pursued := 0, 0, 0
+	abandoned, kept, reconciled := 0, 0, 0
 	for _, c := range d.Answers.Chains {
 		for _, old := range c.Grants {
 			if old.State == string(broker.StateClosed) {
@@ -163,7 +163,7 @@ func (w *oldWorld) checkEndings(d *oldData) {
 			if old.Active {
 				kept++
 				if g.State != broker.StateIssued || !alive && g.Backend != "signer" {
-					w.t.Errorf("grant %s, which was active, is %s (%s), at the target: %v; want it left alone",
+					w.t.Errorf("grant %s, which was active, is %s (%s), at the target: %v; want it ISSUED and alive",
 						g.ID, g.State, g.Ending, alive)
 				}
 				continue
@@ -179,48 +179,51 @@ func (w *oldWorld) checkEndings(d *oldData) {
 		if old.Freeze || !old.Settled.IsZero() {
 			continue
 		}
-		pursued++
+		reconciled++
 		rv, err := w.Revocation(ctx, broker.RevocationID(old.ID))
 		w.must(err)
 		if rv.Closure != broker.ClosureClosed || rv.Settled.IsZero() || rv.Dead != rv.Grants || rv.Dead == 0 {
 			w.t.Errorf("revocation %s (%s) = %+v, want CLOSED", old.ID, old.Reason, rv)
 		}
 	}
-	if abandoned < 8 || kept < 8 || pursued < 5 {
-		w.t.Errorf("the ledger has %d abandoned grants, %d active ones and %d revocations under way; want more",
-			abandoned, kept, pursued)
+	if abandoned < 8 || kept < 8 || reconciled < 5 {
+		w.t.Errorf("the ledger has %d abandoned and %d active grants and %d revocations under way; want 8, 8 and 5",
+			abandoned, kept, reconciled)
 	}
 }
 
-// checkOpen: the open chain issues a step, passes it on, and ends it.
+// checkOpen issues, delegates and closes under the open chain.
 func (w *oldWorld) checkOpen(d *oldData) {
 	w.t.Helper()
 	root := w.delegation(d, d.Cases["open"])
-	got, err := w.Issue(ctx, held(root), step(root, "db.read"))
+	got, err := w.Issue(ctx, holderOf(root), step(root, "db.read"))
 	if w.must(err); !w.target.Login(got.Secret.Reveal()) {
 		w.t.Error("the secret of a new step does not work")
 	}
-	child, err := w.Delegate(ctx, held(root), broker.DelegateRequest{From: root.ID, To: agent("new"),
+	child, err := w.Delegate(ctx, holderOf(root), broker.DelegateRequest{From: root.ID, To: agent("new"),
 		Rights: use("db.read")})
 	w.must(err)
-	_, err = w.Issue(ctx, held(child), step(child, "db.read"))
+	_, err = w.Issue(ctx, holderOf(child), step(child, "db.read"))
 	w.must(err)
-	closed, err := w.Close(ctx, held(root), got.Grant.ID)
+	closed, err := w.Close(ctx, holderOf(root), got.Grant.ID)
 	if w.must(err); closed.State != broker.StateClosed || w.target.Login(got.Secret.Reveal()) {
 		w.t.Errorf("Close = %+v, want CLOSED and a secret that is dead", closed)
 	}
 	spent := w.delegation(d, d.Cases["spent"])
-	_, err = w.Issue(ctx, held(spent), broker.StepRequest{Delegation: spent.ID, Tool: "db.read", Args: table("orders")})
-	refused(w.t, "a step over the budget", err, broker.Denied, broker.CodeBudgetExhausted)
-	_, err = w.Issue(ctx, held(spent), broker.StepRequest{Delegation: spent.ID, Tool: "db.read", Args: table("users")})
-	refused(w.t, "a step outside its constraint", err, broker.Denied, broker.CodeArgumentOutside)
+	r := step(spent, "db.read")
+	r.Args = table("orders")
+	_, err = w.Issue(ctx, holderOf(spent), r)
+	refused(w.t, "Issue over the budget", err, broker.Denied, broker.CodeBudgetExhausted)
+	r.Args = table("users")
+	_, err = w.Issue(ctx, holderOf(spent), r)
+	refused(w.t, "Issue outside the constraint", err, broker.Denied, broker.CodeArgumentOutside)
 	_, _, err = w.Collect(ctx, named(agent("driver")), broker.GrantID(d.Cases["uncollected"]))
-	refused(w.t, "Collect of a secret that was kept in memory", err, broker.Expired, broker.CodeDeliveryLost)
+	refused(w.t, "Collect of a secret that was in memory only", err, broker.Expired, broker.CodeDeliveryLost)
 	_, _, err = w.Collect(ctx, named(agent("courier")), broker.GrantID(d.Cases["collected"]))
 	refused(w.t, "Collect again", err, broker.Conflict, broker.CodeAlreadyCollected)
 }
 
-// checkKeys: a used idempotency key gives its grant, whether that is live or closed.
+// checkKeys holds that Issue with a used idempotency key returns the key's grant, live or closed.
 func (w *oldWorld) checkKeys(d *oldData) {
 	w.t.Helper()
 	for _, row := range []struct {
@@ -229,19 +232,19 @@ func (w *oldWorld) checkKeys(d *oldData) {
 	}{{usedKey, "open", "used key", "db.read"}, {closedKey, "writer", "closed key", "db.write"}} {
 		holder := w.delegation(d, d.Cases[row.delegation])
 		r := broker.StepRequest{Delegation: holder.ID, Tool: row.tool, Args: table("orders"), Key: row.key}
-		got, err := w.Issue(ctx, held(holder), r)
+		got, err := w.Issue(ctx, holderOf(holder), r)
 		if w.must(err); !got.Repeated || string(got.Grant.ID) != d.Cases[row.grant] || !got.Secret.Empty() {
 			w.t.Errorf("Issue with key %q = %+v, want grant %s, repeated and without a secret", row.key, got,
 				d.Cases[row.grant])
 		}
 		r.Args = args.Args{}
-		_, err = w.Issue(ctx, held(holder), r)
-		refused(w.t, "the key with other arguments", err, broker.Conflict, broker.CodeKeyOtherArguments)
+		_, err = w.Issue(ctx, holderOf(holder), r)
+		refused(w.t, "Issue with a used key and other arguments", err, broker.Conflict, broker.CodeKeyOtherArguments)
 	}
 }
 
-// checkFreezes: each freeze holds until a second person lifts it. For one freeze the first person asked before the
-// process died.
+// checkFreezes holds that each freeze is in force until a second person lifts it. For one freeze the first person asked
+// before the process died.
 func (w *oldWorld) checkFreezes(d *oldData) {
 	w.t.Helper()
 	for _, row := range []struct {
@@ -250,8 +253,8 @@ func (w *oldWorld) checkFreezes(d *oldData) {
 	}{{"frozen", "freeze", true}, {"visitor", "freeze by rule", false}} {
 		holder, id := w.delegation(d, d.Cases[row.delegation]), broker.RevocationID(d.Cases[row.freeze])
 		tool := holder.Scope[0].Tool
-		_, err := w.Issue(ctx, held(holder), step(holder, tool))
-		refused(w.t, "a step while frozen", err, broker.Revoked, broker.CodeFrozen)
+		_, err := w.Issue(ctx, holderOf(holder), step(holder, tool))
+		refused(w.t, "Issue while frozen", err, broker.Revoked, broker.CodeFrozen)
 		if !row.asked {
 			_, err = w.Unfreeze(ctx, responder, id)
 			refused(w.t, "Unfreeze by the first person", err, broker.Denied, broker.CodeSecondPerson)
@@ -260,12 +263,12 @@ func (w *oldWorld) checkFreezes(d *oldData) {
 		if w.must(err); !rv.Lifted || rv.Unfreezer != responder.Name {
 			w.t.Errorf("Unfreeze = %+v, want it lifted, and first asked for by %s", rv, responder.Name)
 		}
-		_, err = w.Issue(ctx, held(holder), step(holder, tool))
+		_, err = w.Issue(ctx, holderOf(holder), step(holder, tool))
 		w.must(err)
 	}
 	frozen := w.delegation(d, d.Cases["frozen"])
-	_, err := w.Issue(ctx, held(frozen), step(frozen, "db.read"))
-	refused(w.t, "a third live step", err, broker.Denied, broker.CodeBudgetExhausted)
+	_, err := w.Issue(ctx, holderOf(frozen), step(frozen, "db.read"))
+	refused(w.t, "Issue of a third live step", err, broker.Denied, broker.CodeBudgetExhausted)
 	for _, name := range []string{"unborn", "thief"} {
 		_, err := w.Open(ctx, named(agent(name)), broker.OpenRequest{Task: "a freeze that covers later chains",
 			Rights: use("db.read")})
@@ -275,27 +278,28 @@ func (w *oldWorld) checkFreezes(d *oldData) {
 	}
 }
 
-// checkRules: a final rule over a tool fences that tool under the chains of its time, and no other tool or later chain.
+// checkRules holds that a final rule over a tool fences that tool under the chains that were open, and no other tool
+// and no later chain.
 func (w *oldWorld) checkRules(d *oldData) {
 	w.t.Helper()
 	root := w.delegation(d, d.Cases["ruled"])
 	for _, tool := range []broker.ToolName{"deploy", "db.write"} {
-		_, err := w.Issue(ctx, held(root), step(root, tool))
+		_, err := w.Issue(ctx, holderOf(root), step(root, tool))
 		want := "revoked fenced " + d.ruleOf("tool:"+string(tool)+" and label.env:test")
 		if got := codeOf(err); got != want {
-			w.t.Errorf("a step with %s = %q, want %q", tool, got, want)
+			w.t.Errorf("Issue with %s = %q, want %q", tool, got, want)
 		}
 	}
-	_, err := w.Issue(ctx, held(root), step(root, "db.read"))
+	_, err := w.Issue(ctx, holderOf(root), step(root, "db.read"))
 	w.must(err)
-	later, err := w.Open(ctx, held(root), broker.OpenRequest{Task: "a later chain", Rights: use("deploy"),
+	later, err := w.Open(ctx, holderOf(root), broker.OpenRequest{Task: "a later chain", Rights: use("deploy"),
 		Labels: map[string]string{"env": "test"}})
 	w.must(err)
-	_, err = w.Issue(ctx, held(root), step(later, "deploy"))
+	_, err = w.Issue(ctx, holderOf(root), step(later, "deploy"))
 	w.must(err)
 }
 
-// ruleOf gives the revocation with a selector.
+// ruleOf returns the id of the revocation with a selector.
 func (d *oldData) ruleOf(selector string) string {
 	for _, rv := range d.Answers.Revocations {
 		if rv.Selector == selector {
@@ -305,14 +309,14 @@ func (d *oldData) ruleOf(selector string) string {
 	return "none"
 }
 
-// checkAcknowledgements: a holder who had not acknowledged a settled revocation still can. Earlier acknowledgements
-// keep their time.
+// checkAcknowledgements holds that a holder can still acknowledge a settled revocation. Earlier acknowledgements keep
+// their time.
 func (w *oldWorld) checkAcknowledgements(d *oldData) {
 	w.t.Helper()
 	id := broker.RevocationID(d.Cases["settled"])
 	for _, name := range []string{"acknowledged", "unacknowledged"} {
 		holder := w.delegation(d, d.Cases[name])
-		w.must(w.Acknowledge(ctx, held(holder), holder.ID, id))
+		w.must(w.Acknowledge(ctx, holderOf(holder), holder.ID, id))
 	}
 	list, err := w.Acknowledgements(ctx, id)
 	w.must(err)
@@ -320,27 +324,27 @@ func (w *oldWorld) checkAcknowledgements(d *oldData) {
 		old := string(a.Delegation) == d.Cases["acknowledged"]
 		now := string(a.Delegation) == d.Cases["unacknowledged"]
 		if a.At.IsZero() == (old || now) || old && !a.At.Before(d.Died) || now && a.At.Before(d.Died) {
-			w.t.Errorf("acknowledgement %+v; want one from before, and one from now", a)
+			w.t.Errorf("acknowledgement = %+v; want one from before the old process died, and one from now", a)
 		}
 	}
 	fenced := w.delegation(d, d.Cases["revoked"])
-	_, err = w.Issue(ctx, held(fenced), step(fenced, "db.read"))
-	refused(w.t, "a step under a fence", err, broker.Revoked, broker.CodeFenced)
+	_, err = w.Issue(ctx, holderOf(fenced), step(fenced, "db.read"))
+	refused(w.t, "Issue under a fence", err, broker.Revoked, broker.CodeFenced)
 	again := selector.Request{Selector: selecting(w.t, "subtree:%s", fenced.ID), Reason: "again"}
 	rv, err := w.Revoke(ctx, responder, again)
 	if w.must(err); rv.ID != id || !rv.Repeated {
-		w.t.Errorf("Revoke of the same again = %+v, want %s, repeated", rv, id)
+		w.t.Errorf("the repeated Revoke = %+v, want the existing %s", rv, id)
 	}
 }
 
-// checkBundle: the ledger knows the bundle in force. No older version, no other content of its version and no other
-// bundle follows it.
+// checkBundle holds that the ledger knows the bundle in force. Adopt refuses an older version, other content of the
+// same version, and another bundle.
 func (w *oldWorld) checkBundle() {
 	w.t.Helper()
 	last := w.entries(0)
 	w.must(w.Adopt(ctx, broker.Adoption{Name: "shop", Version: 7, Digest: w.policy.Digest()}))
 	if more := w.entries(uint64(len(last))); len(more) > 0 {
-		w.t.Errorf("the bundle in force was adopted with entries %+v, want none", more)
+		w.t.Errorf("Adopt of the bundle in force appended %+v, want no entry", more)
 	}
 	for _, a := range []broker.Adoption{
 		{Name: "shop", Version: 6, Digest: "sha256:06"},
@@ -352,7 +356,7 @@ func (w *oldWorld) checkBundle() {
 	w.must(w.Adopt(ctx, broker.Adoption{Name: "shop", Version: 8, Digest: "sha256:08"}))
 }
 
-// checkCanary: the engine still recognises the canary's value, and records that it was touched.
+// checkCanary holds that the engine still recognises the canary's value, and records each touch.
 func (w *oldWorld) checkCanary(d *oldData) {
 	w.t.Helper()
 	value, err := hex.DecodeString(d.Canary)
@@ -368,7 +372,7 @@ func (w *oldWorld) checkCanary(d *oldData) {
 	w.must(err)
 	for _, c := range list {
 		if string(c.ID) == d.Cases["canary"] && (c.Touches != 2 || c.Touched.Before(d.Died)) {
-			w.t.Errorf("canary %+v, want it touched twice, just now", c)
+			w.t.Errorf("canary = %+v, want 2 touches, the last just now", c)
 		}
 	}
 	c, err := w.Pull(ctx, responder, broker.CanaryID(d.Cases["canary"]))
@@ -377,7 +381,7 @@ func (w *oldWorld) checkCanary(d *oldData) {
 	}
 }
 
-// checkSweep: a sweep ends the leases and logins that no live grant in the ledger names, and no other.
+// checkSweep holds that a sweep ends the orphaned leases and logins, and no others.
 func (w *oldWorld) checkSweep(d *oldData) {
 	w.t.Helper()
 	_, err := w.Sweep(ctx)
@@ -393,22 +397,22 @@ func (w *oldWorld) checkSweep(d *oldData) {
 		}
 	}
 	if slices.Contains(w.target.Alive(), "gr111111111111111111111111") {
-		w.t.Error("after a sweep a login is alive that the ledger does not know")
+		w.t.Error("after a sweep the orphaned login is alive")
 	}
 }
 
-// checkReopened: an hour later every secret has ended. The log still begins with the entries that were signed, and the
+// checkReopened holds that every secret has ended an hour later. The log still begins with the signed entries, and the
 // file opens again.
 func (w *oldWorld) checkReopened(d *oldData) {
 	w.t.Helper()
 	if left := w.vault.LeaseIDs(); len(left) > 0 {
-		w.t.Errorf("leases %v are in Vault when every grant has expired", left)
+		w.t.Errorf("Vault has the leases %v after every grant has expired, want none", left)
 	}
 	chains, err := w.Chains(ctx, true)
 	w.must(err)
 	for _, c := range chains {
 		if c.Live > 0 {
-			w.t.Errorf("chain %s counts %d live grants when all have expired", c.Chain.ID, c.Live)
+			w.t.Errorf("chain %s counts %d live grants after all have expired, want none", c.Chain.ID, c.Live)
 		}
 	}
 	w.must(w.ledger.Verify(ctx))

@@ -19,7 +19,7 @@ import (
 	"github.com/pawlsec/pawl/store/bolt"
 )
 
-// oldWorld is a broker on a ledger file, with a Vault and targets in memory. It is made inside a synctest bubble.
+// oldWorld is a broker on a ledger file, with a Vault and targets in memory. Make it inside a synctest bubble.
 type oldWorld struct {
 	*engine.Engine
 	t      *testing.T
@@ -32,14 +32,14 @@ type oldWorld struct {
 	now    func() time.Time
 }
 
-// oldWorldConfig says how a world differs from the usual one.
+// oldWorldConfig is the configuration of an oldWorld.
 type oldWorldConfig struct {
 	path     string                                             // of the ledger; its file is made when there is none
 	start    time.Time                                          // by the broker's clock
 	zone     func() *time.Location                              // of the broker's clock; nil: UTC
 	vault    func(*oldWorld, signingVault) broker.Vault         // wraps the Vault
-	survived bool                                               // Vault is one that has made tokens before
-	backend  func(name string, b severingProver) broker.Backend // wraps each backend; nil: it is used as it is
+	survived bool                                               // Vault has made tokens for an earlier process
+	backend  func(name string, b severingProver) broker.Backend // wraps each backend; nil: no wrapping
 }
 
 const (
@@ -47,7 +47,7 @@ const (
 	oldMintBound   = 5 * time.Second
 )
 
-// newOldWorld opens the ledger and makes a broker on it, and does not resume it. Both are stopped with the test.
+// newOldWorld opens the ledger and makes a broker on it, without Resume. The test's end stops both.
 func newOldWorld(t *testing.T, c oldWorldConfig) *oldWorld {
 	t.Helper()
 	ledger, err := bolt.Open(bolt.Config{Path: c.path, Reserve: -1})
@@ -66,7 +66,7 @@ func newOldWorld(t *testing.T, c oldWorldConfig) *oldWorld {
 	w.signer = &signer{now: w.now, accepts: map[broker.GrantID]bool{}}
 	w.vault = brokertest.NewVault(w.target)
 	if c.survived {
-		w.vault = w.vault.Restarted() // no accessor is one that the ledger knows
+		w.vault = w.vault.Restarted() // none of its accessors are in the ledger
 	}
 	if w.Engine, err = engine.New(engine.Config{Ledger: ledger, Policy: func() broker.Policy { return w.policy },
 		Vault:    c.vault(w, signingVault{w.vault, w.signer}),
@@ -82,15 +82,15 @@ func newOldWorld(t *testing.T, c oldWorldConfig) *oldWorld {
 	return w
 }
 
-// severingProver is what every backend of an oldWorld is.
+// severingProver is the interface of every backend of an oldWorld.
 type severingProver interface {
 	broker.Backend
 	broker.Severer
 	broker.Prover
 }
 
-// backends are four, so that four per-backend workers are at work: "target" and "legacy" give leases, "keeper" gives
-// static secrets, and "signer" gives tokens without a lease.
+// backends returns four backends, so that four per-backend workers run. The secrets of "target" and "legacy" have
+// leases, those of "keeper" are static, and those of "signer" are tokens without a lease.
 func (w *oldWorld) backends(wrap func(string, severingProver) broker.Backend) map[string]broker.Backend {
 	made := map[string]broker.Backend{"target": w.target}
 	for name, b := range map[string]severingProver{"target": w.target, "legacy": hidden{w.target},
@@ -109,7 +109,7 @@ func (w *oldWorld) must(err error) {
 	}
 }
 
-// entries gives the audit log after a revision.
+// entries returns the audit log after a revision.
 func (w *oldWorld) entries(after uint64) []broker.Entry {
 	w.t.Helper()
 	list, err := w.ledger.Entries(ctx, broker.Revision(after), 100000)
@@ -117,7 +117,7 @@ func (w *oldWorld) entries(after uint64) []broker.Entry {
 	return list
 }
 
-// hidden is a backend without the optional interfaces that the others of one target would repeat.
+// hidden is a backend without the optional interfaces that another backend of the same target has.
 type hidden struct{ severingProver }
 
 // rotated hands out static secrets.
@@ -135,7 +135,7 @@ func (r rotated) Prove(_ context.Context, grants []broker.Grant) ([]broker.Evide
 	return found, nil
 }
 
-// signer gives tokens that end by a list: a verifier that does not read the list accepts them until their own end.
+// signer gives tokens that a status list ends. A verifier that does not read the list accepts them until they expire.
 type signer struct {
 	now func() time.Time
 
@@ -199,7 +199,7 @@ func (v signingVault) Mint(ctx context.Context, h broker.Handle, m broker.Mint) 
 	return broker.Lease{Ref: done.Ref, Expires: done.Expires, Outlives: done.Outlives}, done.Secret, err
 }
 
-// oldPolicy allows everything, except where a chain's labels say otherwise.
+// oldPolicy allows every request, except where a chain's labels forbid it.
 type oldPolicy struct {
 	*brokertest.Policy
 
@@ -251,7 +251,7 @@ func (p *oldPolicy) decide(q broker.Question) broker.Decision {
 		Domains: []string{"example.org", "partner.example"}}
 }
 
-// asked is the question that policy answered last.
+// asked returns the question that policy answered last.
 func (p *oldPolicy) asked() broker.Question {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -270,7 +270,7 @@ func (r *fixedRandom) Read(b []byte) (int, error) {
 	return r.source.Read(b)
 }
 
-// named is a caller. Its identity outlasts every chain of the ledger.
+// named returns a caller. Its identity expires after every chain of the ledger.
 func named(id spiffeid.ID) broker.Caller {
 	return broker.Caller{ID: id, Proof: broker.ProofX509, NotAfter: brokertest.Epoch.Add(100 * 24 * time.Hour)}
 }
@@ -279,10 +279,10 @@ func agent(name string) spiffeid.ID {
 	return spiffeid.RequireFromString("spiffe://example.org/" + name)
 }
 
-// held is the delegation's holder.
-func held(d broker.Delegation) broker.Caller { return named(d.Holder) }
+// holderOf returns the delegation's holder as a caller.
+func holderOf(d broker.Delegation) broker.Caller { return named(d.Holder) }
 
-// everyConstraint has each kind of constraint, as JSON, and a value inside.
+// everyConstraint has each kind of constraint, as JSON, and a value that it allows.
 var everyConstraint = map[string]struct {
 	wire  string
 	value args.Value
@@ -318,7 +318,7 @@ func argsOf(values map[string]args.Value) args.Args {
 	return a
 }
 
-// table is the argument of the database tools.
+// table makes the argument of the database tools.
 func table(name string) args.Args {
 	return argsOf(map[string]args.Value{"table": args.String(name)})
 }
@@ -331,7 +331,7 @@ func everyParameter() map[string]broker.Parameter {
 	return all
 }
 
-// copyFile copies a file and gives its content.
+// copyFile copies a file and returns its content.
 func copyFile(t *testing.T, from, to string) []byte {
 	t.Helper()
 	b, err := os.ReadFile(from)

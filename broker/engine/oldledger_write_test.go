@@ -33,8 +33,7 @@ import (
 var writeOldLedger = flag.String("write-old-ledger", "",
 	"write the ledger of a broker that dies to this path with .db.gz added, and its answers with .json added")
 
-// TestWriteOldLedger makes the test data of [TestOldLedger] with the build that it is part of. The path ends in the
-// commit:
+// TestWriteOldLedger writes the test data of [TestOldLedger] with the present build. The path ends in the commit:
 //
 //	go test ./broker/engine -run TestWriteOldLedger -write-old-ledger testdata/ledger-8532fd1
 //
@@ -66,7 +65,7 @@ func TestWriteOldLedger(t *testing.T) {
 		d.Records["all"], d.Log.Head, len(raw), packed, text)
 }
 
-// packOldLedger writes the two files and gives their sizes.
+// packOldLedger writes the two files and returns their sizes.
 func packOldLedger(t *testing.T, raw []byte, d *oldData) (packed, text int) {
 	t.Helper()
 	answers, err := json.MarshalIndent(d, "", " ")
@@ -89,7 +88,7 @@ func packOldLedger(t *testing.T, raw []byte, d *oldData) (packed, text int) {
 // keyFamilies are the prefixes of the ledger's keys. The test data has at least one record of each.
 var keyFamilies = strings.Split("c/ d/ m/ u/ g/ l/ p/ r/ x/ w/ f/ y/ e/ n/ k/ h/ t/ b/", " ")
 
-// describe fills in the facts of the dead ledger that the engine gives without Resume.
+// describe fills in the engine's answers about the dead ledger before Resume.
 func (w *oldWorld) describe(d *oldData) {
 	w.t.Helper()
 	w.must(w.ledger.Verify(ctx))
@@ -115,7 +114,7 @@ func (w *oldWorld) describe(d *oldData) {
 	d.Answers = w.answers(d.Answers)
 }
 
-// sign signs a checkpoint as broker/audit does, and gives it with the key that verifies it.
+// sign signs a checkpoint as broker/audit does, and returns it with the key that verifies it.
 func (w *oldWorld) sign(size int, root tlog.Hash) (checkpoint, verifier string) {
 	w.t.Helper()
 	const name = "example.org/pawl"
@@ -131,27 +130,26 @@ func (w *oldWorld) sign(size int, root tlog.Hash) (checkpoint, verifier string) 
 	return string(signed), verifier
 }
 
-// oldWriter is the world of the broker that dies.
+// oldWriter is the oldWorld of the broker that dies.
 type oldWriter struct {
 	*oldWorld
 	d    *oldData
 	zone atomic.Pointer[time.Location]
 	lost map[string]string // leases that the ledger does not know, with their grants
 
-	vaultDown  atomic.Bool // it refuses to end tokens
+	vaultDown  atomic.Bool // Vault refuses to revoke tokens and leases
 	severDown  atomic.Bool // no target severs
 	legacyDown atomic.Bool // the target "legacy" proves nothing
 
 	mu   sync.Mutex               // guards shut
-	shut map[string]chan struct{} // backends that do not sever before it is closed
+	shut map[string]chan struct{} // by backend: it does not sever before the channel is closed
 }
 
-// writeDeadLedger runs a broker through everything that leaves records. It copies the file while the last requests and
-// revocations are under way, so that the copy is the file of a process that was killed. Every transaction is on disk by
-// then: the bubble waits.
+// writeDeadLedger makes every request that leaves records. It copies the file while the last requests and revocations
+// are under way, so the copy is the file of a killed process. Every transaction is on disk by then: the bubble waits.
 func writeDeadLedger(t *testing.T, d *oldData, dead string) {
 	w := &oldWriter{d: d, lost: map[string]string{}, shut: map[string]chan struct{}{}}
-	w.zone.Store(time.FixedZone("", 2*60*60)) // a server whose clock is not in UTC
+	w.zone.Store(time.FixedZone("", 2*60*60)) // the server's clock is not in UTC
 	path := filepath.Join(t.TempDir(), "ledger.db")
 	w.oldWorld = newOldWorld(t, oldWorldConfig{path: path, start: brokertest.Epoch.Add(123456789), zone: w.zone.Load,
 		vault:   func(_ *oldWorld, v signingVault) broker.Vault { return refusingVault{v, w} },
@@ -219,7 +217,7 @@ func (w *oldWriter) outside() {
 
 var errRefused = errors.New("connection refused")
 
-// refusingVault ends no lease while vaultDown.
+// refusingVault revokes no lease while vaultDown.
 type refusingVault struct {
 	signingVault
 	w *oldWriter
@@ -232,8 +230,8 @@ func (v refusingVault) Revoke(ctx context.Context, lease string) error {
 	return v.signingVault.Revoke(ctx, lease)
 }
 
-// fail makes Vault stop at a point until a channel is closed, and then answer err. It refuses to end tokens while
-// vaultDown.
+// fail stops Vault at a point until a channel is closed, and makes it answer err then. Vault refuses to revoke tokens
+// while vaultDown.
 func (w *oldWriter) fail(point string, until <-chan struct{}, err error) {
 	w.vault.Fail(func(at string) error {
 		switch {
@@ -248,7 +246,7 @@ func (w *oldWriter) fail(point string, until <-chan struct{}, err error) {
 	})
 }
 
-// wrap gives a backend that severs once its gate is open, and fails when the writer says so.
+// wrap returns a backend that severs once its gate is open. It fails while severDown or legacyDown.
 func (w *oldWriter) wrap(name string, b severingProver) broker.Backend {
 	g := gatedBackend{b, name, w}
 	if f, ok := b.(broker.Finder); ok {
@@ -305,7 +303,7 @@ func (w *oldWriter) inTurn(f func()) {
 		w.mu.Unlock()
 	}
 	synctest.Wait()
-	pass(8 * time.Millisecond) // the second look of a reconciler comes after 5 ms, the retry of a grant after 20
+	pass(8 * time.Millisecond) // a reconciler reads again after 5 ms, and a worker retries a grant after 20 ms
 	synctest.Wait()
 }
 
@@ -323,7 +321,7 @@ func (w *oldWriter) share(from broker.Delegation, to spiffeid.ID, r broker.Deleg
 	w.t.Helper()
 	pass(time.Second)
 	r.From, r.To = from.ID, to
-	d, err := w.Delegate(ctx, held(from), r)
+	d, err := w.Delegate(ctx, holderOf(from), r)
 	w.must(err)
 	return d
 }
@@ -332,34 +330,35 @@ func (w *oldWriter) take(d broker.Delegation, r broker.StepRequest) broker.Issue
 	w.t.Helper()
 	pass(time.Second)
 	r.Delegation = d.ID
-	got, err := w.Issue(ctx, held(d), r)
+	got, err := w.Issue(ctx, holderOf(d), r)
 	w.must(err)
 	synctest.Wait()
 	return got
 }
 
-// takeNone is take for a step that must fail.
-func (w *oldWriter) takeNone(d broker.Delegation, r broker.StepRequest) {
+// takeRefused is take for a step that must fail.
+func (w *oldWriter) takeRefused(d broker.Delegation, r broker.StepRequest) {
 	w.t.Helper()
 	pass(time.Second)
 	r.Delegation = d.ID
-	if got, err := w.Issue(ctx, held(d), r); err == nil {
+	if got, err := w.Issue(ctx, holderOf(d), r); err == nil {
 		w.t.Fatalf("Issue(%v) = %v, want an error", r, got.Grant.ID)
 	}
 	synctest.Wait()
 }
 
-// end closes a grant and gives it.
+// end closes a grant and returns it.
 func (w *oldWriter) end(d broker.Delegation, id broker.GrantID) broker.Grant {
 	w.t.Helper()
 	pass(time.Second)
-	g, err := w.Close(ctx, held(d), id)
+	g, err := w.Close(ctx, holderOf(d), id)
 	w.must(err)
 	synctest.Wait()
 	return g
 }
 
-func (w *oldWriter) ends(g broker.Grant, state broker.GrantState, ending broker.Ending, outcome broker.Outcome) {
+// wantGrant fails the test unless a grant has the state, ending and outcome.
+func (w *oldWriter) wantGrant(g broker.Grant, state broker.GrantState, ending broker.Ending, outcome broker.Outcome) {
 	w.t.Helper()
 	v, err := w.Chain(ctx, g.Chain)
 	w.must(err)
@@ -371,6 +370,7 @@ func (w *oldWriter) ends(g broker.Grant, state broker.GrantState, ending broker.
 	}
 }
 
+// revoked revokes or freezes, and lets the workers and the reconciler run in turn.
 func (w *oldWriter) revoked(r selector.Request, format string, args ...any) (rv broker.Revocation) {
 	w.t.Helper()
 	pass(time.Second)

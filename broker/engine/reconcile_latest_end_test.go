@@ -33,13 +33,14 @@ func TestLatestEnd(t *testing.T) {
 				if row.lost {
 					w.vault.Fail(func(point string) error {
 						if point == "mint created" {
-							return errors.New("the connection was cut")
+							return errors.New("connection reset")
 						}
 						return nil
 					})
 					_, err := w.Issue(ctx, as("root"), step(root, "db.read"))
 					refused(t, "Issue", err, broker.Unavailable, broker.CodeOutcomeUnknown)
-					// Vault may complete the mint until MintTimeout and MintBound have passed. The target's logins live MaxTTL.
+					// Vault may complete the mint until MintTimeout and MintBound have passed. The login then lives
+					// MaxTTL.
 					latest = time.Now().Add(2*time.Second + 5*time.Second + broker.MaxTTL)
 				}
 				w.vault.Fail(down)

@@ -46,7 +46,7 @@ func TestSweepLeases(t *testing.T) {
 	})
 }
 
-// leaseLister keeps the tools whose leases the broker listed.
+// leaseLister keeps the tools for which the broker listed leases.
 type leaseLister struct {
 	broker.Vault
 	tools [][]broker.Tool
@@ -97,7 +97,7 @@ func TestSweptBeforeClosed(t *testing.T) {
 			w.issue("root", step(root, "db.read"))
 			w.vault.Fail(func(point string) error {
 				if point == "mint created" {
-					return errors.New("the connection was cut")
+					return errors.New("connection reset")
 				}
 				return nil
 			})
@@ -144,7 +144,7 @@ func TestYoungLeaseDelaysClosure(t *testing.T) {
 				root := w.open("root", broker.OpenRequest{})
 				w.vault.Fail(func(point string) error {
 					if point == "mint created" {
-						return errors.New("the connection was cut")
+						return errors.New("connection reset")
 					}
 					return nil
 				})
