@@ -31,7 +31,7 @@ type oldData struct {
 	After   oldAfter          `json:"after"`
 }
 
-// oldOutside is what existed outside the ledger when the process died.
+// oldOutside is the state outside the ledger when the process died.
 type oldOutside struct {
 	Leases map[string]string `json:"leases"` // in Vault, by id: the grant that it was minted for; empty: none
 	Logins []string          `json:"logins"` // at the target, by grant

@@ -278,8 +278,8 @@ func (w *oldWorld) checkFreezes(d *oldData) {
 	}
 }
 
-// checkRules holds that a final rule over a tool fences that tool under the chains that were open, and no other tool
-// and no later chain.
+// checkRules holds that a final rule over a tool fences that tool under the chains that were open. Other tools and
+// later chains are not fenced.
 func (w *oldWorld) checkRules(d *oldData) {
 	w.t.Helper()
 	root := w.delegation(d, d.Cases["ruled"])

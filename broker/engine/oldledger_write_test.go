@@ -185,7 +185,7 @@ func writeDeadLedger(t *testing.T, d *oldData, dead string) {
 	requests.Wait()
 }
 
-// outside records what exists outside the ledger.
+// outside records the state outside the ledger.
 func (w *oldWriter) outside() {
 	d := w.d
 	d.Died = w.now().UTC()

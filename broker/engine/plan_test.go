@@ -12,7 +12,7 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// between is a ledger in which something comes in just before an update.
+// interruptedLedger runs a function just before the next update.
 type interruptedLedger struct {
 	*brokertest.Memory
 	before func() // nil: none

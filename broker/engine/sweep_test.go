@@ -240,8 +240,8 @@ func TestIrrevocableLeases(t *testing.T) {
 	})
 }
 
-// TestStuckLeaseCostIsConstant holds that the broker looks up a lease that Vault has given up no more often after many
-// sweeps than after the first, although each sweep ends its grant again.
+// TestStuckLeaseCostIsConstant counts the lookups of a lease that Vault has given up. Each sweep ends its grant again,
+// and yet there are no more lookups after many sweeps than after the first.
 func TestStuckLeaseCostIsConstant(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
