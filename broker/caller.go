@@ -15,9 +15,6 @@ const (
 	ProofJWT  Proof = "jwt-svid"  // bearer: whoever holds it is the caller until it expires
 )
 
-// MaxSPIFFEID is the longest SPIFFE ID in bytes (SPIFFE-ID section 2.3).
-const MaxSPIFFEID = 2048
-
 // Caller is an authenticated SPIFFE ID. Only attest makes one, and the broker's test of itself; the zero Caller is refused by
 // every procedure.
 type Caller struct {

@@ -22,29 +22,29 @@ const (
 // Grant is the recorded permission for one step. It holds all that is known of the secret but
 // the secret.
 type Grant struct {
-	ID         GrantID      `json:"id"`
-	Chain      ChainID      `json:"chain"`
-	Delegation DelegationID `json:"delegation"`
-	Caller     spiffeid.ID  `json:"caller"`
-	Tool       ToolName     `json:"tool"`
-	Backend    string       `json:"backend"`
-	Narrowing  Narrowing    `json:"narrowing"`
-	Args       args.Args    `json:"args"`
-	Purpose    string       `json:"purpose,omitempty"`
-	Path       string       `json:"path,omitempty"` // Vault mount and role that it is minted at
-	State      GrantState   `json:"state"`
-	Created    time.Time    `json:"created"`
-	Expires    time.Time    `json:"expires"`
-	Bundle     string       `json:"bundle"`
-	Policies   []string     `json:"policies,omitempty"`
-	Token      Handle       `json:"token,omitzero"`   // from HANDLE on
-	Settles    time.Time    `json:"settles,omitzero"` // from HANDLE on: no mint sent for it can complete after this
-	Lease      Lease        `json:"lease,omitzero"`   // from ISSUED on
-	Fence      *Fence       `json:"fence,omitempty"`  // on this grant alone
-	Ending     Ending       `json:"ending,omitempty"`
-	Ended      time.Time    `json:"ended,omitzero"`
-	Outcome    Outcome      `json:"outcome,omitempty"`
-	Evidence   []Evidence   `json:"evidence,omitempty"`
+	ID           GrantID      `json:"id"`
+	Chain        ChainID      `json:"chain"`
+	Delegation   DelegationID `json:"delegation"`
+	Caller       spiffeid.ID  `json:"caller"`
+	Tool         ToolName     `json:"tool"`
+	Backend      string       `json:"backend"`
+	Narrowing    Narrowing    `json:"narrowing"`
+	Args         args.Args    `json:"args"`
+	Purpose      string       `json:"purpose,omitempty"`
+	Path         VaultPath    `json:"path,omitzero"` // Vault mount and role that it is minted at
+	State        GrantState   `json:"state"`
+	Created      time.Time    `json:"created"`
+	Expires      time.Time    `json:"expires"`
+	Bundle       string       `json:"bundle"`
+	Policies     []string     `json:"policies,omitempty"`
+	Token        Handle       `json:"token,omitzero"`   // from HANDLE on
+	MintDeadline time.Time    `json:"settles,omitzero"` // from HANDLE on: no mint sent for it can complete after this
+	Lease        Lease        `json:"lease,omitzero"`   // from ISSUED on
+	Fence        *Fence       `json:"fence,omitempty"`  // on this grant alone
+	Ending       Ending       `json:"ending,omitempty"`
+	Ended        time.Time    `json:"ended,omitzero"`
+	Outcome      Outcome      `json:"outcome,omitempty"`
+	Evidence     []Evidence   `json:"evidence,omitempty"`
 
 	// ArgsDigest is the SHA-256 of Args in their canonical form, in hex, as of the intent: what jwt and token
 	// tools write into what they mint. Empty in a grant of a version that did not record it.
@@ -121,12 +121,8 @@ type Lease struct {
 	Digests []ValueDigest `json:"digests,omitempty"`
 }
 
-// EndTolerance is how much later than asked a target may count the end of what was minted: clocks differ,
-// and Vault adds some seconds to the end of a database login.
-const EndTolerance = 10 * time.Second
-
 // LatestEnd is when the grant's secret is over even if nobody can do anything about it. It is never earlier than
-// the true end: a mint whose answer is not known may complete as late as Settles, and lives its whole life from then.
+// the true end: a mint whose answer is not known may complete as late as MintDeadline, and lives its whole life from then.
 func (g Grant) LatestEnd() time.Time {
 	end := g.Expires
 	for _, t := range []time.Time{g.Lease.Expires, g.Lease.Outlives, g.Token.Expires} {
@@ -135,10 +131,10 @@ func (g Grant) LatestEnd() time.Time {
 		}
 	}
 	if g.State == StateHandle && g.Lease.Expires.IsZero() {
-		if late := g.Settles.Add(g.Longest + EndTolerance); late.After(end) {
+		if late := g.MintDeadline.Add(g.Longest + EndTolerance); late.After(end) {
 			end = late
 		}
-		if late := g.Settles.Add(g.Expires.Sub(g.Created)); late.After(end) {
+		if late := g.MintDeadline.Add(g.Expires.Sub(g.Created)); late.After(end) {
 			end = late
 		}
 	}

@@ -28,9 +28,6 @@ func (r Right) Allows(args args.Args) (outside []string) {
 	return outside
 }
 
-// MaxRights is the most rights a delegation holds, at most one for each tool.
-const MaxRights = 128
-
 // Scope is a delegation's rights, one for each tool, in the order of their names.
 // The zero Scope allows nothing.
 type Scope []Right

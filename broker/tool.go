@@ -12,9 +12,6 @@ import (
 // hyphens, at most 48 bytes. One spelling each, so look-alikes do not parse.
 type ToolName string
 
-// MaxToolName is the longest tool name in bytes.
-const MaxToolName = 48
-
 // ParseToolName accepts exactly the spelling above.
 func ParseToolName(s string) (ToolName, error) {
 	bad := s == "" || len(s) > MaxToolName || s[0] < 'a' || s[0] > 'z'
@@ -73,16 +70,10 @@ type Tool struct {
 	TTL       time.Duration        // a secret's life unless less is asked for; zero means one minute
 	Arguments map[string]Parameter // every argument it takes; others are refused
 	Policy    string               // the Vault policy a step's token holds
-	Path      []string             // mount and role in Vault, as validated segments; their sense is the backend's
+	Path      VaultPath            // mount and role in Vault; the backend gives the segments their sense
 	Settings  map[string]string    // of the backend, validated by it when the tool is loaded
 	Canary    bool                 // nobody has business with it: reaching for it is a violation, and nothing is ever minted
 }
-
-// DefaultTTL is a secret's life where neither tool nor request nor policy says less.
-const DefaultTTL = time.Minute
-
-// MaxTTL is the longest a tool may let a secret live.
-const MaxTTL = 15 * time.Minute
 
 // Parameter declares one argument of a tool.
 type Parameter struct {

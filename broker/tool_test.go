@@ -8,6 +8,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/args/argstest"
 )
 
 func TestParseToolName(t *testing.T) {
@@ -51,7 +52,7 @@ func TestNarrowing(t *testing.T) {
 }
 
 func TestToolCheck(t *testing.T) {
-	small := args.Range(0, 9)
+	small := argstest.Parse(`{"range":{"min":0,"max":9}}`)
 	tool := broker.Tool{Name: "psql", Arguments: map[string]broker.Parameter{
 		"table": {Kind: "string", Required: true},
 		"limit": {Kind: "integer", Constraint: &small},

@@ -99,44 +99,6 @@ func (c Constraint) String() string {
 	return c.bound.String()
 }
 
-// The constructors below make the constraints whose text needs no checking; the others come
-// from [ParseConstraint]. What that would refuse, such as a set over the limits, they turn
-// into the zero Constraint.
-
-// Exact allows v alone.
-func Exact(v Value) Constraint { return constraintOf(newExact(v)) }
-
-// OneOf allows these strings.
-func OneOf(s ...string) Constraint { return constraintOf(newOneOf(stringValues(s))) }
-
-// NotOneOf allows strings other than these; at least one is needed.
-func NotOneOf(s ...string) Constraint { return constraintOf(newNotOneOf(stringValues(s))) }
-
-// Range allows the integers from min to max, both included.
-func Range(min, max int64) Constraint { return constraintOf(newInterval(min, max)) }
-
-// Prefix allows the strings that begin with s, which is not empty.
-func Prefix(s string) Constraint { return constraintOf(newPrefix(s)) }
-
-// Subset allows the lists of one or more elements that are all among s.
-func Subset(s ...string) Constraint { return constraintOf(newSubset(s)) }
-
-// All allows what every one of parts allows; at least one is needed.
-func All(parts ...Constraint) Constraint {
-	bounds := make([]bound, len(parts))
-	for i, p := range parts {
-		bounds[i] = p.bound
-	}
-	return constraintOf(newAllOf(bounds))
-}
-
-func constraintOf(r bound, err error) Constraint {
-	if err != nil || r == nil || len(appendBound(nil, r)) > MaxConstraint {
-		return Constraint{}
-	}
-	return Constraint{r}
-}
-
 func stringValues(s []string) []Value {
 	values := make([]Value, len(s))
 	for i := range s {

@@ -28,12 +28,12 @@ func plainPath(s string) bool {
 	if s == "/" {
 		return true
 	}
-	return strings.HasPrefix(s, "/") && PlainPath(s[1:]) && !strings.ContainsAny(s, `\%`+lookalikes) &&
+	return strings.HasPrefix(s, "/") && plainSegments(s[1:]) && !strings.ContainsAny(s, `\%`+lookalikes) &&
 		utf8.ValidString(s) && !strings.ContainsFunc(s, isControl)
 }
 
 // plainSegments refuses empty segments and those that walk.
-func PlainPath(s string) bool {
+func plainSegments(s string) bool {
 	for segment := range strings.SplitSeq(s, "/") {
 		if segment == "" || segment == "." || segment == ".." {
 			return false
@@ -196,7 +196,7 @@ func webPath(s string) bool {
 	if !ok || !strings.HasPrefix(s, "/") || strings.ContainsAny(decoded, lookalikes) {
 		return false
 	}
-	return s == "/" || PlainPath(strings.TrimSuffix(s[1:], "/"))
+	return s == "/" || plainSegments(strings.TrimSuffix(s[1:], "/"))
 }
 
 // webText decodes the characters of RFC 3986 section 3.3 but the semicolon, those of also, and

@@ -79,7 +79,7 @@ func TestGlobCoversIsExact(t *testing.T) {
 	}
 	constraints := map[string]args.Constraint{}
 	for _, g := range globs {
-		constraints[g] = mustParse(t, fmt.Sprintf(`{"glob":%q}`, g))
+		constraints[g] = argstest.Parse(fmt.Sprintf(`{"glob":%q}`, g))
 		list := []string{""}
 		for _, c := range g {
 			switch c {

@@ -116,7 +116,7 @@ func (t *trial) grant() broker.Grant {
 	return broker.Grant{
 		ID: broker.GrantID("gr" + backendIDs.EncodeToString(raw[:])), Chain: "ch000000000000000000000000",
 		Delegation: "dl000000000000000000000000", Caller: spiffeid.RequireFromString("spiffe://example.org/kit"),
-		Tool: t.Tool.Name, Backend: t.Tool.Backend, Narrowing: t.Tool.Narrowing, Args: t.Args, Path: joined(t.Tool.Path),
+		Tool: t.Tool.Name, Backend: t.Tool.Backend, Narrowing: t.Tool.Narrowing, Args: t.Args, Path: t.Tool.Path,
 		State: broker.StateIntent, Created: now, Expires: now.Add(5 * time.Minute).Truncate(time.Second),
 	}
 }

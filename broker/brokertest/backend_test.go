@@ -18,7 +18,7 @@ import (
 type strict struct{ *brokertest.Target }
 
 func (s strict) Load(t broker.Tool) error {
-	if len(t.Path) != 2 || t.Path[0] != "target" || t.Path[1] != "creds" || len(t.Settings) > 0 {
+	if t.Path != brokertest.Path("target/creds") || len(t.Settings) > 0 {
 		return errors.New("not a tool of this target")
 	}
 	return nil
@@ -54,9 +54,9 @@ func rig(t *testing.T, target *brokertest.Target, b broker.Backend) brokertest.R
 	tokens := map[broker.GrantID]string{}
 	given, _ := args.New(map[string]args.Value{"table": args.String("orders")})
 	outside, _ := args.New(map[string]args.Value{"table": args.String("salaries")})
-	tool := broker.Tool{Name: "db.read", Backend: "target", Path: []string{"target", "creds"}}
+	tool := broker.Tool{Name: "db.read", Backend: "target", Path: brokertest.Path("target/creds")}
 	wrong := tool
-	wrong.Path = []string{"other", "creds"}
+	wrong.Path = brokertest.Path("other/creds")
 	return brokertest.Rig{
 		Backend: b, Tool: tool, Wrong: []broker.Tool{wrong}, Args: given, Outside: []args.Args{outside},
 		Mint: func(ctx context.Context, g *broker.Grant, m broker.Mint, name string) (s broker.Secret, err error) {
@@ -231,9 +231,9 @@ func TestBackendFails(t *testing.T) {
 		{"creates a login in Prepare", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, prepare: func(_ *broker.Mint, name *string) { t.Plant(broker.GrantID(*name)) }}
 		}, "credentials: only Vault creates one"},
-		{"splices a path", func(t *brokertest.Target) broker.Backend {
-			return backend{strict: strict{t}, prepare: func(m *broker.Mint, _ *string) { m.Path = []string{"target", "../creds"} }}
-		}, "plain segments"},
+		{"returns no path", func(t *brokertest.Target) broker.Backend {
+			return backend{strict: strict{t}, prepare: func(m *broker.Mint, _ *string) { m.Path = broker.VaultPath{} }}
+		}, "no path"},
 		{"accepts any lifetime", func(t *brokertest.Target) broker.Backend {
 			return backend{strict: strict{t}, prepare: func(m *broker.Mint, _ *string) { m.TTL = time.Hour }}
 		}, "that the grant has left"},

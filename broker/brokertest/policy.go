@@ -2,6 +2,15 @@ package brokertest
 
 import "github.com/pawlsec/pawl/broker"
 
+// Path makes a Vault path of a constant. It panics if the text is no path.
+func Path(text string) broker.VaultPath {
+	path, err := broker.ParseVaultPath(text)
+	if err != nil {
+		panic("brokertest: " + err.Error())
+	}
+	return path
+}
+
 // Policy is a policy in the form of a function, over a set of tools.
 type Policy struct {
 	Tools  map[broker.ToolName]broker.Tool
@@ -13,7 +22,7 @@ func AllowAll(names ...broker.ToolName) *Policy {
 	p := &Policy{Tools: map[broker.ToolName]broker.Tool{}}
 	for _, n := range names {
 		p.Tools[n] = broker.Tool{Name: n, Backend: "target", Narrowing: broker.NarrowNative, Policy: "pawl-tool-" + string(n),
-			Path: []string{"target", "creds"}, Arguments: map[string]broker.Parameter{"table": {Kind: "string"}}}
+			Path: Path("target/creds"), Arguments: map[string]broker.Parameter{"table": {Kind: "string"}}}
 	}
 	return p
 }

@@ -86,7 +86,7 @@ func (t *Target) Prepare(_ context.Context, _ broker.Tool, g broker.Grant) (brok
 	if err := t.fault("prepare"); err != nil {
 		return broker.Mint{}, "", err
 	}
-	return broker.Mint{Path: []string{"target", "creds"}, Leased: true, TTL: broker.MaxTTL,
+	return broker.Mint{Path: Path("target/creds"), Leased: true, TTL: broker.MaxTTL,
 		Finish: func(answer map[string]any, _ time.Time) (broker.Finished, error) {
 			secret, err := json.Marshal(map[string]any{"grant": g.ID, "password": answer["password"]})
 			password, _ := answer["password"].(string)

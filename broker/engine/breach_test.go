@@ -69,11 +69,11 @@ var breachRows = map[string]breachRow{
 				Violation: "odd"})
 			return err
 		}},
-	"a report about a delegation": {code: broker.ViolationReported, report: true, always: true, node: true,
+	"a report about a delegation": {code: "reported", report: true, always: true, node: true,
 		frozen: "worker",
 		do: func(s *breachScene) error {
 			_, err := s.w.Report(ctx, as("root"), broker.ReportRequest{Delegation: s.worker.ID,
-				Violation: broker.ViolationReported})
+				Violation: "reported"})
 			return err
 		}},
 }

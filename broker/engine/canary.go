@@ -31,13 +31,13 @@ func (e *Engine) Plant(ctx context.Context, o broker.Operator, r broker.PlantReq
 		return broker.Canary{}, "", err
 	}
 	switch r.Like {
-	case "", broker.GuiseVault:
+	case "", broker.CanaryVaultToken:
 		value, err = draw.VaultToken(e.cfg.Random)
-	case broker.GuiseGitHub:
+	case broker.CanaryGitHubToken:
 		value, err = draw.GitHubToken(e.cfg.Random)
 	default:
 		return broker.Canary{}, "", broker.Errorf(broker.Malformed, op, "a canary is like %s or %s",
-			broker.GuiseVault, broker.GuiseGitHub)
+			broker.CanaryVaultToken, broker.CanaryGitHubToken)
 	}
 	if err != nil {
 		return broker.Canary{}, "", err

@@ -159,7 +159,7 @@ func TestRevokeCanaryValue(t *testing.T) {
 		w.onCanary(broker.ConsequenceRevokeChain)
 		root := w.open("root", broker.OpenRequest{})
 		held := w.issue("root", step(root, "db.read"))
-		_, value := w.plant(broker.PlantRequest{Chain: root.Chain, Like: broker.GuiseGitHub})
+		_, value := w.plant(broker.PlantRequest{Chain: root.Chain, Like: broker.CanaryGitHubToken})
 		rv, err := w.Revoke(ctx, responder, selector.Request{Selector: selector.ForLeaked(value),
 			Reason: "found in a log"})
 		if err != nil || rv.Chain != root.Chain || rv.Node != root.ID || !strings.Contains(rv.Reason, "canary") {
@@ -210,10 +210,10 @@ func TestPlant(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		seen := map[string]bool{}
-		for like, form := range map[broker.Guise]string{
-			"":                 `^hvs\.[\w-]{92}$`,
-			broker.GuiseVault:  `^hvs\.CAES[\w-]{88}$`,
-			broker.GuiseGitHub: `^ghp_[0-9A-Za-z]{36}$`,
+		for like, form := range map[broker.CanaryKind]string{
+			"":                       `^hvs\.[\w-]{92}$`,
+			broker.CanaryVaultToken:  `^hvs\.CAES[\w-]{88}$`,
+			broker.CanaryGitHubToken: `^ghp_[0-9A-Za-z]{36}$`,
 		} {
 			for range 20 {
 				_, value := w.plant(broker.PlantRequest{Like: like})
@@ -221,7 +221,7 @@ func TestPlant(t *testing.T) {
 					t.Errorf("a value like %q does not match %s, or is not new", like, form)
 				}
 				seen[value] = true
-				if like == broker.GuiseGitHub && value[34:] != checksum(value[4:34]) {
+				if like == broker.CanaryGitHubToken && value[34:] != checksum(value[4:34]) {
 					t.Error("the checksum of a value like a GitHub token is wrong")
 				}
 			}

@@ -223,7 +223,7 @@ func (s *issue) buildGrant(l records.Lineage, d broker.Decision) error {
 	digest := s.request.Args.Digest()
 	s.grant = broker.Grant{ID: broker.GrantID(id), Chain: l.Chain.ID, Delegation: l.Leaf().ID, Caller: s.caller.ID,
 		Tool: s.tool.Name, Backend: s.tool.Backend, Narrowing: s.tool.Narrowing, Args: s.request.Args,
-		ArgsDigest: hex.EncodeToString(digest[:]), Purpose: s.request.Purpose, Path: strings.Join(s.tool.Path, "/"),
+		ArgsDigest: hex.EncodeToString(digest[:]), Purpose: s.request.Purpose, Path: s.tool.Path,
 		State: broker.StateIntent, Created: s.now, Expires: expires, Bundle: s.policy.Digest(), Policies: d.Policies}
 	return nil
 }
@@ -431,7 +431,7 @@ func (s *issue) mint(ctx context.Context, prefetched *stepToken) (broker.Secret,
 func (s *issue) recordHandle(ctx context.Context, token broker.Handle, longest time.Duration) error {
 	settles := s.e.cfg.Now().Add(s.e.cfg.MintTimeout + s.e.cfg.MintBound)
 	record := func(g broker.Grant) (records.EncodedGrant, error) {
-		g.State, g.Token, g.Longest, g.Settles = broker.StateHandle, token, longest, settles
+		g.State, g.Token, g.Longest, g.MintDeadline = broker.StateHandle, token, longest, settles
 		return records.EncodeGrant(g)
 	}
 	expected, err := record(s.grant)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/args/argstest"
 	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/broker/engine"
 )
@@ -129,7 +131,7 @@ func TestRefusals(t *testing.T) {
 		w := newWorld(t)
 		root := w.open("planner", broker.OpenRequest{Depth: 2, Rights: []broker.Right{
 			{Tool: "db.read", Use: true, Delegate: true,
-				Args: map[string]args.Constraint{"table": args.OneOf("orders")}},
+				Args: map[string]args.Constraint{"table": argstest.Parse(`{"one_of":["orders"]}`)}},
 			{Tool: "deploy", Delegate: true},
 		}})
 		reads := func(a args.Args) broker.StepRequest {
@@ -175,7 +177,7 @@ func TestDelegationOnlyNarrows(t *testing.T) {
 		w := newWorld(t)
 		reads := func(tables ...string) broker.Right {
 			return broker.Right{Tool: "db.read", Use: true,
-				Args: map[string]args.Constraint{"table": args.OneOf(tables...)}}
+				Args: map[string]args.Constraint{"table": argstest.Parse(`{"one_of":["` + strings.Join(tables, `","`) + `"]}`)}}
 		}
 		both := reads("orders", "items")
 		both.Delegate = true

@@ -92,9 +92,9 @@ func TestMintEndsBeforeItsGrantSettles(t *testing.T) {
 					t.Fatalf("Issue = %v, want a secret", err)
 				}
 				deadline := vault.deadline.Load()
-				if deadline == nil || got.Grant.Settles.Before(deadline.Add(mintBound)) {
+				if deadline == nil || got.Grant.MintDeadline.Before(deadline.Add(mintBound)) {
 					t.Errorf("the grant settles at %v, want it %v after the mint's deadline %v, or later",
-						got.Grant.Settles, mintBound, deadline)
+						got.Grant.MintDeadline, mintBound, deadline)
 				}
 			})
 		})
@@ -156,7 +156,7 @@ func TestIssueInRerunTransactions(t *testing.T) {
 			t.Fatalf("Chain = %v, %v, want one grant", v, err)
 		}
 		g := v.Grants[0]
-		if g.State != broker.StateIssued || g.Token.Accessor == "" || g.Settles.IsZero() || g.Lease.ID == "" {
+		if g.State != broker.StateIssued || g.Token.Accessor == "" || g.MintDeadline.IsZero() || g.Lease.ID == "" {
 			t.Errorf("the recorded grant = %+v, want it ISSUED, with Token, Lease and Settles", g)
 		}
 		if got.Grant.State != broker.StateIssued || got.Grant.Lease.ID != g.Lease.ID {

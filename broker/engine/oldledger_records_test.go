@@ -14,6 +14,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/args/argstest"
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
@@ -61,12 +62,12 @@ func (w *oldWriter) openShop() {
 		Rights: []broker.Right{{Tool: "db.read", Delegate: true}, {Tool: "db.write", Delegate: true},
 			{Tool: "token", Use: true}}})
 	fetcher := w.share(planner, agent("fetcher"), broker.DelegateRequest{Depth: 4, TTL: 12 * time.Hour,
-		Rights: reads(args.OneOf("orders", "users", "stock")),
+		Rights: reads(argstest.Parse(`{"one_of":["orders","users","stock"]}`)),
 		Budget: broker.Budget{Tools: map[broker.ToolName]int{"db.read": 4}}})
 	parser := w.share(fetcher, agent("parser"), broker.DelegateRequest{Depth: 3,
-		Rights: reads(args.OneOf("orders", "users")), Budget: broker.Budget{Steps: 2, PerMinute: 10}})
+		Rights: reads(argstest.Parse(`{"one_of":["orders","users"]}`)), Budget: broker.Budget{Steps: 2, PerMinute: 10}})
 	printer := w.share(parser, spiffeid.RequireFromString("spiffe://partner.example/printer"), broker.DelegateRequest{
-		Rights: reads(args.Exact(args.String("orders"))), Budget: broker.Budget{Steps: 1}, TTL: 6 * time.Hour})
+		Rights: reads(argstest.Parse(`{"exact":"orders"}`)), Budget: broker.Budget{Steps: 1}, TTL: 6 * time.Hour})
 	writer := w.share(planner, agent("writer"), broker.DelegateRequest{Depth: 1, Rights: use("db.write"),
 		Budget: broker.Budget{Steps: 2}})
 
@@ -323,7 +324,7 @@ func (w *oldWriter) plantCanaries() {
 	_, value := plant(broker.PlantRequest{Chain: bait.Chain, Note: "~/.vault-token of <bait>"})
 	w.inTurn(func() { w.Present(ctx, named(agent("thief")), value) })
 
-	_, value = plant(broker.PlantRequest{Note: "the wiki", Like: broker.GuiseGitHub})
+	_, value = plant(broker.PlantRequest{Note: "the wiki", Like: broker.CanaryGitHubToken})
 	for range 2 {
 		w.inTurn(func() { w.Present(ctx, named(agent("thief")), value) })
 	}

@@ -146,7 +146,7 @@ type signer struct {
 func (s *signer) Load(broker.Tool) error { return nil }
 
 func (s *signer) Prepare(_ context.Context, _ broker.Tool, g broker.Grant) (broker.Mint, string, error) {
-	return broker.Mint{Path: []string{"signer", string(g.ID)}, TTL: 5 * time.Minute,
+	return broker.Mint{Path: brokertest.Path("signer/" + string(g.ID)), TTL: 5 * time.Minute,
 		Finish: func(map[string]any, time.Time) (broker.Finished, error) {
 			return broker.Finished{Secret: broker.NewSecret([]byte(`{"token":"signed"}`)), Ref: "jti-" + string(g.ID),
 				Expires: g.Expires, Outlives: g.Expires.Add(30 * time.Second)}, nil
@@ -191,10 +191,10 @@ type signingVault struct {
 }
 
 func (v signingVault) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (broker.Lease, broker.Secret, error) {
-	if m.Path[0] != "signer" {
+	if m.Path.Segments()[0] != "signer" {
 		return v.Vault.Mint(ctx, h, m)
 	}
-	v.signer.sign(broker.GrantID(m.Path[1]))
+	v.signer.sign(broker.GrantID(m.Path.Segments()[1]))
 	done, err := m.Finish(nil, time.Time{})
 	return broker.Lease{Ref: done.Ref, Expires: done.Expires, Outlives: done.Outlives}, done.Secret, err
 }
@@ -211,16 +211,13 @@ func newOldPolicy() *oldPolicy {
 	p := &oldPolicy{Policy: &brokertest.Policy{Tools: map[broker.ToolName]broker.Tool{}}}
 	table := map[string]broker.Parameter{"table": {Kind: "string"}}
 	for _, t := range []broker.Tool{
-		{Name: "db.read", Backend: "target", Narrowing: broker.NarrowNative, Path: []string{"database", "creds",
-			"reader"}, Arguments: table},
-		{Name: "db.write", Backend: "target", Narrowing: broker.NarrowNative, Path: []string{"database", "creds",
-			"writer"}, Arguments: table},
-		{Name: "deploy", Backend: "target", Narrowing: broker.NarrowProxy, Path: []string{"target", "creds"}},
-		{Name: "mainframe", Backend: "legacy", Narrowing: broker.NarrowProxy, Path: []string{"mainframe", "creds",
-			"batch"}},
-		{Name: "note", Backend: "keeper", Narrowing: broker.NarrowNone, Path: []string{"kv", "notes"}},
-		{Name: "token", Backend: "signer", Narrowing: broker.NarrowNative, Path: []string{"identity", "oidc"}},
-		{Name: "every", Backend: "target", Narrowing: broker.NarrowNative, Path: []string{"target", "creds"},
+		{Name: "db.read", Backend: "target", Narrowing: broker.NarrowNative, Path: brokertest.Path("database/creds/reader"), Arguments: table},
+		{Name: "db.write", Backend: "target", Narrowing: broker.NarrowNative, Path: brokertest.Path("database/creds/writer"), Arguments: table},
+		{Name: "deploy", Backend: "target", Narrowing: broker.NarrowProxy, Path: brokertest.Path("target/creds")},
+		{Name: "mainframe", Backend: "legacy", Narrowing: broker.NarrowProxy, Path: brokertest.Path("mainframe/creds/batch")},
+		{Name: "note", Backend: "keeper", Narrowing: broker.NarrowNone, Path: brokertest.Path("kv/notes")},
+		{Name: "token", Backend: "signer", Narrowing: broker.NarrowNative, Path: brokertest.Path("identity/oidc")},
+		{Name: "every", Backend: "target", Narrowing: broker.NarrowNative, Path: brokertest.Path("target/creds"),
 			Arguments: everyParameter()},
 		{Name: "trap", Backend: "target", Canary: true},
 	} {

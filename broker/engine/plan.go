@@ -125,7 +125,7 @@ func (e *Engine) openUnder(tx *records.Tx, rv broker.Revocation, plan *broker.Pl
 	}
 	var rule *records.Rule
 	if rv.Node == "" {
-		s, err := selector.Parse(rv.Selector)
+		s, err := selector.ParseRecorded(rv.Selector)
 		if err != nil {
 			return err
 		}

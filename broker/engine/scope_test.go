@@ -314,7 +314,7 @@ func TestScopeWider(t *testing.T) {
 
 func TestRightAllows(t *testing.T) {
 	right := broker.Right{Tool: "a", Use: true,
-		Args: map[string]args.Constraint{"x": args.OneOf("1"), "y": args.Range(0, 9)}}
+		Args: map[string]args.Constraint{"x": argstest.Parse(`{"one_of":["1"]}`), "y": argstest.Parse(`{"range":{"min":0,"max":9}}`)}}
 	for raw, want := range map[string]string{
 		`{"x":"1","y":5}`:         "",
 		`{"x":"1","y":5,"z":"q"}`: "",
@@ -353,7 +353,7 @@ func TestNewScope(t *testing.T) {
 		"two for one tool":       {r("a"), r("a")},
 		"no use and no delegate": {{Tool: "a"}},
 		"bad tool":               {r("A")},
-		"bad argument":           {{Tool: "a", Use: true, Args: map[string]args.Constraint{"X": args.OneOf("a")}}},
+		"bad argument":           {{Tool: "a", Use: true, Args: map[string]args.Constraint{"X": argstest.Parse(`{"one_of":["a"]}`)}}},
 	} {
 		if s, err := broker.NewScope(rights); err == nil {
 			t.Errorf("NewScope(%s) = %v, want an error", name, s)

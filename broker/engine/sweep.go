@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
@@ -55,7 +54,7 @@ func (s sweeper) sweep(ctx context.Context) (ended Orphans, err error) {
 
 // toolOf returns the part of a grant's tool that the grant records.
 func toolOf(g broker.Grant) broker.Tool {
-	return broker.Tool{Name: g.Tool, Backend: g.Backend, Path: strings.Split(g.Path, "/")}
+	return broker.Tool{Name: g.Tool, Backend: g.Backend, Path: g.Path}
 }
 
 // formerTools returns the tools of live grants that the running bundle no longer declares with the same path.
@@ -63,14 +62,18 @@ func (s sweeper) formerTools(ctx context.Context) (tools []broker.Tool, err erro
 	policy := s.cfg.Policy()
 	err = s.view(ctx, "sweep", func(tx *records.Tx) error {
 		tools = []broker.Tool{}
-		seen := map[string]bool{}
+		type origin struct {
+			backend string
+			path    broker.VaultPath
+		}
+		seen := map[origin]bool{}
 		return tx.EachLive("", func(g broker.Grant) error {
-			key := g.Backend + "\x00" + g.Path
-			if g.Path == "" || seen[key] {
+			key := origin{g.Backend, g.Path}
+			if g.Path.IsZero() || seen[key] {
 				return nil
 			}
 			seen[key] = true
-			if t, known := policy.Tool(g.Tool); !known || t.Backend != g.Backend || strings.Join(t.Path, "/") != g.Path {
+			if t, known := policy.Tool(g.Tool); !known || t.Backend != g.Backend || t.Path != g.Path {
 				tools = append(tools, toolOf(g))
 			}
 			return nil
@@ -248,7 +251,7 @@ func (s sweeper) sweepAfter(ctx context.Context, grants []broker.Grant, fenced t
 	var tools []broker.Tool
 	backends := map[string]bool{}
 	for _, g := range grants {
-		same := func(t broker.Tool) bool { return t.Backend == g.Backend && strings.Join(t.Path, "/") == g.Path }
+		same := func(t broker.Tool) bool { return t.Backend == g.Backend && t.Path == g.Path }
 		if !slices.ContainsFunc(tools, same) {
 			tools = append(tools, toolOf(g))
 		}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
 )
 
 // TestSweepLeases holds that a sweep revokes the leases that the ledger does not know, except young ones: an issue may
@@ -70,12 +71,12 @@ func TestSweepCoversEarlierTools(t *testing.T) {
 		w.issue("root", step(root, "db.read"))
 		w.issue("root", step(root, "deploy"))
 		delete(w.policy.Tools, "db.read")
-		w.policy.Tools["deploy"] = broker.Tool{Name: "deploy", Backend: "target", Path: []string{"elsewhere", "creds"}}
+		w.policy.Tools["deploy"] = broker.Tool{Name: "deploy", Backend: "target", Path: brokertest.Path("elsewhere/creds")}
 		if _, err := w.Sweep(ctx); err != nil {
 			t.Fatal(err)
 		}
 		if len(vault.tools) != 2 || vault.tools[0] != nil || len(vault.tools[1]) != 1 ||
-			strings.Join(vault.tools[1][0].Path, "/") != "target/creds" {
+			vault.tools[1][0].Path.String() != "target/creds" {
 			t.Errorf("the sweep listed leases of %v, want those of the running bundle, then those below target/creds",
 				vault.tools)
 		}

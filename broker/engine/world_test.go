@@ -50,7 +50,7 @@ func newWorld(t *testing.T) *world {
 	w := &world{t: t, ledger: brokertest.NewMemory(), target: brokertest.NewTarget(),
 		policy: brokertest.AllowAll("db.read", "db.write", "deploy")}
 	w.policy.Tools["note"] = broker.Tool{Name: "note", Backend: "keeper", Narrowing: broker.NarrowNone,
-		Path: []string{"kv", "notes"}}
+		Path: brokertest.Path("kv/notes")}
 	w.vault = brokertest.NewVault(w.target)
 	w.start(w.ledger)
 	return w

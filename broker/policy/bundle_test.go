@@ -70,7 +70,7 @@ func TestSignAndVerify(t *testing.T) {
 	if err != nil {
 		t.Fatalf("Load: %v", err)
 	}
-	if tool, ok := p.Tool("db.read"); !ok || tool.Path[1] != "pawl-app" || len(tool.Arguments) != 4 {
+	if tool, ok := p.Tool("db.read"); !ok || tool.Path.Segments()[1] != "pawl-app" || len(tool.Arguments) != 4 {
 		t.Errorf("Tool(db.read) = %+v, %v", tool, ok)
 	}
 }

@@ -79,7 +79,7 @@ func (r *rule) annotate(key, value string) (err error) {
 	switch key {
 	case "id":
 		r.id = cedar.PolicyID(value)
-		if !segment(strings.NewReplacer("/", "-", "#", "-", ":", "-").Replace(value)) {
+		if !plainName(strings.NewReplacer("/", "-", "#", "-", ":", "-").Replace(value)) {
 			return fmt.Errorf("%.60q must be letters, digits and any of -_./#:", value)
 		}
 		return nil

@@ -220,7 +220,7 @@ func (c content) check() error {
 	}
 	last := ""
 	for _, d := range c.Policies {
-		if path.Ext(d.File) != ".cedar" || !segment(d.File) || d.File <= last {
+		if path.Ext(d.File) != ".cedar" || !plainName(d.File) || d.File <= last {
 			return fmt.Errorf("policy file %.60q has a bad name, is repeated or is out of order", d.File)
 		}
 		if last = d.File; len(d.Text) > MaxFile || !utf8.ValidString(d.Text) {

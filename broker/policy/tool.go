@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -104,13 +103,16 @@ func (d toolDecl) tool() (t broker.Tool, err error) {
 	if t.Arguments, err = parameters(d.Arguments); err != nil {
 		return t, err
 	}
-	if !segment(d.Vault.Policy) {
-		return t, errors.New("vault.policy must be one segment of letters, digits, '-', '_' and '.'")
+	if err := broker.CheckVaultName(d.Vault.Policy); err != nil {
+		return t, fmt.Errorf("vault.policy: %w", err)
 	}
-	t.Policy, t.Path, t.Settings = d.Vault.Policy, strings.Split(d.Vault.Path, "/"), maps.Clone(d.Settings)
-	if len(t.Path) < 2 || !all(t.Path, segment) {
-		return t, errors.New("vault.path must be at least two segments of letters, digits, '-', '_' and '.', joined by slashes")
+	if t.Path, err = broker.ParseVaultPath(d.Vault.Path); err != nil {
+		return t, fmt.Errorf("vault.path: %w", err)
 	}
+	if len(t.Path.Segments()) < 2 {
+		return t, fmt.Errorf("vault.path %.60q must have at least two segments: a mount and a role", d.Vault.Path)
+	}
+	t.Policy, t.Settings = d.Vault.Policy, maps.Clone(d.Settings)
 	return t, nil
 }
 
@@ -141,8 +143,8 @@ func parseTTL(s string) (time.Duration, error) {
 	return d, nil
 }
 
-// segment reports whether s is one path segment that every reader takes the same way (see CVE-2026-3605).
-func segment(s string) bool {
+// plainName accepts the name of a policy file, or the id of a policy with its joints replaced.
+func plainName(s string) bool {
 	return len(s) > 0 && len(s) <= 128 && strings.Trim(s, ".") != "" && strings.IndexFunc(s, func(r rune) bool {
 		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '_' || r == '.')
 	}) < 0

@@ -24,7 +24,7 @@ func Covering(rv broker.Revocation) (covers func(Subject) bool, err error) {
 	case rv.Grant != "":
 		return func(s Subject) bool { return s.Grant == rv.Grant }, nil
 	}
-	s, err := Parse(rv.Selector)
+	s, err := ParseRecorded(rv.Selector)
 	if err != nil {
 		return nil, fmt.Errorf("selector of %s: %w", rv.ID, err)
 	}

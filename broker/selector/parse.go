@@ -24,14 +24,20 @@ const (
 
 // ParseSelector reads the language that [Selector] shows. Its errors name the place, counted in
 // characters from 1, what was expected there, and the nearest term for a misspelt one.
-func Parse(s string) (Selector, error) {
+func Parse(s string) (Selector, error) { return parse(parser{text: s}) }
+
+// ParseRecorded is [Parse] for a selector that the ledger recorded. An earlier build also accepted a vault term that can
+// be no path of a tool. Such a term still parses and matches nothing: an unreadable rule would stop the broker.
+func ParseRecorded(s string) (Selector, error) { return parse(parser{text: s, recorded: true}) }
+
+func parse(p parser) (Selector, error) {
+	s := p.text
 	if len(s) > MaxBytes {
 		return Selector{}, fmt.Errorf("selector is longer than %d bytes", MaxBytes)
 	}
 	if !utf8.ValidString(s) {
 		return Selector{}, errors.New("selector is not valid UTF-8")
 	}
-	p := parser{text: s}
 	root, err := p.either()
 	if err == nil && p.pos < len(s) {
 		err = p.expected(`"and", "or" or the end`)
@@ -50,6 +56,8 @@ type parser struct {
 	pos   int // of the next token, in bytes
 	depth int
 	terms int
+
+	recorded bool // see ParseRecorded
 }
 
 // errorAt says what is wrong at a byte of the text.
@@ -177,7 +185,7 @@ func (p *parser) term() (*node, error) {
 	if err != nil {
 		return nil, err
 	}
-	t, err := newTerm(key, name, value)
+	t, err := newTerm(key, name, value, p.recorded)
 	if err != nil {
 		return nil, p.errorAt(at, "%v", err)
 	}
@@ -270,7 +278,7 @@ func editDistance(a, b string) int {
 }
 
 // newTerm checks a value and puts it into canonical spelling.
-func newTerm(key, name, value string) (t term, err error) {
+func newTerm(key, name, value string, recorded bool) (t term, err error) {
 	t = term{key: key, name: name, value: value}
 	switch key {
 	case "chain":
@@ -284,8 +292,10 @@ func newTerm(key, name, value string) (t term, err error) {
 	case "spiffe":
 		err = checkSPIFFE(value)
 	case "vault":
-		if path := strings.TrimSuffix(value, "/*"); !args.PlainPath(path) || strings.Contains(path, "*") {
-			err = errors.New("expected a Vault mount and role, or a mount and /*, without . or .. or empty segments")
+		path := strings.TrimSuffix(value, "/*")
+		_, wrong := broker.ParseVaultPath(path)
+		if harmless := recorded && path != "" && !strings.Contains(path, "*"); wrong != nil && !harmless {
+			err = fmt.Errorf("expected a Vault mount and role, or a mount and /*: %w", wrong)
 		}
 	case "leaked":
 		t.digest, err = checkLeaked(value)

@@ -21,7 +21,7 @@ type Subject struct {
 	Grant  broker.GrantID
 	Tool   broker.ToolName
 	Args   args.Args
-	Vault  string               // Vault mount and role, joined by slashes
+	Vault  broker.VaultPath     // Vault mount and role
 	Bundle string               // digest of the policy bundle that decided
 	Leaked []broker.ValueDigest // of the values that its secret had
 	At     time.Time            // when the grant or delegation was made
@@ -220,7 +220,7 @@ func (t term) holds(s Subject) verdict {
 		value, ok := s.Args.Get(t.name)
 		return yesIf(ok && value.ReadsAs(t.value))
 	case "vault":
-		return yesIf(withinPath(t.value, s.Vault))
+		return yesIf(withinPath(t.value, s.Vault.String()))
 	case "bundle":
 		return yesIf(s.Bundle == t.value)
 	case "leaked":

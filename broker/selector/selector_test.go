@@ -9,6 +9,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/broker/selector"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -32,7 +33,7 @@ func subjects(t testing.TB) map[string]selector.Subject {
 	at := func(n int) selector.Subject { return selector.Subject{Chain: chain, Path: path[:n], At: selectorNoon} }
 	grant := at(3)
 	grant.Grant, grant.Tool, grant.Args = broker.GrantID(anID("gr", "1")), "psql", args
-	grant.Vault, grant.Bundle = "database/creds/writer", "sha256:abc"
+	grant.Vault, grant.Bundle = brokertest.Path("database/creds/writer"), "sha256:abc"
 	grant.Leaked = []broker.ValueDigest{broker.DigestValue("a value"), broker.DigestValue("another")}
 	timeless := at(1)
 	timeless.At = time.Time{}
@@ -270,17 +271,47 @@ func TestSelectorErrors(t *testing.T) {
 		"spiffe:spiffe://EXAMPLE.org/a":            `expected a SPIFFE ID`,
 		"spiffe:spiffe://example.org/a/../b":       `expected a SPIFFE ID`,
 		"spiffe:spiffe://example.org/" + strings.Repeat("a", 2048): `at most 2048 bytes`,
-		"vault:*":      `expected a Vault mount and role`,
-		"vault:/*":     `expected a Vault mount and role`,
-		"vault:a//b":   `expected a Vault mount and role`,
-		"vault:a/../b": `expected a Vault mount and role`,
-		"vault:a*":     `expected a Vault mount and role`,
-		"vault:a/*/b":  `expected a Vault mount and role`,
-		"\xff":         `not valid UTF-8`,
+		"vault:*":       `character 7: expected a Vault mount and role, or a mount and /*: segment 1 of a vault path: "*" has`,
+		"vault:/*":      `character 7: expected a Vault mount and role, or a mount and /*: a vault path is empty`,
+		"vault:a//b":    `expected a Vault mount and role, or a mount and /*: segment 2 of a vault path: "" is empty`,
+		"vault:a/../b":  `expected a Vault mount and role`,
+		"vault:a*":      `expected a Vault mount and role`,
+		"vault:a/*/b":   `expected a Vault mount and role`,
+		"vault:a/*/*":   `expected a Vault mount and role`,
+		`vault:"a b/c"`: `expected a Vault mount and role`,
+		"vault:a/b%2fc": `expected a Vault mount and role`,
+		"vault:a/-b":    `expected a Vault mount and role`,
+		`vault:""`:      `expected a Vault mount and role`,
+		"\xff":          `not valid UTF-8`,
 	} {
 		s, err := selector.Parse(text)
 		if err == nil || !strings.Contains(err.Error(), want) || s != (selector.Selector{}) {
 			t.Errorf("ParseSelector(%.60q) = %q, %v, want an error with %q", text, s, err, want)
+		}
+	}
+}
+
+// TestParseRecorded checks that a rule of an earlier build still parses: with a vault term that names no path, and otherwise
+// by the same rules.
+func TestParseRecorded(t *testing.T) {
+	for _, text := range []string{`vault:"a b/c"`, "vault:a/_b/*", "not vault:a%2fb and tool:psql", "vault:-a", "vault:database/*", "tool:psql"} {
+		s, err := selector.ParseRecorded(text)
+		if err != nil || s.String() != text {
+			t.Errorf("ParseRecorded(%q) = %q, %v, want it as it is", text, s, err)
+		}
+	}
+	s, err := selector.ParseRecorded("vault:a/_b/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, subject := range subjects(t) {
+		if s.Matches(subject) {
+			t.Errorf("%s matches %s, want nothing", s, name)
+		}
+	}
+	for _, text := range []string{"", "vault:", "vault", "tool:A", "tool:a)", "chain:x", "hash:x", "vault:*", "vault:/*", "vault:a*", "vault:a/*/*"} {
+		if s, err := selector.ParseRecorded(text); err == nil {
+			t.Errorf("ParseRecorded(%q) = %q, want an error", text, s)
 		}
 	}
 }

@@ -8,7 +8,7 @@ import (
 )
 
 func (s *Server) plant(x *exchange, o broker.Operator, in api.PlantRequest) (answer, error) {
-	r := broker.PlantRequest{Note: in.Note, Like: broker.Guise(in.Like)}
+	r := broker.PlantRequest{Note: in.Note, Like: broker.CanaryKind(in.Like)}
 	if in.Chain != "" {
 		var err error
 		if r.Chain, err = broker.ParseChainID(in.Chain); err != nil {

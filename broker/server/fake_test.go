@@ -18,6 +18,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/broker/selector"
 	"github.com/pawlsec/pawl/broker/server"
 )
@@ -110,7 +111,7 @@ func grant() broker.Grant {
 	}
 	return broker.Grant{
 		ID: grantID, Chain: chainID, Delegation: delegationID, Caller: agentID, Tool: "postgres", Backend: "postgres",
-		Narrowing: broker.NarrowNative, Args: args, ArgsDigest: "5e", Purpose: "reading", Path: "database/creds", State: broker.StateIssued,
+		Narrowing: broker.NarrowNative, Args: args, ArgsDigest: "5e", Purpose: "reading", Path: brokertest.Path("database/creds"), State: broker.StateIssued,
 		Created: noon, Expires: noon.Add(time.Minute), Bundle: "sha256:00", Policies: []string{"p1"},
 		Token: broker.Handle{Accessor: "accessor-marker"}, Lease: broker.Lease{ID: "database/creds/x", Ref: "pawl-x", Expires: noon.Add(30 * time.Second)},
 		Fence: fence(), Ending: broker.EndingClosed, Ended: noon, Outcome: broker.OutcomeDead,

@@ -328,7 +328,7 @@ func TestConversions(t *testing.T) {
 		{"agents", "/v1/grants/" + string(grantID) + "/close", `{}`, 200, grantID},
 		{"operators", "/v1/revocations/" + string(revocationID) + "/unfreeze", `{}`, 200, revocationID},
 		{"operators", "/v1/canaries", `{"chain":"` + string(chainID) + `","note":"n","like":"github"}`, 201,
-			broker.PlantRequest{Chain: chainID, Note: "n", Like: broker.GuiseGitHub}},
+			broker.PlantRequest{Chain: chainID, Note: "n", Like: broker.CanaryGitHubToken}},
 		{"operators", "/v1/canaries", `{}`, 201, broker.PlantRequest{}},
 		{"operators", "/v1/canaries/" + string(canaryID) + "/pull", `{}`, 200, canaryID},
 	} {

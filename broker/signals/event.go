@@ -98,7 +98,7 @@ func subjectOf(e broker.Event) subjectID {
 	if session != "" {
 		return subjectID{Format: "complex", Session: &subjectID{Format: "opaque", ID: session}, User: &subjectID{Format: "uri", URI: e.Opener.String()}}
 	}
-	if s, err := selector.Parse(rv.Selector); err == nil {
+	if s, err := selector.ParseRecorded(rv.Selector); err == nil {
 		if id, ok := s.Holder(); ok {
 			return subjectID{Format: "uri", URI: id.String()}
 		}

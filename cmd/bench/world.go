@@ -175,8 +175,12 @@ func (w *world) configure(ctx context.Context, dir string) error {
 			return err
 		}
 	}
+	reads, err := wire.Reads(list, c.Backends)
+	if err != nil {
+		return err
+	}
 	_, err = vault.Setup(ctx, w.admin, vault.SetupConfig{BrokerID: dev.BrokerID, TrustPEM: trust.String(),
-		Tools: wire.Access(list, c.Backends), Reads: wire.Reads(list, c.Backends)})
+		Tools: wire.Access(list, c.Backends), Reads: reads})
 	return err
 }
 
@@ -213,11 +217,15 @@ func (w *world) teachVault(ctx context.Context) error {
 			return err
 		}
 		setup := postgres.VaultSetup{Mount: "database", Connection: "shop", Tools: map[string]time.Duration{"pawl-bench-read": secretTTL}}
-		role := setup.Writes()[1]
+		roles, err := setup.Writes()
+		if err != nil {
+			return err
+		}
+		role := roles[1]
 		writes = append(writes,
 			vault.Write{Method: "POST", Path: "database/config/shop", Data: map[string]any{"plugin_name": "postgresql-database-plugin",
 				"allowed_roles": []string{"*"}}},
-			vault.Write{Method: "POST", Path: strings.Join(role.Path, "/"), Data: role.Data},
+			vault.Write{Method: "POST", Path: role.Path.String(), Data: role.Data},
 			vault.Write{Method: "POST", Path: "sys/mounts/plain", Data: map[string]any{"type": "database"}},
 			vault.Write{Method: "POST", Path: "plain/config/shop", Data: map[string]any{"plugin_name": "postgresql-database-plugin",
 				"connection_url": fmt.Sprintf("postgresql://{{username}}:{{password}}@%s/%s?sslmode=disable", w.env.Postgres.Address(), w.database()),

@@ -66,7 +66,11 @@ func (e *Env) databaseName() string {
 // setupVault sets up a fresh Vault for the broker: first the mounts, as an operator of Vault would, and then
 // the writes of `pawl vault plan`.
 func (e *Env) setupVault(ctx context.Context) error {
-	for _, w := range e.mounts() {
+	mounts, err := e.mounts()
+	if err != nil {
+		return err
+	}
+	for _, w := range mounts {
 		if err := e.write(ctx, w); err != nil {
 			return err
 		}
@@ -92,8 +96,12 @@ func (e *Env) setupVault(ctx context.Context) error {
 			return err
 		}
 	}
+	reads, err := wire.Reads(tools, e.Config.Backends)
+	if err != nil {
+		return err
+	}
 	_, err = vault.Setup(ctx, e.admin(), vault.SetupConfig{BrokerID: BrokerID, TrustPEM: authorities.String(),
-		Tools: wire.Access(tools, e.Config.Backends), Reads: wire.Reads(tools, e.Config.Backends)})
+		Tools: wire.Access(tools, e.Config.Backends), Reads: reads})
 	return err
 }
 
@@ -115,7 +123,7 @@ func (e *Env) admin() vault.Admin {
 	return vault.Admin{Address: e.Vault.Address(), Roots: roots, Token: e.Vault.RootToken()}
 }
 
-func (e *Env) mounts() []vault.Write {
+func (e *Env) mounts() ([]vault.Write, error) {
 	post := func(path string, data map[string]any) vault.Write {
 		return vault.Write{Method: "POST", Path: path, Data: data}
 	}
@@ -142,18 +150,22 @@ func (e *Env) mounts() []vault.Write {
 			"allow_user_key_ids": true, "max_ttl": "5m"}),
 	)
 	if e.Postgres == nil {
-		return writes
+		return writes, nil
 	}
 	writes = append(writes, post("sys/mounts/database", map[string]any{"type": "database"}))
 	setup := postgres.VaultSetup{Mount: "database", Connection: "shop",
 		Address: e.Postgres.Address(), Database: e.databaseName(),
 		SSLMode: "disable", Tools: map[string]time.Duration{"pawl-db-read": 0, "pawl-db-admin": 0},
 		Service: map[postgres.Purpose]string{postgres.Shaper: "pawl-shaper", postgres.Revoker: "pawl-revoker"}}
-	for _, w := range setup.Writes() {
+	database, err := setup.Writes()
+	if err != nil {
+		return nil, err
+	}
+	for _, w := range database {
 		if w.Data["username"] == vaultLogin {
 			w.Data["password"] = e.vaultPassword()
 		}
-		writes = append(writes, post(strings.Join(w.Path, "/"), w.Data))
+		writes = append(writes, post(w.Path.String(), w.Data))
 	}
-	return append(writes, post("database/rotate-root/shop", map[string]any{}))
+	return append(writes, post("database/rotate-root/shop", map[string]any{})), nil
 }

@@ -203,8 +203,12 @@ func loginByJWT(t *testing.T, env *dev.Env, tokens *workloadapi.JWTSource) {
 	}
 	tools, roots := policy.Current().Tools(), x509.NewCertPool()
 	roots.AppendCertsFromPEM(env.Vault.CAPEM())
+	reads, err := wire.Reads(tools, env.Config.Backends)
+	if err != nil {
+		t.Fatal(err)
+	}
 	c := vault.SetupConfig{BrokerID: dev.BrokerID, JWTAudience: vaultAudience,
-		Tools: wire.Access(tools, env.Config.Backends), Reads: wire.Reads(tools, env.Config.Backends)}
+		Tools: wire.Access(tools, env.Config.Backends), Reads: reads}
 	for _, key := range bundle.JWTAuthorities() {
 		der, err := x509.MarshalPKIXPublicKey(key)
 		if err != nil {

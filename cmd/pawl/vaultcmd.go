@@ -84,9 +84,13 @@ func vaultSetup(ctx context.Context, file, id, trust string) (vault.SetupConfig,
 		return vault.SetupConfig{}, nil, err
 	}
 	tools := running.Current().Tools()
+	reads, err := wire.Reads(tools, config.Backends)
+	if err != nil {
+		return vault.SetupConfig{}, nil, err
+	}
 	writes, err := wire.Writes(tools, config.Backends)
 	return vault.SetupConfig{BrokerID: broker, TrustPEM: authorities, Role: config.Vault.Role,
-		Tools: wire.Access(tools, config.Backends), Reads: wire.Reads(tools, config.Backends)}, writes, err
+		Tools: wire.Access(tools, config.Backends), Reads: reads}, writes, err
 }
 
 func trustPEM(ctx context.Context, td spiffeid.TrustDomain, api, file string) (string, error) {

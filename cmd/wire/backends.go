@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/policy"
@@ -18,7 +17,7 @@ type (
 	// accessReporter gives the Vault path at which a tool's secrets are minted: by a write or by a read,
 	// and with a lease or without one.
 	accessReporter interface {
-		Access(broker.Tool) (path []string, write, leased bool)
+		Access(broker.Tool) (path broker.VaultPath, write, leased bool)
 	}
 	// wrapReporter reports whether a tool's mint requests a wrapped answer.
 	wrapReporter interface {
@@ -99,17 +98,26 @@ func Access(tools []broker.Tool, backends map[string]Backend) (list []vault.Acce
 
 // Reads gives the Vault paths that the broker's own token reads for its backends, each once: to prove
 // secrets dead, and to get the broker's own database logins.
-func Reads(tools []broker.Tool, backends map[string]Backend) (paths [][]string) {
-	var unique uniquePaths
+func Reads(tools []broker.Tool, backends map[string]Backend) (reads []vault.ReadAccess, err error) {
+	seen := map[vault.ReadAccess]bool{}
 	for _, t := range tools {
 		c := backends[t.Backend]
-		if p, _ := pluginNamed(c.Plugin); p.reads != nil {
-			for _, path := range p.reads(t, c) {
-				unique.add(path)
+		p, _ := pluginNamed(c.Plugin)
+		if p.reads == nil {
+			continue
+		}
+		more, err := p.reads(t, c)
+		if err != nil {
+			return nil, fmt.Errorf("tool %q: %w", t.Name, err)
+		}
+		for _, r := range more {
+			if !seen[r] {
+				seen[r] = true
+				reads = append(reads, r)
 			}
 		}
 	}
-	return unique.paths
+	return reads, nil
 }
 
 // Writes gives the writes that the tools' plugins need in Vault, besides the plan of
@@ -150,7 +158,9 @@ func (l leaseLister) Leases(ctx context.Context, tools []broker.Tool) (found []b
 	if tools == nil {
 		tools = l.policy.Current().Tools()
 	}
-	list := func(ctx context.Context, path []string) ([]vault.LeaseInfo, error) { return l.Client.Leases(ctx, path) }
+	list := func(ctx context.Context, path broker.VaultPath) ([]vault.LeaseInfo, error) {
+		return l.Client.Leases(ctx, path)
+	}
 	listed, err := listLeases(ctx, list, mintPaths(tools, l.backends))
 	for _, lease := range listed {
 		found = append(found, broker.FoundLease{ID: lease.ID, Issued: lease.Issued})
@@ -159,42 +169,25 @@ func (l leaseLister) Leases(ctx context.Context, tools []broker.Tool) (found []b
 }
 
 // mintPaths gives the paths at which tools get leases, each once.
-func mintPaths(tools []broker.Tool, backends map[string]broker.Backend) [][]string {
-	var unique uniquePaths
+func mintPaths(tools []broker.Tool, backends map[string]broker.Backend) (paths []broker.VaultPath) {
+	seen := map[broker.VaultPath]bool{}
 	for _, t := range tools {
 		b, ok := backends[t.Backend].(accessReporter)
-		if !ok || len(t.Path) < 2 {
+		if !ok || len(t.Path.Segments()) < 2 {
 			continue
 		}
-		if path, _, leased := b.Access(t); leased {
-			unique.add(path)
+		if path, _, leased := b.Access(t); leased && !seen[path] {
+			seen[path] = true
+			paths = append(paths, path)
 		}
 	}
-	return unique.paths
-}
-
-// uniquePaths collects paths, each once, in the order of their first appearance.
-type uniquePaths struct {
-	seen  map[string]bool
-	paths [][]string
-}
-
-func (u *uniquePaths) add(path []string) {
-	key := strings.Join(path, "/")
-	if u.seen[key] {
-		return
-	}
-	if u.seen == nil {
-		u.seen = map[string]bool{}
-	}
-	u.seen[key] = true
-	u.paths = append(u.paths, path)
+	return paths
 }
 
 // listLeases lists below each path. A path that may not be listed leaves out no other: it may be that of
 // a tool of an earlier bundle.
 func listLeases(
-	ctx context.Context, list func(context.Context, []string) ([]vault.LeaseInfo, error), paths [][]string,
+	ctx context.Context, list func(context.Context, broker.VaultPath) ([]vault.LeaseInfo, error), paths []broker.VaultPath,
 ) (all []vault.LeaseInfo, err error) {
 	var errs []error
 	for _, path := range paths {

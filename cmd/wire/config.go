@@ -119,6 +119,7 @@ func (c Config) check() error {
 	need("vault.address", c.Vault.Address != "")
 	need("vault.ca", c.Vault.CA != "")
 	need("backends", len(c.Backends) > 0)
+	wrong = append(wrong, checkVaultNames("vault.", map[string]string{"mount": c.Vault.Mount, "role": c.Vault.Role}))
 	if c.Vault.Auth == "jwt" {
 		need("vault.audience", c.Vault.Audience != "")
 	} else if c.Vault.Auth != "" && c.Vault.Auth != "cert" {

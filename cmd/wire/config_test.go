@@ -35,3 +35,24 @@ func TestConfigIsPlain(t *testing.T) {
 		}
 	}
 }
+
+// TestConfigVaultNames checks that the names of mounts and roles in Vault are names when the file is read, and that the
+// error names the field.
+func TestConfigVaultNames(t *testing.T) {
+	postgres := strings.Replace(goodConfig, "{plugin: kv}", "{plugin: postgres, dsn: \"host=db dbname=shop\", mount: team-db, shaper: s.1, revoker: r_1}", 1)
+	if _, err := wire.ParseConfig([]byte(postgres)); err != nil {
+		t.Fatalf("ParseConfig(%q) = %v", postgres, err)
+	}
+	for field, row := range map[string][2]string{
+		"vault.mount":           {"ca: /c", "ca: /c, mount: ../sys"},
+		"vault.role":            {"ca: /c", "ca: /c, role: a/b"},
+		"backends.shop.mount":   {"team-db", "\"team/../sys\""},
+		"backends.shop.shaper":  {"s.1", "_s"},
+		"backends.shop.revoker": {"r_1", "r..1"},
+	} {
+		text := strings.Replace(postgres, row[0], row[1], 1)
+		if _, err := wire.ParseConfig([]byte(text)); err == nil || !strings.Contains(err.Error(), field+": ") || !strings.Contains(err.Error(), "a name in Vault has") {
+			t.Errorf("ParseConfig(%s = %s) = %v, want an error about %s", field, row[1], err, field)
+		}
+	}
+}

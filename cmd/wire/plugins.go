@@ -42,7 +42,7 @@ type plugin struct {
 	bare broker.Backend
 
 	// reads gives the Vault paths that the broker's own token reads for a tool. Nil: none.
-	reads func(t broker.Tool, c Backend) [][]string
+	reads func(t broker.Tool, c Backend) ([]vault.ReadAccess, error)
 	// writes gives the writes that a tool needs in Vault, besides its policy. Nil: none.
 	writes func(t broker.Tool) ([]vault.Write, error)
 
@@ -101,7 +101,7 @@ func (b Backend) check(name string) error {
 			return fmt.Errorf("%s.%s is required", name, key)
 		}
 	}
-	return nil
+	return checkVaultNames(name+".", map[string]string{"mount": b.Mount, "shaper": b.Shaper, "revoker": b.Revoker})
 }
 
 // opener has the parts of the broker that a backend needs.
@@ -212,25 +212,38 @@ func (p *Program) program() *exec.Program {
 }
 
 // pkiReads opens the certificates and the revocation list, which prove certificates dead.
-func pkiReads(t broker.Tool, _ Backend) [][]string {
-	return [][]string{{t.Path[0], "cert", "*"}, {t.Path[0], "crl", "rotate"}}
+func pkiReads(t broker.Tool, _ Backend) ([]vault.ReadAccess, error) {
+	mount := t.Path.Segments()[0]
+	certs, err := broker.VaultPathOf(mount, "cert")
+	if err != nil {
+		return nil, err
+	}
+	list, err := broker.VaultPathOf(mount, "crl", "rotate")
+	return []vault.ReadAccess{{Path: certs, Below: true}, {Path: list}}, err
 }
 
 // jwtReads opens the public half of the tool's transit key, which verifies tokens.
-func jwtReads(t broker.Tool, _ Backend) [][]string { return [][]string{{t.Path[0], "keys", t.Path[1]}} }
+func jwtReads(t broker.Tool, _ Backend) ([]vault.ReadAccess, error) {
+	return []vault.ReadAccess{{Path: t.Path.Insert(1, "keys")}}, nil
+}
 
 // postgresReads opens the broker's own database logins.
-func postgresReads(_ broker.Tool, c Backend) [][]string {
-	return [][]string{c.loginPath(postgres.Shaper), c.loginPath(postgres.Revoker)}
+func postgresReads(_ broker.Tool, c Backend) ([]vault.ReadAccess, error) {
+	shaper, err := c.loginPath(postgres.Shaper)
+	if err != nil {
+		return nil, err
+	}
+	revoker, err := c.loginPath(postgres.Revoker)
+	return []vault.ReadAccess{{Path: shaper}, {Path: revoker}}, err
 }
 
 // loginPath is the Vault path of one of the broker's own database logins.
-func (b Backend) loginPath(p postgres.Purpose) []string {
+func (b Backend) loginPath(p postgres.Purpose) (broker.VaultPath, error) {
 	role := cmp.Or(b.Shaper, "pawl-shaper")
 	if p == postgres.Revoker {
 		role = cmp.Or(b.Revoker, "pawl-revoker")
 	}
-	return []string{cmp.Or(b.Mount, "database"), "creds", role}
+	return broker.VaultPathOf(cmp.Or(b.Mount, "database"), "creds", role)
 }
 
 // tokenWrites makes the Vault token role that limits the tool's tokens.
@@ -240,7 +253,7 @@ func tokenWrites(t broker.Tool) ([]vault.Write, error) {
 		return nil, err
 	}
 	return []vault.Write{{Why: "The token role that limits the tokens of tool " + string(t.Name),
-		Method: "POST", Path: strings.Join(path, "/"), Data: data}}, nil
+		Method: "POST", Path: path.String(), Data: data}}, nil
 }
 
 // serviceLogins fetches the broker's own database logins from Vault, with the broker's own token.
@@ -257,7 +270,11 @@ func (l serviceLogins) Credential(
 		return "", "", time.Time{}, errOnlyChecks
 	}
 	asked := time.Now()
-	data, err := l.vault.Read(ctx, l.c.loginPath(p))
+	path, err := l.c.loginPath(p)
+	if err != nil {
+		return "", "", time.Time{}, err
+	}
+	data, err := l.vault.Read(ctx, path)
 	if err != nil {
 		return "", "", time.Time{}, err
 	}

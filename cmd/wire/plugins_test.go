@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
@@ -82,12 +83,12 @@ func TestVaultNeeds(t *testing.T) {
 		{"exec", "any/path", map[string]string{"pawl.mint": "write"}, "write any/path leased", "", ""},
 		{"none", "any/path", nil, "", "", ""},
 	} {
-		tool := broker.Tool{Name: "tool", Backend: row.backend, Path: strings.Split(row.path, "/"), Settings: row.settings}
+		tool := broker.Tool{Name: "tool", Backend: row.backend, Path: brokertest.Path(row.path), Settings: row.settings}
 		tools := []broker.Tool{tool}
 		if got := access(tools, backends); got != row.access {
 			t.Errorf("Access(a tool of %s) = %q, want %q", row.backend, got, row.access)
 		}
-		if got := reads([]broker.Tool{tool, tool}, backends); got != row.reads {
+		if got := reads(t, []broker.Tool{tool, tool}, backends); got != row.reads {
 			t.Errorf("Reads(two tools of %s) = %q, want %q", row.backend, got, row.reads)
 		}
 		if got := writes(t, tools, backends); got != row.writes {
@@ -103,7 +104,7 @@ func TestVaultNeeds(t *testing.T) {
 func access(tools []broker.Tool, backends map[string]wire.Backend) string {
 	var all []string
 	for _, a := range wire.Access(tools, backends) {
-		text := map[bool]string{false: "read ", true: "write "}[a.Write] + strings.Join(a.Path, "/")
+		text := map[bool]string{false: "read ", true: "write "}[a.Write] + a.Path.String()
 		if a.Leased {
 			text += " leased"
 		}
@@ -115,10 +116,15 @@ func access(tools []broker.Tool, backends map[string]wire.Backend) string {
 	return strings.Join(all, ", ")
 }
 
-func reads(tools []broker.Tool, backends map[string]wire.Backend) string {
+func reads(t *testing.T, tools []broker.Tool, backends map[string]wire.Backend) string {
+	t.Helper()
+	list, err := wire.Reads(tools, backends)
+	if err != nil {
+		t.Fatal(err)
+	}
 	var all []string
-	for _, path := range wire.Reads(tools, backends) {
-		all = append(all, strings.Join(path, "/"))
+	for _, r := range list {
+		all = append(all, r.String())
 	}
 	return strings.Join(all, " ")
 }

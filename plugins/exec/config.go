@@ -15,7 +15,6 @@ var (
 	nameForm     = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
 	checksumForm = regexp.MustCompile(`^[0-9a-f]{64}$`)
 	envForm      = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*=[^\x00]*$`)
-	segmentForm  = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
 	memberForm   = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.-]{0,63}$`)
 )
 
@@ -71,23 +70,10 @@ func (p Program) check() error {
 	return nil
 }
 
-// checkPath checks a Vault path. Every path has exactly one accepted spelling.
-func checkPath(path []string) error {
-	if len(path) == 0 || len(path) > 16 {
-		return errors.New("a vault path has between 1 and 16 segments")
-	}
-	for i, s := range path {
-		if !segmentForm.MatchString(s) || strings.Contains(s, "..") {
-			return fmt.Errorf("segment %d of the path is not valid", i+1)
-		}
-	}
-	return nil
-}
-
 // load checks the tool's path and the settings that belong to the broker. It returns the setting pawl.ref.
 func load(t broker.Tool) (ref string, err error) {
-	if err := checkPath(t.Path); err != nil {
-		return "", err
+	if t.Path.IsZero() {
+		return "", errors.New("a vault path is required")
 	}
 	for key, value := range t.Settings {
 		ok := true

@@ -82,7 +82,7 @@ func (b *Backend) Load(t broker.Tool) error {
 }
 
 // Access returns the Vault path of the tool's mint, whether the mint is a write, and whether it yields a lease.
-func (b *Backend) Access(t broker.Tool) (path []string, write, leased bool) {
+func (b *Backend) Access(t broker.Tool) (path broker.VaultPath, write, leased bool) {
 	return t.Path, t.Settings["pawl.mint"] == "write", t.Settings["pawl.lease"] != "none"
 }
 
@@ -98,16 +98,16 @@ func (b *Backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (b
 		return broker.Mint{}, "", refusal(err)
 	}
 	path, write, leased := b.Access(t)
-	if err := r.check(path, write); err != nil {
+	if path, err = r.mintPath(path); err == nil {
+		err = r.check(write)
+	}
+	if err != nil {
 		return broker.Mint{}, "", fmt.Errorf("exec: %s: %w", b.cfg.Name, err)
 	}
-	m := broker.Mint{Path: slices.Clone(path), Leased: leased, TTL: g.Expires.Sub(b.cfg.Now()),
+	m := broker.Mint{Path: path, Leased: leased, TTL: g.Expires.Sub(b.cfg.Now()),
 		Finish: func(answer map[string]any, _ time.Time) (broker.Finished, error) {
 			return finish(answer, r.Secret, ref)
 		}}
-	if len(r.Path) > 0 {
-		m.Path = r.Path
-	}
 	if write {
 		m.Data = make(map[string]any, len(r.Data))
 		for name, value := range r.Data {

@@ -11,7 +11,6 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -66,7 +65,7 @@ func (s *keyServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (s *keyServer) mint(_ context.Context, g *broker.Grant, m broker.Mint, _ string) (broker.Secret, error) {
 	raw, err := json.Marshal(m.Data)
 	var data struct{ Scope, Name string }
-	if err = errors.Join(err, json.Unmarshal(raw, &data)); err != nil || strings.Join(m.Path, "/") != "keys/creds/app" || data.Scope == "" {
+	if err = errors.Join(err, json.Unmarshal(raw, &data)); err != nil || m.Path.String() != "keys/creds/app" || data.Scope == "" {
 		return broker.Secret{}, fmt.Errorf("the mint is %v %s, %w", m.Path, raw, err)
 	}
 	s.mu.Lock()
@@ -143,7 +142,7 @@ func backend(t *testing.T, cfg exec.Config) *exec.Backend {
 }
 
 func tool() broker.Tool {
-	return broker.Tool{Name: "keys", Backend: "exec", Path: []string{"keys", "creds", "app"},
+	return broker.Tool{Name: "keys", Backend: "exec", Path: brokertest.Path("keys/creds/app"),
 		Arguments: map[string]broker.Parameter{"scope": {Kind: "string", Required: true}},
 		Settings:  map[string]string{"pawl.mint": "write", "pawl.lease": "none", "pawl.ref": "name"}}
 }
@@ -235,7 +234,7 @@ func TestPrepare(t *testing.T) {
 	if !errors.As(err, &e) || e.Kind != broker.Denied || e.Code != broker.CodeArgumentOutside || strings.Contains(e.Msg, "read or write") {
 		t.Errorf("Prepare(refused by the plugin) = %v, want Denied without the plugin's message", err)
 	}
-	if path, write, leased := new(exec.Backend).Access(tool()); !slices.Equal(path, tool().Path) || !write || leased {
+	if path, write, leased := new(exec.Backend).Access(tool()); path != tool().Path || !write || leased {
 		t.Errorf("Access() = %q, %v, %v", path, write, leased)
 	}
 	if _, write, leased := new(exec.Backend).Access(broker.Tool{}); write || !leased {

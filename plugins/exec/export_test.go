@@ -7,12 +7,15 @@ import (
 )
 
 // DecodePrepared decodes a response to prepare like [Backend.Prepare], for a tool at the path.
-func DecodePrepared(raw []byte, path []string, write bool) (mint, secret []string, data map[string]string, err error) {
+func DecodePrepared(raw []byte, tool broker.VaultPath, write bool) (mint, secret []string, data map[string]string, err error) {
 	var r prepared
 	if err := read(raw, &r); err != nil {
 		return nil, nil, nil, err
 	}
-	if err := r.check(path, write); err != nil {
+	if _, err := r.mintPath(tool); err != nil {
+		return nil, nil, nil, err
+	}
+	if err := r.check(write); err != nil {
 		return nil, nil, nil, err
 	}
 	data = map[string]string{}

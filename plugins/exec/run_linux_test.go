@@ -4,6 +4,7 @@ import (
 	"testing"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/plugins/exec"
 )
 
@@ -11,7 +12,7 @@ import (
 func TestEmptyEnvironment(t *testing.T) {
 	t.Setenv("PAWL_TEST_SECRET", marker)
 	p := program(t, "#!/bin/sh\ntest \"$(cat /proc/$$/environ | wc -c)\" -eq 0 && "+ok+"\n")
-	if err := backend(t, exec.Config{Program: p}).Load(broker.Tool{Name: "a", Path: []string{"a"}}); err != nil {
+	if err := backend(t, exec.Config{Program: p}).Load(broker.Tool{Name: "a", Path: brokertest.Path("a")}); err != nil {
 		t.Errorf("Load() with a plugin that fails when it has an environment = %v", err)
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/plugins/exec"
 )
 
@@ -82,7 +83,7 @@ func TestFaults(t *testing.T) {
 			cfg.Timeout = 300 * time.Millisecond
 		}
 		begun := time.Now()
-		err := backend(t, cfg).Load(broker.Tool{Name: "a", Path: []string{"a"}})
+		err := backend(t, cfg).Load(broker.Tool{Name: "a", Path: brokertest.Path("a")})
 		if took := time.Since(begun); took > 20*time.Second {
 			t.Errorf("a plugin that %s took %v", row.name, took)
 		}
@@ -125,7 +126,7 @@ func TestGroup(t *testing.T) {
 			gone <- err
 		}()
 		p := program(t, "#!/bin/sh\n"+fmt.Sprintf(script, path)+"\n")
-		err := backend(t, exec.Config{Program: p, Timeout: time.Second}).Load(broker.Tool{Name: "a", Path: []string{"a"}})
+		err := backend(t, exec.Config{Program: p, Timeout: time.Second}).Load(broker.Tool{Name: "a", Path: brokertest.Path("a")})
 		if (err == nil) != (name == "ends well") {
 			t.Errorf("Load() with a plugin that %s = %v", name, err)
 		}
@@ -164,7 +165,7 @@ func TestStopped(t *testing.T) {
 // TestChecksum checks at every start that only the configured program runs.
 func TestChecksum(t *testing.T) {
 	script := "#!/bin/sh\n" + ok + "\n"
-	load := func(b *exec.Backend) error { return b.Load(broker.Tool{Name: "a", Path: []string{"a"}}) }
+	load := func(b *exec.Backend) error { return b.Load(broker.Tool{Name: "a", Path: brokertest.Path("a")}) }
 	p := program(t, script)
 	wrong := p
 	wrong.SHA256 = sum("another program")
@@ -208,7 +209,7 @@ func TestReplacedWhileRunning(t *testing.T) {
 	p := program(t, "#!/bin/sh\nread x <"+path+"\n"+ok+"\n")
 	b := backend(t, exec.Config{Program: p})
 	done := make(chan error, 1)
-	go func() { done <- b.Load(broker.Tool{Name: "a", Path: []string{"a"}}) }()
+	go func() { done <- b.Load(broker.Tool{Name: "a", Path: brokertest.Path("a")}) }()
 	f, err := os.OpenFile(path, os.O_WRONLY, 0) // the plugin waits for this
 	if err != nil {
 		t.Fatal(err)
@@ -227,7 +228,7 @@ func TestRequest(t *testing.T) {
 	seen := filepath.Join(t.TempDir(), "seen")
 	p := program(t, "#!/bin/sh\nexec cat >"+seen+"\n")
 	b := backend(t, exec.Config{Program: p})
-	g := broker.Grant{ID: "gr000000000000000000000001", Chain: "ch1", Delegation: "dl1", Purpose: "why", Tool: "keys", Path: "keys/creds/app",
+	g := broker.Grant{ID: "gr000000000000000000000001", Chain: "ch1", Delegation: "dl1", Purpose: "why", Tool: "keys", Path: brokertest.Path("keys/creds/app"),
 		Args: given(t, `{"scope":"<&>"}`), Expires: time.Date(2026, 1, 2, 3, 4, 5, 0, time.FixedZone("", 3600)),
 		Token: broker.Handle{Accessor: "accessor"}, Lease: broker.Lease{ID: "lease", Ref: "name-1"}, Policies: []string{"p"}}
 	full := tool()
@@ -291,7 +292,7 @@ func TestResponses(t *testing.T) {
 
 // TestMint checks the paths at which a plugin may mint, and the data that it may send.
 func TestMint(t *testing.T) {
-	path := []string{"keys", "creds"}
+	path := brokertest.Path("keys/creds")
 	for _, row := range []struct {
 		response string
 		write    bool
@@ -366,7 +367,7 @@ func FuzzPrepared(f *testing.F) {
 		f.Add([]byte(s), true)
 		f.Add([]byte(s), false)
 	}
-	path := []string{"keys", "creds"}
+	path := brokertest.Path("keys/creds")
 	f.Fuzz(func(t *testing.T, raw []byte, write bool) {
 		mint, secret, data, err := exec.DecodePrepared(raw, path, write)
 		if err != nil {

@@ -50,7 +50,7 @@ type grant struct {
 }
 
 func wireTool(t broker.Tool) *tool {
-	w := &tool{Name: t.Name, Narrowing: t.Narrowing, Path: t.Path, Arguments: map[string]parameter{}, Settings: map[string]string{}}
+	w := &tool{Name: t.Name, Narrowing: t.Narrowing, Path: t.Path.Segments(), Arguments: map[string]parameter{}, Settings: map[string]string{}}
 	for name, p := range t.Arguments {
 		w.Arguments[name] = parameter{p.Kind, p.Required}
 	}
@@ -63,7 +63,7 @@ func wireTool(t broker.Tool) *tool {
 }
 
 func wireGrant(g broker.Grant) *grant {
-	return &grant{ID: g.ID, Tool: g.Tool, Path: g.Path, Args: g.Args, Expires: g.Expires.UTC(), Ref: g.Lease.Ref}
+	return &grant{ID: g.ID, Tool: g.Tool, Path: g.Path.String(), Args: g.Args, Expires: g.Expires.UTC(), Ref: g.Lease.Ref}
 }
 
 func wireGrants(grants []broker.Grant) []grant {
@@ -171,17 +171,24 @@ func deep(raw []byte) bool {
 	}
 }
 
-// check compares a prepared mint with the tool. The path must be the tool's path or below it. There is data exactly if
-// the mint is a write, and at least one member for the agent.
-func (r *prepared) check(path []string, write bool) error {
-	if len(r.Path) > 0 {
-		if err := checkPath(r.Path); err != nil {
-			return err
-		}
-		if len(r.Path) < len(path) || !slices.Equal(r.Path[:len(path)], path) {
-			return errors.New("it would mint outside the tool's path")
-		}
+// mintPath returns the path of the mint: the tool's path, or the one below it that the plugin chose.
+func (r *prepared) mintPath(tool broker.VaultPath) (broker.VaultPath, error) {
+	if len(r.Path) == 0 {
+		return tool, nil
 	}
+	path, err := broker.VaultPathOf(r.Path...)
+	if err != nil {
+		return broker.VaultPath{}, err
+	}
+	if path != tool && !strings.HasPrefix(path.String(), tool.String()+"/") {
+		return broker.VaultPath{}, errors.New("it would mint outside the tool's path")
+	}
+	return path, nil
+}
+
+// check compares a prepared mint with the tool. There is data exactly if the mint is a write, and at least one member
+// for the agent.
+func (r *prepared) check(write bool) error {
 	if write != (r.Data != nil) {
 		return errors.New("data must be present with pawl.mint = write, and absent otherwise")
 	}

@@ -27,7 +27,7 @@ import (
 // Reader reads Vault paths with the broker's own rights. The Client of plugins/vault implements it.
 type Reader interface {
 	// Read returns the data at a path, or nil if there is none.
-	Read(ctx context.Context, path []string) (map[string]any, error)
+	Read(ctx context.Context, path broker.VaultPath) (map[string]any, error)
 }
 
 // Config configures a [Backend].
@@ -54,7 +54,7 @@ type Backend struct {
 	list *statusList // nil: there is none
 
 	mu   sync.Mutex // guards keys; never held over the network
-	keys map[string]signingKey
+	keys map[broker.VaultPath]signingKey
 }
 
 // New checks the configuration and returns a Backend.
@@ -71,7 +71,7 @@ func New(cfg Config) (*Backend, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	b := &Backend{cfg: cfg, keys: map[string]signingKey{}}
+	b := &Backend{cfg: cfg, keys: map[broker.VaultPath]signingKey{}}
 	if cfg.StatusURI != "" {
 		if u, err := url.Parse(cfg.StatusURI); err != nil || u.Scheme != "https" || u.Host == "" || u.Fragment != "" || cfg.Sign == nil {
 			return nil, errors.New("jwt: StatusURI must be an https URL and requires Sign")
@@ -82,8 +82,8 @@ func New(cfg Config) (*Backend, error) {
 }
 
 // Access returns the Vault path of the tool's mint, whether the mint is a write, and whether it yields a lease.
-func (b *Backend) Access(t broker.Tool) (path []string, write, leased bool) {
-	return []string{t.Path[0], "sign", t.Path[1], "sha2-256"}, true, false
+func (b *Backend) Access(t broker.Tool) (path broker.VaultPath, write, leased bool) {
+	return t.Path.Insert(1, "sign").Insert(3, "sha2-256"), true, false
 }
 
 // header and claims are the token's two signed parts. The fields are in encoding order.
@@ -144,7 +144,7 @@ func (b *Backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (b
 		}
 		c.Status = &statusClaim{statusReference{index, b.cfg.StatusURI}}
 	}
-	input, err := signingInput(header{"ES256", t.Path[1] + ":" + strconv.Itoa(key.version), "JWT"}, c)
+	input, err := signingInput(header{"ES256", t.Path.Segments()[1] + ":" + strconv.Itoa(key.version), "JWT"}, c)
 	if err != nil {
 		return broker.Mint{}, "", err
 	}

@@ -24,15 +24,14 @@ type signingKey struct {
 // keyAge is the time for which a key is cached before it is read from Vault again.
 const keyAge = time.Minute
 
-func (b *Backend) key(ctx context.Context, path []string) (signingKey, error) {
-	name := path[0] + "/" + path[1]
+func (b *Backend) key(ctx context.Context, path broker.VaultPath) (signingKey, error) {
 	b.mu.Lock()
-	k, ok := b.keys[name]
+	k, ok := b.keys[path]
 	b.mu.Unlock()
 	if now := b.cfg.Now(); ok && now.Sub(k.read) < keyAge && !now.Before(k.read) {
 		return k, nil
 	}
-	data, err := b.cfg.Vault.Read(ctx, []string{path[0], "keys", path[1]})
+	data, err := b.cfg.Vault.Read(ctx, path.Insert(1, "keys"))
 	if err == nil {
 		k, err = parseKey(data)
 	}
@@ -42,7 +41,7 @@ func (b *Backend) key(ctx context.Context, path []string) (signingKey, error) {
 	k.read = b.cfg.Now()
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.keys[name] = k
+	b.keys[path] = k
 	return k, nil
 }
 

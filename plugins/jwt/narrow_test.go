@@ -10,6 +10,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/plugins/jwt"
 )
 
@@ -24,7 +25,7 @@ func newService(t *testing.T, e *engine, roles map[string]map[string]any) servic
 	t.Helper()
 	s := service{engine: e, auth: fmt.Sprintf("service-%d", count.Add(1))}
 	e.write(t, "sys/auth/"+s.auth, map[string]any{"type": "jwt"})
-	data, err := reader{e.Client}.Read(t.Context(), []string{e.mount, "keys", "agents"})
+	data, err := reader{e.Client}.Read(t.Context(), brokertest.Path(e.mount+"/keys/agents"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,7 +108,7 @@ func (e *engine) sign(t *testing.T, b *jwt.Backend, tl broker.Tool, g broker.Gra
 	if err != nil {
 		t.Fatal(err)
 	}
-	f, err := m.Finish(e.write(t, strings.Join(m.Path, "/"), m.Data), time.Time{})
+	f, err := m.Finish(e.write(t, m.Path.String(), m.Data), time.Time{})
 	if err != nil {
 		t.Fatal(err)
 	}

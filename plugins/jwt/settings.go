@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -16,10 +15,6 @@ import (
 type settings struct{ audience, scope source }
 
 type source struct{ arg, fixed string }
-
-var segment = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
-
-func isSegment(s string) bool { return segment.MatchString(s) && !strings.Contains(s, "..") }
 
 // Load implements [broker.Backend]. The tool's Path is a transit mount and a key of type ecdsa-p256. Settings:
 //
@@ -33,7 +28,7 @@ func (b *Backend) Load(t broker.Tool) error {
 }
 
 func load(t broker.Tool) (s settings, err error) {
-	if len(t.Path) != 2 || !isSegment(t.Path[0]) || !isSegment(t.Path[1]) {
+	if len(t.Path.Segments()) != 2 {
 		return s, fmt.Errorf("tool %q: the path must be a mount and a key", t.Name)
 	}
 	for _, key := range slices.Sorted(maps.Keys(t.Settings)) {

@@ -31,7 +31,7 @@ const listURI = "https://pawl.example.org/v1/status-lists/tokens"
 // transit responds to reads like Vault's transit engine with one key.
 type transit struct{ key *ecdsa.PrivateKey }
 
-func (t transit) Read(context.Context, []string) (map[string]any, error) {
+func (t transit) Read(context.Context, broker.VaultPath) (map[string]any, error) {
 	der, err := x509.MarshalPKIXPublicKey(t.key.Public())
 	return map[string]any{"type": "ecdsa-p256", "latest_version": json.Number("1"), "keys": map[string]any{
 		"1": map[string]any{"public_key": string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))}}}, err

@@ -72,7 +72,7 @@ func (b *Backend) Verify(ctx context.Context, t broker.Tool, token string) (Toke
 	name, text, _ := strings.Cut(signed.Signatures[0].Header.KeyID, ":")
 	version, err := strconv.Atoi(text)
 	public := key.versions[version]
-	if name != t.Path[1] || err != nil || public == nil {
+	if name != t.Path.Segments()[1] || err != nil || public == nil {
 		return Token{}, errors.New("jwt: not signed by the tool's key")
 	}
 	if _, err := signed.Verify(public); err != nil {

@@ -7,8 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"regexp"
-	"strings"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
@@ -30,23 +28,14 @@ func New(cfg Config) *Backend {
 	return &Backend{now: cfg.Now}
 }
 
-var segment = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
-
-func isSegment(s string) bool { return segment.MatchString(s) && !strings.Contains(s, "..") }
-
 // Load implements [broker.Backend]. The tool's Path is the mount followed by the secret's path. There are no settings.
 // It rejects every label but none, because nothing narrows a static secret.
 func (b *Backend) Load(t broker.Tool) error {
 	if t.Narrowing != broker.NarrowNone {
 		return fmt.Errorf("tool %q: a static secret must be labelled none, not %s", t.Name, t.Narrowing)
 	}
-	if len(t.Path) < 2 {
+	if len(t.Path.Segments()) < 2 {
 		return fmt.Errorf("tool %q: the path must be a mount and at least one more segment", t.Name)
-	}
-	for _, s := range t.Path {
-		if !isSegment(s) {
-			return fmt.Errorf("tool %q: %.40q is not a valid path segment", t.Name, s)
-		}
 	}
 	if len(t.Settings) > 0 {
 		return fmt.Errorf("tool %q: kv takes no settings", t.Name)
@@ -55,8 +44,8 @@ func (b *Backend) Load(t broker.Tool) error {
 }
 
 // Access returns the Vault path of the tool's mint, whether the mint is a write, and whether it yields a lease.
-func (b *Backend) Access(t broker.Tool) (path []string, write, leased bool) {
-	return append([]string{t.Path[0], "data"}, t.Path[1:]...), false, false
+func (b *Backend) Access(t broker.Tool) (path broker.VaultPath, write, leased bool) {
+	return t.Path.Insert(1, "data"), false, false
 }
 
 // Prepare implements [broker.Backend]. The secret is the stored object, unchanged.

@@ -7,24 +7,25 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/plugins/kv"
 )
 
-func tool(path ...string) broker.Tool { return broker.Tool{Name: "token", Backend: "kv", Path: path} }
+func tool(path string) broker.Tool {
+	return broker.Tool{Name: "token", Backend: "kv", Path: brokertest.Path(path)}
+}
 
 func TestLoad(t *testing.T) {
 	b := kv.New(kv.Config{})
-	native, proxy, settings := tool("secret", "a"), tool("secret", "a"), tool("secret", "a")
+	native, proxy, settings := tool("secret/a"), tool("secret/a"), tool("secret/a")
 	native.Narrowing, proxy.Narrowing = broker.NarrowNative, broker.NarrowProxy
 	settings.Settings = map[string]string{"field": "a"}
 	for _, row := range []struct {
 		tool broker.Tool
 		ok   bool
 	}{
-		{tool("secret", "a"), true}, {tool("secret", "team", "a_b-c.d"), true}, {tool("secret", strings.Repeat("a", 128)), true},
-		{tool("secret"), false}, {tool(), false}, {native, false}, {proxy, false}, {settings, false},
-		{tool("secret", ".."), false}, {tool("secret", "a..b"), false}, {tool("secret", "a/b"), false}, {tool("secret", ""), false},
-		{tool("secret", "{{arg}}"), false}, {tool("secret", "a\n"), false}, {tool("secret", strings.Repeat("a", 129)), false},
+		{tool("secret/a"), true}, {tool("secret/team/a_b-c.d"), true}, {tool(strings.Repeat("a/", 15) + "a"), true},
+		{tool("secret"), false}, {broker.Tool{Name: "token", Backend: "kv"}, false}, {native, false}, {proxy, false}, {settings, false},
 	} {
 		if err := b.Load(row.tool); (err == nil) != row.ok {
 			t.Errorf("Load(%q, %v) = %v, want ok %v", row.tool.Path, row.tool.Narrowing, err, row.ok)
@@ -34,8 +35,8 @@ func TestLoad(t *testing.T) {
 
 func TestPrepare(t *testing.T) {
 	b := kv.New(kv.Config{})
-	m, name, err := b.Prepare(t.Context(), tool("secret", "team", "a"), broker.Grant{ID: "gr1"})
-	if err != nil || strings.Join(m.Path, "/") != "secret/data/team/a" || m.Data != nil || m.Leased || name != "gr1" {
+	m, name, err := b.Prepare(t.Context(), tool("secret/team/a"), broker.Grant{ID: "gr1"})
+	if err != nil || m.Path.String() != "secret/data/team/a" || m.Data != nil || m.Leased || name != "gr1" {
 		t.Fatalf("Prepare() = %+v, %q, %v", m, name, err)
 	}
 	f, err := m.Finish(map[string]any{"data": map[string]any{"n": json.Number("12345678901234567890")},

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -22,12 +21,8 @@ var checks = map[string]func(string) error{
 	"common_name": checkDNS, "alt_names": checkDNS, "uri_sans": checkURI, "ip_sans": checkIP,
 }
 
-var segment = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
-
-func isSegment(s string) bool { return segment.MatchString(s) && !strings.Contains(s, "..") }
-
 func load(t broker.Tool) (fields, error) {
-	if len(t.Path) != 2 || !isSegment(t.Path[0]) || !isSegment(t.Path[1]) {
+	if len(t.Path.Segments()) != 2 {
 		return nil, fmt.Errorf("tool %q: the path must be a mount and a role", t.Name)
 	}
 	f := fields{}

@@ -23,9 +23,9 @@ import (
 // Reader reads Vault paths with the broker's own rights. The Client of plugins/vault implements it.
 type Reader interface {
 	// Read returns the data at a path, or nil if there is none.
-	Read(ctx context.Context, path []string) (map[string]any, error)
+	Read(ctx context.Context, path broker.VaultPath) (map[string]any, error)
 	// Fetch returns the raw response, of at most limit bytes, and waits as long as ctx allows.
-	Fetch(ctx context.Context, path []string, limit int64) ([]byte, error)
+	Fetch(ctx context.Context, path broker.VaultPath, limit int64) ([]byte, error)
 }
 
 // Config configures a [Backend].
@@ -79,8 +79,8 @@ func (b *Backend) Load(t broker.Tool) error {
 }
 
 // Access returns the Vault path of the tool's mint, whether the mint is a write, and whether it yields a lease.
-func (b *Backend) Access(t broker.Tool) (path []string, write, leased bool) {
-	return []string{t.Path[0], "issue", t.Path[1]}, true, true
+func (b *Backend) Access(t broker.Tool) (path broker.VaultPath, write, leased bool) {
+	return t.Path.Insert(1, "issue"), true, true
 }
 
 // Prepare implements [broker.Backend].

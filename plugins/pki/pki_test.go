@@ -24,22 +24,23 @@ import (
 	"github.com/hashicorp/vault/api"
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/plugins/pki"
 )
 
 type reader struct{ *api.Client }
 
-func (r reader) Read(ctx context.Context, path []string) (map[string]any, error) {
-	s, err := r.Logical().ReadWithContext(ctx, strings.Join(path, "/"))
+func (r reader) Read(ctx context.Context, path broker.VaultPath) (map[string]any, error) {
+	s, err := r.Logical().ReadWithContext(ctx, path.String())
 	if err != nil || s == nil {
 		return nil, err
 	}
 	return s.Data, nil
 }
 
-func (r reader) Fetch(ctx context.Context, path []string, limit int64) ([]byte, error) {
-	resp, err := r.Logical().ReadRawWithContext(ctx, strings.Join(path, "/"))
+func (r reader) Fetch(ctx context.Context, path broker.VaultPath, limit int64) ([]byte, error) {
+	resp, err := r.Logical().ReadRawWithContext(ctx, path.String())
 	if err != nil {
 		return nil, err
 	}
@@ -49,9 +50,13 @@ func (r reader) Fetch(ctx context.Context, path []string, limit int64) ([]byte, 
 
 type none struct{}
 
-func (none) Read(context.Context, []string) (map[string]any, error) { return nil, errors.New("down") }
+func (none) Read(context.Context, broker.VaultPath) (map[string]any, error) {
+	return nil, errors.New("down")
+}
 
-func (none) Fetch(context.Context, []string, int64) ([]byte, error) { return nil, errors.New("down") }
+func (none) Fetch(context.Context, broker.VaultPath, int64) ([]byte, error) {
+	return nil, errors.New("down")
+}
 
 func newBackend(t *testing.T, v pki.Reader) *pki.Backend {
 	t.Helper()
@@ -63,7 +68,7 @@ func newBackend(t *testing.T, v pki.Reader) *pki.Backend {
 }
 
 func tool(settings map[string]string, args ...string) broker.Tool {
-	t := broker.Tool{Name: "cert", Backend: "pki", Narrowing: broker.NarrowNative, Path: []string{"pki", "agent"}, Settings: settings,
+	t := broker.Tool{Name: "cert", Backend: "pki", Narrowing: broker.NarrowNative, Path: brokertest.Path("pki/agent"), Settings: settings,
 		Arguments: map[string]broker.Parameter{}}
 	for _, a := range args {
 		name, kind, _ := strings.Cut(a, ":")
@@ -75,8 +80,8 @@ func tool(settings map[string]string, args ...string) broker.Tool {
 func TestLoad(t *testing.T) {
 	b := newBackend(t, none{})
 	good := map[string]string{"arg.name": "common_name,alt_names", "uri_sans": "spiffe://example.org/a"}
-	badPath := tool(good, "name:string")
-	badPath.Path = []string{"pki", "../a"}
+	noRole := tool(good, "name:string")
+	noRole.Path = brokertest.Path("pki")
 	optional := tool(good)
 	optional.Arguments["name"] = broker.Parameter{Kind: "string"}
 	for i, row := range []struct {
@@ -86,7 +91,7 @@ func TestLoad(t *testing.T) {
 		{tool(good, "name:string"), true},
 		{tool(map[string]string{"arg.names": "alt_names", "usage": "server"}, "names:list"), true},
 		{tool(map[string]string{"common_name": "a.example.org"}), true},
-		{tool(good), false}, {tool(good, "name:integer"), false}, {optional, false}, {badPath, false},
+		{tool(good), false}, {tool(good, "name:integer"), false}, {optional, false}, {noRole, false},
 		{tool(good, "name:string", "other:string"), false},
 		{tool(map[string]string{"usage": "client"}), false}, {tool(nil), false},
 		{tool(map[string]string{"common_name": "a.example.org", "usage": "any"}), false},
@@ -185,12 +190,12 @@ func (e *engine) issue(t *testing.T, b *pki.Backend, uri string) (issued, error)
 		t.Fatal(err)
 	}
 	tl := tool(map[string]string{"arg.id": "uri_sans", "common_name": "agent.example.org"}, "id:string")
-	tl.Path[0] = e.mount
+	tl.Path = brokertest.Path(e.mount + "/agent")
 	m, _, err := b.Prepare(t.Context(), tl, broker.Grant{ID: "gr1", Args: args, Expires: time.Now().Add(time.Minute)})
 	if err != nil {
 		t.Fatalf("Prepare() = %v", err)
 	}
-	s := e.write(t, strings.Join(m.Path, "/"), m.Data)
+	s := e.write(t, m.Path.String(), m.Data)
 	if s.LeaseID == "" || time.Duration(s.LeaseDuration)*time.Second > m.TTL {
 		t.Errorf("lease %q of %d s, want one within %v", s.LeaseID, s.LeaseDuration, m.TTL)
 	}
@@ -229,7 +234,7 @@ func TestRealOther(t *testing.T) {
 	b := newBackend(t, reader{e.Client})
 	prepare := func(settings map[string]string) broker.Mint {
 		tl := tool(settings)
-		tl.Path[0] = e.mount
+		tl.Path = brokertest.Path(e.mount + "/agent")
 		m, _, err := b.Prepare(t.Context(), tl, broker.Grant{ID: "gr1", Expires: time.Now().Add(time.Minute)})
 		if err != nil {
 			t.Fatal(err)
@@ -245,7 +250,7 @@ func TestRealOther(t *testing.T) {
 		{"common_name": "a", "uri_sans": "spiffe://example.org/a", "ip_sans": "10.0.0.1"},
 	} {
 		m := prepare(other)
-		if _, err := want.Finish(e.write(t, strings.Join(m.Path, "/"), m.Data).Data, time.Time{}); err == nil {
+		if _, err := want.Finish(e.write(t, m.Path.String(), m.Data).Data, time.Time{}); err == nil {
 			t.Errorf("Finish() accepted a certificate for %v", other)
 		}
 	}
@@ -370,7 +375,7 @@ func TestRealProve(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := broker.Grant{ID: "gr1", Path: e.mount + "/agent", Expires: time.Now().Add(time.Minute), Lease: broker.Lease{Ref: s.finished.Ref, Expires: s.finished.Expires}}
+	g := broker.Grant{ID: "gr1", Path: brokertest.Path(e.mount + "/agent"), Expires: time.Now().Add(time.Minute), Lease: broker.Lease{Ref: s.finished.Ref, Expires: s.finished.Expires}}
 	lost, expired, unknown := g, g, g
 	lost.Lease = broker.Lease{}
 	expired.Expires, expired.Lease.Expires = time.Now().Add(-time.Minute), time.Now().Add(-time.Minute)

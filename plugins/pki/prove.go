@@ -24,7 +24,7 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 	out := make([]broker.Evidence, len(grants))
 	mounts := map[string][]int{}
 	for i, g := range grants {
-		mount, _, _ := strings.Cut(g.Path, "/")
+		mount, _, _ := strings.Cut(g.Path.String(), "/")
 		end := expiry(g)
 		out[i] = broker.Evidence{At: b.now().UTC(), Check: "pki: certificate expiry"}
 		switch {
@@ -133,9 +133,12 @@ func (p *proof) checkIssuers(ctx context.Context, rest []int) (_ []int, err erro
 // checkList concludes that the certificates on an authority's list are dead. It returns the others, with evidence that
 // they are not listed. An empty issuer is the default authority.
 func (p *proof) checkList(ctx context.Context, issuer string, at []int) (rest []int, err error) {
-	path := []string{p.mount, "crl"}
+	path, err := broker.VaultPathOf(p.mount, "crl")
 	if issuer != "" {
-		path = []string{p.mount, "issuer", issuer, "crl", "der"}
+		path, err = broker.VaultPathOf(p.mount, "issuer", issuer, "crl", "der")
+	}
+	if err != nil {
+		return nil, err
 	}
 	wanted := make(map[string]bool, len(at))
 	for _, i := range at {
@@ -176,7 +179,7 @@ func (p *proof) conclude(i int, o broker.Outcome, answer string) {
 const listTimeout = 20 * time.Second
 
 // list fetches and parses a list. An engine may have none: the result is then empty.
-func (b *Backend) list(ctx context.Context, path []string, wanted map[string]bool) (list, error) {
+func (b *Backend) list(ctx context.Context, path broker.VaultPath, wanted map[string]bool) (list, error) {
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
 	der, err := b.vault.Fetch(ctx, path, maxList)
@@ -205,7 +208,10 @@ func (b *Backend) rebuild(ctx context.Context, mount string) (done bool, why str
 	}
 	b.rebuilds[mount] = rebuild{running: true}
 	b.mu.Unlock()
-	_, err := b.vault.Fetch(ctx, []string{mount, "crl", "rotate"}, 1<<20)
+	path, err := broker.VaultPathOf(mount, "crl", "rotate")
+	if err == nil {
+		_, err = b.vault.Fetch(ctx, path, 1<<20)
+	}
 	ended := b.now()
 	b.mu.Lock()
 	b.rebuilds[mount] = rebuild{until: ended.Add(2 * ended.Sub(began))}
@@ -239,7 +245,11 @@ func (p *proof) readSample(ctx context.Context, rest []int) error {
 }
 
 func (p *proof) certificate(ctx context.Context, serial string) (record, error) {
-	data, err := p.b.vault.Read(ctx, []string{p.mount, "cert", strings.ReplaceAll(serial, ":", "-")})
+	path, err := broker.VaultPathOf(p.mount, "cert", strings.ReplaceAll(serial, ":", "-"))
+	if err != nil {
+		return record{}, err
+	}
+	data, err := p.b.vault.Read(ctx, path)
 	if err != nil {
 		return record{}, err
 	}

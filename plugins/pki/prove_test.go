@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/plugins/pki"
 )
 
@@ -31,17 +32,17 @@ type counting struct {
 	refuse  bool
 }
 
-func (c *counting) Read(ctx context.Context, path []string) (map[string]any, error) {
+func (c *counting) Read(ctx context.Context, path broker.VaultPath) (map[string]any, error) {
 	c.mu.Lock()
 	c.reads++
 	c.mu.Unlock()
 	return c.reader.Read(ctx, path)
 }
 
-func (c *counting) Fetch(ctx context.Context, path []string, limit int64) ([]byte, error) {
+func (c *counting) Fetch(ctx context.Context, path broker.VaultPath, limit int64) ([]byte, error) {
 	c.mu.Lock()
 	c.reads++
-	rotate := path[len(path)-1] == "rotate"
+	rotate := strings.HasSuffix(path.String(), "/rotate")
 	if rotate {
 		c.rotated++
 	}
@@ -90,7 +91,7 @@ func (e *engine) served(t *testing.T, path string) map[string]bool {
 }
 
 func (e *engine) grantOf(s issued) broker.Grant {
-	return broker.Grant{ID: "gr1", Path: e.mount + "/agent", Expires: time.Now().Add(time.Minute), Lease: broker.Lease{Ref: s.finished.Ref, Expires: s.finished.Expires}}
+	return broker.Grant{ID: "gr1", Path: brokertest.Path(e.mount + "/agent"), Expires: time.Now().Add(time.Minute), Lease: broker.Lease{Ref: s.finished.Ref, Expires: s.finished.Expires}}
 }
 
 // TestRealServedList checks that dead means listed where relying parties read. With auto_rebuild Vault records a
@@ -212,7 +213,7 @@ func entry(number int64, reason int) x509.RevocationListEntry {
 // grant258 returns a grant of a certificate with serial number 258.
 func grant258() broker.Grant {
 	end := time.Now().Add(time.Minute)
-	return broker.Grant{ID: "gr1", Path: "pki/agent", Expires: end, Lease: broker.Lease{Ref: "01:02", Expires: end}}
+	return broker.Grant{ID: "gr1", Path: brokertest.Path("pki/agent"), Expires: end, Lease: broker.Lease{Ref: "01:02", Expires: end}}
 }
 
 // TestLists checks that only a single, well-formed and unexpired list proves a certificate dead.
@@ -289,11 +290,11 @@ func FuzzList(f *testing.F) {
 // lists is a Vault that serves one list and reports every certificate as revoked.
 type lists []byte
 
-func (l lists) Read(context.Context, []string) (map[string]any, error) {
+func (l lists) Read(context.Context, broker.VaultPath) (map[string]any, error) {
 	return map[string]any{"revocation_time": json.Number("1700000000")}, nil
 }
 
-func (l lists) Fetch(_ context.Context, _ []string, limit int64) ([]byte, error) {
+func (l lists) Fetch(_ context.Context, _ broker.VaultPath, limit int64) ([]byte, error) {
 	if int64(len(l)) > limit {
 		return nil, errors.New("longer than the limit")
 	}
@@ -309,8 +310,8 @@ type slow struct {
 	rotated int
 }
 
-func (s *slow) Fetch(ctx context.Context, path []string, limit int64) ([]byte, error) {
-	if path[len(path)-1] == "rotate" {
+func (s *slow) Fetch(ctx context.Context, path broker.VaultPath, limit int64) ([]byte, error) {
+	if strings.HasSuffix(path.String(), "/rotate") {
 		s.rotated++
 		s.now = s.now.Add(time.Second)
 		return nil, nil

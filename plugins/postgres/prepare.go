@@ -42,7 +42,7 @@ func (b *Backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (b
 		return broker.Mint{}, "", err
 	}
 	display := string(g.ID) + "-" + shape
-	m := broker.Mint{Path: []string{s.mount, "creds", s.role}, Leased: true, TTL: leaseTTL(t.TTL)}
+	m := broker.Mint{Path: mintPath(t), Leased: true, TTL: leaseTTL(t.TTL)}
 	m.Finish = func(response map[string]any, _ time.Time) (broker.Finished, error) {
 		f, err := s.finish(b.database, sp, "pawl-"+display+"-", response)
 		f.Outlives = b.cfg.Now().Add(leaseTTL(t.TTL) + validUntilMargin)
@@ -180,7 +180,7 @@ func (s settings) finish(database string, sp spec, prefix string, response map[s
 	username, _ := response["username"].(string)
 	password, _ := response["password"].(string)
 	random, ours := strings.CutPrefix(username, prefix)
-	if !ours || len(random) != 8 || !isSegment(random) || strings.ContainsAny(random, "-_") {
+	if !ours || len(random) != 8 || !isAlphanumeric(random) {
 		return broker.Finished{}, errors.New("vault's response contains another step's login")
 	}
 	if password == "" {
@@ -206,6 +206,12 @@ func (s settings) finish(database string, sp spec, prefix string, response map[s
 		f.Digests = []broker.ValueDigest{broker.DigestValue(password), broker.DigestValue(l.URL)}
 	}
 	return f, nil
+}
+
+func isAlphanumeric(s string) bool {
+	return !strings.ContainsFunc(s, func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9')
+	})
 }
 
 // url returns the connection URL for libpq and pgx. The directory of a Unix socket goes into a parameter.

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/pawlsec/pawl/broker"
 )
 
 //go:embed bootstrap.sql
@@ -128,14 +130,14 @@ type VaultSetup struct {
 
 // VaultWrite is one write to Vault.
 type VaultWrite struct {
-	Path []string
+	Path broker.VaultPath
 	Data map[string]any
 }
 
 // Writes returns the writes to Vault, the connection first. The caller adds the member "password" to that one: the
 // password of pawl_vault. After the writes, rotate-root replaces it with a password that only Vault knows. Vault cannot
-// renew leases of these roles.
-func (v VaultSetup) Writes() []VaultWrite {
+// renew leases of these roles. It returns an error if a name in v can be no part of a Vault path.
+func (v VaultSetup) Writes() ([]VaultWrite, error) {
 	sslmode, serviceTTL := v.SSLMode, v.ServiceTTL
 	if sslmode == "" {
 		sslmode = "verify-full"
@@ -145,10 +147,16 @@ func (v VaultSetup) Writes() []VaultWrite {
 	}
 	var roles []VaultWrite
 	var allowed []string
+	var wrong []error
+	path := func(kind, name string) broker.VaultPath {
+		p, err := broker.VaultPathOf(v.Mount, kind, name)
+		wrong = append(wrong, err)
+		return p
+	}
 	role := func(name string, ttl time.Duration, create, end string) {
 		seconds := fmt.Sprintf("%ds", int(ttl.Seconds()))
 		allowed = append(allowed, name)
-		roles = append(roles, VaultWrite{Path: []string{v.Mount, "roles", name}, Data: map[string]any{
+		roles = append(roles, VaultWrite{Path: path("roles", name), Data: map[string]any{
 			"db_name": v.Connection, "default_ttl": seconds, "max_ttl": seconds,
 			"creation_statements": []string{create}, "revocation_statements": []string{end},
 		}})
@@ -162,7 +170,7 @@ func (v VaultSetup) Writes() []VaultWrite {
 			"SELECT pawl.grant_service_login('{{name}}', '{{password}}', '{{expiration}}', '%s')", purpose),
 			"SELECT pawl.end_service_login('{{name}}')")
 	}
-	connection := VaultWrite{Path: []string{v.Mount, "config", v.Connection}, Data: map[string]any{
+	connection := VaultWrite{Path: path("config", v.Connection), Data: map[string]any{
 		"plugin_name": "postgresql-database-plugin",
 		"connection_url": fmt.Sprintf("postgresql://{{username}}:{{password}}@%s/%s?sslmode=%s",
 			v.Address, v.Database, sslmode),
@@ -173,5 +181,8 @@ func (v VaultSetup) Writes() []VaultWrite {
 		"allowed_roles":        allowed,
 		"max_open_connections": 16,
 	}}
-	return append([]VaultWrite{connection}, roles...)
+	if err := errors.Join(wrong...); err != nil {
+		return nil, fmt.Errorf("postgres: setting up Vault: %w", err)
+	}
+	return append([]VaultWrite{connection}, roles...), nil
 }

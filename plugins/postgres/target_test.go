@@ -17,6 +17,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/plugins/postgres"
 )
@@ -172,7 +173,7 @@ func newGrant(raw string) broker.Grant {
 // tool declares every argument of this backend and allows all verbs.
 func tool() broker.Tool {
 	return broker.Tool{Name: "db", Backend: "postgres", Narrowing: broker.NarrowNative,
-		Path:     []string{"database", "pawl-app"},
+		Path:     brokertest.Path("database/pawl-app"),
 		Settings: map[string]string{"verbs": "select,insert,update,delete", "sslmode": "disable", "connections": "100"},
 		Arguments: map[string]broker.Parameter{"tables": {Kind: "list", Required: true}, "verbs": {Kind: "list"},
 			"filter_column": {Kind: "string"}, "filter_value": {Kind: "string"}}}

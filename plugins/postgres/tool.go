@@ -26,7 +26,6 @@ var argKinds = map[string]string{
 
 // settings holds a tool's parsed settings.
 type settings struct {
-	mount, role  string
 	host         string // for the agent to connect to
 	port         int
 	sslmode      string
@@ -62,15 +61,17 @@ func (b *Backend) Load(t broker.Tool) error {
 	return err
 }
 
+// mintPath is the path at which Vault makes a login: creds is the engine's, below its mount.
+func mintPath(t broker.Tool) broker.VaultPath { return t.Path.Insert(1, "creds") }
+
 func (b *Backend) parseTool(t broker.Tool) (settings, error) {
 	if t.Narrowing != broker.NarrowNative {
 		return settings{}, fmt.Errorf("tool %s: narrowing must be native: PostgreSQL refuses wider access", t.Name)
 	}
-	if len(t.Path) != 2 || !isSegment(t.Path[0]) || !isSegment(t.Path[1]) {
+	if len(t.Path.Segments()) != 2 {
 		return settings{}, fmt.Errorf("tool %s: the path must be the mount and the role", t.Name)
 	}
 	s := settings{
-		mount: t.Path[0], role: t.Path[1],
 		host: b.address.ConnConfig.Host, port: int(b.address.ConnConfig.Port), sslmode: "verify-full",
 		schema: "public", verbs: []string{"select"},
 		connections: 4, statement: 30 * time.Second, idle: 10 * time.Second,
@@ -178,18 +179,6 @@ func isHost(s string) bool {
 // isNetwork accepts a valid suffix of a role named pawl_net_NETWORK.
 func isNetwork(s string) bool {
 	return isName(s) && len(s) <= 32 && s[0] != '_' && s == strings.ToLower(s)
-}
-
-// isSegment accepts a segment of a Vault path that has only one spelling.
-func isSegment(s string) bool {
-	for i := 0; i < len(s); i++ {
-		c := s[i]
-		alnum := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
-		if !alnum && (i == 0 || c != '-' && c != '_') {
-			return false
-		}
-	}
-	return s != "" && len(s) <= 128
 }
 
 func parseNumber(s string, most int) (int, error) {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/plugins/postgres"
 )
 
@@ -89,10 +90,8 @@ func TestLoad(t *testing.T) {
 		}), true},
 		{"label proxy", change(func(x *broker.Tool) { x.Narrowing = broker.NarrowProxy }), false},
 		{"label none", change(func(x *broker.Tool) { x.Narrowing = broker.NarrowNone }), false},
-		{"no path", change(func(x *broker.Tool) { x.Path = nil }), false},
-		{"three segments", change(func(x *broker.Tool) { x.Path = []string{"a", "b", "c"} }), false},
-		{"dots", change(func(x *broker.Tool) { x.Path = []string{"database", ".."} }), false},
-		{"slash", change(func(x *broker.Tool) { x.Path = []string{"database/creds", "x"} }), false},
+		{"no path", change(func(x *broker.Tool) { x.Path = broker.VaultPath{} }), false},
+		{"three segments", change(func(x *broker.Tool) { x.Path = brokertest.Path("a/b/c") }), false},
 		{"unknown setting", set("Host", "x"), false}, {"creation statements", set("creation_statements", "x"), false},
 		{"another database", set("dbname", "other"), false},
 		{"host with a space", set("host", "a b"), false}, {"host with @", set("host", "a@b"), false},
@@ -160,8 +159,8 @@ func TestFinish(tt *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []string{"database", "creds", "pawl-app"}
-	if !reflect.DeepEqual(m.Path, want) || !m.Leased || m.TTL != time.Minute || len(display) != 39 {
+	want := brokertest.Path("database/creds/pawl-app")
+	if m.Path != want || !m.Leased || m.TTL != time.Minute || len(display) != 39 {
 		t.Errorf("Prepare = %v leased %v ttl %v %q, want %v, true, 1m", m.Path, m.Leased, m.TTL, display, want)
 	}
 	other := "pawl-" + string(newGrant(`{}`).ID) + display[26:] + "-abcdefgh"
@@ -193,15 +192,38 @@ func TestFinish(tt *testing.T) {
 	}
 }
 
+// TestVaultSetupRefuses checks that no name in a setup is spliced into a path.
+func TestVaultSetupRefuses(t *testing.T) {
+	good := postgres.VaultSetup{Mount: "database", Connection: "app", Tools: map[string]time.Duration{"pawl-app": 0},
+		Service: map[postgres.Purpose]string{postgres.Revoker: "pawl-revoker"}}
+	if _, err := good.Writes(); err != nil {
+		t.Fatalf("Writes() = %v, want nil", err)
+	}
+	for name, change := range map[string]func(*postgres.VaultSetup){
+		"no mount":               func(s *postgres.VaultSetup) { s.Mount = "" },
+		"a mount that climbs":    func(s *postgres.VaultSetup) { s.Mount = ".." },
+		"a connection in a path": func(s *postgres.VaultSetup) { s.Connection = "app/../../sys" },
+		"a tool's role":          func(s *postgres.VaultSetup) { s.Tools = map[string]time.Duration{"a b": 0} },
+		"a service role":         func(s *postgres.VaultSetup) { s.Service = map[postgres.Purpose]string{postgres.Revoker: "-x"} },
+	} {
+		s := good
+		change(&s)
+		if writes, err := s.Writes(); err == nil || writes != nil {
+			t.Errorf("Writes() with %s = %v, %v, want an error", name, writes, err)
+		}
+	}
+}
+
 // TestVaultSetup checks that the statements for Vault call existing functions.
 func TestVaultSetup(tt *testing.T) {
 	t := newTarget(tt)
-	writes := postgres.VaultSetup{Mount: "database", Connection: "app", Address: "db.test:5432", Database: "app",
+	setup := postgres.VaultSetup{Mount: "database", Connection: "app", Address: "db.test:5432", Database: "app",
 		Tools:   map[string]time.Duration{"pawl-app": 0, "pawl-long": time.Hour},
-		Service: map[postgres.Purpose]string{postgres.Shaper: "pawl-shaper", postgres.Revoker: "pawl-revoker"}}.Writes()
+		Service: map[postgres.Purpose]string{postgres.Shaper: "pawl-shaper", postgres.Revoker: "pawl-revoker"}}
+	writes, err := setup.Writes()
 	roles := []string{"pawl-app", "pawl-long", "pawl-revoker", "pawl-shaper"}
-	if len(writes) != 5 || !reflect.DeepEqual(writes[0].Data["allowed_roles"], roles) {
-		t.Fatalf("Writes() = %v, want a connection and four roles", writes)
+	if err != nil || len(writes) != 5 || !reflect.DeepEqual(writes[0].Data["allowed_roles"], roles) {
+		t.Fatalf("Writes() = %v, %v, want a connection and four roles", writes, err)
 	}
 	for i, ttl := range []string{"60s", "900s", "14400s", "14400s"} {
 		role := writes[i+1]

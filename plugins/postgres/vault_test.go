@@ -1,7 +1,6 @@
 package postgres_test
 
 import (
-	"strings"
 	"testing"
 	"time"
 
@@ -29,11 +28,15 @@ func newEngine(tt *testing.T, mount string) *engine {
 	setup := postgres.VaultSetup{Mount: mount, Connection: e.name, Address: e.server.Address(), Database: e.name,
 		SSLMode: "disable", Tools: map[string]time.Duration{"pawl-app": 0},
 		Service: map[postgres.Purpose]string{postgres.Revoker: "pawl-revoker"}}
-	for i, w := range setup.Writes() {
+	writes, err := setup.Writes()
+	if err != nil {
+		tt.Fatal(err)
+	}
+	for i, w := range writes {
 		if i == 0 {
 			w.Data["password"] = vaultPassword
 		}
-		e.write(strings.Join(w.Path, "/"), w.Data)
+		e.write(w.Path.String(), w.Data)
 	}
 	return e
 }

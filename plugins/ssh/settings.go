@@ -28,12 +28,7 @@ var checks = map[string]func(string) error{"principal": checkPrincipal, "force_c
 // extensions are the certificate extensions that a tool may grant. None of them permits forwarding.
 var extensions = []string{"permit-pty", "permit-user-rc", "no-touch-required"}
 
-var (
-	segment   = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
-	principal = regexp.MustCompile(`^[a-z_][a-z0-9_.-]{0,63}$`)
-)
-
-func isSegment(s string) bool { return segment.MatchString(s) && !strings.Contains(s, "..") }
+var principal = regexp.MustCompile(`^[a-z_][a-z0-9_.-]{0,63}$`)
 
 // Load implements [broker.Backend]. The tool's Path is a mount and a role. Settings:
 //
@@ -52,7 +47,7 @@ func (b *Backend) Load(t broker.Tool) error {
 
 func load(t broker.Tool) (settings, error) {
 	s := settings{fields: map[string]source{}, extensions: map[string]string{}}
-	if len(t.Path) != 2 || !isSegment(t.Path[0]) || !isSegment(t.Path[1]) {
+	if len(t.Path.Segments()) != 2 {
 		return s, fmt.Errorf("tool %q: the path must be a mount and a role", t.Name)
 	}
 	for _, key := range slices.Sorted(maps.Keys(t.Settings)) {

@@ -53,8 +53,8 @@ func New(cfg Config) (*Backend, error) {
 }
 
 // Access returns the Vault path of the tool's mint, whether the mint is a write, and whether it yields a lease.
-func (b *Backend) Access(t broker.Tool) (path []string, write, leased bool) {
-	return []string{t.Path[0], "sign", t.Path[1]}, true, false
+func (b *Backend) Access(t broker.Tool) (path broker.VaultPath, write, leased bool) {
+	return t.Path.Insert(1, "sign"), true, false
 }
 
 // keyID returns the key id of a grant's certificate. It is known before the mint, unlike the serial number. So a

@@ -17,6 +17,7 @@ import (
 	"github.com/hashicorp/vault/api"
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/plugins/ssh"
 	xssh "golang.org/x/crypto/ssh"
@@ -32,7 +33,7 @@ func newBackend(t *testing.T, krl string, now func() time.Time) *ssh.Backend {
 }
 
 func tool(mount string, narrow broker.Narrowing, settings map[string]string, args ...string) broker.Tool {
-	t := broker.Tool{Name: "restart", Backend: "ssh", Narrowing: narrow, Path: []string{mount, "agent"}, Settings: settings, Arguments: map[string]broker.Parameter{}}
+	t := broker.Tool{Name: "restart", Backend: "ssh", Narrowing: narrow, Path: brokertest.Path(mount + "/agent"), Settings: settings, Arguments: map[string]broker.Parameter{}}
 	for _, a := range args {
 		t.Arguments[a] = broker.Parameter{Kind: "string", Required: true}
 	}
@@ -58,7 +59,7 @@ func TestLoad(t *testing.T) {
 		{tool("ssh", broker.NarrowNone, map[string]string{"principal": "root"}), true},
 		{tool("ssh", broker.NarrowNative, map[string]string{"principal": "root"}), false},
 		{tool("ssh", broker.NarrowNone, map[string]string{"force_command": "x"}), false},
-		{tool("..", broker.NarrowNative, with()), false},
+		{tool("team/ssh", broker.NarrowNative, with()), false},
 		{tool("ssh", broker.NarrowNative, with(), "unused"), false},
 		{tool("ssh", broker.NarrowNative, with("force_command", "restart {{service}}")), false},
 		{tool("ssh", broker.NarrowNative, with("force_command", "a\nb")), false},
@@ -136,7 +137,7 @@ func (e *engine) issue(t *testing.T, b *ssh.Backend, g broker.Grant) (issued, er
 	if err != nil {
 		t.Fatalf("Prepare() = %v", err)
 	}
-	f, err := m.Finish(e.write(t, strings.Join(m.Path, "/"), m.Data), time.Time{})
+	f, err := m.Finish(e.write(t, m.Path.String(), m.Data), time.Time{})
 	if err != nil {
 		return issued{}, err
 	}
@@ -259,7 +260,7 @@ func TestRealNarrow(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f, err := m.Finish(e.write(t, strings.Join(m.Path, "/"), m.Data), time.Time{})
+	f, err := m.Finish(e.write(t, m.Path.String(), m.Data), time.Time{})
 	var other issued
 	if err != nil || json.Unmarshal(f.Secret.Reveal(), &other) != nil {
 		t.Fatal(err)

@@ -42,7 +42,7 @@ func newReal(t *testing.T) *real {
 	v := &real{address: server.Address(), root: server.RootToken(), name: "token-" + strings.NewReplacer("/", "-", "_", "-").Replace(strings.ToLower(t.Name())), steps: map[broker.GrantID]string{}, opened: map[string]string{},
 		http: &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}, Timeout: 10 * time.Second}}
 	t.Cleanup(v.http.CloseIdleConnections)
-	v.tool = broker.Tool{Name: "vault.read", Backend: "token", Narrowing: broker.NarrowNative, Path: []string{"auth", "token", "create", v.name},
+	v.tool = broker.Tool{Name: "vault.read", Backend: "token", Narrowing: broker.NarrowNative, Path: brokertest.Path("auth/token/create/" + v.name),
 		Policy: "pawl-tool-" + v.name, Arguments: map[string]broker.Parameter{"env": {Kind: "string", Required: true}},
 		Settings: map[string]string{"policies.env.test": v.name + "-test", "policies.env.prod": v.name + "-prod"}}
 	v.must(t, "sys/mounts/"+v.name, map[string]any{"type": "kv"})
@@ -57,7 +57,7 @@ path "auth/token/revoke-accessor" { capabilities = ["update"] }`)
 	if err != nil {
 		t.Fatal(err)
 	}
-	v.must(t, strings.Join(path, "/"), role)
+	v.must(t, path.String(), role)
 	v.broker, _ = v.make(t.Context(), "broker-"+v.name)
 	return v
 }
@@ -143,7 +143,7 @@ func invalid(status int, answer map[string]any) bool {
 
 func (v *real) mint(ctx context.Context, g *broker.Grant, m broker.Mint, _ string) (broker.Secret, error) {
 	step, accessor := v.make(ctx, v.tool.Policy)
-	g.Token.Accessor, g.Settles = accessor, time.Now().Add(time.Minute)
+	g.Token.Accessor, g.MintDeadline = accessor, time.Now().Add(time.Minute)
 	v.mu.Lock()
 	v.steps[g.ID] = accessor
 	v.mu.Unlock()
@@ -151,7 +151,7 @@ func (v *real) mint(ctx context.Context, g *broker.Grant, m broker.Mint, _ strin
 	if m.Wrap {
 		wrap = fmt.Sprintf("%ds", int64(m.TTL/time.Second))
 	}
-	status, answer, err := v.send(ctx, step, "POST", strings.Join(m.Path, "/"), m.Data, wrap)
+	status, answer, err := v.send(ctx, step, "POST", m.Path.String(), m.Data, wrap)
 	got, ok := answer["auth"].(map[string]any)
 	if m.Wrap {
 		if got, ok = answer["wrap_info"].(map[string]any); ok {
@@ -217,7 +217,7 @@ func (v *real) rig(t *testing.T) brokertest.Rig {
 		t.Fatal(err)
 	}
 	wrong := v.tool
-	wrong.Path = []string{"auth", "token", "create-orphan", v.name}
+	wrong.Path = brokertest.Path("auth/token/create-orphan/" + v.name)
 	return brokertest.Rig{Backend: b, Tool: v.tool, Wrong: []broker.Tool{wrong}, Args: grant(t, `{"env":"test"}`).Args,
 		Outside: []args.Args{grant(t, `{"env":"dev"}`).Args, {}}, Mint: v.mint,
 		End: func(ctx context.Context, g broker.Grant) error {
@@ -376,7 +376,7 @@ func TestRealWrap(t *testing.T) {
 		prove(broker.OutcomeDead)
 	}
 	g, secret := mint()
-	if m := members(secret); m.Token != "" || m.Wrapping == "" || m.Path != strings.Join(v.tool.Path, "/") {
+	if m := members(secret); m.Token != "" || m.Wrapping == "" || m.Path != v.tool.Path.String() {
 		t.Errorf("the secret is wrapped: %v, created at %q, and unwrapped: %v", m.Wrapping != "", m.Path, m.Token != "")
 	}
 	revoke("before", g, secret)
@@ -452,7 +452,7 @@ func TestRealRole(t *testing.T) {
 			wider[k] = val
 		}
 		wider[name] = value
-		v.must(t, strings.Join(path, "/"), wider)
+		v.must(t, path.String(), wider)
 		g := grant(t, `{"env":"test"}`)
 		g.Expires = time.Now().Add(time.Minute)
 		m, display, err := r.Backend.Prepare(t.Context(), v.tool, g)

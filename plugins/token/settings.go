@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,12 +19,6 @@ type settings struct {
 	uses  int
 	wrap  bool
 }
-
-var (
-	segment = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
-	// lower matches policy names that Vault stores unchanged.
-	lower = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,127}$`)
-)
 
 const maxPolicies = 32
 
@@ -50,8 +43,7 @@ func (b *Backend) Load(t broker.Tool) error {
 
 func load(t broker.Tool) (settings, error) {
 	s := settings{by: map[string]map[string][]string{}, wrap: true}
-	if len(t.Path) != 4 || !slices.Equal(t.Path[:3], []string{"auth", "token", "create"}) ||
-		!segment.MatchString(t.Path[3]) || strings.Contains(t.Path[3], "..") {
+	if path := t.Path.Segments(); len(path) != 4 || !slices.Equal(path[:3], []string{"auth", "token", "create"}) {
 		return s, fmt.Errorf("tool %q: the path must be auth, token, create and a token role", t.Name)
 	}
 	for _, key := range slices.Sorted(maps.Keys(t.Settings)) {
@@ -110,7 +102,8 @@ func (s *settings) set(t broker.Tool, key, value string) (err error) {
 func parse(value string) ([]string, error) {
 	list := strings.Split(value, ",")
 	for _, p := range list {
-		if !lower.MatchString(p) || strings.Contains(p, "..") || p == "root" || p == "default" || strings.HasPrefix(p, "pawl-") {
+		unchanged := broker.CheckVaultName(p) == nil && strings.ToLower(p) == p // else Vault stores another name
+		if !unchanged || p == "root" || p == "default" || strings.HasPrefix(p, "pawl-") {
 			return nil, fmt.Errorf("policy %.40q: must be lower-case letters, digits, '.', '-' and '_', "+
 				"and not root, default or one of Pawl's own", p)
 		}
@@ -139,10 +132,13 @@ func (s settings) policies(args args.Args) ([]string, error) {
 
 // Role returns the token role that Vault needs for a tool, as a path and the body of a write to it. With this role no
 // token can have a policy that the tool's settings do not name.
-func Role(t broker.Tool) (path []string, data map[string]any, err error) {
+func Role(t broker.Tool) (path broker.VaultPath, data map[string]any, err error) {
 	s, err := load(t)
 	if err != nil {
-		return nil, nil, err
+		return broker.VaultPath{}, nil, err
+	}
+	if path, err = broker.VaultPathOf("auth", "token", "roles", t.Path.Segments()[3]); err != nil {
+		return broker.VaultPath{}, nil, err
 	}
 	list := slices.Clone(s.fixed)
 	for _, choices := range s.by {
@@ -151,7 +147,7 @@ func Role(t broker.Tool) (path []string, data map[string]any, err error) {
 		}
 	}
 	slices.Sort(list)
-	return []string{"auth", "token", "roles", t.Path[3]}, map[string]any{
+	return path, map[string]any{
 		"allowed_policies": slices.Compact(list), "orphan": false, "renewable": false,
 		"token_no_default_policy": true, "token_type": "service",
 	}, nil

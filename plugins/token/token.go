@@ -49,7 +49,7 @@ func New(cfg Config) (*Backend, error) {
 }
 
 // Access returns the Vault path of the tool's mint, whether the mint is a write, and whether it yields a lease.
-func (b *Backend) Access(t broker.Tool) (path []string, write, leased bool) {
+func (b *Backend) Access(t broker.Tool) (path broker.VaultPath, write, leased bool) {
 	return t.Path, true, false
 }
 
@@ -248,7 +248,7 @@ func (b *Backend) unnamed(g broker.Grant) broker.Evidence {
 	now := b.cfg.Now().UTC()
 	e := broker.Evidence{At: now, Check: "ledger", Outcome: broker.OutcomeDead}
 	// The last moment at which Vault can have created the token, plus the token's lifetime.
-	end := g.Settles.Add(g.Expires.Sub(g.Created) + time.Second)
+	end := g.MintDeadline.Add(g.Expires.Sub(g.Created) + time.Second)
 	if end.Before(g.Expires) {
 		end = g.Expires
 	}

@@ -119,12 +119,14 @@ func (cfg *Config) complete() (*url.URL, error) {
 	if err := cfg.Login.check(); err != nil {
 		return nil, err
 	}
-	if cfg.Namespace != "" && checkLease(cfg.Namespace) != nil {
-		return nil, errors.New("Namespace must be segments joined by slashes")
+	if cfg.Namespace != "" {
+		if _, err := broker.ParseVaultPath(cfg.Namespace); err != nil {
+			return nil, fmt.Errorf("Namespace: %w", err)
+		}
 	}
 	setDefault(&cfg.TokenRole, "pawl-chain")
 	setDefault(&cfg.Delegation, "pawl-delegation")
-	if err := errors.Join(checkSegment(cfg.TokenRole), checkPolicy(cfg.Delegation)); err != nil {
+	if err := errors.Join(broker.CheckVaultName(cfg.TokenRole), checkPolicy(cfg.Delegation)); err != nil {
 		return nil, fmt.Errorf("TokenRole, Delegation: %w", err)
 	}
 	for _, d := range []struct {

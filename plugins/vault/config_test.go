@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/plugins/vault"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -45,9 +46,9 @@ func TestConfig(t *testing.T) {
 
 func TestPlan(t *testing.T) {
 	good := vault.SetupConfig{BrokerID: spiffeid.RequireFromString(brokerID), TrustPEM: newAuthority(t).pem,
-		Reads: [][]string{{"pki", "cert", "*"}},
-		Tools: []vault.Access{{Policy: "pawl-tool-a", Path: []string{"pki", "issue", "a"}, Write: true, Leased: true},
-			{Policy: "pawl-tool-kv", Path: []string{"secret", "data", "x"}}}}
+		Reads: []vault.ReadAccess{{Path: brokertest.Path("pki/cert"), Below: true}, {Path: brokertest.Path("pki/crl/rotate")}},
+		Tools: []vault.Access{{Policy: "pawl-tool-a", Path: brokertest.Path("pki/issue/a"), Write: true, Leased: true},
+			{Policy: "pawl-tool-kv", Path: brokertest.Path("secret/data/x")}}}
 	plan, err := good.Plan()
 	if err != nil {
 		t.Fatalf("Plan() = %v", err)
@@ -64,6 +65,7 @@ func TestPlan(t *testing.T) {
 	for _, want := range []string{
 		`path "secret/data/x" { capabilities = ["read"] }`,
 		`path "pki/cert/*" { capabilities = ["read"] }`,
+		`path "pki/crl/rotate" { capabilities = ["read"] }`,
 		`"lease_id" = ["pki/issue/a/*"]`,
 	} {
 		if !strings.Contains(all.String(), want) {
@@ -77,13 +79,10 @@ func TestPlan(t *testing.T) {
 		"empty trust":    func(s *vault.SetupConfig) { s.TrustPEM = "x" },
 		"no audience":    func(s *vault.SetupConfig) { s.JWKSURL = "https://a" },
 		"a lone aud":     func(s *vault.SetupConfig) { s.JWTAudience = "vault" },
-		"another policy": func(s *vault.SetupConfig) { s.Tools = []vault.Access{{Policy: "admin", Path: []string{"a"}}} },
-		"a path": func(s *vault.SetupConfig) {
-			s.Tools = []vault.Access{{Policy: "pawl-tool-a", Path: []string{"a", "*"}}}
-		},
-		"a quote":       func(s *vault.SetupConfig) { s.Reads = [][]string{{`a" { capabilities = ["sudo"] }`}} },
-		"a star":        func(s *vault.SetupConfig) { s.Reads = [][]string{{"*"}} },
-		"a short login": func(s *vault.SetupConfig) { s.LoginTTL = time.Second },
+		"another policy": func(s *vault.SetupConfig) { s.Tools = []vault.Access{{Policy: "admin", Path: brokertest.Path("a")}} },
+		"no path":        func(s *vault.SetupConfig) { s.Tools = []vault.Access{{Policy: "pawl-tool-a"}} },
+		"no read path":   func(s *vault.SetupConfig) { s.Reads = []vault.ReadAccess{{Below: true}} },
+		"a short login":  func(s *vault.SetupConfig) { s.LoginTTL = time.Second },
 	} {
 		s := good
 		change(&s)

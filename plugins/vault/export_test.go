@@ -7,9 +7,6 @@ var (
 	ErrNoSession = errNoSession
 )
 
-// CheckPath lets a test try paths without a mint.
-func CheckPath(segments []string) error { return checkPath(segments) }
-
 // TokenLogin lets a test log in with a token of its own instead of an SVID.
 func TokenLogin(token string) Login { return Login{token: token} }
 

@@ -133,7 +133,7 @@ func child(t *testing.T, c *vault.Client, d broker.DelegationID, life time.Durat
 }
 
 // plainMint returns a mint that takes the data of the response as the secret.
-func plainMint(path ...string) broker.Mint {
+func plainMint(path broker.VaultPath) broker.Mint {
 	return broker.Mint{Path: path, Data: map[string]any{"ttl": "60s"}, Leased: true, TTL: time.Minute,
 		Finish: func(data map[string]any, _ time.Time) (broker.Finished, error) {
 			raw, err := json.Marshal(data)

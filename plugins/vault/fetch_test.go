@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/plugins/vault"
 )
 
@@ -29,22 +31,22 @@ func TestFetch(t *testing.T) {
 		}
 	})
 	c := f.client(t, nil)
-	if got, err := c.Fetch(t.Context(), []string{"pki", "crl"}, int64(len(raw))); err != nil || !bytes.Equal(got, raw) {
+	if got, err := c.Fetch(t.Context(), brokertest.Path("pki/crl"), int64(len(raw))); err != nil || !bytes.Equal(got, raw) {
 		t.Errorf("Fetch() = %d bytes, %v, want the served body of %d bytes", len(got), err, len(raw))
 	}
-	if got, err := c.Fetch(t.Context(), []string{"pki", "crl"}, int64(len(raw))-1); err == nil || got != nil {
+	if got, err := c.Fetch(t.Context(), brokertest.Path("pki/crl"), int64(len(raw))-1); err == nil || got != nil {
 		t.Errorf("Fetch() over the limit = %d bytes, %v, want an error", len(got), err)
 	}
 	for _, nothing := range []string{"empty", "missing"} {
-		if got, err := c.Fetch(t.Context(), []string{"pki", nothing}, 10); err != nil || got != nil {
+		if got, err := c.Fetch(t.Context(), brokertest.Path("pki/"+nothing), 10); err != nil || got != nil {
 			t.Errorf("Fetch(%s) = %d bytes, %v, want none", nothing, len(got), err)
 		}
 	}
-	_, err := c.Fetch(t.Context(), []string{"pki", "forbidden"}, 10)
+	_, err := c.Fetch(t.Context(), brokertest.Path("pki/forbidden"), 10)
 	if !errors.Is(err, vault.ErrForbidden) || strings.Contains(err.Error(), marker) {
 		t.Errorf("Fetch(forbidden) = %v, want ErrForbidden without the server's text", err)
 	}
-	if _, err := c.Fetch(t.Context(), []string{"pki", "..", "sys"}, 10); err == nil {
-		t.Error("Fetch() accepted a path that leaves its mount")
+	if _, err := c.Fetch(t.Context(), broker.VaultPath{}, 10); err == nil {
+		t.Error("Fetch() accepted the zero path")
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/backoff"
 )
 
@@ -41,7 +42,7 @@ func (l *Login) check() error {
 		return errors.New("Login needs either CertRole and Certificate, or JWTRole and JWT")
 	}
 	setDefault(&l.Mount, map[bool]string{true: "cert", false: "jwt"}[cert])
-	if err := checkPath([]string{l.Mount, role}); err != nil {
+	if _, err := broker.VaultPathOf(l.Mount, role); err != nil {
 		return fmt.Errorf("Login: %w", err)
 	}
 	return nil

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/plugins/vault"
 )
 
@@ -98,7 +99,7 @@ func TestMintAnswers(t *testing.T) {
 			f := newFake(t, row.response)
 			c := f.client(t, func(cfg *vault.Config) { cfg.MintTimeout = 2 * time.Second })
 			h := child(t, c, rootID, time.Minute, "pawl-tool-a")
-			lease, secret, err := c.Mint(t.Context(), h, plainMint("pki", "issue", "a"))
+			lease, secret, err := c.Mint(t.Context(), h, plainMint(brokertest.Path("pki/issue/a")))
 			made := "yes"
 			if err != nil {
 				made = map[bool]string{true: "no", false: "unknown"}[errors.Is(err, broker.ErrNotMinted)]
@@ -142,7 +143,7 @@ func TestMintOnce(t *testing.T) {
 	for _, method := range []string{"GET", "POST"} {
 		f := newFake(t, dropConnection)
 		c := f.client(t, nil)
-		m := plainMint("database", "creds", "a")
+		m := plainMint(brokertest.Path("database/creds/a"))
 		if method == "GET" {
 			m.Data = nil
 		}
@@ -159,7 +160,7 @@ func TestMintOnce(t *testing.T) {
 	}
 }
 
-// TestMintHandle checks that a handle mints once, before it expires, and at a valid path only.
+// TestMintHandle checks that a handle mints once, before it expires, and at a path only.
 func TestMintHandle(t *testing.T) {
 	f := newFake(t, respond(200, good))
 	now := time.Now()
@@ -168,7 +169,7 @@ func TestMintHandle(t *testing.T) {
 		_, _, err := c.Mint(t.Context(), h, m)
 		return err
 	}
-	m := plainMint("pki", "issue", "a")
+	m := plainMint(brokertest.Path("pki/issue/a"))
 	h := child(t, c, rootID, time.Minute, "pawl-tool-a")
 	if err := mint(h, m); err != nil {
 		t.Fatalf("Mint() = %v", err)
@@ -181,12 +182,9 @@ func TestMintHandle(t *testing.T) {
 	if err := mint(killed, m); !errors.Is(err, broker.ErrNotMinted) {
 		t.Errorf("Mint() after Kill() = %v, want ErrNotMinted", err)
 	}
-	for _, path := range [][]string{nil, {""}, {"a", ".."}, {"a", "../b"}, {"a", "b..c"}, {"a/b"}, {"a", "."}, {"a%2fb"},
-		{"a?b"}, {"a#b"}, {"a b"}, {"a\x00"}, {"é"}, {"-a"}, {"_a"}, {strings.Repeat("a", 129)}, make([]string, 17)} {
-		h := child(t, c, rootID, time.Minute, "pawl-tool-a")
-		if err := mint(h, plainMint(path...)); !errors.Is(err, broker.ErrNotMinted) {
-			t.Errorf("Mint(path %.20q) = %v, want ErrNotMinted", path, err)
-		}
+	nowhere := child(t, c, rootID, time.Minute, "pawl-tool-a")
+	if err := mint(nowhere, plainMint(broker.VaultPath{})); !errors.Is(err, broker.ErrNotMinted) {
+		t.Errorf("Mint() without a path = %v, want ErrNotMinted", err)
 	}
 	late := child(t, c, rootID, 30*time.Second, "pawl-tool-a")
 	now = now.Add(31 * time.Second)
@@ -195,9 +193,6 @@ func TestMintHandle(t *testing.T) {
 	}
 	if n := f.count("POST pki/issue/a"); n != 1 {
 		t.Errorf("the client sent %d mints, want 1", n)
-	}
-	if err := vault.CheckPath([]string{"a", strings.Repeat("b", 128), "c.d_e-F"}); err != nil {
-		t.Errorf("CheckPath() = %v, want nil", err)
 	}
 }
 
@@ -213,7 +208,7 @@ func TestMintUnreachable(t *testing.T) {
 	f.Close()
 	var err error
 	for _, h := range handles { // the first may still find an open keep-alive connection
-		_, _, err = c.Mint(t.Context(), h, plainMint("pki", "issue", "a"))
+		_, _, err = c.Mint(t.Context(), h, plainMint(brokertest.Path("pki/issue/a")))
 	}
 	if !errors.Is(err, broker.ErrNotMinted) {
 		t.Errorf("Mint() with no server = %v, want ErrNotMinted", err)
@@ -224,7 +219,7 @@ func TestMintUnreachable(t *testing.T) {
 func TestMintFinish(t *testing.T) {
 	f := newFake(t, respond(200, good))
 	c := f.client(t, nil)
-	m := plainMint("pki", "issue", "a")
+	m := plainMint(brokertest.Path("pki/issue/a"))
 	for name, finish := range map[string]func(map[string]any, time.Time) (broker.Finished, error){
 		"fails": func(map[string]any, time.Time) (broker.Finished, error) { return broker.Finished{}, errors.New("no") },
 		"empty": func(map[string]any, time.Time) (broker.Finished, error) { return broker.Finished{}, nil },
@@ -242,7 +237,7 @@ func TestMintFinish(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	h := child(t, c, rootID, time.Minute, "pawl-tool-a")
-	if _, _, err := c.Mint(ctx, h, plainMint("pki", "issue", "a")); err == nil {
+	if _, _, err := c.Mint(ctx, h, plainMint(brokertest.Path("pki/issue/a"))); err == nil {
 		t.Error("Mint() with a cancelled context = nil, want an error")
 	}
 }
@@ -266,7 +261,7 @@ func TestMintToken(t *testing.T) {
 		"a secret":    {good, false},
 	} {
 		c := newFake(t, respond(200, row.response)).client(t, nil)
-		m := plainMint("auth", "own", "create")
+		m := plainMint(brokertest.Path("auth/own/create"))
 		m.Leased, m.Auth = false, true
 		m.Finish = func(data map[string]any, end time.Time) (broker.Finished, error) {
 			text, _ := data["client_token"].(string)

@@ -14,7 +14,6 @@ import (
 	"fmt"
 	"math/big"
 	"net/url"
-	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -22,6 +21,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/jwt"
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/plugins/vault"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -118,8 +118,8 @@ func newSite(t *testing.T, server *parts.VaultServer) *site {
 	s.setup = vault.SetupConfig{
 		BrokerID: spiffeid.RequireFromString(brokerID), TrustPEM: s.ca.pem, Role: "pawl-" + name, TokenRole: "chain-" + name,
 		Tools: []vault.Access{
-			{Policy: "pawl-tool-a-" + name, Path: []string{s.pki, "issue", "a"}, Write: true, Leased: true},
-			{Policy: "pawl-tool-b-" + name, Path: []string{s.pki, "issue", "b"}, Write: true, Leased: true},
+			{Policy: "pawl-tool-a-" + name, Path: brokertest.Path(s.pki + "/issue/a"), Write: true, Leased: true},
+			{Policy: "pawl-tool-b-" + name, Path: brokertest.Path(s.pki + "/issue/b"), Write: true, Leased: true},
 		},
 	}
 	for range 2 { // Setup may be repeated
@@ -154,7 +154,7 @@ func (s *site) rootClient(t *testing.T) *vault.Client {
 }
 
 func (s *site) mint(role string) broker.Mint {
-	m := plainMint(s.pki, "issue", role)
+	m := plainMint(brokertest.Path(s.pki + "/issue/" + role))
 	m.Data = map[string]any{"common_name": "x.example.org", "ttl": "60s"}
 	return m
 }
@@ -324,7 +324,7 @@ func TestRealTree(t *testing.T) {
 	if err != nil || countTrue(gone) != 1 || !gone[13] {
 		t.Errorf("LeasesGone() = %v, %v, want only the last one gone", gone, err)
 	}
-	found, err := c.Leases(t.Context(), []string{s.pki, "issue", "a"}, []string{s.pki, "issue", "b"})
+	found, err := c.Leases(t.Context(), brokertest.Path(s.pki+"/issue/a"), brokertest.Path(s.pki+"/issue/b"))
 	if err != nil || len(found) != 13 || found[0].Expires.Sub(found[0].Issued) > 61*time.Second {
 		t.Errorf("Leases() = %v, %v, want 13 leases of one minute", found, err)
 	}
@@ -380,11 +380,11 @@ func TestRealLeastRights(t *testing.T) {
 	if _, err := c.LeasesGone(t.Context(), []string{lease.ID}); !errors.Is(err, vault.ErrForbidden) {
 		t.Errorf("LeasesGone() of another broker's lease = %v, want ErrForbidden", err)
 	}
-	if _, err := c.Leases(t.Context(), []string{other.pki, "issue", "a"}); !errors.Is(err, vault.ErrForbidden) {
+	if _, err := c.Leases(t.Context(), brokertest.Path(other.pki+"/issue/a")); !errors.Is(err, vault.ErrForbidden) {
 		t.Errorf("Leases() of another mount = %v, want ErrForbidden", err)
 	}
 	for _, path := range []string{"sys/mounts", "sys/policies/acl/root", "auth/token/accessors", s.pki + "/roles/a"} {
-		if _, err := c.Read(t.Context(), strings.Split(path, "/")); !errors.Is(err, vault.ErrForbidden) {
+		if _, err := c.Read(t.Context(), brokertest.Path(path)); !errors.Is(err, vault.ErrForbidden) {
 			t.Errorf("Read(%q) = %v, want ErrForbidden", path, err)
 		}
 	}

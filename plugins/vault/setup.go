@@ -19,18 +19,18 @@ import (
 // Access is the access to Vault that one tool needs: the policy that its steps' tokens hold, and the one path that the
 // policy opens. The tool's backend defines the path.
 type Access struct {
-	Policy string   // "pawl-tool-…"
-	Path   []string // the full mint path
-	Write  bool     // a mint is a write; otherwise a read
-	Leased bool     // Vault lists the leases below Path
-	Wrap   bool     // the mint asks for a wrapped response; the policy then refuses any other
+	Policy string           // "pawl-tool-…"
+	Path   broker.VaultPath // the full mint path
+	Write  bool             // a mint is a write; otherwise a read
+	Leased bool             // Vault lists the leases below Path
+	Wrap   bool             // the mint asks for a wrapped response; the policy then refuses any other
 }
 
 // SetupConfig describes the configuration that a broker needs in Vault.
 type SetupConfig struct {
 	BrokerID spiffeid.ID // required
 	Tools    []Access    // required: a broker without tools has no use for Vault
-	Reads    [][]string  // paths that proofs read with the broker's token; a last segment "*" opens all paths below
+	Reads    []ReadAccess
 
 	// TrustPEM holds the trust domain's X.509 authorities in PEM. If set, the plan makes the cert auth role. Vault
 	// keeps a copy, and SPIRE rotates its authorities within hours: run Setup again with each new bundle. During a
@@ -47,6 +47,19 @@ type SetupConfig struct {
 	// LoginTTL is the period of the login token. Zero is 1 hour. If the broker dies, all its tokens end after that
 	// time; delegations' tokens end sooner.
 	LoginTTL time.Duration
+}
+
+// ReadAccess is what a proof reads in Vault with the broker's token.
+type ReadAccess struct {
+	Path  broker.VaultPath
+	Below bool // all paths below Path instead of Path
+}
+
+func (r ReadAccess) String() string {
+	if r.Below {
+		return r.Path.String() + "/*"
+	}
+	return r.Path.String()
 }
 
 // Write is one request of the plan and the reason for it.
@@ -115,11 +128,14 @@ func (s *SetupConfig) complete() error {
 	case s.TrustPEM != "" && !x509.NewCertPool().AppendCertsFromPEM([]byte(s.TrustPEM)):
 		return errors.New("TrustPEM contains no certificate")
 	}
-	if err := errors.Join(checkPolicy(s.Role), checkSegment(s.TokenRole), checkPolicy(s.Delegation)); err != nil {
+	if err := errors.Join(checkPolicy(s.Role), broker.CheckVaultName(s.TokenRole), checkPolicy(s.Delegation)); err != nil {
 		return err
 	}
 	for _, a := range s.Tools {
-		if err := errors.Join(checkPath(a.Path), checkPolicy(a.Policy)); err != nil {
+		if a.Path.IsZero() {
+			return fmt.Errorf("tool policy %q: Path is required", a.Policy)
+		}
+		if err := checkPolicy(a.Policy); err != nil {
 			return err
 		}
 		if !strings.HasPrefix(a.Policy, "pawl-tool-") {
@@ -127,18 +143,11 @@ func (s *SetupConfig) complete() error {
 		}
 	}
 	for _, r := range s.Reads {
-		if err := checkPath(trimStar(r)); err != nil {
-			return err
+		if r.Path.IsZero() {
+			return errors.New("Reads: Path is required")
 		}
 	}
 	return nil
-}
-
-func trimStar(path []string) []string {
-	if n := len(path); n > 1 && path[n-1] == "*" {
-		return path[:n-1]
-	}
-	return path
 }
 
 // policies groups the tools by policy, sorted by name. Several tools may share one policy.
@@ -184,7 +193,7 @@ func toolPolicy(tool []Access) string {
 		if a.Wrap {
 			wrapped = fmt.Sprintf("\n  min_wrapping_ttl = \"1s\"\n  max_wrapping_ttl = %q\n", formatTTL(broker.MaxTTL))
 		}
-		fmt.Fprintf(&b, "path %q { capabilities = [%s]%s}\n", strings.Join(a.Path, "/"), can, wrapped)
+		fmt.Fprintf(&b, "path %q { capabilities = [%s]%s}\n", a.Path.String(), can, wrapped)
 	}
 	return b.String()
 }
@@ -206,7 +215,7 @@ path "sys/leases" { capabilities = ["read", "sudo"] }
 	var leases []string
 	for _, a := range s.Tools {
 		if a.Leased {
-			leases = append(leases, strings.Join(a.Path, "/"))
+			leases = append(leases, a.Path.String())
 		}
 	}
 	slices.Sort(leases)
@@ -235,7 +244,7 @@ path "sys/leases/lookup" {
 		b.WriteString("# Read the proofs that a secret is dead.\n")
 	}
 	for _, r := range s.Reads {
-		fmt.Fprintf(&b, "path %q { capabilities = [\"read\"] }\n", strings.Join(r, "/"))
+		fmt.Fprintf(&b, "path %q { capabilities = [\"read\"] }\n", r.String())
 	}
 	return b.String()
 }

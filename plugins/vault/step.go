@@ -23,7 +23,7 @@ var errTooManySteps = errors.New("too many vault step tokens wait for their mint
 // Child implements [broker.Minter]. An ErrNoParent means that the delegation has no usable token in memory: branch it
 // again.
 func (c *Client) CreateStepToken(ctx context.Context, g broker.Grant, displayName, policy string) (broker.Handle, error) {
-	if err := checkSegment(displayName); err != nil {
+	if err := broker.CheckVaultName(displayName); err != nil {
 		return broker.Handle{}, fmt.Errorf("display name of a vault token: %w", err)
 	}
 	life := ceilSecond(g.Expires.Sub(c.cfg.Now()))
@@ -66,11 +66,10 @@ func (c *Client) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (brok
 		return broker.Lease{}, broker.Secret{},
 			fmt.Errorf("minting: the step's token is not in memory: %w", broker.ErrNotMinted)
 	}
-	path, err := join(m.Path)
-	if err != nil || m.Finish == nil || m.Wrap && (!m.Auth || m.TTL <= 0) {
-		return broker.Lease{}, broker.Secret{},
-			fmt.Errorf("minting: the request is malformed: %w", errors.Join(err, broker.ErrNotMinted))
+	if m.Path.IsZero() || m.Finish == nil || m.Wrap && (!m.Auth || m.TTL <= 0) {
+		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: the request is malformed: %w", broker.ErrNotMinted)
 	}
+	path := m.Path.String()
 	r := call{method: "GET", path: path, token: s.token, once: true}
 	if m.Data != nil {
 		r.method, r.body = "POST", m.Data
@@ -131,7 +130,7 @@ func (c *Client) accept(ctx context.Context, resp response, path string, s step,
 	var end time.Time
 	if resp.LeaseID != "" {
 		rest, below := strings.CutPrefix(resp.LeaseID, path+"/")
-		if !below || checkSegment(rest) != nil {
+		if !below || broker.CheckVaultName(rest) != nil {
 			return broker.Lease{}, broker.Secret{}, errors.New("vault's lease is for another path than the mint")
 		}
 		if resp.LeaseDuration > maxLeaseSeconds || m.TTL > 0 && seconds(resp.LeaseDuration) > ceilSecond(m.TTL) {

@@ -4,9 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
+
+	"github.com/pawlsec/pawl/broker"
 )
+
+// errNoPath means that a caller gave the zero path.
+var errNoPath = errors.New("a vault path is required")
 
 // LeaseInfo is a lease as Vault reports it.
 type LeaseInfo struct {
@@ -17,14 +21,13 @@ type LeaseInfo struct {
 
 // Leases lists the live leases below the given mint paths. It omits leases that end during the call. It takes one
 // request per path and one per lease.
-func (c *Client) Leases(ctx context.Context, prefixes ...[]string) ([]LeaseInfo, error) {
+func (c *Client) Leases(ctx context.Context, prefixes ...broker.VaultPath) ([]LeaseInfo, error) {
 	var ids []string
 	for _, p := range prefixes {
-		path, err := join(p)
-		if err != nil {
-			return nil, err
+		if p.IsZero() {
+			return nil, errNoPath
 		}
-		known, err := c.list(ctx, path)
+		known, err := c.list(ctx, p.String())
 		if err != nil {
 			return nil, err
 		}
@@ -72,7 +75,7 @@ func (c *Client) list(ctx context.Context, path string) (map[string]struct{}, er
 		if !ok {
 			return nil, fmt.Errorf("listing leases below %q: %w", path, errShape)
 		}
-		if checkSegment(s) != nil {
+		if broker.CheckVaultName(s) != nil {
 			continue // a deeper path ends with a slash and belongs to another tool
 		}
 		ids[path+"/"+s] = struct{}{}
@@ -140,18 +143,17 @@ func (c *Client) Irrevocable(ctx context.Context) ([]string, error) {
 // Read reads one path with the broker's own token, for proofs: a certificate's revocation, an engine's public key. The
 // result is nil if the path holds nothing. The broker's policy decides which paths it may read, see
 // [SetupConfig.Reads].
-func (c *Client) Read(ctx context.Context, path []string) (map[string]any, error) {
-	p, err := join(path)
-	if err != nil {
-		return nil, err
+func (c *Client) Read(ctx context.Context, path broker.VaultPath) (map[string]any, error) {
+	if path.IsZero() {
+		return nil, errNoPath
 	}
-	resp, err := c.doWithLogin(ctx, call{method: "GET", path: p})
+	resp, err := c.doWithLogin(ctx, call{method: "GET", path: path.String()})
 	var f *failure
 	if errors.As(err, &f) && f.status == 404 {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("reading %q in vault: %w", strings.Join(path[:len(path)-1], "/"), err)
+		return nil, fmt.Errorf("reading %q in vault: %w", parent(path), err)
 	}
 	return resp.Data, nil
 }
@@ -159,16 +161,15 @@ func (c *Client) Read(ctx context.Context, path []string) (map[string]any, error
 // Fetch reads one path with the broker's own token and returns the undecoded body, or nil if the path holds nothing.
 // Use it for responses that are not JSON, such as a revocation list, and for slow ones. A response of more than
 // maxBytes is an error. It waits as long as ctx allows.
-func (c *Client) Fetch(ctx context.Context, path []string, maxBytes int64) ([]byte, error) {
-	p, err := join(path)
-	if err != nil {
-		return nil, err
+func (c *Client) Fetch(ctx context.Context, path broker.VaultPath, maxBytes int64) ([]byte, error) {
+	if path.IsZero() {
+		return nil, errNoPath
 	}
 	s, err := c.loginToken(ctx)
 	if err != nil {
 		return nil, err
 	}
-	resp, err := c.wire.send(ctx, call{method: "GET", path: p, token: s.token, raw: true, maxBytes: maxBytes})
+	resp, err := c.wire.send(ctx, call{method: "GET", path: path.String(), token: s.token, raw: true, maxBytes: maxBytes})
 	var f *failure
 	switch {
 	case errors.As(err, &f) && f.status == 404:
@@ -177,7 +178,7 @@ func (c *Client) Fetch(ctx context.Context, path []string, maxBytes int64) ([]by
 		c.recheckLogin()
 	}
 	if err != nil {
-		return nil, fmt.Errorf("fetching %q from vault: %w", strings.Join(path[:len(path)-1], "/"), err)
+		return nil, fmt.Errorf("fetching %q from vault: %w", parent(path), err)
 	}
 	return resp.Raw, nil
 }

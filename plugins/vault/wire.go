@@ -53,7 +53,7 @@ func (w *wire) close() { w.keepAlive.CloseIdleConnections() }
 // call is one request.
 type call struct {
 	method   string
-	path     string // below /v1/; a constant or the result of join
+	path     string // below /v1/; constants and valid names
 	query    string // a constant
 	token    string
 	body     any    // nil: none

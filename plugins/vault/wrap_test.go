@@ -11,13 +11,14 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/plugins/vault"
 )
 
 // wrappedMint returns a mint of a token that asks for a wrapped response.
-func wrappedMint(path ...string) broker.Mint {
-	m := plainMint(path...)
+func wrappedMint(path broker.VaultPath) broker.Mint {
+	m := plainMint(path)
 	m.Leased, m.Auth, m.Wrap = false, true, true
 	m.Finish = func(data map[string]any, _ time.Time) (broker.Finished, error) {
 		token, _ := data["token"].(string)
@@ -91,7 +92,7 @@ func TestMintWrapped(t *testing.T) {
 			})
 			c := f.client(t, nil)
 			h := child(t, c, rootID, time.Minute, "pawl-tool-a")
-			lease, secret, err := c.Mint(t.Context(), h, wrappedMint("auth", "token", "own", "app"))
+			lease, secret, err := c.Mint(t.Context(), h, wrappedMint(brokertest.Path("auth/token/own/app")))
 			if (err == nil) != row.ok || errors.Is(err, broker.ErrNotMinted) ||
 				err != nil && strings.Contains(err.Error(), marker) {
 				t.Errorf("Mint() = %v, want ok = %v, and otherwise an unknown outcome", err, row.ok)
@@ -118,7 +119,7 @@ func TestMintWrapped(t *testing.T) {
 	// The client refuses a wrapped response that it did not ask for. It asks for one only with a mint of a token.
 	f := newFake(t, respond(200, response))
 	c := f.client(t, nil)
-	m := wrappedMint("auth", "token", "own", "app")
+	m := wrappedMint(brokertest.Path("auth/token/own/app"))
 	m.Wrap = false
 	if _, _, err := c.Mint(t.Context(), child(t, c, rootID, time.Minute, "pawl-tool-a"), m); err == nil {
 		t.Error("Mint() accepted a wrapped response that it did not ask for")
@@ -135,7 +136,7 @@ func TestMintWrapped(t *testing.T) {
 func TestRealWrap(t *testing.T) {
 	s := newSite(t, parts.NeedVault(t))
 	name := s.setup.TokenRole + "-app"
-	tool := vault.Access{Policy: "pawl-tool-" + name, Path: []string{"auth", "token", "create", name},
+	tool := vault.Access{Policy: "pawl-tool-" + name, Path: brokertest.Path("auth/token/create/" + name),
 		Write: true, Wrap: true}
 	s.setup.Tools = append(s.setup.Tools, tool)
 	if _, err := vault.Setup(t.Context(), s.admin, s.setup); err != nil {
@@ -153,7 +154,7 @@ func TestRealWrap(t *testing.T) {
 		}
 		return lease, err
 	}
-	lease, err := mint(wrappedMint(tool.Path...))
+	lease, err := mint(wrappedMint(tool.Path))
 	if err != nil {
 		t.Fatalf("Mint() = %v", err)
 	}
@@ -169,7 +170,7 @@ func TestRealWrap(t *testing.T) {
 	if gone, err := s.rootClient(t).TokensGone(t.Context(), both); err != nil || countTrue(gone) != 2 {
 		t.Errorf("TokensGone() after Kill() = %v, %v, want both gone", gone, err)
 	}
-	bare := wrappedMint(tool.Path...)
+	bare := wrappedMint(tool.Path)
 	bare.Wrap = false
 	if _, err := mint(bare); !errors.Is(err, broker.ErrNotMinted) {
 		t.Errorf("Mint() without wrapping = %v, want ErrNotMinted: the policy must refuse it", err)

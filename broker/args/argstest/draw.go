@@ -3,11 +3,21 @@
 package argstest
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 
 	"github.com/pawlsec/pawl/broker/args"
 )
+
+// Parse reads a constraint that the test knows to be valid.
+func Parse(wire string) args.Constraint {
+	c, err := args.ParseConstraint([]byte(wire))
+	if err != nil {
+		panic(fmt.Sprintf("argstest: %s: %v", wire, err))
+	}
+	return c
+}
 
 // Pick draws a number from 0 to n-1. Both rapid and a seeded source can do that.
 type Pick func(n int) int

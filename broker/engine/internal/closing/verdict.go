@@ -74,9 +74,9 @@ func (v verdict) lease() broker.Evidence {
 			e.Answer = answerGivenUp
 		}
 	case v.gone.asked:
-	case v.g.State == broker.StateHandle && (v.minting || v.now.Before(v.g.Settles)):
+	case v.g.State == broker.StateHandle && (v.minting || v.now.Before(v.g.MintDeadline)):
 		e.Check, e.Outcome = "ledger", broker.OutcomeUnknown
-		e.Answer = "a mint may still be on its way until " + text(v.g.Settles)
+		e.Answer = "a mint may still be on its way until " + text(v.g.MintDeadline)
 	case v.g.State == broker.StateHandle:
 		e.Check, e.Answer = "ledger", "no mint can be on its way any more"
 	case v.probed:

@@ -212,7 +212,7 @@ func (w *worker) closePass(pass []Due) {
 	for _, g := range w.closeProven(grants, taken) {
 		due := w.retry(g.ID, taken[g.ID].attempt, spread)
 		due.alive = w.isAlive(g)
-		if settles := g.Settles.Add(time.Millisecond); settles.After(w.r.cfg.Now()) && settles.Before(due.At) {
+		if settles := g.MintDeadline.Add(time.Millisecond); settles.After(w.r.cfg.Now()) && settles.Before(due.At) {
 			due.At = settles // from then on no mint can be in flight
 		}
 		w.r.schedule(due)

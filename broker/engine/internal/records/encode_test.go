@@ -19,6 +19,14 @@ var moment = time.Date(2026, 1, 2, 3, 4, 5, 678, time.UTC)
 // full returns a record of each type with every field set.
 func full(t testing.TB) map[string]any {
 	t.Helper()
+	path, err := broker.ParseVaultPath("database/creds/reader")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tables, err := args.ParseConstraint([]byte(`{"one_of":["orders","items"]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
 	given, err := args.New(map[string]args.Value{"table": args.String("orders"), "limit": args.Int(9),
 		"all": args.Bool(true), "columns": args.List("a", "b")})
 	if err != nil {
@@ -30,7 +38,7 @@ func full(t testing.TB) map[string]any {
 	token := broker.Handle{Accessor: "accessor", Expires: moment}
 	const chain, root, node = "ch000000000000000000000001", "dl000000000000000000000001", "dl000000000000000000000002"
 	const grant = "gr000000000000000000000001"
-	constraints := map[string]args.Constraint{"table": args.OneOf("orders", "items"), "none": {}}
+	constraints := map[string]args.Constraint{"table": tables, "none": {}}
 	return map[string]any{
 		"chain": broker.Chain{ID: chain, Task: "weekly report", Opener: agent, Opened: moment,
 			Labels: map[string]string{"env": "prod"}, Root: root},
@@ -42,9 +50,9 @@ func full(t testing.TB) map[string]any {
 			Tokens: []broker.Handle{token, {Accessor: "second"}}, Fence: fence, Heartbeat: time.Minute},
 		"grant": broker.Grant{ID: grant, Chain: chain, Delegation: node, Caller: agent, Tool: "db.read",
 			Backend: "postgres", Narrowing: broker.NarrowNative, Args: given, Purpose: "rows",
-			Path: "database/creds/reader", State: broker.StateClosed, Created: moment, Expires: moment.Add(time.Minute),
+			Path: path, State: broker.StateClosed, Created: moment, Expires: moment.Add(time.Minute),
 			Bundle: "sha256:" + strings.Repeat("0", 64), Policies: []string{"readers", "hours"},
-			Token: token, Settles: moment,
+			Token: token, MintDeadline: moment,
 			Lease: broker.Lease{ID: "database/creds/reader/x", Ref: "login", Expires: moment, Outlives: moment,
 				Digests: []broker.ValueDigest{"d"}},
 			Fence: fence, Ending: broker.EndingRevoked, Ended: moment, Outcome: broker.OutcomeDead,

@@ -157,7 +157,7 @@ func (c *ruleCache) parse(key string, raw []byte) (r Rule, err error) {
 	if err := decode(key, raw, &r); err != nil {
 		return Rule{}, err
 	}
-	if r.parsed, err = selector.Parse(r.Selector); err != nil {
+	if r.parsed, err = selector.ParseRecorded(r.Selector); err != nil {
 		return Rule{}, fmt.Errorf("rule %q: %w", key, err)
 	}
 	if len(c.parsed) > maxParsed || c.parsed == nil {

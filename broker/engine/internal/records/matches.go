@@ -2,7 +2,6 @@ package records
 
 import (
 	"errors"
-	"strings"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
@@ -66,7 +65,7 @@ func (r Rule) MayCoverStep(l Lineage, policy broker.Policy, now time.Time) bool 
 		if !known || !right.Use {
 			continue
 		}
-		s := selector.Subject{Chain: l.Chain, Path: l.Nodes, Tool: t.Name, Vault: strings.Join(t.Path, "/"),
+		s := selector.Subject{Chain: l.Chain, Path: l.Nodes, Tool: t.Name, Vault: t.Path,
 			Bundle: policy.Digest(), At: now}
 		if r.parsed.MayMatchLater(s, t.Arguments) {
 			return true

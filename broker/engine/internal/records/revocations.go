@@ -47,7 +47,7 @@ func Covering(rv broker.Revocation) (Covers, error) {
 	case rv.Grant != "":
 		return func(_ Lineage, s selector.Subject) bool { return s.Grant == rv.Grant }, nil
 	}
-	s, err := selector.Parse(rv.Selector)
+	s, err := selector.ParseRecorded(rv.Selector)
 	return NewRule(s, broker.Fence{At: rv.Fenced, Frozen: rv.Freeze}).Covers, err
 }
 

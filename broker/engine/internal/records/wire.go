@@ -259,7 +259,7 @@ type wireGrant struct {
 	Bundle     string              `cbor:"19,keyasint"`
 	Policies   []string            `cbor:"20,keyasint,omitempty"`
 	Token      wireHandle          `cbor:"21,keyasint,omitzero"`
-	Settles    stamp               `cbor:"22,keyasint,omitempty"`
+	Deadline   stamp               `cbor:"22,keyasint,omitempty"`
 	Lease      *wireLease          `cbor:"23,keyasint,omitempty"`
 	Fence      *wireFence          `cbor:"24,keyasint,omitempty"`
 	Ended      stamp               `cbor:"25,keyasint,omitempty"`
@@ -274,8 +274,8 @@ func grantWire(g broker.Grant) wireGrant {
 		wireGrantHead: wireGrantHead{ID: g.ID, Backend: g.Backend, State: g.State, Expires: stampOf(g.Expires),
 			Ending: g.Ending, Outcome: g.Outcome, Sealed: g.Sealed, Collected: stampOf(g.Collected)},
 		Chain: g.Chain, Delegation: g.Delegation, Caller: idText(g.Caller), Tool: g.Tool, Narrowing: g.Narrowing,
-		Purpose: g.Purpose, Path: g.Path, Created: stampOf(g.Created), Bundle: g.Bundle, Policies: g.Policies,
-		Token: handleWire(g.Token), Settles: stampOf(g.Settles), Fence: fenceWire(g.Fence), Ended: stampOf(g.Ended),
+		Purpose: g.Purpose, Path: g.Path.String(), Created: stampOf(g.Created), Bundle: g.Bundle, Policies: g.Policies,
+		Token: handleWire(g.Token), Deadline: stampOf(g.MintDeadline), Fence: fenceWire(g.Fence), Ended: stampOf(g.Ended),
 		ArgsDigest: g.ArgsDigest, Longest: g.Longest, Collector: idText(g.Collector),
 	}
 	if canon := g.Args.Canonical(); len(canon) > len("{}") {
@@ -292,10 +292,15 @@ func grantWire(g broker.Grant) wireGrant {
 
 func (w *wireGrant) grant() (g broker.Grant, err error) {
 	g = broker.Grant{ID: w.ID, Chain: w.Chain, Delegation: w.Delegation, Tool: w.Tool, Backend: w.Backend,
-		Narrowing: w.Narrowing, Purpose: w.Purpose, Path: w.Path, State: w.State, Created: w.Created.time(),
+		Narrowing: w.Narrowing, Purpose: w.Purpose, State: w.State, Created: w.Created.time(),
 		Expires: w.Expires.time(), Bundle: w.Bundle, Policies: w.Policies, Token: w.Token.handle(),
-		Settles: w.Settles.time(), Fence: w.Fence.fence(), Ending: w.Ending, Ended: w.Ended.time(), Outcome: w.Outcome,
+		MintDeadline: w.Deadline.time(), Fence: w.Fence.fence(), Ending: w.Ending, Ended: w.Ended.time(), Outcome: w.Outcome,
 		ArgsDigest: w.ArgsDigest, Longest: w.Longest, Sealed: w.Sealed, Collected: w.Collected.time()}
+	if w.Path != "" {
+		if g.Path, err = broker.ParseVaultPath(w.Path); err != nil {
+			return g, err
+		}
+	}
 	if g.Caller, err = idOf(w.Caller); err != nil {
 		return g, err
 	}

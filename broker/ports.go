@@ -3,8 +3,62 @@ package broker
 import (
 	"context"
 	"errors"
-	"time"
 )
+
+// Ledger is the truth about chains, delegations, grants and revocations. It keeps records by
+// key and an append-only log of entries, and commits both together.
+//
+// All methods are safe for concurrent use. A secret is never in a record.
+type Ledger interface {
+	// Update runs f in one transaction that is serialisable with every other. When it returns
+	// nil, what f put and appended is durable. When f returns an error nothing is applied and
+	// Update returns that error. A failure of the store that certainly left nothing behind
+	// wraps ErrNotCommitted; after any other failure the outcome is unknown, and only reading
+	// again can tell. A transaction that puts a record and appends no entry is refused.
+	// f may run more than once.
+	Update(ctx context.Context, f func(Tx) error) error
+	// View runs f on a consistent snapshot that is not older than the last Update that returned
+	// before View was called. Put and Append fail inside it.
+	View(ctx context.Context, f func(Tx) error) error
+	// Entries gives at most limit entries of the audit log after a revision, oldest first.
+	Entries(ctx context.Context, after Revision, limit int) ([]Entry, error)
+}
+
+// Tx is one transaction. It is used by one goroutine and not after f has returned.
+type Tx interface {
+	// Get gives the record's value, nil when there is none. The value must not be changed and
+	// is valid until f returns.
+	Get(key string) ([]byte, error)
+	// Put sets the record; a nil value deletes it.
+	Put(key string, value []byte) error
+	// Scan calls f with each record whose key begins with prefix and is greater than after
+	// (empty: from the first), in the order of keys, until f returns false. Records that this
+	// transaction put are seen.
+	Scan(prefix, after string, f func(key string, value []byte) bool) error
+	// Append adds an entry to the audit log and gives its revision. The store sets Revision
+	// and chains the entry's digest to the one before.
+	Append(Entry) (Revision, error)
+	// Head is the revision of the last entry that this transaction sees, its own included; 0 when
+	// there is none.
+	Head() (Revision, error)
+}
+
+// ErrNotCommitted says that a failed Update certainly left nothing behind.
+var ErrNotCommitted = errors.New("the ledger did not commit")
+
+// ErrNoEntry is the store's refusal of a change without an audit entry.
+var ErrNoEntry = errors.New("a change without an audit entry")
+
+// Policy is one immutable snapshot of the running bundle. Its methods are pure functions and
+// safe for concurrent use.
+type Policy interface {
+	// Decide answers a question. An evaluation that fails anywhere denies.
+	Decide(Question) Decision
+	// Tool gives a declared tool.
+	Tool(ToolName) (Tool, bool)
+	// Digest identifies the bundle in grants and in the audit.
+	Digest() string
+}
 
 // Vault is what the procedures ask of Vault. Delegation tokens form one tree under the
 // broker's own token, so that one call on a root ends everything below, even if Pawl is gone.
@@ -56,30 +110,18 @@ type Killer interface {
 	LeasesGone(ctx context.Context, leases []string) ([]bool, error)
 }
 
-// Mint is one request to Vault that makes a secret.
-type Mint struct {
-	Path   []string       // segments, each valid by the rules of plugins/vault; never spliced text
-	Data   map[string]any // body; nil means that the path is read
-	Leased bool           // an answer without a lease id is then refused
-	Auth   bool           // the answer is a token: Finish gets its "auth" member for data
-	Wrap   bool           // with Auth: asked for wrapped; Finish gets "wrap_info", whose "auth" is what Vault says of the token inside
-	TTL    time.Duration  // the longest life accepted; an answer with more is refused
-	// Finish turns the answer's data into what the agent gets, and gives the name by which the
-	// backend knows it. expires is the end that Vault's lease gave, zero without a lease.
-	Finish func(answer map[string]any, expires time.Time) (Finished, error)
+// LeaseLister is a Vault that can list the leases below the paths at which tools mint.
+type LeaseLister interface {
+	// Leases gives every lease there is below the mint paths of tools, whoever asked for it: of the running
+	// bundle's when tools is nil, otherwise of the given ones, of which only Backend and Path are known.
+	// What could be listed is given with an error, too.
+	Leases(ctx context.Context, tools []Tool) ([]FoundLease, error)
 }
 
-// Finished is a secret ready for delivery.
-type Finished struct {
-	Secret  Secret
-	Ref     string    // the backend's name for it; empty when it has none
-	Expires time.Time // its end; zero: the lease's
-
-	Outlives time.Time // when the target lets it in no more by itself; zero: at its end
-
-	// Digests are of the members of Secret that give access and that a machine drew, see
-	// [ValueDigest]; none for a value that a person may have chosen.
-	Digests []ValueDigest
+// IrrevocableLister is a Vault that gives up revoking a lease after some tries, and says of which.
+type IrrevocableLister interface {
+	// Irrevocable gives their ids, of leases that are not ours as well.
+	Irrevocable(ctx context.Context) ([]string, error)
 }
 
 // Backend is what Vault cannot do alone for one kind of target. A Backend that can also cut or
@@ -113,26 +155,6 @@ type Prover interface {
 type Finder interface {
 	// Find gives the grant id that each credential's name carries.
 	Find(ctx context.Context) ([]GrantID, error)
-}
-
-// LeaseLister is a Vault that can list the leases below the paths at which tools mint.
-type LeaseLister interface {
-	// Leases gives every lease there is below the mint paths of tools, whoever asked for it: of the running
-	// bundle's when tools is nil, otherwise of the given ones, of which only Backend and Path are known.
-	// What could be listed is given with an error, too.
-	Leases(ctx context.Context, tools []Tool) ([]FoundLease, error)
-}
-
-// IrrevocableLister is a Vault that gives up revoking a lease after some tries, and says of which.
-type IrrevocableLister interface {
-	// Irrevocable gives their ids, of leases that are not ours as well.
-	Irrevocable(ctx context.Context) ([]string, error)
-}
-
-// FoundLease is a lease that Vault lists.
-type FoundLease struct {
-	ID     string
-	Issued time.Time
 }
 
 // Remover is a backend that can take away, without Vault, what lives under a grant's name.

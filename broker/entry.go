@@ -1,57 +1,9 @@
 package broker
 
-import (
-	"context"
-	"errors"
-	"time"
-)
+import "time"
 
 // Revision numbers the entries of the ledger's audit log from 1, without gaps.
 type Revision uint64
-
-// Ledger is the truth about chains, delegations, grants and revocations. It keeps records by
-// key and an append-only log of entries, and commits both together.
-//
-// All methods are safe for concurrent use. A secret is never in a record.
-type Ledger interface {
-	// Update runs f in one transaction that is serialisable with every other. When it returns
-	// nil, what f put and appended is durable. When f returns an error nothing is applied and
-	// Update returns that error. A failure of the store that certainly left nothing behind
-	// wraps ErrNotCommitted; after any other failure the outcome is unknown, and only reading
-	// again can tell. A transaction that puts a record and appends no entry is refused.
-	// f may run more than once.
-	Update(ctx context.Context, f func(Tx) error) error
-	// View runs f on a consistent snapshot that is not older than the last Update that returned
-	// before View was called. Put and Append fail inside it.
-	View(ctx context.Context, f func(Tx) error) error
-	// Entries gives at most limit entries of the audit log after a revision, oldest first.
-	Entries(ctx context.Context, after Revision, limit int) ([]Entry, error)
-}
-
-// Tx is one transaction. It is used by one goroutine and not after f has returned.
-type Tx interface {
-	// Get gives the record's value, nil when there is none. The value must not be changed and
-	// is valid until f returns.
-	Get(key string) ([]byte, error)
-	// Put sets the record; a nil value deletes it.
-	Put(key string, value []byte) error
-	// Scan calls f with each record whose key begins with prefix and is greater than after
-	// (empty: from the first), in the order of keys, until f returns false. Records that this
-	// transaction put are seen.
-	Scan(prefix, after string, f func(key string, value []byte) bool) error
-	// Append adds an entry to the audit log and gives its revision. The store sets Revision
-	// and chains the entry's digest to the one before.
-	Append(Entry) (Revision, error)
-	// Head is the revision of the last entry that this transaction sees, its own included; 0 when
-	// there is none.
-	Head() (Revision, error)
-}
-
-// ErrNotCommitted says that a failed Update certainly left nothing behind.
-var ErrNotCommitted = errors.New("the ledger did not commit")
-
-// ErrNoEntry is the store's refusal of a change without an audit entry.
-var ErrNoEntry = errors.New("a change without an audit entry")
 
 // Entry is one line of the audit log. It never holds a secret, a token or an SVID.
 type Entry struct {

@@ -8,17 +8,6 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// Policy is one immutable snapshot of the running bundle. Its methods are pure functions and
-// safe for concurrent use.
-type Policy interface {
-	// Decide answers a question. An evaluation that fails anywhere denies.
-	Decide(Question) Decision
-	// Tool gives a declared tool.
-	Tool(ToolName) (Tool, bool)
-	// Digest identifies the bundle in grants and in the audit.
-	Digest() string
-}
-
 // Action is what a question is about.
 type Action string
 
@@ -57,9 +46,6 @@ type Decision struct {
 	Failed      bool          // something failed to evaluate, so this is a deny
 	Remedy      string        // how to ask, in the bundle's own words, at most MaxRemedy bytes; empty: it has none
 }
-
-// MaxRemedy is the longest text of how to ask, in bytes.
-const MaxRemedy = 512
 
 // Consequence is what follows a violation. The zero value is that the request is refused and
 // nothing else.
@@ -102,5 +88,4 @@ const (
 	ViolationSecondUse ViolationCode = "second_use"       // a sealed secret collected once more
 	ViolationCanary    ViolationCode = "canary"           // a tool, or a value, that nobody has business with
 	ViolationHeartbeat ViolationCode = "lost_heartbeat"   // an agent that promised to be heard was not
-	ViolationReported  ViolationCode = "reported"         // a reporter's word, with no code of its own
 )
