@@ -14,15 +14,7 @@ var noGrant selector.Subject
 
 // Covers reports whether the rule covers the delegation, or the subject if that has a grant.
 func (r Rule) Covers(l Lineage, subject selector.Subject) bool {
-	if !r.Fence.Frozen && l.Chain.Opened.After(r.Fence.At) {
-		return false
-	}
-	for i, d := range l.Nodes {
-		if r.parsed.Matches(selector.Subject{Chain: l.Chain, Path: l.Nodes[:i+1], At: d.Created}) {
-			return true
-		}
-	}
-	return subject.Grant != "" && r.parsed.Matches(subject)
+	return r.parsed.Covers(r.Fence, l.place(subject))
 }
 
 // Rules returns the rules in force.

@@ -32,8 +32,13 @@ func (l Lineage) Holds(c broker.Caller) bool {
 
 // Subject returns the subject of a grant under the leaf, for selectors.
 func (l Lineage) Subject(g broker.Grant) selector.Subject {
-	return selector.Subject{Chain: l.Chain, Path: l.Nodes, Grant: g.ID, Tool: g.Tool, Args: g.Args,
-		Vault: g.Path, Bundle: g.Bundle, Leaked: g.Lease.Digests, At: g.Created}
+	return selector.OfGrant(l.Chain, l.Nodes, g)
+}
+
+// place puts a subject under the leaf. Without a grant it is the delegation itself.
+func (l Lineage) place(s selector.Subject) selector.Subject {
+	s.Chain, s.Path = l.Chain, l.Nodes
+	return s
 }
 
 // expired returns the end of the first expired node.

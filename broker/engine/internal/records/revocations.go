@@ -32,23 +32,10 @@ func (t *Tx) EachRevocation(f func(broker.Revocation) error) error {
 // Covers reports whether a revocation covers a delegation, or the subject if that has a grant.
 type Covers func(Lineage, selector.Subject) bool
 
-// Covering returns the revocation's test.
+// Covering returns the revocation's test. See [selector.Covering].
 func Covering(rv broker.Revocation) (Covers, error) {
-	switch {
-	case rv.Node != "":
-		return func(l Lineage, _ selector.Subject) bool {
-			for _, d := range l.Nodes {
-				if d.ID == rv.Node {
-					return true
-				}
-			}
-			return false
-		}, nil
-	case rv.Grant != "":
-		return func(_ Lineage, s selector.Subject) bool { return s.Grant == rv.Grant }, nil
-	}
-	s, err := selector.ParseRecorded(rv.Selector)
-	return NewRule(s, broker.Fence{At: rv.Fenced, Frozen: rv.Freeze}).Covers, err
+	covers, err := selector.Covering(rv)
+	return func(l Lineage, s selector.Subject) bool { return covers(l.place(s)) }, err
 }
 
 // Under lists the grants that a revocation covers and that are not closed, and the covered delegations with Vault
