@@ -238,8 +238,8 @@ func (p *oldPolicy) decide(q broker.Question) broker.Decision {
 	p.last = q
 	p.mu.Unlock()
 	if q.Action == broker.ActionReport {
-		what, _ := broker.ParseConsequence(q.Chain.Labels["on_breach"])
-		return broker.Decision{Policies: []string{"on-breach"}, Consequence: what}
+		consequence, _ := broker.ParseConsequence(q.Chain.Labels["on_breach"])
+		return broker.Decision{Policies: []string{"on-breach"}, Consequence: consequence}
 	}
 	if q.Chain.Labels["mode"] == "read" && q.Tool.Name == "db.write" && q.Action == broker.ActionUse {
 		return broker.Decision{Policies: []string{"read-only"}, Remedy: "ask data-platform@example.org"}
