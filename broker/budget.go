@@ -5,36 +5,38 @@ import (
 	"time"
 )
 
-// Budget limits what may happen under a delegation, its descendants included. Zero in a field
-// means no limit of its own; an ancestor's still counts.
+// Budget limits the steps under a delegation and its descendants. A zero field sets no limit of its own; an ancestor's
+// limit still applies.
 type Budget struct {
 	Steps     int              `json:"steps,omitempty"`      // steps in all
-	Live      int              `json:"live,omitempty"`       // secrets alive at once, those being minted included
-	PerMinute int              `json:"per_minute,omitempty"` // steps begun in any one minute of the clock
+	Live      int              `json:"live,omitempty"`       // live secrets at one time, mints in flight included
+	PerMinute int              `json:"per_minute,omitempty"` // steps that start in one minute of the clock
 	Tools     map[ToolName]int `json:"tools,omitempty"`      // steps in all with one tool
 }
 
-// wider names the limits in which child is not within b.
+// Wider names the limits of child that are wider than those of b: "budget:steps", "budget:tools:deploy". None means
+// that child is within b.
 func (b Budget) Wider(child Budget) (wider []string) {
-	over := func(name string, parent, child int) {
+	check := func(name string, parent, child int) {
 		if parent > 0 && (child == 0 || child > parent) {
 			wider = append(wider, "budget:"+name)
 		}
 	}
-	over("steps", b.Steps, child.Steps)
-	over("live", b.Live, child.Live)
-	over("per_minute", b.PerMinute, child.PerMinute)
+	check("steps", b.Steps, child.Steps)
+	check("live", b.Live, child.Live)
+	check("per_minute", b.PerMinute, child.PerMinute)
 	for tool, n := range b.Tools {
-		over("tools:"+string(tool), n, child.Tools[tool])
+		check("tools:"+string(tool), n, child.Tools[tool])
 	}
 	return wider
 }
 
-// limits reports whether there is any limit.
+// Limited reports whether b sets any limit.
 func (b Budget) Limited() bool {
 	return b.Steps > 0 || b.Live > 0 || b.PerMinute > 0 || len(b.Tools) > 0
 }
 
+// Check refuses a negative limit, a name that is no tool name, and limits for more than [MaxRights] tools.
 func (b Budget) Check() error {
 	bad := b.Steps < 0 || b.Live < 0 || b.PerMinute < 0 || len(b.Tools) > MaxRights
 	for tool, n := range b.Tools {
@@ -44,12 +46,12 @@ func (b Budget) Check() error {
 		bad = bad || n < 0
 	}
 	if bad {
-		return fmt.Errorf("a budget's limits are not negative and name at most %d tools", MaxRights)
+		return fmt.Errorf("a budget has no negative limit and limits for at most %d tools", MaxRights)
 	}
 	return nil
 }
 
-// Past is what a chain has done with one tool.
+// Past is the use of one tool in a chain so far.
 type Past struct {
 	Count int       `json:"count"`
 	First time.Time `json:"first"`

@@ -6,7 +6,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// Chain is one task's tree of delegations and the unit of revocation.
+// Chain is one task's tree of delegations, and the unit of revocation.
 type Chain struct {
 	ID     ChainID           `json:"id"`
 	Task   string            `json:"task"`
@@ -16,7 +16,7 @@ type Chain struct {
 	Root   DelegationID      `json:"root"`
 }
 
-// Delegation is a node of a chain: its holder may use, or may pass on, some tools until a time.
+// Delegation is a node of a chain. Its holder may use some tools, or may pass them on, until a time.
 type Delegation struct {
 	ID      DelegationID `json:"id"`
 	Chain   ChainID      `json:"chain"`
@@ -27,13 +27,14 @@ type Delegation struct {
 	Depth   int          `json:"depth"` // how many more times it may be passed on
 	Created time.Time    `json:"created"`
 	Expires time.Time    `json:"expires"`
-	Tokens  []Handle     `json:"tokens,omitempty"` // every Vault token it ever had; revoking kills all
+	Tokens  []Handle     `json:"tokens,omitempty"` // every Vault token it ever had; a revocation revokes them all
 	Fence   *Fence       `json:"fence,omitempty"`
 
-	Heartbeat time.Duration `json:"heartbeat,omitempty"` // the holder promised to be heard this often; zero: it did not
+	// Heartbeat is the longest time between two heartbeats that the holder promised. Zero: no promise.
+	Heartbeat time.Duration `json:"heartbeat,omitempty"`
 }
 
-// Fence is the mark after which no secret is handed out under what carries it.
+// Fence is the mark on a node, a grant or a rule after which no secret is handed out under it.
 type Fence struct {
 	Generation Revision     `json:"generation"` // the revision at which it was set: it only goes up
 	At         time.Time    `json:"at"`

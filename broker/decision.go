@@ -8,19 +8,19 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// Action is what a question is about.
+// Action is the subject of a question to the policy.
 type Action string
 
 // The actions.
 const (
-	ActionOpen     Action = "open"     // may open a chain whose scope has the tool
-	ActionUse      Action = "use"      // may take this step
-	ActionDelegate Action = "delegate" // may pass the tool on to Receiver
-	ActionReport   Action = "report"   // Violation was reported or noticed: what follows
+	ActionOpen     Action = "open"     // open a chain with the tool in its scope
+	ActionUse      Action = "use"      // take this step
+	ActionDelegate Action = "delegate" // pass the tool on to Receiver
+	ActionReport   Action = "report"   // judge Violation, which was reported or detected
 )
 
-// Question is everything a decision depends on. Purpose and other free text of the agent are
-// not in it: justification never influences a decision.
+// Question has all inputs of a decision. Purpose and other free text of the agent are not in it: a justification never
+// influences a decision.
 type Question struct {
 	Action    Action
 	Caller    Caller
@@ -30,25 +30,24 @@ type Question struct {
 	Violation ViolationCode // for report
 	Chain     Chain
 	Depth     int               // of the caller's delegation: 0 at the root
-	History   map[ToolName]Past // what the whole chain has begun before this
+	History   map[ToolName]Past // the earlier steps of the whole chain
 	Now       time.Time
 }
 
-// Decision is allow or deny and what comes with it. The zero Decision denies.
+// Decision is allow or deny, with its limits and consequences. The zero Decision denies.
 type Decision struct {
 	Allow       bool
 	Policies    []string      // ids of the policies that decided
-	Consequence Consequence   // of a deny: what follows
-	Approval    string        // of an allow: who must approve first ("2 of oncall"); empty: nobody
-	TTL         time.Duration // of an allow: the longest life; zero: the tool's
-	Narrowing   Narrowing     // of an allow: the weakest label accepted
+	Consequence Consequence   // of a deny
+	Approval    string        // of an allow: the approval that it needs first ("2 of oncall"); empty: none
+	TTL         time.Duration // of an allow: the longest lifetime; zero: the tool's
+	Narrowing   Narrowing     // of an allow: the weakest acceptable label
 	Domains     []string      // of an allow to delegate: the trust domains that the permit names
-	Failed      bool          // something failed to evaluate, so this is a deny
-	Remedy      string        // how to ask, in the bundle's own words, at most MaxRemedy bytes; empty: it has none
+	Failed      bool          // an evaluation failed, so this is a deny
+	Remedy      string        // how to ask, in the bundle's own words, at most MaxRemedy bytes; may be empty
 }
 
-// Consequence is what follows a violation. The zero value is that the request is refused and
-// nothing else.
+// Consequence is the consequence of a violation. The zero value only refuses the request.
 type Consequence uint8
 
 // The consequences, mildest first.
@@ -62,9 +61,10 @@ const (
 
 var consequenceNames = []string{"deny", "revoke-step", "revoke-subtree", "revoke-chain", "freeze-caller"}
 
+// String is the name in the @violation annotation.
 func (c Consequence) String() string { return consequenceNames[min(int(c), len(consequenceNames)-1)] }
 
-// ParseConsequence reads a name as the @violation annotation writes it.
+// ParseConsequence reads a name of the @violation annotation.
 func ParseConsequence(s string) (Consequence, bool) {
 	for i, name := range consequenceNames {
 		if s == name {
@@ -74,18 +74,18 @@ func ParseConsequence(s string) (Consequence, bool) {
 	return ConsequenceDeny, false
 }
 
-// ViolationCode names a breach that policy may attach a consequence to.
+// ViolationCode names a violation to which policy may attach a consequence.
 type ViolationCode string
 
-// The violations that the broker notices itself. Reporters may send others of the same form:
-// lower-case words joined by underscores.
+// The violations that the broker itself detects. Reporters may send other codes of the same form: lower-case words
+// joined by underscores.
 const (
 	ViolationForbidden ViolationCode = "forbidden_tool"   // a forbid with @violation
-	ViolationScope     ViolationCode = "outside_scope"    // tool or argument outside the delegation
+	ViolationScope     ViolationCode = "outside_scope"    // a tool or an argument outside the delegation
 	ViolationBudget    ViolationCode = "budget_exhausted" // one step too many
-	ViolationHolder    ViolationCode = "wrong_holder"     // a delegation presented by somebody else: a replay
-	ViolationReplay    ViolationCode = "replayed_key"     // an idempotency key used again, for another tool or other arguments
-	ViolationSecondUse ViolationCode = "second_use"       // a sealed secret collected once more
-	ViolationCanary    ViolationCode = "canary"           // a tool, or a value, that nobody has business with
-	ViolationHeartbeat ViolationCode = "lost_heartbeat"   // an agent that promised to be heard was not
+	ViolationHolder    ViolationCode = "wrong_holder"     // a delegation that its holder did not present: a replay
+	ViolationReplay    ViolationCode = "replayed_key"     // an idempotency key reused with another tool or arguments
+	ViolationSecondUse ViolationCode = "second_use"       // a sealed secret, collected again
+	ViolationCanary    ViolationCode = "canary"           // a tool or a value that no caller has a reason to use
+	ViolationHeartbeat ViolationCode = "lost_heartbeat"   // a holder promised a heartbeat and missed it
 )

@@ -1,6 +1,6 @@
-// Package broker has the words of Pawl and the ports that adapters implement.
+// Package broker defines the terms of Pawl and the ports that adapters implement.
 //
-// The words are Caller, Chain, Delegation, Grant, Tool, Secret, Decision, Revocation and what belongs to them. The ports
-// are a [Ledger] that is the truth, a [Policy] that decides, a [Vault] that makes and ends tokens and secrets, and one
-// [Backend] for each kind of target, which narrows, severs and proves. The procedures are in broker/engine.
+// The terms are Caller, Chain, Delegation, Grant, Tool, Secret, Decision and Revocation, with the types that belong
+// to them. The ports are in ports.go: the [Ledger], the [Policy], [Vault], and one [Backend] for each kind of target.
+// Every limit is in limits.go, and every code in errors.go. The procedures are in broker/engine.
 package broker

@@ -2,7 +2,7 @@ package broker
 
 import "time"
 
-// Revision numbers the entries of the ledger's audit log from 1, without gaps.
+// Revision numbers the entries of the audit log from 1, without gaps.
 type Revision uint64
 
 // Entry is one line of the audit log. It never holds a secret, a token or an SVID.
@@ -22,41 +22,43 @@ type Entry struct {
 	Detail     string       `json:"detail,omitempty"`
 }
 
-// Op says what an entry records.
+// Op is the kind of an entry.
 type Op string
 
-// The ops, in about the order in which a chain sees them.
+// The ops, in about the order in which they occur in a chain.
 const (
-	OpOpen         Op = "open"
-	OpDelegate     Op = "delegate"
-	OpToken        Op = "token" // a delegation's Vault token was recorded
-	OpIntent       Op = "intent"
-	OpHandle       Op = "handle"
-	OpIssued       Op = "issued"
-	OpCollected    Op = "collected" // a sealed secret was given to its collector
-	OpUnknown      Op = "unknown"   // a mint's outcome is not known
-	OpDenied       Op = "denied"
-	OpViolation    Op = "violation"
-	OpEnd          Op = "end" // a grant was closed by its agent, expired or was given up
+	OpOpen      Op = "open"
+	OpDelegate  Op = "delegate"
+	OpToken     Op = "token" // a delegation's Vault token was recorded
+	OpIntent    Op = "intent"
+	OpHandle    Op = "handle"
+	OpIssued    Op = "issued"
+	OpCollected Op = "collected" // a sealed secret was delivered to its collector
+	OpUnknown   Op = "unknown"   // the outcome of a mint is unknown
+	OpDenied    Op = "denied"
+	OpViolation Op = "violation"
+	// OpEnd: a grant ended, since its agent closed it, it expired or its mint failed. Or final rules that cover no open
+	// chain were dropped.
+	OpEnd          Op = "end"
 	OpFence        Op = "fence"
 	OpFreeze       Op = "freeze"
 	OpUnfreeze     Op = "unfreeze"
-	OpEvidence     Op = "evidence"     // what a check of a fenced grant found
-	OpClosed       Op = "closed"       // a grant is over, with evidence
-	OpClosure      Op = "closure"      // a revocation's state changed
+	OpEvidence     Op = "evidence"     // the result of a check of a fenced grant
+	OpClosed       Op = "closed"       // a grant is CLOSED, with evidence
+	OpClosure      Op = "closure"      // the closure of a revocation changed
 	OpAcknowledged Op = "acknowledged" // a holder acknowledged a revocation
-	OpOrphan       Op = "orphan"       // something lives under our names that the ledger does not know
+	OpOrphan       Op = "orphan"       // a lease or login has a grant's name that the ledger does not know
 	OpPlant        Op = "plant"        // an operator planted a canary
-	OpPull         Op = "pull"         // an operator took one away
-	OpResume       Op = "resume"
-	OpPolicy       Op = "policy"    // a policy bundle came into force
-	OpDelivered    Op = "delivered" // up to which revision events were delivered to a subscriber
+	OpPull         Op = "pull"         // an operator removed a canary
+	OpResume       Op = "resume"       // the broker started and took its unfinished work up again
+	OpPolicy       Op = "policy"       // a policy bundle came into force
+	OpDelivered    Op = "delivered"    // the delivery cursor of a subscriber moved to a revision
 )
 
-// former has the ops that builds before the first release wrote under other names.
+// former maps the names of ops before the first release to the current ops.
 var former = map[Op]Op{"heard": OpAcknowledged, "stray": OpOrphan, "told": OpDelivered}
 
-// Current gives today's name of an op that an earlier build may have written.
+// Current returns the current name of an op that an earlier build may have written.
 func (o Op) Current() Op {
 	if now, ok := former[o]; ok {
 		return now

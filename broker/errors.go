@@ -6,22 +6,21 @@ import (
 	"time"
 )
 
-// Kind says what sort of refusal or failure an [Error] is. The list is closed; only
-// broker/server maps it to HTTP. A Kind is itself an error, so that
-// errors.Is(err, broker.Denied) works on anything this package returns.
+// Kind is the class of a refusal or failure. The list is closed, and only broker/server maps it to HTTP. A Kind is
+// itself an error, so that errors.Is(err, broker.Denied) works for every [Error].
 type Kind uint8
 
-// The kinds. The zero value is Internal: an error that nobody classified tells nothing.
+// The kinds. The zero value is Internal: an unclassified error reveals nothing.
 const (
-	Internal        Kind = iota // our own fault; its text stays inside
-	Malformed                   // the request cannot mean anything
+	Internal        Kind = iota // a fault of the broker; its text stays internal
+	Malformed                   // the request is not valid
 	Unauthenticated             // no acceptable identity
-	Denied                      // policy, scope or budget says no
-	NotFound                    // does not exist, or is not yours: the two are not told apart
+	Denied                      // policy, scope or budget refuses
+	NotFound                    // it does not exist, or is not the caller's: the caller cannot tell which
 	Revoked                     // fenced
-	Expired                     // its time is over
-	Conflict                    // the state moved, or the key was used for something else
-	Unavailable                 // a part that is needed cannot answer; nothing was handed out
+	Expired                     // its time has ended
+	Conflict                    // the state changed, or the key was used for another request
+	Unavailable                 // a necessary part does not answer; nothing was handed out
 )
 
 var kindNames = [...]string{"internal", "malformed", "unauthenticated", "denied", "not-found",
@@ -38,68 +37,68 @@ func (k Kind) String() string {
 // Error makes a Kind usable as the target of errors.Is.
 func (k Kind) Error() string { return k.String() }
 
-// Code names one reason precisely and stays the same over releases, so that an agent can act
-// on it without reading prose. An empty Code means that the kind's name says all there is.
+// Code is one exact reason. A code stays the same over releases, so that an agent can act on it without parsing text.
+// An empty Code adds nothing to the kind's name.
 type Code string
 
-// The codes of refusals that an agent or operator can act on.
+// The codes of refusals that an agent or an operator can act on.
 const (
 	CodeToolUnknown       Code = "tool_unknown"         // no such tool in the running policy bundle
 	CodeToolNotDelegated  Code = "tool_not_delegated"   // the delegation does not hold the tool for use
-	CodeArgumentOutside   Code = "argument_outside"     // an argument is outside the delegation or the tool's declaration
+	CodeArgumentOutside   Code = "argument_outside"     // an argument outside the delegation or the declaration
 	CodePolicyDenied      Code = "policy_denied"        // no permit, or a forbid
-	CodeViolation         Code = "violation"            // forbidden, and policy says that something follows
-	CodeApprovalNeeded    Code = "approval_needed"      // allowed once the obligation is met
-	CodeNarrowingTooWeak  Code = "narrowing_too_weak"   // policy demands a stronger label than the tool's
-	CodeBudgetExhausted   Code = "budget_exhausted"     // a limit of the chain is used up
-	CodeTooFast           Code = "too_fast"             // a limit per minute is used up; retry later
+	CodeViolation         Code = "violation"            // forbidden, and policy attaches a consequence
+	CodeApprovalNeeded    Code = "approval_needed"      // allowed as soon as the obligation is met
+	CodeNarrowingTooWeak  Code = "narrowing_too_weak"   // policy requires a stronger label than the tool's
+	CodeBudgetExhausted   Code = "budget_exhausted"     // a limit of the chain is spent
+	CodeTooFast           Code = "too_fast"             // a limit per minute is spent; retry later
 	CodeDelegationUnknown Code = "delegation_unknown"   // no such delegation, or not held by the caller
-	CodeDelegationWider   Code = "delegation_wider"     // asks for more than the parent may pass on
-	CodeDelegationDepth   Code = "delegation_depth"     // may not be passed on any further
-	CodeForeignDomain     Code = "foreign_trust_domain" // receiver in another trust domain without a policy that names both
+	CodeDelegationWider   Code = "delegation_wider"     // requests more than the parent may pass on
+	CodeDelegationDepth   Code = "delegation_depth"     // cannot be passed on again
+	CodeForeignDomain     Code = "foreign_trust_domain" // receiver in another trust domain, and no permit names both
 	CodeGrantUnknown      Code = "grant_unknown"        // no such grant, or not the caller's
-	CodeKeyOtherSeal      Code = "key_other_seal"       // the idempotency key was used for a step sealed otherwise
+	CodeKeyOtherSeal      Code = "key_other_seal"       // the idempotency key was used for a step with another seal
 	CodeAlreadyCollected  Code = "already_collected"    // the sealed secret was collected before
-	CodeDeliveryLost      Code = "delivery_lost"        // the sealed secret is not kept any more; the grant is ended
+	CodeDeliveryLost      Code = "delivery_lost"        // the sealed secret is no longer kept; the grant has ended
 	CodeDeliveriesFull    Code = "deliveries_full"      // too many sealed secrets wait to be collected
 	CodeKeyOtherTool      Code = "key_other_tool"       // the idempotency key was used for a step with another tool
 	CodeKeyOtherArguments Code = "key_other_arguments"  // the idempotency key was used for a step with other arguments
-	CodeFenced            Code = "fenced"               // the chain, node, grant or a rule over it is revoked
+	CodeFenced            Code = "fenced"               // the chain, node or grant is revoked, by itself or by a rule
 	CodeFrozen            Code = "frozen"               // no new secrets for now; may be lifted
-	CodeExpired           Code = "expired"              // the delegation, grant or identity is past its time
+	CodeExpired           Code = "expired"              // the delegation, grant or identity has expired
 	CodeLedgerDown        Code = "ledger_unavailable"   // the ledger cannot commit
 	CodeVaultDown         Code = "vault_unavailable"    // Vault cannot mint; nothing is left behind
-	CodeOutcomeUnknown    Code = "outcome_unknown"      // a mint may have happened; it is being hunted down. Ask again with a new key
+	CodeOutcomeUnknown    Code = "outcome_unknown"      // a mint may have succeeded: it is revoked. Use a new key
 	CodeBackendDown       Code = "backend_unavailable"  // the tool's target cannot be prepared
-	CodeIssuingStopped    Code = "issuing_stopped"      // the broker itself is in doubt (clock, restore, identity)
+	CodeIssuingStopped    Code = "issuing_stopped"      // the broker doubts its clock, identity or restored ledger
 	CodeRevocationUnknown Code = "revocation_unknown"   // no such revocation
-	CodeSelectorEmpty     Code = "selector_matches_nothing"
-	CodeCanaryUnknown     Code = "canary_unknown"       // no such canary
-	CodeCanaryValue       Code = "canary_value"         // the leaked value is a canary's: no grant handed it out
-	CodePlanStale         Code = "plan_stale"           // the set has grown since the plan
-	CodePlanUnknown       Code = "plan_unknown"         // the token is not one of ours, or too old
-	CodeSecondPerson      Code = "second_person_needed" // unfreezing takes two people
-	CodePolicyOlder       Code = "policy_older"         // a policy bundle that is not newer than the one in force
+	// CodeSelectorEmpty: the selector matches nothing, and nothing that is open can match later.
+	CodeSelectorEmpty Code = "selector_matches_nothing"
+	CodeCanaryUnknown Code = "canary_unknown"       // no such canary
+	CodeCanaryValue   Code = "canary_value"         // the leaked value is a canary: no grant handed it out
+	CodePlanStale     Code = "plan_stale"           // the set has grown since the plan
+	CodePlanUnknown   Code = "plan_unknown"         // the token is not from this broker, or is too old
+	CodeSecondPerson  Code = "second_person_needed" // unfreezing requires two people
+	CodePolicyOlder   Code = "policy_older"         // the policy bundle is not newer than the one in force
 )
 
-// Error is the one type that leaves this package as an error.
+// Error is the only type of error that crosses the broker's API.
 type Error struct {
 	Kind Kind
 	Op   string // the procedure: "open", "delegate", "issue", …
-	Msg  string // for people; no secret, no policy text, no other caller's data
+	Msg  string // for people; no secret, no policy text, no data of another caller
 	Code Code   // empty: the kind's name
-	Err  error  // cause, for logs; never shown outside
+	Err  error  // cause, for logs; never leaves the broker
 
-	// What an agent needs in order to act; each empty when it does not apply.
+	// The rest is what an agent needs in order to act. A field is empty if it does not apply.
 	Policies   []string      // ids of the policies that decided
-	Missing    []string      // what was lacking, in the words of the request: "tool:deploy:use", "argument:tables"
+	Missing    []string      // missing permissions, in the terms of the request: "tool:deploy:use", "argument:tables"
 	Remedy     string        // how to ask for it
-	RetryAfter time.Duration // zero: asking again changes nothing
-	Revocation RevocationID  // what the violation set off
+	RetryAfter time.Duration // zero: a retry changes nothing
+	Revocation RevocationID  // the revocation that the violation caused
 }
 
-// Errorf makes an Error. A %w verb sets its cause, whose text is not part of Msg only when the
-// caller leaves it out of format; prefer [Error.Because] for causes from adapters.
+// Errorf makes an Error with a message. The message is visible to callers: give a cause to [Error.Because] instead.
 func Errorf(kind Kind, op, format string, args ...any) *Error {
 	return &Error{Kind: kind, Op: op, Msg: fmt.Sprintf(format, args...)}
 }
@@ -107,21 +106,22 @@ func Errorf(kind Kind, op, format string, args ...any) *Error {
 // With sets the code.
 func (e *Error) With(c Code) *Error { e.Code = c; return e }
 
-// Because sets the cause, which stays inside.
+// Because sets the cause, which stays internal.
 func (e *Error) Because(err error) *Error { e.Err = err; return e }
 
-// Lacks adds what was missing and how to ask for it.
+// Lacks adds the missing permissions, and how to ask for them.
 func (e *Error) Lacks(remedy string, missing ...string) *Error {
 	e.Remedy, e.Missing = remedy, append(e.Missing, missing...)
 	return e
 }
 
-// After says that the same request may succeed later.
+// After sets the time after which the same request may succeed.
 func (e *Error) After(d time.Duration) *Error { e.RetryAfter = d; return e }
 
-// Decided records which policies decided.
+// Decided sets the policies that decided.
 func (e *Error) Decided(policies []string) *Error { e.Policies = policies; return e }
 
+// Error is for logs: it has the message and the cause.
 func (e *Error) Error() string {
 	s := e.Op + ": " + e.Msg
 	if e.Err != nil {
@@ -130,7 +130,7 @@ func (e *Error) Error() string {
 	return s
 }
 
-// Unwrap gives the cause.
+// Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Err }
 
 // Is makes errors.Is(err, broker.Denied) true for an Error of that kind.
@@ -139,7 +139,7 @@ func (e *Error) Is(target error) bool {
 	return ok && k == e.Kind
 }
 
-// KindOf is the kind of err, Internal for an error without one.
+// KindOf returns the kind of err. It is Internal for an error that has none.
 func KindOf(err error) Kind {
 	var e *Error
 	if errors.As(err, &e) {

@@ -8,11 +8,10 @@ import (
 	"time"
 )
 
-// Ids are two letters and 24 characters of base32: opaque, of one length, in an alphabet that
-// needs no quoting in a path, a role name or a token's display name (hardening.md rule 6). They
-// begin with the time in milliseconds, because a ledger that writes pages writes three times
-// less when new keys are neighbours, and 72 random bits follow. An id is no authority: it does
-// nothing for whoever is not the holder.
+// An id is two letters and 24 characters of base32. Ids are opaque, have one length, and use an alphabet that needs no
+// quoting in a path, a role name or a token's display name. An id begins with the time in milliseconds, and 72 random
+// bits follow. So new keys are neighbours, and a ledger that writes pages writes a third as much. An id gives no
+// authority: it is useless to a caller that is not the holder.
 type (
 	// ChainID names a chain, "ch…".
 	ChainID string
@@ -24,11 +23,12 @@ type (
 	RevocationID string
 )
 
+// IDLength is the length of every id, in characters.
 const IDLength = 26
 
 var idEncoding = base32.NewEncoding("0123456789abcdefghjkmnpqrstvwxyz").WithPadding(base32.NoPadding)
 
-// NewID draws an id with the given two-letter prefix, for something made at now.
+// NewID makes an id with the given two-letter prefix, for an object created at now.
 func NewID(prefix string, now time.Time, random io.Reader) (string, error) {
 	var raw [15]byte
 	if _, err := io.ReadFull(random, raw[6:]); err != nil {
@@ -40,7 +40,8 @@ func NewID(prefix string, now time.Time, random io.Reader) (string, error) {
 	return prefix + idEncoding.EncodeToString(raw[:]), nil
 }
 
-// IDTime gives the first characters, after the prefix, of the ids made at t or up to 8 ms before. Ids made earlier sort before it.
+// IDTime returns the characters that the ids of t have after the prefix. Ids of up to 8 ms before t have the same ones.
+// Ids made before that sort before them.
 func IDTime(t time.Time) string {
 	var ms [8]byte
 	binary.BigEndian.PutUint64(ms[:], uint64(max(0, t.UnixMilli())))
@@ -60,18 +61,18 @@ func parseID(s, prefix, what string) error {
 	return nil
 }
 
-// ParseChainID accepts exactly what this package makes.
+// ParseChainID accepts only the form that [NewID] makes.
 func ParseChainID(s string) (ChainID, error) { return ChainID(s), parseID(s, "ch", "chain") }
 
-// ParseDelegationID accepts exactly what this package makes.
+// ParseDelegationID accepts only the form that [NewID] makes.
 func ParseDelegationID(s string) (DelegationID, error) {
 	return DelegationID(s), parseID(s, "dl", "delegation")
 }
 
-// ParseGrantID accepts exactly what this package makes.
+// ParseGrantID accepts only the form that [NewID] makes.
 func ParseGrantID(s string) (GrantID, error) { return GrantID(s), parseID(s, "gr", "grant") }
 
-// ParseRevocationID accepts exactly what this package makes.
+// ParseRevocationID accepts only the form that [NewID] makes.
 func ParseRevocationID(s string) (RevocationID, error) {
 	return RevocationID(s), parseID(s, "rv", "revocation")
 }

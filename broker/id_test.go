@@ -19,8 +19,11 @@ func TestParseIDs(t *testing.T) {
 		if got, err := parse(prefix + body); err != nil || got != prefix+body {
 			t.Errorf("parsing %s = %q, %v, want it as it is", prefix+body, got, err)
 		}
-		wrong := []string{"", prefix, prefix + body[1:], prefix + body + "0", strings.ToUpper(prefix) + body, prefix + strings.ToUpper(body),
-			prefix + body[1:] + "/", prefix + body[1:] + "\x00", prefix + body[2:] + "é", " " + prefix + body[1:], "xx" + body}
+		wrong := []string{
+			"", prefix, prefix + body[1:], prefix + body + "0", "xx" + body, " " + prefix + body[1:],
+			strings.ToUpper(prefix) + body, prefix + strings.ToUpper(body),
+			prefix + body[1:] + "/", prefix + body[1:] + "\x00", prefix + body[2:] + "é",
+		}
 		for _, c := range "ilou-_.*" {
 			wrong = append(wrong, prefix+body[1:]+string(c))
 		}

@@ -2,55 +2,49 @@ package broker
 
 import "time"
 
-// Limits of a chain. A request beyond them is malformed or denied with the limit's name.
+// Limits of a chain. A request beyond one of them is malformed, or denied with the limit's name.
 const (
 	MaxDepth    = 8              // delegations below the root
-	MaxChainTTL = 24 * time.Hour // a delegation's life
-	MaxTask     = 256            // bytes of a task's or purpose's text
-	MaxLabels   = 16             // labels of a chain, each name and value at most 64 bytes
+	MaxChainTTL = 24 * time.Hour // lifetime of a delegation
+	MaxTask     = 256            // bytes of the text of a task or a purpose
+	MaxLabels   = 16             // labels of a chain; each name and value has at most 64 bytes
+	MaxRights   = 128            // rights of a delegation, at most one for each tool
 )
 
-// DefaultChainTTL is a chain's life where the opener does not ask for less or more.
+// DefaultChainTTL is the lifetime of a chain if the request to open it sets none.
 const DefaultChainTTL = time.Hour
 
-// MinHeartbeat is the shortest interval at which a holder may be asked to be heard.
+// MinHeartbeat is the shortest heartbeat interval that a holder can promise.
 const MinHeartbeat = time.Second
 
-// MaxRights is the most rights a delegation holds, at most one for each tool.
-const MaxRights = 128
-
-// MaxRemedy is the longest text of how to ask, in bytes.
-const MaxRemedy = 512
-
-// MaxToolName is the longest tool name in bytes.
-const MaxToolName = 48
-
-// DefaultTTL is a secret's life where neither tool nor request nor policy says less.
+// DefaultTTL is the lifetime of a secret if the tool, the request and the policy set no shorter one.
 const DefaultTTL = time.Minute
 
-// MaxTTL is the longest a tool may let a secret live.
+// MaxTTL is the longest lifetime that a tool may give a secret.
 const MaxTTL = 15 * time.Minute
 
-// EndTolerance is how much later than asked a target may count the end of what was minted: clocks differ,
-// and Vault adds some seconds to the end of a database login.
+// EndTolerance is how much later than requested a target may end a secret. Clocks differ, and Vault adds some
+// seconds to the end of a database login.
 const EndTolerance = 10 * time.Second
 
-// MaxSPIFFEID is the longest SPIFFE ID in bytes (SPIFFE-ID section 2.3).
-const MaxSPIFFEID = 2048
+// Limits of names and texts, in bytes.
+const (
+	MaxSPIFFEID  = 2048 // a SPIFFE ID (SPIFFE-ID section 2.3)
+	MaxToolName  = 48
+	MaxRemedy    = 512 // the text of a policy that says how to ask for a permission
+	MaxVaultName = 128 // a name in Vault: one segment of a path
+)
 
-// MaxPlannedTasks is how many tasks a plan names.
+// MaxVaultSegments is the number of segments that a parsed path in Vault can have.
+const MaxVaultSegments = 16
+
+// MaxPlannedTasks is the number of tasks that a plan lists.
 const MaxPlannedTasks = 20
 
 // Limits of sealed secrets that wait to be collected, over all chains.
 const (
 	MaxWaiting     = 4096     // deliveries
-	MaxWaitingEach = 256      // of them, asked for by one caller
+	MaxWaitingEach = 256      // deliveries that one caller asked for
 	MaxSealed      = 64 << 10 // bytes of one
 	MaxSealedBytes = 64 << 20 // bytes of all
-)
-
-// Limits of a path in Vault.
-const (
-	MaxVaultName     = 128 // bytes of a segment
-	MaxVaultSegments = 16  // segments of a path that is parsed
 )

@@ -5,26 +5,30 @@ import "time"
 // Mint is one request to Vault that makes a secret.
 type Mint struct {
 	Path   VaultPath
-	Data   map[string]any // body; nil means that the path is read
-	Leased bool           // an answer without a lease id is then refused
-	Auth   bool           // the answer is a token: Finish gets its "auth" member for data
-	Wrap   bool           // with Auth: asked for wrapped; Finish gets "wrap_info", whose "auth" is what Vault says of the token inside
-	TTL    time.Duration  // the longest life accepted; an answer with more is refused
-	// Finish turns the answer's data into what the agent gets, and gives the name by which the
-	// backend knows it. expires is the end that Vault's lease gave, zero without a lease.
+	Data   map[string]any // body; nil: the request reads the path
+	Leased bool           // refuse an answer without a lease id
+	Auth   bool           // the answer is a token, and Finish gets its member "auth"
+	TTL    time.Duration  // the longest acceptable lifetime; an answer with a longer one is refused
+
+	// Wrap, which requires Auth, asks for a wrapped answer. Finish gets the member "wrap_info"; its "auth" is Vault's
+	// record of the token inside.
+	Wrap bool
+
+	// Finish makes the agent's secret from the answer's data, and gives the backend's name for it. It gets the expiry of
+	// Vault's lease, or zero without a lease.
 	Finish func(answer map[string]any, expires time.Time) (Finished, error)
 }
 
-// Finished is a secret ready for delivery.
+// Finished is a secret that is ready for delivery.
 type Finished struct {
 	Secret  Secret
-	Ref     string    // the backend's name for it; empty when it has none
-	Expires time.Time // its end; zero: the lease's
+	Ref     string    // the backend's name for it; empty: none
+	Expires time.Time // zero: the lease's expiry
 
-	Outlives time.Time // when the target lets it in no more by itself; zero: at its end
+	Outlives time.Time // when the target by itself no longer accepts it; zero: at its expiry
 
-	// Digests are of the members of Secret that give access and that a machine drew, see
-	// [ValueDigest]; none for a value that a person may have chosen.
+	// Digests are of those members of Secret that give access and that a machine generated, see [ValueDigest]. A value
+	// that a person may have chosen has none.
 	Digests []ValueDigest
 }
 

@@ -8,17 +8,19 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// Right is what a delegation may do with one tool. Use and Delegate are separate: a
-// coordinator may pass on what it may not use itself.
+// Right is the permission of a delegation for one tool. Use and Delegate are separate: a coordinator may pass a tool on
+// that it may not use itself.
 type Right struct {
-	Tool     ToolName                   `json:"tool"`
-	Use      bool                       `json:"use,omitempty"`      // may take steps with the tool
-	Delegate bool                       `json:"delegate,omitempty"` // may pass the tool on, for use or for further delegation
-	Args     map[string]args.Constraint `json:"args,omitempty"`     // each named argument must be given and inside; others are free
+	Tool     ToolName `json:"tool"`
+	Use      bool     `json:"use,omitempty"`      // take steps with the tool
+	Delegate bool     `json:"delegate,omitempty"` // pass the tool on, for use or for further delegation
+
+	// Args constrains arguments. Each named argument must be given and be inside its constraint; the others are free.
+	Args map[string]args.Constraint `json:"args,omitempty"`
 }
 
-// Allows reports which of the arguments are outside the right: none means all are inside.
-// A constrained argument that is not given is outside, since leaving it out may mean "all".
+// Allows returns the names of the arguments outside the right. None means that the right allows the arguments. A
+// constrained argument that is not given is outside, because a callee may read its absence as "all".
 func (r Right) Allows(args args.Args) (outside []string) {
 	for _, name := range slices.Sorted(maps.Keys(r.Args)) {
 		if v, ok := args.Get(name); !ok || !r.Args[name].Allows(v) {
@@ -28,15 +30,15 @@ func (r Right) Allows(args args.Args) (outside []string) {
 	return outside
 }
 
-// Scope is a delegation's rights, one for each tool, in the order of their names.
-// The zero Scope allows nothing.
+// Scope is the rights of a delegation, one for each tool, in the order of the tools' names. The zero Scope allows
+// nothing.
 type Scope []Right
 
-// NewScope puts rights in order; it refuses two for one tool, a right to nothing, and more
-// than [MaxRights].
+// NewScope sorts rights. It refuses two rights for one tool, a right that permits nothing, an invalid name, none at
+// all, and more than [MaxRights].
 func NewScope(rights []Right) (Scope, error) {
 	if len(rights) == 0 || len(rights) > MaxRights {
-		return nil, fmt.Errorf("between 1 and %d rights are needed", MaxRights)
+		return nil, fmt.Errorf("a scope has 1 to %d rights", MaxRights)
 	}
 	s := slices.SortedFunc(slices.Values(rights), func(a, b Right) int {
 		if a.Tool < b.Tool {
@@ -63,7 +65,7 @@ func NewScope(rights []Right) (Scope, error) {
 	return s, nil
 }
 
-// Right gives the right for a tool.
+// Right returns the right for a tool.
 func (s Scope) Right(tool ToolName) (Right, bool) {
 	for _, r := range s {
 		if r.Tool == tool {
@@ -73,6 +75,7 @@ func (s Scope) Right(tool ToolName) (Right, bool) {
 	return Right{}, false
 }
 
+// Tools returns the names of the tools, in order.
 func (s Scope) Tools() []ToolName {
 	names := make([]ToolName, len(s))
 	for i, r := range s {
@@ -81,9 +84,9 @@ func (s Scope) Tools() []ToolName {
 	return names
 }
 
-// Wider names what child asks for beyond what s may pass on: "tool:deploy",
-// "tool:deploy:argument:env". None means that every call child can ever allow, by itself or by
-// further delegation, is inside what s may pass on. What cannot be decided is wider.
+// Wider names the parts of child that s may not pass on: "tool:deploy", "tool:deploy:argument:env". None means that s
+// may pass on every call that child can ever allow, by itself or by further delegation. A part that cannot be decided
+// counts as wider.
 func (s Scope) Wider(child Scope) (wider []string) {
 	for _, c := range child {
 		r, ok := s.Right(c.Tool)

@@ -9,20 +9,19 @@ import (
 
 const redacted = "[redacted]"
 
-// Secret holds the bytes handed to an agent: one JSON object whose members the tool's
-// documentation lists ({"username":…,"password":…}). It prints, logs and marshals as
-// "[redacted]"; it lives in memory between mint and delivery and nowhere else.
-// The zero value is empty.
+// Secret holds the bytes for an agent: one JSON object with the members that the tool's documentation lists
+// ({"username":…,"password":…}). It prints, logs and marshals as "[redacted]". It lives in memory between mint and
+// delivery, and nowhere else. The zero value is empty.
 //
-// The bytes are behind a function because fmt calls no methods of what it finds in an unexported
-// field, and follows pointers there: of a function it prints an address.
+// The bytes are behind a function because of fmt. In an unexported field fmt calls no methods and follows pointers, but
+// of a function it prints only the address.
 type Secret struct{ open func() []byte }
 
 // NewSecret takes ownership of b.
 func NewSecret(b []byte) Secret { return Secret{func() []byte { return b }} }
 
-// Reveal opens the secret. Beside the methods here, two places may call it: the API's encoder and the sealing next to
-// it, which hand it to whom it was made for. The suite of brokertest looks with it for what must not be told.
+// Reveal returns the bytes. Outside this file two places may call it: the encoder of the API, and the sealing next to
+// it. Both hand the secret to its recipient. The suite of brokertest also calls it, to find leaks.
 func (s Secret) Reveal() []byte {
 	if s.open == nil {
 		return nil
@@ -30,16 +29,23 @@ func (s Secret) Reveal() []byte {
 	return s.open()
 }
 
-// Empty reports whether there is nothing inside.
+// Empty reports whether there are no bytes.
 func (s Secret) Empty() bool { return len(s.Reveal()) == 0 }
 
-// Wipe overwrites the bytes. Copies that an encoder made are out of its reach.
+// Wipe overwrites the bytes. It cannot overwrite the copies that an encoder made.
 func (s Secret) Wipe() { clear(s.Reveal()) }
 
 // Format prints "[redacted]" for every verb.
 func (s Secret) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, redacted) } // printing cannot be refused
 
-func (s Secret) String() string               { return redacted }
-func (s Secret) LogValue() slog.Value         { return slog.StringValue(redacted) }
+// String is "[redacted]".
+func (s Secret) String() string { return redacted }
+
+// LogValue is "[redacted]".
+func (s Secret) LogValue() slog.Value { return slog.StringValue(redacted) }
+
+// MarshalJSON writes "[redacted]".
 func (s Secret) MarshalJSON() ([]byte, error) { return json.Marshal(redacted) }
+
+// MarshalText writes "[redacted]".
 func (s Secret) MarshalText() ([]byte, error) { return []byte(redacted), nil }

@@ -16,11 +16,12 @@ import (
 
 const secretMarker = "secretMarker-s3cret"
 
-// shows reports whether text holds the secretMarker in any form that printing or encoding gives it.
+// shows reports whether text contains secretMarker in any form of printing or encoding.
 func shows(text string) bool {
 	decimals := strings.Trim(fmt.Sprint([]byte(secretMarker)), "[]")
 	hexes := fmt.Sprintf("%#v", []byte(secretMarker))
-	for _, form := range []string{secretMarker, hex.EncodeToString([]byte(secretMarker)), decimals, hexes[len("[]byte{") : len(hexes)-1]} {
+	hexes = hexes[len("[]byte{") : len(hexes)-1]
+	for _, form := range []string{secretMarker, hex.EncodeToString([]byte(secretMarker)), decimals, hexes} {
 		if strings.Contains(strings.ToLower(text), form) {
 			return true
 		}
@@ -32,8 +33,9 @@ func TestSecretIsRedacted(t *testing.T) {
 	secret := broker.NewSecret([]byte(secretMarker))
 	issued := broker.Issued{Secret: secret}
 	for name, v := range map[string]any{
-		"itself": secret, "pointer": &secret, "struct": issued, "pointer to struct": &issued, "slice": []broker.Secret{secret},
-		"map": map[string]broker.Secret{"a": secret}, "any": []any{secret, &secret}, "array": [1]broker.Secret{secret},
+		"itself": secret, "pointer": &secret, "struct": issued, "pointer to struct": &issued,
+		"slice": []broker.Secret{secret}, "array": [1]broker.Secret{secret},
+		"map": map[string]broker.Secret{"a": secret}, "any": []any{secret, &secret},
 	} {
 		for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "%d", "%o"} {
 			if got := fmt.Sprintf(verb, v); shows(got) {
@@ -42,7 +44,7 @@ func TestSecretIsRedacted(t *testing.T) {
 		}
 		raw, err := json.Marshal(v)
 		if err != nil || shows(string(raw)) || !strings.Contains(string(raw), "[redacted]") {
-			t.Errorf("json of %s: %v, or it shows the secret", name, err)
+			t.Errorf("JSON of %s: %v, or it shows the secret", name, err)
 		}
 		var log bytes.Buffer
 		for _, h := range []slog.Handler{slog.NewTextHandler(&log, nil), slog.NewJSONHandler(&log, nil)} {
@@ -63,12 +65,13 @@ func TestSecretIsRedacted(t *testing.T) {
 	type envelope struct{ S broker.Secret }
 	var out bytes.Buffer
 	if err := xml.NewEncoder(&out).Encode(envelope{secret}); err != nil || shows(out.String()) {
-		t.Errorf("xml: %v, or it shows the secret", err)
+		t.Errorf("XML: %v, or it shows the secret", err)
 	}
 	if err := gob.NewEncoder(&out).Encode(envelope{secret}); err == nil || shows(out.String()) {
-		t.Error("gob takes the secret, or shows it")
+		t.Error("gob encodes the secret, or shows it")
 	}
-	if err := fmt.Errorf("issuing %v: %w", secret, broker.Errorf(broker.Internal, "issue", "%s", secret)); shows(err.Error()) {
+	err := fmt.Errorf("issuing %v: %w", secret, broker.Errorf(broker.Internal, "issue", "%s", secret))
+	if shows(err.Error()) {
 		t.Error("an error shows the secret")
 	}
 }
@@ -76,7 +79,7 @@ func TestSecretIsRedacted(t *testing.T) {
 func TestSecretReveals(t *testing.T) {
 	secret := broker.NewSecret([]byte(secretMarker))
 	if secret.Empty() || string(secret.Reveal()) != secretMarker {
-		t.Error("Reveal does not give what NewSecret took")
+		t.Error("Reveal does not return the bytes of NewSecret")
 	}
 	secret.Wipe()
 	if shows(string(secret.Reveal())) {

@@ -1,18 +1,17 @@
 package broker
 
 import (
-	"errors"
 	"fmt"
 	"time"
 
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// ToolName names a tool: words of lower-case letters and digits joined by single dots or
-// hyphens, at most 48 bytes. One spelling each, so look-alikes do not parse.
+// ToolName names a tool: words of lower-case letters and digits, joined by single dots or hyphens, at most
+// [MaxToolName] bytes. Each name has one spelling, so look-alikes do not parse.
 type ToolName string
 
-// ParseToolName accepts exactly the spelling above.
+// ParseToolName accepts only this spelling. A name begins with a letter.
 func ParseToolName(s string) (ToolName, error) {
 	bad := s == "" || len(s) > MaxToolName || s[0] < 'a' || s[0] > 'z'
 	for i := 1; !bad && i < len(s); i++ {
@@ -22,24 +21,26 @@ func ParseToolName(s string) (ToolName, error) {
 			joint && (after || i == len(s)-1)
 	}
 	if bad {
-		return "", errors.New("a tool name is lower-case letters and digits joined by single dots or hyphens, at most 48 bytes")
+		return "", fmt.Errorf("a tool name is lower-case letters and digits joined by single dots or hyphens, "+
+			"at most %d bytes", MaxToolName)
 	}
 	return ToolName(s), nil
 }
 
-// Narrowing says where it is enforced that a secret can do no more than its step.
-// The zero value is the weakest.
+// Narrowing is the label of a tool. It names the place that enforces that a secret can do no more than its step. The
+// zero value is the weakest.
 type Narrowing uint8
 
 // The labels, weakest first, so that they compare with <.
 const (
-	NarrowNone   Narrowing = iota // a static secret as wide as it is
-	NarrowProxy                   // usable only through Pawl's proxy
-	NarrowNative                  // the target itself refuses more
+	NarrowNone   Narrowing = iota // nothing: a static secret keeps its full width
+	NarrowProxy                   // Pawl's proxy, through which alone the secret is usable
+	NarrowNative                  // the target itself
 )
 
 var narrowingNames = []string{"none", "proxy", "native"}
 
+// String is "none", "proxy" or "native".
 func (n Narrowing) String() string { return narrowingNames[min(int(n), len(narrowingNames)-1)] }
 
 // ParseNarrowing reads "none", "proxy" or "native".
@@ -52,7 +53,7 @@ func ParseNarrowing(s string) (Narrowing, error) {
 	return NarrowNone, fmt.Errorf("narrowing %.20q is not none, proxy or native", s)
 }
 
-// MarshalText and UnmarshalText use the names above.
+// MarshalText is [Narrowing.String].
 func (n Narrowing) MarshalText() ([]byte, error) { return []byte(n.String()), nil }
 
 // UnmarshalText is [ParseNarrowing].
@@ -61,29 +62,32 @@ func (n *Narrowing) UnmarshalText(b []byte) (err error) {
 	return err
 }
 
-// Tool is a named thing that a step can be for. It is made by the platform team and is the
-// same for everybody; what one caller may do with it is the delegation's and policy's matter.
+// Tool is the declaration of one tool. The platform team makes it once for all callers. The
+// delegation and the policy decide how much of it one caller may use.
 type Tool struct {
 	Name      ToolName
-	Backend   string               // which backend plugin prepares, severs and proves: "postgres", "ssh", …
-	Narrowing Narrowing            // where the secret's narrowing is enforced
-	TTL       time.Duration        // a secret's life unless less is asked for; zero means one minute
-	Arguments map[string]Parameter // every argument it takes; others are refused
-	Policy    string               // the Vault policy a step's token holds
-	Path      VaultPath            // mount and role in Vault; the backend gives the segments their sense
-	Settings  map[string]string    // of the backend, validated by it when the tool is loaded
-	Canary    bool                 // nobody has business with it: reaching for it is a violation, and nothing is ever minted
+	Backend   string               // the backend that prepares, severs and proves: "postgres", "ssh", …
+	Narrowing Narrowing            // the place that enforces the narrowing of the secret
+	TTL       time.Duration        // lifetime of a secret unless the request sets a shorter one; zero: DefaultTTL
+	Arguments map[string]Parameter // every argument that it takes; others are refused
+	Policy    string               // the Vault policy of a step's token
+	Path      VaultPath            // mount and role in Vault; the backend defines the meaning of the segments
+	Settings  map[string]string    // for the backend, which checks them when the tool is loaded
+
+	// Canary marks a tool that no caller has a reason to use. A request for it is a violation, and nothing is ever
+	// minted.
+	Canary bool
 }
 
 // Parameter declares one argument of a tool.
 type Parameter struct {
 	Kind       string           // "string", "integer", "boolean" or "list"
 	Required   bool             // a step without it is refused
-	Constraint *args.Constraint // what the tool takes at all; nil means any value of the kind
+	Constraint *args.Constraint // the values that the tool takes at all; nil: every value of the kind
 }
 
-// Check reports what is wrong with args for this tool: the names of the arguments that are
-// unknown, missing, of another kind, or outside what the tool takes.
+// Check returns the names of the arguments that this tool refuses: those that are unknown, missing, of another kind, or
+// outside the tool's own constraint.
 func (t Tool) Check(args args.Args) (wrong []string) {
 	for _, name := range args.Names() {
 		p, known := t.Arguments[name]
@@ -100,6 +104,7 @@ func (t Tool) Check(args args.Args) (wrong []string) {
 	return wrong
 }
 
+// Lifetime is the longest lifetime of a secret for this tool: TTL, or [DefaultTTL] without one, and at most [MaxTTL].
 func (t Tool) Lifetime() time.Duration {
 	if t.TTL <= 0 {
 		return DefaultTTL

@@ -18,7 +18,10 @@ func TestParseToolName(t *testing.T) {
 			t.Errorf("ParseToolName(%q) = %q, %v, want it as it is", s, got, err)
 		}
 	}
-	for _, s := range []string{"", "A", "psqL", "1a", "-a", ".a", "a.", "a-", "a..b", "a--b", "a.-b", "a_b", "a b", "a/b", "a*", "é", "aé", "а", "a\x00", "a\n", "a:b", long + "a"} {
+	for _, s := range []string{
+		"", "A", "psqL", "1a", "-a", ".a", "a.", "a-", "a..b", "a--b", "a.-b", "a_b", "a b", "a/b", "a*",
+		"é", "aé", "а", "a\x00", "a\n", "a:b", long + "a",
+	} {
 		if got, err := broker.ParseToolName(s); err == nil || got != "" {
 			t.Errorf("ParseToolName(%q) = %q, %v, want an error", s, got, err)
 		}
@@ -27,13 +30,15 @@ func TestParseToolName(t *testing.T) {
 
 func TestNarrowing(t *testing.T) {
 	if !(broker.NarrowNone < broker.NarrowProxy && broker.NarrowProxy < broker.NarrowNative) {
-		t.Error("labels are not in order of strength")
+		t.Error("the labels are not in the order of their strength")
 	}
-	for text, want := range map[string]broker.Narrowing{"none": broker.NarrowNone, "proxy": broker.NarrowProxy, "native": broker.NarrowNative} {
+	for text, want := range map[string]broker.Narrowing{
+		"none": broker.NarrowNone, "proxy": broker.NarrowProxy, "native": broker.NarrowNative,
+	} {
 		var got struct{ N broker.Narrowing }
 		raw, err := json.Marshal(struct{ N broker.Narrowing }{want})
 		if err != nil || string(raw) != `{"N":"`+text+`"}` || json.Unmarshal(raw, &got) != nil || got.N != want {
-			t.Errorf("%s went through JSON as %s, %v, %v", text, raw, got.N, err)
+			t.Errorf("narrowing %s in JSON = %s, read as %v, %v", text, raw, got.N, err)
 		}
 		if want.String() != text {
 			t.Errorf("String() = %q, want %q", want, text)
@@ -47,7 +52,7 @@ func TestNarrowing(t *testing.T) {
 	}
 	var n broker.Narrowing
 	if err := json.Unmarshal([]byte(`2`), &n); err == nil {
-		t.Errorf("a number reads as narrowing %v, want an error", n)
+		t.Errorf("Unmarshal(2) = %v, want an error", n)
 	}
 }
 

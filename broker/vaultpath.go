@@ -7,14 +7,14 @@ import (
 	"unicode/utf8"
 )
 
-// VaultPath is a path in Vault: a mount and the path below it. Every path has exactly one spelling, so neither Vault nor
-// a proxy before it normalizes one path to another, as it does "a/../sys/mounts". [ParseVaultPath] and [VaultPathOf]
-// make one. The zero VaultPath is no path: it has no segments, and every user of a path refuses it. VaultPaths compare
-// with ==.
+// VaultPath is a path in Vault: a mount and the path below it. Every path has exactly one spelling, so neither Vault
+// nor a proxy before it normalizes one path to another, as it does "a/../sys/mounts". [ParseVaultPath] and
+// [VaultPathOf] make one. The zero VaultPath is no path: it has no segments, and every user of a path refuses it.
+// VaultPaths compare with ==.
 type VaultPath struct{ text string }
 
-// ParseVaultPath reads a path of 1 to [MaxVaultSegments] segments joined by slashes. [CheckVaultName] gives the rule for
-// a segment. The error names the first segment that breaks it, the fault, and the rule.
+// ParseVaultPath reads a path of 1 to [MaxVaultSegments] segments joined by slashes. [CheckVaultName] gives the rule
+// for a segment. The error names the first segment that breaks it, the fault, and the rule.
 func ParseVaultPath(s string) (VaultPath, error) {
 	if s == "" {
 		return VaultPath{}, errNoSegments
@@ -47,9 +47,9 @@ func tooManySegments(n int) error {
 	return fmt.Errorf("a vault path has %d segments: it has 1 to %d", n, MaxVaultSegments)
 }
 
-// CheckVaultName checks a name that is one segment of a path in Vault: of a mount, a role, a key or a policy. It has 1
-// to [MaxVaultName] bytes of A-Z, a-z, 0-9, ".", "-" and "_". It begins with a letter or digit and has no "..". The error
-// names the fault and the rule.
+// CheckVaultName checks a name that is one segment of a path in Vault: of a mount, a role, a key or a policy. It has
+// 1 to [MaxVaultName] bytes of A-Z, a-z, 0-9, ".", "-" and "_". It begins with a letter or digit and has no "..". The
+// error names the fault and the rule.
 func CheckVaultName(s string) error {
 	if fault := vaultNameFault(s); fault != "" {
 		return fmt.Errorf("%.40q %s: a name in Vault has 1 to %d letters, digits, '.', '-' and '_', "+

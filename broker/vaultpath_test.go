@@ -13,8 +13,9 @@ import (
 func TestParseVaultPath(t *testing.T) {
 	long := strings.Repeat("a", broker.MaxVaultName)
 	for _, s := range []string{
-		"a", "database/pawl-app", "database/creds/reader", "pki/pawl-client", "auth/token/create/pawl-notes", "team/database/creds/x",
-		"secret/notes", "Kv-2/A_b.c", "0/1", "a./b-/c_", "a.b.c", "v1.2", long, long + "/" + long,
+		"a", "database/pawl-app", "database/creds/reader", "pki/pawl-client", "auth/token/create/pawl-notes",
+		"team/database/creds/x", "secret/notes", "Kv-2/A_b.c", "0/1", "a./b-/c_", "a.b.c", "v1.2",
+		long, long + "/" + long,
 		strings.Repeat("a/", broker.MaxVaultSegments-1) + "a",
 	} {
 		got, err := broker.ParseVaultPath(s)
@@ -73,7 +74,8 @@ func TestParseVaultPath(t *testing.T) {
 
 func TestVaultPathOf(t *testing.T) {
 	got, err := broker.VaultPathOf("database", "creds", "reader")
-	if err != nil || got.String() != "database/creds/reader" || !slices.Equal(got.Segments(), []string{"database", "creds", "reader"}) {
+	want := []string{"database", "creds", "reader"}
+	if err != nil || got.String() != "database/creds/reader" || !slices.Equal(got.Segments(), want) {
 		t.Errorf("VaultPathOf(database, creds, reader) = %q with %q, %v", got, got.Segments(), err)
 	}
 	got.Segments()[0] = "sys"
@@ -81,7 +83,8 @@ func TestVaultPathOf(t *testing.T) {
 		t.Errorf("after a change to Segments() the path is %q", got)
 	}
 	for _, segments := range [][]string{
-		nil, {""}, {"a", ""}, {"a/b"}, {"a", "../sys"}, {"a", "b/"}, {"..", "a"}, make([]string, broker.MaxVaultSegments+1),
+		nil, {""}, {"a", ""}, {"a/b"}, {"a", "../sys"}, {"a", "b/"}, {"..", "a"},
+		make([]string, broker.MaxVaultSegments+1),
 		strings.Split(strings.Repeat("a/", broker.MaxVaultSegments)+"a", "/"),
 	} {
 		if got, err := broker.VaultPathOf(segments...); err == nil || !got.IsZero() {
@@ -96,7 +99,8 @@ func TestCheckVaultName(t *testing.T) {
 			t.Errorf("CheckVaultName(%.60q) = %v, want nil", s, err)
 		}
 	}
-	for _, s := range []string{"", ".", "..", "-a", "_a", "a..b", "a/b", "a b", "é", strings.Repeat("a", broker.MaxVaultName+1)} {
+	long := strings.Repeat("a", broker.MaxVaultName+1)
+	for _, s := range []string{"", ".", "..", "-a", "_a", "a..b", "a/b", "a b", "é", long} {
 		if err := broker.CheckVaultName(s); err == nil {
 			t.Errorf("CheckVaultName(%.60q) = nil, want an error", s)
 		}
@@ -117,7 +121,8 @@ func TestVaultPathInsert(t *testing.T) {
 		at   int
 		want string
 	}{
-		{path, 0, "sign/transit/agents"}, {path, 1, "transit/sign/agents"}, {path, 2, "transit/agents/sign"}, {path, 3, ""},
+		{path, 0, "sign/transit/agents"}, {path, 1, "transit/sign/agents"}, {path, 2, "transit/agents/sign"},
+		{path, 3, ""},
 		{broker.VaultPath{}, 0, ""}, {broker.VaultPath{}, 1, ""}, {full, 1, "a/sign/" + full.String()[2:]},
 	} {
 		if got := row.path.Insert(row.at, "sign"); got.String() != row.want || got.IsZero() != (row.want == "") {
@@ -168,7 +173,10 @@ func TestVaultPathJSON(t *testing.T) {
 
 // FuzzParseVaultPath compares the parser with a regular expression, and its two ways in with each other.
 func FuzzParseVaultPath(f *testing.F) {
-	for _, s := range []string{"", "a", "database/creds/reader", "a/../b", "a//b", "a/%2e%2e", "a./b", "a..b", "-a", "_a/b", "a/\xff", "é", strings.Repeat("a/", 15) + "a", strings.Repeat("a/", 16)} {
+	for _, s := range []string{
+		"", "a", "database/creds/reader", "a/../b", "a//b", "a/%2e%2e", "a./b", "a..b", "-a", "_a/b", "a/\xff", "é",
+		strings.Repeat("a/", 15) + "a", strings.Repeat("a/", 16),
+	} {
 		f.Add(s)
 	}
 	one := regexp.MustCompile(`\A[A-Za-z0-9]([._-]?[A-Za-z0-9_-])*\.?\z`)
