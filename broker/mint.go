@@ -14,8 +14,8 @@ type Mint struct {
 	// record of the token inside.
 	Wrap bool
 
-	// Finish makes the agent's secret from the answer's data, and gives the backend's name for it. It gets the expiry of
-	// Vault's lease, or zero without a lease.
+	// Finish makes the agent's secret from the answer's data, and gives the backend's name for it. It gets the expiry
+	// of Vault's lease, or zero without a lease.
 	Finish func(answer map[string]any, expires time.Time) (Finished, error)
 }
 

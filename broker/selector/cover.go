@@ -7,14 +7,14 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// OfGrant is a grant as selectors see it, under the delegation at the end of path, root first.
+// OfGrant returns the Subject of a grant under the last delegation of path. The root is first in path.
 func OfGrant(c broker.Chain, path []broker.Delegation, g broker.Grant) Subject {
 	return Subject{Chain: c, Path: path, Grant: g.ID, Tool: g.Tool, Args: g.Args, Vault: g.Path, Bundle: g.Bundle,
 		Leaked: g.Lease.Digests, At: g.Created}
 }
 
-// Covering returns the test of whether a revocation covers a subject: a delegation when the subject's Grant is empty, and
-// otherwise a grant. It is the one rule for the plan, the fence, the counts and the report.
+// Covering returns the test whether a revocation covers a subject. The subject is a delegation if its Grant is empty,
+// and otherwise a grant. It is the one rule for the plan, the fence, the counts and the report.
 func Covering(rv broker.Revocation) (covers func(Subject) bool, err error) {
 	switch {
 	case rv.Node != "":
@@ -32,8 +32,8 @@ func Covering(rv broker.Revocation) (covers func(Subject) bool, err error) {
 	return func(subject Subject) bool { return s.Covers(mark, subject) }, nil
 }
 
-// Covers reports whether a rule with this selector and mark covers a subject: one of the delegations on its path, or its
-// grant. A final rule covers the chains that were open when it was written; a freeze covers later ones as well.
+// Covers reports whether a rule with this selector and mark covers a subject: a delegation on its path, or its grant. A
+// final rule covers the chains that were open when it was written; a freeze covers later ones as well.
 func (s Selector) Covers(mark broker.Fence, subject Subject) bool {
 	if !mark.Frozen && subject.Chain.Opened.After(mark.At) {
 		return false

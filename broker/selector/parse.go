@@ -17,17 +17,17 @@ import (
 
 // Limits of a selector.
 const (
-	MaxBytes = 4 << 10 // bytes, as written and in canonical spelling
-	MaxDepth = 32      // parentheses and nots within each other
+	MaxBytes = 4 << 10 // as written, and in canonical spelling
+	MaxDepth = 32      // nested parentheses and nots
 	MaxTerms = 256
 )
 
-// ParseSelector reads the language that [Selector] shows. Its errors name the place, counted in
-// characters from 1, what was expected there, and the nearest term for a misspelt one.
+// Parse reads the language of [Selector]. Its errors name the position, counted in characters from 1, the expected
+// text, and the nearest term for a misspelt one.
 func Parse(s string) (Selector, error) { return parse(parser{text: s}) }
 
-// ParseRecorded is [Parse] for a selector that the ledger recorded. An earlier build also accepted a vault term that can
-// be no path of a tool. Such a term still parses and matches nothing: an unreadable rule would stop the broker.
+// ParseRecorded is [Parse] for a selector in the ledger's records. An earlier build also accepted a vault term that no
+// tool's path can have. Such a term still parses, and matches nothing: an unreadable rule would stop the broker.
 func ParseRecorded(s string) (Selector, error) { return parse(parser{text: s, recorded: true}) }
 
 func parse(p parser) (Selector, error) {
@@ -60,9 +60,10 @@ type parser struct {
 	recorded bool // see ParseRecorded
 }
 
-// errorAt says what is wrong at a byte of the text.
+// errorAt makes an error about a byte of the text.
 func (p *parser) errorAt(pos int, format string, args ...any) error {
-	return fmt.Errorf("selector, character %d: %s", utf8.RuneCountInString(p.text[:pos])+1, fmt.Sprintf(format, args...))
+	at := utf8.RuneCountInString(p.text[:pos]) + 1
+	return fmt.Errorf("selector, character %d: %s", at, fmt.Sprintf(format, args...))
 }
 
 func (p *parser) expected(what string) error {
@@ -80,7 +81,7 @@ func (p *parser) expected(what string) error {
 	return p.errorAt(p.pos, "expected %s, found %s", what, found)
 }
 
-// A word of the language ends before one of wordEnds.
+// A word of the language ends before a byte of wordEnds.
 const (
 	blanks   = " \t\r\n"
 	wordEnds = blanks + "()"
@@ -90,7 +91,7 @@ func (p *parser) space() {
 	p.pos = len(p.text) - len(strings.TrimLeft(p.text[p.pos:], blanks))
 }
 
-// word takes the word if it is next and ends there.
+// word consumes w if it is the whole next word.
 func (p *parser) word(w string) bool {
 	rest, ok := strings.CutPrefix(p.text[p.pos:], w)
 	if !ok || rest != "" && strings.IndexByte(wordEnds, rest[0]) < 0 {
@@ -215,7 +216,7 @@ func (p *parser) value() (value string, err error) {
 		p.pos += end
 	}
 	if rest = p.text[p.pos:]; rest != "" && strings.IndexByte(wordEnds, rest[0]) < 0 {
-		return "", p.expected("a space after the value; quote values that have other characters in them")
+		return "", p.expected("a space after the value; quote a value with other characters")
 	}
 	p.space()
 	return value, nil
@@ -224,7 +225,7 @@ func (p *parser) value() (value string, err error) {
 var keys = []string{"chain", "subtree", "grant", "spiffe", "task", "tool", "arg.NAME", "vault", "bundle",
 	"leaked", "label.NAME", "since", "until"}
 
-// checkKey says which term was meant when there is no such term.
+// checkKey refuses an unknown term, and suggests the nearest one.
 func (p *parser) checkKey(pos int, key, name string, named bool) error {
 	spelt := key
 	if named {
@@ -240,7 +241,8 @@ func (p *parser) checkKey(pos int, key, name string, named bool) error {
 	case named && slices.Contains(keys, key):
 		return p.errorAt(pos, "expected %s without a name", key)
 	case key == "hash":
-		return p.errorAt(pos, "there is no term hash: a leaked value is leaked:sha256:…, which pawl leaked prints of it")
+		return p.errorAt(pos, "there is no term hash: "+
+			"for a leaked value write leaked:sha256:…, which pawl leaked prints")
 	}
 	best, hint := 3, ""
 	for _, known := range append([]string{"and", "or", "not"}, keys...) {
@@ -252,7 +254,7 @@ func (p *parser) checkKey(pos int, key, name string, named bool) error {
 	return p.errorAt(pos, "unknown term %.40q%s; expected one of %s", key, hint, strings.Join(keys, ", "))
 }
 
-// editDistance counts letters to change, put in, leave out or swap with their neighbour.
+// editDistance counts the letters to replace, insert, delete or swap with their neighbour.
 func editDistance(a, b string) int {
 	if len(a) > 16 {
 		return len(a)
@@ -277,7 +279,7 @@ func editDistance(a, b string) int {
 	return d[len(a)][len(b)]
 }
 
-// newTerm checks a value and puts it into canonical spelling.
+// newTerm checks a value and converts it to canonical spelling.
 func newTerm(key, name, value string, recorded bool) (t term, err error) {
 	t = term{key: key, name: name, value: value}
 	switch key {
@@ -314,7 +316,7 @@ func newTerm(key, name, value string, recorded bool) (t term, err error) {
 	return t, err
 }
 
-// checkSPIFFE accepts the ID of a workload, and one whose last segment is "*".
+// checkSPIFFE accepts the ID of a workload, and a prefix that ends in "/*".
 func checkSPIFFE(s string) error {
 	if len(s) > broker.MaxSPIFFEID {
 		return fmt.Errorf("expected a SPIFFE ID of at most %d bytes", broker.MaxSPIFFEID)

@@ -1,4 +1,5 @@
-// Package selector has the language that selects the delegations and grants of a revocation, and the request that carries it.
+// Package selector implements the language that selects the delegations and grants of a revocation, and the request
+// that carries it.
 package selector
 
 import (
@@ -13,24 +14,24 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// Subject is what a [Selector] looks at: a delegation, or a grant under it. For a delegation
-// the fields from Grant to Bundle are zero.
+// Subject is the input of a [Selector]: a delegation, or a grant under it. The fields from Grant to Leaked are zero
+// for a delegation.
 type Subject struct {
 	Chain  broker.Chain
-	Path   []broker.Delegation // root first; the last holds the grant
+	Path   []broker.Delegation // root first; the last has the grant
 	Grant  broker.GrantID
 	Tool   broker.ToolName
 	Args   args.Args
 	Vault  broker.VaultPath     // Vault mount and role
 	Bundle string               // digest of the policy bundle that decided
-	Leaked []broker.ValueDigest // of the values that its secret had
-	At     time.Time            // when the grant or delegation was made
+	Leaked []broker.ValueDigest // of the values of its secret
+	At     time.Time            // when the grant or delegation was created
 
-	later map[string]broker.Parameter // not nil: Grant is not made yet, and these are the arguments it may have; made at At or after
+	// later is not nil for a grant that will be created at At or later. It has the arguments that the grant may have.
+	later map[string]broker.Parameter
 }
 
-// Selector says what a revocation is about. It is made by [ParseSelector]; the zero Selector
-// matches nothing.
+// Selector selects the delegations and grants of a revocation. [Parse] makes one. The zero Selector matches nothing.
 //
 //	chain:ch…                 of this chain
 //	subtree:dl…               this delegation, or anything below it
@@ -38,40 +39,40 @@ type Subject struct {
 //	spiffe:spiffe://td/a/*    held by a SPIFFE ID below /a; spiffe://td/* is the whole trust domain
 //	task:"rotate the keys"    of a chain opened for exactly this task
 //	label.env:prod            of a chain with this label
-//	since:2026-01-02T03:04:05Z, until:…   made at or after, made before
+//	since:2026-01-02T03:04:05Z, until:…   created at or after, created before
 //	grant:gr…                 this grant
 //	tool:deploy               a grant for this tool
 //	arg.table:users           a grant with this argument, as text; of a list, one element
 //	vault:database/creds/x    a grant minted at this mount and role
 //	vault:database/*          or anywhere below
 //	bundle:sha256:…           a grant decided under this policy bundle
-//	leaked:sha256:…           a grant that handed out a value with this SHA-256; see [LeakedSelector]
+//	leaked:sha256:…           a grant that handed out a value with this SHA-256; see [ForLeaked]
 //
-// Terms join with not, and, or (binding in that order) and parentheses; a value with other
-// characters than visible ASCII, or with a parenthesis or quote in it, is quoted as in Go.
+// Terms join with not, and, or (binding in that order) and parentheses. A value is quoted as in Go if it contains a
+// parenthesis, a quote or a character that is not visible ASCII.
 //
-// The holder is that of the delegation itself, or of the one the grant is directly under, not
-// of its ancestors. The terms from grant to leaked ask for facts that only grants have: of a
-// delegation they are neither true nor false, and what hangs on such an answer matches nothing.
-// So neither tool:x nor not tool:x matches a delegation, while (tool:x or chain:ch…) matches the
-// delegations of that chain. The same holds for since and until where the time is not known.
+// The holder is that of the delegation itself, or of the one that the grant is directly under, not of its ancestors.
+// The terms from grant to leaked ask for facts that only grants have. For a delegation they are neither true nor
+// false, and if the result depends on them, the selector does not match. So neither tool:x nor not tool:x matches a
+// delegation, while (tool:x or chain:ch…) matches the delegations of that chain. The same holds for since and until
+// if the time is unknown.
 type Selector struct{ root *node }
 
-// selectorNode is one term, or an operator over others.
+// node is one term, or an operator over other nodes.
 type node struct {
 	op    string // "and", "or", "not"; empty for a term
 	parts []*node
 	term  term
 }
 
-// selectorTerm is one condition; its value is in canonical spelling.
+// term is one condition. Its value is in canonical spelling.
 type term struct {
 	key, name, value string             // key or key.name, and value
 	at               time.Time          // of since and until
 	digest           broker.ValueDigest // of leaked
 }
 
-// selectorVerdict is the answer of three-valued logic, ordered so that and is min and or is max.
+// verdict is a value of three-valued logic. In its order, and is min and or is max.
 type verdict int8
 
 const (
@@ -87,13 +88,13 @@ func yesIf(b bool) verdict {
 	return no
 }
 
-// Matches reports whether the subject is meant.
+// Matches reports whether the selector selects the subject.
 func (s Selector) Matches(subject Subject) bool {
 	return s.root != nil && s.root.holds(subject) == yes
 }
 
-// MayMatchLater reports whether a grant that is made at subject.At or later, for a tool with these arguments, may be
-// selected. The subject's Grant and Args are not known yet and are ignored.
+// MayMatchLater reports whether the selector may select a grant that will be created at subject.At or later, for a tool
+// with these arguments. The subject's Grant and Args are not known yet, and are ignored.
 func (s Selector) MayMatchLater(subject Subject, arguments map[string]broker.Parameter) bool {
 	subject.Grant, subject.later = laterGrant, arguments
 	if subject.later == nil {
@@ -102,11 +103,11 @@ func (s Selector) MayMatchLater(subject Subject, arguments map[string]broker.Par
 	return s.root != nil && s.root.holds(subject) != no
 }
 
-// laterGrant stands for a grant that is not made yet; no selector can name it.
+// laterGrant is the id of a grant that will be created. No selector can name it.
 const laterGrant broker.GrantID = "later"
 
-// Target names the one chain, delegation or grant that the selector is about, so that it can be
-// fenced by itself; the other two are empty. ok is false when the selector is any other query.
+// Target returns the one chain, delegation or grant that the selector names, so that it can be fenced by itself. The
+// other two are empty. For any other selector ok is false.
 func (s Selector) Target() (chain broker.ChainID, node broker.DelegationID, grant broker.GrantID, ok bool) {
 	if s.root == nil {
 		return "", "", "", false
@@ -122,7 +123,7 @@ func (s Selector) Target() (chain broker.ChainID, node broker.DelegationID, gran
 	return "", "", "", false
 }
 
-// Holder is the SPIFFE ID of a selector that means whoever holds delegations as exactly that.
+// Holder returns the SPIFFE ID of a selector that selects the delegations of exactly one holder.
 func (s Selector) Holder() (id spiffeid.ID, ok bool) {
 	if s.root == nil || s.root.op != "" || s.root.term.key != "spiffe" {
 		return spiffeid.ID{}, false
@@ -131,7 +132,7 @@ func (s Selector) Holder() (id spiffeid.ID, ok bool) {
 	return id, err == nil
 }
 
-// LeakedValue is the digest of a selector that selects the grants that handed out one value.
+// LeakedValue returns the digest of a selector that selects the grants that handed out one value.
 func (s Selector) LeakedValue() (d broker.ValueDigest, ok bool) {
 	if s.root == nil || s.root.op != "" || s.root.term.key != "leaked" {
 		return "", false
@@ -139,8 +140,7 @@ func (s Selector) LeakedValue() (d broker.ValueDigest, ok bool) {
 	return s.root.term.digest, true
 }
 
-// String is the selector in canonical spelling, which [ParseSelector] reads back; it is empty
-// for the zero Selector.
+// String is the selector in canonical spelling, which [Parse] reads back. It is empty for the zero Selector.
 func (s Selector) String() string {
 	if s.root == nil {
 		return ""
@@ -151,7 +151,7 @@ func (s Selector) String() string {
 // MarshalText is [Selector.String].
 func (s Selector) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
-// UnmarshalText is [ParseSelector], but reads no text as the zero Selector.
+// UnmarshalText is [Parse], but reads an empty text as the zero Selector.
 func (s *Selector) UnmarshalText(text []byte) (err error) {
 	*s = Selector{}
 	if len(text) > 0 {
@@ -198,7 +198,7 @@ func (t term) holds(s Subject) verdict {
 			return open
 		}
 		if s.later != nil && s.At.Before(t.at) {
-			return open // it may be made before or after
+			return open // it may be created before or after
 		}
 		return yesIf(s.At.Before(t.at) == (t.key == "until"))
 	}
@@ -226,10 +226,10 @@ func (t term) holds(s Subject) verdict {
 	case "leaked":
 		return yesIf(slices.Contains(s.Leaked, t.digest))
 	}
-	panic("broker: a selector term was parsed that has no meaning: " + t.key)
+	panic("selector: a term was parsed that has no meaning: " + t.key)
 }
 
-// withinPath compares with a path, or with what is below the segments before "/*".
+// withinPath reports whether path is the pattern or, for a pattern that ends in "/*", below it.
 func withinPath(pattern, path string) bool {
 	if prefix, ok := strings.CutSuffix(pattern, "*"); ok {
 		return strings.HasPrefix(path, prefix)
@@ -251,7 +251,7 @@ func (n *node) String() string {
 	return strings.Join(s, " "+n.op+" ")
 }
 
-// within puts parentheses around a node that binds less than the operator over it.
+// within puts parentheses around a node that binds less strongly than the operator above it.
 func (n *node) within(op string) string {
 	if n.op == "or" && op != "or" || n.op == "and" && op == "not" {
 		return "(" + n.String() + ")"
@@ -270,7 +270,7 @@ func (t term) String() string {
 	return key + ":" + t.value
 }
 
-// isBare says which characters a value may have without being quoted.
+// isBare reports whether a value with this character needs no quotes.
 func isBare(r rune) bool {
 	return r > ' ' && r < 0x7f && r != '(' && r != ')' && r != '"'
 }
