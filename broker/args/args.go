@@ -1,4 +1,4 @@
-// Package args has a step's arguments in canonical form, and the constraints that are decided over them.
+// Package args reads a step's arguments into their canonical form, and decides constraints over them.
 package args
 
 import (
@@ -15,21 +15,11 @@ import (
 	"unicode/utf8"
 )
 
-// Limits of a step's arguments; over any of them the request is malformed.
-const (
-	MaxCount    = 64       // arguments
-	MaxName     = 64       // bytes
-	MaxString   = 8 << 10  // bytes
-	MaxElements = 256      // elements of a list
-	MaxBytes    = 64 << 10 // bytes of the whole object in its canonical form
-)
-
-// escaped is how many times longer an encoder may make the canonical form: encoding/json
-// writes < as six bytes.
+// escaped is how many times an encoder may lengthen the canonical form: encoding/json writes < as six bytes.
 const escaped = 6
 
-// Value is one argument: a string, an integer, a boolean or a list of strings. The zero Value
-// is the empty string. Values compare with [Value.Equal].
+// Value is one argument: a string, an integer, a boolean or a list of strings. The zero Value is the empty string.
+// [Value.Equal] compares Values.
 type Value struct {
 	kind valueKind
 	s    string
@@ -46,10 +36,16 @@ const (
 	listValue
 )
 
-// String, Int, Bool and List make Values.
-func String(s string) Value  { return Value{kind: stringValue, s: s} }
-func Int(n int64) Value      { return Value{kind: intValue, n: n} }
+// String makes a string Value.
+func String(s string) Value { return Value{kind: stringValue, s: s} }
+
+// Int makes an integer Value.
+func Int(n int64) Value { return Value{kind: intValue, n: n} }
+
+// List makes a list Value of a copy of s.
 func List(s ...string) Value { return Value{kind: listValue, list: slices.Clone(s)} }
+
+// Bool makes a boolean Value.
 func Bool(b bool) (v Value) {
 	v.kind = boolValue
 	if b {
@@ -58,16 +54,16 @@ func Bool(b bool) (v Value) {
 	return v
 }
 
-// Text gives the string of a string value.
+// Text returns the string of a string value.
 func (v Value) Text() (string, bool) { return v.s, v.kind == stringValue }
 
-// Int64 gives the integer of an integer value.
+// Int64 returns the integer of an integer value.
 func (v Value) Int64() (int64, bool) { return v.n, v.kind == intValue }
 
-// Truth gives the boolean of a boolean value.
+// Truth returns the boolean of a boolean value.
 func (v Value) Truth() (value, ok bool) { return v.n != 0, v.kind == boolValue }
 
-// Strings gives the elements of a list value; the caller must not change them.
+// Strings returns the elements of a list value. The caller must not change them.
 func (v Value) Strings() ([]string, bool) { return v.list, v.kind == listValue }
 
 // Equal reports whether v and w are the same value of the same kind.
@@ -75,8 +71,8 @@ func (v Value) Equal(w Value) bool {
 	return v.kind == w.kind && v.s == w.s && v.n == w.n && slices.Equal(v.list, w.list)
 }
 
-// ReadsAs reports whether the value is written as text: a string by itself, an integer in decimal, a boolean as true or
-// false, and a list by one of its elements.
+// ReadsAs reports whether text is the value as text: a string itself, an integer in decimal, a boolean as true or
+// false. A list reads as each of its elements.
 func (v Value) ReadsAs(text string) bool {
 	switch v.kind {
 	case intValue:
@@ -117,7 +113,7 @@ func (v Value) append(b []byte) []byte {
 	}
 }
 
-// appendString escapes only what JSON requires (RFC 8785 section 3.2.2.2).
+// appendString escapes only the characters that JSON requires (RFC 8785 section 3.2.2.2).
 func appendString(b []byte, s string) []byte {
 	const hex = "0123456789abcdef"
 	b = append(b, '"')
@@ -136,23 +132,23 @@ func appendString(b []byte, s string) []byte {
 	return append(b, '"')
 }
 
-// Args are a step's arguments in their one canonical form. The zero Args are none.
+// Args are a step's arguments in their canonical form. The zero Args have no argument.
 type Args struct {
-	canon []byte // canonical JSON; nil: none
-	read  *read  // nil: none
+	canon []byte // canonical JSON; nil: no argument
+	read  *read  // nil: no argument
 }
 
-// read is the arguments as values.
+// read has the arguments as values.
 type read struct {
 	names  []string // sorted
 	values map[string]Value
 
-	once sync.Once // guards the fields above where they are read when they are first asked for
-	late []byte    // canonical JSON to be read then
+	once sync.Once // guards the fields above if late is set: they are read at their first use
+	late []byte    // canonical JSON that is not read yet
 }
 
-// Trusted takes what [Args.Canonical] gave, from a place that keeps it unchanged. It is read when an argument is asked
-// for; what is not canonical then reads as no arguments.
+// Trusted makes Args of the result of [Args.Canonical], from storage that does not change it. The text is read at the
+// first use of an argument. If it is not canonical, it reads as no arguments.
 func Trusted(canon []byte) Args { return Args{canon: canon, read: &read{late: canon}} }
 
 func (a Args) parsed() *read {
@@ -169,7 +165,7 @@ func (a Args) parsed() *read {
 	return a.read
 }
 
-// NewArgs makes Args of values.
+// New makes Args of values.
 func New(values map[string]Value) (Args, error) {
 	if len(values) > MaxCount {
 		return Args{}, fmt.Errorf("more than %d arguments", MaxCount)
@@ -192,7 +188,7 @@ func New(values map[string]Value) (Args, error) {
 		b = values[name].append(append(appendString(b, name), ':'))
 	}
 	if a.canon = append(b, '}'); len(a.canon) > MaxBytes {
-		return Args{}, fmt.Errorf("arguments take more than %d bytes", MaxBytes)
+		return Args{}, fmt.Errorf("arguments have more than %d bytes", MaxBytes)
 	}
 	return a, nil
 }
@@ -212,8 +208,8 @@ func (v Value) check() error {
 	return nil
 }
 
-// checkArgName allows lower-case letters, digits and underscores, beginning with a letter:
-// names reach policy contexts and configuration, never SQL or a path.
+// CheckName accepts the name of an argument: lower-case letters, digits and underscores, beginning with a letter, at
+// most [MaxName] bytes. Names reach policy contexts and configuration, never SQL or a path.
 func CheckName(s string) error {
 	ok := s != "" && len(s) <= MaxName && s[0] >= 'a' && s[0] <= 'z'
 	for i := 0; ok && i < len(s); i++ {
@@ -221,17 +217,17 @@ func CheckName(s string) error {
 		ok = c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || c == '_'
 	}
 	if !ok {
-		return errors.New("argument names are lower-case letters, digits and underscores, at most 64")
+		return fmt.Errorf("argument names are at most %d lower-case letters, digits and underscores, "+
+			"and begin with a letter", MaxName)
 	}
 	return nil
 }
 
-// ParseArgs reads one JSON object of strings, integers, booleans and lists of strings. It
-// refuses duplicate names, null, fractions, nesting, anything after the object, and whatever
-// is over a limit above.
+// Parse reads one JSON object of strings, integers, booleans and lists of strings. It refuses duplicate names, null,
+// fractions, nesting, text after the object, and anything beyond a limit of this package.
 func Parse(raw []byte) (Args, error) {
 	if len(raw) > escaped*MaxBytes {
-		return Args{}, fmt.Errorf("arguments take more than %d bytes", MaxBytes)
+		return Args{}, fmt.Errorf("arguments have more than %d bytes", MaxBytes)
 	}
 	if !utf8.Valid(raw) {
 		return Args{}, errors.New("arguments are not valid UTF-8")
@@ -247,7 +243,7 @@ func Parse(raw []byte) (Args, error) {
 		if err != nil {
 			return Args{}, errors.New("arguments are not valid JSON")
 		}
-		name := t.(string) // a member's name: the decoder allows nothing else here
+		name := t.(string) // a member's name: the decoder returns nothing else here
 		if _, twice := values[name]; twice {
 			return Args{}, fmt.Errorf("argument %.70q is given twice", name)
 		}
@@ -262,7 +258,7 @@ func Parse(raw []byte) (Args, error) {
 		return Args{}, errors.New("arguments are not valid JSON")
 	}
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return Args{}, errors.New("something follows the arguments")
+		return Args{}, errors.New("there is text after the arguments")
 	}
 	return New(values)
 }
@@ -300,7 +296,7 @@ func parseList(dec *json.Decoder) (Value, error) {
 		}
 		s, ok := t.(string)
 		if !ok {
-			return Value{}, errors.New("lists hold strings only")
+			return Value{}, errors.New("lists contain strings only")
 		}
 		v, err := plainString(s)
 		if err != nil {
@@ -316,22 +312,22 @@ func parseList(dec *json.Decoder) (Value, error) {
 	return Value{kind: listValue, list: list}, nil
 }
 
-// plainString refuses U+FFFD: encoding/json puts it where a lone surrogate stood, and two
-// different inputs would become one argument.
+// plainString refuses U+FFFD. encoding/json replaces a lone surrogate by it, so that two different inputs would
+// become one argument.
 func plainString(s string) (Value, error) {
 	if bytes.ContainsRune([]byte(s), utf8.RuneError) {
-		return Value{}, errors.New("has a lone surrogate or U+FFFD")
+		return Value{}, errors.New("contains a lone surrogate or U+FFFD")
 	}
 	return String(s), nil
 }
 
-// Names are the argument names in order; the caller must not change them.
+// Names returns the argument names in order. The caller must not change them.
 func (a Args) Names() []string { return a.parsed().names }
 
-// Get gives the named argument.
+// Get returns the named argument.
 func (a Args) Get(name string) (Value, bool) { v, ok := a.parsed().values[name]; return v, ok }
 
-// Canonical is the canonical JSON, "{}" for none; the caller must not change it.
+// Canonical returns the canonical JSON, "{}" without an argument. The caller must not change it.
 func (a Args) Canonical() []byte {
 	if a.canon == nil {
 		return []byte("{}")
@@ -345,5 +341,5 @@ func (a Args) Digest() [32]byte { return sha256.Sum256(a.Canonical()) }
 // MarshalJSON writes the canonical form.
 func (a Args) MarshalJSON() ([]byte, error) { return a.Canonical(), nil }
 
-// UnmarshalJSON is [ParseArgs].
+// UnmarshalJSON is [Parse].
 func (a *Args) UnmarshalJSON(raw []byte) (err error) { *a, err = Parse(raw); return err }

@@ -15,7 +15,7 @@ import (
 	"github.com/pawlsec/pawl/broker/args/argstest"
 )
 
-func TestParseArgsIsCanonical(t *testing.T) {
+func TestParseIsCanonical(t *testing.T) {
 	for raw, want := range map[string]string{
 		`{}`:                                   `{}`,
 		` { "b" : 1 , "a" : "x" } `:            `{"a":"x","b":1}`,
@@ -31,7 +31,7 @@ func TestParseArgsIsCanonical(t *testing.T) {
 	} {
 		a, err := args.Parse([]byte(raw))
 		if err != nil || string(a.Canonical()) != want {
-			t.Errorf("ParseArgs(%s) = %s, %v, want %s", raw, a.Canonical(), err, want)
+			t.Errorf("Parse(%s) = %s, %v, want %s", raw, a.Canonical(), err, want)
 			continue
 		}
 		if a.Digest() != sha256.Sum256([]byte(want)) {
@@ -39,22 +39,26 @@ func TestParseArgsIsCanonical(t *testing.T) {
 		}
 	}
 	var zero args.Args
-	if raw, err := json.Marshal(zero); err != nil || string(raw) != "{}" || zero.Digest() != sha256.Sum256([]byte("{}")) {
-		t.Errorf("the zero Args marshal as %s, %v, want {}", raw, err)
+	raw, err := json.Marshal(zero)
+	if err != nil || string(raw) != "{}" || zero.Digest() != sha256.Sum256([]byte("{}")) {
+		t.Errorf("Marshal(Args{}) = %s, %v, want {}", raw, err)
 	}
 }
 
-func TestParseArgsRefuses(t *testing.T) {
+func TestParseRefuses(t *testing.T) {
 	for _, raw := range []string{
-		``, ` `, `null`, `[]`, `"a"`, `1`, `{`, `}`, `{}x`, `{}{}`, `{"a":1}]`, `{"a"}`, `{"a":}`, `{"a":1,}`, `{,}`, `{"a":1 "b":2}`, `{a:1}`, `{'a':1}`, `{"a" 1}`,
-		`{"a":1,"a":1}`, `{"a":1,"\u0061":2}`, `{"a":null}`, `{"a":{}}`, `{"a":{"b":1}}`, `{"a":[1]}`, `{"a":[null]}`, `{"a":[["x"]]}`, `{"a":["x",]}`, `{"a":["x" "y"]}`, `{"a":["x"}`,
-		`{"a":1.0}`, `{"a":1e3}`, `{"a":-0}`, `{"a":01}`, `{"a":+1}`, `{"a":9223372036854775808}`, `{"a":0x1}`, `{"a":NaN}`, `{"a":True}`,
+		``, ` `, `null`, `[]`, `"a"`, `1`, `{`, `}`, `{}x`, `{}{}`, `{"a":1}]`, `{"a"}`, `{"a":}`, `{"a":1,}`, `{,}`,
+		`{"a":1 "b":2}`, `{a:1}`, `{'a':1}`, `{"a" 1}`, `{"a":1,"a":1}`, `{"a":1,"\u0061":2}`,
+		`{"a":null}`, `{"a":{}}`, `{"a":{"b":1}}`, `{"a":[1]}`, `{"a":[null]}`, `{"a":[["x"]]}`, `{"a":["x",]}`,
+		`{"a":["x" "y"]}`, `{"a":["x"}`, `{"a":1.0}`, `{"a":1e3}`, `{"a":-0}`, `{"a":01}`, `{"a":+1}`,
+		`{"a":9223372036854775808}`, `{"a":0x1}`, `{"a":NaN}`, `{"a":True}`,
 		`{"A":1}`, `{"":1}`, `{"1a":1}`, `{"_a":1}`, `{"a-b":1}`, `{"a.b":1}`, `{"é":1}`, `{"a b":1}`,
-		`{"a":"\ud800"}`, `{"a":"\udc00\ud800"}`, "{\"a\":\"\xff\"}", "{\"a\":\"\uFFFD\"}", `{"a":["\ud800"]}`, "{\"a\":\"\n\"}", `{"a":"\x"}`, `{"a":"`,
+		`{"a":"\ud800"}`, `{"a":"\udc00\ud800"}`, "{\"a\":\"\xff\"}", "{\"a\":\"\uFFFD\"}", `{"a":["\ud800"]}`,
+		"{\"a\":\"\n\"}", `{"a":"\x"}`, `{"a":"`,
 		"\ufeff{}",
 	} {
 		if a, err := args.Parse([]byte(raw)); err == nil {
-			t.Errorf("ParseArgs(%q) = %s, want an error", raw, a.Canonical())
+			t.Errorf("Parse(%q) = %s, want an error", raw, a.Canonical())
 		}
 	}
 }
@@ -78,7 +82,8 @@ func TestArgsLimits(t *testing.T) {
 			return `{"a":[` + repeat(args.MaxElements+n, func(int) string { return `""` }) + `]}`
 		},
 		"bytes": func(n int) string {
-			start := "{" + repeat(7, func(i int) string { return fmt.Sprintf(`"a%d":"%s"`, i, strings.Repeat("a", args.MaxString)) }) + `,"b":"`
+			longest := func(i int) string { return fmt.Sprintf(`"a%d":"%s"`, i, strings.Repeat("a", args.MaxString)) }
+			start := "{" + repeat(7, longest) + `,"b":"`
 			return start + strings.Repeat("a", args.MaxBytes-len(start)-2+n) + `"}`
 		},
 	} {
@@ -86,12 +91,12 @@ func TestArgsLimits(t *testing.T) {
 			t.Errorf("%s at the limit: %v", name, err)
 		}
 		if _, err := args.Parse([]byte(raw(1))); err == nil {
-			t.Errorf("%s over the limit: accepted, want an error", name)
+			t.Errorf("%s over the limit: no error", name)
 		}
 	}
 }
 
-func TestNewArgsRefuses(t *testing.T) {
+func TestNewRefuses(t *testing.T) {
 	for name, values := range map[string]map[string]args.Value{
 		"bad name":         {"A": args.Int(1)},
 		"bad UTF-8":        {"a": args.String("\xff")},
@@ -100,13 +105,15 @@ func TestNewArgsRefuses(t *testing.T) {
 		"long list":        {"a": args.List(make([]string, args.MaxElements+1)...)},
 	} {
 		if a, err := args.New(values); err == nil {
-			t.Errorf("NewArgs(%s) = %.80s, want an error", name, a.Canonical())
+			t.Errorf("New(%s) = %.80s, want an error", name, a.Canonical())
 		}
 	}
 }
 
 func TestArgsGet(t *testing.T) {
-	a, err := args.New(map[string]args.Value{"n": args.Int(5), "b": args.Bool(true), "s": args.String("x"), "l": args.List("x", "y")})
+	a, err := args.New(map[string]args.Value{
+		"n": args.Int(5), "b": args.Bool(true), "s": args.String("x"), "l": args.List("x", "y"),
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -114,7 +121,7 @@ func TestArgsGet(t *testing.T) {
 		t.Errorf("Names() = %s, want them in order", got)
 	}
 	if _, ok := a.Get("none"); ok {
-		t.Error("Get(none) found something")
+		t.Error("Get(none) = true, want false")
 	}
 	var again args.Args
 	if err := json.Unmarshal(a.Canonical(), &again); err != nil || again.Digest() != a.Digest() {
@@ -134,8 +141,10 @@ func TestValue(t *testing.T) {
 		_, number := v.Int64()
 		_, truth := v.Truth()
 		_, list := v.Strings()
-		if text != (kind == "string") || number != (kind == "integer") || truth != (kind == "boolean") || list != (kind == "list") {
-			t.Errorf("a %s gives itself as string %v, integer %v, boolean %v, list %v", kind, text, number, truth, list)
+		for is, got := range map[string]bool{"string": text, "integer": number, "boolean": truth, "list": list} {
+			if got != (is == kind) {
+				t.Errorf("a value of kind %s reads as %s: %v", kind, is, got)
+			}
 		}
 		for other, w := range values {
 			if v.Equal(w) != (kind == other) {
@@ -143,10 +152,15 @@ func TestValue(t *testing.T) {
 			}
 		}
 	}
-	if args.Bool(false).Equal(args.Int(0)) || args.Bool(false).Equal(args.Bool(true)) || args.List("a", "b").Equal(args.List("b", "a")) {
-		t.Error("different values are equal")
+	for _, pair := range [][2]args.Value{
+		{args.Bool(false), args.Int(0)}, {args.Bool(false), args.Bool(true)},
+		{args.List("a", "b"), args.List("b", "a")}, {args.Int(math.MinInt64), args.Int(math.MaxInt64)},
+	} {
+		if pair[0].Equal(pair[1]) {
+			t.Errorf("%v and %v are equal", pair[0], pair[1])
+		}
 	}
-	if args.Int(math.MinInt64).Equal(args.Int(math.MaxInt64)) || !(args.Value{}).Equal(args.String("")) || !args.List().Equal(args.List([]string{}...)) {
+	if !(args.Value{}).Equal(args.String("")) || !args.List().Equal(args.List([]string{}...)) {
 		t.Error("equal values differ")
 	}
 	elements := []string{"a"}
@@ -157,8 +171,11 @@ func TestValue(t *testing.T) {
 	}
 }
 
-func FuzzParseArgs(f *testing.F) {
-	for _, raw := range []string{`{}`, `{"a":"x","b":[1]}`, `{"a":["x","\u00e9"],"n":-5,"t":true}`, `{"a":1,"a":2}`, `{"a":"\ud800"}`, ` {"a" : "\u2028<"} `, `{"a":1e2}`, `{"a":null}x`} {
+func FuzzParse(f *testing.F) {
+	for _, raw := range []string{
+		`{}`, `{"a":"x","b":[1]}`, `{"a":["x","\u00e9"],"n":-5,"t":true}`, `{"a":1,"a":2}`, `{"a":"\ud800"}`,
+		` {"a" : "\u2028<"} `, `{"a":1e2}`, `{"a":null}x`,
+	} {
 		f.Add([]byte(raw))
 	}
 	f.Fuzz(func(t *testing.T, raw []byte) {
@@ -169,18 +186,19 @@ func FuzzParseArgs(f *testing.F) {
 		canon := a.Canonical()
 		again, err := args.Parse(canon)
 		if err != nil || !bytes.Equal(again.Canonical(), canon) {
-			t.Fatalf("%q has the canonical form %s, which reads as %s, %v", raw, canon, again.Canonical(), err)
+			t.Fatalf("Parse(%q) = %s, which reads as %s, %v", raw, canon, again.Canonical(), err)
 		}
 		if !json.Valid(raw) {
-			t.Fatalf("%q is accepted and is not JSON", raw)
+			t.Fatalf("Parse(%q) succeeded, and it is not JSON", raw)
 		}
 		if !reflect.DeepEqual(argstest.FromJSON(raw), argstest.FromJSON(canon)) {
-			t.Fatalf("%q and its canonical form %s are different to encoding/json", raw, canon)
+			t.Fatalf("encoding/json reads %q and its canonical form %s differently", raw, canon)
 		}
 	})
 }
 
-// TestArgsReadBack: what the ledger's encoding makes longer is still read.
+// TestArgsReadBack checks that arguments read back after encoding/json has made them longer, as in the records of older
+// builds.
 func TestArgsReadBack(t *testing.T) {
 	values := map[string]args.Value{}
 	for _, name := range []string{"a", "b", "c", "d", "e", "f", "g"} {

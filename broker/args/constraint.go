@@ -13,8 +13,8 @@ import (
 //	{"exact":"x"}                      the value itself; also an integer, a boolean or a list
 //	{"one_of":["a","b"]}               one of these strings, or integers, or booleans
 //	{"not_one_of":["a","b"]}           a value of their kind, but none of them
-//	{"range":{"min":1,"max":9}}        an integer in between, ends included, each end optional
-//	{"prefix":"a/"}                    a string that begins so; for paths use subpath
+//	{"range":{"min":1,"max":9}}        an integer in this range, ends included, each end optional
+//	{"prefix":"a/"}                    a string with this prefix; for paths use subpath
 //	{"glob":"web-*"}                   a string; * is any run, ? any one character, neither is a slash
 //	{"cidr":"10.0.0.0/8"}              an address or a network inside, in canonical spelling
 //	{"subset":["a","b"]}               a list of some of these; the empty list is outside
@@ -27,47 +27,37 @@ import (
 //	                                   words that match one of the patterns; no metacharacters
 //	{"all":[…]}                        inside each of these; not nested
 //
-// Only exact and subset take lists; the others refuse a list whatever its elements. Strings
-// compare byte by byte: where a callee takes two spellings for one thing (case, Unicode forms,
-// 010 for 8), not_one_of is weak, and the kinds that know a canonical spelling (cidr, subpath,
-// url, shell) refuse every other one. An empty list counts as outside a subset for the reason
-// that a missing argument does: it may mean "all".
+// Only exact and subset take lists. The others refuse a list, whatever its elements are. An empty list is outside a
+// subset for the reason that a missing argument is: it may mean "all".
+//
+// Strings compare byte by byte. So not_one_of is weak if a callee accepts two spellings of one thing: case, Unicode
+// forms, 010 for 8. The kinds with a canonical spelling (cidr, subpath, url, shell) refuse every other spelling.
 type Constraint struct{ bound bound }
 
-// Limits of a constraint. The values in it are also within the limits of arguments.
-const (
-	MaxConstraint      = 16 << 10 // bytes of the canonical wire form
-	MaxConstraintSet   = 256      // members of one_of, not_one_of and subset, choices for a word
-	MaxConstraintWords = 32       // words of a command, patterns for further words
-	MaxConstraintLine  = 2 << 10  // bytes of a command line
-	MaxConstraintText  = 256      // bytes of a glob, a subpath, a host, a path or a word
-	MaxConstraintParts = 8        // parts of all
-)
-
-// bound is one kind of constraint. A bound is immutable, and valid once it is made.
+// bound is one kind of constraint. It is immutable, and always valid.
 type bound interface {
 	takes() valueKind           // the only kind of value it can allow
 	allows(Value) bool          // whether the value is inside
-	covers(bound) bool          // whether all of a bound that is not finite is inside; false where undecided
+	covers(bound) bool          // whether the whole of a bound that is not finite is inside; false if undecided
 	name() string               // the member of the wire form
-	appendBody(b []byte) []byte // and what it holds
+	appendBody(b []byte) []byte // the value of that member
 	fmt.Stringer                // for people
 }
 
-// finite bounds can list all they allow, which decides what covers them for every other kind.
+// A finite bound can list every value that it allows. A bound of any kind covers it if it allows these values.
 type finite interface {
 	values() (all []Value, ok bool)
 }
 
-// leading bounds allow only strings that begin with lead.
+// A leading bound allows only strings that begin with lead.
 type leading interface{ lead() string }
 
 // Allows reports whether v is inside the constraint.
 func (c Constraint) Allows(v Value) bool { return c.bound != nil && c.bound.allows(v) }
 
-// Covers reports whether every value that d allows is allowed by c. It is never true wrongly.
-// Where that would take several parts of d together, or several words of c, or a likeness
-// between kinds that this package does not know of, it is false.
+// Covers reports whether c allows every value that d allows. It is never true wrongly. It is false if the proof needs
+// several parts of d together, or several words of c. It is also false if two kinds have a relation that this package
+// does not know.
 func (c Constraint) Covers(d Constraint) bool {
 	if d.bound == nil {
 		return true
@@ -91,7 +81,7 @@ func boundCovers(c, d bound) bool {
 	return ok && slices.ContainsFunc(parts, func(p bound) bool { return boundCovers(c, p) })
 }
 
-// String says in words what is allowed.
+// String describes the allowed values in words.
 func (c Constraint) String() string {
 	if c.bound == nil {
 		return "nothing"

@@ -2,20 +2,21 @@ package args
 
 import (
 	"errors"
+	"fmt"
 	"strconv"
 	"strings"
 	"unicode/utf8"
 )
 
-// glob allows strings that its pattern matches: "*" is any run of characters but slashes, the
-// empty one included, "?" any one character but a slash, and every other character itself.
-// There is no escape. Sets, braces and "**" are refused, since a reader would expect more of them.
+// glob allows strings that match its pattern. "*" matches any run of characters but slashes, also the empty one. "?"
+// matches any one character but a slash. Every other character matches itself, and there is no escape. Sets, braces and
+// "**" are refused, because a reader would expect more of them.
 type glob struct {
 	pattern string
 	units   []unit
 }
 
-// unit is one place of a pattern or, where all are literals, of a text.
+// unit is one position of a pattern. A text is a pattern of literals.
 type unit struct {
 	class unitClass
 	r     rune // of a literal
@@ -37,16 +38,16 @@ func newGlob(pattern string) (bound, error) { return parseGlob(pattern) }
 func parseGlob(pattern string) (glob, error) {
 	switch {
 	case pattern == "" || len(pattern) > MaxConstraintText:
-		return glob{}, errors.New("a pattern has 1 to 256 bytes")
+		return glob{}, fmt.Errorf("a pattern has 1 to %d bytes", MaxConstraintText)
 	case !utf8.ValidString(pattern):
-		return glob{}, errors.New("a pattern is valid UTF-8")
+		return glob{}, errors.New("a pattern must be valid UTF-8")
 	case strings.ContainsAny(pattern, `\[]{}`) || strings.Contains(pattern, "**"):
-		return glob{}, errors.New(`a pattern knows * and ? only; \ [ ] { } and ** are refused`)
+		return glob{}, errors.New(`the wildcards of a pattern are * and ?; \ [ ] { } and ** are refused`)
 	}
 	return glob{pattern, units(pattern)}, nil
 }
 
-// units puts each run of wildcards into one order, the single ones first: "*?" is "?*".
+// units parses a pattern. It sorts each run of wildcards, the single ones first: "*?" becomes "?*".
 func units(pattern string) (u []unit) {
 	for pattern != "" {
 		rest := strings.TrimLeft(pattern, "*?")
@@ -80,11 +81,12 @@ func textUnits(s string) []unit {
 	return u
 }
 
-// stands reports whether the pattern p stands for everything that q stands for, q being a
-// pattern or a text. Reached holds, for the part of p seen so far, which beginnings of q it can
-// stand for. A run in q can be absorbed only by a run in p or on the way to a single character
-// of the same run of wildcards, so every text of q takes the same way through p.
-func stands(p, q []unit) bool {
+// covers reports whether the pattern p matches every text that q matches. q is a pattern or a text.
+//
+// reached[i] means that the units of p so far can match the first i units of q. Two units of p absorb a run in q: a
+// run, and a "?" next to one, before it matches its one character. No other unit does. So every text of q takes the
+// same way through p.
+func covers(p, q []unit) bool {
 	reached := make([]bool, len(q)+1)
 	reached[0] = true
 	for _, u := range p {
@@ -101,7 +103,7 @@ func stands(p, q []unit) bool {
 		}
 		any := false
 		for i := len(q) - 1; i >= 0; i-- {
-			reached[i+1] = reached[i] && u.standsFor(q[i])
+			reached[i+1] = reached[i] && u.matches(q[i])
 			any = any || reached[i+1]
 		}
 		if reached[0] = false; !any {
@@ -111,8 +113,8 @@ func stands(p, q []unit) bool {
 	return reached[len(q)]
 }
 
-// standsFor is about exactly one character.
-func (u unit) standsFor(c unit) bool {
+// matches reports whether the one character u matches the one character c.
+func (u unit) matches(c unit) bool {
 	if u.class == unitLiteral {
 		return u == c
 	}
@@ -122,11 +124,11 @@ func (u unit) standsFor(c unit) bool {
 func (r glob) name() string     { return "glob" }
 func (r glob) takes() valueKind { return stringValue }
 func (r glob) allows(v Value) bool {
-	return v.kind == stringValue && utf8.ValidString(v.s) && stands(r.units, textUnits(v.s))
+	return v.kind == stringValue && utf8.ValidString(v.s) && covers(r.units, textUnits(v.s))
 }
 func (r glob) covers(d bound) bool {
 	in, ok := d.(glob)
-	return ok && stands(r.units, in.units)
+	return ok && covers(r.units, in.units)
 }
 
 func (r glob) lead() string {
@@ -136,7 +138,7 @@ func (r glob) lead() string {
 	return r.pattern
 }
 
-// values is the pattern itself when it has no wildcard.
+// values has the pattern itself if it has no wildcard.
 func (r glob) values() ([]Value, bool) {
 	return []Value{String(r.pattern)}, r.lead() == r.pattern
 }

@@ -8,22 +8,22 @@ import (
 	"unicode/utf8"
 )
 
-// lookalikes become a slash, a backslash or a dot, or vanish, in callees that normalise Unicode.
+// lookalikes become a slash, a backslash or a dot, or disappear, in callees that normalize Unicode.
 const lookalikes = "\u2024\u2025\u2044\u2215\u2216\ufe52\ufe68\uff0e\uff0f\uff3c\u200b\u200c\u200d\u2060\ufeff"
 
-// subpath allows an absolute path and those below it. What links on the disk do with a path is
-// for the callee to guard.
+// subpath allows an absolute path and the paths below it. The callee must guard against links on the disk.
 type subpath string
 
 func newSubpath(s string) (bound, error) {
 	if len(s) > MaxConstraintText || !plainPath(s) {
-		return nil, errors.New("must be an absolute path in canonical spelling: no empty, . or .. segment, no slash at the end, no %, backslash or control character")
+		return nil, errors.New("must be an absolute path in canonical spelling: no empty, . or .. segment, " +
+			"no slash at the end, no %, backslash or control character")
 	}
 	return subpath(s), nil
 }
 
-// plainPath accepts one spelling of each absolute path. A percent sign is refused whatever it
-// encodes, since there is a callee for every depth of decoding.
+// plainPath accepts one spelling of each absolute path. It refuses every percent sign, because callees differ in how
+// often they decode.
 func plainPath(s string) bool {
 	if s == "/" {
 		return true
@@ -32,7 +32,7 @@ func plainPath(s string) bool {
 		utf8.ValidString(s) && !strings.ContainsFunc(s, isControl)
 }
 
-// plainSegments refuses empty segments and those that walk.
+// plainSegments refuses empty segments, "." and "..".
 func plainSegments(s string) bool {
 	for segment := range strings.SplitSeq(s, "/") {
 		if segment == "" || segment == "." || segment == ".." {
@@ -44,7 +44,7 @@ func plainSegments(s string) bool {
 
 func isControl(r rune) bool { return r < 0x20 || r >= 0x7f && r < 0xa0 }
 
-// below reports whether path is root or is under it, segment by segment.
+// below reports whether path is root or is below it, by whole segments.
 func below(root, path string) bool {
 	return path == root || root == "/" && strings.HasPrefix(path, "/") || strings.HasPrefix(path, root+"/")
 }
@@ -62,14 +62,13 @@ func (r subpath) covers(d bound) bool {
 func (r subpath) appendBody(b []byte) []byte { return appendString(b, string(r)) }
 func (r subpath) String() string             { return "path at or below " + strconv.Quote(string(r)) }
 
-// location allows URLs of one scheme, host and port whose path is at or below its own; the
-// query is free. Values come in one spelling: lower-case scheme and host, no user info, no
-// fragment, no default port, a path as webPath takes it.
+// location allows URLs of one scheme, host and port, with a path at or below its own. The query is free. A URL has one
+// spelling: lower-case scheme and host, no user info, no fragment, no default port, and a path that webPath accepts.
 type location struct {
-	scheme string // http, https, ws or wss: the ones whose default port we know
-	host   string // a name, an address, or "*." and the name that others are below
+	scheme string // http, https, ws or wss, which have a known default port
+	host   string // a name, an address, or "*." and the name above the allowed names
 	port   uint16 // never zero
-	path   string // "/" or without a slash at the end
+	path   string // "/", or a path without a slash at the end
 }
 
 func newLocation(l location) (bound, error) {
@@ -103,7 +102,7 @@ func defaultPort(scheme string) uint16 {
 	return 0
 }
 
-// isHostName accepts lower-case DNS names that nobody reads as a number.
+// isHostName accepts lower-case DNS names that no resolver reads as an address.
 func isHostName(s string) bool {
 	labels := strings.Split(s, ".")
 	for _, l := range labels {
@@ -150,7 +149,7 @@ func (r location) allows(v Value) bool {
 	return ok && plain && host != r.wild() && r.admits(host) && below(r.path, path) && webPath(path)
 }
 
-// portText is the one spelling of the port, empty for the scheme's own.
+// portText is the one spelling of the port. It is empty for the scheme's default port.
 func (r location) portText() string {
 	if r.port == defaultPort(r.scheme) {
 		return ""
@@ -158,7 +157,7 @@ func (r location) portText() string {
 	return ":" + strconv.Itoa(int(r.port))
 }
 
-// wild is the host itself when it stands for others.
+// wild is the host if it is a wildcard, and otherwise empty.
 func (r location) wild() string {
 	if strings.HasPrefix(r.host, "*") {
 		return r.host
@@ -166,7 +165,7 @@ func (r location) wild() string {
 	return ""
 }
 
-// admits takes the host of a value or of a narrower bound.
+// admits reports whether the host of a value or of a narrower bound is allowed.
 func (r location) admits(host string) bool {
 	if r.wild() == "" || host == r.host {
 		return host == r.host
@@ -179,7 +178,7 @@ func (r location) covers(d bound) bool {
 	return ok && in.scheme == r.scheme && in.port == r.port && r.admits(in.host) && below(r.path, in.path)
 }
 
-// lead leaves the path "/" out, for a URL may leave it out.
+// lead omits the path "/", because a URL may omit it.
 func (r location) lead() string {
 	if r.wild() != "" {
 		return r.scheme + "://"
@@ -187,10 +186,9 @@ func (r location) lead() string {
 	return r.scheme + "://" + r.host + r.portText() + strings.TrimSuffix(r.path, "/")
 }
 
-// webPath accepts a path that begins with a slash, whose segments are not empty (but for the
-// last) and do not walk, in the one spelling of each. Semicolons are refused because some
-// servers cut a segment there, and so is an escape that hides one, a slash, a backslash, a
-// percent sign or what a callee may take for one of these.
+// webPath accepts a path that begins with a slash, in one spelling. Only its last segment may be empty, and none is
+// "." or "..". It refuses semicolons, because some servers cut a segment there. It also refuses an escape of a
+// semicolon, slash, backslash or percent sign, or of a lookalike of one.
 func webPath(s string) bool {
 	decoded, ok := webText(s, "/", `/\%;`)
 	if !ok || !strings.HasPrefix(s, "/") || strings.ContainsAny(decoded, lookalikes) {
@@ -199,9 +197,9 @@ func webPath(s string) bool {
 	return s == "/" || plainSegments(strings.TrimSuffix(s[1:], "/"))
 }
 
-// webText decodes the characters of RFC 3986 section 3.3 but the semicolon, those of also, and
-// upper-case escapes. It refuses escapes of unreserved characters, which have another spelling,
-// of those in hidden, of control characters, and of what is not UTF-8.
+// webText decodes the characters of RFC 3986 section 3.3 except the semicolon, the characters in also, and upper-case
+// escapes. It refuses escapes of unreserved characters, which have another spelling, of the characters in hidden, of
+// control characters, and of bytes that are not UTF-8.
 func webText(s, also, hidden string) (string, bool) {
 	decoded := make([]byte, 0, len(s))
 	for i := 0; i < len(s); i++ {
@@ -232,7 +230,7 @@ func webText(s, also, hidden string) (string, bool) {
 
 const upperHex = "0123456789ABCDEF"
 
-// unreserved characters are never escaped (RFC 3986 section 6.2.2.2).
+// unreserved reports whether a character is never escaped (RFC 3986 section 6.2.2.2).
 func unreserved(c byte) bool {
 	return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.IndexByte("-._~", c) >= 0
 }

@@ -11,14 +11,14 @@ import (
 	"pgregory.net/rapid"
 )
 
-// The generators draw from a small world, so that constraints and values meet often.
+// The generators draw from few words, so that constraints often allow the values.
 
 func drawn(t *rapid.T) argstest.Pick {
 	return func(n int) int { return rapid.IntRange(0, n-1).Draw(t, "pick") }
 }
 
-// TestCoversIsSound holds for all constraints c, d and values v: c.Covers(d) and d.Allows(v)
-// give c.Allows(v); and Allows agrees with the reference.
+// TestCoversIsSound checks for constraints c, d and values v that c.Covers(d) and d.Allows(v) imply c.Allows(v), and
+// that Allows agrees with the reference.
 func TestCoversIsSound(t *testing.T) {
 	held := map[string]int{}
 	property := func(t *rapid.T) {
@@ -32,7 +32,8 @@ func TestCoversIsSound(t *testing.T) {
 	}
 	for _, kind := range append(slices.Clone(argstest.Kinds), "all") {
 		if held[kind] < 10 {
-			t.Errorf("only %d cases had a covering %s, a covered constraint and a value in both; the generators are too wide (%v)", held[kind], kind, held)
+			t.Errorf("only %d cases had a covering %s, a covered constraint and a value in both: "+
+				"the generators draw too widely (%v)", held[kind], kind, held)
 		}
 	}
 	t.Logf("cases in which all three held: %v", held)
@@ -42,7 +43,7 @@ type failer interface {
 	Fatalf(format string, args ...any)
 }
 
-// checkPair draws two constraints of the argstest.Kinds, and values; those it refuses to parse are none.
+// checkPair draws two constraints of the kinds, and values. It skips a constraint that does not parse.
 func checkPair(t failer, p argstest.Pick, held map[string]int, outer, inner string) {
 	outerWire, innerWire := argstest.Constraint(p, outer), argstest.Constraint(p, inner)
 	if p(8) == 0 {
@@ -51,7 +52,7 @@ func checkPair(t failer, p argstest.Pick, held map[string]int, outer, inner stri
 	c, errOuter := args.ParseConstraint(outerWire)
 	d, errInner := args.ParseConstraint(innerWire)
 	if errOuter != nil || errInner != nil {
-		return // drawn with members of two argstest.Kinds
+		return // drawn with members of two kinds
 	}
 	covers := c.Covers(d)
 	for range 8 {
@@ -62,14 +63,14 @@ func checkPair(t failer, p argstest.Pick, held map[string]int, outer, inner stri
 		if covers && d.Allows(v) {
 			held[outer]++
 			if !c.Allows(v) {
-				t.Fatalf("%s covers %s, which allows %s, which the first does not", outerWire, innerWire, argstest.ToJSON(v))
+				t.Fatalf("%s covers %s, but does not allow %s", outerWire, innerWire, argstest.ToJSON(v))
 			}
 		}
 	}
 }
 
-// TestGlobCoversIsExact takes every pair of short patterns: one covers the other just when it
-// matches all of a set of words that includes, for every run, one longer than any pattern.
+// TestGlobCoversIsExact checks every pair of short patterns. One covers the other exactly if it matches a set of
+// words of the other. The set has, for every run of wildcards, a word longer than any pattern.
 func TestGlobCoversIsExact(t *testing.T) {
 	globs, words := []string{}, map[string][]string{}
 	for n, layer := 0, []string{""}; n < 4; n++ {
@@ -108,7 +109,7 @@ func TestGlobCoversIsExact(t *testing.T) {
 	t.Logf("%d of %d pairs are covered", covered, len(globs)*len(globs))
 }
 
-// longer puts each ending behind each text.
+// longer appends each ending to each text.
 func longer(texts []string, endings ...string) (all []string) {
 	for _, s := range texts {
 		for _, e := range endings {

@@ -29,10 +29,10 @@ func (r exact) covers(bound) bool          { return false } // d is not finite h
 func (r exact) appendBody(b []byte) []byte { return r.v.append(b) }
 func (r exact) String() string             { return "exactly " + listing([]Value{r.v}) }
 
-// oneOf allows the members of a set of one kind, sorted.
+// oneOf allows the members of a sorted set of one kind.
 type oneOf []Value
 
-// newOneOf gives no bound for the empty set: that is the zero Constraint.
+// newOneOf returns no bound for the empty set, which is the zero Constraint.
 func newOneOf(values []Value) (bound, error) {
 	set, err := newSet(values)
 	if err != nil || len(set) == 0 {
@@ -41,7 +41,7 @@ func newOneOf(values []Value) (bound, error) {
 	return oneOf(set), nil
 }
 
-// newSet sorts scalars of one kind and drops doubles.
+// newSet sorts scalars of one kind and removes duplicates.
 func newSet(values []Value) ([]Value, error) {
 	if len(values) > MaxConstraintSet {
 		return nil, fmt.Errorf("more than %d members", MaxConstraintSet)
@@ -68,13 +68,13 @@ func (r oneOf) covers(bound) bool          { return false } // d is not finite h
 func (r oneOf) appendBody(b []byte) []byte { return appendValues(b, r) }
 func (r oneOf) String() string             { return "one of " + listing(r) }
 
-// notOneOf allows values of its members' kind other than its members.
+// notOneOf allows the values of its members' kind, except its members.
 type notOneOf []Value
 
 func newNotOneOf(values []Value) (bound, error) {
 	set, err := newSet(values)
 	if err == nil && len(set) == 0 {
-		err = errors.New("at least one member is needed")
+		err = errors.New("at least one member is required")
 	}
 	return notOneOf(set), err
 }
@@ -90,12 +90,12 @@ func (r notOneOf) covers(d bound) bool {
 func (r notOneOf) appendBody(b []byte) []byte { return appendValues(b, r) }
 func (r notOneOf) String() string             { return "none of " + listing(r) }
 
-// interval allows integers; the ends of int64 stand for no limit.
+// interval allows the integers from min to max. The ends of int64 mean that there is no limit.
 type interval struct{ min, max int64 }
 
 func newInterval(min, max int64) (bound, error) {
 	if min > max {
-		return nil, errors.New("min is above max")
+		return nil, errors.New("min is greater than max")
 	}
 	return interval{min, max}, nil
 }
@@ -111,7 +111,7 @@ func (r interval) covers(d bound) bool {
 	return ok && in.min >= r.min && in.max <= r.max || any && d.takes() == intValue
 }
 
-// values makes a short range comparable with sets.
+// values lists a short range, so that a set can cover it.
 func (r interval) values() (all []Value, ok bool) {
 	if uint64(r.max)-uint64(r.min) >= MaxConstraintSet {
 		return nil, false
@@ -149,7 +149,7 @@ func (r interval) String() string {
 	return fmt.Sprintf("from %d to %d", r.min, r.max)
 }
 
-// prefix allows strings that begin with it.
+// prefix allows the strings that begin with it.
 type prefix string
 
 func newPrefix(s string) (bound, error) {
@@ -172,8 +172,8 @@ func (r prefix) covers(d bound) bool {
 func (r prefix) appendBody(b []byte) []byte { return appendString(b, string(r)) }
 func (r prefix) String() string             { return "begins with " + strconv.Quote(string(r)) }
 
-// network allows addresses and networks inside, spelled as netip prints them. IPv4 inside
-// IPv6 and zones are refused: callees disagree on what they are.
+// network allows the addresses and networks inside it, as netip prints them. It refuses IPv4 inside IPv6, and zones:
+// callees disagree on their meaning.
 type network netip.Prefix
 
 func newNetwork(s string) (bound, error) {
@@ -209,13 +209,13 @@ func (r network) covers(d bound) bool {
 func (r network) appendBody(b []byte) []byte { return appendString(b, netip.Prefix(r).String()) }
 func (r network) String() string             { return "inside " + netip.Prefix(r).String() }
 
-// subset allows lists of its members, sorted, but not the empty list.
+// subset allows the lists of its members, which are sorted, but not the empty list.
 type subset []string
 
 func newSubset(members []string) (bound, error) {
 	set, err := newSet(stringValues(members))
 	if err == nil && len(set) == 0 {
-		err = errors.New("at least one member is needed")
+		err = errors.New("at least one member is required")
 	}
 	if err != nil {
 		return nil, err
@@ -245,17 +245,17 @@ func (r subset) has(list []string) bool {
 func (r subset) appendBody(b []byte) []byte { return List(r...).append(b) }
 func (r subset) String() string             { return "a list of any of " + listing(stringValues(r)) }
 
-// allOf allows what each of its parts allows.
+// allOf allows the values that each of its parts allows.
 type allOf []bound
 
-// newAllOf gives no bound when a part is none: nothing is then allowed.
+// newAllOf returns no bound if a part is none: nothing is then allowed.
 func newAllOf(parts []bound) (bound, error) {
 	if len(parts) == 0 || len(parts) > MaxConstraintParts {
-		return nil, fmt.Errorf("between 1 and %d parts are needed", MaxConstraintParts)
+		return nil, fmt.Errorf("between 1 and %d parts are required", MaxConstraintParts)
 	}
 	for _, p := range parts {
 		if _, nested := p.(allOf); nested {
-			return nil, errors.New("all cannot hold all")
+			return nil, errors.New("all cannot contain all")
 		}
 		if p == nil {
 			return nil, nil
@@ -269,9 +269,9 @@ func (r allOf) takes() valueKind { return r[0].takes() }
 func (r allOf) allows(v Value) bool {
 	return !slices.ContainsFunc(r, func(p bound) bool { return !p.allows(v) })
 }
-func (r allOf) covers(bound) bool { return false } // boundCovers takes it apart
+func (r allOf) covers(bound) bool { return false } // boundCovers checks its parts
 
-// values filters those of a finite part by the others.
+// values has the values of a finite part that the other parts allow.
 func (r allOf) values() ([]Value, bool) {
 	for _, p := range r {
 		f, ok := p.(finite)

@@ -7,12 +7,12 @@ import (
 	"strings"
 )
 
-// shell allows command lines of plain words, one space between two: first the command's words
-// in order, each one of its choices, then any number of words that each match a pattern.
+// shell allows command lines of plain words with one space between two. First come the words of the command in order,
+// each one of its choices. Any number of words follows, each of which matches a pattern.
 //
-// A plain word is made of ASCII letters, digits and _ - . / : = , @ +, so that no shell finds
-// anything in it to expand, quote, redirect or run. A word that begins with a hyphen is an
-// option to most programs; only a pattern that begins with a hyphen itself allows it.
+// A plain word consists of ASCII letters, digits and _ - . / : = , @ +. So no shell expands, quotes, redirects or
+// runs any part of it. A word that begins with a hyphen is an option for most programs. Only a pattern that itself
+// begins with a hyphen allows it.
 type shell struct {
 	command [][]string // choices sorted
 	words   []glob     // sorted
@@ -20,10 +20,10 @@ type shell struct {
 
 func newShell(command [][]string, words []string) (bound, error) {
 	if len(command) == 0 || len(command) > MaxConstraintWords || len(words) > MaxConstraintWords {
-		return nil, fmt.Errorf("a command of at most %d words is needed, and as many patterns are allowed", MaxConstraintWords)
+		return nil, fmt.Errorf("a command has 1 to %d words, and at most as many patterns", MaxConstraintWords)
 	}
 	var r shell
-	longest := -1 // line of the command alone
+	longest := -1 // of the command alone, in bytes
 	for i, choices := range command {
 		choices = slices.Compact(slices.Sorted(slices.Values(choices)))
 		if len(choices) == 0 || len(choices) > MaxConstraintSet {
@@ -33,7 +33,8 @@ func newShell(command [][]string, words []string) (bound, error) {
 		for _, word := range choices {
 			widest = max(widest, len(word))
 			if len(word) > MaxConstraintText || !plainWord(word, "") || i == 0 && strings.Contains(word, "=") {
-				return nil, errors.New("a command's words are letters, digits and _ - . / : = , @ +, the first one without =")
+				return nil, errors.New("the words of a command are letters, digits and _ - . / : = , @ +, " +
+					"and the first has no =")
 			}
 		}
 		if longest += 1 + widest; longest > MaxConstraintLine {
@@ -47,7 +48,8 @@ func newShell(command [][]string, words []string) (bound, error) {
 			return nil, err
 		}
 		if !plainWord(word, "*?") {
-			return nil, errors.New("a word's pattern is letters, digits, _ - . / : = , @ + and the wildcards * and ?")
+			return nil, errors.New("the pattern of a word is letters, digits, _ - . / : = , @ + " +
+				"and the wildcards * and ?")
 		}
 		r.words = append(r.words, pattern)
 	}
@@ -57,7 +59,8 @@ func newShell(command [][]string, words []string) (bound, error) {
 func plainWord(s, also string) bool {
 	for i := range len(s) {
 		c := s[i]
-		if !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.IndexByte("_-./:=,@+"+also, c) >= 0) {
+		alphanumeric := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+		if !alphanumeric && strings.IndexByte("_-./:=,@+"+also, c) < 0 {
 			return false
 		}
 	}
@@ -86,11 +89,11 @@ func (r shell) allows(v Value) bool {
 	return true
 }
 
-// admits takes a word of a value, or the pattern of a narrower bound, after the command.
+// admits reports whether a word after the command, or the pattern of a narrower bound, is allowed.
 func (r shell) admits(word string) bool {
 	u := units(word)
 	return slices.ContainsFunc(r.words, func(p glob) bool {
-		return stands(p.units, u) && (word[0] != '-' || p.pattern[0] == '-')
+		return covers(p.units, u) && (word[0] != '-' || p.pattern[0] == '-')
 	})
 }
 
@@ -109,7 +112,7 @@ func (r shell) covers(d bound) bool {
 	return !slices.ContainsFunc(in.words, func(p glob) bool { return !r.admits(p.pattern) })
 }
 
-// lead is the command as far as it has no choices.
+// lead is the beginning of the command up to the first choice.
 func (r shell) lead() string {
 	var fixed []string
 	for _, choices := range r.command {
@@ -121,7 +124,7 @@ func (r shell) lead() string {
 	return strings.Join(fixed, " ")
 }
 
-// values lists the lines of a command that takes no further words, if they are few.
+// values lists the lines of a command without further words, if they are few.
 func (r shell) values() (all []Value, ok bool) {
 	if len(r.words) > 0 {
 		return nil, false

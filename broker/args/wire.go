@@ -11,16 +11,16 @@ import (
 	"unicode/utf8"
 )
 
-// maxConstraintRaw leaves room for white space and for the escapes that encoding/json puts in
-// when a constraint is part of a larger value.
+// maxConstraintRaw leaves room for white space, and for the escapes of encoding/json in a constraint that is part of a
+// larger value.
 const maxConstraintRaw = 6*MaxConstraint + 1<<10
 
-// ParseConstraint reads the wire form that [Constraint] shows. It refuses unknown and repeated
-// members, null, numbers that are not 64-bit integers, text that is not valid UTF-8, anything
-// after the object, and whatever is over a limit. {"one_of":[]} is the zero Constraint.
+// ParseConstraint reads the wire form of a [Constraint]. It refuses unknown and repeated members, null, and numbers
+// that are not 64-bit integers. It refuses invalid UTF-8, text after the object, and anything beyond a limit.
+// {"one_of":[]} is the zero Constraint.
 func ParseConstraint(raw []byte) (Constraint, error) {
 	if len(raw) > maxConstraintRaw {
-		return Constraint{}, fmt.Errorf("constraint takes more than %d bytes", MaxConstraint)
+		return Constraint{}, fmt.Errorf("constraint has more than %d bytes", MaxConstraint)
 	}
 	if !json.Valid(raw) || !utf8.Valid(raw) {
 		return Constraint{}, errors.New("constraint is not valid JSON in UTF-8")
@@ -30,7 +30,7 @@ func ParseConstraint(raw []byte) (Constraint, error) {
 		return Constraint{}, fmt.Errorf("constraint %w", err)
 	}
 	if r != nil && len(appendBound(nil, r)) > MaxConstraint {
-		return Constraint{}, fmt.Errorf("constraint takes more than %d bytes", MaxConstraint)
+		return Constraint{}, fmt.Errorf("constraint has more than %d bytes", MaxConstraint)
 	}
 	return Constraint{r}, nil
 }
@@ -41,8 +41,8 @@ func (c *Constraint) UnmarshalJSON(raw []byte) (err error) {
 	return err
 }
 
-// MarshalJSON writes the canonical wire form: no white space, sets sorted and without doubles,
-// defaults left out. [ParseConstraint] reads it back as the same constraint.
+// MarshalJSON writes the canonical wire form: no white space, sorted sets without duplicates, no defaults.
+// [ParseConstraint] reads it back as the same constraint.
 func (c Constraint) MarshalJSON() ([]byte, error) {
 	if c.bound == nil {
 		return []byte(`{"one_of":[]}`), nil
@@ -66,7 +66,7 @@ func appendValues(b []byte, values []Value) []byte {
 	return append(b, ']')
 }
 
-// parseBound reads one object of valid JSON. No bound and no error means that nothing is allowed.
+// parseBound reads one object of valid JSON. A nil bound without an error allows nothing.
 func parseBound(raw json.RawMessage) (r bound, err error) {
 	count := 0
 	err = readMembers(raw, func(name string, body json.RawMessage) error {
@@ -115,7 +115,8 @@ func parseBody(name string, body json.RawMessage) (bound, error) {
 	case "shell":
 		return parseShell(body)
 	}
-	return nil, errors.New("is not a kind of constraint; the kinds are exact, one_of, not_one_of, range, prefix, glob, cidr, subset, subpath, url, shell and all")
+	return nil, errors.New("is not a kind of constraint; the kinds are exact, one_of, not_one_of, range, prefix, " +
+		"glob, cidr, subset, subpath, url, shell and all")
 }
 
 func boundFromText(body json.RawMessage, build func(string) (bound, error)) (bound, error) {
@@ -126,7 +127,9 @@ func boundFromText(body json.RawMessage, build func(string) (bound, error)) (bou
 	return build(s)
 }
 
-func boundFromEach[T any](body json.RawMessage, parse func(json.RawMessage) (T, error), build func([]T) (bound, error)) (bound, error) {
+func boundFromEach[T any](
+	body json.RawMessage, parse func(json.RawMessage) (T, error), build func([]T) (bound, error),
+) (bound, error) {
 	list, err := readElements(body, parse)
 	if err != nil {
 		return nil, err
@@ -143,7 +146,7 @@ func parseInterval(body json.RawMessage) (bound, error) {
 		case "max":
 			r.max, err = parseInteger(raw)
 		default:
-			err = errors.New("has min and max only")
+			err = errors.New("has only the members min and max")
 		}
 		return err
 	})
@@ -170,7 +173,7 @@ func parseLocation(body json.RawMessage) (bound, error) {
 			}
 			l.port = uint16(n)
 		default:
-			err = errors.New("has scheme, host, port and path only")
+			err = errors.New("has only the members scheme, host, port and path")
 		}
 		return err
 	})
@@ -190,7 +193,7 @@ func parseShell(body json.RawMessage) (bound, error) {
 		case "words":
 			words, err = readElements(raw, parseText)
 		default:
-			err = errors.New("has command and words only")
+			err = errors.New("has only the members command and words")
 		}
 		return err
 	})
@@ -209,7 +212,7 @@ func parseChoices(raw json.RawMessage) ([]string, error) {
 	return []string{s}, err
 }
 
-// readMembers hands over the members of one object of valid JSON. It refuses a name given twice.
+// readMembers calls do with each member of one object of valid JSON. It refuses a duplicate name.
 func readMembers(raw json.RawMessage, do func(name string, value json.RawMessage) error) error {
 	dec := json.NewDecoder(bytes.NewReader(raw))
 	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
@@ -223,7 +226,7 @@ func readMembers(raw json.RawMessage, do func(name string, value json.RawMessage
 		}
 		name, ok := t.(string)
 		if !ok || slices.Contains(seen, name) || len(seen) == 8 {
-			return errors.New("has a member twice or too many")
+			return errors.New("has a duplicate member, or too many members")
 		}
 		seen = append(seen, name)
 		var value json.RawMessage
@@ -256,7 +259,7 @@ func readElements[T any](raw json.RawMessage, parse func(json.RawMessage) (T, er
 	return list, nil
 }
 
-// parseOne reads one value as it stands among a step's arguments.
+// parseOne reads one value in the form of a step's argument.
 func parseOne(raw json.RawMessage) (Value, error) {
 	dec := json.NewDecoder(bytes.NewReader(raw))
 	dec.UseNumber()
@@ -265,7 +268,7 @@ func parseOne(raw json.RawMessage) (Value, error) {
 		return Value{}, err
 	}
 	if _, err := dec.Token(); err != io.EOF {
-		return Value{}, errors.New("something follows the value")
+		return Value{}, errors.New("there is text after the value")
 	}
 	return v, nil
 }

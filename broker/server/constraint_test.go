@@ -134,13 +134,13 @@ func TestConstraintRefused(t *testing.T) {
 		{agent.URL("https://example.org/v1?q"), "url: path must begin with a slash, not end with one"},
 		{agent.Shell(nil), "shell: a command has 1 to 32 words"},
 		{agent.Shell([][]string{{"ls"}, {}}), "shell: a word of a command has 1 to 256 choices"},
-		{agent.Shell([][]string{{"ls;"}}), "shell: a command's words are letters, digits"},
+		{agent.Shell([][]string{{"ls;"}}), "shell: the words of a command are letters, digits"},
 		{agent.Shell([][]string{{"\xff"}}), "shell: a string is valid UTF-8"},
 		{agent.All(), "all: 1 to 8 parts are needed"},
 		{agent.All(agent.All(agent.Prefix("a"))), "all: a part must not be an All"},
 		{agent.All(agent.Prefix("a"), agent.CIDR("x")), "all: cidr: a network is in canonical spelling"},
 		{agent.All(agent.Constraint{}), "all: the zero Constraint"},
-		{agent.OneOf(long[:6000], "a"+long[:6000], "b"+long[:6000]), "constraint takes more than 16384 bytes"},
+		{agent.OneOf(long[:6000], "a"+long[:6000], "b"+long[:6000]), "constraint has more than 16384 bytes"},
 	} {
 		right := agent.Right{Tool: "db", Use: true, Args: map[string]agent.Constraint{"table": row.made}}
 		_, opening := open(right)

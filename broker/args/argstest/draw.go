@@ -1,5 +1,5 @@
-// Package argstest draws constraints and values for property tests, and decides by a reference evaluator of its own which
-// values are inside which constraint.
+// Package argstest draws constraints and values for property tests. It has a reference evaluator of its own, which
+// decides whether a value is inside a constraint.
 package argstest
 
 import (
@@ -10,7 +10,7 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// Parse reads a constraint that the test knows to be valid.
+// Parse reads a constraint that the test knows to be valid. It panics if it is not.
 func Parse(wire string) args.Constraint {
 	c, err := args.ParseConstraint([]byte(wire))
 	if err != nil {
@@ -19,13 +19,13 @@ func Parse(wire string) args.Constraint {
 	return c
 }
 
-// Pick draws a number from 0 to n-1. Both rapid and a seeded source can do that.
+// Pick draws a number from 0 to n-1. Rapid and a seeded source both implement it.
 type Pick func(n int) int
 
-// OneFrom draws one of the given.
+// OneFrom draws one of the given values.
 func OneFrom[T any](p Pick, of ...T) T { return of[p(len(of))] }
 
-// SomeOf draws 1 to n, each by the function.
+// SomeOf draws 1 to n values, each with the function.
 func SomeOf[T any](p Pick, n int, each func(Pick) T) []T {
 	list := make([]T, 1+p(n))
 	for i := range list {
@@ -52,10 +52,12 @@ func anyPath(p Pick) string {
 }
 
 // Kinds are the kinds of constraints except all.
-var Kinds = []string{"exact", "one_of", "not_one_of", "range", "prefix", "glob", "cidr", "subset", "subpath", "url", "shell"}
+var Kinds = []string{
+	"exact", "one_of", "not_one_of", "range", "prefix", "glob", "cidr", "subset", "subpath", "url", "shell",
+}
 
-// anyBody draws what a constraint of the kind holds.
-func anyBody(kind string, p Pick) any {
+// drawBody draws the body of a constraint of the kind.
+func drawBody(kind string, p Pick) any {
 	switch kind {
 	case "exact":
 		return OneFrom[any](p, anyWord(p), anyNumber(p), p(2) == 0, SomeOf(p, 3, anyElement))
@@ -63,19 +65,24 @@ func anyBody(kind string, p Pick) any {
 		return SomeOf(p, 3, OneFrom(p, anyWord, anyNumber, anyWord))
 	case "range":
 		low := p(12) - 3
-		return OneFrom(p, map[string]any{"min": low, "max": low + p(6)}, map[string]any{"min": low}, map[string]any{"max": low}, map[string]any{})
+		return OneFrom(p, map[string]any{"min": low, "max": low + p(6)},
+			map[string]any{"min": low}, map[string]any{"max": low}, map[string]any{})
 	case "prefix":
 		return OneFrom(p, "a", "ab", "b", "-", "/a", "/a/", "https://", "https://x.h", "https://x.h/a", "a b", "10.")
 	case "glob":
 		return anyPattern(p)
 	case "cidr":
-		return OneFrom(p, "10.0.0.0/8", "10.0.0.0/16", "10.0.0.1/32", "0.0.0.0/0", "11.0.0.0/8", "::/0", "2001:db8::/32")
+		return OneFrom(p, "10.0.0.0/8", "10.0.0.0/16", "10.0.0.1/32", "0.0.0.0/0", "11.0.0.0/8",
+			"::/0", "2001:db8::/32")
 	case "subset":
 		return SomeOf(p, 3, anyElement)
 	case "subpath":
 		return OneFrom(p, "/", anyPath(p), anyPath(p))
 	case "url":
-		u := map[string]any{"scheme": OneFrom(p, "https", "https", "https", "http"), "host": OneFrom(p, "x.h", "y.x.h", "*.h", "*.h", "*.x.h", "10.0.0.1")}
+		u := map[string]any{
+			"scheme": OneFrom(p, "https", "https", "https", "http"),
+			"host":   OneFrom(p, "x.h", "y.x.h", "*.h", "*.h", "*.x.h", "10.0.0.1"),
+		}
 		if p(5) == 0 {
 			u["port"] = OneFrom(p, 80, 443, 8443)
 		}
@@ -96,14 +103,14 @@ func Constraint(p Pick, kind string) []byte {
 		kind := OneFrom(p, Kinds...)
 		parts := SomeOf(p, 3, func(p Pick) any {
 			other := OneFrom(p, kind, kind, "not_one_of")
-			return map[string]any{other: anyBody(other, p)}
+			return map[string]any{other: drawBody(other, p)}
 		})
 		return ToJSON(map[string]any{"all": parts})
 	}
-	return ToJSON(map[string]any{kind: anyBody(kind, p)})
+	return ToJSON(map[string]any{kind: drawBody(kind, p)})
 }
 
-// ValueFor draws a value that a constraint of the kind may well allow.
+// ValueFor draws a value that a constraint of the kind is likely to allow.
 func ValueFor(p Pick, kind string) args.Value {
 	text := func(s string) args.Value { return args.String(s) }
 	switch kind {
@@ -112,34 +119,41 @@ func ValueFor(p Pick, kind string) args.Value {
 	case "subset":
 		return args.List(SomeOf(p, 3, anyElement)...)
 	case "cidr":
-		return text(OneFrom(p, "10.0.0.1", "10.0.1.0/24", "10.1.0.0", "11.0.0.0/8", "10.0.0.0/8", "::1", "2001:db8::1", "1.1.1.1"))
+		return text(OneFrom(p, "10.0.0.1", "10.0.1.0/24", "10.1.0.0", "11.0.0.0/8", "10.0.0.0/8",
+			"::1", "2001:db8::1", "1.1.1.1"))
 	case "subpath":
 		return text(anyPath(p) + OneFrom(p, "", "", "", "/..", "/", "/%2e"))
 	case "url":
-		return text(OneFrom(p, "https", "https", "https", "http") + "://" + OneFrom(p, "x.h", "y.x.h", "y.x.h", "10.0.0.1", "*.h") + OneFrom(p, "", "", "", ":8443", ":80") +
-			OneFrom(p, "", "/", "/a", "/a/b", anyPath(p), anyPath(p)+"/", anyPath(p)+"/../a") + OneFrom(p, "", "", "?q"))
+		origin := OneFrom(p, "https", "https", "https", "http") + "://" +
+			OneFrom(p, "x.h", "y.x.h", "y.x.h", "10.0.0.1", "*.h") + OneFrom(p, "", "", "", ":8443", ":80")
+		path := OneFrom(p, "", "/", "/a", "/a/b", anyPath(p), anyPath(p)+"/", anyPath(p)+"/../a")
+		return text(origin + path + OneFrom(p, "", "", "?q"))
 	case "shell":
-		return text(strings.Join(SomeOf(p, 4, func(p Pick) string { return OneFrom(p, "a", "b", "ab", "-a", "a", "b;") }), " "))
+		word := func(p Pick) string { return OneFrom(p, "a", "b", "ab", "-a", "a", "b;") }
+		return text(strings.Join(SomeOf(p, 4, word), " "))
 	case "exact":
-		return OneFrom(p, ValueOf(anyWord(p)), ValueOf(anyNumber(p)), ValueOf(p(2) == 0), args.List(SomeOf(p, 3, anyElement)...))
+		return OneFrom(p, ValueOf(anyWord(p)), ValueOf(anyNumber(p)), ValueOf(p(2) == 0),
+			args.List(SomeOf(p, 3, anyElement)...))
 	case "glob":
-		return text(strings.Join(SomeOf(p, 5, func(p Pick) string { return OneFrom(p, "a", "b", "a", "b", "-", "c", "/") }), ""))
+		letter := func(p Pick) string { return OneFrom(p, "a", "b", "a", "b", "-", "c", "/") }
+		return text(strings.Join(SomeOf(p, 5, letter), ""))
 	}
 	return ValueOf(OneFrom(p, anyWord, anyWord, anyNumber)(p))
 }
 
-// Narrower draws a constraint that has a chance to be inside of one of the kind.
+// Narrower draws a kind of constraint that may be inside a constraint of the given kind.
 func Narrower(p Pick, kind string) string {
+	every := append(slices.Clone(Kinds), "all")
 	related := map[string][]string{
-		"exact": {"one_of", "all"}, "one_of": {"exact", "range", "all"}, "not_one_of": append(slices.Clone(Kinds), "all"),
+		"exact": {"one_of", "all"}, "one_of": {"exact", "range", "all"}, "not_one_of": every, "all": every,
 		"range": {"exact", "one_of", "all"}, "prefix": {"exact", "one_of", "glob", "subpath", "url", "shell", "all"},
-		"glob": {"exact", "one_of", "all"}, "cidr": {"exact", "all"}, "subset": {"exact", "all"}, "subpath": {"one_of", "all"},
-		"url": {"all"}, "shell": {"glob", "exact", "all"}, "all": append(slices.Clone(Kinds), "all"),
+		"glob": {"exact", "one_of", "all"}, "cidr": {"exact", "all"}, "subset": {"exact", "all"},
+		"subpath": {"one_of", "all"}, "url": {"all"}, "shell": {"glob", "exact", "all"},
 	}
 	return OneFrom(p, OneFrom(p, related[kind]...), kind)
 }
 
-// ValueOf makes a Value of a Go value.
+// ValueOf makes a Value of an int, a bool, a []string or a string.
 func ValueOf(v any) args.Value {
 	switch v := v.(type) {
 	case int:

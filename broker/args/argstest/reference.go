@@ -16,9 +16,8 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// The reference evaluator decides from the wire form whether a value is inside a constraint. It
-// shares no code with the product, takes other ways where there are any (regular expressions,
-// net, net/url, path), and does not care for speed.
+// The reference evaluator decides from the wire form whether a value is inside a constraint. It shares no code with the
+// product and uses other means if there are any: regular expressions, net, net/url, path. Speed is no goal.
 
 // FromJSON reads JSON with exact numbers.
 func FromJSON(raw []byte) (v any) {
@@ -68,7 +67,8 @@ func evaluateKind(kind string, body, v any) bool {
 		return ok && withinEnds(n, body.(map[string]any))
 	case "subset":
 		list, ok := v.([]any)
-		return ok && len(list) > 0 && !slices.ContainsFunc(list, func(e any) bool { return !slices.Contains(body.([]any), e) })
+		foreign := func(e any) bool { return !slices.Contains(body.([]any), e) }
+		return ok && len(list) > 0 && !slices.ContainsFunc(list, foreign)
 	}
 	s, ok := v.(string)
 	return ok && evaluateText(kind, body, s)
@@ -89,7 +89,8 @@ func evaluateText(kind string, body any, s string) bool {
 	case "cidr":
 		return evaluateNetwork(body.(string), s)
 	case "subpath":
-		return !strange.MatchString(s) && !strings.ContainsAny(s, `\%`) && path.IsAbs(s) && path.Clean(s) == s && underRoot(body.(string), s)
+		clean := path.IsAbs(s) && path.Clean(s) == s
+		return !strange.MatchString(s) && !strings.ContainsAny(s, `\%`) && clean && underRoot(body.(string), s)
 	case "url":
 		return evaluateURL(body.(map[string]any), s)
 	case "shell":
@@ -100,7 +101,7 @@ func evaluateText(kind string, body any, s string) bool {
 
 var globExprs = map[string]*regexp.Regexp{}
 
-// GlobExpr is a glob as a regular expression.
+// GlobExpr returns a glob as a regular expression.
 func GlobExpr(glob string) *regexp.Regexp {
 	if len(globExprs) > 1000 { // a fuzzer has a glob for each input
 		clear(globExprs)
@@ -116,7 +117,7 @@ func underRoot(root, s string) bool {
 	return strings.HasPrefix(strings.TrimSuffix(s, "/")+"/", strings.TrimSuffix(root, "/")+"/")
 }
 
-// strange is what a path never holds: controls, what is invisible, what looks like / \ or a dot.
+// strange matches the characters that no path may contain: control and invisible ones, and lookalikes of / \ and dots.
 var strange = regexp.MustCompile("[\\pC\u2024\u2025\u2044\u2215\u2216\uFE52\uFE68\uFF0E\uFF0F\uFF3C]")
 
 func evaluateNetwork(outer, s string) bool {
@@ -134,7 +135,8 @@ func evaluateNetwork(outer, s string) bool {
 }
 
 var (
-	urlText    = regexp.MustCompile(`^[a-z]+://[^/?]+(/([A-Za-z0-9._~!$&'()*+,=:@/-]|%[0-9A-F]{2})*)?(\?([A-Za-z0-9._~!$&'()*+,=:@/?;-]|%[0-9A-F]{2})*)?$`)
+	urlText = regexp.MustCompile(`^[a-z]+://[^/?]+(/([A-Za-z0-9._~!$&'()*+,=:@/-]|%[0-9A-F]{2})*)?` +
+		`(\?([A-Za-z0-9._~!$&'()*+,=:@/?;-]|%[0-9A-F]{2})*)?$`)
 	needless   = regexp.MustCompile(`%(4[1-9A-F]|5[0-9A]|6[1-9A-F]|7[0-9A]|3[0-9]|2D|2E|5F|7E)`)
 	unreadable = regexp.MustCompile(`%([01][0-9A-F]|7F)`)
 	hiding     = regexp.MustCompile(`%(2F|5C|25|3B)`)
@@ -196,7 +198,8 @@ func evaluateShell(rule map[string]any, s string) bool {
 	}
 	for i, w := range words {
 		fits := func(p any) bool {
-			return GlobExpr(p.(string)).MatchString(w) && strings.HasPrefix(p.(string), "-") == strings.HasPrefix(w, "-")
+			option := strings.HasPrefix(p.(string), "-") == strings.HasPrefix(w, "-")
+			return option && GlobExpr(p.(string)).MatchString(w)
 		}
 		choices, several := any(nil), false
 		if i < len(command) {
