@@ -51,6 +51,7 @@ lint:
 	GOBIN=$(CURDIR)/build/bin $(GO) install $(STATICCHECK)
 	build/bin/staticcheck $(PACKAGES)
 	$(GO) run ./cmd/rules/structure
+	$(GO) run ./cmd/rules/english
 
 # govulncheck ends with 3 when it found something. Not reaching its database is no finding, and is said.
 vuln:
