@@ -63,8 +63,8 @@ func gone(err error, phrases ...string) bool {
 // listThreshold is the number of leases of one role from which one list is cheaper than a look-up of each.
 const listThreshold = 8
 
-// Gone implements [broker.Killer]. Many leases of one role cost one list; a few cost one look-up each. An error leaves
-// the status of every lease unknown.
+// LeasesGone implements [broker.Killer]. Many leases of one role cost one list; a few cost one look-up each. Where Vault
+// answers the list with an error, each lease costs a look-up too. An error leaves the status of every lease unknown.
 func (c *Client) LeasesGone(ctx context.Context, leases []string) ([]bool, error) {
 	roles := map[string][]int{}
 	for i, id := range leases {
@@ -82,6 +82,11 @@ func (c *Client) LeasesGone(ctx context.Context, leases []string) ([]bool, error
 			continue
 		}
 		known, err := c.list(ctx, role)
+		if listRefused(err) {
+			c.cfg.Log.Warn("vault refused a list of leases: looking up each by itself", "leases", len(at), "error", err)
+			single = append(single, at...)
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -99,6 +104,17 @@ func (c *Client) LeasesGone(ctx context.Context, leases []string) ([]bool, error
 		return nil, err
 	}
 	return out, nil
+}
+
+// listRefused reports whether Vault answered a list with an error that need not apply to the look-up of one lease. An
+// audit device that cannot write the long answer has this effect, and so has a policy without the right to list. A Vault
+// that does not answer, is sealed or limits the rate gets no further requests.
+func listRefused(err error) bool {
+	var f *failure
+	if errors.As(err, &f) {
+		return f.status != 429 && f.status != 503
+	}
+	return errors.Is(err, errTooLarge)
 }
 
 // forEach runs f for 0 to n-1, at most 16 at once. It returns the first error, which cancels the rest.

@@ -55,12 +55,19 @@ func (c *Client) Leases(ctx context.Context, prefixes ...broker.VaultPath) ([]Le
 // maxList is the limit in bytes of the list of one role's leases: about half a million of them.
 const maxList = 16 << 20
 
+// auditHint names the likely cause of a failed list. Vault's answer is "internal error" alone, and its log has the rest.
+const auditHint = "an audit device of Vault may be unable to write the long entry, as a socket over UDP or syslog is: " +
+	"set elide_list_responses on each audit device, or add a file device"
+
 // list returns the ids of the leases directly below a path.
 func (c *Client) list(ctx context.Context, path string) (map[string]struct{}, error) {
 	resp, err := c.doWithLogin(ctx, call{method: "LIST", path: "sys/leases/lookup/" + path + "/", maxBytes: maxList})
 	var f *failure
 	if errors.As(err, &f) && f.status == 404 {
 		return nil, nil // Vault answers 404 for an empty list
+	}
+	if f != nil && f.status == 500 {
+		return nil, fmt.Errorf("listing leases below %q: %w: %s", path, err, auditHint)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("listing leases below %q: %w", path, err)
