@@ -16,6 +16,31 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
+// TestFailedLookupRaisesAnAlarm lets Vault fail the question whether leases are gone. The broker raises an alarm, and
+// the revocation is not CLOSED before Vault has answered.
+func TestFailedLookupRaisesAnAlarm(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("root", broker.OpenRequest{})
+		w.issue("root", step(root, "db.read"))
+		w.vault.Fail(func(point string) error {
+			if point == "gone" {
+				return errors.New("an audit device of Vault fails")
+			}
+			return nil
+		})
+		rv := w.revoke("chain:%s", root.Chain)
+		pass(10 * time.Second)
+		w.wantClosure(rv, broker.ClosureUnknown)
+		if w.countAlarms("looking leases up in Vault: an audit device of Vault fails") == 0 {
+			t.Error("no alarm about the look-up of leases, want one with Vault's error")
+		}
+		w.vault.Fail(nil)
+		pass(time.Minute)
+		w.wantClosure(rv, broker.ClosureClosed)
+	})
+}
+
 // TestRefusedKillRaisesAnAlarm lets Vault refuse to revoke tokens. The broker raises an alarm, and the revocation is
 // not CLOSED before Vault has revoked them.
 func TestRefusedKillRaisesAnAlarm(t *testing.T) {

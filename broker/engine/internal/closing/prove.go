@@ -127,6 +127,9 @@ func (w *worker) leasesGone(ctx context.Context, pass []broker.Grant) []goneAnsw
 		return answers
 	}
 	gone, err := w.r.cfg.Vault.LeasesGone(ctx, leases)
+	if err != nil {
+		w.alarm("looking leases up in Vault", err)
+	}
 	if err != nil || len(gone) != len(leases) {
 		return answers
 	}
