@@ -260,7 +260,8 @@ func (r *reconciler) reread(ctx context.Context) error {
 const headStart = 2 * time.Second
 
 // killTokens is step 3 for the delegations. It kills their tokens, root first: where Vault can, one call ends the whole
-// subtree. It returns the number of tokens without a confirmation. The workers kill the steps' tokens and leases.
+// subtree. It returns the number of tokens without a confirmation. The workers kill the steps' tokens and leases. A token
+// past its end needs no kill, once EndTolerance has passed for Vault's clock and its whole seconds.
 //
 // A crash after it leaves dead tokens of which the ledger has no record. The next process kills them again, which Vault
 // confirms.
@@ -269,7 +270,7 @@ func (r *reconciler) killTokens(ctx context.Context) (pending int) {
 	r.delayed = len(r.nodes) > 0 && now.Sub(r.started) < headStart && r.e.reaper.Severing(r.backends)
 	for _, d := range r.nodes {
 		for _, t := range d.Tokens {
-			if r.killed[t.Accessor] || !t.Expires.IsZero() && now.After(t.Expires) {
+			if r.killed[t.Accessor] || !t.Expires.IsZero() && now.After(t.Expires.Add(broker.EndTolerance)) {
 				continue
 			}
 			if r.delayed || pending > 0 {

@@ -563,3 +563,29 @@ func TestRevokeLeaked(t *testing.T) {
 		w.issue("root", step(root, "db.read")) // the chain is not fenced
 	})
 }
+
+// TestEndedTokenIsKilled revokes a delegation just before its token's end, while Vault refuses. The token counts as
+// ended by itself only after EndTolerance: Vault's clock may be late.
+func TestEndedTokenIsKilled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("root", broker.OpenRequest{TTL: 2 * time.Minute})
+		w.issue("root", step(root, "db.read"))
+		pass(2*time.Minute - time.Second)
+		w.vault.Fail(func(point string) error {
+			if point == "kill" {
+				return errors.New("Vault does not answer")
+			}
+			return nil
+		})
+		rv := w.revoke("chain:%s", root.Chain)
+		pass(6 * time.Second)
+		if got, err := w.Revocation(ctx, rv.ID); err != nil || got.Tokens != 1 || !got.Settled.IsZero() {
+			t.Errorf("5 s after the token's end: %+v, %v, want 1 token not confirmed", got, err)
+		}
+		pass(20 * time.Second)
+		if got, err := w.Revocation(ctx, rv.ID); err != nil || got.Tokens != 0 {
+			t.Errorf("25 s after the token's end: %+v, %v, want no token left", got, err)
+		}
+	})
+}

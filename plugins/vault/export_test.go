@@ -1,5 +1,10 @@
 package vault
 
+import (
+	"context"
+	"time"
+)
+
 // Sentinels for tests that compare errors.
 var (
 	ErrForbidden = errForbidden
@@ -14,4 +19,14 @@ func TokenLogin(token string) Login { return Login{token: token} }
 func DecodeResponse(raw []byte) (lease string, data map[string]any, err error) {
 	r, err := decodeResponse(raw)
 	return r.LeaseID, r.Data, err
+}
+
+// TokenEnd returns when Vault ends a token, unless it is renewed.
+func (c *Client) TokenEnd(ctx context.Context, accessor string) (time.Time, error) {
+	resp, err := c.doWithLogin(ctx, call{method: "POST", path: "auth/token/lookup-accessor",
+		body: map[string]string{"accessor": accessor}})
+	if err != nil {
+		return time.Time{}, err
+	}
+	return parseTime(resp.Data["expire_time"])
 }

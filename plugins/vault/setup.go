@@ -90,6 +90,7 @@ func (s SetupConfig) Plan() ([]Write, error) {
 		Data: map[string]any{
 			"allowed_policies_glob": []string{"pawl-tool-*"}, "allowed_policies": []string{s.Delegation},
 			"orphan": false, "renewable": true, "token_type": "service", "token_no_default_policy": true,
+			"token_explicit_max_ttl": formatTTL(broker.MaxChainTTL), // the only hard end that Vault keeps at a renewal
 		},
 	})
 	if s.TrustPEM != "" {

@@ -276,7 +276,8 @@ func (c *Client) renewAll(ctx context.Context, due []*node) {
 	_ = g.Wait() // nil: each failure is logged, and the next tick retries it
 }
 
-// renew renews a token with itself. A refusal marks the token dead; after another error the caller retries later.
+// renew renews a token with itself, and never beyond maxExpires: Vault ends it at most a second and the time of the
+// request later. A refusal marks the token dead; after another error the caller retries later.
 func (c *Client) renew(ctx context.Context, n *node, newConn bool) error {
 	if c.cfg.Login.token != "" && n.parent == nil {
 		c.mu.Lock()
@@ -286,8 +287,15 @@ func (c *Client) renew(ctx context.Context, n *node, newConn bool) error {
 		return nil
 	}
 	sent := c.cfg.Now()
+	var body struct {
+		Increment string `json:"increment,omitempty"`
+	}
+	if n.parent != nil {
+		// Vault keeps the explicit_max_ttl of a token from a token role until its first renewal only.
+		body.Increment = formatTTL(max(time.Second, ceilSecond(min(n.maxExpires.Sub(sent), c.cfg.DeadMan))))
+	}
 	resp, err := c.do(ctx, call{method: "POST", path: "auth/token/renew-self", token: n.token,
-		body: struct{}{}, newConn: newConn})
+		body: body, newConn: newConn})
 	var f *failure
 	if errors.As(err, &f) && (f.status == 403 || f.status == 400) {
 		c.mu.Lock()
