@@ -94,8 +94,21 @@ type Tally struct {
 	Dead, Alive, Unknown, Grants int
 }
 
-// Acknowledgement is the state of one holder that must acknowledge a revocation. It holds a delegation that the fence
-// covers and that was open when the fence was set.
+// Awaited is a grant for which a revocation waits.
+type Awaited struct {
+	Grant   GrantID   `json:"grant"`
+	Chain   ChainID   `json:"chain"`
+	Tool    ToolName  `json:"tool"`
+	Backend string    `json:"backend"`
+	Why     string    `json:"why"`   // the check that has not shown it dead, and its answer
+	Until   time.Time `json:"until"` // when the cause of the wait ends by itself
+}
+
+// MaxAwaited is the number of grants that are named as awaited.
+const MaxAwaited = 20
+
+// Acknowledgement is one holder who was to hear of a revocation: of a delegation that the fence
+// covers and that was open when it was set.
 type Acknowledgement struct {
 	Chain      ChainID      `json:"chain"`
 	Delegation DelegationID `json:"delegation"`

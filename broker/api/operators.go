@@ -166,6 +166,22 @@ type Revocation struct {
 	Repeated      bool `json:"repeated,omitzero"`       // in the answer to a command: the same revocation already existed, as shown here, and the command changed nothing
 
 	Acknowledged *Acknowledged `json:"acknowledged,omitzero"` // acknowledgements by holders; not in lists, and omitted if no holder had to be notified
+	Waiting      *Waiting      `json:"waiting,omitzero"`      // the grants for which it waits; not in lists, and omitted once it is settled
+}
+
+// Waiting names the grants for which a revocation waits.
+type Waiting struct {
+	Grants []Awaited `json:"grants"` // not shown dead yet: at most 20, and of more the last to end; the last one first
+}
+
+// Awaited is a grant for which a revocation waits.
+type Awaited struct {
+	Grant   string    `json:"grant"`
+	Chain   string    `json:"chain"`
+	Tool    string    `json:"tool"`
+	Backend string    `json:"backend"`
+	Why     string    `json:"why"`   // the check that has not shown it dead, and its answer
+	Until   time.Time `json:"until"` // when the cause of the wait ends by itself; the grant is checked until then and after
 }
 
 // Acknowledged counts the holders that acknowledged a revocation and ordered their steps to stop. It is not part of

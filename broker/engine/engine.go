@@ -57,6 +57,7 @@ type Engine struct {
 	expected volatile.Latest[broker.RevocationID, []broker.Acknowledgement]
 
 	reconciling sched.Busy[broker.RevocationID]  // revocations that this process reconciles
+	progress    sync.Map                         // their progress: broker.RevocationID to *closing.Progress
 	touching    sched.Busy[broker.ValueDigest]   // presented values that are being recorded
 	tokenLocks  sched.Locks[broker.DelegationID] // serialize the creation of one delegation's token
 

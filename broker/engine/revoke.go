@@ -159,8 +159,36 @@ type reconciler struct {
 
 func (r *reconciler) close() {
 	if r.progress != nil {
+		r.e.progress.Delete(r.rv.ID)
 		r.progress.Close()
 	}
+}
+
+// Awaited lists the grants for which a revocation waits: those that are not closed, at most MaxAwaited, and of more the
+// last to end. The list is empty for a settled revocation, for a freeze, and just after a restart.
+//
+// Errors: Unavailable.
+func (e *Engine) Awaited(ctx context.Context, id broker.RevocationID) (list []broker.Awaited, err error) {
+	progress, ok := e.progress.Load(id)
+	if !ok {
+		return nil, nil
+	}
+	waiting := progress.(*closing.Progress).Last(broker.MaxAwaited)
+	err = e.view(ctx, "revocation", func(tx *records.Tx) error {
+		list = nil
+		for _, w := range waiting {
+			g, ok, err := tx.Grant(w.ID)
+			if err != nil {
+				return err
+			}
+			if ok && g.State != broker.StateClosed {
+				list = append(list, broker.Awaited{Grant: g.ID, Chain: g.Chain, Tool: g.Tool, Backend: g.Backend,
+					Why: w.Why, Until: w.Until})
+			}
+		}
+		return nil
+	})
+	return list, err
 }
 
 func (r *reconciler) changed() <-chan struct{} {
@@ -221,6 +249,7 @@ func (r *reconciler) start(ctx context.Context) error {
 		}
 	}
 	r.progress = r.e.reaper.Follow(grants, static)
+	r.e.progress.Store(r.rv.ID, r.progress)
 	r.e.reaper.EndFenced(grants)
 	return r.reread(ctx) // a worker may have closed a grant between the view and Follow
 }

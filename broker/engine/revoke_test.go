@@ -205,6 +205,74 @@ func TestRevocationContinuesAfterRestart(t *testing.T) {
 	})
 }
 
+// TestAwaited crashes the broker while the answer of one mint of many is lost, and revokes the chain. The revocation
+// names the grant for which it waits, and until when: the last moment at which that mint can complete.
+func TestAwaited(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("root", broker.OpenRequest{})
+		for range 3 {
+			w.issue("root", step(root, "db.read"))
+		}
+		w.vault.Fail(func(point string) error {
+			if point == "mint created" {
+				return errors.New("connection reset")
+			}
+			return nil
+		})
+		_, err := w.Issue(ctx, as("root"), step(root, "db.read"))
+		refused(t, "Issue", err, broker.Unavailable, broker.CodeOutcomeUnknown)
+		v, err := w.Chain(ctx, root.Chain)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lost := v.Grants[slices.IndexFunc(v.Grants, func(g broker.Grant) bool { return g.State == broker.StateHandle })]
+		w.Stop()
+		w.vault = w.vault.Restarted()
+		w.start(w.ledger)
+		rv := w.revoke("chain:%s", root.Chain)
+		pass(time.Second)
+		w.wantClosure(rv, broker.ClosureUnknown)
+		list, err := w.Awaited(ctx, rv.ID)
+		if err != nil || len(list) != 1 || list[0].Grant != lost.ID || !list[0].Until.Equal(lost.MintDeadline) ||
+			list[0].Tool != "db.read" || !strings.HasPrefix(list[0].Why, "ledger: a mint may still be on its way until ") {
+			t.Errorf("Awaited() = %+v, %v, want grant %s until %v", list, err, lost.ID, lost.MintDeadline)
+		}
+		pass(time.Until(lost.MintDeadline) + 10*time.Second)
+		w.wantClosure(rv, broker.ClosureClosed)
+		if list, err = w.Awaited(ctx, rv.ID); err != nil || len(list) != 0 {
+			t.Errorf("Awaited() after CLOSED = %+v, %v, want none", list, err)
+		}
+	})
+}
+
+// TestAwaitedIsBounded lets a target prove nothing. Of many awaited grants 20 are named, those that end last.
+func TestAwaitedIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("root", broker.OpenRequest{})
+		var last broker.GrantID
+		for range 25 {
+			last = w.issue("root", step(root, "db.read")).Grant.ID
+			pass(time.Second)
+		}
+		w.vault.Fail(func(point string) error {
+			if point == "gone" {
+				return errors.New("Vault does not answer")
+			}
+			return nil
+		})
+		rv := w.revoke("chain:%s", root.Chain)
+		pass(time.Second)
+		list, err := w.Awaited(ctx, rv.ID)
+		if err != nil || len(list) != broker.MaxAwaited || list[0].Grant != last ||
+			!list[0].Until.After(list[broker.MaxAwaited-1].Until) {
+			t.Errorf("Awaited() = %d grants, %v, %+v, want %d, the last to end first", len(list), err, list,
+				broker.MaxAwaited)
+		}
+	})
+}
+
 // TestNothingAfterTheAcknowledgement lets agents take steps as fast as they can while their chain is revoked. No Issue
 // that begins after Revoke returned hands a secret over.
 func TestNothingAfterTheAcknowledgement(t *testing.T) {

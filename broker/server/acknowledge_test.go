@@ -46,6 +46,16 @@ func TestAcknowledged(t *testing.T) {
 	}
 }
 
+// TestWaiting checks that reading one revocation names the grants for which it waits.
+func TestWaiting(t *testing.T) {
+	rv := decoded[api.Revocation](t, newRig(t).ask("operators", "GET", "/v1/revocations/"+string(revocationID), ""))
+	want := api.Awaited{Grant: string(grantID), Chain: string(chainID), Tool: "postgres", Backend: "db",
+		Why: "ledger: a mint", Until: noon.UTC()}
+	if w := rv.Waiting; w == nil || len(w.Grants) != 1 || w.Grants[0] != want {
+		t.Errorf("waiting = %+v, want %+v", w, want)
+	}
+}
+
 // TestAgentsAcknowledge checks that the SDK acknowledges a revocation for a root delegation, and that a silent holder
 // of a child is named.
 func TestAgentsAcknowledge(t *testing.T) {

@@ -200,6 +200,10 @@ func (f *fake) Acknowledgements(_ context.Context, id broker.RevocationID) ([]br
 	return []broker.Acknowledgement{{Chain: chainID, Delegation: delegationID, Holder: agentID, At: noon}, {Chain: chainID, Delegation: delegationID, Holder: agentID}}, f.answer(id)
 }
 
+func (f *fake) Awaited(_ context.Context, id broker.RevocationID) ([]broker.Awaited, error) {
+	return []broker.Awaited{{Grant: grantID, Chain: chainID, Tool: "postgres", Backend: "db", Why: "ledger: a mint", Until: noon}}, f.answer(id)
+}
+
 func (f *fake) Watch(broker.ChainID) (<-chan struct{}, func()) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

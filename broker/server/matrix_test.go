@@ -293,6 +293,7 @@ func (d document) check(s schema, raw jsontext.Value, at string) (faults []strin
 var absent = map[string]bool{
 	"Standing.fence": true, "Issued.repeated": true, "Revocation.freeze": true, "Revocation.lifted": true, "Revocation.settled": true,
 	"Revocation.acknowledged": true, "Revocations.revocations.acknowledged": true, // only in a single revocation: TestAcknowledged
+	"Revocations.revocations.waiting": true, "Revocation.waiting": true,
 	"Revocations.revocations.freeze": true, "Revocations.revocations.lifted": true, "Revocations.revocations.settled": true,
 	"Problem.policies": true, "Problem.missing": true, "Problem.remedy": true, "Problem.retry_after_ms": true, "Problem.revocation": true,
 }

@@ -111,7 +111,7 @@ func (s *Server) revocation(x *exchange, _ broker.Operator, _ none) (answer, err
 	return answer{status: http.StatusOK, body: out}, err
 }
 
-// progress returns a revocation with its acknowledgements, and whether it is final.
+// progress returns a revocation with its acknowledgements and the grants for which it waits, and whether it is final.
 func (s *Server) progress(ctx context.Context, id broker.RevocationID) (out api.Revocation, final bool, err error) {
 	rv, err := s.cfg.Broker.Revocation(ctx, id)
 	if err != nil {
@@ -122,8 +122,18 @@ func (s *Server) progress(ctx context.Context, id broker.RevocationID) (out api.
 		return out, true, nil
 	}
 	list, err := s.cfg.Broker.Acknowledgements(ctx, id)
+	if err != nil {
+		return out, false, err
+	}
 	out.Acknowledged = wireAcknowledged(list)
-	return out, !rv.Settled.IsZero(), err
+	if !rv.Settled.IsZero() {
+		return out, true, nil
+	}
+	awaited, err := s.cfg.Broker.Awaited(ctx, id)
+	if len(awaited) > 0 {
+		out.Waiting = &api.Waiting{Grants: each(awaited, wireAwaited)}
+	}
+	return out, false, err
 }
 
 // minReadInterval limits how often a stream reads a revocation while a busy broker ends many grants.

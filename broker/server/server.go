@@ -67,6 +67,7 @@ type Revocations interface {
 	Revocation(context.Context, broker.RevocationID) (broker.Revocation, error)
 	Revocations(context.Context) ([]broker.Revocation, error)
 	Acknowledgements(context.Context, broker.RevocationID) ([]broker.Acknowledgement, error)
+	Awaited(context.Context, broker.RevocationID) ([]broker.Awaited, error)
 }
 
 // Chains lists chains and reads one.

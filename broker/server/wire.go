@@ -210,6 +210,11 @@ func wireAcknowledged(list []broker.Acknowledgement) *api.Acknowledged {
 	return out
 }
 
+func wireAwaited(a broker.Awaited) api.Awaited {
+	return api.Awaited{Grant: string(a.Grant), Chain: string(a.Chain), Tool: string(a.Tool), Backend: a.Backend,
+		Why: a.Why, Until: utc(a.Until)}
+}
+
 func wireEntry(e broker.Entry) api.Entry {
 	return api.Entry{
 		Revision: uint64(e.Revision), At: utc(e.At), Actor: e.Actor, Op: string(e.Op), Chain: string(e.Chain),

@@ -392,6 +392,9 @@ func revocationLine(r api.Revocation) string {
 	if r.CoversNothing {
 		note = "; it matched nothing when it was written, and applies to later requests"
 	}
+	if r.Tokens > 0 {
+		note += fmt.Sprintf("; delegation tokens not confirmed revoked: %d", r.Tokens)
+	}
 	if r.Unswept {
 		note += "; the sweep for the secrets of unfinished mints is not complete"
 	}
@@ -415,6 +418,19 @@ func revocationLine(r api.Revocation) string {
 		line += "; the rest expires by " + end
 	}
 	return line + note
+}
+
+// waitLines lists the grants for which a revocation waits, and until when. It is empty as long as more are left than
+// the broker names.
+func waitLines(r api.Revocation) (lines string) {
+	if r.Waiting == nil || len(r.Waiting.Grants) < r.Alive-r.Static+r.Unknown {
+		return ""
+	}
+	for _, g := range r.Waiting.Grants {
+		lines += fmt.Sprintf("  waits for %s (%s at %s) until %s: %s\n", g.Grant, g.Tool, g.Backend,
+			g.Until.UTC().Format(time.RFC3339), g.Why)
+	}
+	return lines
 }
 
 // ackLine lists which agents acknowledged a revocation. It is independent of the closure.
@@ -444,6 +460,7 @@ func follow(cmd *cobra.Command, c *operator.Client, f *operatorFlags, id string)
 		again, end = "\r\x1b[K", "\n"
 	}
 	var last api.Revocation
+	var waits string // as last printed
 	err := c.Follow(cmd.Context(), id, func(r api.Revocation) error {
 		last = r
 		if f.json {
@@ -452,6 +469,15 @@ func follow(cmd *cobra.Command, c *operator.Client, f *operatorFlags, id string)
 		line := revocationLine(r)
 		if again == "" {
 			line += "\n"
+			if now := waitLines(r); now != waits {
+				waits = now
+				line += now
+			}
+		} else if waitLines(r) != "" {
+			line += "; waits for " + r.Waiting.Grants[0].Grant
+			if more := len(r.Waiting.Grants) - 1; more > 0 {
+				line += fmt.Sprintf(" and %d more", more)
+			}
 		}
 		_, err := fmt.Fprint(out, again, line)
 		return err

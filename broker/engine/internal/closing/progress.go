@@ -1,6 +1,8 @@
 package closing
 
 import (
+	"cmp"
+	"slices"
 	"sync"
 	"time"
 
@@ -13,6 +15,28 @@ type Found struct {
 	Chain     broker.ChainID
 	Outcome   broker.Outcome
 	LatestEnd time.Time // when its secret ends by itself
+	Why       string    // the check that has not shown it dead, and its answer
+	Until     time.Time // when the cause of the wait ends by itself
+}
+
+func foundOf(g *broker.Grant, now time.Time) Found {
+	f := Found{Chain: g.Chain, Outcome: g.Outcome, LatestEnd: g.LatestEnd(), Why: "not checked yet"}
+	if f.Until = f.LatestEnd; g.State == broker.StateHandle && g.Lease.Expires.IsZero() && now.Before(g.MintDeadline) {
+		f.Until = g.MintDeadline
+	}
+	for _, e := range g.Evidence {
+		if e.Outcome != broker.OutcomeDead {
+			f.Why = e.Check + ": " + e.Answer
+			break
+		}
+	}
+	return f
+}
+
+// Waiting is a grant that is not closed.
+type Waiting struct {
+	ID broker.GrantID
+	Found
 }
 
 // Progress counts how many of a set of grants have ended. The workers report to it directly. It is safe for concurrent
@@ -37,7 +61,7 @@ func (r *Reaper) Follow(grants []broker.Grant, static []broker.GrantID) *Progres
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, g := range grants {
-		p.left[g.ID] = Found{g.Chain, g.Outcome, g.LatestEnd()}
+		p.left[g.ID] = foundOf(&g, r.cfg.Now())
 		r.progress[g.ID] = append(r.progress[g.ID], p)
 	}
 	return p
@@ -75,6 +99,22 @@ func (p *Progress) Left() map[broker.GrantID]Found {
 	return left
 }
 
+// Last returns the n grants, of those that are not closed, of which the wait ends last: the last one first.
+func (p *Progress) Last(n int) []Waiting {
+	later := func(a, b Waiting) int { return cmp.Or(b.Until.Compare(a.Until), cmp.Compare(a.ID, b.ID)) }
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	last := make([]Waiting, 0, n+1)
+	for id, f := range p.left {
+		w := Waiting{id, f}
+		at, _ := slices.BinarySearchFunc(last, w, later)
+		if last = slices.Insert(last, at, w); len(last) > n {
+			last = last[:n]
+		}
+	}
+	return last
+}
+
 // Counts counts the grants as they are now. Total is zero.
 func (p *Progress) Counts() Counts {
 	p.mu.Lock()
@@ -110,7 +150,7 @@ func (r *Reaper) report(grants []broker.Grant) {
 		g := &grants[i]
 		closed := g.State == broker.StateClosed
 		for _, p := range r.progress[g.ID] {
-			p.Report(g.ID, Found{g.Chain, g.Outcome, g.LatestEnd()}, closed)
+			p.Report(g.ID, foundOf(g, r.cfg.Now()), closed)
 		}
 		if !closed {
 			continue
