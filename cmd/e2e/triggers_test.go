@@ -76,7 +76,7 @@ type mute struct {
 }
 
 func (m *mute) RoundTrip(r *http.Request) (*http.Response, error) {
-	if m.on.Load() && strings.HasSuffix(r.URL.Path, "/heard") {
+	if m.on.Load() && strings.HasSuffix(r.URL.Path, "/heartbeat") {
 		return nil, errors.New("the heartbeat is lost")
 	}
 	return m.RoundTripper.RoundTrip(r)
