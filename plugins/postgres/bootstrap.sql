@@ -87,6 +87,14 @@ CREATE OR REPLACE VIEW pawl.roles AS
     SELECT substr(rolname, 6, 26) AS grant_id, rolname AS name, oid AS role, rolcanlogin, rolvaliduntil
     FROM pg_roles WHERE pawl.is_login(rolname);
 
+-- Ending a login must not wait for a synchronous standby. Until a commit is complete, no other transaction sees it: the
+-- login and its sessions would work for as long as the standby is gone. (A SET clause of a function is no substitute. It
+-- ends before the commit.) Making a login does not wait either, so that pawl.bar never waits for such a mint.
+CREATE OR REPLACE FUNCTION pawl.commit_locally() RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM set_config('synchronous_commit', 'local', true);
+END $$;
+
 -- ---------------------------------------------------------------- shapes
 
 -- A specification is the canonical JSON that the broker hashed. Its hash is the shape's name, so a caller cannot
@@ -301,6 +309,7 @@ DECLARE
     in_shape text := substr(login, 33, 12);
     s        jsonb;
 BEGIN
+    PERFORM pawl.commit_locally();
     IF pawl.is_login(login) IS NOT TRUE THEN
         RAISE 'malformed name of an agent''s login' USING ERRCODE = '22023';
     END IF;
@@ -389,6 +398,7 @@ DECLARE
     r       record;
     dropped int := 0;
 BEGIN
+    PERFORM pawl.commit_locally();
     IF names IS NULL OR EXISTS (SELECT FROM unnest(names) n WHERE pawl.is_login(n) IS NOT TRUE) THEN
         RAISE 'malformed name of an agent''s login' USING ERRCODE = '22023';
     END IF;
@@ -417,6 +427,7 @@ $$;
 CREATE OR REPLACE FUNCTION pawl.grant_service_login(login text, verifier text, expires timestamptz, duty text)
 RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    PERFORM pawl.commit_locally();
     IF pawl.is_service(login) IS NOT TRUE OR (duty IN ('shaper', 'revoker')) IS NOT TRUE THEN
         RAISE 'malformed name or duty of a service login' USING ERRCODE = '22023';
     END IF;
@@ -433,6 +444,7 @@ DECLARE
         SELECT FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid
         WHERE m.member = r.oid AND g.rolname IN ('pawl_shaper', 'pawl_revoker')));
 BEGIN
+    PERFORM pawl.commit_locally();
     IF pawl.is_service(login) IS NOT TRUE THEN
         RAISE 'malformed name of a service login' USING ERRCODE = '22023';
     END IF;
@@ -509,6 +521,7 @@ DECLARE
     alive  text[];
     ours   text[];
 BEGIN
+    PERFORM pawl.commit_locally();
     PERFORM pawl.check_grants(grants);
     -- Two transactions that alter one role conflict, so this locks the rows first.
     locked := ARRAY(SELECT l.grant_id FROM pawl.logins l WHERE l.grant_id IN (SELECT unnest(grants))
@@ -541,6 +554,7 @@ END $$;
 CREATE OR REPLACE FUNCTION pawl.bar(grants text[]) RETURNS int LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
 BEGIN
+    PERFORM pawl.commit_locally();
     PERFORM pawl.check_grants(grants);
     INSERT INTO pawl.logins (grant_id, ended) SELECT g, now() FROM unnest(grants) g ORDER BY g
     ON CONFLICT (grant_id) DO NOTHING;
@@ -563,6 +577,7 @@ SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
 DECLARE
     r record;
 BEGIN
+    PERFORM pawl.commit_locally();
     IF (unused >= interval '1 hour') IS NOT TRUE THEN
         RAISE 'unused must be at least an hour: brokers cache the shapes that they made' USING ERRCODE = '22023';
     END IF;
