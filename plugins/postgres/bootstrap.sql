@@ -41,7 +41,7 @@ BEGIN
         RAISE 'schema pawl has another owner than pawl_maker';
     END IF;
     IF to_regprocedure('pawl.version()') IS NOT NULL THEN
-        IF pawl.version() > 1 THEN
+        IF pawl.version() > 2 THEN
             RAISE 'schema pawl has a newer version than this script';
         END IF;
     END IF;
@@ -60,7 +60,10 @@ BEGIN
     END IF;
 END $$;
 
-CREATE OR REPLACE FUNCTION pawl.version() RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT 1';
+-- Their results changed in version 2.
+DROP FUNCTION IF EXISTS pawl.sever(text[]), pawl.disable(text[]);
+
+CREATE OR REPLACE FUNCTION pawl.version() RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT 2';
 
 CREATE TABLE IF NOT EXISTS pawl.shapes (
     shape     text PRIMARY KEY,
@@ -88,8 +91,8 @@ CREATE OR REPLACE VIEW pawl.roles AS
     FROM pg_roles WHERE pawl.is_login(rolname);
 
 -- Ending a login must not wait for a synchronous standby. Until a commit is complete, no other transaction sees it: the
--- login and its sessions would work for as long as the standby is gone. (A SET clause of a function is no substitute. It
--- ends before the commit.) Making a login does not wait either, so that pawl.bar never waits for such a mint.
+-- login and its sessions would work for as long as the standby is gone. (A SET clause of a function is no substitute.
+-- It ends before the commit.) Making a login does not wait either, so that pawl.bar never waits for such a mint.
 CREATE OR REPLACE FUNCTION pawl.commit_locally() RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM set_config('synchronous_commit', 'local', true);
@@ -331,29 +334,70 @@ BEGIN
     WHERE grant_id = substr(login, 6, 26);
 END $$;
 
+-- Returns the given roles that a session or a prepared transaction of their own may have locked. A login may alter its
+-- own password. While that transaction is open, PostgreSQL lets no other transaction alter the login.
+CREATE OR REPLACE FUNCTION pawl.self_locked(roles oid[]) RETURNS oid[] LANGUAGE sql AS $$
+    SELECT ARRAY(
+        SELECT a.usesysid FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+        WHERE l.relation IN ('pg_authid'::regclass, 'pg_auth_members'::regclass) AND l.granted
+            AND l.mode <> 'AccessShareLock' AND a.usesysid = ANY (roles)
+        UNION SELECT x.ownerid FROM pg_prepared_xact() x WHERE x.ownerid = ANY (roles))
+$$;
+
+-- Names the transactions that may have locked a login, for an error.
+CREATE OR REPLACE FUNCTION pawl.holders(login text) RETURNS text LANGUAGE sql AS $$
+    SELECT coalesce(string_agg(h.holder, ', '), 'another transaction') FROM (
+        SELECT format('prepared transaction %L in database %I', x.gid, d.datname)
+        FROM pg_prepared_xact() x JOIN pg_database d ON d.oid = x.dbid JOIN pg_roles r ON r.oid = x.ownerid
+        WHERE r.rolname = login
+        UNION ALL
+        SELECT format('its own session %s', pid) FROM pg_stat_activity WHERE usename = login) h(holder)
+$$;
+
 -- Removes LOGIN and the rights from the given logins. Without the group's rights the next statement fails in every
--- session, including one that starts before this commits. For the planner settings see pawl.inspect.
-CREATE OR REPLACE FUNCTION pawl.disable(names text[]) RETURNS void LANGUAGE plpgsql
-SET enable_seqscan = off SET jit = off AS $$
+-- session, including one that starts before this commits. Returns how many are done, and names the first obstacle.
+--
+-- Each login has a subtransaction of its own and is waited for at most a tenth of a second, so that no login holds up
+-- the others. After the first such wait the others are hardly waited for. A login that cannot be altered loses its
+-- rights at least. For the planner settings see pawl.inspect.
+CREATE OR REPLACE FUNCTION pawl.disable(names text[], OUT done int, OUT obstacle text) LANGUAGE plpgsql
+SET enable_seqscan = off SET jit = off SET lock_timeout = '100ms' AS $$
 DECLARE
-    r    record;
-    mine oid[] := '{}';
+    r record;
 BEGIN
-    FOR r IN SELECT p.* FROM unnest(names) n CROSS JOIN LATERAL (
-        SELECT p.name, p.role, p.rolcanlogin FROM pawl.roles p WHERE p.name = n OFFSET 0) p LOOP
-        mine := mine || r.role;
-        IF r.rolcanlogin THEN
-            EXECUTE format('ALTER ROLE %I NOLOGIN', r.name);
-        END IF;
+    done := 0;
+    FOR r IN SELECT p.*, (SELECT string_agg(quote_ident(g.rolname), ', ') FROM (
+            SELECT m.roleid FROM pg_auth_members m WHERE m.member = p.role OFFSET 0) m
+            CROSS JOIN LATERAL (SELECT g.rolname FROM pg_roles g WHERE g.oid = m.roleid OFFSET 0) g
+            WHERE g.rolname LIKE 'pawl-%') AS groups
+        FROM unnest(names) n CROSS JOIN LATERAL (
+            SELECT p.name, p.role, p.rolcanlogin FROM pawl.roles p WHERE p.name = n OFFSET 0) p LOOP
+        BEGIN
+            IF r.rolcanlogin THEN
+                EXECUTE format('ALTER ROLE %I NOLOGIN', r.name);
+            END IF;
+            IF r.groups IS NOT NULL THEN
+                EXECUTE format('REVOKE %s FROM %I', r.groups, r.name);
+            END IF;
+            done := done + 1;
+        EXCEPTION WHEN OTHERS THEN
+            obstacle := coalesce(obstacle, format('login %s: %s (%s)', r.name, SQLERRM, pawl.holders(r.name)));
+            PERFORM set_config('lock_timeout', '5ms', true);
+            BEGIN
+                IF r.groups IS NOT NULL THEN
+                    EXECUTE format('REVOKE %s FROM %I', r.groups, r.name);
+                END IF;
+            EXCEPTION WHEN OTHERS THEN -- the obstacle is named already
+            END;
+        END;
     END LOOP;
-    FOR r IN SELECT (SELECT g.rolname FROM pg_roles g WHERE g.oid = m.roleid) AS grp,
-            string_agg((SELECT quote_ident(p.rolname) FROM pg_roles p WHERE p.oid = o), ', ') AS members
-        FROM unnest(mine) o CROSS JOIN LATERAL (
-            SELECT m.roleid FROM pg_auth_members m WHERE m.member = o OFFSET 0) m GROUP BY m.roleid LOOP
-        IF r.grp LIKE 'pawl-%' THEN
-            EXECUTE format('REVOKE %I FROM %s', r.grp, r.members);
-        END IF;
-    END LOOP;
+END $$;
+
+-- Terminates the sessions of roles, of dropped ones too, and returns how many there were.
+CREATE OR REPLACE FUNCTION pawl.hang_up_once(roles oid[]) RETURNS int LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_stat_clear_snapshot(); -- otherwise every read in a transaction returns the first snapshot
+    RETURN (SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usesysid = ANY (roles));
 END $$;
 
 -- Terminates the sessions of roles and waits for their end, at most two seconds. Returns true if none is left.
@@ -363,8 +407,7 @@ DECLARE
     n        int;
 BEGIN
     LOOP
-        PERFORM pg_stat_clear_snapshot(); -- otherwise every read in a transaction returns the first snapshot
-        SELECT count(pg_terminate_backend(pid)) INTO n FROM pg_stat_activity WHERE usesysid = ANY (roles);
+        n := pawl.hang_up_once(roles);
         IF n = 0 OR clock_timestamp() > patience THEN
             RETURN n = 0;
         END IF;
@@ -372,9 +415,9 @@ BEGIN
     END LOOP;
 END $$;
 
--- Drops a role that can no longer log in and has no session. A role that owns objects in another database remains,
--- without LOGIN and without rights: an error here would roll that back.
-CREATE OR REPLACE FUNCTION pawl.drop_role(name text) RETURNS boolean LANGUAGE plpgsql AS $$
+-- Drops a role that can no longer log in and has no session. A role that owns objects in another database, or that
+-- another transaction has locked, remains, without LOGIN and without rights: an error here would roll that back.
+CREATE OR REPLACE FUNCTION pawl.drop_role(name text) RETURNS boolean LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
 BEGIN
     IF EXISTS (SELECT FROM pg_shdepend d WHERE d.refclassid = 'pg_authid'::regclass
         AND d.refobjid = (SELECT r.oid FROM pg_roles r WHERE r.rolname = drop_role.name)) THEN
@@ -383,18 +426,22 @@ BEGIN
     END IF;
     EXECUTE format('DROP ROLE %I', name);
     RETURN true;
-EXCEPTION WHEN dependent_objects_still_exist OR insufficient_privilege OR object_in_use THEN
+EXCEPTION WHEN dependent_objects_still_exist OR insufficient_privilege OR object_in_use OR lock_not_available
+    OR deadlock_detected OR internal_error THEN -- an internal error: "tuple concurrently updated"
     RETURN false;
 END $$;
 
 -- Vault's revocation statement calls this. The order is NOLOGIN, sessions, objects, role, since DROP ROLE alone leaves
 -- sessions open. A login that has ended or never existed is no error. Vault makes and ends the logins of one database
 -- one at a time, so the time of this call limits the revocation of thousands. Planning it anew for each call took half
--- of it.
+-- of it. If a login resists, this ends its sessions and tries once more. One that resists still has no rights, and
+-- pawl.inspect shows that it can log in.
 CREATE OR REPLACE FUNCTION pawl.end_logins(names text[]) RETURNS int LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET client_min_messages = error AS $$
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET client_min_messages = error
+SET lock_timeout = '2s' AS $$
 DECLARE
     here    oid[];
+    resists text;
     r       record;
     dropped int := 0;
 BEGIN
@@ -405,11 +452,15 @@ BEGIN
     PERFORM FROM pawl.logins WHERE grant_id IN (SELECT substr(n, 6, 26) FROM unnest(names) n)
     ORDER BY grant_id FOR UPDATE;
     here := ARRAY(SELECT role FROM pawl.roles WHERE name = ANY (names));
-    PERFORM pawl.disable(names);
+    PERFORM pawl.hang_up_once(pawl.self_locked(here));
+    SELECT d.obstacle INTO resists FROM pawl.disable(names) d;
     UPDATE pawl.logins l SET ended = now() FROM unnest(names) n
     WHERE l.grant_id = substr(n, 6, 26) AND l.ended IS NULL;
     IF pawl.hang_up(here) THEN
-        FOR r IN SELECT p.name FROM pawl.roles p WHERE p.name = ANY (names) LOOP
+        IF resists IS NOT NULL THEN
+            SELECT d.obstacle INTO resists FROM pawl.disable(names) d;
+        END IF;
+        FOR r IN SELECT p.name FROM pawl.roles p WHERE p.name = ANY (names) AND NOT p.rolcanlogin LOOP
             dropped := dropped + pawl.drop_role(r.name)::int;
         END LOOP;
     END IF;
@@ -501,41 +552,54 @@ BEGIN
 END $$;
 
 -- Severs the given grants. Call it until severed, passed_over and sessions are all zero: a later call finds a session
--- that began to log in before the commit. It passes over a grant that another transaction is ending, so that no other
--- transaction can block the rest.
+-- that began to log in before the commit. It passes over a login that another transaction is ending, or that resists,
+-- so that none can block the rest. obstacle names the first that resists.
 --
--- A call that removes LOGIN and rights terminates no session. The server takes about a second to end a thousand
--- sessions, and before the commit their users could log in again and continue to read.
+-- A call first terminates the sessions of logins that an earlier call disabled. Then it disables the others. It does
+-- not terminate their sessions: the server takes about a second to end a thousand sessions, and before the commit their
+-- users could log in again and continue to read. A login that has locked itself is the exception, since its sessions
+-- must end first. It has its turn in a call that disables no other.
 --
 -- The processes in starting may have been accepted before the commit. They are in no list of sessions yet, but hold a
 -- transaction: InitPostgres begins it before authentication. Once these processes have ended or become sessions, a call
 -- that counts nothing is the last.
 CREATE OR REPLACE FUNCTION pawl.sever(
-    grants text[], OUT severed int, OUT passed_over int, OUT sessions int, OUT starting int[])
+    grants text[], OUT severed int, OUT passed_over int, OUT sessions int, OUT starting int[], OUT obstacle text)
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off
-SET client_min_messages = error AS $$
+SET client_min_messages = error SET lock_timeout = '2s' AS $$
 DECLARE
     locked text[];
-    roles  oid[];
-    alive  text[];
+    dead   oid[];
+    alive  oid[];
+    names  text[];
+    held   oid[];
     ours   text[];
+    easy   text[];
 BEGIN
-    PERFORM pawl.commit_locally();
     PERFORM pawl.check_grants(grants);
+    PERFORM pawl.commit_locally();
     -- Two transactions that alter one role conflict, so this locks the rows first.
     locked := ARRAY(SELECT l.grant_id FROM pawl.logins l WHERE l.grant_id IN (SELECT unnest(grants))
         FOR UPDATE SKIP LOCKED);
-    SELECT array_agg(i.role), coalesce(array_agg(i.name) FILTER (WHERE i.can_login OR i.in_group), '{}')
-    INTO roles, alive FROM pawl.inspect(grants) i;
-    ours := ARRAY(SELECT a FROM unnest(alive) a WHERE substr(a, 6, 26) IN (SELECT unnest(locked))
-        OR NOT EXISTS (SELECT FROM pawl.logins l WHERE l.grant_id = substr(a, 6, 26)));
-    severed := cardinality(ours);
+    SELECT array_agg(i.role) FILTER (WHERE NOT i.can_login AND NOT i.in_group),
+        coalesce(array_agg(i.role) FILTER (WHERE i.can_login OR i.in_group), '{}'),
+        coalesce(array_agg(i.name) FILTER (WHERE i.can_login OR i.in_group), '{}')
+    INTO dead, alive, names FROM pawl.inspect(grants) i;
+    severed := 0;
+    IF cardinality(alive) > 0 THEN
+        held := pawl.self_locked(alive);
+        sessions := pawl.hang_up_once(dead || held);
+        ours := ARRAY(SELECT a.n FROM unnest(names) a(n) WHERE substr(a.n, 6, 26) IN (SELECT unnest(locked))
+            OR NOT EXISTS (SELECT FROM pawl.logins l WHERE l.grant_id = substr(a.n, 6, 26)));
+        easy := ARRAY(SELECT a.n FROM unnest(names, alive) a(n, o) WHERE a.o <> ALL (held)
+            AND a.n IN (SELECT unnest(ours)));
+        SELECT d.done, d.obstacle INTO severed, obstacle
+        FROM pawl.disable(CASE WHEN cardinality(easy) > 0 THEN easy ELSE ours END) d;
+    END IF;
     passed_over := cardinality(alive) - severed;
-    sessions := 0;
-    starting := '{}';
     IF severed > 0 THEN
-        PERFORM pawl.disable(ours);
+        starting := '{}';
         RETURN;
     END IF;
     PERFORM pg_stat_clear_snapshot();
@@ -543,10 +607,9 @@ BEGIN
         EXCEPT SELECT pid FROM pg_stat_activity WHERE usesysid IS NOT NULL OR datid IS NOT NULL);
     -- Sessions are counted last, so that they include every process that started up in between. A session of a dropped
     -- role that inspect did not see yet is found by the oid of that role.
-    roles := roles || ARRAY(SELECT l.role FROM pawl.logins l WHERE l.grant_id IN (SELECT unnest(grants))
+    dead := dead || alive || ARRAY(SELECT l.role FROM pawl.logins l WHERE l.grant_id IN (SELECT unnest(grants))
         AND (SELECT p.oid FROM pg_roles p WHERE p.oid = l.role) IS NULL);
-    PERFORM pg_stat_clear_snapshot();
-    SELECT count(pg_terminate_backend(a.pid)) INTO sessions FROM pg_stat_activity a WHERE a.usesysid = ANY (roles);
+    sessions := pawl.hang_up_once(dead);
 END $$;
 
 -- Bars grants, so that they can never get a credential, and waits for mints in flight. Returns how many of the grants

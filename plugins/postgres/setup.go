@@ -24,7 +24,7 @@ import (
 var bootstrap string
 
 // schemaVersion is the value that pawl.version() returns.
-const schemaVersion = 1
+const schemaVersion = 2
 
 // Bootstrap returns the script that [Setup] runs. Platform teams can run it themselves, as a superuser and in one
 // transaction.

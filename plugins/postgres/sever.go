@@ -3,6 +3,7 @@ package postgres
 import (
 	"context"
 	"fmt"
+	"math"
 	"slices"
 	"time"
 
@@ -15,20 +16,27 @@ import (
 
 // Sever implements [broker.Severer]. It removes LOGIN and the rights from all logins of the grants in one transaction,
 // and then terminates their sessions until none is left. Last it bars the grants, so that a mint in flight makes no
-// login. The number of calls to the database does not depend on the number of grants. If a session does not end, Sever
-// waits for it until ctx ends.
+// login. The number of calls to the database does not depend on the number of grants.
+//
+// A login that resists holds up no other. Its agent can lock it with a transaction of its own, or have sessions that do
+// not end. Once there has been no progress for a second, Sever returns an error that names the obstacle. All other
+// logins are severed then, and a later call severs the rest.
 func (b *Backend) Sever(ctx context.Context, grants []broker.Grant) error {
 	if len(grants) == 0 {
 		return nil
 	}
 	ids := idsOf(grants)
 	for {
-		if err := b.severUntilQuiet(ctx, ids); err != nil {
+		resists, err := b.severUntilQuiet(ctx, ids)
+		if err != nil {
 			return fmt.Errorf("severing %d grants in database %q: %w", len(ids), b.database, err)
 		}
 		var late int
 		if err := b.revoker.query(ctx, "SELECT pawl.bar($1)", []any{ids}, &late); err != nil {
 			return fmt.Errorf("barring %d grants in database %q: %w", len(ids), b.database, err)
+		}
+		if resists != nil {
+			return fmt.Errorf("severing %d grants in database %q: %w; it is tried again", len(ids), b.database, resists)
 		}
 		if late == 0 {
 			return nil
@@ -36,43 +44,68 @@ func (b *Backend) Sever(ctx context.Context, grants []broker.Grant) error {
 	}
 }
 
-// startupGrace is how long severUntilQuiet waits for server processes that are starting up. A process that is still
-// authenticating after that is refused. A session that was accepted just before has no rights left.
-const startupGrace = 500 * time.Millisecond
+const (
+	// startupGrace is how long severUntilQuiet waits for server processes that are starting up. A process that is still
+	// authenticating after that is refused. A session that was accepted just before has no rights left.
+	startupGrace = 500 * time.Millisecond
+	// stallGrace is how long severUntilQuiet continues without progress. It is longer than startupGrace, so that the
+	// sessions of all other logins have been found by then.
+	stallGrace = time.Second
+)
+
+// severed is the result of one call of pawl.sever.
+type severed struct {
+	severed, passedOver, sessions int
+	starting                      []int32 // server processes that are starting up
+	obstacle                      *string
+}
 
 // severUntilQuiet calls pawl.sever until a pass finds nothing left. It also waits for the server processes that were
-// starting up at the first such pass. Each of them ends, or becomes a session that a later pass counts.
-func (b *Backend) severUntilQuiet(ctx context.Context, ids []string) error {
+// starting up at the first such pass. Each of them ends, or becomes a session that a later pass counts. resists says
+// why some logins are not severed.
+func (b *Backend) severUntilQuiet(ctx context.Context, ids []string) (resists, err error) {
 	var quiet bool           // a pass found nothing left
 	var waited time.Duration // since that pass
 	var before []int32       // the processes that were starting up at that pass and still are
+	progress := time.Now()   // when the number left was last smaller than ever before
+	least := math.MaxInt     // that number
+	obstacle := "another transaction is ending them, or their sessions do not end"
 	retry := backoff.Exponential{First: time.Millisecond, Most: 100 * time.Millisecond}
 	for {
 		pause := retry.Next()
-		var severed, passedOver, sessions int
-		var starting []int32
-		err := b.revoker.query(ctx, "SELECT severed, passed_over, sessions, starting FROM pawl.sever($1)", []any{ids},
-			&severed, &passedOver, &sessions, &starting)
+		var s severed
+		err := b.revoker.query(ctx, "SELECT severed, passed_over, sessions, starting, obstacle FROM pawl.sever($1)",
+			[]any{ids}, &s.severed, &s.passedOver, &s.sessions, &s.starting, &s.obstacle)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		if severed > 0 { // the next pass terminates their sessions; the wait for starting processes begins anew
-			quiet, waited = false, 0
+		if s.obstacle != nil {
+			obstacle = *s.obstacle
+		}
+		if s.severed > 0 { // the next pass terminates their sessions; the wait for starting processes begins anew
+			quiet, waited, progress = false, 0, time.Now()
 			continue
 		}
 		if !quiet {
-			before = starting
+			before = s.starting
 		}
-		before = slices.DeleteFunc(before, func(pid int32) bool { return !slices.Contains(starting, pid) })
-		if passedOver == 0 && sessions == 0 {
+		before = slices.DeleteFunc(before, func(pid int32) bool { return !slices.Contains(s.starting, pid) })
+		left := s.passedOver + s.sessions
+		if left == 0 {
 			quiet = true
 			if len(before) == 0 || waited > startupGrace {
-				return nil
+				return nil, nil
 			}
 			waited += pause
 		}
+		if left < least {
+			least, progress = left, time.Now()
+		}
+		if left > 0 && time.Since(progress) > stallGrace {
+			return fmt.Errorf("%d logins and %d sessions resist: %s", s.passedOver, s.sessions, obstacle), nil
+		}
 		if err := backoff.Sleep(ctx, pause); err != nil {
-			return err
+			return nil, err
 		}
 	}
 }

@@ -50,8 +50,8 @@ func TestLostStandby(tt *testing.T) {
 	t := targetOn(tt, parts.OwnPostgreSQL(tt, parts.PostgresConfig{
 		NoSync: true, Settings: map[string]string{"synchronous_commit": "on"},
 	}))
-	severed, ended, removed := t.mint(`{"tables":["orders"]}`), t.mint(`{"tables":["orders"]}`), t.mint(`{"tables":["orders"]}`)
-	old := t.mint(`{"tables":["orders"]}`)
+	mint := func() credential { return t.mint(`{"tables":["orders"]}`) }
+	severed, ended, removed, old := mint(), mint(), mint(), mint()
 	t.exec(`ALTER ROLE "` + old.User + `" VALID UNTIL '2020-01-01'`)
 	if err := t.backend.Check(t.Context()); err != nil {
 		t.Fatal(err)

@@ -1,0 +1,214 @@
+package postgres_test
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/cmd/parts"
+)
+
+// innocents is how many logins with one session each a hostile login must not hold up.
+const innocents = 40
+
+// ownTarget is a target on a server of its own that allows prepared transactions.
+func ownTarget(tt *testing.T) *target {
+	return targetOn(tt, parts.OwnPostgreSQL(tt, parts.PostgresConfig{NoSync: true, Settings: map[string]string{
+		"max_prepared_transactions": "5",
+	}}))
+}
+
+// run executes each statement in the session.
+func (t *target) run(conn *pgx.Conn, statements ...string) {
+	t.Helper()
+	for _, sql := range statements {
+		if _, err := conn.Exec(t.Context(), sql); err != nil {
+			t.Fatalf("%.80s = %v, want nil", sql, sqlState(err))
+		}
+	}
+}
+
+// alterItself changes the login's own password in a transaction that stays open. So PostgreSQL lets no other
+// transaction alter the login.
+func (t *target) alterItself(c credential) {
+	t.Helper()
+	conn := t.login(c)
+	t.run(conn, "SET idle_in_transaction_session_timeout = 0", "BEGIN", "ALTER ROLE CURRENT_USER PASSWORD 'x'")
+}
+
+// alterItselfAgain is alterItself from eight connections, each of which logs in again when it is terminated.
+func (t *target) alterItselfAgain(c credential) {
+	t.Helper()
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	holding := make(chan struct{}, 1)
+	go func() {
+		defer close(done)
+		each(8, 8, func(int) {
+			for ctx.Err() == nil {
+				conn, err := pgx.Connect(ctx, c.URL)
+				if refused := new(pgconn.PgError); errors.As(err, &refused) && strings.HasPrefix(refused.Code, "28") {
+					return
+				}
+				if err != nil {
+					continue
+				}
+				// The password stays the same, so that the login keeps working.
+				_, _ = conn.Exec(ctx, "BEGIN; ALTER ROLE CURRENT_USER PASSWORD '"+conn.Config().Password+"'")
+				select {
+				case holding <- struct{}{}:
+				default:
+				}
+				_ = conn.PgConn().WaitForNotification(ctx) // until it is terminated
+				_ = conn.Close(context.WithoutCancel(ctx))
+			}
+		})
+	}()
+	t.Cleanup(func() { stop(); <-done })
+	<-holding
+}
+
+// alterItselfPrepared is alterItself with a prepared transaction, which outlives its session.
+func (t *target) alterItselfPrepared(c credential) {
+	t.Helper()
+	t.run(t.login(c), "BEGIN", "ALTER ROLE CURRENT_USER PASSWORD 'x'", "PREPARE TRANSACTION '"+c.User+"'")
+}
+
+// severInnocents severs 40 logins with an open session each, and the given one if it is not nil. It returns the time
+// until the last of the 40 could not log in, had no rights and no session.
+func (t *target) severInnocents(hostile *credential) time.Duration {
+	t.Helper()
+	creds, conns := make([]credential, innocents), make([]*pgx.Conn, innocents)
+	var grants []broker.Grant
+	var names []string
+	for i := range creds {
+		creds[i] = t.mint(`{"tables":["orders"]}`)
+		conns[i] = t.cursor(creds[i])
+		grants, names = append(grants, creds[i].grant), append(names, creds[i].User)
+	}
+	if hostile != nil {
+		grants = append([]broker.Grant{hostile.grant}, grants...)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	start := time.Now()
+	severed := make(chan error, 1)
+	go func() { severed <- t.backend.Sever(ctx, grants) }()
+	t.awaitNone(`SELECT (SELECT count(*) FROM pg_roles r WHERE r.rolname = ANY ($1) AND (r.rolcanlogin
+			OR EXISTS (SELECT FROM pg_auth_members m WHERE m.member = r.oid)))
+		+ (SELECT count(*) FROM pg_stat_activity WHERE usename = ANY ($1))`, names)
+	took := time.Since(start)
+	err := <-severed
+	t.Logf("innocents dead in %v; Sever = %v in %v", took, err, time.Since(start))
+	for i, c := range creds {
+		if !t.refusesLogin(c) || !t.sessionEnded(conns[i]) {
+			t.Errorf("%s works after Sever", c.User)
+		}
+	}
+	for i, e := range t.prove(grants...) {
+		if e.Outcome != broker.OutcomeDead && (hostile == nil || i > 0) {
+			t.Errorf("Prove(an innocent login) = %v %q, want dead", e.Outcome, e.Answer)
+		}
+	}
+	return took
+}
+
+// awaitNone polls until the query returns zero.
+func (t *target) awaitNone(sql string, args ...any) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for t.count(sql, args...) > 0 {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			t.Fatalf("%.40s… is not zero after a minute", sql)
+		}
+	}
+}
+
+// with returns the target for a subtest.
+func (t *target) with(tt *testing.T) *target {
+	return &target{T: tt, server: t.server, name: t.name, root: t.root, vault: t.vault, backend: t.backend, creds: t.creds}
+}
+
+// selfLocks are the ways in which a login can prevent that another transaction alters it.
+var selfLocks = map[string]func(*target, credential){
+	"open transaction":     (*target).alterItself,
+	"logging in again":     (*target).alterItselfAgain,
+	"prepared transaction": (*target).alterItselfPrepared,
+}
+
+// TestHostileLogin checks that a login that locks itself holds up the end of no other login. While its raw secret works
+// it is not called dead.
+func TestHostileLogin(tt *testing.T) {
+	t := ownTarget(tt)
+	alone := max(t.severInnocents(nil), 200*time.Millisecond)
+	for name, lock := range selfLocks {
+		tt.Run(name, func(tt *testing.T) {
+			t := t.with(tt)
+			hostile := t.mint(`{"tables":["orders"]}`)
+			lock(t, hostile)
+			if took := t.severInnocents(&hostile); took > 3*alone {
+				t.Errorf("the innocent logins were dead after %v, want at most 3 times %v", took, alone)
+			}
+			t.endHostile(hostile)
+		})
+	}
+}
+
+// endHostile checks the state of a hostile login after one attempt to end it. Then it rolls its prepared transactions
+// back, as the error asks, and severs it.
+func (t *target) endHostile(c credential) {
+	t.Helper()
+	conn, err := pgx.Connect(t.Context(), c.URL)
+	if dead := t.prove(c.grant)[0].Outcome == broker.OutcomeDead; dead != (err != nil) {
+		t.Errorf("Prove(the hostile login) = dead: %v, want %v: logging in = %v", dead, err != nil, sqlState(err))
+	}
+	if err == nil {
+		if _, err := conn.Exec(t.Context(), "SELECT FROM orders"); sqlState(err) != "42501" {
+			t.Errorf("SELECT with a secret that was to be severed = %v, want 42501", sqlState(err))
+		}
+		_ = conn.Close(t.Context())
+	}
+	var id string
+	err = t.root.QueryRow(t.Context(), "SELECT gid FROM pg_prepared_xacts WHERE owner = $1", c.User).Scan(&id)
+	if err == nil {
+		err := t.backend.Sever(t.Context(), []broker.Grant{c.grant})
+		if err == nil || !strings.Contains(err.Error(), "prepared transaction '"+id+"' in database "+t.name) {
+			t.Errorf("Sever = %v, want the prepared transaction by name", err)
+		}
+		t.exec("ROLLBACK PREPARED '" + id + "'")
+	}
+	t.sever(c.grant)
+	if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeDead || !t.refusesLogin(c) {
+		t.Errorf("Prove(the hostile login) after Sever = %v %q, want dead", e.Outcome, e.Answer)
+	}
+}
+
+// TestHostileLoginEnds checks that Vault's revocation of a login that locks itself returns in time. Vault makes and
+// ends the logins of a database one at a time.
+func TestHostileLoginEnds(tt *testing.T) {
+	t := ownTarget(tt)
+	for name, lock := range selfLocks {
+		tt.Run(name, func(tt *testing.T) {
+			t := t.with(tt)
+			hostile := t.mint(`{"tables":["orders"]}`)
+			lock(t, hostile)
+			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+			defer cancel()
+			if _, err := t.vault.Exec(ctx, "SELECT pawl.end_logins(ARRAY[$1])", hostile.User); err != nil {
+				t.Errorf("end_logins of a login that locked itself = %v, want nil", err)
+			}
+			t.endHostile(hostile)
+		})
+	}
+}
