@@ -319,6 +319,26 @@ func TestSetupAgain(tt *testing.T) {
 	}
 }
 
+// TestLargeObjectsStay checks that Setup does not take large objects from a database that has some, nor from an
+// application that got them back.
+func TestLargeObjectsStay(tt *testing.T) {
+	t := newTarget(tt)
+	const allowed = "SELECT has_function_privilege('public', 'lo_create(oid)', 'EXECUTE')::int"
+	if n := t.count(allowed); n != 0 {
+		t.Error("PUBLIC may make large objects after the first Setup, want not")
+	}
+	t.exec("GRANT EXECUTE ON FUNCTION lo_create(oid) TO PUBLIC")
+	t.setup()
+	if n := t.count(allowed); n != 1 {
+		t.Error("PUBLIC may not make large objects after another Setup, want the DBA's GRANT to stay")
+	}
+	t.exec("DROP SCHEMA pawl CASCADE; SELECT lo_create(0)")
+	t.setup()
+	if n := t.count(allowed); n != 1 {
+		t.Error("PUBLIC may not make large objects after Setup of a database that has one, want that it may")
+	}
+}
+
 // TestNoPasswordInLog searches the log of a server that logs every statement.
 func TestNoPasswordInLog(tt *testing.T) {
 	t := targetOn(tt, parts.OwnPostgreSQL(tt, parts.PostgresConfig{

@@ -17,12 +17,19 @@
 --   host     DATABASE  +pawl_net_office  all          reject
 --   local    DATABASE  +pawl_net_office               reject
 --
+-- If the database has no large objects, the first run of this script takes from PUBLIC the right to make them: agents
+-- could make more than the server can drop. Applications that need them get it back like this:
+--
+--   GRANT EXECUTE ON FUNCTION lo_creat(int), lo_create(oid), lo_from_bytea(oid, bytea) TO APPLICATION;
+--
 -- Every function checks names against a pattern before it uses them, and quotes them with %I and %L. It resolves names
 -- in pg_catalog only. (search_path lists pg_temp last; otherwise PostgreSQL would search it first.)
 
 SET LOCAL search_path = pg_catalog, pg_temp;
 
 DO $$
+DECLARE
+    before int := 0;
 BEGIN
     IF current_setting('server_version_num')::int < 150000 THEN
         RAISE 'PostgreSQL 15 or newer is required: in older versions every user may create objects in schema public';
@@ -41,9 +48,14 @@ BEGIN
         RAISE 'schema pawl has another owner than pawl_maker';
     END IF;
     IF to_regprocedure('pawl.version()') IS NOT NULL THEN
-        IF pawl.version() > 2 THEN
-            RAISE 'schema pawl has a newer version than this script';
-        END IF;
+        before := pawl.version();
+    END IF;
+    IF before > 2 THEN
+        RAISE 'schema pawl has a newer version than this script';
+    END IF;
+    -- By default every user may make large objects, a million in seconds. A database that has none gets on without.
+    IF before < 2 AND NOT EXISTS (SELECT FROM pg_largeobject_metadata) THEN
+        REVOKE EXECUTE ON FUNCTION lo_creat(int), lo_create(oid), lo_from_bytea(oid, bytea) FROM PUBLIC;
     END IF;
 END $$;
 
@@ -61,7 +73,7 @@ BEGIN
 END $$;
 
 -- Their results changed in version 2.
-DROP FUNCTION IF EXISTS pawl.sever(text[]), pawl.disable(text[]);
+DROP FUNCTION IF EXISTS pawl.sever(text[]), pawl.disable(text[]), pawl.collect(interval);
 
 CREATE OR REPLACE FUNCTION pawl.version() RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT 2';
 
@@ -415,8 +427,9 @@ BEGIN
     END LOOP;
 END $$;
 
--- Drops a role that can no longer log in and has no session. A role that owns objects in another database, or that
--- another transaction has locked, remains, without LOGIN and without rights: an error here would roll that back.
+-- Drops a role that can no longer log in and has no session. If that fails the role remains, without LOGIN and without
+-- rights: an error here would roll that back. It fails for a role that owns objects in another database, and for one
+-- that another transaction has locked.
 CREATE OR REPLACE FUNCTION pawl.drop_role(name text) RETURNS boolean LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
 BEGIN
     IF EXISTS (SELECT FROM pg_shdepend d WHERE d.refclassid = 'pg_authid'::regclass
@@ -426,24 +439,82 @@ BEGIN
     END IF;
     EXECUTE format('DROP ROLE %I', name);
     RETURN true;
-EXCEPTION WHEN dependent_objects_still_exist OR insufficient_privilege OR object_in_use OR lock_not_available
-    OR deadlock_detected OR internal_error THEN -- an internal error: "tuple concurrently updated"
+EXCEPTION WHEN OTHERS THEN
     RETURN false;
+END $$;
+
+-- Drops at most the given number of objects that a role owns in this database, and returns how many.
+CREATE OR REPLACE FUNCTION pawl.drop_some(name text, most int) RETURNS int LANGUAGE plpgsql
+SET lock_timeout = '100ms' AS $$
+DECLARE
+    o       record;
+    dropped int := 0;
+BEGIN
+    EXECUTE format('GRANT %I TO pawl_maker', name);
+    FOR o IN SELECT d.classid, d.objid, i.type, i.identity FROM pg_shdepend d
+        CROSS JOIN LATERAL pg_identify_object(d.classid, d.objid, 0) i
+        WHERE d.refclassid = 'pg_authid'::regclass AND d.deptype = 'o'
+            AND d.refobjid = (SELECT r.oid FROM pg_roles r WHERE r.rolname = drop_some.name)
+            AND d.dbid = (SELECT b.oid FROM pg_database b WHERE b.datname = current_database()) LIMIT most LOOP
+        BEGIN
+            IF o.classid = 'pg_largeobject'::regclass THEN
+                PERFORM lo_unlink(o.objid);
+            ELSIF o.identity IS NOT NULL THEN -- null: it went with another one
+                EXECUTE format('DROP %s IF EXISTS %s CASCADE', o.type, o.identity);
+            END IF;
+            dropped := dropped + 1;
+        EXCEPTION WHEN OTHERS THEN
+            EXIT WHEN SQLSTATE = '53200'; -- the server has no room for more locks
+        END;
+    END LOOP;
+    EXECUTE format('REVOKE %I FROM pawl_maker', name);
+    RETURN dropped;
+EXCEPTION WHEN OTHERS THEN
+    RETURN 0;
+END $$;
+
+-- Drops logins that can no longer log in and have no session, with the objects that they own. Returns how many, and of
+-- how many objects it dropped a part only. A transaction needs a lock for each object that it drops, and the server has
+-- room for some thousands. So this drops at most 500 objects, and it stops after two seconds.
+CREATE OR REPLACE FUNCTION pawl.drop_logins(names text[], OUT dropped int, OUT objects int) LANGUAGE plpgsql AS $$
+DECLARE
+    patience timestamptz := clock_timestamp() + interval '2 seconds';
+    room     int := 500;
+    owned    int;
+    r        record;
+BEGIN
+    dropped := 0;
+    objects := 0;
+    PERFORM pg_stat_clear_snapshot();
+    FOR r IN SELECT p.name, p.role FROM pawl.roles p WHERE p.name = ANY (names) AND NOT p.rolcanlogin
+        AND NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.usesysid = p.role) LOOP
+        EXIT WHEN clock_timestamp() > patience;
+        owned := (SELECT count(*) FROM (SELECT FROM pg_shdepend d
+            WHERE d.refclassid = 'pg_authid'::regclass AND d.refobjid = r.role LIMIT room + 1) d);
+        IF owned > room THEN
+            objects := pawl.drop_some(r.name, room);
+            EXIT WHEN objects > 0;
+        ELSE
+            room := room - owned;
+            dropped := dropped + pawl.drop_role(r.name)::int;
+        END IF;
+    END LOOP;
 END $$;
 
 -- Vault's revocation statement calls this. The order is NOLOGIN, sessions, objects, role, since DROP ROLE alone leaves
 -- sessions open. A login that has ended or never existed is no error. Vault makes and ends the logins of one database
 -- one at a time, so the time of this call limits the revocation of thousands. Planning it anew for each call took half
--- of it. If a login resists, this ends its sessions and tries once more. One that resists still has no rights, and
--- pawl.inspect shows that it can log in.
+-- of it.
+--
+-- If a login resists, this ends its sessions and tries once more. One that resists still has no rights, and
+-- pawl.inspect shows that it can log in. A login that cannot be dropped at once, because it owns thousands of objects,
+-- remains for pawl.collect, without LOGIN and without rights.
 CREATE OR REPLACE FUNCTION pawl.end_logins(names text[]) RETURNS int LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET client_min_messages = error
 SET lock_timeout = '2s' AS $$
 DECLARE
     here    oid[];
     resists text;
-    r       record;
-    dropped int := 0;
 BEGIN
     PERFORM pawl.commit_locally();
     IF names IS NULL OR EXISTS (SELECT FROM unnest(names) n WHERE pawl.is_login(n) IS NOT TRUE) THEN
@@ -456,15 +527,10 @@ BEGIN
     SELECT d.obstacle INTO resists FROM pawl.disable(names) d;
     UPDATE pawl.logins l SET ended = now() FROM unnest(names) n
     WHERE l.grant_id = substr(n, 6, 26) AND l.ended IS NULL;
-    IF pawl.hang_up(here) THEN
-        IF resists IS NOT NULL THEN
-            SELECT d.obstacle INTO resists FROM pawl.disable(names) d;
-        END IF;
-        FOR r IN SELECT p.name FROM pawl.roles p WHERE p.name = ANY (names) AND NOT p.rolcanlogin LOOP
-            dropped := dropped + pawl.drop_role(r.name)::int;
-        END LOOP;
+    IF pawl.hang_up(here) AND resists IS NOT NULL THEN
+        PERFORM pawl.disable(names);
     END IF;
-    RETURN dropped;
+    RETURN (SELECT d.dropped FROM pawl.drop_logins(names) d);
 END $$;
 
 -- ---------------------------------------------------------------- the broker's own logins
@@ -633,19 +699,34 @@ BEGIN
 END $$;
 
 -- Removes logins that expired ten minutes ago and that Vault failed to end. It also removes shapes that were unused for
--- the given time and have no member, and records of logins that ended a day ago.
-CREATE OR REPLACE FUNCTION pawl.collect(unused interval, OUT logins int, OUT shapes int, OUT records int)
+-- the given time and have no member, and records of logins that ended a day ago. If more is true, another call can
+-- remove more. A call that disables a login does not drop it: an error in the same transaction would undo that.
+CREATE OR REPLACE FUNCTION pawl.collect(
+    unused interval, OUT logins int, OUT shapes int, OUT records int, OUT more boolean)
 LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
+SET search_path = pg_catalog, pg_temp SET client_min_messages = error SET lock_timeout = '2s' AS $$
 DECLARE
-    r record;
+    r       record;
+    alive   text[];
+    dead    text[];
+    done    int;
+    objects int;
 BEGIN
     PERFORM pawl.commit_locally();
     IF (unused >= interval '1 hour') IS NOT TRUE THEN
         RAISE 'unused must be at least an hour: brokers cache the shapes that they made' USING ERRCODE = '22023';
     END IF;
-    logins := pawl.end_logins(ARRAY(SELECT o.name::text FROM pawl.roles o JOIN pawl.logins USING (grant_id)
-        WHERE o.rolvaliduntil < now() - interval '10 minutes' LIMIT 1000));
+    -- In random order, so that no number of logins that cannot be dropped stands before all others.
+    SELECT array_agg(e.name) FILTER (WHERE e.rolcanlogin), array_agg(e.name) FILTER (WHERE NOT e.rolcanlogin)
+    INTO alive, dead FROM (
+        SELECT o.name::text, o.rolcanlogin FROM pawl.logins l JOIN pawl.roles o USING (grant_id)
+        WHERE o.rolvaliduntil < now() - interval '10 minutes' ORDER BY random() LIMIT 1000
+        FOR UPDATE OF l SKIP LOCKED) e;
+    PERFORM pawl.hang_up_once(ARRAY(SELECT p.role FROM pawl.roles p WHERE p.name = ANY (alive || dead)));
+    done := (SELECT d.done FROM pawl.disable(alive) d);
+    UPDATE pawl.logins l SET ended = now() FROM unnest(dead) n WHERE l.grant_id = substr(n, 6, 26) AND l.ended IS NULL;
+    SELECT d.dropped, d.objects INTO logins, objects FROM pawl.drop_logins(dead) d;
+    more := done + logins + objects > 0;
     shapes := 0;
     PERFORM pg_advisory_xact_lock(hashtext('pawl.shapes'));
     FOR r IN SELECT s.shape, 'pawl-shape-' || s.shape AS grp FROM pawl.shapes s

@@ -170,8 +170,8 @@ func TestHostileLogin(tt *testing.T) {
 func (t *target) endHostile(c credential) {
 	t.Helper()
 	conn, err := pgx.Connect(t.Context(), c.URL)
-	if dead := t.prove(c.grant)[0].Outcome == broker.OutcomeDead; dead != (err != nil) {
-		t.Errorf("Prove(the hostile login) = dead: %v, want %v: logging in = %v", dead, err != nil, sqlState(err))
+	if e := t.prove(c.grant)[0]; e.Outcome == broker.OutcomeDead && err == nil {
+		t.Errorf("Prove(the hostile login) = dead %q, want alive: it logs in", e.Answer)
 	}
 	if err == nil {
 		if _, err := conn.Exec(t.Context(), "SELECT FROM orders"); sqlState(err) != "42501" {
@@ -210,5 +210,37 @@ func TestHostileLoginEnds(tt *testing.T) {
 			}
 			t.endHostile(hostile)
 		})
+	}
+}
+
+// TestManyLargeObjects ends a login that owns more objects than one transaction can drop. It must lose LOGIN at once,
+// in Vault's revocation too, and hold up the collection of no other login.
+func TestManyLargeObjects(tt *testing.T) {
+	t := ownTarget(tt)
+	t.exec("GRANT EXECUTE ON FUNCTION lo_create(oid) TO PUBLIC") // as in a database that has large objects
+	const objects = 60000
+	hostile, other := t.mint(`{"tables":["orders"]}`), t.mint(`{"tables":["orders"]}`)
+	conn := t.login(hostile)
+	t.run(conn, "SELECT lo_create(0) FROM generate_series(1, 60000)")
+	if _, err := t.vault.Exec(t.Context(), "SELECT pawl.end_logins(ARRAY[$1])", hostile.User); err != nil {
+		t.Errorf("end_logins of a login with %d large objects = %v, want nil", objects, err)
+	}
+	if e := t.prove(hostile.grant)[0]; e.Outcome != broker.OutcomeDead || !t.refusesLogin(hostile) {
+		t.Errorf("Prove after end_logins = %v %q, want dead", e.Outcome, e.Answer)
+	}
+	for _, c := range []credential{hostile, other} {
+		t.exec(`ALTER ROLE "` + c.User + `" VALID UNTIL '2020-01-01'`)
+	}
+	start := time.Now()
+	if err := t.backend.Collect(t.Context(), time.Hour); err != nil {
+		t.Fatalf("Collect = %v, want nil", err)
+	}
+	t.Logf("collected %d large objects in %v", objects, time.Since(start))
+	names := []string{hostile.User, other.User}
+	if n := t.count("SELECT count(*) FROM pg_roles WHERE rolname = ANY ($1)", names); n != 0 {
+		t.Errorf("roles after Collect = %d, want 0", n)
+	}
+	if n := t.count("SELECT count(*) FROM pg_largeobject_metadata"); n != 0 {
+		t.Errorf("large objects after Collect = %d, want 0", n)
 	}
 }

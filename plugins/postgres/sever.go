@@ -210,14 +210,21 @@ func (b *Backend) Find(ctx context.Context) ([]broker.GrantID, error) {
 	return ids, nil
 }
 
+// collectFor bounds one collection: the credentials are renewed by the same goroutine.
+const collectFor = 20 * time.Second
+
 // collect removes logins that expired ten minutes ago and that Vault failed to end. It also removes shapes without
-// members that were unused for the given time, which must be at least an hour.
+// members that were unused for the given time, which must be at least an hour. A login that owns more objects than one
+// transaction can drop takes many calls.
 func (b *Backend) collect(ctx context.Context, unused time.Duration) error {
-	var logins, shapes, records int
-	err := b.revoker.query(ctx, "SELECT logins, shapes, records FROM pawl.collect($1)", []any{unused},
-		&logins, &shapes, &records)
-	if err != nil {
-		return fmt.Errorf("collecting in database %q: %w", b.database, err)
+	var logins, shapes int
+	for start, more := b.cfg.Now(), true; more && b.cfg.Now().Sub(start) < collectFor; {
+		var l, s int
+		err := b.revoker.query(ctx, "SELECT logins, shapes, more FROM pawl.collect($1)", []any{unused}, &l, &s, &more)
+		if err != nil {
+			return fmt.Errorf("collecting in database %q: %w", b.database, err)
+		}
+		logins, shapes = logins+l, shapes+s
 	}
 	if logins+shapes > 0 {
 		b.cfg.Log.Info("collected", "database", b.database, "logins", logins, "shapes", shapes)
