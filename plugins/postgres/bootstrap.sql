@@ -26,6 +26,7 @@
 -- in pg_catalog only. (search_path lists pg_temp last; otherwise PostgreSQL would search it first.)
 
 SET LOCAL search_path = pg_catalog, pg_temp;
+SET LOCAL lock_timeout = '10s';
 
 DO $$
 DECLARE
@@ -93,6 +94,10 @@ CREATE TABLE IF NOT EXISTS pawl.logins (
 );
 CREATE INDEX IF NOT EXISTS logins_role ON pawl.logins (role);
 
+-- A lock of this schema is a row, never an advisory lock: an agent can take those. pawl.lock_shapes locks this row.
+CREATE TABLE IF NOT EXISTS pawl.locks (name text PRIMARY KEY);
+INSERT INTO pawl.locks VALUES ('shapes') ON CONFLICT DO NOTHING;
+
 CREATE OR REPLACE FUNCTION pawl.is_login(name text) RETURNS boolean LANGUAGE sql IMMUTABLE AS
 $$ SELECT name ~ '^pawl-gr[0-9a-hjkmnp-tv-z]{24}-[0-9a-f]{12}-[A-Za-z0-9]{8}$' $$;
 
@@ -104,7 +109,7 @@ CREATE OR REPLACE VIEW pawl.roles AS
 
 -- Ending a login must not wait for a synchronous standby. Until a commit is complete, no other transaction sees it: the
 -- login and its sessions would work for as long as the standby is gone. (A SET clause of a function is no substitute.
--- It ends before the commit.) Making a login does not wait either, so that pawl.bar never waits for such a mint.
+-- It ends before the commit.) Making a login or a shape does not wait either: pawl.bar and other shapes wait for it.
 CREATE OR REPLACE FUNCTION pawl.commit_locally() RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM set_config('synchronous_commit', 'local', true);
@@ -268,15 +273,50 @@ BEGIN
     END LOOP;
 END $$;
 
--- Makes the group of a shape unless it exists. Concurrent grants on one table fail ("tuple concurrently updated"), so
--- one lock serves all shapes. A call that finds the shape takes no lock.
+-- Waits until no other transaction changes shapes. Concurrent grants on one table fail ("tuple concurrently updated").
+CREATE OR REPLACE FUNCTION pawl.lock_shapes() RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM FROM pawl.locks WHERE name = 'shapes' FOR UPDATE;
+END $$;
+
+-- Waits for the tables of a shape, before pawl.lock_shapes: an agent that may update a table may also lock it, and must
+-- not block shapes of other tables.
+CREATE OR REPLACE FUNCTION pawl.lock_tables(s jsonb) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    t record;
+BEGIN
+    FOR t IN SELECT c.oid, format('%I.%I', e->>0, e->>1) AS name FROM jsonb_array_elements(s->'tables') e
+        JOIN pg_namespace n ON n.nspname = e->>0
+        JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = e->>1 AND c.relkind IN ('r', 'p', 'v') LOOP
+        IF has_table_privilege(t.oid, 'SELECT') THEN
+            EXECUTE format('LOCK TABLE ONLY %s IN ACCESS SHARE MODE', t.name);
+        ELSE
+            EXECUTE format('LOCK TABLE ONLY %s IN ROW EXCLUSIVE MODE', t.name);
+        END IF;
+    END LOOP;
+END $$;
+
+-- Names the transactions that lock the tables of a shape, for an error.
+CREATE OR REPLACE FUNCTION pawl.table_holders(s jsonb) RETURNS text LANGUAGE sql AS $$
+    SELECT coalesce(string_agg(format('%s of %s.%s by %s', l.mode, n.nspname, c.relname,
+            coalesce('login ' || a.usename || ', session ' || l.pid, 'a prepared transaction')), '; '),
+        'another shape is being made')
+    FROM jsonb_array_elements(s->'tables') e
+    JOIN pg_namespace n ON n.nspname = e->>0
+    JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = e->>1
+    JOIN pg_locks l ON l.relation = c.oid AND l.granted AND l.mode <> 'AccessShareLock' AND l.pid <> pg_backend_pid()
+    LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+$$;
+
+-- Makes the group of a shape unless it exists. A call that finds the shape takes no lock.
 CREATE OR REPLACE FUNCTION pawl.ensure_shape(in_shape text, in_spec text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
+SET search_path = pg_catalog, pg_temp SET client_min_messages = error SET lock_timeout = '1s' AS $$
 DECLARE
     s     jsonb := pawl.check_spec(in_shape, in_spec);
     known text;
 BEGIN
+    PERFORM pawl.commit_locally();
     PERFORM pawl.check_grantable(s);
     IF s ? 'network' THEN
         PERFORM pawl.check_network(s->>'network');
@@ -291,11 +331,16 @@ BEGIN
             WHERE shape = in_shape AND last_used < now() - interval '1 minute';
             RETURN;
         END IF;
-        PERFORM pg_advisory_xact_lock(hashtext('pawl.shapes'));
+        IF look = 1 THEN
+            PERFORM pawl.lock_tables(s);
+            PERFORM pawl.lock_shapes();
+        END IF;
     END LOOP;
     PERFORM pawl.build_shape(in_shape, s);
     INSERT INTO pawl.shapes (shape, spec) VALUES (in_shape, in_spec)
     ON CONFLICT (shape) DO UPDATE SET last_used = now();
+EXCEPTION WHEN lock_not_available THEN
+    RAISE 'shape % waited more than a second for a lock: %', in_shape, pawl.table_holders(s) USING ERRCODE = '55P03';
 END $$;
 
 -- ---------------------------------------------------------------- logins, made and ended for Vault
@@ -319,7 +364,7 @@ END $$;
 -- settings protect the database from accidents and are no security boundary.
 CREATE OR REPLACE FUNCTION pawl.grant_login(login text, verifier text, expires timestamptz) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET lock_timeout = '2s' AS $$
 DECLARE
     in_shape text := substr(login, 33, 12);
     s        jsonb;
@@ -542,7 +587,8 @@ $$;
 
 -- A step's token cannot make a service login: is_service refuses a name that begins with a grant id.
 CREATE OR REPLACE FUNCTION pawl.grant_service_login(login text, verifier text, expires timestamptz, duty text)
-RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
 BEGIN
     PERFORM pawl.commit_locally();
     IF pawl.is_service(login) IS NOT TRUE OR (duty IN ('shaper', 'revoker')) IS NOT TRUE THEN
@@ -555,7 +601,7 @@ END $$;
 
 CREATE OR REPLACE FUNCTION pawl.end_service_login(login text) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET client_min_messages = error AS $$
+SET search_path = pg_catalog, pg_temp SET client_min_messages = error SET lock_timeout = '2s' AS $$
 DECLARE
     known oid := (SELECT r.oid FROM pg_roles r WHERE r.rolname = login AND EXISTS (
         SELECT FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid
@@ -592,7 +638,8 @@ CREATE OR REPLACE FUNCTION pawl.inspect(grants text[]) RETURNS TABLE (
     grant_id text, name text, role oid, can_login boolean, in_group boolean, valid_until timestamptz, sessions int)
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
-SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off AS $$
+SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off
+SET lock_timeout = '2s' AS $$
 BEGIN
     PERFORM pg_stat_clear_snapshot();
     RETURN QUERY
@@ -692,10 +739,47 @@ END $$;
 
 -- Drops the logins of grants and returns how many.
 CREATE OR REPLACE FUNCTION pawl.remove(grants text[]) RETURNS int LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp AS $$
+SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
 BEGIN
     PERFORM pawl.check_grants(grants);
     RETURN pawl.end_logins(ARRAY(SELECT r.name::text FROM pawl.roles r WHERE r.grant_id IN (SELECT unnest(grants))));
+END $$;
+
+-- Removes shapes that were unused for the given time and have no member, for at most two seconds. It does nothing while
+-- a shape is being made.
+CREATE OR REPLACE FUNCTION pawl.collect_shapes(unused interval) RETURNS int LANGUAGE plpgsql AS $$
+DECLARE
+    patience timestamptz := clock_timestamp() + interval '2 seconds';
+    shapes   int := 0;
+    r        record;
+BEGIN
+    PERFORM FROM pawl.locks WHERE name = 'shapes' FOR UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN 0;
+    END IF;
+    FOR r IN SELECT s.shape, 'pawl-shape-' || s.shape AS grp FROM pawl.shapes s
+        WHERE s.last_used < now() - unused AND NOT EXISTS (SELECT FROM pg_auth_members m
+            JOIN pg_roles g ON g.oid = m.roleid JOIN pawl.roles l ON l.role = m.member
+            WHERE g.rolname = 'pawl-shape-' || s.shape)
+        ORDER BY random() LIMIT 1000
+        FOR UPDATE SKIP LOCKED LOOP
+        EXIT WHEN clock_timestamp() > patience;
+        BEGIN
+            EXECUTE format('DROP SCHEMA IF EXISTS %I CASCADE', 'pawl_' || r.shape);
+            IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = r.grp) OR pawl.drop_role(r.grp) THEN
+                DELETE FROM pawl.shapes WHERE shape = r.shape;
+                shapes := shapes + 1;
+            END IF;
+        EXCEPTION WHEN OTHERS THEN -- it stays; the next call tries it again
+        END;
+    END LOOP;
+    -- Networks without a member. (The member can be a shape of another database.)
+    FOR r IN SELECT n.rolname FROM pg_roles n WHERE n.rolname ~ '^pawl_net_[a-z][a-z0-9_]*$' AND NOT EXISTS (
+        SELECT FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.member
+        WHERE m.roleid = n.oid AND g.rolname LIKE 'pawl-shape-%') LOOP
+        PERFORM pawl.drop_role(r.rolname);
+    END LOOP;
+    RETURN shapes;
 END $$;
 
 -- Removes logins that expired ten minutes ago and that Vault failed to end. It also removes shapes that were unused for
@@ -706,7 +790,6 @@ CREATE OR REPLACE FUNCTION pawl.collect(
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET client_min_messages = error SET lock_timeout = '2s' AS $$
 DECLARE
-    r       record;
     alive   text[];
     dead    text[];
     done    int;
@@ -727,25 +810,7 @@ BEGIN
     UPDATE pawl.logins l SET ended = now() FROM unnest(dead) n WHERE l.grant_id = substr(n, 6, 26) AND l.ended IS NULL;
     SELECT d.dropped, d.objects INTO logins, objects FROM pawl.drop_logins(dead) d;
     more := done + logins + objects > 0;
-    shapes := 0;
-    PERFORM pg_advisory_xact_lock(hashtext('pawl.shapes'));
-    FOR r IN SELECT s.shape, 'pawl-shape-' || s.shape AS grp FROM pawl.shapes s
-        WHERE s.last_used < now() - unused AND NOT EXISTS (SELECT FROM pg_auth_members m
-            JOIN pg_roles g ON g.oid = m.roleid JOIN pawl.roles l ON l.role = m.member
-            WHERE g.rolname = 'pawl-shape-' || s.shape)
-        FOR UPDATE SKIP LOCKED LIMIT 1000 LOOP
-        EXECUTE format('DROP SCHEMA IF EXISTS %I CASCADE', 'pawl_' || r.shape);
-        IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = r.grp) OR pawl.drop_role(r.grp) THEN
-            DELETE FROM pawl.shapes WHERE shape = r.shape;
-            shapes := shapes + 1;
-        END IF;
-    END LOOP;
-    -- Networks without a member. (The member can be a shape of another database.)
-    FOR r IN SELECT n.rolname FROM pg_roles n WHERE n.rolname ~ '^pawl_net_[a-z][a-z0-9_]*$' AND NOT EXISTS (
-        SELECT FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.member
-        WHERE m.roleid = n.oid AND g.rolname LIKE 'pawl-shape-%') LOOP
-        PERFORM pawl.drop_role(r.rolname);
-    END LOOP;
+    shapes := pawl.collect_shapes(unused);
     DELETE FROM pawl.logins l WHERE l.ended < now() - interval '1 day'
         AND NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.usesysid = l.role)
         AND NOT EXISTS (SELECT FROM pg_roles p WHERE p.oid = l.role);

@@ -3,7 +3,9 @@ package postgres_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -242,5 +244,101 @@ func TestManyLargeObjects(tt *testing.T) {
 	}
 	if n := t.count("SELECT count(*) FROM pg_largeobject_metadata"); n != 0 {
 		t.Errorf("large objects after Collect = %d, want 0", n)
+	}
+}
+
+// within runs f, which must return nil in the given time.
+func (t *target) within(limit time.Duration, what string, f func(context.Context) error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
+	start := time.Now()
+	if err := f(ctx); err != nil {
+		t.Errorf("%s = %v after %v, want nil within %v", what, err, time.Since(start), limit)
+	}
+}
+
+// prepare makes a shape for the arguments, with a backend that knows no shape yet.
+func (t *target) prepare(ctx context.Context, args string) error {
+	_, _, err := t.newBackend(configNow(nil)).Prepare(ctx, tool(), newGrant(args))
+	return err
+}
+
+// TestHostileGrant has an agent grant something to another agent's login in a transaction that stays open. PostgreSQL
+// cannot drop that login meanwhile. Its end and the mints of others must not wait.
+func TestHostileGrant(tt *testing.T) {
+	t := ownTarget(tt)
+	hostile, victim := t.mint(`{"tables":["orders"]}`), t.mint(`{"tables":["orders"]}`)
+	t.mint(`{"tables":["t1"]}`)
+	conn := t.login(hostile)
+	t.run(conn, "SET idle_in_transaction_session_timeout = 0", "CREATE TEMP TABLE mine (id int)", "BEGIN",
+		`GRANT SELECT ON mine TO "`+victim.User+`"`)
+	t.within(3*time.Second, "end_logins of a login that another one has locked", func(ctx context.Context) error {
+		_, err := t.vault.Exec(ctx, "SELECT pawl.end_logins(ARRAY[$1])", victim.User)
+		return err
+	})
+	if e := t.prove(victim.grant)[0]; e.Outcome != broker.OutcomeDead || !t.refusesLogin(victim) {
+		t.Errorf("Prove after end_logins = %v %q, want dead", e.Outcome, e.Answer)
+	}
+	t.run(conn, "COMMIT")
+	t.sever(hostile.grant)
+	for _, c := range []credential{hostile, victim} {
+		t.exec(`ALTER ROLE "` + c.User + `" VALID UNTIL '2020-01-01'`)
+	}
+	for range 2 { // the victim's login can be dropped after the other one
+		if err := t.backend.Collect(t.Context(), time.Hour); err != nil {
+			t.Errorf("Collect = %v, want nil", err)
+		}
+	}
+	names := []string{hostile.User, victim.User}
+	if n := t.count("SELECT count(*) FROM pg_roles WHERE rolname = ANY ($1)", names); n != 0 {
+		t.Errorf("roles after Collect = %d, want 0", n)
+	}
+}
+
+// TestHostileLocks checks that no lock of an agent delays the making of a shape that does not need the locked table.
+func TestHostileLocks(tt *testing.T) {
+	t := ownTarget(tt)
+	conn := t.login(t.mint(`{"tables":["orders"],"verbs":["select","update"]}`))
+	t.run(conn, "SET idle_in_transaction_session_timeout = 0", "SELECT pg_advisory_lock(hashtext('pawl.shapes'))")
+	t.within(3*time.Second, "Prepare beside an advisory lock", func(ctx context.Context) error {
+		return t.prepare(ctx, `{"tables":["t1"]}`)
+	})
+	// An agent that may update a table may also lock it.
+	t.run(conn, "BEGIN", "LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
+	ctx, stop := context.WithCancel(t.Context())
+	var waiting sync.WaitGroup
+	defer func() { stop(); waiting.Wait() }()
+	for i := range 3 {
+		waiting.Go(func() {
+			filter := fmt.Sprintf(`{"tables":["orders"],"filter_column":"customer","filter_value":"%d"}`, i)
+			err := t.prepare(ctx, filter)
+			var e *broker.Error
+			if !errors.As(err, &e) || e.Kind != broker.Unavailable || !strings.Contains(fmt.Sprint(e.Unwrap()), "pawl-gr") {
+				t.Errorf("Prepare of a locked table = %v (%v), want unavailable, with the login's name", err, errors.Unwrap(err))
+			}
+		})
+	}
+	t.await("SELECT count(*) FROM pg_locks WHERE NOT granted", 3)
+	t.within(time.Second, "Prepare beside a locked table", func(ctx context.Context) error {
+		return t.prepare(ctx, `{"tables":["t2"],"filter_column":"id","filter_value":"1"}`)
+	})
+	waiting.Wait()
+	t.run(conn, "ROLLBACK")
+	t.within(3*time.Second, "Prepare of the table afterwards", func(ctx context.Context) error {
+		return t.prepare(ctx, `{"tables":["orders"],"filter_column":"customer","filter_value":"1"}`)
+	})
+}
+
+// TestWaitsAreBounded checks that each function that a caller may call has a lock_timeout.
+func TestWaitsAreBounded(tt *testing.T) {
+	t := newTarget(tt)
+	const sql = `SELECT count(*), coalesce(string_agg(proname, ' ' ORDER BY proname)
+			FILTER (WHERE NOT coalesce(proconfig::text, '') LIKE '%lock_timeout=%'), '')
+		FROM pg_proc WHERE pronamespace = 'pawl'::regnamespace AND prosecdef`
+	var n int
+	var unbounded string
+	if err := t.root.QueryRow(t.Context(), sql).Scan(&n, &unbounded); err != nil || n < 10 || unbounded != "" {
+		t.Errorf("functions without lock_timeout = %q of %d, %v, want none", unbounded, n, err)
 	}
 }

@@ -22,6 +22,9 @@ const (
 	maxCachedShapes = 10000
 )
 
+// prepareTimeout bounds the making of a shape. The database itself waits at most a second for each lock.
+const prepareTimeout = 5 * time.Second
+
 // Prepare turns the arguments into a shape and makes the shape in the database unless it exists. An argument that the
 // tool or the database does not allow is Denied. A database that does not respond is Unavailable.
 func (b *Backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (broker.Mint, string, error) {
@@ -139,6 +142,8 @@ func (b *Backend) ensureShape(ctx context.Context, shape, text string) error {
 		return nil
 	}
 	var void any
+	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
+	defer cancel()
 	err := b.shaper.query(ctx, "SELECT pawl.ensure_shape($1, $2)::text", []any{shape, text}, &void)
 	if err != nil && classify(err) == badRequest {
 		return argumentOutside(argTables, "the database grants agents no such table, verb or filter, "+
