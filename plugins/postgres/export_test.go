@@ -12,3 +12,6 @@ func Verifier(password string) (string, error) { return scramVerifier(password) 
 func (b *Backend) Collect(ctx context.Context, unused time.Duration) error {
 	return b.collect(ctx, unused)
 }
+
+// Renew lets a test renew the revoker's credential at once instead of every maintainEvery.
+func (b *Backend) Renew(ctx context.Context) error { return b.revoker.renewIfDue(ctx) }

@@ -66,7 +66,8 @@ type Backend struct {
 	cfg      Config
 	address  *pgxpool.Config
 	database string
-	// Severing has its own connections, so that it never queues behind preparing.
+	// Severing has its own connections, so that it never queues behind preparing. One of them is always open, since
+	// agents can take all others that the server has.
 	shaper, revoker *service
 
 	stop context.CancelFunc
@@ -102,6 +103,7 @@ func New(cfg Config) (*Backend, error) {
 	ctx, stop := context.WithCancel(context.Background())
 	b.stop = stop
 	b.done.Go(func() { b.maintain(ctx) })
+	b.done.Go(func() { b.revoker.keepOpen(ctx) })
 	return b, nil
 }
 

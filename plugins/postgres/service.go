@@ -10,6 +10,8 @@ import (
 
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/pawlsec/pawl/broker/backoff"
 )
 
 // service connects the broker to the database for one purpose. It holds a small pool and replaces its credential after
@@ -18,17 +20,26 @@ type service struct {
 	purpose   Purpose
 	cfg       Config
 	address   *pgxpool.Config
-	fetchSlot chan struct{} // holds one token; only the goroutine that takes it may fetch a credential
 	closing   sync.WaitGroup
+	fetchSlot chan struct{} // holds one token; only the goroutine that takes it may fetch a credential
+	next      *serviceLogin // guarded by fetchSlot: fetched, but the server has had no room for its connection yet
 
-	// mu guards the fields below.
-	mu      sync.Mutex
-	pool    *pgxpool.Pool // nil before the first credential
-	renewAt time.Time     // when to fetch the next credential
-	expires time.Time     // of the credential; zero after the database refused it
+	mu   sync.Mutex // guards live
+	live *serviceLogin
+}
+
+// serviceLogin is a pool of connections with one credential.
+type serviceLogin struct {
+	pool    *pgxpool.Pool
+	renewAt time.Time // when to fetch the next credential
+	expires time.Time // of the credential; zero after the database refused it
 }
 
 func newService(p Purpose, cfg Config, address *pgxpool.Config) *service {
+	address = address.Copy()
+	// The default would close a connection after an hour. Opening another one can fail, while agents hold all
+	// connections that the server has. A credential lives for at most 25 hours.
+	address.MinConns, address.MaxConnLifetime = 1, 25*time.Hour
 	s := &service{purpose: p, cfg: cfg, address: address, fetchSlot: make(chan struct{}, 1)}
 	s.fetchSlot <- struct{}{}
 	return s
@@ -49,10 +60,10 @@ func (s *service) current() (pool *pgxpool.Pool, fresh bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := s.cfg.Now()
-	if s.pool == nil || !now.Before(s.expires) {
+	if s.live == nil || !now.Before(s.live.expires) {
 		return nil, false
 	}
-	return s.pool, now.Before(s.renewAt)
+	return s.live.pool, now.Before(s.live.renewAt)
 }
 
 // renewIfDue fetches the next credential after half of this one's life. If that fails, this one stays in use.
@@ -80,7 +91,31 @@ func (s *service) fetchUnless(
 	return s.fetch(ctx)
 }
 
+// fetch replaces the credential. The present pool stays until a connection of the new one is open: agents may hold all
+// the connections that the server has.
 func (s *service) fetch(ctx context.Context) (*pgxpool.Pool, error) {
+	if s.next == nil || !s.cfg.Now().Before(s.next.expires) {
+		next, err := s.newLogin(ctx)
+		if err != nil {
+			return nil, err
+		}
+		s.drop(s.next)
+		s.next = next
+	}
+	next := s.next
+	if err := retryWhileFull(ctx, next.pool.Ping); err != nil {
+		if classify(err) == badCredential {
+			s.drop(next)
+			s.next = nil
+		}
+		return nil, fmt.Errorf("connecting as %s: %w", s.purpose, err)
+	}
+	s.next = nil
+	s.replace(next)
+	return next.pool, nil
+}
+
+func (s *service) newLogin(ctx context.Context) (*serviceLogin, error) {
 	user, password, expires, err := s.cfg.Credentials.Credential(ctx, s.purpose)
 	if err != nil {
 		return nil, fmt.Errorf("getting a credential for %s: %w", s.purpose, err)
@@ -95,46 +130,94 @@ func (s *service) fetch(ctx context.Context) (*pgxpool.Pool, error) {
 	if err != nil {
 		return nil, fmt.Errorf("opening a pool for %s: %w", s.purpose, err)
 	}
-	s.replace(pool, now.Add(expires.Sub(now)/2), expires)
-	return pool, nil
+	return &serviceLogin{pool: pool, renewAt: now.Add(expires.Sub(now) / 2), expires: expires}, nil
 }
 
-// replace installs a pool. The old one closes in the background once its connections are returned.
-func (s *service) replace(pool *pgxpool.Pool, renew, expires time.Time) {
+// replace installs a login. The old one closes in the background once its connections are returned.
+func (s *service) replace(next *serviceLogin) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if old := s.pool; old != nil {
-		s.closing.Go(old.Close)
+	s.drop(s.live)
+	s.live = next
+}
+
+// drop closes the pool of a login in the background.
+func (s *service) drop(l *serviceLogin) {
+	if l != nil {
+		s.closing.Go(l.pool.Close)
 	}
-	s.pool, s.renewAt, s.expires = pool, renew, expires
 }
 
 // markRefused makes the next get fetch another credential, after the database refused this one.
 func (s *service) markRefused(pool *pgxpool.Pool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.pool == pool {
-		s.expires = time.Time{}
+	if s.live != nil && s.live.pool == pool {
+		s.live.expires = time.Time{}
 	}
 }
 
+// close closes the pools. Only now no other goroutine fetches.
 func (s *service) close() {
-	s.replace(nil, time.Time{}, time.Time{})
+	s.replace(nil)
+	s.drop(s.next)
 	s.closing.Wait()
 }
 
-// maxAttempts bounds the attempts of one call. Every function in schema pawl is safe to call again.
-const maxAttempts = 4
+const (
+	keepOpenEvery   = time.Second           // how often keepOpen checks the connection
+	whileFullEvery  = 20 * time.Millisecond // how often to connect to a server that has no room
+	keepOpenTimeout = 5 * time.Second
+)
+
+// keepOpen keeps a connection open until ctx ends, and opens another one as soon as it is lost. It never asks Vault.
+func (s *service) keepOpen(ctx context.Context) {
+	tick := time.NewTicker(keepOpenEvery)
+	defer tick.Stop()
+	for {
+		if pool, _ := s.current(); pool != nil {
+			ping, cancel := context.WithTimeout(ctx, keepOpenTimeout)
+			_ = retryWhileFull(ping, pool.Ping) // the next call that needs the connection reports the error
+			cancel()
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// retryWhileFull calls f until the server has room for its connection, or until ctx ends.
+func retryWhileFull(ctx context.Context, f func(context.Context) error) error {
+	for {
+		err := f(ctx)
+		if err == nil || classify(err) != serverFull {
+			return err
+		}
+		if backoff.Sleep(ctx, whileFullEvery) != nil {
+			return err
+		}
+	}
+}
+
+const (
+	maxAttempts = 4           // of one call. Every function in schema pawl is safe to call again
+	doTimeout   = time.Minute // of one call with all its attempts
+)
 
 // do runs f with the pool. It retries when the database refused the credential, when the connection was lost, and after
-// a conflict between two transactions.
-func (s *service) do(ctx context.Context, f func(*pgxpool.Pool) error) error {
+// a conflict between two transactions. While the server has no room for another connection it retries until ctx ends,
+// for at most doTimeout.
+func (s *service) do(ctx context.Context, f func(ctx context.Context, pool *pgxpool.Pool) error) error {
+	ctx, cancel := context.WithTimeout(ctx, doTimeout)
+	defer cancel()
 	for try := 1; ; try++ {
 		pool, err := s.get(ctx)
 		if err != nil {
 			return err
 		}
-		err = f(pool)
+		err = retryWhileFull(ctx, func(ctx context.Context) error { return f(ctx, pool) })
 		if err == nil || try == maxAttempts || ctx.Err() != nil {
 			return err
 		}
@@ -150,7 +233,7 @@ func (s *service) do(ctx context.Context, f func(*pgxpool.Pool) error) error {
 
 // query calls a function that returns one row.
 func (s *service) query(ctx context.Context, sql string, args []any, into ...any) error {
-	return s.do(ctx, func(pool *pgxpool.Pool) error {
+	return s.do(ctx, func(ctx context.Context, pool *pgxpool.Pool) error {
 		return pool.QueryRow(ctx, sql, args...).Scan(into...)
 	})
 }
@@ -164,6 +247,7 @@ const (
 	connectionLost         // retry on another connection
 	conflict               // with another transaction
 	badRequest             // the arguments are malformed or not allowed
+	serverFull             // all connections of the server, or of the role, are taken
 )
 
 // classify reads the SQLSTATE (PostgreSQL manual, appendix A).
@@ -179,6 +263,8 @@ func classify(err error) failure {
 	switch {
 	case strings.HasPrefix(pg.Code, "28"):
 		return badCredential
+	case pg.Code == "53300":
+		return serverFull
 	case pg.Code == "57P01" || strings.HasPrefix(pg.Code, "08"):
 		return connectionLost
 	// XX000 is "tuple concurrently updated", after a concurrent GRANT.

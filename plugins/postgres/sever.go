@@ -134,7 +134,7 @@ type loginState struct {
 
 func (b *Backend) inspect(ctx context.Context, ids []string) ([]loginState, error) {
 	var found []loginState
-	err := b.revoker.do(ctx, func(pool *pgxpool.Pool) error {
+	err := b.revoker.do(ctx, func(ctx context.Context, pool *pgxpool.Pool) error {
 		rows, err := pool.Query(ctx, `SELECT grant_id, can_login, in_group,
 			nullif(valid_until, 'infinity'), sessions FROM pawl.inspect($1)`, ids)
 		if err != nil {
