@@ -112,10 +112,12 @@ type Killer interface {
 
 // LeaseLister is a Vault that can list the leases below the paths at which tools mint.
 type LeaseLister interface {
-	// Leases returns every lease below the mint paths of tools, from any requester. A nil tools stands for the tools of
-	// the running bundle. Of other tools only Backend and Path are known. With an error, Leases also returns the leases
-	// that it could list.
-	Leases(ctx context.Context, tools []Tool) ([]FoundLease, error)
+	// Leases returns the id of every lease below the mint paths of tools, from any requester. A nil tools stands for the
+	// tools of the running bundle. Of other tools only Backend and Path are known. With an error, Leases also returns
+	// the ids that it could list. It costs one request for each path.
+	Leases(ctx context.Context, tools []Tool) ([]string, error)
+	// LookUpLeases returns the leases of these ids that still exist. It costs one request for each id.
+	LookUpLeases(ctx context.Context, ids []string) ([]FoundLease, error)
 }
 
 // IrrevocableLister is a Vault that stops trying to revoke a lease after some attempts, and lists such leases.

@@ -218,14 +218,24 @@ func (v *Vault) Revoke(_ context.Context, id string) error {
 }
 
 // Leases implements [broker.LeaseLister]. It returns every lease, for any tools.
-func (v *Vault) Leases(context.Context, []broker.Tool) (found []broker.FoundLease, err error) {
+func (v *Vault) Leases(context.Context, []broker.Tool) (ids []string, err error) {
 	if err := v.fault("leases"); err != nil {
+		return nil, err
+	}
+	return v.LeaseIDs(), nil
+}
+
+// LookUpLeases implements [broker.LeaseLister].
+func (v *Vault) LookUpLeases(_ context.Context, ids []string) (found []broker.FoundLease, err error) {
+	if err := v.fault("look up"); err != nil {
 		return nil, err
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	for id, l := range v.leases {
-		found = append(found, broker.FoundLease{ID: id, Issued: l.issued})
+	for _, id := range ids {
+		if l, ok := v.leases[id]; ok {
+			found = append(found, broker.FoundLease{ID: id, Issued: l.issued})
+		}
 	}
 	return found, nil
 }

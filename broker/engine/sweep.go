@@ -113,22 +113,23 @@ func (s sweeper) dropSpentRules(ctx context.Context) error {
 // sweepLeases ends the orphaned leases. It leaves the recent ones alone: an issue may be about to record them.
 func (s sweeper) sweepLeases(ctx context.Context, lister broker.LeaseLister, tools []broker.Tool,
 ) (n int, recent []broker.FoundLease, err error) {
-	found, err := lister.Leases(ctx, tools)
-	if len(found) == 0 {
+	ids, err := lister.Leases(ctx, tools)
+	if len(ids) == 0 {
 		return 0, nil, err
 	}
 	errs := []error{err}
-	known := map[string]bool{}
+	now := s.cfg.Now() // a lease that is young now may be recorded during the look-ups
 	if err := s.view(ctx, "sweep", func(tx *records.Tx) error {
-		return tx.EachLive("", func(g broker.Grant) error { known[g.Lease.ID] = true; return nil })
-	}); err != nil {
-		return 0, nil, err
+		known := map[string]bool{}
+		err := tx.EachLive("", func(g broker.Grant) error { known[g.Lease.ID] = true; return nil })
+		ids = slices.DeleteFunc(slices.Clone(ids), func(id string) bool { return known[id] })
+		return err
+	}); err != nil || len(ids) == 0 {
+		return 0, nil, errors.Join(errs[0], err)
 	}
-	now := s.cfg.Now()
+	found, err := lister.LookUpLeases(ctx, ids)
+	errs = append(errs, err)
 	for _, lease := range found {
-		if known[lease.ID] {
-			continue
-		}
 		if now.Sub(lease.Issued) < s.cfg.MintTimeout+5*time.Second {
 			recent = append(recent, lease)
 			continue

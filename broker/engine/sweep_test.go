@@ -47,15 +47,21 @@ func TestSweepLeases(t *testing.T) {
 	})
 }
 
-// leaseLister keeps the tools for which the broker listed leases.
+// leaseLister keeps the tools for which the broker listed leases, and counts the look-ups.
 type leaseLister struct {
-	broker.Vault
-	tools [][]broker.Tool
+	*brokertest.Vault
+	tools   [][]broker.Tool
+	lookUps int
 }
 
-func (a *leaseLister) Leases(_ context.Context, tools []broker.Tool) ([]broker.FoundLease, error) {
+func (a *leaseLister) Leases(ctx context.Context, tools []broker.Tool) ([]string, error) {
 	a.tools = append(a.tools, tools)
-	return nil, nil
+	return a.Vault.Leases(ctx, tools)
+}
+
+func (a *leaseLister) LookUpLeases(ctx context.Context, ids []string) ([]broker.FoundLease, error) {
+	a.lookUps += len(ids)
+	return a.Vault.LookUpLeases(ctx, ids)
 }
 
 // TestSweepCoversEarlierTools changes the path of one tool in the running bundle, and removes another. While their
@@ -84,6 +90,30 @@ func TestSweepCoversEarlierTools(t *testing.T) {
 		vault.tools = nil
 		if _, err := w.Sweep(ctx); err != nil || len(vault.tools) != 1 {
 			t.Errorf("after their end a sweep listed leases of %v, %v; want the running bundle's", vault.tools, err)
+		}
+	})
+}
+
+// TestSweepLooksUpUnknownLeases counts the requests of a sweep: one list, and one look-up for each lease that the ledger
+// does not know. The leases of live grants cost nothing further.
+func TestSweepLooksUpUnknownLeases(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.Stop()
+		vault := &leaseLister{Vault: w.vault}
+		w.brokerVault = vault
+		w.start(w.ledger)
+		root := w.open("root", broker.OpenRequest{})
+		for range 30 {
+			w.issue("root", step(root, "db.read"))
+		}
+		if _, err := w.Sweep(ctx); err != nil || len(vault.tools) != 1 || vault.lookUps != 0 {
+			t.Errorf("a sweep over 30 known leases: %v, %d lists, %d look-ups; want 1 list and no look-up", err,
+				len(vault.tools), vault.lookUps)
+		}
+		w.vault.Plant("orphan", time.Now().Add(-time.Minute))
+		if s, err := w.Sweep(ctx); err != nil || s.Leases != 1 || vault.lookUps != 1 {
+			t.Errorf("a sweep with an orphan = %+v, %v, %d look-ups; want it ended after 1", s, err, vault.lookUps)
 		}
 	})
 }

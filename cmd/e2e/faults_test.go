@@ -132,8 +132,13 @@ func (v faultyVault) LeasesGone(ctx context.Context, leases []string) ([]bool, e
 }
 
 // Leases implements [broker.LeaseLister].
-func (v faultyVault) Leases(ctx context.Context, tools []broker.Tool) ([]broker.FoundLease, error) {
+func (v faultyVault) Leases(ctx context.Context, tools []broker.Tool) ([]string, error) {
 	return v.Vault.(broker.LeaseLister).Leases(ctx, tools)
+}
+
+// LookUpLeases implements [broker.LeaseLister].
+func (v faultyVault) LookUpLeases(ctx context.Context, ids []string) ([]broker.FoundLease, error) {
+	return v.Vault.(broker.LeaseLister).LookUpLeases(ctx, ids)
 }
 
 // Irrevocable implements [broker.IrrevocableLister].

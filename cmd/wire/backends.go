@@ -154,18 +154,11 @@ type leaseLister struct {
 }
 
 // Leases implements [broker.LeaseLister].
-func (l leaseLister) Leases(ctx context.Context, tools []broker.Tool) (found []broker.FoundLease, err error) {
+func (l leaseLister) Leases(ctx context.Context, tools []broker.Tool) (ids []string, err error) {
 	if tools == nil {
 		tools = l.policy.Current().Tools()
 	}
-	list := func(ctx context.Context, path broker.VaultPath) ([]vault.LeaseInfo, error) {
-		return l.Client.Leases(ctx, path)
-	}
-	listed, err := listLeases(ctx, list, mintPaths(tools, l.backends))
-	for _, lease := range listed {
-		found = append(found, broker.FoundLease{ID: lease.ID, Issued: lease.Issued})
-	}
-	return found, err
+	return listLeases(ctx, l.Client.Leases, mintPaths(tools, l.backends))
 }
 
 // mintPaths gives the paths at which tools get leases, each once.
@@ -187,8 +180,8 @@ func mintPaths(tools []broker.Tool, backends map[string]broker.Backend) (paths [
 // listLeases lists below each path. A path that may not be listed leaves out no other: it may be that of
 // a tool of an earlier bundle.
 func listLeases(
-	ctx context.Context, list func(context.Context, broker.VaultPath) ([]vault.LeaseInfo, error), paths []broker.VaultPath,
-) (all []vault.LeaseInfo, err error) {
+	ctx context.Context, list func(context.Context, broker.VaultPath) ([]string, error), paths []broker.VaultPath,
+) (all []string, err error) {
 	var errs []error
 	for _, path := range paths {
 		found, err := list(ctx, path)

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
@@ -12,38 +14,24 @@ import (
 // errNoPath means that a caller gave the zero path.
 var errNoPath = errors.New("a vault path is required")
 
-// LeaseInfo is a lease as Vault reports it.
-type LeaseInfo struct {
-	ID      string
-	Issued  time.Time
-	Expires time.Time // zero: Vault reports no expiry
+// Leases returns the ids of the live leases directly below a mint path, with one request.
+func (c *Client) Leases(ctx context.Context, path broker.VaultPath) ([]string, error) {
+	if path.IsZero() {
+		return nil, errNoPath
+	}
+	known, err := c.list(ctx, path.String())
+	return slices.Collect(maps.Keys(known)), err
 }
 
-// Leases lists the live leases below the given mint paths. It omits leases that end during the call. It takes one
-// request per path and one per lease.
-func (c *Client) Leases(ctx context.Context, prefixes ...broker.VaultPath) ([]LeaseInfo, error) {
-	var ids []string
-	for _, p := range prefixes {
-		if p.IsZero() {
-			return nil, errNoPath
-		}
-		known, err := c.list(ctx, p.String())
-		if err != nil {
-			return nil, err
-		}
-		for id := range known {
-			ids = append(ids, id)
-		}
-	}
-	found := make([]*LeaseInfo, len(ids))
-	err := forEach(ctx, len(ids), func(ctx context.Context, i int) (err error) {
+// LookUpLeases implements [broker.LeaseLister]. It omits leases that end during the call.
+func (c *Client) LookUpLeases(ctx context.Context, ids []string) (out []broker.FoundLease, err error) {
+	found := make([]*broker.FoundLease, len(ids))
+	if err := forEach(ctx, len(ids), func(ctx context.Context, i int) (err error) {
 		found[i], err = c.lookUpLease(ctx, ids[i])
 		return err
-	})
-	if err != nil {
+	}); err != nil {
 		return nil, err
 	}
-	var out []LeaseInfo
 	for _, l := range found {
 		if l != nil {
 			out = append(out, *l)
@@ -91,7 +79,7 @@ func (c *Client) list(ctx context.Context, path string) (map[string]struct{}, er
 }
 
 // lookUpLease returns a lease, or nil if Vault does not know it.
-func (c *Client) lookUpLease(ctx context.Context, id string) (*LeaseInfo, error) {
+func (c *Client) lookUpLease(ctx context.Context, id string) (*broker.FoundLease, error) {
 	resp, err := c.doWithLogin(ctx, call{method: "POST", path: "sys/leases/lookup",
 		body: map[string]string{"lease_id": id}})
 	if gone(err, "invalid lease", "lease not found") {
@@ -107,11 +95,7 @@ func (c *Client) lookUpLease(ctx context.Context, id string) (*LeaseInfo, error)
 	if err != nil {
 		return nil, err
 	}
-	expires, err := parseTime(resp.Data["expire_time"])
-	if err != nil {
-		return nil, err
-	}
-	return &LeaseInfo{ID: id, Issued: issued, Expires: expires}, nil
+	return &broker.FoundLease{ID: id, Issued: issued}, nil
 }
 
 func parseTime(v any) (time.Time, error) {
