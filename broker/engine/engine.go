@@ -56,6 +56,7 @@ type Engine struct {
 	// expected has the holders that must acknowledge a revocation. The set does not change after the fence.
 	expected volatile.Latest[broker.RevocationID, []broker.Acknowledgement]
 
+	suspicion   volatile.Suspicion               // of orphaned leases
 	reconciling sched.Busy[broker.RevocationID]  // revocations that this process reconciles
 	progress    sync.Map                         // their progress: broker.RevocationID to *closing.Progress
 	touching    sched.Busy[broker.ValueDigest]   // presented values that are being recorded

@@ -31,6 +31,7 @@ func New(cfg Config) (*Engine, error) {
 	cfg.Workers = cmp.Or(cfg.Workers, 8)
 	e := &Engine{cfg: cfg}
 	e.ctx, e.stop = context.WithCancel(context.Background())
+	e.suspicion.Raise(lastMint(cfg, cfg.Now())) // of the mints of the last process
 	e.touching.Most, e.plans.Most, e.expected.Most = maxTouches, maxPlans, maxExpected
 	e.watchdog = volatile.NewWatchdog(cfg.Now, e.missedHeartbeat)
 	e.reaper = closing.New(closing.Config{Vault: cfg.Vault, Backends: cfg.Backends, Now: cfg.Now, Alarm: cfg.Alarm,

@@ -20,17 +20,27 @@ type Orphans struct {
 // Sweep compares the leases in Vault and the logins at the backends with the ledger, and ends the orphans. An orphan
 // has our name, and the ledger does not know it as alive. A mint with a lost answer leaves an orphan, and so does a
 // mint that bypasses the broker. Sweep is step 4 of Revoke for all paths, and runs on a schedule too.
-func (e *Engine) Sweep(ctx context.Context) (Orphans, error) { return sweeper{e}.sweep(ctx) }
+func (e *Engine) Sweep(ctx context.Context) (Orphans, error) { return sweeper{e}.sweep(ctx, true) }
+
+// leasesEvery is how many scheduled sweeps come to one that lists the leases without a suspicion. A list writes each id
+// to each audit device of Vault.
+const leasesEvery = 10
+
+// lastMint returns when the last mint that was sent before a time can complete. EndTolerance allows for Vault's clock.
+func lastMint(cfg Config, sent time.Time) time.Time {
+	return sent.Add(cfg.MintTimeout + cfg.MintBound + broker.EndTolerance)
+}
 
 // sweeper is one sweep.
 type sweeper struct{ *Engine }
 
-func (s sweeper) sweep(ctx context.Context) (ended Orphans, err error) {
+func (s sweeper) sweep(ctx context.Context, leases bool) (ended Orphans, err error) {
 	if err := s.dropSpentRules(ctx); err != nil {
 		return ended, err
 	}
 	var errs []error
-	if lister, ok := s.cfg.Vault.(broker.LeaseLister); ok {
+	began := s.cfg.Now()
+	if lister, ok := s.cfg.Vault.(broker.LeaseLister); ok && leases {
 		former, err := s.formerTools(ctx)
 		errs = append(errs, err)
 		for _, tools := range [][]broker.Tool{nil, former} {
@@ -39,6 +49,9 @@ func (s sweeper) sweep(ctx context.Context) (ended Orphans, err error) {
 				ended.Leases += n
 				errs = append(errs, err)
 			}
+		}
+		if s.suspicion.Settle(began); ended.Leases > 0 || errors.Join(errs...) != nil {
+			s.suspicion.Raise(began)
 		}
 	}
 	if lister, ok := s.cfg.Vault.(broker.IrrevocableLister); ok {
@@ -263,8 +276,7 @@ func (s sweeper) sweepAfter(ctx context.Context, grants []broker.Grant, fenced t
 	if lister, ok := s.cfg.Vault.(broker.LeaseLister); ok {
 		_, recent, err := s.sweepLeases(ctx, lister, tools)
 		errs = append(errs, err)
-		// The mints were sent before the fence. EndTolerance allows for Vault's clock.
-		last := fenced.Add(s.cfg.MintTimeout + s.cfg.MintBound + broker.EndTolerance)
+		last := lastMint(s.cfg, fenced) // the mints were sent before the fence
 		done = !slices.ContainsFunc(recent, func(l broker.FoundLease) bool { return l.Issued.Before(last) })
 	}
 	for name := range s.cfg.Backends {
@@ -277,21 +289,23 @@ func (s sweeper) sweepAfter(ctx context.Context, grants []broker.Grant, fenced t
 	return done && err == nil, err
 }
 
-// runSweeps sweeps on a schedule until the engine stops.
+// runSweeps sweeps on a schedule until the engine stops. It lists the leases in every tenth sweep, and in each one while
+// there is a suspicion: after the start, after a mint with a lost answer, and after a sweep that found an orphan or
+// failed.
 func (e *Engine) runSweeps() {
 	if e.cfg.SweepEvery < 0 {
 		return
 	}
 	tick := time.NewTicker(e.cfg.SweepEvery)
 	defer tick.Stop()
-	for {
+	for n := 0; ; n++ {
 		select {
 		case <-e.ctx.Done():
 			return
 		case <-tick.C:
 		}
 		ctx, cancel := context.WithTimeout(e.ctx, e.cfg.SweepEvery)
-		if _, err := e.Sweep(ctx); err != nil && e.ctx.Err() == nil {
+		if _, err := (sweeper{e}).sweep(ctx, n%leasesEvery == 0 || e.suspicion.Raised()); err != nil && e.ctx.Err() == nil {
 			e.cfg.Alarm("sweep", err)
 		}
 		cancel()

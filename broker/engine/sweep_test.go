@@ -118,6 +118,45 @@ func TestSweepLooksUpUnknownLeases(t *testing.T) {
 	})
 }
 
+// TestScheduledSweepsListLess counts the lists of the scheduled sweeps. Without a suspicion every tenth sweep lists the
+// leases. After the start, after a lost answer and after an orphan each one does.
+func TestScheduledSweepsListLess(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.Stop()
+		vault := &leaseLister{Vault: w.vault}
+		w.brokerVault, w.sweepEvery = vault, 10*time.Second
+		w.start(w.ledger)
+		root := w.open("root", broker.OpenRequest{})
+		lists := func(what string, d time.Duration, want int) {
+			t.Helper()
+			vault.tools = nil
+			pass(d)
+			if len(vault.tools) != want {
+				t.Errorf("%s: %d lists in %v, want %d", what, len(vault.tools), d, want)
+			}
+		}
+		lists("after the start", 25*time.Second, 2) // a mint of the last process may complete within 17 s
+		lists("without a suspicion", 80*time.Second, 0)
+		lists("without a suspicion", 190*time.Second, 2)
+		w.vault.Fail(func(point string) error {
+			if point == "mint created" {
+				return errors.New("connection reset")
+			}
+			return nil
+		})
+		_, err := w.Issue(ctx, as("root"), step(root, "db.read"))
+		refused(t, "Issue", err, broker.Unavailable, broker.CodeOutcomeUnknown)
+		w.vault.Fail(nil)
+		lists("after a lost answer", 40*time.Second, 3) // until the mint cannot complete any more
+		w.vault.Plant("orphan", time.Now().Add(-time.Hour))
+		lists("until the next tenth sweep", 100*time.Second, 2) // which finds the orphan, and one more
+		if n := w.countEntries(broker.OpOrphan); n != 1 {
+			t.Errorf("the audit log has %d orphans, want 1", n)
+		}
+	})
+}
+
 // TestSweptBeforeClosed loses the answer of a mint, and Vault writes a lease that the ledger does not know. The
 // revocation is not CLOSED before a sweep has revoked that lease.
 func TestSweptBeforeClosed(t *testing.T) {

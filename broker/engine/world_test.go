@@ -1,6 +1,7 @@
 package engine_test
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -27,7 +28,8 @@ type world struct {
 	target *brokertest.Target
 	policy *brokertest.Policy
 
-	brokerVault broker.Vault // wraps vault for the broker; nil: the broker uses vault itself
+	sweepEvery  time.Duration // zero: never
+	brokerVault broker.Vault  // wraps vault for the broker; nil: the broker uses vault itself
 
 	mu     sync.Mutex // guards alarms
 	alarms []string
@@ -85,7 +87,7 @@ func (w *world) start(ledger broker.Ledger) {
 		},
 		Backends: map[string]broker.Backend{"target": w.target, "keeper": staticBackend{w.target}},
 		Now:      w.clock, Random: rand.Reader,
-		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: -1})
+		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: cmp.Or(w.sweepEvery, -1)})
 	if err != nil {
 		w.t.Fatal(err)
 	}

@@ -26,7 +26,7 @@ type Config struct {
 	Policy     Policy             `yaml:"policy"`      // required
 	Vault      Vault              `yaml:"vault"`       // required
 	Backends   map[string]Backend `yaml:"backends"`    // by the name that tools use; at least one
-	SweepEvery time.Duration      `yaml:"sweep_every"` // how often to sweep for orphaned leases and logins; zero: 1m
+	SweepEvery time.Duration      `yaml:"sweep_every"` // how often to sweep for orphaned logins; every tenth sweep, and each one after a start, a lost answer of a mint or an orphan, lists leases too; zero: 1m
 	// file of the private Ed25519 JWK that signs reports, checkpoints and status lists; empty: these are refused
 	SigningKey string `yaml:"signing_key"`
 	// transmitters of security events that the broker acts on; empty: none, and the endpoint does not exist
