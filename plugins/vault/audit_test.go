@@ -13,8 +13,10 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/cmd/parts"
@@ -27,6 +29,14 @@ type auditDevice struct {
 	path string
 	read sync.WaitGroup
 	pipe *os.File
+
+	written atomic.Int64 // bytes
+}
+
+// Write counts the bytes that Vault wrote.
+func (d *auditDevice) Write(p []byte) (int, error) {
+	d.written.Add(int64(len(p)))
+	return len(p), nil
 }
 
 func newAuditDevice(t *testing.T, s *site) *auditDevice {
@@ -37,7 +47,7 @@ func newAuditDevice(t *testing.T, s *site) *auditDevice {
 	return d
 }
 
-// open makes the pipe and discards all that Vault writes.
+// open makes the pipe and counts all that Vault writes.
 func (d *auditDevice) open() {
 	if err := syscall.Mkfifo(d.path, 0o600); err != nil {
 		d.t.Fatal(err)
@@ -47,7 +57,7 @@ func (d *auditDevice) open() {
 		d.t.Fatal(err)
 	}
 	d.pipe = pipe
-	d.read.Go(func() { _, _ = io.Copy(io.Discard, pipe) })
+	d.read.Go(func() { _, _ = io.Copy(d, pipe) })
 }
 
 func (d *auditDevice) close() {
@@ -121,5 +131,48 @@ func TestRealAuditRefusesList(t *testing.T) {
 	if _, err := c.Leases(t.Context(), brokertest.Path(s.pki+"/issue/a")); err == nil ||
 		!strings.Contains(err.Error(), "audit device") {
 		t.Errorf("Leases() = %v, want the audit device named", err)
+	}
+}
+
+// TestRealListCost compares the bytes that a list of leases and the look-ups of the same leases cost each audit device.
+// A sweep lists, and looks up unknown leases only.
+func TestRealListCost(t *testing.T) {
+	s := newSite(t, parts.OwnVault(t, parts.VaultConfig{}))
+	c := newClient(t, s.config())
+	branch(t, c, delegation(rootID, ""), s.a())
+	const n = 40
+	for range n {
+		issue(t, c, rootID, s.a(), s.mint("a"))
+	}
+	device := newAuditDevice(t, s)
+	path := brokertest.Path(s.pki + "/issue/a")
+	cost := func(f func()) int64 {
+		before := device.written.Load()
+		f()
+		// Vault answers when the pipe has the entries. The reader may be behind.
+		end := int64(-1)
+		until(t, 5*time.Second, "the entries in the pipe", func() bool {
+			last := end
+			end = device.written.Load()
+			return end == last && end > before
+		})
+		return end - before
+	}
+	var ids []string
+	list := cost(func() {
+		var err error
+		if ids, err = c.Leases(t.Context(), path); err != nil || len(ids) != n {
+			t.Fatalf("Leases() = %d, %v, want %d", len(ids), err, n)
+		}
+	})
+	lookUps := cost(func() {
+		if found, err := c.LookUpLeases(t.Context(), ids); err != nil || len(found) != n {
+			t.Fatalf("LookUpLeases() = %d, %v, want %d", len(found), err, n)
+		}
+	})
+	t.Logf("for each of %d leases: %d bytes in a list, %d in a look-up", n, list/n, lookUps/n)
+	if list/n > 250 || lookUps < 8*list {
+		t.Errorf("a list of %d leases wrote %d bytes and their look-ups %d, want less than 250 for each in a list", n, list,
+			lookUps)
 	}
 }
