@@ -5,6 +5,7 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -50,12 +51,24 @@ func TestSweepLeases(t *testing.T) {
 // leaseLister keeps the tools for which the broker listed leases, and counts the look-ups.
 type leaseLister struct {
 	*brokertest.Vault
+	mu      sync.Mutex // guards tools against the scheduled sweeps
 	tools   [][]broker.Tool
 	lookUps int
 }
 
+// takeTools returns the tools of the lists since the last call.
+func (a *leaseLister) takeTools() [][]broker.Tool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	tools := a.tools
+	a.tools = nil
+	return tools
+}
+
 func (a *leaseLister) Leases(ctx context.Context, tools []broker.Tool) ([]string, error) {
+	a.mu.Lock()
 	a.tools = append(a.tools, tools)
+	a.mu.Unlock()
 	return a.Vault.Leases(ctx, tools)
 }
 
@@ -130,10 +143,10 @@ func TestScheduledSweepsListLess(t *testing.T) {
 		root := w.open("root", broker.OpenRequest{})
 		lists := func(what string, d time.Duration, want int) {
 			t.Helper()
-			vault.tools = nil
+			vault.takeTools()
 			pass(d)
-			if len(vault.tools) != want {
-				t.Errorf("%s: %d lists in %v, want %d", what, len(vault.tools), d, want)
+			if n := len(vault.takeTools()); n != want {
+				t.Errorf("%s: %d lists in %v, want %d", what, n, d, want)
 			}
 		}
 		lists("after the start", 25*time.Second, 2) // a mint of the last process may complete within 17 s
