@@ -62,6 +62,9 @@ type call struct {
 	newConn  bool   // use a new connection
 	maxBytes int64  // limit of the response; zero: maxResponse
 	raw      bool   // return the body undecoded
+
+	rawBody     []byte // instead of body: bytes that are not JSON, of contentType
+	contentType string
 }
 
 // errNotSent means that the request certainly did not leave the process.
@@ -158,6 +161,9 @@ func (w *wire) request(ctx context.Context, c call) (*http.Request, error) {
 		}
 		body, length = bytes.NewReader(raw), len(raw)
 	}
+	if c.rawBody != nil {
+		body, length = bytes.NewReader(c.rawBody), len(c.rawBody)
+	}
 	if c.once {
 		body = io.NopCloser(io.MultiReader(orEmpty(body)))
 	}
@@ -173,6 +179,9 @@ func (w *wire) request(ctx context.Context, c call) (*http.Request, error) {
 	}
 	if w.namespace != "" {
 		req.Header["X-Vault-Namespace"] = []string{w.namespace}
+	}
+	if c.contentType != "" {
+		req.Header["Content-Type"] = []string{c.contentType}
 	}
 	if c.wrap != "" {
 		req.Header["X-Vault-Wrap-Ttl"] = []string{c.wrap}
