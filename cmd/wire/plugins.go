@@ -211,15 +211,24 @@ func (p *Program) program() *exec.Program {
 	return &exec.Program{Path: p.Path, SHA256: p.SHA256, Args: p.Args, Env: p.Env}
 }
 
-// pkiReads opens the certificates and the revocation list, which prove certificates dead.
-func pkiReads(t broker.Tool, _ Backend) ([]vault.ReadAccess, error) {
+// pkiReads opens the certificates, the revocation list and its configuration, which prove certificates dead.
+func pkiReads(t broker.Tool, _ Backend) (reads []vault.ReadAccess, err error) {
 	mount := t.Path.Segments()[0]
-	certs, err := broker.VaultPathOf(mount, "cert")
-	if err != nil {
-		return nil, err
+	for _, read := range []struct {
+		below    bool
+		segments []string
+	}{
+		{true, []string{"cert"}},
+		{false, []string{"config", "crl"}},
+		{false, []string{"crl", "rotate"}},
+	} {
+		path, err := broker.VaultPathOf(append([]string{mount}, read.segments...)...)
+		if err != nil {
+			return nil, err
+		}
+		reads = append(reads, vault.ReadAccess{Path: path, Below: read.below})
 	}
-	list, err := broker.VaultPathOf(mount, "crl", "rotate")
-	return []vault.ReadAccess{{Path: certs, Below: true}, {Path: list}}, err
+	return reads, nil
 }
 
 // jwtReads opens the public half of the tool's transit key, which verifies tokens.

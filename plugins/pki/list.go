@@ -19,10 +19,17 @@ const maxList = 64 << 20
 
 // list holds the wanted entries of a revocation list, in the form in which relying parties fetch it.
 type list struct {
-	issuer string // the authority's name
-	made   time.Time
-	next   time.Time // the next list is due by then
-	has    map[string]bool
+	by      authority
+	issuer  string // the authority's name
+	made    time.Time
+	next    time.Time // the next list is due by then
+	partial bool      // it has a critical extension, so it is not the complete list of its authority
+	has     map[string]bool
+}
+
+// inForce reports whether relying parties accept the list.
+func (l list) inForce(now time.Time) bool {
+	return !l.made.IsZero() && now.Before(l.next) && !l.partial
 }
 
 var errList = errors.New("the response from Vault is not a single, well-formed revocation list")
@@ -46,9 +53,9 @@ func parseList(der []byte, wanted map[string]bool) (list, error) {
 	if rest, err := asn1.Unmarshal(issuer, &name); err != nil || len(rest) > 0 {
 		return list{}, errList
 	}
-	l.issuer = name.String()
+	l.issuer, l.by.name = name.String(), digestName(issuer)
 	var revoked bool
-	if !tbs.ReadOptionalASN1(&entries, &revoked, casn1.SEQUENCE) || !tbs.SkipOptionalASN1(casn1.Tag(0).ContextSpecific().Constructed()) || !tbs.Empty() {
+	if !tbs.ReadOptionalASN1(&entries, &revoked, casn1.SEQUENCE) || !l.extensions(&tbs) || !tbs.Empty() {
 		return list{}, errList
 	}
 	for !entries.Empty() {
@@ -82,13 +89,57 @@ func (l *list) entry(entries *cryptobyte.String, wanted map[string]bool) bool {
 	return ok
 }
 
+var keyID = asn1.ObjectIdentifier{2, 5, 29, 35}
+
+// extensions reads the list's extensions and reports whether they are well-formed. It takes the authority's key id from
+// them. A delta list and a list for some certificates only have a critical extension (RFC 5280, 5.2.4 and 5.2.5).
+func (l *list) extensions(tbs *cryptobyte.String) bool {
+	var outer, all cryptobyte.String
+	var some bool
+	if !tbs.ReadOptionalASN1(&outer, &some, casn1.Tag(0).ContextSpecific().Constructed()) {
+		return false
+	}
+	if some && (!outer.ReadASN1(&all, casn1.SEQUENCE) || !outer.Empty()) {
+		return false
+	}
+	for !all.Empty() {
+		id, critical, value, ok := readExtension(&all)
+		if !ok {
+			return false
+		}
+		l.partial = l.partial || critical
+		if !id.Equal(keyID) {
+			continue
+		}
+		var inner, key cryptobyte.String
+		var has bool
+		if !value.ReadASN1(&inner, casn1.SEQUENCE) || !value.Empty() ||
+			!inner.ReadOptionalASN1(&key, &has, casn1.Tag(0).ContextSpecific()) {
+			return false
+		}
+		l.by.key = hex.EncodeToString(key)
+	}
+	return true
+}
+
+// readExtension reads one extension (RFC 5280, 4.1).
+func readExtension(all *cryptobyte.String) (id asn1.ObjectIdentifier, critical bool, value cryptobyte.String, ok bool) {
+	var extension, flag cryptobyte.String
+	ok = all.ReadASN1(&extension, casn1.SEQUENCE) && extension.ReadASN1ObjectIdentifier(&id) &&
+		extension.ReadOptionalASN1(&flag, &critical, casn1.BOOLEAN) &&
+		extension.ReadASN1(&value, casn1.OCTET_STRING) && extension.Empty()
+	critical = critical && (len(flag) != 1 || flag[0] != 0)
+	return id, critical, value, ok
+}
+
 // removeFromCRL is the reason code by which a list takes a certificate off an earlier list (RFC 5280, 5.3.1).
 const removeFromCRL = 8
 
 var reasonCode = asn1.ObjectIdentifier{2, 5, 29, 21}
 
-// isRemoval reads an entry's extensions. It reports whether the reason is removeFromCRL, and whether the extensions
-// are well-formed.
+// isRemoval reads an entry's extensions. It reports whether the entry does not revoke a certificate of the list's own
+// authority: the reason is removeFromCRL, or a critical extension names another authority (RFC 5280, 5.3.3). It also
+// reports whether the extensions are well-formed.
 func isRemoval(entry *cryptobyte.String) (removed, ok bool) {
 	var extensions cryptobyte.String
 	var some bool
@@ -96,13 +147,12 @@ func isRemoval(entry *cryptobyte.String) (removed, ok bool) {
 		return false, false
 	}
 	for !extensions.Empty() {
-		var extension, value cryptobyte.String
-		var id asn1.ObjectIdentifier
-		if !extensions.ReadASN1(&extension, casn1.SEQUENCE) || !extension.ReadASN1ObjectIdentifier(&id) ||
-			!extension.SkipOptionalASN1(casn1.BOOLEAN) || !extension.ReadASN1(&value, casn1.OCTET_STRING) || !extension.Empty() {
+		id, critical, value, ok := readExtension(&extensions)
+		if !ok {
 			return false, false
 		}
 		if !id.Equal(reasonCode) {
+			removed = removed || critical
 			continue
 		}
 		var reason int
@@ -130,10 +180,10 @@ func readTime(s *cryptobyte.String, t *time.Time) bool {
 }
 
 // serialBytes converts a serial number from Vault's notation to the bytes of a list entry.
-func serialBytes(ref string) string {
-	raw, err := hex.DecodeString(strings.ReplaceAll(ref, ":", ""))
+func serialBytes(serial string) string {
+	raw, err := hex.DecodeString(strings.ReplaceAll(serial, ":", ""))
 	if err != nil {
-		return ref // matches no entry
+		return serial // matches no entry
 	}
 	return string(raw)
 }

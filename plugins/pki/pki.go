@@ -14,24 +14,16 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Reader reads Vault paths with the broker's own rights. The Client of plugins/vault implements it.
-type Reader interface {
-	// Read returns the data at a path, or nil if there is none.
-	Read(ctx context.Context, path broker.VaultPath) (map[string]any, error)
-	// Fetch returns the raw response, of at most limit bytes, and waits as long as ctx allows.
-	Fetch(ctx context.Context, path broker.VaultPath, limit int64) ([]byte, error)
-}
-
 // Config configures a [Backend].
 type Config struct {
-	// Vault is required. Its policy must allow reading <mount>/cert/* and <mount>/crl/rotate. The lists at <mount>/crl
-	// and <mount>/issuer/*/crl/der need no authentication.
+	// Vault is required. Its policy must allow reading <mount>/cert/*, <mount>/config/crl and <mount>/crl/rotate. The
+	// lists, the authorities at <mount>/issuers and <mount>/issuer/*/der, and the responder at <mount>/ocsp need no
+	// authentication.
 	Vault Reader
 	Now   func() time.Time // zero: time.Now
 }
@@ -39,11 +31,10 @@ type Config struct {
 // Backend implements [broker.Backend] and [broker.Prover]. It severs nothing: Vault alone revokes a certificate.
 // Safe for concurrent use.
 type Backend struct {
-	vault Reader
-	now   func() time.Time
-
-	mu       sync.Mutex         // guards rebuilds; never held over the network
-	rebuilds map[string]rebuild // by mount
+	vault    Reader
+	now      func() time.Time
+	rebuilds *rebuilds
+	issuers  *issuers
 }
 
 // New checks the configuration and returns a Backend.
@@ -54,7 +45,9 @@ func New(cfg Config) (*Backend, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	return &Backend{vault: cfg.Vault, now: cfg.Now, rebuilds: map[string]rebuild{}}, nil
+	return &Backend{vault: cfg.Vault, now: cfg.Now,
+		rebuilds: &rebuilds{vault: cfg.Vault, now: cfg.Now, state: map[string]rebuilt{}},
+		issuers:  &issuers{vault: cfg.Vault, known: map[string]*x509.Certificate{}}}, nil
 }
 
 // names are the names requested for a certificate.
@@ -156,7 +149,7 @@ func (b *Backend) finish(answer map[string]any, want names, usage []x509.ExtKeyU
 	if err != nil {
 		return broker.Finished{}, errors.New("pki: encoding the secret")
 	}
-	return broker.Finished{Secret: broker.NewSecret(raw), Ref: s.Serial, Expires: cert.NotAfter.UTC(),
+	return broker.Finished{Secret: broker.NewSecret(raw), Ref: refOf(s.Serial, issuerOf(cert)), Expires: cert.NotAfter.UTC(),
 		Digests: []broker.ValueDigest{broker.DigestValue(s.Certificate), broker.DigestValue(s.PrivateKey)}}, nil
 }
 

@@ -14,6 +14,7 @@ import (
 	"io"
 	"math/big"
 	"net"
+	"net/http"
 	"net/url"
 	"slices"
 	"strings"
@@ -48,6 +49,31 @@ func (r reader) Fetch(ctx context.Context, path broker.VaultPath, limit int64) (
 	return io.ReadAll(io.LimitReader(resp.Body, limit))
 }
 
+func (r reader) List(ctx context.Context, path broker.VaultPath) (map[string]map[string]any, error) {
+	s, err := r.Logical().ListWithContext(ctx, path.String())
+	if err != nil || s == nil {
+		return nil, err
+	}
+	infos, _ := s.Data["key_info"].(map[string]any)
+	names := map[string]map[string]any{}
+	for _, k := range s.Data["keys"].([]any) {
+		names[k.(string)], _ = infos[k.(string)].(map[string]any)
+	}
+	return names, nil
+}
+
+func (r reader) OCSP(ctx context.Context, mount string, request []byte) ([]byte, error) {
+	req := r.NewRequest(http.MethodPost, "/v1/"+mount+"/ocsp")
+	req.BodyBytes = request
+	req.Headers = http.Header{"Content-Type": {"application/ocsp-request"}}
+	resp, err := r.RawRequestWithContext(ctx, req) //nolint:staticcheck // Logical sends JSON only
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close() //nolint:errcheck // only read
+	return io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+}
+
 type none struct{}
 
 func (none) Read(context.Context, broker.VaultPath) (map[string]any, error) {
@@ -57,6 +83,12 @@ func (none) Read(context.Context, broker.VaultPath) (map[string]any, error) {
 func (none) Fetch(context.Context, broker.VaultPath, int64) ([]byte, error) {
 	return nil, errors.New("down")
 }
+
+func (none) List(context.Context, broker.VaultPath) (map[string]map[string]any, error) {
+	return nil, errors.New("down")
+}
+
+func (none) OCSP(context.Context, string, []byte) ([]byte, error) { return nil, errors.New("down") }
 
 func newBackend(t *testing.T, v pki.Reader) *pki.Backend {
 	t.Helper()

@@ -8,11 +8,13 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"io"
 	"math/big"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -94,6 +96,12 @@ func (e *engine) grantOf(s issued) broker.Grant {
 	return broker.Grant{ID: "gr1", Path: brokertest.Path(e.mount + "/agent"), Expires: time.Now().Add(time.Minute), Lease: broker.Lease{Ref: s.finished.Ref, Expires: s.finished.Expires}}
 }
 
+// serialOf returns the serial number in a grant's name for its certificate, in hexadecimal.
+func serialOf(g broker.Grant) string {
+	serial, _, _ := strings.Cut(g.Lease.Ref, " by ")
+	return strings.TrimLeft(strings.ReplaceAll(serial, ":", ""), "0")
+}
+
 // TestRealServedList checks that dead means listed where relying parties read. With auto_rebuild Vault records a
 // revocation hours before its list shows it. Prove then requests one rebuild for all certificates. If Vault refuses
 // that, the certificates count as alive. The number of requests does not grow with the number of certificates.
@@ -131,7 +139,7 @@ func proveServed(t *testing.T, n int) (reads int) {
 		}
 		served, matched := e.served(t, e.mount+"/crl"), 0
 		for i, one := range evidence {
-			onList := served[strings.TrimLeft(strings.ReplaceAll(grants[i].Lease.Ref, ":", ""), "0")]
+			onList := served[serialOf(grants[i])]
 			if one.Outcome != want || onList != (want == broker.OutcomeDead) {
 				t.Fatalf("certificate %d: %s %q, on the list: %v; want %s", i, one.Outcome, one.Answer, onList, want)
 			}
@@ -175,7 +183,7 @@ func TestRealIssuers(t *testing.T) {
 		!strings.Contains(evidence[0].Answer, "on the list of CN=other, issued at ") {
 		t.Errorf("Prove() = %v, %v, want dead by the other authority's list", evidence, err)
 	}
-	number := strings.TrimLeft(strings.ReplaceAll(g.Lease.Ref, ":", ""), "0")
+	number := serialOf(g)
 	if e.served(t, e.mount+"/crl")[number] || !e.served(t, e.mount+"/issuer/"+other.Data["issuer_id"].(string)+"/crl/der")[number] {
 		t.Error("the certificate is on the wrong authority's list")
 	}
@@ -187,19 +195,37 @@ type authority struct {
 	key  *ecdsa.PrivateKey
 }
 
-func newAuthority(t testing.TB) authority {
+func newAuthority(t testing.TB) authority { return newAuthorityAs(t, "ca", 1) }
+
+func newAuthorityAs(t testing.TB, name string, keyID byte) authority {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return authority{&x509.Certificate{Subject: pkix.Name{CommonName: "ca"}, SubjectKeyId: []byte{1}, KeyUsage: x509.KeyUsageCRLSign}, key}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, SubjectKeyId: []byte{keyID},
+		KeyUsage: x509.KeyUsageCRLSign | x509.KeyUsageCertSign, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return authority{cert, key}
 }
 
 func (a authority) sign(t testing.TB, next time.Time, entries ...x509.RevocationListEntry) []byte {
 	t.Helper()
+	return a.signWith(t, next, nil, entries...)
+}
+
+func (a authority) signWith(t testing.TB, next time.Time, more []pkix.Extension, entries ...x509.RevocationListEntry) []byte {
+	t.Helper()
 	der, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: next.Add(-2 * time.Hour), NextUpdate: next,
-		RevokedCertificateEntries: entries}, a.cert, a.key)
+		RevokedCertificateEntries: entries, ExtraExtensions: more}, a.cert, a.key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,16 +236,18 @@ func entry(number int64, reason int) x509.RevocationListEntry {
 	return x509.RevocationListEntry{SerialNumber: big.NewInt(number), RevocationTime: time.Now(), ReasonCode: reason}
 }
 
-// grant258 returns a grant of a certificate with serial number 258.
-func grant258() broker.Grant {
+// grant258 returns a grant of a certificate with serial number 258, by the authority.
+func (a authority) grant258() broker.Grant {
 	end := time.Now().Add(time.Minute)
-	return broker.Grant{ID: "gr1", Path: brokertest.Path("pki/agent"), Expires: end, Lease: broker.Lease{Ref: "01:02", Expires: end}}
+	return broker.Grant{ID: "gr1", Path: brokertest.Path("pki/agent"), Expires: end, Lease: broker.Lease{Ref: pki.RefOf("01:02", a.cert), Expires: end}}
 }
 
 // TestLists checks that only a single, well-formed and unexpired list proves a certificate dead.
 func TestLists(t *testing.T) {
 	a, later := newAuthority(t), time.Now().Add(time.Hour)
 	good := a.sign(t, later, entry(258, 0))
+	foreign := entry(258, 0)
+	foreign.ExtraExtensions = []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 29}, Critical: true, Value: []byte{0x30, 0}}}
 	for name, row := range map[string]struct {
 		list []byte
 		want broker.Outcome
@@ -237,8 +265,14 @@ func TestLists(t *testing.T) {
 		"truncated":        {good[:len(good)/2], "", true},
 		"in PEM":           {pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: good}), "", true},
 		"half of one more": {append(bytes.Clone(good), good[:20]...), "", true},
+		// Two authorities are told apart by key id and by name, and a list with a critical extension is not complete.
+		"another key's":  {newAuthorityAs(t, "ca", 2).sign(t, later, entry(258, 0)), broker.OutcomeAlive, false},
+		"another name's": {newAuthorityAs(t, "cb", 1).sign(t, later, entry(258, 0)), broker.OutcomeAlive, false},
+		"a delta": {a.signWith(t, later, []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 27}, Critical: true, Value: []byte{2, 1, 1}}},
+			entry(258, 0)), broker.OutcomeAlive, false},
+		"of another issuer's certificates": {a.sign(t, later, foreign), broker.OutcomeAlive, false},
 	} {
-		evidence, err := newBackend(t, lists(row.list)).Prove(t.Context(), []broker.Grant{grant258()})
+		evidence, err := newBackend(t, vaultOf(a, row.list)).Prove(t.Context(), []broker.Grant{a.grant258()})
 		if (err != nil) != row.fail || err == nil && evidence[0].Outcome != row.want {
 			t.Errorf("Prove() with a list that is %s = %v, %v, want %q", name, evidence, err, row.want)
 		}
@@ -252,10 +286,11 @@ func TestLongList(t *testing.T) {
 		entries[i] = entry(1<<40+int64(i), 0)
 	}
 	entries[150_000] = entry(258, 0)
-	long := newAuthority(t).sign(t, time.Now().Add(time.Hour), entries...)
-	other := grant258()
-	other.Lease.Ref = "01:03"
-	evidence, err := newBackend(t, lists(long)).Prove(t.Context(), []broker.Grant{grant258(), other})
+	a := newAuthority(t)
+	long := a.sign(t, time.Now().Add(time.Hour), entries...)
+	other := a.grant258()
+	other.Lease.Ref = pki.RefOf("01:03", a.cert)
+	evidence, err := newBackend(t, vaultOf(a, long)).Prove(t.Context(), []broker.Grant{a.grant258(), other})
 	if err != nil || evidence[0].Outcome != broker.OutcomeDead || evidence[1].Outcome != broker.OutcomeAlive {
 		t.Errorf("Prove() with a list of %d bytes = %v, %v, want the first dead, the other alive", len(long), evidence, err)
 	}
@@ -273,33 +308,53 @@ func FuzzList(f *testing.F) {
 			return
 		}
 		crl, wrong := x509.ParseRevocationList(der)
-		evidence, err := newBackend(t, lists(der)).Prove(t.Context(), []broker.Grant{grant258()})
+		evidence, err := newBackend(t, vaultOf(a, der)).Prove(t.Context(), []broker.Grant{a.grant258()})
 		if err != nil || wrong != nil {
 			return // each parser is stricter than the other somewhere
 		}
-		on := false
-		for _, e := range crl.RevokedCertificateEntries {
-			on = on || e.SerialNumber.Cmp(big.NewInt(258)) == 0 && e.ReasonCode != 8
+		on, own := false, bytes.Equal(crl.AuthorityKeyId, a.cert.SubjectKeyId) && bytes.Equal(crl.RawIssuer, a.cert.RawSubject)
+		for _, e := range crl.Extensions {
+			own = own && !e.Critical
 		}
-		if want := on && time.Now().Before(crl.NextUpdate); want != (evidence[0].Outcome == broker.OutcomeDead) {
+		for _, e := range crl.RevokedCertificateEntries {
+			foreign := slices.ContainsFunc(e.Extensions, func(x pkix.Extension) bool {
+				return x.Critical && !x.Id.Equal(asn1.ObjectIdentifier{2, 5, 29, 21})
+			})
+			on = on || e.SerialNumber.Cmp(big.NewInt(258)) == 0 && e.ReasonCode != 8 && !foreign
+		}
+		if want := on && own && time.Now().Before(crl.NextUpdate); want != (evidence[0].Outcome == broker.OutcomeDead) {
 			t.Errorf("Prove() = %v, on the list: %v", evidence, on)
 		}
 	})
 }
 
-// lists is a Vault that serves one list and reports every certificate as revoked.
-type lists []byte
+// lists is a Vault with one authority that serves one list and reports every certificate as revoked.
+type lists struct {
+	list      []byte
+	authority []byte // its certificate
+}
+
+func vaultOf(a authority, list []byte) lists { return lists{list, a.cert.Raw} }
 
 func (l lists) Read(context.Context, broker.VaultPath) (map[string]any, error) {
 	return map[string]any{"revocation_time": json.Number("1700000000")}, nil
 }
 
-func (l lists) Fetch(_ context.Context, _ broker.VaultPath, limit int64) ([]byte, error) {
-	if int64(len(l)) > limit {
+func (l lists) Fetch(_ context.Context, path broker.VaultPath, limit int64) ([]byte, error) {
+	if s := path.Segments(); len(s) == 4 && s[3] == "der" {
+		return l.authority, nil
+	}
+	if int64(len(l.list)) > limit {
 		return nil, errors.New("longer than the limit")
 	}
-	return l, nil
+	return l.list, nil
 }
+
+func (l lists) List(context.Context, broker.VaultPath) (map[string]map[string]any, error) {
+	return map[string]map[string]any{"only": {"key_id": "k"}}, nil
+}
+
+func (l lists) OCSP(context.Context, string, []byte) ([]byte, error) { return nil, errors.New("off") }
 
 var _ pki.Reader = lists{}
 
@@ -321,12 +376,13 @@ func (s *slow) Fetch(ctx context.Context, path broker.VaultPath, limit int64) ([
 
 // TestRenewals checks that rebuilds leave Vault most of its time. Vault revokes nothing during a rebuild.
 func TestRenewals(t *testing.T) {
-	s := &slow{lists: newAuthority(t).sign(t, time.Now().Add(time.Hour)), now: time.Now()}
+	a := newAuthority(t)
+	s := &slow{lists: vaultOf(a, a.sign(t, time.Now().Add(time.Hour))), now: time.Now()}
 	b, err := pki.New(pki.Config{Vault: s, Now: func() time.Time { return s.now }})
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := grant258()
+	g := a.grant258()
 	for _, row := range []struct {
 		later time.Duration
 		want  int
