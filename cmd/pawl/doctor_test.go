@@ -29,12 +29,22 @@ func TestDoctor(t *testing.T) {
 	}
 	defer env.Close()
 	out, err := runDoctor(ctx, env.ConfigFile)
-	if err != nil || strings.Contains(out, "WRONG") || strings.Count(out, "ok ") != 7+len(env.Config.Backends) {
+	if err != nil || strings.Contains(out, "WRONG") || strings.Count(out, "ok ") != 8+len(env.Config.Backends) {
 		t.Fatalf("pawl doctor = %v\n%s\nwant everything ok", err, out)
 	}
 	chmod := func(mode os.FileMode) func() error {
 		return func() error { return os.Chmod(env.Config.Ledger, mode) }
 	}
+	vault := func(path string, data map[string]any) func() error {
+		return func() error {
+			c, err := env.Vault.Client()
+			if err == nil {
+				_, err = c.Logical().WriteWithContext(ctx, path, data)
+			}
+			return err
+		}
+	}
+	issuing := "read-only,issuing-certificates,ocsp-signing"
 	bundle, away := env.Config.Policy.Bundle, filepath.Join(env.Dir, "away")
 	for _, row := range []struct {
 		name             string
@@ -43,6 +53,8 @@ func TestDoctor(t *testing.T) {
 	}{
 		{"database down", env.Postgres.Stop, func() error { return env.Postgres.Start(ctx) },
 			"backend shop", "connection refused"},
+		{"an authority without a list", vault("pki/issuer/default", map[string]any{"usage": issuing}),
+			vault("pki/issuer/default", map[string]any{"usage": issuing + ",crl-signing"}), "revocation lists", "give its usage crl-signing"},
 		{"Vault sealed", func() error { return env.Vault.Seal(ctx) }, func() error { return env.Vault.Unseal(ctx) },
 			"vault", "is sealed"},
 		{"ledger readable by others", chmod(0o644), chmod(0o600), "ledger", "only the broker's user"},

@@ -57,6 +57,7 @@ type doctor struct {
 	c      wire.Config
 	out    io.Writer
 	svid   *x509svid.SVID // the broker's own; nil until it is fetched
+	vault  *vault.Client  // logged in like the broker; nil until then
 	faults int
 }
 
@@ -73,12 +74,16 @@ func (d *doctor) run(ctx context.Context) error {
 		{"identity", "is the Workload API at workload_api, and has it an entry for this process?", d.identity},
 		{"vault", "is it up and unsealed, and is vault.ca the authority of its certificate?", d.vaultHealth},
 		{"vault rights", "`pawl vault plan` prints the setup that Vault needs, with the auth role", d.vaultRights},
+		{"revocation lists", "without its list a revoked certificate is not dead; docs/promises.md has the settings", d.lists},
 		{"ledger", "it needs a directory that the broker may write to, and room to grow", d.ledger},
 		{"broker", "start it with `pawl server`; a running broker logs the reason that it is not ready", d.broker},
 		{"self-test", "the broker's log has the alarm with the cause; docs/configuration.md has the permit that it needs",
 			d.selfTest},
 	} {
 		d.check(ctx, check.what, check.hint, check.run)
+	}
+	if d.vault != nil {
+		d.vault.Close()
 	}
 	names := make([]string, 0, len(d.c.Backends))
 	for name := range d.c.Backends {
@@ -189,32 +194,11 @@ func (d *doctor) vaultHealth(ctx context.Context) (string, error) {
 
 // vaultRights logs in like the broker, and makes the requests of the broker's background work.
 func (d *doctor) vaultRights(ctx context.Context) (string, error) {
-	if d.svid == nil {
-		return "", errors.New("not tried: there is no SVID to log in with")
-	}
-	roots, err := d.vaultRoots()
+	client, err := d.connect(ctx)
 	if err != nil {
 		return "", err
 	}
-	client, err := vault.New(vault.Config{
-		Address: d.c.Vault.Address, Roots: roots, Namespace: d.c.Vault.Namespace, Login: d.login()})
-	if err != nil {
-		return "", err
-	}
-	defer client.Close()
-	for tick := time.NewTicker(20 * time.Millisecond); ; {
-		err := client.Ready()
-		if err == nil {
-			tick.Stop()
-			break
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			tick.Stop()
-			return "", fmt.Errorf("logging in: %w", err)
-		}
-	}
+	d.vault = client
 	stuck, err := client.Irrevocable(ctx)
 	if err != nil {
 		return "", fmt.Errorf("listing irrevocable leases: %w", err)
@@ -237,6 +221,55 @@ func (d *doctor) vaultRights(ctx context.Context) (string, error) {
 		leased++
 	}
 	return fmt.Sprintf("logged in, may list the leases of %d tools, none is irrevocable", leased), nil
+}
+
+// connect logs in like the broker.
+func (d *doctor) connect(ctx context.Context) (*vault.Client, error) {
+	if d.svid == nil {
+		return nil, errors.New("not tried: there is no SVID to log in with")
+	}
+	roots, err := d.vaultRoots()
+	if err != nil {
+		return nil, err
+	}
+	client, err := vault.New(vault.Config{
+		Address: d.c.Vault.Address, Roots: roots, Namespace: d.c.Vault.Namespace, Login: d.login()})
+	if err != nil {
+		return nil, err
+	}
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := client.Ready()
+		if err == nil {
+			return client, nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			client.Close()
+			return nil, fmt.Errorf("logging in: %w", err)
+		}
+	}
+}
+
+// lists checks that every authority of the tools' certificates has a revocation list.
+func (d *doctor) lists(ctx context.Context) (string, error) {
+	running, err := wire.LoadPolicy(d.c.Policy)
+	if err != nil {
+		return "the tools are unknown without a policy bundle", nil
+	}
+	if d.vault == nil {
+		return "", errors.New("not tried: the login to Vault failed")
+	}
+	found, err := wire.Survey(ctx, d.vault, running.Current().Tools(), d.c.Backends)
+	switch {
+	case err != nil:
+		return "", errors.New(strings.ReplaceAll(err.Error(), "\n", "; "))
+	case len(found) == 0:
+		return "no tool makes certificates", nil
+	}
+	return strings.Join(found, "; "), nil
 }
 
 func (d *doctor) login() vault.Login {

@@ -137,6 +137,31 @@ func Writes(tools []broker.Tool, backends map[string]Backend) (writes []vault.Wr
 	return writes, nil
 }
 
+// Survey checks with the broker's rights in Vault whether the tools' secrets can be proven dead, once for each mount.
+// found describes the mounts. The error has every fault.
+func Survey(ctx context.Context, v *vault.Client, tools []broker.Tool, backends map[string]Backend) (found []string, err error) {
+	var faults []error
+	done := map[string]bool{}
+	for _, t := range tools {
+		p, _ := pluginNamed(backends[t.Backend].Plugin)
+		if p.survey == nil || t.Canary {
+			continue
+		}
+		mount := t.Path.Segments()[0]
+		if done[p.name+" "+mount] {
+			continue
+		}
+		done[p.name+" "+mount] = true
+		text, err := p.survey(ctx, v, mount)
+		if err != nil {
+			faults = append(faults, err)
+			continue
+		}
+		found = append(found, text)
+	}
+	return found, errors.Join(faults...)
+}
+
 // Reach checks, without a credential, that the target of a validated configuration is there. found
 // describes it.
 func Reach(ctx context.Context, c Backend) (found string, err error) {

@@ -46,6 +46,10 @@ type plugin struct {
 	// writes gives the writes that a tool needs in Vault, besides its policy. Nil: none.
 	writes func(t broker.Tool) ([]vault.Write, error)
 
+	// survey checks, with the broker's rights in Vault, whether the secrets of a Vault mount can be proven dead. Nil:
+	// there is nothing to check.
+	survey func(ctx context.Context, v *vault.Client, mount string) (found string, err error)
+
 	// reach checks without a credential that the target is there, and describes it. Nil: the target is Vault.
 	reach func(ctx context.Context, c Backend) (found string, err error)
 }
@@ -125,7 +129,7 @@ var plugins = []plugin{
 		name: "postgres", keys: []string{"dsn", "mount", "shaper", "revoker", "service_ttl"}, required: []string{"dsn"},
 		open: openPostgres, bare: new(postgres.Backend), reads: postgresReads, reach: reachPostgres,
 	},
-	{name: "pki", open: openPKI, bare: new(pki.Backend), reads: pkiReads},
+	{name: "pki", open: openPKI, bare: new(pki.Backend), reads: pkiReads, survey: surveyPKI},
 	{name: "ssh", keys: []string{"krl"}, open: openSSH, bare: new(ssh.Backend), reach: reachSSH},
 	{
 		name: "jwt", keys: []string{"issuer", "status_uri"}, required: []string{"issuer"},
@@ -211,7 +215,8 @@ func (p *Program) program() *exec.Program {
 	return &exec.Program{Path: p.Path, SHA256: p.SHA256, Args: p.Args, Env: p.Env}
 }
 
-// pkiReads opens the certificates, the revocation list and its configuration, which prove certificates dead.
+// pkiReads opens what proves certificates dead: their records, the authorities, and the revocation lists with their
+// configuration.
 func pkiReads(t broker.Tool, _ Backend) (reads []vault.ReadAccess, err error) {
 	mount := t.Path.Segments()[0]
 	for _, read := range []struct {
@@ -219,6 +224,7 @@ func pkiReads(t broker.Tool, _ Backend) (reads []vault.ReadAccess, err error) {
 		segments []string
 	}{
 		{true, []string{"cert"}},
+		{true, []string{"issuer"}},
 		{false, []string{"config", "crl"}},
 		{false, []string{"crl", "rotate"}},
 	} {
@@ -229,6 +235,10 @@ func pkiReads(t broker.Tool, _ Backend) (reads []vault.ReadAccess, err error) {
 		reads = append(reads, vault.ReadAccess{Path: path, Below: read.below})
 	}
 	return reads, nil
+}
+
+func surveyPKI(ctx context.Context, v *vault.Client, mount string) (string, error) {
+	return pki.Survey(ctx, v, mount, time.Now())
 }
 
 // jwtReads opens the public half of the tool's transit key, which verifies tokens.

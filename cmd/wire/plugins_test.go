@@ -74,7 +74,7 @@ func TestVaultNeeds(t *testing.T) {
 		{"postgres", "database/orders", nil, "read database/creds/orders leased",
 			"database/creds/pawl-shaper database/creds/pawl-revoker", ""},
 		{"other", "db/orders", nil, "read db/creds/orders leased", "db/creds/s db/creds/r", ""},
-		{"pki", "pki/client", nil, "write pki/issue/client leased", "pki/cert/* pki/config/crl pki/crl/rotate", ""},
+		{"pki", "pki/client", nil, "write pki/issue/client leased", "pki/cert/* pki/issuer/* pki/config/crl pki/crl/rotate", ""},
 		{"ssh", "ssh/uptime", nil, "write ssh/sign/uptime", "", ""},
 		{"jwt", "transit/key", nil, "write transit/sign/key/sha2-256", "transit/keys/key", ""},
 		{"token", "auth/token/create/notes", map[string]string{"policies": "dev"},

@@ -10,9 +10,11 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/cmd/parts"
+	"github.com/pawlsec/pawl/plugins/pki"
 )
 
 // openssl asks openssl whether a server that trusts the authority and holds its list accepts a certificate.
@@ -211,4 +213,48 @@ func TestRealRenewedIssuer(t *testing.T) {
 		}
 	}
 	t.Logf("%d of %d revoked certificates are on no list", missing, len(secrets))
+}
+
+// TestRealSurvey checks that the survey of an engine names each authority without a valid list, and no others.
+func TestRealSurvey(t *testing.T) {
+	e := newEngine(t, role(nil))
+	imported := newAuthorityAs(t, "imported", 3)
+	e.write(t, e.mount+"/issuers/import/cert", map[string]any{"pem_bundle": string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: imported.cert.Raw}))})
+	survey := func(later time.Duration) (string, error) {
+		return pki.Survey(t.Context(), reader{e.Client}, e.mount, time.Now().Add(later))
+	}
+	want := func(found string, err error, ok bool, words ...string) {
+		t.Helper()
+		if err != nil {
+			found = err.Error()
+		}
+		for _, word := range words {
+			if (err == nil) != ok || !strings.Contains(found, word) {
+				t.Errorf("Survey() = %q, %v; want ok %v and %q", found, err, ok, word)
+			}
+		}
+	}
+	found, err := survey(0)
+	want(found, err, true, "1 authorities, each has a revocation list")
+	found, err = survey(80 * time.Hour)
+	want(found, err, false, "CN=test", "is not valid", "auto_rebuild")
+	e.write(t, e.mount+"/root/generate/internal", map[string]any{"common_name": "Second", "issuer_name": "second", "key_type": "ec", "ttl": "24h"})
+	found, err = survey(0)
+	want(found, err, true, "2 authorities")
+	e.write(t, e.mount+"/config/crl", map[string]any{"auto_rebuild": true, "enable_delta": true})
+	found, err = survey(0)
+	want(found, err, true, "enable_delta is on")
+	e.write(t, e.mount+"/root/generate/internal", map[string]any{"common_name": "Third", "issuer_name": "third", "key_type": "ec", "ttl": "24h"})
+	e.write(t, e.mount+"/issuer/third", map[string]any{"issuer_name": "third", "usage": "read-only,issuing-certificates"})
+	found, err = survey(0)
+	want(found, err, false, "CN=Third", "give its usage crl-signing")
+	e.write(t, e.mount+"/config/crl", map[string]any{"auto_rebuild": false, "enable_delta": false, "disable": true})
+	found, err = survey(0)
+	want(found, err, true, "OCSP only")
+	e.write(t, e.mount+"/config/crl", map[string]any{"ocsp_disable": true})
+	found, err = survey(0)
+	want(found, err, false, "no server can learn of a revocation")
+	if found, err := pki.Survey(t.Context(), none{}, e.mount, time.Now()); err == nil {
+		t.Errorf("Survey() with Vault down = %q, want an error", found)
+	}
 }

@@ -1,6 +1,7 @@
 package pki
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"fmt"
@@ -52,7 +53,17 @@ func (s *issuers) of(ctx context.Context, mount string) (map[authority][]issuer,
 			all[a] = append(all[a], issuer{id, cert, key != ""})
 		}
 	}
+	for _, same := range all { // the first can sign lists, if any can
+		slices.SortStableFunc(same, func(x, y issuer) int { return cmp.Compare(rank(x), rank(y)) })
+	}
 	return all, nil
+}
+
+func rank(s issuer) int {
+	if s.key {
+		return 0
+	}
+	return 1
 }
 
 // certificate returns an authority's certificate, or nil if it was deleted meanwhile.

@@ -21,8 +21,8 @@ import (
 
 // Config configures a [Backend].
 type Config struct {
-	// Vault is required. Its policy must allow reading <mount>/cert/*, <mount>/config/crl and <mount>/crl/rotate. The
-	// lists, the authorities at <mount>/issuers and <mount>/issuer/*/der, and the responder at <mount>/ocsp need no
+	// Vault is required. Its policy must allow reading <mount>/cert/*, <mount>/issuer/*, <mount>/config/crl and
+	// <mount>/crl/rotate. The list of authorities at <mount>/issuers and the responder at <mount>/ocsp need no
 	// authentication.
 	Vault Reader
 	Now   func() time.Time // zero: time.Now

@@ -288,7 +288,11 @@ func (p *proof) concludeByOCSP(ctx context.Context, rest []int) (others []int) {
 }
 
 // config is an engine's configuration of its lists.
-type config struct{ listsOff, ocspOff bool }
+type config struct {
+	listsOff bool // it makes no lists, and serves an empty one
+	ocspOff  bool // it has no OCSP responder
+	delta    bool // it makes delta lists
+}
 
 func (b *Backend) readConfig(ctx context.Context, mount string) (config, error) {
 	data, err := read(ctx, b.vault, mount, "config", "crl")
@@ -298,6 +302,7 @@ func (b *Backend) readConfig(ctx context.Context, mount string) (config, error) 
 	var c config
 	c.listsOff, _ = data["disable"].(bool)
 	c.ocspOff, _ = data["ocsp_disable"].(bool)
+	c.delta, _ = data["enable_delta"].(bool)
 	return c, nil
 }
 
