@@ -88,7 +88,7 @@ const sampleSize = 16
 // record is Vault's record of one certificate.
 type record struct {
 	revoked  bool
-	issuer   string // Vault's id of the authority on whose list it is booked; empty: none, or an older Vault
+	issuer   string // Vault's id of the authority under which it is booked; empty: none, or an older Vault
 	by       authority
 	unstored bool // Vault has no such certificate
 }
@@ -320,8 +320,8 @@ func (b *Backend) list(ctx context.Context, wanted map[string]bool, path ...stri
 	return parseList(der, wanted)
 }
 
-// readSample reads a random sample of the certificates from Vault, eight at a time. It learns the authority of those
-// whose grant does not name it.
+// readSample reads a random sample of the certificates from Vault, eight at a time. It learns the authority of
+// certificates of an earlier version, which recorded the serial number alone.
 func (p *proof) readSample(ctx context.Context, rest []int) error {
 	some := slices.Clone(rest)
 	rand.Shuffle(len(some), func(i, k int) { some[i], some[k] = some[k], some[i] })

@@ -265,7 +265,7 @@ func TestLists(t *testing.T) {
 		"truncated":        {good[:len(good)/2], "", true},
 		"in PEM":           {pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: good}), "", true},
 		"half of one more": {append(bytes.Clone(good), good[:20]...), "", true},
-		// Two authorities are told apart by key id and by name, and a list with a critical extension is not complete.
+		// Two authorities differ by key id or by name. A list with a critical extension is not complete.
 		"another key's":  {newAuthorityAs(t, "ca", 2).sign(t, later, entry(258, 0)), broker.OutcomeAlive, false},
 		"another name's": {newAuthorityAs(t, "cb", 1).sign(t, later, entry(258, 0)), broker.OutcomeAlive, false},
 		"a delta": {a.signWith(t, later, []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 27}, Critical: true, Value: []byte{2, 1, 1}}},

@@ -64,7 +64,7 @@ var tree = rules{
 		{pattern: "cmd/wire", cycle: 9, why: asToday},
 		{pattern: "plugins/exec", cycle: 5, why: asToday},
 		{pattern: "plugins/jwt", cycle: 4, why: asToday},
-		{pattern: "plugins/pki", cycle: 3, why: asToday},
+		{pattern: "plugins/pki", cycle: 2, why: asToday},
 		{pattern: "plugins/postgres", cycle: 6, why: asToday},
 		{pattern: "plugins/ssh", cycle: 3, why: asToday},
 		{pattern: "plugins/token", cycle: 2, why: asToday},
