@@ -198,7 +198,7 @@ func (e *Env) configure(c Config) error {
 		return err
 	}
 	backends := map[string]wire.Backend{"pki": {Plugin: "pki"}, "notes": {Plugin: "kv"}, "vault": {Plugin: "token"},
-		"tokens": {Plugin: "jwt", Issuer: "https://" + TrustDomain}, "hosts": {Plugin: "ssh", KRL: e.path("revoked.krl")}}
+		"tokens": {Plugin: "jwt", Issuer: "https://" + TrustDomain}, "hosts": {Plugin: "ssh", KRL: e.path("revoked.krl"), KRLInUse: true}}
 	if e.Postgres != nil {
 		backends["shop"] = wire.Backend{Plugin: "postgres", DSN: e.shopDSN()}
 	}

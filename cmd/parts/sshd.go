@@ -2,6 +2,7 @@ package parts
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -22,6 +23,9 @@ type SSHDConfig struct {
 	UserCAKeys []byte
 	// RevokedKeys is a key revocation list, or public keys, one a line. Nil revokes nothing. Revoke replaces it.
 	RevokedKeys []byte
+	// RevokedKeysFile is the file that sshd reads as its list of revoked keys. Empty: a file that RevokedKeys and Revoke
+	// write.
+	RevokedKeysFile string
 	// Principals lists names; a certificate with one of them can log in as any user. Nil keeps sshd's own rule: the
 	// certificate must have the user's name.
 	Principals []string
@@ -118,7 +122,7 @@ func (s *SSHDServer) settings(config SSHDConfig) []byte {
 		"ListenAddress " + s.Address(),
 		"HostKey " + s.workdir.path("host_key"),
 		"TrustedUserCAKeys " + s.workdir.path("user_ca"),
-		"RevokedKeys " + s.workdir.path("revoked"),
+		"RevokedKeys " + cmp.Or(config.RevokedKeysFile, s.workdir.path("revoked")),
 		"AuthorizedKeysFile none",
 		"AuthenticationMethods publickey",
 		"PermitRootLogin prohibit-password",

@@ -19,14 +19,18 @@ type (
 	tokenVerifier interface {
 		Verify(ctx context.Context, t broker.Tool, token string) (jwt.Token, error)
 	}
-	// statusLister keeps a status list of its tokens, if HasStatusList reports true. Restore fills it after
-	// a restart from the grants of the last [jwt.Remember].
+	// statusLister keeps a status list of its tokens, if HasStatusList reports true.
 	statusLister interface {
 		HasStatusList() bool
 		StatusList() ([]byte, error)
-		Restore(grants []broker.Grant, active func(broker.GrantID) (bool, error)) error
 	}
 )
+
+// restorer keeps a list of ended secrets. Restore fills it after a restart from the grants of the last [jwt.Remember],
+// which is at least the longest life of a secret.
+type restorer interface {
+	Restore(grants []broker.Grant, active func(broker.GrantID) (bool, error)) error
+}
 
 // active reports whether introspection accepts a grant's token. Its answer is also the proof that a token is
 // dead. Backends are made before the broker, and call it only after the broker started.
@@ -84,12 +88,12 @@ func (s *Server) sign(typ string, payload []byte) ([]byte, error) {
 	return s.signer.SignAs(typ, payload)
 }
 
-// restore fills the backends' status lists from the ledger, with the grants that are recent enough for their
-// tokens to be unexpired.
+// restore fills the backends' lists from the ledger, with the grants that are recent enough for their secrets to be
+// unexpired.
 func (s *Server) restore(ctx context.Context, backends map[string]broker.Backend) error {
 	for name, backend := range backends {
-		b, ok := backend.(statusLister)
-		if !ok || !b.HasStatusList() {
+		b, ok := backend.(restorer)
+		if !ok {
 			continue
 		}
 		grants, err := s.Broker.Recent(ctx, name, time.Now().Add(-jwt.Remember))

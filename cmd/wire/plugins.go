@@ -67,7 +67,17 @@ type Backend struct {
 	Revoker    string        `yaml:"revoker"`
 	ServiceTTL time.Duration `yaml:"service_ttl"` // postgres: lifetime of these two logins; zero: 4h
 	// ssh: file of the key revocation list that sshd reads; empty: none, and certificates live until they expire
-	KRL    string `yaml:"krl"`
+	KRL string `yaml:"krl"`
+	// ssh: write into the file of krl instead of replacing it, for a file that a container of sshd mounts; sshd refuses
+	// every key during a write; empty: only where the system refuses to replace the file
+	KRLInPlace bool `yaml:"krl_in_place"`
+	// ssh: true says that the file of krl itself is the one that every sshd reads which trusts the authority, and listed
+	// certificates count as dead; empty: only hosts can show that, and without them certificates are unknown until they
+	// expire
+	KRLInUse bool `yaml:"krl_in_use"`
+	// ssh: every sshd that trusts the authority; the broker asks each whether it refuses listed certificates; empty: none
+	// is asked
+	Hosts  []Host `yaml:"hosts"`
 	Issuer string `yaml:"issuer"` // jwt: the iss claim; required
 	// jwt: https URL at which verifiers reach GET /v1/status-lists/NAME of listen.agents; empty: tokens name no
 	// status list
@@ -77,6 +87,12 @@ type Backend struct {
 	// itself; empty: the plugin proves
 	Probe   *Program      `yaml:"probe"`
 	Timeout time.Duration `yaml:"timeout"` // exec: limit of one run, from its start to its end; zero: 10s
+}
+
+// Host is an sshd.
+type Host struct {
+	Address string `yaml:"address"`  // host:port; required
+	HostKey string `yaml:"host_key"` // type and key, as in known_hosts: "ssh-ed25519 AAAA…"; required
 }
 
 // Program is an external plugin.
@@ -130,7 +146,7 @@ var plugins = []plugin{
 		open: openPostgres, bare: new(postgres.Backend), reads: postgresReads, reach: reachPostgres,
 	},
 	{name: "pki", open: openPKI, bare: new(pki.Backend), reads: pkiReads, survey: surveyPKI},
-	{name: "ssh", keys: []string{"krl"}, open: openSSH, bare: new(ssh.Backend), reach: reachSSH},
+	{name: "ssh", keys: []string{"krl", "krl_in_place", "krl_in_use", "hosts"}, open: openSSH, bare: new(ssh.Backend), reach: reachSSH},
 	{
 		name: "jwt", keys: []string{"issuer", "status_uri"}, required: []string{"issuer"},
 		open: openJWT, bare: new(jwt.Backend), reads: jwtReads,
@@ -168,7 +184,8 @@ func pluginNames() string {
 // keysSet gives the configuration keys that b sets, besides plugin, in the order of its fields.
 func (b Backend) keysSet() (keys []string) {
 	for f, v := range reflect.ValueOf(b).Fields() {
-		if key := f.Tag.Get("yaml"); key != "plugin" && !v.IsZero() {
+		empty := v.IsZero() || v.Kind() == reflect.Slice && v.Len() == 0
+		if key := f.Tag.Get("yaml"); key != "plugin" && !empty {
 			keys = append(keys, key)
 		}
 	}
@@ -188,10 +205,18 @@ func openPKI(o opener, _ string, _ Backend) (broker.Backend, error) {
 }
 
 func openSSH(o opener, _ string, c Backend) (broker.Backend, error) {
-	if o.checking {
-		c.KRL = "" // a running broker may hold the file
+	config := ssh.Config{KRL: c.KRL, InPlace: c.KRLInPlace, InUse: c.KRLInUse, Hosts: c.hosts()}
+	if err := config.Check(); err != nil || !o.checking {
+		return ssh.New(config)
 	}
-	return ssh.New(ssh.Config{KRL: c.KRL})
+	return ssh.New(ssh.Config{}) // a running broker may hold the file
+}
+
+func (b Backend) hosts() (all []ssh.Host) {
+	for _, h := range b.Hosts {
+		all = append(all, ssh.Host{Address: h.Address, Key: h.HostKey})
+	}
+	return all
 }
 
 func openJWT(o opener, _ string, c Backend) (broker.Backend, error) {
@@ -326,14 +351,32 @@ const (
 	mayWrite   = 2
 )
 
-func reachSSH(_ context.Context, c Backend) (string, error) {
+func reachSSH(ctx context.Context, c Backend) (string, error) {
 	if c.KRL == "" {
 		return inVault, nil
 	}
-	if err := syscall.Access(filepath.Dir(c.KRL), mayWrite|mayExecute); err != nil {
-		return "", fmt.Errorf("the directory of krl: %w", err)
+	file, err := filepath.EvalSymlinks(c.KRL)
+	if err != nil { // it will be made at the first start
+		file = c.KRL
 	}
-	return c.KRL + " can be written", nil
+	if err := syscall.Access(file, mayWrite); err != nil || !c.KRLInPlace {
+		if err := syscall.Access(filepath.Dir(file), mayWrite|mayExecute); err != nil {
+			return "", fmt.Errorf("the directory of krl: %w", err)
+		}
+	}
+	for _, h := range c.hosts() {
+		if err := ssh.CheckHost(ctx, h); err != nil {
+			return "", fmt.Errorf("sshd at %s: %w", h.Address, err)
+		}
+	}
+	found := c.KRL + " can be written"
+	switch {
+	case len(c.Hosts) > 0:
+		return fmt.Sprintf("%s; the sshd of %d hosts answer", found, len(c.Hosts)), nil
+	case c.KRLInUse:
+		return found + "; by the configuration sshd reads it", nil
+	}
+	return found + "; certificates stay unknown until they expire: set krl_in_use, or hosts to ask", nil
 }
 
 func reachExec(_ context.Context, c Backend) (string, error) {

@@ -3,14 +3,18 @@ package wire_test
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"reflect"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
 
+	xssh "golang.org/x/crypto/ssh"
+
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
@@ -140,4 +144,34 @@ func writes(t *testing.T, tools []broker.Tool, backends map[string]wire.Backend)
 		all = append(all, fmt.Sprint(w.Path))
 	}
 	return strings.Join(all, " ")
+}
+
+// TestReachSSH holds what the doctor says of a revocation list: whether it can be written, whether the hosts to ask
+// answer, and that nothing confirms it otherwise.
+func TestReachSSH(t *testing.T) {
+	server := parts.OwnSSHD(t, parts.SSHDConfig{})
+	host := wire.Host{Address: server.Address(), HostKey: strings.TrimSpace(string(xssh.MarshalAuthorizedKey(server.HostKey())))}
+	away := wire.Host{Address: "127.0.0.1:1", HostKey: host.HostKey}
+	krl := filepath.Join(t.TempDir(), "krl")
+	for _, row := range []struct {
+		backend wire.Backend
+		ok      bool
+		want    string
+	}{
+		{wire.Backend{}, true, "in Vault"},
+		{wire.Backend{KRL: krl}, true, "stay unknown until they expire"},
+		{wire.Backend{KRL: krl, KRLInUse: true}, true, "by the configuration"},
+		{wire.Backend{KRL: krl, Hosts: []wire.Host{host}}, true, "the sshd of 1 hosts answer"},
+		{wire.Backend{KRL: krl, Hosts: []wire.Host{host, away}}, false, "sshd at 127.0.0.1:1"},
+		{wire.Backend{KRL: filepath.Join(krl, "none", "krl")}, false, "the directory of krl"},
+	} {
+		row.backend.Plugin = "ssh"
+		found, err := wire.Reach(t.Context(), row.backend)
+		if err != nil {
+			found = err.Error()
+		}
+		if (err == nil) != row.ok || !strings.Contains(found, row.want) {
+			t.Errorf("Reach(%+v) = %q, %v; want ok %v and %q", row.backend, found, err, row.ok, row.want)
+		}
+	}
 }

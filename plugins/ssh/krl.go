@@ -3,15 +3,9 @@ package ssh
 import (
 	"encoding/binary"
 	"errors"
-	"io/fs"
-	"maps"
-	"os"
-	"path/filepath"
 	"slices"
-	"sync"
+	"strings"
 	"time"
-
-	"github.com/pawlsec/pawl/broker"
 )
 
 // Constants of OpenSSH's PROTOCOL.krl.
@@ -19,28 +13,57 @@ const (
 	krlMagic        = 0x5353484b524c0a00
 	krlFormat       = 1
 	krlCertificates = 1    // a section
+	krlSignature    = 4    // a section
 	krlKeyIDs       = 0x23 // a subsection of krlCertificates
 )
 
-// maxKRL is the size limit of a list in bytes.
-const maxKRL = 64 << 20
+// The kinds of sections and of subsections of krlCertificates that sshd knows. It refuses every key when a list has
+// another kind.
+var (
+	krlSections    = []byte{krlCertificates, 2, 3, krlSignature, 5, 0xff}
+	krlSubsections = []byte{0x20, 0x21, 0x22, krlKeyIDs, 0x39}
+)
 
-// encodeKRL encodes a list that revokes certificates of any authority by key id. The version must only increase.
-func encodeKRL(ids []string, version uint64, at time.Time) []byte {
+// krlHalf stands in place of krlFormat while a list is rewritten in place. sshd refuses every key while it reads a
+// format that it does not know.
+const krlHalf = 0xffffffff
+
+// formatOffset is the position of the format in a list, behind the magic number.
+const formatOffset = 8
+
+// keyIDPrefix begins the key id of every certificate of ours.
+const keyIDPrefix = "pawl-"
+
+// krl is a key revocation list. Other programs may have sections of their own in it.
+type krl struct {
+	version uint64   // must only increase
+	comment string   // another program's
+	foreign []byte   // the sections without our key ids, unchanged and in order
+	ids     []string // our key ids
+	half    bool     // its writer ended while it rewrote the list in place, so some of our ids may be missing
+}
+
+// padding is the number of list lengths that differ for consecutive versions. A reader that mixes the start of one
+// version with the end of another then finds a length that does not fit, and sshd refuses every key.
+const padding = 64
+
+// encode encodes the list. Our section revokes certificates of any authority by key id. It comes last, so that a
+// rewrite in place changes nothing before it but the header.
+func (k krl) encode(at time.Time) []byte {
 	var keys []byte
-	for _, id := range ids {
+	for _, id := range k.ids {
 		keys = appendString(keys, id)
 	}
 	b := binary.BigEndian.AppendUint64(nil, krlMagic)
 	b = binary.BigEndian.AppendUint32(b, krlFormat)
-	b = binary.BigEndian.AppendUint64(b, version)
+	b = binary.BigEndian.AppendUint64(b, k.version)
 	b = binary.BigEndian.AppendUint64(b, uint64(at.Unix()))
-	b = binary.BigEndian.AppendUint64(b, 0)   // flags
-	b = appendString(appendString(b, ""), "") // reserved, comment
-	if len(ids) == 0 {
-		return b
-	}
-	section := appendString(appendString(nil, ""), "") // any authority, reserved
+	b = binary.BigEndian.AppendUint64(b, 0)          // flags
+	b = appendString(appendString(b, ""), k.comment) // reserved, comment
+	b = append(b, k.foreign...)
+	const around = 1 + 4 + 4 + 4 + 1 + 4 // lengths and kinds of our section
+	pad := (k.version - uint64(len(b)+around+len(keys))) % padding
+	section := appendString(appendString(nil, ""), strings.Repeat(" ", int(pad))) // any authority, reserved
 	section = appendString(append(section, krlKeyIDs), string(keys))
 	return appendString(append(b, krlCertificates), string(section))
 }
@@ -49,39 +72,99 @@ func appendString(b []byte, s string) []byte {
 	return append(binary.BigEndian.AppendUint32(b, uint32(len(s))), s...)
 }
 
-var errKRL = errors.New("not a key revocation list written by this program")
+var (
+	errKRL    = errors.New("not a key revocation list: make one with `ssh-keygen -k`, or empty the file")
+	errSigned = errors.New("the key revocation list is signed, and a change would break its signature: " +
+		"give the broker a list of its own")
+)
 
-// decodeKRL accepts only the output of encodeKRL. Another program's list has other sections, and a rewrite would lose
-// them.
-func decodeKRL(raw []byte) (ids []string, version uint64, err error) {
+// decodeKRL reads a list, of this program or another. An empty file is an empty list, as it is to sshd.
+func decodeKRL(raw []byte) (k krl, err error) {
+	if len(raw) == 0 {
+		return krl{}, nil
+	}
 	r := reader{rest: raw}
-	if r.uint64() != krlMagic || r.uint32() != krlFormat {
-		return nil, 0, errKRL
+	magic, format := r.uint64(), r.uint32()
+	k.half = format == krlHalf
+	if magic != krlMagic || format != krlFormat && !k.half {
+		return krl{}, errKRL
 	}
-	version = r.uint64()
+	k.version = r.uint64()
 	r.uint64() // date
-	flags, reserved, comment := r.uint64(), r.text(), r.text()
-	if r.bad || flags != 0 || reserved != "" || comment != "" {
-		return nil, 0, errKRL
+	flags, reserved := r.uint64(), r.text()
+	k.comment = r.text()
+	switch {
+	case r.bad && k.half:
+		return krl{half: true}, nil // the header was not written, so the file was empty before
+	case r.bad || flags != 0 || reserved != "":
+		return krl{}, errKRL
 	}
-	if len(r.rest) == 0 {
-		return nil, version, nil
+	for len(r.rest) > 0 {
+		kind, section := r.byte(), r.text()
+		switch {
+		case r.bad && k.half:
+			return k, nil // the end was not written
+		case r.bad:
+			return krl{}, errKRL
+		case kind == krlSignature:
+			return krl{}, errSigned
+		}
+		if !k.add(kind, section) {
+			return krl{}, errKRL
+		}
 	}
-	kind := r.byte()
-	section := reader{rest: []byte(r.text())}
-	authority, reserved := section.text(), section.text()
-	inner := section.byte()
-	keys := reader{rest: []byte(section.text())}
-	if r.bad || section.bad || kind != krlCertificates || inner != krlKeyIDs || authority+reserved != "" || len(r.rest)+len(section.rest) > 0 {
-		return nil, 0, errKRL
+	return k, nil
+}
+
+// add adds a section. It takes our key ids out of a section that names no authority, and keeps all others.
+func (k *krl) add(kind byte, section string) bool {
+	if !slices.Contains(krlSections, kind) {
+		return false
 	}
-	for len(keys.rest) > 0 {
-		ids = append(ids, keys.text())
+	r := reader{rest: []byte(section)}
+	if kind != krlCertificates || r.text() != "" {
+		k.foreign = appendString(append(k.foreign, kind), section)
+		return true
 	}
-	if keys.bad || len(ids) == 0 {
-		return nil, 0, errKRL
+	reserved := r.text()
+	kept := appendString(appendString(nil, ""), reserved)
+	before := len(kept)
+	for len(r.rest) > 0 {
+		inner, part := r.byte(), r.text()
+		if r.bad || !slices.Contains(krlSubsections, inner) {
+			return false
+		}
+		if inner == krlKeyIDs {
+			if part = k.takeIDs(part); part == "" {
+				continue
+			}
+		}
+		kept = appendString(append(kept, inner), part)
 	}
-	return ids, version, nil
+	if len(kept) > before {
+		k.foreign = appendString(append(k.foreign, kind), string(kept))
+	}
+	return !r.bad
+}
+
+// takeIDs takes our key ids from a subsection and returns the others.
+func (k *krl) takeIDs(part string) (others string) {
+	var kept []byte
+	r := reader{rest: []byte(part)}
+	for len(r.rest) > 0 {
+		id := r.text()
+		if r.bad {
+			return part // sshd refuses such a list
+		}
+		if strings.HasPrefix(id, keyIDPrefix) {
+			k.ids = append(k.ids, id)
+		} else {
+			kept = appendString(kept, id)
+		}
+	}
+	slices.Sort(k.ids)
+	k.ids = slices.Compact(k.ids)
+	return string(kept)
 }
 
 // reader consumes values from the front. It sets bad when too few bytes are left.
@@ -110,85 +193,4 @@ func (r *reader) text() string {
 		return ""
 	}
 	return string(s)
-}
-
-// list is a revocation list in a file.
-type list struct {
-	path string
-
-	mu      sync.Mutex           // guards the fields below, and the file
-	ids     map[string]time.Time // each key id with the time until which it is listed
-	version uint64
-}
-
-// openList loads the list from the file, if there is one. The file has no expiry times, so each entry is kept for the
-// longest possible TTL plus leeway.
-func openList(path string, now time.Time) (*list, error) {
-	l := &list{path: path, ids: map[string]time.Time{}}
-	raw, err := l.load()
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	if err == nil {
-		ids, version, err := decodeKRL(raw)
-		if err != nil {
-			return nil, err
-		}
-		for _, id := range ids {
-			l.ids[id] = now.Add(broker.MaxTTL + leeway)
-		}
-		l.version = version
-	}
-	return l, l.add(nil, now)
-}
-
-func (l *list) load() ([]byte, error) {
-	info, err := os.Stat(l.path)
-	if err != nil {
-		return nil, err
-	}
-	if info.Size() > maxKRL {
-		return nil, errors.New("the list is too large")
-	}
-	return os.ReadFile(l.path)
-}
-
-// add lists ids until their times, drops expired entries, and replaces the file atomically: sshd never reads half a
-// list. After an error the ids stay in memory, and the next add writes them.
-func (l *list) add(ids map[string]time.Time, now time.Time) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	maps.Copy(l.ids, ids)
-	maps.DeleteFunc(l.ids, func(_ string, until time.Time) bool { return now.After(until) })
-	l.version++
-	return replace(l.path, encodeKRL(slices.Sorted(maps.Keys(l.ids)), l.version, now))
-}
-
-func (l *list) read() ([]string, error) {
-	raw, err := l.load()
-	if err != nil {
-		return nil, err
-	}
-	ids, _, err := decodeKRL(raw)
-	return ids, err
-}
-
-// replace writes a temporary file next to path, syncs it and renames it to path. The file has key ids and no secrets,
-// so everyone may read it; sshd reads it as root.
-func replace(path string, raw []byte) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), ".krl-*")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(f.Name()) // the first error is returned
-		}
-	}()
-	_, err = f.Write(raw)
-	err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close())
-	if err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
 }

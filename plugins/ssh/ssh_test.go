@@ -1,6 +1,7 @@
 package ssh_test
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -225,7 +226,10 @@ func refused(err error) bool {
 func TestRealNarrow(t *testing.T) {
 	e := newEngine(t, nil)
 	krl := filepath.Join(t.TempDir(), "krl")
-	b := newBackend(t, krl, nil)
+	b, err := ssh.New(ssh.Config{KRL: krl, InUse: true})
+	if err != nil {
+		t.Fatal(err)
+	}
 	server := parts.OwnSSHD(t, parts.SSHDConfig{UserCAKeys: []byte(e.ca)})
 	g := grant(t, 1, "echo narrow")
 	s, err := e.issue(t, b, g)
@@ -387,17 +391,27 @@ func TestProveWithoutList(t *testing.T) {
 	}
 }
 
+// FuzzKRL checks that a list keeps its version, our key ids and the sections of other programs when it is written again.
 func FuzzKRL(f *testing.F) {
 	f.Add(ssh.EncodeKRL(nil, 1, time.Unix(1, 0)))
-	f.Add(ssh.EncodeKRL([]string{"a", "b"}, 2, time.Unix(1, 0)))
+	f.Add(ssh.EncodeKRL([]string{"pawl-a", "pawl-b"}, 2, time.Unix(1, 0)))
+	f.Add(ssh.EncodeKRL([]string{"other", "pawl-b"}, 3, time.Unix(1, 0)))
+	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		ids, version, err := ssh.DecodeKRL(raw)
 		if err != nil {
 			return
 		}
-		again, v, err := ssh.DecodeKRL(ssh.EncodeKRL(ids, version, time.Unix(0, 0)))
+		once, err := ssh.Recode(raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, v, err := ssh.DecodeKRL(once)
 		if err != nil || v != version || !slices.Equal(ids, again) {
-			t.Errorf("DecodeKRL(EncodeKRL(%q)) = %q, %v", ids, again, err)
+			t.Errorf("decoding again = %q, %d, %v, want %q, %d", again, v, err, ids, version)
+		}
+		if twice, err := ssh.Recode(once); err != nil || !bytes.Equal(once, twice) {
+			t.Errorf("encoding again = %x, %v, want %x", twice, err, once)
 		}
 	})
 }

@@ -66,7 +66,7 @@ var tree = rules{
 		{pattern: "plugins/jwt", cycle: 4, why: asToday},
 		{pattern: "plugins/pki", cycle: 2, why: asToday},
 		{pattern: "plugins/postgres", cycle: 6, why: asToday},
-		{pattern: "plugins/ssh", cycle: 3, why: asToday},
+		{pattern: "plugins/ssh", cycle: 2, why: asToday},
 		{pattern: "plugins/token", cycle: 2, why: asToday},
 		{pattern: "plugins/vault", cycle: 9, why: asToday},
 		{pattern: "store/bolt", cycle: 7, why: asToday},
