@@ -119,6 +119,14 @@ func (p *process) signal(s syscall.Signal) error {
 	return nil
 }
 
+// signalLeader sends a signal to the leader of the group alone, which passes it on as its program wants.
+func (p *process) signalLeader(s syscall.Signal) error {
+	if err := p.cmd.Process.Signal(s); err != nil {
+		return fmt.Errorf("sending %v to %s: %w", s, filepath.Base(p.cmd.Path), err)
+	}
+	return nil
+}
+
 // pause stops the process and returns when each of its threads has stopped. The signal reaches one thread after the
 // other, and the remaining threads continue to answer. Without /proc it does not wait.
 func (p *process) pause() error {

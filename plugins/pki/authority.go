@@ -35,13 +35,16 @@ func digestName(der []byte) string {
 // by joins the serial number and the authority in the name that a grant has for its certificate.
 const by = " by "
 
+// resumed ends the name of a certificate if servers resume its sessions although it is on their list.
+const resumed = " resumed"
+
 // refOf returns a grant's name for a certificate: the serial number, and the authority that issued it.
 func refOf(serial string, a authority) string { return serial + by + a.key + "/" + a.name }
 
-// parseRef splits the name of a certificate. Grants of an earlier version have the serial number alone: their authority
-// is unknown.
+// parseRef splits the name of a certificate, without the ending resumed. Grants of an earlier version have the serial
+// number alone: their authority is unknown.
 func parseRef(ref string) (serial string, a authority) {
-	serial, rest, _ := strings.Cut(ref, by)
+	serial, rest, _ := strings.Cut(strings.TrimSuffix(ref, resumed), by)
 	a.key, a.name, _ = strings.Cut(rest, "/")
 	return serial, a
 }

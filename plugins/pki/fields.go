@@ -36,10 +36,12 @@ func load(t broker.Tool) (fields, error) {
 			return nil, fmt.Errorf("tool %q: argument %q fills no field: set arg.%s", t.Name, name, name)
 		}
 	}
-	if len(f) == 0 || len(f) == 1 && f["usage"] != (field{}) {
-		return nil, fmt.Errorf("tool %q: a certificate needs a name", t.Name)
+	for name := range f {
+		if checks[name] != nil {
+			return f, nil
+		}
 	}
-	return f, nil
+	return nil, fmt.Errorf("tool %q: a certificate needs a name", t.Name)
 }
 
 func (f fields) set(t broker.Tool, key, value string) error {
@@ -70,6 +72,13 @@ func (f fields) fix(key, value string) error {
 	if key == "usage" {
 		if usages[value] == nil || value == "" {
 			return errors.New("must be client, server or both")
+		}
+		f[key] = field{fixed: value}
+		return nil
+	}
+	if key == "peers" {
+		if _, err := parsePeers(value); err != nil {
+			return err
 		}
 		f[key] = field{fixed: value}
 		return nil

@@ -64,6 +64,10 @@ type names struct {
 //	arg.<argument>  the fields that the argument fills: common_name, alt_names, uri_sans, ip_sans, joined by commas
 //	common_name, alt_names, uri_sans, ip_sans   a fixed value (lists joined by commas)
 //	usage           "client", "server" or "both": the extended key usage that the certificate must have; default client
+//	peers           the servers that accept the certificate: "handshake" (the default) if each connection is a new
+//	                handshake; "resume 24h" if they resume sessions without a check, and have dropped every session at
+//	                most 24h after the certificate's end; "resume-unlisted 24h" if they do so, but refuse the session of
+//	                a certificate on their revocation list
 //
 // Each field has one source. Each argument fills at least one field. At least one name is required.
 func (b *Backend) Load(t broker.Tool) error {
@@ -95,7 +99,12 @@ func (b *Backend) Prepare(_ context.Context, t broker.Tool, g broker.Grant) (bro
 			"alt_names": strings.Join(want.dns, ","), "uri_sans": strings.Join(want.uris, ","), "ip_sans": strings.Join(want.ips, ","),
 		},
 		Finish: func(answer map[string]any, _ time.Time) (broker.Finished, error) {
-			return b.finish(answer, want, usages[fields["usage"].fixed], life)
+			f, err := b.finish(answer, want, usages[fields["usage"].fixed], life)
+			if err == nil {
+				servers, _ := parsePeers(fields["peers"].fixed) // load has parsed it
+				servers.mark(&f)
+			}
+			return f, err
 		},
 	}, string(g.ID), nil
 }

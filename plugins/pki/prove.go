@@ -23,17 +23,19 @@ import (
 // certificate's own authority. Vault's own record of the revocation does not count: with auto_rebuild the list follows
 // hours later. Prove then asks Vault to rebuild the list, once for the whole batch. Where the engine makes no lists and
 // has an OCSP responder, the responder's answer counts. A server that checks neither accepts the certificate until it
-// expires. If the response of the mint was lost, only the certificate's expiry proves it dead.
+// expires. If the response of the mint was lost, only the certificate's expiry proves it dead. While the tool's servers
+// may resume a session of the certificate, neither expiry nor, where they check no list then, the list proves it dead.
 func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	out := make([]broker.Evidence, len(grants))
 	mounts := map[string][]int{}
 	for i, g := range grants {
 		mount, _, _ := strings.Cut(g.Path.String(), "/")
-		end := expiry(g)
+		end, after := expiry(g), afterlifeOf(g)
 		out[i] = broker.Evidence{At: b.now().UTC(), Check: "pki: certificate expiry"}
+		expired := out[i].At.After(end.Add(2 * time.Second))
 		switch {
-		case out[i].At.After(end.Add(2 * time.Second)):
-			out[i].Outcome, out[i].Answer = broker.OutcomeDead, "expired at "+end.Format(time.RFC3339)
+		case expired && (after.listed || !out[i].At.Before(after.until)):
+			out[i].Outcome, out[i].Answer = broker.OutcomeDead, "expired at "+end.Format(time.RFC3339)+" for new handshakes"
 		case g.Lease.Ref == "" || mount == "":
 			out[i].Answer = "the response of the mint was lost; a certificate from it expires by " + end.Format(time.RFC3339)
 		default:
@@ -46,15 +48,10 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 			return nil, fmt.Errorf("pki: proving %d grants of %s: %w", len(at), mount, err)
 		}
 	}
-	return out, nil
-}
-
-// expiry returns the time by which a grant's certificate expires.
-func expiry(g broker.Grant) time.Time {
-	if g.Lease.Expires.After(g.Expires) {
-		return g.Lease.Expires.UTC()
+	for i, g := range grants {
+		afterlifeOf(g).allow(&out[i], out[i].At.After(expiry(g)))
 	}
-	return g.Expires.UTC()
+	return out, nil
 }
 
 // proof proves one batch of grants of one engine. The number of its requests to Vault does not grow with the batch, but
