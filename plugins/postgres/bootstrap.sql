@@ -401,14 +401,36 @@ CREATE OR REPLACE FUNCTION pawl.self_locked(roles oid[]) RETURNS oid[] LANGUAGE 
         UNION SELECT x.ownerid FROM pg_prepared_xact() x WHERE x.ownerid = ANY (roles))
 $$;
 
+-- Returns the psql statement by which a superuser ends a prepared transaction. It does not contain the transaction's
+-- identifier, since the agent chose that text.
+CREATE OR REPLACE FUNCTION pawl.rollback_hint(transaction xid, database name) RETURNS text LANGUAGE sql IMMUTABLE AS $$
+    SELECT format('in database %I: SELECT format(''ROLLBACK PREPARED %%L'', gid) FROM pg_prepared_xacts '
+        'WHERE transaction = ''%s'' \gexec', database, transaction)
+$$;
+
 -- Names the transactions that may have locked a login, for an error.
 CREATE OR REPLACE FUNCTION pawl.holders(login text) RETURNS text LANGUAGE sql AS $$
     SELECT coalesce(string_agg(h.holder, ', '), 'another transaction') FROM (
-        SELECT format('prepared transaction %L in database %I', x.gid, d.datname)
-        FROM pg_prepared_xact() x JOIN pg_database d ON d.oid = x.dbid JOIN pg_roles r ON r.oid = x.ownerid
-        WHERE r.rolname = login
+        SELECT 'prepared transaction ' || x.transaction
+        FROM pg_prepared_xact() x JOIN pg_roles r ON r.oid = x.ownerid WHERE r.rolname = login
         UNION ALL
-        SELECT format('its own session %s', pid) FROM pg_stat_activity WHERE usename = login) h(holder)
+        SELECT 'its own session ' || pid FROM pg_stat_activity WHERE usename = login) h(holder)
+$$;
+
+-- Returns the prepared transactions of the given grants' logins in all databases of the cluster. A prepared transaction
+-- outlives its session, keeps its locks and can be committed later. A row without a grant_id belongs to a group of
+-- agents: any of its logins can have made it, after SET ROLE.
+CREATE OR REPLACE FUNCTION pawl.prepared(grants text[]) RETURNS TABLE (grant_id text, owner name, hint text)
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+    SELECT l.grant_id, r.rolname, pawl.rollback_hint(x.transaction, d.datname) FROM pg_prepared_xact() x
+    JOIN pg_database d ON d.oid = x.dbid JOIN pawl.logins l ON l.role = x.ownerid
+    LEFT JOIN pg_roles r ON r.oid = x.ownerid
+    WHERE grants IS NULL OR l.grant_id IN (SELECT unnest(grants))
+    UNION ALL
+    SELECT NULL, r.rolname, pawl.rollback_hint(x.transaction, d.datname) FROM pg_prepared_xact() x
+    JOIN pg_database d ON d.oid = x.dbid JOIN pg_roles r ON r.oid = x.ownerid
+    WHERE r.rolname ~ '^pawl_net_[a-z][a-z0-9_]*$'
+        OR EXISTS (SELECT FROM pawl.shapes s WHERE r.rolname = 'pawl-shape-' || s.shape)
 $$;
 
 -- Removes LOGIN and the rights from the given logins. Without the group's rights the next statement fails in every
@@ -534,6 +556,9 @@ BEGIN
     FOR r IN SELECT p.name, p.role FROM pawl.roles p WHERE p.name = ANY (names) AND NOT p.rolcanlogin
         AND NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.usesysid = p.role) LOOP
         EXIT WHEN clock_timestamp() > patience;
+        -- Checked after the sessions, since a session can prepare a transaction and end. Without its owner only a
+        -- superuser could end it.
+        CONTINUE WHEN EXISTS (SELECT FROM pg_prepared_xact() x WHERE x.ownerid = r.role);
         owned := (SELECT count(*) FROM (SELECT FROM pg_shdepend d
             WHERE d.refclassid = 'pg_authid'::regclass AND d.refobjid = r.role LIMIT room + 1) d);
         IF owned > room THEN
@@ -664,9 +689,10 @@ BEGIN
     FROM known k LEFT JOIN busy b ON b.usesysid = k.role;
 END $$;
 
--- Severs the given grants. Call it until severed, passed_over and sessions are all zero: a later call finds a session
--- that began to log in before the commit. It passes over a login that another transaction is ending, or that resists,
--- so that none can block the rest. obstacle names the first that resists.
+-- Severs the given grants. Call it until severed, passed_over, sessions and prepared are all zero: a later call finds a
+-- session that began to log in before the commit. prepared counts the transactions that pawl.prepared returns: no
+-- function can roll one back, so the caller does, with pawl.lend. It passes over a login that another transaction is
+-- ending, or that resists, so that none can block the rest. obstacle names the first that resists.
 --
 -- A call first terminates the sessions of logins that an earlier call disabled. Then it disables the others. It does
 -- not terminate their sessions: the server takes about a second to end a thousand sessions, and before the commit their
@@ -677,7 +703,8 @@ END $$;
 -- transaction: InitPostgres begins it before authentication. Once these processes have ended or become sessions, a call
 -- that counts nothing is the last.
 CREATE OR REPLACE FUNCTION pawl.sever(
-    grants text[], OUT severed int, OUT passed_over int, OUT sessions int, OUT starting int[], OUT obstacle text)
+    grants text[], OUT severed int, OUT passed_over int, OUT sessions int, OUT starting int[], OUT prepared int,
+    OUT obstacle text)
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off
 SET client_min_messages = error SET lock_timeout = '2s' AS $$
@@ -713,6 +740,7 @@ BEGIN
     passed_over := cardinality(alive) - severed;
     IF severed > 0 THEN
         starting := '{}';
+        prepared := 0;
         RETURN;
     END IF;
     PERFORM pg_stat_clear_snapshot();
@@ -723,6 +751,47 @@ BEGIN
     dead := dead || alive || ARRAY(SELECT l.role FROM pawl.logins l WHERE l.grant_id IN (SELECT unnest(grants))
         AND (SELECT p.oid FROM pg_roles p WHERE p.oid = l.role) IS NULL);
     sessions := pawl.hang_up_once(dead);
+    SELECT count(*), coalesce(obstacle, 'prepared transaction; ' || min(p.hint)) INTO prepared, obstacle
+    FROM pawl.prepared(grants) p;
+END $$;
+
+-- Makes the calling revoker a member of each role that owns a prepared transaction of the given grants, and returns
+-- the statements to run. Only the owner may roll it back, in its own database and not in a function. An owner is lent
+-- once it has no rights. A group of agents has rights: it is lent only while it owns a prepared transaction.
+-- pawl.give_back ends it.
+CREATE OR REPLACE FUNCTION pawl.lend(grants text[]) RETURNS TABLE (database name, set_role text, statement text)
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET client_min_messages = error SET lock_timeout = '100ms' AS $$
+DECLARE
+    o record;
+BEGIN
+    PERFORM pawl.check_grants(grants);
+    PERFORM pawl.commit_locally();
+    FOR o IN SELECT DISTINCT p.owner FROM pawl.prepared(grants) p WHERE p.owner IS NOT NULL AND (p.grant_id IS NULL
+        OR NOT EXISTS (SELECT FROM pawl.inspect(ARRAY[p.grant_id]) i WHERE i.in_group)) LOOP
+        BEGIN
+            EXECUTE format('GRANT %I TO %I', o.owner, session_user);
+        EXCEPTION WHEN OTHERS THEN -- the caller tries again
+            CONTINUE;
+        END;
+        RETURN QUERY SELECT d.datname, format('SET ROLE %I', o.owner), format('ROLLBACK PREPARED %L', x.gid)
+        FROM pg_prepared_xact() x JOIN pg_database d ON d.oid = x.dbid JOIN pg_roles r ON r.oid = x.ownerid
+        WHERE r.rolname = o.owner;
+    END LOOP;
+END $$;
+
+-- Takes back what pawl.lend lent to the calling revoker.
+CREATE OR REPLACE FUNCTION pawl.give_back() RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET client_min_messages = error SET lock_timeout = '2s' AS $$
+DECLARE
+    r record;
+BEGIN
+    PERFORM pawl.commit_locally();
+    FOR r IN SELECT g.rolname FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid
+        JOIN pg_roles u ON u.oid = m.member
+        WHERE u.rolname = session_user AND g.rolname NOT IN ('pawl_revoker', 'pawl_shaper') LOOP
+        EXECUTE format('REVOKE %I FROM %I', r.rolname, session_user);
+    END LOOP;
 END $$;
 
 -- Bars grants, so that they can never get a credential, and waits for mints in flight. Returns how many of the grants
@@ -812,6 +881,7 @@ BEGIN
     more := done + logins + objects > 0;
     shapes := pawl.collect_shapes(unused);
     DELETE FROM pawl.logins l WHERE l.ended < now() - interval '1 day'
+        AND NOT EXISTS (SELECT FROM pg_prepared_xact() x WHERE x.ownerid = l.role)
         AND NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.usesysid = l.role)
         AND NOT EXISTS (SELECT FROM pg_roles p WHERE p.oid = l.role);
     GET DIAGNOSTICS records = ROW_COUNT;
@@ -828,6 +898,6 @@ GRANT EXECUTE ON FUNCTION pawl.grant_login(text, text, timestamptz), pawl.end_lo
     pawl.grant_service_login(text, text, timestamptz, text), pawl.end_service_login(text) TO pawl_vault;
 GRANT EXECUTE ON FUNCTION pawl.ensure_shape(text, text) TO pawl_shaper;
 GRANT EXECUTE ON FUNCTION pawl.sever(text[]), pawl.bar(text[]), pawl.inspect(text[]), pawl.remove(text[]),
-    pawl.collect(interval) TO pawl_revoker;
+    pawl.prepared(text[]), pawl.lend(text[]), pawl.give_back(), pawl.collect(interval) TO pawl_revoker;
 
 RESET ROLE;

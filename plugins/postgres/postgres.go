@@ -57,6 +57,9 @@ type Config struct {
 	Log *slog.Logger
 }
 
+// schemaVersion is the value that pawl.version() of bootstrap.sql returns.
+const schemaVersion = 2
+
 // maintainEvery is how often the broker's own credentials are checked.
 const maintainEvery = 30 * time.Second
 

@@ -275,3 +275,12 @@ func classify(err error) failure {
 	}
 	return other
 }
+
+// stateOf returns the SQLSTATE of an error of the server, or nothing.
+func stateOf(err error) string {
+	var pg *pgconn.PgError
+	if !errors.As(err, &pg) {
+		return ""
+	}
+	return pg.Code
+}

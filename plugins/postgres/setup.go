@@ -23,9 +23,6 @@ import (
 //go:embed bootstrap.sql
 var bootstrap string
 
-// schemaVersion is the value that pawl.version() returns.
-const schemaVersion = 2
-
 // Bootstrap returns the script that [Setup] runs. Platform teams can run it themselves, as a superuser and in one
 // transaction.
 func Bootstrap() string { return bootstrap }

@@ -55,9 +55,9 @@ const (
 
 // severed is the result of one call of pawl.sever.
 type severed struct {
-	severed, passedOver, sessions int
-	starting                      []int32 // server processes that are starting up
-	obstacle                      *string
+	severed, passedOver, sessions, prepared int
+	starting                                []int32 // server processes that are starting up
+	obstacle                                *string
 }
 
 // severUntilQuiet calls pawl.sever until a pass finds nothing left. It also waits for the server processes that were
@@ -74,8 +74,9 @@ func (b *Backend) severUntilQuiet(ctx context.Context, ids []string) (resists, e
 	for {
 		pause := retry.Next()
 		var s severed
-		err := b.revoker.query(ctx, "SELECT severed, passed_over, sessions, starting, obstacle FROM pawl.sever($1)",
-			[]any{ids}, &s.severed, &s.passedOver, &s.sessions, &s.starting, &s.obstacle)
+		err := b.revoker.query(ctx,
+			"SELECT severed, passed_over, sessions, prepared, starting, obstacle FROM pawl.sever($1)",
+			[]any{ids}, &s.severed, &s.passedOver, &s.sessions, &s.prepared, &s.starting, &s.obstacle)
 		if err != nil {
 			return nil, err
 		}
@@ -90,7 +91,12 @@ func (b *Backend) severUntilQuiet(ctx context.Context, ids []string) (resists, e
 			before = s.starting
 		}
 		before = slices.DeleteFunc(before, func(pid int32) bool { return !slices.Contains(s.starting, pid) })
-		left := s.passedOver + s.sessions
+		if s.prepared > 0 {
+			if err := b.rollBackPrepared(ctx, ids); err != nil {
+				obstacle = fmt.Sprintf("%s (%v)", obstacle, err)
+			}
+		}
+		left := s.passedOver + s.sessions + s.prepared
 		if left == 0 {
 			quiet = true
 			if len(before) == 0 || waited > startupGrace {
@@ -102,7 +108,8 @@ func (b *Backend) severUntilQuiet(ctx context.Context, ids []string) (resists, e
 			least, progress = left, time.Now()
 		}
 		if left > 0 && time.Since(progress) > stallGrace {
-			return fmt.Errorf("%d logins and %d sessions resist: %s", s.passedOver, s.sessions, obstacle), nil
+			return fmt.Errorf("%d logins, %d sessions and %d prepared transactions resist: %s",
+				s.passedOver, s.sessions, s.prepared, obstacle), nil
 		}
 		if err := backoff.Sleep(ctx, pause); err != nil {
 			return nil, err
@@ -149,14 +156,21 @@ func (b *Backend) inspect(ctx context.Context, ids []string) ([]loginState, erro
 }
 
 // evidenceCheck names the source of this backend's evidence.
-const evidenceCheck = "postgres: pg_roles and pg_stat_activity"
+const evidenceCheck = "postgres: pg_roles, pg_stat_activity and pg_prepared_xact"
 
-// Prove implements [broker.Prover]. It checks every login with a grant's id in its name, and sessions that outlived
-// their login. A grant is dead if none of its logins can log in or has rights, and no session is open.
+// Prove implements [broker.Prover]. It checks every login with a grant's id in its name, and sessions and prepared
+// transactions that outlived their login. A grant is dead if none of its logins can log in or has rights, no session is
+// open, and no prepared transaction is left.
 func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
-	found, err := b.inspect(ctx, idsOf(grants))
+	ids := idsOf(grants)
+	found, err := b.inspect(ctx, ids)
 	if err != nil {
 		return nil, fmt.Errorf("inspecting %d grants in database %q: %w", len(grants), b.database, err)
+	}
+	// After the sessions, since a session can prepare a transaction and end.
+	prepared, err := b.prepared(ctx, ids)
+	if err != nil {
+		return nil, fmt.Errorf("listing prepared transactions from database %q: %w", b.database, err)
 	}
 	now := b.cfg.Now()
 	of := map[string][]loginState{}
@@ -167,6 +181,11 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 	for i, g := range grants {
 		evidence[i] = broker.Evidence{At: now, Check: evidenceCheck}
 		evidence[i].Outcome, evidence[i].Answer = outcomeOf(of[string(g.ID)], now)
+		for _, owner := range []string{string(g.ID), ""} {
+			if hint := prepared[owner]; hint != "" && evidence[i].Outcome == broker.OutcomeDead {
+				evidence[i].Outcome, evidence[i].Answer = broker.OutcomeAlive, "a prepared transaction is left; "+hint
+			}
+		}
 	}
 	return evidence, nil
 }
@@ -199,14 +218,24 @@ func (b *Backend) Find(ctx context.Context) ([]broker.GrantID, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listing the logins of database %q: %w", b.database, err)
 	}
-	var ids []broker.GrantID
+	prepared, err := b.prepared(ctx, nil)
+	if err != nil {
+		return nil, fmt.Errorf("listing prepared transactions from database %q: %w", b.database, err)
+	}
 	seen := map[string]bool{}
 	for _, l := range found {
-		if (l.canLogin || l.inGroup || l.sessions > 0) && !seen[l.grant] {
-			seen[l.grant] = true
-			ids = append(ids, broker.GrantID(l.grant))
+		seen[l.grant] = seen[l.grant] || l.canLogin || l.inGroup || l.sessions > 0
+	}
+	for grant := range prepared {
+		seen[grant] = grant != "" // a group's has no grant
+	}
+	var ids []broker.GrantID
+	for grant, alive := range seen {
+		if alive {
+			ids = append(ids, broker.GrantID(grant))
 		}
 	}
+	slices.Sort(ids)
 	return ids, nil
 }
 
