@@ -55,8 +55,8 @@ func (g *givenUp) fail() {
 	g.t.Helper()
 	conn := g.oracle.superuser()
 	defer conn.Close(context.Background()) //nolint:errcheck // the statement is committed
-	if _, err := conn.Exec(g.t.Context(), `CREATE OR REPLACE FUNCTION pawl.disable(names text[]) RETURNS void
-		LANGUAGE plpgsql AS $$ BEGIN RAISE 'broken by a migration'; END $$`); err != nil {
+	if _, err := conn.Exec(g.t.Context(), `CREATE OR REPLACE FUNCTION
+		pawl.disable(names text[], OUT done int, OUT obstacle text) LANGUAGE plpgsql AS $$ BEGIN RAISE 'broken by a migration'; END $$`); err != nil {
 		g.t.Fatal(err)
 	}
 }

@@ -65,7 +65,7 @@ func TestServerFull(tt *testing.T) {
 
 	// After half of its life the credential is replaced. The connection of the old one stays until there is another.
 	t.creds.set(func(s *serviceLogins) { s.hangs = false })
-	conns, grants = t.fill()
+	_, grants = t.fill()
 	clock.Add(int64(40 * time.Minute))
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
