@@ -162,7 +162,7 @@ func (b *Backend) Check(ctx context.Context) error {
 			return fmt.Errorf("reading the schema version of database %q as %s: %w", b.database, s.purpose, err)
 		}
 		if version != schemaVersion {
-			return fmt.Errorf("database %q has schema version %d, want %d", b.database, version, schemaVersion)
+			return fmt.Errorf("database %q has schema version %d, and this build needs %d: run its setup script there again", b.database, version, schemaVersion)
 		}
 	}
 	return nil
