@@ -66,7 +66,8 @@ func (r reader) OCSP(ctx context.Context, mount string, request []byte) ([]byte,
 	req := r.NewRequest(http.MethodPost, "/v1/"+mount+"/ocsp")
 	req.BodyBytes = request
 	req.Headers = http.Header{"Content-Type": {"application/ocsp-request"}}
-	resp, err := r.RawRequestWithContext(ctx, req) //nolint:staticcheck // Logical sends JSON only
+	//lint:ignore SA1019 Logical sends JSON only, and OCSP is not JSON
+	resp, err := r.RawRequestWithContext(ctx, req)
 	if err != nil {
 		return nil, err
 	}
