@@ -433,8 +433,11 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_tim
         OR EXISTS (SELECT FROM pawl.shapes s WHERE r.rolname = 'pawl-shape-' || s.shape)
 $$;
 
--- Removes LOGIN and the rights from the given logins. Without the group's rights the next statement fails in every
--- session, including one that starts before this commits. Returns how many are done, and names the first obstacle.
+-- Removes LOGIN and the rights from the given logins. Returns how many are done, and names the first obstacle.
+--
+-- Once this commits, an open session is refused its next statement, but not every one. A statement that was prepared in
+-- the open transaction, an open cursor, a running DO block, and all statements after SET ROLE to the group continue to
+-- read until the session ends. So terminate the sessions right after the commit.
 --
 -- Each login has a subtransaction of its own and is waited for at most a tenth of a second, so that no login holds up
 -- the others. After the first such wait the others are hardly waited for. A login that cannot be altered loses its

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -551,4 +552,97 @@ func TestCollect(tt *testing.T) {
 	}
 	t.backend = t.newBackend(configNow(nil))
 	t.mint(`{"tables":["orders"],"filter_column":"customer","filter_value":"1"}`)
+}
+
+// TestRightsEndWithTheSession checks what PostgreSQL still runs in a session after its login lost LOGIN and its rights.
+// Prove must call the grant alive until Sever has ended the session.
+func TestRightsEndWithTheSession(tt *testing.T) {
+	t := newTarget(tt)
+	revoker := t.as("revoker")
+	for name, mode := range map[string]struct {
+		open func(group string) []string
+		read string
+	}{
+		"prepared statement in an open transaction": {func(string) []string {
+			return []string{"BEGIN", "PREPARE p AS SELECT count(*) FROM orders", "EXECUTE p"}
+		}, "EXECUTE p"},
+		"cursor": {func(string) []string {
+			return []string{"BEGIN", "DECLARE c CURSOR FOR SELECT o.id FROM orders o, generate_series(1, 1000)"}
+		}, "FETCH c"},
+		"role of the group": {func(group string) []string {
+			return []string{`SET ROLE "` + group + `"`}
+		}, "SELECT count(*) FROM orders"},
+	} {
+		c := t.mint(`{"tables":["orders"]}`)
+		conn := t.login(c)
+		t.run(conn, mode.open("pawl-shape-"+strings.Split(c.User, "-")[2])...)
+		if _, err := revoker.Exec(t.Context(), "SELECT pawl.sever(ARRAY[$1])", string(c.grant.ID)); err != nil {
+			t.Fatalf("sever = %v", sqlState(err))
+		}
+		if !t.refusesLogin(c) {
+			t.Errorf("%s: %s logs in after sever", name, c.User)
+		}
+		if _, err := conn.Exec(t.Context(), mode.read); err != nil {
+			t.Errorf("%s: reading without rights = %v: PostgreSQL ends them sooner than pawl.disable says", name, sqlState(err))
+		}
+		if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeAlive {
+			t.Errorf("%s: Prove = %v %q, want alive", name, e.Outcome, e.Answer)
+		}
+		t.sever(c.grant)
+		if _, err := conn.Exec(t.Context(), mode.read); err == nil {
+			t.Errorf("%s: reading after Sever = nil, want an error", name)
+		}
+		if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeDead {
+			t.Errorf("%s: Prove after Sever = %v %q, want dead", name, e.Outcome, e.Answer)
+		}
+	}
+}
+
+// TestLastRead severs logins while each of their sessions reads on with a prepared statement. No session may read after
+// Sever has returned. It logs when the last reads were.
+func TestLastRead(tt *testing.T) {
+	t := newTarget(tt)
+	const n = 100
+	grants, conns, last := make([]broker.Grant, n), make([]*pgx.Conn, n), make([]time.Time, n)
+	var reading sync.WaitGroup
+	started := make(chan struct{}, n)
+	t.mint(`{"tables":["orders"]}`) // makes the shape
+	for i := range n {
+		c := t.mint(`{"tables":["orders"]}`)
+		grants[i] = c.grant
+		conns[i] = t.login(c)
+		t.run(conns[i], "BEGIN", "PREPARE p AS SELECT clock_timestamp() FROM orders LIMIT 1")
+	}
+	for i, conn := range conns {
+		reading.Go(func() {
+			for first := true; ; first = false {
+				var read time.Time
+				if err := conn.QueryRow(t.Context(), "EXECUTE p").Scan(&read); err != nil {
+					return
+				}
+				if last[i] = read; first {
+					started <- struct{}{}
+				}
+			}
+		})
+	}
+	for range n {
+		<-started
+	}
+	clock := func() (now time.Time) { // the server's, as in the reads
+		if err := t.root.QueryRow(t.Context(), "SELECT clock_timestamp()").Scan(&now); err != nil {
+			t.Fatal(err)
+		}
+		return now
+	}
+	start := clock()
+	t.sever(grants...)
+	returned := clock()
+	reading.Wait()
+	slices.SortFunc(last, time.Time.Compare)
+	t.Logf("Sever in %v; the last reads after %v (half of the sessions) and %v (all)",
+		returned.Sub(start), last[n/2].Sub(start), last[n-1].Sub(start))
+	if late := last[n-1].Sub(returned); late > 0 {
+		t.Errorf("a session read %v after Sever had returned", late)
+	}
 }
