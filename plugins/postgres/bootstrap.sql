@@ -51,6 +51,7 @@ BEGIN
     IF to_regprocedure('pawl.version()') IS NOT NULL THEN
         before := pawl.version();
     END IF;
+    PERFORM set_config('pawl.version_before', before::text, true);
     IF before > 2 THEN
         RAISE 'schema pawl has a newer version than this script';
     END IF;
@@ -74,7 +75,8 @@ BEGIN
 END $$;
 
 -- Their results changed in version 2.
-DROP FUNCTION IF EXISTS pawl.sever(text[]), pawl.disable(text[]), pawl.collect(interval);
+DROP FUNCTION IF EXISTS pawl.sever(text[]), pawl.disable(text[]), pawl.collect(interval),
+    pawl.ensure_shape(text, text), pawl.grant_table(text, jsonb, text, text);
 
 CREATE OR REPLACE FUNCTION pawl.version() RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT 2';
 
@@ -83,6 +85,10 @@ CREATE TABLE IF NOT EXISTS pawl.shapes (
     spec      text NOT NULL,
     last_used timestamptz NOT NULL DEFAULT now()
 );
+ALTER TABLE pawl.shapes ADD COLUMN IF NOT EXISTS agent text NOT NULL DEFAULT ''; -- that it was made for
+
+-- The groups that hold rights on tables, schemas and the database. The group of a shape is a member of some.
+CREATE TABLE IF NOT EXISTS pawl.groups (name text PRIMARY KEY);
 
 -- One row per grant, so that PostgreSQL itself refuses a second credential for a grant. The oid identifies sessions
 -- that outlive their role. A row without a name bars a grant: it has no credential and can never get one.
@@ -205,26 +211,101 @@ BEGIN
             WHERE m.member = grp AND n.rolname = 'pawl_net_' || (s->>'network'))) IS NOT TRUE
         AND NOT EXISTS (
         SELECT FROM jsonb_array_elements(s->'tables') e, jsonb_array_elements_text(s->'verbs') v
-        WHERE has_table_privilege(grp, to_regclass(pawl.reach(in_shape, s, e->>0, e->>1)), v) IS NOT TRUE);
+        WHERE has_table_privilege(grp, to_regclass(pawl.reach(in_shape, s, e->>0, e->>1)), v) IS NOT TRUE
+            OR v = 'insert' AND EXISTS (SELECT FROM pawl.sequences_of(to_regclass(format('%I.%I', e->>0, e->>1))) q
+                WHERE has_sequence_privilege(grp, q.seq, 'USAGE') IS NOT TRUE
+                    AND has_sequence_privilege(q.seq, 'USAGE WITH GRANT OPTION')));
 END $$;
 
-CREATE OR REPLACE FUNCTION pawl.grant_table(grp text, s jsonb, nsp text, rel text) RETURNS void
+-- Makes the group of an object of this database unless it exists, and returns its name. A list of privileges has room
+-- for about 2,400 roles. So rights on objects that many shapes share are granted to one group for each right, and never
+-- to the group of a shape.
+CREATE OR REPLACE FUNCTION pawl.ensure_group(kind text, rights text, VARIADIC object text[]) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
-    verbs text := (SELECT string_agg(v, ', ') FROM jsonb_array_elements_text(s->'verbs') v);
-    seq   regclass;
+    grp text := format('pawl-%s-%s-%s', kind, left(encode(sha256(convert_to(
+        jsonb_build_array(current_database(), object)::text, 'UTF8')), 'hex'), 20), rights);
 BEGIN
-    IF NOT has_schema_privilege('public', nsp, 'USAGE') THEN
-        EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', nsp, grp);
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = grp) THEN
+        EXECUTE format('CREATE ROLE %I NOLOGIN', grp);
+        EXECUTE format('COMMENT ON ROLE %I IS %L', grp, format('Pawl''s agents: %s on %s %s in database %I', rights,
+            kind, (SELECT string_agg(quote_ident(o), '.' ORDER BY n) FROM unnest(object) WITH ORDINALITY u(o, n)),
+            current_database()));
     END IF;
-    EXECUTE format('GRANT %s ON %I.%I TO %I', verbs, nsp, rel, grp);
-    -- A serial column's default calls nextval with the agent's own rights.
-    -- (CASE fixes the order of evaluation: has_sequence_privilege fails for other relations.)
-    FOR seq IN SELECT c.oid FROM pg_depend d JOIN pg_class c ON c.oid = d.objid
-        WHERE d.refobjid = format('%I.%I', nsp, rel)::regclass AND d.classid = 'pg_class'::regclass
-            AND d.deptype = 'a' AND s->'verbs' ? 'insert'
-            AND CASE WHEN c.relkind = 'S' THEN has_sequence_privilege(c.oid, 'USAGE WITH GRANT OPTION') END LOOP
-        EXECUTE format('GRANT USAGE ON SEQUENCE %s TO %I', seq, grp);
+    INSERT INTO pawl.groups (name) VALUES (grp) ON CONFLICT DO NOTHING;
+    RETURN grp;
+END $$;
+
+-- Grants a right on a relation to a group. It revokes the group's rights on other relations: one that had the name
+-- before still has them.
+CREATE OR REPLACE FUNCTION pawl.grant_relation(grp text, kind text, relation regclass, rights text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    other regclass;
+BEGIN
+    EXECUTE format('GRANT %s ON %s %s TO %I', rights, kind, relation, grp);
+    FOR other IN SELECT d.objid FROM pg_shdepend d WHERE d.refclassid = 'pg_authid'::regclass
+        AND d.refobjid = (SELECT oid FROM pg_roles WHERE rolname = grp) AND d.classid = 'pg_class'::regclass
+        AND d.dbid = (SELECT oid FROM pg_database WHERE datname = current_database())
+        AND d.deptype = 'a' AND d.objid <> relation LOOP
+        EXECUTE format('REVOKE ALL ON %s %s FROM %I', kind, other, grp);
+    END LOOP;
+END $$;
+
+-- Returns the sequences that the defaults of a table's columns use. A default calls nextval with the agent's own
+-- rights. (It is volatile, so that the planner does not mix its conditions with those of the caller:
+-- has_sequence_privilege fails for other relations.)
+CREATE OR REPLACE FUNCTION pawl.sequences_of(relation oid) RETURNS TABLE (seq regclass) LANGUAGE sql AS $$
+    SELECT DISTINCT c.oid::regclass FROM pg_attrdef a
+    JOIN pg_depend d ON d.classid = 'pg_attrdef'::regclass AND d.objid = a.oid AND d.refclassid = 'pg_class'::regclass
+    JOIN pg_class c ON c.oid = d.refobjid AND c.relkind = 'S'
+    WHERE a.adrelid = relation
+$$;
+
+-- Returns the group with USAGE on one sequence, or null if PUBLIC has it.
+CREATE OR REPLACE FUNCTION pawl.sequence_group(seq regclass) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    grp text;
+BEGIN
+    IF has_sequence_privilege('public', seq, 'USAGE') THEN
+        RETURN NULL;
+    END IF;
+    SELECT pawl.ensure_group('sequence', 'usage', n.nspname, c.relname) INTO grp
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = seq;
+    IF NOT has_sequence_privilege(grp, seq, 'USAGE') THEN
+        PERFORM pawl.grant_relation(grp, 'SEQUENCE', seq, 'USAGE');
+    END IF;
+    RETURN grp;
+END $$;
+
+-- Returns the groups with the rights on one table. With a filter the agent has the rights on a view instead, and needs
+-- no more than the sequences.
+CREATE OR REPLACE FUNCTION pawl.table_groups(s jsonb, nsp text, rel text) RETURNS SETOF text LANGUAGE plpgsql AS $$
+DECLARE
+    relation regclass := format('%I.%I', nsp, rel)::regclass;
+    grp      text;
+    verb     text;
+BEGIN
+    IF s->'verbs' ? 'insert' THEN
+        RETURN QUERY SELECT g FROM pawl.sequences_of(relation) q, pawl.sequence_group(q.seq) g
+            WHERE has_sequence_privilege(q.seq, 'USAGE WITH GRANT OPTION') AND g IS NOT NULL;
+    END IF;
+    IF s ? 'filter' THEN
+        RETURN;
+    END IF;
+    IF NOT has_schema_privilege('public', nsp, 'USAGE') THEN
+        grp := pawl.ensure_group('schema', 'usage', nsp);
+        IF NOT has_schema_privilege(grp, nsp, 'USAGE') THEN
+            EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', nsp, grp);
+        END IF;
+        RETURN NEXT grp;
+    END IF;
+    FOR verb IN SELECT jsonb_array_elements_text(s->'verbs') LOOP
+        grp := pawl.ensure_group('table', verb, nsp, rel);
+        IF NOT has_table_privilege(grp, relation, verb) THEN
+            PERFORM pawl.grant_relation(grp, 'TABLE', relation, verb);
+        END IF;
+        RETURN NEXT grp;
     END LOOP;
 END $$;
 
@@ -241,36 +322,74 @@ BEGIN
     EXECUTE format('GRANT %s ON %s TO %I', verbs, pawl.reach(in_shape, s, nsp, rel), grp);
 END $$;
 
-CREATE OR REPLACE FUNCTION pawl.build_shape(in_shape text, s jsonb) RETURNS void LANGUAGE plpgsql AS $$
+-- Returns the groups of which the group of a shape is a member, and makes them.
+CREATE OR REPLACE FUNCTION pawl.shape_groups(s jsonb) RETURNS SETOF text LANGUAGE plpgsql AS $$
 DECLARE
-    grp text := 'pawl-shape-' || in_shape;
     net text := 'pawl_net_' || (s->>'network');
-    t   record;
+    grp text;
 BEGIN
-    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = grp) THEN
-        EXECUTE format('CREATE ROLE %I NOLOGIN', grp);
-    END IF;
     IF s ? 'network' THEN
         IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = net) THEN
             EXECUTE format('CREATE ROLE %I NOLOGIN', net);
         END IF;
-        EXECUTE format('GRANT %I TO %I', net, grp);
+        RETURN NEXT net;
     END IF;
     IF NOT has_database_privilege('public', current_database(), 'CONNECT') THEN
-        EXECUTE format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), grp);
+        grp := pawl.ensure_group('database', 'connect', current_database());
+        IF NOT has_database_privilege(grp, current_database(), 'CONNECT') THEN
+            EXECUTE format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), grp);
+        END IF;
+        RETURN NEXT grp;
     END IF;
+    RETURN QUERY SELECT g FROM jsonb_array_elements(s->'tables') e, pawl.table_groups(s, e->>0, e->>1) g;
+END $$;
+
+CREATE OR REPLACE FUNCTION pawl.build_shape(in_shape text, s jsonb) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    grp    text := 'pawl-shape-' || in_shape;
+    wanted text[];
+    t      record;
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = grp) THEN
+        EXECUTE format('CREATE ROLE %I NOLOGIN', grp);
+    END IF;
+    wanted := ARRAY(SELECT DISTINCT g FROM pawl.shape_groups(s) g);
+    FOR t IN SELECT coalesce(w.name, m.name) AS name, w.name IS NOT NULL AS wanted FROM unnest(wanted) w(name)
+        FULL JOIN (SELECT g.rolname::text FROM pg_auth_members a JOIN pg_roles g ON g.oid = a.roleid
+            WHERE a.member = (SELECT r.oid FROM pg_roles r WHERE r.rolname = grp) AND g.rolname LIKE 'pawl%')
+            m(name) ON m.name = w.name
+        WHERE w.name IS NULL OR m.name IS NULL LOOP
+        EXECUTE format(CASE WHEN t.wanted THEN 'GRANT %I TO %I' ELSE 'REVOKE %I FROM %I' END, t.name, grp);
+    END LOOP;
     IF s ? 'filter' THEN
         EXECUTE format('DROP SCHEMA IF EXISTS %I CASCADE', 'pawl_' || in_shape);
         EXECUTE format('CREATE SCHEMA %I', 'pawl_' || in_shape);
         EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', 'pawl_' || in_shape, grp);
-    END IF;
-    FOR t IN SELECT e->>0 AS nsp, e->>1 AS rel FROM jsonb_array_elements(s->'tables') e LOOP
-        IF s ? 'filter' THEN
+        FOR t IN SELECT e->>0 AS nsp, e->>1 AS rel FROM jsonb_array_elements(s->'tables') e LOOP
             PERFORM pawl.grant_view(in_shape, grp, s, t.nsp, t.rel);
-        ELSE
-            PERFORM pawl.grant_table(grp, s, t.nsp, t.rel);
+        END LOOP;
+    END IF;
+END $$;
+
+-- How many shapes one agent may have at a time. All agents together may have four times as many.
+CREATE OR REPLACE FUNCTION pawl.most_shapes() RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT 5000';
+
+-- Refuses another shape for an agent that has too many, unless some of them are idle and can go.
+CREATE OR REPLACE FUNCTION pawl.make_room(in_agent text) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    idle constant interval := '15 minutes'; -- brokers cache for five minutes which shapes exist
+BEGIN
+    FOR try IN 1..2 LOOP
+        IF (SELECT count(*) FILTER (WHERE s.agent = in_agent) < pawl.most_shapes()
+            AND count(*) < 4 * pawl.most_shapes() FROM pawl.shapes s) THEN
+            RETURN;
         END IF;
+        EXIT WHEN try = 2 OR NOT EXISTS (SELECT FROM pawl.shapes s WHERE s.last_used < now() - idle);
+        PERFORM pawl.collect_shapes(idle, '500ms');
     END LOOP;
+    RAISE 'agent % has % different sets of tables, verbs, filters and limits, and the database has % for all agents',
+        in_agent, (SELECT count(*) FROM pawl.shapes s WHERE s.agent = in_agent), (SELECT count(*) FROM pawl.shapes)
+        USING ERRCODE = '53400';
 END $$;
 
 -- Waits until no other transaction changes shapes. Concurrent grants on one table fail ("tuple concurrently updated").
@@ -309,7 +428,7 @@ CREATE OR REPLACE FUNCTION pawl.table_holders(s jsonb) RETURNS text LANGUAGE sql
 $$;
 
 -- Makes the group of a shape unless it exists. A call that finds the shape takes no lock.
-CREATE OR REPLACE FUNCTION pawl.ensure_shape(in_shape text, in_spec text) RETURNS void
+CREATE OR REPLACE FUNCTION pawl.ensure_shape(in_shape text, in_spec text, agent text DEFAULT '') RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET client_min_messages = error SET lock_timeout = '1s' AS $$
 DECLARE
@@ -336,8 +455,11 @@ BEGIN
             PERFORM pawl.lock_shapes();
         END IF;
     END LOOP;
+    IF known IS NULL THEN
+        PERFORM pawl.make_room(ensure_shape.agent);
+    END IF;
     PERFORM pawl.build_shape(in_shape, s);
-    INSERT INTO pawl.shapes (shape, spec) VALUES (in_shape, in_spec)
+    INSERT INTO pawl.shapes (shape, spec, agent) VALUES (in_shape, in_spec, left(ensure_shape.agent, 2048))
     ON CONFLICT (shape) DO UPDATE SET last_used = now();
 EXCEPTION WHEN lock_not_available THEN
     RAISE 'shape % waited more than a second for a lock: %', in_shape, pawl.table_holders(s) USING ERRCODE = '55P03';
@@ -431,6 +553,7 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_tim
     JOIN pg_database d ON d.oid = x.dbid JOIN pg_roles r ON r.oid = x.ownerid
     WHERE r.rolname ~ '^pawl_net_[a-z][a-z0-9_]*$'
         OR EXISTS (SELECT FROM pawl.shapes s WHERE r.rolname = 'pawl-shape-' || s.shape)
+        OR EXISTS (SELECT FROM pawl.groups g WHERE r.rolname = g.name)
 $$;
 
 -- Removes LOGIN and the rights from the given logins. Returns how many are done, and names the first obstacle.
@@ -610,7 +733,7 @@ END $$;
 
 CREATE OR REPLACE FUNCTION pawl.is_service(login text) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
     SELECT login ~ '^pawl-[A-Za-z0-9][A-Za-z0-9._-]{0,47}-[A-Za-z0-9]{8}$'
-        AND login !~ '^pawl-(gr[0-9a-z]{24}-|shape-)'
+        AND login !~ '^pawl-(gr[0-9a-z]{24}|shape|table|sequence|schema|database)-'
 $$;
 
 -- A step's token cannot make a service login: is_service refuses a name that begins with a grant id.
@@ -817,11 +940,11 @@ BEGIN
     RETURN pawl.end_logins(ARRAY(SELECT r.name::text FROM pawl.roles r WHERE r.grant_id IN (SELECT unnest(grants))));
 END $$;
 
--- Removes shapes that were unused for the given time and have no member, for at most two seconds. It does nothing while
--- a shape is being made.
-CREATE OR REPLACE FUNCTION pawl.collect_shapes(unused interval) RETURNS int LANGUAGE plpgsql AS $$
+-- Removes shapes that were unused for the given time and have no member, and groups that have none. It stops after the
+-- given time, and does nothing while another transaction makes a shape.
+CREATE OR REPLACE FUNCTION pawl.collect_shapes(unused interval, atmost interval) RETURNS int LANGUAGE plpgsql AS $$
 DECLARE
-    patience timestamptz := clock_timestamp() + interval '2 seconds';
+    patience timestamptz := clock_timestamp() + atmost;
     shapes   int := 0;
     r        record;
 BEGIN
@@ -844,6 +967,13 @@ BEGIN
             END IF;
         EXCEPTION WHEN OTHERS THEN -- it stays; the next call tries it again
         END;
+    END LOOP;
+    FOR r IN SELECT g.name FROM pawl.groups g WHERE NOT EXISTS (
+        SELECT FROM pg_auth_members m JOIN pg_roles p ON p.oid = m.roleid WHERE p.rolname = g.name) LOOP
+        EXIT WHEN clock_timestamp() > patience;
+        IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = r.name) OR pawl.drop_role(r.name) THEN
+            DELETE FROM pawl.groups WHERE name = r.name;
+        END IF;
     END LOOP;
     -- Networks without a member. (The member can be a shape of another database.)
     FOR r IN SELECT n.rolname FROM pg_roles n WHERE n.rolname ~ '^pawl_net_[a-z][a-z0-9_]*$' AND NOT EXISTS (
@@ -882,12 +1012,33 @@ BEGIN
     UPDATE pawl.logins l SET ended = now() FROM unnest(dead) n WHERE l.grant_id = substr(n, 6, 26) AND l.ended IS NULL;
     SELECT d.dropped, d.objects INTO logins, objects FROM pawl.drop_logins(dead) d;
     more := done + logins + objects > 0;
-    shapes := pawl.collect_shapes(unused);
+    shapes := pawl.collect_shapes(unused, '2 seconds');
     DELETE FROM pawl.logins l WHERE l.ended < now() - interval '1 day'
         AND NOT EXISTS (SELECT FROM pg_prepared_xact() x WHERE x.ownerid = l.role)
         AND NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.usesysid = l.role)
         AND NOT EXISTS (SELECT FROM pg_roles p WHERE p.oid = l.role);
     GET DIAGNOSTICS records = ROW_COUNT;
+END $$;
+
+-- ---------------------------------------------------------------- shapes of version 1
+
+-- In version 1 the group of a shape held the rights itself. If its tables are gone it stays until pawl.collect drops
+-- it.
+DO $$
+DECLARE
+    r record;
+BEGIN
+    FOR r IN SELECT s.shape, s.spec::jsonb AS spec, 'pawl-shape-' || s.shape AS grp FROM pawl.shapes s
+        JOIN pg_roles p ON p.rolname = 'pawl-shape-' || s.shape
+        WHERE current_setting('pawl.version_before') < '2' AND NOT s.spec::jsonb ? 'filter' LOOP
+        BEGIN
+            EXECUTE format('GRANT %I TO pawl_maker', r.grp); -- DROP OWNED needs the rights of the role
+            EXECUTE format('DROP OWNED BY %I', r.grp);
+            EXECUTE format('REVOKE %I FROM pawl_maker', r.grp);
+            PERFORM pawl.build_shape(r.shape, r.spec);
+        EXCEPTION WHEN undefined_table OR invalid_schema_name OR insufficient_privilege THEN
+        END;
+    END LOOP;
 END $$;
 
 -- ---------------------------------------------------------------- privileges
@@ -899,7 +1050,7 @@ GRANT USAGE ON SCHEMA pawl TO pawl_vault, pawl_shaper, pawl_revoker;
 GRANT EXECUTE ON FUNCTION pawl.version() TO pawl_vault, pawl_shaper, pawl_revoker;
 GRANT EXECUTE ON FUNCTION pawl.grant_login(text, text, timestamptz), pawl.end_logins(text[]),
     pawl.grant_service_login(text, text, timestamptz, text), pawl.end_service_login(text) TO pawl_vault;
-GRANT EXECUTE ON FUNCTION pawl.ensure_shape(text, text) TO pawl_shaper;
+GRANT EXECUTE ON FUNCTION pawl.ensure_shape(text, text, text) TO pawl_shaper;
 GRANT EXECUTE ON FUNCTION pawl.sever(text[]), pawl.bar(text[]), pawl.inspect(text[]), pawl.remove(text[]),
     pawl.prepared(text[]), pawl.lend(text[]), pawl.give_back(), pawl.collect(interval) TO pawl_revoker;
 

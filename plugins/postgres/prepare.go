@@ -41,7 +41,7 @@ func (b *Backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (b
 		return broker.Mint{}, "", err
 	}
 	shape, text := sp.encode()
-	if err := b.ensureShape(ctx, shape, text); err != nil {
+	if err := b.ensureShape(ctx, shape, text, g.Caller.String()); err != nil {
 		return broker.Mint{}, "", err
 	}
 	display := string(g.ID) + "-" + shape
@@ -133,7 +133,7 @@ func argumentOutside(argument, why string) *broker.Error {
 }
 
 // ensureShape makes the shape in the database unless the cache says that it exists.
-func (b *Backend) ensureShape(ctx context.Context, shape, text string) error {
+func (b *Backend) ensureShape(ctx context.Context, shape, text, agent string) error {
 	now := b.cfg.Now()
 	b.mu.Lock()
 	seen, known := b.shapes[shape]
@@ -144,12 +144,16 @@ func (b *Backend) ensureShape(ctx context.Context, shape, text string) error {
 	var void any
 	ctx, cancel := context.WithTimeout(ctx, prepareTimeout)
 	defer cancel()
-	err := b.shaper.query(ctx, "SELECT pawl.ensure_shape($1, $2)::text", []any{shape, text}, &void)
-	if err != nil && classify(err) == badRequest {
+	err := b.shaper.query(ctx, "SELECT pawl.ensure_shape($1, $2, $3)::text", []any{shape, text, agent}, &void)
+	switch {
+	case err == nil:
+	case classify(err) == badRequest:
 		return argumentOutside(argTables, "the database grants agents no such table, verb or filter, "+
 			"or its pg_hba.conf does not confine the tool's network").Because(err)
-	}
-	if err != nil {
+	case classify(err) == overLimit:
+		return broker.Errorf(broker.Denied, "prepare", "%s; the ones that are idle for 15 minutes make room for others",
+			messageOf(err)).With(broker.CodeTooFast).Because(err).After(time.Minute)
+	default:
 		return broker.Errorf(broker.Unavailable, "prepare",
 			"database %q cannot be prepared; nothing was made", b.database).
 			With(broker.CodeBackendDown).Because(err).After(time.Second)

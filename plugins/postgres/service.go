@@ -248,6 +248,7 @@ const (
 	conflict               // with another transaction
 	badRequest             // the arguments are malformed or not allowed
 	serverFull             // all connections of the server, or of the role, are taken
+	overLimit              // a limit of schema pawl; the message says which
 )
 
 // classify reads the SQLSTATE (PostgreSQL manual, appendix A).
@@ -265,6 +266,8 @@ func classify(err error) failure {
 		return badCredential
 	case pg.Code == "53300":
 		return serverFull
+	case pg.Code == "53400":
+		return overLimit
 	case pg.Code == "57P01" || strings.HasPrefix(pg.Code, "08"):
 		return connectionLost
 	// XX000 is "tuple concurrently updated", after a concurrent GRANT.
@@ -283,4 +286,13 @@ func stateOf(err error) string {
 		return ""
 	}
 	return pg.Code
+}
+
+// messageOf returns the message of an error of the server, without the rest.
+func messageOf(err error) string {
+	var pg *pgconn.PgError
+	if !errors.As(err, &pg) {
+		return ""
+	}
+	return pg.Message
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
@@ -283,4 +284,14 @@ func (t *target) count(sql string, args ...any) (n int) {
 		t.Fatalf("%s: %v", sql, err)
 	}
 	return n
+}
+
+// agentID returns the SPIFFE ID of an agent.
+func agentID(t *testing.T, name string) spiffeid.ID {
+	t.Helper()
+	id, err := spiffeid.FromString("spiffe://pawl.dev/" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
 }
