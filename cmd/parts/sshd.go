@@ -156,6 +156,9 @@ func (s *SSHDServer) answers(ctx context.Context) error {
 // Address returns host:port.
 func (s *SSHDServer) Address() string { return "127.0.0.1:" + strconv.Itoa(s.port) }
 
+// ConfigFile returns the path of its sshd_config, which exists until Close.
+func (s *SSHDServer) ConfigFile() string { return s.workdir.path("sshd_config") }
+
 // HostKey returns the key that the server must present.
 func (s *SSHDServer) HostKey() ssh.PublicKey { return s.hostKey }
 

@@ -29,14 +29,24 @@ import (
 
 func doctorCommand() *cobra.Command {
 	var file string
+	var onHost bool
+	var host sshHost
 	c := &cobra.Command{
 		Use: "doctor --config FILE", Short: "Check everything a broker needs, with a hint for each fault", Args: cobra.NoArgs,
 		Long: "Check everything that the broker of a configuration file needs: the policy bundle, the Workload API,\n" +
 			"Vault and its rights there, the ledger and the backends. Run it on the broker's machine as the broker's\n" +
 			"user. It prints one line for each check, and a hint for each fault. It changes nothing and does not\n" +
-			"disturb a running broker.",
-		Example: "  pawl doctor --config pawl.yaml",
+			"disturb a running broker.\n\n" +
+			"With --ssh-host it checks the sshd of this machine instead, as a target of SSH tools. Run it there as root.",
+		Example: "  pawl doctor --config pawl.yaml\n  pawl doctor --ssh-host --user deploy --address 10.0.0.5",
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if onHost {
+				if err := required(cmd, "user"); err != nil {
+					return err
+				}
+				d := doctor{out: cmd.OutOrStdout()}
+				return d.sshd(cmd.Context(), host)
+			}
 			if err := required(cmd, "config"); err != nil {
 				return err
 			}
@@ -48,8 +58,24 @@ func doctorCommand() *cobra.Command {
 			return d.run(cmd.Context())
 		},
 	}
-	c.Flags().StringVar(&file, "config", "", "the broker's configuration; required")
+	c.Flags().StringVar(&file, "config", "", "the broker's configuration; required without --ssh-host")
+	c.Flags().BoolVar(&onHost, "ssh-host", false, "check the sshd of this machine")
+	c.Flags().StringSliceVar(&host.users, "user", nil, "with --ssh-host: a principal of the tools; may be repeated")
+	c.Flags().StringVar(&host.address, "address", "127.0.0.1", "with --ssh-host: the address from which agents log in")
+	c.Flags().StringVar(&host.sshd, "sshd", "/usr/sbin/sshd", "with --ssh-host: the program")
+	c.Flags().StringVar(&host.config, "sshd-config", "", "with --ssh-host: its configuration; empty: its own default")
+	c.MarkFlagsMutuallyExclusive("config", "ssh-host")
 	return c
+}
+
+// sshd makes the checks of an SSH target.
+func (d *doctor) sshd(ctx context.Context, h sshHost) error {
+	for _, user := range h.users {
+		d.check(ctx, "user "+user, "the label native needs a host without ForceCommand for its principals: docs/narrowing.md",
+			func(ctx context.Context) (string, error) { return h.user(ctx, user) })
+	}
+	d.check(ctx, "revoked keys", "the file must be the broker's list, or a copy of it that the platform renames into place", h.list)
+	return d.result()
 }
 
 // doctor checks the parts of one configuration.
@@ -94,6 +120,10 @@ func (d *doctor) run(ctx context.Context) error {
 		d.check(ctx, "backend "+name, "issuing with its tools fails until this is repaired; other tools still work",
 			func(ctx context.Context) (string, error) { return wire.Reach(ctx, d.c.Backends[name]) })
 	}
+	return d.result()
+}
+
+func (d *doctor) result() error {
 	if d.faults > 0 {
 		return fmt.Errorf("%d of the checks failed", d.faults)
 	}
@@ -107,7 +137,8 @@ func (d *doctor) check(ctx context.Context, what, hint string, run func(context.
 	found, err := run(ctx)
 	if err != nil {
 		d.faults++
-		fmt.Fprintf(d.out, "WRONG  %-16s %s\n       %-16s hint: %s\n", what, oneLine(err.Error()), "", hint)
+		text := strings.ReplaceAll(oneLine(err.Error()), "\n", "; ")
+		fmt.Fprintf(d.out, "WRONG  %-16s %s\n       %-16s hint: %s\n", what, text, "", hint)
 		return
 	}
 	fmt.Fprintf(d.out, "ok     %-16s %s\n", what, found)
@@ -265,7 +296,7 @@ func (d *doctor) lists(ctx context.Context) (string, error) {
 	found, err := wire.Survey(ctx, d.vault, running.Current().Tools(), d.c.Backends)
 	switch {
 	case err != nil:
-		return "", errors.New(strings.ReplaceAll(err.Error(), "\n", "; "))
+		return "", err
 	case len(found) == 0:
 		return "no tool makes certificates", nil
 	}

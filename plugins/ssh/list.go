@@ -117,7 +117,7 @@ func (l *list) write(raw, old []byte) error {
 func (l *list) listed() (map[string]bool, error) {
 	k, _, err := l.load()
 	if err == nil && k.half {
-		err = errors.New("it was left half written")
+		err = errHalf
 	}
 	ids := make(map[string]bool, len(k.ids))
 	for _, id := range k.ids {
@@ -132,6 +132,8 @@ func (l *list) since(id string) uint64 {
 	defer l.mu.Unlock()
 	return l.versions[id]
 }
+
+var errHalf = errors.New("the list was left half written, so sshd refuses every key: start the broker again")
 
 // maxLinks is the number of links that resolve follows.
 const maxLinks = 16
@@ -220,4 +222,17 @@ func writeOver(f *os.File, raw []byte) error {
 		err = errors.New("the file has other bytes than were written")
 	}
 	return err
+}
+
+// Inspect reads a revocation list. It returns the list's version, which is zero for an empty file, and the number of our
+// certificates on it.
+func Inspect(path string) (version uint64, ours int, err error) {
+	if _, err := os.Stat(path); err != nil {
+		return 0, 0, err // sshd refuses every key without the file
+	}
+	k, _, err := (&list{path: path}).load()
+	if err == nil && k.half {
+		err = errHalf
+	}
+	return k.version, len(k.ids), err
 }

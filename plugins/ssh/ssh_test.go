@@ -415,3 +415,26 @@ func FuzzKRL(f *testing.F) {
 		}
 	})
 }
+
+// TestRealForceCommand holds docs/narrowing.md to a real sshd: a ForceCommand of the host runs instead of the
+// certificate's command, which the host's command cannot even read.
+func TestRealForceCommand(t *testing.T) {
+	e := newEngine(t, nil)
+	b := newBackend(t, "", nil)
+	for settings, want := range map[string]string{
+		"":                                   "certificate\n",
+		"ForceCommand env":                   "SSH_ORIGINAL_COMMAND=client\n",
+		"Match User root\nForceCommand env":  "SSH_ORIGINAL_COMMAND=client\n",
+		"Match User other\nForceCommand env": "certificate\n",
+	} {
+		server := parts.OwnSSHD(t, parts.SSHDConfig{UserCAKeys: []byte(e.ca), Settings: strings.Split(settings, "\n")})
+		s, err := e.issue(t, b, grant(t, 1, "echo certificate"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, _, err := login(t, server, s, "root", "client")
+		if err != nil || !strings.Contains(out, want) || (out == "certificate\n") != (want == "certificate\n") || strings.Contains(out, "echo certificate") {
+			t.Errorf("with %q: %q, %v, want %q", settings, out, err, want)
+		}
+	}
+}
