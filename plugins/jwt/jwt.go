@@ -153,7 +153,11 @@ func (b *Backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (b
 		Path: path, TTL: g.Expires.Sub(now) + time.Second,
 		Data: map[string]any{"input": base64.StdEncoding.EncodeToString([]byte(input)), "marshaling_algorithm": "jws", "key_version": key.version},
 		Finish: func(answer map[string]any, _ time.Time) (broker.Finished, error) {
-			return finish(answer, input, key, c)
+			f, err := finish(answer, input, key, c)
+			if err == nil && s.outlives > 0 {
+				f.Outlives = f.Expires.Add(s.outlives)
+			}
+			return f, err
 		},
 	}, string(g.ID), nil
 }
@@ -209,33 +213,41 @@ func (b *Backend) Sever(_ context.Context, grants []broker.Grant) error {
 func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	out := make([]broker.Evidence, len(grants))
 	for i, g := range grants {
-		now, end := b.cfg.Now().UTC(), g.Expires.UTC().Format(time.RFC3339)
-		if now.After(g.Expires.Add(leeway)) {
-			out[i] = broker.Evidence{At: now, Check: "jwt: token expiry", Outcome: broker.OutcomeDead,
-				Answer: "expired at " + end}
-			continue
-		}
-		active, err := b.cfg.Active(ctx, g.ID)
+		e, err := b.prove(ctx, g)
 		if err != nil {
 			return nil, err
 		}
-		out[i] = broker.Evidence{At: now, Check: "jwt: introspection", Outcome: broker.OutcomeAlive, Answer: "active until " + end}
-		if active {
-			continue
-		}
-		out[i].Listed, out[i].Outcome = true, broker.OutcomeDead
-		out[i].Answer = "inactive; a verifier that does not call introspection accepts it until " + end
-		if b.list == nil || !now.Before(g.Expires) {
-			continue
-		}
-		if revoked, known := b.list.status(g.ID); known && !revoked {
-			out[i].Check, out[i].Listed, out[i].Outcome = "jwt: status list", false, broker.OutcomeAlive
-			out[i].Answer = "inactive, but still valid on the status list"
-		} else if known {
-			out[i].Check = "jwt: introspection and status list"
-			out[i].Answer = fmt.Sprintf("inactive, and invalid on the status list; a verifier may use a copy "+
-				"of the list that is %v old, and one that checks neither accepts it until %s", listTTL, end)
-		}
+		out[i] = g.WithObtained(e)
 	}
 	return out, nil
+}
+
+func (b *Backend) prove(ctx context.Context, g broker.Grant) (broker.Evidence, error) {
+	now, end := b.cfg.Now().UTC(), g.Expires.UTC().Format(time.RFC3339)
+	if now.After(g.Expires.Add(leeway)) {
+		return broker.Evidence{At: now, Check: "jwt: token expiry", Outcome: broker.OutcomeDead,
+			Answer: "expired at " + end + " for verifiers that check exp"}, nil
+	}
+	active, err := b.cfg.Active(ctx, g.ID)
+	if err != nil {
+		return broker.Evidence{}, err
+	}
+	e := broker.Evidence{At: now, Check: "jwt: introspection", Outcome: broker.OutcomeAlive, Answer: "active until " + end}
+	if active {
+		return e, nil
+	}
+	e.Listed, e.Outcome = true, broker.OutcomeDead
+	e.Answer = "inactive; a verifier that does not call introspection accepts it until " + end
+	if b.list == nil || !now.Before(g.Expires) {
+		return e, nil
+	}
+	if revoked, known := b.list.status(g.ID); known && !revoked {
+		e.Check, e.Listed, e.Outcome = "jwt: status list", false, broker.OutcomeAlive
+		e.Answer = "inactive, but still valid on the status list"
+	} else if known {
+		e.Check = "jwt: introspection and status list"
+		e.Answer = fmt.Sprintf("inactive, and invalid on the status list; a verifier may use a copy "+
+			"of the list that is %v old, and one that checks neither accepts it until %s", listTTL, end)
+	}
+	return e, nil
 }

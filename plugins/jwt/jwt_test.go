@@ -73,6 +73,8 @@ func TestLoad(t *testing.T) {
 		{tool("transit", map[string]string{"arg.to": "audience", "arg.may": "scope"}, "to:string", "may:list"), true},
 		{tool("transit", nil), false}, {tool("transit/x", aud), false}, {tool("transit/y/z", aud), false},
 		{tool("transit", map[string]string{"audience": ""}), false},
+		{tool("transit", map[string]string{"audience": "a", "outlives": "10m"}), true},
+		{tool("transit", map[string]string{"audience": "a", "outlives": "0s"}), false},
 		{tool("transit", map[string]string{"audience": "a b"}), false},
 		{tool("transit", map[string]string{"audience": "{{to}}"}), false},
 		{tool("transit", map[string]string{"audience": strings.Repeat("a", 1024)}), true},

@@ -1,12 +1,16 @@
 package jwt_test
 
 import (
+	"context"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	josejwt "github.com/go-jose/go-jose/v4/jwt"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
@@ -119,4 +123,99 @@ func (e *engine) sign(t *testing.T, b *jwt.Backend, tl broker.Tool, g broker.Gra
 		t.Fatal(err)
 	}
 	return s.Token
+}
+
+// TestRealLateToken holds docs/promises.md to real verifiers: how long after its end they accept a token.
+func TestRealLateToken(t *testing.T) {
+	e := newEngine(t, "ecdsa-p256")
+	g := grant(t, nil)
+	s := newService(t, e, map[string]map[string]any{
+		"exact":   {"bound_audiences": "orders"},
+		"default": {"bound_audiences": "orders", "expiration_leeway": 0, "not_before_leeway": 0, "clock_skew_leeway": 0},
+	})
+	for ago, want := range map[time.Duration]string{20 * time.Second: "default go-jose", 4 * time.Minute: ""} {
+		issued := time.Now().Add(-ago - time.Minute)
+		g := g
+		g.Expires = issued.Add(time.Minute)
+		b := newBackend(t, reader{e.Client}, func() time.Time { return issued })
+		token := e.sign(t, b, tool(e.mount, map[string]string{"audience": "orders"}), g)
+		var accepted []string
+		for _, role := range []string{"exact", "default"} {
+			if s.login(t, role, token) == nil {
+				accepted = append(accepted, role)
+			}
+		}
+		var claims josejwt.Claims
+		parsed, err := josejwt.ParseSigned(token, []jose.SignatureAlgorithm{jose.ES256})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := parsed.Claims(e.public(t, "1"), &claims); err != nil {
+			t.Fatal(err)
+		}
+		if claims.Validate(josejwt.Expected{Time: time.Now()}) == nil { // its leeway is a minute
+			accepted = append(accepted, "go-jose")
+		}
+		if got := strings.Join(accepted, " "); got != want {
+			t.Errorf("%v after its end %q accept the token, want %q", ago, got, want)
+		}
+		if evidence, err := newBackend(t, reader{e.Client}, nil).Prove(t.Context(), []broker.Grant{g}); err != nil ||
+			want != "" && evidence[0].Check == "jwt: token expiry" {
+			t.Errorf("Prove() = %+v, %v; want no conclusion from the end while verifiers accept the token", evidence, err)
+		}
+	}
+}
+
+// TestRealExchange exchanges a token at a real service for another one, which survives the revocation. With the setting
+// outlives the first is not dead before that has ended.
+func TestRealExchange(t *testing.T) {
+	e := newEngine(t, "ecdsa-p256")
+	s := newService(t, e, map[string]map[string]any{"orders": {"bound_audiences": "orders", "token_ttl": "10m"}})
+	for _, outlives := range []string{"", "10m"} {
+		settings := map[string]string{"audience": "orders"}
+		if outlives != "" {
+			settings["outlives"] = outlives
+		}
+		now, active := time.Now(), true
+		b, err := jwt.New(jwt.Config{Vault: reader{e.Client}, Issuer: issuer, Now: func() time.Time { return now },
+			Active: func(context.Context, broker.GrantID) (bool, error) { return active, nil }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		g := grant(t, nil)
+		m, _, err := b.Prepare(t.Context(), tool(e.mount, settings), g)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := m.Finish(e.write(t, m.Path.String(), m.Data), time.Time{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		g.Lease = broker.Lease{Ref: f.Ref, Expires: f.Expires, Outlives: f.Outlives}
+		var secret struct{ Token string }
+		if err := json.Unmarshal(f.Secret.Reveal(), &secret); err != nil {
+			t.Fatal(err)
+		}
+		session, err := s.Logical().WriteWithContext(t.Context(), "auth/"+s.auth+"/login", map[string]any{"role": "orders", "jwt": secret.Token})
+		if err != nil {
+			t.Fatal(err)
+		}
+		active = false // the revocation
+		other, err := s.Clone()
+		if err != nil {
+			t.Fatal(err)
+		}
+		other.SetToken(session.Auth.ClientToken)
+		if _, err := other.Auth().Token().LookupSelfWithContext(t.Context()); err != nil {
+			t.Fatalf("the service's own token does not work: %v", err)
+		}
+		want := map[string]broker.Outcome{"": broker.OutcomeDead, "10m": broker.OutcomeUnknown}[outlives]
+		if evidence, err := b.Prove(t.Context(), []broker.Grant{g}); err != nil || evidence[0].Outcome != want {
+			t.Errorf("outlives %q: Prove() = %+v, %v, want %s", outlives, evidence, err, want)
+		}
+		now = now.Add(20 * time.Minute)
+		if evidence, err := b.Prove(t.Context(), []broker.Grant{g}); err != nil || evidence[0].Outcome != broker.OutcomeDead {
+			t.Errorf("outlives %q, later: Prove() = %+v, %v, want dead", outlives, evidence, err)
+		}
+	}
 }

@@ -6,13 +6,17 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
 )
 
 // settings hold the sources of audience and scope: an argument or a fixed value each.
-type settings struct{ audience, scope source }
+type settings struct {
+	audience, scope source
+	outlives        time.Duration // sessions and tokens of the service end this long after the token
+}
 
 type source struct{ arg, fixed string }
 
@@ -20,6 +24,8 @@ type source struct{ arg, fixed string }
 //
 //	audience, scope   a fixed value
 //	arg.<argument>    "audience" or "scope": the argument fills it
+//	outlives          the time, of at most 24h, after which the service has ended every session and token that it gave for
+//	                  an expired token; until then it is not dead. Default: these are not counted
 //
 // A token has exactly one audience. Every argument is part of the digest in the token.
 func (b *Backend) Load(t broker.Tool) error {
@@ -36,6 +42,9 @@ func load(t broker.Tool) (s settings, err error) {
 			return s, fmt.Errorf("tool %q: setting %q: %w", t.Name, key, err)
 		}
 	}
+	if s.outlives, err = t.Outlives(); err != nil {
+		return s, fmt.Errorf("tool %q: setting \"outlives\": %w", t.Name, err)
+	}
 	if s.audience == (source{}) {
 		return s, fmt.Errorf("tool %q: an audience is required: without one every service would accept the token", t.Name)
 	}
@@ -43,6 +52,9 @@ func load(t broker.Tool) (s settings, err error) {
 }
 
 func (s *settings) set(t broker.Tool, key, value string) error {
+	if key == "outlives" {
+		return nil // load reads it
+	}
 	name, isArg := strings.CutPrefix(key, "arg.")
 	field, src := key, source{fixed: value}
 	if isArg {

@@ -2,7 +2,9 @@ package ssh_test
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/plugins/ssh"
 )
@@ -264,6 +267,84 @@ func TestRealHalfWritten(t *testing.T) {
 		if _, err := dial(t, server, s, "root", "127.0.0.1"); err != nil {
 			t.Errorf("after a restart: %v", err)
 		}
+	}
+}
+
+// TestRealSession keeps a session open over the revocation. The host goes on with it, and with its processes. With the
+// setting outlives the certificate is not dead before they have ended.
+func TestRealSession(t *testing.T) {
+	e := newEngine(t, nil)
+	krl := filepath.Join(t.TempDir(), "krl")
+	now := time.Now()
+	b, err := ssh.New(ssh.Config{KRL: krl, InUse: true, Now: func() time.Time { return now }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := parts.OwnSSHD(t, parts.SSHDConfig{UserCAKeys: []byte(e.ca), RevokedKeysFile: krl})
+	for n, row := range []struct {
+		outlives string
+		want     broker.Outcome
+	}{{"", broker.OutcomeDead}, {"1h", broker.OutcomeUnknown}} {
+		settings := map[string]string{"principal": "root", "force_command": "cat"}
+		if row.outlives != "" {
+			settings["outlives"] = row.outlives
+		}
+		g := grant(t, n+1, "")
+		g.Args = args.Args{}
+		m, _, err := b.Prepare(t.Context(), tool(e.mount, broker.NarrowNative, settings), g)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := m.Finish(e.write(t, m.Path.String(), m.Data), time.Time{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		g.Lease = broker.Lease{Ref: f.Ref, Expires: f.Expires, Outlives: f.Outlives}
+		var s issued
+		if err := json.Unmarshal(f.Secret.Reveal(), &s); err != nil {
+			t.Fatal(err)
+		}
+		client, err := dial(t, server, s, "root", "127.0.0.1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		session, err := client.NewSession()
+		if err != nil {
+			t.Fatal(err)
+		}
+		in, err := session.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := session.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := session.Start(""); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.Sever(t.Context(), []broker.Grant{g}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := dial(t, server, s, "root", "127.0.0.1"); !refused(err) {
+			t.Errorf("a new login: %v, want a refusal", err)
+		}
+		echo := make([]byte, 3)
+		if _, err := in.Write([]byte("in\n")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(out, echo); err != nil || string(echo) != "in\n" {
+			t.Errorf("the open session answers %q, %v; docs/promises.md says that it continues", echo, err)
+		}
+		if evidence, err := b.Prove(t.Context(), []broker.Grant{g}); err != nil || evidence[0].Outcome != row.want {
+			t.Errorf("outlives %q: Prove() = %+v, %v, want %s", row.outlives, evidence, err, row.want)
+		}
+		later := now
+		now = now.Add(2 * time.Hour)
+		if evidence, err := b.Prove(t.Context(), []broker.Grant{g}); err != nil || evidence[0].Outcome != broker.OutcomeDead {
+			t.Errorf("outlives %q, later: Prove() = %+v, %v, want dead", row.outlives, evidence, err)
+		}
+		now = later
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
@@ -20,6 +21,7 @@ type source struct{ arg, fixed string }
 type settings struct {
 	fields     map[string]source
 	extensions map[string]string
+	outlives   time.Duration // sessions have ended this long after the certificate's end
 }
 
 // checks holds the fields, each with the check that its value must pass.
@@ -38,6 +40,8 @@ var principal = regexp.MustCompile(`^[a-z_][a-z0-9_.-]{0,63}$`)
 //	arg.<argument>   instead of a fixed value: the field above that the argument fills as a whole
 //	extensions       permit-pty, permit-user-rc, no-touch-required, joined by commas; default none.
 //	                 Forwarding is never granted
+//	outlives         the time, of at most 24h, after which the hosts have ended every session and process that was started
+//	                 with an expired certificate; until then it is not dead. Default: sessions are not counted
 //
 // A fixed command takes no values from arguments: nothing is spliced into text that a shell reads.
 func (b *Backend) Load(t broker.Tool) error {
@@ -55,6 +59,10 @@ func load(t broker.Tool) (settings, error) {
 			return s, fmt.Errorf("tool %q: setting %q: %w", t.Name, key, err)
 		}
 	}
+	var err error
+	if s.outlives, err = t.Outlives(); err != nil {
+		return s, fmt.Errorf("tool %q: setting \"outlives\": %w", t.Name, err)
+	}
 	for name := range t.Arguments {
 		if t.Settings["arg."+name] == "" {
 			return s, fmt.Errorf("tool %q: argument %q fills no field: set arg.%s", t.Name, name, name)
@@ -71,6 +79,9 @@ func load(t broker.Tool) (settings, error) {
 }
 
 func (s *settings) set(t broker.Tool, key, value string) error {
+	if key == "outlives" {
+		return nil // load reads it
+	}
 	if key == "extensions" {
 		for e := range strings.SplitSeq(value, ",") {
 			if !slices.Contains(extensions, e) {

@@ -119,7 +119,11 @@ func (b *Backend) Prepare(_ context.Context, t broker.Tool, g broker.Grant) (bro
 			"ttl": strconv.FormatInt(int64(want.life/time.Second), 10) + "s", "critical_options": want.options, "extensions": want.extensions,
 		},
 		Finish: func(answer map[string]any, _ time.Time) (broker.Finished, error) {
-			return b.finish(answer, want, private)
+			f, err := b.finish(answer, want, private)
+			if err == nil && s.outlives > 0 {
+				f.Outlives = f.Expires.Add(s.outlives)
+			}
+			return f, err
 		},
 	}, string(g.ID), nil
 }
@@ -271,6 +275,9 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 	}
 	if len(listed) > 0 {
 		b.confirm(ctx, grants, listed, out)
+	}
+	for i, g := range grants {
+		out[i] = g.WithObtained(out[i])
 	}
 	return out, nil
 }

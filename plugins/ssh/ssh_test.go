@@ -58,6 +58,8 @@ func TestLoad(t *testing.T) {
 		{tool("ssh", broker.NarrowNative, with("source_address", "10.0.0.0/8,::1", "extensions", "permit-pty")), true},
 		{tool("ssh", broker.NarrowNative, map[string]string{"arg.user": "principal", "arg.run": "force_command"}, "user", "run"), true},
 		{tool("ssh", broker.NarrowNone, map[string]string{"principal": "root"}), true},
+		{tool("ssh", broker.NarrowNative, with("outlives", "1h")), true},
+		{tool("ssh", broker.NarrowNative, with("outlives", "25h")), false},
 		{tool("ssh", broker.NarrowNative, map[string]string{"principal": "root"}), false},
 		{tool("ssh", broker.NarrowNone, map[string]string{"force_command": "x"}), false},
 		{tool("team/ssh", broker.NarrowNative, with()), false},

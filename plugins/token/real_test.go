@@ -162,7 +162,7 @@ func (v *real) mint(ctx context.Context, g *broker.Grant, m broker.Mint, _ strin
 		return broker.Secret{}, fmt.Errorf("vault answered %d %v, %w", status, answer["errors"], err)
 	}
 	f, err := m.Finish(got, g.Expires)
-	g.Lease = broker.Lease{Ref: f.Ref, Expires: g.Expires}
+	g.Lease = broker.Lease{Ref: f.Ref, Expires: g.Expires, Outlives: f.Outlives}
 	return f.Secret, err
 }
 
@@ -465,5 +465,58 @@ func TestRealRole(t *testing.T) {
 		if secret, err := v.mint(t.Context(), &g, m, display); err == nil || !secret.Empty() {
 			t.Errorf("a token of a role with %s = %v is accepted", name, value)
 		}
+	}
+}
+
+// TestRealObtained obtains another token with the secret, one without a parent, which survives the revocation. With the
+// setting outlives the secret is not dead before that has ended.
+func TestRealObtained(t *testing.T) {
+	for outlives, want := range map[string]broker.Outcome{"": broker.OutcomeDead, "10m": broker.OutcomeUnknown} {
+		t.Run(map[bool]string{true: "unset", false: "set"}[outlives == ""], func(t *testing.T) {
+			v := newReal(t)
+			v.policy(t, v.name+"-test", fmt.Sprintf(`path "auth/token/create-orphan" { capabilities = ["create", "update", "sudo"] }
+path "%s/test" { capabilities = ["read"] }`, v.name))
+			if outlives != "" {
+				v.tool.Settings["outlives"] = outlives
+			}
+			now := time.Now()
+			b, err := token.New(token.Config{Vault: v, Now: func() time.Time { return now }})
+			if err != nil {
+				t.Fatal(err)
+			}
+			g := grant(t, `{"env":"test"}`)
+			g.Created, g.Expires = now, now.Add(30*time.Second)
+			m, name, err := b.Prepare(t.Context(), v.tool, g)
+			if err != nil {
+				t.Fatal(err)
+			}
+			secret, err := v.mint(t.Context(), &g, m, name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			raw := v.raw(t.Context(), secret)
+			_, answer, err := v.ask(t.Context(), raw, "POST", "auth/token/create-orphan", map[string]any{"policies": []string{v.name + "-test"}, "ttl": "10m"})
+			auth, _ := answer["auth"].(map[string]any)
+			orphan, _ := auth["client_token"].(string)
+			if err != nil || orphan == "" {
+				t.Fatalf("Vault made no orphan token: %v, %v", answer["errors"], err)
+			}
+			if err := b.Sever(t.Context(), []broker.Grant{g}); err != nil {
+				t.Fatal(err)
+			}
+			if status, _, err := v.ask(t.Context(), raw, "GET", v.name+"/test", nil); err != nil || status != 403 {
+				t.Errorf("the secret after the revocation: %d, %v, want 403", status, err)
+			}
+			if status, _, err := v.ask(t.Context(), orphan, "GET", v.name+"/test", nil); err != nil || status != 200 {
+				t.Errorf("the orphan token after the revocation: %d, %v, want 200", status, err)
+			}
+			if evidence, err := b.Prove(t.Context(), []broker.Grant{g}); err != nil || evidence[0].Outcome != want {
+				t.Errorf("Prove() = %+v, %v, want %s", evidence, err, want)
+			}
+			now = now.Add(time.Hour)
+			if evidence, err := b.Prove(t.Context(), []broker.Grant{g}); err != nil || evidence[0].Outcome != broker.OutcomeDead {
+				t.Errorf("later: Prove() = %+v, %v, want dead", evidence, err)
+			}
+		})
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
@@ -18,6 +19,8 @@ type settings struct {
 	by    map[string]map[string][]string // argument → value → policies
 	uses  int
 	wrap  bool
+
+	outlives time.Duration // everything obtained with the token has ended this long after the token's end
 }
 
 const maxPolicies = 32
@@ -29,6 +32,9 @@ const maxPolicies = 32
 //	policies.<argument>.<value>   the policies that this value of the argument adds
 //	uses                          the number of uses of the token, 1 to 1,000; default unlimited until it expires
 //	wrap                          false delivers the token itself; default true: Vault wraps it
+//	outlives                      the time, of at most 24h, after which everything has ended that the policies let a token
+//	                              obtain from Vault, such as leases that Vault cannot revoke, certificates without a lease
+//	                              and orphan tokens; until then the token is not dead. Default: these are not counted
 //
 // A wrapped token is delivered as its wrapping token, which unwraps it once, within the step's lifetime, and does
 // nothing else. A copy of the wrapping token, in a log or at a proxy, is useless once it was used. If the copy is used
@@ -51,6 +57,10 @@ func load(t broker.Tool) (settings, error) {
 			return s, fmt.Errorf("tool %q: setting %.80q: %w", t.Name, key, err)
 		}
 	}
+	var err error
+	if s.outlives, err = t.Outlives(); err != nil {
+		return s, fmt.Errorf("tool %q: setting \"outlives\": %w", t.Name, err)
+	}
 	for _, name := range slices.Sorted(maps.Keys(t.Arguments)) {
 		if len(s.by[name]) == 0 {
 			return s, fmt.Errorf("tool %q: argument %q selects no policies: it would not change the token", t.Name, name)
@@ -63,6 +73,9 @@ func load(t broker.Tool) (settings, error) {
 }
 
 func (s *settings) set(t broker.Tool, key, value string) (err error) {
+	if key == "outlives" {
+		return nil // load reads it
+	}
 	if key == "uses" {
 		if s.uses, err = strconv.Atoi(value); err != nil || s.uses < 1 || s.uses > 1000 || strconv.Itoa(s.uses) != value {
 			return errors.New("must be a number from 1 to 1,000")

@@ -78,10 +78,15 @@ func (b *Backend) Prepare(_ context.Context, t broker.Tool, g broker.Grant) (bro
 				"pawl_args": hex.EncodeToString(digest[:])},
 		},
 		Finish: func(answer map[string]any, _ time.Time) (broker.Finished, error) {
+			accept := finish
 			if s.wrap {
-				return finishWrapped(answer, policies, s.uses)
+				accept = finishWrapped
 			}
-			return finish(answer, policies, s.uses)
+			f, err := accept(answer, policies, s.uses)
+			if err == nil && s.outlives > 0 {
+				f.Outlives = g.Expires.Add(s.outlives)
+			}
+			return f, err
 		},
 	}, string(g.ID), nil
 }
@@ -223,7 +228,7 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 			continue
 		}
 		n := 1 + strings.Count(g.Lease.Ref, pair)
-		out[i] = b.named(gone[:n])
+		out[i] = g.WithObtained(b.named(gone[:n]))
 		gone = gone[n:]
 	}
 	return out, nil

@@ -107,6 +107,8 @@ func TestLoad(t *testing.T) {
 		"a list":               {more("list", broker.Parameter{Kind: "list", Required: true}), false},
 		"an unknown argument":  {tool("policies.region.eu", "p"), false},
 		"an unknown setting":   {tool("polices", "p"), false},
+		"outlives":             {tool("outlives", "24h"), true},
+		"outlives too long":    {tool("outlives", "25h"), false},
 		"an argument alone":    {tool("policies.env", "p"), false},
 		"root":                 {tool("policies", "root"), false},
 		"default":              {tool("policies", "a,default"), false},
