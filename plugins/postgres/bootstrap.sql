@@ -346,18 +346,22 @@ END $$;
 
 CREATE OR REPLACE FUNCTION pawl.build_shape(in_shape text, s jsonb) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
-    grp    text := 'pawl-shape-' || in_shape;
-    wanted text[];
-    t      record;
+    grp     text := 'pawl-shape-' || in_shape;
+    wanted  text[];
+    present text[];
+    t       record;
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = grp) THEN
         EXECUTE format('CREATE ROLE %I NOLOGIN', grp);
     END IF;
     wanted := ARRAY(SELECT DISTINCT g FROM pawl.shape_groups(s) g);
-    FOR t IN SELECT coalesce(w.name, m.name) AS name, w.name IS NOT NULL AS wanted FROM unnest(wanted) w(name)
-        FULL JOIN (SELECT g.rolname::text FROM pg_auth_members a JOIN pg_roles g ON g.oid = a.roleid
-            WHERE a.member = (SELECT r.oid FROM pg_roles r WHERE r.rolname = grp) AND g.rolname LIKE 'pawl%')
-            m(name) ON m.name = w.name
+    -- OFFSET 0 as in pawl.inspect.
+    present := ARRAY(SELECT g.rolname FROM (SELECT a.roleid FROM pg_auth_members a
+            WHERE a.member = (SELECT r.oid FROM pg_roles r WHERE r.rolname = grp) OFFSET 0) a
+        CROSS JOIN LATERAL (SELECT r.rolname FROM pg_roles r WHERE r.oid = a.roleid OFFSET 0) g
+        WHERE g.rolname LIKE 'pawl%');
+    FOR t IN SELECT coalesce(w.name, m.name) AS name, w.name IS NOT NULL AS wanted
+        FROM unnest(wanted) w(name) FULL JOIN unnest(present) m(name) USING (name)
         WHERE w.name IS NULL OR m.name IS NULL LOOP
         EXECUTE format(CASE WHEN t.wanted THEN 'GRANT %I TO %I' ELSE 'REVOKE %I FROM %I' END, t.name, grp);
     END LOOP;
