@@ -988,9 +988,10 @@ BEGIN
     RETURN shapes;
 END $$;
 
--- Removes logins that expired ten minutes ago and that Vault failed to end. It also removes shapes that were unused for
--- the given time and have no member, and records of logins that ended a day ago. If more is true, another call can
--- remove more. A call that disables a login does not drop it: an error in the same transaction would undo that.
+-- Removes logins that expired ten minutes ago and that Vault failed to end, and logins that ended but could not be
+-- dropped then. It also removes shapes that were unused for the given time and have no member, and records of logins
+-- that ended a day ago. If more is true, another call can remove more. A call that disables a login does not drop it:
+-- an error in the same transaction would undo that.
 CREATE OR REPLACE FUNCTION pawl.collect(
     unused interval, OUT logins int, OUT shapes int, OUT records int, OUT more boolean)
 LANGUAGE plpgsql SECURITY DEFINER
@@ -1009,7 +1010,7 @@ BEGIN
     SELECT array_agg(e.name) FILTER (WHERE e.rolcanlogin), array_agg(e.name) FILTER (WHERE NOT e.rolcanlogin)
     INTO alive, dead FROM (
         SELECT o.name::text, o.rolcanlogin FROM pawl.logins l JOIN pawl.roles o USING (grant_id)
-        WHERE o.rolvaliduntil < now() - interval '10 minutes' ORDER BY random() LIMIT 1000
+        WHERE NOT o.rolcanlogin OR o.rolvaliduntil < now() - interval '10 minutes' ORDER BY random() LIMIT 1000
         FOR UPDATE OF l SKIP LOCKED) e;
     PERFORM pawl.hang_up_once(ARRAY(SELECT p.role FROM pawl.roles p WHERE p.name = ANY (alive || dead)));
     done := (SELECT d.done FROM pawl.disable(alive) d);

@@ -554,6 +554,33 @@ func TestCollect(tt *testing.T) {
 	t.mint(`{"tables":["orders"],"filter_column":"customer","filter_value":"1"}`)
 }
 
+// TestCollectLeftover checks that collect drops a login that ended but could not be dropped, long before its expiry.
+func TestCollectLeftover(tt *testing.T) {
+	t := newTarget(tt)
+	ended := t.mint(`{"tables":["orders"]}`)
+	pooled, err := t.root.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pooled.Release()
+	holder := pooled.Conn()
+	t.run(holder, "BEGIN", `COMMENT ON ROLE "`+ended.User+`" IS 'held'`)
+	if _, err := t.vault.Exec(t.Context(), "SELECT pawl.end_logins(ARRAY[$1])", ended.User); err != nil {
+		t.Fatalf("end_logins = %v", sqlState(err))
+	}
+	t.run(holder, "COMMIT")
+	if !t.refusesLogin(ended) || t.count("SELECT count(*) FROM pg_roles WHERE rolname = '"+ended.User+"'") != 1 {
+		t.Fatalf("%s logs in, or is gone: the holder did not hold it", ended.User)
+	}
+	alive := t.mint(`{"tables":["orders"]}`)
+	if err := t.backend.Collect(t.Context(), time.Hour); err != nil {
+		t.Fatalf("Collect = %v, want nil", err)
+	}
+	if e := t.prove(ended.grant, alive.grant); e[0].Answer != "no role, no session" || e[1].Outcome != broker.OutcomeAlive {
+		t.Errorf("Prove = %q, %v, want no role, alive", e[0].Answer, e[1].Outcome)
+	}
+}
+
 // TestRightsEndWithTheSession checks what PostgreSQL still runs in a session after its login lost LOGIN and its rights.
 // Prove must call the grant alive until Sever has ended the session.
 func TestRightsEndWithTheSession(tt *testing.T) {
