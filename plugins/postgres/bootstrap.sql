@@ -100,9 +100,10 @@ CREATE TABLE IF NOT EXISTS pawl.logins (
 );
 CREATE INDEX IF NOT EXISTS logins_role ON pawl.logins (role);
 
--- A lock of this schema is a row, never an advisory lock: an agent can take those. pawl.lock_shapes locks this row.
+-- pawl.lock_shapes locks this empty table. An agent can take an advisory lock, but not this one. A row would not do: it
+-- is free before other sessions learn what its holder changed in the catalogs. (Only autovacuum's own lock conflicts.)
 CREATE TABLE IF NOT EXISTS pawl.locks (name text PRIMARY KEY);
-INSERT INTO pawl.locks VALUES ('shapes') ON CONFLICT DO NOTHING;
+ALTER TABLE pawl.locks SET (autovacuum_enabled = false);
 
 CREATE OR REPLACE FUNCTION pawl.is_login(name text) RETURNS boolean LANGUAGE sql IMMUTABLE AS
 $$ SELECT name ~ '^pawl-gr[0-9a-hjkmnp-tv-z]{24}-[0-9a-f]{12}-[A-Za-z0-9]{8}$' $$;
@@ -399,7 +400,7 @@ END $$;
 -- Waits until no other transaction changes shapes. Concurrent grants on one table fail ("tuple concurrently updated").
 CREATE OR REPLACE FUNCTION pawl.lock_shapes() RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-    PERFORM FROM pawl.locks WHERE name = 'shapes' FOR UPDATE;
+    LOCK TABLE pawl.locks IN SHARE ROW EXCLUSIVE MODE;
 END $$;
 
 -- Waits for the tables of a shape, before pawl.lock_shapes: an agent that may update a table may also lock it, and must
@@ -952,10 +953,11 @@ DECLARE
     shapes   int := 0;
     r        record;
 BEGIN
-    PERFORM FROM pawl.locks WHERE name = 'shapes' FOR UPDATE SKIP LOCKED;
-    IF NOT FOUND THEN
+    BEGIN
+        LOCK TABLE pawl.locks IN SHARE ROW EXCLUSIVE MODE NOWAIT;
+    EXCEPTION WHEN lock_not_available THEN
         RETURN 0;
-    END IF;
+    END;
     FOR r IN SELECT s.shape, 'pawl-shape-' || s.shape AS grp FROM pawl.shapes s
         WHERE s.last_used < now() - unused AND NOT EXISTS (SELECT FROM pg_auth_members m
             JOIN pg_roles g ON g.oid = m.roleid JOIN pawl.roles l ON l.role = m.member
