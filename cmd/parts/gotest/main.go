@@ -71,6 +71,9 @@ func report(events io.Reader, w io.Writer) error {
 			output[about] += e.Output
 			continue
 		case "fail", "build-fail":
+			if about.test == "" {
+				fmt.Fprint(w, unfinished(output, about.pkg))
+			}
 			fmt.Fprint(w, output[about])
 		case "skip":
 			if about.test == "" { // a package without tests
@@ -92,6 +95,17 @@ func report(events io.Reader, w io.Writer) error {
 		fmt.Fprintf(w, "skipped %d: %s\n\t%s\n", len(skipped[why]), why, strings.Join(skipped[why], "\n\t"))
 	}
 	return nil
+}
+
+// unfinished returns the output of the tests of a failed package that neither passed nor failed: they ended with the
+// process, by a panic or because its time was up.
+func unfinished(output map[subject]string, pkg string) (all string) {
+	for _, about := range slices.SortedFunc(maps.Keys(output), func(a, b subject) int { return cmp.Compare(a.test, b.test) }) {
+		if about.pkg == pkg && about.test != "" {
+			all += output[about]
+		}
+	}
+	return all
 }
 
 // reason returns the text given to t.Skip: the line before the verdict, without the position in the source.

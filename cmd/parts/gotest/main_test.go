@@ -19,6 +19,8 @@ func TestSkip(t *testing.T) { t.Skip("NOT TESTED, the moon: not on this machine"
 
 const failing = "func TestFail(t *testing.T) { t.Log(\"said before\"); t.Error(\"the reason\") }\n"
 
+const hanging = "func TestHang(t *testing.T) { t.Log(\"said before it hung\"); select {} }\n"
+
 func TestSkipsAndFailuresAreReported(t *testing.T) {
 	program := filepath.Join(t.TempDir(), "gotest")
 	if out, err := exec.Command("go", "build", "-o", program, ".").CombinedOutput(); err != nil {
@@ -35,6 +37,8 @@ func TestSkipsAndFailuresAreReported(t *testing.T) {
 			[]string{"all is well"},
 		},
 		{"fail", sample + failing, 1, []string{"said before", "the reason", "FAIL\texample.test/sample", "skipped 1: "}, []string{"all is well"}},
+		{"time is up", sample + hanging, 1, []string{"said before it hung", "test timed out", "FAIL\texample.test/sample"},
+			[]string{"all is well"}},
 		{"no build", sample + "func nothing() { none }\n", 1, []string{"undefined: none"}, nil},
 		{"no tests", "package sample\n", 0, []string{"no test files"}, []string{"skipped"}},
 	} {
@@ -49,7 +53,7 @@ func TestSkipsAndFailuresAreReported(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			cmd := exec.Command(program, "-count=1", "./...")
+			cmd := exec.Command(program, "-count=1", "-timeout=1s", "./...")
 			cmd.Dir = dir
 			out, err := cmd.CombinedOutput()
 			var exit *exec.ExitError
