@@ -90,25 +90,45 @@ func parseCheckpoint(text string) (c Checkpoint, err error) {
 	return c, nil
 }
 
-// Verify reads the log from its first entry and checks that it begins with the entries of the checkpoint. It does not
-// check later entries. Errors wrap [ErrForeign] if the key did not sign the checkpoint. They wrap [ErrChanged] if the
-// log differs from the signed one: an entry was changed, inserted or removed.
-func Verify(log Log, signed []byte, key jose.JSONWebKey) (Checkpoint, error) {
-	c, err := openCheckpoint(signed, key)
-	if err != nil {
-		return c, err
+// Verify reads the log once, from its first entry, and checks that it begins with the entries of each signed checkpoint.
+// The oldest is the first. It returns the last, and does not check the entries after it. Errors wrap [ErrForeign] if the
+// key did not sign a checkpoint. They wrap [ErrChanged] if the log differs from a signed one: an entry was changed,
+// inserted or removed.
+func Verify(log Log, key jose.JSONWebKey, signed ...[]byte) (last Checkpoint, err error) {
+	roots := map[int64]tlog.Hash{} // by the number of entries
+	for _, one := range signed {
+		before := last.Size
+		if last, err = openCheckpoint(one, key); err != nil {
+			return last, err
+		}
+		if last.Size < before {
+			return last, fmt.Errorf("%w: a checkpoint of %d entries follows one of %d", ErrChanged, last.Size, before)
+		}
+		if other, ok := roots[last.Size]; ok && other != last.Root {
+			return last, fmt.Errorf("%w: two checkpoints of %d entries differ", ErrChanged, last.Size)
+		}
+		roots[last.Size] = last.Root
 	}
 	var t Tree
-	if c.Size > 0 {
-		if err := t.Grow(log, c.Size); err != nil {
-			return c, err
+	matches := func() error {
+		if root, ok := roots[t.Size()]; ok && root != t.Root() {
+			return fmt.Errorf("%w: the first %d entries differ from the signed entries", ErrChanged, t.Size())
+		}
+		return nil
+	}
+	if err := matches(); err != nil || last.Size == 0 {
+		return last, err
+	}
+	for e, err := range log {
+		if err == nil {
+			err = t.Add(e)
+		}
+		if err == nil {
+			err = matches()
+		}
+		if err != nil || t.Size() == last.Size {
+			return last, err
 		}
 	}
-	switch {
-	case t.Size() < c.Size:
-		return c, fmt.Errorf("%w: the log ends after entry %d, but %d entries were signed", ErrChanged, t.Size(), c.Size)
-	case t.Root() != c.Root:
-		return c, fmt.Errorf("%w: the first %d entries differ from the signed entries", ErrChanged, c.Size)
-	}
-	return c, nil
+	return last, fmt.Errorf("%w: the log ends after entry %d, but %d entries were signed", ErrChanged, t.Size(), last.Size)
 }

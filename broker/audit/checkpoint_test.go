@@ -127,22 +127,48 @@ func TestVerify(t *testing.T) {
 		"a truncated log":  {list[:6], audit.ErrChanged},
 		"an empty log":     {nil, audit.ErrChanged},
 	} {
-		if _, err := audit.Verify(log(c.log), signed, key); !errors.Is(err, c.want) {
+		if _, err := audit.Verify(log(c.log), key, signed); !errors.Is(err, c.want) {
 			t.Errorf("Verify of %s = %v, want %v", name, err, c.want)
 		}
 	}
 	if _, other := newSigner(t); true {
-		if _, err := audit.Verify(log(list), signed, other); !errors.Is(err, audit.ErrForeign) {
+		if _, err := audit.Verify(log(list), other, signed); !errors.Is(err, audit.ErrForeign) {
 			t.Errorf("Verify with another key = %v, want ErrForeign", err)
 		}
 	}
-	if c, err := audit.Verify(log(list), checkpoint(t, signer, nil), key); err != nil || c.Size != 0 {
+	if c, err := audit.Verify(log(list), key, checkpoint(t, signer, nil)); err != nil || c.Size != 0 {
 		t.Errorf("Verify with the checkpoint of an empty log = %+v, %v, want nil", c, err)
 	}
 	broken := errors.New("the disk is gone")
 	failing := func(yield func(broker.Entry, error) bool) { yield(broker.Entry{}, broken) }
-	if _, err := audit.Verify(failing, signed, key); !errors.Is(err, broken) {
+	if _, err := audit.Verify(failing, key, signed); !errors.Is(err, broken) {
 		t.Errorf("Verify of a log that cannot be read = %v, want the cause", err)
+	}
+}
+
+// TestVerifyTwo checks one log against two checkpoints, as a party does that keeps a new one in place of the old one.
+func TestVerifyTwo(t *testing.T) {
+	signer, key := newSigner(t)
+	list := entries(9)
+	old := checkpoint(t, signer, list[:7])
+	forked := slices.Clone(list)
+	forked[3].Actor = "mallory"
+	for name, c := range map[string]struct {
+		log, now []broker.Entry
+		want     error
+	}{
+		"a log that grew":         {list, list, nil},
+		"the same":                {list, list[:7], nil},
+		"a rolled back log":       {list[:6], list[:6], audit.ErrChanged},
+		"a fork of the same size": {list, forked[:7], audit.ErrChanged},
+		"a fork that grew":        {list, forked, audit.ErrChanged},
+		"both forked":             {forked, forked, audit.ErrChanged},
+		"an older checkpoint":     {list, list[:3], audit.ErrChanged},
+	} {
+		last, err := audit.Verify(log(c.log), key, old, checkpoint(t, signer, c.now))
+		if !errors.Is(err, c.want) || err == nil && last.Size != int64(len(c.now)) {
+			t.Errorf("%s: Verify = %+v, %v, want size %d, %v", name, last, err, len(c.now), c.want)
+		}
 	}
 }
 
@@ -173,7 +199,7 @@ func TestNotary(t *testing.T) {
 		kept = append(kept, signed)
 	}
 	for i, signed := range kept {
-		c, err := audit.Verify(audit.Entries(w.ledger.Entries).From(t.Context(), 0), signed, key)
+		c, err := audit.Verify(audit.Entries(w.ledger.Entries).From(t.Context(), 0), key, signed)
 		if err != nil || c.Size < int64(i+1) {
 			t.Errorf("Verify of checkpoint %d = %+v, %v, want it to hold", i+1, c, err)
 		}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"iter"
 	"os"
+	"path/filepath"
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-json-experiment/json"
@@ -161,9 +162,10 @@ func auditVerifyCommand(f *operatorFlags) *cobra.Command {
 		Use: "verify --key FILE", Short: "Verify that no entry was changed or removed", Args: cobra.NoArgs,
 		Long: "Verify the audit log against a signed checkpoint. Save a checkpoint with --save where the broker cannot\n" +
 			"reach it. Later, with --checkpoint, the log must still begin with exactly the entries that the checkpoint\n" +
-			"covers. --log reads the output of pawl audit --json; with --checkpoint too, no broker is needed.",
+			"covers. --save keeps the broker's current checkpoint, and only if the log has the entries of both.\n" +
+			"--log reads the output of pawl audit --json; with --checkpoint and without --save, no broker is needed.",
 		Example: "  pawl audit verify --key broker.pub --save monday.note\n" +
-			"  pawl audit verify --key broker.pub --checkpoint monday.note\n" +
+			"  pawl audit verify --key broker.pub --checkpoint monday.note --save tuesday.note\n" +
 			"  pawl audit --json > log.json && pawl audit verify --key broker.pub --checkpoint monday.note --log log.json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := required(cmd, "key"); err != nil {
@@ -179,46 +181,70 @@ func auditVerifyCommand(f *operatorFlags) *cobra.Command {
 	flags := c.Flags()
 	flags.StringVar(&v.key, "key", "", "file of the broker's public key")
 	flags.StringVar(&v.checkpoint, "checkpoint", "", "file of a saved checkpoint; empty: the broker's current one")
-	flags.StringVar(&v.save, "save", "", "file to save the checkpoint to")
+	flags.StringVar(&v.save, "save", "", "file for the broker's current checkpoint")
 	flags.StringVar(&v.log, "log", "", "file of the log; empty: the broker's log")
 	return c
 }
 
-func (v auditVerifyFlags) verify(cmd *cobra.Command, f *operatorFlags, key jose.JSONWebKey) (err error) {
-	ctx := cmd.Context()
+func (v auditVerifyFlags) verify(cmd *cobra.Command, f *operatorFlags, key jose.JSONWebKey) error {
 	var c *operator.Client
-	if v.checkpoint == "" || v.log == "" {
-		if c, err = f.client(ctx); err != nil {
+	current := v.checkpoint == "" || v.save != "" // needs the broker's current checkpoint
+	if current || v.log == "" {
+		var err error
+		if c, err = f.client(cmd.Context()); err != nil {
 			return err
 		}
 		defer c.Close()
 	}
-	var signed []byte
+	var signed [][]byte
 	if v.checkpoint != "" {
-		signed, err = readAtMost(v.checkpoint, audit.MaxCheckpoint)
-	} else {
-		signed, err = c.Checkpoint(ctx)
+		kept, err := readAtMost(v.checkpoint, audit.MaxCheckpoint)
+		if err != nil {
+			return err
+		}
+		signed = append(signed, kept)
 	}
-	if err != nil {
-		return err
+	if current {
+		now, err := c.Checkpoint(cmd.Context())
+		if err != nil {
+			return err
+		}
+		signed = append(signed, now)
 	}
-	log := brokerLog(ctx, c)
+	log := brokerLog(cmd.Context(), c)
 	if v.log != "" {
 		log = fileLog(v.log)
 	}
-	checked, err := audit.Verify(log, signed, key)
+	checked, err := audit.Verify(log, key, signed...)
 	if err != nil {
 		return hinted{fmt.Errorf("the audit log is not valid: %w", err),
 			"keep the ledger's file unchanged, and compare it with an earlier copy"}
 	}
 	if v.save != "" {
-		if err := os.WriteFile(v.save, signed, 0o600); err != nil {
+		if err := replaceFile(v.save, signed[len(signed)-1]); err != nil {
 			return err
 		}
 	}
 	fmt.Fprintf(cmd.OutOrStdout(), "the first %d entries are those that %s signed\n",
 		checked.Size, oneLine(checked.Origin))
 	return nil
+}
+
+// replaceFile writes a file beside the old one first: a full disk must not cost the old one.
+func replaceFile(path string, content []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(content)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		_ = os.Remove(f.Name()) // the first error counts
+	}
+	return err
 }
 
 // brokerLog reads the log from the broker, page by page.

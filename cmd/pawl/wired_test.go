@@ -91,7 +91,7 @@ func TestWired(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	checked, err := audit.Verify(brokerLog(ctx, c), signed, public)
+	checked, err := audit.Verify(brokerLog(ctx, c), public, signed)
 	if err != nil || checked.Size < 3 || checked.Origin != "example.org/pawl" {
 		t.Errorf("Verify of the broker's log = %+v, %v, want at least 3 entries of example.org/pawl", checked, err)
 	}
