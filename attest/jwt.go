@@ -5,7 +5,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/rsa"
 	"crypto/sha256"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"math"
@@ -160,8 +159,8 @@ func parseJWT(text string) (parsedJWT, error) {
 	t := parsedJWT{text: text, signed: text[:strings.LastIndexByte(text, '.')]}
 	var raw [3][]byte
 	for i, part := range strings.Split(text, ".") {
-		var ok bool
-		if raw[i], ok = decodePart(part); !ok {
+		var err error
+		if raw[i], err = broker.DecodeBase64URL(part); err != nil || part == "" {
 			return parsedJWT{}, errors.New("not canonical base64url without padding")
 		}
 	}
@@ -179,15 +178,6 @@ func parseJWT(text string) (parsedJWT, error) {
 		return parsedJWT{}, fmt.Errorf("its subject is not a workload's SPIFFE ID: %w", err)
 	}
 	return t, nil
-}
-
-// decodePart decodes base64url. It rejects line breaks and bits beyond the end, which Go's decoder accepts.
-func decodePart(s string) ([]byte, bool) {
-	if s == "" || strings.ContainsAny(s, "\r\n") {
-		return nil, false
-	}
-	raw, err := base64.RawURLEncoding.Strict().DecodeString(s)
-	return raw, err == nil
 }
 
 func (h jwtHeader) check() error {

@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"github.com/go-jose/go-jose/v4"
+
+	"github.com/pawlsec/pawl/broker"
 )
 
 // Signer signs reports and checkpoints. Create one with [NewSigner]; it is safe for concurrent use.
@@ -94,21 +96,13 @@ func openJWS(jws []byte, key jose.JSONWebKey) ([]byte, error) {
 		return nil, ErrForeign
 	}
 	body, signature, _ := bytes.Cut(rest, []byte("."))
-	payload, errPayload := strictly(body)
-	sig, errSig := strictly(signature)
+	payload, errPayload := broker.DecodeBase64URL(string(body))
+	sig, errSig := broker.DecodeBase64URL(string(signature))
 	signed := jws[:len(jws)-len(signature)-1]
 	if errPayload != nil || errSig != nil || len(sig) != ed25519.SignatureSize || !ed25519.Verify(public, signed, sig) {
 		return nil, ErrChanged
 	}
 	return payload, nil
-}
-
-// strictly decodes the one spelling of bytes. The base64 package alone accepts line breaks.
-func strictly(text []byte) ([]byte, error) {
-	if bytes.ContainsAny(text, "\r\n") {
-		return nil, ErrChanged
-	}
-	return base64.RawURLEncoding.Strict().AppendDecode(nil, text)
 }
 
 // publicKey returns the public half of an Ed25519 key.

@@ -131,6 +131,15 @@ func TestVerifyRefuses(t *testing.T) {
 	head := func(s string) func(map[string]any, map[string]any) {
 		return func(_, first map[string]any) { first["protected"] = b64(s) }
 	}
+	broken := func(member string, outer bool) func(map[string]any, map[string]any) {
+		return func(m, first map[string]any) {
+			if !outer {
+				m = first
+			}
+			text := m[member].(string)
+			m[member] = text[:4] + "\n" + text[4:]
+		}
+	}
 	kid := public[0].KeyID
 	for _, tt := range []struct {
 		name  string
@@ -155,6 +164,9 @@ func TestVerifyRefuses(t *testing.T) {
 		{"empty", nil, trust, policy.ErrMalformed, "not a signed bundle"},
 		{"no trusted key", good, policy.Trust{}, nil, "0 signatures needed of 0"},
 		{"more needed than there are", good, policy.Trust{Keys: slices.Repeat(public[:1], 3), Need: 2}, nil, "2 signatures needed of 1 different keys"},
+		{"line break in the payload", edit(t, good, broken("payload", true)), trust, policy.ErrMalformed, "not base64url"},
+		{"line break in a header", edit(t, good, broken("protected", false)), trust, policy.ErrMalformed, "not base64url"},
+		{"line break in a signature", edit(t, good, broken("signature", false)), trust, policy.ErrTampered, kid},
 		{"signed, unknown member", signed(`{"name":"acme","version":1,"tools":[],"policies":[],"extra":1}`), trust, nil, "extra"},
 		{"signed, not canonical", signed(` {"name":"acme","version":1,"tools":[],"policies":[]}`), trust, nil, "canonical"},
 		{"signed, tool twice", signed(`{"name":"acme","version":1,"tools":[{"name":"a"},{"name":"a"}],"policies":[]}`), trust, nil, "declared twice"},

@@ -8,6 +8,8 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-json-experiment/json"
+
+	"github.com/pawlsec/pawl/broker"
 )
 
 const (
@@ -64,7 +66,7 @@ func addSignatures(e envelope, keys []jose.JSONWebKey) ([]byte, error) {
 	if len(keys) == 0 {
 		return nil, errors.New("signing bundle: no key")
 	}
-	payload, err := base64.RawURLEncoding.DecodeString(e.Payload)
+	payload, err := broker.DecodeBase64URL(e.Payload)
 	if err != nil {
 		return nil, fmt.Errorf("signing bundle: %w", err)
 	}
@@ -140,7 +142,7 @@ func Verify(jws []byte, t Trust) (Bundle, error) {
 	if len(b.Signers) < t.Need {
 		return Bundle{}, underSigned(t.Need, len(b.Signers), unknown)
 	}
-	payload, err := base64.RawURLEncoding.Strict().DecodeString(e.Payload)
+	payload, err := broker.DecodeBase64URL(e.Payload)
 	if err != nil {
 		return Bundle{}, fmt.Errorf("%w: payload is not base64url", ErrMalformed)
 	}
@@ -187,7 +189,7 @@ func open(jws []byte) (envelope, []header, error) {
 	}
 	headers := make([]header, len(e.Signatures))
 	for i, s := range e.Signatures {
-		raw, err := base64.RawURLEncoding.Strict().DecodeString(s.Protected)
+		raw, err := broker.DecodeBase64URL(s.Protected)
 		if err != nil || len(raw) > 1024 {
 			return e, nil, fmt.Errorf("%w: header of signature %d is not base64url or too long", ErrMalformed, i+1)
 		}
@@ -204,7 +206,7 @@ func open(jws []byte) (envelope, []header, error) {
 // verified reports whether one signature is valid under the one algorithm of its key.
 func (e envelope) verified(i int, k jose.JSONWebKey) bool {
 	s := e.Signatures[i]
-	if _, err := base64.RawURLEncoding.Strict().DecodeString(s.Signature); err != nil {
+	if _, err := broker.DecodeBase64URL(s.Signature); err != nil {
 		return false
 	}
 	signed, err := jose.ParseSignedCompact(s.Protected+"."+e.Payload+"."+s.Signature,

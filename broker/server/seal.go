@@ -44,8 +44,8 @@ func parseSealKey(raw []byte) (key *ecdsa.PublicKey, thumbprint string, err erro
 	}
 	point := []byte{4} // uncompressed
 	for _, text := range []string{k.X, k.Y} {
-		part, err := base64.RawURLEncoding.Strict().DecodeString(text)
-		if err != nil || len(part) != 32 || base64.RawURLEncoding.EncodeToString(part) != text {
+		part, err := broker.DecodeBase64URL(text)
+		if err != nil || len(part) != 32 {
 			return nil, "", malformed("the seal's key is not a point on P-256")
 		}
 		point = append(point, part...)

@@ -2,7 +2,6 @@ package signals
 
 import (
 	"bytes"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"slices"
@@ -11,6 +10,8 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
+
+	"github.com/pawlsec/pawl/broker"
 )
 
 // Limits of a token.
@@ -94,7 +95,7 @@ func open(token []byte) (o opened, err error) {
 	}
 	var plain [3][]byte
 	for i, part := range parts {
-		if plain[i], err = base64.RawURLEncoding.Strict().AppendDecode(nil, part); err != nil || bytes.ContainsAny(part, "\r\n") {
+		if plain[i], err = broker.DecodeBase64URL(string(part)); err != nil {
 			return o, errors.New("the token is not base64url")
 		}
 	}

@@ -240,7 +240,8 @@ func TestRealToken(t *testing.T) {
 	for name, row := range map[string]struct {
 		tool  broker.Tool
 		token string
-	}{"altered": {tl, altered}, "of another tool": {elsewhere, first}, "no token": {tl, "a.b.c"}, "too long": {tl, first + strings.Repeat("A", 8<<10)}} {
+	}{"altered": {tl, altered}, "of another tool": {elsewhere, first}, "no token": {tl, "a.b.c"},
+		"broken into lines": {tl, first[:4] + "\n" + first[4:]}, "too long": {tl, first + strings.Repeat("A", 8<<10)}} {
 		if _, err := b.Verify(t.Context(), row.tool, row.token); err == nil {
 			t.Errorf("Verify() accepted a token that is %s", name)
 		}

@@ -34,6 +34,11 @@ func Read(token string) (Token, error) {
 	if len(token) > maxToken || len(parts) != 3 {
 		return Token{}, errors.New("jwt: not a token")
 	}
+	for _, part := range parts {
+		if _, err := broker.DecodeBase64URL(part); err != nil {
+			return Token{}, errors.New("jwt: not a token")
+		}
+	}
 	signed, err := jose.ParseSignedCompact(token, []jose.SignatureAlgorithm{jose.ES256})
 	if err != nil {
 		return Token{}, errors.New("jwt: not a token of ours")
