@@ -98,16 +98,16 @@ func reply[In any](x *exchange, call func(In) (answer, error)) error {
 		return err
 	}
 	body, err := json.Marshal(a.body, json.Deterministic(true))
-	if err != nil {
+	switch {
+	case err != nil:
 		err = fmt.Errorf("encoding a %T", a.body) // the cause may quote a secret
-	} else {
+	case x.Context().Err() != nil:
+		err = x.Context().Err() // the client has disconnected. After the write it may, with the answer
+	default:
 		x.w.Header().Set("Content-Type", "application/json")
 		err = x.write(a.status, body)
-		clear(body) // it may hold a secret
 	}
-	if err == nil {
-		err = x.Context().Err() // the client has disconnected
-	}
+	clear(body) // it may hold a secret
 	if a.sent != nil {
 		a.sent(err)
 	}
