@@ -84,6 +84,17 @@ func (s Scope) Tools() []ToolName {
 	return names
 }
 
+// Gains names the tools that the holder of s could use by child and cannot use by s: "tool:deploy:use". Whoever may only
+// pass a tool on must not come to use it, by a delegation to itself or by one that a holder below passes back.
+func (s Scope) Gains(child Scope) (gains []string) {
+	for _, c := range child {
+		if r, _ := s.Right(c.Tool); c.Use && !r.Use {
+			gains = append(gains, "tool:"+string(c.Tool)+":use")
+		}
+	}
+	return gains
+}
+
 // Wider names the parts of child that s may not pass on: "tool:deploy", "tool:deploy:argument:env". None means that s
 // may pass on every call that child can ever allow, by itself or by further delegation. A part that cannot be decided
 // counts as wider.

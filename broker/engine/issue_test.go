@@ -223,6 +223,19 @@ func TestDelegationOnlyNarrows(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		_, err = delegate("planner", root, "planner")
+		refused(t, "Delegate to itself, for a use it lacks", err, broker.Denied, broker.CodeDelegationWider)
+		if _, err := w.Delegate(ctx, as("planner"), broker.DelegateRequest{From: root.ID, To: as("planner").ID,
+			Rights: []broker.Right{reads("orders")}}); err != nil {
+			t.Errorf("Delegate to itself, for a use it has = %v, want nil", err)
+		}
+		middle, err := w.Delegate(ctx, as("planner"), broker.DelegateRequest{From: root.ID, To: as("writer").ID, Depth: 1,
+			Rights: []broker.Right{{Tool: "deploy", Use: true, Delegate: true}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = delegate("writer", middle, "planner")
+		refused(t, "Delegate back, for a use that its delegator lacks", err, broker.Denied, broker.CodeDelegationWider)
 		_, err = delegate("writer", last, "helper")
 		refused(t, "Delegate below the depth", err, broker.Denied, broker.CodeDelegationDepth)
 		_, err = delegate("thief", root, "thief")

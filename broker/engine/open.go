@@ -155,7 +155,7 @@ func (e *Engine) Delegate(ctx context.Context, c broker.Caller, r broker.Delegat
 		History: history, Now: now}
 	child := childOf(l.Leaf(), r, scope, now)
 	child.ID = broker.DelegationID(id)
-	wider := refuseWider(op, l.Leaf(), child, r.TTL)
+	wider := refuseWider(op, l.Nodes, child, r.TTL)
 	if err := e.refuseCanary(ctx, op, policy, q, l, wider, scope.Tools()...); err != nil {
 		return broker.Delegation{}, err
 	}
@@ -206,15 +206,19 @@ func childOf(d broker.Delegation, r broker.DelegateRequest, scope broker.Scope, 
 		Depth: r.Depth, Created: now, Expires: expires, Heartbeat: cmp.Or(r.Heartbeat, d.Heartbeat)}
 }
 
-// refuseWider refuses a child that is wider than its parent in any respect; nil: it is not. It compares the requested
-// lifetime with the parent's whole lifetime, not with the remaining part. A holder that asks for the lifetime it was
-// given gets the remaining part.
-func refuseWider(op string, parent, child broker.Delegation, ttl time.Duration) *broker.Error {
+// refuseWider refuses a child that is wider than its parent, the last of path, in any respect; nil: it is not. It also
+// refuses one whose holder is in the path already and would gain by it. It compares the requested lifetime with the
+// parent's whole lifetime, not with the remaining part: a holder that asks for what it was given gets the remainder.
+func refuseWider(op string, path []broker.Delegation, child broker.Delegation, ttl time.Duration) *broker.Error {
+	parent := path[len(path)-1]
 	if parent.Depth == 0 {
 		return broker.Errorf(broker.Denied, op, "this delegation may not be passed on any further").
 			With(broker.CodeDelegationDepth).Lacks("open the chain with more depth", "depth")
 	}
 	wider := append(parent.Scope.Wider(child.Scope), parent.Budget.Wider(child.Budget)...)
+	if i := slices.IndexFunc(path, func(d broker.Delegation) bool { return d.Holder == child.Holder }); i >= 0 {
+		wider = append(wider, path[i].Scope.Gains(child.Scope)...)
+	}
 	if child.Depth >= parent.Depth {
 		wider = append(wider, "depth")
 	}

@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/args/argstest"
@@ -190,9 +192,21 @@ func checkWithin(t *testing.T, above, d broker.Delegation) {
 	}
 }
 
-// TestNoTreeWidens draws trees of delegations that Delegate accepts, and calls. By the reference, every call that a
-// node allows is allowed by the node above it. No node has a later expiry, a larger budget or a greater depth than the
-// node above it.
+var holders = []spiffeid.ID{as("planner").ID, as("writer").ID, as("reader").ID}
+
+// pathTo returns the delegations from the root to a node.
+func pathTo(tree []treeNode, node int) (path []broker.Delegation) {
+	for ; node >= 0; node = tree[node].parent {
+		path = append(path, tree[node].held)
+	}
+	slices.Reverse(path)
+	return path
+}
+
+// TestNoTreeWidens draws trees of delegations that Delegate accepts, whose holders repeat, and calls. By the reference,
+// every call that a node allows is allowed by the node above it. No holder can make a call that it could not make by
+// its first node on the way from the root. No node has a later expiry, a larger budget or a greater depth than the node
+// above it.
 func TestNoTreeWidens(t *testing.T) {
 	const trees, nodes = 100_000, 5
 	random := rand.New(rand.NewPCG(3, 20251124))
@@ -202,7 +216,7 @@ func TestNoTreeWidens(t *testing.T) {
 	for range trees {
 		root := w.randomRights(p, nil)
 		tree := []treeNode{{parent: -1, rights: root, scope: w.scope(t, root), held: broker.Delegation{
-			Depth: 1 + p(broker.MaxDepth),
+			Holder: holders[p(len(holders))], Scope: w.scope(t, root), Depth: 1 + p(broker.MaxDepth),
 			Budget: broker.Budget{Steps: p(3) * 10, Live: p(3) * 10, PerMinute: p(2) * 10,
 				Tools: map[broker.ToolName]int{"ssh": p(2) * 10}},
 			Created: treeTime, Expires: treeTime.Add(time.Hour)}}}
@@ -210,11 +224,11 @@ func TestNoTreeWidens(t *testing.T) {
 			parent := p(len(tree))
 			rights := w.randomRights(p, tree[parent].rights)
 			child := treeNode{parent: parent, rights: rights, scope: w.scope(t, rights)}
-			above := tree[parent].held
-			above.Scope = tree[parent].scope
+			path := pathTo(tree, parent)
+			above := path[len(path)-1]
 			r := w.randomLimits(p, above)
-			r.Rights = child.scope
-			held, ok := engine.Shrink(above, r, above.Created.Add(time.Duration(p(60))*time.Second))
+			r.Rights, r.To = child.scope, holders[p(len(holders))]
+			held, ok := engine.Shrink(path, r, above.Created.Add(time.Duration(p(60))*time.Second))
 			if !ok {
 				refused++
 				continue
@@ -259,12 +273,19 @@ func (w *samples) check(t *testing.T, tree []treeNode, tool broker.ToolName, cal
 	if !want {
 		return 0
 	}
+	first := r // of the same holder, on the way from the root
 	for up := leaf.parent; up >= 0; up = tree[up].parent {
 		above, held := tree[up].rights[tool]
+		if tree[up].held.Holder == leaf.held.Holder {
+			first = above
+		}
 		if !held || !above.delegate || !w.allows(above, call) {
 			t.Fatalf("%s with %s is allowed by %v and not by %v above it",
 				tool, args.Canonical(), leaf.scope, tree[up].scope)
 		}
+	}
+	if r.use && !first.use {
+		t.Fatalf("%s may use %s by %v, and could only delegate it above", leaf.held.Holder, tool, leaf.scope)
 	}
 	return 1
 }
