@@ -632,29 +632,31 @@ func TestLastRead(tt *testing.T) {
 	const n = 100
 	grants, conns, last := make([]broker.Grant, n), make([]*pgx.Conn, n), make([]time.Time, n)
 	var reading sync.WaitGroup
-	started := make(chan struct{}, n)
+	started := make(chan error, n)
 	t.mint(`{"tables":["orders"]}`) // makes the shape
 	for i := range n {
 		c := t.mint(`{"tables":["orders"]}`)
 		grants[i] = c.grant
 		conns[i] = t.login(c)
 		t.run(conns[i], "BEGIN", "PREPARE p AS SELECT clock_timestamp() FROM orders LIMIT 1")
-	}
-	for i, conn := range conns {
-		reading.Go(func() {
+		reading.Go(func() { // at once: the server ends a session that is idle
 			for first := true; ; first = false {
 				var read time.Time
-				if err := conn.QueryRow(t.Context(), "EXECUTE p").Scan(&read); err != nil {
+				err := conns[i].QueryRow(t.Context(), "EXECUTE p").Scan(&read)
+				if first {
+					started <- err
+				}
+				if err != nil {
 					return
 				}
-				if last[i] = read; first {
-					started <- struct{}{}
-				}
+				last[i] = read
 			}
 		})
 	}
 	for range n {
-		<-started
+		if err := <-started; err != nil {
+			t.Fatalf("the first read = %v, want nil", sqlState(err))
+		}
 	}
 	clock := func() (now time.Time) { // the server's, as in the reads
 		if err := t.root.QueryRow(t.Context(), "SELECT clock_timestamp()").Scan(&now); err != nil {
