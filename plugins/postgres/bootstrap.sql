@@ -964,7 +964,6 @@ BEGIN
             WHERE g.rolname = 'pawl-shape-' || s.shape)
         ORDER BY random() LIMIT 1000
         FOR UPDATE SKIP LOCKED LOOP
-        EXIT WHEN clock_timestamp() > patience;
         BEGIN
             EXECUTE format('DROP SCHEMA IF EXISTS %I CASCADE', 'pawl_' || r.shape);
             IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = r.grp) OR pawl.drop_role(r.grp) THEN
@@ -973,6 +972,7 @@ BEGIN
             END IF;
         EXCEPTION WHEN OTHERS THEN -- it stays; the next call tries it again
         END;
+        EXIT WHEN clock_timestamp() > patience;
     END LOOP;
     FOR r IN SELECT g.name FROM pawl.groups g WHERE NOT EXISTS (
         SELECT FROM pg_auth_members m JOIN pg_roles p ON p.oid = m.roleid WHERE p.rolname = g.name) LOOP

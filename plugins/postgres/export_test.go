@@ -15,3 +15,12 @@ func (b *Backend) Collect(ctx context.Context, unused time.Duration) error {
 
 // Renew lets a test renew the revoker's credential at once instead of every maintainEvery.
 func (b *Backend) Renew(ctx context.Context) error { return b.revoker.renewIfDue(ctx) }
+
+// SpellTable returns the spelling of a table that the backend uses.
+func SpellTable(text, schema string) (string, error) {
+	t, err := parseTable(text, schema)
+	if err != nil {
+		return "", err
+	}
+	return t.String(), nil
+}

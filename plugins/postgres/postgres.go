@@ -124,8 +124,8 @@ func parseAddress(dsn string) (*pgxpool.Config, error) {
 		return nil, errors.New("postgres: DSN must not contain a password")
 	}
 	address.ConnConfig.Password = ""
-	if !isName(address.ConnConfig.Database) {
-		return nil, errors.New("postgres: DSN must name a database")
+	if !isIdentifier(address.ConnConfig.Database) {
+		return nil, errors.New("postgres: DSN must name a database, with at most 63 bytes")
 	}
 	if address.ConnConfig.ConnectTimeout == 0 {
 		address.ConnConfig.ConnectTimeout = 5 * time.Second

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"net"
 	"net/url"
 	"strconv"
@@ -200,11 +199,11 @@ func (s settings) finish(database string, sp spec, prefix string, response map[s
 		URL: s.url(database, url.UserPassword(username, password)), Tables: map[string]string{}}
 	shape, _ := sp.encode()
 	for _, t := range sp.Tables {
-		schema := t[0]
+		use := t
 		if sp.Filter != nil {
-			schema = "pawl_" + shape
+			use[0] = "pawl_" + shape
 		}
-		l.Tables[t.String()] = fmt.Sprintf(`"%s"."%s"`, schema, t[1])
+		l.Tables[t.String()] = use.sql()
 	}
 	b, err := json.Marshal(l)
 	if err != nil {
@@ -226,7 +225,7 @@ func isAlphanumeric(s string) bool {
 // url returns the connection URL for libpq and pgx. The directory of a Unix socket goes into a parameter.
 func (s settings) url(database string, user *url.Userinfo) string {
 	query := url.Values{"sslmode": {s.sslmode}}
-	u := url.URL{Scheme: "postgresql", User: user, Path: "/" + database}
+	u := url.URL{Scheme: "postgresql", User: user, Path: "/" + database, RawPath: "/" + url.PathEscape(database)}
 	if port := strconv.Itoa(s.port); strings.HasPrefix(s.host, "/") {
 		query.Set("host", s.host)
 		query.Set("port", port)

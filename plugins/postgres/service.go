@@ -103,7 +103,11 @@ func (s *service) fetch(ctx context.Context) (*pgxpool.Pool, error) {
 		s.next = next
 	}
 	next := s.next
-	if err := retryWhileFull(ctx, next.pool.Ping); err != nil {
+	err := retryWhileFull(ctx, next.pool.Ping)
+	for try := 1; err != nil && classify(err) == connectionLost && try < maxAttempts && ctx.Err() == nil; try++ {
+		err = retryWhileFull(ctx, next.pool.Ping)
+	}
+	if err != nil {
 		if classify(err) == badCredential {
 			s.drop(next)
 			s.next = nil

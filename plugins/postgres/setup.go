@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -65,7 +66,7 @@ func Setup(ctx context.Context, conn *pgx.Conn, cfg SetupConfig) error {
 		statements = append(statements,
 			fmt.Sprintf("GRANT USAGE ON SCHEMA %s TO pawl_maker WITH GRANT OPTION", pgx.Identifier{t[0]}.Sanitize()),
 			fmt.Sprintf("GRANT %s ON %s TO pawl_maker WITH GRANT OPTION",
-				strings.Join(verbs, ", "), pgx.Identifier(t[:]).Sanitize()))
+				strings.Join(verbs, ", "), t.sql()))
 	}
 	tx, err := conn.Begin(ctx)
 	if err != nil {
@@ -170,7 +171,7 @@ func (v VaultSetup) Writes() ([]VaultWrite, error) {
 	connection := VaultWrite{Path: path("config", v.Connection), Data: map[string]any{
 		"plugin_name": "postgresql-database-plugin",
 		"connection_url": fmt.Sprintf("postgresql://{{username}}:{{password}}@%s/%s?sslmode=%s",
-			v.Address, v.Database, sslmode),
+			v.Address, url.PathEscape(v.Database), sslmode),
 		"username":                "pawl_vault",
 		"password_authentication": "scram-sha-256", // the database never sees the password itself
 		"username_template": `{{ printf "pawl-%s-%s" (.DisplayName | replace "token-" "" | replace "://" "-" ` +

@@ -9,6 +9,10 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/jackc/pgx/v5"
 )
 
 // spec is the full specification of a shape. Its members are in alphabetical order and its lists are sorted, so that
@@ -33,7 +37,11 @@ type filter struct {
 // table is a schema and a name.
 type table [2]string
 
-func (t table) String() string { return t[0] + "." + t[1] }
+// String returns the spelling that parseTable reads.
+func (t table) String() string { return spell(t[0]) + "." + spell(t[1]) }
+
+// sql returns the table's name for SQL.
+func (t table) sql() string { return pgx.Identifier(t[:]).Sanitize() }
 
 const (
 	maxTables = 32
@@ -53,7 +61,7 @@ func (s spec) encode() (shape, text string) {
 	return hex.EncodeToString(sum[:])[:12], string(b)
 }
 
-// parseTables reads the tables of a step or a tool: "schema.table", or "table" in the given schema.
+// parseTables reads the tables of a step or a tool: "schema.table", or "table" in the given schema. See parseTable.
 func parseTables(names []string, schema string) ([]table, error) {
 	if len(names) == 0 || len(names) > maxTables {
 		return nil, fmt.Errorf("must be between 1 and %d tables", maxTables)
@@ -70,35 +78,97 @@ func parseTables(names []string, schema string) ([]table, error) {
 	return slices.Compact(tables), nil
 }
 
+// parseTable reads schema.table, or a table in the given schema. A name is read as it is, upper case included. One with
+// other characters than letters, digits, underscores, hyphens, dollar signs and inner blanks must be in double quotes,
+// with a quote in it doubled. Other names must not be in quotes, so that policies can compare the text.
 func parseTable(s, schema string) (table, error) {
-	t := table{schema, s}
-	if before, after, dotted := strings.Cut(s, "."); dotted {
-		t = table{before, after}
+	first, rest, err := parseIdentifier(s)
+	t := table{schema, first}
+	if err == nil && rest != "" && rest[0] == '.' {
+		t[0] = first
+		t[1], rest, err = parseIdentifier(rest[1:])
 	}
-	if !isName(t[0]) || !isName(t[1]) {
-		return table{}, errors.New("a table must be schema.table or table, " +
-			"each of at most 63 letters, digits and underscores and not beginning with a digit")
+	if err != nil || rest != "" {
+		return table{}, errors.New("a table must be schema.table or table, each a name of at most 63 bytes, " +
+			`in double quotes if and only if it has other characters than letters, digits, "_", "-", "$" and inner blanks`)
 	}
-	if strings.HasPrefix(t[0], "pg_") || t[0] == "information_schema" ||
-		t[0] == "pawl" || strings.HasPrefix(t[0], "pawl_") {
-		return table{}, fmt.Errorf("schema %s is not available to agents", t[0])
+	if err := checkSchema(t[0]); err != nil {
+		return table{}, err
 	}
 	return t, nil
 }
 
-// isName accepts plain identifiers. SQL always quotes them, so upper and lower case are different names, as PostgreSQL
-// stores them.
-func isName(s string) bool {
-	if s == "" || len(s) > maxName || s[0] >= '0' && s[0] <= '9' {
-		return false
+// checkSchema refuses a schema that is not available to agents.
+func checkSchema(s string) error {
+	if !isIdentifier(s) {
+		return errors.New("must be the name of a schema, at most 63 bytes, without quotes")
 	}
-	for i := 0; i < len(s); i++ {
-		c := s[i]
-		if !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '_') {
-			return false
+	if strings.HasPrefix(s, "pg_") || s == "information_schema" || s == "pawl" || strings.HasPrefix(s, "pawl_") {
+		return fmt.Errorf("schema %s is not available to agents", s)
+	}
+	return nil
+}
+
+var errIdentifier = errors.New("not an identifier")
+
+// parseIdentifier reads the identifier at the beginning of s and returns the rest.
+func parseIdentifier(s string) (name, rest string, err error) {
+	if !strings.HasPrefix(s, `"`) {
+		end := strings.IndexAny(s, `."`)
+		if end < 0 {
+			end = len(s)
+		}
+		name, rest = s[:end], s[end:]
+	} else {
+		end := 1
+		for ; end < len(s); end++ {
+			if s[end] != '"' {
+				continue
+			}
+			if end+1 == len(s) || s[end+1] != '"' {
+				break
+			}
+			end++ // a doubled quote
+		}
+		if end >= len(s) {
+			return "", "", errIdentifier
+		}
+		name, rest = strings.ReplaceAll(s[1:end], `""`, `"`), s[end+1:]
+	}
+	if !isIdentifier(name) || spell(name) != s[:len(s)-len(rest)] {
+		return "", "", errIdentifier
+	}
+	return name, rest, nil
+}
+
+// spell returns the one spelling of an identifier that parseIdentifier reads.
+func spell(name string) string {
+	plain := strings.Trim(name, " ") == name && !strings.ContainsFunc(name, func(c rune) bool {
+		return !unicode.In(c, unicode.L, unicode.M, unicode.N) && !strings.ContainsRune("_-$ ", c)
+	})
+	if plain {
+		return name
+	}
+	return `"` + strings.ReplaceAll(name, `"`, `""`) + `"`
+}
+
+// isIdentifier accepts every name that PostgreSQL accepts in quotes.
+func isIdentifier(s string) bool {
+	return s != "" && len(s) <= maxName && utf8.ValidString(s) && strings.IndexByte(s, 0) < 0
+}
+
+// splitTables splits a comma-separated list. A comma in double quotes does not separate.
+func splitTables(list string) (names []string) {
+	quoted, start := false, 0
+	for i := 0; i < len(list); i++ {
+		switch {
+		case list[i] == '"':
+			quoted = !quoted
+		case list[i] == ',' && !quoted:
+			names, start = append(names, list[start:i]), i+1
 		}
 	}
-	return true
+	return append(names, list[start:])
 }
 
 var allVerbs = [...]string{"delete", "insert", "select", "update"}
@@ -120,8 +190,8 @@ func parseVerbs(verbs []string) ([]string, error) {
 
 // parseFilter checks a row filter. The database parses the value as the column's type.
 func parseFilter(column, value string) (*filter, error) {
-	if !isName(column) {
-		return nil, errors.New("the column must be a plain name")
+	if !isIdentifier(column) {
+		return nil, errors.New("the column must be a name of at most 63 bytes, without quotes")
 	}
 	if len(value) > maxFilter || strings.ContainsRune(value, 0) {
 		return nil, fmt.Errorf("the value must have at most %d bytes and no zero byte", maxFilter)

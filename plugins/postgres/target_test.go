@@ -51,11 +51,17 @@ func newTarget(t *testing.T) *target { return targetOn(t, parts.NeedPostgreSQL(t
 
 func targetOn(t *testing.T, server *parts.PostgresServer) *target {
 	t.Helper()
-	ctx := t.Context()
-	dsn, err := server.CreateDatabase(ctx)
+	dsn, err := server.CreateDatabase(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
+	return targetIn(t, server, dsn)
+}
+
+// targetIn sets up an empty database.
+func targetIn(t *testing.T, server *parts.PostgresServer, dsn string) *target {
+	t.Helper()
+	ctx := t.Context()
 	tt := &target{T: t, server: server, root: pool(t, dsn)}
 	if err := tt.root.QueryRow(ctx, "SELECT current_database()").Scan(&tt.name); err != nil {
 		t.Fatal(err)
@@ -89,7 +95,8 @@ func (t *target) setup() {
 func (t *target) newBackend(cfg postgres.Config) *postgres.Backend {
 	t.Helper()
 	host, port, _ := strings.Cut(t.server.Address(), ":")
-	cfg.DSN = fmt.Sprintf("host=%s port=%s dbname=%s sslmode=disable", host, port, t.name)
+	name := strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(t.name)
+	cfg.DSN = fmt.Sprintf("host=%s port=%s dbname='%s' sslmode=disable", host, port, name)
 	if cfg.Credentials == nil {
 		cfg.Credentials = t.creds
 	}

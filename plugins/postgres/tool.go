@@ -14,7 +14,7 @@ import (
 
 // Arguments that a tool of this backend may declare.
 const (
-	argTables       = "tables"        // list: "schema.table", or "table" in the setting "schema"
+	argTables       = "tables"        // list: "schema.table", or "table" in the setting "schema"; see parseTable
 	argVerbs        = "verbs"         // list of select, insert, update, delete
 	argFilterColumn = "filter_column" // string: the column that must equal filter_value
 	argFilterValue  = "filter_value"  // string
@@ -49,7 +49,8 @@ var sslmodes = []string{"disable", "allow", "prefer", "require", "verify-ca", "v
 //   - dbname: if set, must be the backend's database.
 //   - schema: of tables named without one. Default: public.
 //   - tables, verbs: comma-separated. A step may ask for these at most, and gets all of them if it does not ask.
-//     Default: every table that pawl_maker may grant, and select.
+//     Default: every table that pawl_maker may grant, and select. A name of a schema or table with other characters
+//     than letters, digits, "_", "-", "$" and inner blanks is in double quotes, here and in the argument "tables".
 //   - filter_column: every step must pass filter_value, and sees only the rows where the column equals it.
 //   - network: a lower-case name. Logins are members of pawl_net_NAME, which pg_hba.conf confines to the addresses that
 //     the platform team writes there (bootstrap.sql shows the lines). Without these lines every mint is refused.
@@ -86,7 +87,7 @@ func (b *Backend) parseTool(t broker.Tool) (settings, error) {
 	}
 	if list, given := t.Settings["tables"]; given {
 		var err error
-		if s.tables, err = parseTables(strings.Split(list, ","), s.schema); err != nil {
+		if s.tables, err = parseTables(splitTables(list), s.schema); err != nil {
 			return settings{}, fmt.Errorf("tool %s: setting \"tables\": %w", t.Name, err)
 		}
 	}
@@ -114,7 +115,7 @@ func (b *Backend) parseSetting(s *settings, name, value string) (err error) {
 		}
 	case "schema":
 		s.schema = value
-		_, err = parseTable("t", value)
+		err = checkSchema(value)
 	case "verbs":
 		s.verbs, err = parseVerbs(strings.Split(value, ","))
 	case "filter_column":
@@ -178,7 +179,13 @@ func isHost(s string) bool {
 
 // isNetwork accepts a valid suffix of a role named pawl_net_NETWORK.
 func isNetwork(s string) bool {
-	return isName(s) && len(s) <= 32 && s[0] != '_' && s == strings.ToLower(s)
+	for i := 0; i < len(s); i++ {
+		c := s[i]
+		if !(c >= 'a' && c <= 'z' || i > 0 && (c >= '0' && c <= '9' || c == '_')) {
+			return false
+		}
+	}
+	return s != "" && len(s) <= 32
 }
 
 func parseNumber(s string, most int) (int, error) {

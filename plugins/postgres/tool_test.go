@@ -5,14 +5,18 @@ import (
 	"encoding/json"
 	"errors"
 	"maps"
+	"os/exec"
 	"reflect"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/brokertest"
+	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/plugins/postgres"
 )
 
@@ -41,7 +45,7 @@ func TestNewRefuses(t *testing.T) {
 		{Credentials: noCredentials{}, DSN: "postgres://u:MARKER-SECRET@x/app"},
 		{Credentials: noCredentials{}, DSN: "postgres://u@x/app?password=MARKER-SECRET"},
 		{Credentials: noCredentials{}, DSN: "postgres://u:MARKER-SECRET@x:port/app"},
-		{Credentials: noCredentials{}, DSN: "host=x dbname='a b'"},
+		{Credentials: noCredentials{}, DSN: "host=x dbname=" + strings.Repeat("x", 64)},
 	} {
 		_, err := postgres.New(cfg)
 		if err == nil || strings.Contains(err.Error(), "MARKER-SECRET") {
@@ -82,6 +86,7 @@ func TestLoad(t *testing.T) {
 		{"host", set("host", "db-1.internal"), true},
 		{"socket", set("host", "/run/postgresql"), true}, {"port", set("port", "65535"), true},
 		{"database", set("dbname", "app"), true}, {"tables", set("tables", "orders,other.items"), true},
+		{"quoted comma", set("tables", `orders,"a,b"."c"","`), true}, {"schema with a hyphen", set("schema", "shop-1"), true},
 		{"100 connections", set("connections", "100"), true}, {"24 hours", set("statement_timeout", "24h"), true},
 		{"fixed column", fixed(true), true},
 		{"fixed tables", change(func(x *broker.Tool) {
@@ -130,9 +135,10 @@ func TestPrepareRefuses(t *testing.T) {
 		`{"tables":["other.orders"]}`, `{"tables":["orders "]}`,
 		`{"tables":["orders"],"verbs":["insert"]}`, `{"tables":["orders"],"verbs":[]}`,
 		`{"tables":["orders"],"verbs":["SELECT"]}`,
-		`{"tables":["public.public.orders"]}`, `{"tables":["."]}`, `{"tables":["pawl.logins"]}`, `{"tables":["orders\""]}`,
+		`{"tables":["public.public.orders"]}`, `{"tables":["."]}`, `{"tables":["pawl.logins"]}`,
+		`{"tables":["orders\""]}`, `{"tables":["\"orders\""]}`, `{"tables":["public.\"orders\""]}`,
 		`{"filter_column":"a"}`, `{"filter_value":"1"}`,
-		`{"filter_column":"a b","filter_value":"1"}`, `{"filter_column":"a","filter_value":"\u0000"}`,
+		`{"filter_column":"","filter_value":"1"}`, `{"filter_column":"a","filter_value":"\u0000"}`,
 		`{"filter_column":"a","filter_value":"` + strings.Repeat("x", 1025) + `"}`,
 	} {
 		if _, _, err := b.Prepare(t.Context(), narrow, newGrant(args)); broker.KindOf(err) != broker.Denied {
@@ -242,11 +248,75 @@ func TestVaultSetup(tt *testing.T) {
 	}
 }
 
-// FuzzPrepare passes untrusted arguments. Prepare must accept plain names only.
+// TestParseTable checks that a table has one spelling.
+func TestParseTable(t *testing.T) {
+	for _, row := range []struct{ text, want string }{
+		{`orders`, `public.orders`}, {`Sales.Orders`, `Sales.Orders`}, {`shop-prod.order items`, `shop-prod.order items`},
+		{`größe.Ünits_2$`, `größe.Ünits_2$`}, {`"a.b"`, `public."a.b"`}, {`"a.b"."c""d"`, `"a.b"."c""d"`},
+		{`s." x"`, `s." x"`}, {`"a,b"`, `public."a,b"`}, {`"a;b"`, `public."a;b"`}, {`1st`, `public.1st`},
+		{strings.Repeat("x", 63), "public." + strings.Repeat("x", 63)},
+		{``, ``}, {`.`, ``}, {`a.`, ``}, {`.a`, ``}, {`a.b.c`, ``}, {`"orders"`, ``}, {`"`, ``}, {`""`, ``}, {`"a.b`, ``},
+		{`a"b`, ``}, {`"a.b"c`, ``}, {`a;b`, ``}, {`a,b`, ``}, {` a`, ``}, {`a `, ``}, {"a\nb", ``}, {"\"a\x00\"", ``},
+		{"\"\xff\"", ``}, {strings.Repeat("x", 64), ``}, {`"` + strings.Repeat(".", 64) + `"`, ``},
+		{strings.Repeat("ü", 32), ``}, {`pg_catalog.x`, ``}, {`pawl_x.y`, ``}, {`"information_schema".x`, ``},
+	} {
+		if got, err := postgres.SpellTable(row.text, "public"); got != row.want || (err == nil) != (row.want != "") {
+			t.Errorf("the table %q = %q, %v, want %q", row.text, got, err, row.want)
+		}
+	}
+}
+
+// TestNames has a database, schema, table and column with names that need quotes. Its secret must work, with libpq too.
+func TestNames(tt *testing.T) {
+	server := parts.NeedPostgreSQL(tt)
+	name := `shop-prod "Größe" /?&%41'\ ` + random8()
+	first := newTarget(tt)
+	first.exec("CREATE DATABASE " + pgx.Identifier{name}.Sanitize())
+	t := targetIn(tt, server, server.DSN(name))
+	if t.name != name {
+		t.Fatalf("database = %q, want %q", t.name, name)
+	}
+	t.exec(`CREATE SCHEMA "Größe-1"; CREATE TABLE "Größe-1"."Order ""Items"".x" ("Kunden-Nr. ß" int, id serial);
+		INSERT INTO "Größe-1"."Order ""Items"".x" VALUES (1), (2);
+		GRANT USAGE ON SCHEMA "Größe-1" TO pawl_maker WITH GRANT OPTION;
+		GRANT SELECT, INSERT ON "Größe-1"."Order ""Items"".x" TO pawl_maker WITH GRANT OPTION;
+		GRANT USAGE ON SEQUENCE "Größe-1"."Order ""Items"".x_id_seq" TO pawl_maker WITH GRANT OPTION`)
+	for args, rows := range map[string]int{
+		`{"tables":["Größe-1.\"Order \"\"Items\"\".x\""],"verbs":["select","insert"]}`: 2,
+		`{"tables":["Größe-1.\"Order \"\"Items\"\".x\""],"verbs":["select","insert"],` +
+			`"filter_column":"Kunden-Nr. ß","filter_value":"1"}`: 1,
+	} {
+		c := t.mint(args)
+		table := c.Names[`Größe-1."Order ""Items"".x"`]
+		var n int
+		if err := t.login(c).QueryRow(t.Context(), "SELECT count(*) FROM "+table).Scan(&n); err != nil || n != rows {
+			t.Errorf("rows of %s = %d, %v, want %d", table, n, sqlState(err), rows)
+		}
+		if _, err := t.login(c).Exec(t.Context(), "INSERT INTO "+table+" VALUES (1)"); err != nil {
+			t.Errorf("INSERT INTO %s = %v, want nil", table, err)
+		}
+		t.exec(`DELETE FROM "Größe-1"."Order ""Items"".x" WHERE id > 2`)
+		if psql, err := exec.LookPath("psql"); err == nil {
+			out, err := exec.CommandContext(t.Context(), psql, "-XAt", "-c", "SELECT current_database()", c.URL).CombinedOutput()
+			if got := strings.TrimSuffix(string(out), "\n"); err != nil || got != name {
+				t.Errorf("psql with the secret's URL = %q, %v, want %q", got, err, name)
+			}
+		}
+		t.sever(c.grant)
+		if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeDead || !t.refusesLogin(c) {
+			t.Errorf("Prove after Sever = %v %q, want dead", e.Outcome, e.Answer)
+		}
+	}
+	if err := t.backend.Collect(t.Context(), time.Hour); err != nil {
+		t.Errorf("Collect = %v, want nil", err)
+	}
+}
+
+// FuzzPrepare passes untrusted arguments. Prepare must accept each table in one spelling only.
 func FuzzPrepare(f *testing.F) {
 	for _, args := range []string{
 		`{"tables":["a.b","c"]}`, `{"tables":["a"],"verbs":["select"],"filter_column":"x","filter_value":"1"}`,
-		`{"tables":["a\"b"]}`, `{}`,
+		`{"tables":["a\"b"]}`, `{"tables":["\"a.b\".\"c\"\"d\""]}`, `{}`,
 	} {
 		f.Add(args)
 	}
@@ -264,10 +334,9 @@ func FuzzPrepare(f *testing.F) {
 		case broker.Unavailable:
 			tables, _ := args.Get("tables")
 			names, _ := tables.Strings()
-			const plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_."
 			for _, name := range names {
-				if strings.Trim(name, plain) != "" || strings.Count(name, ".") > 1 {
-					t.Errorf("Prepare accepts the table %q", name)
+				if spelled, err := postgres.SpellTable(name, "public"); err != nil || spelled != name && spelled != "public."+name {
+					t.Errorf("Prepare accepts the table %q, which is spelled %s, %v", name, spelled, err)
 				}
 			}
 		default:
