@@ -214,9 +214,14 @@ BEGIN
         SELECT FROM jsonb_array_elements(s->'tables') e, jsonb_array_elements_text(s->'verbs') v
         WHERE has_table_privilege(grp, to_regclass(pawl.reach(in_shape, s, e->>0, e->>1)), v) IS NOT TRUE
             OR v = 'insert' AND EXISTS (SELECT FROM pawl.sequences_of(to_regclass(format('%I.%I', e->>0, e->>1))) q
-                WHERE has_sequence_privilege(grp, q.seq, 'USAGE') IS NOT TRUE
-                    AND has_sequence_privilege(q.seq, 'USAGE WITH GRANT OPTION')));
+                WHERE has_sequence_privilege(grp, q.seq, 'USAGE') IS NOT TRUE));
 END $$;
+
+CREATE OR REPLACE FUNCTION pawl.group_name(kind text, rights text, VARIADIC object text[]) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT format('pawl-%s-%s-%s', kind, left(encode(sha256(convert_to(
+        jsonb_build_array(current_database(), object)::text, 'UTF8')), 'hex'), 20), rights)
+$$;
 
 -- Makes the group of an object of this database unless it exists, and returns its name. A list of privileges has room
 -- for about 2,400 roles. So rights on objects that many shapes share are granted to one group for each right, and never
@@ -224,8 +229,7 @@ END $$;
 CREATE OR REPLACE FUNCTION pawl.ensure_group(kind text, rights text, VARIADIC object text[]) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
-    grp text := format('pawl-%s-%s-%s', kind, left(encode(sha256(convert_to(
-        jsonb_build_array(current_database(), object)::text, 'UTF8')), 'hex'), 20), rights);
+    grp text := pawl.group_name(kind, rights, VARIADIC object);
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = grp) THEN
         EXECUTE format('CREATE ROLE %I NOLOGIN', grp);
@@ -263,6 +267,63 @@ CREATE OR REPLACE FUNCTION pawl.sequences_of(relation oid) RETURNS TABLE (seq re
     WHERE a.adrelid = relation
 $$;
 
+-- Returns the statements that a superuser runs, so that agents can insert into the tables that they may get.
+CREATE OR REPLACE FUNCTION pawl.sequence_grants() RETURNS SETOF text LANGUAGE sql AS $$
+    SELECT DISTINCT format('GRANT USAGE ON SEQUENCE %I.%I TO pawl_maker WITH GRANT OPTION', n.nspname, s.relname)
+    FROM pg_class c CROSS JOIN LATERAL pawl.sequences_of(c.oid) q
+    JOIN pg_class s ON s.oid = q.seq JOIN pg_namespace n ON n.oid = s.relnamespace
+    WHERE c.relkind IN ('r', 'p', 'f') AND has_table_privilege('pawl_maker', c.oid, 'INSERT WITH GRANT OPTION')
+        AND NOT has_sequence_privilege('pawl_maker', q.seq, 'USAGE WITH GRANT OPTION')
+        AND NOT has_sequence_privilege('public', q.seq, 'USAGE')
+$$;
+
+-- Reports whether row security lets an agent use a verb on a table. A policy must apply to PUBLIC or to a group of the
+-- agent. With a filter the policies of the view's owner apply.
+CREATE OR REPLACE FUNCTION pawl.rows_visible(in_shape text, s jsonb, nsp text, rel text, verb text) RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT NOT c.relrowsecurity OR EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polpermissive
+        AND p.polcmd IN ('*', CASE verb WHEN 'select' THEN 'r' WHEN 'insert' THEN 'a' WHEN 'update' THEN 'w'
+            ELSE 'd' END)
+        AND (0 = ANY (p.polroles) OR EXISTS (SELECT FROM pg_roles r WHERE r.oid = ANY (p.polroles)
+            AND CASE WHEN s ? 'filter' THEN pg_has_role('pawl_maker', r.oid, 'USAGE')
+                ELSE r.rolname IN ('pawl-shape-' || in_shape, pawl.group_name('table', verb, nsp, rel)) END)))
+        OR s ? 'filter' AND (SELECT r.rolbypassrls FROM pg_roles r WHERE r.rolname = 'pawl_maker')
+    FROM pg_class c WHERE c.oid = format('%I.%I', nsp, rel)::regclass
+$$;
+
+-- Refuses a shape whose logins PostgreSQL would refuse or show no row. The error names the object and the remedy.
+CREATE OR REPLACE FUNCTION pawl.check_usable(in_shape text, s jsonb) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    t record;
+BEGIN
+    FOR t IN SELECT format('%I.%I', e->>0, e->>1) AS name, v AS verb, e->>0 AS nsp, e->>1 AS rel
+        FROM jsonb_array_elements(s->'tables') e, jsonb_array_elements_text(s->'verbs') v LOOP
+        IF pawl.rows_visible(in_shape, s, t.nsp, t.rel, t.verb) IS NOT TRUE THEN
+            RAISE 'table % has row security and no policy for % that applies to agents: create one for PUBLIC',
+                t.name, t.verb USING ERRCODE = '0A000';
+        END IF;
+    END LOOP;
+    FOR t IN SELECT format('%I.%I', e->>0, e->>1) AS name, format('%I.%I', n.nspname, c.relname) AS seq
+        FROM jsonb_array_elements(s->'tables') e
+        CROSS JOIN LATERAL pawl.sequences_of(format('%I.%I', e->>0, e->>1)::regclass) q
+        JOIN pg_class c ON c.oid = q.seq JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE s->'verbs' ? 'insert' AND NOT has_sequence_privilege('public', q.seq, 'USAGE')
+            AND NOT has_sequence_privilege(q.seq, 'USAGE WITH GRANT OPTION') LOOP
+        RAISE 'table % has a default that uses sequence %, which cannot be granted to agents: '
+            'GRANT USAGE ON SEQUENCE % TO pawl_maker WITH GRANT OPTION', t.name, t.seq, t.seq USING ERRCODE = '0A000';
+    END LOOP;
+    -- file_fdw and its like know no users. So a server counts only if one user has a mapping, or if it is PostgreSQL.
+    FOR t IN SELECT format('%I.%I', e->>0, e->>1) AS name, v.srvname FROM jsonb_array_elements(s->'tables') e
+        JOIN pg_foreign_table f ON f.ftrelid = format('%I.%I', e->>0, e->>1)::regclass
+        JOIN pg_foreign_server v ON v.oid = f.ftserver JOIN pg_foreign_data_wrapper w ON w.oid = v.srvfdw
+        WHERE (w.fdwname = 'postgres_fdw' OR EXISTS (SELECT FROM pg_user_mappings m WHERE m.srvid = v.oid))
+            AND NOT EXISTS (SELECT FROM pg_user_mappings m WHERE m.srvid = v.oid
+                AND (m.umuser = 0 OR s ? 'filter' AND m.umuser = 'pawl_maker'::regrole)) LOOP
+        RAISE 'table % is on foreign server %, which has no user mapping for agents: create one for PUBLIC',
+            t.name, quote_ident(t.srvname) USING ERRCODE = '0A000';
+    END LOOP;
+END $$;
+
 -- Returns the group with USAGE on one sequence, or null if PUBLIC has it.
 CREATE OR REPLACE FUNCTION pawl.sequence_group(seq regclass) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
@@ -288,8 +349,7 @@ DECLARE
     verb     text;
 BEGIN
     IF s->'verbs' ? 'insert' THEN
-        RETURN QUERY SELECT g FROM pawl.sequences_of(relation) q, pawl.sequence_group(q.seq) g
-            WHERE has_sequence_privilege(q.seq, 'USAGE WITH GRANT OPTION') AND g IS NOT NULL;
+        RETURN QUERY SELECT g FROM pawl.sequences_of(relation) q, pawl.sequence_group(q.seq) g WHERE g IS NOT NULL;
     END IF;
     IF s ? 'filter' THEN
         RETURN;
@@ -442,6 +502,7 @@ DECLARE
 BEGIN
     PERFORM pawl.commit_locally();
     PERFORM pawl.check_grantable(s);
+    PERFORM pawl.check_usable(in_shape, s);
     IF s ? 'network' THEN
         PERFORM pawl.check_network(s->>'network');
     END IF;

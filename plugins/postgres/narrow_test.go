@@ -2,6 +2,7 @@ package postgres_test
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -246,4 +247,63 @@ func TestWithdrawn(tt *testing.T) {
 	if _, err := t.tryMint(newGrant(args)); broker.KindOf(err) != broker.Denied {
 		t.Errorf("minting for a withdrawn table = %v, want denied", err)
 	}
+}
+
+// TestUnusable checks that Prepare refuses, by name, a secret that PostgreSQL would refuse or show no row.
+func TestUnusable(tt *testing.T) {
+	t := newTarget(tt)
+	t.exec(`CREATE SEQUENCE numbers; CREATE SEQUENCE others;
+		ALTER TABLE t1 ALTER id SET DEFAULT nextval('numbers');
+		ALTER TABLE t2 ALTER id SET DEFAULT nextval('others'); GRANT USAGE ON SEQUENCE others TO pawl_maker WITH GRANT OPTION;
+		ALTER TABLE t3 ENABLE ROW LEVEL SECURITY;
+		ALTER TABLE t4 ENABLE ROW LEVEL SECURITY; CREATE POLICY p ON t4 FOR SELECT USING (true);
+		ALTER TABLE t5 ENABLE ROW LEVEL SECURITY; CREATE POLICY p ON t5 TO pawl_maker USING (true);
+		CREATE TABLE identity (id int GENERATED ALWAYS AS IDENTITY, x int);
+		CREATE FOREIGN DATA WRAPPER w; CREATE SERVER s FOREIGN DATA WRAPPER w; CREATE SERVER open FOREIGN DATA WRAPPER w;
+		CREATE FOREIGN TABLE far (id int) SERVER s; CREATE FOREIGN TABLE near (id int) SERVER open;
+		CREATE USER MAPPING FOR postgres SERVER s;
+		GRANT SELECT, INSERT ON identity, far, near TO pawl_maker WITH GRANT OPTION`)
+	const filter = `,"filter_column":"id","filter_value":"1"`
+	for args, want := range map[string]string{
+		`{"tables":["t1"],"verbs":["insert"]}`:               "public.numbers",
+		`{"tables":["t1"],"verbs":["insert"]` + filter + `}`: "public.numbers",
+		`{"tables":["t1"],"verbs":["select","update"]}`:      "",
+		`{"tables":["t2"],"verbs":["insert"]}`:               "",
+		`{"tables":["t2"],"verbs":["insert"]` + filter + `}`: "",
+		`{"tables":["identity"],"verbs":["insert"]}`:         "",
+		`{"tables":["t3"],"verbs":["select"]}`:               "public.t3",
+		`{"tables":["t4"],"verbs":["select"]}`:               "",
+		`{"tables":["t4","t1"],"verbs":["select","delete"]}`: "public.t4",
+		`{"tables":["t5"],"verbs":["select"]}`:               "public.t5",
+		`{"tables":["t5"],"verbs":["select"]` + filter + `}`: "",
+		`{"tables":["far"],"verbs":["select"]}`:              "public.far",
+		`{"tables":["near"],"verbs":["select"]}`:             "",
+	} {
+		_, _, err := t.backend.Prepare(t.Context(), tool(), newGrant(args))
+		var e *broker.Error
+		switch {
+		case want == "" && err != nil:
+			t.Errorf("Prepare(%s) = %v, want nil", args, err)
+		case want != "" && (!errors.As(err, &e) || e.Kind != broker.Denied || !strings.Contains(e.Msg, want)):
+			t.Errorf("Prepare(%s) = %v, want denied, with %s by name", args, err, want)
+		}
+	}
+	t.exec("CREATE USER MAPPING FOR PUBLIC SERVER s; CREATE POLICY p ON t3 FOR SELECT USING (true)")
+	t.mint(`{"tables":["far","t3"],"verbs":["select"]}`)
+	t.run(t.login(t.mint(`{"tables":["t2"],"verbs":["insert"]}`)), "INSERT INTO t2 DEFAULT VALUES")
+	t.run(t.login(t.mint(`{"tables":["identity"],"verbs":["insert"]}`)), "INSERT INTO identity (x) VALUES (1)")
+	c := t.mint(`{"tables":["t2"],"verbs":["insert","select"]` + filter + `}`)
+	t.exec("ALTER SEQUENCE others RESTART")
+	t.run(t.login(c), "INSERT INTO t2 DEFAULT VALUES")
+
+	var grants []string
+	if err := t.root.QueryRow(t.Context(), "SELECT array_agg(g) FROM pawl.sequence_grants() g").Scan(&grants); err != nil {
+		t.Fatal(err)
+	}
+	const want = "GRANT USAGE ON SEQUENCE public.numbers TO pawl_maker WITH GRANT OPTION"
+	if len(grants) != 1 || grants[0] != want {
+		t.Errorf("sequence_grants() = %q, want %q", grants, want)
+	}
+	t.setup() // grants the sequences of all tables that agents may insert into
+	t.run(t.login(t.mint(`{"tables":["t1"],"verbs":["insert"]}`)), "INSERT INTO t1 DEFAULT VALUES")
 }

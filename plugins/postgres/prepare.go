@@ -149,6 +149,8 @@ func (b *Backend) ensureShape(ctx context.Context, shape, text, agent string) er
 	case classify(err) == badRequest:
 		return argumentOutside(argTables, "the database grants agents no such table, verb or filter, "+
 			"or its pg_hba.conf does not confine the tool's network").Because(err)
+	case classify(err) == unusable:
+		return argumentOutside(argTables, messageOf(err)).Because(err)
 	case classify(err) == overLimit:
 		return broker.Errorf(broker.Denied, "prepare", "%s; the ones that are idle for 15 minutes make room for others",
 			messageOf(err)).With(broker.CodeTooFast).Because(err).After(time.Minute)

@@ -253,6 +253,7 @@ const (
 	badRequest             // the arguments are malformed or not allowed
 	serverFull             // all connections of the server, or of the role, are taken
 	overLimit              // a limit of schema pawl; the message says which
+	unusable               // the secret would not work; the message says why
 )
 
 // classify reads the SQLSTATE (PostgreSQL manual, appendix A).
@@ -272,6 +273,8 @@ func classify(err error) failure {
 		return serverFull
 	case pg.Code == "53400":
 		return overLimit
+	case pg.Code == "0A000":
+		return unusable
 	case pg.Code == "57P01" || strings.HasPrefix(pg.Code, "08"):
 		return connectionLost
 	// XX000 is "tuple concurrently updated", after a concurrent GRANT.

@@ -43,8 +43,12 @@ type Grantable struct {
 	Verbs []string // of select, insert, update, delete
 }
 
-// Setup runs bootstrap.sql and the grants of cfg in one transaction. The connection must be a superuser's. Setup may be
-// repeated.
+// grantSequences lets agents use the sequences of the tables that they may insert into.
+const grantSequences = `DO $$ DECLARE statement text; BEGIN
+	FOR statement IN SELECT pawl.sequence_grants() LOOP EXECUTE statement; END LOOP; END $$`
+
+// Setup runs bootstrap.sql and the grants of cfg in one transaction. It also grants the sequences that the tables'
+// defaults use. The connection must be a superuser's. Setup may be repeated.
 func Setup(ctx context.Context, conn *pgx.Conn, cfg SetupConfig) error {
 	statements := []string{bootstrap}
 	if cfg.VaultPassword != "" {
@@ -68,6 +72,7 @@ func Setup(ctx context.Context, conn *pgx.Conn, cfg SetupConfig) error {
 			fmt.Sprintf("GRANT %s ON %s TO pawl_maker WITH GRANT OPTION",
 				strings.Join(verbs, ", "), t.sql()))
 	}
+	statements = append(statements, grantSequences)
 	tx, err := conn.Begin(ctx)
 	if err != nil {
 		return fmt.Errorf("setting up the database: %w", err)
