@@ -22,7 +22,8 @@ func TestWhoMayCall(tt *testing.T) {
 		"version": "pawl_revoker pawl_shaper pawl_vault", "grant_login": "pawl_vault", "end_logins": "pawl_vault",
 		"grant_service_login": "pawl_vault", "end_service_login": "pawl_vault", "ensure_shape": "pawl_shaper",
 		"sever": "pawl_revoker", "bar": "pawl_revoker", "inspect": "pawl_revoker", "remove": "pawl_revoker",
-		"prepared": "pawl_revoker", "lend": "pawl_revoker", "give_back": "pawl_revoker", "collect": "pawl_revoker",
+		"recorded": "pawl_revoker", "prepared": "pawl_revoker", "lend": "pawl_revoker", "give_back": "pawl_revoker",
+		"collect": "pawl_revoker",
 	}
 	rows, err := t.root.Query(t.Context(), `SELECT p.proname::text, coalesce(string_agg(r.name, ' ' ORDER BY r.name), ''),
 			p.prosecdef, coalesce(p.proconfig::text, '') LIKE '%search_path=pg_catalog, pg_temp%'

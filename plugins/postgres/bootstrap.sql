@@ -99,6 +99,20 @@ CREATE TABLE IF NOT EXISTS pawl.logins (
     ended    timestamptz
 );
 CREATE INDEX IF NOT EXISTS logins_role ON pawl.logins (role);
+-- The server that made the login. A record that was dumped and restored elsewhere proves nothing about the login.
+ALTER TABLE pawl.logins ADD COLUMN IF NOT EXISTS server bigint;
+
+CREATE OR REPLACE FUNCTION pawl.server_id() RETURNS bigint LANGUAGE sql STABLE AS
+$$ SELECT system_identifier FROM pg_control_system() $$;
+
+UPDATE pawl.logins SET server = pawl.server_id() -- version 1 did not record it
+WHERE server IS NULL AND name IS NOT NULL AND current_setting('pawl.version_before') < '2';
+
+-- Reports whether this server made the login.
+CREATE OR REPLACE FUNCTION pawl.has_record(login text) RETURNS boolean LANGUAGE sql STABLE AS $$
+    SELECT EXISTS (SELECT FROM pawl.logins l
+        WHERE l.grant_id = substr(login, 6, 26) AND l.name = login AND l.server = pawl.server_id())
+$$;
 
 -- pawl.lock_shapes locks this empty table. An agent can take an advisory lock, but not this one. A row would not do: it
 -- is free before other sessions learn what its holder changed in the catalogs. (Only autovacuum's own lock conflicts.)
@@ -291,7 +305,7 @@ LANGUAGE sql STABLE AS $$
     FROM pg_class c WHERE c.oid = format('%I.%I', nsp, rel)::regclass
 $$;
 
--- Refuses a shape whose logins PostgreSQL would refuse or show no row. The error names the object and the remedy.
+-- Refuses a shape if PostgreSQL would refuse its logins or show them no row. The error names the object and the remedy.
 CREATE OR REPLACE FUNCTION pawl.check_usable(in_shape text, s jsonb) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     t record;
@@ -567,7 +581,7 @@ BEGIN
     IF s IS NULL THEN
         RAISE 'shape % does not exist', in_shape USING ERRCODE = '22023';
     END IF;
-    INSERT INTO pawl.logins (grant_id, name) VALUES (substr(login, 6, 26), login);
+    INSERT INTO pawl.logins (grant_id, name, server) VALUES (substr(login, 6, 26), login, pawl.server_id());
     EXECUTE format('CREATE ROLE %I LOGIN CONNECTION LIMIT %s PASSWORD %L VALID UNTIL %L IN ROLE %I',
         login, (s->>'connections')::int, verifier, expires, 'pawl-shape-' || in_shape);
     EXECUTE format('ALTER ROLE %I SET statement_timeout = %L', login, s->>'statement_ms');
@@ -613,7 +627,8 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_tim
     SELECT l.grant_id, r.rolname, pawl.rollback_hint(x.transaction, d.datname) FROM pg_prepared_xact() x
     JOIN pg_database d ON d.oid = x.dbid JOIN pawl.logins l ON l.role = x.ownerid
     LEFT JOIN pg_roles r ON r.oid = x.ownerid
-    WHERE grants IS NULL OR l.grant_id IN (SELECT unnest(grants))
+    WHERE l.server = pawl.server_id() AND (r.oid IS NULL OR r.rolname = l.name)
+        AND (grants IS NULL OR l.grant_id IN (SELECT unnest(grants)))
     UNION ALL
     SELECT NULL, r.rolname, pawl.rollback_hint(x.transaction, d.datname) FROM pg_prepared_xact() x
     JOIN pg_database d ON d.oid = x.dbid JOIN pg_roles r ON r.oid = x.ownerid
@@ -764,9 +779,11 @@ BEGIN
 END $$;
 
 -- Vault's revocation statement calls this. The order is NOLOGIN, sessions, objects, role, since DROP ROLE alone leaves
--- sessions open. A login that has ended or never existed is no error. Vault makes and ends the logins of one database
--- one at a time, so the time of this call limits the revocation of thousands. Planning it anew for each call took half
--- of it.
+-- sessions open. A login that has ended is no error. A login of which this server has neither role nor record is one:
+-- Vault's connection points at another server than before, and the login may live at that one.
+--
+-- Vault makes and ends the logins of one database one at a time, so the time of this call limits the revocation of
+-- thousands. Planning it anew for each call took half of it.
 --
 -- If a login resists, this ends its sessions and tries once more. One that resists still has no rights, and
 -- pawl.inspect shows that it can log in. A login that cannot be dropped at once, because it owns thousands of objects,
@@ -785,6 +802,10 @@ BEGIN
     PERFORM FROM pawl.logins WHERE grant_id IN (SELECT substr(n, 6, 26) FROM unnest(names) n)
     ORDER BY grant_id FOR UPDATE;
     here := ARRAY(SELECT role FROM pawl.roles WHERE name = ANY (names));
+    IF cardinality(names) = 1 AND cardinality(here) = 0 AND NOT pawl.has_record(names[1]) THEN
+        RAISE 'this server has no record of login %: it was made elsewhere, or ended more than a week ago', names[1]
+            USING ERRCODE = '02000', HINT = 'Point the connection in Vault at the server that made the login.';
+    END IF;
     PERFORM pawl.hang_up_once(pawl.self_locked(here));
     SELECT d.obstacle INTO resists FROM pawl.disable(names) d;
     UPDATE pawl.logins l SET ended = now() FROM unnest(names) n
@@ -880,6 +901,15 @@ BEGIN
         k.rolvaliduntil, coalesce(b.n, 0)
     FROM known k LEFT JOIN busy b ON b.usesysid = k.role;
 END $$;
+
+-- Returns those of the given logins that this server made. It knows each for a week after its end. For the planner
+-- settings see pawl.inspect.
+CREATE OR REPLACE FUNCTION pawl.recorded(names text[]) RETURNS SETOF text LANGUAGE sql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off SET lock_timeout = '2s' AS $$
+    SELECT n FROM (SELECT pawl.server_id() AS id OFFSET 0) here, unnest(names) n CROSS JOIN LATERAL (
+        SELECT l.server FROM pawl.logins l WHERE l.grant_id = substr(n, 6, 26) AND l.name = n OFFSET 0) l
+    WHERE l.server = here.id
+$$;
 
 -- Severs the given grants. Call it until severed, passed_over, sessions and prepared are all zero: a later call finds a
 -- session that began to log in before the commit. prepared counts the transactions that pawl.prepared returns: no
@@ -1053,7 +1083,7 @@ END $$;
 
 -- Removes logins that expired ten minutes ago and that Vault failed to end, and logins that ended but could not be
 -- dropped then. It also removes shapes that were unused for the given time and have no member, and records of logins
--- that ended a day ago. If more is true, another call can remove more. A call that disables a login does not drop it:
+-- that ended a week ago. If more is true, another call can remove more. A call that disables a login does not drop it:
 -- an error in the same transaction would undo that.
 CREATE OR REPLACE FUNCTION pawl.collect(
     unused interval, OUT logins int, OUT shapes int, OUT records int, OUT more boolean)
@@ -1081,7 +1111,7 @@ BEGIN
     SELECT d.dropped, d.objects INTO logins, objects FROM pawl.drop_logins(dead) d;
     more := done + logins + objects > 0;
     shapes := pawl.collect_shapes(unused, '2 seconds');
-    DELETE FROM pawl.logins l WHERE l.ended < now() - interval '1 day'
+    DELETE FROM pawl.logins l WHERE l.ended < now() - interval '7 days'
         AND NOT EXISTS (SELECT FROM pg_prepared_xact() x WHERE x.ownerid = l.role)
         AND NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.usesysid = l.role)
         AND NOT EXISTS (SELECT FROM pg_roles p WHERE p.oid = l.role);
@@ -1120,6 +1150,7 @@ GRANT EXECUTE ON FUNCTION pawl.grant_login(text, text, timestamptz), pawl.end_lo
     pawl.grant_service_login(text, text, timestamptz, text), pawl.end_service_login(text) TO pawl_vault;
 GRANT EXECUTE ON FUNCTION pawl.ensure_shape(text, text, text) TO pawl_shaper;
 GRANT EXECUTE ON FUNCTION pawl.sever(text[]), pawl.bar(text[]), pawl.inspect(text[]), pawl.remove(text[]),
-    pawl.prepared(text[]), pawl.lend(text[]), pawl.give_back(), pawl.collect(interval) TO pawl_revoker;
+    pawl.recorded(text[]), pawl.prepared(text[]), pawl.lend(text[]), pawl.give_back(), pawl.collect(interval)
+    TO pawl_revoker;
 
 RESET ROLE;

@@ -160,7 +160,8 @@ const evidenceCheck = "postgres: pg_roles, pg_stat_activity and pg_prepared_xact
 
 // Prove implements [broker.Prover]. It checks every login with a grant's id in its name, and sessions and prepared
 // transactions that outlived their login. A grant is dead if none of its logins can log in or has rights, no session is
-// open, and no prepared transaction is left.
+// open, and no prepared transaction is left. An issued grant is dead only if this server made its login: the tool or
+// the backend may point at another server than before.
 func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	ids := idsOf(grants)
 	found, err := b.inspect(ctx, ids)
@@ -172,6 +173,10 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 	if err != nil {
 		return nil, fmt.Errorf("listing prepared transactions from database %q: %w", b.database, err)
 	}
+	recorded, err := b.recorded(ctx, grants)
+	if err != nil {
+		return nil, fmt.Errorf("reading the records of database %q: %w", b.database, err)
+	}
 	now := b.cfg.Now()
 	of := map[string][]loginState{}
 	for _, l := range found {
@@ -181,13 +186,41 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 	for i, g := range grants {
 		evidence[i] = broker.Evidence{At: now, Check: evidenceCheck}
 		evidence[i].Outcome, evidence[i].Answer = outcomeOf(of[string(g.ID)], now)
+		if evidence[i].Outcome == broker.OutcomeDead && g.Lease.Ref != "" && !recorded[g.Lease.Ref] {
+			evidence[i].Outcome, evidence[i].Answer = broker.OutcomeUnknown, "this server has no record of the login: "+
+				"it was made elsewhere, or ended more than a week ago"
+		}
 		for _, owner := range []string{string(g.ID), ""} {
-			if hint := prepared[owner]; hint != "" && evidence[i].Outcome == broker.OutcomeDead {
+			if hint := prepared[owner]; hint != "" && evidence[i].Outcome != broker.OutcomeAlive {
 				evidence[i].Outcome, evidence[i].Answer = broker.OutcomeAlive, "a prepared transaction is left; "+hint
 			}
 		}
 	}
 	return evidence, nil
+}
+
+// recorded returns the names of the grants' logins that this server made.
+func (b *Backend) recorded(ctx context.Context, grants []broker.Grant) (map[string]bool, error) {
+	var names []string
+	for _, g := range grants {
+		if g.Lease.Ref != "" {
+			names = append(names, g.Lease.Ref)
+		}
+	}
+	recorded := map[string]bool{}
+	if len(names) == 0 {
+		return recorded, nil
+	}
+	err := b.revoker.do(ctx, func(ctx context.Context, pool *pgxpool.Pool) error {
+		rows, err := pool.Query(ctx, "SELECT * FROM pawl.recorded($1)", names)
+		if err != nil {
+			return err
+		}
+		var name string
+		_, err = pgx.ForEachRow(rows, []any{&name}, func() error { recorded[name] = true; return nil })
+		return err
+	})
+	return recorded, err
 }
 
 // outcomeOf returns the worst outcome of a grant's logins. VALID UNTIL alone proves nothing: PostgreSQL does not check
