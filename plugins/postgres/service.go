@@ -1,6 +1,7 @@
 package postgres
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -212,19 +213,26 @@ const (
 
 // do runs f with the pool. It retries when the database refused the credential, when the connection was lost, and after
 // a conflict between two transactions. While the server has no room for another connection it retries until ctx ends,
-// for at most doTimeout.
+// for at most doTimeout. If ctx ends during a retry, it returns the reason for the retry, which says more.
 func (s *service) do(ctx context.Context, f func(ctx context.Context, pool *pgxpool.Pool) error) error {
 	ctx, cancel := context.WithTimeout(ctx, doTimeout)
 	defer cancel()
+	var reason error // for the present retry
 	for try := 1; ; try++ {
 		pool, err := s.get(ctx)
 		if err != nil {
-			return err
+			return cmp.Or(reason, err)
 		}
 		err = retryWhileFull(ctx, func(ctx context.Context) error { return f(ctx, pool) })
-		if err == nil || try == maxAttempts || ctx.Err() != nil {
+		switch {
+		case err == nil:
+			return nil
+		case ctx.Err() != nil:
+			return cmp.Or(reason, err)
+		case try == maxAttempts:
 			return err
 		}
+		reason = err
 		switch why := classify(err); why {
 		case badCredential:
 			s.markRefused(pool)
