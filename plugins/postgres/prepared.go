@@ -13,9 +13,9 @@ import (
 // prepared returns, by grant id, the statement by which a DBA ends a prepared transaction of the grant's login. The one
 // under "" belongs to a group of agents: any of its logins can have made it. If ids is nil, it returns those of all
 // grants.
-func (b *Backend) prepared(ctx context.Context, ids []string) (hints map[string]string, err error) {
+func (s *service) prepared(ctx context.Context, ids []string) (hints map[string]string, err error) {
 	hints = map[string]string{}
-	err = b.revoker.do(ctx, func(ctx context.Context, pool *pgxpool.Pool) error {
+	err = s.do(ctx, func(ctx context.Context, pool *pgxpool.Pool) error {
 		rows, err := pool.Query(ctx, "SELECT coalesce(grant_id, ''), hint FROM pawl.prepared($1)", ids)
 		if err != nil {
 			return err
@@ -34,10 +34,10 @@ type loan struct{ database, setRole, statement string }
 // PostgreSQL lets only the owner do that, in the transaction's own database. So the revoker becomes a member of the
 // owner for that time. It rolls back as many as it can. An error never contains the statement: the agent chose the
 // identifier in it.
-func (b *Backend) rollBackPrepared(ctx context.Context, ids []string) error {
+func (s *service) rollBackPrepared(ctx context.Context, ids []string) error {
 	var loans []loan
 	var pool *pgxpool.Pool
-	err := b.revoker.do(ctx, func(ctx context.Context, p *pgxpool.Pool) error {
+	err := s.do(ctx, func(ctx context.Context, p *pgxpool.Pool) error {
 		pool = p
 		rows, err := p.Query(ctx, "SELECT database, set_role, statement FROM pawl.lend($1)", ids)
 		if err != nil {
@@ -58,7 +58,7 @@ func (b *Backend) rollBackPrepared(ctx context.Context, ids []string) error {
 		}
 	}
 	var void any
-	return errors.Join(append(failed, b.revoker.query(ctx, "SELECT pawl.give_back()::text", nil, &void))...)
+	return errors.Join(append(failed, s.query(ctx, "SELECT pawl.give_back()::text", nil, &void))...)
 }
 
 // rollBackTimeout bounds the rollback of one prepared transaction, so that the others have their turn.

@@ -92,7 +92,7 @@ func (b *Backend) severUntilQuiet(ctx context.Context, ids []string) (resists, e
 		}
 		before = slices.DeleteFunc(before, func(pid int32) bool { return !slices.Contains(s.starting, pid) })
 		if s.prepared > 0 {
-			if err := b.rollBackPrepared(ctx, ids); err != nil {
+			if err := b.revoker.rollBackPrepared(ctx, ids); err != nil {
 				obstacle = fmt.Sprintf("%s (%v)", obstacle, err)
 			}
 		}
@@ -169,7 +169,7 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 		return nil, fmt.Errorf("inspecting %d grants in database %q: %w", len(grants), b.database, err)
 	}
 	// After the sessions, since a session can prepare a transaction and end.
-	prepared, err := b.prepared(ctx, ids)
+	prepared, err := b.revoker.prepared(ctx, ids)
 	if err != nil {
 		return nil, fmt.Errorf("listing prepared transactions from database %q: %w", b.database, err)
 	}
@@ -251,7 +251,7 @@ func (b *Backend) Find(ctx context.Context) ([]broker.GrantID, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listing the logins of database %q: %w", b.database, err)
 	}
-	prepared, err := b.prepared(ctx, nil)
+	prepared, err := b.revoker.prepared(ctx, nil)
 	if err != nil {
 		return nil, fmt.Errorf("listing prepared transactions from database %q: %w", b.database, err)
 	}
