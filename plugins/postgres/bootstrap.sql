@@ -1016,6 +1016,34 @@ BEGIN
     END LOOP;
 END $$;
 
+-- Terminates the sessions of grants at a hot standby, where pawl.sever cannot run. alive counts the logins that can log
+-- in there or have rights, since the standby has not replayed their end. Call it until all counts are zero, as
+-- pawl.sever.
+CREATE OR REPLACE FUNCTION pawl.cut(grants text[], OUT alive int, OUT sessions int, OUT starting int[])
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET jit = off
+SET lock_timeout = '2s' AS $$
+DECLARE
+    roles oid[];
+BEGIN
+    PERFORM pawl.check_grants(grants);
+    SELECT array_agg(i.role), count(*) FILTER (WHERE i.can_login OR i.in_group) INTO roles, alive
+    FROM pawl.inspect(grants) i;
+    PERFORM pg_stat_clear_snapshot();
+    starting := ARRAY(SELECT pid FROM pg_locks WHERE locktype = 'virtualxid' AND granted
+        EXCEPT SELECT pid FROM pg_stat_activity WHERE usesysid IS NOT NULL OR datid IS NOT NULL);
+    roles := roles || ARRAY(SELECT l.role FROM pawl.logins l WHERE l.grant_id IN (SELECT unnest(grants))
+        AND (SELECT p.oid FROM pg_roles p WHERE p.oid = l.role) IS NULL);
+    sessions := pawl.hang_up_once(roles);
+END $$;
+
+-- Returns the identity of this server, whether it is a standby, and how far it has written or replayed.
+CREATE OR REPLACE FUNCTION pawl.position(OUT server bigint, OUT standby boolean, OUT lsn pg_lsn)
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+    SELECT pawl.server_id(), pg_is_in_recovery(),
+        CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END
+$$;
+
 -- Bars grants, so that they can never get a credential, and waits for mints in flight. Returns how many of the grants
 -- can log in nevertheless, because their credential was made just before.
 CREATE OR REPLACE FUNCTION pawl.bar(grants text[]) RETURNS int LANGUAGE plpgsql SECURITY DEFINER
@@ -1150,7 +1178,7 @@ GRANT EXECUTE ON FUNCTION pawl.grant_login(text, text, timestamptz), pawl.end_lo
     pawl.grant_service_login(text, text, timestamptz, text), pawl.end_service_login(text) TO pawl_vault;
 GRANT EXECUTE ON FUNCTION pawl.ensure_shape(text, text, text) TO pawl_shaper;
 GRANT EXECUTE ON FUNCTION pawl.sever(text[]), pawl.bar(text[]), pawl.inspect(text[]), pawl.remove(text[]),
-    pawl.recorded(text[]), pawl.prepared(text[]), pawl.lend(text[]), pawl.give_back(), pawl.collect(interval)
-    TO pawl_revoker;
+    pawl.recorded(text[]), pawl.prepared(text[]), pawl.lend(text[]), pawl.give_back(), pawl.collect(interval),
+    pawl.cut(text[]), pawl.position() TO pawl_revoker;
 
 RESET ROLE;

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net"
 	"net/url"
 	"regexp"
+	"strconv"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -32,6 +34,9 @@ type Config struct {
 	// DSN is the database's address without user and password, such as
 	// "host=db.internal port=5432 dbname=app sslmode=verify-full". Required.
 	DSN string
+	// Standbys are the DSNs of the hot standbys of that server at which agents can log in, in the form of DSN. Their
+	// sessions are ended and counted there. Empty: agents can log in at no standby.
+	Standbys []string
 	// Credentials is the source of the broker's own credentials. Required.
 	Credentials Credentials
 	// Now is the clock for evidence and for the expiry of credentials. Nil is time.Now.
@@ -76,4 +81,9 @@ func holdsPassword(dsn string) bool {
 		return has || u.Query().Has("password")
 	}
 	return passwordKey.MatchString(dsn)
+}
+
+// nameOf returns the host and port of an address, for messages.
+func nameOf(address *pgxpool.Config) string {
+	return net.JoinHostPort(address.ConnConfig.Host, strconv.Itoa(int(address.ConnConfig.Port)))
 }

@@ -26,9 +26,6 @@ import (
 // schemaVersion is the value that pawl.version() of bootstrap.sql returns.
 const schemaVersion = 2
 
-// maintainEvery is how often the broker's own credentials are checked.
-const maintainEvery = 30 * time.Second
-
 // Backend is one database. It implements [broker.Backend], [broker.Severer], [broker.Prover],
 // [broker.Finder] and [broker.Remover]. Safe for concurrent use.
 type Backend struct {
@@ -69,6 +66,16 @@ func New(cfg Config) (*Backend, error) {
 	b := &Backend{cfg: cfg, address: address, database: address.ConnConfig.Database, shapes: map[string]time.Time{}}
 	b.shaper = newService(Shaper, cfg, address)
 	b.revoker = newService(Revoker, cfg, address)
+	for _, dsn := range cfg.Standbys {
+		standby, err := parseAddress(dsn)
+		if err != nil {
+			return nil, fmt.Errorf("a standby: %w", err)
+		}
+		if standby.ConnConfig.Database != b.database {
+			return nil, fmt.Errorf("postgres: standby %s has another database than %q", nameOf(standby), b.database)
+		}
+		b.revoker.standbys = append(b.revoker.standbys, standby)
+	}
 	ctx, stop := context.WithCancel(context.Background())
 	b.stop = stop
 	b.done.Go(func() { b.maintain(ctx) })

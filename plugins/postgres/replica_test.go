@@ -160,8 +160,8 @@ func TestStandbyBehind(tt *testing.T) {
 	}
 }
 
-// TestStandbyPromoted promotes the standby. It does not follow the primary any more, so nothing that the primary commits
-// ends a login there.
+// TestStandbyPromoted promotes the standby. It does not follow the primary any more, so nothing that the primary
+// commits ends a login there.
 func TestStandbyPromoted(tt *testing.T) {
 	r := newReplica(tt)
 	c := r.mint(`{"tables":["orders"]}`)

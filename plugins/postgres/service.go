@@ -15,6 +15,9 @@ import (
 	"github.com/pawlsec/pawl/broker/backoff"
 )
 
+// maintainEvery is how often the broker's own credentials are checked.
+const maintainEvery = 30 * time.Second
+
 // service connects the broker to the database for one purpose. It holds a small pool and replaces its credential after
 // half of the credential's life.
 type service struct {
@@ -24,9 +27,11 @@ type service struct {
 	closing   sync.WaitGroup
 	fetchSlot chan struct{} // holds one token; only the goroutine that takes it may fetch a credential
 	next      *serviceLogin // guarded by fetchSlot: fetched, but the server has had no room for its connection yet
+	standbys  []*pgxpool.Config
 
-	mu   sync.Mutex // guards live
-	live *serviceLogin
+	mu       sync.Mutex // guards live and previous
+	live     *serviceLogin
+	previous *serviceLogin // a standby knows it until it has replayed live
 }
 
 // serviceLogin is a pool of connections with one credential.
@@ -34,6 +39,15 @@ type serviceLogin struct {
 	pool    *pgxpool.Pool
 	renewAt time.Time // when to fetch the next credential
 	expires time.Time // of the credential; zero after the database refused it
+
+	standbys []*pgxpool.Pool // one for each of service.standbys
+}
+
+func (l *serviceLogin) close() {
+	l.pool.Close()
+	for _, pool := range l.standbys {
+		pool.Close()
+	}
 }
 
 func newService(p Purpose, cfg Config, address *pgxpool.Config) *service {
@@ -129,27 +143,43 @@ func (s *service) newLogin(ctx context.Context) (*serviceLogin, error) {
 	if user == "" || password == "" || !expires.After(now) {
 		return nil, fmt.Errorf("getting a credential for %s: it is empty or expired", s.purpose)
 	}
-	config := s.address.Copy()
-	config.ConnConfig.User, config.ConnConfig.Password = user, password
-	pool, err := pgxpool.NewWithConfig(context.WithoutCancel(ctx), config)
-	if err != nil {
+	l := &serviceLogin{renewAt: now.Add(expires.Sub(now) / 2), expires: expires}
+	open := func(address *pgxpool.Config) (*pgxpool.Pool, error) {
+		config := address.Copy()
+		config.ConnConfig.User, config.ConnConfig.Password = user, password
+		return pgxpool.NewWithConfig(context.WithoutCancel(ctx), config)
+	}
+	if l.pool, err = open(s.address); err != nil {
 		return nil, fmt.Errorf("opening a pool for %s: %w", s.purpose, err)
 	}
-	return &serviceLogin{pool: pool, renewAt: now.Add(expires.Sub(now) / 2), expires: expires}, nil
+	for _, address := range s.standbys {
+		pool, err := open(address)
+		if err != nil {
+			l.close()
+			return nil, fmt.Errorf("opening a pool for %s at standby %s: %w", s.purpose, nameOf(address), err)
+		}
+		l.standbys = append(l.standbys, pool)
+	}
+	return l, nil
 }
 
-// replace installs a login. The old one closes in the background once its connections are returned.
+// replace installs a login. The old one closes in the background once its connections are returned, and its connections
+// to standbys one replacement later.
 func (s *service) replace(next *serviceLogin) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.drop(s.live)
+	s.drop(s.previous)
+	s.previous = s.live
+	if old := s.live; old != nil {
+		s.closing.Go(old.pool.Close)
+	}
 	s.live = next
 }
 
-// drop closes the pool of a login in the background.
+// drop closes the pools of a login in the background.
 func (s *service) drop(l *serviceLogin) {
 	if l != nil {
-		s.closing.Go(l.pool.Close)
+		s.closing.Go(l.close)
 	}
 }
 
@@ -164,6 +194,7 @@ func (s *service) markRefused(pool *pgxpool.Pool) {
 
 // close closes the pools. Only now no other goroutine fetches.
 func (s *service) close() {
+	s.replace(nil) // live becomes previous
 	s.replace(nil)
 	s.drop(s.next)
 	s.closing.Wait()

@@ -1,7 +1,9 @@
 package postgres
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -9,6 +11,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/backoff"
@@ -20,23 +23,32 @@ import (
 //
 // A login that resists holds up no other. Its agent can lock it with a transaction of its own, or have sessions that do
 // not end. Once there has been no progress for a second, Sever returns an error that names the obstacle. All other
-// logins are severed then, and a later call severs the rest.
+// logins are severed then, and a later call severs the rest. A standby with its replay behind is such an obstacle.
 func (b *Backend) Sever(ctx context.Context, grants []broker.Grant) error {
 	if len(grants) == 0 {
 		return nil
 	}
 	ids := idsOf(grants)
+	err := b.severPrimary(ctx, ids)
+	err = errors.Join(err, b.revoker.cutStandbys(ctx, ids)) // also if the primary is away
+	if err != nil {
+		return fmt.Errorf("severing %d grants in database %q: %w", len(ids), b.database, err)
+	}
+	return nil
+}
+
+func (b *Backend) severPrimary(ctx context.Context, ids []string) error {
 	for {
-		resists, err := b.severUntilQuiet(ctx, ids)
+		resists, err := untilQuiet(ctx, func(ctx context.Context) (pass, error) { return b.severOnce(ctx, ids) })
 		if err != nil {
-			return fmt.Errorf("severing %d grants in database %q: %w", len(ids), b.database, err)
+			return err
 		}
 		var late int
 		if err := b.revoker.query(ctx, "SELECT pawl.bar($1)", []any{ids}, &late); err != nil {
-			return fmt.Errorf("barring %d grants in database %q: %w", len(ids), b.database, err)
+			return fmt.Errorf("barring: %w", err)
 		}
 		if resists != nil {
-			return fmt.Errorf("severing %d grants in database %q: %w; it is tried again", len(ids), b.database, resists)
+			return fmt.Errorf("%w; it is tried again", resists)
 		}
 		if late == 0 {
 			return nil
@@ -45,25 +57,41 @@ func (b *Backend) Sever(ctx context.Context, grants []broker.Grant) error {
 }
 
 const (
-	// startupGrace is how long severUntilQuiet waits for server processes that are starting up. A process that is still
+	// startupGrace is how long untilQuiet waits for server processes that are starting up. A process that is still
 	// authenticating after that is refused. A session that was accepted just before has no rights left.
 	startupGrace = 500 * time.Millisecond
-	// stallGrace is how long severUntilQuiet continues without progress. It is longer than startupGrace, so that the
+	// stallGrace is how long untilQuiet continues without progress. It is longer than startupGrace, so that the
 	// sessions of all other logins have been found by then.
 	stallGrace = time.Second
 )
 
-// severed is the result of one call of pawl.sever.
-type severed struct {
+// pass is the result of one call of pawl.sever, or of pawl.cut.
+type pass struct {
 	severed, passedOver, sessions, prepared int
 	starting                                []int32 // server processes that are starting up
-	obstacle                                *string
+	obstacle                                string  // empty: unknown
 }
 
-// severUntilQuiet calls pawl.sever until a pass finds nothing left. It also waits for the server processes that were
-// starting up at the first such pass. Each of them ends, or becomes a session that a later pass counts. resists says
-// why some logins are not severed.
-func (b *Backend) severUntilQuiet(ctx context.Context, ids []string) (resists, err error) {
+// severOnce calls pawl.sever, and rolls back the prepared transactions that it counts.
+func (b *Backend) severOnce(ctx context.Context, ids []string) (p pass, err error) {
+	var obstacle *string
+	err = b.revoker.query(ctx, "SELECT severed, passed_over, sessions, prepared, starting, obstacle FROM pawl.sever($1)",
+		[]any{ids}, &p.severed, &p.passedOver, &p.sessions, &p.prepared, &p.starting, &obstacle)
+	if obstacle != nil {
+		p.obstacle = *obstacle
+	}
+	if err == nil && p.prepared > 0 {
+		if err := b.revoker.rollBackPrepared(ctx, ids); err != nil {
+			p.obstacle = fmt.Sprintf("%s (%v)", p.obstacle, err)
+		}
+	}
+	return p, err
+}
+
+// untilQuiet calls once until a pass finds nothing left. It also waits for the server processes that were starting up
+// at the first such pass. Each of them ends, or becomes a session that a later pass counts. resists says why some
+// logins are not severed.
+func untilQuiet(ctx context.Context, once func(context.Context) (pass, error)) (resists, err error) {
 	var quiet bool           // a pass found nothing left
 	var waited time.Duration // since that pass
 	var before []int32       // the processes that were starting up at that pass and still are
@@ -73,30 +101,20 @@ func (b *Backend) severUntilQuiet(ctx context.Context, ids []string) (resists, e
 	retry := backoff.Exponential{First: time.Millisecond, Most: 100 * time.Millisecond}
 	for {
 		pause := retry.Next()
-		var s severed
-		err := b.revoker.query(ctx,
-			"SELECT severed, passed_over, sessions, prepared, starting, obstacle FROM pawl.sever($1)",
-			[]any{ids}, &s.severed, &s.passedOver, &s.sessions, &s.prepared, &s.starting, &s.obstacle)
+		p, err := once(ctx)
 		if err != nil {
 			return nil, err
 		}
-		if s.obstacle != nil {
-			obstacle = *s.obstacle
-		}
-		if s.severed > 0 { // the next pass terminates their sessions; the wait for starting processes begins anew
+		obstacle = cmp.Or(p.obstacle, obstacle)
+		if p.severed > 0 { // the next pass terminates their sessions; the wait for starting processes begins anew
 			quiet, waited, progress = false, 0, time.Now()
 			continue
 		}
 		if !quiet {
-			before = s.starting
+			before = p.starting
 		}
-		before = slices.DeleteFunc(before, func(pid int32) bool { return !slices.Contains(s.starting, pid) })
-		if s.prepared > 0 {
-			if err := b.revoker.rollBackPrepared(ctx, ids); err != nil {
-				obstacle = fmt.Sprintf("%s (%v)", obstacle, err)
-			}
-		}
-		left := s.passedOver + s.sessions + s.prepared
+		before = slices.DeleteFunc(before, func(pid int32) bool { return !slices.Contains(p.starting, pid) })
+		left := p.passedOver + p.sessions + p.prepared
 		if left == 0 {
 			quiet = true
 			if len(before) == 0 || waited > startupGrace {
@@ -109,7 +127,7 @@ func (b *Backend) severUntilQuiet(ctx context.Context, ids []string) (resists, e
 		}
 		if left > 0 && time.Since(progress) > stallGrace {
 			return fmt.Errorf("%d logins, %d sessions and %d prepared transactions resist: %s",
-				s.passedOver, s.sessions, s.prepared, obstacle), nil
+				p.passedOver, p.sessions, p.prepared, obstacle), nil
 		}
 		if err := backoff.Sleep(ctx, pause); err != nil {
 			return nil, err
@@ -139,20 +157,23 @@ type loginState struct {
 	sessions          int
 }
 
-func (b *Backend) inspect(ctx context.Context, ids []string) ([]loginState, error) {
-	var found []loginState
-	err := b.revoker.do(ctx, func(ctx context.Context, pool *pgxpool.Pool) error {
-		rows, err := pool.Query(ctx, `SELECT grant_id, can_login, in_group,
-			nullif(valid_until, 'infinity'), sessions FROM pawl.inspect($1)`, ids)
-		if err != nil {
-			return err
-		}
-		found, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (l loginState, err error) {
-			return l, row.Scan(&l.grant, &l.canLogin, &l.inGroup, &l.validUntil, &l.sessions)
-		})
+func (b *Backend) inspect(ctx context.Context, ids []string) (found []loginState, err error) {
+	err = b.revoker.do(ctx, func(ctx context.Context, pool *pgxpool.Pool) (err error) {
+		found, err = inspectAt(ctx, pool, ids)
 		return err
 	})
 	return found, err
+}
+
+func inspectAt(ctx context.Context, pool *pgxpool.Pool, ids []string) ([]loginState, error) {
+	rows, err := pool.Query(ctx, `SELECT grant_id, can_login, in_group,
+		nullif(valid_until, 'infinity'), sessions FROM pawl.inspect($1)`, ids)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (l loginState, err error) {
+		return l, row.Scan(&l.grant, &l.canLogin, &l.inGroup, &l.validUntil, &l.sessions)
+	})
 }
 
 // evidenceCheck names the source of this backend's evidence.
@@ -161,7 +182,8 @@ const evidenceCheck = "postgres: pg_roles, pg_stat_activity and pg_prepared_xact
 // Prove implements [broker.Prover]. It checks every login with a grant's id in its name, and sessions and prepared
 // transactions that outlived their login. A grant is dead if none of its logins can log in or has rights, no session is
 // open, and no prepared transaction is left. An issued grant is dead only if this server made its login: the tool or
-// the backend may point at another server than before.
+// the backend may point at another server than before. It must be dead at every standby, too, and the standby must have
+// replayed its end.
 func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	ids := idsOf(grants)
 	found, err := b.inspect(ctx, ids)
@@ -177,6 +199,10 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 	if err != nil {
 		return nil, fmt.Errorf("reading the records of database %q: %w", b.database, err)
 	}
+	standbys, err := b.inspectStandbys(ctx, ids)
+	if err != nil {
+		return nil, fmt.Errorf("reading the position of database %q: %w", b.database, err)
+	}
 	now := b.cfg.Now()
 	of := map[string][]loginState{}
 	for _, l := range found {
@@ -190,6 +216,11 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 			evidence[i].Outcome, evidence[i].Answer = broker.OutcomeUnknown, "this server has no record of the login: "+
 				"it was made elsewhere, or ended more than a week ago"
 		}
+		for _, at := range standbys {
+			if outcome, answer := at.outcome(string(g.ID), now); worse(outcome, evidence[i].Outcome) {
+				evidence[i].Outcome, evidence[i].Answer = outcome, answer
+			}
+		}
 		for _, owner := range []string{string(g.ID), ""} {
 			if hint := prepared[owner]; hint != "" && evidence[i].Outcome != broker.OutcomeAlive {
 				evidence[i].Outcome, evidence[i].Answer = broker.OutcomeAlive, "a prepared transaction is left; "+hint
@@ -197,6 +228,55 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 		}
 	}
 	return evidence, nil
+}
+
+// atStandby is what one standby shows, or why it shows nothing.
+type atStandby struct {
+	name  string
+	found map[string][]loginState
+	err   error
+}
+
+func (a atStandby) outcome(grant string, now time.Time) (broker.Outcome, string) {
+	if a.err != nil {
+		return broker.OutcomeUnknown, fmt.Sprintf("standby %s: %v", a.name, a.err)
+	}
+	outcome, answer := outcomeOf(a.found[grant], now)
+	return outcome, fmt.Sprintf("standby %s: %s", a.name, answer)
+}
+
+// worse reports whether a is further from dead than b.
+func worse(a, b broker.Outcome) bool {
+	return a == broker.OutcomeAlive && b != broker.OutcomeAlive || a == broker.OutcomeUnknown && b == broker.OutcomeDead
+}
+
+// inspectStandbys inspects all standbys at the present position of the primary.
+func (b *Backend) inspectStandbys(ctx context.Context, ids []string) ([]atStandby, error) {
+	if len(b.revoker.standbys) == 0 {
+		return nil, nil
+	}
+	var at position
+	if err := b.revoker.query(ctx, positionQuery, nil, &at.server, &at.standby, &at.lsn); err != nil {
+		return nil, err
+	}
+	all := make([]atStandby, len(b.revoker.standbys))
+	var g errgroup.Group
+	for i, address := range b.revoker.standbys {
+		g.Go(func() error {
+			all[i] = atStandby{name: nameOf(address), found: map[string][]loginState{}}
+			found, err := b.revoker.inspectStandby(ctx, i, ids, at)
+			for _, l := range found {
+				all[i].found[l.grant] = append(all[i].found[l.grant], l)
+			}
+			if err != nil && !errors.Is(err, errBehind) && classify(err) != other {
+				err = fmt.Errorf("it does not answer: SQLSTATE %s", stateOf(err))
+			}
+			all[i].err = err
+			return nil
+		})
+	}
+	_ = g.Wait() // nil: the errors are in all
+	return all, nil
 }
 
 // recorded returns the names of the grants' logins that this server made.
@@ -261,6 +341,18 @@ func (b *Backend) Find(ctx context.Context) ([]broker.GrantID, error) {
 	}
 	for grant := range prepared {
 		seen[grant] = grant != "" // a group's has no grant
+	}
+	standbys, err := b.inspectStandbys(ctx, nil)
+	if err != nil {
+		return nil, fmt.Errorf("reading the position of database %q: %w", b.database, err)
+	}
+	for _, at := range standbys {
+		if at.err != nil {
+			b.cfg.Log.Warn("listing the logins of a standby failed", "standby", at.name, "err", at.err)
+		}
+		for grant, logins := range at.found { // only sessions: its logins are those of the primary, a moment ago
+			seen[grant] = seen[grant] || slices.ContainsFunc(logins, func(l loginState) bool { return l.sessions > 0 })
+		}
 	}
 	var ids []broker.GrantID
 	for grant, alive := range seen {
