@@ -61,6 +61,8 @@ type Backend struct {
 
 	DSN   string `yaml:"dsn"`   // postgres: host, port, dbname and sslmode, never a user or password; required
 	Mount string `yaml:"mount"` // postgres: mount of the database engine; empty: database
+	// postgres: the hot standbys at which agents can log in, each in the form of dsn; empty: none
+	Standbys []string `yaml:"standbys"`
 	// postgres: Vault role of the broker's own login that makes shapes; empty: pawl-shaper
 	Shaper string `yaml:"shaper"`
 	// postgres: Vault role of the broker's own login that severs; empty: pawl-revoker
@@ -142,8 +144,9 @@ type opener struct {
 // fields of [Backend].
 var plugins = []plugin{
 	{
-		name: "postgres", keys: []string{"dsn", "mount", "shaper", "revoker", "service_ttl"}, required: []string{"dsn"},
-		open: openPostgres, bare: new(postgres.Backend), reads: postgresReads, reach: reachPostgres,
+		name: "postgres", keys: []string{"dsn", "mount", "standbys", "shaper", "revoker", "service_ttl"},
+		required: []string{"dsn"},
+		open:     openPostgres, bare: new(postgres.Backend), reads: postgresReads, reach: reachPostgres,
 	},
 	{name: "pki", open: openPKI, bare: new(pki.Backend), reads: pkiReads, survey: surveyPKI},
 	{name: "ssh", keys: []string{"krl", "krl_in_place", "krl_in_use", "hosts"}, open: openSSH, bare: new(ssh.Backend), reach: reachSSH},
@@ -193,7 +196,8 @@ func (b Backend) keysSet() (keys []string) {
 }
 
 func openPostgres(o opener, _ string, c Backend) (broker.Backend, error) {
-	b, err := postgres.New(postgres.Config{DSN: c.DSN, Credentials: serviceLogins{o.vault, c}, Log: o.log})
+	b, err := postgres.New(postgres.Config{DSN: c.DSN, Standbys: c.Standbys, Credentials: serviceLogins{o.vault, c},
+		Log: o.log})
 	if err == nil {
 		o.onClose(b.Close)
 	}
