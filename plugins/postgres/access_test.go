@@ -24,6 +24,7 @@ func TestWhoMayCall(tt *testing.T) {
 		"sever": "pawl_revoker", "bar": "pawl_revoker", "inspect": "pawl_revoker", "remove": "pawl_revoker",
 		"recorded": "pawl_revoker", "prepared": "pawl_revoker", "lend": "pawl_revoker", "give_back": "pawl_revoker",
 		"collect": "pawl_revoker", "cut": "pawl_revoker", "position": "pawl_revoker",
+		"check_primary": "pawl_revoker",
 	}
 	rows, err := t.root.Query(t.Context(), `SELECT p.proname::text, coalesce(string_agg(r.name, ' ' ORDER BY r.name), ''),
 			p.prosecdef, coalesce(p.proconfig::text, '') LIKE '%search_path=pg_catalog, pg_temp%'

@@ -1037,6 +1037,15 @@ BEGIN
     sessions := pawl.hang_up_once(roles);
 END $$;
 
+-- Fails at a server that is no primary any more. Its state proves nothing: the primary may have another one.
+CREATE OR REPLACE FUNCTION pawl.check_primary() RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+BEGIN
+    IF pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean THEN
+        RAISE 'this server is read only' USING ERRCODE = '25006';
+    END IF;
+END $$;
+
 -- Returns the identity of this server, whether it is a standby, and how far it has written or replayed.
 CREATE OR REPLACE FUNCTION pawl.position(OUT server bigint, OUT standby boolean, OUT lsn pg_lsn)
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
@@ -1179,6 +1188,6 @@ GRANT EXECUTE ON FUNCTION pawl.grant_login(text, text, timestamptz), pawl.end_lo
 GRANT EXECUTE ON FUNCTION pawl.ensure_shape(text, text, text) TO pawl_shaper;
 GRANT EXECUTE ON FUNCTION pawl.sever(text[]), pawl.bar(text[]), pawl.inspect(text[]), pawl.remove(text[]),
     pawl.recorded(text[]), pawl.prepared(text[]), pawl.lend(text[]), pawl.give_back(), pawl.collect(interval),
-    pawl.cut(text[]), pawl.position() TO pawl_revoker;
+    pawl.cut(text[]), pawl.position(), pawl.check_primary() TO pawl_revoker;
 
 RESET ROLE;

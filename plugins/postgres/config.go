@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"regexp"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -86,4 +87,20 @@ func holdsPassword(dsn string) bool {
 // nameOf returns the host and port of an address, for messages.
 func nameOf(address *pgxpool.Config) string {
 	return net.JoinHostPort(address.ConnConfig.Host, strconv.Itoa(int(address.ConnConfig.Port)))
+}
+
+// othersOf returns host:port of the servers after the first one that an address names. None if one is a Unix socket.
+func othersOf(address *pgxpool.Config) (others []string) {
+	seen := map[string]bool{nameOf(address): true}
+	for _, f := range address.ConnConfig.Fallbacks { // one for each server and way to use TLS
+		if strings.HasPrefix(f.Host, "/") || strings.HasPrefix(address.ConnConfig.Host, "/") {
+			return nil
+		}
+		name := net.JoinHostPort(f.Host, strconv.Itoa(int(f.Port)))
+		if !seen[name] {
+			seen[name] = true
+			others = append(others, name)
+		}
+	}
+	return others
 }

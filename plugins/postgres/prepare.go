@@ -232,7 +232,10 @@ func (s settings) url(database string, user *url.Userinfo) string {
 		query.Set("host", s.host)
 		query.Set("port", port)
 	} else {
-		u.Host = net.JoinHostPort(s.host, port)
+		u.Host = strings.Join(append([]string{net.JoinHostPort(s.host, port)}, s.others...), ",")
+		if len(s.others) > 0 {
+			query.Set("target_session_attrs", "read-write") // the primary
+		}
 	}
 	u.RawQuery = query.Encode()
 	return u.String()

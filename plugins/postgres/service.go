@@ -242,8 +242,8 @@ const (
 	doTimeout   = time.Minute // of one call with all its attempts
 )
 
-// do runs f with the pool. It retries when the database refused the credential, when the connection was lost, and after
-// a conflict between two transactions. While the server has no room for another connection it retries until ctx ends,
+// do runs f with the pool. It retries when the database refused the credential, when the connection was lost or the
+// server became read only, and after a conflict between two transactions. While the server has no room for another connection it retries until ctx ends,
 // for at most doTimeout. If ctx ends during a retry, it returns the reason for the retry, which says more.
 func (s *service) do(ctx context.Context, f func(ctx context.Context, pool *pgxpool.Pool) error) error {
 	ctx, cancel := context.WithTimeout(ctx, doTimeout)
@@ -267,6 +267,8 @@ func (s *service) do(ctx context.Context, f func(ctx context.Context, pool *pgxp
 		switch why := classify(err); why {
 		case badCredential:
 			s.markRefused(pool)
+		case readOnly: // leave the server: DSN may name another one that is the primary now
+			pool.Reset()
 		case connectionLost, conflict:
 		default:
 			return err
@@ -293,6 +295,7 @@ const (
 	serverFull             // all connections of the server, or of the role, are taken
 	overLimit              // a limit of schema pawl; the message says which
 	unusable               // the secret would not work; the message says why
+	readOnly               // the server is no primary any more
 )
 
 // classify reads the SQLSTATE (PostgreSQL manual, appendix A).
@@ -310,6 +313,8 @@ func classify(err error) failure {
 		return badCredential
 	case pg.Code == "53300":
 		return serverFull
+	case pg.Code == "25006":
+		return readOnly
 	case pg.Code == "53400":
 		return overLimit
 	case pg.Code == "0A000":

@@ -159,14 +159,27 @@ type loginState struct {
 
 func (b *Backend) inspect(ctx context.Context, ids []string) (found []loginState, err error) {
 	err = b.revoker.do(ctx, func(ctx context.Context, pool *pgxpool.Pool) (err error) {
-		found, err = inspectAt(ctx, pool, ids)
+		conn, err := pool.Acquire(ctx)
+		if err != nil {
+			return err
+		}
+		defer conn.Release()
+		if _, err := conn.Exec(ctx, "SELECT pawl.check_primary()"); err != nil {
+			return err
+		}
+		found, err = inspectAt(ctx, conn, ids)
 		return err
 	})
 	return found, err
 }
 
-func inspectAt(ctx context.Context, pool *pgxpool.Pool, ids []string) ([]loginState, error) {
-	rows, err := pool.Query(ctx, `SELECT grant_id, can_login, in_group,
+// querier is a pool or one of its connections.
+type querier interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+}
+
+func inspectAt(ctx context.Context, db querier, ids []string) ([]loginState, error) {
+	rows, err := db.Query(ctx, `SELECT grant_id, can_login, in_group,
 		nullif(valid_until, 'infinity'), sessions FROM pawl.inspect($1)`, ids)
 	if err != nil {
 		return nil, err

@@ -28,6 +28,7 @@ var argKinds = map[string]string{
 type settings struct {
 	host         string // for the agent to connect to
 	port         int
+	others       []string // host:port of further servers of the DSN, one of which may be the primary
 	sslmode      string
 	schema       string        // of a table that is named without one
 	tables       []table       // the tables that a step may ask for; empty: every table that pawl_maker may grant
@@ -45,7 +46,8 @@ var sslmodes = []string{"disable", "allow", "prefer", "require", "verify-ca", "v
 // must declare the argument "tables", unless the setting "tables" fixes them. It may declare "verbs", "filter_value"
 // and "filter_column". All settings are optional:
 //
-//   - host, port, sslmode: where and how the agent connects. Default: those of the backend's DSN, and verify-full.
+//   - host, port, sslmode: where and how the agent connects. Default: those of the backend's DSN, and verify-full. If
+//     the DSN names several servers, so does the secret's URL.
 //   - dbname: if set, must be the backend's database.
 //   - schema: of tables named without one. Default: public.
 //   - tables, verbs: comma-separated. A step may ask for these at most, and gets all of them if it does not ask.
@@ -76,6 +78,9 @@ func (b *Backend) parseTool(t broker.Tool) (settings, error) {
 		host: b.address.ConnConfig.Host, port: int(b.address.ConnConfig.Port), sslmode: "verify-full",
 		schema: "public", verbs: []string{"select"},
 		connections: 4, statement: 30 * time.Second, idle: 10 * time.Second,
+	}
+	if t.Settings["host"] == "" && t.Settings["port"] == "" {
+		s.others = othersOf(b.address)
 	}
 	for _, name := range slices.Sorted(maps.Keys(t.Settings)) {
 		if name == "tables" {
