@@ -4,11 +4,8 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"net"
 	"net/url"
 	"regexp"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -33,10 +30,12 @@ type Credentials interface {
 // Config names the database and the source of the broker's own credentials.
 type Config struct {
 	// DSN is the database's address without user and password, such as
-	// "host=db.internal port=5432 dbname=app sslmode=verify-full". Required.
+	// "host=db.internal port=5432 dbname=app sslmode=verify-full". It may name several servers, of which one is the
+	// primary, and the broker follows a failover. Required.
 	DSN string
 	// Standbys are the DSNs of the hot standbys of that server at which agents can log in, in the form of DSN. Their
-	// sessions are ended and counted there. Empty: agents can log in at no standby.
+	// sessions are ended and counted there. Each has a name that leads to it alone. One that is the primary at present
+	// is no mistake. Empty: agents can log in at no standby.
 	Standbys []string
 	// Credentials is the source of the broker's own credentials. Required.
 	Credentials Credentials
@@ -86,21 +85,5 @@ func holdsPassword(dsn string) bool {
 
 // nameOf returns the host and port of an address, for messages.
 func nameOf(address *pgxpool.Config) string {
-	return net.JoinHostPort(address.ConnConfig.Host, strconv.Itoa(int(address.ConnConfig.Port)))
-}
-
-// othersOf returns host:port of the servers after the first one that an address names. None if one is a Unix socket.
-func othersOf(address *pgxpool.Config) (others []string) {
-	seen := map[string]bool{nameOf(address): true}
-	for _, f := range address.ConnConfig.Fallbacks { // one for each server and way to use TLS
-		if strings.HasPrefix(f.Host, "/") || strings.HasPrefix(address.ConnConfig.Host, "/") {
-			return nil
-		}
-		name := net.JoinHostPort(f.Host, strconv.Itoa(int(f.Port)))
-		if !seen[name] {
-			seen[name] = true
-			others = append(others, name)
-		}
-	}
-	return others
+	return server{address.ConnConfig.Host, address.ConnConfig.Port}.String()
 }

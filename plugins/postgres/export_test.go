@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"net/url"
 	"time"
 )
 
@@ -23,4 +24,13 @@ func SpellTable(text, schema string) (string, error) {
 		return "", err
 	}
 	return t.String(), nil
+}
+
+// URLOf returns the connection URL of a secret for servers with port 5432.
+func URLOf(hosts ...string) string {
+	var reach []server
+	for _, host := range hosts {
+		reach = append(reach, server{host, 5432})
+	}
+	return urlOf(reach, "disable", "app", url.UserPassword("u", "p"))
 }

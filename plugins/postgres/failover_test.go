@@ -33,6 +33,9 @@ func TestFailover(tt *testing.T) {
 		t.Fatal(err)
 	}
 	c := t.mint(`{"tables":["orders"]}`)
+	if got := fmt.Sprint(c.Port); got != first {
+		t.Errorf("port of the secret = %s, want the primary's %s", got, first)
+	}
 	for _, address := range []string{t.server.Address(), standby.Address()} {
 		if !strings.Contains(c.URL, address) {
 			t.Errorf("the secret's URL does not name %s", address)
@@ -56,11 +59,43 @@ func TestFailover(tt *testing.T) {
 	if _, _, err := t.backend.Prepare(t.Context(), tool(), newGrant(`{"tables":["t1"]}`)); err != nil {
 		t.Errorf("Prepare after the failover = %v, want nil", err)
 	}
+	t.vault = pool(tt, standby.DSNFor("pawl_vault", vaultPassword, t.name))
+	if got := fmt.Sprint(t.mint(`{"tables":["t1"]}`).Port); got != second {
+		t.Errorf("port of the secret after the failover = %s, want the new primary's %s", got, second)
+	}
 	t.sever(c.grant)
 	if !t.sessionEnded(conn) {
 		t.Error("the session at the new primary is open after Sever")
 	}
 	if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeDead {
 		t.Errorf("Prove after the failover = %v %q, want dead", e.Outcome, e.Answer)
+	}
+}
+
+// TestStandbyFirst has a DSN whose first server is a standby that does not know the latest logins. The broker and its
+// agents must reach the primary.
+func TestStandbyFirst(tt *testing.T) {
+	r := newReplica(tt)
+	r.execThere("SELECT pg_wal_replay_pause()")
+	_, first, _ := strings.Cut(r.standby.Address(), ":")
+	_, second, _ := strings.Cut(r.server.Address(), ":")
+	for _, attributes := range []string{"", "target_session_attrs=read-write"} {
+		backend, err := postgres.New(postgres.Config{Credentials: r.creds, DSN: fmt.Sprintf(
+			"host=127.0.0.1,127.0.0.1 port=%s,%s dbname=%s sslmode=disable %s", first, second, r.name, attributes)})
+		if err != nil {
+			r.Fatal(err)
+		}
+		r.Cleanup(backend.Close)
+		r.backend = backend
+		made := len(r.creds.made)
+		c := r.mint(`{"tables":["orders"]}`)
+		conn := r.login(c)
+		r.sever(c.grant)
+		if e := r.prove(c.grant)[0]; e.Outcome != broker.OutcomeDead || !r.sessionEnded(conn) {
+			r.Errorf("Prove at the primary = %v %q, want dead", e.Outcome, e.Answer)
+		}
+		if n := len(r.creds.made) - made; n != 2 {
+			r.Errorf("the backend fetched %d credentials, want 2", n)
+		}
 	}
 }

@@ -18,8 +18,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/jackc/pgx/v5/pgxpool"
-
 	"github.com/pawlsec/pawl/broker"
 )
 
@@ -30,7 +28,7 @@ const schemaVersion = 2
 // [broker.Finder] and [broker.Remover]. Safe for concurrent use.
 type Backend struct {
 	cfg      Config
-	address  *pgxpool.Config
+	servers  *servers
 	database string
 	// Severing has its own connections, so that it never queues behind preparing. One of them is always open, since
 	// agents can take all others that the server has.
@@ -63,13 +61,18 @@ func New(cfg Config) (*Backend, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	b := &Backend{cfg: cfg, address: address, database: address.ConnConfig.Database, shapes: map[string]time.Time{}}
-	b.shaper = newService(Shaper, cfg, address)
-	b.revoker = newService(Revoker, cfg, address)
+	b := &Backend{cfg: cfg, servers: serversOf(address), database: address.ConnConfig.Database,
+		shapes: map[string]time.Time{}}
+	b.shaper = newService(Shaper, cfg, address, b.servers)
+	b.revoker = newService(Revoker, cfg, address, b.servers)
 	for _, dsn := range cfg.Standbys {
 		standby, err := parseAddress(dsn)
 		if err != nil {
 			return nil, fmt.Errorf("a standby: %w", err)
+		}
+		if len(serversOf(standby.Copy()).named) > 1 {
+			return nil, fmt.Errorf("postgres: standby %s: its DSN names several servers; list each as a standby of its own",
+				nameOf(standby))
 		}
 		if standby.ConnConfig.Database != b.database {
 			return nil, fmt.Errorf("postgres: standby %s has another database than %q", nameOf(standby), b.database)

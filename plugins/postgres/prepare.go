@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"net"
 	"net/url"
 	"strconv"
 	"strings"
@@ -196,9 +195,13 @@ func (s settings) finish(database string, sp spec, prefix string, response map[s
 	if password == "" {
 		return broker.Finished{}, errors.New("vault's response contains no password")
 	}
-	l := login{Username: username, Password: password, Host: s.host, Port: s.port,
+	reach := []server{{s.host, uint16(s.port)}}
+	if s.follow != nil {
+		reach = s.follow.inOrder()
+	}
+	l := login{Username: username, Password: password, Host: reach[0].host, Port: int(reach[0].port),
 		Database: database, SSLMode: s.sslmode,
-		URL: s.url(database, url.UserPassword(username, password)), Tables: map[string]string{}}
+		URL: urlOf(reach, s.sslmode, database, url.UserPassword(username, password)), Tables: map[string]string{}}
 	shape, _ := sp.encode()
 	for _, t := range sp.Tables {
 		use := t
@@ -224,18 +227,25 @@ func isAlphanumeric(s string) bool {
 	})
 }
 
-// url returns the connection URL for libpq and pgx. The directory of a Unix socket goes into a parameter.
-func (s settings) url(database string, user *url.Userinfo) string {
-	query := url.Values{"sslmode": {s.sslmode}}
+// urlOf returns the connection URL for libpq and pgx. The directory of a Unix socket goes into a parameter, and so do
+// several IPv6 addresses, since net/url does not parse them.
+func urlOf(reach []server, sslmode, database string, user *url.Userinfo) string {
+	query := url.Values{"sslmode": {sslmode}}
 	u := url.URL{Scheme: "postgresql", User: user, Path: "/" + database, RawPath: "/" + url.PathEscape(database)}
-	if port := strconv.Itoa(s.port); strings.HasPrefix(s.host, "/") {
-		query.Set("host", s.host)
-		query.Set("port", port)
+	var names, hosts, ports []string
+	for _, one := range reach {
+		names = append(names, one.String())
+		hosts, ports = append(hosts, one.host), append(ports, strconv.Itoa(int(one.port)))
+	}
+	all := strings.Join(hosts, ",")
+	if strings.HasPrefix(all, "/") || len(hosts) > 1 && strings.Contains(all, ":") {
+		query.Set("host", all)
+		query.Set("port", strings.Join(ports, ","))
 	} else {
-		u.Host = strings.Join(append([]string{net.JoinHostPort(s.host, port)}, s.others...), ",")
-		if len(s.others) > 0 {
-			query.Set("target_session_attrs", "read-write") // the primary
-		}
+		u.Host = strings.Join(names, ",")
+	}
+	if len(hosts) > 1 {
+		query.Set("target_session_attrs", "read-write") // the primary
 	}
 	u.RawQuery = query.Encode()
 	return u.String()

@@ -53,7 +53,9 @@ func (s *service) rollBackPrepared(ctx context.Context, ids []string) error {
 	}
 	var failed []error
 	for _, l := range loans {
-		if err := l.rollBack(ctx, pool.Config().ConnConfig); err != nil {
+		config := pool.Config().ConnConfig
+		s.servers.order(config)
+		if err := l.rollBack(ctx, config); err != nil {
 			failed = append(failed, err)
 		}
 	}

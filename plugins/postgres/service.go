@@ -24,6 +24,7 @@ type service struct {
 	purpose   Purpose
 	cfg       Config
 	address   *pgxpool.Config
+	servers   *servers // of address
 	closing   sync.WaitGroup
 	fetchSlot chan struct{} // holds one token; only the goroutine that takes it may fetch a credential
 	next      *serviceLogin // guarded by fetchSlot: fetched, but the server has had no room for its connection yet
@@ -50,12 +51,12 @@ func (l *serviceLogin) close() {
 	}
 }
 
-func newService(p Purpose, cfg Config, address *pgxpool.Config) *service {
+func newService(p Purpose, cfg Config, address *pgxpool.Config, named *servers) *service {
 	address = address.Copy()
 	// The default would close a connection after an hour. Opening another one can fail, while agents hold all
 	// connections that the server has. A credential lives for at most 25 hours.
 	address.MinConns, address.MaxConnLifetime = 1, 25*time.Hour
-	s := &service{purpose: p, cfg: cfg, address: address, fetchSlot: make(chan struct{}, 1)}
+	s := &service{purpose: p, cfg: cfg, address: address, servers: named, fetchSlot: make(chan struct{}, 1)}
 	s.fetchSlot <- struct{}{}
 	return s
 }
@@ -118,9 +119,15 @@ func (s *service) fetch(ctx context.Context) (*pgxpool.Pool, error) {
 		s.next = next
 	}
 	next := s.next
-	err := retryWhileFull(ctx, next.pool.Ping)
-	for try := 1; err != nil && classify(err) == connectionLost && try < maxAttempts && ctx.Err() == nil; try++ {
-		err = retryWhileFull(ctx, next.pool.Ping)
+	var err error
+	for try := 1; try <= maxAttempts; try++ {
+		first := s.servers.inOrder()[0]
+		if err = retryWhileFull(ctx, next.pool.Ping); err == nil || ctx.Err() != nil {
+			break
+		}
+		if why := classify(err); why != connectionLost && (why != badCredential || !s.servers.next(first, try)) {
+			break
+		}
 	}
 	if err != nil {
 		if classify(err) == badCredential {
@@ -243,8 +250,9 @@ const (
 )
 
 // do runs f with the pool. It retries when the database refused the credential, when the connection was lost or the
-// server became read only, and after a conflict between two transactions. While the server has no room for another connection it retries until ctx ends,
-// for at most doTimeout. If ctx ends during a retry, it returns the reason for the retry, which says more.
+// server became read only, and after a conflict between two transactions. While the server has no room for another
+// connection it retries until ctx ends, for at most doTimeout. If ctx ends during a retry, it returns the reason for
+// the retry, which says more.
 func (s *service) do(ctx context.Context, f func(ctx context.Context, pool *pgxpool.Pool) error) error {
 	ctx, cancel := context.WithTimeout(ctx, doTimeout)
 	defer cancel()
@@ -254,6 +262,7 @@ func (s *service) do(ctx context.Context, f func(ctx context.Context, pool *pgxp
 		if err != nil {
 			return cmp.Or(reason, err)
 		}
+		first := s.servers.inOrder()[0]
 		err = retryWhileFull(ctx, func(ctx context.Context) error { return f(ctx, pool) })
 		switch {
 		case err == nil:
@@ -266,7 +275,9 @@ func (s *service) do(ctx context.Context, f func(ctx context.Context, pool *pgxp
 		reason = err
 		switch why := classify(err); why {
 		case badCredential:
-			s.markRefused(pool)
+			if !s.servers.next(first, try) {
+				s.markRefused(pool)
+			}
 		case readOnly: // leave the server: DSN may name another one that is the primary now
 			pool.Reset()
 		case connectionLost, conflict:
@@ -319,7 +330,7 @@ func classify(err error) failure {
 		return overLimit
 	case pg.Code == "0A000":
 		return unusable
-	case pg.Code == "57P01" || strings.HasPrefix(pg.Code, "08"):
+	case pg.Code == "57P01", pg.Code == "57P02", strings.HasPrefix(pg.Code, "08"):
 		return connectionLost
 	// XX000 is "tuple concurrently updated", after a concurrent GRANT.
 	case strings.HasPrefix(pg.Code, "40"), pg.Code == "55P03", pg.Code == "XX000", pg.Code == "23505":

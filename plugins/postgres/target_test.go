@@ -192,6 +192,7 @@ type credential struct {
 	grant broker.Grant
 	URL   string            `json:"url"`
 	User  string            `json:"username"`
+	Port  int               `json:"port"`
 	Names map[string]string `json:"tables"`
 }
 

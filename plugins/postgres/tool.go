@@ -28,7 +28,7 @@ var argKinds = map[string]string{
 type settings struct {
 	host         string // for the agent to connect to
 	port         int
-	others       []string // host:port of further servers of the DSN, one of which may be the primary
+	follow       *servers // if set, these instead of host and port
 	sslmode      string
 	schema       string        // of a table that is named without one
 	tables       []table       // the tables that a step may ask for; empty: every table that pawl_maker may grant
@@ -47,7 +47,7 @@ var sslmodes = []string{"disable", "allow", "prefer", "require", "verify-ca", "v
 // and "filter_column". All settings are optional:
 //
 //   - host, port, sslmode: where and how the agent connects. Default: those of the backend's DSN, and verify-full. If
-//     the DSN names several servers, so does the secret's URL.
+//     the DSN names several servers, host and port are those of the primary, and the secret's URL names all.
 //   - dbname: if set, must be the backend's database.
 //   - schema: of tables named without one. Default: public.
 //   - tables, verbs: comma-separated. A step may ask for these at most, and gets all of them if it does not ask.
@@ -75,12 +75,14 @@ func (b *Backend) parseTool(t broker.Tool) (settings, error) {
 		return settings{}, fmt.Errorf("tool %s: the path must be the mount and the role", t.Name)
 	}
 	s := settings{
-		host: b.address.ConnConfig.Host, port: int(b.address.ConnConfig.Port), sslmode: "verify-full",
-		schema: "public", verbs: []string{"select"},
+		sslmode: "verify-full",
+		schema:  "public", verbs: []string{"select"},
 		connections: 4, statement: 30 * time.Second, idle: 10 * time.Second,
 	}
-	if t.Settings["host"] == "" && t.Settings["port"] == "" {
-		s.others = othersOf(b.address)
+	named := b.servers.inOrder()
+	s.host, s.port = named[0].host, int(named[0].port)
+	if t.Settings["host"] == "" && t.Settings["port"] == "" && !b.servers.onSocket() {
+		s.follow = b.servers
 	}
 	for _, name := range slices.Sorted(maps.Keys(t.Settings)) {
 		if name == "tables" {

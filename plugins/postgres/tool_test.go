@@ -46,6 +46,8 @@ func TestNewRefuses(t *testing.T) {
 		{Credentials: noCredentials{}, DSN: "postgres://u@x/app?password=MARKER-SECRET"},
 		{Credentials: noCredentials{}, DSN: "postgres://u:MARKER-SECRET@x:port/app"},
 		{Credentials: noCredentials{}, DSN: "host=x dbname=" + strings.Repeat("x", 64)},
+		{Credentials: noCredentials{}, DSN: "host=x dbname=app", Standbys: []string{"host=y dbname=other"}},
+		{Credentials: noCredentials{}, DSN: "host=x dbname=app", Standbys: []string{"host=y,z dbname=app"}},
 	} {
 		_, err := postgres.New(cfg)
 		if err == nil || strings.Contains(err.Error(), "MARKER-SECRET") {
@@ -244,6 +246,38 @@ func TestVaultSetup(tt *testing.T) {
 			if _, err := t.vault.Exec(t.Context(), sql); sqlState(err) != "22023" {
 				t.Errorf("%v %s = %v, want 22023", role.Path, sql, sqlState(err))
 			}
+		}
+	}
+}
+
+// TestURL checks that clients read the servers of a secret as they are meant.
+func TestURL(t *testing.T) {
+	for _, row := range []struct {
+		hosts []string
+		want  string
+	}{
+		{[]string{"db"}, "postgresql://u:p@db:5432/app?sslmode=disable"},
+		{[]string{"::1"}, "postgresql://u:p@[::1]:5432/app?sslmode=disable"},
+		{[]string{"/run/pg"}, "postgresql://u:p@/app?host=%2Frun%2Fpg&port=5432&sslmode=disable"},
+		{[]string{"a", "10.0.0.1"}, "postgresql://u:p@a:5432,10.0.0.1:5432/app?sslmode=disable&target_session_attrs=read-write"},
+		{[]string{"a", "::1"}, "postgresql://u:p@/app?host=a%2C%3A%3A1&port=5432%2C5432&sslmode=disable&" +
+			"target_session_attrs=read-write"},
+	} {
+		got := postgres.URLOf(row.hosts...)
+		if got != row.want {
+			t.Errorf("URL of %v = %s, want %s", row.hosts, got, row.want)
+		}
+		c, err := pgx.ParseConfig(got)
+		if err != nil {
+			t.Errorf("pgx parses %s = %v, want nil", got, err)
+			continue
+		}
+		read := []string{c.Host}
+		for _, f := range c.Fallbacks {
+			read = append(read, f.Host)
+		}
+		if !reflect.DeepEqual(read, row.hosts) {
+			t.Errorf("pgx reads the hosts %v in %s, want %v", read, got, row.hosts)
 		}
 	}
 }
