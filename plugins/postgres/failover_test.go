@@ -99,3 +99,16 @@ func TestStandbyFirst(tt *testing.T) {
 		}
 	}
 }
+
+// TestReadOnlyByDefault ends a login in a database that is read only by default, as some are while their disk is full.
+func TestReadOnlyByDefault(tt *testing.T) {
+	t := ownTarget(tt)
+	c := t.mint(`{"tables":["orders"]}`)
+	conn := t.login(c)
+	t.exec("ALTER DATABASE " + t.name + " SET default_transaction_read_only = on")
+	t.backend = t.newBackend(postgres.Config{})
+	t.sever(c.grant)
+	if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeDead || !t.sessionEnded(conn) || !t.refusesLogin(c) {
+		t.Errorf("Prove = %v %q, want dead", e.Outcome, e.Answer)
+	}
+}

@@ -33,6 +33,7 @@ type servers struct {
 }
 
 // serversOf returns the servers of an address. If there are several, connections to the address go to the primary.
+// If there is one, it is written to even where the database is read only by default, since its logins must end there.
 func serversOf(address *pgxpool.Config) *servers {
 	s := &servers{named: []server{{address.ConnConfig.Host, address.ConnConfig.Port}}, addresses: map[string][]string{}}
 	for _, f := range address.ConnConfig.Fallbacks { // one for each server and way to use TLS
@@ -41,6 +42,10 @@ func serversOf(address *pgxpool.Config) *servers {
 		}
 	}
 	if len(s.named) == 1 {
+		address.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
+			_, err := conn.Exec(ctx, "SET default_transaction_read_only = off", pgx.QueryExecModeSimpleProtocol)
+			return err
+		}
 		return s
 	}
 	if address.ConnConfig.ValidateConnect == nil {
