@@ -61,7 +61,7 @@ type Backend struct {
 
 	DSN   string `yaml:"dsn"`   // postgres: host, port, dbname and sslmode, never a user or password; required
 	Mount string `yaml:"mount"` // postgres: mount of the database engine; empty: database
-	// postgres: the hot standbys at which agents can log in, each in the form of dsn; empty: none
+	// postgres: the hot standbys at which agents can log in, each in the form of dsn with one server; empty: none
 	Standbys []string `yaml:"standbys"`
 	// postgres: Vault role of the broker's own login that makes shapes; empty: pawl-shaper
 	Shaper string `yaml:"shaper"`

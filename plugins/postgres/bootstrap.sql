@@ -76,7 +76,7 @@ END $$;
 
 -- Their results changed in version 2.
 DROP FUNCTION IF EXISTS pawl.sever(text[]), pawl.disable(text[]), pawl.collect(interval),
-    pawl.ensure_shape(text, text), pawl.grant_table(text, jsonb, text, text);
+    pawl.ensure_shape(text, text), pawl.grant_table(text, jsonb, text, text), pawl.position();
 
 CREATE OR REPLACE FUNCTION pawl.version() RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT 2';
 
@@ -911,6 +911,12 @@ SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off SET
     WHERE l.server = here.id
 $$;
 
+-- Returns those of the given grants that have had a login or were barred. They can get no other login.
+CREATE OR REPLACE FUNCTION pawl.known(grants text[]) RETURNS SETOF text LANGUAGE sql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off SET lock_timeout = '2s' AS $$
+    SELECT l.grant_id FROM pawl.logins l WHERE l.grant_id IN (SELECT unnest(grants))
+$$;
+
 -- Severs the given grants. Call it until severed, passed_over, sessions and prepared are all zero: a later call finds a
 -- session that began to log in before the commit. prepared counts the transactions that pawl.prepared returns: no
 -- function can roll one back, so the caller does, with pawl.lend. It passes over a login that another transaction is
@@ -1030,8 +1036,11 @@ BEGIN
     SELECT array_agg(i.role), count(*) FILTER (WHERE i.can_login OR i.in_group) INTO roles, alive
     FROM pawl.inspect(grants) i;
     PERFORM pg_stat_clear_snapshot();
+    -- The process that replays holds a transaction for as long as it lives. Before version 18 the list of sessions shows
+    -- no process that is starting up.
     starting := ARRAY(SELECT pid FROM pg_locks WHERE locktype = 'virtualxid' AND granted
-        EXCEPT SELECT pid FROM pg_stat_activity WHERE usesysid IS NOT NULL OR datid IS NOT NULL);
+        EXCEPT SELECT pid FROM pg_stat_activity WHERE usesysid IS NOT NULL OR datid IS NOT NULL
+            OR current_setting('server_version_num')::int < 180000);
     roles := roles || ARRAY(SELECT l.role FROM pawl.logins l WHERE l.grant_id IN (SELECT unnest(grants))
         AND (SELECT p.oid FROM pg_roles p WHERE p.oid = l.role) IS NULL);
     sessions := pawl.hang_up_once(roles);
@@ -1046,11 +1055,13 @@ BEGIN
     END IF;
 END $$;
 
--- Returns the identity of this server, whether it is a standby, and how far it has written or replayed.
-CREATE OR REPLACE FUNCTION pawl.position(OUT server bigint, OUT standby boolean, OUT lsn pg_lsn)
+-- Returns the identity of this server, whether it is a standby, how far it has written or replayed, and when it was
+-- started. A standby has the identity of its primary.
+CREATE OR REPLACE FUNCTION pawl.position(OUT server bigint, OUT standby boolean, OUT lsn pg_lsn, OUT started timestamptz)
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
     SELECT pawl.server_id(), pg_is_in_recovery(),
-        CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END
+        CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END,
+        pg_postmaster_start_time()
 $$;
 
 -- Bars grants, so that they can never get a credential, and waits for mints in flight. Returns how many of the grants
@@ -1188,6 +1199,6 @@ GRANT EXECUTE ON FUNCTION pawl.grant_login(text, text, timestamptz), pawl.end_lo
 GRANT EXECUTE ON FUNCTION pawl.ensure_shape(text, text, text) TO pawl_shaper;
 GRANT EXECUTE ON FUNCTION pawl.sever(text[]), pawl.bar(text[]), pawl.inspect(text[]), pawl.remove(text[]),
     pawl.recorded(text[]), pawl.prepared(text[]), pawl.lend(text[]), pawl.give_back(), pawl.collect(interval),
-    pawl.cut(text[]), pawl.position(), pawl.check_primary() TO pawl_revoker;
+    pawl.cut(text[]), pawl.known(text[]), pawl.position(), pawl.check_primary() TO pawl_revoker;
 
 RESET ROLE;

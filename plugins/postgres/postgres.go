@@ -37,9 +37,9 @@ type Backend struct {
 	stop context.CancelFunc
 	done sync.WaitGroup
 
-	// mu guards shapes.
-	mu     sync.Mutex
-	shapes map[string]time.Time // when each shape was last seen in the database
+	mu     sync.Mutex               // guards shapes and ends
+	shapes map[string]time.Time     // when each shape was last seen in the database
+	ends   map[broker.GrantID]int64 // see endsOf
 }
 
 // New checks the configuration and starts the background work that renews the broker's own credentials. The database
@@ -62,27 +62,19 @@ func New(cfg Config) (*Backend, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	b := &Backend{cfg: cfg, servers: serversOf(address), database: address.ConnConfig.Database,
-		shapes: map[string]time.Time{}}
+		shapes: map[string]time.Time{}, ends: map[broker.GrantID]int64{}}
 	b.shaper = newService(Shaper, cfg, address, b.servers)
 	b.revoker = newService(Revoker, cfg, address, b.servers)
-	for _, dsn := range cfg.Standbys {
-		standby, err := parseAddress(dsn)
-		if err != nil {
-			return nil, fmt.Errorf("a standby: %w", err)
-		}
-		if len(serversOf(standby.Copy()).named) > 1 {
-			return nil, fmt.Errorf("postgres: standby %s: its DSN names several servers; list each as a standby of its own",
-				nameOf(standby))
-		}
-		if standby.ConnConfig.Database != b.database {
-			return nil, fmt.Errorf("postgres: standby %s has another database than %q", nameOf(standby), b.database)
-		}
-		b.revoker.standbys = append(b.revoker.standbys, standby)
+	if b.revoker.standbys, err = parseStandbys(cfg.Standbys, b.database); err != nil {
+		return nil, err
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	b.stop = stop
 	b.done.Go(func() { b.maintain(ctx) })
 	b.done.Go(func() { b.revoker.keepOpen(ctx) })
+	for i := range b.revoker.standbys {
+		b.done.Go(func() { b.revoker.watchStandby(ctx, i) })
+	}
 	return b, nil
 }
 

@@ -108,14 +108,15 @@ func (s *servers) reached(address net.Addr) {
 }
 
 // next puts the server after the given one first, unless another caller has done so, after a credential was refused.
-// It reports false once each server was asked in the given number of tries.
+// It reports whether to try again with that credential. Another connection can have been refused by another server, so
+// that is not one try for each.
 func (s *servers) next(refused server, try int) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.named[s.first] == refused {
 		s.first = (s.first + 1) % len(s.named)
 	}
-	return try%len(s.named) != 0
+	return len(s.named) > 1 && try < maxAttempts-1
 }
 
 // onSocket reports whether a server is reached through the directory of a Unix socket.

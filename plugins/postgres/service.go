@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
@@ -28,7 +29,7 @@ type service struct {
 	closing   sync.WaitGroup
 	fetchSlot chan struct{} // holds one token; only the goroutine that takes it may fetch a credential
 	next      *serviceLogin // guarded by fetchSlot: fetched, but the server has had no room for its connection yet
-	standbys  []*pgxpool.Config
+	standbys  []*standby
 
 	mu       sync.Mutex // guards live and previous
 	live     *serviceLogin
@@ -53,9 +54,7 @@ func (l *serviceLogin) close() {
 
 func newService(p Purpose, cfg Config, address *pgxpool.Config, named *servers) *service {
 	address = address.Copy()
-	// The default would close a connection after an hour. Opening another one can fail, while agents hold all
-	// connections that the server has. A credential lives for at most 25 hours.
-	address.MinConns, address.MaxConnLifetime = 1, 25*time.Hour
+	keepConnected(address)
 	s := &service{purpose: p, cfg: cfg, address: address, servers: named, fetchSlot: make(chan struct{}, 1)}
 	s.fetchSlot <- struct{}{}
 	return s
@@ -159,11 +158,11 @@ func (s *service) newLogin(ctx context.Context) (*serviceLogin, error) {
 	if l.pool, err = open(s.address); err != nil {
 		return nil, fmt.Errorf("opening a pool for %s: %w", s.purpose, err)
 	}
-	for _, address := range s.standbys {
-		pool, err := open(address)
+	for _, st := range s.standbys {
+		pool, err := open(st.address)
 		if err != nil {
 			l.close()
-			return nil, fmt.Errorf("opening a pool for %s at standby %s: %w", s.purpose, nameOf(address), err)
+			return nil, fmt.Errorf("opening a pool for %s at standby %s: %w", s.purpose, nameOf(st.address), err)
 		}
 		l.standbys = append(l.standbys, pool)
 	}
@@ -291,6 +290,19 @@ func (s *service) do(ctx context.Context, f func(ctx context.Context, pool *pgxp
 func (s *service) query(ctx context.Context, sql string, args []any, into ...any) error {
 	return s.do(ctx, func(ctx context.Context, pool *pgxpool.Pool) error {
 		return pool.QueryRow(ctx, sql, args...).Scan(into...)
+	})
+}
+
+// gather puts the one column of a query into a set.
+func (s *service) gather(ctx context.Context, set map[string]bool, sql string, args ...any) error {
+	return s.do(ctx, func(ctx context.Context, pool *pgxpool.Pool) error {
+		rows, err := pool.Query(ctx, sql, args...)
+		if err != nil {
+			return err
+		}
+		var one string
+		_, err = pgx.ForEachRow(rows, []any{&one}, func() error { set[one] = true; return nil })
+		return err
 	})
 }
 

@@ -29,8 +29,10 @@ func (b *Backend) Sever(ctx context.Context, grants []broker.Grant) error {
 		return nil
 	}
 	ids := idsOf(grants)
+	cut := b.revoker.startCut(ctx, ids) // the primary may be away, or take its time
 	err := b.severPrimary(ctx, ids)
-	err = errors.Join(err, b.revoker.cutStandbys(ctx, ids)) // also if the primary is away
+	cut()
+	err = errors.Join(err, b.revoker.cutStandbys(ctx, ids))
 	if err != nil {
 		return fmt.Errorf("severing %d grants in database %q: %w", len(ids), b.database, err)
 	}
@@ -39,7 +41,8 @@ func (b *Backend) Sever(ctx context.Context, grants []broker.Grant) error {
 
 func (b *Backend) severPrimary(ctx context.Context, ids []string) error {
 	for {
-		resists, err := untilQuiet(ctx, func(ctx context.Context) (pass, error) { return b.severOnce(ctx, ids) })
+		resists, err := untilQuiet(ctx, stallGrace,
+			func(ctx context.Context) (pass, error) { return b.severOnce(ctx, ids) })
 		if err != nil {
 			return err
 		}
@@ -60,7 +63,7 @@ const (
 	// startupGrace is how long untilQuiet waits for server processes that are starting up. A process that is still
 	// authenticating after that is refused. A session that was accepted just before has no rights left.
 	startupGrace = 500 * time.Millisecond
-	// stallGrace is how long untilQuiet continues without progress. It is longer than startupGrace, so that the
+	// stallGrace is how long severing continues without progress. It is longer than startupGrace, so that the
 	// sessions of all other logins have been found by then.
 	stallGrace = time.Second
 )
@@ -88,10 +91,12 @@ func (b *Backend) severOnce(ctx context.Context, ids []string) (p pass, err erro
 	return p, err
 }
 
-// untilQuiet calls once until a pass finds nothing left. It also waits for the server processes that were starting up
+// untilQuiet calls once until a pass finds nothing left, or until there was no progress for the given time. It also waits for the server processes that were starting up
 // at the first such pass. Each of them ends, or becomes a session that a later pass counts. resists says why some
 // logins are not severed.
-func untilQuiet(ctx context.Context, once func(context.Context) (pass, error)) (resists, err error) {
+func untilQuiet(
+	ctx context.Context, patience time.Duration, once func(context.Context) (pass, error),
+) (resists, err error) {
 	var quiet bool           // a pass found nothing left
 	var waited time.Duration // since that pass
 	var before []int32       // the processes that were starting up at that pass and still are
@@ -125,7 +130,7 @@ func untilQuiet(ctx context.Context, once func(context.Context) (pass, error)) (
 		if left < least {
 			least, progress = left, time.Now()
 		}
-		if left > 0 && time.Since(progress) > stallGrace {
+		if left > 0 && time.Since(progress) > patience {
 			return fmt.Errorf("%d logins, %d sessions and %d prepared transactions resist: %s",
 				p.passedOver, p.sessions, p.prepared, obstacle), nil
 		}
@@ -212,10 +217,6 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 	if err != nil {
 		return nil, fmt.Errorf("reading the records of database %q: %w", b.database, err)
 	}
-	standbys, err := b.inspectStandbys(ctx, ids)
-	if err != nil {
-		return nil, fmt.Errorf("reading the position of database %q: %w", b.database, err)
-	}
 	now := b.cfg.Now()
 	of := map[string][]loginState{}
 	for _, l := range found {
@@ -229,11 +230,11 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 			evidence[i].Outcome, evidence[i].Answer = broker.OutcomeUnknown, "this server has no record of the login: "+
 				"it was made elsewhere, or ended more than a week ago"
 		}
-		for _, at := range standbys {
-			if outcome, answer := at.outcome(string(g.ID), now); worse(outcome, evidence[i].Outcome) {
-				evidence[i].Outcome, evidence[i].Answer = outcome, answer
-			}
-		}
+	}
+	if err := b.proveAtStandbys(ctx, grants, evidence); err != nil {
+		return nil, fmt.Errorf("reading the position of database %q: %w", b.database, err)
+	}
+	for i, g := range grants {
 		for _, owner := range []string{string(g.ID), ""} {
 			if hint := prepared[owner]; hint != "" && evidence[i].Outcome != broker.OutcomeAlive {
 				evidence[i].Outcome, evidence[i].Answer = broker.OutcomeAlive, "a prepared transaction is left; "+hint
@@ -243,18 +244,93 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 	return evidence, nil
 }
 
+// proveAtStandbys changes the evidence of the primary where a standby shows worse.
+func (b *Backend) proveAtStandbys(
+	ctx context.Context, grants []broker.Grant, evidence []broker.Evidence,
+) error {
+	if len(b.revoker.standbys) == 0 {
+		return nil
+	}
+	final, err := b.revoker.final(ctx, idsOf(grants)) // before the position: then the position is past their logins
+	if err != nil {
+		return err
+	}
+	at, err := b.revoker.position(ctx)
+	if err != nil {
+		return err
+	}
+	ends := b.endsOf(grants, evidence, final, at.lsn)
+	standbys := b.inspectStandbys(ctx, idsOf(grants), slices.Max(ends), at)
+	for i, g := range grants {
+		for _, there := range standbys {
+			outcome, answer := there.outcome(string(g.ID), ends[i], evidence[i].At)
+			if worse(outcome, evidence[i].Outcome) {
+				evidence[i].Outcome, evidence[i].Answer = outcome, answer
+			}
+		}
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for i, g := range grants {
+		if evidence[i].Outcome == broker.OutcomeDead {
+			delete(b.ends, g.ID)
+		}
+	}
+	return nil
+}
+
+// endsOf returns the position that a standby must have replayed before its answer about each grant counts. That is
+// the present one when the primary first shows the grant dead: a standby that is always behind would never reach the
+// present one of each check. A grant that can still get a login has no such position.
+func (b *Backend) endsOf(
+	grants []broker.Grant, evidence []broker.Evidence, final map[string]bool, at int64,
+) []int64 {
+	ends := make([]int64, len(grants))
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.ends)+len(grants) > maxEnds {
+		clear(b.ends)
+	}
+	for i, g := range grants {
+		switch {
+		case evidence[i].Outcome != broker.OutcomeDead:
+			delete(b.ends, g.ID)
+			continue
+		case !final[string(g.ID)]:
+			ends[i] = at
+			continue
+		}
+		end, known := b.ends[g.ID]
+		if !known || end > at {
+			end = at
+			b.ends[g.ID] = end
+		}
+		ends[i] = end
+	}
+	return ends
+}
+
+// maxEnds bounds the memory for positions.
+const maxEnds = 200_000
+
 // atStandby is what one standby shows, or why it shows nothing.
 type atStandby struct {
 	name  string
+	lsn   int64
 	found map[string][]loginState
 	err   error
 }
 
-func (a atStandby) outcome(grant string, now time.Time) (broker.Outcome, string) {
-	if a.err != nil {
-		return broker.OutcomeUnknown, fmt.Sprintf("standby %s: %v", a.name, a.err)
+func (a atStandby) outcome(grant string, end int64, now time.Time) (outcome broker.Outcome, answer string) {
+	if a.err == nil {
+		outcome, answer = outcomeOf(a.found[grant], now)
 	}
-	outcome, answer := outcomeOf(a.found[grant], now)
+	switch {
+	case a.err != nil:
+		outcome, answer = broker.OutcomeUnknown, a.err.Error()
+	case outcome == broker.OutcomeDead && a.lsn < end:
+		outcome, answer = broker.OutcomeUnknown, errBehind.Error()
+	}
 	return outcome, fmt.Sprintf("standby %s: %s", a.name, answer)
 }
 
@@ -263,33 +339,25 @@ func worse(a, b broker.Outcome) bool {
 	return a == broker.OutcomeAlive && b != broker.OutcomeAlive || a == broker.OutcomeUnknown && b == broker.OutcomeDead
 }
 
-// inspectStandbys inspects all standbys at the present position of the primary.
-func (b *Backend) inspectStandbys(ctx context.Context, ids []string) ([]atStandby, error) {
-	if len(b.revoker.standbys) == 0 {
-		return nil, nil
-	}
-	var at position
-	if err := b.revoker.query(ctx, positionQuery, nil, &at.server, &at.standby, &at.lsn); err != nil {
-		return nil, err
-	}
+// inspectStandbys inspects all standbys. It waits a little for each to replay up to a position of the primary.
+func (b *Backend) inspectStandbys(ctx context.Context, ids []string, until int64, at position) []atStandby {
 	all := make([]atStandby, len(b.revoker.standbys))
 	var g errgroup.Group
-	for i, address := range b.revoker.standbys {
+	for i, st := range b.revoker.standbys {
 		g.Go(func() error {
-			all[i] = atStandby{name: nameOf(address), found: map[string][]loginState{}}
-			found, err := b.revoker.inspectStandby(ctx, i, ids, at)
-			for _, l := range found {
+			seen, err := b.revoker.inspectStandby(ctx, i, ids, until, at)
+			if err != nil && !errors.Is(err, errStranger) && !errors.Is(err, errPromoted) {
+				err = errors.New("it does not answer; " + cmp.Or(stateOf(err), "no connection"))
+			}
+			all[i] = atStandby{name: nameOf(st.address), lsn: seen.lsn, found: map[string][]loginState{}, err: err}
+			for _, l := range seen.found {
 				all[i].found[l.grant] = append(all[i].found[l.grant], l)
 			}
-			if err != nil && !errors.Is(err, errBehind) && classify(err) != other {
-				err = fmt.Errorf("it does not answer: SQLSTATE %s", stateOf(err))
-			}
-			all[i].err = err
 			return nil
 		})
 	}
 	_ = g.Wait() // nil: the errors are in all
-	return all, nil
+	return all
 }
 
 // recorded returns the names of the grants' logins that this server made.
@@ -304,16 +372,7 @@ func (b *Backend) recorded(ctx context.Context, grants []broker.Grant) (map[stri
 	if len(names) == 0 {
 		return recorded, nil
 	}
-	err := b.revoker.do(ctx, func(ctx context.Context, pool *pgxpool.Pool) error {
-		rows, err := pool.Query(ctx, "SELECT * FROM pawl.recorded($1)", names)
-		if err != nil {
-			return err
-		}
-		var name string
-		_, err = pgx.ForEachRow(rows, []any{&name}, func() error { recorded[name] = true; return nil })
-		return err
-	})
-	return recorded, err
+	return recorded, b.revoker.gather(ctx, recorded, "SELECT * FROM pawl.recorded($1)", names)
 }
 
 // outcomeOf returns the worst outcome of a grant's logins. VALID UNTIL alone proves nothing: PostgreSQL does not check
@@ -355,15 +414,19 @@ func (b *Backend) Find(ctx context.Context) ([]broker.GrantID, error) {
 	for grant := range prepared {
 		seen[grant] = grant != "" // a group's has no grant
 	}
-	standbys, err := b.inspectStandbys(ctx, nil)
-	if err != nil {
-		return nil, fmt.Errorf("reading the position of database %q: %w", b.database, err)
-	}
-	for _, at := range standbys {
-		if at.err != nil {
-			b.cfg.Log.Warn("listing the logins of a standby failed", "standby", at.name, "err", at.err)
+	var standbys []atStandby
+	if len(b.revoker.standbys) > 0 {
+		at, err := b.revoker.position(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("reading the position of database %q: %w", b.database, err)
 		}
-		for grant, logins := range at.found { // only sessions: its logins are those of the primary, a moment ago
+		standbys = b.inspectStandbys(ctx, nil, 0, at)
+	}
+	for _, there := range standbys {
+		if there.err != nil {
+			b.cfg.Log.Warn("listing the logins of a standby failed", "standby", there.name, "err", there.err)
+		}
+		for grant, logins := range there.found { // only sessions: its logins are those of the primary, a moment ago
 			seen[grant] = seen[grant] || slices.ContainsFunc(logins, func(l loginState) bool { return l.sessions > 0 })
 		}
 	}

@@ -4,34 +4,128 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
+	"sync"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/pawlsec/pawl/broker/backoff"
 )
 
-// onStandby runs f at a standby. A new credential reaches the standby when it is replayed, so until then it uses the
-// credential before.
-func (s *service) onStandby(ctx context.Context, i int, f func(context.Context, *pgxpool.Pool) error) error {
+// standby is one hot standby. All grants of the database share the goroutine that severs, so no call may wait for a
+// standby that does not answer, and only one in a while may wait for one with its replay behind.
+type standby struct {
+	address *pgxpool.Config
+
+	mu      sync.Mutex // guards away and stalled
+	away    error      // why it did not answer; nil: it did
+	stalled time.Time  // when a call last waited for its replay in vain
+}
+
+const (
+	// standbyTimeout bounds a call to a standby, with standbyTimeoutEach for each grant.
+	standbyTimeout     = 2 * time.Second
+	standbyTimeoutEach = time.Millisecond
+	// replayGrace is how long a call waits for a standby to replay, and replayGraceAgain how long it does if a call
+	// within stallMemory waited in vain.
+	replayGrace      = time.Second
+	replayGraceAgain = 50 * time.Millisecond
+	stallMemory      = 5 * time.Second
+)
+
+var (
+	errBehind   = errors.New("it has not replayed the end of the logins yet")
+	errStranger = errors.New("it is another server, and not a standby of this one")
+	errPromoted = errors.New("it does not follow the primary any more")
+)
+
+// note records whether the standby answered.
+func (st *standby) note(err error) {
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) && !errors.Is(err, context.DeadlineExceeded) && pg.Code != "57P03" {
+		err = nil
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.away = err
+}
+
+func (st *standby) isAway() error {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return st.away
+}
+
+func (st *standby) stall() {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.stalled = time.Now()
+}
+
+// patience returns how long to wait for the replay.
+func (st *standby) patience() time.Duration {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if time.Since(st.stalled) < stallMemory {
+		return replayGraceAgain
+	}
+	return replayGrace
+}
+
+// watchStandby keeps a connection to a standby open until ctx ends, and records whether the standby answers.
+func (s *service) watchStandby(ctx context.Context, i int) {
+	tick := time.NewTicker(keepOpenEvery)
+	defer tick.Stop()
+	for {
+		ping, cancel := context.WithTimeout(ctx, keepOpenTimeout)
+		err := s.tryStandby(ping, i, func(ctx context.Context, pool *pgxpool.Pool) error { return pool.Ping(ctx) })
+		cancel()
+		if ctx.Err() == nil && !errors.Is(err, errNoCredential) {
+			s.standbys[i].note(err)
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// onStandby runs f at a standby for some grants, unless the standby did not answer last time.
+func (s *service) onStandby(ctx context.Context, i, grants int, f func(context.Context, *pgxpool.Pool) error) error {
+	st := s.standbys[i]
+	if err := st.isAway(); err != nil {
+		return err
+	}
 	if _, err := s.get(ctx); err != nil {
 		return err
 	}
+	bounded, cancel := context.WithTimeout(ctx, standbyTimeout+time.Duration(grants)*standbyTimeoutEach)
+	defer cancel()
+	err := s.tryStandby(bounded, i, f)
+	if ctx.Err() == nil {
+		st.note(err)
+	}
+	return err
+}
+
+var errNoCredential = errors.New("there is no credential")
+
+// tryStandby runs f at a standby. A new credential reaches the standby when it is replayed, so until then it uses the
+// credential before.
+func (s *service) tryStandby(ctx context.Context, i int, f func(context.Context, *pgxpool.Pool) error) error {
 	s.mu.Lock()
 	logins := []*serviceLogin{s.live, s.previous}
 	s.mu.Unlock()
-	var failed error
+	failed := errNoCredential
 	for _, l := range logins {
 		if l == nil {
 			continue
 		}
-		err := s.retryAt(ctx, l.standbys[i], f)
-		if err == nil {
-			return nil
-		}
-		failed = errors.Join(failed, err)
-		if classify(err) != badCredential {
+		if failed = s.retryAt(ctx, l.standbys[i], f); failed == nil || classify(failed) != badCredential {
 			break
 		}
 	}
@@ -53,50 +147,87 @@ func (s *service) retryAt(ctx context.Context, pool *pgxpool.Pool, f func(contex
 
 // position is how far a server has written or replayed.
 type position struct {
-	server  int64
-	standby bool
-	lsn     string
+	server  int64     // its system identifier
+	standby bool      // or the primary
+	lsn     int64     // in bytes
+	started time.Time // when this very server was started
 }
 
-const positionQuery = "SELECT server, standby, lsn::text FROM pawl.position()"
+const positionQuery = "SELECT server, standby, (lsn - '0/0'::pg_lsn)::bigint, started FROM pawl.position()"
 
-// replayGrace is how long inspectStandby waits for a standby to replay.
-const replayGrace = 2 * time.Second
+func (s *service) position(ctx context.Context) (at position, err error) {
+	return at, s.query(ctx, positionQuery, nil, &at.server, &at.standby, &at.lsn, &at.started)
+}
 
-var errBehind = errors.New("it has not replayed the end of the logins yet")
+// final returns those of the grants that can get no other login than they had.
+func (s *service) final(ctx context.Context, ids []string) (map[string]bool, error) {
+	final := map[string]bool{}
+	return final, s.gather(ctx, final, "SELECT * FROM pawl.known($1)", ids)
+}
 
-// inspectStandby returns the states of the grants' logins at a standby, once it has replayed up to the given position
-// of the primary. Before that it may not know a login that it lets in a moment later.
+// standbyState is what a standby shows of some grants' logins, after it has replayed up to a position.
+type standbyState struct {
+	found []loginState
+	lsn   int64
+}
+
+// inspectStandby returns the states of the grants' logins at a standby. It waits a little for the standby to replay up
+// to the given position of the primary, which is at another one now.
 func (s *service) inspectStandby(
-	ctx context.Context, i int, ids []string, at position,
-) (found []loginState, err error) {
-	deadline := time.Now().Add(replayGrace)
-	err = s.onStandby(ctx, i, func(ctx context.Context, pool *pgxpool.Pool) error {
+	ctx context.Context, i int, ids []string, until int64, primary position,
+) (seen standbyState, err error) {
+	st := s.standbys[i]
+	deadline := time.Now().Add(st.patience())
+	err = s.onStandby(ctx, i, len(ids), func(ctx context.Context, pool *pgxpool.Pool) (err error) {
 		for {
 			var there position
-			var reached bool
-			row := pool.QueryRow(ctx, `SELECT server, standby, lsn::text, coalesce(lsn >= $1::text::pg_lsn, false)
-				FROM pawl.position()`, at.lsn)
-			if err := row.Scan(&there.server, &there.standby, &there.lsn, &reached); err != nil {
+			row := pool.QueryRow(ctx, positionQuery)
+			if err := row.Scan(&there.server, &there.standby, &there.lsn, &there.started); err != nil {
 				return err
 			}
 			switch {
-			case there.server != at.server:
-				return errors.New("it is another server, and not a standby of this one")
+			case there.server != primary.server:
+				return errStranger
+			case !there.standby && there.started.Equal(primary.started): // it became the primary, and was inspected
+				seen = standbyState{lsn: math.MaxInt64}
+				return nil
 			case !there.standby:
-				return errors.New("it does not follow the primary any more")
-			case reached:
-				found, err = inspectAt(ctx, pool, ids)
+				return errPromoted
+			case there.lsn >= until:
+				seen.lsn = there.lsn
+				seen.found, err = inspectAt(ctx, pool, ids)
 				return err
 			case time.Now().After(deadline):
-				return errBehind
+				st.stall()
+				until = 0
+				continue
 			}
 			if err := backoff.Sleep(ctx, 10*time.Millisecond); err != nil {
 				return err
 			}
 		}
 	})
-	return found, err
+	return seen, err
+}
+
+// cutOnce terminates the sessions of the grants at a standby.
+func (s *service) cutOnce(ctx context.Context, i int, ids []string) (p pass, err error) {
+	p.obstacle = "its replay is behind"
+	err = s.onStandby(ctx, i, len(ids), func(ctx context.Context, pool *pgxpool.Pool) error {
+		return pool.QueryRow(ctx, "SELECT alive, sessions, starting FROM pawl.cut($1)", ids).
+			Scan(&p.passedOver, &p.sessions, &p.starting)
+	})
+	return p, err
+}
+
+// startCut terminates the sessions of the grants at all standbys once, while the caller waits for the primary. The
+// result waits for that. Errors are left to cutStandbys.
+func (s *service) startCut(ctx context.Context, ids []string) (wait func()) {
+	var all sync.WaitGroup
+	for i := range s.standbys {
+		all.Go(func() { _, _ = s.cutOnce(ctx, i, ids) })
+	}
+	return all.Wait
 }
 
 // cutStandbys terminates the sessions of the grants at all standbys, until none is left and their logins are refused
@@ -104,18 +235,16 @@ func (s *service) inspectStandby(
 func (s *service) cutStandbys(ctx context.Context, ids []string) error {
 	failed := make([]error, len(s.standbys))
 	var g errgroup.Group
-	for i := range s.standbys {
+	for i, st := range s.standbys {
 		g.Go(func() error {
-			resists, err := untilQuiet(ctx, func(ctx context.Context) (p pass, err error) {
-				err = s.onStandby(ctx, i, func(ctx context.Context, pool *pgxpool.Pool) error {
-					return pool.QueryRow(ctx, "SELECT alive, sessions, starting FROM pawl.cut($1)", ids).
-						Scan(&p.passedOver, &p.sessions, &p.starting)
-				})
-				p.obstacle = "its replay is behind"
-				return p, err
+			resists, err := untilQuiet(ctx, st.patience(), func(ctx context.Context) (pass, error) {
+				return s.cutOnce(ctx, i, ids)
 			})
+			if resists != nil {
+				st.stall()
+			}
 			if err = errors.Join(resists, err); err != nil {
-				failed[i] = fmt.Errorf("standby %s: %w", nameOf(s.standbys[i]), err)
+				failed[i] = fmt.Errorf("standby %s: %w", nameOf(st.address), err)
 			}
 			return nil
 		})

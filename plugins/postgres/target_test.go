@@ -96,7 +96,9 @@ func (t *target) newBackend(cfg postgres.Config) *postgres.Backend {
 	t.Helper()
 	host, port, _ := strings.Cut(t.server.Address(), ":")
 	name := strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(t.name)
-	cfg.DSN = fmt.Sprintf("host=%s port=%s dbname='%s' sslmode=disable", host, port, name)
+	if cfg.DSN == "" {
+		cfg.DSN = fmt.Sprintf("host=%s port=%s dbname='%s' sslmode=disable", host, port, name)
+	}
 	if cfg.Credentials == nil {
 		cfg.Credentials = t.creds
 	}
