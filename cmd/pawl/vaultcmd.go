@@ -123,14 +123,23 @@ func trustPEM(ctx context.Context, td spiffeid.TrustDomain, api, file string) (s
 }
 
 func postgresSQLCommand() *cobra.Command {
-	return &cobra.Command{
+	var noSuperuser bool
+	c := &cobra.Command{
 		Use: "postgres-sql", Short: "Print the script that a PostgreSQL target needs", Args: cobra.NoArgs,
 		Long: "Print the script that a PostgreSQL target needs: the schema pawl with the functions that create, sever\n" +
-			"and clean up agents' logins. A superuser runs it once in each database; it may be repeated.",
+			"and clean up agents' logins. A superuser runs it once in each database; it may be repeated.\n\n" +
+			"With --no-superuser it is for a role with CREATEROLE that owns the database, as managed services give. There\n" +
+			"tools with the setting network get no secret, and agents can make large objects.",
 		Example: "  pawl vault postgres-sql | psql --single-transaction shop",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, err := fmt.Fprint(cmd.OutOrStdout(), postgres.Bootstrap())
+			script := postgres.Bootstrap()
+			if noSuperuser {
+				script = postgres.BootstrapWithoutSuperuser()
+			}
+			_, err := fmt.Fprint(cmd.OutOrStdout(), script)
 			return err
 		},
 	}
+	c.Flags().BoolVar(&noSuperuser, "no-superuser", false, "for a role with CREATEROLE that owns the database")
+	return c
 }

@@ -175,7 +175,7 @@ func TestPrimaryHangs(tt *testing.T) {
 func TestStandbyDelayed(tt *testing.T) {
 	r := newReplica(tt)
 	r.ends(r.mint(`{"tables":["orders"]}`).grant)
-	r.execThere("ALTER SYSTEM SET recovery_min_apply_delay = '2500ms'")
+	r.execThere("ALTER SYSTEM SET recovery_min_apply_delay = '5s'")
 	r.execThere("SELECT pg_reload_conf()")
 	issued, failed := r.mint(`{"tables":["orders"]}`).grant, newGrant(`{"tables":["orders"]}`)
 	if err := r.backend.Sever(r.Context(), []broker.Grant{issued, failed}); err != nil {

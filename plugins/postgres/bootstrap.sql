@@ -1,6 +1,10 @@
 -- The objects that Pawl needs in a database for which it issues credentials. Run this script as a superuser, in one
 -- transaction. It may be repeated. It needs PostgreSQL 15 or newer.
 --
+-- For a service that gives no superuser, "pawl vault postgres-sql --no-superuser" prints a variant for a role with
+-- CREATEROLE that owns the database. The variant does not promise as much: pg_hba.conf cannot be read, so tools with the
+-- setting "network" get no secret, and agents can make large objects. SELECT pawl.limits() returns these limits.
+--
 -- Roles and their rights:
 --   pawl_maker    owns all objects of this script and cannot log in. It makes and drops roles; from PostgreSQL 16 on it
 --                 can alter only the roles that it made. Agents can get a verb on a table if pawl_maker holds the verb
@@ -42,8 +46,11 @@ BEGIN
         CREATE ROLE pawl_vault LOGIN CONNECTION LIMIT 64;
     END IF;
     GRANT pg_signal_backend TO pawl_maker;
-    GRANT EXECUTE ON FUNCTION pg_hba_file_rules() TO pawl_maker;
+    GRANT EXECUTE ON FUNCTION pg_hba_file_rules() TO pawl_maker; -- superuser
     EXECUTE format('GRANT CREATE, CONNECT ON DATABASE %I TO pawl_maker WITH GRANT OPTION', current_database());
+    -- Only for the time of this script. A member of pawl_maker that repeats a grant to it would grant it as pawl_maker.
+    -- no superuser: GRANT pawl_maker TO CURRENT_USER;
+    PERFORM set_config('pawl.setup_role', current_user, true);
     CREATE SCHEMA IF NOT EXISTS pawl AUTHORIZATION pawl_maker;
     IF (SELECT nspowner FROM pg_namespace WHERE nspname = 'pawl') <> 'pawl_maker'::regrole THEN
         RAISE 'schema pawl has another owner than pawl_maker';
@@ -194,6 +201,10 @@ CREATE OR REPLACE FUNCTION pawl.check_network(net text) RETURNS void LANGUAGE pl
 DECLARE
     confined int;
 BEGIN
+    IF NOT has_function_privilege('pg_hba_file_rules()', 'EXECUTE') THEN
+        RAISE 'tools with the setting network get no secret here: this database was set up without a superuser, so '
+            'that pg_hba.conf cannot be read' USING ERRCODE = '0A000';
+    END IF;
     WITH rules AS (
         SELECT h.ordinality AS n, h.type = 'local' AS socket, h.auth_method = 'reject' AS rejects, h.address, h.error,
             h.user_name = ARRAY['+pawl_net_' || net] AS members,
@@ -281,8 +292,9 @@ CREATE OR REPLACE FUNCTION pawl.sequences_of(relation oid) RETURNS TABLE (seq re
     WHERE a.adrelid = relation
 $$;
 
--- Returns the statements that a superuser runs, so that agents can insert into the tables that they may get.
-CREATE OR REPLACE FUNCTION pawl.sequence_grants() RETURNS SETOF text LANGUAGE sql AS $$
+-- Returns the statements to run after the setup, so that agents can insert into the tables that they may get.
+CREATE OR REPLACE FUNCTION pawl.sequence_grants() RETURNS SETOF text LANGUAGE sql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
     SELECT DISTINCT format('GRANT USAGE ON SEQUENCE %I.%I TO pawl_maker WITH GRANT OPTION', n.nspname, s.relname)
     FROM pg_class c CROSS JOIN LATERAL pawl.sequences_of(c.oid) q
     JOIN pg_class s ON s.oid = q.seq JOIN pg_namespace n ON n.oid = s.relnamespace
@@ -504,6 +516,16 @@ CREATE OR REPLACE FUNCTION pawl.table_holders(s jsonb) RETURNS text LANGUAGE sql
     JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = e->>1
     JOIN pg_locks l ON l.relation = c.oid AND l.granted AND l.mode <> 'AccessShareLock' AND l.pid <> pg_backend_pid()
     LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+$$;
+
+-- Returns what Pawl does not promise in this database, one line each.
+CREATE OR REPLACE FUNCTION pawl.limits() RETURNS SETOF text LANGUAGE sql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+    SELECT 'tools with the setting network get no secret: pg_hba.conf cannot be read without a superuser'
+    WHERE NOT has_function_privilege('pg_hba_file_rules()', 'EXECUTE')
+    UNION ALL
+    SELECT 'agents can make large objects, which stay for a while after a login has ended'
+    WHERE has_function_privilege('public', 'lo_create(oid)', 'EXECUTE')
 $$;
 
 -- Makes the group of a shape unless it exists. A call that finds the shape takes no lock.
@@ -1193,7 +1215,7 @@ REVOKE ALL ON SCHEMA pawl FROM PUBLIC;
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA pawl FROM PUBLIC, pawl_vault, pawl_shaper, pawl_revoker;
 REVOKE ALL ON ALL TABLES IN SCHEMA pawl FROM PUBLIC, pawl_vault, pawl_shaper, pawl_revoker;
 GRANT USAGE ON SCHEMA pawl TO pawl_vault, pawl_shaper, pawl_revoker;
-GRANT EXECUTE ON FUNCTION pawl.version() TO pawl_vault, pawl_shaper, pawl_revoker;
+GRANT EXECUTE ON FUNCTION pawl.version(), pawl.limits() TO pawl_vault, pawl_shaper, pawl_revoker;
 GRANT EXECUTE ON FUNCTION pawl.grant_login(text, text, timestamptz), pawl.end_logins(text[]),
     pawl.grant_service_login(text, text, timestamptz, text), pawl.end_service_login(text) TO pawl_vault;
 GRANT EXECUTE ON FUNCTION pawl.ensure_shape(text, text, text) TO pawl_shaper;
@@ -1201,4 +1223,13 @@ GRANT EXECUTE ON FUNCTION pawl.sever(text[]), pawl.bar(text[]), pawl.inspect(tex
     pawl.recorded(text[]), pawl.prepared(text[]), pawl.lend(text[]), pawl.give_back(), pawl.collect(interval),
     pawl.cut(text[]), pawl.known(text[]), pawl.position(), pawl.check_primary() TO pawl_revoker;
 
+DO $$ -- for pawl.sequence_grants
+BEGIN
+    EXECUTE format('GRANT USAGE ON SCHEMA pawl TO %I', current_setting('pawl.setup_role'));
+    EXECUTE format('GRANT EXECUTE ON FUNCTION pawl.sequence_grants(), pawl.limits() TO %I',
+        current_setting('pawl.setup_role'));
+END $$;
+
 RESET ROLE;
+-- no superuser: SELECT pawl.limits() AS "not promised in this database";
+-- no superuser: REVOKE pawl_maker FROM CURRENT_USER;

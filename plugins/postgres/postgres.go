@@ -101,6 +101,15 @@ func (b *Backend) Check(ctx context.Context) error {
 	return nil
 }
 
+// Limits returns what Pawl does not promise in this database, because of the way in which it was set up.
+func (b *Backend) Limits(ctx context.Context) ([]string, error) {
+	limits, err := b.shaper.list(ctx, "SELECT * FROM pawl.limits()")
+	if err != nil {
+		return nil, fmt.Errorf("reading the limits of database %q: %w", b.database, err)
+	}
+	return limits, nil
+}
+
 // maintain renews the broker's own credentials before they expire, and collects.
 func (b *Backend) maintain(ctx context.Context) {
 	tick := time.NewTicker(maintainEvery)

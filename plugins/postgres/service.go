@@ -293,17 +293,27 @@ func (s *service) query(ctx context.Context, sql string, args []any, into ...any
 	})
 }
 
-// gather puts the one column of a query into a set.
-func (s *service) gather(ctx context.Context, set map[string]bool, sql string, args ...any) error {
-	return s.do(ctx, func(ctx context.Context, pool *pgxpool.Pool) error {
+// list returns the rows of a query with one column of text.
+func (s *service) list(ctx context.Context, sql string, args ...any) (all []string, err error) {
+	err = s.do(ctx, func(ctx context.Context, pool *pgxpool.Pool) error {
 		rows, err := pool.Query(ctx, sql, args...)
 		if err != nil {
 			return err
 		}
-		var one string
-		_, err = pgx.ForEachRow(rows, []any{&one}, func() error { set[one] = true; return nil })
+		all, err = pgx.CollectRows(rows, pgx.RowTo[string])
 		return err
 	})
+	return all, err
+}
+
+// set returns the rows of such a query as a set.
+func (s *service) set(ctx context.Context, sql string, args ...any) (map[string]bool, error) {
+	all, err := s.list(ctx, sql, args...)
+	set := make(map[string]bool, len(all))
+	for _, one := range all {
+		set[one] = true
+	}
+	return set, err
 }
 
 // failure is a class of errors that need the same reaction.

@@ -28,11 +28,22 @@ var bootstrap string
 // transaction.
 func Bootstrap() string { return bootstrap }
 
+// BootstrapWithoutSuperuser returns the script for a role with CREATEROLE that owns the database. pawl.limits() returns
+// what the result does not promise.
+func BootstrapWithoutSuperuser() string {
+	lines := strings.SplitAfter(bootstrap, "\n")
+	lines = slices.DeleteFunc(lines, func(line string) bool { return strings.HasSuffix(line, "; -- superuser\n") })
+	return strings.Replace(strings.Join(lines, ""), "-- no superuser: ", "", -1)
+}
+
 // SetupConfig describes how to set up a database.
 type SetupConfig struct {
 	// VaultPassword is the new password of pawl_vault, the role of Vault's connection. Empty keeps the present one.
 	// Vault's rotate-root replaces it with a password that only Vault knows.
 	VaultPassword string
+	// NoSuperuser is set if the connection is that of a role with CREATEROLE which owns the database, and the tables or
+	// the right to grant them.
+	NoSuperuser bool
 	// Tables lists the tables that agents may get. Setup adds them to those of earlier calls and never withdraws one.
 	Tables []Grantable
 }
@@ -48,9 +59,12 @@ const grantSequences = `DO $$ DECLARE statement text; BEGIN
 	FOR statement IN SELECT pawl.sequence_grants() LOOP EXECUTE statement; END LOOP; END $$`
 
 // Setup runs bootstrap.sql and the grants of cfg in one transaction. It also grants the sequences that the tables'
-// defaults use. The connection must be a superuser's. Setup may be repeated.
+// defaults use. The connection must be a superuser's, but see cfg.NoSuperuser. Setup may be repeated.
 func Setup(ctx context.Context, conn *pgx.Conn, cfg SetupConfig) error {
 	statements := []string{bootstrap}
+	if cfg.NoSuperuser {
+		statements = []string{BootstrapWithoutSuperuser()}
+	}
 	if cfg.VaultPassword != "" {
 		verifier, err := scramVerifier(cfg.VaultPassword)
 		if err != nil {

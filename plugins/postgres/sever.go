@@ -368,11 +368,10 @@ func (b *Backend) recorded(ctx context.Context, grants []broker.Grant) (map[stri
 			names = append(names, g.Lease.Ref)
 		}
 	}
-	recorded := map[string]bool{}
 	if len(names) == 0 {
-		return recorded, nil
+		return nil, nil
 	}
-	return recorded, b.revoker.gather(ctx, recorded, "SELECT * FROM pawl.recorded($1)", names)
+	return b.revoker.set(ctx, "SELECT * FROM pawl.recorded($1)", names)
 }
 
 // outcomeOf returns the worst outcome of a grant's logins. VALID UNTIL alone proves nothing: PostgreSQL does not check

@@ -161,8 +161,7 @@ func (s *service) position(ctx context.Context) (at position, err error) {
 
 // final returns those of the grants that can get no other login than they had.
 func (s *service) final(ctx context.Context, ids []string) (map[string]bool, error) {
-	final := map[string]bool{}
-	return final, s.gather(ctx, final, "SELECT * FROM pawl.known($1)", ids)
+	return s.set(ctx, "SELECT * FROM pawl.known($1)", ids)
 }
 
 // standbyState is what a standby shows of some grants' logins, after it has replayed up to a position.
