@@ -87,6 +87,7 @@ To run it:
   pawl server            run the broker with a configuration file
   pawl policy            make keys; build, sign, verify, test and compare policy bundles
   pawl vault             print the setup that Vault and the targets need
+  pawl shapes            list agents' rights in a PostgreSQL database, for its DBA
   pawl doctor            check everything a broker needs, and print a hint for each fault
 
 For agents:
@@ -126,7 +127,8 @@ func command() *cobra.Command {
 	})
 	root.AddCommand(serverCommand(), devCommand(), demoCommand(), versionCommand(), policyCommand(), vaultCommand(),
 		stepCommand(), chainCommand(), revokeCommand(), leakedCommand(), canaryCommand(), freezeCommand(),
-		unfreezeCommand(), auditCommand(), reportCommand(), explainCommand(), drillCommand(), doctorCommand())
+		unfreezeCommand(), auditCommand(), reportCommand(), explainCommand(), drillCommand(), doctorCommand(),
+		shapesCommand())
 	for _, c := range root.Commands() {
 		checkUsage(c)
 	}

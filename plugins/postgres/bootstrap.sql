@@ -2,8 +2,13 @@
 -- transaction. It may be repeated. It needs PostgreSQL 15 or newer.
 --
 -- For a service that gives no superuser, "pawl vault postgres-sql --no-superuser" prints a variant for a role with
--- CREATEROLE that owns the database. The variant does not promise as much: pg_hba.conf cannot be read, so tools with the
--- setting "network" get no secret, and agents can make large objects. SELECT pawl.limits() returns these limits.
+-- CREATEROLE that owns the database. The variant does not promise as much: pg_hba.conf cannot be read, so tools with
+-- the setting "network" get no secret, and agents can make large objects. SELECT pawl.limits() returns these limits.
+--
+-- A row filter is a view, which blocks some changes of its table. A migration begins with
+-- SELECT pawl.drop_views('schema.table') in its transaction. Let its role do that:
+--
+--   GRANT USAGE ON SCHEMA pawl TO ROLE; GRANT EXECUTE ON FUNCTION pawl.drop_views(regclass) TO ROLE;
 --
 -- Roles and their rights:
 --   pawl_maker    owns all objects of this script and cannot log in. It makes and drops roles; from PostgreSQL 16 on it
@@ -53,8 +58,11 @@ BEGIN
     PERFORM set_config('pawl.setup_role', current_user, true);
     CREATE SCHEMA IF NOT EXISTS pawl AUTHORIZATION pawl_maker;
     IF (SELECT nspowner FROM pg_namespace WHERE nspname = 'pawl') <> 'pawl_maker'::regrole THEN
-        RAISE 'schema pawl has another owner than pawl_maker';
+        RAISE 'schema pawl has another owner than pawl_maker'
+            USING HINT = 'If this database was restored from a dump without the roles, run DROP SCHEMA pawl CASCADE, '
+                'then this script, and grant the tables to pawl_maker again.';
     END IF;
+    COMMENT ON SCHEMA pawl IS 'Functions and records of Pawl, which issues logins to agents. Its script made them.';
     IF to_regprocedure('pawl.version()') IS NOT NULL THEN
         before := pawl.version();
     END IF;
@@ -226,8 +234,21 @@ CREATE OR REPLACE FUNCTION pawl.reach(in_shape text, s jsonb, nsp text, rel text
 LANGUAGE sql STABLE AS
 $$ SELECT format('%I.%I', CASE WHEN s ? 'filter' THEN 'pawl_' || in_shape ELSE nsp END, rel) $$;
 
+-- Returns the columns of a relation with their types, in order.
+CREATE OR REPLACE FUNCTION pawl.columns_of(relation oid) RETURNS text LANGUAGE sql STABLE AS $$
+    SELECT string_agg(format('%I %s %s', attname, format_type(atttypid, atttypmod), attcollation), ', ' ORDER BY attnum)
+    FROM pg_attribute WHERE attrelid = relation AND attnum > 0 AND NOT attisdropped
+$$;
+
+-- Returns the views that read a relation.
+CREATE OR REPLACE FUNCTION pawl.views_on(relation oid) RETURNS TABLE (view oid) LANGUAGE sql STABLE AS $$
+    SELECT DISTINCT r.ev_class FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid
+    WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = relation
+        AND r.ev_class <> relation
+$$;
+
 -- Reports whether the group still has all the rights of the shape. That is false after a table was withdrawn, or
--- dropped and made again.
+-- dropped and made again, and with a filter also after its columns changed or another table got its name.
 CREATE OR REPLACE FUNCTION pawl.shape_holds(in_shape text, s jsonb) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     grp oid := (SELECT oid FROM pg_roles WHERE rolname = 'pawl-shape-' || in_shape);
@@ -239,7 +260,11 @@ BEGIN
         SELECT FROM jsonb_array_elements(s->'tables') e, jsonb_array_elements_text(s->'verbs') v
         WHERE has_table_privilege(grp, to_regclass(pawl.reach(in_shape, s, e->>0, e->>1)), v) IS NOT TRUE
             OR v = 'insert' AND EXISTS (SELECT FROM pawl.sequences_of(to_regclass(format('%I.%I', e->>0, e->>1))) q
-                WHERE has_sequence_privilege(grp, q.seq, 'USAGE') IS NOT TRUE));
+                WHERE has_sequence_privilege(grp, q.seq, 'USAGE') IS NOT TRUE))
+        AND NOT (s ? 'filter' AND EXISTS (SELECT FROM jsonb_array_elements(s->'tables') e
+            CROSS JOIN LATERAL to_regclass(format('%I.%I', e->>0, e->>1)) t
+            CROSS JOIN LATERAL to_regclass(pawl.reach(in_shape, s, e->>0, e->>1)) v
+            WHERE v NOT IN (SELECT o.view FROM pawl.views_on(t) o) OR pawl.columns_of(v) <> pawl.columns_of(t)));
 END $$;
 
 CREATE OR REPLACE FUNCTION pawl.group_name(kind text, rights text, VARIADIC object text[]) RETURNS text
@@ -455,6 +480,9 @@ BEGIN
     IF s ? 'filter' THEN
         EXECUTE format('DROP SCHEMA IF EXISTS %I CASCADE', 'pawl_' || in_shape);
         EXECUTE format('CREATE SCHEMA %I', 'pawl_' || in_shape);
+        EXECUTE format('COMMENT ON SCHEMA %I IS %L', 'pawl_' || in_shape, 'Views of Pawl, which issues logins to '
+            'agents. It makes them again when an agent needs them. To alter or drop a table that they read, run before '
+            'in the same transaction: SELECT pawl.drop_views(''schema.table'')');
         EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', 'pawl_' || in_shape, grp);
         FOR t IN SELECT e->>0 AS nsp, e->>1 AS rel FROM jsonb_array_elements(s->'tables') e LOOP
             PERFORM pawl.grant_view(in_shape, grp, s, t.nsp, t.rel);
@@ -516,6 +544,38 @@ CREATE OR REPLACE FUNCTION pawl.table_holders(s jsonb) RETURNS text LANGUAGE sql
     JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = e->>1
     JOIN pg_locks l ON l.relation = c.oid AND l.granted AND l.mode <> 'AccessShareLock' AND l.pid <> pg_backend_pid()
     LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+$$;
+
+-- Drops the views of agents that read a table, and returns how many schemas of views it dropped. A view blocks changes
+-- of the table. Until the transaction ends no agent gets a new one, and after that each gets one of the changed table.
+CREATE OR REPLACE FUNCTION pawl.drop_views(relation regclass) RETURNS int LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET client_min_messages = error SET lock_timeout = '10s' AS $$
+DECLARE
+    r record;
+    n int := 0;
+BEGIN
+    PERFORM pawl.lock_shapes();
+    FOR r IN SELECT DISTINCT s.nspname FROM pawl.views_on(relation) o JOIN pg_class v ON v.oid = o.view
+        JOIN pg_namespace s ON s.oid = v.relnamespace
+        WHERE s.nspname ~ '^pawl_[0-9a-f]{12}$' AND s.nspowner = 'pawl_maker'::regrole LOOP
+        EXECUTE format('DROP SCHEMA %I CASCADE', r.nspname);
+        n := n + 1;
+    END LOOP;
+    RETURN n;
+END $$;
+
+-- Returns the shapes, those used last first. Those with a filter have views that block changes of their tables.
+CREATE OR REPLACE FUNCTION pawl.list_shapes() RETURNS TABLE (
+    shape text, agent text, tables text, verbs text, filter_column text, logins int, last_used timestamptz)
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+    SELECT s.shape, s.agent,
+        (SELECT string_agg(format('%I.%I', e->>0, e->>1), ', ') FROM jsonb_array_elements(s.spec::jsonb->'tables') e),
+        (SELECT string_agg(v, ', ') FROM jsonb_array_elements_text(s.spec::jsonb->'verbs') v),
+        coalesce(s.spec::jsonb#>>'{filter,column}', ''),
+        (SELECT count(*)::int FROM pg_auth_members m JOIN pawl.roles l ON l.role = m.member
+            WHERE m.roleid = (SELECT g.oid FROM pg_roles g WHERE g.rolname = 'pawl-shape-' || s.shape)),
+        s.last_used
+    FROM pawl.shapes s ORDER BY s.last_used DESC, s.shape
 $$;
 
 -- Returns what Pawl does not promise in this database, one line each.
@@ -1058,8 +1118,8 @@ BEGIN
     SELECT array_agg(i.role), count(*) FILTER (WHERE i.can_login OR i.in_group) INTO roles, alive
     FROM pawl.inspect(grants) i;
     PERFORM pg_stat_clear_snapshot();
-    -- The process that replays holds a transaction for as long as it lives. Before version 18 the list of sessions shows
-    -- no process that is starting up.
+    -- The process that replays holds a transaction for as long as it lives. Before version 18 the list of sessions
+    -- shows no process that is starting up.
     starting := ARRAY(SELECT pid FROM pg_locks WHERE locktype = 'virtualxid' AND granted
         EXCEPT SELECT pid FROM pg_stat_activity WHERE usesysid IS NOT NULL OR datid IS NOT NULL
             OR current_setting('server_version_num')::int < 180000);
@@ -1079,7 +1139,8 @@ END $$;
 
 -- Returns the identity of this server, whether it is a standby, how far it has written or replayed, and when it was
 -- started. A standby has the identity of its primary.
-CREATE OR REPLACE FUNCTION pawl.position(OUT server bigint, OUT standby boolean, OUT lsn pg_lsn, OUT started timestamptz)
+CREATE OR REPLACE FUNCTION pawl.position(
+    OUT server bigint, OUT standby boolean, OUT lsn pg_lsn, OUT started timestamptz)
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
     SELECT pawl.server_id(), pg_is_in_recovery(),
         CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END,
@@ -1223,11 +1284,12 @@ GRANT EXECUTE ON FUNCTION pawl.sever(text[]), pawl.bar(text[]), pawl.inspect(tex
     pawl.recorded(text[]), pawl.prepared(text[]), pawl.lend(text[]), pawl.give_back(), pawl.collect(interval),
     pawl.cut(text[]), pawl.known(text[]), pawl.position(), pawl.check_primary() TO pawl_revoker;
 
-DO $$ -- for pawl.sequence_grants
+-- The role that runs this script can list and drop shapes, and let others do so.
+DO $$
 BEGIN
-    EXECUTE format('GRANT USAGE ON SCHEMA pawl TO %I', current_setting('pawl.setup_role'));
-    EXECUTE format('GRANT EXECUTE ON FUNCTION pawl.sequence_grants(), pawl.limits() TO %I',
-        current_setting('pawl.setup_role'));
+    EXECUTE format('GRANT USAGE ON SCHEMA pawl TO %I WITH GRANT OPTION', current_setting('pawl.setup_role'));
+    EXECUTE format('GRANT EXECUTE ON FUNCTION pawl.sequence_grants(), pawl.limits(), pawl.list_shapes(), '
+        'pawl.drop_views(regclass) TO %I WITH GRANT OPTION', current_setting('pawl.setup_role'));
 END $$;
 
 RESET ROLE;

@@ -39,6 +39,9 @@ func (b *Backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (b
 		return broker.Mint{}, "", err
 	}
 	shape, text := sp.encode()
+	if sp.Filter != nil { // a DBA may have dropped its views
+		b.forget(shape)
+	}
 	if err := b.ensureShape(ctx, shape, text, g.Caller.String()); err != nil {
 		return broker.Mint{}, "", err
 	}
@@ -128,6 +131,12 @@ func (s settings) applyFilter(sp *spec, args args.Args) error {
 func argumentOutside(argument, why string) *broker.Error {
 	return broker.Errorf(broker.Denied, "prepare", "argument %q: %s", argument, why).
 		With(broker.CodeArgumentOutside).Lacks("", "argument:"+argument)
+}
+
+func (b *Backend) forget(shape string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	delete(b.shapes, shape)
 }
 
 // ensureShape makes the shape in the database unless the cache says that it exists.
