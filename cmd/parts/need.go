@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -151,4 +152,19 @@ func closeWith(t TB, closeServer func() error) {
 			t.Errorf("closing a server: %v", err)
 		}
 	})
+}
+
+// NeedPostgreSQLProgram returns the path of a client program of the same installation as the servers, such as psql or
+// pg_dump. If there is none, the test is skipped as in [NeedPostgreSQL].
+func NeedPostgreSQLProgram(t TB, name string) string {
+	t.Helper()
+	bin, err := postgresBin()
+	path := filepath.Join(bin, name)
+	if err == nil {
+		if _, err = os.Stat(path); err != nil {
+			err = missing(name, "install the package postgresql-client, or put it beside the server's programs")
+		}
+	}
+	demand(t, "postgres", err)
+	return path
 }

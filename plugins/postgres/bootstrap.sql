@@ -40,6 +40,7 @@ SET LOCAL lock_timeout = '10s';
 DO $$
 DECLARE
     before int := 0;
+    views  name;
 BEGIN
     IF current_setting('server_version_num')::int < 150000 THEN
         RAISE 'PostgreSQL 15 or newer is required: in older versions every user may create objects in schema public';
@@ -58,10 +59,15 @@ BEGIN
     PERFORM set_config('pawl.setup_role', current_user, true);
     CREATE SCHEMA IF NOT EXISTS pawl AUTHORIZATION pawl_maker;
     IF (SELECT nspowner FROM pg_namespace WHERE nspname = 'pawl') <> 'pawl_maker'::regrole THEN
-        RAISE 'schema pawl has another owner than pawl_maker'
-            USING HINT = 'If this database was restored from a dump without the roles, run DROP SCHEMA pawl CASCADE, '
-                'then this script, and grant the tables to pawl_maker again.';
+        RAISE 'schema pawl has another owner than pawl_maker: if this database was restored from a dump without the '
+            'roles, run DROP SCHEMA pawl CASCADE, then this script, and grant the tables to pawl_maker again';
     END IF;
+    -- Views of agents that were restored without the roles.
+    FOR views IN SELECT n.nspname FROM pg_namespace n
+        WHERE n.nspname ~ '^pawl_[0-9a-f]{12}$' AND n.nspowner <> 'pawl_maker'::regrole
+            AND NOT EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = n.oid AND c.relkind <> 'v') LOOP
+        EXECUTE format('DROP SCHEMA %I CASCADE', views);
+    END LOOP;
     COMMENT ON SCHEMA pawl IS 'Functions and records of Pawl, which issues logins to agents. Its script made them.';
     IF to_regprocedure('pawl.version()') IS NOT NULL THEN
         before := pawl.version();

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"maps"
-	"os/exec"
 	"reflect"
 	"strings"
 	"testing"
@@ -330,11 +329,9 @@ func TestNames(tt *testing.T) {
 			t.Errorf("INSERT INTO %s = %v, want nil", table, err)
 		}
 		t.exec(`DELETE FROM "Größe-1"."Order ""Items"".x" WHERE id > 2`)
-		if psql, err := exec.LookPath("psql"); err == nil {
-			out, err := exec.CommandContext(t.Context(), psql, "-XAt", "-c", "SELECT current_database()", c.URL).CombinedOutput()
-			if got := strings.TrimSuffix(string(out), "\n"); err != nil || got != name {
-				t.Errorf("psql with the secret's URL = %q, %v, want %q", got, err, name)
-			}
+		out, err := client(tt, server, "psql", "-XAt", "-c", "SELECT current_database()", c.URL)
+		if got := strings.TrimSuffix(out, "\n"); err != nil || got != name {
+			t.Errorf("psql with the secret's URL = %q, %v, want %q", got, err, name)
 		}
 		t.sever(c.grant)
 		if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeDead || !t.refusesLogin(c) {
