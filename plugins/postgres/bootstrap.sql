@@ -126,8 +126,10 @@ ALTER TABLE pawl.logins ADD COLUMN IF NOT EXISTS server bigint;
 CREATE OR REPLACE FUNCTION pawl.server_id() RETURNS bigint LANGUAGE sql STABLE AS
 $$ SELECT system_identifier FROM pg_control_system() $$;
 
-UPDATE pawl.logins SET server = pawl.server_id() -- version 1 did not record it
-WHERE server IS NULL AND name IS NOT NULL AND current_setting('pawl.version_before') < '2';
+-- Version 1 did not record it. Its records may come from a dump of another server.
+UPDATE pawl.logins l SET server = pawl.server_id()
+WHERE server IS NULL AND current_setting('pawl.version_before') < '2' AND name IS NOT NULL
+    AND (ended IS NOT NULL OR EXISTS (SELECT FROM pg_roles r WHERE r.oid = l.role AND r.rolname = l.name));
 
 -- Reports whether this server made the login.
 CREATE OR REPLACE FUNCTION pawl.has_record(login text) RETURNS boolean LANGUAGE sql STABLE AS $$
