@@ -315,14 +315,36 @@ BEGIN
     END LOOP;
 END $$;
 
--- Returns the sequences that the defaults of a table's columns use. A default calls nextval with the agent's own
--- rights. (It is volatile, so that the planner does not mix its conditions with those of the caller:
--- has_sequence_privilege fails for other relations.)
+-- Returns a relation and the tables into which an insert into it goes, if it is a simple view.
+CREATE OR REPLACE FUNCTION pawl.inserted(relation oid) RETURNS TABLE (target oid) LANGUAGE sql STABLE AS $$
+    WITH RECURSIVE below AS (
+        SELECT relation AS oid
+        UNION
+        SELECT d.refobjid FROM below b JOIN pg_class v ON v.oid = b.oid AND v.relkind = 'v'
+            AND pg_relation_is_updatable(v.oid, false) & 8 = 8
+        JOIN pg_rewrite r ON r.ev_class = v.oid
+        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
+            AND d.refclassid = 'pg_class'::regclass AND d.refobjid <> v.oid)
+    SELECT oid FROM below
+$$;
+
+-- Returns the defaults that an insert into a relation evaluates with the agent's own rights: those of its columns, and
+-- of the domains that are their types.
+CREATE OR REPLACE FUNCTION pawl.defaults_of(relation oid) RETURNS TABLE (class oid, object oid)
+LANGUAGE sql STABLE AS $$
+    SELECT 'pg_attrdef'::regclass, a.oid FROM pawl.inserted(relation) i JOIN pg_attrdef a ON a.adrelid = i.target
+    UNION
+    SELECT 'pg_type'::regclass, t.oid FROM pawl.inserted(relation) i
+    JOIN pg_attribute a ON a.attrelid = i.target AND a.attnum > 0 AND NOT a.attisdropped
+    JOIN pg_type t ON t.oid = a.atttypid AND t.typtype = 'd' AND t.typdefault IS NOT NULL
+$$;
+
+-- Returns the sequences that the defaults of a table's columns use. (It is volatile, so that the planner does not mix
+-- its conditions with those of the caller: has_sequence_privilege fails for other relations.)
 CREATE OR REPLACE FUNCTION pawl.sequences_of(relation oid) RETURNS TABLE (seq regclass) LANGUAGE sql AS $$
-    SELECT DISTINCT c.oid::regclass FROM pg_attrdef a
-    JOIN pg_depend d ON d.classid = 'pg_attrdef'::regclass AND d.objid = a.oid AND d.refclassid = 'pg_class'::regclass
+    SELECT DISTINCT c.oid::regclass FROM pawl.defaults_of(relation) f
+    JOIN pg_depend d ON d.classid = f.class AND d.objid = f.object AND d.refclassid = 'pg_class'::regclass
     JOIN pg_class c ON c.oid = d.refobjid AND c.relkind = 'S'
-    WHERE a.adrelid = relation
 $$;
 
 -- Returns the statements to run after the setup, so that agents can insert into the tables that they may get.
@@ -331,7 +353,7 @@ SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
     SELECT DISTINCT format('GRANT USAGE ON SEQUENCE %I.%I TO pawl_maker WITH GRANT OPTION', n.nspname, s.relname)
     FROM pg_class c CROSS JOIN LATERAL pawl.sequences_of(c.oid) q
     JOIN pg_class s ON s.oid = q.seq JOIN pg_namespace n ON n.oid = s.relnamespace
-    WHERE c.relkind IN ('r', 'p', 'f') AND has_table_privilege('pawl_maker', c.oid, 'INSERT WITH GRANT OPTION')
+    WHERE c.relkind IN ('r', 'p', 'f', 'v') AND has_table_privilege('pawl_maker', c.oid, 'INSERT WITH GRANT OPTION')
         AND NOT has_sequence_privilege('pawl_maker', q.seq, 'USAGE WITH GRANT OPTION')
         AND NOT has_sequence_privilege('public', q.seq, 'USAGE')
 $$;
@@ -345,16 +367,57 @@ LANGUAGE sql STABLE AS $$
             ELSE 'd' END)
         AND (0 = ANY (p.polroles) OR EXISTS (SELECT FROM pg_roles r WHERE r.oid = ANY (p.polroles)
             AND CASE WHEN s ? 'filter' THEN pg_has_role('pawl_maker', r.oid, 'USAGE')
-                ELSE r.rolname IN ('pawl-shape-' || in_shape, pawl.group_name('table', verb, nsp, rel)) END)))
+                ELSE r.rolname IN ('pawl-shape-' || in_shape, pawl.group_name('table', verb, nsp, rel),
+                    'pawl_net_' || (s->>'network')) END)))
         OR s ? 'filter' AND (SELECT r.rolbypassrls FROM pg_roles r WHERE r.rolname = 'pawl_maker')
     FROM pg_class c WHERE c.oid = format('%I.%I', nsp, rel)::regclass
 $$;
+
+-- Refuses a shape if what is around its tables refuses its logins. The error names the object and the remedy.
+CREATE OR REPLACE FUNCTION pawl.check_around(s jsonb) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    t record;
+BEGIN
+    FOR t IN SELECT DISTINCT quote_ident(e->>0) AS nsp FROM jsonb_array_elements(s->'tables') e
+        WHERE NOT has_schema_privilege('public', e->>0, 'USAGE')
+            AND NOT has_schema_privilege(e->>0, CASE WHEN s ? 'filter' THEN 'USAGE' ELSE 'USAGE WITH GRANT OPTION' END)
+    LOOP
+        RAISE 'schema % cannot be granted to agents: GRANT USAGE ON SCHEMA % TO pawl_maker WITH GRANT OPTION',
+            t.nsp, t.nsp USING ERRCODE = '0A000';
+    END LOOP;
+    -- The user of a view with security_invoker needs the rights on what it reads, also below another view.
+    FOR t IN SELECT format('%I.%I', e->>0, e->>1) AS name, format('%I.%I', n.nspname, b.relname) AS below, v
+        FROM jsonb_array_elements(s->'tables') e
+        CROSS JOIN LATERAL (SELECT format('%I.%I', e->>0, e->>1)::regclass AS oid) x
+        JOIN pg_class c ON c.oid = x.oid AND c.relkind = 'v' AND EXISTS (SELECT FROM pg_options_to_table(c.reloptions) o
+            WHERE o.option_name = 'security_invoker' AND o.option_value::boolean)
+        JOIN pg_rewrite r ON r.ev_class = c.oid
+        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
+            AND d.refclassid = 'pg_class'::regclass AND d.refobjid <> c.oid
+        JOIN pg_class b ON b.oid = d.refobjid JOIN pg_namespace n ON n.oid = b.relnamespace
+        CROSS JOIN LATERAL jsonb_array_elements_text(s->'verbs') v
+        WHERE NOT has_table_privilege('public', b.oid, v)
+            AND (s ? 'filter' OR NOT s->'tables' @> jsonb_build_array(jsonb_build_array(n.nspname, b.relname))) LOOP
+        RAISE 'view % has security_invoker, so agents need % on % too: request both, or make the view without it',
+            t.name, t.v, t.below USING ERRCODE = '0A000';
+    END LOOP;
+    FOR t IN SELECT format('%I.%I', e->>0, e->>1) AS name, p.oid::regprocedure AS called
+        FROM jsonb_array_elements(s->'tables') e
+        CROSS JOIN LATERAL pawl.defaults_of(format('%I.%I', e->>0, e->>1)::regclass) f
+        JOIN pg_depend d ON d.classid = f.class AND d.objid = f.object AND d.refclassid = 'pg_proc'::regclass
+        JOIN pg_proc p ON p.oid = d.refobjid
+        WHERE s->'verbs' ? 'insert' AND NOT has_function_privilege('public', p.oid, 'EXECUTE') LOOP
+        RAISE 'table % has a default that calls function %, which agents may not: '
+            'GRANT EXECUTE ON FUNCTION % TO PUBLIC', t.name, t.called, t.called USING ERRCODE = '0A000';
+    END LOOP;
+END $$;
 
 -- Refuses a shape if PostgreSQL would refuse its logins or show them no row. The error names the object and the remedy.
 CREATE OR REPLACE FUNCTION pawl.check_usable(in_shape text, s jsonb) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     t record;
 BEGIN
+    PERFORM pawl.check_around(s);
     FOR t IN SELECT format('%I.%I', e->>0, e->>1) AS name, v AS verb, e->>0 AS nsp, e->>1 AS rel
         FROM jsonb_array_elements(s->'tables') e, jsonb_array_elements_text(s->'verbs') v LOOP
         IF pawl.rows_visible(in_shape, s, t.nsp, t.rel, t.verb) IS NOT TRUE THEN

@@ -307,3 +307,54 @@ func TestUnusable(tt *testing.T) {
 	t.setup() // grants the sequences of all tables that agents may insert into
 	t.run(t.login(t.mint(`{"tables":["t1"],"verbs":["insert"]}`)), "INSERT INTO t1 DEFAULT VALUES")
 }
+
+// TestUnusableBelow names what a secret needs beside its tables: what is below a view or a default, and the schema.
+func TestUnusableBelow(tt *testing.T) {
+	t := newTarget(tt)
+	t.exec(`CREATE SCHEMA half; CREATE TABLE half.t (id int); GRANT USAGE ON SCHEMA half TO pawl_maker;
+		GRANT SELECT ON half.t TO pawl_maker WITH GRANT OPTION;
+		CREATE VIEW asks WITH (security_invoker) AS SELECT * FROM t1; CREATE VIEW lends AS SELECT * FROM salaries;
+		CREATE SEQUENCE tickets; CREATE DOMAIN ticket AS int DEFAULT nextval('tickets');
+		CREATE TABLE by_domain (id ticket, x int); CREATE TABLE base (id serial, x int); CREATE VIEW over_base AS TABLE base;
+		CREATE VIEW over_view AS SELECT * FROM over_base WHERE x > 0;
+		CREATE FUNCTION drawn() RETURNS int LANGUAGE sql AS 'SELECT 4'; REVOKE EXECUTE ON FUNCTION drawn FROM PUBLIC;
+		CREATE TABLE by_function (id int DEFAULT drawn(), x int);
+		GRANT SELECT, INSERT ON asks, lends, by_domain, over_view, by_function TO pawl_maker WITH GRANT OPTION`)
+	const filter = `,"filter_column":"id","filter_value":"1"`
+	for args, want := range map[string]string{
+		`{"tables":["half.t"],"verbs":["select"]}`:               "schema half",
+		`{"tables":["half.t"],"verbs":["select"]` + filter + `}`: "",
+		`{"tables":["asks"],"verbs":["select"]}`:                 "public.t1",
+		`{"tables":["asks"],"verbs":["select"]` + filter + `}`:   "public.t1",
+		`{"tables":["asks","t1"],"verbs":["select"]}`:            "",
+		`{"tables":["lends"],"verbs":["select"]}`:                "",
+		`{"tables":["by_domain"],"verbs":["insert"]}`:            "public.tickets",
+		`{"tables":["over_view"],"verbs":["insert"]}`:            "public.base_id_seq",
+		`{"tables":["over_view"],"verbs":["select"]}`:            "",
+		`{"tables":["by_function"],"verbs":["insert"]}`:          "drawn()",
+	} {
+		_, _, err := t.backend.Prepare(t.Context(), tool(), newGrant(args))
+		var e *broker.Error
+		switch {
+		case want == "" && err != nil:
+			t.Errorf("Prepare(%s) = %v, want nil", args, err)
+		case want != "" && (!errors.As(err, &e) || e.Kind != broker.Denied || !strings.Contains(e.Msg, want)):
+			t.Errorf("Prepare(%s) = %v, want denied, with %s by name", args, err, want)
+		case want == "" && strings.Contains(args, "select"):
+			c := t.mint(args)
+			for _, name := range c.Names {
+				t.run(t.login(c), "SELECT * FROM "+name)
+			}
+		}
+	}
+	t.exec("GRANT USAGE ON SCHEMA half TO pawl_maker WITH GRANT OPTION; GRANT EXECUTE ON FUNCTION drawn TO PUBLIC")
+	t.setup()
+	for table, sql := range map[string]string{"half.t": "", "by_domain": "INSERT INTO by_domain (x) VALUES (1)",
+		"over_view": "INSERT INTO over_view (x) VALUES (1)", "by_function": "INSERT INTO by_function (x) VALUES (1)"} {
+		verb := "insert"
+		if sql == "" {
+			verb, sql = "select", "SELECT FROM "+table
+		}
+		t.run(t.login(t.mint(`{"tables":["`+table+`"],"verbs":["`+verb+`"]}`)), sql)
+	}
+}
