@@ -32,6 +32,9 @@ func TestDoctor(t *testing.T) {
 	if err != nil || strings.Contains(out, "WRONG") || strings.Count(out, "ok ") != 8+len(env.Config.Backends) {
 		t.Fatalf("pawl doctor = %v\n%s\nwant everything ok", err, out)
 	}
+	if !strings.Contains(out, "the database is set up\n") {
+		t.Errorf("pawl doctor printed\n%s\nwant that the database is set up", out)
+	}
 	chmod := func(mode os.FileMode) func() error {
 		return func() error { return os.Chmod(env.Config.Ledger, mode) }
 	}

@@ -109,7 +109,7 @@ func (d *doctor) run(ctx context.Context) error {
 		d.check(ctx, check.what, check.hint, check.run)
 	}
 	if d.vault != nil {
-		d.vault.Close()
+		defer d.vault.Close()
 	}
 	names := make([]string, 0, len(d.c.Backends))
 	for name := range d.c.Backends {
@@ -118,7 +118,7 @@ func (d *doctor) run(ctx context.Context) error {
 	slices.Sort(names)
 	for _, name := range names {
 		d.check(ctx, "backend "+name, "issuing with its tools fails until this is repaired; other tools still work",
-			func(ctx context.Context) (string, error) { return wire.Reach(ctx, d.c.Backends[name]) })
+			func(ctx context.Context) (string, error) { return wire.Reach(ctx, d.vault, d.c.Backends[name]) })
 	}
 	return d.result()
 }

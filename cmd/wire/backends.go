@@ -162,13 +162,19 @@ func Survey(ctx context.Context, v *vault.Client, tools []broker.Tool, backends 
 	return found, errors.Join(faults...)
 }
 
-// Reach checks, without a credential, that the target of a validated configuration is there. found
-// describes it.
-func Reach(ctx context.Context, c Backend) (found string, err error) {
-	if p, _ := pluginNamed(c.Plugin); p.reach != nil {
-		return p.reach(ctx, c)
+// Reach checks that the target of a validated configuration is there, and describes it. With Vault it also asks the
+// target with the broker's credentials for it, if the plugin has some.
+func Reach(ctx context.Context, v *vault.Client, c Backend) (found string, err error) {
+	p, _ := pluginNamed(c.Plugin)
+	if p.reach == nil {
+		return inVault, nil
 	}
-	return inVault, nil
+	found, err = p.reach(ctx, c)
+	if err != nil || p.ask == nil || v == nil {
+		return found, err
+	}
+	more, err := p.ask(ctx, v, c)
+	return found + "; " + more, err
 }
 
 // leaseLister lists the leases below the paths at which tools mint.

@@ -52,6 +52,8 @@ type plugin struct {
 
 	// reach checks without a credential that the target is there, and describes it. Nil: the target is Vault.
 	reach func(ctx context.Context, c Backend) (found string, err error)
+	// ask checks the target further, with the broker's credentials for it. Nil: there is no more to check.
+	ask func(ctx context.Context, v *vault.Client, c Backend) (found string, err error)
 }
 
 // Backend is one target of secrets. The plugin's row in [plugins] lists the fields that it takes; the
@@ -146,7 +148,7 @@ var plugins = []plugin{
 	{
 		name: "postgres", keys: []string{"dsn", "mount", "standbys", "shaper", "revoker", "service_ttl"},
 		required: []string{"dsn"},
-		open:     openPostgres, bare: new(postgres.Backend), reads: postgresReads, reach: reachPostgres,
+		open:     openPostgres, bare: new(postgres.Backend), reads: postgresReads, reach: reachPostgres, ask: askPostgres,
 	},
 	{name: "pki", open: openPKI, bare: new(pki.Backend), reads: pkiReads, survey: surveyPKI},
 	{name: "ssh", keys: []string{"krl", "krl_in_place", "krl_in_use", "hosts"}, open: openSSH, bare: new(ssh.Backend), reach: reachSSH},
@@ -339,14 +341,42 @@ func reachPostgres(ctx context.Context, c Backend) (string, error) {
 	if err != nil {
 		return "", errors.New("dsn does not parse")
 	}
-	network, address := pgconn.NetworkAddress(parsed.Host, parsed.Port)
-	var dial net.Dialer
-	conn, err := dial.DialContext(ctx, network, address)
+	var all []string
+	for _, f := range append([]*pgconn.FallbackConfig{{Host: parsed.Host, Port: parsed.Port}}, parsed.Fallbacks...) {
+		network, address := pgconn.NetworkAddress(f.Host, f.Port)
+		if slices.Contains(all, address) { // another way to use TLS
+			continue
+		}
+		var dial net.Dialer
+		conn, err := dial.DialContext(ctx, network, address)
+		if err != nil {
+			return "", err
+		}
+		_ = conn.Close() // it only had to open
+		all = append(all, address)
+	}
+	return strings.Join(all, " and ") + " accepts connections", nil
+}
+
+// askPostgres logs in as the broker does.
+func askPostgres(ctx context.Context, v *vault.Client, c Backend) (string, error) {
+	b, err := postgres.New(postgres.Config{DSN: c.DSN, Standbys: c.Standbys, Credentials: serviceLogins{v, c},
+		CollectEvery: -1})
 	if err != nil {
 		return "", err
 	}
-	_ = conn.Close() // it only had to open
-	return address + " accepts connections", nil
+	defer b.Close()
+	if err := b.Check(ctx); err != nil {
+		return "", err
+	}
+	limits, err := b.Limits(ctx)
+	if err == nil {
+		err = b.CheckStandbys(ctx)
+	}
+	if err != nil || len(limits) == 0 {
+		return "the database is set up", err
+	}
+	return "the database is set up, but " + strings.Join(limits, ", and "), nil
 }
 
 // The modes of access(2).

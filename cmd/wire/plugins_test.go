@@ -166,7 +166,7 @@ func TestReachSSH(t *testing.T) {
 		{wire.Backend{KRL: filepath.Join(krl, "none", "krl")}, false, "the directory of krl"},
 	} {
 		row.backend.Plugin = "ssh"
-		found, err := wire.Reach(t.Context(), row.backend)
+		found, err := wire.Reach(t.Context(), nil, row.backend)
 		if err != nil {
 			found = err.Error()
 		}

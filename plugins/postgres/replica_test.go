@@ -104,6 +104,9 @@ func TestStandby(tt *testing.T) {
 	if found := r.find(); !found[c.grant.ID] {
 		r.Errorf("Find() = %v, want %s", found, c.grant.ID)
 	}
+	if err := r.backend.CheckStandbys(r.Context()); err != nil {
+		r.Errorf("CheckStandbys = %v, want nil", err)
+	}
 	var starting int
 	if err := r.there.QueryRow(r.Context(), "SELECT cardinality(starting) FROM pawl.cut('{}')").Scan(&starting); err != nil {
 		r.Fatal(err)
@@ -182,6 +185,9 @@ func TestStandbyPromoted(tt *testing.T) {
 		r.Fatalf("logging in at the promoted standby = %v, so this test checks nothing", sqlState(err))
 	} else {
 		_ = conn.Close(r.Context())
+	}
+	if err := r.backend.CheckStandbys(r.Context()); err == nil || !strings.Contains(err.Error(), "does not follow") {
+		r.Errorf("CheckStandbys with a promoted one = %v, want an error", err)
 	}
 	if e := r.prove(c.grant)[0]; e.Outcome == broker.OutcomeDead {
 		r.Errorf("Prove beside a promoted standby = %v %q, want not dead", e.Outcome, e.Answer)

@@ -164,6 +164,32 @@ func (s *service) final(ctx context.Context, ids []string) (map[string]bool, err
 	return s.set(ctx, "SELECT * FROM pawl.known($1)", ids)
 }
 
+// CheckStandbys reports whether each standby answers and follows the primary. It waits until the standby knows the
+// broker's login.
+func (b *Backend) CheckStandbys(ctx context.Context) error {
+	if len(b.revoker.standbys) == 0 {
+		return nil
+	}
+	at, err := b.revoker.position(ctx)
+	if err != nil {
+		return fmt.Errorf("reading the position of database %q: %w", b.database, err)
+	}
+	retry := backoff.Exponential{First: 10 * time.Millisecond, Most: 500 * time.Millisecond}
+	for try := 1; ; try++ {
+		var failed error
+		for _, there := range b.inspectStandbys(ctx, []string{}, 0, at) {
+			if there.err != nil {
+				failed = errors.Join(failed, fmt.Errorf("standby %s: %w", there.name, there.err))
+			}
+		}
+		if failed == nil || try == checkStandbys || backoff.Sleep(ctx, retry.Next()) != nil {
+			return failed
+		}
+	}
+}
+
+const checkStandbys = 10 // tries
+
 // standbyState is what a standby shows of some grants' logins, after it has replayed up to a position.
 type standbyState struct {
 	found []loginState
