@@ -73,7 +73,7 @@ BEGIN
         before := pawl.version();
     END IF;
     PERFORM set_config('pawl.version_before', before::text, true);
-    IF before > 2 THEN
+    IF before > 3 THEN
         RAISE 'schema pawl has a newer version than this script';
     END IF;
     -- By default every user may make large objects, a million in seconds. A database that has none gets on without.
@@ -95,11 +95,11 @@ BEGIN
     END IF;
 END $$;
 
--- Their results changed in version 2.
+-- Their results changed in version 2 or 3.
 DROP FUNCTION IF EXISTS pawl.sever(text[]), pawl.disable(text[]), pawl.collect(interval),
     pawl.ensure_shape(text, text), pawl.grant_table(text, jsonb, text, text), pawl.position();
 
-CREATE OR REPLACE FUNCTION pawl.version() RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT 2';
+CREATE OR REPLACE FUNCTION pawl.version() RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT 3';
 
 CREATE TABLE IF NOT EXISTS pawl.shapes (
     shape     text PRIMARY KEY,
@@ -126,9 +126,9 @@ ALTER TABLE pawl.logins ADD COLUMN IF NOT EXISTS server bigint;
 CREATE OR REPLACE FUNCTION pawl.server_id() RETURNS bigint LANGUAGE sql STABLE AS
 $$ SELECT system_identifier FROM pg_control_system() $$;
 
--- Version 1 did not record it. Its records may come from a dump of another server.
+-- Versions 1 and 2 did not record it. Their records may come from a dump of another server.
 UPDATE pawl.logins l SET server = pawl.server_id()
-WHERE server IS NULL AND current_setting('pawl.version_before') < '2' AND name IS NOT NULL
+WHERE server IS NULL AND current_setting('pawl.version_before') < '3' AND name IS NOT NULL
     AND (ended IS NOT NULL OR EXISTS (SELECT FROM pg_roles r WHERE r.oid = l.role AND r.rolname = l.name));
 
 -- Reports whether this server made the login.

@@ -60,3 +60,23 @@ func TestMovedServer(tt *testing.T) {
 		t.Errorf("Prove at the old server after Sever = %v %q, want dead", e.Outcome, e.Answer)
 	}
 }
+
+// TestUpgrade runs the script in a database of version 2, which did not record the server of a login.
+func TestUpgrade(tt *testing.T) {
+	t := newTarget(tt)
+	c := t.mint(`{"tables":["orders"]}`)
+	c.grant.State, c.grant.Lease.Ref = broker.StateIssued, c.User
+	conn := t.cursor(c)
+	t.exec(`CREATE OR REPLACE FUNCTION pawl.version() RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT 2';
+		UPDATE pawl.logins SET server = NULL`)
+	if err := t.backend.Check(t.Context()); err == nil || !strings.Contains(err.Error(), "run its setup script") {
+		t.Errorf("Check before the upgrade = %v, want an error that says what to do", err)
+	}
+	t.setup()
+	if _, err := t.vault.Exec(t.Context(), "SELECT pawl.end_logins(ARRAY[$1])", c.User); err != nil {
+		t.Errorf("end_logins after the upgrade = %v, want nil", sqlState(err))
+	}
+	if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeDead || !t.sessionEnded(conn) {
+		t.Errorf("Prove after the upgrade = %v %q, want dead", e.Outcome, e.Answer)
+	}
+}

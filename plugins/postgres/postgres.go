@@ -22,7 +22,7 @@ import (
 )
 
 // schemaVersion is the value that pawl.version() of bootstrap.sql returns.
-const schemaVersion = 2
+const schemaVersion = 3
 
 // Backend is one database. It implements [broker.Backend], [broker.Severer], [broker.Prover],
 // [broker.Finder] and [broker.Remover]. Safe for concurrent use.
