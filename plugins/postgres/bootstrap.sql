@@ -256,7 +256,7 @@ CREATE OR REPLACE FUNCTION pawl.views_on(relation oid) RETURNS TABLE (view oid) 
 $$;
 
 -- Reports whether the group still has all the rights of the shape. That is false after a table was withdrawn, or
--- dropped and made again, and with a filter also after its columns changed or another table got its name.
+-- dropped and made again, and with a filter also after another table got its name.
 CREATE OR REPLACE FUNCTION pawl.shape_holds(in_shape text, s jsonb) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     grp oid := (SELECT oid FROM pg_roles WHERE rolname = 'pawl-shape-' || in_shape);
@@ -272,8 +272,15 @@ BEGIN
         AND NOT (s ? 'filter' AND EXISTS (SELECT FROM jsonb_array_elements(s->'tables') e
             CROSS JOIN LATERAL to_regclass(format('%I.%I', e->>0, e->>1)) t
             CROSS JOIN LATERAL to_regclass(pawl.reach(in_shape, s, e->>0, e->>1)) v
-            WHERE v NOT IN (SELECT o.view FROM pawl.views_on(t) o) OR pawl.columns_of(v) <> pawl.columns_of(t)));
+            WHERE v NOT IN (SELECT o.view FROM pawl.views_on(t) o)));
 END $$;
+
+-- Reports whether the views of a filter have the columns of their tables.
+CREATE OR REPLACE FUNCTION pawl.columns_hold(in_shape text, s jsonb) RETURNS boolean LANGUAGE sql STABLE AS $$
+    SELECT NOT (s ? 'filter' AND EXISTS (SELECT FROM jsonb_array_elements(s->'tables') e
+        WHERE pawl.columns_of(to_regclass(pawl.reach(in_shape, s, e->>0, e->>1)))
+            <> pawl.columns_of(to_regclass(format('%I.%I', e->>0, e->>1)))))
+$$;
 
 CREATE OR REPLACE FUNCTION pawl.group_name(kind text, rights text, VARIADIC object text[]) RETURNS text
 LANGUAGE sql STABLE AS $$
@@ -666,6 +673,7 @@ SET search_path = pg_catalog, pg_temp SET client_min_messages = error SET lock_t
 DECLARE
     s     jsonb := pawl.check_spec(in_shape, in_spec);
     known text;
+    holds boolean;
 BEGIN
     PERFORM pawl.commit_locally();
     PERFORM pawl.check_grantable(s);
@@ -678,7 +686,8 @@ BEGIN
         IF known <> in_spec THEN
             RAISE 'shape % belongs to another specification', in_shape USING ERRCODE = '22023';
         END IF;
-        IF known IS NOT NULL AND pawl.shape_holds(in_shape, s) THEN
+        holds := known IS NOT NULL AND pawl.shape_holds(in_shape, s);
+        IF holds AND pawl.columns_hold(in_shape, s) THEN
             UPDATE pawl.shapes SET last_used = now()
             WHERE shape = in_shape AND last_used < now() - interval '1 minute';
             RETURN;
@@ -691,7 +700,15 @@ BEGIN
     IF known IS NULL THEN
         PERFORM pawl.make_room(ensure_shape.agent);
     END IF;
-    PERFORM pawl.build_shape(in_shape, s);
+    IF holds THEN -- but for new columns: those wait until no agent reads the view
+        BEGIN
+            PERFORM set_config('lock_timeout', '100ms', true);
+            PERFORM pawl.build_shape(in_shape, s);
+        EXCEPTION WHEN lock_not_available THEN
+        END;
+    ELSE
+        PERFORM pawl.build_shape(in_shape, s);
+    END IF;
     INSERT INTO pawl.shapes (shape, spec, agent) VALUES (in_shape, in_spec, left(ensure_shape.agent, 2048))
     ON CONFLICT (shape) DO UPDATE SET last_used = now();
 EXCEPTION WHEN lock_not_available THEN

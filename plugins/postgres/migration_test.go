@@ -48,6 +48,22 @@ func TestMigration(tt *testing.T) {
 	}
 }
 
+// TestMigrationBesideAgents has an agent that reads a view in an open transaction. Other agents must get the view as it
+// is, and the new columns once the transaction has ended.
+func TestMigrationBesideAgents(tt *testing.T) {
+	t := newTarget(tt)
+	const args = `{"tables":["orders"],"verbs":["select"],"filter_column":"customer","filter_value":"1"}`
+	first := t.mint(args)
+	t.exec("ALTER TABLE orders ADD COLUMN added int DEFAULT 7")
+	agent := t.login(first)
+	t.run(agent, "BEGIN", "SELECT FROM "+first.Names["public.orders"])
+	c := t.mint(args)
+	t.run(t.login(c), "SELECT note FROM "+c.Names["public.orders"])
+	t.run(agent, "COMMIT")
+	c = t.mint(args)
+	t.run(t.login(c), "SELECT added FROM "+c.Names["public.orders"])
+}
+
 // TestListShapes checks what a DBA sees of the shapes.
 func TestListShapes(tt *testing.T) {
 	t := newTarget(tt)
