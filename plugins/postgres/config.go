@@ -3,7 +3,6 @@ package postgres
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net/url"
 	"regexp"
@@ -71,26 +70,6 @@ func parseAddress(dsn string) (*pgxpool.Config, error) {
 	}
 	address.MaxConns = 4
 	return address, nil
-}
-
-// parseStandbys refuses a standby that would not be seen whole.
-func parseStandbys(dsns []string, database string) (standbys []*standby, err error) {
-	for _, dsn := range dsns {
-		address, err := parseAddress(dsn)
-		if err != nil {
-			return nil, fmt.Errorf("a standby: %w", err)
-		}
-		if named := serversOf(address.Copy()).named; len(named) > 1 {
-			return nil, fmt.Errorf("postgres: standby %s: its DSN names several servers; list each as a standby of its own",
-				named[0])
-		}
-		if address.ConnConfig.Database != database {
-			return nil, fmt.Errorf("postgres: standby %s has another database than %q", nameOf(address), database)
-		}
-		keepConnected(address)
-		standbys = append(standbys, &standby{address: address})
-	}
-	return standbys, nil
 }
 
 // keepConnected makes a pool keep one connection. The default would close it after an hour. Opening another one can

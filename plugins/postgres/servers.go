@@ -107,6 +107,8 @@ func (s *servers) reached(address net.Addr) {
 	}
 }
 
+const maxAttempts = 4 // of one call. Every function in schema pawl is safe to call again
+
 // next puts the server after the given one first, unless another caller has done so, after a credential was refused.
 // It reports whether to try again with that credential. Another connection can have been refused by another server, so
 // that is not one try for each.

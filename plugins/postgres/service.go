@@ -243,10 +243,7 @@ func retryWhileFull(ctx context.Context, f func(context.Context) error) error {
 	}
 }
 
-const (
-	maxAttempts = 4           // of one call. Every function in schema pawl is safe to call again
-	doTimeout   = time.Minute // of one call with all its attempts
-)
+const doTimeout = time.Minute // of one call with all its attempts
 
 // do runs f with the pool. It retries when the database refused the credential, when the connection was lost or the
 // server became read only, and after a conflict between two transactions. While the server has no room for another
