@@ -37,9 +37,10 @@ type Backend struct {
 	stop context.CancelFunc
 	done sync.WaitGroup
 
-	mu     sync.Mutex               // guards shapes and ends
+	mu     sync.Mutex               // guards shapes, ends and hosts
 	shapes map[string]time.Time     // when each shape was last seen in the database
 	ends   map[broker.GrantID]int64 // see endsOf
+	hosts  map[server]seenHost      // the tools' own hosts
 }
 
 // New checks the configuration and starts the background work that renews the broker's own credentials. The database
@@ -62,7 +63,7 @@ func New(cfg Config) (*Backend, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	b := &Backend{cfg: cfg, servers: serversOf(address), database: address.ConnConfig.Database,
-		shapes: map[string]time.Time{}, ends: map[broker.GrantID]int64{}}
+		shapes: map[string]time.Time{}, ends: map[broker.GrantID]int64{}, hosts: map[server]seenHost{}}
 	b.shaper = newService(Shaper, cfg, address, b.servers)
 	b.revoker = newService(Revoker, cfg, address, b.servers)
 	if b.revoker.standbys, err = parseStandbys(cfg.Standbys, b.database); err != nil {

@@ -39,6 +39,9 @@ func (b *Backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (b
 		return broker.Mint{}, "", err
 	}
 	shape, text := sp.encode()
+	if err := b.checkHost(ctx, t, server{s.host, uint16(s.port)}); err != nil {
+		return broker.Mint{}, "", err
+	}
 	if sp.Filter != nil { // a DBA may have dropped its views
 		b.forget(shape)
 	}
