@@ -145,6 +145,9 @@ type VaultSetup struct {
 	ServiceTTL time.Duration            // of those credentials; zero: 4 h, at most 24 h
 }
 
+// readWrite lets a login end in a database that is read only by default.
+const readWrite = "SET TRANSACTION READ WRITE"
+
 // VaultWrite is one write to Vault.
 type VaultWrite struct {
 	Path broker.VaultPath
@@ -175,7 +178,7 @@ func (v VaultSetup) Writes() ([]VaultWrite, error) {
 		allowed = append(allowed, name)
 		roles = append(roles, VaultWrite{Path: path("roles", name), Data: map[string]any{
 			"db_name": v.Connection, "default_ttl": seconds, "max_ttl": seconds,
-			"creation_statements": []string{create}, "revocation_statements": []string{end},
+			"creation_statements": []string{create}, "revocation_statements": []string{readWrite, end},
 		}})
 	}
 	for _, name := range slices.Sorted(maps.Keys(v.Tools)) {

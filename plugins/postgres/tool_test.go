@@ -238,7 +238,8 @@ func TestVaultSetup(tt *testing.T) {
 			t.Errorf("%v: ttl = %v, %v, want %v", role.Path, role.Data["default_ttl"], role.Data["max_ttl"], ttl)
 		}
 		for _, kind := range []string{"creation_statements", "revocation_statements"} {
-			sql := role.Data[kind].([]string)[0]
+			statements := role.Data[kind].([]string)
+			sql := statements[len(statements)-1]
 			sql = strings.NewReplacer("{{name}}", "no such name", "{{password}}", "x",
 				"{{expiration}}", "2026-01-01 00:00:00+0000").Replace(sql)
 			// The function exists and may be called, and refuses the name.

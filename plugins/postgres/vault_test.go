@@ -159,7 +159,11 @@ func TestRealVault(tt *testing.T) {
 	if _, err := revoker.Exec(t.Context(), "SELECT * FROM pawl.inspect(NULL)"); err != nil {
 		t.Errorf("inspect with Vault's credential = %v, want nil", sqlState(err))
 	}
+	t.exec("ALTER DATABASE " + t.name + " SET default_transaction_read_only = on") // its logins must end nevertheless
+	write(mount+"/reset/"+t.name, nil)
 	write("sys/leases/revoke", map[string]any{"lease_id": service.LeaseID, "sync": true})
+	t.exec("ALTER DATABASE " + t.name + " RESET default_transaction_read_only")
+	write(mount+"/reset/"+t.name, nil)
 	if n := t.count("SELECT count(*) FROM pg_roles WHERE rolname = $1", user); n != 0 {
 		t.Errorf("roles named %s = %d, want 0", user, n)
 	}
