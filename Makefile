@@ -1,6 +1,7 @@
 # The entry points for people and for .ci/run. They need Go, git and make. `make test` ends with a list of the tests that
 # were skipped, and of the program that each lacked.
-# PAWL_REQUIRE=all (or vault,spire,postgres,sshd,python,nginx,apache2,haproxy,openssl) makes that a failure.
+# PAWL_REQUIRE=all makes that a failure, or some of
+# vault,spire,postgres,sshd,python,nginx,apache2,haproxy,openssl,pgbouncer,pgpool.
 
 GO       ?= go
 PACKAGES ?= ./...

@@ -1,4 +1,4 @@
-// Package parts finds or builds the real servers that Pawl works with (Vault, SPIRE, PostgreSQL, sshd) and runs
+// Package parts finds or builds the real servers that Pawl works with (Vault, SPIRE, PostgreSQL, sshd, poolers) and runs
 // them for development and tests.
 //
 // Every server listens on a free loopback port and keeps its data in a temporary directory of its own. It ends
