@@ -18,6 +18,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgxpool"
+
 	"github.com/pawlsec/pawl/broker"
 )
 
@@ -28,6 +30,7 @@ const schemaVersion = 3
 // [broker.Finder] and [broker.Remover]. Safe for concurrent use.
 type Backend struct {
 	cfg      Config
+	address  *pgxpool.Config
 	servers  *servers
 	database string
 	// Severing has its own connections, so that it never queues behind preparing. One of them is always open, since
@@ -37,10 +40,11 @@ type Backend struct {
 	stop context.CancelFunc
 	done sync.WaitGroup
 
-	mu     sync.Mutex               // guards shapes, ends and hosts
+	hosts *hosts // that secrets name
+
+	mu     sync.Mutex               // guards shapes and ends
 	shapes map[string]time.Time     // when each shape was last seen in the database
 	ends   map[broker.GrantID]int64 // see endsOf
-	hosts  map[server]seenHost      // the tools' own hosts
 }
 
 // New checks the configuration and starts the background work that renews the broker's own credentials. The database
@@ -62,15 +66,17 @@ func New(cfg Config) (*Backend, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	b := &Backend{cfg: cfg, servers: serversOf(address), database: address.ConnConfig.Database,
-		shapes: map[string]time.Time{}, ends: map[broker.GrantID]int64{}, hosts: map[server]seenHost{}}
+	b := &Backend{cfg: cfg, address: address, servers: serversOf(address), database: address.ConnConfig.Database,
+		shapes: map[string]time.Time{}, ends: map[broker.GrantID]int64{}}
 	b.shaper = newService(Shaper, cfg, address, b.servers)
 	b.revoker = newService(Revoker, cfg, address, b.servers)
+	b.hosts = &hosts{database: b.database, revoker: b.revoker, known: b.identities, now: cfg.Now, log: cfg.Log,
+		answers: map[string]hostAnswer{}, asking: map[string]chan struct{}{}, of: map[broker.ToolName]string{}}
 	if b.revoker.standbys, err = parseStandbys(cfg.Standbys, b.database); err != nil {
 		return nil, err
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	b.stop = stop
+	b.stop, b.hosts.running = stop, ctx
 	b.done.Go(func() { b.maintain(ctx) })
 	b.done.Go(func() { b.revoker.keepOpen(ctx) })
 	for i := range b.revoker.standbys {
@@ -83,6 +89,7 @@ func New(cfg Config) (*Backend, error) {
 func (b *Backend) Close() {
 	b.stop()
 	b.done.Wait()
+	b.hosts.checks.Wait()
 	b.shaper.close()
 	b.revoker.close()
 }

@@ -38,10 +38,10 @@ func (b *Backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (b
 	if err != nil {
 		return broker.Mint{}, "", err
 	}
-	shape, text := sp.encode()
-	if err := b.checkHost(ctx, t, server{s.host, uint16(s.port)}); err != nil {
+	if err := b.hosts.prepare(ctx, t.Name, s.own); err != nil {
 		return broker.Mint{}, "", err
 	}
+	shape, text := sp.encode()
 	if sp.Filter != nil { // a DBA may have dropped its views
 		b.forget(shape)
 	}
@@ -165,6 +165,10 @@ func (b *Backend) ensureShape(ctx context.Context, shape, text, agent string) er
 	case classify(err) == overLimit:
 		return broker.Errorf(broker.Denied, "prepare", "%s; the ones that are idle for 15 minutes make room for others",
 			messageOf(err)).With(broker.CodeTooFast).Because(err).After(time.Minute)
+	case errors.As(err, new(*poolerError)):
+		return broker.Errorf(broker.Unavailable, "prepare",
+			"the broker reaches database %q only through a pooler; nothing was made", b.database).
+			With(broker.CodeBackendDown).Because(err).After(time.Minute)
 	default:
 		return broker.Errorf(broker.Unavailable, "prepare",
 			"database %q cannot be prepared; nothing was made", b.database).

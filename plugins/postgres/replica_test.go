@@ -193,39 +193,3 @@ func TestStandbyPromoted(tt *testing.T) {
 		r.Errorf("Prove beside a promoted standby = %v %q, want not dead", e.Outcome, e.Answer)
 	}
 }
-
-// TestHostOfTool has tools with a host of their own. A secret that names a server where nobody severs is not made.
-func TestHostOfTool(tt *testing.T) {
-	r := newReplica(tt)
-	_, standby, _ := strings.Cut(r.standby.Address(), ":")
-	_, primary, _ := strings.Cut(r.server.Address(), ":")
-	_, other, _ := strings.Cut(newTarget(tt).server.Address(), ":")
-	listed := r.backend
-	none := r.newBackend(postgres.Config{})
-	r.replay()
-	for _, row := range []struct {
-		name       string
-		backend    *postgres.Backend
-		host, port string
-		want       string
-	}{
-		{"the primary by another name", none, "localhost", primary, ""},
-		{"the primary", none, "127.0.0.1", primary, ""},
-		{"a listed standby", listed, "127.0.0.1", standby, ""},
-		{"a standby that is not listed", none, "127.0.0.1", standby, "list it under standbys"},
-		{"a standby by another name", listed, "localhost", standby, "list it under standbys"},
-		{"a server that does not let the broker in", none, "127.0.0.1", other, ""},
-	} {
-		own := tool()
-		own.Settings["host"], own.Settings["port"] = row.host, row.port
-		var err error
-		r.settles(row.name, func() bool { // a standby may not know the broker's login yet
-			r.replay()
-			_, _, err = row.backend.Prepare(r.Context(), own, newGrant(`{"tables":["orders"]}`))
-			return (err == nil) == (row.want == "")
-		})
-		if err != nil && (broker.KindOf(err) != broker.Unavailable || !strings.Contains(err.Error(), row.want)) {
-			r.Errorf("%s: Prepare = %v, want %q", row.name, err, row.want)
-		}
-	}
-}

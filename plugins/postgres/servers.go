@@ -121,9 +121,6 @@ func (s *servers) next(refused server, try int) bool {
 	return len(s.named) > 1 && try < maxAttempts-1
 }
 
-// names reports whether the DSN names a server.
-func (s *servers) names(one server) bool { return slices.Contains(s.named, one) }
-
 // onSocket reports whether a server is reached through the directory of a Unix socket.
 func (s *servers) onSocket() bool {
 	return slices.ContainsFunc(s.named, func(one server) bool { return strings.HasPrefix(one.host, "/") })

@@ -153,6 +153,7 @@ func (s *service) newLogin(ctx context.Context) (*serviceLogin, error) {
 	open := func(address *pgxpool.Config) (*pgxpool.Pool, error) {
 		config := address.Copy()
 		config.ConnConfig.User, config.ConnConfig.Password = user, password
+		config.AfterConnect = examiner(s.purpose, s.cfg.Log, config.AfterConnect)
 		return pgxpool.NewWithConfig(context.WithoutCancel(ctx), config)
 	}
 	if l.pool, err = open(s.address); err != nil {
@@ -187,6 +188,18 @@ func (s *service) drop(l *serviceLogin) {
 	if l != nil {
 		s.closing.Go(l.close)
 	}
+}
+
+// pools returns the pools with the present credential and with the one before.
+func (s *service) pools() (pools []*pgxpool.Pool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, l := range []*serviceLogin{s.live, s.previous} {
+		if l != nil {
+			pools = append(pools, l.pool)
+		}
+	}
+	return pools
 }
 
 // markRefused makes the next get fetch another credential, after the database refused this one.
@@ -333,7 +346,8 @@ func classify(err error) failure {
 	var pg *pgconn.PgError
 	if !errors.As(err, &pg) {
 		var connect *pgconn.ConnectError
-		if errors.As(err, &connect) {
+		var pooler *poolerError
+		if errors.As(err, &connect) || errors.As(err, &pooler) {
 			return other
 		}
 		return connectionLost

@@ -169,6 +169,9 @@ func (b *Backend) inspect(ctx context.Context, ids []string) (found []loginState
 			return err
 		}
 		defer conn.Release()
+		if err := checkDirect(conn.Conn()); err != nil {
+			return err
+		}
 		if _, err := conn.Exec(ctx, "SELECT pawl.check_primary()"); err != nil {
 			return err
 		}
@@ -205,6 +208,9 @@ const evidenceCheck = "postgres: pg_roles, pg_stat_activity and pg_prepared_xact
 func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	ids := idsOf(grants)
 	found, err := b.inspect(ctx, ids)
+	if pooler := (*poolerError)(nil); errors.As(err, &pooler) {
+		return unproven(grants, b.cfg.Now(), pooler), nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("inspecting %d grants in database %q: %w", len(grants), b.database, err)
 	}
@@ -241,7 +247,17 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 			}
 		}
 	}
+	b.hosts.doubt(ctx, grants, evidence)
 	return evidence, nil
+}
+
+// unproven is the evidence about grants whose server cannot be asked directly.
+func unproven(grants []broker.Grant, now time.Time, why error) []broker.Evidence {
+	evidence := make([]broker.Evidence, len(grants))
+	for i := range evidence {
+		evidence[i] = broker.Evidence{At: now, Check: evidenceCheck, Outcome: broker.OutcomeUnknown, Answer: why.Error()}
+	}
+	return evidence
 }
 
 // proveAtStandbys changes the evidence of the primary where a standby shows worse.

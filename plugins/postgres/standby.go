@@ -169,6 +169,9 @@ func (s *service) inspectStandby(
 	st := s.standbys[i]
 	deadline := time.Now().Add(st.patience())
 	err = s.onStandby(ctx, i, len(ids), func(ctx context.Context, pool *pgxpool.Pool) (err error) {
+		if err := checkPoolDirect(ctx, pool); err != nil {
+			return err
+		}
 		for {
 			var there position
 			row := pool.QueryRow(ctx, positionQuery)
@@ -241,4 +244,38 @@ func (s *service) cutStandbys(ctx context.Context, ids []string) error {
 	}
 	_ = g.Wait() // nil: the errors are in failed
 	return errors.Join(failed...)
+}
+
+// identities asks the server of DSN and the standbys who they are.
+func (b *Backend) identities(ctx context.Context) (known knownServers, err error) {
+	var i identity
+	ask := func(ctx context.Context, pool *pgxpool.Pool) error {
+		return pool.AcquireFunc(ctx, func(c *pgxpool.Conn) (err error) {
+			if err := checkDirect(c.Conn()); err != nil {
+				return err
+			}
+			i, err = identityOf(ctx, c.Conn())
+			return err
+		})
+	}
+	primary := func(ctx context.Context, pool *pgxpool.Pool) error { // do leaves a server that is read only
+		if _, err := pool.Exec(ctx, "SELECT pawl.check_primary()"); err != nil {
+			return err
+		}
+		return ask(ctx, pool)
+	}
+	if err := b.revoker.do(ctx, primary); err != nil {
+		return known, fmt.Errorf("asking database %q for its server: %w", b.database, err)
+	}
+	known.found = append(known.found, i)
+	for n, st := range b.revoker.standbys {
+		err := untilKnown(ctx, func() error { return b.revoker.onStandby(ctx, n, 0, ask) })
+		switch {
+		case err != nil:
+			known.away = errors.Join(known.away, fmt.Errorf("asking standby %s for its server: %w", nameOf(st.address), err))
+		case i.standby: // else it was promoted, and does not show that logins have ended
+			known.found = append(known.found, i)
+		}
+	}
+	return known, nil
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"slices"
 	"strconv"
 	"strings"
@@ -28,6 +29,7 @@ var argKinds = map[string]string{
 type settings struct {
 	host         string // for the agent to connect to
 	port         int
+	own          string   // host:port that the tool names itself; empty: the DSN's
 	follow       *servers // if set, these instead of host and port
 	sslmode      string
 	schema       string        // of a table that is named without one
@@ -47,7 +49,9 @@ var sslmodes = []string{"disable", "allow", "prefer", "require", "verify-ca", "v
 // and "filter_column". All settings are optional:
 //
 //   - host, port, sslmode: where and how the agent connects. Default: those of the backend's DSN, and verify-full. If
-//     the DSN names several servers, host and port are those of the primary, and the secret's URL names all.
+//     the DSN names several servers, host and port are those of the primary, and the secret's URL names all. Another host
+//     must be the server of the DSN or one of Config.Standbys. The database need not be up when a tool is loaded, so that
+//     is checked before each mint.
 //   - dbname: if set, must be the backend's database.
 //   - schema: of tables named without one. Default: public.
 //   - tables, verbs: comma-separated. A step may ask for these at most, and gets all of them if it does not ask.
@@ -60,7 +64,10 @@ var sslmodes = []string{"disable", "allow", "prefer", "require", "verify-ca", "v
 //   - statement_timeout, idle_timeout: such as 30s, at most 24h. Default: 30s and 10s. The agent can change them: they
 //     protect the database from accidents and are no security boundary.
 func (b *Backend) Load(t broker.Tool) error {
-	_, err := b.parseTool(t)
+	s, err := b.parseTool(t)
+	if err == nil {
+		b.hosts.remember(t.Name, s.own)
+	}
 	return err
 }
 
@@ -91,6 +98,10 @@ func (b *Backend) parseTool(t broker.Tool) (settings, error) {
 		if err := b.parseSetting(&s, name, t.Settings[name]); err != nil {
 			return settings{}, fmt.Errorf("tool %s: setting %q: %w", t.Name, name, err)
 		}
+	}
+	if name := net.JoinHostPort(s.host, strconv.Itoa(s.port)); s.follow == nil &&
+		(name != nameOf(b.address) || len(b.servers.named) > 1) {
+		s.own = name
 	}
 	if list, given := t.Settings["tables"]; given {
 		var err error
