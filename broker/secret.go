@@ -20,8 +20,9 @@ type Secret struct{ open func() []byte }
 // NewSecret takes ownership of b.
 func NewSecret(b []byte) Secret { return Secret{func() []byte { return b }} }
 
-// Reveal returns the bytes. Outside this file two places may call it: the encoder of the API, and the sealing next to
-// it. Both hand the secret to its recipient. The suite of brokertest also calls it, to find leaks.
+// Reveal returns the bytes. Outside this file three places may call it: the encoder of the API, the sealing next to it,
+// and the broker's self-test. Each hands the secret to its recipient; the self-test is its own. The suite of brokertest
+// also calls it, to find leaks.
 func (s Secret) Reveal() []byte {
 	if s.open == nil {
 		return nil

@@ -186,6 +186,33 @@ func (s *SPIREServers) BundlePEM(ctx context.Context) ([]byte, error) {
 	return s.ask(ctx, "bundle", "show", "-format", "pem")
 }
 
+// Authority makes one step in replacing the authority of X.509-SVIDs, of "prepare", "activate", "taint" and "revoke", in
+// this order. Workloads see each a second or two later.
+func (s *SPIREServers) Authority(ctx context.Context, step string) error {
+	words := []string{"localauthority", "x509", step}
+	if step != "prepare" {
+		answer, err := s.ask(ctx, "localauthority", "x509", "show", "-output", "json")
+		if err != nil {
+			return err
+		}
+		var all struct {
+			Prepared, Old struct {
+				ID string `json:"authority_id"`
+			}
+		}
+		if err := json.Unmarshal(answer, &all); err != nil {
+			return fmt.Errorf("spire-server localauthority show: %w", err)
+		}
+		id := all.Old.ID
+		if step == "activate" {
+			id = all.Prepared.ID
+		}
+		words = append(words, "-authorityID", id)
+	}
+	_, err := s.ask(ctx, words...)
+	return err
+}
+
 // Entry registers a workload under a complete SPIFFE ID. Without selectors it covers every process of our user. Entry
 // then returns when the Workload API issues that identity to us. With selectors (such as "unix:path:/bin/x") it
 // returns when the server has the entry; the agent synchronises every second.

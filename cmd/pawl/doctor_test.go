@@ -12,6 +12,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/attest/workload"
 	"github.com/pawlsec/pawl/cmd/dev"
 	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/cmd/wire"
@@ -28,11 +32,39 @@ func TestDoctor(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer env.Close()
+	logins := func() (n int) {
+		conn, err := pgx.Connect(ctx, env.Database)
+		if err != nil {
+			t.Fatal("connecting to the database")
+		}
+		defer conn.Close(ctx)
+		err = conn.QueryRow(ctx, "SELECT count(*) FROM pg_roles WHERE rolname LIKE 'pawl-%' AND rolcanlogin").Scan(&n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	for logins() < 2 { // the broker's own
+		if ctx.Err() != nil {
+			t.Fatal("the broker has no logins in the database")
+		}
+	}
+	before := logins()
 	out, err := runDoctor(ctx, env.ConfigFile)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(30 * time.Second); logins() > before; <-tick.C { // Vault ends them in the background
+		if time.Now().After(deadline) {
+			t.Fatalf("the doctor left %d logins in the database", logins()-before)
+		}
+	}
+	if !strings.Contains(out, "room for 68 logins at a time with 4 connections each") {
+		t.Errorf("pawl doctor does not say for how many logins the server has room:\n%s", out)
+	}
 	if err != nil || strings.Contains(out, "WRONG") || strings.Count(out, "ok ") != 8+len(env.Config.Backends) {
 		t.Fatalf("pawl doctor = %v\n%s\nwant everything ok", err, out)
 	}
-	if !strings.Contains(out, "the database is set up\n") {
+	if !strings.Contains(out, "the database is set up; ") {
 		t.Errorf("pawl doctor printed\n%s\nwant that the database is set up", out)
 	}
 	chmod := func(mode os.FileMode) func() error {
@@ -47,6 +79,27 @@ func TestDoctor(t *testing.T) {
 			return err
 		}
 	}
+	fixed := parts.OwnPooler(t, parts.PoolerConfig{Program: "pgbouncer", FixedUser: true, Server: env.Postgres})
+	pgpool := parts.OwnPooler(t, parts.PoolerConfig{Program: "pgpool", Server: env.Postgres})
+	database, err := pgx.ParseConfig(env.Database)
+	if err != nil {
+		t.Fatal("the database's DSN does not parse")
+	}
+	connection := func(address, name string) func() error { // of Vault
+		return vault("database/config/shop", map[string]any{"verify_connection": false,
+			"connection_url": "postgresql://{{username}}:{{password}}@" + address + "/" + name + "?sslmode=disable"})
+	}
+	direct := connection(env.Postgres.Address(), database.Database)
+	text, err := os.ReadFile(env.ConfigFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dsn := func(address string) func() error { // of the broker
+		_, from, _ := strings.Cut(env.Postgres.Address(), ":")
+		_, to, _ := strings.Cut(address, ":")
+		changed := strings.Replace(string(text), "port="+from, "port="+to, 1)
+		return func() error { return os.WriteFile(env.ConfigFile, []byte(changed), 0o600) }
+	}
 	issuing := "read-only,issuing-certificates,ocsp-signing"
 	bundle, away := env.Config.Policy.Bundle, filepath.Join(env.Dir, "away")
 	for _, row := range []struct {
@@ -58,6 +111,13 @@ func TestDoctor(t *testing.T) {
 			"backend shop", "connection refused"},
 		{"an authority without a list", vault("pki/issuer/default", map[string]any{"usage": issuing}),
 			vault("pki/issuer/default", map[string]any{"usage": issuing + ",crl-signing"}), "revocation lists", "give its usage crl-signing"},
+		{"Vault connects through PgBouncer", connection(fixed.Address(), database.Database), direct, "backend shop",
+			"Vault's connection database/shop: " + fixed.Address() + " is PgBouncer: write the PostgreSQL server itself"},
+		{"Vault connects through pgpool", connection(pgpool.Address(), database.Database), direct, "backend shop", "is pgpool"},
+		{"Vault connects to another database", connection(env.Postgres.Address(), "postgres"), direct, "backend shop",
+			"makes logins in database \"postgres\""},
+		{"the broker connects through PgBouncer", dsn(fixed.Address()), dsn(env.Postgres.Address()), "backend shop",
+			"dsn: " + fixed.Address() + " is PgBouncer, not to the server itself"},
 		{"Vault sealed", func() error { return env.Vault.Seal(ctx) }, func() error { return env.Vault.Unseal(ctx) },
 			"vault", "is sealed"},
 		{"ledger readable by others", chmod(0o644), chmod(0o600), "ledger", "only the broker's user"},
@@ -119,6 +179,54 @@ func TestDoctorOnSelfTest(t *testing.T) {
 		page = text
 		if found, err := d.selfTest(t.Context()); found != want || (err == nil) != (want != "") {
 			t.Errorf("selfTest with %q = %q, %v, want %q", text, found, err, want)
+		}
+	}
+}
+
+// TestDoctorOnIdentity holds what the doctor says of the identities that the Workload API gives the broker's process.
+func TestDoctorOnIdentity(t *testing.T) {
+	var given []string
+	var identities *workload.Server
+	identities, err := workload.New(workload.Config{TrustDomain: "example.org",
+		Identify: func(workload.Peer) (ids []spiffeid.ID) {
+			for _, path := range given {
+				ids = append(ids, spiffeid.RequireFromString("spiffe://example.org"+path))
+			}
+			return ids
+		}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = identities.Close() }) // its sockets end with it
+	dir, err := os.MkdirTemp("", "pawl")         // t.TempDir is too long for a socket's path
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) }) // a temporary directory
+	address, err := identities.Listen(filepath.Join(dir, "workload.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range []struct {
+		given []string
+		want  string // spiffe_id
+		ok    bool
+		text  string
+	}{
+		{[]string{"/pawl"}, "", true, "spiffe://example.org/pawl until"},
+		{[]string{"/other", "/pawl"}, "", false, "2 identities, of which spiffe://example.org/other is the first by chance"},
+		{[]string{"/other", "/pawl"}, "spiffe://example.org/pawl", true, "spiffe://example.org/pawl until"},
+		{[]string{"/other"}, "spiffe://example.org/pawl", false, "and not spiffe://example.org/pawl, which spiffe_id names"},
+	} {
+		given = row.given
+		d := doctor{c: wire.Config{TrustDomains: []string{"example.org"}, WorkloadAPI: address, SPIFFEID: row.want}}
+		found, err := d.identity(t.Context())
+		if err != nil {
+			found = err.Error()
+		}
+		if (err == nil) != row.ok || !strings.Contains(found, row.text) {
+			t.Errorf("identity with %q and spiffe_id %q = %q, %v, want ok %v and %q", row.given, row.want, found, err, row.ok,
+				row.text)
 		}
 	}
 }

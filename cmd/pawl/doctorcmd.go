@@ -23,6 +23,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
+	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/cmd/wire"
 	"github.com/pawlsec/pawl/plugins/vault"
 )
@@ -35,8 +36,8 @@ func doctorCommand() *cobra.Command {
 		Use: "doctor --config FILE", Short: "Check everything a broker needs, with a hint for each fault", Args: cobra.NoArgs,
 		Long: "Check everything that the broker of a configuration file needs: the policy bundle, the Workload API,\n" +
 			"Vault and its rights there, the ledger and the backends. Run it on the broker's machine as the broker's\n" +
-			"user. It prints one line for each check, and a hint for each fault. It changes nothing and does not\n" +
-			"disturb a running broker.\n\n" +
+			"user. It prints one line for each check, and a hint for each fault. It does not disturb a running broker.\n" +
+			"It logs in to Vault, makes the broker's database logins, and ends all of these at its end.\n\n" +
 			"With --ssh-host it checks the sshd of this machine instead, as a target of SSH tools. Run it there as root.",
 		Example: "  pawl doctor --config pawl.yaml\n  pawl doctor --ssh-host --user deploy --address 10.0.0.5",
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -108,9 +109,6 @@ func (d *doctor) run(ctx context.Context) error {
 	} {
 		d.check(ctx, check.what, check.hint, check.run)
 	}
-	if d.vault != nil {
-		defer d.vault.Close()
-	}
 	names := make([]string, 0, len(d.c.Backends))
 	for name := range d.c.Backends {
 		names = append(names, name)
@@ -118,9 +116,31 @@ func (d *doctor) run(ctx context.Context) error {
 	slices.Sort(names)
 	for _, name := range names {
 		d.check(ctx, "backend "+name, "issuing with its tools fails until this is repaired; other tools still work",
-			func(ctx context.Context) (string, error) { return wire.Reach(ctx, d.vault, d.c.Backends[name]) })
+			func(ctx context.Context) (string, error) { return d.backend(ctx, name) })
+	}
+	if d.vault != nil {
+		_ = d.vault.Logout(ctx) // else what the doctor made ends by itself, the logins after service_ttl
+		d.vault.Close()
 	}
 	return d.result()
+}
+
+// backend checks that the target is there, and what the plugin examines with the broker's rights.
+func (d *doctor) backend(ctx context.Context, name string) (string, error) {
+	c := d.c.Backends[name]
+	found, err := wire.Reach(ctx, c)
+	if err != nil || d.vault == nil {
+		return found, err
+	}
+	var tools []broker.Tool
+	if running, err := wire.LoadPolicy(d.c.Policy); err == nil { // else the check of the bundle says why not
+		tools = running.Current().Tools()
+	}
+	more, err := wire.Examine(ctx, d.vault, name, c, tools)
+	if more != "" {
+		found += "; " + more
+	}
+	return found, err
 }
 
 func (d *doctor) result() error {
@@ -173,7 +193,17 @@ func (d *doctor) identity(ctx context.Context) (string, error) {
 			return "", fmt.Errorf("the Workload API has no bundle of %s, so the broker refuses its workloads", td)
 		}
 	}
-	d.svid = got.DefaultSVID()
+	want := spiffeid.ID{} // a malformed one is an error of the configuration
+	if d.c.SPIFFEID != "" {
+		want, _ = spiffeid.FromString(d.c.SPIFFEID)
+	}
+	if d.svid, err = wire.ChooseSVID(got.SVIDs, want, spiffeid.ID{}); err != nil {
+		return "", err
+	}
+	if len(got.SVIDs) > 1 && want.IsZero() {
+		return "", fmt.Errorf("the Workload API gives this process %d identities, of which %s is the first by chance: "+
+			"set spiffe_id, or leave one entry for it", len(got.SVIDs), d.svid.ID)
+	}
 	end := d.svid.Certificates[0].NotAfter
 	if left := time.Until(end); left <= 0 {
 		return "", fmt.Errorf("the SVID of %s expired at %s", d.svid.ID, end.UTC().Format(time.RFC3339))
@@ -307,7 +337,7 @@ func (d *doctor) login() vault.Login {
 	role := cmp.Or(d.c.Vault.Role, "pawl-broker")
 	if d.c.Vault.Auth == "jwt" {
 		return vault.Login{Mount: d.c.Vault.Mount, JWTRole: role, JWT: func(ctx context.Context) (string, error) {
-			svid, err := workloadapi.FetchJWTSVID(ctx, jwtsvid.Params{Audience: d.c.Vault.Audience}, d.options()...)
+			svid, err := workloadapi.FetchJWTSVID(ctx, jwtsvid.Params{Audience: d.c.Vault.Audience, Subject: d.svid.ID}, d.options()...)
 			if err != nil {
 				return "", err
 			}

@@ -162,19 +162,31 @@ func Survey(ctx context.Context, v *vault.Client, tools []broker.Tool, backends 
 	return found, errors.Join(faults...)
 }
 
-// Reach checks that the target of a validated configuration is there, and describes it. With Vault it also asks the
-// target with the broker's credentials for it, if the plugin has some.
-func Reach(ctx context.Context, v *vault.Client, c Backend) (found string, err error) {
+// Examine checks what can be wrong outside the backend called name: in Vault and at the target. It may make logins of the
+// broker's own, which end with v's login. found is empty where there is nothing to check.
+func Examine(
+	ctx context.Context, v *vault.Client, name string, c Backend, tools []broker.Tool,
+) (found string, err error) {
 	p, _ := pluginNamed(c.Plugin)
-	if p.reach == nil {
-		return inVault, nil
+	if p.examine == nil {
+		return "", nil
 	}
-	found, err = p.reach(ctx, c)
-	if err != nil || p.ask == nil || v == nil {
-		return found, err
+	var own []broker.Tool
+	for _, t := range tools {
+		if t.Backend == name && !t.Canary {
+			own = append(own, t)
+		}
 	}
-	more, err := p.ask(ctx, v, c)
-	return found + "; " + more, err
+	return p.examine(ctx, v, c, own)
+}
+
+// Reach checks, without a credential, that the target of a validated configuration is there. found
+// describes it.
+func Reach(ctx context.Context, c Backend) (found string, err error) {
+	if p, _ := pluginNamed(c.Plugin); p.reach != nil {
+		return p.reach(ctx, c)
+	}
+	return inVault, nil
 }
 
 // leaseLister lists the leases below the paths at which tools mint.

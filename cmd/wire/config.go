@@ -9,6 +9,8 @@ import (
 	"os"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/pawlsec/pawl/broker/policy"
 )
 
@@ -18,6 +20,9 @@ type Config struct {
 	TrustDomains []string `yaml:"trust_domains"` // the trust domains of the workloads that are let in; required
 	// address of the SPIFFE Workload API, unix:///path; empty: $SPIFFE_ENDPOINT_SOCKET
 	WorkloadAPI string `yaml:"workload_api"`
+	// the broker's own SPIFFE ID, of several that the Workload API can give its process; empty: the first one, which is
+	// chance if there are several
+	SPIFFEID    string `yaml:"spiffe_id"`
 	JWTAudience string `yaml:"jwt_audience"` // accept JWT-SVIDs for this one audience; empty: only X.509-SVIDs
 	Listen      Listen `yaml:"listen"`       // required
 	// SPIFFE IDs of operators that may read, revoke and freeze over TLS; empty: only the local socket
@@ -119,6 +124,9 @@ func (c Config) check() error {
 	need("vault.address", c.Vault.Address != "")
 	need("vault.ca", c.Vault.CA != "")
 	need("backends", len(c.Backends) > 0)
+	if _, err := c.ownID(); err != nil {
+		wrong = append(wrong, fmt.Errorf("spiffe_id: %w", err))
+	}
 	wrong = append(wrong, checkVaultNames("vault.", map[string]string{"mount": c.Vault.Mount, "role": c.Vault.Role}))
 	if c.Vault.Auth == "jwt" {
 		need("vault.audience", c.Vault.Audience != "")
@@ -145,4 +153,12 @@ func (c Config) check() error {
 		wrong = append(wrong, s.check(name))
 	}
 	return errors.Join(wrong...)
+}
+
+// ownID parses spiffe_id; zero if there is none.
+func (c Config) ownID() (spiffeid.ID, error) {
+	if c.SPIFFEID == "" {
+		return spiffeid.ID{}, nil
+	}
+	return spiffeid.FromString(c.SPIFFEID)
 }

@@ -38,8 +38,10 @@ func (m *metrics) Handler() http.Handler { return m.handler() }
 // self-test's chains.
 func Tests(
 	m *metrics, b *engine.Engine, id spiffeid.ID, step broker.StepRequest, every time.Duration, alarm func(string, error),
+	try func(context.Context, broker.Issued) (func(context.Context) error, error),
 ) func(context.Context) {
 	t := newSelfTest(b, id, step, every, alarm, slog.New(slog.DiscardHandler))
+	t.try = try
 	m.tester = id
 	t.register(m.registry)
 	return t.run

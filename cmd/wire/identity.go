@@ -34,7 +34,7 @@ func certificate(source x509svid.Source) (*tls.Certificate, error) {
 
 func jwtFor(svids *svidSource, audience string) func(context.Context) (string, error) {
 	return func(ctx context.Context) (string, error) {
-		svid, err := workloadapi.FetchJWTSVID(ctx, jwtsvid.Params{Audience: audience}, svids.options...)
+		svid, err := workloadapi.FetchJWTSVID(ctx, jwtsvid.Params{Audience: audience, Subject: svids.id()}, svids.options...)
 		if err != nil {
 			return "", fmt.Errorf("the broker's own JWT-SVID: %w", err)
 		}

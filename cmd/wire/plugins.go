@@ -1,21 +1,15 @@
 package wire
 
 import (
-	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
 	"syscall"
 	"time"
-
-	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/plugins/exec"
@@ -50,10 +44,12 @@ type plugin struct {
 	// there is nothing to check.
 	survey func(ctx context.Context, v *vault.Client, mount string) (found string, err error)
 
+	// examine checks with the broker's rights in Vault what can be wrong outside the backend, for the backend's tools. Nil:
+	// there is nothing to check.
+	examine func(ctx context.Context, v *vault.Client, c Backend, tools []broker.Tool) (found string, err error)
+
 	// reach checks without a credential that the target is there, and describes it. Nil: the target is Vault.
 	reach func(ctx context.Context, c Backend) (found string, err error)
-	// ask checks the target further, with the broker's credentials for it. Nil: there is no more to check.
-	ask func(ctx context.Context, v *vault.Client, c Backend) (found string, err error)
 }
 
 // Backend is one target of secrets. The plugin's row in [plugins] lists the fields that it takes; the
@@ -148,7 +144,8 @@ var plugins = []plugin{
 	{
 		name: "postgres", keys: []string{"dsn", "mount", "standbys", "shaper", "revoker", "service_ttl"},
 		required: []string{"dsn"},
-		open:     openPostgres, bare: new(postgres.Backend), reads: postgresReads, reach: reachPostgres, ask: askPostgres,
+		open:     openPostgres, bare: new(postgres.Backend), reads: postgresReads, reach: reachPostgres,
+		examine: examinePostgres,
 	},
 	{name: "pki", open: openPKI, bare: new(pki.Backend), reads: pkiReads, survey: surveyPKI},
 	{name: "ssh", keys: []string{"krl", "krl_in_place", "krl_in_use", "hosts"}, open: openSSH, bare: new(ssh.Backend), reach: reachSSH},
@@ -195,15 +192,6 @@ func (b Backend) keysSet() (keys []string) {
 		}
 	}
 	return keys
-}
-
-func openPostgres(o opener, _ string, c Backend) (broker.Backend, error) {
-	b, err := postgres.New(postgres.Config{DSN: c.DSN, Standbys: c.Standbys, Credentials: serviceLogins{o.vault, c},
-		Log: o.log})
-	if err == nil {
-		o.onClose(b.Close)
-	}
-	return b, err
 }
 
 func openPKI(o opener, _ string, _ Backend) (broker.Backend, error) {
@@ -277,25 +265,6 @@ func jwtReads(t broker.Tool, _ Backend) ([]vault.ReadAccess, error) {
 	return []vault.ReadAccess{{Path: t.Path.Insert(1, "keys")}}, nil
 }
 
-// postgresReads opens the broker's own database logins.
-func postgresReads(_ broker.Tool, c Backend) ([]vault.ReadAccess, error) {
-	shaper, err := c.loginPath(postgres.Shaper)
-	if err != nil {
-		return nil, err
-	}
-	revoker, err := c.loginPath(postgres.Revoker)
-	return []vault.ReadAccess{{Path: shaper}, {Path: revoker}}, err
-}
-
-// loginPath is the Vault path of one of the broker's own database logins.
-func (b Backend) loginPath(p postgres.Purpose) (broker.VaultPath, error) {
-	role := cmp.Or(b.Shaper, "pawl-shaper")
-	if p == postgres.Revoker {
-		role = cmp.Or(b.Revoker, "pawl-revoker")
-	}
-	return broker.VaultPathOf(cmp.Or(b.Mount, "database"), "creds", role)
-}
-
 // tokenWrites makes the Vault token role that limits the tool's tokens.
 func tokenWrites(t broker.Tool) ([]vault.Write, error) {
 	path, data, err := token.Role(t)
@@ -304,79 +273,6 @@ func tokenWrites(t broker.Tool) ([]vault.Write, error) {
 	}
 	return []vault.Write{{Why: "The token role that limits the tokens of tool " + string(t.Name),
 		Method: "POST", Path: path.String(), Data: data}}, nil
-}
-
-// serviceLogins fetches the broker's own database logins from Vault, with the broker's own token.
-type serviceLogins struct {
-	vault *vault.Client // nil: the backend only checks tools, and every login is refused
-	c     Backend
-}
-
-// Credential implements [postgres.Credentials].
-func (l serviceLogins) Credential(
-	ctx context.Context, p postgres.Purpose,
-) (username, password string, expires time.Time, err error) {
-	if l.vault == nil {
-		return "", "", time.Time{}, errOnlyChecks
-	}
-	asked := time.Now()
-	path, err := l.c.loginPath(p)
-	if err != nil {
-		return "", "", time.Time{}, err
-	}
-	data, err := l.vault.Read(ctx, path)
-	if err != nil {
-		return "", "", time.Time{}, err
-	}
-	username, _ = data["username"].(string)
-	password, _ = data["password"].(string)
-	if username == "" || password == "" {
-		return "", "", time.Time{}, errors.New("vault's answer has no database login")
-	}
-	return username, password, asked.Add(cmp.Or(l.c.ServiceTTL, 4*time.Hour)), nil
-}
-
-func reachPostgres(ctx context.Context, c Backend) (string, error) {
-	parsed, err := pgx.ParseConfig(c.DSN)
-	if err != nil {
-		return "", errors.New("dsn does not parse")
-	}
-	var all []string
-	for _, f := range append([]*pgconn.FallbackConfig{{Host: parsed.Host, Port: parsed.Port}}, parsed.Fallbacks...) {
-		network, address := pgconn.NetworkAddress(f.Host, f.Port)
-		if slices.Contains(all, address) { // another way to use TLS
-			continue
-		}
-		var dial net.Dialer
-		conn, err := dial.DialContext(ctx, network, address)
-		if err != nil {
-			return "", err
-		}
-		_ = conn.Close() // it only had to open
-		all = append(all, address)
-	}
-	return strings.Join(all, " and ") + " accepts connections", nil
-}
-
-// askPostgres logs in as the broker does.
-func askPostgres(ctx context.Context, v *vault.Client, c Backend) (string, error) {
-	b, err := postgres.New(postgres.Config{DSN: c.DSN, Standbys: c.Standbys, Credentials: serviceLogins{v, c},
-		CollectEvery: -1})
-	if err != nil {
-		return "", err
-	}
-	defer b.Close()
-	if err := b.Check(ctx); err != nil {
-		return "", err
-	}
-	limits, err := b.Limits(ctx)
-	if err == nil {
-		err = b.CheckStandbys(ctx)
-	}
-	if err != nil || len(limits) == 0 {
-		return "the database is set up", err
-	}
-	return "the database is set up, but " + strings.Join(limits, ", and "), nil
 }
 
 // The modes of access(2).

@@ -76,8 +76,10 @@ func TestVaultNeeds(t *testing.T) {
 		access, reads, writes string
 	}{
 		{"postgres", "database/orders", nil, "read database/creds/orders leased",
-			"database/creds/pawl-shaper database/creds/pawl-revoker", ""},
-		{"other", "db/orders", nil, "read db/creds/orders leased", "db/creds/s db/creds/r", ""},
+			"database/creds/pawl-shaper database/creds/pawl-revoker database/roles/orders database/roles/pawl-shaper " +
+				"database/roles/pawl-revoker database/config/*", ""},
+		{"other", "db/orders", nil, "read db/creds/orders leased",
+			"db/creds/s db/creds/r db/roles/orders db/roles/s db/roles/r db/config/*", ""},
 		{"pki", "pki/client", nil, "write pki/issue/client leased", "pki/cert/* pki/issuer/* pki/config/crl pki/crl/rotate", ""},
 		{"ssh", "ssh/uptime", nil, "write ssh/sign/uptime", "", ""},
 		{"jwt", "transit/key", nil, "write transit/sign/key/sha2-256", "transit/keys/key", ""},
@@ -166,7 +168,7 @@ func TestReachSSH(t *testing.T) {
 		{wire.Backend{KRL: filepath.Join(krl, "none", "krl")}, false, "the directory of krl"},
 	} {
 		row.backend.Plugin = "ssh"
-		found, err := wire.Reach(t.Context(), nil, row.backend)
+		found, err := wire.Reach(t.Context(), row.backend)
 		if err != nil {
 			found = err.Error()
 		}

@@ -18,8 +18,9 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// SelfTest configures the broker's own test that revoking works. The test opens a chain, takes a step and
-// revokes the chain. It passes when the revocation is CLOSED and the next step is refused.
+// SelfTest configures the broker's own test that revoking works. The test opens a chain, takes a step, uses the secret
+// as an agent does where the plugin can, and revokes the chain. It passes when the secret had the step's rights and no
+// others, the revocation is CLOSED, the secret no longer works, and the next step is refused.
 type SelfTest struct {
 	Every time.Duration  `yaml:"every"` // the period, 10s or more; zero: never
 	Tool  string         `yaml:"tool"`  // the tool of the test's step; required with every
@@ -80,6 +81,7 @@ type selfTest struct {
 	b     *engine.Engine
 	id    spiffeid.ID
 	step  broker.StepRequest // without its delegation
+	try   try
 	every time.Duration
 	alarm func(op string, err error)
 	log   *slog.Logger
@@ -153,20 +155,37 @@ func (t *selfTest) once(ctx context.Context) error {
 	step := t.step
 	step.Delegation, step.Purpose = root.ID, "self-test"
 	issued, stepErr := t.b.Issue(ctx, caller, step)
+	ended, useErr := t.try(ctx, issued)
 	issued.Secret.Wipe()
-	sel, err := selector.Parse("chain:" + string(root.Chain))
+	err = t.revoke(ctx, caller, step, root.Chain)
+	endErr := ended(context.WithoutCancel(ctx)) // it also closes what was opened
+	switch {
+	case errors.Is(err, errNotRevoked):
+		return err
+	case stepErr != nil:
+		return fmt.Errorf("taking a step as %s, which policy must permit: %w", t.id, stepErr)
+	case err == nil && endErr != nil:
+		err = fmt.Errorf("the revocation is CLOSED, and %w", endErr)
+	}
+	return errors.Join(useErr, err)
+}
+
+var errNotRevoked = errors.New("revoking the chain")
+
+// revoke revokes the test's chain, and waits until that is CLOSED.
+func (t *selfTest) revoke(
+	ctx context.Context, caller broker.Caller, step broker.StepRequest, chain broker.ChainID,
+) error {
+	sel, err := selector.Parse("chain:" + string(chain))
 	if err != nil {
 		return err
 	}
 	rv, err := t.b.Revoke(context.WithoutCancel(ctx), broker.Operator{Name: selfTestName},
 		selector.Request{Selector: sel, Reason: "self-test"})
-	switch {
-	case err != nil:
-		return fmt.Errorf("revoking the chain: %w", err)
-	case stepErr != nil:
-		return fmt.Errorf("taking a step as %s, which policy must permit: %w", t.id, stepErr)
+	if err != nil {
+		return fmt.Errorf("%w: %w", errNotRevoked, err)
 	}
-	issued, err = t.b.Issue(ctx, caller, step)
+	issued, err := t.b.Issue(ctx, caller, step)
 	issued.Secret.Wipe()
 	switch {
 	case err == nil:
@@ -240,10 +259,12 @@ func (s *Server) startSelfTest(c Config, alarm func(string, error)) error {
 	if err != nil {
 		return err
 	}
-	if _, ok := s.Policy.Current().Tool(step.Tool); !ok {
+	tool := func() (broker.Tool, bool) { return s.Policy.Current().Tool(step.Tool) }
+	if _, ok := tool(); !ok {
 		return fmt.Errorf("the policy bundle has no tool %q, which self_test.tool names", step.Tool)
 	}
 	t := newSelfTest(s.Broker, id, step, c.SelfTest.Every, alarm, s.log)
+	t.try = tries(s.targets, tool)
 	t.register(s.metrics.registry)
 	ctx, stop := context.WithCancel(context.Background())
 	var done sync.WaitGroup
@@ -256,5 +277,6 @@ func newSelfTest(
 	b *engine.Engine, id spiffeid.ID, step broker.StepRequest, every time.Duration,
 	alarm func(string, error), log *slog.Logger,
 ) *selfTest {
-	return &selfTest{b: b, id: id, step: step, every: every, alarm: alarm, log: log, now: time.Now, begun: time.Now()}
+	return &selfTest{b: b, id: id, step: step, every: every, alarm: alarm, log: log, now: time.Now, begun: time.Now(),
+		try: tryNothing}
 }

@@ -42,6 +42,8 @@ func TestSelfTest(t *testing.T) {
 		"policy does not permit it":  {func(w *tested) { w.deny(broker.ActionOpen) }, "which policy must permit"},
 		"no fence is written":        {func(w *tested) { w.failFences(broken) }, "revoking the chain"},
 		"a fence has no effect":      {func(w *tested) { w.loseFences() }, "a step under the revoked chain"},
+		"the secret has more rights": {func(w *tested) { w.set(func() { w.useErr = broken }) }, "broken on purpose"},
+		"the secret works on":        {func(w *tested) { w.set(func() { w.endErr = broken }) }, "is CLOSED, and broken on purpose"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -123,6 +125,19 @@ type tested struct {
 	denied     broker.Action
 	fenceErr   error // refuses every fence
 	fencesLost bool  // commits every fence without its mark
+	useErr     error // of the use of a secret
+	endErr     error // of the use after its end
+}
+
+// try is a use of a secret that finds what useErr and endErr say.
+func (w *tested) try(_ context.Context, issued broker.Issued) (func(context.Context) error, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if issued.Secret.Empty() {
+		return func(context.Context) error { return nil }, nil
+	}
+	endErr := w.endErr
+	return func(context.Context) error { return endErr }, w.useErr
 }
 
 func newTested(t *testing.T) *tested {
@@ -147,7 +162,7 @@ func newTested(t *testing.T) *tested {
 		t.Fatal(err)
 	}
 	w.run = wire.Tests(m, w.b, spiffeid.RequireFromString("spiffe://example.org/pawl/self-test"),
-		broker.StepRequest{Tool: "db"}, 5*time.Minute, func(_ string, err error) { w.alarms <- err.Error() })
+		broker.StepRequest{Tool: "db"}, 5*time.Minute, func(_ string, err error) { w.alarms <- err.Error() }, w.try)
 	w.scrape = func() string {
 		r := httptest.NewRecorder()
 		m.Handler().ServeHTTP(r, httptest.NewRequest("GET", "/metrics", nil))
@@ -169,7 +184,7 @@ func (w *tested) loseFences()          { w.set(func() { w.fencesLost = true }) }
 func (w *tested) repair() {
 	w.target.Fail(nil)
 	w.vault.Fail(nil)
-	w.set(func() { w.denied, w.fenceErr, w.fencesLost = "", nil, false })
+	w.set(func() { w.denied, w.fenceErr, w.fencesLost, w.useErr, w.endErr = "", nil, false, nil, nil })
 }
 
 // quiet waits for d and fails the test at an alarm.

@@ -29,6 +29,7 @@ type site struct {
 	t          *testing.T
 	dir        string
 	identities *workload.Server
+	given      atomic.Value // []string, the paths of the SPIFFE IDs that the Workload API gives the broker; nil: /pawl
 	behind     atomic.Int64 // nanoseconds by which the clock of identities is late
 	config     wire.Config
 	public     jose.JSONWebKey // verifies the broker's signatures
@@ -43,8 +44,17 @@ func newSite(t *testing.T, domain string) *site {
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(s.dir) }) // a temporary directory
 	s.identities, err = workload.New(workload.Config{TrustDomain: domain,
-		Now:      func() time.Time { return time.Now().Add(-time.Duration(s.behind.Load())) },
-		Identify: func(workload.Peer) []spiffeid.ID { return []spiffeid.ID{s.identities.ID("/pawl")} }})
+		Now: func() time.Time { return time.Now().Add(-time.Duration(s.behind.Load())) },
+		Identify: func(workload.Peer) (ids []spiffeid.ID) {
+			paths, _ := s.given.Load().([]string)
+			if paths == nil {
+				paths = []string{"/pawl"}
+			}
+			for _, path := range paths {
+				ids = append(ids, spiffeid.RequireFromPath(s.identities.ID("/pawl").TrustDomain(), path))
+			}
+			return ids
+		}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -22,21 +23,28 @@ import (
 // over its local socket, but nothing else. Safe for concurrent use.
 type svidSource struct {
 	options   []workloadapi.ClientOption
+	want      spiffeid.ID // the configured identity; zero: the first one of the first update
 	log       *slog.Logger
 	now       func() time.Time
 	attempted chan struct{} // closed after the first attempt to get the X.509 identity, successful or not
 
-	mu   sync.RWMutex // guards the fields below
-	x509 *workloadapi.X509Context
-	jwts *jwtbundle.Set
-	err  error // of the last attempt to get the X.509 identity; nil after a success
+	mu     sync.RWMutex // guards the fields below
+	x509   *workloadapi.X509Context
+	own    *x509svid.SVID // the broker's of x509; nil if x509 lacks it
+	before spiffeid.ID    // the broker's identity before own; zero: it never changed
+	jwts   *jwtbundle.Set
+	err    error // of the last attempt to get the X.509 identity; nil after a success
 }
 
 var errNoIdentity = errors.New("the Workload API has not given the broker an identity yet")
 
 // newSVIDSource checks the Workload API's address. It fetches nothing before [Server.watchIdentity].
 func newSVIDSource(c Config, log *slog.Logger) (*svidSource, error) {
-	s := &svidSource{log: log, now: time.Now, attempted: make(chan struct{})}
+	want, err := c.ownID()
+	if err != nil {
+		return nil, fmt.Errorf("spiffe_id: %w", err)
+	}
+	s := &svidSource{want: want, log: log, now: time.Now, attempted: make(chan struct{})}
 	address, set := c.WorkloadAPI, true
 	if address == "" {
 		address, set = workloadapi.GetDefaultAddress()
@@ -126,15 +134,86 @@ type watcher struct {
 
 // OnX509ContextUpdate implements [workloadapi.X509ContextWatcher].
 func (w watcher) OnX509ContextUpdate(c *workloadapi.X509Context) {
-	w.s.mu.Lock()
-	had := w.s.x509 != nil
-	w.s.x509, w.s.err = c, nil
-	w.s.attemptedLocked()
-	w.s.mu.Unlock()
-	if !had {
-		w.s.log.Info("the broker has an identity",
-			"spiffe_id", c.DefaultSVID().ID.String(), "until", c.DefaultSVID().Certificates[0].NotAfter)
+	s := w.s
+	s.mu.Lock()
+	had, old := s.x509 != nil, s.own
+	own, err := ChooseSVID(c.SVIDs, s.want, idOf(old))
+	s.x509, s.own, s.err = c, own, err
+	if changed := old != nil && idOf(own) != old.ID; changed {
+		s.before = old.ID
 	}
+	s.attemptedLocked()
+	s.mu.Unlock()
+	switch {
+	case err != nil:
+		s.log.Error("the broker has lost its identity, or has none", "error", err)
+	case old != nil && own.ID != old.ID:
+		s.log.Error("the broker's identity changed: set spiffe_id, and give its process one entry",
+			"from", old.ID.String(), "to", own.ID.String())
+	case !had || old == nil:
+		s.log.Info("the broker has an identity", "spiffe_id", own.ID.String(), "until", own.Certificates[0].NotAfter)
+	}
+	if len(c.SVIDs) > 1 && s.want.IsZero() && !had {
+		s.log.Warn("the Workload API gives the broker several identities; chance decides which is first: set spiffe_id",
+			"spiffe_ids", idsOf(c.SVIDs))
+	}
+}
+
+// ChooseSVID returns the SVID with the wanted ID. If none is wanted, it returns the one with the present ID, and if
+// there is none either, the first one. Which one SPIRE gives first is chance.
+func ChooseSVID(all []*x509svid.SVID, want, present spiffeid.ID) (*x509svid.SVID, error) {
+	for _, id := range []spiffeid.ID{want, present} {
+		for _, svid := range all {
+			if !id.IsZero() && svid.ID == id {
+				return svid, nil
+			}
+		}
+		if id == want && !want.IsZero() {
+			return nil, fmt.Errorf("the Workload API gives this process %s, and not %s, which spiffe_id names: "+
+				"is its entry gone?", idsOf(all), want)
+		}
+	}
+	return all[0], nil // the Workload API gives at least one
+}
+
+// idsOf lists the SPIFFE IDs for a message.
+func idsOf(all []*x509svid.SVID) string {
+	var names []string
+	for _, svid := range all {
+		names = append(names, svid.ID.String())
+	}
+	return strings.Join(names, " and ")
+}
+
+func idOf(svid *x509svid.SVID) spiffeid.ID {
+	if svid == nil {
+		return spiffeid.ID{}
+	}
+	return svid.ID
+}
+
+// id returns the broker's identity; zero while there is none.
+func (s *svidSource) id() spiffeid.ID {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.own == nil {
+		return s.want
+	}
+	return s.own.ID
+}
+
+// asWhom adds the broker's identity to an error of another system, and the one before if it changed.
+func (s *svidSource) asWhom(err error) error {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	switch {
+	case err == nil || s.own == nil:
+		return err
+	case s.before.IsZero():
+		return fmt.Errorf("%w; the broker is %s", err, s.own.ID)
+	}
+	return fmt.Errorf("%w; the broker is %s since its identity changed, and was %s: set spiffe_id",
+		err, s.own.ID, s.before)
 }
 
 // OnX509ContextWatchError implements [workloadapi.X509ContextWatcher].
@@ -193,10 +272,10 @@ func (s *svidSource) ready() error {
 func (s *svidSource) GetX509SVID() (*x509svid.SVID, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	if s.x509 == nil {
+	if s.own == nil {
 		return nil, s.missingLocked()
 	}
-	return s.x509.DefaultSVID(), nil
+	return s.own, nil
 }
 
 // GetX509BundleForTrustDomain implements [x509bundle.Source].

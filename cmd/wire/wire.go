@@ -210,7 +210,7 @@ func (s *Server) listen(
 	srv, err := server.New(server.Config{Broker: s.Broker, Identify: a.Identify, Operator: operators.identify,
 		Notary: notary, Signals: receiver, Introspect: introspect(s.active, s.Policy, backends),
 		StatusList: statusLists(backends), Metrics: s.metrics.handler(), Log: log, Now: time.Now,
-		Ready: func() error { return errors.Join(svids.ready(), s.Vault.Ready()) }})
+		Ready: func() error { return errors.Join(svids.ready(), svids.asWhom(s.Vault.Ready())) }})
 	if err != nil {
 		return err
 	}

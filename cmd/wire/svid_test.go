@@ -1,0 +1,235 @@
+package wire_test
+
+import (
+	"bytes"
+	"crypto/tls"
+	"log/slog"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"github.com/pawlsec/pawl/attest/workload"
+	"github.com/pawlsec/pawl/cmd/parts"
+	"github.com/pawlsec/pawl/cmd/wire"
+)
+
+// TestOwnIdentity gives the broker's process several identities, in each order, while it runs. Another team's entry
+// must not take the broker's identity.
+func TestOwnIdentity(t *testing.T) {
+	for name, row := range map[string]struct {
+		want  string     // path of spiffe_id; empty: none is configured
+		given [][]string // paths that the Workload API gives, one list after the other
+		is    []string   // path of the broker's identity after each; empty: it has none
+		log   string
+	}{
+		"an entry is added before": {"", [][]string{{"/pawl"}, {"/other", "/pawl"}}, []string{"/pawl", "/pawl"}, "has an identity"},
+		"several at the start":     {"", [][]string{{"/other", "/pawl"}}, []string{"/other"}, "chance decides which is first"},
+		"another entry":            {"", [][]string{{"/pawl"}, {"/other"}}, []string{"/pawl", "/other"}, "identity changed"},
+		"one is chosen":            {"/pawl", [][]string{{"/other", "/pawl"}}, []string{"/pawl"}, "has an identity"},
+		"the chosen one goes": {"/pawl", [][]string{{"/pawl"}, {"/other"}, {"/other", "/pawl"}}, []string{"/pawl", "", "/pawl"},
+			"gives this process spiffe://example.org/other, and not spiffe://example.org/pawl, which spiffe_id names"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSite(t, "example.org")
+			if row.want != "" {
+				s.config.SPIFFEID = s.identities.ID("/pawl").String()
+			}
+			s.given.Store(row.given[0])
+			s.identify()
+			var log syncBuffer
+			w, err := wire.Start(t.Context(), s.config, slog.New(slog.NewTextHandler(&log, nil)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(w.Close)
+			for i, is := range row.is {
+				s.given.Store(row.given[i])
+				before := s.serial()
+				s.identities.Rotate()
+				if is == "" {
+					within(t, 20*time.Second, "the broker without an identity", func() bool { return s.ownID() == "" })
+					continue
+				}
+				within(t, 20*time.Second, "a new SVID", func() bool { return s.serial() != before })
+				if got := s.ownID(); got != "spiffe://example.org"+is {
+					t.Errorf("the broker is %q after %q, want %s", got, row.given[i], is)
+				}
+			}
+			within(t, 20*time.Second, "a line of the log with "+row.log, func() bool { return strings.Contains(log.String(), row.log) })
+		})
+	}
+}
+
+// TestOwnIdentityWithSPIRE adds entries of other teams to a real SPIRE. Which of them is first is chance.
+func TestOwnIdentityWithSPIRE(t *testing.T) {
+	spire := parts.OwnSPIRE(t, parts.SPIREConfig{})
+	td := spiffeid.RequireTrustDomainFromString(spire.TrustDomain())
+	s := newSite(t, spire.TrustDomain())
+	s.config.WorkloadAPI = spire.WorkloadAPI()
+	own := spiffeid.RequireFromPath(td, "/pawl")
+	s.config.SPIFFEID = own.String()
+	if err := spire.Entry(t.Context(), own.String()); err != nil {
+		t.Fatal(err)
+	}
+	s.start()
+	within(t, 20*time.Second, "an identity", func() bool { return s.ownID() == own.String() })
+	first := own
+	for _, path := range []string{"/team/a", "/team/b", "/team/c"} {
+		if err := spire.Entry(t.Context(), spiffeid.RequireFromPath(td, path).String()); err != nil {
+			t.Fatal(err)
+		}
+		got, err := workloadapi.FetchX509Context(t.Context(), workloadapi.WithAddr(spire.WorkloadAPI()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		first = got.DefaultSVID().ID
+		if is := s.ownID(); is != own.String() {
+			t.Errorf("the broker is %s, want %s; SPIRE's first is %s", is, own, first)
+		}
+	}
+	t.Logf("SPIRE's first identity of four is %s", first)
+}
+
+// TestChooseSVID holds which of several SVIDs is the broker's.
+func TestChooseSVID(t *testing.T) {
+	identities, err := workload.New(workload.Config{TrustDomain: "example.org"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = identities.Close() }) // it has no sockets
+	var all []*x509svid.SVID
+	for _, path := range []string{"/a", "/b", "/c"} {
+		svid, err := identities.X509SVID(spiffeid.RequireFromString("spiffe://example.org" + path))
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, svid)
+	}
+	for _, row := range []struct{ want, present, is string }{
+		{"", "", "/a"}, {"", "/c", "/c"}, {"", "/gone", "/a"}, {"/b", "", "/b"}, {"/b", "/c", "/b"}, {"/gone", "/c", ""},
+	} {
+		id := func(path string) (id spiffeid.ID) {
+			if path != "" {
+				id = spiffeid.RequireFromString("spiffe://example.org" + path)
+			}
+			return id
+		}
+		got, err := wire.ChooseSVID(all, id(row.want), id(row.present))
+		if (err == nil) != (row.is != "") || err == nil && got.ID != id(row.is) {
+			t.Errorf("ChooseSVID(want %q, present %q) = %v, %v, want %q", row.want, row.present, got, err, row.is)
+		}
+	}
+}
+
+// certificateOf is the broker's certificate at the agents' listener; nil if it refuses.
+func (s *site) certificateOf() *tls.ConnectionState {
+	conn, err := tls.Dial("tcp", s.config.Listen.Agents, &tls.Config{InsecureSkipVerify: true}) //nolint:gosec // only its name
+	if err != nil {
+		return nil
+	}
+	defer conn.Close() //nolint:errcheck // only the handshake counts
+	state := conn.ConnectionState()
+	return &state
+}
+
+func (s *site) ownID() string {
+	if state := s.certificateOf(); state != nil && len(state.PeerCertificates[0].URIs) > 0 {
+		return state.PeerCertificates[0].URIs[0].String()
+	}
+	return ""
+}
+
+func (s *site) serial() string {
+	if state := s.certificateOf(); state != nil {
+		return state.PeerCertificates[0].SerialNumber.String()
+	}
+	return ""
+}
+
+// syncBuffer is a buffer for a log. Safe for concurrent use.
+type syncBuffer struct {
+	mu sync.Mutex // guards b
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *syncBuffer) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
+}
+
+// TestStolenSVID replaces the authority of a stolen SVID in a real SPIRE. Only revoking the old authority makes the broker
+// refuse it; tainting it makes the workload alone fetch another.
+func TestStolenSVID(t *testing.T) {
+	spire := parts.OwnSPIRE(t, parts.SPIREConfig{})
+	td := spiffeid.RequireTrustDomainFromString(spire.TrustDomain())
+	s := newSite(t, spire.TrustDomain())
+	s.config.WorkloadAPI = spire.WorkloadAPI()
+	own, agent := spiffeid.RequireFromPath(td, "/pawl"), spiffeid.RequireFromPath(td, "/agent")
+	s.config.SPIFFEID = own.String()
+	for _, id := range []spiffeid.ID{own, agent} {
+		if err := spire.Entry(t.Context(), id.String()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.start()
+	within(t, 20*time.Second, "an identity", func() bool { return s.ownID() == own.String() })
+	fetch := func() *x509svid.SVID {
+		got, err := workloadapi.FetchX509Context(t.Context(), workloadapi.WithAddr(spire.WorkloadAPI()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		svid, err := wire.ChooseSVID(got.SVIDs, agent, agent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return svid
+	}
+	stolen := fetch()
+	if err := s.admits(stolen); err != nil {
+		t.Fatalf("the SVID before = %v, want it admitted", err)
+	}
+	for _, step := range []string{"prepare", "activate", "taint"} {
+		if err := spire.Authority(t.Context(), step); err != nil {
+			t.Fatal(err)
+		}
+	}
+	within(t, time.Minute, "a new SVID of the workload", func() bool {
+		return fetch().Certificates[0].SerialNumber.Cmp(stolen.Certificates[0].SerialNumber) != 0
+	})
+	if err := s.admits(stolen); err != nil {
+		t.Errorf("the stolen SVID after taint = %v: SPIRE ends it sooner than docs/promises.md says", err)
+	}
+	if err := spire.Authority(t.Context(), "revoke"); err != nil {
+		t.Fatal(err)
+	}
+	within(t, time.Minute, "the stolen SVID refused", func() bool { return s.admits(stolen) != nil })
+	within(t, time.Minute, "the workload admitted", func() bool { return s.admits(fetch()) == nil })
+}
+
+// admits returns an error if the agents' listener refuses the SVID.
+func (s *site) admits(svid *x509svid.SVID) error {
+	c := tls.Certificate{PrivateKey: svid.PrivateKey}
+	for _, cert := range svid.Certificates {
+		c.Certificate = append(c.Certificate, cert.Raw)
+	}
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{
+		Certificates: []tls.Certificate{c}, InsecureSkipVerify: true}}} //nolint:gosec // the broker's side is tested
+	resp, err := client.Get("https://" + s.config.Listen.Agents + "/healthz")
+	if err != nil {
+		return err
+	}
+	return resp.Body.Close()
+}
