@@ -43,6 +43,8 @@ type Config struct {
 	ForgetfulVault bool
 	// MaxConnections is PostgreSQL's limit. Zero is 300.
 	MaxConnections int
+	// PostgresSettings are further settings of PostgreSQL. Nil adds none.
+	PostgresSettings map[string]string
 	// Agents and Operators are the addresses of the listeners. Empty is a free port of the loopback.
 	Agents, Operators string
 	// External leaves the broker itself to another process, which reads ConfigFile.
@@ -173,7 +175,8 @@ func (e *Env) servers(ctx context.Context, c Config) (err error) {
 	if connections == 0 {
 		connections = 300
 	}
-	e.Postgres, err = parts.PostgreSQL(ctx, parts.PostgresConfig{MaxConnections: connections, NoSync: true})
+	e.Postgres, err = parts.PostgreSQL(ctx,
+		parts.PostgresConfig{MaxConnections: connections, NoSync: true, Settings: c.PostgresSettings})
 	if errors.Is(err, parts.ErrMissing) {
 		e.report(err.Error() + ": the database tools are left out")
 		return nil
