@@ -8,7 +8,8 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
-// GrantState is the progress of a grant. States only go forward.
+// GrantState is the progress of a grant. States only go forward, except that a CLOSED grant is live again when its
+// secret is found to work.
 type GrantState string
 
 // The states of a grant.

@@ -163,3 +163,11 @@ type Finder interface {
 type Remover interface {
 	Remove(ctx context.Context, grants []GrantID) error
 }
+
+// Watcher notices when another server takes the place of its target. After a failover that server may not have what was
+// done at the one before.
+type Watcher interface {
+	// Replaced returns a channel that receives a value when the target was first reached, and when another server may
+	// have taken its place.
+	Replaced() <-chan struct{}
+}

@@ -72,7 +72,8 @@ type Revocation struct {
 	Static    int          `json:"static"`  // of Alive: can only be rotated
 	Tokens    int          `json:"tokens"`  // delegation tokens that are not shown to be revoked yet
 
-	// Settled is when Closure became CLOSED, or became final because only statics are left.
+	// Settled is when Closure became CLOSED, or became final because only statics are left. It is zero again when a
+	// secret is found to work that was proven dead.
 	Settled time.Time `json:"settled,omitzero"`
 
 	// Nothing: a rule that matched nothing when it was written. Later steps may match it.

@@ -151,7 +151,7 @@ type Revocation struct {
 	Asked     time.Time `json:"asked"`
 	Fenced    time.Time `json:"fenced"`
 	Revision  uint64    `json:"revision"`            // of the fence in the ledger
-	Settled   time.Time `json:"settled,omitzero"`    // the closure is final since then
+	Settled   time.Time `json:"settled,omitzero"`    // the closure is final since then, unless a failover of a target brings a secret back
 	Closure   string    `json:"closure"`             // "CLOSED", "PARTIAL" or "UNKNOWN"
 	Grants    int       `json:"grants"`              // not ended at the fence, and static secrets handed out before it
 	Dead      int       `json:"dead"`                // of these, proven dead

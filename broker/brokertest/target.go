@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -18,10 +19,51 @@ type Target struct {
 	fails  func(point string) error
 	n      int
 	logins map[broker.GrantID]string // password of each login that works
+	ended  map[broker.GrantID]string // of each that worked before
+
+	watchers []chan struct{}
 }
 
 // NewTarget returns an empty Target.
-func NewTarget() *Target { return &Target{logins: map[broker.GrantID]string{}} }
+func NewTarget() *Target {
+	return &Target{logins: map[broker.GrantID]string{}, ended: map[broker.GrantID]string{}}
+}
+
+// Forget makes all logins work again that have ended, as a failover to a server that missed their end.
+func (t *Target) Forget() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	maps.Copy(t.logins, t.ended)
+	clear(t.ended)
+}
+
+// Replace notifies the broker that another server has taken this one's place.
+func (t *Target) Replace() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, w := range t.watchers {
+		select {
+		case w <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// Replaced implements [broker.Watcher].
+func (t *Target) Replaced() <-chan struct{} {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	w := make(chan struct{}, 1)
+	t.watchers = append(t.watchers, w)
+	return w
+}
+
+func (t *Target) endLocked(id broker.GrantID) {
+	if password, ok := t.logins[id]; ok {
+		t.ended[id] = password
+		delete(t.logins, id)
+	}
+}
 
 // Fail sets a function that is called at the start of "prepare", "sever" and "prove". If it returns an error, the
 // call fails with that error. Nil removes the function.
@@ -52,7 +94,7 @@ func (t *Target) create(id broker.GrantID) (password string) {
 func (t *Target) drop(id broker.GrantID) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	delete(t.logins, id)
+	t.endLocked(id)
 }
 
 // Login reports whether a secret works, in the form in which an agent received it.
@@ -102,7 +144,7 @@ func (t *Target) Sever(_ context.Context, grants []broker.Grant) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, g := range grants {
-		delete(t.logins, g.ID)
+		t.endLocked(g.ID)
 	}
 	return nil
 }

@@ -88,7 +88,10 @@ func (e *Engine) reconcile(rv broker.Revocation) {
 		return
 	}
 	e.background(func() {
-		defer e.reconciling.End(rv.ID)
+		defer func() {
+			e.reconciling.End(rv.ID)
+			sweeper{e}.reconcileOpened(rv.ID)
+		}()
 		r := reconciler{e: e, rv: rv, killed: map[string]bool{}}
 		defer r.close()
 		retry := backoff.Exponential{First: 10 * time.Millisecond, Most: 5 * time.Second}
@@ -371,10 +374,16 @@ func (r *reconciler) record(ctx context.Context, counts closing.Counts, pending 
 	if r.stored.ID != "" && recounted(r.stored) == r.stored {
 		return done, nil
 	}
+	opened := false // by a sweep, which has made grants live again
 	err = r.e.update(ctx, "revoke", func(tx *records.Tx) error {
 		before, ok, err := tx.Revocation(r.rv.ID)
 		if err != nil || !ok {
 			return orNotFound(err, records.UnknownRevocation("revoke"))
+		}
+		if opened = before.Alive != r.rv.Alive; opened {
+			before.Unswept = before.Unswept || r.rv.Unswept
+			r.rv = before
+			return nil
 		}
 		rv := recounted(before)
 		if r.rv = rv; before == rv {
@@ -391,7 +400,11 @@ func (r *reconciler) record(ctx context.Context, counts closing.Counts, pending 
 			Revocation: rv.ID, Detail: closing.FormatTally(rv)})
 		return err
 	})
-	if err != nil {
+	if opened { // list the grants again
+		r.close()
+		r.progress = nil
+	}
+	if err != nil || opened {
 		r.stored = broker.Revocation{}
 		return false, err
 	}

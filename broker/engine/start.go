@@ -36,7 +36,7 @@ func New(cfg Config) (*Engine, error) {
 	e.watchdog = volatile.NewWatchdog(cfg.Now, e.missedHeartbeat)
 	e.reaper = closing.New(closing.Config{Vault: cfg.Vault, Backends: cfg.Backends, Now: cfg.Now, Alarm: cfg.Alarm,
 		View: e.view, Update: e.update, Undeliverable: e.undeliverable, Discard: e.deliveries.Drop,
-		Context: e.ctx, Background: e.background, CallTimeout: cfg.MintTimeout, Workers: cfg.Workers})
+		Reconcile: e.reconcile, Context: e.ctx, Background: e.background, CallTimeout: cfg.MintTimeout, Workers: cfg.Workers})
 	return e, nil
 }
 
@@ -100,6 +100,7 @@ func (e *Engine) Resume(ctx context.Context) error {
 	e.background(func() { e.watchdog.Run(e.ctx) })
 	e.background(e.reaper.Run)
 	e.background(e.runSweeps)
+	e.reaper.WatchTargets()
 	e.reaper.EndNow(abandoned...)
 	for _, rv := range unsettled {
 		e.reconcile(rv)

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/closing"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
@@ -41,7 +42,11 @@ func (s sweeper) sweep(ctx context.Context, leases bool) (ended Orphans, err err
 	var errs []error
 	began := s.cfg.Now()
 	if lister, ok := s.cfg.Vault.(broker.LeaseLister); ok && leases {
-		former, err := s.formerTools(ctx)
+		former := []broker.Tool{}
+		err := s.view(ctx, "sweep", func(tx *records.Tx) (err error) {
+			former, err = tx.FormerTools(s.cfg.Policy())
+			return err
+		})
 		errs = append(errs, err)
 		for _, tools := range [][]broker.Tool{nil, former} {
 			if tools == nil || len(tools) > 0 {
@@ -65,48 +70,13 @@ func (s sweeper) sweep(ctx context.Context, leases bool) (ended Orphans, err err
 	return ended, errors.Join(errs...)
 }
 
-// toolOf returns the part of a grant's tool that the grant records.
-func toolOf(g broker.Grant) broker.Tool {
-	return broker.Tool{Name: g.Tool, Backend: g.Backend, Path: g.Path}
-}
-
-// formerTools returns the tools of live grants that the running bundle no longer declares with the same path.
-func (s sweeper) formerTools(ctx context.Context) (tools []broker.Tool, err error) {
-	policy := s.cfg.Policy()
-	err = s.view(ctx, "sweep", func(tx *records.Tx) error {
-		tools = []broker.Tool{}
-		type origin struct {
-			backend string
-			path    broker.VaultPath
-		}
-		seen := map[origin]bool{}
-		return tx.EachLive("", func(g broker.Grant) error {
-			key := origin{g.Backend, g.Path}
-			if g.Path.IsZero() || seen[key] {
-				return nil
-			}
-			seen[key] = true
-			if t, known := policy.Tool(g.Tool); !known || t.Backend != g.Backend || t.Path != g.Path {
-				tools = append(tools, toolOf(g))
-			}
-			return nil
-		})
-	})
-	return tools, err
-}
-
 // dropSpentRules deletes the final rules of which every covered chain has expired, since each transaction reads all
 // rules.
 func (s sweeper) dropSpentRules(ctx context.Context) error {
 	now := s.cfg.Now()
 	var spent []broker.RevocationID
-	if err := s.view(ctx, "sweep", func(tx *records.Tx) error {
-		rules, err := tx.Rules()
-		for _, r := range rules {
-			if !r.Fence.Frozen && now.Sub(r.Fence.At) > broker.MaxChainTTL {
-				spent = append(spent, r.Fence.Revocation)
-			}
-		}
+	if err := s.view(ctx, "sweep", func(tx *records.Tx) (err error) {
+		spent, err = tx.SpentRules(now)
 		return err
 	}); err != nil || len(spent) == 0 {
 		return err
@@ -198,37 +168,18 @@ func (s sweeper) retryIrrevocable(ctx context.Context, lister broker.Irrevocable
 }
 
 func (s sweeper) sweepBackend(ctx context.Context, name string) (n int, err error) {
-	finder, ok := s.cfg.Backends[name].(broker.Finder)
-	if !ok {
-		return 0, nil
-	}
-	found, err := finder.Find(ctx)
-	if err != nil || len(found) == 0 {
+	unknown, again, err := s.reaper.Find(ctx, name)
+	if err != nil {
 		return 0, err
 	}
-	var orphans []broker.Grant
-	now := s.cfg.Now()
-	if err := s.view(ctx, "sweep", func(tx *records.Tx) error {
-		orphans = nil
-		for _, id := range found {
-			g, ok, err := tx.Grant(id)
-			if err != nil {
-				return err
-			}
-			if g.ID = id; !ok || g.State == broker.StateClosed && now.Sub(g.Ended) > 5*time.Second {
-				orphans = append(orphans, g)
-			}
-		}
-		return nil
-	}); err != nil || len(orphans) == 0 {
-		return 0, err
+	if n, err = s.reaper.Reopen(ctx, name, again); err != nil || len(unknown) == 0 {
+		return n, err
 	}
-	if err := s.endOrphans(ctx, name, orphans); err != nil {
-		return 0, err
+	if err := s.endOrphans(ctx, name, unknown); err != nil {
+		return n, err
 	}
-	for _, g := range orphans {
-		if err := s.recordOrphan(ctx, broker.Entry{Chain: g.Chain, Delegation: g.Delegation, Grant: g.ID, Tool: g.Tool,
-			Detail: "ended an orphaned login at " + name}); err != nil {
+	for _, id := range unknown {
+		if err := s.recordOrphan(ctx, broker.Entry{Grant: id, Detail: "ended an orphaned login at " + name}); err != nil {
 			return n, err
 		}
 		n++
@@ -236,18 +187,23 @@ func (s sweeper) sweepBackend(ctx context.Context, name string) (n int, err erro
 	return n, nil
 }
 
-func (s sweeper) endOrphans(ctx context.Context, name string, orphans []broker.Grant) error {
+// reconcileOpened reconciles a revocation that was opened while its reconciler was about to end.
+func (s sweeper) reconcileOpened(id broker.RevocationID) {
+	var rv broker.Revocation
+	err := s.view(s.ctx, "sweep", func(tx *records.Tx) (err error) { rv, _, err = tx.Revocation(id); return err })
+	if err == nil && rv.ID != "" && s.ctx.Err() == nil {
+		s.reconcile(rv)
+	}
+}
+
+func (s sweeper) endOrphans(ctx context.Context, name string, orphans []broker.GrantID) error {
 	if severer, ok := s.cfg.Backends[name].(broker.Severer); ok {
-		if err := severer.Sever(ctx, orphans); err != nil {
+		if err := severer.Sever(ctx, closing.GrantsAt(name, orphans)); err != nil {
 			return err
 		}
 	}
 	if remover, ok := s.cfg.Backends[name].(broker.Remover); ok {
-		all := make([]broker.GrantID, len(orphans))
-		for i, g := range orphans {
-			all[i] = g.ID
-		}
-		return remover.Remove(ctx, all)
+		return remover.Remove(ctx, orphans)
 	}
 	return nil
 }
@@ -267,7 +223,7 @@ func (s sweeper) sweepAfter(ctx context.Context, grants []broker.Grant, fenced t
 	for _, g := range grants {
 		same := func(t broker.Tool) bool { return t.Backend == g.Backend && t.Path == g.Path }
 		if !slices.ContainsFunc(tools, same) {
-			tools = append(tools, toolOf(g))
+			tools = append(tools, records.ToolOf(g))
 		}
 		backends[g.Backend] = true
 	}

@@ -27,6 +27,8 @@ type Config struct {
 	Undeliverable func(*broker.Grant) bool // reports whether no collector can get the grant's sealed secret any more
 	Discard       func([]broker.Grant)     // drops the sealed secrets of grants that end
 
+	Reconcile func(broker.Revocation) // closes a revocation that Reopen has opened
+
 	Context    context.Context // the lifetime of background work
 	Background func(func())    // runs f in a goroutine that the owner waits for
 
@@ -51,14 +53,15 @@ type Reaper struct {
 	workers   map[string]*worker
 	waiting   map[broker.GrantID][]chan struct{} // callers that wait for a grant to be closed
 	progress  map[broker.GrantID][]*Progress
-	givenUp   map[string]bool // leases that Vault has given up revoking
+	givenUp   map[string]bool      // leases that Vault has given up revoking
+	replaced  map[string]time.Time // when another server was last seen in the place of a backend's target
 }
 
 // New makes a Reaper. Nothing is scheduled before [Reaper.Run].
 func New(cfg Config) *Reaper {
 	return &Reaper{cfg: cfg, wake: sched.NewSignal(), nextCheck: map[broker.GrantID]time.Time{},
 		workers: map[string]*worker{}, waiting: map[broker.GrantID][]chan struct{}{},
-		progress: map[broker.GrantID][]*Progress{}}
+		progress: map[broker.GrantID][]*Progress{}, replaced: map[string]time.Time{}}
 }
 
 // BeginMint notes that this process is issuing the grant, and schedules the grant's end.

@@ -8,12 +8,12 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-// store records a batch and returns the grants that are not closed.
-func (w *worker) store(batch []broker.Grant) (rest []broker.Grant) {
+// store records a batch and returns the grants that are not closed. asked is when the target was asked about them.
+func (w *worker) store(batch []broker.Grant, asked time.Time) (rest []broker.Grant) {
 	ctx, cancel := context.WithTimeout(w.r.cfg.Context, time.Minute)
 	defer cancel()
 	for len(batch) > 0 {
-		n, err := w.record(ctx, batch)
+		n, err := w.record(ctx, batch, asked)
 		if err != nil {
 			w.alarm("recording closed grants", err)
 			return append(rest, batch...)
@@ -39,10 +39,11 @@ const recordTime = 2 * time.Millisecond
 
 // record stores the outcomes of the first n grants of a batch, at least one. A closed grant leaves the live ones and
 // returns its place in the budgets. A grant with an unchanged outcome is not written again.
-func (w *worker) record(ctx context.Context, batch []broker.Grant) (n int, err error) {
+func (w *worker) record(ctx context.Context, batch []broker.Grant, asked time.Time) (n int, err error) {
 	now := w.r.cfg.Now()
 	err = w.r.cfg.Update(ctx, "close", func(tx *records.Tx) error {
 		n = 0
+		w.discardOld(batch, asked)
 		began := w.r.cfg.Now()
 		ended := map[broker.DelegationID]int{} // closed grants by delegation
 		for i := range batch {
@@ -57,6 +58,23 @@ func (w *worker) record(ctx context.Context, batch []broker.Grant) (n int, err e
 		return tx.GiveBack(ended)
 	})
 	return n, err
+}
+
+// discardOld makes unknown what was proven dead at a server whose place another one has taken since.
+func (w *worker) discardOld(batch []broker.Grant, asked time.Time) {
+	w.r.mu.Lock()
+	replaced := w.r.replaced[w.backend]
+	w.r.mu.Unlock()
+	if !asked.Before(replaced) || !w.probes() {
+		return
+	}
+	for i := range batch {
+		g := &batch[i]
+		if n := len(g.Evidence); n > 0 && g.Outcome == broker.OutcomeDead && g.State != broker.StateIntent {
+			g.Outcome, g.Evidence[n-1].Outcome = broker.OutcomeUnknown, broker.OutcomeUnknown
+			g.Evidence[n-1].Answer += "; another server has taken its place since"
+		}
+	}
 }
 
 func recordOne(tx *records.Tx, g *broker.Grant, now time.Time, ended map[broker.DelegationID]int) error {

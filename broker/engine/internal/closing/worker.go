@@ -224,6 +224,7 @@ func (w *worker) closeProven(pass []broker.Grant, taken map[broker.GrantID]Due) 
 	killed := w.kill(pass)
 	ctx, cancel := context.WithTimeout(w.r.cfg.Context, time.Minute)
 	defer cancel()
+	asked := w.r.cfg.Now()
 	found := w.prove(ctx, pass)
 	gone := w.leasesGone(ctx, pass)
 	w.revokeLeft(ctx, pass, gone, taken)
@@ -234,7 +235,7 @@ func (w *worker) closeProven(pass []broker.Grant, taken map[broker.GrantID]Due) 
 			minting: w.r.IsMinting(g.ID), givenUp: w.r.isGivenUp(g.Lease.ID), probed: w.probes(), now: now}.outcome()
 	}
 	for batch := range slices.Chunk(pass, batchSize) {
-		rest = append(rest, w.store(batch)...)
+		rest = append(rest, w.store(batch, asked)...)
 	}
 	return rest
 }

@@ -34,6 +34,17 @@ func (t *Tx) AddRule(r Rule) error {
 	return save(t, keyRule(r.Fence.Revocation), r)
 }
 
+// SpentRules returns the final rules of which every covered chain has expired.
+func (t *Tx) SpentRules(now time.Time) (spent []broker.RevocationID, err error) {
+	rules, err := t.Rules()
+	for _, r := range rules {
+		if !r.Fence.Frozen && now.Sub(r.Fence.At) > broker.MaxChainTTL {
+			spent = append(spent, r.Fence.Revocation)
+		}
+	}
+	return spent, err
+}
+
 // DropRule deletes a revocation's rule.
 func (t *Tx) DropRule(id broker.RevocationID) error {
 	t.rulesRead = false

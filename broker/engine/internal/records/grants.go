@@ -143,6 +143,33 @@ func (t *Tx) EachPast(chain broker.ChainID, f func(broker.Grant) error) error {
 	return eachGrant(t, inChain(prefixPast, chain), f)
 }
 
+// ToolOf returns the part of a grant's tool that the grant records.
+func ToolOf(g broker.Grant) broker.Tool {
+	return broker.Tool{Name: g.Tool, Backend: g.Backend, Path: g.Path}
+}
+
+// FormerTools returns the tools of live grants that a policy does not declare with the same path.
+func (t *Tx) FormerTools(policy broker.Policy) (tools []broker.Tool, err error) {
+	type origin struct {
+		backend string
+		path    broker.VaultPath
+	}
+	seen := map[origin]bool{}
+	tools = []broker.Tool{} // never nil
+	err = t.EachLive("", func(g broker.Grant) error {
+		key := origin{g.Backend, g.Path}
+		if g.Path.IsZero() || seen[key] {
+			return nil
+		}
+		seen[key] = true
+		if tool, known := policy.Tool(g.Tool); !known || tool.Backend != g.Backend || tool.Path != g.Path {
+			tools = append(tools, ToolOf(g))
+		}
+		return nil
+	})
+	return tools, err
+}
+
 // EachLiveHead is EachLive for all chains, with the grants' heads alone.
 func (t *Tx) EachLiveHead(f func(GrantHead) error) error { return eachGrant(t, prefixLive, f) }
 
