@@ -27,7 +27,7 @@ import (
 const schemaVersion = 3
 
 // Backend is one database. It implements [broker.Backend], [broker.Severer], [broker.Prover],
-// [broker.Finder] and [broker.Remover]. Safe for concurrent use.
+// [broker.Finder], [broker.Remover] and [broker.Watcher]. Safe for concurrent use.
 type Backend struct {
 	cfg      Config
 	address  *pgxpool.Config
@@ -37,8 +37,9 @@ type Backend struct {
 	// agents can take all others that the server has.
 	shaper, revoker *service
 
-	stop context.CancelFunc
-	done sync.WaitGroup
+	watcher watcher
+	stop    context.CancelFunc
+	done    sync.WaitGroup
 
 	hosts *hosts // that secrets name
 
@@ -72,6 +73,7 @@ func New(cfg Config) (*Backend, error) {
 	b.revoker = newService(Revoker, cfg, address, b.servers)
 	b.hosts = &hosts{database: b.database, revoker: b.revoker, known: b.identities, now: cfg.Now, log: cfg.Log,
 		answers: map[string]hostAnswer{}, asking: map[string]chan struct{}{}, of: map[broker.ToolName]string{}}
+	b.watcher = watcher{b.revoker, make(chan struct{}, 1)}
 	if b.revoker.standbys, err = parseStandbys(cfg.Standbys, b.database); err != nil {
 		return nil, err
 	}
@@ -79,6 +81,7 @@ func New(cfg Config) (*Backend, error) {
 	b.stop, b.hosts.running = stop, ctx
 	b.done.Go(func() { b.maintain(ctx) })
 	b.done.Go(func() { b.revoker.keepOpen(ctx) })
+	b.done.Go(func() { b.watcher.run(ctx) })
 	for i := range b.revoker.standbys {
 		b.done.Go(func() { b.revoker.watchStandby(ctx, i) })
 	}
@@ -93,6 +96,9 @@ func (b *Backend) Close() {
 	b.shaper.close()
 	b.revoker.close()
 }
+
+// Replaced implements [broker.Watcher].
+func (b *Backend) Replaced() <-chan struct{} { return b.watcher.replaced }
 
 // Check reports whether the backend can log in to the database for both purposes, and whether the database was set up
 // for this version.
@@ -148,4 +154,5 @@ var _ interface {
 	broker.Severer
 	broker.Prover
 	broker.Finder
+	broker.Watcher
 } = (*Backend)(nil)
