@@ -199,12 +199,7 @@ func (b *bench) end(ctx context.Context, way way, n int) (d death, err error) {
 // vacuum removes the dead rows that the previous way left in the catalogs. Vault's default statements write a row
 // for each table and login, and the next way would be slower for them.
 func (w *world) vacuum(ctx context.Context) error {
-	conn, err := pgx.Connect(ctx, w.env.Database)
-	if err != nil {
-		return err
-	}
-	_, err = conn.Exec(ctx, "VACUUM")
-	return errors.Join(err, conn.Close(ctx))
+	return w.superuser(ctx, "VACUUM")
 }
 
 // enter opens a session and a cursor in it.
@@ -246,6 +241,20 @@ func confirm(ctx context.Context, w *world, logins []login, sessions int) error 
 
 // issueOurs takes n steps under one chain. The command revokes the chain.
 func issueOurs(ctx context.Context, w *world, n int) (logins []login, end func(context.Context) error, err error) {
+	logins, fence, err := takeOurs(ctx, w, n)
+	return logins, func(ctx context.Context) error {
+		id, err := fence(ctx)
+		if err != nil {
+			return err
+		}
+		return w.settled(ctx, id)
+	}, err
+}
+
+// takeOurs takes n steps under one chain. fence revokes the chain, and returns when that is acknowledged.
+func takeOurs(
+	ctx context.Context, w *world, n int,
+) (logins []login, fence func(context.Context) (string, error), err error) {
 	client, err := w.agent("bench-dead")
 	if err != nil {
 		return nil, nil, err
@@ -262,13 +271,10 @@ func issueOurs(ctx context.Context, w *world, n int) (logins []login, end func(c
 		}
 		return err
 	})
-	return logins, func(ctx context.Context) error {
+	return logins, func(ctx context.Context) (string, error) {
 		defer client.Close() //nolint:errcheck // it always succeeds
 		rv, err := w.operator.Revoke(ctx, api.RevokeRequest{Selector: "chain:" + string(d.Info().Chain), Reason: "bench"})
-		if err != nil {
-			return err
-		}
-		return w.settled(ctx, rv.ID)
+		return rv.ID, err
 	}, err
 }
 

@@ -79,4 +79,6 @@ var sections = []section{
 	{"events", true, measureEvents},
 	{"vault-down", true, measureVaultDown},
 	{"dead.many", true, measureDeadMany},
+	{"hostile", true, measureHostile},
+	{"alone", false, measureAlone},
 }

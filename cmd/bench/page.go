@@ -64,6 +64,10 @@ const (
 		"  each turn the catalogs are vacuumed. Of 10,000 only the quickest of their ways is measured: the others\n" +
 		"  would take half an hour. `vs_floor` compares ours with a superuser who does nothing but NOLOGIN and\n" +
 		"  pg_terminate_backend: no tool can be sooner on this machine.\n" +
+		"- Hostile: 41 logins with a session each, of which one does what holds up the end of logins, and in turns the\n" +
+		"  same without it. The observer watches the 40 others.\n" +
+		"- Alone: 40 logins with a session each. The synchronous standby is killed and Vault paused before the fence.\n" +
+		"  The time runs from its acknowledgement.\n" +
 		"- Fence: the engine in process on the embedded ledger, with a load of 50 issues a second. Repeated fences of\n" +
 		"  one chain are freezes: the same transaction, lifted in between. With Vault down: revocations over the\n" +
 		"  operators' socket of the broker's process.\n" +

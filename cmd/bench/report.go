@@ -97,6 +97,9 @@ var aims = []aim{
 	{"dead.postgres.10000.seconds", false, false, 4},
 	{"dead.postgres.1000.vs_vault_token", true, true, 30},
 	{"dead.postgres.1000.vs_vault_best", true, true, 5},
+	{"hostile.*.closed_seconds", false, false, 60},
+	{"hostile.*.seconds", false, true, 3},
+	{"alone.*.seconds", false, false, 2},
 	{"resume.100000.seconds", false, false, 2},
 	{"resume.bytes_per_grant", false, false, 2048},
 }

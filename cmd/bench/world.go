@@ -46,7 +46,13 @@ type world struct {
 // secretTTL is the life of the secrets of both sides. No secret expires while it is measured.
 const secretTTL = 14 * time.Minute
 
-func newWorld(ctx context.Context, b *bench) (w *world, err error) {
+func newWorld(ctx context.Context, b *bench) (*world, error) {
+	return openWorld(ctx, b, b.dir, dev.Config{MaxConnections: 1300,
+		PostgresSettings: map[string]string{"max_prepared_transactions": "5"}})
+}
+
+// openWorld starts the servers as in the configuration, and the broker with its files in dir.
+func openWorld(ctx context.Context, b *bench, dir string, c dev.Config) (w *world, err error) {
 	w = &world{program: filepath.Join(b.root, "build", "pawl")}
 	defer func() {
 		if err != nil {
@@ -58,7 +64,8 @@ func newWorld(ctx context.Context, b *bench) (w *world, err error) {
 	if err := build.Run(); err != nil {
 		return w, fmt.Errorf("building pawl: %w", err)
 	}
-	if w.env, err = dev.Start(ctx, dev.Config{External: true, ForgetfulVault: true, MaxConnections: 1300, SVIDTTL: 4 * time.Hour, Progress: os.Stderr}); err != nil {
+	c.External, c.ForgetfulVault, c.SVIDTTL, c.Progress = true, true, 4*time.Hour, os.Stderr
+	if w.env, err = dev.Start(ctx, c); err != nil {
 		return w, err
 	}
 	w.later(w.env.Close)
@@ -69,7 +76,7 @@ func newWorld(ctx context.Context, b *bench) (w *world, err error) {
 	if err := w.teachVault(ctx); err != nil {
 		return w, err
 	}
-	if err := w.configure(ctx, b.dir); err != nil {
+	if err := w.configure(ctx, dir); err != nil {
 		return w, err
 	}
 	if w.broker, err = startBroker(ctx, w.program, w.config, filepath.Join(b.root, "build", "bench-broker.log")); err != nil {
@@ -248,14 +255,23 @@ func (w *world) teachVault(ctx context.Context) error {
 // prepareDatabase makes the group role for the logins of a Vault without Pawl. Granting rights to each login alone
 // fails when several logins are made at once.
 func (w *world) prepareDatabase(ctx context.Context) error {
+	return w.superuser(ctx, `CREATE ROLE bench_reader; GRANT SELECT ON orders TO bench_reader;
+		INSERT INTO orders (item, price) SELECT 'part ' || n, n FROM generate_series(1, 20000) n`)
+}
+
+// superuser executes statements in the database.
+func (w *world) superuser(ctx context.Context, statements ...string) error {
 	conn, err := pgx.Connect(ctx, w.env.Database)
 	if err != nil {
 		return err
 	}
 	defer conn.Close(ctx) //nolint:errcheck // the work is committed by then
-	_, err = conn.Exec(ctx, `CREATE ROLE bench_reader; GRANT SELECT ON orders TO bench_reader;
-		INSERT INTO orders (item, price) SELECT 'part ' || n, n FROM generate_series(1, 20000) n`)
-	return err
+	for _, sql := range statements {
+		if _, err := conn.Exec(ctx, sql); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (w *world) database() string {
