@@ -765,13 +765,14 @@ END $$;
 
 -- Returns the given roles that a session or a prepared transaction of their own may have locked. A login may alter its
 -- own password. While that transaction is open, PostgreSQL lets no other transaction alter the login.
-CREATE OR REPLACE FUNCTION pawl.self_locked(roles oid[]) RETURNS oid[] LANGUAGE sql AS $$
-    SELECT ARRAY(
+CREATE OR REPLACE FUNCTION pawl.self_locked(roles oid[]) RETURNS oid[] LANGUAGE plpgsql AS $$
+BEGIN
+    RETURN ARRAY(
         SELECT a.usesysid FROM pg_locks l JOIN pg_stat_activity a USING (pid)
         WHERE l.relation IN ('pg_authid'::regclass, 'pg_auth_members'::regclass) AND l.granted
             AND l.mode <> 'AccessShareLock' AND a.usesysid = ANY (roles)
-        UNION SELECT x.ownerid FROM pg_prepared_xact() x WHERE x.ownerid = ANY (roles))
-$$;
+        UNION SELECT x.ownerid FROM pg_prepared_xact() x WHERE x.ownerid = ANY (roles));
+END $$;
 
 -- Returns the psql statement by which a superuser ends a prepared transaction. It does not contain the transaction's
 -- identifier, since the agent chose that text.
@@ -920,7 +921,8 @@ END $$;
 -- Drops logins that can no longer log in and have no session, with the objects that they own. Returns how many, and of
 -- how many objects it dropped a part only. A transaction needs a lock for each object that it drops, and the server has
 -- room for some thousands. So this drops at most 500 objects, and it stops after two seconds.
-CREATE OR REPLACE FUNCTION pawl.drop_logins(names text[], OUT dropped int, OUT objects int) LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION pawl.drop_logins(names text[], OUT dropped int, OUT objects int) LANGUAGE plpgsql
+SET enable_seqscan = off AS $$
 DECLARE
     patience timestamptz := clock_timestamp() + interval '2 seconds';
     room     int := 500;
@@ -953,14 +955,14 @@ END $$;
 -- Vault's connection points at another server than before, and the login may live at that one.
 --
 -- Vault makes and ends the logins of one database one at a time, so the time of this call limits the revocation of
--- thousands. Planning it anew for each call took half of it.
+-- thousands. Planning it anew for each call took half of it, and scans of all roles most of the rest: see pawl.inspect.
 --
 -- If a login resists, this ends its sessions and tries once more. One that resists still has no rights, and
 -- pawl.inspect shows that it can log in. A login that cannot be dropped at once, because it owns thousands of objects,
 -- remains for pawl.collect, without LOGIN and without rights.
 CREATE OR REPLACE FUNCTION pawl.end_logins(names text[]) RETURNS int LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET client_min_messages = error
-SET lock_timeout = '2s' AS $$
+SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET jit = off
+SET client_min_messages = error SET lock_timeout = '2s' AS $$
 DECLARE
     here    oid[];
     resists text;
