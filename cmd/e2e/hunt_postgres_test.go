@@ -255,6 +255,16 @@ var huntPostgres = []huntRow{
 			return quarry{ways: map[string]func() bool{"a login": l.logsIn,
 				"a session": l.session("BEGIN", "ALTER ROLE CURRENT_USER SET work_mem = '1MB'", reads)}}
 		}},
+	{plugin: "postgres", name: "renamed login", unnamed: true, end: broker.ClosureClosed,
+		why: "a DBA renamed the role: it is not below the name that the grant has, and its password works on",
+		set: func(h *hunt) quarry {
+			s := h.shopAt(h.db())
+			l := s.started()
+			renamed := l.as("renamed_" + h.id)
+			return quarry{ways: map[string]func() bool{"a login": func() bool { return l.logsIn() || renamed.logsIn() },
+				"a session": l.session(reads)},
+				change: func() { s.exec(fmt.Sprintf(`ALTER ROLE %q RENAME TO %q`, l.user, renamed.user)) }}
+		}},
 	{plugin: "postgres", name: "renamed database", unnamed: true, end: broker.ClosureClosed,
 		why: "the database has another name than in the configuration, and the login works there",
 		set: func(h *hunt) quarry {

@@ -827,8 +827,8 @@ BEGIN
             SELECT m.roleid FROM pg_auth_members m WHERE m.member = p.role OFFSET 0) m
             CROSS JOIN LATERAL (SELECT g.rolname FROM pg_roles g WHERE g.oid = m.roleid OFFSET 0) g
             WHERE g.rolname LIKE 'pawl-%') AS groups
-        FROM unnest(names) n CROSS JOIN LATERAL (
-            SELECT p.name, p.role, p.rolcanlogin FROM pawl.roles p WHERE p.name = n OFFSET 0) p LOOP
+        FROM unnest(names) n CROSS JOIN LATERAL ( -- not pawl.roles, which lacks a login that was renamed
+            SELECT p.rolname AS name, p.oid AS role, p.rolcanlogin FROM pg_roles p WHERE p.rolname = n OFFSET 0) p LOOP
         BEGIN
             IF r.rolcanlogin THEN
                 EXECUTE format('ALTER ROLE %I NOLOGIN', r.name);
@@ -1072,6 +1072,16 @@ BEGIN
             WHERE (SELECT g.rolname LIKE 'pawl-%' FROM pg_roles g WHERE g.oid = m.roleid)),
         k.rolvaliduntil, coalesce(b.n, 0)
     FROM known k LEFT JOIN busy b ON b.usesysid = k.role;
+    -- Logins that were renamed. They have their passwords still.
+    RETURN QUERY
+    SELECT l.grant_id, p.rolname::text, l.role, p.rolcanlogin, EXISTS (SELECT FROM pg_auth_members m
+            JOIN pg_roles g ON g.oid = m.roleid WHERE m.member = l.role AND g.rolname LIKE 'pawl-%'),
+        p.rolvaliduntil, (SELECT count(*)::int FROM pg_stat_activity a WHERE a.usesysid = l.role)
+    FROM (SELECT DISTINCT unnest(grants) AS id) w CROSS JOIN LATERAL (
+        SELECT l.grant_id, l.name, l.role FROM pawl.logins l
+        WHERE l.grant_id = w.id COLLATE "default" AND l.server = pawl.server_id() OFFSET 0) l
+    CROSS JOIN LATERAL (SELECT p.rolname, p.rolcanlogin, p.rolvaliduntil FROM pg_roles p
+        WHERE p.oid = l.role OFFSET 0) p WHERE p.rolname <> l.name;
 END $$;
 
 -- Returns those of the given logins that this server made. It knows each for a week after its end. For the planner
