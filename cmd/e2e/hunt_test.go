@@ -50,7 +50,7 @@ func TestHunt(t *testing.T) {
 	t.Logf("what the rows show:\n%s", g.table())
 }
 
-func huntRows() []huntRow { return slices.Concat(huntPostgres, huntPooled) }
+func huntRows() []huntRow { return slices.Concat(huntPostgres, huntPooled, huntServers) }
 
 // huntRow is a way in which a target differs from what the broker sees.
 type huntRow struct {

@@ -131,6 +131,13 @@ UPDATE pawl.logins l SET server = pawl.server_id()
 WHERE server IS NULL AND current_setting('pawl.version_before') < '3' AND name IS NOT NULL
     AND (ended IS NOT NULL OR EXISTS (SELECT FROM pg_roles r WHERE r.oid = l.role AND r.rolname = l.name));
 
+-- Its timeline then. A standby, or a copy of the server's files, has the same identity; its promotion begins a timeline.
+-- Empty: an earlier build made the login.
+ALTER TABLE pawl.logins ADD COLUMN IF NOT EXISTS timeline text;
+
+CREATE OR REPLACE FUNCTION pawl.timeline() RETURNS text LANGUAGE sql STABLE AS
+$$ SELECT CASE WHEN NOT pg_is_in_recovery() THEN substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END $$;
+
 -- Reports whether this server made the login.
 CREATE OR REPLACE FUNCTION pawl.has_record(login text) RETURNS boolean LANGUAGE sql STABLE AS $$
     SELECT EXISTS (SELECT FROM pawl.logins l
@@ -751,7 +758,8 @@ BEGIN
     IF s IS NULL THEN
         RAISE 'shape % does not exist', in_shape USING ERRCODE = '22023';
     END IF;
-    INSERT INTO pawl.logins (grant_id, name, server) VALUES (substr(login, 6, 26), login, pawl.server_id());
+    INSERT INTO pawl.logins (grant_id, name, server, timeline)
+    VALUES (substr(login, 6, 26), login, pawl.server_id(), pawl.timeline());
     EXECUTE format('CREATE ROLE %I LOGIN CONNECTION LIMIT %s PASSWORD %L VALID UNTIL %L IN ROLE %I',
         login, (s->>'connections')::int, verifier, expires, 'pawl-shape-' || in_shape);
     EXECUTE format('ALTER ROLE %I SET statement_timeout = %L', login, s->>'statement_ms');
@@ -1084,13 +1092,22 @@ BEGIN
         WHERE p.oid = l.role OFFSET 0) p WHERE p.rolname <> l.name;
 END $$;
 
--- Returns those of the given logins that this server made. It knows each for a week after its end. For the planner
--- settings see pawl.inspect.
+-- Returns those of the given logins that this server made since it was last promoted. It knows each for a week after its
+-- end. The server that it followed before, or was copied from, may take the earlier ones. For the planner settings see
+-- pawl.inspect.
 CREATE OR REPLACE FUNCTION pawl.recorded(names text[]) RETURNS SETOF text LANGUAGE sql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off SET lock_timeout = '2s' AS $$
-    SELECT n FROM (SELECT pawl.server_id() AS id OFFSET 0) here, unnest(names) n CROSS JOIN LATERAL (
-        SELECT l.server FROM pawl.logins l WHERE l.grant_id = substr(n, 6, 26) AND l.name = n OFFSET 0) l
-    WHERE l.server = here.id
+    SELECT n FROM (SELECT pawl.server_id() AS id, pawl.timeline() AS timeline OFFSET 0) here,
+    unnest(names) n CROSS JOIN LATERAL (
+        SELECT l.server, l.timeline FROM pawl.logins l WHERE l.grant_id = substr(n, 6, 26) AND l.name = n OFFSET 0) l
+    WHERE l.server = here.id AND coalesce(l.timeline = here.timeline, true)
+$$;
+
+-- Lets this server answer for the logins from before its last promotion. A DBA calls it once the server that this one
+-- followed, or was copied from, has stopped for good.
+CREATE OR REPLACE FUNCTION pawl.adopt_logins() RETURNS void LANGUAGE sql
+SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
+    UPDATE pawl.logins SET timeline = pawl.timeline() WHERE server = pawl.server_id()
 $$;
 
 -- Returns those of the given grants that have had a login or were barred. They can get no other login.

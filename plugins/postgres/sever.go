@@ -197,13 +197,18 @@ func inspectAt(ctx context.Context, db querier, ids []string) ([]loginState, err
 	})
 }
 
+// noRecord is the answer about a login that lived at another server, and may live there still.
+const noRecord = "this server has no record of the login since its last promotion: it was made elsewhere, or before a " +
+	"failover, or ended more than a week ago; when the server before this one has stopped for good, a DBA runs " +
+	"SELECT pawl.adopt_logins()"
+
 // evidenceCheck names the source of this backend's evidence.
 const evidenceCheck = "postgres: pg_roles, pg_stat_activity and pg_prepared_xact"
 
 // Prove implements [broker.Prover]. It checks every login with a grant's id in its name, and sessions and prepared
 // transactions that outlived their login. A grant is dead if none of its logins can log in or has rights, no session is
-// open, and no prepared transaction is left. An issued grant is dead only if this server made its login: the tool or
-// the backend may point at another server than before. It must be dead at every standby, too, and the standby must have
+// open, and no prepared transaction is left. An issued grant is dead only if this server made its login since it was
+// last promoted: the tool or the backend may point at another server than before. It must be dead at every standby, too, and the standby must have
 // replayed its end.
 func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	ids := idsOf(grants)
@@ -233,8 +238,7 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 		evidence[i] = broker.Evidence{At: now, Check: evidenceCheck}
 		evidence[i].Outcome, evidence[i].Answer = outcomeOf(of[string(g.ID)], now)
 		if evidence[i].Outcome == broker.OutcomeDead && g.Lease.Ref != "" && !recorded[g.Lease.Ref] {
-			evidence[i].Outcome, evidence[i].Answer = broker.OutcomeUnknown, "this server has no record of the login: "+
-				"it was made elsewhere, or ended more than a week ago"
+			evidence[i].Outcome, evidence[i].Answer = broker.OutcomeUnknown, noRecord
 		}
 	}
 	if err := b.proveAtStandbys(ctx, grants, evidence); err != nil {
