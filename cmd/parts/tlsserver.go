@@ -191,6 +191,9 @@ func (s *TLSServer) Replace(list []byte) error {
 	return s.process.signalLeader(tlsPrograms[s.config.Program].reload)
 }
 
+// Kill ends the server as a crash would, and with it each connection and session.
+func (s *TLSServer) Kill() error { return s.process.kill() }
+
 // Log returns the end of the server's log.
 func (s *TLSServer) Log() string { return s.process.tail() }
 
