@@ -66,7 +66,7 @@ func TestHunt(t *testing.T) {
 }
 
 func huntRows() []huntRow {
-	return slices.Concat(huntPostgres, huntPooled, huntServers, huntCertificates)
+	return slices.Concat(huntPostgres, huntPooled, huntServers, huntCertificates, huntHosts)
 }
 
 // huntRow is a way in which a target differs from what the broker sees.
