@@ -65,8 +65,33 @@ func TestHunt(t *testing.T) {
 	t.Logf("what the rows show:\n%s", g.table())
 }
 
+// TestHuntIsComplete counts the rows of the hunt.
+func TestHuntIsComplete(t *testing.T) {
+	least := map[string]int{"postgres": 16, "pki": 8, "ssh": 6, "jwt": 4, "token": 4, "kv": 2}
+	have, found, names := map[string]int{}, 0, map[string]bool{}
+	for _, row := range huntRows() {
+		have[row.plugin]++
+		if row.unnamed {
+			found++
+		}
+		if row.why == "" || row.end == "" || names[row.plugin+row.name] {
+			t.Errorf("row %s/%s lacks a reason or an end, or is there twice", row.plugin, row.name)
+		}
+		names[row.plugin+row.name] = true
+	}
+	for plugin, n := range least {
+		if have[plugin] < n {
+			t.Errorf("%d rows are about %s, want at least %d", have[plugin], plugin, n)
+		}
+	}
+	if found < 3 {
+		t.Errorf("%d rows are of a kind that no page named, want at least 3", found)
+	}
+}
+
 func huntRows() []huntRow {
-	return slices.Concat(huntPostgres, huntPooled, huntServers, huntCertificates, huntHosts)
+	return slices.Concat(huntPostgres, huntPooled, huntServers, huntCertificates, huntHosts, huntTokens, huntVaultTokens,
+		huntStatic)
 }
 
 // huntRow is a way in which a target differs from what the broker sees.
