@@ -18,6 +18,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
@@ -65,6 +66,29 @@ func (c *ca) issue(peers string) tls.Certificate {
 		c.Fatal("the secret is no certificate with its key")
 	}
 	return pair
+}
+
+// issueOfTwo takes a certificate of an authority that is not the default one.
+func (c *ca) issueOfTwo() tls.Certificate {
+	c.Helper()
+	c.write(c.id+"/root/generate/internal", map[string]any{"common_name": "Second", "issuer_name": "second", "key_type": "ec", "ttl": "24h"})
+	c.write(c.id+"/config/issuers", map[string]any{"default": "second"})
+	return c.issue("")
+}
+
+// lastList is the list of the first authority, in PEM.
+func (c *ca) lastList() []byte {
+	c.Helper()
+	der := oracle{t: c.T, env: c.env}.fetch("/v1/" + c.id + "/issuer/first/crl/der")
+	return pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: der})
+}
+
+// delete deletes the first authority.
+func (c *ca) delete() {
+	c.Helper()
+	if _, err := c.hunt.root.Logical().DeleteWithContext(c.Context(), c.id+"/issuer/first"); err != nil {
+		c.Fatal(err)
+	}
 }
 
 // list fetches the list of an engine as servers do, in PEM.
@@ -173,8 +197,8 @@ func (c *ca) responder() string {
 	return server.URL
 }
 
-// openssl is a way: openssl accepts the certificate by an authority and its list.
-func (c *ca) openssl(pair tls.Certificate, list []byte) func() bool {
+// openssl is a way: openssl accepts the certificate with a clock that lags, and by a list unless that is nil.
+func (c *ca) openssl(pair tls.Certificate, list []byte, lag time.Duration) func() bool {
 	c.Helper()
 	program, err := exec.LookPath("openssl")
 	if err != nil {
@@ -185,9 +209,13 @@ func (c *ca) openssl(pair tls.Certificate, list []byte) func() bool {
 		"cert.pem": pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: pair.Certificate[0]})} {
 		c.must(os.WriteFile(filepath.Join(dir, name), raw, 0o600))
 	}
+	args := []string{"-CAfile", filepath.Join(dir, "ca.pem")}
+	if list != nil {
+		args = append(args, "-crl_check", "-CRLfile", filepath.Join(dir, "crl.pem"))
+	}
 	return func() bool {
-		out, err := exec.CommandContext(c.Context(), program, "verify", "-crl_check", "-CAfile", filepath.Join(dir, "ca.pem"),
-			"-CRLfile", filepath.Join(dir, "crl.pem"), filepath.Join(dir, "cert.pem")).CombinedOutput()
+		all := append([]string{"verify", "-attime", strconv.FormatInt(time.Now().Add(-lag).Unix(), 10)}, args...)
+		out, err := exec.CommandContext(c.Context(), program, append(all, filepath.Join(dir, "cert.pem"))...).CombinedOutput()
 		return err == nil && bytes.Contains(out, []byte("OK"))
 	}
 }
@@ -222,18 +250,22 @@ func resumed(program string, settings ...string) func(*hunt) quarry {
 }
 
 var huntCertificates = []huntRow{
-	{plugin: "pki", name: "authority deleted", end: broker.ClosureClosed,
+	{plugin: "pki", name: "authority deleted", end: broker.ClosureUnknown,
 		why: "Vault books the certificate on another authority's list, and servers have the last list of its own",
 		set: func(h *hunt) quarry {
 			c := h.authority()
-			h.write(h.id+"/root/generate/internal", map[string]any{"common_name": "Second", "issuer_name": "second", "key_type": "ec", "ttl": "24h"})
-			h.write(h.id+"/config/issuers", map[string]any{"default": "second"})
-			last := oracle{t: h.T, env: h.env}.fetch("/v1/" + h.id + "/issuer/first/crl/der")
-			accepts := c.openssl(c.issue(""), pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: last}))
-			return quarry{ways: map[string]func() bool{"openssl with the last list": accepts}, change: func() {
-				if _, err := h.root.Logical().DeleteWithContext(h.Context(), h.id+"/issuer/first"); err != nil {
-					h.Fatal(err)
-				}
+			accepts := c.openssl(c.issueOfTwo(), c.lastList(), 0)
+			return quarry{ways: map[string]func() bool{"openssl with the last list": accepts}, change: c.delete}
+		}},
+	{plugin: "pki", name: "a server whose clock lags", unnamed: true, end: broker.ClosurePartial,
+		why: "the certificate has expired by the broker's clock, is on no list, and is good by the server's clock",
+		set: func(h *hunt) quarry {
+			c := h.authority()
+			pair := c.issueOfTwo()
+			accepts := c.openssl(pair, nil, 20*time.Second)
+			return quarry{ways: map[string]func() bool{"openssl": accepts}, change: func() {
+				c.delete()
+				h.until("the certificate's end", func() bool { return time.Since(pair.Leaf.NotAfter) > 4*time.Second })
 			}}
 		}},
 	{plugin: "pki", name: "list lags", end: broker.ClosureClosed,
@@ -281,12 +313,12 @@ var huntCertificates = []huntRow{
 	{plugin: "pki", name: "HAProxy resumes a listed certificate", end: broker.ClosureClosed,
 		why: "the session goes on by a ticket although its certificate is on the server's list",
 		set: resumed("haproxy", "bind tls-ticket-keys haproxy.keys")},
-	{plugin: "pki", name: "engine moved", unnamed: true, end: broker.ClosureClosed,
+	{plugin: "pki", name: "engine moved", unnamed: true, end: broker.ClosureUnknown,
 		why: "another engine is mounted at the path, and servers have the list of the one that made the certificate",
 		set: func(h *hunt) quarry {
 			c := h.authority()
 			last := h.list(h.id)
-			accepts := c.openssl(c.issue(""), last)
+			accepts := c.openssl(c.issue(""), last, 0)
 			return quarry{ways: map[string]func() bool{"openssl with the last list": accepts}, change: func() {
 				h.write("sys/remount", map[string]any{"from": h.id, "to": "old-" + h.id})
 				h.until("the mount is free", func() bool {
