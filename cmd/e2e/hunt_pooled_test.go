@@ -13,7 +13,7 @@ import (
 func (s *shop) through(c parts.PoolerConfig) stolen {
 	s.Helper()
 	c.Server = s.server
-	return s.started().at(parts.OwnPooler(s.T, c).Address())
+	return s.bought().at(parts.OwnPooler(s.T, c).Address())
 }
 
 var huntPooled = []huntRow{

@@ -137,8 +137,8 @@ func (s *shop) buy() stolen {
 	return stolen{s.hunt, m["username"], m["password"], m["host"] + ":" + m["port"], m["database"]}
 }
 
-// started starts the broker and takes a step.
-func (s *shop) started() stolen {
+// bought starts the broker and takes a step.
+func (s *shop) bought() stolen {
 	s.Helper()
 	s.run("", s.backend())
 	return s.buy()
@@ -219,14 +219,14 @@ var huntPostgres = []huntRow{
 	{plugin: "postgres", name: "sessions of all kinds", end: broker.ClosureClosed,
 		why: "a cursor, a prepared statement and SET ROLE go on with rights that are gone from the catalog",
 		set: func(h *hunt) quarry {
-			l := h.shopAt(h.db()).started()
+			l := h.shopAt(h.db()).bought()
 			return quarry{ways: map[string]func() bool{"a login": l.logsIn, "a cursor": l.withCursor(), "SET ROLE": l.asGroup(),
 				"a prepared statement": l.session("PREPARE p AS "+reads, "EXECUTE p")}}
 		}},
 	{plugin: "postgres", name: "session in another database", end: broker.ClosureClosed,
 		why: "the session is in a database that the broker has no connection to",
 		set: func(h *hunt) quarry {
-			l := h.shopAt(h.db()).started()
+			l := h.shopAt(h.db()).bought()
 			return quarry{ways: map[string]func() bool{"a login there": l.in("postgres").logsIn,
 				"a session there": l.in("postgres").session("CREATE TEMP TABLE kept AS SELECT 1 AS n", "SELECT n FROM kept")}}
 		}},
@@ -234,7 +234,7 @@ var huntPostgres = []huntRow{
 		why: "a prepared transaction has no session and no login, keeps its locks, and can be committed",
 		set: func(h *hunt) quarry {
 			s := h.shopAt(h.db())
-			l := s.started()
+			l := s.bought()
 			l.session("BEGIN", "INSERT INTO orders (note) VALUES ('later')", fmt.Sprintf("PREPARE TRANSACTION '%s'", h.id))
 			return quarry{ways: map[string]func() bool{"a prepared transaction": s.prepared}}
 		}},
@@ -242,7 +242,7 @@ var huntPostgres = []huntRow{
 		why: "the transaction was prepared in a database that the broker may not connect to",
 		set: func(h *hunt) quarry {
 			s, other := h.shopAt(h.db()), h.otherDatabase(h.db())
-			l := s.started()
+			l := s.bought()
 			l.in(other.name).session("BEGIN", "SELECT lo_create(0)", fmt.Sprintf("PREPARE TRANSACTION '%s'", h.id))
 			other.exec(`REVOKE CONNECT ON DATABASE "` + other.name + `" FROM PUBLIC`)
 			return quarry{ways: map[string]func() bool{"a prepared transaction": s.prepared},
@@ -251,7 +251,7 @@ var huntPostgres = []huntRow{
 	{plugin: "postgres", name: "login locks itself", end: broker.ClosureClosed,
 		why: "the agent holds a lock on its own role, so that nobody can alter it",
 		set: func(h *hunt) quarry {
-			l := h.shopAt(h.db()).started()
+			l := h.shopAt(h.db()).bought()
 			return quarry{ways: map[string]func() bool{"a login": l.logsIn,
 				"a session": l.session("BEGIN", "ALTER ROLE CURRENT_USER SET work_mem = '1MB'", reads)}}
 		}},
@@ -259,7 +259,7 @@ var huntPostgres = []huntRow{
 		why: "a DBA renamed the role: it is not below the name that the grant has, and its password works on",
 		set: func(h *hunt) quarry {
 			s := h.shopAt(h.db())
-			l := s.started()
+			l := s.bought()
 			renamed := l.as("renamed_" + h.id)
 			return quarry{ways: map[string]func() bool{"a login": func() bool { return l.logsIn() || renamed.logsIn() },
 				"a session": l.session(reads)},
@@ -286,7 +286,7 @@ var huntPostgres = []huntRow{
 	{plugin: "postgres", name: "lease given up in Vault", unnamed: true, end: broker.ClosureClosed,
 		why: "an operator of Vault revoked the lease by force: Vault has no lease, and the login lives",
 		set: func(h *hunt) quarry {
-			l := h.shopAt(h.db()).started()
+			l := h.shopAt(h.db()).bought()
 			return quarry{ways: map[string]func() bool{"a login": l.logsIn, "a session": l.session(reads)},
 				change: func() { // with a password that is wrong, Vault cannot end the login
 					connection := h.id + "/config/shop"
@@ -299,7 +299,7 @@ var huntPostgres = []huntRow{
 		why: "the rows of the logins are gone, so that nothing shows where they were made",
 		set: func(h *hunt) quarry {
 			s := h.shopAt(h.db())
-			l := s.started()
+			l := s.bought()
 			return quarry{ways: map[string]func() bool{"a login": l.logsIn, "a session": l.session(reads)},
 				change: func() { s.exec("DELETE FROM pawl.logins") }}
 		}},

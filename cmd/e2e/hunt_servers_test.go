@@ -2,6 +2,8 @@ package e2e_test
 
 import (
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"strings"
 	"syscall"
@@ -44,7 +46,7 @@ func (s *shop) bothOf(a, b *parts.PostgresServer) string {
 // ownServer is a server of this row alone.
 func (h *hunt) ownServer() *parts.PostgresServer {
 	h.Helper()
-	return parts.OwnPostgreSQL(h.T, parts.PostgresConfig{NoSync: true})
+	return parts.OwnPostgreSQL(h.T, parts.PostgresConfig{NoSync: true, Settings: map[string]string{"wal_keep_size": "256MB"}})
 }
 
 var huntServers = []huntRow{
@@ -57,6 +59,24 @@ var huntServers = []huntRow{
 			return quarry{ways: map[string]func() bool{"a login at the standby": at.logsIn, "a cursor there": at.withCursor()},
 				change: func() { h.execAt(there, "SELECT pg_wal_replay_pause()") },
 				mend:   func() { h.execAt(there, "SELECT pg_wal_replay_resume()") }}
+		}},
+	{plugin: "postgres", name: "two standbys behind one address", unnamed: true, end: broker.ClosureUnknown,
+		why: "the address of the standby is a balancer's: the broker looks at one of two servers each time",
+		set: func(h *hunt) quarry {
+			s := h.shopAt(h.db())
+			second := parts.OwnStandby(h.T, s.server)
+			b := s.backend()
+			_, port, _ := net.SplitHostPort(h.balancer(h.reads().Address(), second.Address()))
+			b.Standbys = []string{fmt.Sprintf("host=127.0.0.1 port=%s dbname=%s sslmode=disable", port, s.name)}
+			s.run("", b)
+			l := s.buy()
+			ways := map[string]func() bool{}
+			for name, server := range map[string]*parts.PostgresServer{"first": h.reads(), "second": second} {
+				there := l.at(server.Address())
+				h.until("a standby has the login", there.logsIn)
+				ways["SET ROLE at the "+name], ways["a cursor at the "+name] = there.asGroup(), there.withCursor()
+			}
+			return quarry{ways: ways}
 		}},
 	{plugin: "postgres", name: "promoted standby", end: broker.ClosureUnknown,
 		why: "the standby follows nobody any more, so that no end of a login reaches it",
@@ -91,7 +111,7 @@ var huntServers = []huntRow{
 		why: "the configuration and Vault point at a new server, and the login was made at the old one",
 		set: func(h *hunt) quarry {
 			s := h.shopAt(h.db())
-			l := s.started()
+			l := s.bought()
 			return quarry{ways: map[string]func() bool{"a login": l.logsIn, "a session": l.session(reads)},
 				change: func() {
 					next := &shop{hunt: h, server: h.db2(), name: s.name, root: h.pool(h.db2().DSN("postgres"))}
@@ -120,7 +140,7 @@ var huntServers = []huntRow{
 		why: "the server comes back with all logins after the revocation was acknowledged",
 		set: func(h *hunt) quarry {
 			s := h.shopAt(h.ownServer())
-			l := s.started()
+			l := s.bought()
 			down := false
 			works := func() bool { return down || l.logsIn() } // it will work again
 			return quarry{ways: map[string]func() bool{"a login": works},
@@ -131,7 +151,7 @@ var huntServers = []huntRow{
 		why: "a commit waits for a standby that is not there, and until then nobody sees the end of the login",
 		set: func(h *hunt) quarry {
 			s := h.shopAt(h.ownServer())
-			l := s.started()
+			l := s.bought()
 			return quarry{ways: map[string]func() bool{"a login": l.logsIn, "a session": l.session(reads)},
 				change: func() {
 					s.exec("ALTER SYSTEM SET synchronous_standby_names = 'gone'")
@@ -143,7 +163,7 @@ var huntServers = []huntRow{
 		why: "the system has stopped the process of a session, which takes the signal to end only when it runs again",
 		set: func(h *hunt) quarry {
 			s := h.shopAt(h.db())
-			l := s.started()
+			l := s.bought()
 			var process int
 			l.session(reads)
 			if err := s.root.QueryRow(h.Context(), "SELECT pid FROM pg_stat_activity WHERE usename = $1", l.user).Scan(&process); err != nil {
@@ -159,6 +179,30 @@ var huntServers = []huntRow{
 				change: func() { h.must(server.Signal(syscall.SIGSTOP)) },
 				mend:   func() { h.must(server.Signal(syscall.SIGCONT)) }}
 		}},
+}
+
+// balancer leads to servers by turns, as a reader endpoint does.
+func (h *hunt) balancer(servers ...string) string {
+	h.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	h.must(err)
+	h.Cleanup(func() { _ = listener.Close() }) // nothing was written
+	go func() {
+		for turn := 0; ; turn++ {
+			from, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			to, err := net.Dial("tcp", servers[turn%len(servers)])
+			if err != nil {
+				_ = from.Close() // that is the answer
+				continue
+			}
+			go func() { _, _ = io.Copy(to, from); _ = to.Close() }()
+			go func() { _, _ = io.Copy(from, to); _ = from.Close() }()
+		}
+	}()
+	return listener.Addr().String()
 }
 
 func (h *hunt) must(err error) {

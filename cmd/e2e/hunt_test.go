@@ -219,9 +219,8 @@ type ground struct {
 	env   *dev.Env
 	root  *api.Client // of Vault
 	setup sync.Mutex  // one setup of a database at a time: they alter the same roles
-	db    func() *parts.PostgresServer
-	db2   func() *parts.PostgresServer
-	reads func() *parts.PostgresServer // a standby of db
+	// The servers start when a row wants them.
+	primary, second, standby func() (*parts.PostgresServer, error)
 
 	mu      sync.Mutex // guards results
 	results []huntResult
@@ -246,15 +245,44 @@ func newGround(t *testing.T) *ground {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := func(settings map[string]string) func() *parts.PostgresServer {
-		return sync.OnceValue(func() *parts.PostgresServer {
-			return parts.OwnPostgreSQL(t, parts.PostgresConfig{NoSync: true, MaxConnections: 200, Settings: settings})
+	g := &ground{env: env, root: root}
+	shared := func(start func(context.Context) (*parts.PostgresServer, error)) func() (*parts.PostgresServer, error) {
+		return sync.OnceValues(func() (*parts.PostgresServer, error) {
+			server, err := start(t.Context())
+			if err == nil {
+				t.Cleanup(func() { _ = server.Close() }) // the rows have ended
+			}
+			return server, err
 		})
 	}
-	db := server(map[string]string{"max_prepared_transactions": "20", "max_wal_senders": "20"})
-	return &ground{env: env, root: root, db: db, db2: server(nil),
-		reads: sync.OnceValue(func() *parts.PostgresServer { return parts.OwnStandby(t, db()) })}
+	server := func(settings map[string]string) func(context.Context) (*parts.PostgresServer, error) {
+		return func(ctx context.Context) (*parts.PostgresServer, error) {
+			return parts.PostgreSQL(ctx, parts.PostgresConfig{NoSync: true, MaxConnections: 200, Settings: settings})
+		}
+	}
+	g.primary = shared(server(map[string]string{"max_prepared_transactions": "20", "max_wal_senders": "20", "wal_keep_size": "1GB"}))
+	g.second = shared(server(nil))
+	g.standby = shared(func(ctx context.Context) (*parts.PostgresServer, error) {
+		primary, err := g.primary()
+		if err != nil {
+			return nil, err
+		}
+		return primary.Standby(ctx)
+	})
+	return g
 }
+
+// started returns a shared server.
+func (h *hunt) started(start func() (*parts.PostgresServer, error)) *parts.PostgresServer {
+	h.Helper()
+	server, err := start()
+	h.must(err)
+	return server
+}
+
+func (h *hunt) db() *parts.PostgresServer    { h.Helper(); return h.started(h.primary) }
+func (h *hunt) db2() *parts.PostgresServer   { h.Helper(); return h.started(h.second) }
+func (h *hunt) reads() *parts.PostgresServer { h.Helper(); return h.started(h.standby) } // a standby of db
 
 func (g *ground) add(r huntResult) {
 	g.mu.Lock()

@@ -31,9 +31,10 @@ type service struct {
 	next      *serviceLogin // guarded by fetchSlot: fetched, but the server has had no room for its connection yet
 	standbys  []*standby
 
-	mu       sync.Mutex // guards live and previous
+	mu       sync.Mutex // guards the fields below
 	live     *serviceLogin
 	previous *serviceLogin // a standby knows it until it has replayed live
+	looks    map[int]look  // by standby
 }
 
 // serviceLogin is a pool of connections with one credential.

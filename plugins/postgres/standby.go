@@ -187,6 +187,9 @@ func (s *service) inspectStandby(
 			case !there.standby:
 				return errPromoted
 			case there.lsn >= until:
+				if err := s.checkOne(ctx, i, pool); err != nil {
+					return err
+				}
 				seen.lsn = there.lsn
 				seen.found, err = inspectAt(ctx, pool, ids)
 				return err

@@ -1,0 +1,79 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"net"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// errSeveral refuses to prove anything at an address that leads to several servers by turns, as a load balancer's does.
+// The sessions at the others are neither ended nor counted.
+var errSeveral = errors.New("its address leads to several servers: name each of them in standbys, by its own address")
+
+const (
+	looks    = 4           // connections to one address. Of two servers by turns, or at random, these show both
+	looksFor = time.Minute // how long their answer holds
+)
+
+// look is the answer of the last connections to a standby's address.
+type look struct {
+	at  time.Time
+	err error
+}
+
+// checkOne returns errSeveral if the address of a standby leads to several servers.
+func (s *service) checkOne(ctx context.Context, i int, pool *pgxpool.Pool) error {
+	s.mu.Lock()
+	last, known := s.looks[i]
+	s.mu.Unlock()
+	now := s.cfg.Now()
+	if known && now.Sub(last.at) < looksFor {
+		return last.err
+	}
+	config := pool.Config().ConnConfig
+	addresses := []string{config.Host}
+	if !strings.HasPrefix(config.Host, "/") {
+		var err error
+		if addresses, err = net.DefaultResolver.LookupHost(ctx, config.Host); err != nil {
+			return err
+		}
+	}
+	var first time.Time
+	for n := range looks * len(addresses) {
+		started, err := startOf(ctx, config, addresses[n%len(addresses)])
+		if err != nil {
+			return err
+		}
+		if n > 0 && !started.Equal(first) {
+			last = look{now, errSeveral}
+			break
+		}
+		first, last = started, look{now, nil}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.looks == nil {
+		s.looks = map[int]look{}
+	}
+	s.looks[i] = last
+	return last.err
+}
+
+// startOf returns when the server at one address of a host was started. No two servers were started at the same
+// microsecond.
+func startOf(ctx context.Context, config *pgx.ConnConfig, address string) (started time.Time, err error) {
+	config = config.Copy()
+	config.LookupFunc = func(context.Context, string) ([]string, error) { return []string{address}, nil }
+	conn, err := pgx.ConnectConfig(ctx, config)
+	if err != nil {
+		return started, err
+	}
+	defer conn.Close(context.WithoutCancel(ctx)) //nolint:errcheck // it was only read
+	err = conn.QueryRow(ctx, "SELECT pg_postmaster_start_time()", pgx.QueryExecModeSimpleProtocol).Scan(&started)
+	return started, err
+}
