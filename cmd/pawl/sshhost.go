@@ -2,11 +2,15 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
+	"unicode"
 
 	"github.com/pawlsec/pawl/plugins/ssh"
 )
@@ -89,6 +93,16 @@ func (h sshHost) list(ctx context.Context) (found string, err error) {
 	if path == "" {
 		return "", errors.New("RevokedKeys is not set")
 	}
+	files, err := revokedKeysOf(cmp.Or(h.config, "/etc/ssh/sshd_config"), 0)
+	if err != nil {
+		return "", err
+	}
+	for _, file := range files {
+		if file != path {
+			return "", fmt.Errorf("RevokedKeys also names %s: a Match block gives some clients another list than the broker's "+
+				"queries show", file)
+		}
+	}
 	version, ours, err := ssh.Inspect(path)
 	switch {
 	case err != nil:
@@ -97,4 +111,54 @@ func (h sshHost) list(ctx context.Context) (found string, err error) {
 		return "", fmt.Errorf("%s is empty: sshd takes it for a list that revokes nothing", path)
 	}
 	return fmt.Sprintf("%s, version %d, lists %d certificates of Pawl", path, version, ours), nil
+}
+
+// maxIncludes is the depth to which sshd follows Include.
+const maxIncludes = 16
+
+// revokedKeysOf returns the values of RevokedKeys in a configuration, in all Match blocks and included files. sshd -T
+// gives only the one for a single client.
+func revokedKeysOf(path string, depth int) (values []string, err error) {
+	raw, err := os.ReadFile(path)
+	if err != nil || depth > maxIncludes {
+		return nil, err
+	}
+	for line := range strings.Lines(string(raw)) {
+		words := strings.FieldsFunc(line, func(r rune) bool { return unicode.IsSpace(r) || r == '=' || r == '"' })
+		if len(words) < 2 {
+			continue
+		}
+		switch strings.ToLower(words[0]) {
+		case "revokedkeys":
+			values = append(values, words[1])
+		case "include":
+			more, err := includedKeys(words[1:], depth)
+			if err != nil {
+				return nil, err
+			}
+			values = append(values, more...)
+		}
+	}
+	return values, nil
+}
+
+// includedKeys is revokedKeysOf for the files of an Include.
+func includedKeys(patterns []string, depth int) (values []string, err error) {
+	for _, pattern := range patterns {
+		if !filepath.IsAbs(pattern) {
+			pattern = filepath.Join("/etc/ssh", pattern)
+		}
+		files, err := filepath.Glob(pattern)
+		if err != nil {
+			return nil, err
+		}
+		for _, file := range files {
+			more, err := revokedKeysOf(file, depth+1)
+			if err != nil {
+				return nil, err
+			}
+			values = append(values, more...)
+		}
+	}
+	return values, nil
 }

@@ -20,6 +20,10 @@ func TestDoctorOnSSHHost(t *testing.T) {
 	if err := os.WriteFile(empty, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	included := filepath.Join(t.TempDir(), "included")
+	if err := os.WriteFile(included, []byte("# of another team\nMatch User other\n  revokedkeys="+empty+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for name, row := range map[string]struct {
 		settings string
 		list     string
@@ -36,6 +40,8 @@ func TestDoctorOnSSHHost(t *testing.T) {
 		"an empty list":        {"", empty, "127.0.0.1", "revoked keys", "is empty"},
 		"a missing list":       {"", krl + ".none", "127.0.0.1", "revoked keys", "no such file"},
 		"no list":              {"", "none", "127.0.0.1", "revoked keys", "RevokedKeys is not set"},
+		"another list":         {"Match Address 127.0.0.2\nRevokedKeys " + empty, krl, "127.0.0.1", "revoked keys", "another list"},
+		"in an included file":  {"Match all\nInclude " + included, krl, "127.0.0.1", "revoked keys", "another list"},
 		"principals of a file": {"AuthorizedPrincipalsFile /etc/ssh/principals", krl, "127.0.0.1", "", "decides which principals"},
 	} {
 		server := parts.OwnSSHD(t, parts.SSHDConfig{Settings: strings.Split(row.settings, "\n"), RevokedKeysFile: row.list})
