@@ -16,6 +16,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/pawlsec/pawl/broker"
+	pawl "github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/cmd/wire"
 )
@@ -78,6 +79,12 @@ func (s *hosts) issue(settings string, ttl time.Duration, all ...wire.Host) thie
     settings: {principal: root, force_command: %q%s}
     vault: {policy: pawl-tool-ID, path: ID/agent}`, ttl, answers, settings),
 		map[string]wire.Backend{"hosts": {Plugin: "ssh", KRL: s.krl, Hosts: all}})
+	return s.steal()
+}
+
+// steal takes a certificate.
+func (s *hosts) steal() thief {
+	s.Helper()
 	m := s.take(nil, 0)
 	private, err := ssh.ParsePrivateKey([]byte(m["private_key"]))
 	if err != nil {
@@ -213,6 +220,26 @@ var huntHosts = []huntRow{
 			l := s.issue("", huntKey, at(server, server.Address()))
 			return quarry{ways: map[string]func() bool{"a login": l.logsIn(server)},
 				mend: func() { h.must(os.Remove(s.other())); h.must(os.Link(s.krl, s.other())) }}
+		}},
+	{plugin: "ssh", name: "a list that is missing for a moment", unnamed: true, end: broker.ClosurePartial,
+		why: "sshd refuses every key while it has no list, and takes the certificate once the old list is back",
+		set: func(h *hunt) quarry {
+			s := h.hosts()
+			server := s.sshd(s.other())
+			s.issue("", huntKey, at(server, server.Address())) // the broker learns that the host reads the list
+			rv, err := h.w.operator().Revoke(h.Context(), pawl.RevokeRequest{Selector: "chain:" + h.chain, Reason: "hunt"})
+			h.must(err)
+			h.until("the first revocation is closed", func() bool {
+				s.bring()
+				now, err := h.w.operator().Revocation(h.Context(), rv.ID)
+				return err == nil && now.Closure == string(broker.ClosureClosed)
+			})
+			l, missing := s.steal(), false
+			old, err := os.ReadFile(s.other())
+			h.must(err)
+			return quarry{ways: map[string]func() bool{"a login": func() bool { return missing || l.logsIn(server)() }},
+				change: func() { h.must(os.Remove(s.other())); missing = true },
+				mend:   func() { h.must(os.WriteFile(s.other(), old, 0o644)); missing = false }}
 		}},
 	{plugin: "ssh", name: "an open session", end: broker.ClosureClosed,
 		why: "sshd reads its list at logins only, and the session is open",

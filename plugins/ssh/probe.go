@@ -120,8 +120,8 @@ func CheckHost(ctx context.Context, h Host) error {
 const maxWitnesses = 4096
 
 // prober asks every host whether it refuses certificates on the list. A refusal shows that the host reads the list only
-// if the host accepts such certificates from here otherwise. So the prober first asks about a certificate that is not on
-// the list yet. Safe for concurrent use.
+// if the host accepts such certificates from here otherwise. So the prober asks about a certificate that is not on the
+// list yet, right before each write of the list. Safe for concurrent use.
 type prober struct {
 	hosts []host
 	list  *list
@@ -129,7 +129,7 @@ type prober struct {
 
 	mu        sync.Mutex // guards the fields below; never held over the network
 	witnesses map[string]*ssh.Certificate
-	accepted  []map[string]bool // by host: the kinds of certificates that it accepted from here
+	accepted  []map[string]bool // by host: whether it accepted each kind of certificate from here, right before the last write
 	confirmed []uint64          // by host: the newest version of the list that it was seen to read
 }
 
@@ -175,20 +175,24 @@ const maxKinds = 4
 // firstWait bounds the queries before a write of the list. The write does not wait longer for a host that is away.
 const firstWait = time.Second
 
-// before asks the hosts about certificates that are going to be listed, one of each kind that a host has not accepted
-// yet. Without anything new it asks nothing.
+// before asks the hosts about certificates that are going to be listed, one of each kind. A refusal after the write shows
+// that a host reads the list only if the host accepted such a certificate right before it: a host that has no list for a
+// moment refuses every key, and may get an old list back.
 func (p *prober) before(ctx context.Context, ids map[string]time.Time) {
 	ctx, cancel := context.WithTimeout(ctx, firstWait)
 	defer cancel()
+	asked := p.unlisted(ids)
+	if len(asked) == 0 {
+		return
+	}
 	var g errgroup.Group
 	for n := range p.hosts {
-		for _, cert := range p.unseen(n, ids) {
+		for _, cert := range asked {
 			g.Go(func() error {
-				if ok, err := p.hosts[n].accepts(ctx, cert); err == nil && ok {
-					p.mu.Lock()
-					p.accepted[n][kind(cert)] = true
-					p.mu.Unlock()
-				}
+				ok, err := p.hosts[n].accepts(ctx, cert)
+				p.mu.Lock()
+				defer p.mu.Unlock()
+				p.accepted[n][kind(cert)] = err == nil && ok
 				return nil // without an answer the host is not confirmed
 			})
 		}
@@ -196,8 +200,8 @@ func (p *prober) before(ctx context.Context, ids map[string]time.Time) {
 	_ = g.Wait() // none of them fails
 }
 
-// unseen returns certificates of different kinds that are not listed and that a host has not accepted yet.
-func (p *prober) unseen(n int, ids map[string]time.Time) (out []*ssh.Certificate) {
+// unlisted returns certificates of different kinds that are not listed, and forgets what the hosts accepted before.
+func (p *prober) unlisted(ids map[string]time.Time) (out []*ssh.Certificate) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	kinds := map[string]bool{}
@@ -206,9 +210,14 @@ func (p *prober) unseen(n int, ids map[string]time.Time) (out []*ssh.Certificate
 		if cert == nil || !p.lives(cert) || p.list.since(id) > 0 {
 			continue
 		}
-		if k := kind(cert); !p.accepted[n][k] && !kinds[k] && len(out) < maxKinds {
+		if k := kind(cert); !kinds[k] && len(out) < maxKinds {
 			kinds[k] = true
 			out = append(out, cert)
+		}
+	}
+	if len(out) > 0 { // earlier answers do not count for the next write
+		for n := range p.accepted {
+			clear(p.accepted[n])
 		}
 	}
 	return out
