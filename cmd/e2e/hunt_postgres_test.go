@@ -265,6 +265,16 @@ var huntPostgres = []huntRow{
 				"a session": l.session(reads)},
 				change: func() { s.exec(fmt.Sprintf(`ALTER ROLE %q RENAME TO %q`, l.user, renamed.user)) }}
 		}},
+	{plugin: "postgres", name: "prepared transaction of a renamed login", unnamed: true, end: broker.ClosureClosed,
+		why: "a prepared transaction belongs to a role whose name is not that of a login any more",
+		set: func(h *hunt) quarry {
+			s := h.shopAt(h.db())
+			l := s.bought()
+			l.session("BEGIN", "INSERT INTO orders (note) VALUES ('later')", fmt.Sprintf("PREPARE TRANSACTION '%s'", h.id))
+			return quarry{ways: map[string]func() bool{"a prepared transaction": s.prepared},
+				change: func() { s.exec(fmt.Sprintf(`ALTER ROLE %q RENAME TO %q`, l.user, "renamed_"+h.id)) },
+				mend:   func() { s.exec(fmt.Sprintf("ROLLBACK PREPARED '%s'", h.id)) }}
+		}},
 	{plugin: "postgres", name: "renamed database", unnamed: true, end: broker.ClosureClosed,
 		why: "the database has another name than in the configuration, and the login works there",
 		set: func(h *hunt) quarry {

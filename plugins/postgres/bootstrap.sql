@@ -800,13 +800,14 @@ $$;
 
 -- Returns the prepared transactions of the given grants' logins in all databases of the cluster. A prepared transaction
 -- outlives its session, keeps its locks and can be committed later. A row without a grant_id belongs to a group of
--- agents: any of its logins can have made it, after SET ROLE.
+-- agents: any of its logins can have made it, after SET ROLE. A row without an owner belongs to a login that was dropped
+-- or renamed, which is not lent: a renamed one can have other rights.
 CREATE OR REPLACE FUNCTION pawl.prepared(grants text[]) RETURNS TABLE (grant_id text, owner name, hint text)
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
     SELECT l.grant_id, r.rolname, pawl.rollback_hint(x.transaction, d.datname) FROM pg_prepared_xact() x
     JOIN pg_database d ON d.oid = x.dbid JOIN pawl.logins l ON l.role = x.ownerid
-    LEFT JOIN pg_roles r ON r.oid = x.ownerid
-    WHERE l.server = pawl.server_id() AND (r.oid IS NULL OR r.rolname = l.name)
+    LEFT JOIN pg_roles r ON r.oid = x.ownerid AND r.rolname = l.name
+    WHERE l.server = pawl.server_id()
         AND (grants IS NULL OR l.grant_id IN (SELECT unnest(grants)))
     UNION ALL
     SELECT NULL, r.rolname, pawl.rollback_hint(x.transaction, d.datname) FROM pg_prepared_xact() x
