@@ -23,7 +23,8 @@ import (
 )
 
 // TestFailoverForgetsRevocation promotes a standby that never received a revocation that is CLOSED. The logins work at
-// the new primary, so the revocation must not be CLOSED any more. The broker ends them there and proves it again.
+// the new primary, so the revocation must not be CLOSED any more. The broker ends them there, and proves it again once a
+// DBA has said that the old primary has stopped for good.
 func TestFailoverForgetsRevocation(t *testing.T) {
 	t.Parallel()
 	need(t, true)
@@ -97,6 +98,10 @@ func failover(t *testing.T, down bool) {
 	t.Logf("no login works %v after the promotion", time.Since(promoted))
 	if !within(30*time.Second, func() bool { return slices.Contains(w.closures(o, rv.ID), "PARTIAL") }) {
 		t.Error("the revocation stays CLOSED, although its logins worked again")
+	}
+	// The broker cannot see that the old primary has stopped, and it would take these logins.
+	if _, err := there.Exec(t.Context(), "SELECT pawl.adopt_logins()"); err != nil {
+		t.Fatal(err)
 	}
 	w.closed(o, rv.ID, each)
 	closures := w.closures(o, rv.ID)
