@@ -150,6 +150,7 @@ func (s *PostgresServer) arguments(config PostgresConfig) []string {
 		"port":                    strconv.Itoa(s.port),
 		"unix_socket_directories": s.workdir.dir,
 		"max_connections":         "100",
+		"wal_keep_size":           "256MB", // a standby is made while other tests write
 	}
 	if config.MaxConnections > 0 {
 		settings["max_connections"] = strconv.Itoa(config.MaxConnections)
