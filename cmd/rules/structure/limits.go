@@ -65,7 +65,7 @@ var tree = rules{
 		{pattern: "plugins/exec", cycle: 5, why: asToday},
 		{pattern: "plugins/jwt", cycle: 4, why: asToday},
 		{pattern: "plugins/pki", cycle: 2, why: asToday},
-		{pattern: "plugins/postgres", cycle: 4, why: asToday},
+		{pattern: "plugins/postgres", cycle: 3, why: asToday},
 		{pattern: "plugins/ssh", cycle: 2, why: asToday},
 		{pattern: "plugins/token", cycle: 2, why: asToday},
 		{pattern: "plugins/vault", cycle: 9, why: asToday},
