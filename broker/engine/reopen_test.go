@@ -124,3 +124,42 @@ func TestProofOfFormerServer(t *testing.T) {
 		w.wantAllClosed()
 	})
 }
+
+// TestReplacedByAWrongClock has another server take a target's place, or forget an end, while the broker's clock is an
+// hour ahead. Once it is right again, a proof counts at once, and a secret that works again is found.
+func TestReplacedByAWrongClock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("root", broker.OpenRequest{})
+		w.issue("root", step(root, "db.read"))
+		w.skew.Store(int64(time.Hour))
+		w.target.Replace()
+		synctest.Wait()
+		w.skew.Store(0)
+		rv := w.revoke("chain:%s", root.Chain)
+		pass(30 * time.Second)
+		w.wantClosure(rv, broker.ClosureClosed)
+
+		root = w.open("root", broker.OpenRequest{})
+		w.issue("root", step(root, "db.read"))
+		w.skew.Store(int64(time.Hour))
+		rv = w.revoke("chain:%s", root.Chain)
+		synctest.Wait()
+		w.skew.Store(0)
+		pass(30 * time.Second)
+		w.wantClosure(rv, broker.ClosureClosed)
+		w.target.Fail(func(point string) error {
+			if point == "sever" {
+				return errors.New("it cannot be severed")
+			}
+			return nil
+		})
+		w.target.Forget()
+		w.target.Replace()
+		pass(time.Second)
+		w.wantClosure(rv, broker.ClosurePartial)
+		w.target.Fail(nil)
+		pass(30 * time.Second)
+		w.wantClosure(rv, broker.ClosureClosed)
+	})
+}

@@ -53,15 +53,15 @@ type Reaper struct {
 	workers   map[string]*worker
 	waiting   map[broker.GrantID][]chan struct{} // callers that wait for a grant to be closed
 	progress  map[broker.GrantID][]*Progress
-	givenUp   map[string]bool      // leases that Vault has given up revoking
-	replaced  map[string]time.Time // when another server was last seen in the place of a backend's target
+	givenUp   map[string]bool // leases that Vault has given up revoking
+	replaced  map[string]int  // how often another server was seen in the place of a backend's target
 }
 
 // New makes a Reaper. Nothing is scheduled before [Reaper.Run].
 func New(cfg Config) *Reaper {
 	return &Reaper{cfg: cfg, wake: sched.NewSignal(), nextCheck: map[broker.GrantID]time.Time{},
 		workers: map[string]*worker{}, waiting: map[broker.GrantID][]chan struct{}{},
-		progress: map[broker.GrantID][]*Progress{}, replaced: map[string]time.Time{}}
+		progress: map[broker.GrantID][]*Progress{}, replaced: map[string]int{}}
 }
 
 // BeginMint notes that this process is issuing the grant, and schedules the grant's end.

@@ -19,28 +19,48 @@ func (r *Reaper) Find(ctx context.Context, backend string) (unknown, again []bro
 	if !ok {
 		return nil, nil, nil
 	}
-	began := r.cfg.Now()
 	found, err := finder.Find(ctx)
 	if err != nil || len(found) == 0 {
 		return nil, nil, err
 	}
+	unknown, closed, err := r.sortFound(ctx, backend, found)
+	if err != nil || len(closed) == 0 {
+		return unknown, nil, err
+	}
+	// They may have been closed after they were listed. A second list tells, whatever the clock did meanwhile.
+	if found, err = finder.Find(ctx); err != nil {
+		return nil, nil, err
+	}
+	slices.Sort(found)
+	for _, id := range closed {
+		if _, works := slices.BinarySearch(found, id); works {
+			again = append(again, id)
+		}
+	}
+	return unknown, again, nil
+}
+
+// sortFound returns those of the grants that work at a backend that the ledger does not know, and those that it calls
+// CLOSED.
+func (r *Reaper) sortFound(
+	ctx context.Context, backend string, found []broker.GrantID,
+) (unknown, closed []broker.GrantID, err error) {
 	err = r.cfg.View(ctx, "sweep", func(tx *records.Tx) error {
-		unknown, again = nil, nil
+		unknown, closed = nil, nil
 		for _, id := range found {
 			g, ok, err := tx.Grant(id)
-			closed := g.State == broker.StateClosed && g.Ended.Before(began)
 			switch {
 			case err != nil:
 				return err
-			case !ok || closed && r.cfg.Backends[g.Backend] == nil: // a former backend had it
+			case !ok || g.State == broker.StateClosed && r.cfg.Backends[g.Backend] == nil: // a former backend had it
 				unknown = append(unknown, id)
-			case closed && g.Backend == backend: // others may list the credentials of the same target
-				again = append(again, id)
+			case g.State == broker.StateClosed && g.Backend == backend: // others may list those of the same target
+				closed = append(closed, id)
 			}
 		}
 		return nil
 	})
-	return unknown, again, err
+	return unknown, closed, err
 }
 
 // reopenAtOnce is the number of grants that one transaction makes live again.
@@ -102,7 +122,7 @@ func (r *Reaper) watch(backend string, replaced <-chan struct{}) {
 		case <-replaced:
 		}
 		r.mu.Lock()
-		r.replaced[backend] = r.cfg.Now()
+		r.replaced[backend]++
 		r.mu.Unlock()
 		retry := backoff.Exponential{First: 100 * time.Millisecond, Most: 10 * time.Second}
 		for {

@@ -9,7 +9,7 @@ import (
 )
 
 // store records a batch and returns the grants that are not closed. asked is when the target was asked about them.
-func (w *worker) store(batch []broker.Grant, asked time.Time) (rest []broker.Grant) {
+func (w *worker) store(batch []broker.Grant, asked int) (rest []broker.Grant) {
 	ctx, cancel := context.WithTimeout(w.r.cfg.Context, time.Minute)
 	defer cancel()
 	for len(batch) > 0 {
@@ -39,7 +39,7 @@ const recordTime = 2 * time.Millisecond
 
 // record stores the outcomes of the first n grants of a batch, at least one. A closed grant leaves the live ones and
 // returns its place in the budgets. A grant with an unchanged outcome is not written again.
-func (w *worker) record(ctx context.Context, batch []broker.Grant, asked time.Time) (n int, err error) {
+func (w *worker) record(ctx context.Context, batch []broker.Grant, asked int) (n int, err error) {
 	now := w.r.cfg.Now()
 	err = w.r.cfg.Update(ctx, "close", func(tx *records.Tx) error {
 		n = 0
@@ -60,12 +60,17 @@ func (w *worker) record(ctx context.Context, batch []broker.Grant, asked time.Ti
 	return n, err
 }
 
-// discardOld makes unknown what was proven dead at a server whose place another one has taken since.
-func (w *worker) discardOld(batch []broker.Grant, asked time.Time) {
+// servers counts the servers that have taken the place of the worker's target.
+func (w *worker) servers() int {
 	w.r.mu.Lock()
-	replaced := w.r.replaced[w.backend]
-	w.r.mu.Unlock()
-	if !asked.Before(replaced) || !w.probes() {
+	defer w.r.mu.Unlock()
+	return w.r.replaced[w.backend]
+}
+
+// discardOld makes unknown what was proven dead at a server whose place another one has taken since. asked is the count
+// of servers before the proof.
+func (w *worker) discardOld(batch []broker.Grant, asked int) {
+	if asked == w.servers() || !w.probes() {
 		return
 	}
 	for i := range batch {
