@@ -26,7 +26,8 @@ func TestWhoMayCall(tt *testing.T) {
 		"collect": "pawl_revoker", "cut": "pawl_revoker", "position": "pawl_revoker",
 		"check_primary": "pawl_revoker", "known": "pawl_revoker", "limits": "pawl_revoker pawl_shaper pawl_vault",
 	}
-	forDBA := map[string]bool{"sequence_grants": true, "list_shapes": true, "drop_views": true} // the setup's role calls them
+	// The setup's role calls these.
+	forDBA := map[string]bool{"sequence_grants": true, "list_shapes": true, "drop_views": true, "adopt_logins": true}
 	rows, err := t.root.Query(t.Context(), `SELECT p.proname::text, coalesce(string_agg(r.name, ' ' ORDER BY r.name), ''),
 			p.prosecdef, coalesce(p.proconfig::text, '') LIKE '%search_path=pg_catalog, pg_temp%'
 		FROM pg_proc p LEFT JOIN unnest(ARRAY['public', 'pawl_vault', 'pawl_shaper', 'pawl_revoker']) r(name)

@@ -1106,7 +1106,7 @@ $$;
 
 -- Lets this server answer for the logins from before its last promotion. A DBA calls it once the server that this one
 -- followed, or was copied from, has stopped for good.
-CREATE OR REPLACE FUNCTION pawl.adopt_logins() RETURNS void LANGUAGE sql
+CREATE OR REPLACE FUNCTION pawl.adopt_logins() RETURNS void LANGUAGE sql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
     UPDATE pawl.logins SET timeline = pawl.timeline() WHERE server = pawl.server_id()
 $$;
@@ -1402,12 +1402,12 @@ GRANT EXECUTE ON FUNCTION pawl.sever(text[]), pawl.bar(text[]), pawl.inspect(tex
     pawl.recorded(text[]), pawl.prepared(text[]), pawl.lend(text[]), pawl.give_back(), pawl.collect(interval),
     pawl.cut(text[]), pawl.known(text[]), pawl.position(), pawl.check_primary() TO pawl_revoker;
 
--- The role that runs this script can list and drop shapes, and let others do so.
+-- The role that runs this script can list and drop shapes and adopt logins, and let others do so.
 DO $$
 BEGIN
     EXECUTE format('GRANT USAGE ON SCHEMA pawl TO %I WITH GRANT OPTION', current_setting('pawl.setup_role'));
     EXECUTE format('GRANT EXECUTE ON FUNCTION pawl.sequence_grants(), pawl.limits(), pawl.list_shapes(), '
-        'pawl.drop_views(regclass) TO %I WITH GRANT OPTION', current_setting('pawl.setup_role'));
+        'pawl.drop_views(regclass), pawl.adopt_logins() TO %I WITH GRANT OPTION', current_setting('pawl.setup_role'));
 END $$;
 
 RESET ROLE;

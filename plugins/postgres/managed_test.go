@@ -79,6 +79,12 @@ func TestNoSuperuser(tt *testing.T) {
 		t.Errorf("Collect = %v, want nil", err)
 	}
 
+	for _, call := range []string{"adopt_logins()", "list_shapes()", "drop_views('orders')"} {
+		if _, err := conn.Exec(t.Context(), "SELECT pawl."+call); err != nil {
+			t.Errorf("pawl.%s as the administrator = %v, want nil", call, sqlState(err))
+		}
+	}
+
 	confined := tool()
 	confined.Settings["network"] = "office"
 	_, _, err = t.backend.Prepare(t.Context(), confined, newGrant(`{"tables":["orders"],"verbs":["select"]}`))
