@@ -33,6 +33,7 @@ func TestFailover(tt *testing.T) {
 		t.Fatal(err)
 	}
 	c := t.mint(`{"tables":["orders"]}`)
+	c.grant.State, c.grant.Lease.Ref = broker.StateIssued, c.User
 	if got := fmt.Sprint(c.Port); got != first {
 		t.Errorf("port of the secret = %s, want the primary's %s", got, first)
 	}
@@ -67,8 +68,12 @@ func TestFailover(tt *testing.T) {
 	if !t.sessionEnded(conn) {
 		t.Error("the session at the new primary is open after Sever")
 	}
+	if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeUnknown || !strings.Contains(e.Answer, "promotion") {
+		t.Errorf("Prove after the failover = %v %q, want unknown: the old server may take the login", e.Outcome, e.Answer)
+	}
+	r.execThere("SELECT pawl.adopt_logins()")
 	if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeDead {
-		t.Errorf("Prove after the failover = %v %q, want dead", e.Outcome, e.Answer)
+		t.Errorf("Prove after adopt_logins = %v %q, want dead", e.Outcome, e.Answer)
 	}
 }
 
