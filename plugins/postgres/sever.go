@@ -208,8 +208,8 @@ const evidenceCheck = "postgres: pg_roles, pg_stat_activity and pg_prepared_xact
 // Prove implements [broker.Prover]. It checks every login with a grant's id in its name, and sessions and prepared
 // transactions that outlived their login. A grant is dead if none of its logins can log in or has rights, no session is
 // open, and no prepared transaction is left. An issued grant is dead only if this server made its login since it was
-// last promoted: the tool or the backend may point at another server than before. It must be dead at every standby, too, and the standby must have
-// replayed its end.
+// last promoted: the tool or the backend may point at another server than before. It must be dead at every standby, too,
+// and the standby must have replayed its end.
 func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	ids := idsOf(grants)
 	found, err := b.inspect(ctx, ids)
