@@ -57,7 +57,9 @@ type plugin struct {
 type Backend struct {
 	Plugin string `yaml:"plugin"` // postgres, pki, ssh, jwt, token, kv or exec; required
 
-	DSN   string `yaml:"dsn"`   // postgres: host, port, dbname and sslmode, never a user or password; required
+	// postgres: host, port, dbname and sslmode, never a user or password; host and port can list the primary and the
+	// servers that may take its place; required
+	DSN   string `yaml:"dsn"`
 	Mount string `yaml:"mount"` // postgres: mount of the database engine; empty: database
 	// postgres: the hot standbys at which agents can log in, each in the form of dsn with one server; empty: none
 	Standbys []string `yaml:"standbys"`
