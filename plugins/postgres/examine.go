@@ -116,6 +116,9 @@ func (b *Backend) examineConnection(ctx context.Context, name, url string) error
 		return fmt.Errorf("Vault's connection %s makes logins in database %q, and dsn names %q: the broker would end none "+
 			"of them", name, config.Database, b.database)
 	}
+	if err := b.examineFailover(name, config); err != nil {
+		return err
+	}
 	host := net.JoinHostPort(config.Host, strconv.Itoa(int(config.Port)))
 	if host == nameOf(b.address) {
 		return nil
@@ -125,6 +128,18 @@ func (b *Backend) examineConnection(ctx context.Context, name, url string) error
 			name, err)
 	}
 	return nil
+}
+
+// examineFailover returns an error if Vault's connection stays with one server of dsn when another becomes the primary.
+// A name that dsn does not have may lead to the primary by itself.
+func (b *Backend) examineFailover(name string, config *pgx.ConnConfig) error {
+	named, all := b.servers.named, addressesOf(config)
+	if len(named) == 1 || !slices.Contains(named, server{config.Host, config.Port}) ||
+		len(all) >= len(named) && config.ValidateConnect != nil {
+		return nil
+	}
+	return fmt.Errorf("Vault's connection %s does not follow a failover among the %d servers of dsn: write all of them into "+
+		"its connection_url, with target_session_attrs=read-write", name, len(named))
 }
 
 // ownConnections are those of the broker's two logins and of Vault, by [VaultSetup.Writes].

@@ -78,3 +78,29 @@ func TestExamine(tt *testing.T) {
 		t.Errorf("Examine with 8 logins = %v, want a fault: they may take every connection", err)
 	}
 }
+
+// TestExamineFailover has a DSN of two servers, and Vault's connection names one of them or does not ask for the primary.
+func TestExamineFailover(tt *testing.T) {
+	r := newReplica(tt)
+	_, first, _ := strings.Cut(r.server.Address(), ":")
+	_, second, _ := strings.Cut(r.standby.Address(), ":")
+	backend, err := postgres.New(postgres.Config{Credentials: r.creds, CollectEvery: -1,
+		DSN: fmt.Sprintf("host=127.0.0.1,127.0.0.1 port=%s,%s dbname=%s sslmode=disable", first, second, r.name)})
+	if err != nil {
+		r.Fatal(err)
+	}
+	r.Cleanup(backend.Close)
+	both, one := r.server.Address()+","+r.standby.Address(), r.server.Address()
+	for at, ok := range map[string]bool{
+		one + "/%s?sslmode=disable":                                  false,
+		both + "/%s?sslmode=disable":                                 false,
+		both + "/%s?sslmode=disable&target_session_attrs=read-write": true,
+		"localhost:" + first + "/%s?sslmode=disable":                 true, // it may lead to the primary by itself
+	} {
+		_, err := backend.Examine(r.Context(), nil, map[string]string{
+			"database/shop": "postgresql://{{username}}:{{password}}@" + fmt.Sprintf(at, r.name)})
+		if (err == nil) != ok || err != nil && !strings.Contains(err.Error(), "target_session_attrs=read-write") {
+			r.Errorf("Examine with Vault's connection to %s = %v, want ok %v", at, err, ok)
+		}
+	}
+}
