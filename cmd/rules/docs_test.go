@@ -182,7 +182,7 @@ func shop(t *testing.T) (dir string) {
 	server := parts.OwnPostgreSQL(t, parts.PostgresConfig{NoSync: true})
 	for _, in := range []struct{ database, sql string }{
 		{"postgres", "CREATE DATABASE shop"},
-		{"shop", "CREATE TABLE orders (id int); CREATE TABLE customers (id int)"},
+		{"shop", "CREATE TABLE orders (id serial); CREATE TABLE customers (id int)"},
 	} {
 		out, err := exec.CommandContext(t.Context(), "psql", "-v", "ON_ERROR_STOP=1", "-c", in.sql, server.DSN(in.database)).CombinedOutput()
 		if err != nil {
