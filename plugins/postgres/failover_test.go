@@ -3,6 +3,7 @@ package postgres_test
 import (
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/jackc/pgx/v5"
@@ -112,4 +113,42 @@ func TestReadOnlyByDefault(tt *testing.T) {
 	if e := t.prove(c.grant)[0]; e.Outcome != broker.OutcomeDead || !t.sessionEnded(conn) || !t.refusesLogin(c) {
 		t.Errorf("Prove = %v %q, want dead", e.Outcome, e.Answer)
 	}
+}
+
+// TestFailoverBehindOneName has a DSN with one name that leads to the primary, as a managed service gives it. The primary
+// stops, the standby is promoted, and the name follows.
+func TestFailoverBehindOneName(tt *testing.T) {
+	r := newReplica(tt)
+	var moved atomic.Bool
+	r.backend = r.backendAt(forward(tt, func() string {
+		if moved.Load() {
+			return r.standby.Address()
+		}
+		return r.server.Address()
+	}))
+	c := r.mint(`{"tables":["orders"]}`)
+	c.grant.State, c.grant.Lease.Ref = broker.StateIssued, c.User
+	r.replay()
+	if err := r.server.Stop(); err != nil {
+		r.Fatal(err)
+	}
+	r.execThere("SELECT pg_promote()")
+	moved.Store(true)
+	conn, err := pgx.Connect(r.Context(), c.URL)
+	if err != nil {
+		r.Fatalf("logging in with the secret after the failover = %v", sqlState(err))
+	}
+	r.sever(c.grant)
+	if !r.sessionEnded(conn) {
+		r.Error("the session at the new primary is open after Sever")
+	}
+	if e := r.prove(c.grant)[0]; e.Outcome != broker.OutcomeUnknown || !strings.Contains(e.Answer, "promotion") {
+		r.Errorf("Prove after the failover = %v %q, want unknown: the old server may take the login", e.Outcome, e.Answer)
+	}
+	r.execThere("SELECT pawl.adopt_logins()")
+	if e := r.prove(c.grant)[0]; e.Outcome != broker.OutcomeDead {
+		r.Errorf("Prove after adopt_logins = %v %q, want dead", e.Outcome, e.Answer)
+	}
+	r.vault = pool(tt, r.standby.DSNFor("pawl_vault", vaultPassword, r.name))
+	r.run(r.login(r.mint(`{"tables":["t1"]}`)), "SELECT FROM t1")
 }
