@@ -91,6 +91,31 @@ func TestShapesOfOneAgent(tt *testing.T) {
 	}
 }
 
+// TestShapesOfAllAgents checks that agents with few shapes each cannot make more than the database has room for.
+func TestShapesOfAllAgents(tt *testing.T) {
+	t := newTarget(tt)
+	t.exec("CREATE OR REPLACE FUNCTION pawl.most_shapes() RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT 2'")
+	mint := func(n int) error { // each agent has one shape
+		g := newGrant(fmt.Sprintf(`{"tables":["orders"],"filter_column":"customer","filter_value":"%d"}`, n))
+		g.Caller = agentID(t.T, fmt.Sprintf("agent-%d", n))
+		_, err := t.tryMint(g)
+		return err
+	}
+	for n := range 8 {
+		if err := mint(n); err != nil {
+			t.Fatalf("shape %d = %v, want nil", n, err)
+		}
+	}
+	err := mint(8)
+	var e *broker.Error
+	if !errors.As(err, &e) || e.Code != broker.CodeTooFast || !strings.Contains(e.Msg, "spiffe://pawl.dev/agent-8") {
+		t.Errorf("shape 9 = %v, want a refusal of spiffe://pawl.dev/agent-8 by name", err)
+	}
+	if err := mint(7); err != nil {
+		t.Errorf("an existing shape in a full database = %v, want nil", err)
+	}
+}
+
 // grants returns the grants of all logins of this database.
 func (t *target) grants() (ids []broker.GrantID) {
 	t.Helper()
