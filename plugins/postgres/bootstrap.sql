@@ -138,10 +138,10 @@ ALTER TABLE pawl.logins ADD COLUMN IF NOT EXISTS timeline text;
 CREATE OR REPLACE FUNCTION pawl.timeline() RETURNS text LANGUAGE sql STABLE AS
 $$ SELECT CASE WHEN NOT pg_is_in_recovery() THEN substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END $$;
 
--- Reports whether this server made the login.
+-- Reports whether this server made the login, or pawl.adopt_logins made it answer for the login.
 CREATE OR REPLACE FUNCTION pawl.has_record(login text) RETURNS boolean LANGUAGE sql STABLE AS $$
     SELECT EXISTS (SELECT FROM pawl.logins l
-        WHERE l.grant_id = substr(login, 6, 26) AND l.name = login AND l.server = pawl.server_id())
+        WHERE l.grant_id = substr(login, 6, 26) AND coalesce(l.name, login) = login AND l.server = pawl.server_id())
 $$;
 
 -- pawl.lock_shapes locks this empty table. An agent can take an advisory lock, but not this one. A row would not do: it
@@ -1100,15 +1100,18 @@ CREATE OR REPLACE FUNCTION pawl.recorded(names text[]) RETURNS SETOF text LANGUA
 SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off SET lock_timeout = '2s' AS $$
     SELECT n FROM (SELECT pawl.server_id() AS id, pawl.timeline() AS timeline OFFSET 0) here,
     unnest(names) n CROSS JOIN LATERAL (
-        SELECT l.server, l.timeline FROM pawl.logins l WHERE l.grant_id = substr(n, 6, 26) AND l.name = n OFFSET 0) l
+        SELECT l.server, l.timeline FROM pawl.logins l WHERE l.grant_id = substr(n, 6, 26)
+            AND coalesce(l.name, n) = n OFFSET 0) l
     WHERE l.server = here.id AND coalesce(l.timeline = here.timeline, true)
 $$;
 
--- Lets this server answer for the logins from before its last promotion. A DBA calls it once the server that this one
--- followed, or was copied from, has stopped for good.
+-- Lets this server answer for the logins from before its last promotion, and for the barred grants: the server before
+-- may have made logins for them that never came here. A DBA calls it once the server that this one followed, or was
+-- copied from, has stopped for good.
 CREATE OR REPLACE FUNCTION pawl.adopt_logins() RETURNS void LANGUAGE sql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
-    UPDATE pawl.logins SET timeline = pawl.timeline() WHERE server = pawl.server_id()
+    UPDATE pawl.logins SET server = pawl.server_id(), timeline = pawl.timeline()
+    WHERE server = pawl.server_id() OR name IS NULL
 $$;
 
 -- Returns those of the given grants that have had a login or were barred. They can get no other login.
