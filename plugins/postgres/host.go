@@ -367,6 +367,19 @@ func (h *hosts) remember(tool broker.ToolName, host string) {
 	h.of[tool] = host
 }
 
+// proven is check for a proof. It waits for a host that did not answer last time once only: the proofs of all tools'
+// grants, and the next call that severs, would wait with it.
+func (h *hosts) proven(ctx context.Context, host string) error {
+	answer, holds := h.answer(host, proofAge)
+	if wrong := (*hostError)(nil); answer.err == nil || errors.As(answer.err, &wrong) {
+		return h.check(ctx, host, proofAge)
+	}
+	if !holds {
+		h.start(host)
+	}
+	return answer.err
+}
+
 // doubt makes dead grants unknown whose tool's host is not a server that was proven: its name can have come to lead
 // elsewhere since the mint.
 func (h *hosts) doubt(ctx context.Context, grants []broker.Grant, evidence []broker.Evidence) {
@@ -377,7 +390,7 @@ func (h *hosts) doubt(ctx context.Context, grants []broker.Grant, evidence []bro
 		h.mu.Lock()
 		host := h.of[g.Tool]
 		h.mu.Unlock()
-		err := h.check(ctx, host, proofAge)
+		err := h.proven(ctx, host)
 		if err == nil {
 			continue
 		}
