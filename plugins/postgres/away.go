@@ -31,10 +31,24 @@ const (
 	stallMemory      = 5 * time.Second
 )
 
-// note records whether the standby answered.
+var (
+	errStranger = errors.New("it is another server, and not a standby of this one")
+	errPromoted = errors.New("it does not follow the primary any more")
+	// errSeveral refuses to prove anything at an address that leads to several servers by turns, as a load balancer's
+	// does. The sessions at the others are neither ended nor counted.
+	errSeveral = errors.New("its address leads to several servers: name each of them in standbys, by its own address")
+)
+
+// unfit reports whether a standby answered, and is none at which anything is proven. It says so again when asked again.
+func unfit(err error) bool {
+	return errors.Is(err, errStranger) || errors.Is(err, errPromoted) || errors.Is(err, errSeveral) ||
+		errors.As(err, new(*poolerError))
+}
+
+// note records whether the standby answered. One that is unfit to prove anything did: its sessions are ended.
 func (st *standby) note(err error) {
 	var pg *pgconn.PgError
-	if errors.As(err, &pg) && !errors.Is(err, context.DeadlineExceeded) && pg.Code != "57P03" {
+	if unfit(err) || errors.As(err, &pg) && !errors.Is(err, context.DeadlineExceeded) && pg.Code != "57P03" {
 		err = nil
 	}
 	st.mu.Lock()

@@ -2,7 +2,6 @@ package postgres
 
 import (
 	"context"
-	"errors"
 	"net"
 	"strings"
 	"time"
@@ -10,10 +9,6 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
-
-// errSeveral refuses to prove anything at an address that leads to several servers by turns, as a load balancer's does.
-// The sessions at the others are neither ended nor counted.
-var errSeveral = errors.New("its address leads to several servers: name each of them in standbys, by its own address")
 
 const (
 	looks    = 4           // connections to one address. Of two servers by turns, or at random, these show both

@@ -1,7 +1,10 @@
 package postgres_test
 
 import (
+	"fmt"
 	"net"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -64,5 +67,42 @@ func TestSilentHost(tt *testing.T) {
 	}
 	if took := time.Since(began); took > 15*time.Second {
 		t.Errorf("5 proofs beside a host that does not answer took %s, want none to wait for it", took)
+	}
+}
+
+// TestStandbyBalanced lets the address of a standby lead to two servers by turns. The proof says so, and the sessions
+// at the standby end nevertheless.
+func TestStandbyBalanced(tt *testing.T) {
+	r := newReplica(tt)
+	var balanced atomic.Bool
+	var n atomic.Int64
+	address := forward(tt, func() string {
+		if balanced.Load() && n.Add(1)%2 == 0 {
+			return r.server.Address()
+		}
+		return r.standby.Address()
+	})
+	host, port, _ := strings.Cut(address, ":")
+	r.backend = r.newBackend(postgres.Config{Standbys: []string{
+		fmt.Sprintf("host=%s port=%s dbname=%s sslmode=disable", host, port, r.name)}})
+	c := r.mint(`{"tables":["orders"]}`)
+	r.settles("a connection of the revoker at the standby", func() bool {
+		var n int
+		return r.there.QueryRow(r.Context(), revokerSessions).Scan(&n) == nil && n > 0
+	})
+	conn := r.loginThere(c)
+	balanced.Store(true)
+	const want = "leads to several servers"
+	if err := r.backend.CheckStandbys(r.Context()); err == nil || !strings.Contains(err.Error(), want) {
+		r.Errorf("CheckStandbys = %v, want an error with %q", err, want)
+	}
+	if err := r.backend.Sever(r.Context(), []broker.Grant{c.grant}); err != nil && strings.Contains(err.Error(), want) {
+		r.Errorf("Sever = %v, want it to end the sessions", err)
+	}
+	if !r.sessionEnded(conn) {
+		r.Error("the session at the standby is open after Sever")
+	}
+	if e := r.prove(c.grant)[0]; e.Outcome != broker.OutcomeUnknown || !strings.Contains(e.Answer, want) {
+		r.Errorf("Prove = %v %q, want unknown, with %q", e.Outcome, e.Answer, want)
 	}
 }

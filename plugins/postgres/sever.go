@@ -366,7 +366,7 @@ func (b *Backend) inspectStandbys(ctx context.Context, ids []string, until int64
 	for i, st := range b.revoker.standbys {
 		g.Go(func() error {
 			seen, err := b.revoker.inspectStandby(ctx, i, ids, until, at)
-			if err != nil && !errors.Is(err, errStranger) && !errors.Is(err, errPromoted) {
+			if err != nil && !unfit(err) {
 				err = errors.New("it does not answer; " + cmp.Or(stateOf(err), "no connection"))
 			}
 			all[i] = atStandby{name: nameOf(st.address), lsn: seen.lsn, found: map[string][]loginState{}, err: err}

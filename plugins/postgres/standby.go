@@ -14,11 +14,7 @@ import (
 	"github.com/pawlsec/pawl/broker/backoff"
 )
 
-var (
-	errBehind   = errors.New("it has not replayed the end of the logins yet")
-	errStranger = errors.New("it is another server, and not a standby of this one")
-	errPromoted = errors.New("it does not follow the primary any more")
-)
+var errBehind = errors.New("it has not replayed the end of the logins yet")
 
 // parseStandbys refuses a standby that would not be seen whole.
 func parseStandbys(dsns []string, database string) (standbys []*standby, err error) {
@@ -101,7 +97,7 @@ func (s *service) tryStandby(ctx context.Context, i int, f func(context.Context,
 func (s *service) retryAt(ctx context.Context, pool *pgxpool.Pool, f func(context.Context, *pgxpool.Pool) error) error {
 	for try := 1; ; try++ {
 		err := retryWhileFull(ctx, func(ctx context.Context) error { return f(ctx, pool) })
-		if err == nil || try == maxAttempts || ctx.Err() != nil {
+		if err == nil || try == maxAttempts || ctx.Err() != nil || unfit(err) {
 			return err
 		}
 		if why := classify(err); why != connectionLost && why != conflict {
