@@ -132,11 +132,14 @@ WHERE server IS NULL AND current_setting('pawl.version_before') < '3' AND name I
     AND (ended IS NOT NULL OR EXISTS (SELECT FROM pg_roles r WHERE r.oid = l.role AND r.rolname = l.name));
 
 -- Its timeline then. A standby, or a copy of the server's files, has the same identity; its promotion begins a timeline.
--- Empty: an earlier build made the login.
+-- A version that did not record it made the login in this timeline or in one before.
 ALTER TABLE pawl.logins ADD COLUMN IF NOT EXISTS timeline text;
 
 CREATE OR REPLACE FUNCTION pawl.timeline() RETURNS text LANGUAGE sql STABLE AS
 $$ SELECT CASE WHEN NOT pg_is_in_recovery() THEN substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END $$;
+
+UPDATE pawl.logins SET timeline = pawl.timeline()
+WHERE timeline IS NULL AND name IS NOT NULL AND server = pawl.server_id();
 
 -- Reports whether this server made the login, or pawl.adopt_logins made it answer for the login.
 CREATE OR REPLACE FUNCTION pawl.has_record(login text) RETURNS boolean LANGUAGE sql STABLE AS $$
@@ -1102,7 +1105,7 @@ SET search_path = pg_catalog, pg_temp SET enable_seqscan = off SET jit = off SET
     unnest(names) n CROSS JOIN LATERAL (
         SELECT l.server, l.timeline FROM pawl.logins l WHERE l.grant_id = substr(n, 6, 26)
             AND coalesce(l.name, n) = n OFFSET 0) l
-    WHERE l.server = here.id AND coalesce(l.timeline = here.timeline, true)
+    WHERE l.server = here.id AND l.timeline = here.timeline
 $$;
 
 -- Lets this server answer for the logins from before its last promotion, and for the barred grants: the server before

@@ -106,3 +106,30 @@ func TestStandbyBalanced(tt *testing.T) {
 		r.Errorf("Prove = %v %q, want unknown, with %q", e.Outcome, e.Answer, want)
 	}
 }
+
+// TestUpgradeThenFailover runs the script in a database of version 2, and promotes its standby after that.
+func TestUpgradeThenFailover(tt *testing.T) {
+	r := newReplica(tt)
+	c := r.mint(`{"tables":["orders"]}`)
+	c.grant.State, c.grant.Lease.Ref = broker.StateIssued, c.User
+	conn := r.cursor(c)
+	r.exec(`CREATE OR REPLACE FUNCTION pawl.version() RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT 2';
+		UPDATE pawl.logins SET server = NULL, timeline = NULL`)
+	r.setup()
+	r.exec("CREATE TABLE upgraded ()")
+	r.settles("the upgrade at the standby", func() bool {
+		var n int
+		return r.there.QueryRow(r.Context(), "SELECT count(*) FROM upgraded").Scan(&n) == nil
+	})
+	r.execThere("SELECT pg_promote()")
+	host, port, _ := strings.Cut(r.standby.Address(), ":")
+	r.vault = pool(tt, r.standby.DSNFor("pawl_vault", vaultPassword, r.name))
+	r.creds = &serviceLogins{vault: r.vault, ttl: time.Hour}
+	r.backend = r.newBackend(postgres.Config{Credentials: r.creds,
+		DSN: fmt.Sprintf("host=%s port=%s dbname=%s sslmode=disable", host, port, r.name)})
+	r.sever(c.grant)
+	r.run(conn, "FETCH c")
+	if e := r.prove(c.grant)[0]; e.Outcome != broker.OutcomeUnknown {
+		r.Errorf("Prove while the agent reads at the first server = %v %q, want unknown", e.Outcome, e.Answer)
+	}
+}
