@@ -41,6 +41,9 @@ func (s *service) checkOne(ctx context.Context, i int, pool *pgxpool.Pool) error
 	var first time.Time
 	for n := range looks * len(addresses) {
 		started, err := startOf(ctx, config, addresses[n%len(addresses)])
+		if known && classify(err) == serverFull { // agents may fill it for long, and the open connection proves
+			return last.err
+		}
 		if err != nil {
 			return err
 		}

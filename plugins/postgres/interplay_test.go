@@ -1,6 +1,7 @@
 package postgres_test
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"strings"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/plugins/postgres"
 )
 
@@ -132,4 +134,24 @@ func TestUpgradeThenFailover(tt *testing.T) {
 	if e := r.prove(c.grant)[0]; e.Outcome != broker.OutcomeUnknown {
 		r.Errorf("Prove while the agent reads at the first server = %v %q, want unknown", e.Outcome, e.Answer)
 	}
+}
+
+// TestStandbyStaysFull proves an end while the sessions of another agent hold all connections of a standby.
+func TestStandbyStaysFull(tt *testing.T) {
+	r := newReplicaOf(targetOn(tt, parts.OwnPostgreSQL(tt, parts.PostgresConfig{NoSync: true, MaxConnections: 30})))
+	clock := &clock{now: time.Now()}
+	r.backend.Close()
+	r.backend = r.newBackend(postgres.Config{CollectEvery: -1, Standbys: []string{r.dsn()}, Now: clock.Now})
+	r.ends(r.mint(`{"tables":["orders"]}`).grant)
+	c, other := r.mint(`{"tables":["orders"]}`), r.mint(`{"tables":["t1"]}`)
+	r.loginThere(other)
+	r.settles("filling the standby", func() bool {
+		conn, err := r.tryThere(other)
+		if err == nil {
+			r.Cleanup(func() { _ = conn.Close(context.WithoutCancel(r.Context())) })
+		}
+		return sqlState(err) == "53300"
+	})
+	clock.add(2 * time.Minute)
+	r.ends(c.grant)
 }
