@@ -1089,9 +1089,12 @@ BEGIN
     SELECT l.grant_id, p.rolname::text, l.role, p.rolcanlogin, EXISTS (SELECT FROM pg_auth_members m
             JOIN pg_roles g ON g.oid = m.roleid WHERE m.member = l.role AND g.rolname LIKE 'pawl-%'),
         p.rolvaliduntil, (SELECT count(*)::int FROM pg_stat_activity a WHERE a.usesysid = l.role)
-    FROM (SELECT DISTINCT unnest(grants) AS id) w CROSS JOIN LATERAL (
+    FROM (SELECT l.grant_id, l.name, l.role FROM (SELECT DISTINCT unnest(grants) AS id) w CROSS JOIN LATERAL (
+            SELECT l.* FROM pawl.logins l
+            WHERE l.grant_id = w.id COLLATE "default" AND l.server = pawl.server_id() OFFSET 0) l
+        UNION ALL
         SELECT l.grant_id, l.name, l.role FROM pawl.logins l
-        WHERE l.grant_id = w.id COLLATE "default" AND l.server = pawl.server_id() OFFSET 0) l
+        WHERE grants IS NULL AND l.server = pawl.server_id()) l
     CROSS JOIN LATERAL (SELECT p.rolname, p.rolcanlogin, p.rolvaliduntil FROM pg_roles p
         WHERE p.oid = l.role OFFSET 0) p WHERE p.rolname <> l.name;
 END $$;

@@ -34,6 +34,9 @@ func TestAdoptLostLogin(tt *testing.T) {
 	if e := t.prove(g)[0]; e.Outcome != broker.OutcomeDead {
 		t.Errorf("Prove after the adoption = %v %q, want dead", e.Outcome, e.Answer)
 	}
+	if _, err := t.vault.Exec(t.Context(), "SELECT pawl.end_logins(ARRAY[$1])", g.Lease.Ref); err != nil {
+		t.Errorf("end_logins after the adoption = %v, want nil", sqlState(err))
+	}
 	t.sever(later)
 	if e := t.prove(later)[0]; e.Outcome != broker.OutcomeUnknown {
 		t.Errorf("Prove of a login that was not barred at the adoption = %v %q, want unknown", e.Outcome, e.Answer)
@@ -154,4 +157,19 @@ func TestStandbyStaysFull(tt *testing.T) {
 	})
 	clock.add(2 * time.Minute)
 	r.ends(c.grant)
+}
+
+// TestFindRenamed looks for what works without knowing the grants, as after a failover. A login that was renamed works.
+func TestFindRenamed(tt *testing.T) {
+	t := newTarget(tt)
+	c := t.mint(`{"tables":["orders"]}`)
+	t.exec(`ALTER ROLE "` + c.User + `" RENAME TO "renamed_` + t.name + `"`)
+	if !t.find()[c.grant.ID] {
+		t.Error("Find does not return a login that was renamed")
+	}
+	t.sever(c.grant)
+	if t.find()[c.grant.ID] {
+		t.Error("Find returns a renamed login after Sever")
+	}
+	t.exec(`DROP ROLE "renamed_` + t.name + `"`)
 }
