@@ -21,8 +21,9 @@ type look struct {
 	err error
 }
 
-// checkOne returns errSeveral if the address of a standby leads to several servers.
-func (s *service) checkOne(ctx context.Context, i int, pool *pgxpool.Pool) error {
+// checkOne returns errSeveral if the address of a standby leads to several servers, or to another one than an open
+// connection does, which reached a server that was started then.
+func (s *service) checkOne(ctx context.Context, i int, pool *pgxpool.Pool, reached time.Time) error {
 	s.mu.Lock()
 	last, known := s.looks[i]
 	s.mu.Unlock()
@@ -38,7 +39,6 @@ func (s *service) checkOne(ctx context.Context, i int, pool *pgxpool.Pool) error
 			return err
 		}
 	}
-	var first time.Time
 	for n := range looks * len(addresses) {
 		started, err := startOf(ctx, config, addresses[n%len(addresses)])
 		if known && classify(err) == serverFull { // agents may fill it for long, and the open connection proves
@@ -47,11 +47,11 @@ func (s *service) checkOne(ctx context.Context, i int, pool *pgxpool.Pool) error
 		if err != nil {
 			return err
 		}
-		if n > 0 && !started.Equal(first) {
+		if !started.Equal(reached) {
 			last = look{now, errSeveral}
 			break
 		}
-		first, last = started, look{now, nil}
+		last = look{now, nil}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -173,3 +173,38 @@ func TestFindRenamed(tt *testing.T) {
 	}
 	t.exec(`DROP ROLE "renamed_` + t.name + `"`)
 }
+
+// TestStandbyMoves lets the name of a standby lead to another standby while the backend's connection stays with the
+// first. The agent reads at the other one, and the grant must not be called dead.
+func TestStandbyMoves(tt *testing.T) {
+	r := newReplica(tt)
+	other := &replica{target: r.target, standby: parts.OwnStandby(tt, r.server)}
+	other.there = pool(tt, other.standby.DSN(r.name))
+	var moved atomic.Bool
+	address := forward(tt, func() string {
+		if moved.Load() {
+			return other.standby.Address()
+		}
+		return r.standby.Address()
+	})
+	clock := &clock{now: time.Now()}
+	host, port, _ := strings.Cut(address, ":")
+	r.backend.Close()
+	r.backend = r.newBackend(postgres.Config{CollectEvery: -1, Now: clock.Now, Standbys: []string{
+		fmt.Sprintf("host=%s port=%s dbname=%s sslmode=disable", host, port, r.name)}})
+	r.ends(r.mint(`{"tables":["orders"]}`).grant)
+	c := r.mint(`{"tables":["orders"]}`)
+	moved.Store(true)
+	clock.add(2 * time.Minute)
+	reader := other.loginThere(c)
+	r.run(reader, "BEGIN", "DECLARE c CURSOR FOR SELECT o.id FROM orders o, generate_series(1, 1000)", "FETCH c")
+	if err := r.backend.Sever(r.Context(), []broker.Grant{c.grant}); err != nil {
+		r.Logf("Sever = %v", err)
+	}
+	other.replay()
+	r.replay()
+	r.run(reader, "FETCH c")
+	if e := r.prove(c.grant)[0]; e.Outcome != broker.OutcomeUnknown || !strings.Contains(e.Answer, "several servers") {
+		r.Errorf("Prove while the agent reads at the other standby = %v %q, want unknown", e.Outcome, e.Answer)
+	}
+}

@@ -183,7 +183,7 @@ func (s *service) inspectStandby(
 			case !there.standby:
 				return errPromoted
 			case there.lsn >= until:
-				if err := s.checkOne(ctx, i, pool); err != nil {
+				if err := s.checkOne(ctx, i, pool, there.started); err != nil {
 					return err
 				}
 				seen.lsn = there.lsn
