@@ -1,6 +1,7 @@
 package e2e_test
 
 import (
+	"crypto/rand"
 	"fmt"
 	"sync"
 	"time"
@@ -236,10 +237,11 @@ var huntVaultTokens = []huntRow{
 func (h *hunt) fixed() (stolen, *shop) {
 	h.Helper()
 	s := h.otherDatabase(h.db2())
-	s.exec(fmt.Sprintf("CREATE ROLE %s LOGIN PASSWORD 'fixed'", h.id))
+	password := rand.Text()
+	s.exec(fmt.Sprintf("CREATE ROLE %s LOGIN PASSWORD '%s'", h.id, password))
 	h.write("sys/mounts/"+h.id, map[string]any{"type": "kv", "options": map[string]any{"version": "2"}})
 	h.until("the engine is ready", func() bool {
-		_, err := h.root.Logical().WriteWithContext(h.Context(), h.id+"/data/login", map[string]any{"data": map[string]any{"password": "fixed"}})
+		_, err := h.root.Logical().WriteWithContext(h.Context(), h.id+"/data/login", map[string]any{"data": map[string]any{"password": password}})
 		return err == nil
 	})
 	h.broker(`
