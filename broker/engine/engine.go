@@ -18,6 +18,7 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/closing"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 	"github.com/pawlsec/pawl/broker/engine/internal/sched"
+	"github.com/pawlsec/pawl/broker/engine/internal/sweeping"
 	"github.com/pawlsec/pawl/broker/engine/internal/volatile"
 )
 
@@ -44,10 +45,11 @@ type Config struct {
 
 // Engine runs the procedures. [New] makes one. It is safe for concurrent use.
 type Engine struct {
-	cfg    Config
-	hub    volatile.Hub
-	cache  records.Cache
-	reaper *closing.Reaper
+	cfg     Config
+	hub     volatile.Hub
+	cache   records.Cache
+	reaper  *closing.Reaper
+	sweeper *sweeping.Sweeper
 
 	watchdog   *volatile.Watchdog
 	deliveries volatile.Deliveries
@@ -56,7 +58,6 @@ type Engine struct {
 	// expected has the holders that must acknowledge a revocation. The set does not change after the fence.
 	expected volatile.Latest[broker.RevocationID, []broker.Acknowledgement]
 
-	suspicion   volatile.Suspicion               // of orphaned leases
 	reconciling sched.Busy[broker.RevocationID]  // revocations that this process reconciles
 	progress    sync.Map                         // their progress: broker.RevocationID to *closing.Progress
 	touching    sched.Busy[broker.ValueDigest]   // presented values that are being recorded

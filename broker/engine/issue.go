@@ -421,7 +421,7 @@ func (s *issue) mint(ctx context.Context, prefetched *stepToken) (broker.Secret,
 	// lost with the process, so Resume ends its grant at once.
 	if err := s.recordIssued(ctx, lease); err != nil {
 		secret.Wipe()
-		s.e.suspicion.Raise(lastMint(s.e.cfg, s.e.cfg.Now())) // the ledger may not know the lease
+		s.e.sweeper.Suspect() // the ledger may not know the lease
 		return broker.Secret{}, err
 	}
 	return secret, nil
@@ -539,7 +539,7 @@ func (s *issue) recheck(tx *records.Tx) (broker.Grant, error) {
 // fence as the reason, not Vault's refusal.
 func (s *issue) mintFailed(ctx context.Context, err error) error {
 	if !errors.Is(err, broker.ErrNotMinted) {
-		s.e.suspicion.Raise(lastMint(s.e.cfg, s.e.cfg.Now()))
+		s.e.sweeper.Suspect()
 	}
 	var ended error
 	readErr := s.e.view(context.WithoutCancel(ctx), opIssue, func(tx *records.Tx) error {

@@ -9,6 +9,7 @@ import (
 	"github.com/pawlsec/pawl/broker/backoff"
 	"github.com/pawlsec/pawl/broker/engine/internal/closing"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
+	"github.com/pawlsec/pawl/broker/engine/internal/sweeping"
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
@@ -82,6 +83,15 @@ func (e *Engine) Revoke(ctx context.Context, o broker.Operator, r selector.Reque
 	return rv, nil
 }
 
+// reconcileOpened reconciles a revocation that was opened while its reconciler was about to end.
+func (e *Engine) reconcileOpened(id broker.RevocationID) {
+	var rv broker.Revocation
+	err := e.view(e.ctx, "sweep", func(tx *records.Tx) (err error) { rv, _, err = tx.Revocation(id); return err })
+	if err == nil && rv.ID != "" && e.ctx.Err() == nil {
+		e.reconcile(rv)
+	}
+}
+
 // reconcile starts steps 2 to 6 in the background, unless this process runs them already.
 func (e *Engine) reconcile(rv broker.Revocation) {
 	if rv.Freeze || !rv.Settled.IsZero() || !e.reconciling.Begin(rv.ID) {
@@ -90,7 +100,7 @@ func (e *Engine) reconcile(rv broker.Revocation) {
 	e.background(func() {
 		defer func() {
 			e.reconciling.End(rv.ID)
-			sweeper{e}.reconcileOpened(rv.ID)
+			e.reconcileOpened(rv.ID)
 		}()
 		r := reconciler{e: e, rv: rv, killed: map[string]bool{}}
 		defer r.close()
@@ -349,7 +359,7 @@ func (r *reconciler) sweep(ctx context.Context) error {
 		r.rv.Unswept = false
 		return nil
 	}
-	done, err := sweeper{r.e}.sweepAfter(ctx, lost, r.rv.Fenced)
+	done, err := r.e.sweeper.After(ctx, lost, r.rv.Fenced)
 	r.rv.Unswept = !done
 	return err
 }
@@ -466,3 +476,14 @@ func (e *Engine) endWithoutLedger(ctx context.Context, grants []broker.Grant, no
 	}
 	return failed
 }
+
+// Orphans counts the orphaned leases and logins that a sweep ended.
+type Orphans = sweeping.Orphans
+
+// Sweep compares the leases in Vault and the logins at the backends with the ledger, and ends the orphans. It is step 4
+// of Revoke for all paths, and runs on a schedule too.
+func (e *Engine) Sweep(ctx context.Context) (Orphans, error) { return e.sweeper.Sweep(ctx, true) }
+
+// Irrevocable counts the leases of grants that Vault has given up revoking, as of the last sweep. The broker retries
+// each of them, and an operator must find the cause.
+func (e *Engine) Irrevocable() int { return e.reaper.GivenUp() }

@@ -66,6 +66,8 @@ var rows = []row{
 	{"broker/engine/internal/volatile", []string{"broker", "broker/engine/internal/sched"}, nil, "it keeps what a restart loses, and decides nothing"},
 	{"broker/engine/internal/closing", []string{"broker", "broker/args", "broker/engine/internal/records", "broker/engine/internal/sched"}, []string{"store/*"},
 		"closing knows records, and no procedure that asks for it"},
+	{"broker/engine/internal/sweeping", []string{"broker", "broker/engine/internal/closing", "broker/engine/internal/records", "broker/engine/internal/volatile"},
+		[]string{"store/*"}, "sweeping knows records and the reaper, and no procedure that asks for it"},
 	{"broker/engine", []string{"broker", "broker/args", "broker/selector", "broker/engine/internal/*"}, []string{"broker/args/argstest", "store/*"},
 		"the procedures know the ports and no adapter"},
 	{"broker/backoff", nil, nil, "every package may import it"},

@@ -1,4 +1,5 @@
-package engine
+// Package sweeping compares what Vault and the targets hold with the ledger, and ends what the ledger does not know.
+package sweeping
 
 import (
 	"context"
@@ -10,7 +11,43 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/engine/internal/closing"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
+	"github.com/pawlsec/pawl/broker/engine/internal/volatile"
 )
+
+// Config configures a [Sweeper]. All fields are required.
+type Config struct {
+	Vault    broker.Vault
+	Backends map[string]broker.Backend
+	Reaper   *closing.Reaper
+	Policy   func() broker.Policy
+	Now      func() time.Time
+	Alarm    func(op string, err error) // must not block
+
+	// View and Update run one transaction for the procedure op.
+	View   func(ctx context.Context, op string, f func(*records.Tx) error) error
+	Update func(ctx context.Context, op string, f func(*records.Tx) error) error
+
+	MintTimeout time.Duration // of one mint
+	MintBound   time.Duration // how long Vault may take to complete a request after the client gave it up
+	Every       time.Duration // between two scheduled sweeps; negative: there are none
+}
+
+// Sweeper ends orphans. An orphan has our name, and the ledger does not know it as alive. A mint with a lost answer
+// leaves an orphan, and so does a mint that bypasses the broker. [New] makes a Sweeper.
+type Sweeper struct {
+	cfg       Config
+	suspicion volatile.Suspicion // of orphaned leases
+}
+
+// New returns a Sweeper that suspects orphans of the mints that were sent so far.
+func New(cfg Config) *Sweeper {
+	s := &Sweeper{cfg: cfg}
+	s.Suspect()
+	return s
+}
+
+// Suspect says that a mint that was sent so far may have left a lease that the ledger does not know.
+func (s *Sweeper) Suspect() { s.suspicion.Raise(s.lastMint(s.cfg.Now())) }
 
 // Orphans counts the orphaned leases and logins that a sweep ended.
 type Orphans struct {
@@ -18,24 +55,17 @@ type Orphans struct {
 	Logins int
 }
 
-// Sweep compares the leases in Vault and the logins at the backends with the ledger, and ends the orphans. An orphan
-// has our name, and the ledger does not know it as alive. A mint with a lost answer leaves an orphan, and so does a
-// mint that bypasses the broker. Sweep is step 4 of Revoke for all paths, and runs on a schedule too.
-func (e *Engine) Sweep(ctx context.Context) (Orphans, error) { return sweeper{e}.sweep(ctx, true) }
-
-// leasesEvery is how many scheduled sweeps come to one that lists the leases without a suspicion. A list writes each id
-// to each audit device of Vault.
+// leasesEvery is how many scheduled sweeps come to one that lists the leases without a suspicion.
 const leasesEvery = 10
 
 // lastMint returns when the last mint that was sent before a time can complete. EndTolerance allows for Vault's clock.
-func lastMint(cfg Config, sent time.Time) time.Time {
-	return sent.Add(cfg.MintTimeout + cfg.MintBound + broker.EndTolerance)
+func (s *Sweeper) lastMint(sent time.Time) time.Time {
+	return sent.Add(s.cfg.MintTimeout + s.cfg.MintBound + broker.EndTolerance)
 }
 
-// sweeper is one sweep.
-type sweeper struct{ *Engine }
-
-func (s sweeper) sweep(ctx context.Context, leases bool) (ended Orphans, err error) {
+// Sweep ends the orphans, and drops the rules that are spent. It lists the leases only if that is asked for: a list
+// writes each id to each audit device of Vault.
+func (s *Sweeper) Sweep(ctx context.Context, leases bool) (ended Orphans, err error) {
 	if err := s.dropSpentRules(ctx); err != nil {
 		return ended, err
 	}
@@ -43,7 +73,7 @@ func (s sweeper) sweep(ctx context.Context, leases bool) (ended Orphans, err err
 	began := s.cfg.Now()
 	if lister, ok := s.cfg.Vault.(broker.LeaseLister); ok && leases {
 		former := []broker.Tool{}
-		err := s.view(ctx, "sweep", func(tx *records.Tx) (err error) {
+		err := s.cfg.View(ctx, "sweep", func(tx *records.Tx) (err error) {
 			former, err = tx.FormerTools(s.cfg.Policy())
 			return err
 		})
@@ -72,16 +102,16 @@ func (s sweeper) sweep(ctx context.Context, leases bool) (ended Orphans, err err
 
 // dropSpentRules deletes the final rules of which every covered chain has expired, since each transaction reads all
 // rules.
-func (s sweeper) dropSpentRules(ctx context.Context) error {
+func (s *Sweeper) dropSpentRules(ctx context.Context) error {
 	now := s.cfg.Now()
 	var spent []broker.RevocationID
-	if err := s.view(ctx, "sweep", func(tx *records.Tx) (err error) {
+	if err := s.cfg.View(ctx, "sweep", func(tx *records.Tx) (err error) {
 		spent, err = tx.SpentRules(now)
 		return err
 	}); err != nil || len(spent) == 0 {
 		return err
 	}
-	return s.update(ctx, "sweep", func(tx *records.Tx) error {
+	return s.cfg.Update(ctx, "sweep", func(tx *records.Tx) error {
 		for _, id := range spent {
 			if err := tx.DropRule(id); err != nil {
 				return err
@@ -94,7 +124,7 @@ func (s sweeper) dropSpentRules(ctx context.Context) error {
 }
 
 // sweepLeases ends the orphaned leases. It leaves the recent ones alone: an issue may be about to record them.
-func (s sweeper) sweepLeases(ctx context.Context, lister broker.LeaseLister, tools []broker.Tool,
+func (s *Sweeper) sweepLeases(ctx context.Context, lister broker.LeaseLister, tools []broker.Tool,
 ) (n int, recent []broker.FoundLease, err error) {
 	ids, err := lister.Leases(ctx, tools)
 	if len(ids) == 0 {
@@ -102,7 +132,7 @@ func (s sweeper) sweepLeases(ctx context.Context, lister broker.LeaseLister, too
 	}
 	errs := []error{err}
 	now := s.cfg.Now() // a lease that is young now may be recorded during the look-ups
-	if err := s.view(ctx, "sweep", func(tx *records.Tx) error {
+	if err := s.cfg.View(ctx, "sweep", func(tx *records.Tx) error {
 		known := map[string]bool{}
 		err := tx.EachLive("", func(g broker.Grant) error { known[g.Lease.ID] = true; return nil })
 		ids = slices.DeleteFunc(slices.Clone(ids), func(id string) bool { return known[id] })
@@ -127,13 +157,9 @@ func (s sweeper) sweepLeases(ctx context.Context, lister broker.LeaseLister, too
 	return n, recent, errors.Join(errs...)
 }
 
-// Irrevocable counts the leases of grants that Vault has given up revoking, as of the last sweep. The broker retries
-// each of them, and an operator must find the cause.
-func (e *Engine) Irrevocable() int { return e.reaper.GivenUp() }
-
 // retryIrrevocable finds the grants with leases that Vault has given up revoking, raises one alarm for each, and ends
 // them again. The cause may have gone: a target may have been down for longer than Vault retries.
-func (s sweeper) retryIrrevocable(ctx context.Context, lister broker.IrrevocableLister) error {
+func (s *Sweeper) retryIrrevocable(ctx context.Context, lister broker.IrrevocableLister) error {
 	ids, err := lister.Irrevocable(ctx)
 	if err != nil {
 		return err
@@ -145,7 +171,7 @@ func (s sweeper) retryIrrevocable(ctx context.Context, lister broker.Irrevocable
 	ours := map[string]bool{}
 	var again []broker.Grant
 	if len(listed) > 0 {
-		if err := s.view(ctx, "sweep", func(tx *records.Tx) error {
+		if err := s.cfg.View(ctx, "sweep", func(tx *records.Tx) error {
 			clear(ours)
 			again = nil
 			return tx.EachLive("", func(g broker.Grant) error {
@@ -159,20 +185,20 @@ func (s sweeper) retryIrrevocable(ctx context.Context, lister broker.Irrevocable
 			return err
 		}
 	}
-	for _, id := range s.reaper.SetGivenUp(ours) {
+	for _, id := range s.cfg.Reaper.SetGivenUp(ours) {
 		s.cfg.Alarm("sweep", broker.Errorf(broker.Internal, "sweep",
 			"Vault has given up revoking lease %s: the broker retries, and an operator must find the cause", id))
 	}
-	s.reaper.EndNow(again...)
+	s.cfg.Reaper.EndNow(again...)
 	return nil
 }
 
-func (s sweeper) sweepBackend(ctx context.Context, name string) (n int, err error) {
-	unknown, again, err := s.reaper.Find(ctx, name)
+func (s *Sweeper) sweepBackend(ctx context.Context, name string) (n int, err error) {
+	unknown, again, err := s.cfg.Reaper.Find(ctx, name)
 	if err != nil {
 		return 0, err
 	}
-	if n, err = s.reaper.Reopen(ctx, name, again); err != nil || len(unknown) == 0 {
+	if n, err = s.cfg.Reaper.Reopen(ctx, name, again); err != nil || len(unknown) == 0 {
 		return n, err
 	}
 	if err := s.endOrphans(ctx, name, unknown); err != nil {
@@ -187,16 +213,7 @@ func (s sweeper) sweepBackend(ctx context.Context, name string) (n int, err erro
 	return n, nil
 }
 
-// reconcileOpened reconciles a revocation that was opened while its reconciler was about to end.
-func (s sweeper) reconcileOpened(id broker.RevocationID) {
-	var rv broker.Revocation
-	err := s.view(s.ctx, "sweep", func(tx *records.Tx) (err error) { rv, _, err = tx.Revocation(id); return err })
-	if err == nil && rv.ID != "" && s.ctx.Err() == nil {
-		s.reconcile(rv)
-	}
-}
-
-func (s sweeper) endOrphans(ctx context.Context, name string, orphans []broker.GrantID) error {
+func (s *Sweeper) endOrphans(ctx context.Context, name string, orphans []broker.GrantID) error {
 	if severer, ok := s.cfg.Backends[name].(broker.Severer); ok {
 		if err := severer.Sever(ctx, closing.GrantsAt(name, orphans)); err != nil {
 			return err
@@ -208,16 +225,16 @@ func (s sweeper) endOrphans(ctx context.Context, name string, orphans []broker.G
 	return nil
 }
 
-func (s sweeper) recordOrphan(ctx context.Context, entry broker.Entry) error {
+func (s *Sweeper) recordOrphan(ctx context.Context, entry broker.Entry) error {
 	entry.At, entry.Actor, entry.Op = s.cfg.Now(), "pawl", broker.OpOrphan
 	s.cfg.Alarm("sweep", broker.Errorf(broker.Internal, "sweep", "%s", entry.Detail))
-	return s.update(ctx, "sweep", func(tx *records.Tx) error { _, err := tx.Enter(entry); return err })
+	return s.cfg.Update(ctx, "sweep", func(tx *records.Tx) error { _, err := tx.Enter(entry); return err })
 }
 
-// sweepAfter is step 4 of Revoke for mints with a lost answer. The caller has waited until none of them can complete.
+// After is step 4 of Revoke for mints with a lost answer. The caller has waited until none of them can complete.
 // It sweeps the paths of the grants, or all paths when there are no grants, as after a restart. done reports that no
 // lease of these mints is left.
-func (s sweeper) sweepAfter(ctx context.Context, grants []broker.Grant, fenced time.Time) (done bool, err error) {
+func (s *Sweeper) After(ctx context.Context, grants []broker.Grant, fenced time.Time) (done bool, err error) {
 	var tools []broker.Tool
 	backends := map[string]bool{}
 	for _, g := range grants {
@@ -232,7 +249,7 @@ func (s sweeper) sweepAfter(ctx context.Context, grants []broker.Grant, fenced t
 	if lister, ok := s.cfg.Vault.(broker.LeaseLister); ok {
 		_, recent, err := s.sweepLeases(ctx, lister, tools)
 		errs = append(errs, err)
-		last := lastMint(s.cfg, fenced) // the mints were sent before the fence
+		last := s.lastMint(fenced) // the mints were sent before the fence
 		done = !slices.ContainsFunc(recent, func(l broker.FoundLease) bool { return l.Issued.Before(last) })
 	}
 	for name := range s.cfg.Backends {
@@ -245,24 +262,23 @@ func (s sweeper) sweepAfter(ctx context.Context, grants []broker.Grant, fenced t
 	return done && err == nil, err
 }
 
-// runSweeps sweeps on a schedule until the engine stops. It lists the leases in every tenth sweep, and in each one while
-// there is a suspicion: after the start, after a mint with a lost answer, and after a sweep that found an orphan or
-// failed.
-func (e *Engine) runSweeps() {
-	if e.cfg.SweepEvery < 0 {
+// Run sweeps on a schedule until ctx ends. It lists the leases in every tenth sweep, and in each one while there is a
+// suspicion: after the start, after a mint with a lost answer, and after a sweep that found an orphan or failed.
+func (s *Sweeper) Run(ctx context.Context) {
+	if s.cfg.Every < 0 {
 		return
 	}
-	tick := time.NewTicker(e.cfg.SweepEvery)
+	tick := time.NewTicker(s.cfg.Every)
 	defer tick.Stop()
 	for n := 0; ; n++ {
 		select {
-		case <-e.ctx.Done():
+		case <-ctx.Done():
 			return
 		case <-tick.C:
 		}
-		ctx, cancel := context.WithTimeout(e.ctx, e.cfg.SweepEvery)
-		if _, err := (sweeper{e}).sweep(ctx, n%leasesEvery == 0 || e.suspicion.Raised()); err != nil && e.ctx.Err() == nil {
-			e.cfg.Alarm("sweep", err)
+		one, cancel := context.WithTimeout(ctx, s.cfg.Every)
+		if _, err := s.Sweep(one, n%leasesEvery == 0 || s.suspicion.Raised()); err != nil && ctx.Err() == nil {
+			s.cfg.Alarm("sweep", err)
 		}
 		cancel()
 	}
