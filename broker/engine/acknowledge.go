@@ -30,20 +30,20 @@ func (e *Engine) heartbeat(ctx context.Context, op string, c broker.Caller, id b
 		return now, nil, err
 	}
 	var l records.Lineage
-	if err := e.view(ctx, op, func(tx *records.Tx) (err error) {
-		if l, err = tx.Lineage(op, id); err == nil {
+	err = e.view(ctx, op, func(tx *records.Tx) (err error) {
+		if l, err = tx.Lineage(op, id); err == nil && l.Leaf().Holder == c.ID {
 			unusable = tx.CheckUsable(op, l, selector.Subject{}, now)
 			if unusable != nil && broker.KindOf(unusable) == broker.Internal {
 				err = unusable
 			}
 		}
 		return err
-	}); err != nil {
-		return now, nil, err
+	})
+	if isStranger(c, l, err) {
+		return now, nil, e.refuseStranger(ctx, c, l, "", records.UnknownDelegation(op))
 	}
-	if l.Leaf().Holder != c.ID {
-		err := records.UnknownDelegation(op)
-		return now, nil, e.refuseViolation(ctx, c, l, broker.ViolationHolder, "", err)
+	if err != nil {
+		return now, nil, err
 	}
 	e.watchdog.Beat(l.Leaf(), now)
 	return now, unusable, nil

@@ -91,6 +91,8 @@ func (v breach) target() (t target, ok bool) {
 		return target{}, false
 	}
 	switch consequence := v.decision.Consequence; {
+	case v.code == broker.ViolationHolder && consequence == broker.ConsequenceFreezeCaller:
+		return target{}, false // the violator is not in the chain
 	case consequence >= broker.ConsequenceRevokeChain:
 		return target{node: v.lineage.Root().ID}, true
 	case consequence == broker.ConsequenceRevokeSubtree:

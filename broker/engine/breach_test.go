@@ -22,6 +22,7 @@ type breachRow struct {
 
 	keepsCode       bool // the answer has that code with a consequence too
 	hidesRevocation bool // the answer does not name the revocation
+	stranger        bool // the answer says nothing of the violation, and freeze-caller stops the violator alone
 	silent          bool // there is no answer, and the broker retries when it cannot record the violation
 	report          bool // a report, which is not refused
 
@@ -42,7 +43,7 @@ var breachRows = map[string]breachRow{
 	"a step over the budget": {code: broker.ViolationBudget, frozen: "worker",
 		kind: broker.Denied, refusal: broker.CodeBudgetExhausted,
 		do: func(s *breachScene) error { return s.issue("worker", "db.write") }},
-	"another holder's delegation": {code: broker.ViolationHolder, always: true, frozen: "thief",
+	"another holder's delegation": {code: broker.ViolationHolder, always: true, stranger: true, frozen: "thief",
 		kind: broker.NotFound, refusal: broker.CodeDelegationUnknown,
 		do: func(s *breachScene) error { return s.issue("thief", "db.read") }},
 	"a used idempotency key with other arguments": {code: broker.ViolationReplay, frozen: "worker",
@@ -202,6 +203,11 @@ func (row breachRow) checkAnswer(t *testing.T, err error, consequence broker.Con
 	t.Helper()
 	switch {
 	case row.silent:
+	case row.stranger:
+		refused(t, "the request", err, row.kind, row.refusal)
+		if e := err.(*broker.Error); e.Revocation != "" {
+			t.Errorf("the answer names the revocation %q", e.Revocation)
+		}
 	case row.report && !failed:
 		if err != nil {
 			t.Errorf("Report = %v, want it accepted", err)
@@ -222,6 +228,9 @@ func (row breachRow) checkAnswer(t *testing.T, err error, consequence broker.Con
 }
 
 func (row breachRow) revokes(consequence broker.Consequence) bool {
+	if row.stranger && consequence == broker.ConsequenceFreezeCaller {
+		return false
+	}
 	return consequence > broker.ConsequenceRevokeStep ||
 		consequence == broker.ConsequenceRevokeStep && (row.step || row.node)
 }

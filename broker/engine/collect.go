@@ -62,12 +62,12 @@ func (e *Engine) Collect(ctx context.Context, caller broker.Caller, id broker.Gr
 	if err := caller.Check(opCollect, c.now); err != nil {
 		return broker.Grant{}, nil, err
 	}
-	if err := e.view(ctx, opCollect, func(tx *records.Tx) error { return c.read(tx, id) }); err != nil {
-		return broker.Grant{}, nil, err
+	err := e.view(ctx, opCollect, func(tx *records.Tx) error { return c.read(tx, id) })
+	if isUnknown(err) || err == nil && c.grant.Collector != caller.ID {
+		return broker.Grant{}, nil, e.refuseStranger(ctx, caller, c.lineage, c.grant.Tool, records.UnknownGrant(opCollect))
 	}
-	if c.grant.Collector != caller.ID {
-		return broker.Grant{}, nil, e.refuseViolation(ctx, caller, c.lineage, broker.ViolationHolder, c.grant.Tool,
-			records.UnknownGrant(opCollect))
+	if err != nil {
+		return broker.Grant{}, nil, err
 	}
 	if caller.ID == c.lineage.Leaf().Holder {
 		e.watchdog.BeatAgain(c.grant.Delegation, c.now)

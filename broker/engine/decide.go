@@ -88,14 +88,37 @@ func (e *Engine) refuseViolation(ctx context.Context, c broker.Caller, l records
 	policy, now := e.cfg.Policy(), e.cfg.Now()
 	t, _ := policy.Tool(tool) // the zero Tool when it is not known
 	d := policy.Decide(violationQuestion(c, l, v, t, now))
-	// Another caller's delegation is a replay. It is recorded as a violation even without a consequence, because
-	// responders search for violations.
-	if d.Consequence == broker.ConsequenceDeny && v != broker.ViolationHolder {
+	if d.Consequence == broker.ConsequenceDeny {
 		return e.recordDenial(ctx, c, l, tool, refusal)
 	}
-	if d.Consequence > broker.ConsequenceDeny {
-		refusal.Code = broker.CodeViolation
-	}
+	refusal.Code = broker.CodeViolation
 	return e.refuseBreach(ctx, breach{op: refusal.Op, code: v, actor: c.ID.String(), lineage: l, tool: tool, decision: d,
 		freeze: c.ID, noSecret: true, now: now}, refusal)
 }
+
+// refuseStranger refuses a delegation or grant that is not the caller's. The answer is the same whether it exists or
+// not, and so is what precedes the answer: one read and one durable entry. An existing one is a replay: always recorded
+// as a violation, because responders search for these. [broker.ConsequenceFreezeCaller] stops the caller alone, since an
+// id is no secret: whoever reads it in a log could otherwise stop its holder.
+func (e *Engine) refuseStranger(ctx context.Context, c broker.Caller, l records.Lineage, tool broker.ToolName,
+	unknown *broker.Error) error {
+	if len(l.Nodes) == 0 {
+		return e.recordDenial(ctx, c, l, tool, unknown)
+	}
+	policy, now := e.cfg.Policy(), e.cfg.Now()
+	t, _ := policy.Tool(tool) // the zero Tool when the request names none
+	if _, err := e.applyConsequence(ctx, breach{op: unknown.Op, code: broker.ViolationHolder, actor: c.ID.String(),
+		lineage: l, tool: tool, decision: policy.Decide(violationQuestion(c, l, broker.ViolationHolder, t, now)),
+		freeze: c.ID, noSecret: true, now: now}); err != nil {
+		e.cfg.Alarm("recording a violation", err)
+	}
+	return unknown
+}
+
+// isStranger reports whether a delegation of which the lineage was read is unknown, or not the caller's.
+func isStranger(c broker.Caller, l records.Lineage, err error) bool {
+	return isUnknown(err) || len(l.Nodes) > 0 && l.Leaf().Holder != c.ID
+}
+
+// isUnknown reports whether a read found no such record.
+func isUnknown(err error) bool { return broker.KindOf(err) == broker.NotFound }

@@ -270,21 +270,20 @@ func unique(s []string) []string {
 func (e *Engine) heldLineage(ctx context.Context, op string, c broker.Caller, id broker.DelegationID, now time.Time,
 ) (l records.Lineage, history map[broker.ToolName]broker.Past, err error) {
 	err = e.view(ctx, op, func(tx *records.Tx) error {
-		if l, err = tx.Lineage(op, id); err != nil {
+		if l, err = tx.Lineage(op, id); err != nil || l.Leaf().Holder != c.ID {
 			return err
 		}
 		u, err := tx.Usage(l.Root().ID)
-		history = u.Tools
-		if err != nil || l.Leaf().Holder != c.ID {
+		if history = u.Tools; err != nil {
 			return err
 		}
 		return tx.CheckUsable(op, l, selector.Subject{}, now)
 	})
+	if isStranger(c, l, err) {
+		return records.Lineage{}, nil, e.refuseStranger(ctx, c, l, "", records.UnknownDelegation(op))
+	}
 	if err != nil {
 		return records.Lineage{}, nil, err
-	}
-	if l.Leaf().Holder != c.ID {
-		return records.Lineage{}, nil, e.refuseViolation(ctx, c, l, broker.ViolationHolder, "", records.UnknownDelegation(op))
 	}
 	e.watchdog.Beat(l.Leaf(), now)
 	return l, history, nil

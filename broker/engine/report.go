@@ -27,16 +27,20 @@ func (e *Engine) Report(ctx context.Context, c broker.Caller, r broker.ReportReq
 	}
 	var l records.Lineage
 	var g broker.Grant
+	var unknown *broker.Error
 	err := e.view(ctx, op, func(tx *records.Tx) (err error) {
 		if l, err = tx.Lineage(op, r.Delegation); err != nil || r.Grant == "" {
 			return err
 		}
 		var ok bool
 		if g, ok, err = tx.Grant(r.Grant); err == nil && (!ok || g.Delegation != r.Delegation) {
-			err = records.UnknownGrant(op)
+			g, unknown = broker.Grant{}, records.UnknownGrant(op)
 		}
 		return err
 	})
+	if isUnknown(err) {
+		return broker.Reported{}, e.recordDenial(ctx, c, l, "", records.UnknownDelegation(op))
+	}
 	if err != nil {
 		return broker.Reported{}, err
 	}
@@ -53,6 +57,9 @@ func (e *Engine) Report(ctx context.Context, c broker.Caller, r broker.ReportReq
 		// A holder without a permit may stop its own chain only. Otherwise an agent could delegate to another workload
 		// and then freeze it everywhere.
 		d.Consequence = min(d.Consequence, broker.ConsequenceRevokeChain)
+	}
+	if unknown != nil {
+		return broker.Reported{}, unknown
 	}
 	rv, err := e.applyConsequence(ctx, breach{op: op, code: r.Violation, actor: c.ID.String(), lineage: l, tool: g.Tool,
 		grant: r.Grant, decision: d, freeze: l.Leaf().Holder, by: c.ID.String(),

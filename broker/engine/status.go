@@ -26,25 +26,36 @@ func (e *Engine) WatchFences(id broker.ChainID) (changed <-chan struct{}, cancel
 //
 // Errors: Unauthenticated, NotFound, Unavailable.
 func (e *Engine) Status(ctx context.Context, c broker.Caller, id broker.DelegationID) (s broker.Status, err error) {
-	if s, err = e.Peek(ctx, c, id); err == nil {
+	s, l, err := e.peek(ctx, c, id)
+	if isStranger(c, l, err) {
+		return broker.Status{}, e.refuseStranger(ctx, c, l, "", records.UnknownDelegation(opStatus))
+	}
+	if err == nil {
 		e.watchdog.Beat(s.Delegation, e.cfg.Now())
 	}
 	return s, err
 }
 
+const opStatus = "status"
+
 // Peek is [Engine.Status] without the heartbeat. The broker calls it for an open stream, which proves no sign of life.
 func (e *Engine) Peek(ctx context.Context, c broker.Caller, id broker.DelegationID) (s broker.Status, err error) {
-	const op = "status"
-	if err := c.Check(op, e.cfg.Now()); err != nil {
-		return broker.Status{}, err
+	s, _, err = e.peek(ctx, c, id)
+	return s, err
+}
+
+// peek does the work of Peek. It returns the lineage of another holder's delegation too, with the refusal.
+func (e *Engine) peek(ctx context.Context, c broker.Caller, id broker.DelegationID,
+) (s broker.Status, l records.Lineage, err error) {
+	if err := c.Check(opStatus, e.cfg.Now()); err != nil {
+		return broker.Status{}, l, err
 	}
-	err = e.view(ctx, op, func(tx *records.Tx) error {
-		l, err := tx.Lineage(op, id)
-		if err != nil {
+	err = e.view(ctx, opStatus, func(tx *records.Tx) error {
+		if l, err = tx.Lineage(opStatus, id); err != nil {
 			return err
 		}
 		if l.Leaf().Holder != c.ID {
-			return records.UnknownDelegation(op)
+			return records.UnknownDelegation(opStatus)
 		}
 		s = broker.Status{Delegation: l.Leaf()}
 		if s.Fence, err = tx.FenceOver(l, selector.Subject{}); err != nil {
@@ -55,7 +66,7 @@ func (e *Engine) Peek(ctx context.Context, c broker.Caller, id broker.Delegation
 		}
 		return tx.EachFenced(l, func(g broker.GrantID) { s.Ended = append(s.Ended, g) })
 	})
-	return s, err
+	return s, l, err
 }
 
 // Active reports whether a grant's secret is active as far as the ledger knows: issued, not ended, not revoked and not

@@ -84,7 +84,24 @@ func (s *Server) refuse(x *exchange, err error) {
 	if p.Status == http.StatusUnauthorized {
 		h.Set("WWW-Authenticate", `Bearer realm="pawl"`)
 	}
+	if p.Code == api.Code(broker.CodeDelegationUnknown) || p.Code == api.Code(broker.CodeGrantUnknown) {
+		x.holdBack()
+	}
 	_ = x.write(p.Status, body) // the client has disconnected; the log has the rest
+}
+
+// grain is the unit of the time after which the broker says that an id is unknown.
+const grain = 10 * time.Millisecond
+
+// holdBack waits until a whole number of grains has passed since the request came in. The id of another's delegation is
+// refused like one that nobody has, and the time of a look at its records must not tell them apart.
+func (x *exchange) holdBack() {
+	t := time.NewTimer(grain - time.Since(x.began)%grain)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-x.Context().Done():
+	}
 }
 
 // socketTime is how long a client may take to send a body, or to receive one write. Sockets use the system clock, not

@@ -76,6 +76,7 @@ var sections = []section{
 	{"dead.pki", true, measureDeadCertificates},
 	{"issue", true, measureIssue},
 	{"chain", true, measureChain},
+	{"stranger", true, measureStranger},
 	{"events", true, measureEvents},
 	{"vault-down", true, measureVaultDown},
 	{"dead.many", true, measureDeadMany},

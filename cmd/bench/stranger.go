@@ -1,0 +1,64 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"time"
+
+	"github.com/pawlsec/pawl/broker/agent"
+)
+
+// measureStranger presents the id of another's delegation and one that nobody has, in turns, and reports Welch's t of
+// the two times. Above 2.58 they differ at 1%, and a thief could tell by the time which ids exist.
+func measureStranger(ctx context.Context, b *bench) error {
+	owner, err := b.world.agent("bench-owner")
+	if err != nil {
+		return err
+	}
+	defer owner.Close() //nolint:errcheck // it always succeeds
+	held, err := owner.Open(ctx, agent.Chain{Task: "bench", Rights: []agent.Right{{Tool: "notes.read", Use: true}}})
+	if err != nil {
+		return err
+	}
+	thief, err := b.world.agent("bench-thief")
+	if err != nil {
+		return err
+	}
+	defer thief.Close() //nolint:errcheck // it always succeeds
+	ids := [2]agent.DelegationID{held.ID(), "dl" + agent.DelegationID(fmt.Sprintf("%024d", 1))}
+	var took [2]samples
+	for range 1000 {
+		for i, id := range ids {
+			began := time.Now()
+			if _, err := thief.Join(ctx, id); err == nil {
+				return fmt.Errorf("the thief has joined %s", id)
+			}
+			took[i] = append(took[i], ms(time.Since(began)))
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
+	b.report.add(row{Name: "stranger.t", Unit: "Welch's t", N: 1000, Aim: "2.58",
+		Against: "of the times of 1,000 refusals of another's delegation and of one that nobody has"},
+		samples{math.Abs(welch(took[0], took[1]))}, nil)
+	b.report.addQuantile(row{Name: "stranger.p50_ms", Unit: "ms", Against: "an id that nobody has"}, 0.5, took[0], took[1])
+	return nil
+}
+
+// welch returns the t statistic of the difference of two means.
+func welch(a, b samples) float64 {
+	mean := func(s samples) (mean, variance float64) {
+		for _, x := range s {
+			mean += x / float64(len(s))
+		}
+		for _, x := range s {
+			variance += (x - mean) * (x - mean) / float64(len(s)-1)
+		}
+		return mean, variance
+	}
+	m1, v1 := mean(a)
+	m2, v2 := mean(b)
+	return (m1 - m2) / math.Sqrt(v1/float64(len(a))+v2/float64(len(b)))
+}
