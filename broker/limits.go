@@ -23,6 +23,10 @@ const DefaultTTL = time.Minute
 // MaxTTL is the longest lifetime that a tool may give a secret.
 const MaxTTL = 15 * time.Minute
 
+// Leeway is the greatest accepted lag of the clock of a target. A secret whose end a target checks by its own clock, such
+// as a certificate or a token, counts as ended that long after its end.
+const Leeway = time.Minute
+
 // EndTolerance is how much later than requested a target may end a secret. Clocks differ, and Vault adds some
 // seconds to the end of a database login.
 const EndTolerance = 10 * time.Second

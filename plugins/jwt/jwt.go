@@ -196,9 +196,6 @@ func finish(answer map[string]any, input string, key signingKey, c claims) (brok
 		Digests: []broker.ValueDigest{broker.DigestValue(token)}}, nil
 }
 
-// leeway is the greatest accepted lag of a verifier's clock.
-const leeway = time.Minute
-
 // Sever implements [broker.Severer]. Every status list served from now on marks the grants' tokens as invalid.
 // Introspection needs no change: it reads the ledger.
 func (b *Backend) Sever(_ context.Context, grants []broker.Grant) error {
@@ -224,7 +221,7 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 
 func (b *Backend) prove(ctx context.Context, g broker.Grant) (broker.Evidence, error) {
 	now, end := b.cfg.Now().UTC(), g.Expires.UTC().Format(time.RFC3339)
-	if now.After(g.Expires.Add(leeway)) {
+	if now.After(g.Expires.Add(broker.Leeway)) {
 		return broker.Evidence{At: now, Check: "jwt: token expiry", Outcome: broker.OutcomeDead,
 			Answer: "expired at " + end + " for verifiers that check exp"}, nil
 	}

@@ -102,7 +102,7 @@ func (l *statusList) allocate(g broker.Grant) (uint32, error) {
 		}
 		index := binary.BigEndian.Uint32(raw[:]) % listSize
 		if _, taken := l.slots[index]; !taken {
-			l.putLocked(index, slot{grant: g.ID, until: g.Expires.Add(leeway + listLife)})
+			l.putLocked(index, slot{grant: g.ID, until: g.Expires.Add(broker.Leeway + listLife)})
 			return index, nil
 		}
 	}
@@ -196,7 +196,7 @@ func (b *Backend) StatusList() ([]byte, error) {
 func (b *Backend) HasStatusList() bool { return b.list != nil }
 
 // Remember is the age of the oldest grant that [Backend.Restore] needs.
-const Remember = broker.MaxTTL + leeway + listLife
+const Remember = broker.MaxTTL + broker.Leeway + listLife
 
 // Restore fills the status list after a start of the process. The grants are those of this backend in the ledger that
 // were made within [Remember], ended ones included. active reports whether a grant's token is still active.
@@ -216,7 +216,7 @@ func (b *Backend) Restore(grants []broker.Grant, active func(broker.GrantID) (bo
 		if err != nil {
 			return fmt.Errorf("jwt: restoring the status list: %w", err)
 		}
-		b.list.putLocked(uint32(index), slot{grant: g.ID, until: g.Expires.Add(leeway + listLife), revoked: !valid})
+		b.list.putLocked(uint32(index), slot{grant: g.ID, until: g.Expires.Add(broker.Leeway + listLife), revoked: !valid})
 	}
 	return nil
 }

@@ -32,7 +32,7 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 		mount, _, _ := strings.Cut(g.Path.String(), "/")
 		end, after := expiry(g), afterlifeOf(g)
 		out[i] = broker.Evidence{At: b.now().UTC(), Check: "pki: certificate expiry"}
-		expired := out[i].At.After(end.Add(leeway))
+		expired := out[i].At.After(end.Add(broker.Leeway))
 		switch {
 		case expired && (after.listed || !out[i].At.Before(after.until)):
 			out[i].Outcome, out[i].Answer = broker.OutcomeDead, "expired at "+end.Format(time.RFC3339)+" for new handshakes"
@@ -53,9 +53,6 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 	}
 	return out, nil
 }
-
-// leeway is the greatest accepted lag of a server's clock.
-const leeway = time.Minute
 
 // proof proves one batch of grants of one engine. The number of its requests to Vault does not grow with the batch, but
 // for those to an OCSP responder. It fetches the list of each authority once for all certificates, requests at most one

@@ -17,9 +17,6 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// leeway is the greatest accepted lag of a target's clock.
-const leeway = time.Minute
-
 // maxKRL is the size limit of a list in bytes.
 const maxKRL = 64 << 20
 
@@ -35,7 +32,7 @@ type list struct {
 }
 
 // openList loads the list from the file, if there is one, and writes it. The file has no expiry times, so each entry is
-// kept for the longest possible TTL plus leeway.
+// kept for the longest possible TTL plus [broker.Leeway].
 func openList(path string, inPlace bool, now time.Time) (*list, error) {
 	l := &list{path: path, inPlace: inPlace, ids: map[string]time.Time{}, versions: map[string]uint64{}}
 	k, _, err := l.load()
@@ -44,7 +41,7 @@ func openList(path string, inPlace bool, now time.Time) (*list, error) {
 	}
 	ids := map[string]time.Time{}
 	for _, id := range k.ids {
-		ids[id] = now.Add(broker.MaxTTL + leeway)
+		ids[id] = now.Add(broker.MaxTTL + broker.Leeway)
 	}
 	return l, l.add(ids, now)
 }

@@ -200,7 +200,7 @@ func (b *Backend) Sever(ctx context.Context, grants []broker.Grant) error {
 	now := b.now()
 	ids := make(map[string]time.Time, len(grants))
 	for _, g := range grants {
-		ids[keyID(g.ID)] = end(g).Add(leeway)
+		ids[keyID(g.ID)] = end(g).Add(broker.Leeway)
 	}
 	if b.prober != nil {
 		b.prober.before(ctx, ids)
@@ -220,7 +220,7 @@ func (b *Backend) Restore(grants []broker.Grant, active func(broker.GrantID) (bo
 	}
 	now, ids := b.now(), map[string]time.Time{}
 	for _, g := range grants {
-		until := end(g).Add(leeway)
+		until := end(g).Add(broker.Leeway)
 		if now.After(until) {
 			continue
 		}
@@ -266,7 +266,7 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 		until := end(g).UTC().Format(time.RFC3339)
 		e := broker.Evidence{At: now, Check: check, Outcome: broker.OutcomeAlive, Answer: "not listed; valid until " + until}
 		switch {
-		case now.After(end(g).Add(leeway)):
+		case now.After(end(g).Add(broker.Leeway)):
 			e.Check, e.Outcome, e.Answer = "ssh: certificate expiry", broker.OutcomeDead, "expired at "+until
 		case revoked[keyID(g.ID)]:
 			listed = append(listed, i)
