@@ -49,12 +49,7 @@ func TestHunt(t *testing.T) {
 				row := huntRows()[i]
 				t.Run(row.plugin+"/"+row.name, func(t *testing.T) {
 					start, outcome := time.Now(), "failed"
-					defer func() {
-						if t.Skipped() {
-							outcome = "NOT TESTED"
-						}
-						g.add(huntResult{row, outcome, time.Since(start)})
-					}()
+					defer func() { g.add(huntResult{row, outcome, time.Since(start)}) }()
 					h := &hunt{T: t, ground: g, id: fmt.Sprintf("hunt%d", i)}
 					outcome = h.chase(row, row.set(h))
 				})

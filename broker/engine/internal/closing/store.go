@@ -8,7 +8,8 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-// store records a batch and returns the grants that are not closed. asked is when the target was asked about them.
+// store records a batch and returns the grants that are not closed. asked is the count of servers
+// before the target was asked about them.
 func (w *worker) store(batch []broker.Grant, asked int) (rest []broker.Grant) {
 	ctx, cancel := context.WithTimeout(w.r.cfg.Context, time.Minute)
 	defer cancel()
@@ -77,7 +78,7 @@ func (w *worker) discardOld(batch []broker.Grant, asked int) {
 		g := &batch[i]
 		if n := len(g.Evidence); n > 0 && g.Outcome == broker.OutcomeDead && g.State != broker.StateIntent {
 			g.Outcome, g.Evidence[n-1].Outcome = broker.OutcomeUnknown, broker.OutcomeUnknown
-			g.Evidence[n-1].Answer += "; another server has taken its place since"
+			g.Evidence[n-1].Answer += "; another server may have taken its place since"
 		}
 	}
 }
