@@ -211,6 +211,11 @@ func (o *offence) replay(tool string, args agent.Args) error {
 	return err
 }
 
+// present asks for a step as thief under a delegation that thief does not hold.
+func (o *offence) present(id agent.DelegationID) error {
+	return o.post("/thief", "/v1/delegations/"+string(id)+"/steps", api.StepRequest{Tool: "db.write"}, new(api.Issued))
+}
+
 // report sends a report as path, about writer's delegation and secret.
 func (o *offence) report(path string, grant bool) (out api.Reported, err error) {
 	w := o.tree["writer"]
@@ -233,7 +238,9 @@ type trigger struct {
 	always bool   // it is in the audit as a violation even without a consequence
 	silent bool   // the answer does not show the consequence
 
-	sealed  bool // a sealed step is the breach: its refusal keeps its code with every consequence
+	sealed   bool // a sealed step is the breach: its refusal keeps its code with every consequence
+	stranger bool // the agent is not in the chain, so freeze-caller leaves the chain alone
+
 	unheard bool // there is no request: the event is a missing heartbeat
 
 	report func(*offence) (api.Reported, error)
@@ -263,10 +270,8 @@ var triggers = []trigger{
 		}},
 	{name: "budget", kind: api.KindDenied, code: broker.CodeBudgetExhausted, frozen: "writer",
 		event: func(o *offence) error { o.do(o.tree["writer"], "mail.send", nil); return o.begin("mail.send", nil) }},
-	{name: "wrong SPIFFE ID on a delegation", kind: api.KindNotFound, code: broker.CodeDelegationUnknown, frozen: "thief", always: true,
-		event: func(o *offence) error {
-			return o.post("/thief", "/v1/delegations/"+string(o.tree["writer"].ID())+"/steps", api.StepRequest{Tool: "db.write"}, new(api.Issued))
-		}},
+	{name: "wrong SPIFFE ID on a delegation", kind: api.KindNotFound, code: broker.CodeDelegationUnknown, frozen: "thief", always: true, stranger: true,
+		event: func(o *offence) error { return o.present(o.tree["writer"].ID()) }},
 	{name: "second use of a sealed delivery", kind: api.KindConflict, code: broker.CodeAlreadyCollected, frozen: "writer", always: true, sealed: true, event: (*offence).collectTwice},
 	{name: "lost heartbeat", frozen: "writer", always: true, unheard: true},
 	{name: "report by a trusted reporter", frozen: "writer",
@@ -284,6 +289,8 @@ func (tr trigger) dies(what broker.Consequence) []string {
 		return append(slices.DeleteFunc(tr.dies(what), func(string) bool { return what == broker.ConsequenceRevokeStep }), "writer sealed")
 	}
 	switch {
+	case tr.stranger && what == broker.ConsequenceFreezeCaller:
+		return nil
 	case what == broker.ConsequenceDeny, what == broker.ConsequenceRevokeStep && tr.report == nil && !tr.unheard:
 		return nil // a refused request has no secret to revoke
 	case what == broker.ConsequenceRevokeStep && tr.grant:
@@ -325,6 +332,13 @@ func (tr trigger) play(o *offence, what broker.Consequence) (revocation string) 
 		}
 		return answer.Revocation
 	}
+	if tr.stranger {
+		unknown := answered(o.t, refusal(o.t, "unknown", o.present("dl000000000000000000000001"), tr.kind, tr.code), "")
+		if others := answered(o.t, refusal(o.t, tr.name, tr.event(o), tr.kind, tr.code), ""); others != unknown {
+			o.t.Errorf("the answer to %s is %s, and to an id that nobody has %s", tr.name, others, unknown)
+		}
+		return o.revoked()
+	}
 	code := broker.CodeViolation
 	if what == broker.ConsequenceDeny || tr.silent || tr.sealed {
 		code = tr.code
@@ -352,6 +366,9 @@ func answered(t *testing.T, p *agent.Error, tool string) string {
 	raw, err := json.Marshal(&seen)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if tool == "" {
+		return string(raw)
 	}
 	return strings.ReplaceAll(string(raw), tool, "TOOL")
 }
