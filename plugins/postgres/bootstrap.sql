@@ -1264,12 +1264,12 @@ BEGIN
     END IF;
 END $$;
 
--- Returns the identity of this server, whether it is a standby, how far it has written or replayed, and when it was
--- started. A standby has the identity of its primary.
+-- Returns the identity of this server, whether it is a standby, its timeline unless it is one, how far it has written or
+-- replayed, and when it was started. A standby has the identity of its primary.
 CREATE OR REPLACE FUNCTION pawl.position(
-    OUT server bigint, OUT standby boolean, OUT lsn pg_lsn, OUT started timestamptz)
+    OUT server bigint, OUT standby boolean, OUT timeline text, OUT lsn pg_lsn, OUT started timestamptz)
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '2s' AS $$
-    SELECT pawl.server_id(), pg_is_in_recovery(),
+    SELECT pawl.server_id(), pg_is_in_recovery(), pawl.timeline(),
         CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END,
         pg_postmaster_start_time()
 $$;

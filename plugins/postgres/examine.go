@@ -123,7 +123,11 @@ func (b *Backend) examineConnection(ctx context.Context, name, url string) error
 	if host == nameOf(b.address) {
 		return nil
 	}
-	if err := b.hosts.ask(ctx, "its host", host); err != nil {
+	known, err := b.identities(ctx)
+	if err == nil {
+		err = b.hosts.ask(ctx, "its host", host, known)
+	}
+	if err != nil {
 		return fmt.Errorf("Vault's connection %s must lead to the server of dsn, where the broker ends its logins: %w",
 			name, err)
 	}
@@ -146,7 +150,7 @@ func (b *Backend) examineFailover(name string, config *pgx.ConnConfig) error {
 const ownConnections = 4 + 4 + 16
 
 const limitsQuery = `SELECT current_setting('max_connections')::int,
-	current_setting('superuser_reserved_connections')::int 
+	current_setting('superuser_reserved_connections')::int
 	+ coalesce(current_setting('reserved_connections', true)::int, 0), current_setting('max_prepared_transactions')::int,
 	count(*), coalesce(sum(rolconnlimit), 0)
 	FROM pg_roles WHERE rolname ~ '^pawl-gr[0-9a-z]{24}-' AND rolcanlogin AND rolvaliduntil > now()`

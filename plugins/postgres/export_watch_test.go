@@ -1,17 +1,20 @@
 package postgres
 
-import "context"
+import (
+	"context"
+	"math"
+)
 
-// Point is a position in the history of a database.
-type Point = point
+// Position is how far a server has written.
+type Position = position
 
 // WhereAfter returns the present position, and whether it continues an earlier one.
-func (b *Backend) WhereAfter(ctx context.Context, before Point) (Point, bool, error) {
+func (b *Backend) WhereAfter(ctx context.Context, before Position) (Position, bool, error) {
 	return b.watcher.whereAfter(ctx, before)
 }
 
 // Ahead returns a position that the server of at has not reached.
-func Ahead(at Point) Point {
-	at.lsn = "FFFFFFFF/0"
+func Ahead(at Position) Position {
+	at.lsn = math.MaxInt64
 	return at
 }

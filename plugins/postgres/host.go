@@ -19,41 +19,18 @@ import (
 	"github.com/pawlsec/pawl/broker/backoff"
 )
 
-// identity is the server that a connection reached. A standby and a copy of the server's files have the same id. No two
-// server processes have the same start.
-type identity struct {
-	id      int64
-	started time.Time
-	standby bool
-}
-
-// same reports whether both are one server. The start alone decides if a login may not read the id.
-func (i identity) same(j identity) bool {
-	return i.started.Equal(j.started) && (i.id == j.id || i.id == 0 || j.id == 0)
-}
-
-// identityOf asks a server for its identity. All logins may, unless a DBA has withdrawn pg_control_system from PUBLIC.
-func identityOf(ctx context.Context, conn *pgx.Conn) (i identity, err error) {
-	err = conn.QueryRow(ctx, `SELECT pg_postmaster_start_time(), pg_is_in_recovery()`,
-		pgx.QueryExecModeSimpleProtocol).Scan(&i.started, &i.standby)
-	if err != nil {
-		return i, err
-	}
-	err = conn.QueryRow(ctx, `SELECT system_identifier FROM pg_control_system()`,
-		pgx.QueryExecModeSimpleProtocol).Scan(&i.id)
-	if stateOf(err) == "42501" {
-		err = nil
-	}
-	return i, err
-}
-
 // hostError says that a host is another server than those where logins are ended.
 type hostError struct {
 	at   place
 	what string
 }
 
-func (e *hostError) Error() string { return e.at.what + " " + e.at.String() + " " + e.what }
+func (e *hostError) Error() string {
+	if e.at == (place{}) {
+		return e.what
+	}
+	return e.at.what + " " + e.at.String() + " " + e.what
+}
 
 // toolsHost is what a host is called in messages.
 const toolsHost = "the tool's host"
@@ -69,6 +46,7 @@ const (
 // hostAnswer is the result of the last check of a host.
 type hostAnswer struct {
 	begun time.Time
+	known knownServers // with which the host was compared; empty: the server of DSN did not answer
 	err   error
 }
 
@@ -76,6 +54,7 @@ type hostAnswer struct {
 type hosts struct {
 	database string
 	revoker  *service
+	shaper   *service
 	known    func(context.Context) (knownServers, error)
 	now      func() time.Time
 	log      *slog.Logger
@@ -125,18 +104,21 @@ func (h *hosts) start(host string) <-chan struct{} {
 		ctx, cancel := context.WithTimeout(h.running, hostTimeout)
 		defer cancel()
 		begun := h.now()
-		var err error
-		if host == "" {
-			err = h.askDSN(ctx)
-		} else {
-			err = h.ask(ctx, toolsHost, host)
+		known, err := h.known(ctx)
+		switch {
+		case host != "" && err == nil:
+			err = h.ask(ctx, toolsHost, host, known)
+		case host == "" && err == nil:
+			err = h.askDSN(ctx, known)
+		case host == "":
+			err = nil
 		}
 		if err != nil && h.running.Err() == nil {
 			h.log.Error("a host is not known to be the server of dsn", "database", h.database, "host", host, "err", err)
 		}
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		h.answers[host] = hostAnswer{begun, err}
+		h.answers[host] = hostAnswer{begun, known, err}
 		delete(h.asking, host)
 	})
 	return done
@@ -154,12 +136,9 @@ func (h *hosts) answer(host string, age time.Duration) (hostAnswer, bool) {
 }
 
 // askDSN opens a new connection as an agent would, by the names in DSN, and compares its server with that of the
-// broker's open connections. It returns no error but a hostError.
-func (h *hosts) askDSN(ctx context.Context) error {
-	known, err := h.known(ctx)
-	if err != nil {
-		return nil
-	}
+// broker's open connections. It returns no error but a hostError. It closes the open connections to a server whose
+// promoted standby has taken over the names: the primary is where they lead.
+func (h *hosts) askDSN(ctx context.Context, known knownServers) error {
 	for _, pool := range h.revoker.pools() {
 		conn, err := pgx.ConnectConfig(ctx, pool.Config().ConnConfig)
 		if err != nil {
@@ -171,16 +150,21 @@ func (h *hosts) askDSN(ctx context.Context) error {
 		if err == nil && what != "" {
 			return &hostError{at, what}
 		}
-		if found, err := identityOf(ctx, conn); err == nil && !known.has(found) && known.away == nil {
-			return &hostError{at, "leads to another server now than the broker's open connections"}
+		found, err := identityOf(ctx, conn)
+		if err != nil || known.has(found) || known.away != nil {
+			return nil
 		}
-		return nil
+		if found.id == known.found[0].id && !found.standby {
+			h.revoker.reset()
+			h.shaper.reset()
+		}
+		return &hostError{at, "leads to another server now than the broker's open connections"}
 	}
 	return nil
 }
 
 // ask asks each address of a host.
-func (h *hosts) ask(ctx context.Context, what, host string) error {
+func (h *hosts) ask(ctx context.Context, what, host string, known knownServers) error {
 	name, port, err := net.SplitHostPort(host)
 	if err != nil {
 		return err
@@ -190,10 +174,6 @@ func (h *hosts) ask(ctx context.Context, what, host string) error {
 		if addresses, err = net.DefaultResolver.LookupHost(ctx, name); err != nil {
 			return fmt.Errorf("%s %s has no address here", what, host)
 		}
-	}
-	known, err := h.known(ctx)
-	if err != nil {
-		return err
 	}
 	for _, address := range addresses {
 		number, err := strconv.ParseUint(port, 10, 16)
@@ -369,10 +349,20 @@ func (h *hosts) remember(tool broker.ToolName, host string) {
 
 // proven is check for a proof. It waits for a host that did not answer last time once only: the proofs of all tools'
 // grants, and the next call that severs, would wait with it.
-func (h *hosts) proven(ctx context.Context, host string) error {
+func (h *hosts) proven(ctx context.Context, host string, at identity) error {
 	answer, holds := h.answer(host, proofAge)
 	if wrong := (*hostError)(nil); answer.err == nil || errors.As(answer.err, &wrong) {
-		return h.check(ctx, host, proofAge)
+		for _, age := range []time.Duration{proofAge, 0} { // the broker may have left the server that it knew a moment ago
+			if err := h.check(ctx, host, age); err != nil {
+				return err
+			}
+			answer, _ = h.answer(host, proofAge)
+			if len(answer.known.found) == 0 || answer.known.found[0].same(at) {
+				return nil
+			}
+		}
+		h.revoker.reset()
+		return errTwoServers
 	}
 	if !holds {
 		h.start(host)
@@ -380,9 +370,11 @@ func (h *hosts) proven(ctx context.Context, host string) error {
 	return answer.err
 }
 
-// doubt makes dead grants unknown whose tool's host is not a server that was proven: its name can have come to lead
-// elsewhere since the mint.
-func (h *hosts) doubt(ctx context.Context, grants []broker.Grant, evidence []broker.Evidence) {
+var errTwoServers = &hostError{what: "the broker's connections lead to two servers"}
+
+// doubt makes dead grants unknown whose tool's host is not the server that was proven, or one of its standbys: its name
+// can have come to lead elsewhere since the mint.
+func (h *hosts) doubt(ctx context.Context, grants []broker.Grant, evidence []broker.Evidence, at identity) {
 	for i, g := range grants {
 		if evidence[i].Outcome != broker.OutcomeDead {
 			continue
@@ -390,7 +382,7 @@ func (h *hosts) doubt(ctx context.Context, grants []broker.Grant, evidence []bro
 		h.mu.Lock()
 		host := h.of[g.Tool]
 		h.mu.Unlock()
-		err := h.proven(ctx, host)
+		err := h.proven(ctx, host, at)
 		if err == nil {
 			continue
 		}

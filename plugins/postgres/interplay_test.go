@@ -208,3 +208,49 @@ func TestStandbyMoves(tt *testing.T) {
 		r.Errorf("Prove while the agent reads at the other standby = %v %q, want unknown", e.Outcome, e.Answer)
 	}
 }
+
+// TestTwoPrimaries lets the name in dsn lead to a promoted standby while the first server lives on, so that the broker
+// has connections to both. Each server is severed alone. A proof may not join what one server shows to what the other
+// has recorded: the login works at the other one.
+func TestTwoPrimaries(tt *testing.T) {
+	for name, severed := range map[string]func(*replica, string){
+		"severed at the new server":   func(r *replica, sql string) { r.execThere(sql) },
+		"severed at the first server": func(r *replica, sql string) { r.exec(sql) },
+	} {
+		tt.Run(name, func(tt *testing.T) {
+			r := newReplica(tt)
+			var moved atomic.Bool
+			address := forward(tt, func() string {
+				if moved.Load() {
+					return r.standby.Address()
+				}
+				return r.server.Address()
+			})
+			clock := &clock{now: time.Now()}
+			r.backend = r.backendWith(address, clock.Now)
+			c := r.mint(`{"tables":["orders"]}`)
+			c.grant.State, c.grant.Lease.Ref = broker.StateIssued, c.User
+			r.replay()
+			prove := func() { // over up to four connections
+				each(4, 4, func(int) {
+					found, err := r.backend.Prove(r.Context(), []broker.Grant{c.grant})
+					if err == nil && found[0].Outcome == broker.OutcomeDead {
+						r.Errorf("Prove = dead %q, and the login works at the other server", found[0].Answer)
+					}
+				})
+			}
+			prove()
+			r.exec(`SELECT pg_terminate_backend(pid) FROM (SELECT a.pid FROM pg_stat_activity a
+				JOIN pg_auth_members m ON m.member = a.usesysid WHERE m.roleid = 'pawl_revoker'::regrole LIMIT 2) a`)
+			r.execThere("SELECT pg_promote()")
+			moved.Store(true)
+			severed(r, "SELECT pawl.sever(ARRAY['"+string(c.grant.ID)+"'])")
+			for range 50 {
+				clock.add(10 * time.Second) // what was seen of the name before is too old
+				if prove(); r.Failed() {
+					break
+				}
+			}
+		})
+	}
+}

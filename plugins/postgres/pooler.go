@@ -27,8 +27,9 @@ func (e *poolerError) Error() string {
 // poolerKey is where a connection has its poolerError.
 const poolerKey = "pawl.pooler"
 
-// examiner returns pgxpool's AfterConnect, which calls another one first unless that is nil. It closes a shaper's connection that leads to a pooler. It keeps one of a
-// revoker, since severing through a pooler is better than not severing. checkDirect refuses it for proofs.
+// examiner returns pgxpool's AfterConnect, which calls another one first unless that is nil. It closes a shaper's
+// connection that leads to a pooler. It keeps one of a revoker, since severing through a pooler is better than not
+// severing. checkDirect refuses it for proofs.
 func examiner(p Purpose, log *slog.Logger, first func(context.Context, *pgx.Conn) error) func(
 	context.Context, *pgx.Conn,
 ) error {

@@ -71,9 +71,9 @@ func New(cfg Config) (*Backend, error) {
 		shapes: map[string]time.Time{}, ends: map[broker.GrantID]int64{}}
 	b.shaper = newService(Shaper, cfg, address, b.servers)
 	b.revoker = newService(Revoker, cfg, address, b.servers)
-	b.hosts = &hosts{database: b.database, revoker: b.revoker, known: b.identities, now: cfg.Now, log: cfg.Log,
+	b.hosts = &hosts{database: b.database, revoker: b.revoker, shaper: b.shaper, known: b.identities, now: cfg.Now, log: cfg.Log,
 		answers: map[string]hostAnswer{}, asking: map[string]chan struct{}{}, of: map[broker.ToolName]string{}}
-	b.watcher = watcher{b.revoker, make(chan struct{}, 1)}
+	b.watcher = watcher{b.revoker, b.hosts, make(chan struct{}, 1)}
 	if b.revoker.standbys, err = parseStandbys(cfg.Standbys, b.database); err != nil {
 		return nil, err
 	}
@@ -109,7 +109,8 @@ func (b *Backend) Check(ctx context.Context) error {
 			return fmt.Errorf("reading the schema version of database %q as %s: %w", b.database, s.purpose, err)
 		}
 		if version != schemaVersion {
-			return fmt.Errorf("database %q has schema version %d, and this build needs %d: run its setup script there again", b.database, version, schemaVersion)
+			return fmt.Errorf("database %q has schema version %d, and this build needs %d: run its setup script there again",
+				b.database, version, schemaVersion)
 		}
 	}
 	return nil
@@ -117,7 +118,8 @@ func (b *Backend) Check(ctx context.Context) error {
 
 // Limits returns what Pawl does not promise in this database, because of the way in which it was set up.
 func (b *Backend) Limits(ctx context.Context) ([]string, error) {
-	limits, err := b.shaper.list(ctx, "SELECT * FROM pawl.limits()")
+	var limits []string
+	err := b.shaper.query(ctx, "SELECT array(SELECT * FROM pawl.limits())", nil, &limits)
 	if err != nil {
 		return nil, fmt.Errorf("reading the limits of database %q: %w", b.database, err)
 	}

@@ -10,20 +10,17 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// prepared returns, by grant id, the statement by which a DBA ends a prepared transaction of the grant's login. The one
+// preparedAt returns, by grant id, the statement by which a DBA ends a prepared transaction of the grant's login. The one
 // under "" belongs to a group of agents: any of its logins can have made it. If ids is nil, it returns those of all
 // grants.
-func (s *service) prepared(ctx context.Context, ids []string) (hints map[string]string, err error) {
-	hints = map[string]string{}
-	err = s.do(ctx, func(ctx context.Context, pool *pgxpool.Pool) error {
-		rows, err := pool.Query(ctx, "SELECT coalesce(grant_id, ''), hint FROM pawl.prepared($1)", ids)
-		if err != nil {
-			return err
-		}
-		var grant, hint string
-		_, err = pgx.ForEachRow(rows, []any{&grant, &hint}, func() error { hints[grant] = hint; return nil })
-		return err
-	})
+func preparedAt(ctx context.Context, db querier, ids []string) (map[string]string, error) {
+	rows, err := db.Query(ctx, "SELECT coalesce(grant_id, ''), hint FROM pawl.prepared($1)", ids)
+	if err != nil {
+		return nil, err
+	}
+	hints := map[string]string{}
+	var grant, hint string
+	_, err = pgx.ForEachRow(rows, []any{&grant, &hint}, func() error { hints[grant] = hint; return nil })
 	return hints, err
 }
 

@@ -203,6 +203,13 @@ func (s *service) pools() (pools []*pgxpool.Pool) {
 	return pools
 }
 
+// reset closes the open connections, so that the next ones go where the names in DSN lead now.
+func (s *service) reset() {
+	for _, pool := range s.pools() {
+		pool.Reset()
+	}
+}
+
 // markRefused makes the next get fetch another credential, after the database refused this one.
 func (s *service) markRefused(pool *pgxpool.Pool) {
 	s.mu.Lock()
@@ -304,26 +311,37 @@ func (s *service) query(ctx context.Context, sql string, args []any, into ...any
 	})
 }
 
-// list returns the rows of a query with one column of text.
-func (s *service) list(ctx context.Context, sql string, args ...any) (all []string, err error) {
-	err = s.do(ctx, func(ctx context.Context, pool *pgxpool.Pool) error {
-		rows, err := pool.Query(ctx, sql, args...)
-		if err != nil {
-			return err
-		}
-		all, err = pgx.CollectRows(rows, pgx.RowTo[string])
-		return err
+// onPrimary runs f with one connection to the primary, which leads to no pooler. What f reads is of one server. Two
+// connections can lead to two: after a failover, the first server may live on.
+func (s *service) onPrimary(ctx context.Context, f func(context.Context, *pgxpool.Conn) error) error {
+	return s.do(ctx, func(ctx context.Context, pool *pgxpool.Pool) error {
+		return pool.AcquireFunc(ctx, func(c *pgxpool.Conn) error {
+			if err := checkDirect(c.Conn()); err != nil {
+				return err
+			}
+			if _, err := c.Exec(ctx, "SELECT pawl.check_primary()"); err != nil { // do leaves a server that is read only
+				return err
+			}
+			return f(ctx, c)
+		})
 	})
-	return all, err
 }
 
-// set returns the rows of such a query as a set.
-func (s *service) set(ctx context.Context, sql string, args ...any) (map[string]bool, error) {
-	all, err := s.list(ctx, sql, args...)
-	set := make(map[string]bool, len(all))
-	for _, one := range all {
-		set[one] = true
+// querier is a pool or one of its connections.
+type querier interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
+}
+
+// setAt returns the rows of a query with one column of text.
+func setAt(ctx context.Context, db querier, sql string, args ...any) (map[string]bool, error) {
+	rows, err := db.Query(ctx, sql, args...)
+	if err != nil {
+		return nil, err
 	}
+	set := map[string]bool{}
+	var one string
+	_, err = pgx.ForEachRow(rows, []any{&one}, func() error { set[one] = true; return nil })
 	return set, err
 }
 

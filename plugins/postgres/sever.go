@@ -91,9 +91,9 @@ func (b *Backend) severOnce(ctx context.Context, ids []string) (p pass, err erro
 	return p, err
 }
 
-// untilQuiet calls once until a pass finds nothing left, or until there was no progress for the given time. It also waits for the server processes that were starting up
-// at the first such pass. Each of them ends, or becomes a session that a later pass counts. resists says why some
-// logins are not severed.
+// untilQuiet calls once until a pass finds nothing left, or until there was no progress for the given time. It also
+// waits for the server processes that were starting up at the first such pass. Each of them ends, or becomes a session
+// that a later pass counts. resists says why some logins are not severed.
 func untilQuiet(
 	ctx context.Context, patience time.Duration, once func(context.Context) (pass, error),
 ) (resists, err error) {
@@ -162,28 +162,35 @@ type loginState struct {
 	sessions          int
 }
 
-func (b *Backend) inspect(ctx context.Context, ids []string) (found []loginState, err error) {
-	err = b.revoker.do(ctx, func(ctx context.Context, pool *pgxpool.Pool) (err error) {
-		conn, err := pool.Acquire(ctx)
-		if err != nil {
-			return err
-		}
-		defer conn.Release()
-		if err := checkDirect(conn.Conn()); err != nil {
-			return err
-		}
-		if _, err := conn.Exec(ctx, "SELECT pawl.check_primary()"); err != nil {
-			return err
-		}
-		found, err = inspectAt(ctx, conn, ids)
-		return err
-	})
-	return found, err
+// primary is what the primary shows of some grants, read over one connection.
+type primary struct {
+	found    []loginState
+	prepared map[string]string // see preparedAt
+	recorded map[string]bool   // names of the logins that it made since it was last promoted
+	final    map[string]bool   // the grants that can get no other login than they had
+	at       position          // after everything else
 }
 
-// querier is a pool or one of its connections.
-type querier interface {
-	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+// inspect reads what the primary shows of the grants and of the named logins. If ids is nil, it reads all grants.
+func (b *Backend) inspect(ctx context.Context, ids, names []string) (p primary, err error) {
+	err = b.revoker.onPrimary(ctx, func(ctx context.Context, conn *pgxpool.Conn) (err error) {
+		if p.found, err = inspectAt(ctx, conn, ids); err != nil {
+			return err
+		}
+		// After the sessions, since a session can prepare a transaction and end.
+		if p.prepared, err = preparedAt(ctx, conn, ids); err != nil {
+			return err
+		}
+		if p.recorded, err = setAt(ctx, conn, "SELECT * FROM pawl.recorded($1)", names); err != nil {
+			return err
+		}
+		if p.final, err = setAt(ctx, conn, "SELECT * FROM pawl.known($1)", ids); err != nil {
+			return err
+		}
+		p.at, err = positionAt(ctx, conn)
+		return err
+	})
+	return p, err
 }
 
 func inspectAt(ctx context.Context, db querier, ids []string) ([]loginState, error) {
@@ -211,47 +218,41 @@ const evidenceCheck = "postgres: pg_roles, pg_stat_activity and pg_prepared_xact
 // last promoted: the tool or the backend may point at another server than before. It must be dead at every standby, too,
 // and the standby must have replayed its end.
 func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
-	ids := idsOf(grants)
-	found, err := b.inspect(ctx, ids)
+	var names []string
+	for _, g := range grants {
+		if g.Lease.Ref != "" {
+			names = append(names, g.Lease.Ref)
+		}
+	}
+	p, err := b.inspect(ctx, idsOf(grants), names)
 	if pooler := (*poolerError)(nil); errors.As(err, &pooler) {
 		return unproven(grants, b.cfg.Now(), pooler), nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("inspecting %d grants in database %q: %w", len(grants), b.database, err)
 	}
-	// After the sessions, since a session can prepare a transaction and end.
-	prepared, err := b.revoker.prepared(ctx, ids)
-	if err != nil {
-		return nil, fmt.Errorf("listing prepared transactions from database %q: %w", b.database, err)
-	}
-	recorded, err := b.recorded(ctx, grants)
-	if err != nil {
-		return nil, fmt.Errorf("reading the records of database %q: %w", b.database, err)
-	}
 	now := b.cfg.Now()
 	of := map[string][]loginState{}
-	for _, l := range found {
+	for _, l := range p.found {
 		of[l.grant] = append(of[l.grant], l)
 	}
 	evidence := make([]broker.Evidence, len(grants))
 	for i, g := range grants {
 		evidence[i] = broker.Evidence{At: now, Check: evidenceCheck}
 		evidence[i].Outcome, evidence[i].Answer = outcomeOf(of[string(g.ID)], now)
-		if evidence[i].Outcome == broker.OutcomeDead && g.Lease.Ref != "" && !recorded[g.Lease.Ref] {
+		if evidence[i].Outcome == broker.OutcomeDead && g.Lease.Ref != "" && !p.recorded[g.Lease.Ref] {
 			evidence[i].Outcome, evidence[i].Answer = broker.OutcomeUnknown, noRecord
 		}
 	}
-	if err := b.proveAtStandbys(ctx, grants, evidence); err != nil {
-		return nil, fmt.Errorf("reading the position of database %q: %w", b.database, err)
-	}
+	b.proveAtStandbys(ctx, grants, evidence, p)
 	for i, g := range grants {
 		for _, owner := range []string{string(g.ID), ""} {
-			if hint := prepared[owner]; hint != "" && evidence[i].Outcome != broker.OutcomeAlive {
+			if hint := p.prepared[owner]; hint != "" && evidence[i].Outcome != broker.OutcomeAlive {
 				evidence[i].Outcome, evidence[i].Answer = broker.OutcomeAlive, "a prepared transaction is left; "+hint
 			}
 		}
 	}
-	b.hosts.doubt(ctx, grants, evidence)
+	b.hosts.doubt(ctx, grants, evidence, p.at.identity)
 	return evidence, nil
 }
 
@@ -265,22 +266,12 @@ func unproven(grants []broker.Grant, now time.Time, why error) []broker.Evidence
 }
 
 // proveAtStandbys changes the evidence of the primary where a standby shows worse.
-func (b *Backend) proveAtStandbys(
-	ctx context.Context, grants []broker.Grant, evidence []broker.Evidence,
-) error {
+func (b *Backend) proveAtStandbys(ctx context.Context, grants []broker.Grant, evidence []broker.Evidence, p primary) {
 	if len(b.revoker.standbys) == 0 {
-		return nil
+		return
 	}
-	final, err := b.revoker.final(ctx, idsOf(grants)) // before the position: then the position is past their logins
-	if err != nil {
-		return err
-	}
-	at, err := b.revoker.position(ctx)
-	if err != nil {
-		return err
-	}
-	ends := b.endsOf(grants, evidence, final, at.lsn)
-	standbys := b.inspectStandbys(ctx, idsOf(grants), slices.Max(ends), at)
+	ends := b.endsOf(grants, evidence, p.final, p.at.lsn)
+	standbys := b.inspectStandbys(ctx, idsOf(grants), slices.Max(ends), p.at)
 	for i, g := range grants {
 		for _, there := range standbys {
 			outcome, answer := there.outcome(string(g.ID), ends[i], evidence[i].At)
@@ -296,7 +287,6 @@ func (b *Backend) proveAtStandbys(
 			delete(b.ends, g.ID)
 		}
 	}
-	return nil
 }
 
 // endsOf returns the position that a standby must have replayed before its answer about each grant counts. That is
@@ -380,20 +370,6 @@ func (b *Backend) inspectStandbys(ctx context.Context, ids []string, until int64
 	return all
 }
 
-// recorded returns the names of the grants' logins that this server made.
-func (b *Backend) recorded(ctx context.Context, grants []broker.Grant) (map[string]bool, error) {
-	var names []string
-	for _, g := range grants {
-		if g.Lease.Ref != "" {
-			names = append(names, g.Lease.Ref)
-		}
-	}
-	if len(names) == 0 {
-		return nil, nil
-	}
-	return b.revoker.set(ctx, "SELECT * FROM pawl.recorded($1)", names)
-}
-
 // outcomeOf returns the worst outcome of a grant's logins. VALID UNTIL alone proves nothing: PostgreSQL does not check
 // it for every authentication method.
 func outcomeOf(logins []loginState, now time.Time) (broker.Outcome, string) {
@@ -418,30 +394,18 @@ func outcomeOf(logins []loginState, now time.Time) (broker.Outcome, string) {
 
 // Find implements [broker.Finder]. It returns the grants of all logins that are not dead.
 func (b *Backend) Find(ctx context.Context) ([]broker.GrantID, error) {
-	found, err := b.inspect(ctx, nil)
+	p, err := b.inspect(ctx, nil, nil)
 	if err != nil {
 		return nil, fmt.Errorf("listing the logins of database %q: %w", b.database, err)
 	}
-	prepared, err := b.revoker.prepared(ctx, nil)
-	if err != nil {
-		return nil, fmt.Errorf("listing prepared transactions from database %q: %w", b.database, err)
-	}
 	seen := map[string]bool{}
-	for _, l := range found {
+	for _, l := range p.found {
 		seen[l.grant] = seen[l.grant] || l.canLogin || l.inGroup || l.sessions > 0
 	}
-	for grant := range prepared {
+	for grant := range p.prepared {
 		seen[grant] = grant != "" // a group's has no grant
 	}
-	var standbys []atStandby
-	if len(b.revoker.standbys) > 0 {
-		at, err := b.revoker.position(ctx)
-		if err != nil {
-			return nil, fmt.Errorf("reading the position of database %q: %w", b.database, err)
-		}
-		standbys = b.inspectStandbys(ctx, nil, 0, at)
-	}
-	for _, there := range standbys {
+	for _, there := range b.inspectStandbys(ctx, nil, 0, p.at) {
 		if there.err != nil {
 			b.cfg.Log.Warn("listing the logins of a standby failed", "standby", there.name, "err", there.err)
 		}

@@ -106,25 +106,6 @@ func (s *service) retryAt(ctx context.Context, pool *pgxpool.Pool, f func(contex
 	}
 }
 
-// position is how far a server has written or replayed.
-type position struct {
-	server  int64     // its system identifier
-	standby bool      // or the primary
-	lsn     int64     // in bytes
-	started time.Time // when this very server was started
-}
-
-const positionQuery = "SELECT server, standby, (lsn - '0/0'::pg_lsn)::bigint, started FROM pawl.position()"
-
-func (s *service) position(ctx context.Context) (at position, err error) {
-	return at, s.query(ctx, positionQuery, nil, &at.server, &at.standby, &at.lsn, &at.started)
-}
-
-// final returns those of the grants that can get no other login than they had.
-func (s *service) final(ctx context.Context, ids []string) (map[string]bool, error) {
-	return s.set(ctx, "SELECT * FROM pawl.known($1)", ids)
-}
-
 // CheckStandbys reports whether each standby answers and follows the primary. It waits until the standby knows the
 // broker's login.
 func (b *Backend) CheckStandbys(ctx context.Context) error {
@@ -169,15 +150,13 @@ func (s *service) inspectStandby(
 			return err
 		}
 		for {
-			var there position
-			row := pool.QueryRow(ctx, positionQuery)
-			if err := row.Scan(&there.server, &there.standby, &there.lsn, &there.started); err != nil {
-				return err
-			}
+			there, err := positionAt(ctx, pool)
 			switch {
-			case there.server != primary.server:
+			case err != nil:
+				return err
+			case there.id != primary.id:
 				return errStranger
-			case !there.standby && there.started.Equal(primary.started): // it became the primary, and was inspected
+			case !there.standby && there.same(primary.identity): // it became the primary, and was inspected
 				seen = standbyState{lsn: math.MaxInt64}
 				return nil
 			case !there.standby:
@@ -247,27 +226,22 @@ func (s *service) cutStandbys(ctx context.Context, ids []string) error {
 
 // identities asks the server of DSN and the standbys who they are.
 func (b *Backend) identities(ctx context.Context) (known knownServers, err error) {
-	var i identity
-	ask := func(ctx context.Context, pool *pgxpool.Pool) error {
-		return pool.AcquireFunc(ctx, func(c *pgxpool.Conn) (err error) {
-			if err := checkDirect(c.Conn()); err != nil {
-				return err
-			}
-			i, err = identityOf(ctx, c.Conn())
-			return err
-		})
-	}
-	primary := func(ctx context.Context, pool *pgxpool.Pool) error { // do leaves a server that is read only
-		if _, err := pool.Exec(ctx, "SELECT pawl.check_primary()"); err != nil {
-			return err
-		}
-		return ask(ctx, pool)
-	}
-	if err := b.revoker.do(ctx, primary); err != nil {
+	at, err := b.revoker.position(ctx)
+	if err != nil {
 		return known, fmt.Errorf("asking database %q for its server: %w", b.database, err)
 	}
-	known.found = append(known.found, i)
+	known.found = append(known.found, at.identity)
 	for n, st := range b.revoker.standbys {
+		var i identity
+		ask := func(ctx context.Context, pool *pgxpool.Pool) error {
+			return pool.AcquireFunc(ctx, func(c *pgxpool.Conn) (err error) {
+				if err := checkDirect(c.Conn()); err != nil {
+					return err
+				}
+				i, err = identityOf(ctx, c.Conn())
+				return err
+			})
+		}
 		err := untilKnown(ctx, func() error { return b.revoker.onStandby(ctx, n, 0, ask) })
 		switch {
 		case err != nil:

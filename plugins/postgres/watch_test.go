@@ -3,6 +3,7 @@ package postgres_test
 import (
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -27,8 +28,8 @@ func TestReplaced(tt *testing.T) {
 	if err := backend.Check(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	var at postgres.Point
-	continues := func(what string, before postgres.Point, want bool) {
+	var at postgres.Position
+	continues := func(what string, before postgres.Position, want bool) {
 		t.Helper()
 		now, got, err := backend.WhereAfter(t.Context(), before)
 		if err != nil || got != want {
@@ -69,4 +70,32 @@ func TestReplaced(tt *testing.T) {
 	notified("a promoted standby")
 	continues("a promoted standby", at, false)
 	continues("the promoted standby later", at, true)
+}
+
+// TestNameFollowsPromotion lets the name in dsn lead to a promoted standby while the first server lives on, with the
+// broker's connections. The backend must follow the name, and notice.
+func TestNameFollowsPromotion(tt *testing.T) {
+	r := newReplica(tt)
+	var moved atomic.Bool
+	r.backend = r.backendWith(forward(tt, func() string {
+		if moved.Load() {
+			return r.standby.Address()
+		}
+		return r.server.Address()
+	}), nil)
+	if err := r.backend.Check(r.Context()); err != nil {
+		r.Fatal(err)
+	}
+	notified := func(what string) {
+		r.Helper()
+		select {
+		case <-r.backend.Replaced():
+		case <-time.After(30 * time.Second):
+			r.Errorf("%s: the backend did not notice it", what)
+		}
+	}
+	notified("the first connection")
+	r.execThere("SELECT pg_promote()")
+	moved.Store(true)
+	notified("a name that leads to a promoted standby")
 }
