@@ -113,7 +113,7 @@ func (e *Engine) Acknowledgements(ctx context.Context, id broker.RevocationID,
 		}
 		holders, known := e.expected.Get(id)
 		if !known {
-			if holders, err = tx.ExpectedHolders(rv); err != nil {
+			if holders, err = tx.ExpectedHolders(rv, e.cfg.Now()); err != nil {
 				return err
 			}
 			e.expected.Put(id, holders)

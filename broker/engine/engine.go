@@ -16,6 +16,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/engine/internal/closing"
+	"github.com/pawlsec/pawl/broker/engine/internal/indexing"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 	"github.com/pawlsec/pawl/broker/engine/internal/sched"
 	"github.com/pawlsec/pawl/broker/engine/internal/sweeping"
@@ -48,6 +49,7 @@ type Engine struct {
 	cfg     Config
 	hub     volatile.Hub
 	cache   records.Cache
+	index   indexing.Index
 	reaper  *closing.Reaper
 	sweeper *sweeping.Sweeper
 

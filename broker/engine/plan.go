@@ -133,7 +133,11 @@ func (e *Engine) openUnder(tx *records.Tx, rv broker.Revocation, plan *broker.Pl
 		rule = &r
 	}
 	policy := e.cfg.Policy()
-	return tx.EachOpen(rv.Chain, rv.Fenced, func(l records.Lineage) error {
+	places, err := tx.Places(rv, rv.Fenced, policy)
+	if err != nil {
+		return err
+	}
+	return tx.EachOpen(places, rv.Fenced, func(l records.Lineage) error {
 		if covers(l, selector.Subject{}) {
 			f(l)
 		} else if rule != nil && rule.MayCoverStep(l, policy, rv.Fenced) {
@@ -211,8 +215,12 @@ func checkGrown(tx *records.Tx, c *comparison) error {
 	if err != nil {
 		return err
 	}
+	places, err := tx.Places(c.rv, c.rv.Fenced, nil)
+	if err != nil {
+		return err
+	}
 	var added []string
-	if err := tx.EachRecent(c.rv.Chain, c.rv.Fenced, func(id broker.DelegationID) error {
+	if err := tx.EachRecent(places, c.rv.Fenced, func(id broker.DelegationID) error {
 		if c.known[string(id)] {
 			return nil
 		}
@@ -224,7 +232,7 @@ func checkGrown(tx *records.Tx, c *comparison) error {
 	}); err != nil {
 		return err
 	}
-	if err := tx.EachLiveID(c.rv.Chain, func(id broker.GrantID) error {
+	if err := tx.EachLiveID(places, func(id broker.GrantID) error {
 		if c.known[string(id)] {
 			return nil
 		}
@@ -245,11 +253,14 @@ func checkGrown(tx *records.Tx, c *comparison) error {
 
 // eachID calls f with the id of each delegation and live grant that a revocation can cover.
 func eachID(tx *records.Tx, rv broker.Revocation, f func(id string)) error {
-	err := tx.EachRecent(rv.Chain, rv.Fenced, func(id broker.DelegationID) error { f(string(id)); return nil })
+	places, err := tx.Places(rv, rv.Fenced, nil)
 	if err != nil {
 		return err
 	}
-	return tx.EachLiveID(rv.Chain, func(id broker.GrantID) error { f(string(id)); return nil })
+	if err := tx.EachRecent(places, rv.Fenced, func(id broker.DelegationID) error { f(string(id)); return nil }); err != nil {
+		return err
+	}
+	return tx.EachLiveID(places, func(id broker.GrantID) error { f(string(id)); return nil })
 }
 
 func refuseGrown(added []string) error {

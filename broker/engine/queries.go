@@ -62,10 +62,10 @@ func (e *Engine) Chain(ctx context.Context, id broker.ChainID) (v broker.ChainVi
 			return err
 		}
 		add := func(g broker.Grant) error { v.Grants = append(v.Grants, g); return nil }
-		if err := tx.EachLive(id, add); err != nil {
+		if err := tx.EachLive([]broker.ChainID{id}, add); err != nil {
 			return err
 		}
-		return tx.EachPast(id, add)
+		return tx.EachPast([]broker.ChainID{id}, add)
 	})
 	records.RootFirst(v.Delegations)
 	slices.SortFunc(v.Grants, func(a, b broker.Grant) int {

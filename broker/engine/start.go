@@ -8,6 +8,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/engine/internal/closing"
+	"github.com/pawlsec/pawl/broker/engine/internal/indexing"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 	"github.com/pawlsec/pawl/broker/engine/internal/sweeping"
 	"github.com/pawlsec/pawl/broker/engine/internal/volatile"
@@ -33,13 +34,14 @@ func New(cfg Config) (*Engine, error) {
 	e := &Engine{cfg: cfg}
 	e.ctx, e.stop = context.WithCancel(context.Background())
 	e.touching.Most, e.plans.Most, e.expected.Most = maxTouches, maxPlans, maxExpected
+	e.index = indexing.Index{Cache: &e.cache, View: e.view, Update: e.update, Now: cfg.Now, Alarm: cfg.Alarm}
 	e.watchdog = volatile.NewWatchdog(cfg.Now, e.missedHeartbeat)
 	e.reaper = closing.New(closing.Config{Vault: cfg.Vault, Backends: cfg.Backends, Now: cfg.Now, Alarm: cfg.Alarm,
 		View: e.view, Update: e.update, Undeliverable: e.undeliverable, Discard: e.deliveries.Drop,
 		Reconcile: e.reconcile, Context: e.ctx, Background: e.background, CallTimeout: cfg.MintTimeout, Workers: cfg.Workers})
 	e.sweeper = sweeping.New(sweeping.Config{Vault: cfg.Vault, Backends: cfg.Backends, Reaper: e.reaper,
 		Policy: cfg.Policy, Now: cfg.Now, Alarm: cfg.Alarm, View: e.view, Update: e.update,
-		MintTimeout: cfg.MintTimeout, MintBound: cfg.MintBound, Every: cfg.SweepEvery})
+		Retire: e.index.Retire, MintTimeout: cfg.MintTimeout, MintBound: cfg.MintBound, Every: cfg.SweepEvery})
 	return e, nil
 }
 
@@ -103,6 +105,7 @@ func (e *Engine) Resume(ctx context.Context) error {
 	e.background(func() { e.watchdog.Run(e.ctx) })
 	e.background(e.reaper.Run)
 	e.background(func() { e.sweeper.Run(e.ctx) })
+	e.background(func() { e.index.Run(e.ctx) })
 	e.reaper.WatchTargets()
 	e.reaper.EndNow(abandoned...)
 	for _, rv := range unsettled {

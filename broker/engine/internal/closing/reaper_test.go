@@ -118,7 +118,7 @@ func (w *world) close(grants []broker.Grant) time.Duration {
 func (w *world) live() (n int) {
 	w.t.Helper()
 	w.must(w.ledger.View(context.Background(), func(tx broker.Tx) error {
-		return w.cache.In(tx).EachLiveID("", func(broker.GrantID) error { n++; return nil })
+		return w.cache.In(tx).EachLiveID(records.Everywhere, func(broker.GrantID) error { n++; return nil })
 	}))
 	return n
 }

@@ -36,6 +36,9 @@ func (t *Tx) AddDelegation(d broker.Delegation, e broker.Entry) error {
 	if err := t.mark(keyMember(d.Chain, d.ID)); err != nil {
 		return err
 	}
+	if err := t.indexHolder(d); err != nil {
+		return err
+	}
 	if d.Heartbeat > 0 {
 		if err := t.mark(keyHeartbeat(d.ID)); err != nil {
 			return err
@@ -57,36 +60,22 @@ func (t *Tx) EachChain(f func(broker.Chain) error) error {
 	})
 }
 
-// EachMember calls f with each delegation of the chain, or of all chains when it is empty.
+// EachMember calls f with each delegation of the chain.
 func (t *Tx) EachMember(chain broker.ChainID, f func(broker.DelegationID) error) error {
 	list, err := ids[broker.DelegationID](t, inChain(prefixMember, chain), "")
 	return each(list, err, f)
 }
 
-// EachRecent is EachMember without most of the expired delegations. A chain lives at most MaxChainTTL and its id begins
-// with its time. So a scan of all chains skips the older ones.
-func (t *Tx) EachRecent(chain broker.ChainID, now time.Time, f func(broker.DelegationID) error) error {
-	after := ""
-	if chain == "" {
-		after = prefixMember + "ch" + broker.IDTime(now.Add(-broker.MaxChainTTL))
-	}
-	list, err := ids[broker.DelegationID](t, inChain(prefixMember, chain), after)
-	return each(list, err, f)
-}
-
-// EachOpen calls f with the lineage of each open delegation: it has not expired, and no final fence covers it. A
-// freeze may be lifted, so it does not count.
-func (t *Tx) EachOpen(chain broker.ChainID, now time.Time, f func(Lineage) error) error {
-	return t.EachRecent(chain, now, func(id broker.DelegationID) error {
-		l, err := t.Lineage("revoke", id)
-		if err != nil {
-			return err
+// EachRecent calls f with each delegation of the chains. Of all chains it leaves out most of the expired delegations: a
+// chain lives at most MaxChainTTL and its id begins with its time, so the scan skips the older ones.
+func (t *Tx) EachRecent(chains []broker.ChainID, now time.Time, f func(broker.DelegationID) error) error {
+	return each(chains, nil, func(chain broker.ChainID) error {
+		after := ""
+		if chain == "" {
+			after = prefixMember + "ch" + broker.IDTime(now.Add(-broker.MaxChainTTL))
 		}
-		fence, err := t.FenceOver(l, noGrant)
-		if err != nil || fence != nil && !fence.Frozen || !now.Before(l.Leaf().Expires) {
-			return err
-		}
-		return f(l)
+		list, err := ids[broker.DelegationID](t, inChain(prefixMember, chain), after)
+		return each(list, err, f)
 	})
 }
 

@@ -1,8 +1,7 @@
 package records
 
 import (
-	"fmt"
-	"sync"
+	"slices"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
@@ -128,44 +127,44 @@ func (t *Tx) CheckUsable(op string, l Lineage, subject selector.Subject, now tim
 	return nil
 }
 
-// ruleCache keeps parsed rules. Every transaction reads the list of rules from the ledger.
-type ruleCache struct {
-	mu     sync.Mutex // guards parsed
-	parsed map[string]Rule
-}
-
-// maxParsed bounds the parsed rules. At the bound all of them are dropped.
-const maxParsed = 1024
-
-func (c *ruleCache) read(t *Tx) (rules []Rule, err error) {
-	scanErr := t.tx.Scan(prefixRule, "", func(key string, raw []byte) bool {
-		var r Rule
-		if r, err = c.parse(key, raw); err == nil {
-			rules = append(rules, r)
+// EachOpen calls f with the lineage of each open delegation: it has not expired, and no final fence covers it. A
+// freeze may be lifted, so it does not count.
+func (t *Tx) EachOpen(chains []broker.ChainID, now time.Time, f func(Lineage) error) error {
+	return t.EachRecent(chains, now, func(id broker.DelegationID) error {
+		l, err := t.Lineage("revoke", id)
+		if err != nil {
+			return err
 		}
-		return err == nil
+		fence, err := t.FenceOver(l, noGrant)
+		if err != nil || fence != nil && !fence.Frozen || !now.Before(l.Leaf().Expires) {
+			return err
+		}
+		return f(l)
 	})
-	if err == nil {
-		err = scanErr
-	}
-	return rules, err
 }
 
-func (c *ruleCache) parse(key string, raw []byte) (r Rule, err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if r, ok := c.parsed[string(raw)]; ok {
-		return r, nil
+// EachFenced calls f with each grant directly under the lineage's leaf that was fenced by itself or by a rule. The
+// ledger lists the grants with a fence of their own. The live grants are read only when a final rule is in force. So in
+// a chain with thousands of grants the agents learn of a fence at once.
+func (t *Tx) EachFenced(l Lineage, f func(broker.GrantID)) error {
+	leaf := l.Leaf().ID
+	listed := map[broker.GrantID]bool{}
+	err := t.eachMarkedFenced(leaf, func(id broker.GrantID) error { listed[id] = true; f(id); return nil })
+	if err != nil {
+		return err
 	}
-	if err := decode(key, raw, &r); err != nil {
-		return Rule{}, err
+	rules, err := t.Rules()
+	if err != nil || !slices.ContainsFunc(rules, func(r Rule) bool { return !r.Fence.Frozen }) {
+		return err
 	}
-	if r.parsed, err = selector.ParseRecorded(r.Selector); err != nil {
-		return Rule{}, fmt.Errorf("rule %q: %w", key, err)
-	}
-	if len(c.parsed) > maxParsed || c.parsed == nil {
-		c.parsed = map[string]Rule{}
-	}
-	c.parsed[string(raw)] = r
-	return r, nil
+	return t.EachLive([]broker.ChainID{l.Chain.ID}, func(g broker.Grant) error {
+		if g.Delegation != leaf || listed[g.ID] {
+			return nil
+		}
+		fence, err := t.FenceOver(l, l.Subject(g))
+		if err == nil && fence != nil && !fence.Frozen {
+			f(g.ID)
+		}
+		return err
+	})
 }

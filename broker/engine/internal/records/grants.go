@@ -3,7 +3,6 @@ package records
 import (
 	"bytes"
 	"cmp"
-	"slices"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
@@ -36,6 +35,9 @@ func (t *Tx) PutEncoded(e EncodedGrant) error { return t.tx.Put(keyGrant(e.Grant
 // AddEncoded writes a new grant and lists it as live.
 func (t *Tx) AddEncoded(e EncodedGrant) error {
 	if err := t.PutEncoded(e); err != nil {
+		return err
+	}
+	if err := t.indexID(e.Grant.Chain); err != nil {
 		return err
 	}
 	return t.mark(keyLive(e.Grant.Chain, e.Grant.ID))
@@ -102,45 +104,20 @@ func (t *Tx) eachMarkedFenced(d broker.DelegationID, f func(broker.GrantID) erro
 	return each(list, err, f)
 }
 
-// EachFenced calls f with each grant directly under the lineage's leaf that was fenced by itself or by a rule. The
-// ledger lists the grants with a fence of their own. The live grants are read only when a final rule is in force. So in
-// a chain with thousands of grants the agents learn of a fence at once.
-func (t *Tx) EachFenced(l Lineage, f func(broker.GrantID)) error {
-	leaf := l.Leaf().ID
-	listed := map[broker.GrantID]bool{}
-	err := t.eachMarkedFenced(leaf, func(id broker.GrantID) error { listed[id] = true; f(id); return nil })
-	if err != nil {
-		return err
-	}
-	rules, err := t.Rules()
-	if err != nil || !slices.ContainsFunc(rules, func(r Rule) bool { return !r.Fence.Frozen }) {
-		return err
-	}
-	return t.EachLive(l.Chain.ID, func(g broker.Grant) error {
-		if g.Delegation != leaf || listed[g.ID] {
-			return nil
-		}
-		fence, err := t.FenceOver(l, l.Subject(g))
-		if err == nil && fence != nil && !fence.Frozen {
-			f(g.ID)
-		}
-		return err
-	})
+// EachLive calls f with each grant of the chains that is not closed. An empty chain stands for all chains.
+func (t *Tx) EachLive(chains []broker.ChainID, f func(broker.Grant) error) error {
+	return eachGrant(t, prefixLive, chains, f)
 }
 
-// EachLive calls f with each grant of the chain, or of all chains when it is empty, that is not closed.
-func (t *Tx) EachLive(chain broker.ChainID, f func(broker.Grant) error) error {
-	return eachGrant(t, inChain(prefixLive, chain), f)
+// EachStatic calls f with each closed grant of the chains with a static secret that still works. An empty chain stands
+// for all chains.
+func (t *Tx) EachStatic(chains []broker.ChainID, f func(broker.Grant) error) error {
+	return eachGrant(t, prefixStatic, chains, f)
 }
 
-// EachStatic calls f with each closed grant with a static secret that still works. An empty chain selects all chains.
-func (t *Tx) EachStatic(chain broker.ChainID, f func(broker.Grant) error) error {
-	return eachGrant(t, inChain(prefixStatic, chain), f)
-}
-
-// EachPast calls f with each closed grant of the chain.
-func (t *Tx) EachPast(chain broker.ChainID, f func(broker.Grant) error) error {
-	return eachGrant(t, inChain(prefixPast, chain), f)
+// EachPast calls f with each closed grant of the chains.
+func (t *Tx) EachPast(chains []broker.ChainID, f func(broker.Grant) error) error {
+	return eachGrant(t, prefixPast, chains, f)
 }
 
 // ToolOf returns the part of a grant's tool that the grant records.
@@ -156,7 +133,7 @@ func (t *Tx) FormerTools(policy broker.Policy) (tools []broker.Tool, err error) 
 	}
 	seen := map[origin]bool{}
 	tools = []broker.Tool{} // never nil
-	err = t.EachLive("", func(g broker.Grant) error {
+	err = t.EachLive(Everywhere, func(g broker.Grant) error {
 		key := origin{g.Backend, g.Path}
 		if g.Path.IsZero() || seen[key] {
 			return nil
@@ -171,17 +148,24 @@ func (t *Tx) FormerTools(policy broker.Policy) (tools []broker.Tool, err error) 
 }
 
 // EachLiveHead is EachLive for all chains, with the grants' heads alone.
-func (t *Tx) EachLiveHead(f func(GrantHead) error) error { return eachGrant(t, prefixLive, f) }
-
-// EachLiveID calls f with the id of each grant of the chain, or of all chains when it is empty, that is not closed.
-func (t *Tx) EachLiveID(chain broker.ChainID, f func(broker.GrantID) error) error {
-	list, err := ids[broker.GrantID](t, inChain(prefixLive, chain), "")
-	return each(list, err, f)
+func (t *Tx) EachLiveHead(f func(GrantHead) error) error {
+	return eachGrant(t, prefixLive, Everywhere, f)
 }
 
-func eachGrant[T any](t *Tx, prefix string, f func(T) error) error {
-	list, err := ids[broker.GrantID](t, prefix, "")
-	return each(list, err, func(id broker.GrantID) error {
+// EachLiveID calls f with the id of each grant of the chains that is not closed. An empty chain stands for all chains.
+func (t *Tx) EachLiveID(chains []broker.ChainID, f func(broker.GrantID) error) error {
+	return eachGrantID(t, prefixLive, chains, f)
+}
+
+func eachGrantID(t *Tx, prefix string, chains []broker.ChainID, f func(broker.GrantID) error) error {
+	return each(chains, nil, func(chain broker.ChainID) error {
+		list, err := ids[broker.GrantID](t, inChain(prefix, chain), "")
+		return each(list, err, f)
+	})
+}
+
+func eachGrant[T any](t *Tx, prefix string, chains []broker.ChainID, f func(T) error) error {
+	return eachGrantID(t, prefix, chains, func(id broker.GrantID) error {
 		g, ok, err := load[T](t, keyGrant(id))
 		if err != nil || !ok {
 			return err

@@ -2,6 +2,7 @@ package records
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/pawlsec/pawl/broker"
 )
@@ -9,6 +10,7 @@ import (
 // The keys of the ledger, by family. All ids have the same length and alphabet, so no key is a prefix of another key of
 // its family.
 //
+//	a/CHAIN          the chain is open or has live grants (no content)
 //	b/policy         the policy bundle in force
 //	c/CHAIN          a chain
 //	d/DELEGATION     a delegation
@@ -16,10 +18,12 @@ import (
 //	f/REVOCATION     a rule: a fence over everything that a selector matches
 //	g/GRANT          a grant
 //	h/REV/DELEG      the acknowledgement of a revocation by a delegation's holder
+//	i/TERM END/CHAIN a term of selectors that the chain has, and when the chain ends (no content)
 //	k/DELEG/HASH     an idempotency key, with the grant it was used for
 //	l/CHAIN/GRANT    the grant is not closed (no content)
 //	m/CHAIN/DELEG    the delegation belongs to the chain (no content)
 //	n/DIGEST         a canary value
+//	o/OPENER END/CHAIN the caller opened the chain, which ends then (no content)
 //	p/CHAIN/GRANT    the grant is closed (no content)
 //	r/REVOCATION     a revocation
 //	t/SUBSCRIBER     a subscriber's delivery cursor
@@ -27,8 +31,12 @@ import (
 //	w/CHAIN/GRANT    the grant is closed and its static secret still works (no content)
 //	x/DELEG/GRANT    the grant was fenced by itself or by a rule (no content)
 //	y/DELEGATION     the delegation has a heartbeat (no content)
+//	z/END/CHAIN      the chain ends then, and the index lists it (no content)
+//
+// END is the time in the form of [broker.IDTime].
 const (
 	prefixChain      = "c/"
+	prefixEnded      = "z/"
 	prefixGrant      = "g/"
 	prefixLive       = "l/"
 	prefixMember     = "m/"
@@ -79,3 +87,23 @@ func inChain(prefix string, c broker.ChainID) string {
 	}
 	return prefix + string(c) + "/"
 }
+
+func keyOpen(c broker.ChainID) string { return "a/" + string(c) }
+func keyOpener(opener string, end time.Time, c broker.ChainID) string {
+	return "o/" + opener + " " + broker.IDTime(end) + "/" + string(c)
+}
+func keyTerms(term string) string { return "i/" + term }
+func keyTerm(term string, end time.Time, c broker.ChainID) string {
+	return keyTerms(term) + " " + broker.IDTime(end) + "/" + string(c)
+}
+func keyEnded(end time.Time, c broker.ChainID) string {
+	return prefixEnded + broker.IDTime(end) + "/" + string(c)
+}
+
+// endAndChain returns the last two parts of a key of the index.
+func endAndChain(key string) (end string, c broker.ChainID) {
+	at := len(key) - broker.IDLength
+	return key[at-1-len(noTime) : at-1], broker.ChainID(key[at:])
+}
+
+var noTime = broker.IDTime(time.Time{})

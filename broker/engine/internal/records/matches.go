@@ -31,11 +31,15 @@ func (t *Tx) MatchOf(r Rule, policy broker.Policy, since, now time.Time) (match 
 		}
 		return err
 	}
+	places, err := t.Places(broker.Revocation{Selector: r.Selector}, now, policy)
+	if err != nil {
+		return match, err
+	}
 	for _, scan := range []func() error{
-		func() error { return t.EachLive("", check) },
-		func() error { return t.EachStatic("", check) },
+		func() error { return t.EachLive(places, check) },
+		func() error { return t.EachStatic(places, check) },
 		func() error {
-			return t.EachOpen("", now, func(l Lineage) error {
+			return t.EachOpen(places, now, func(l Lineage) error {
 				switch {
 				case !l.Chain.Opened.After(since):
 				case r.Covers(l, noGrant):

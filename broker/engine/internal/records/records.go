@@ -3,7 +3,12 @@
 package records
 
 import (
+	"fmt"
+	"sync"
+	"sync/atomic"
+
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/selector"
 )
 
 // Cache keeps decoded records with their bytes. Every read goes to the ledger, but a record with unchanged bytes is not
@@ -13,6 +18,8 @@ type Cache struct {
 	chains      decoded[broker.Chain]
 	usages      decoded[Usage]
 	rules       ruleCache
+
+	indexed atomic.Bool // the index lists all that it must: see index.go
 }
 
 // Tx is one transaction of the ledger. The records that it returns may be shared and must not be changed in place. One
@@ -74,4 +81,46 @@ func each[T any](list []T, err error, f func(T) error) error {
 		}
 	}
 	return nil
+}
+
+// ruleCache keeps parsed rules. Every transaction reads the list of rules from the ledger.
+type ruleCache struct {
+	mu     sync.Mutex // guards parsed
+	parsed map[string]Rule
+}
+
+// maxParsed bounds the parsed rules. At the bound all of them are dropped.
+const maxParsed = 1024
+
+func (c *ruleCache) read(t *Tx) (rules []Rule, err error) {
+	scanErr := t.tx.Scan(prefixRule, "", func(key string, raw []byte) bool {
+		var r Rule
+		if r, err = c.parse(key, raw); err == nil {
+			rules = append(rules, r)
+		}
+		return err == nil
+	})
+	if err == nil {
+		err = scanErr
+	}
+	return rules, err
+}
+
+func (c *ruleCache) parse(key string, raw []byte) (r Rule, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if r, ok := c.parsed[string(raw)]; ok {
+		return r, nil
+	}
+	if err := decode(key, raw, &r); err != nil {
+		return Rule{}, err
+	}
+	if r.parsed, err = selector.ParseRecorded(r.Selector); err != nil {
+		return Rule{}, fmt.Errorf("rule %q: %w", key, err)
+	}
+	if len(c.parsed) > maxParsed || c.parsed == nil {
+		c.parsed = map[string]Rule{}
+	}
+	c.parsed[string(raw)] = r
+	return r, nil
 }

@@ -30,6 +30,9 @@ func (t *Tx) Reopen(g *broker.Grant, found broker.Evidence) error {
 	if err := t.drop(keyPast(g.Chain, g.ID)); err != nil {
 		return err
 	}
+	if err := t.indexID(g.Chain); err != nil {
+		return err
+	}
 	return t.mark(keyLive(g.Chain, g.ID))
 }
 

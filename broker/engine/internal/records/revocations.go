@@ -45,11 +45,15 @@ func (t *Tx) Under(rv broker.Revocation) (grants []broker.Grant, nodes []broker.
 	if err != nil {
 		return nil, nil, err
 	}
-	err = t.EachLive(rv.Chain, t.ifCovered(covers, func(g broker.Grant) { grants = append(grants, g) }))
+	places, err := t.Places(rv, rv.Fenced, nil)
+	if err != nil {
+		return nil, nil, err
+	}
+	err = t.EachLive(places, t.ifCovered(covers, func(g broker.Grant) { grants = append(grants, g) }))
 	if err != nil || rv.Grant != "" {
 		return grants, nil, err
 	}
-	err = t.EachRecent(rv.Chain, rv.Fenced, func(id broker.DelegationID) error {
+	err = t.EachRecent(places, rv.Fenced, func(id broker.DelegationID) error {
 		l, err := t.Lineage("revoke", id)
 		if err == nil && len(l.Leaf().Tokens) > 0 && covers(l, noGrant) {
 			nodes = append(nodes, l.Leaf())
@@ -66,7 +70,11 @@ func (t *Tx) StaticUnder(rv broker.Revocation) (list []broker.GrantID, err error
 	if err != nil {
 		return nil, err
 	}
-	err = t.EachStatic(rv.Chain, t.ifCovered(covers, func(g broker.Grant) { list = append(list, g.ID) }))
+	places, err := t.Places(rv, rv.Fenced, nil)
+	if err != nil {
+		return nil, err
+	}
+	err = t.EachStatic(places, t.ifCovered(covers, func(g broker.Grant) { list = append(list, g.ID) }))
 	return list, err
 }
 
@@ -84,7 +92,7 @@ func (t *Tx) ifCovered(covers Covers, f func(broker.Grant)) func(broker.Grant) e
 // ExpectedHolders lists the holders that must acknowledge a revocation. They hold the delegations that it covers, that
 // were open at the fence, and that no earlier final fence covers. It runs after the fence, so that the fence's
 // transaction costs the same for a tree of any size.
-func (t *Tx) ExpectedHolders(rv broker.Revocation) (holders []broker.Acknowledgement, err error) {
+func (t *Tx) ExpectedHolders(rv broker.Revocation, now time.Time) (holders []broker.Acknowledgement, err error) {
 	if rv.Freeze || rv.Grant != "" {
 		return nil, nil
 	}
@@ -92,8 +100,18 @@ func (t *Tx) ExpectedHolders(rv broker.Revocation) (holders []broker.Acknowledge
 	if err != nil {
 		return nil, err
 	}
+	places := []broker.ChainID{rv.Chain}
+	if now.Sub(rv.Fenced) < keepEnded { // the index has the chains that were open at the fence
+		if places, err = t.Places(rv, rv.Fenced, nil); err != nil {
+			return nil, err
+		}
+	}
 	var open []broker.Delegation
-	err = t.EachMember(rv.Chain, func(id broker.DelegationID) error {
+	later := broker.DelegationID("dl" + broker.IDTime(rv.Fenced.Add(time.Minute))) // an id is drawn at Created, or just after
+	err = t.EachRecent(places, rv.Fenced, func(id broker.DelegationID) error {
+		if id > later {
+			return nil
+		}
 		l, err := t.Lineage("revocation", id)
 		if err != nil || l.Leaf().Created.After(rv.Fenced) || !covers(l, noGrant) || l.Expired(rv.Fenced) {
 			return err

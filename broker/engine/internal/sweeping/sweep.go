@@ -2,6 +2,7 @@
 package sweeping
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -26,6 +27,8 @@ type Config struct {
 	// View and Update run one transaction for the procedure op.
 	View   func(ctx context.Context, op string, f func(*records.Tx) error) error
 	Update func(ctx context.Context, op string, f func(*records.Tx) error) error
+
+	Retire func(context.Context) error // drops what the ledger's index has of chains that ended long ago
 
 	MintTimeout time.Duration // of one mint
 	MintBound   time.Duration // how long Vault may take to complete a request after the client gave it up
@@ -66,7 +69,7 @@ func (s *Sweeper) lastMint(sent time.Time) time.Time {
 // Sweep ends the orphans, and drops the rules that are spent. It lists the leases only if that is asked for: a list
 // writes each id to each audit device of Vault.
 func (s *Sweeper) Sweep(ctx context.Context, leases bool) (ended Orphans, err error) {
-	if err := s.dropSpentRules(ctx); err != nil {
+	if err := cmp.Or(s.dropSpentRules(ctx), s.cfg.Retire(ctx)); err != nil {
 		return ended, err
 	}
 	var errs []error
@@ -134,7 +137,7 @@ func (s *Sweeper) sweepLeases(ctx context.Context, lister broker.LeaseLister, to
 	now := s.cfg.Now() // a lease that is young now may be recorded during the look-ups
 	if err := s.cfg.View(ctx, "sweep", func(tx *records.Tx) error {
 		known := map[string]bool{}
-		err := tx.EachLive("", func(g broker.Grant) error { known[g.Lease.ID] = true; return nil })
+		err := tx.EachLive(records.Everywhere, func(g broker.Grant) error { known[g.Lease.ID] = true; return nil })
 		ids = slices.DeleteFunc(slices.Clone(ids), func(id string) bool { return known[id] })
 		return err
 	}); err != nil || len(ids) == 0 {
@@ -174,7 +177,7 @@ func (s *Sweeper) retryIrrevocable(ctx context.Context, lister broker.Irrevocabl
 		if err := s.cfg.View(ctx, "sweep", func(tx *records.Tx) error {
 			clear(ours)
 			again = nil
-			return tx.EachLive("", func(g broker.Grant) error {
+			return tx.EachLive(records.Everywhere, func(g broker.Grant) error {
 				if listed[g.Lease.ID] {
 					ours[g.Lease.ID] = true
 					again = append(again, g)

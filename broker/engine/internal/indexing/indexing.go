@@ -1,0 +1,103 @@
+// Package indexing keeps the ledger's index of chains complete, and takes out of it what is not needed any more.
+package indexing
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/backoff"
+	"github.com/pawlsec/pawl/broker/engine/internal/records"
+)
+
+// Index has the access to the ledger. All fields are required.
+type Index struct {
+	Cache  *records.Cache
+	View   func(ctx context.Context, op string, f func(*records.Tx) error) error
+	Update func(ctx context.Context, op string, f func(*records.Tx) error) error
+	Now    func() time.Time
+	Alarm  func(op string, err error)
+}
+
+// atOnce is the number of chains that one transaction compares with the index, so that a fence waits for few.
+const atOnce = 256
+
+// Run completes the index, until the ledger lets it.
+func (x Index) Run(ctx context.Context) {
+	retry := backoff.Exponential{First: 100 * time.Millisecond, Most: 10 * time.Second}
+	for {
+		err := x.complete(ctx)
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		x.Alarm("comparing the index of chains", err)
+		if retry.Wait(ctx) != nil {
+			return
+		}
+	}
+}
+
+// complete compares the index with the chains, and adds what it lacks. From then on the index is used; until then all
+// chains are read, as without it. An earlier build wrote none, so the ledger may lack any part of it.
+//
+// A crash in it leaves a part of the index, which the next process adds to.
+func (x Index) complete(ctx context.Context) error {
+	var all []broker.ChainID
+	now := x.Now()
+	if err := x.View(ctx, "index", func(tx *records.Tx) (err error) {
+		all, err = tx.ToIndex(now)
+		return err
+	}); err != nil {
+		return err
+	}
+	for part := range slices.Chunk(all, atOnce) {
+		var lacking []broker.ChainID
+		if err := x.View(ctx, "index", func(tx *records.Tx) (err error) {
+			lacking, err = tx.Unindexed(part, now)
+			return err
+		}); err != nil {
+			return err
+		}
+		if len(lacking) == 0 {
+			continue
+		}
+		if err := x.Update(ctx, "index", func(tx *records.Tx) error {
+			if err := tx.Index(lacking, now); err != nil {
+				return err
+			}
+			_, err := tx.Enter(broker.Entry{At: now, Actor: "pawl", Op: broker.OpResume,
+				Detail: fmt.Sprintf("indexed %d chains", len(lacking))})
+			return err
+		}); err != nil {
+			return err
+		}
+	}
+	x.Cache.SetIndexed()
+	return nil
+}
+
+// Retire takes chains out of the index that have ended.
+func (x Index) Retire(ctx context.Context) error {
+	for {
+		now := x.Now()
+		var list []broker.ChainID
+		if err := x.View(ctx, "index", func(tx *records.Tx) (err error) {
+			list, err = tx.Retired(now)
+			return err
+		}); err != nil || len(list) == 0 {
+			return err
+		}
+		if err := x.Update(ctx, "index", func(tx *records.Tx) error {
+			if err := tx.Retire(list, now); err != nil {
+				return err
+			}
+			_, err := tx.Enter(broker.Entry{At: now, Actor: "pawl", Op: broker.OpEnd,
+				Detail: fmt.Sprintf("took %d chains that ended out of the index", len(list))})
+			return err
+		}); err != nil {
+			return err
+		}
+	}
+}
