@@ -42,6 +42,12 @@ const (
 // MaxVaultSegments is the number of segments that a parsed path in Vault can have.
 const MaxVaultSegments = 16
 
+// Sizes of the pages of lists, in items.
+const (
+	DefaultPage = 100
+	MaxPage     = 1000
+)
+
 // MaxPlannedTasks is the number of tasks that a plan lists.
 const MaxPlannedTasks = 20
 

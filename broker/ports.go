@@ -35,6 +35,8 @@ type Tx interface {
 	// begins after the key after, or at the first record if after is empty. It sees the records that this transaction
 	// put.
 	Scan(prefix, after string, f func(key string, value []byte) bool) error
+	// ScanBack is Scan in the opposite order. It begins before the key before, or at the last record if before is empty.
+	ScanBack(prefix, before string, f func(key string, value []byte) bool) error
 	// Append adds an entry to the audit log and returns its revision. The store sets Revision and chains the entry's
 	// digest to that of the previous entry.
 	Append(Entry) (Revision, error)

@@ -11,11 +11,29 @@ type ChainSummary struct {
 	Steps       int    // that were started, in all
 }
 
-// ChainView is the whole record of one chain in the ledger.
+// ChainView is a part of the record of one chain in the ledger: its delegations, and after them its grants.
 type ChainView struct {
 	Chain       Chain
 	Delegations []Delegation // ancestors before descendants
 	Grants      []Grant      // by time of creation, closed ones included
+	Next        string       // the id after which the next part begins; empty: this is the last
+}
+
+// Page asks for a part of a list.
+type Page struct {
+	After string // the id at which the former page ended; empty: from the start
+	Limit int    // the most items, over 0
+}
+
+// EachPage calls f with each page of a list, until f returns no next one. It asks for pages of the largest size.
+func EachPage(f func(Page) (next string, err error)) error {
+	for p := (Page{Limit: MaxPage}); ; {
+		next, err := f(p)
+		if err != nil || next == "" {
+			return err
+		}
+		p.After = next
+	}
 }
 
 // Event is an entry of the audit log for subscribers, with the state that it belongs to.

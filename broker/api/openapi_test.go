@@ -53,27 +53,32 @@ var operations = []operation{
 	{"agents", "get", "/v1/status-lists/{backend}", "Read the signed status list that a backend's tokens name (draft-ietf-oauth-status-list), if one is configured; without an identity", nil, nil, medium(api.StatusListType), 200, ""},
 	{"agents", "post", "/v1/violations", "Report a policy violation", nil, api.ReportRequest{}, api.Reported{}, 200, ""},
 
-	{"operators", "get", "/v1/chains", "List the chains", []string{"all: true to include those that have ended"}, nil, api.Chains{}, 200, ""},
-	{"operators", "get", "/v1/chains/{id}", "Read one chain with its delegations and grants", nil, nil, api.ChainView{}, 200, ""},
-	{"operators", "get", "/v1/chains/{id}/audit", "Read the audit log of one chain", page, nil, api.Entries{}, 200, ""},
+	{"operators", "get", "/v1/chains", "List the chains", append([]string{"all: true to include those that have ended"}, page...), nil, api.Chains{}, 200, ""},
+	{"operators", "get", "/v1/chains/{id}", "Read one chain with its delegations and grants", page, nil, api.ChainView{}, 200, ""},
+	{"operators", "get", "/v1/chains/{id}/audit", "Read the audit log of one chain", auditPage, nil, api.Entries{}, 200, ""},
 	{"operators", "post", "/v1/plans", "Plan a revocation: read its scope without revoking", nil, api.PlanRequest{}, api.Plan{}, 200, ""},
 	{"operators", "post", "/v1/revocations", "Revoke or freeze: answers once it is fenced, before all is dead", nil, api.RevokeRequest{}, api.Revocation{}, 202, ""},
-	{"operators", "get", "/v1/revocations", "List the revocations", nil, nil, api.Revocations{}, 200, ""},
+	{"operators", "get", "/v1/revocations", "List the revocations", page, nil, api.Revocations{}, 200, ""},
 	{"operators", "get", "/v1/revocations/{id}", "Read the progress of a revocation", nil, nil, api.Revocation{}, 200, ""},
 	{"operators", "get", "/v1/revocations/{id}/events", "Follow a revocation until it is settled", nil, nil, nil, 200, "revocation events with a Revocation, at the start and after each change; a problem event before an early end; a comment at least every 15 s"},
 	{"operators", "get", "/v1/revocations/{id}/report", "Read the signed report of a revocation: a compact JWS of typ pawl-report+jws", nil, nil, medium(api.ReportType), 200, ""},
 	{"operators", "post", "/v1/revocations/{id}/unfreeze", "Ask to lift a freeze; two operators must ask", nil, api.Nothing{}, api.Revocation{}, 200, ""},
 	{"operators", "post", "/v1/canaries", "Plant a canary; its value is returned only here", nil, api.PlantRequest{}, api.Planted{}, 201, ""},
-	{"operators", "get", "/v1/canaries", "List the canaries", nil, nil, api.Canaries{}, 200, ""},
+	{"operators", "get", "/v1/canaries", "List the canaries", page, nil, api.Canaries{}, 200, ""},
 	{"operators", "post", "/v1/canaries/{id}/pull", "Pull a canary", nil, api.Nothing{}, api.Canary{}, 200, ""},
-	{"operators", "get", "/v1/audit", "Read the audit log", page, nil, api.Entries{}, 200, ""},
+	{"operators", "get", "/v1/audit", "Read the audit log", auditPage, nil, api.Entries{}, 200, ""},
 	{"operators", "get", "/v1/audit/checkpoint", "Read a signed checkpoint of the audit log: a note over the root of its Merkle tree", nil, nil, medium(api.CheckpointType), 200, ""},
 
 	{"both", "get", "/v1/openapi.json", "Read this document", nil, nil, nil, 200, ""},
 	{"both", "get", "/healthz", "Check whether the broker can answer requests", nil, nil, api.Health{}, 200, ""},
 }
 
-var page = []string{"after: the revision after which to start; default 0", "limit: the largest number of entries; default 100, at most 1000"}
+var (
+	page      = []string{"after: what the page before has in next; omitted: from the start", limit}
+	auditPage = []string{"after: the revision after which to start; default 0", limit}
+)
+
+const limit = "limit: the most items of the page; default 100, at most 1000"
 
 type object = map[string]any
 
@@ -212,9 +217,11 @@ func operationID(op operation) string {
 	return strings.Join(words, "_")
 }
 
+const idPattern = "^(ch|dl|gr|rv|cn)[0-9a-z]{24}$"
+
 func parameters(op operation) (all []any) {
 	if strings.Contains(op.path, "{id}") {
-		all = append(all, object{"name": "id", "in": "path", "required": true, "schema": object{"type": "string", "pattern": "^(ch|dl|gr|rv|cn)[0-9a-z]{24}$"}})
+		all = append(all, object{"name": "id", "in": "path", "required": true, "schema": object{"type": "string", "pattern": idPattern}})
 	}
 	if strings.Contains(op.path, "{backend}") {
 		all = append(all, object{"name": "backend", "in": "path", "required": true, "description": "its name in the configuration", "schema": object{"type": "string"}})
@@ -222,8 +229,13 @@ func parameters(op operation) (all []any) {
 	for _, q := range op.query {
 		name, text, _ := strings.Cut(q, ": ")
 		schema := object{"type": "integer", "minimum": 0}
-		if name == "all" {
+		switch {
+		case name == "all":
 			schema = object{"type": "boolean"}
+		case name == "limit":
+			schema = object{"type": "integer", "minimum": 1, "maximum": 1000}
+		case q == page[0]:
+			schema = object{"type": "string", "pattern": idPattern}
 		}
 		all = append(all, object{"name": name, "in": "query", "description": text, "schema": schema})
 	}

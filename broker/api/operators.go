@@ -31,16 +31,18 @@ type ChainSummary struct {
 	Fence       *Fence `json:"fence,omitzero"` // on the whole chain
 }
 
-// Chains is the list of chains, the latest first.
+// Chains is a page of the list of chains, the latest first. A page before the last may have fewer than were asked for.
 type Chains struct {
 	Chains []ChainSummary `json:"chains"`
+	Next   string         `json:"next,omitzero"` // the next page starts after it; omitted: this is the last page
 }
 
-// ChainView is one chain with everything under it.
+// ChainView is one chain, with a page of what is under it: its delegations, and after them its grants.
 type ChainView struct {
 	Chain       Chain         `json:"chain"`
 	Delegations []Delegation  `json:"delegations"`
 	Grants      []GrantRecord `json:"grants"`
+	Next        string        `json:"next,omitzero"` // the next page starts after it; omitted: this is the last page
 }
 
 // GrantRecord is a grant, as operators see it: all recorded data about the secret, without the secret.
@@ -76,9 +78,10 @@ type Canary struct {
 	Touches int       `json:"touches,omitzero"` // how many times it was presented
 }
 
-// Canaries is the list of canaries, the latest first.
+// Canaries is a page of the list of canaries, the latest first.
 type Canaries struct {
 	Canaries []Canary `json:"canaries"`
+	Next     string   `json:"next,omitzero"` // the next page starts after it; omitted: this is the last page
 }
 
 // PlantRequest asks for a new canary.
@@ -198,9 +201,10 @@ type Silent struct {
 	Holder     string `json:"holder"` // a SPIFFE ID
 }
 
-// Revocations is the list of revocations, the latest first.
+// Revocations is a page of the list of revocations, the latest first.
 type Revocations struct {
 	Revocations []Revocation `json:"revocations"`
+	Next        string       `json:"next,omitzero"` // the next page starts after it; omitted: this is the last page
 }
 
 // Entry is one entry of the audit log.

@@ -15,8 +15,8 @@ import (
 type Source interface {
 	Revocation(context.Context, broker.RevocationID) (broker.Revocation, error)
 	Acknowledgements(context.Context, broker.RevocationID) ([]broker.Acknowledgement, error)
-	Chains(ctx context.Context, all bool) ([]broker.ChainSummary, error)
-	Chain(context.Context, broker.ChainID) (broker.ChainView, error)
+	Chains(ctx context.Context, all bool, p broker.Page) (list []broker.ChainSummary, next string, err error)
+	Chain(context.Context, broker.ChainID, broker.Page) (broker.ChainView, error)
 	ChainEntries(ctx context.Context, id broker.ChainID, after broker.Revision, limit int) ([]broker.Entry, error)
 }
 
@@ -76,21 +76,36 @@ func (c *compiler) affected() error {
 	if chain := c.report.Revocation.Chain; chain != "" {
 		return c.collect(chain)
 	}
-	all, err := c.src.Chains(c.ctx, true)
-	if err != nil {
-		return err
-	}
-	for _, s := range all {
-		if err := c.collect(s.Chain.ID); err != nil {
-			return err
+	return c.eachChain(true, func(s broker.ChainSummary) error { return c.collect(s.Chain.ID) })
+}
+
+// eachChain calls f with all chains, or with the open ones.
+func (c *compiler) eachChain(all bool, f func(broker.ChainSummary) error) error {
+	return broker.EachPage(func(p broker.Page) (string, error) {
+		list, next, err := c.src.Chains(c.ctx, all, p)
+		for _, s := range list {
+			if err == nil {
+				err = f(s)
+			}
 		}
-	}
-	return nil
+		return next, err
+	})
+}
+
+// chain reads one chain.
+func (c *compiler) chain(id broker.ChainID) (v broker.ChainView, err error) {
+	err = broker.EachPage(func(p broker.Page) (string, error) {
+		part, err := c.src.Chain(c.ctx, id, p)
+		v.Chain = part.Chain
+		v.Delegations, v.Grants = append(v.Delegations, part.Delegations...), append(v.Grants, part.Grants...)
+		return part.Next, err
+	})
+	return v, err
 }
 
 // collect adds a chain if any part of it is in scope.
 func (c *compiler) collect(id broker.ChainID) error {
-	v, err := c.src.Chain(c.ctx, id)
+	v, err := c.chain(id)
 	if err != nil {
 		return err
 	}
@@ -250,26 +265,21 @@ func (c *compiler) rule(log func(broker.Revision) Log) error {
 
 // nearby finds the delegations of the same holders in other open chains.
 func (c *compiler) nearby() error {
-	open, err := c.src.Chains(c.ctx, false)
-	if err != nil {
-		return err
-	}
 	searched := 0
-	for _, s := range open {
+	return c.eachChain(false, func(s broker.ChainSummary) error {
 		if c.seen[s.Chain.ID] {
-			continue
+			return nil
 		}
 		if searched++; searched > maxNearby {
 			c.report.UntouchedMore++
-			continue
+			return nil
 		}
-		v, err := c.src.Chain(c.ctx, s.Chain.ID)
-		if err != nil {
-			return err
+		v, err := c.chain(s.Chain.ID)
+		if err == nil {
+			c.untouched(v, v.Delegations, pathsOf(v), false)
 		}
-		c.untouched(v, v.Delegations, pathsOf(v), false)
-	}
-	return nil
+		return err
+	})
 }
 
 // untouched adds those of the delegations that can still be used.

@@ -265,8 +265,12 @@ func (f fixed) Revocation(context.Context, broker.RevocationID) (broker.Revocati
 func (f fixed) Acknowledgements(context.Context, broker.RevocationID) ([]broker.Acknowledgement, error) {
 	return f.acks, nil
 }
-func (f fixed) Chains(context.Context, bool) ([]broker.ChainSummary, error)     { return nil, nil }
-func (f fixed) Chain(context.Context, broker.ChainID) (broker.ChainView, error) { return f.view, nil }
+func (f fixed) Chains(context.Context, bool, broker.Page) ([]broker.ChainSummary, string, error) {
+	return nil, "", nil
+}
+func (f fixed) Chain(context.Context, broker.ChainID, broker.Page) (broker.ChainView, error) {
+	return f.view, nil
+}
 func (f fixed) ChainEntries(context.Context, broker.ChainID, broker.Revision, int) ([]broker.Entry, error) {
 	return nil, nil
 }

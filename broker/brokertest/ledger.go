@@ -26,6 +26,7 @@ func Ledger(t *testing.T, open func(testing.TB) broker.Ledger, reopen ...func(te
 		{"values are copied", testCopied},
 		{"scan", testScan},
 		{"scan reads the transaction's own writes", testScanOwn},
+		{"scan in the opposite order", testScanBack},
 		{"an error discards everything", testDiscard},
 		{"a panic discards everything", testPanic},
 		{"no entry, no change", testNoEntry},
@@ -228,6 +229,33 @@ func testScanOwn(t *ledgerTest) {
 		return err
 	})
 	t.holds("a/0=new", "a/1=old", "a/3=new", "a/9=new", "b=old", "c=new")
+}
+
+func testScanBack(t *ledgerTest) {
+	t.update(put("a", "", "l/", "", "l/a", "", "l/c", "", "l/e", "", "m", ""))
+	back := func(tx broker.Tx, prefix, before, want string) {
+		var got []string
+		err := tx.ScanBack(prefix, before, func(k string, _ []byte) bool { got = append(got, k); return len(got) < 4 })
+		if s := strings.Join(got, " "); s != want || err != nil {
+			t.Errorf("ScanBack(%q, %q) = %q, %v; want %q", prefix, before, s, err, want)
+		}
+	}
+	t.view(func(tx broker.Tx) error {
+		for _, c := range []struct{ prefix, before, want string }{
+			{"l/", "", "l/e l/c l/a l/"}, {"l/", "l/d", "l/c l/a l/"}, {"l/", "l/c", "l/a l/"}, {"l/", "l/", ""}, {"l/", "b", ""},
+			{"l/", "z", "l/e l/c l/a l/"}, {"m", "", "m"}, {"", "", "m l/e l/c l/a"}, {"x", "", ""}, {"0", "", ""},
+		} {
+			back(tx, c.prefix, c.before, c.want)
+		}
+		return nil
+	})
+	t.update(func(tx broker.Tx) error {
+		err := errors.Join(put("l/b", "", "l/e", "new", "l/f", "")(tx), tx.Put("l/c", nil))
+		back(tx, "l/", "", "l/f l/e l/b l/a")
+		back(tx, "l/", "l/e", "l/b l/a l/")
+		back(tx, "n", "", "")
+		return err
+	})
 }
 
 func testHead(t *ledgerTest) {

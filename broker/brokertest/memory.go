@@ -155,6 +155,11 @@ func (tx *memoryTx) Scan(prefix, after string, f func(key string, value []byte) 
 	return nil
 }
 
+func (tx *memoryTx) ScanBack(prefix, before string, f func(key string, value []byte) bool) error {
+	tx.records.scanBack(prefix, before, f)
+	return nil
+}
+
 func (tx *memoryTx) Append(e broker.Entry) (broker.Revision, error) {
 	if tx.readOnly {
 		return 0, errReadOnly

@@ -96,3 +96,22 @@ func (n *record) scan(prefix, after string, f func(string, []byte) bool) bool {
 	}
 	return true
 }
+
+// scanBack calls f in opposite order with the keys that begin with prefix and are before before; empty: all of them. It
+// returns false if f stopped it.
+func (n *record) scanBack(prefix, before string, f func(string, []byte) bool) bool {
+	if n == nil {
+		return true
+	}
+	wanted, early := strings.HasPrefix(n.key, prefix), before == "" || n.key < before
+	if early && (wanted || n.key < prefix) && !n.right.scanBack(prefix, before, f) {
+		return false
+	}
+	if wanted && early && !f(n.key, n.value) {
+		return false
+	}
+	if n.key >= prefix {
+		return n.left.scanBack(prefix, before, f)
+	}
+	return true
+}

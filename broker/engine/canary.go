@@ -3,8 +3,6 @@ package engine
 import (
 	"context"
 	"fmt"
-	"slices"
-	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -72,17 +70,15 @@ func canaryDetail(c broker.Canary) string {
 	return "canary " + string(c.ID) + ", " + c.Note
 }
 
-// Canaries lists the planted canaries, newest first.
+// Canaries lists the planted canaries, the newest first, in pages as [Engine.Chains].
 //
 // Errors: Unavailable.
-func (e *Engine) Canaries(ctx context.Context) (list []broker.Canary, err error) {
-	err = e.view(ctx, "canaries", func(tx *records.Tx) error {
-		list = nil
-		return tx.EachCanary(func(_ broker.ValueDigest, c broker.Canary) { list = append(list, c) })
+func (e *Engine) Canaries(ctx context.Context, p broker.Page) (list []broker.Canary, next string, err error) {
+	err = e.view(ctx, "canaries", func(tx *records.Tx) (err error) {
+		list, next, err = tx.Canaries(p)
+		return err
 	})
-	// An id begins with its time.
-	slices.SortFunc(list, func(a, b broker.Canary) int { return strings.Compare(string(b.ID), string(a.ID)) })
-	return list, err
+	return list, next, err
 }
 
 // Pull removes a canary. From then on its value is an unknown value like any other.

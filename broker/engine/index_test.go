@@ -50,6 +50,13 @@ func (tx countingTx) Scan(prefix, after string, f func(string, []byte) bool) err
 	})
 }
 
+func (tx countingTx) ScanBack(prefix, before string, f func(string, []byte) bool) error {
+	return tx.Tx.ScanBack(prefix, before, func(key string, value []byte) bool {
+		tx.reads.Add(1)
+		return f(key, value)
+	})
+}
+
 // count returns how many records f reads.
 func (l *countingLedger) count(f func()) int64 {
 	before := l.reads.Load()

@@ -21,7 +21,7 @@ import (
 
 // oldWorld is a broker on a ledger file, with a Vault and targets in memory. Make it inside a synctest bubble.
 type oldWorld struct {
-	*engine.Engine
+	whole
 	t      *testing.T
 	path   string
 	ledger *bolt.Ledger

@@ -1,9 +1,7 @@
 package engine
 
 import (
-	"cmp"
 	"context"
-	"slices"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
@@ -11,65 +9,26 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-// Chains lists chains, newest first: all, or those that are open or have live grants.
-func (e *Engine) Chains(ctx context.Context, all bool) (list []broker.ChainSummary, err error) {
-	now := e.cfg.Now()
-	err = e.view(ctx, "chains", func(tx *records.Tx) error {
-		list = nil
-		return tx.EachChain(func(c broker.Chain) error {
-			s, err := summary(tx, c)
-			if err != nil {
-				return err
-			}
-			root, _, err := tx.Delegation(c.Root)
-			if s.Fence = root.Fence; all || s.Live > 0 || s.Fence == nil && now.Before(root.Expires) {
-				list = append(list, s)
-			}
-			return err
-		})
+// Chains lists chains, the newest first: all, or those that are open or have live grants. The next page begins after
+// next; empty: there is none. A page may have fewer than its limit before the last.
+//
+// Errors: Unavailable.
+func (e *Engine) Chains(ctx context.Context, all bool, p broker.Page,
+) (list []broker.ChainSummary, next string, err error) {
+	err = e.view(ctx, "chains", func(tx *records.Tx) (err error) {
+		list, next, err = tx.Chains(all, e.cfg.Now(), p)
+		return err
 	})
-	slices.SortFunc(list, func(a, b broker.ChainSummary) int { return b.Chain.Opened.Compare(a.Chain.Opened) })
-	return list, err
+	return list, next, err
 }
 
-func summary(tx *records.Tx, c broker.Chain) (s broker.ChainSummary, err error) {
-	u, err := tx.Usage(c.Root)
-	if err != nil {
-		return s, err
-	}
-	s = broker.ChainSummary{Chain: c, Live: u.Live, Steps: u.Steps}
-	return s, tx.EachMember(c.ID, func(broker.DelegationID) error { s.Delegations++; return nil })
-}
-
-// Chain returns one chain with its delegations and grants.
+// Chain returns a part of one chain: at most p.Limit of its delegations, and after them of its grants.
 //
 // Errors: NotFound, Unavailable.
-func (e *Engine) Chain(ctx context.Context, id broker.ChainID) (v broker.ChainView, err error) {
-	err = e.view(ctx, "chain", func(tx *records.Tx) error {
-		v = broker.ChainView{}
-		var ok bool
-		if v.Chain, ok, err = tx.Chain(id); err != nil {
-			return err
-		}
-		if !ok {
-			return records.UnknownChain("chain", id)
-		}
-		if err := tx.EachMember(id, func(d broker.DelegationID) error {
-			node, _, err := tx.Delegation(d)
-			v.Delegations = append(v.Delegations, node)
-			return err
-		}); err != nil {
-			return err
-		}
-		add := func(g broker.Grant) error { v.Grants = append(v.Grants, g); return nil }
-		if err := tx.EachLive([]broker.ChainID{id}, add); err != nil {
-			return err
-		}
-		return tx.EachPast([]broker.ChainID{id}, add)
-	})
-	records.RootFirst(v.Delegations)
-	slices.SortFunc(v.Grants, func(a, b broker.Grant) int {
-		return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.ID, b.ID))
+func (e *Engine) Chain(ctx context.Context, id broker.ChainID, p broker.Page) (v broker.ChainView, err error) {
+	err = e.view(ctx, "chain", func(tx *records.Tx) (err error) {
+		v, err = tx.ChainView(id, p)
+		return err
 	})
 	return v, err
 }
@@ -110,18 +69,16 @@ func (e *Engine) Revocation(ctx context.Context, id broker.RevocationID) (rv bro
 	return rv, err
 }
 
-// Revocations lists all revocations and freezes, newest first.
-func (e *Engine) Revocations(ctx context.Context) (list []broker.Revocation, err error) {
-	err = e.view(ctx, "revocations", func(tx *records.Tx) error {
-		list = nil
-		return tx.EachRevocation(func(rv broker.Revocation) error {
-			rv.Grants = max(rv.Grants, 0)
-			list = append(list, rv)
-			return nil
-		})
+// Revocations lists revocations and freezes, the newest first, in pages as [Engine.Chains].
+//
+// Errors: Unavailable.
+func (e *Engine) Revocations(ctx context.Context, p broker.Page,
+) (list []broker.Revocation, next string, err error) {
+	err = e.view(ctx, "revocations", func(tx *records.Tx) (err error) {
+		list, next, err = tx.Revocations(p)
+		return err
 	})
-	slices.SortFunc(list, func(a, b broker.Revocation) int { return b.Fenced.Compare(a.Fenced) })
-	return list, err
+	return list, next, err
 }
 
 // Entries returns at most limit entries of the audit log after a revision, oldest first.

@@ -21,7 +21,7 @@ import (
 // world is a broker with a ledger, a Vault and a target in memory. Make it inside a synctest bubble: the bubble's clock
 // stands still until every goroutine waits.
 type world struct {
-	*engine.Engine
+	whole
 	t      *testing.T
 	ledger *brokertest.Memory
 	vault  *brokertest.Vault
@@ -202,4 +202,44 @@ func (w *world) wantAllClosed() {
 			w.t.Errorf("chain %s counts %d live grants, want 0", c.Chain.ID, c.Live)
 		}
 	}
+}
+
+// whole is an engine of which the queries return all pages.
+type whole struct{ *engine.Engine }
+
+func (w whole) Chains(ctx context.Context, all bool) (list []broker.ChainSummary, err error) {
+	err = broker.EachPage(func(p broker.Page) (string, error) {
+		part, next, err := w.Engine.Chains(ctx, all, p)
+		list = append(list, part...)
+		return next, err
+	})
+	return list, err
+}
+
+func (w whole) Chain(ctx context.Context, id broker.ChainID) (v broker.ChainView, err error) {
+	err = broker.EachPage(func(p broker.Page) (string, error) {
+		part, err := w.Engine.Chain(ctx, id, p)
+		v.Chain = part.Chain
+		v.Delegations, v.Grants = append(v.Delegations, part.Delegations...), append(v.Grants, part.Grants...)
+		return part.Next, err
+	})
+	return v, err
+}
+
+func (w whole) Revocations(ctx context.Context) (list []broker.Revocation, err error) {
+	err = broker.EachPage(func(p broker.Page) (string, error) {
+		part, next, err := w.Engine.Revocations(ctx, p)
+		list = append(list, part...)
+		return next, err
+	})
+	return list, err
+}
+
+func (w whole) Canaries(ctx context.Context) (list []broker.Canary, err error) {
+	err = broker.EachPage(func(p broker.Page) (string, error) {
+		part, next, err := w.Engine.Canaries(ctx, p)
+		list = append(list, part...)
+		return next, err
+	})
+	return list, err
 }

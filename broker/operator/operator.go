@@ -37,19 +37,33 @@ func New(cfg Config) (*Client, error) {
 // Close closes idle connections.
 func (c *Client) Close() { c.http.Close() }
 
-// Chains lists the active chains, or all chains, the latest first.
-func (c *Client) Chains(ctx context.Context, all bool) ([]api.ChainSummary, error) {
-	path := "/v1/chains"
+// ChainPage returns at most limit of the active chains, or of all chains, the latest first. The first page has an empty
+// after, and the next one the Next of the page before. A limit of zero is the broker's default.
+func (c *Client) ChainPage(ctx context.Context, all bool, after string, limit int) (api.Chains, error) {
+	q := page(after, limit)
 	if all {
-		path += "?all=true"
+		q.Set("all", "true")
 	}
-	list, err := get[api.Chains](ctx, c, path)
-	return list.Chains, err
+	return get[api.Chains](ctx, c, "/v1/chains?"+q.Encode())
 }
 
-// Chain returns one chain with its delegations and grants.
-func (c *Client) Chain(ctx context.Context, id string) (api.ChainView, error) {
-	return get[api.ChainView](ctx, c, "/v1/chains/"+url.PathEscape(id))
+// Chains is ChainPage for all pages.
+func (c *Client) Chains(ctx context.Context, all bool) ([]api.ChainSummary, error) {
+	return collect(func(after string) ([]api.ChainSummary, string, error) {
+		p, err := c.ChainPage(ctx, all, after, most)
+		return p.Chains, p.Next, err
+	})
+}
+
+// Chain returns one chain with all its delegations and grants, in one request for each page of them.
+func (c *Client) Chain(ctx context.Context, id string) (v api.ChainView, err error) {
+	for after, more := "", true; more && err == nil; more = after != "" {
+		var p api.ChainView
+		p, err = get[api.ChainView](ctx, c, "/v1/chains/"+url.PathEscape(id)+"?"+page(after, most).Encode())
+		v.Chain, after = p.Chain, p.Next
+		v.Delegations, v.Grants = append(v.Delegations, p.Delegations...), append(v.Grants, p.Grants...)
+	}
+	return v, err
 }
 
 // Plan returns the scope of a revocation.
@@ -62,10 +76,17 @@ func (c *Client) Revoke(ctx context.Context, r api.RevokeRequest) (api.Revocatio
 	return post[api.Revocation](ctx, c, "/v1/revocations", r)
 }
 
-// Revocations lists the revocations, the latest first.
+// RevocationPage returns a page of the revocations, the latest first, as ChainPage does.
+func (c *Client) RevocationPage(ctx context.Context, after string, limit int) (api.Revocations, error) {
+	return get[api.Revocations](ctx, c, "/v1/revocations?"+page(after, limit).Encode())
+}
+
+// Revocations is RevocationPage for all pages.
 func (c *Client) Revocations(ctx context.Context) ([]api.Revocation, error) {
-	list, err := get[api.Revocations](ctx, c, "/v1/revocations")
-	return list.Revocations, err
+	return collect(func(after string) ([]api.Revocation, string, error) {
+		p, err := c.RevocationPage(ctx, after, most)
+		return p.Revocations, p.Next, err
+	})
 }
 
 // Revocation returns the progress of a revocation.
@@ -84,10 +105,17 @@ func (c *Client) Plant(ctx context.Context, r api.PlantRequest) (api.Planted, er
 	return post[api.Planted](ctx, c, "/v1/canaries", r)
 }
 
-// Canaries lists the canaries, the latest first.
+// CanaryPage returns a page of the canaries, the latest first, as ChainPage does.
+func (c *Client) CanaryPage(ctx context.Context, after string, limit int) (api.Canaries, error) {
+	return get[api.Canaries](ctx, c, "/v1/canaries?"+page(after, limit).Encode())
+}
+
+// Canaries is CanaryPage for all pages.
 func (c *Client) Canaries(ctx context.Context) ([]api.Canary, error) {
-	list, err := get[api.Canaries](ctx, c, "/v1/canaries")
-	return list.Canaries, err
+	return collect(func(after string) ([]api.Canary, string, error) {
+		p, err := c.CanaryPage(ctx, after, most)
+		return p.Canaries, p.Next, err
+	})
 }
 
 // Pull removes a canary.
@@ -98,20 +126,38 @@ func (c *Client) Pull(ctx context.Context, id string) (api.Canary, error) {
 // Audit returns at most limit entries of the audit log after a revision, and the revision after which the next page
 // starts. A limit of zero is the broker's default.
 func (c *Client) Audit(ctx context.Context, after uint64, limit int) (api.Entries, error) {
-	return get[api.Entries](ctx, c, "/v1/audit"+page(after, limit))
+	return get[api.Entries](ctx, c, "/v1/audit?"+page(strconv.FormatUint(after, 10), limit).Encode())
 }
 
 // ChainAudit is Audit for one chain.
 func (c *Client) ChainAudit(ctx context.Context, id string, after uint64, limit int) (api.Entries, error) {
-	return get[api.Entries](ctx, c, "/v1/chains/"+url.PathEscape(id)+"/audit"+page(after, limit))
+	return get[api.Entries](ctx, c, "/v1/chains/"+url.PathEscape(id)+"/audit?"+page(strconv.FormatUint(after, 10), limit).Encode())
 }
 
-func page(after uint64, limit int) string {
-	q := url.Values{"after": {strconv.FormatUint(after, 10)}}
+// most is the largest page that a broker gives.
+const most = 1000
+
+// page is the query for a page.
+func page(after string, limit int) url.Values {
+	q := url.Values{}
+	if after != "" {
+		q.Set("after", after)
+	}
 	if limit > 0 {
 		q.Set("limit", strconv.Itoa(limit))
 	}
-	return "?" + q.Encode()
+	return q
+}
+
+// collect reads all pages of a list.
+func collect[T any](read func(after string) (list []T, next string, err error)) (all []T, err error) {
+	for after := ""; ; {
+		list, next, err := read(after)
+		if all = append(all, list...); err != nil || next == "" {
+			return all, err
+		}
+		after = next
+	}
 }
 
 func get[Out any](ctx context.Context, c *Client, path string) (out Out, err error) {

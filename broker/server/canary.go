@@ -20,8 +20,12 @@ func (s *Server) plant(x *exchange, o broker.Operator, in api.PlantRequest) (ans
 }
 
 func (s *Server) canaries(x *exchange, _ broker.Operator, _ none) (answer, error) {
-	list, err := s.cfg.Broker.Canaries(x.Context())
-	return answer{status: http.StatusOK, body: api.Canaries{Canaries: each(list, wireCanary)}}, err
+	p, err := pageAfter(x, checked(broker.ParseCanaryID))
+	if err != nil {
+		return answer{}, err
+	}
+	list, next, err := s.cfg.Broker.Canaries(x.Context(), p)
+	return answer{status: http.StatusOK, body: api.Canaries{Canaries: each(list, wireCanary), Next: next}}, err
 }
 
 func (s *Server) pull(x *exchange, o broker.Operator, _ api.Nothing) (answer, error) {

@@ -234,16 +234,22 @@ func (f *fake) Revocation(_ context.Context, id broker.RevocationID) (broker.Rev
 	return f.rev, err
 }
 
-func (f *fake) Revocations(context.Context) ([]broker.Revocation, error) {
-	return []broker.Revocation{revocation()}, f.answer(nil)
+func (f *fake) Revocations(_ context.Context, p broker.Page) ([]broker.Revocation, string, error) {
+	return []broker.Revocation{revocation()}, string(revocationID), f.answer(p)
 }
 
-func (f *fake) Chains(_ context.Context, all bool) ([]broker.ChainSummary, error) {
-	return []broker.ChainSummary{{Chain: chain(), Delegations: 1, Live: 2, Steps: 3, Fence: fence()}}, f.answer(all)
+func (f *fake) Chains(_ context.Context, all bool, p broker.Page) ([]broker.ChainSummary, string, error) {
+	return []broker.ChainSummary{{Chain: chain(), Delegations: 1, Live: 2, Steps: 3, Fence: fence()}}, string(chainID), f.answer(chainsAsked{all, p})
 }
 
-func (f *fake) Chain(_ context.Context, id broker.ChainID) (broker.ChainView, error) {
-	return broker.ChainView{Chain: chain(), Delegations: []broker.Delegation{delegation()}, Grants: []broker.Grant{grant()}}, f.answer(id)
+// chainsAsked is a request for a list of chains.
+type chainsAsked struct {
+	All  bool
+	Page broker.Page
+}
+
+func (f *fake) Chain(_ context.Context, id broker.ChainID, p broker.Page) (broker.ChainView, error) {
+	return broker.ChainView{Chain: chain(), Delegations: []broker.Delegation{delegation()}, Grants: []broker.Grant{grant()}, Next: string(grantID)}, f.answer(p)
 }
 
 func canary() broker.Canary {
@@ -254,8 +260,8 @@ func (f *fake) Plant(_ context.Context, _ broker.Operator, r broker.PlantRequest
 	return canary(), "hvs.CAESx", f.answer(r)
 }
 
-func (f *fake) Canaries(context.Context) ([]broker.Canary, error) {
-	return []broker.Canary{canary()}, f.answer(nil)
+func (f *fake) Canaries(_ context.Context, p broker.Page) ([]broker.Canary, string, error) {
+	return []broker.Canary{canary()}, string(canaryID), f.answer(p)
 }
 
 func (f *fake) Pull(_ context.Context, _ broker.Operator, id broker.CanaryID) (broker.Canary, error) {

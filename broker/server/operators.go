@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strconv"
 	"time"
 
@@ -15,17 +16,17 @@ import (
 func (s *Server) operatorRoutes() []route {
 	page := []string{"after", "limit"}
 	routes := append(s.commonRoutes(),
-		route{"GET", "/v1/chains", []string{"all"}, forOperator(s, s.chains)},
-		route{"GET", "/v1/chains/{id}", nil, forOperator(s, s.chain)},
+		route{"GET", "/v1/chains", []string{"all", "after", "limit"}, forOperator(s, s.chains)},
+		route{"GET", "/v1/chains/{id}", page, forOperator(s, s.chain)},
 		route{"GET", "/v1/chains/{id}/audit", page, forOperator(s, s.chainAudit)},
 		route{"POST", "/v1/plans", nil, forOperator(s, s.plan)},
 		route{"POST", "/v1/revocations", nil, forOperator(s, s.revoke)},
-		route{"GET", "/v1/revocations", nil, forOperator(s, s.revocations)},
+		route{"GET", "/v1/revocations", page, forOperator(s, s.revocations)},
 		route{"GET", "/v1/revocations/{id}", nil, forOperator(s, s.revocation)},
 		route{"GET", "/v1/revocations/{id}/events", nil, s.revocationEvents},
 		route{"POST", "/v1/revocations/{id}/unfreeze", nil, forOperator(s, s.unfreeze)},
 		route{"POST", "/v1/canaries", nil, forOperator(s, s.plant)},
-		route{"GET", "/v1/canaries", nil, forOperator(s, s.canaries)},
+		route{"GET", "/v1/canaries", page, forOperator(s, s.canaries)},
 		route{"POST", "/v1/canaries/{id}/pull", nil, forOperator(s, s.pull)},
 		route{"GET", "/v1/audit", page, forOperator(s, s.audit)},
 	)
@@ -51,8 +52,12 @@ func (s *Server) chains(x *exchange, _ broker.Operator, _ none) (answer, error) 
 	default:
 		return answer{}, malformed("all must be true or false")
 	}
-	list, err := s.cfg.Broker.Chains(x.Context(), all)
-	return answer{status: http.StatusOK, body: api.Chains{Chains: each(list, wireSummary)}}, err
+	p, err := pageAfter(x, checked(broker.ParseChainID))
+	if err != nil {
+		return answer{}, err
+	}
+	list, next, err := s.cfg.Broker.Chains(x.Context(), all, p)
+	return answer{status: http.StatusOK, body: api.Chains{Chains: each(list, wireSummary), Next: next}}, err
 }
 
 func (s *Server) chain(x *exchange, _ broker.Operator, _ none) (answer, error) {
@@ -60,9 +65,14 @@ func (s *Server) chain(x *exchange, _ broker.Operator, _ none) (answer, error) {
 	if err != nil {
 		return answer{}, err
 	}
-	v, err := s.cfg.Broker.Chain(x.Context(), id)
+	p, err := pageAfter(x, checked(broker.ParseDelegationID), checked(broker.ParseGrantID))
+	if err != nil {
+		return answer{}, err
+	}
+	v, err := s.cfg.Broker.Chain(x.Context(), id, p)
 	return answer{status: http.StatusOK, body: api.ChainView{
 		Chain: wireChain(v.Chain), Delegations: each(v.Delegations, wireDelegation), Grants: each(v.Grants, wireRecord),
+		Next: v.Next,
 	}}, err
 }
 
@@ -98,8 +108,12 @@ func (s *Server) unfreeze(x *exchange, o broker.Operator, _ api.Nothing) (answer
 }
 
 func (s *Server) revocations(x *exchange, _ broker.Operator, _ none) (answer, error) {
-	list, err := s.cfg.Broker.Revocations(x.Context())
-	return answer{status: http.StatusOK, body: api.Revocations{Revocations: each(list, wireRevocation)}}, err
+	p, err := pageAfter(x, checked(broker.ParseRevocationID))
+	if err != nil {
+		return answer{}, err
+	}
+	list, next, err := s.cfg.Broker.Revocations(x.Context(), p)
+	return answer{status: http.StatusOK, body: api.Revocations{Revocations: each(list, wireRevocation), Next: next}}, err
 }
 
 func (s *Server) revocation(x *exchange, _ broker.Operator, _ none) (answer, error) {
@@ -188,26 +202,39 @@ func entries(list []broker.Entry, after broker.Revision) answer {
 	return answer{status: http.StatusOK, body: api.Entries{Entries: each(list, wireEntry), Next: uint64(next)}}
 }
 
-// Page sizes of the audit log, in entries.
-const (
-	defaultPage = 100
-	maxPage     = 1000
-)
-
+// pageOf returns the page of the audit log that a request asks for.
 func pageOf(x *exchange) (after broker.Revision, limit int, err error) {
-	limit = defaultPage
-	query := x.URL.Query()
-	if text := query.Get("after"); query.Has("after") {
+	p, err := pageAfter(x, func(text string) error {
 		n, err := strconv.ParseUint(text, 10, 63)
-		if err != nil {
-			return 0, 0, malformed("after must be a revision")
-		}
 		after = broker.Revision(n)
+		return err
+	})
+	return after, p.Limit, err
+}
+
+// pageAfter returns the page that a request asks for. The cursor of a list is what the page before has in next.
+func pageAfter(x *exchange, check ...func(after string) error) (broker.Page, error) {
+	p := broker.Page{Limit: broker.DefaultPage}
+	query := x.URL.Query()
+	if p.After = query.Get("after"); query.Has("after") {
+		takes := func(f func(string) error) bool { return f(p.After) == nil }
+		if !slices.ContainsFunc(check, takes) {
+			return p, malformed("after must be what the page before has in next")
+		}
 	}
 	if text := query.Get("limit"); query.Has("limit") {
-		if limit, err = strconv.Atoi(text); err != nil || limit < 1 || limit > maxPage {
-			return 0, 0, malformed("limit must be 1 to %d", maxPage)
+		var err error
+		if p.Limit, err = strconv.Atoi(text); err != nil || p.Limit < 1 || p.Limit > broker.MaxPage {
+			return p, malformed("limit must be 1 to %d", broker.MaxPage)
 		}
 	}
-	return after, limit, nil
+	return p, nil
+}
+
+// checked makes the check of a cursor that is an id.
+func checked[T any](parse func(string) (T, error)) func(string) error {
+	return func(text string) error {
+		_, err := parse(text)
+		return err
+	}
 }

@@ -65,22 +65,22 @@ type Revoker interface {
 // Revocations reads the progress of revocations.
 type Revocations interface {
 	Revocation(context.Context, broker.RevocationID) (broker.Revocation, error)
-	Revocations(context.Context) ([]broker.Revocation, error)
+	Revocations(context.Context, broker.Page) (list []broker.Revocation, next string, err error)
 	Acknowledgements(context.Context, broker.RevocationID) ([]broker.Acknowledgement, error)
 	Awaited(context.Context, broker.RevocationID) ([]broker.Awaited, error)
 }
 
 // Chains lists chains and reads one.
 type Chains interface {
-	Chains(ctx context.Context, all bool) ([]broker.ChainSummary, error)
-	Chain(context.Context, broker.ChainID) (broker.ChainView, error)
+	Chains(ctx context.Context, all bool, p broker.Page) (list []broker.ChainSummary, next string, err error)
+	Chain(context.Context, broker.ChainID, broker.Page) (broker.ChainView, error)
 }
 
 // Canaries plants values that no caller has a reason to use. Present receives each value that was presented as a
 // token and is not one. It must not take longer for a canary's value than for any other.
 type Canaries interface {
 	Plant(context.Context, broker.Operator, broker.PlantRequest) (c broker.Canary, value string, err error)
-	Canaries(context.Context) ([]broker.Canary, error)
+	Canaries(context.Context, broker.Page) (list []broker.Canary, next string, err error)
 	Pull(context.Context, broker.Operator, broker.CanaryID) (broker.Canary, error)
 	Present(ctx context.Context, c broker.Caller, value string)
 }

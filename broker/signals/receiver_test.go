@@ -438,7 +438,7 @@ func TestEndToEnd(t *testing.T) {
 	deadline := time.After(10 * time.Second)
 	for {
 		woken, cancel := b.Watch("")
-		list, err := b.Revocations(ctx)
+		list, _, err := b.Revocations(ctx, broker.Page{Limit: 10})
 		if err != nil || len(list) != 1 || list[0].By != "set:"+issuer {
 			t.Fatalf("Revocations = %+v, %v, want the one by the transmitter", list, err)
 		}

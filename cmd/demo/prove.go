@@ -69,13 +69,16 @@ func (p *play) awaitClosed(ctx context.Context) (open int, err error) {
 	deadline := time.Now().Add(30 * time.Second)
 	for {
 		changed, cancel := p.env.Broker.Broker.Watch(id)
-		v, err := p.env.Broker.Broker.Chain(ctx, id)
 		open = 0
-		for _, g := range v.Grants {
-			if g.State != broker.StateClosed {
-				open++
+		err := broker.EachPage(func(page broker.Page) (string, error) {
+			v, err := p.env.Broker.Broker.Chain(ctx, id, page)
+			for _, g := range v.Grants {
+				if g.State != broker.StateClosed {
+					open++
+				}
 			}
-		}
+			return v.Next, err
+		})
 		if err != nil || open == 0 || time.Now().After(deadline) {
 			cancel()
 			return open, err

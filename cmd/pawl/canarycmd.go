@@ -43,30 +43,30 @@ func canaryCommand() *cobra.Command {
 	plant.Flags().StringVar(&in.Note, "note", "", "the place of the canary, for the list and the audit")
 	plant.Flags().StringVar(&in.Like, "like", "vault",
 		"form of the value: vault (a service token) or github (a personal access token)")
+	l := listing[api.Canary]{header: "CANARY\tCHAIN\tPLANTED\tTOUCHED\tTIMES\tBY\tNOTE",
+		row: func(w io.Writer, k api.Canary) {
+			touched, chain := "never", "-"
+			if !k.Touched.IsZero() {
+				touched = k.Touched.UTC().Format(time.RFC3339)
+			}
+			if k.Chain != "" {
+				chain = k.Chain
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", k.ID, chain, k.Planted.UTC().Format(time.RFC3339),
+				touched, k.Touches, k.By, oneLine(k.Note))
+		}}
 	list := &cobra.Command{
 		Use: "list", Short: "List the canaries, and when they were touched", Args: cobra.NoArgs,
 		Long: "List the canaries, latest first.", Example: "  pawl canary list",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, _ []string) error {
-			all, err := c.Canaries(cmd.Context())
-			if err != nil {
-				return err
+			l.read = func(after string, limit int) ([]api.Canary, string, error) {
+				p, err := c.CanaryPage(cmd.Context(), after, limit)
+				return p.Canaries, p.Next, err
 			}
-			return f.show(cmd, all, func(w io.Writer) {
-				fmt.Fprintln(w, "CANARY\tCHAIN\tPLANTED\tTOUCHED\tTIMES\tBY\tNOTE")
-				for _, k := range all {
-					touched, chain := "never", "-"
-					if !k.Touched.IsZero() {
-						touched = k.Touched.UTC().Format(time.RFC3339)
-					}
-					if k.Chain != "" {
-						chain = k.Chain
-					}
-					fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", k.ID, chain, k.Planted.UTC().Format(time.RFC3339),
-						touched, k.Touches, k.By, oneLine(k.Note))
-				}
-			})
+			return l.print(cmd, &f)
 		}),
 	}
+	l.addLimit(list)
 	pull := &cobra.Command{
 		Use: "pull CANARY", Short: "Remove a canary", Args: cobra.ExactArgs(1),
 		Long:    "Remove a canary. Its value is then like any unknown value.",

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -87,6 +88,76 @@ func (f *operatorFlags) show(cmd *cobra.Command, v any, text func(w io.Writer)) 
 	return w.Flush()
 }
 
+// listing prints the pages of a list as they come.
+type listing[T any] struct {
+	read   func(after string, limit int) (list []T, next string, err error)
+	header string
+	row    func(w io.Writer, item T)
+	limit  int // the most items; zero: all
+}
+
+func (l *listing[T]) addLimit(c *cobra.Command) {
+	c.Flags().IntVar(&l.limit, "limit", 0, "print at most so many; 0: all")
+}
+
+// pageSize is how many items of a list are asked for at once.
+const pageSize = 500
+
+func (l *listing[T]) print(cmd *cobra.Command, f *operatorFlags) error {
+	out := cmd.OutOrStdout()
+	printed := 0
+	for after := ""; ; {
+		size := pageSize
+		if l.limit > 0 {
+			size = min(size, l.limit-printed)
+		}
+		list, next, err := l.read(after, size)
+		if err != nil {
+			return err
+		}
+		if f.json {
+			err = writeElements(out, list, printed == 0)
+		} else {
+			w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
+			if printed == 0 && l.header != "" {
+				fmt.Fprintln(w, l.header)
+			}
+			for _, item := range list {
+				l.row(w, item)
+			}
+			err = w.Flush()
+		}
+		if err != nil {
+			return err
+		}
+		printed, after = printed+len(list), next
+		if next == "" || l.limit > 0 && printed >= l.limit {
+			break
+		}
+	}
+	if f.json {
+		_, err := fmt.Fprint(out, map[bool]string{true: "[]\n", false: "\n]\n"}[printed == 0])
+		return err
+	}
+	return nil
+}
+
+// writeElements writes a part of an array in JSON, without its end.
+func writeElements[T any](out io.Writer, list []T, first bool) error {
+	for _, item := range list {
+		text, err := json.MarshalIndent(item, "  ", "  ")
+		if err != nil {
+			return err
+		}
+		begin := map[bool]string{true: "[\n  ", false: ",\n  "}[first]
+		if _, err := fmt.Fprintf(out, "%s%s", begin, text); err != nil {
+			return err
+		}
+		first = false
+	}
+	return nil
+}
+
 func chainCommand() *cobra.Command {
 	var f operatorFlags
 	var all bool
@@ -94,26 +165,26 @@ func chainCommand() *cobra.Command {
 		Long:    "List and show chains. A chain is one task's tree of delegations.",
 		Example: "  pawl chain list\n  pawl chain show ch0123456789abcdefghjkmnpq"}
 	f.add(c)
+	l := listing[api.ChainSummary]{header: "CHAIN\tSTATE\tLIVE\tSTEPS\tDELEGATIONS\tOPENED\tOPENER\tTASK",
+		row: func(w io.Writer, s api.ChainSummary) {
+			fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%d\t%s\t%s\t%s\n",
+				s.Chain.ID, fenceWord(s.Fence), s.Live, s.Steps, s.Delegations,
+				s.Chain.Opened.UTC().Format(time.RFC3339), s.Chain.Opener, oneLine(s.Chain.Task))
+		}}
 	list := &cobra.Command{
 		Use: "list", Short: "List the live chains", Args: cobra.NoArgs,
 		Long:    "List the live chains, latest first: those that agents can still use, and those with live grants.",
-		Example: "  pawl chain list\n  pawl chain list --all --json",
+		Example: "  pawl chain list\n  pawl chain list --limit 20\n  pawl chain list --all --json",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, _ []string) error {
-			chains, err := c.Chains(cmd.Context(), all)
-			if err != nil {
-				return err
+			l.read = func(after string, limit int) ([]api.ChainSummary, string, error) {
+				p, err := c.ChainPage(cmd.Context(), all, after, limit)
+				return p.Chains, p.Next, err
 			}
-			return f.show(cmd, chains, func(w io.Writer) {
-				fmt.Fprintln(w, "CHAIN\tSTATE\tLIVE\tSTEPS\tDELEGATIONS\tOPENED\tOPENER\tTASK")
-				for _, s := range chains {
-					fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%d\t%s\t%s\t%s\n",
-						s.Chain.ID, fenceWord(s.Fence), s.Live, s.Steps, s.Delegations,
-						s.Chain.Opened.UTC().Format(time.RFC3339), s.Chain.Opener, oneLine(s.Chain.Task))
-				}
-			})
+			return l.print(cmd, &f)
 		}),
 	}
 	list.Flags().BoolVar(&all, "all", false, "list ended chains too")
+	l.addLimit(list)
 	show := &cobra.Command{
 		Use: "show CHAIN", Short: "Show one chain's delegations and grants", Args: cobra.ExactArgs(1),
 		Long: "Show one chain: its delegations with their holders, and every grant with its state, its arguments and the\n" +
@@ -211,23 +282,23 @@ func revokeCommand() *cobra.Command {
 			return follow(cmd, c, &f.operatorFlags, args[0])
 		}),
 	}
+	l := listing[api.Revocation]{header: "REVOCATION\tSTATE\tFENCED\tDEAD\tALIVE\tUNKNOWN\tBY\tSELECTOR",
+		row: func(w io.Writer, r api.Revocation) {
+			fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d\t%d\t%s\t%s\n", r.ID, stateWord(r),
+				r.Fenced.UTC().Format(time.RFC3339), r.Dead, r.Alive, r.Unknown, r.By, r.Selector)
+		}}
 	list := &cobra.Command{
 		Use: "list", Short: "List revocations and freezes", Args: cobra.NoArgs,
 		Long: "List revocations and freezes, latest first.", Example: "  pawl revoke list",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, _ []string) error {
-			all, err := c.Revocations(cmd.Context())
-			if err != nil {
-				return err
+			l.read = func(after string, limit int) ([]api.Revocation, string, error) {
+				p, err := c.RevocationPage(cmd.Context(), after, limit)
+				return p.Revocations, p.Next, err
 			}
-			return f.show(cmd, all, func(w io.Writer) {
-				fmt.Fprintln(w, "REVOCATION\tSTATE\tFENCED\tDEAD\tALIVE\tUNKNOWN\tBY\tSELECTOR")
-				for _, r := range all {
-					fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d\t%d\t%s\t%s\n", r.ID, stateWord(r),
-						r.Fenced.UTC().Format(time.RFC3339), r.Dead, r.Alive, r.Unknown, r.By, r.Selector)
-				}
-			})
+			return l.print(cmd, &f.operatorFlags)
 		}),
 	}
+	l.addLimit(list)
 	c.AddCommand(watch, list)
 	return c
 }
@@ -500,32 +571,32 @@ func auditCommand() *cobra.Command {
 	var f operatorFlags
 	var chain string
 	var after uint64
+	l := listing[api.Entry]{row: writeEntry}
 	c := &cobra.Command{
 		Use: "audit", Short: "Print the audit log", Args: cobra.NoArgs,
 		Long:    "Print the audit log, oldest first. Every change of the ledger has an entry.",
 		Example: "  pawl audit\n  pawl audit --chain ch0123456789abcdefghjkmnpq --json",
 		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, _ []string) error {
-			for {
-				var page api.Entries
-				var err error
+			l.read = func(from string, limit int) ([]api.Entry, string, error) {
+				if from != "" {
+					after, _ = strconv.ParseUint(from, 10, 64) // as formatted below
+				}
+				read := c.Audit
 				if chain != "" {
-					page, err = c.ChainAudit(cmd.Context(), chain, after, 500)
-				} else {
-					page, err = c.Audit(cmd.Context(), after, 500)
+					read = func(ctx context.Context, after uint64, limit int) (api.Entries, error) {
+						return c.ChainAudit(ctx, chain, after, limit)
+					}
 				}
-				if err != nil {
-					return err
-				}
+				page, err := read(cmd.Context(), after, limit)
 				if len(page.Entries) == 0 {
-					return nil
+					return nil, "", err
 				}
-				if err := f.show(cmd, page.Entries, func(w io.Writer) { writeEntries(w, page.Entries) }); err != nil {
-					return err
-				}
-				after = page.Entries[len(page.Entries)-1].Revision
+				return page.Entries, strconv.FormatUint(page.Next, 10), err
 			}
+			return l.print(cmd, &f)
 		}),
 	}
+	l.addLimit(c)
 	f.add(c)
 	c.Flags().StringVar(&chain, "chain", "", "print only the entries of this chain")
 	c.Flags().Uint64Var(&after, "after", 0, "print only the entries after this revision")
@@ -533,11 +604,9 @@ func auditCommand() *cobra.Command {
 	return c
 }
 
-func writeEntries(w io.Writer, entries []api.Entry) {
-	for _, e := range entries {
-		fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Revision, e.At.UTC().Format("2006-01-02T15:04:05.000Z"),
-			e.Op, e.Actor, firstOf(e.Grant, e.Delegation, e.Chain, e.Revocation), e.Tool, e.Code, oneLine(e.Detail))
-	}
+func writeEntry(w io.Writer, e api.Entry) {
+	fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Revision, e.At.UTC().Format("2006-01-02T15:04:05.000Z"),
+		e.Op, e.Actor, firstOf(e.Grant, e.Delegation, e.Chain, e.Revocation), e.Tool, e.Code, oneLine(e.Detail))
 }
 
 func firstOf(ids ...string) string {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 
+	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/audit"
 	"github.com/pawlsec/pawl/broker/policy"
 	"github.com/pawlsec/pawl/broker/selector"
@@ -122,7 +123,12 @@ func (s *Server) receiver(ctx context.Context, c Config, log *slog.Logger) (http
 	if err != nil || len(transmitters) == 0 {
 		return nil, err
 	}
-	before, err := s.Broker.Revocations(ctx)
+	var before []broker.Revocation
+	err = broker.EachPage(func(p broker.Page) (string, error) {
+		list, next, err := s.Broker.Revocations(ctx, p)
+		before = append(before, list...)
+		return next, err
+	})
 	if err != nil {
 		return nil, err
 	}

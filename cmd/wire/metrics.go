@@ -139,17 +139,19 @@ func (m *metrics) seed(ctx context.Context, b *engine.Engine) error {
 	m.registry.MustRegister(newGauge("pawl_irrevocable_leases",
 		"Leases of this broker that Vault has given up revoking, as of the last sweep; a person must end each by hand.",
 		func() float64 { return float64(b.Irrevocable()) }))
-	chains, err := b.Chains(ctx, true)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for _, c := range chains {
-		if !m.tester.IsZero() && c.Chain.Opener == m.tester {
-			m.addTestLocked(c.Chain.ID)
-			continue
+	return broker.EachPage(func(p broker.Page) (string, error) {
+		chains, next, err := b.Chains(ctx, true, p)
+		for _, c := range chains {
+			if !m.tester.IsZero() && c.Chain.Opener == m.tester {
+				m.addTestLocked(c.Chain.ID)
+				continue
+			}
+			m.live.Add(int64(c.Live))
 		}
-		m.live.Add(int64(c.Live))
-	}
-	return err
+		return next, err
+	})
 }
 
 // alarm counts an alarm and then calls f.

@@ -106,6 +106,72 @@ func (t *tx) Scan(prefix, after string, f func(key string, value []byte) bool) e
 	}
 }
 
+// ScanBack implements broker.Tx. It visits the records as they were when it began.
+func (t *tx) ScanBack(prefix, before string, f func(key string, value []byte) bool) error {
+	put := t.putKeys(prefix, prefix)
+	if before != "" {
+		n, _ := slices.BinarySearch(put, before)
+		put = put[:n]
+	}
+	c := t.records.Cursor()
+	k, v := seekBefore(c, prefix, before)
+	for {
+		if !bytes.HasPrefix(k, []byte(prefix)) {
+			k = nil
+		}
+		if k == nil && len(put) == 0 {
+			return nil
+		}
+		if last := len(put) - 1; last >= 0 && (k == nil || put[last] >= string(k)) {
+			key := put[last]
+			put = put[:last]
+			if key == string(k) {
+				k, v = c.Prev()
+			}
+			if stored := t.puts[key]; stored != nil && !f(key, value(stored)) {
+				return nil
+			}
+			continue
+		}
+		key := string(k)
+		val, err := open(key, v)
+		if err != nil {
+			return err
+		}
+		if !f(key, val) {
+			return nil
+		}
+		k, v = c.Prev()
+	}
+}
+
+// seekBefore moves to the last record before a key, or to the last one with the prefix when the key is empty.
+func seekBefore(c *bbolt.Cursor, prefix, before string) (k, v []byte) {
+	at := []byte(before)
+	if before == "" || before > prefix && !strings.HasPrefix(before, prefix) {
+		at = afterAll(prefix)
+	}
+	if at == nil {
+		return c.Last()
+	}
+	if k, _ = c.Seek(at); k == nil {
+		return c.Last()
+	}
+	return c.Prev()
+}
+
+// afterAll returns the first key after all keys with a prefix; nil: there is none.
+func afterAll(prefix string) []byte {
+	end := []byte(prefix)
+	for i := len(end) - 1; i >= 0; i-- {
+		if end[i] < 0xff {
+			end[i]++
+			return end[:i+1]
+		}
+	}
+	return nil
+}
+
 // putKeys returns the keys that the running function has put, in order.
 func (t *tx) putKeys(prefix, from string) []string {
 	var keys []string
