@@ -68,6 +68,9 @@ const (
 	CodeExpired           Code = "expired"              // the delegation, grant or identity has expired
 	CodeLedgerDown        Code = "ledger_unavailable"   // the ledger cannot commit
 	CodeVaultDown         Code = "vault_unavailable"    // Vault cannot mint; nothing is left behind
+	CodeVaultRefused      Code = "vault_refused"        // Vault refuses, and does so until a person changes Vault
+	CodeVaultBusy         Code = "vault_busy"           // Vault limits requests or leases; nothing is left behind
+	CodeClockSkew         Code = "clock_skew"           // the clocks of the broker and of Vault differ too much
 	CodeOutcomeUnknown    Code = "outcome_unknown"      // a mint may have succeeded: it is revoked. Use a new key
 	CodeBackendDown       Code = "backend_unavailable"  // the tool's target cannot be prepared
 	CodeIssuingStopped    Code = "issuing_stopped"      // the broker doubts its clock, identity or restored ledger

@@ -59,6 +59,10 @@ type Grant struct {
 	Sealed    string      `json:"sealed,omitempty"`
 	Collector spiffeid.ID `json:"collector,omitzero"` // may collect a sealed secret
 	Collected time.Time   `json:"collected,omitzero"` // zero: not collected
+
+	// NothingMade says that Vault certainly made nothing for the grant. Such a grant is not counted in budgets and
+	// histories once it is CLOSED.
+	NothingMade bool `json:"nothing_made,omitempty"`
 }
 
 // Ending is the reason why a grant ended.
@@ -133,7 +137,7 @@ func (g Grant) LatestEnd() time.Time {
 			end = t
 		}
 	}
-	if g.State == StateHandle && g.Lease.Expires.IsZero() {
+	if g.State == StateHandle && g.Lease.Expires.IsZero() && !g.NothingMade {
 		if late := g.MintDeadline.Add(g.Longest + EndTolerance); late.After(end) {
 			end = late
 		}

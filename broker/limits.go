@@ -31,6 +31,10 @@ const Leeway = time.Minute
 // seconds to the end of a database login.
 const EndTolerance = 10 * time.Second
 
+// MaxSkew is the greatest difference between the clocks of the broker and of Vault with which certificates are issued.
+// Such a secret may end that much later than its step, by the clocks of its verifiers.
+const MaxSkew = 3 * time.Second
+
 // Limits of names and texts, in bytes.
 const (
 	MaxSPIFFEID  = 2048 // a SPIFFE ID (SPIFFE-ID section 2.3)

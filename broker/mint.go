@@ -1,6 +1,9 @@
 package broker
 
-import "time"
+import (
+	"context"
+	"time"
+)
 
 // Mint is one request to Vault that makes a secret.
 type Mint struct {
@@ -13,6 +16,14 @@ type Mint struct {
 	// Wrap, which requires Auth, asks for a wrapped answer. Finish gets the member "wrap_info"; its "auth" is Vault's
 	// record of the token inside.
 	Wrap bool
+
+	// Absolute says that the secret ends at a time by Vault's clock, as a certificate does. It may then end MaxSkew later
+	// than TTL allows, and is not asked for while the clocks differ by more.
+	Absolute bool
+
+	// Again makes the request once more, after Vault has refused the version of the key that this one names. Only a
+	// backend whose secret is a signature sets it: one that nobody received is no secret. Nil: the request is sent once.
+	Again func(context.Context) (Mint, error)
 
 	// Finish makes the agent's secret from the answer's data, and gives the backend's name for it. It gets the expiry
 	// of Vault's lease, or zero without a lease.

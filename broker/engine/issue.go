@@ -329,14 +329,10 @@ func (s *issue) spendBudgets(tx *records.Tx, l records.Lineage) error {
 	return nil
 }
 
-// redecide decides again when other steps of the chain have begun since step 1: a policy over the history must hold
-// when steps race. A decision is a pure function, so it is cheap inside a transaction.
+// redecide decides again when other steps of the chain have begun since step 1, or have come to nothing: a policy over
+// the history must hold when steps race. A decision is a pure function, so it is cheap inside a transaction.
 func (s *issue) redecide(u records.Usage) error {
-	begun := 0
-	for _, past := range s.asked.History {
-		begun += past.Count
-	}
-	if begun == u.Steps {
+	if records.SameHistory(s.asked.History, u.Tools) {
 		return nil
 	}
 	q := s.asked
@@ -407,6 +403,7 @@ func (s *issue) mint(ctx context.Context, prefetched *stepToken) (broker.Secret,
 		return broker.Secret{}, err
 	}
 	if mintCtx.Err() != nil {
+		s.recordNothing(ctx)
 		return broker.Secret{}, broker.Errorf(broker.Unavailable, opIssue,
 			"recording the token took longer than a mint may; nothing was minted").
 			With(broker.CodeLedgerDown).After(time.Second)
@@ -538,7 +535,9 @@ func (s *issue) recheck(tx *records.Tx) (broker.Grant, error) {
 // in each case. A fence makes the reaper kill the step's token, and Vault then refuses the mint. The agent gets the
 // fence as the reason, not Vault's refusal.
 func (s *issue) mintFailed(ctx context.Context, err error) error {
-	if !errors.Is(err, broker.ErrNotMinted) {
+	if errors.Is(err, broker.ErrNotMinted) {
+		s.recordNothing(ctx)
+	} else {
 		s.e.sweeper.Suspect()
 	}
 	var ended error
@@ -564,6 +563,28 @@ func (s *issue) mintFailed(ctx context.Context, err error) error {
 	return broker.Errorf(broker.Unavailable, opIssue,
 		"it is not known whether Vault minted; the broker ends any secret that exists").
 		With(broker.CodeOutcomeUnknown).Because(err).Lacks("ask again, with a new idempotency key").After(time.Second)
+}
+
+// recordNothing records that Vault certainly made nothing. The reaper then closes the grant at once, and gives the step
+// back to its budgets in the same transaction. If this fails, the grant is closed as one with an unknown outcome.
+func (s *issue) recordNothing(ctx context.Context) {
+	ctx, cancel := detached(ctx, s.e.cfg.MintTimeout)
+	defer cancel()
+	err := s.e.update(ctx, opIssue, func(tx *records.Tx) error {
+		g, ok, err := tx.Grant(s.grant.ID)
+		if err != nil || !ok || g.State != broker.StateHandle {
+			return err
+		}
+		g.NothingMade = true
+		if err := tx.PutGrant(g); err != nil {
+			return err
+		}
+		_, err = tx.Enter(s.entry(broker.OpEnd, "nothing was made"))
+		return err
+	})
+	if err != nil {
+		s.e.cfg.Alarm("recording a step for which nothing was made", err)
+	}
 }
 
 func (s *issue) entry(op broker.Op, detail string) broker.Entry {

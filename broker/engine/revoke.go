@@ -257,7 +257,7 @@ func (r *reconciler) start(ctx context.Context) error {
 	r.total, r.backends, r.started = len(grants)+len(static), map[string]bool{}, r.e.cfg.Now()
 	for _, g := range grants {
 		r.backends[g.Backend] = true
-		if g.State == broker.StateHandle && g.Lease.Expires.IsZero() {
+		if g.State == broker.StateHandle && g.Lease.Expires.IsZero() && !g.NothingMade {
 			r.inFlight, r.rv.Unswept = append(r.inFlight, g.ID), true
 		}
 	}
@@ -346,7 +346,7 @@ func (r *reconciler) sweep(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			if g.Lease.Expires.IsZero() && g.Token.Accessor != "" {
+			if g.Lease.Expires.IsZero() && g.Token.Accessor != "" && !g.NothingMade {
 				lost = append(lost, g)
 			}
 		}

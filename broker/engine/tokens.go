@@ -2,7 +2,6 @@ package engine
 
 import (
 	"context"
-	"errors"
 	"slices"
 
 	"github.com/pawlsec/pawl/broker"
@@ -41,10 +40,6 @@ func (e *Engine) ensureToken(ctx context.Context, op string, id broker.Delegatio
 		}
 	}
 	token, err := e.cfg.Vault.CreateDelegationToken(ctx, d, vaultPolicies(d.Scope, policy))
-	if errors.Is(err, broker.ErrNoParent) {
-		return broker.Errorf(broker.Unavailable, op, "the parent delegation's token has just ended").
-			With(broker.CodeVaultDown).Because(err)
-	}
 	if err != nil {
 		return asUnavailable(err, broker.CodeVaultDown, "Vault did not create the delegation's token; nothing was minted")
 	}

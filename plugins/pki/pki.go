@@ -93,7 +93,7 @@ func (b *Backend) Prepare(_ context.Context, t broker.Tool, g broker.Grant) (bro
 	life := (g.Expires.Sub(b.now()) + time.Second - 1).Truncate(time.Second)
 	path, _, _ := b.Access(t)
 	return broker.Mint{
-		Path: path, Leased: true, TTL: life,
+		Path: path, Leased: true, TTL: life, Absolute: true,
 		Data: map[string]any{
 			"common_name": want.common, "exclude_cn_from_sans": true, "ttl": fmt.Sprintf("%ds", int64(life/time.Second)),
 			"alt_names": strings.Join(want.dns, ","), "uri_sans": strings.Join(want.uris, ","), "ip_sans": strings.Join(want.ips, ","),
@@ -145,7 +145,7 @@ func (b *Backend) finish(answer map[string]any, want names, usage []x509.ExtKeyU
 	if err := exact(cert, want, usage); err != nil {
 		return broker.Finished{}, err
 	}
-	if cert.NotAfter.After(b.now().Add(life + time.Second)) {
+	if cert.NotAfter.After(b.now().Add(life + time.Second + broker.MaxSkew)) {
 		return broker.Finished{}, errors.New("pki: the certificate outlives the step")
 	}
 	chain, _ := answer["ca_chain"].([]any)

@@ -113,7 +113,7 @@ func (b *Backend) Prepare(_ context.Context, t broker.Tool, g broker.Grant) (bro
 	want.life = (g.Expires.Sub(b.now()) + time.Second - 1).Truncate(time.Second)
 	path, _, _ := b.Access(t)
 	return broker.Mint{
-		Path: path, TTL: want.life,
+		Path: path, TTL: want.life, Absolute: true,
 		Data: map[string]any{
 			"public_key": string(ssh.MarshalAuthorizedKey(want.key)), "cert_type": "user", "key_id": want.keyID, "valid_principals": want.principal,
 			"ttl": strconv.FormatInt(int64(want.life/time.Second), 10) + "s", "critical_options": want.options, "extensions": want.extensions,
@@ -171,7 +171,7 @@ func (b *Backend) finish(answer map[string]any, want spec, private ed25519.Priva
 
 func (want spec) check(cert *ssh.Certificate, now time.Time) (end time.Time, err error) {
 	checker := ssh.CertChecker{SupportedCriticalOptions: slices.Collect(maps.Keys(want.options)), Clock: func() time.Time { return now }}
-	latest := now.Add(want.life + time.Second)
+	latest := now.Add(want.life + time.Second + broker.MaxSkew)
 	switch {
 	case cert.CertType != ssh.UserCert || string(cert.Key.Marshal()) != string(want.key.Marshal()):
 		return end, errors.New("ssh: the certificate is not a user certificate, or has another key")

@@ -32,6 +32,10 @@ type Config struct {
 	// MintTimeout bounds a mint, up to the last byte of its response. Zero is 30 seconds.
 	MintTimeout time.Duration
 
+	// BehindProxy says that a proxy between the broker and Vault may answer in Vault's place, or send a request twice.
+	// An answer then never shows that a mint made nothing.
+	BehindProxy bool
+
 	Now func() time.Time // nil: time.Now
 	Log *slog.Logger     // nil: logs nothing
 }
@@ -76,13 +80,14 @@ func New(cfg Config) (*Client, error) {
 		recheck: make(chan struct{}, 1), firstLogin: make(chan struct{}),
 		nodes: map[string]*node{}, current: map[broker.DelegationID]*node{}, steps: map[string]step{},
 	}
-	c.wire = newWire(base, cfg.Namespace, &tls.Config{
+	c.wire = newWire(base, cfg, &tls.Config{
 		RootCAs:              cfg.Roots,
 		MinVersion:           tls.VersionTLS12,
 		GetClientCertificate: cfg.Login.certificate(),
 	})
 	c.done.Go(func() { c.loginLoop(ctx) })
 	c.done.Go(func() { c.renewLoop(ctx) })
+	c.done.Go(func() { c.clockLoop(ctx) })
 	return c, nil
 }
 
@@ -162,11 +167,12 @@ func setDefault(s *string, zero string) {
 	}
 }
 
-// do sends a request other than a mint, bounded by requestTimeout.
+// do sends a request other than a mint, bounded by requestTimeout. Its errors have a kind and a code, see answers.
 func (c *Client) do(ctx context.Context, r call) (response, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	return c.wire.send(ctx, r)
+	resp, err := c.wire.send(ctx, r)
+	return resp, explain(err)
 }
 
 // doWithLogin sends a request with the broker's own token. After a 403 the login loop checks that token at once: it may
@@ -174,7 +180,7 @@ func (c *Client) do(ctx context.Context, r call) (response, error) {
 func (c *Client) doWithLogin(ctx context.Context, r call) (response, error) {
 	s, err := c.loginToken(ctx)
 	if err != nil {
-		return response{}, err
+		return response{}, explain(err)
 	}
 	r.token = s.token
 	resp, err := c.do(ctx, r)

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"strings"
+	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
 )
@@ -20,6 +22,7 @@ type response struct {
 	Wrap          *wrapInfo
 	Errors        []string
 	Raw           []byte // the body of a raw call, undecoded
+	ServerTime    int64  // seconds since 1970, of sys/health; zero: none
 }
 
 // auth is the member of a response that describes a new or renewed token.
@@ -40,7 +43,7 @@ const maxDepth = 32
 
 var (
 	errShape = errors.New("vault's response is malformed")
-	errCase  = errors.New("vault's response spells a known member in another case")
+	errCase  = fmt.Errorf("%w: it spells a known member in another case", errShape)
 )
 
 // decodeResponse reads exactly one JSON object. It refuses duplicate members, members that differ from a known one in
@@ -55,6 +58,8 @@ func decodeResponse(raw []byte) (resp response, err error) {
 		"auth":           func() (err error) { resp.Auth, err = d.auth(); return err },
 		"errors":         func() error { return d.texts(&resp.Errors) },
 		"wrap_info":      func() (err error) { resp.Wrap, err = d.wrap(); return err },
+
+		"server_time_utc": func() error { return d.integer(&resp.ServerTime) },
 	})
 	if err != nil {
 		return response{}, err
@@ -267,34 +272,17 @@ func (d decoder) members(depth int) (any, error) {
 }
 
 // failure is a response with an error status. Its text holds no value of a request. Of Vault's own text it keeps only
-// the phrases listed below, since an engine may quote the failed statement, including its password.
+// one of knownPhrases, since an engine may quote the failed statement, including its password.
 type failure struct {
-	status int
-	phrase string // one of knownPhrases, or empty
+	status     int
+	phrase     string        // one of knownPhrases, or empty
+	retryAfter time.Duration // what the answer asks for; zero: nothing
 }
 
-var knownPhrases = []string{
-	"permission denied", "Vault is sealed", "invalid lease", "invalid accessor", "token not found",
-	"child policies must be subset of parent", "must be subset of the role's allowed policies",
-	"missing client token", "bad token", "invalid token", "path is already in use",
-	"missing name in alias", "invalid certificate or no client certificate supplied",
-	"client certificate must be supplied", "unsupported path", "no handler for route",
-	"request body too large", "rate limit quota exceeded", "unknown role",
-	"error validating token", "service account name not authorized", "lease not found",
-}
-
-func newFailure(status int, raw []byte) *failure {
-	f := &failure{status: status}
-	resp, err := decodeResponse(raw)
-	if err != nil {
-		return f
-	}
-	for _, e := range resp.Errors {
-		for _, p := range knownPhrases {
-			if f.phrase == "" && strings.Contains(e, p) {
-				f.phrase = p
-			}
-		}
+func newFailure(status int, header http.Header, raw []byte) *failure {
+	f := &failure{status: status, retryAfter: retryAfter(header)}
+	if resp, err := decodeResponse(raw); err == nil {
+		f.phrase = phraseOf(resp.Errors)
 	}
 	return f
 }

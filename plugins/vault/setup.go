@@ -321,7 +321,7 @@ func (a Admin) Write(ctx context.Context, w Write) error {
 	if err != nil || base.Scheme != "https" || a.Roots == nil || !validToken(a.Token) {
 		return errors.New("Admin needs an https address, roots and a token")
 	}
-	wire := newWire(&url.URL{Scheme: "https", Host: base.Host}, "",
+	wire := newWire(&url.URL{Scheme: "https", Host: base.Host}, Config{Now: time.Now},
 		&tls.Config{RootCAs: a.Roots, MinVersion: tls.VersionTLS12})
 	defer wire.close()
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)

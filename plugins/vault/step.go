@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -79,9 +78,35 @@ func (c *Client) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (brok
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.MintTimeout)
 	defer cancel()
-	resp, err := c.wire.send(ctx, r)
-	if err != nil && notMinted(err) {
+	if err := c.CheckClock(); err != nil && m.Absolute {
 		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: %w: %w", broker.ErrNotMinted, err)
+	}
+	resp, err := c.wire.send(ctx, r)
+	if err != nil && m.Again != nil && answerTo(err).stale {
+		return c.signAgain(ctx, r, s, m)
+	}
+	return c.minted(ctx, resp, err, r.path, s, m)
+}
+
+// signAgain signs once more, with a key that the backend has read again. Vault refused the version of the first request,
+// so it signed nothing. Where a proxy may have sent that request twice, a signature exists that nobody received. It is
+// no secret, and ends by itself.
+func (c *Client) signAgain(ctx context.Context, r call, s step, m broker.Mint) (broker.Lease, broker.Secret, error) {
+	again, err := m.Again(ctx)
+	if err != nil {
+		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: %w: %w", broker.ErrNotMinted, err)
+	}
+	r.body = again.Data
+	resp, err := c.wire.send(ctx, r)
+	return c.minted(ctx, resp, err, r.path, s, again)
+}
+
+// minted returns the outcome of a mint.
+func (c *Client) minted(ctx context.Context, resp response, err error, path string, s step, m broker.Mint) (
+	broker.Lease, broker.Secret, error,
+) {
+	if err != nil && c.notMinted(err) {
+		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: %w: %w", broker.ErrNotMinted, explain(err))
 	}
 	if err != nil {
 		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: %w", err)
@@ -94,15 +119,10 @@ func (c *Client) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (brok
 }
 
 // notMinted reports whether a failed mint certainly made nothing: the request was not sent, or Vault refused it before
-// an engine saw it. All other statuses leave the outcome unknown. 429 and 412 may come from a node that forwarded the
-// request. 5xx may follow a mint: Vault answers 500 for a live credential when it cannot audit the response. 408 and
-// the rest may come from a proxy.
-func notMinted(err error) bool {
-	var f *failure
-	if errors.As(err, &f) {
-		return slices.Contains([]int{400, 403, 404, 405, 413}, f.status) || errors.Is(f, errSealed)
-	}
-	return errors.Is(err, errNotSent)
+// an engine saw it. A proxy may have sent a request twice, so that its answer, which is the second one, proves nothing.
+func (c *Client) notMinted(err error) bool {
+	a := answerTo(err)
+	return a.nothing && (a.cause != nil || !c.cfg.BehindProxy)
 }
 
 // accept checks the response to a mint. A secret that it refuses exists in Vault, so its errors leave the outcome
@@ -178,7 +198,11 @@ func finish(m broker.Mint, data map[string]any, lease broker.Lease, end, now tim
 	if f.Secret.Empty() {
 		return broker.Lease{}, broker.Secret{}, errors.New("the secret is empty")
 	}
-	if m.TTL > 0 && lease.Expires.After(now.Add(ceilSecond(m.TTL)+time.Second)) {
+	longest := ceilSecond(m.TTL) + time.Second
+	if m.Absolute {
+		longest += broker.MaxSkew
+	}
+	if m.TTL > 0 && lease.Expires.After(now.Add(longest)) {
 		f.Secret.Wipe()
 		return broker.Lease{}, broker.Secret{}, errors.New("the secret lives longer than the tool allows")
 	}

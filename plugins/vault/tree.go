@@ -148,9 +148,6 @@ func (c *Client) create(ctx context.Context, parent *node, path string, t newTok
 	sent := c.cfg.Now()
 	resp, err := c.do(ctx, call{method: "POST", path: path, token: parent.token, body: t})
 	switch {
-	case errors.Is(err, errWider):
-		return nil, broker.Errorf(broker.Denied, "delegate", "Vault refused a token with more rights than its parent").
-			With(broker.CodeDelegationWider).Because(fmt.Errorf("%w: %w", errWider, err))
 	case errors.Is(err, errForbidden):
 		c.markRefused(parent)
 		return nil, fmt.Errorf("creating a vault token: %w: %w", broker.ErrNoParent, err)
@@ -168,11 +165,14 @@ func (c *Client) create(ctx context.Context, parent *node, path string, t newTok
 	if !slices.Equal(want, got) || len(resp.Auth.Identity) > 0 || resp.Auth.Orphan ||
 		resp.Auth.Renewable != t.Renewable {
 		c.discard(ctx, resp.Auth.Accessor)
-		return nil, errors.New("creating a vault token: its rights differ from the request")
+		return nil, explain(fmt.Errorf("creating a vault token: %w", errRights))
 	}
 	return &node{token: resp.Auth.Token, accessor: resp.Auth.Accessor, parent: parent, renewed: sent,
 		expires: sent.Add(seconds(resp.Auth.LeaseDuration))}, nil
 }
+
+// errRights means that Vault gave a token other rights than the request asked for.
+var errRights = errors.New("its rights differ from the request")
 
 // markRefused records that Vault no longer accepts a token, so that the engine makes another.
 func (c *Client) markRefused(n *node) {

@@ -23,12 +23,14 @@ import (
 type wire struct {
 	base      url.URL
 	namespace string
+	proxied   bool // a proxy may answer in Vault's place
+	clock     *clock
 	keepAlive *http.Transport
 	singleUse *http.Transport // a new connection for each request, which presents the current SVID
 	buffers   sync.Pool
 }
 
-func newWire(base *url.URL, namespace string, conf *tls.Config) *wire {
+func newWire(base *url.URL, cfg Config, conf *tls.Config) *wire {
 	dial := net.Dialer{Timeout: 5 * time.Second, KeepAlive: 15 * time.Second}
 	keepAlive := &http.Transport{
 		DialContext:            dial.DialContext,
@@ -44,7 +46,8 @@ func newWire(base *url.URL, namespace string, conf *tls.Config) *wire {
 	}
 	singleUse := keepAlive.Clone()
 	singleUse.DisableKeepAlives = true
-	return &wire{base: *base, namespace: namespace, keepAlive: keepAlive, singleUse: singleUse,
+	return &wire{base: *base, namespace: cfg.Namespace, proxied: cfg.BehindProxy, clock: &clock{now: cfg.Now},
+		keepAlive: keepAlive, singleUse: singleUse,
 		buffers: sync.Pool{New: func() any { return new(bytes.Buffer) }}}
 }
 
@@ -90,6 +93,7 @@ func (w *wire) send(ctx context.Context, c call) (response, error) {
 	if c.newConn {
 		transport = w.singleUse
 	}
+	sent := w.clock.now()
 	resp, err := transport.RoundTrip(req)
 	if err != nil && c.once && !connected {
 		return response{}, fmt.Errorf("sending a request to vault: %w: %w", errNotSent, err)
@@ -98,6 +102,7 @@ func (w *wire) send(ctx context.Context, c call) (response, error) {
 		return response{}, fmt.Errorf("sending a request to vault: %w", err)
 	}
 	defer resp.Body.Close()
+	w.date(resp.Header, sent)
 	limit := int64(maxResponse)
 	if resp.StatusCode == http.StatusOK { // an error response is short
 		limit = cmp.Or(c.maxBytes, maxResponse)
@@ -105,7 +110,9 @@ func (w *wire) send(ctx context.Context, c call) (response, error) {
 	if c.raw && resp.StatusCode == http.StatusOK {
 		return readRaw(resp, limit)
 	}
-	return w.read(resp, limit)
+	out, err := w.read(resp, limit)
+	w.serverTime(out.ServerTime, sent)
+	return out, err
 }
 
 // readRaw reads a response that holds no secret.
@@ -143,7 +150,7 @@ func (w *wire) read(resp *http.Response, limit int64) (response, error) {
 	case resp.StatusCode == http.StatusNoContent:
 		return response{}, nil
 	case resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusAccepted:
-		return response{}, newFailure(resp.StatusCode, buf.Bytes())
+		return response{}, newFailure(resp.StatusCode, resp.Header, buf.Bytes())
 	}
 	return decodeResponse(buf.Bytes())
 }

@@ -21,7 +21,7 @@ type Found struct {
 
 func foundOf(g *broker.Grant, now time.Time) Found {
 	f := Found{Chain: g.Chain, Outcome: g.Outcome, LatestEnd: g.LatestEnd(), Why: "not checked yet"}
-	if f.Until = f.LatestEnd; g.State == broker.StateHandle && g.Lease.Expires.IsZero() && now.Before(g.MintDeadline) {
+	if f.Until = f.LatestEnd; g.State == broker.StateHandle && g.Lease.Expires.IsZero() && !g.NothingMade && now.Before(g.MintDeadline) {
 		f.Until = g.MintDeadline
 	}
 	for _, e := range g.Evidence {

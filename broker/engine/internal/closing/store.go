@@ -88,6 +88,7 @@ func recordOne(tx *records.Tx, g *broker.Grant, now time.Time, ended map[broker.
 	if err != nil {
 		return err
 	}
+	g.NothingMade = g.NothingMade || old.NothingMade // an issue may have recorded it since the read
 	switch dead := g.Outcome == broker.OutcomeDead || g.Outcome == broker.OutcomeStatic; {
 	case !ok || old.State == broker.StateClosed:
 		g.State, g.Outcome = broker.StateClosed, old.Outcome

@@ -36,7 +36,8 @@ func (v verdict) outcome() (broker.Outcome, []broker.Evidence) {
 			Answer: "no token was recorded for it, so nothing was minted"}}
 	}
 	evidence := []broker.Evidence{v.token(), v.lease()}
-	if v.probed {
+	// A secret that only a rotation ends was not read for this grant when nothing was made.
+	if v.probed && (!v.g.NothingMade || v.found.Outcome != broker.OutcomeStatic) {
 		evidence = append(evidence, v.found)
 	}
 	outcome := broker.OutcomeDead
@@ -74,6 +75,8 @@ func (v verdict) lease() broker.Evidence {
 			e.Answer = answerGivenUp
 		}
 	case v.gone.asked:
+	case v.g.NothingMade:
+		e.Check, e.Answer = "vault: answer to the mint", "refused, so nothing was made"
 	case v.g.State == broker.StateHandle && (v.minting || v.now.Before(v.g.MintDeadline)):
 		e.Check, e.Outcome = "ledger", broker.OutcomeUnknown
 		e.Answer = "a mint may still be on its way until " + text(v.g.MintDeadline)

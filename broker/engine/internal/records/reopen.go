@@ -20,6 +20,12 @@ func (t *Tx) Reopen(g *broker.Grant, found broker.Evidence) error {
 	if err := t.GiveBack(again); err != nil {
 		return err
 	}
+	if g.NothingMade {
+		if err := t.countStep(l, *g, 1); err != nil {
+			return err
+		}
+		g.NothingMade = false
+	}
 	g.State, g.Ended, g.Outcome, g.Evidence = broker.StateIssued, time.Time{}, found.Outcome, []broker.Evidence{found}
 	if g.Lease.Expires.IsZero() {
 		g.State = broker.StateHandle

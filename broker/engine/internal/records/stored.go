@@ -47,10 +47,36 @@ func (u *Usage) Count(tool broker.ToolName, now time.Time) {
 		p.First = now
 	}
 	p.Count, p.Last = p.Count+1, now
+	u.setPast(tool, p)
+}
+
+// setPast replaces the use of a tool.
+func (u *Usage) setPast(tool broker.ToolName, p broker.Past) {
 	tools := make(map[broker.ToolName]broker.Past, len(u.Tools)+1) // a new map: other readers share the old one
 	maps.Copy(tools, u.Tools)
-	tools[tool] = p
+	if tools[tool] = p; p.Count == 0 {
+		delete(tools, tool)
+	}
 	u.Tools = tools
+}
+
+// addSteps adds n steps with the tool, of which the first began at a time. The time of the last step stays, although it
+// may be that of a step that was taken off: a policy that asks for a pause since then gets a longer one.
+func (u *Usage) addSteps(tool broker.ToolName, n int, began time.Time) {
+	u.Steps = max(0, u.Steps+n)
+	p := u.Tools[tool]
+	if p.Count == 0 {
+		p.First, p.Last = began, began
+	}
+	p.Count = max(0, p.Count+n)
+	u.setPast(tool, p)
+}
+
+// SameHistory reports whether two histories have the same steps.
+func SameHistory(a, b map[broker.ToolName]broker.Past) bool {
+	return maps.EqualFunc(a, b, func(p, q broker.Past) bool {
+		return p.Count == q.Count && p.First.Equal(q.First) && p.Last.Equal(q.Last)
+	})
 }
 
 // Rule is a fence over everything that a selector matches. A final rule covers the chains that were open when it was

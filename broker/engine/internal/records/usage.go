@@ -29,3 +29,19 @@ func (t *Tx) GiveBack(ended map[broker.DelegationID]int) error {
 	}
 	return nil
 }
+
+// countStep adds n to the steps of a grant in each delegation of its lineage: -1 when nothing was made for it, 1 when
+// that turns out wrong. The limit per minute keeps the step: it bounds attempts, and renews itself.
+func (t *Tx) countStep(l Lineage, g broker.Grant, n int) error {
+	for _, d := range l.Nodes {
+		u, err := t.Usage(d.ID)
+		if err != nil {
+			return err
+		}
+		u.addSteps(g.Tool, n, g.Created)
+		if err := t.PutUsage(d.ID, u); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -267,6 +267,7 @@ type wireGrant struct {
 	ArgsDigest string              `cbor:"27,keyasint,omitempty"`
 	Longest    time.Duration       `cbor:"28,keyasint,omitempty"`
 	Collector  string              `cbor:"29,keyasint,omitempty"`
+	Nothing    bool                `cbor:"30,keyasint,omitempty"`
 }
 
 func grantWire(g broker.Grant) wireGrant {
@@ -277,6 +278,7 @@ func grantWire(g broker.Grant) wireGrant {
 		Purpose: g.Purpose, Path: g.Path.String(), Created: stampOf(g.Created), Bundle: g.Bundle, Policies: g.Policies,
 		Token: handleWire(g.Token), Deadline: stampOf(g.MintDeadline), Fence: fenceWire(g.Fence), Ended: stampOf(g.Ended),
 		ArgsDigest: g.ArgsDigest, Longest: g.Longest, Collector: idText(g.Collector),
+		Nothing: g.NothingMade,
 	}
 	if canon := g.Args.Canonical(); len(canon) > len("{}") {
 		w.Args = canon
@@ -295,7 +297,8 @@ func (w *wireGrant) grant() (g broker.Grant, err error) {
 		Narrowing: w.Narrowing, Purpose: w.Purpose, State: w.State, Created: w.Created.time(),
 		Expires: w.Expires.time(), Bundle: w.Bundle, Policies: w.Policies, Token: w.Token.handle(),
 		MintDeadline: w.Deadline.time(), Fence: w.Fence.fence(), Ending: w.Ending, Ended: w.Ended.time(), Outcome: w.Outcome,
-		ArgsDigest: w.ArgsDigest, Longest: w.Longest, Sealed: w.Sealed, Collected: w.Collected.time()}
+		ArgsDigest: w.ArgsDigest, Longest: w.Longest, Sealed: w.Sealed, Collected: w.Collected.time(),
+		NothingMade: w.Nothing}
 	if w.Path != "" {
 		if g.Path, err = broker.ParseVaultPath(w.Path); err != nil {
 			return g, err
