@@ -101,6 +101,7 @@ func (d *doctor) run(ctx context.Context) error {
 		{"identity", "is the Workload API at workload_api, and has it an entry for this process?", d.identity},
 		{"vault", "is it up and unsealed, and is vault.ca the authority of its certificate?", d.vaultHealth},
 		{"vault rights", "`pawl vault plan` prints the setup that Vault needs, with the auth role", d.vaultRights},
+		{"clock", "certificates end by Vault's clock: synchronise both machines, as with NTP", d.clock},
 		{"revocation lists", "without its list a revoked certificate is not dead; docs/promises.md has the settings", d.lists},
 		{"ledger", "it needs a directory that the broker may write to, and room to grow", d.ledger},
 		{"broker", "start it with `pawl server`; a running broker logs the reason that it is not ready", d.broker},
@@ -284,6 +285,19 @@ func (d *doctor) vaultRights(ctx context.Context) (string, error) {
 	return fmt.Sprintf("logged in, may list the leases of %d tools, none is irrevocable", leased), nil
 }
 
+// clock compares Vault's clock with this machine's.
+func (d *doctor) clock(ctx context.Context) (string, error) {
+	if d.vault == nil {
+		return "", errors.New("not tried: the login to Vault failed")
+	}
+	if err := d.vault.MeasureClock(ctx); err != nil {
+		return "", err
+	}
+	ahead, uncertain, _ := d.vault.Skew()
+	return fmt.Sprintf("Vault's is %.1fs ahead of this machine's, within %.1fs", ahead.Seconds(), uncertain.Seconds()),
+		d.vault.CheckClock()
+}
+
 // connect logs in like the broker.
 func (d *doctor) connect(ctx context.Context) (*vault.Client, error) {
 	if d.svid == nil {
@@ -294,7 +308,8 @@ func (d *doctor) connect(ctx context.Context) (*vault.Client, error) {
 		return nil, err
 	}
 	client, err := vault.New(vault.Config{
-		Address: d.c.Vault.Address, Roots: roots, Namespace: d.c.Vault.Namespace, Login: d.login()})
+		Address: d.c.Vault.Address, Roots: roots, Namespace: d.c.Vault.Namespace, Login: d.login(),
+		BehindProxy: d.c.Vault.BehindProxy})
 	if err != nil {
 		return nil, err
 	}

@@ -74,6 +74,9 @@ type Vault struct {
 	Audience    string        `yaml:"audience"`     // audience of the JWT-SVID for Vault; required with jwt
 	MintTimeout time.Duration `yaml:"mint_timeout"` // how long the broker waits for a mint; zero: 10s
 	MintBound   time.Duration `yaml:"mint_bound"`   // Vault's max_request_duration; zero: 90s
+	// true: a proxy before Vault may answer in its place, or send a request twice; then no answer shows that nothing was
+	// made, and steps that Vault refused count as unknown; docs/vault.md
+	BehindProxy bool `yaml:"behind_proxy"`
 }
 
 // ReadConfig reads and validates a file.

@@ -110,6 +110,9 @@ func start(
 	known := func(name broker.ToolName) bool { _, ok := s.Policy.Current().Tool(name); return ok }
 	s.metrics = newMetrics(known, s.Vault.Ready)
 	s.metrics.tester = tester
+	s.metrics.registry.MustRegister(newGauge("pawl_vault_clock_seconds",
+		"How far Vault's clock is ahead of the broker's, within a second at most; 0 before Vault's first answer.",
+		func() float64 { ahead, _, _ := s.Vault.Skew(); return ahead.Seconds() }))
 	s.shadow = newShadow(log, s.metrics)
 	s.onClose(s.shadow.Close)
 	parts.Ledger, parts.Alarm = counted{parts.Ledger, s.metrics}, s.metrics.alarm(parts.Alarm)
@@ -210,7 +213,7 @@ func (s *Server) listen(
 	srv, err := server.New(server.Config{Broker: s.Broker, Identify: a.Identify, Operator: operators.identify,
 		Notary: notary, Signals: receiver, Introspect: introspect(s.active, s.Policy, backends),
 		StatusList: statusLists(backends), Metrics: s.metrics.handler(), Log: log, Now: time.Now,
-		Ready: func() error { return errors.Join(svids.ready(), svids.asWhom(s.Vault.Ready())) }})
+		Ready: func() error { return errors.Join(svids.ready(), svids.asWhom(s.Vault.Ready()), s.Vault.CheckClock()) }})
 	if err != nil {
 		return err
 	}
@@ -282,7 +285,7 @@ func (s *Server) login(c Vault, svids *svidSource, log *slog.Logger) (*vault.Cli
 		}
 	}
 	client, err := vault.New(vault.Config{Address: c.Address, Roots: roots, Namespace: c.Namespace, Login: login,
-		MintTimeout: c.MintTimeout, Log: log})
+		MintTimeout: c.MintTimeout, BehindProxy: c.BehindProxy, Log: log})
 	if err != nil {
 		return nil, err
 	}

@@ -144,9 +144,22 @@ func (b *Backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (b
 		}
 		c.Status = &statusClaim{statusReference{index, b.cfg.StatusURI}}
 	}
+	m, err := b.mint(t, g, s, c, key, now)
+	m.Again = func(ctx context.Context) (broker.Mint, error) {
+		key, err := b.readKey(ctx, t.Path)
+		if err != nil {
+			return broker.Mint{}, err
+		}
+		return b.mint(t, g, s, c, key, now)
+	}
+	return m, string(g.ID), err
+}
+
+// mint is the request for the signature of a token by a version of its key.
+func (b *Backend) mint(t broker.Tool, g broker.Grant, s settings, c claims, key signingKey, now time.Time) (broker.Mint, error) {
 	input, err := signingInput(header{"ES256", t.Path.Segments()[1] + ":" + strconv.Itoa(key.version), "JWT"}, c)
 	if err != nil {
-		return broker.Mint{}, "", err
+		return broker.Mint{}, err
 	}
 	path, _, _ := b.Access(t)
 	return broker.Mint{
@@ -159,7 +172,7 @@ func (b *Backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (b
 			}
 			return f, err
 		},
-	}, string(g.ID), nil
+	}, nil
 }
 
 func signingInput(h header, c claims) (string, error) {

@@ -31,9 +31,18 @@ func (b *Backend) key(ctx context.Context, path broker.VaultPath) (signingKey, e
 	if now := b.cfg.Now(); ok && now.Sub(k.read) < keyAge && !now.Before(k.read) {
 		return k, nil
 	}
+	return b.readKey(ctx, path)
+}
+
+// readKey reads a key from Vault and caches it.
+func (b *Backend) readKey(ctx context.Context, path broker.VaultPath) (k signingKey, err error) {
 	data, err := b.cfg.Vault.Read(ctx, path.Insert(1, "keys"))
 	if err == nil {
 		k, err = parseKey(data)
+	}
+	var known *broker.Error
+	if errors.As(err, &known) {
+		return signingKey{}, err // Vault's own refusal, which says more
 	}
 	if err != nil {
 		return signingKey{}, broker.Errorf(broker.Unavailable, "issue", "the signing key cannot be used").With(broker.CodeBackendDown).Because(err)

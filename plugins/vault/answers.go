@@ -80,6 +80,8 @@ var answers = []answer{
 	{when: "any other 404", status: 404, nothing: true, code: broker.CodeVaultRefused, says: "Vault has no such path"},
 	{when: "a method that the path does not have", status: 405, nothing: true, code: broker.CodeVaultRefused,
 		says: "Vault does not take such a request at this path"},
+	{when: "a request with a value that is too large", status: 500, phrase: "JSON string value exceeds allowed length", nothing: true,
+		code: broker.CodeVaultRefused, says: "the request of this step is too large for Vault"},
 	{when: "a request that is too large", status: 413, nothing: true, code: broker.CodeVaultRefused,
 		says: "the request of this step is too large for Vault"},
 	{when: "a token with other rights than asked, such as an identity's", cause: errRights, nothing: true,
@@ -114,10 +116,11 @@ func answerTo(err error) answer {
 	return answers[len(answers)-1]
 }
 
-// explain gives a failed request the kind, the code and the wait of its row. An error that has a kind keeps it.
+// explain gives a failed request the kind, the code and the wait of its row. An error that has a kind keeps it, unless
+// it is that of the login.
 func explain(err error) error {
 	var known *broker.Error
-	if err == nil || errors.As(err, &known) {
+	if err == nil || errors.As(err, &known) && !errors.Is(err, errNoSession) {
 		return err
 	}
 	a := answerTo(err)

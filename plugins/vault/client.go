@@ -180,7 +180,7 @@ func (c *Client) do(ctx context.Context, r call) (response, error) {
 func (c *Client) doWithLogin(ctx context.Context, r call) (response, error) {
 	s, err := c.loginToken(ctx)
 	if err != nil {
-		return response{}, explain(err)
+		return response{}, err
 	}
 	r.token = s.token
 	resp, err := c.do(ctx, r)
@@ -195,10 +195,10 @@ func (c *Client) loginToken(ctx context.Context) (*node, error) {
 	select {
 	case <-c.firstLogin:
 	case <-ctx.Done():
-		return nil, fmt.Errorf("%w: %w", errNoSession, ctx.Err())
+		return nil, explain(fmt.Errorf("%w: %w", errNoSession, ctx.Err()))
 	}
 	if err := c.Ready(); err != nil {
-		return nil, err
+		return nil, explain(err)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

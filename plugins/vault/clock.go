@@ -107,9 +107,15 @@ func (c *Client) clockLoop(ctx context.Context) {
 		case <-tick.C:
 		}
 		if c.cfg.BehindProxy || c.wire.clock.quiet() {
-			_, _ = c.do(ctx, call{method: "GET", path: "sys/health", query: anyHealth}) // without an answer nothing is measured
+			_ = c.MeasureClock(ctx) // without an answer nothing is measured
 		}
 	}
+}
+
+// MeasureClock asks Vault for its time, for [Client.Skew] and [Client.CheckClock].
+func (c *Client) MeasureClock(ctx context.Context) error {
+	_, err := c.do(ctx, call{method: "GET", path: "sys/health", query: anyHealth})
+	return err
 }
 
 // anyHealth makes Vault answer 200 in each of its states.

@@ -3,6 +3,8 @@ package vault
 import (
 	"context"
 	"time"
+
+	"github.com/pawlsec/pawl/broker"
 )
 
 // Sentinels for tests that compare errors.
@@ -29,4 +31,33 @@ func (c *Client) TokenEnd(ctx context.Context, accessor string) (time.Time, erro
 		return time.Time{}, err
 	}
 	return parseTime(resp.Data["expire_time"])
+}
+
+// Row is a row of the table of answers.
+type Row struct {
+	When, Phrase, Says string
+	Status             int
+	Nothing, Answered  bool
+	Kind               broker.Kind
+	Code               broker.Code
+	Wait               time.Duration
+}
+
+// Rows returns the table of answers.
+func Rows() (rows []Row) {
+	for i, a := range answers {
+		kind := a.kind
+		if kind == broker.Internal {
+			kind = broker.Unavailable
+		}
+		rows = append(rows, Row{When: a.when, Phrase: a.phrase, Says: a.says, Status: a.status, Nothing: a.nothing,
+			Answered: a.cause == nil && i < len(answers)-1, Kind: kind, Code: a.code, Wait: a.wait})
+	}
+	return rows
+}
+
+// Bounds returns the bounds of the difference between the clocks.
+func (c *Client) Bounds() (low, high time.Duration) {
+	b, _ := c.wire.clock.read()
+	return b.low, b.high
 }

@@ -101,6 +101,7 @@ type site struct {
 	setup vault.SetupConfig
 	pki   string                          // mount
 	svid  atomic.Pointer[tls.Certificate] // the broker's current SVID
+	made  []broker.Handle                 // tokens of steps, for a test that ends them
 }
 
 func newSite(t *testing.T, server *parts.VaultServer) *site {
