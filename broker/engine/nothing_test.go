@@ -3,6 +3,7 @@ package engine_test
 import (
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -168,4 +169,32 @@ func TestNothingMadeFaults(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestRetryAfterPacesKills lets Vault refuse a kill by its quota for seven seconds. Vault is not asked again before, for
+// any grant or chain, and everything is CLOSED soon after.
+func TestRetryAfterPacesKills(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		root := w.open("planner", broker.OpenRequest{})
+		for range 20 {
+			w.issue("planner", step(root, "db.read"))
+		}
+		begun := time.Now()
+		var asked atomic.Int32
+		w.vault.Fail(func(point string) error {
+			if point != "kill" || time.Since(begun) > 7*time.Second {
+				return nil
+			}
+			asked.Add(1)
+			return broker.Errorf(broker.Unavailable, "vault", "a quota").With(broker.CodeVaultBusy).After(7*time.Second - time.Since(begun))
+		})
+		w.revoke("chain:%s", root.Chain)
+		pass(6 * time.Second)
+		if n := asked.Load(); n == 0 || n > 16 {
+			t.Errorf("Vault was asked %d times in the time that it named, want at most those under way", n)
+		}
+		pass(3 * time.Second)
+		w.wantAllClosed()
+	})
 }

@@ -315,7 +315,7 @@ func (r *reconciler) killTokens(ctx context.Context) (pending int) {
 			if r.killed[t.Accessor] || !t.Expires.IsZero() && now.After(t.Expires.Add(broker.EndTolerance)) {
 				continue
 			}
-			if r.delayed || pending > 0 {
+			if _, limited := r.e.reaper.Limited(); r.delayed || pending > 0 || limited != nil {
 				pending++ // for a later round: after one failed call Vault gets no more in this round
 				continue
 			}
@@ -323,6 +323,7 @@ func (r *reconciler) killTokens(ctx context.Context) (pending int) {
 			err := r.e.cfg.Vault.Kill(killCtx, t.Accessor)
 			cancel()
 			if err != nil {
+				r.e.reaper.Limit(err)
 				r.e.cfg.Alarm("revoking the tokens of "+string(r.rv.ID), err)
 				pending++
 				continue

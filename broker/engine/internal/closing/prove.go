@@ -17,7 +17,8 @@ type killAnswer struct {
 	err error
 }
 
-// kill revokes the steps' tokens concurrently. After one failed call it sends Vault no more calls in this pass. A token
+// kill revokes the steps' tokens concurrently. After one failed call it sends Vault no more calls in this pass, and none before the time that
+// Vault named. A token
 // with a confirmation is not revoked again by this process, since a revoked token does not come back.
 func (w *worker) kill(pass []broker.Grant) []killAnswer {
 	answers := make([]killAnswer, len(pass))
@@ -36,7 +37,7 @@ func (w *worker) kill(pass []broker.Grant) []killAnswer {
 	}
 	w.mu.Unlock()
 	var mu sync.Mutex // guards lastErr
-	var lastErr error
+	_, lastErr := w.r.Limited()
 	for batch := range slices.Chunk(ask, batchSize) {
 		ctx, cancel := context.WithTimeout(w.r.cfg.Context, time.Minute)
 		w.parallel(len(batch), func(k int) {
@@ -73,6 +74,7 @@ func (w *worker) killOne(ctx context.Context, g broker.Grant) killAnswer {
 	ctx, cancel := context.WithTimeout(ctx, w.r.cfg.CallTimeout)
 	defer cancel()
 	if err := w.r.cfg.Vault.Kill(ctx, g.Token.Accessor); err != nil {
+		w.r.Limit(err)
 		return killAnswer{err: err}
 	}
 	return killAnswer{at: w.r.cfg.Now()}

@@ -5,6 +5,7 @@ package closing
 import (
 	"cmp"
 	"context"
+	"errors"
 	"slices"
 	"sync"
 	"time"
@@ -55,6 +56,7 @@ type Reaper struct {
 	progress  map[broker.GrantID][]*Progress
 	givenUp   map[string]bool // leases that Vault has given up revoking
 	replaced  map[string]int  // how often another server was seen in the place of a backend's target
+	limited   time.Time       // until then Vault asked for no more revocations of tokens
 }
 
 // New makes a Reaper. Nothing is scheduled before [Reaper.Run].
@@ -240,6 +242,34 @@ func (r *Reaper) clockSetBackLocked(now time.Time) {
 		return d
 	})
 }
+
+// Limit notes that Vault refused to revoke a token because it limits the rate of requests. Until the time that Vault
+// named, of at most maxWait, it is not asked to revoke others. Every other error is ignored.
+func (r *Reaper) Limit(err error) {
+	var refusal *broker.Error
+	if !errors.As(err, &refusal) || refusal.Code != broker.CodeVaultBusy {
+		return
+	}
+	until := r.cfg.Now().Add(min(refusal.RetryAfter, maxWait))
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if until.After(r.limited) {
+		r.limited = until
+	}
+}
+
+// Limited returns the error for a revocation of a token that Vault is not asked for now, and when it can be asked again.
+// The error is nil while Vault can be asked.
+func (r *Reaper) Limited() (again time.Time, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.limited.After(r.cfg.Now()) {
+		err = errLimited
+	}
+	return r.limited, err
+}
+
+var errLimited = errors.New("Vault limits the rate of revocations")
 
 // SetGivenUp replaces the set of leases that Vault has given up revoking. It returns the new ones among them.
 func (r *Reaper) SetGivenUp(leases map[string]bool) (fresh []string) {

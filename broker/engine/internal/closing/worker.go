@@ -215,6 +215,9 @@ func (w *worker) closePass(pass []Due) {
 		if settles := g.MintDeadline.Add(time.Millisecond); settles.After(w.r.cfg.Now()) && settles.Before(due.At) {
 			due.At = settles // from then on no mint can be in flight
 		}
+		if again, err := w.r.Limited(); err != nil && due.At.Before(again) {
+			due.At = again
+		}
 		w.r.schedule(due)
 	}
 }
