@@ -130,6 +130,7 @@ func (b Backend) check(name string) error {
 type opener struct {
 	vault *vault.Client
 	log   *slog.Logger
+	now   func() time.Time // nil: time.Now
 
 	// checking opens a backend to check tools alone: it must not reach Vault and must not open a file that a running
 	// broker may hold.
@@ -197,11 +198,11 @@ func (b Backend) keysSet() (keys []string) {
 }
 
 func openPKI(o opener, _ string, _ Backend) (broker.Backend, error) {
-	return pki.New(pki.Config{Vault: o.vault})
+	return pki.New(pki.Config{Vault: o.vault, Now: o.now})
 }
 
 func openSSH(o opener, _ string, c Backend) (broker.Backend, error) {
-	config := ssh.Config{KRL: c.KRL, InPlace: c.KRLInPlace, InUse: c.KRLInUse, Hosts: c.hosts()}
+	config := ssh.Config{KRL: c.KRL, InPlace: c.KRLInPlace, InUse: c.KRLInUse, Hosts: c.hosts(), Now: o.now}
 	if err := config.Check(); err != nil || !o.checking {
 		return ssh.New(config)
 	}
@@ -216,7 +217,7 @@ func (b Backend) hosts() (all []ssh.Host) {
 }
 
 func openJWT(o opener, _ string, c Backend) (broker.Backend, error) {
-	return jwt.New(jwt.Config{Vault: o.vault, Issuer: c.Issuer, Active: o.active, StatusURI: c.StatusURI, Sign: o.sign})
+	return jwt.New(jwt.Config{Vault: o.vault, Issuer: c.Issuer, Active: o.active, StatusURI: c.StatusURI, Sign: o.sign, Now: o.now})
 }
 
 func openToken(o opener, _ string, _ Backend) (broker.Backend, error) {

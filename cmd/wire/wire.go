@@ -46,24 +46,31 @@ type Server struct {
 // Workload API need be up: fencing over the operators' socket works without them, the broker issues
 // nothing, and it retries. A wrong configuration is an error.
 func Start(ctx context.Context, c Config, log *slog.Logger) (s *Server, err error) {
-	return start(ctx, c, log, func(*engine.Config) {}, 0)
+	return start(ctx, c, log, func(*engine.Config) {}, 0, time.Now)
 }
 
 // StartWith is Start with a hook that changes the engine's parts, for tests that inject faults between
 // them.
 func StartWith(ctx context.Context, c Config, log *slog.Logger, change func(*engine.Config)) (s *Server, err error) {
-	return start(ctx, c, log, change, 0)
+	return start(ctx, c, log, change, 0, time.Now)
+}
+
+// StartAt is Start with another clock for the engine, for the plugins whose secrets end by Vault's clock, and for the
+// client of Vault. It is for tests in which Vault's clock differs.
+func StartAt(ctx context.Context, c Config, log *slog.Logger, now func() time.Time) (s *Server, err error) {
+	return start(ctx, c, log, func(e *engine.Config) { e.Now = now }, 0, now)
 }
 
 // StartRolledBack is Start for a policy bundle that is not newer than the last one in force. It accepts
 // exactly this version, and the audit log records the rollback and the user who started the broker. Version
 // zero is Start.
 func StartRolledBack(ctx context.Context, c Config, log *slog.Logger, version int64) (s *Server, err error) {
-	return start(ctx, c, log, func(*engine.Config) {}, version)
+	return start(ctx, c, log, func(*engine.Config) {}, version, time.Now)
 }
 
 func start(
 	ctx context.Context, c Config, log *slog.Logger, change func(*engine.Config), rollback int64,
+	now func() time.Time,
 ) (s *Server, err error) {
 	s = &Server{failed: make(chan error, 3), log: log}
 	defer func() {
@@ -84,7 +91,7 @@ func start(
 		return s, err
 	}
 	s.watchIdentity(svids, c.JWTAudience != "")
-	if s.Vault, err = s.login(c.Vault, svids, log); err != nil {
+	if s.Vault, err = s.login(c.Vault, svids, log, now); err != nil {
 		return s, err
 	}
 	if s.Ledger, err = bolt.Open(bolt.Config{Path: c.Ledger}); err != nil {
@@ -94,7 +101,7 @@ func start(
 	if s.signer, err = LoadSigner(c); err != nil {
 		return s, err
 	}
-	opener := opener{vault: s.Vault, log: log, onClose: s.onClose, active: s.active, sign: s.sign}
+	opener := opener{vault: s.Vault, log: log, now: now, onClose: s.onClose, active: s.active, sign: s.sign}
 	if s.targets, err = backends(opener, c.Backends); err != nil {
 		return s, err
 	}
@@ -261,7 +268,7 @@ func (s *Server) serve(h *http.Server, l net.Listener) {
 	})
 }
 
-func (s *Server) login(c Vault, svids *svidSource, log *slog.Logger) (*vault.Client, error) {
+func (s *Server) login(c Vault, svids *svidSource, log *slog.Logger, now func() time.Time) (*vault.Client, error) {
 	pem, err := os.ReadFile(c.CA)
 	if err != nil {
 		return nil, fmt.Errorf("vault.ca: %w", err)
@@ -285,7 +292,7 @@ func (s *Server) login(c Vault, svids *svidSource, log *slog.Logger) (*vault.Cli
 		}
 	}
 	client, err := vault.New(vault.Config{Address: c.Address, Roots: roots, Namespace: c.Namespace, Login: login,
-		MintTimeout: c.MintTimeout, BehindProxy: c.BehindProxy, Log: log})
+		MintTimeout: c.MintTimeout, BehindProxy: c.BehindProxy, Now: now, Log: log})
 	if err != nil {
 		return nil, err
 	}

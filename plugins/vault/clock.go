@@ -38,6 +38,9 @@ func (b bounds) within(c bounds) (bounds, bool) {
 // observe notes an answer that was dated between the sending of its request and its arrival.
 func (k *clock) observe(dated, sent, arrived time.Time) {
 	b := bounds{dated.Sub(arrived), dated.Add(time.Second).Sub(sent)}
+	if b.low > b.high {
+		return // the broker's clock was set meanwhile
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	switch k.answered = arrived; {
@@ -67,7 +70,8 @@ func (k *clock) read() (b bounds, ok bool) {
 func (k *clock) quiet() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.now().Sub(k.answered) >= clockPeriod-time.Second
+	since := k.now().Sub(k.answered)
+	return since >= clockPeriod-time.Second || since < 0 // the clock was set back
 }
 
 // errSkew means that the clocks differ by more than [broker.MaxSkew].
