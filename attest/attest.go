@@ -101,8 +101,12 @@ func (c *Config) check() error {
 
 // Identify authenticates the request by the client certificate of its TLS connection or the bearer token of its
 // Authorization header, but not both. It ignores the headers of proxies. The error is a *broker.Error: Unauthenticated,
-// or Unavailable if there is no trust bundle. It never contains a token.
+// Unavailable if there is no trust bundle, or OverLimit on a connection beyond a limit. It never contains a token.
 func (a *Attestor) Identify(r *http.Request) (broker.Caller, error) {
+	if c, ok := r.Context().Value(boundKey{}).(*bound); ok && c.over != nil {
+		refusal := *c.over
+		return broker.Caller{}, &refusal
+	}
 	if r.TLS == nil {
 		return broker.Caller{}, refuse("not a TLS connection")
 	}

@@ -21,10 +21,11 @@ const (
 	Expired                     // its time has ended
 	Conflict                    // the state changed, or the key was used for another request
 	Unavailable                 // a necessary part does not answer; nothing was handed out
+	OverLimit                   // the caller has too much of something at a time; it was refused before any act
 )
 
 var kindNames = [...]string{"internal", "malformed", "unauthenticated", "denied", "not-found",
-	"revoked", "expired", "conflict", "unavailable"}
+	"revoked", "expired", "conflict", "unavailable", "over-limit"}
 
 // String is the kind's name on the wire and in logs.
 func (k Kind) String() string {
@@ -83,6 +84,10 @@ const (
 	CodePlanUnknown   Code = "plan_unknown"         // the token is not from this broker, or is too old
 	CodeSecondPerson  Code = "second_person_needed" // unfreezing requires two people
 	CodePolicyOlder   Code = "policy_older"         // the policy bundle is not newer than the one in force
+	CodeTooManyMints  Code = "too_many_mints"       // too many steps of the caller wait for their mint
+	CodeLedgerShare   Code = "ledger_share"         // the caller has written its share of the ledger
+	// CodeTooManyConnections: too many connections of the SPIFFE ID are open, or without an SVID from the address.
+	CodeTooManyConnections Code = "too_many_connections"
 )
 
 // Error is the only type of error that crosses the broker's API.

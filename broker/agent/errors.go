@@ -13,6 +13,7 @@ const (
 	ErrConflict        = api.KindConflict        // the state has changed, or the idempotency key was used before
 	ErrUnavailable     = api.KindUnavailable     // no answer, or a part that the broker needs does not answer
 	ErrInternal        = api.KindInternal        // the broker failed
+	ErrOverLimit       = api.KindOverLimit       // too much by this agent at a time: nothing was done, and it may be tried again
 )
 
 // Error is the type of every refusal by the broker and of every lost answer. See [api.Problem].

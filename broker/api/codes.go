@@ -16,6 +16,10 @@ const (
 	CodeNoAnswer       Code = "no_answer"
 	CodeRepeated       Code = "repeated"
 	CodeNoSigningKey   Code = "no_signing_key"
+
+	CodeTooManyRequests Code = "too_many_requests"
+	CodeTooManyBodies   Code = "too_many_bodies"
+	CodeTooSlow         Code = "body_too_slow"
 )
 
 // Reason is the fixed description of a code.
@@ -45,7 +49,7 @@ func Reasons() []Reason {
 		{CodeMediaType, KindMalformed, "The body is not declared as JSON", false, "Send the header Content-Type: application/json."},
 		{CodeMethod, KindMalformed, "The endpoint does not support the method", false, "Use a method from the Allow header."},
 		{CodeNoEndpoint, KindNotFound, "There is no such endpoint", false, "Look it up in /v1/openapi.json; operators' endpoints are on another listener."},
-		{CodeTooManyStreams, KindDenied, "Too many event streams are open", true, "Close a stream, or wait."},
+		{CodeTooSlow, KindMalformed, "The body arrived too slowly", true, "Send the whole body at once, within 10 seconds."},
 
 		{"unauthenticated", KindUnauthenticated, "No acceptable identity", false, "Present a valid SVID of an allowed trust domain; fetch it again if it was rotated."},
 		{"denied", KindDenied, "Not allowed", false, "Give up this call, or ask the person who assigned the task."},
@@ -55,6 +59,14 @@ func Reasons() []Reason {
 		{"conflict", KindConflict, "The state has changed", false, "Read the state again and decide anew."},
 		{"unavailable", KindUnavailable, "A required component is unavailable", true, "Retry later; nothing was handed out."},
 		{"internal", KindInternal, "The broker failed", false, "Report the request id to the platform team."},
+		{"over_limit", KindOverLimit, "Too much at a time by this caller", true, "Wait as long as Retry-After says, then retry. Nothing was done."},
+
+		{CodeTooManyRequests, KindOverLimit, "The caller sends requests faster than it may", true, "Wait as long as Retry-After says, then retry. Nothing was done."},
+		{CodeTooManyStreams, KindOverLimit, "Too many event streams of the caller are open", true, "Close a stream, or wait."},
+		{CodeTooManyBodies, KindOverLimit, "Too many bodies of the caller's requests are arriving", true, "Send each body at once with its header. Nothing was done."},
+		{"too_many_connections", KindOverLimit, "Too many connections of the caller are open", true, "Close connections that you do not use, or send several requests over one. This connection is closed."},
+		{"too_many_mints", KindOverLimit, "Too many steps of the caller wait for their secrets", true, "Wait for the steps under way, then retry. Nothing was minted."},
+		{"ledger_share", KindOverLimit, "The caller has used its share of the ledger", true, "Wait as long as Retry-After says. Closing steps and revoking still work."},
 
 		{"tool_unknown", KindDenied, "No such tool", false, "Use a tool that the policy bundle declares."},
 		{"tool_not_delegated", KindDenied, "The delegation does not permit use of the tool", false, "Ask the holder of the parent delegation for the missing rights."},

@@ -92,6 +92,7 @@ const (
 	KindConflict        Kind = "conflict"        // the state changed, or the key was used for another request
 	KindUnavailable     Kind = "unavailable"     // a required component is unavailable
 	KindInternal        Kind = "internal"        // the broker failed
+	KindOverLimit       Kind = "over_limit"      // too much by this caller at a time; nothing was done
 )
 
 // Error makes a Kind usable as the target of errors.Is.
@@ -100,8 +101,10 @@ func (k Kind) Error() string { return string(k) }
 // Status returns the HTTP status of a kind and code. The kind decides, unless HTTP has a status for the code itself.
 func Status(kind Kind, code Code) int {
 	switch code {
-	case CodeTooFast, CodeTooManyStreams:
+	case CodeTooFast:
 		return http.StatusTooManyRequests
+	case CodeTooSlow:
+		return http.StatusRequestTimeout
 	case CodeTooLarge:
 		return http.StatusRequestEntityTooLarge
 	case CodeMediaType:
@@ -124,6 +127,8 @@ func Status(kind Kind, code Code) int {
 		return http.StatusGone
 	case KindUnavailable:
 		return http.StatusServiceUnavailable
+	case KindOverLimit:
+		return http.StatusTooManyRequests
 	}
 	return http.StatusInternalServerError
 }

@@ -51,6 +51,8 @@ func kindOf(k broker.Kind) api.Kind {
 		return api.KindConflict
 	case broker.Unavailable:
 		return api.KindUnavailable
+	case broker.OverLimit:
+		return api.KindOverLimit
 	}
 	return api.KindInternal
 }

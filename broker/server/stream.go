@@ -149,7 +149,7 @@ func (s *Server) enter(holder string) (leave func(), err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.open[holder] >= s.cfg.Streams {
-		return nil, api.NewProblem(api.KindDenied, api.CodeTooManyStreams, fmt.Sprintf("%d streams are open", s.cfg.Streams)).After(time.Second)
+		return nil, api.NewProblem(api.KindOverLimit, api.CodeTooManyStreams, fmt.Sprintf("%d streams are open", s.cfg.Streams)).After(time.Second)
 	}
 	s.open[holder]++
 	return func() {

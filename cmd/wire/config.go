@@ -39,6 +39,7 @@ type Config struct {
 	// receivers of security events about revocations, each under a name of lower-case letters, digits and dashes;
 	// needs signing_key; empty: none
 	Subscribers map[string]Subscriber `yaml:"subscribers"`
+	Limits      Limits                `yaml:"limits"`    // what one caller can take
 	SelfTest    SelfTest              `yaml:"self_test"` // a scheduled test that revoking works; empty: none
 	// the iss claim of the events to subscribers; empty: https://, the first trust domain, /pawl
 	Issuer string `yaml:"issuer"`
@@ -151,7 +152,7 @@ func (c Config) check() error {
 	if len(c.Subscribers) > 0 {
 		need("signing_key (with subscribers)", c.SigningKey != "")
 	}
-	wrong = append(wrong, c.SelfTest.check())
+	wrong = append(wrong, c.SelfTest.check(), c.Limits.check())
 	for name, s := range c.Subscribers {
 		wrong = append(wrong, s.check(name))
 	}

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -86,6 +87,9 @@ func withPeer(ctx context.Context, conn net.Conn) context.Context {
 }
 
 func peerUID(conn net.Conn) (uint32, error) {
+	if below, ok := conn.(interface{ NetConn() net.Conn }); ok {
+		conn = below.NetConn()
+	}
 	c, ok := conn.(*net.UnixConn)
 	if !ok {
 		return 0, errors.New("not a unix socket")
@@ -109,7 +113,7 @@ func peerUID(conn net.Conn) (uint32, error) {
 
 // serveSocket serves operators on a Unix socket. It replaces the socket of a process that died, and
 // refuses a socket that answers: that belongs to another broker.
-func (s *Server) serveSocket(path string, h http.Handler) error {
+func (s *Server) serveSocket(path string, h http.Handler, log *slog.Logger) error {
 	if conn, err := net.Dial("unix", path); err == nil {
 		_ = conn.Close()
 		return fmt.Errorf("%q is in use by another process", path)
@@ -125,8 +129,7 @@ func (s *Server) serveSocket(path string, h http.Handler) error {
 		_ = l.Close()
 		return err
 	}
-	srv := attest.Server(h, attest.Limits{})
-	srv.ConnContext = withPeer
-	s.serve(srv, l)
+	s.serveBounded("socket", h, l, nil, attest.Limits{Log: log, Address: s.files.socket, Strangers: s.files.socket,
+		Most: s.files.socket, Peer: withPeer})
 	return nil
 }

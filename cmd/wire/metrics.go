@@ -32,6 +32,7 @@ type metrics struct {
 	alarms  prometheus.Counter
 	live    atomic.Int64 // grants that are not closed
 
+	limited     *prometheus.CounterVec // by listener and limit
 	differences *prometheus.CounterVec // of the candidate policy, by action and tool
 	missed      prometheus.Counter
 	candidate   atomic.Bool // a candidate policy is being compared
@@ -97,11 +98,13 @@ func newMetrics(known func(broker.ToolName) bool, ready func() error) *metrics {
 	m.orphans = newCounter("pawl_strays_total",
 		"Orphaned leases and logins: found alive under the broker's names and unknown to the ledger.")
 	m.alarms = newCounter("pawl_alarms_total", "Alarms that a person should investigate; the log has each one.")
+	m.limited = newCounterVec("pawl_limited_total", "Connections and requests that a limit refused or ended.",
+		"listener", "limit")
 	m.differences = newCounterVec("pawl_shadow_differences_total",
 		"Questions that the candidate policy bundle would answer differently, by action and tool.", "action", "tool")
 	m.missed = newCounter("pawl_shadow_missed_total",
 		"Questions that were not put to the candidate policy bundle, or that it failed to answer.")
-	m.registry.MustRegister(m.differences, m.missed, m.steps, m.fences, m.closure, m.orphans, m.alarms,
+	m.registry.MustRegister(m.limited, m.differences, m.missed, m.steps, m.fences, m.closure, m.orphans, m.alarms,
 		collectors.NewGoCollector(),
 		newGauge("pawl_live_grants", "Grants that are not closed.", func() float64 { return float64(m.live.Load()) }),
 		newGauge("pawl_shadow_candidate", "1 while a candidate policy bundle is compared.",
@@ -111,6 +114,39 @@ func newMetrics(known func(broker.ToolName) bool, ready func() error) *metrics {
 		newGauge("pawl_closure_lag_seconds", "Age of the oldest fence of this process that is not closed yet; 0 without one.",
 			func() float64 { return m.lag(time.Now()).Seconds() }))
 	return m
+}
+
+// limit returns a function that counts what a limit of a listener refuses.
+func (m *metrics) limit(listener string) func(string) {
+	return func(limit string) { m.limited.WithLabelValues(listener, limit).Inc() }
+}
+
+// addLimits adds the configured limits, and the shares of the open files.
+func (m *metrics) addLimits(l Limits, f files) {
+	add := func(name, help, label, value string, n int) {
+		g := prometheus.NewGauge(prometheus.GaugeOpts{Name: name, Help: help, ConstLabels: prometheus.Labels{label: value}})
+		g.Set(float64(n))
+		m.registry.MustRegister(g)
+	}
+	for name, n := range l.byName() {
+		add("pawl_limit", "The limits of one caller or address.", "limit", name, n)
+	}
+	for name, n := range map[string]int{"limit": f.limit, "kept": f.kept, "agents": f.agents, "strangers": f.strangers,
+		"operators": f.operators, "socket": f.socket} {
+		add("pawl_files", "Files that the process may have open, and the shares of it.", "share", name, n)
+	}
+}
+
+// addListener adds the numbers of open connections of a listener.
+func (m *metrics) addListener(name string, open func() (identified, strangers int)) {
+	const help = "Open connections by listener, with and without an SVID."
+	gauge := func(svid string, value func() float64) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_connections", Help: help,
+			ConstLabels: prometheus.Labels{"listener": name, "svid": svid}}, value)
+	}
+	m.registry.MustRegister(
+		gauge("yes", func() float64 { n, _ := open(); return float64(n) }),
+		gauge("no", func() float64 { _, n := open(); return float64(n) }))
 }
 
 // addSubscriber adds the lag of a subscriber. Its name comes from the configuration.

@@ -34,6 +34,7 @@ type Server struct {
 	metrics           *metrics
 	shadow            *policy.Shadow
 	targets           map[string]broker.Backend
+	files             files
 	log               *slog.Logger
 	signer            *audit.Signer // nil without a key
 	agents, operators net.Addr
@@ -208,6 +209,12 @@ func (s *Server) listen(
 	ctx context.Context, c Config, a *attest.Attestor, svids *svidSource,
 	backends map[string]broker.Backend, log *slog.Logger,
 ) error {
+	var err error
+	if s.files, err = countFiles(); err != nil {
+		return err
+	}
+	s.files.log(log)
+	limits := c.Limits.orDefaults()
 	operators := newOperators(c.Operators, a)
 	notary, err := s.notary()
 	if err != nil {
@@ -224,29 +231,40 @@ func (s *Server) listen(
 	if err != nil {
 		return err
 	}
-	if err := s.serveSocket(c.Listen.Socket, srv.Operators()); err != nil {
+	s.metrics.addLimits(limits, s.files)
+	if err := s.serveSocket(c.Listen.Socket, srv.Operators(), log); err != nil {
 		return fmt.Errorf("listening on the operators' socket: %w", err)
 	}
 	defer s.onClose(srv.Close) // registered last, so that Close ends the streams first
-	if s.agents, err = s.serveTLS(c.Listen.Agents, a, srv.Agents(), log); err != nil {
+	if s.agents, err = s.serveTLS("agents", c.Listen.Agents, a, srv.Agents(), attest.Limits{Log: log, Each: limits.Connections,
+		Address: limits.AddressConnections, Strangers: s.files.strangers, Most: s.files.agents}); err != nil {
 		return fmt.Errorf("listening for agents: %w", err)
 	}
 	if c.Listen.Operators != "" {
-		if s.operators, err = s.serveTLS(c.Listen.Operators, a, srv.Operators(), log); err != nil {
+		if s.operators, err = s.serveTLS("operators", c.Listen.Operators, a, srv.Operators(),
+			attest.Limits{Log: log, Each: max(s.files.operators/4, 4), Address: limits.AddressConnections,
+				Strangers: max(s.files.operators/2, 4), Most: s.files.operators}); err != nil {
 			return fmt.Errorf("listening for operators: %w", err)
 		}
 	}
 	return nil
 }
 
-func (s *Server) serveTLS(address string, a *attest.Attestor, h http.Handler, log *slog.Logger) (net.Addr, error) {
+func (s *Server) serveTLS(name, address string, a *attest.Attestor, h http.Handler, limits attest.Limits) (net.Addr, error) {
 	inner, err := net.Listen("tcp", address)
 	if err != nil {
 		return nil, err
 	}
-	limits := attest.Limits{Log: log}
-	s.serve(attest.Server(h, limits), attest.Listener(inner, a.ServerTLS(), limits))
+	s.serveBounded(name, h, inner, a.ServerTLS(), limits)
 	return inner.Addr(), nil
+}
+
+// serveBounded runs h on inner within the limits until Close. A nil config means no TLS.
+func (s *Server) serveBounded(name string, h http.Handler, inner net.Listener, config *tls.Config, limits attest.Limits) {
+	limits.Refused = s.metrics.limit(name)
+	l := attest.Listener(inner, config, limits)
+	s.metrics.addListener(name, l.Open)
+	s.serve(attest.Server(h, limits), l)
 }
 
 // serve runs h on l until Close.

@@ -1,0 +1,83 @@
+package wire
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pawlsec/pawl/attest"
+)
+
+// Limits bound what one caller, or a client without identity, can take of the broker. A caller is a SPIFFE ID, with all
+// of its SVIDs and connections. What a limit refuses is counted in pawl_limited_total, and the caller is told its code
+// and when to try again.
+type Limits struct {
+	Connections        int `yaml:"connections"`         // open connections of one caller; zero: 128
+	AddressConnections int `yaml:"address_connections"` // open connections without an SVID from one address, or one /64 of IPv6; zero: 64
+}
+
+func (l Limits) orDefaults() Limits {
+	l.Connections = cmp.Or(l.Connections, 128)
+	l.AddressConnections = cmp.Or(l.AddressConnections, 64)
+	return l
+}
+
+// byName lists the limits by their configuration keys.
+func (l Limits) byName() map[string]int {
+	return map[string]int{
+		attest.LimitEach:    l.Connections,
+		attest.LimitAddress: l.AddressConnections,
+	}
+}
+
+func (l Limits) check() error {
+	var wrong []error
+	for name, n := range l.byName() {
+		if n < 0 {
+			wrong = append(wrong, fmt.Errorf("limits.%s is negative", name))
+		}
+	}
+	return errors.Join(wrong...)
+}
+
+// files shares out the files that the process may have open. A quarter is kept back for operators, the ledger, Vault
+// and the targets: agents, and clients without identity, cannot take it.
+type files struct {
+	limit     int // RLIMIT_NOFILE, which the Go runtime has raised as far as the system lets it
+	kept      int
+	agents    int // connections of the agents' listener
+	strangers int // of these, without an SVID
+	operators int // connections of the operators' listener, out of kept
+	socket    int // connections of the local socket, out of kept
+}
+
+// fewFiles is the limit below which a start warns.
+const fewFiles = 1024
+
+func countFiles() (files, error) {
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
+		return files{}, fmt.Errorf("reading the limit of open files: %w", err)
+	}
+	return shareFiles(int(min(l.Cur, 1<<20))), nil
+}
+
+func shareFiles(limit int) files {
+	f := files{limit: limit, kept: limit / 4, operators: limit / 16, socket: limit / 16}
+	f.agents = limit - f.kept
+	f.strangers = min(limit/4, 4096)
+	return f
+}
+
+func (f files) log(log *slog.Logger) {
+	level := slog.LevelInfo
+	if f.limit < fewFiles {
+		level = slog.LevelWarn
+	}
+	log.Log(context.Background(), level, "open files", "limit", f.limit, "kept", f.kept, "agents", f.agents,
+		"without_svid", f.strangers, "operators", f.operators, "socket", f.socket)
+}
