@@ -48,6 +48,10 @@ type Tx interface {
 // ErrNotCommitted means that a failed Update certainly left nothing behind.
 var ErrNotCommitted = errors.New("the ledger did not commit")
 
+// ErrChecking means that the store still checks what it has. Until it knows that nothing is missing, it takes only
+// updates that reduce authority.
+var ErrChecking = errors.New("the ledger is being checked")
+
 // ErrNoEntry is the store's refusal of a change without an audit entry.
 var ErrNoEntry = errors.New("a change without an audit entry")
 

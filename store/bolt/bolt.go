@@ -5,8 +5,10 @@
 // others. There is no timer: a commit starts as soon as the previous one ends.
 //
 // The file detects damage. Every record has a digest, the audit log is a chain of digests, and the head has the count
-// and the checksum of both. Open reads the whole file before it trusts any of it, and refuses a truncated or changed
-// file: a ledger that lost a fence is worse than none.
+// and the checksum of both. The whole file is read before any of it is trusted, and a truncated or changed file is
+// refused: a ledger that lost a fence is worse than none. Reading takes time, and a fence must not wait for it. So
+// [OpenUnchecked] returns before the check has ended. Until then the file is only read, and updates that reduce
+// authority, such as fences, go to a file of their own beside it. All others are refused.
 //
 // Three changes are not detectable from the file alone. An older copy may have replaced it. The disk may have
 // acknowledged the last commit and lost all of it. An attacker with write access may have rebuilt the file with all
@@ -52,6 +54,7 @@ var (
 	ErrDiskFull = errors.New("the disk is full: only fences and endings are written")
 	ErrStopped  = errors.New("the ledger stopped after a failed commit and must be reopened")
 	ErrClosed   = errors.New("the ledger is closed")
+	ErrChecking = fmt.Errorf("%w: only fences and endings are written", broker.ErrChecking)
 )
 
 const (
@@ -73,17 +76,28 @@ var (
 // Ledger implements broker.Ledger in a bbolt file.
 type Ledger struct {
 	path  string
-	db    *bbolt.DB
+	lock  *os.File // has the lock of the file; bbolt's descriptors are duplicates of it
 	fault func(stage) error
 
 	// Owned by the writer goroutine.
 	head    head
 	reserve reserve
+	journal *journal
 
 	stopped atomic.Pointer[error] // the reason why nothing is written; nil while the ledger runs
 	full    atomic.Bool           // the reserve was released
-	wake    chan struct{}         // signals that the queue or closed has changed
+	wake    chan struct{}         // signals that the queue or closed has changed, or that the check has ended
 	done    chan struct{}         // closed when the writer has ended
+
+	cancel  atomic.Bool           // ends the check early
+	result  chan error            // the outcome of the check, once
+	checked chan struct{}         // closed when the outcome is in verdict
+	verdict atomic.Pointer[error] // nil until the check has ended; points to nil when it passed
+
+	// state guards the file that is read, and the updates that are not in it.
+	state   sync.RWMutex
+	db      *bbolt.DB // read only until the check has passed
+	pending *pending  // nil from then on
 
 	// mu guards the queue.
 	mu     sync.Mutex
@@ -97,6 +111,21 @@ var _ broker.Ledger = (*Ledger)(nil)
 // wrap ErrInUse, ErrNewer or ErrDamaged where they apply. A damaged file is left unchanged. A ledger also opens on a
 // full disk.
 func Open(c Config) (*Ledger, error) {
+	l, err := OpenUnchecked(c)
+	if err != nil {
+		return nil, err
+	}
+	<-l.Checked()
+	if err := *l.verdict.Load(); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+// OpenUnchecked is [Open] that does not wait for the check of the whole file. Until [Ledger.Checked] is closed, and for
+// good if the check fails, the ledger takes only updates that reduce authority. These stay, whatever the check finds:
+// in Path+".pending" until the ledger takes them in. Its errors are those that the first pages of the file show.
+func OpenUnchecked(c Config) (*Ledger, error) {
 	if c.Path == "" {
 		return nil, errors.New("opening a ledger: Path is empty")
 	}
@@ -116,67 +145,122 @@ func Open(c Config) (*Ledger, error) {
 		path: c.Path, fault: c.fault,
 		reserve: reserve{path: c.Path + ".reserve", size: max(c.Reserve, 0), now: c.Now},
 		wake:    make(chan struct{}, 1), done: make(chan struct{}),
+		result: make(chan error, 1), checked: make(chan struct{}),
 	}
-	if err := l.open(c.LockTimeout); err != nil {
-		return nil, fmt.Errorf("opening ledger %q: %w", c.Path, explain(err))
+	im, err := l.open(c.LockTimeout)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("opening ledger %q: %w", c.Path, explain(err)), l.release())
 	}
 	switch err := l.reserve.acquire(); {
 	case noRoom(err):
 		l.full.Store(true)
 	case err != nil:
-		return nil, fmt.Errorf("opening ledger %q: %w", c.Path, errors.Join(err, l.db.Close()))
+		return nil, errors.Join(fmt.Errorf("opening ledger %q: %w", c.Path, err), l.release())
 	}
+	go l.check(im)
 	go l.write()
 	return l, nil
 }
 
-func (l *Ledger) open(timeout time.Duration) error {
-	info, err := os.Stat(l.path)
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		err = create(l.path)
-	case err == nil && info.Size() < int64(2*os.Getpagesize()): // an empty file is a truncated ledger too
-		err = fmt.Errorf("%w: it is truncated to %d bytes", ErrDamaged, info.Size())
+// open locks the file and reads its first pages. bbolt opens it for reading alone: it trusts the file, and would write
+// where a damaged page says that there is room.
+func (l *Ledger) open(timeout time.Duration) (*image, error) {
+	if _, err := os.Stat(l.path); errors.Is(err, os.ErrNotExist) {
+		if err := create(l.path); err != nil {
+			return nil, err
+		}
 	}
+	if err := l.acquireLock(timeout); err != nil {
+		return nil, err
+	}
+	info, err := l.lock.Stat()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if err := inspect(l.path, timeout); err != nil {
-		return err
+	if info.Size() < int64(2*os.Getpagesize()) { // an empty file is a truncated ledger too
+		return nil, fmt.Errorf("%w: it is truncated to %d bytes", ErrDamaged, info.Size())
 	}
-	db, err := bbolt.Open(l.path, 0o600, options(timeout))
+	im, err := readImage(l.lock, uint64(info.Size()))
 	if err != nil {
-		return err
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
-	l.db = db
-	err = db.View(func(tx *bbolt.Tx) error {
-		l.head, err = readHead(tx)
-		return err
-	})
-	if err != nil {
-		_ = db.Close() // the first error is returned
+	im.cancelled = l.cancel.Load
+	if err := im.open(); err != nil {
+		return nil, err
 	}
-	return err
+	if l.journal, l.pending, err = readJournal(l.path+".pending", im.head); err != nil {
+		return nil, err
+	}
+	l.head = l.pending.head
+	o := l.options(timeout)
+	o.ReadOnly = true
+	if l.db, err = bbolt.Open(l.path, 0o600, o); err != nil {
+		return nil, err
+	}
+	return im, l.waitLock(timeout) // bbolt has made it a shared one
 }
 
-// inspect checks the file under a lock that excludes writers. It must run before bbolt reads more than the meta pages:
-// bbolt trusts the mapped file, and a bad page number crashes the process.
-func inspect(path string, timeout time.Duration) error {
-	o := options(timeout)
-	o.ReadOnly = true
-	db, err := bbolt.Open(path, 0o600, o)
+// check is the goroutine that checks the whole file.
+func (l *Ledger) check(im *image) {
+	err := l.fault(beforeCheck)
+	if err == nil {
+		err = im.check()
+	}
+	l.result <- err
+	l.notify()
+}
+
+// settle takes in the outcome of the check, if there is one: the updates that waited for it become part of the ledger.
+// It runs on the writer's goroutine.
+func (l *Ledger) settle(err error) {
+	if err == nil {
+		err = l.takeIn()
+	}
+	if err != nil {
+		err = fmt.Errorf("checking ledger %q: %w", l.path, explain(err))
+	}
+	l.verdict.Store(&err)
+	close(l.checked)
+}
+
+// takeIn opens the checked file for writing, writes the pending updates to it, and has it read from then on. A crash
+// before the commit leaves the updates beside the ledger. One after it leaves them there too, and the next process sees
+// that the ledger has them.
+func (l *Ledger) takeIn() error {
+	db, err := bbolt.Open(l.path, 0o600, l.options(lockTimeout))
 	if err != nil {
 		return err
 	}
-	defer func() { _ = db.Close() }() // nothing was written
-	_, err = checkFile(path)
-	return err
+	if err = l.pending.fold(db); isFull(err) {
+		l.full.Store(true)
+		_ = l.reserve.release() // the next attempt shows whether there is room
+		err = l.pending.fold(db)
+	}
+	if err != nil {
+		l.stop(err)
+		return errors.Join(err, db.Close())
+	}
+	l.state.Lock()
+	old := l.db
+	l.db, l.pending = db, nil
+	l.state.Unlock()
+	return errors.Join(old.Close(), l.journal.remove()) // Close waits for its Views
+}
+
+// Checked is closed when the check of the whole file has ended. [Ledger.Err] has the outcome.
+func (l *Ledger) Checked() <-chan struct{} { return l.checked }
+
+// options lets bbolt use a duplicate of the locked descriptor.
+func (l *Ledger) options(timeout time.Duration) *bbolt.Options {
+	o := options(timeout)
+	o.OpenFile = func(string, int, os.FileMode) (*os.File, error) { return duplicate(l.lock) }
+	return o
 }
 
 func options(timeout time.Duration) *bbolt.Options {
 	return &bbolt.Options{
 		Timeout:         timeout,
-		NoFreelistSync:  true, // Open reads the whole file anyway, and a list on disk could be damaged
+		NoFreelistSync:  true, // the whole file is read anyway, and a list on disk could be damaged
 		FreelistType:    bbolt.FreelistMapType,
 		InitialMmapSize: mapSize,
 		NoStatistics:    true,
@@ -243,31 +327,59 @@ func explain(err error) error {
 	return err
 }
 
-// Close waits for the queued updates, then closes the file. All Views must have returned.
+// Close waits for the queued updates, then closes the file. All Views must have returned. A check that has not ended is
+// given up.
 func (l *Ledger) Close() error {
 	l.mu.Lock()
 	already := l.closed
 	l.closed = true
 	l.mu.Unlock()
+	l.cancel.Store(true)
 	l.notify()
 	<-l.done
 	if already {
 		return nil
 	}
-	if err := l.db.Close(); err != nil {
+	if err := l.release(); err != nil {
 		return fmt.Errorf("closing ledger %q: %w", l.path, err)
 	}
 	return nil
 }
 
-// Err returns the reason why the ledger refuses updates. It wraps ErrStopped, or ErrDiskFull if fences and endings are
-// still accepted. Nil means that every Update is accepted.
+// release closes the files.
+func (l *Ledger) release() (err error) {
+	if l.db != nil {
+		err = l.db.Close()
+	}
+	if l.journal != nil {
+		err = errors.Join(err, l.journal.close())
+	}
+	if l.lock != nil {
+		err = errors.Join(err, l.lock.Close())
+	}
+	return err
+}
+
+// Err returns the reason why the ledger refuses updates. It wraps ErrStopped; or ErrChecking, ErrDamaged or ErrDiskFull
+// if fences and endings are still accepted. Nil means that every Update is accepted.
 func (l *Ledger) Err() error {
 	if err := l.stopped.Load(); err != nil {
 		return *err
+	}
+	if err := l.Unchecked(); err != nil {
+		return err
 	}
 	if l.full.Load() {
 		return ErrDiskFull
 	}
 	return nil
+}
+
+// Unchecked returns nil once the check of the whole file has passed. Before that it returns ErrChecking. If the check
+// failed, it returns an error that wraps ErrDamaged, or the error of reading.
+func (l *Ledger) Unchecked() error {
+	if err := l.verdict.Load(); err != nil {
+		return *err
+	}
+	return ErrChecking
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"hash/fnv"
 	"io"
-	"os"
 	"strconv"
 
 	"go.etcd.io/bbolt"
@@ -22,9 +21,13 @@ const (
 	metaSize   = 64
 	noFreelist = ^uint64(0)
 
+	bucketHeader = 16 // of a bucket's value: root page and sequence
+
 	flagBranch = 0x01
 	flagLeaf   = 0x02
-	flagBucket = 0x01 // of a leaf element
+	// flagFreelist is of a page with a list of free pages.
+	flagFreelist = 0x10
+	flagBucket   = 0x01 // of a leaf element
 
 	maxDepth = 64 // of a tree, in pages: a file of 2^63 bytes needs fewer
 )
@@ -40,26 +43,10 @@ type image struct {
 	pages    uint64   // the high-water mark: pages below it may be in use
 	txid     uint64   // of the newest transaction
 	used     []uint64 // one bit for each page that was reached
-}
 
-// checkFile checks the ledger at path without bbolt. Every reachable page has its own number, and keys are in order.
-// Each record has its seal, and each audit entry follows from the previous one. The head matches the records and
-// entries exactly. This takes about as long as reading and hashing the file. Errors wrap ErrDamaged or ErrNewer.
-func checkFile(path string) (head, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return head{}, err
-	}
-	defer func() { _ = f.Close() }() // read only
-	info, err := f.Stat()
-	if err != nil {
-		return head{}, err
-	}
-	im, err := readImage(f, uint64(info.Size()))
-	if err != nil {
-		return head{}, fmt.Errorf("%w: %w", ErrDamaged, err)
-	}
-	return im.check()
+	buckets   map[string][]byte
+	head      head        // as stored
+	cancelled func() bool // ends the check
 }
 
 // readImage reads the two meta pages. Both must be intact and of consecutive transactions. If one is damaged, bbolt
@@ -80,8 +67,6 @@ func readImage(f io.ReaderAt, size uint64) (*image, error) {
 	switch {
 	case im.txid != older.txid+1 || im.pageSize != older.pageSize:
 		return nil, errors.New("the meta pages do not belong together")
-	case im.freelist != noFreelist:
-		return nil, errors.New("another program wrote to it: there is a list of free pages")
 	case im.pages > size/im.pageSize:
 		return nil, fmt.Errorf("it is truncated: %d bytes, and %d pages of %d are in use", size, im.pages, im.pageSize)
 	}
@@ -116,39 +101,77 @@ func readMeta(f io.ReaderAt, at uint64) (*image, error) {
 	return im, nil
 }
 
-// check walks all buckets and recomputes the head.
-func (im *image) check() (head, error) {
-	buckets := map[string][]byte{}
+// open reads the root, the schema and the head, without bbolt. Errors wrap ErrDamaged or ErrNewer.
+func (im *image) open() error {
+	im.buckets = map[string][]byte{}
 	err := im.tree(im.root, bucketElements, func(key, val []byte) error {
-		buckets[string(key)] = val
+		im.buckets[string(key)] = val
 		return nil
 	})
 	if err != nil {
-		return head{}, err
+		return err
 	}
 	meta := map[string][]byte{}
-	err = im.bucket(buckets[string(bucketMeta)], func(key, val []byte) error {
+	err = im.bucket(im.buckets[string(bucketMeta)], func(key, val []byte) error {
 		meta[string(key)] = val
 		return nil
 	})
 	if err != nil {
-		return head{}, err
+		return err
+	}
+	for _, name := range [][]byte{bucketRecords, bucketLog} {
+		if len(im.buckets[string(name)]) < bucketHeader {
+			return fmt.Errorf("%w: a bucket is missing", ErrDamaged)
+		}
 	}
 	if err := checkSchema(meta[string(keySchema)]); err != nil {
-		return head{}, err
+		return err
 	}
-	stored, err := decodeHead(meta[string(keyHead)])
-	if err != nil {
-		return head{}, err
-	}
+	im.head, err = decodeHead(meta[string(keyHead)])
+	return err
+}
+
+// check checks the rest of the file without bbolt. Every reachable page has its own number, and keys are in order. Each
+// record has its seal, and each audit entry follows from the previous one. The head matches the records and entries
+// exactly. Pages that are listed as free are not in use. This takes about as long as reading and hashing the file.
+// Errors wrap ErrDamaged.
+func (im *image) check() error {
 	var h head
-	if err := im.bucket(buckets[string(bucketLog)], h.verify); err != nil {
-		return head{}, err
+	if err := im.bucket(im.buckets[string(bucketLog)], h.verify); err != nil {
+		return err
 	}
-	if err := im.bucket(buckets[string(bucketRecords)], h.count); err != nil {
-		return head{}, err
+	if err := im.bucket(im.buckets[string(bucketRecords)], h.count); err != nil {
+		return err
 	}
-	return h, h.match(stored)
+	if err := im.checkFree(); err != nil {
+		return damaged(err)
+	}
+	return h.match(im.head)
+}
+
+// checkFree checks the list of free pages, if the file has one. The ledger writes none. Other programs do, such as the
+// one that compacts a bbolt file, and bbolt believes it: it would write over a page that is in use and listed.
+func (im *image) checkFree() error {
+	if im.freelist == noFreelist {
+		return nil
+	}
+	b, err := im.read(im.freelist)
+	if err != nil {
+		return fmt.Errorf("the list of free pages: %w", err)
+	}
+	n, ids := uint64(order.Uint16(b[10:])), b[pageHeader:]
+	if n == 0xFFFF { // the first element is the count
+		n, ids = order.Uint64(ids), ids[8:]
+	}
+	if order.Uint16(b[8:]) != flagFreelist || n > uint64(len(ids)/8) {
+		return errors.New("the list of free pages is damaged")
+	}
+	for i := range n {
+		if err := im.use(order.Uint64(ids[8*i:]), 1); err != nil {
+			return fmt.Errorf("the list of free pages: %w", err)
+		}
+	}
+	return nil
 }
 
 func checkSchema(b []byte) error {
@@ -165,14 +188,14 @@ func checkSchema(b []byte) error {
 
 // bucket walks the elements of a bucket, given its value in the root.
 func (im *image) bucket(val []byte, f func(key, val []byte) error) error {
-	if len(val) < 16 { // root page and sequence
+	if len(val) < bucketHeader {
 		return fmt.Errorf("%w: a bucket is missing", ErrDamaged)
 	}
 	if root := order.Uint64(val); root != 0 {
 		return im.tree(root, 0, f)
 	}
 	w := walk{im: im, f: f}
-	return damaged(w.node(val[16:], 0))
+	return damaged(w.node(val[bucketHeader:], 0))
 }
 
 // bucketElements are the flags of each leaf element of the root.
@@ -194,7 +217,7 @@ type walk struct {
 
 // damaged makes err wrap ErrDamaged.
 func damaged(err error) error {
-	if err == nil || errors.Is(err, ErrDamaged) {
+	if err == nil || errors.Is(err, ErrDamaged) || errors.Is(err, ErrClosed) {
 		return err
 	}
 	return fmt.Errorf("%w: %w", ErrDamaged, err)
@@ -210,6 +233,9 @@ func (w *walk) page(id uint64, depth int) error {
 
 // read returns page id with its overflow pages, and marks them as used.
 func (im *image) read(id uint64) ([]byte, error) {
+	if im.cancelled() {
+		return nil, ErrClosed
+	}
 	if id < 2 || id >= im.pages {
 		return nil, fmt.Errorf("page %d is outside the file", id)
 	}
@@ -221,21 +247,26 @@ func (im *image) read(id uint64) ([]byte, error) {
 		return nil, fmt.Errorf("page %d has the number %d", id, got)
 	}
 	n := 1 + uint64(order.Uint32(b[12:]))
-	if n > im.pages-id {
-		return nil, fmt.Errorf("page %d extends beyond the file", id)
-	}
-	for i := id; i < id+n; i++ {
-		if im.used[i/64]>>(i%64)&1 != 0 {
-			return nil, fmt.Errorf("page %d is used twice", i)
-		}
-		im.used[i/64] |= 1 << (i % 64)
-	}
-	if n == 1 {
-		return b, nil
+	if err := im.use(id, n); err != nil || n == 1 {
+		return b, err
 	}
 	whole := make([]byte, n*im.pageSize)
 	_, err := im.file.ReadAt(whole, int64(id*im.pageSize))
 	return whole, err
+}
+
+// use marks n pages from id on as used.
+func (im *image) use(id, n uint64) error {
+	if id < 2 || id >= im.pages || n > im.pages-id {
+		return fmt.Errorf("page %d is outside the file, or extends beyond it", id)
+	}
+	for i := id; i < id+n; i++ {
+		if im.used[i/64]>>(i%64)&1 != 0 {
+			return fmt.Errorf("page %d is used twice", i)
+		}
+		im.used[i/64] |= 1 << (i % 64)
+	}
+	return nil
 }
 
 func (w *walk) node(b []byte, depth int) error {

@@ -1,12 +1,13 @@
 package bolt
 
-// Stage is a point of the commit.
+// Stage is a point of a commit, or of the check.
 type Stage = stage
 
 // The stages.
 const (
 	BeforeCommit = beforeCommit
 	AfterCommit  = afterCommit
+	BeforeCheck  = beforeCheck
 )
 
 // WithFault adds f, which returns the error to inject at a stage. It runs on the writer's goroutine and may block.

@@ -101,10 +101,13 @@ func TestOpenRefuses(t *testing.T) {
 			return records(tx).Put([]byte("d/03"), bolt.Seal("d/03", "older"))
 		}, bolt.ErrDamaged, "do not match the head's checksum"},
 	} {
-		t.Run(c.name, func(t *testing.T) {
+		refused := func(t *testing.T, compacted bool) {
 			path := filepath.Join(t.TempDir(), "ledger")
 			fill(t, path, 20)
-			change(t, path, c.change)
+			if compacted {
+				compact(t, path)
+			}
+			change(t, path, compacted, c.change)
 			before, err := os.ReadFile(path)
 			if err != nil {
 				t.Fatal(err)
@@ -117,14 +120,16 @@ func TestOpenRefuses(t *testing.T) {
 			if after, err := os.ReadFile(path); err != nil || !bytes.Equal(before, after) {
 				t.Errorf("Open changed the file that it refused (%v)", err)
 			}
-		})
+		}
+		t.Run(c.name, func(t *testing.T) { refused(t, false) })
+		t.Run(c.name+", compacted", func(t *testing.T) { refused(t, true) })
 	}
 }
 
-// change runs f on the file without the ledger's knowledge.
-func change(t *testing.T, path string, f func(*bbolt.Tx) error) {
+// change runs f on the file without the ledger's knowledge. list keeps a list of free pages.
+func change(t *testing.T, path string, list bool, f func(*bbolt.Tx) error) {
 	t.Helper()
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{NoFreelistSync: true})
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{NoFreelistSync: !list})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -150,7 +155,11 @@ func fill(t testing.TB, path string, n int) {
 // TestDamage flips bits in ledger files, overwrites and truncates them. A file that still opens must have its content
 // unchanged.
 func TestDamage(t *testing.T) {
-	good := newSpecimen(t)
+	t.Run("as written", func(t *testing.T) { damageAll(t, newSpecimen(t)) })
+	t.Run("compacted", func(t *testing.T) { damageAll(t, newSpecimen(t).compact(t)) })
+}
+
+func damageAll(t *testing.T, good specimen) {
 	opened := 0
 	const rounds = 200
 	for seed := range uint64(rounds) {
@@ -243,6 +252,24 @@ func newSpecimen(t testing.TB) specimen {
 			t.Fatal(err)
 		}
 	}
+	return readSpecimen(t, path)
+}
+
+// compact returns the specimen after bbolt has compacted it.
+func (s specimen) compact(t testing.TB) specimen {
+	path := filepath.Join(t.TempDir(), "ledger")
+	if err := os.WriteFile(path, s.bytes, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	compact(t, path)
+	compacted := readSpecimen(t, path)
+	if compacted.dump != s.dump || len(compacted.bytes) > len(s.bytes) {
+		t.Errorf("a compacted ledger has other content, or %d bytes after %d", len(compacted.bytes), len(s.bytes))
+	}
+	return compacted
+}
+
+func readSpecimen(t testing.TB, path string) specimen {
 	all, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
@@ -439,7 +466,7 @@ func TestTreeShapes(t *testing.T) {
 		if err := l.Close(); err != nil {
 			t.Fatal(err)
 		}
-		change(t, path, func(tx *bbolt.Tx) error {
+		change(t, path, false, func(tx *bbolt.Tx) error {
 			for err := range tx.Check() {
 				t.Errorf("bbolt finds: %v", err)
 			}

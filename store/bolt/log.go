@@ -176,17 +176,41 @@ func (l *Ledger) Entries(ctx context.Context, after broker.Revision, limit int) 
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	err = l.db.View(func(btx *bbolt.Tx) error {
-		c := btx.Bucket(bucketLog).Cursor()
-		for k, v := c.Seek(logKey(after + 1)); k != nil && len(list) < limit; k, v = c.Next() {
-			var e broker.Entry
-			if len(v) < linkSize {
-				return fmt.Errorf("%w: audit entry %x is truncated", ErrDamaged, k)
+	add := func(r broker.Revision, stored []byte) error {
+		var e broker.Entry
+		if len(stored) < linkSize {
+			return fmt.Errorf("%w: audit entry %d is truncated", ErrDamaged, r)
+		}
+		if err := json.Unmarshal(stored[linkSize:], &e); err != nil {
+			return fmt.Errorf("reading audit entry %d: %w", r, err)
+		}
+		list = append(list, e)
+		return nil
+	}
+	err = l.view(func(btx *bbolt.Tx, p *pending) error {
+		err := p.guard(func() error {
+			c := btx.Bucket(bucketLog).Cursor()
+			for k, v := c.Seek(logKey(after + 1)); k != nil && len(list) < limit; k, v = c.Next() {
+				if len(k) != 8 {
+					return fmt.Errorf("%w: audit entry %x has a wrong key", ErrDamaged, k)
+				}
+				if err := add(broker.Revision(binary.BigEndian.Uint64(k)), v); err != nil {
+					return err
+				}
 			}
-			if err := json.Unmarshal(v[linkSize:], &e); err != nil {
-				return fmt.Errorf("reading audit entry %x: %w", k, err)
+			return nil
+		})
+		if err != nil || p == nil {
+			return err
+		}
+		for i, stored := range p.entries {
+			r := p.from.revision + broker.Revision(i) + 1
+			if r <= after || len(list) >= limit {
+				continue
 			}
-			list = append(list, e)
+			if err := add(r, stored); err != nil {
+				return err
+			}
 		}
 		return nil
 	})
@@ -194,26 +218,29 @@ func (l *Ledger) Entries(ctx context.Context, after broker.Revision, limit int) 
 }
 
 // Verify checks the audit log and every record, and compares them with the head. The error wraps ErrDamaged and names
-// the first wrong revision or record. Verify reads the whole ledger, on a snapshot: it does not block updates.
+// the first wrong revision or record. Verify reads the whole ledger, on a snapshot: it does not block updates. Updates
+// that the ledger took before it was checked are not in it yet.
 func (l *Ledger) Verify(ctx context.Context) error {
-	return l.db.View(func(btx *bbolt.Tx) error {
-		stored, err := readHead(btx)
-		if err != nil {
-			return err
-		}
-		var h head
-		err = btx.Bucket(bucketLog).ForEach(func(k, v []byte) error {
-			return errors.Join(ctx.Err(), h.verify(k, v))
+	return l.view(func(btx *bbolt.Tx, p *pending) error {
+		return p.guard(func() error {
+			stored, err := readHead(btx)
+			if err != nil {
+				return err
+			}
+			var h head
+			err = btx.Bucket(bucketLog).ForEach(func(k, v []byte) error {
+				return errors.Join(ctx.Err(), h.verify(k, v))
+			})
+			if err != nil {
+				return err
+			}
+			err = btx.Bucket(bucketRecords).ForEach(func(k, v []byte) error {
+				return errors.Join(ctx.Err(), h.count(k, v))
+			})
+			if err != nil {
+				return err
+			}
+			return h.match(stored)
 		})
-		if err != nil {
-			return err
-		}
-		err = btx.Bucket(bucketRecords).ForEach(func(k, v []byte) error {
-			return errors.Join(ctx.Err(), h.count(k, v))
-		})
-		if err != nil {
-			return err
-		}
-		return h.match(stored)
 	})
 }

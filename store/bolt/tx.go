@@ -24,6 +24,11 @@ type tx struct {
 	readOnly     bool
 	view         *bbolt.Tx // set only if readOnly
 
+	// pending has the updates below this transaction that are not in the file, until the file was checked. A
+	// transaction that is not readOnly owns it, and apply adds to it.
+	pending *pending
+	changed map[string][]byte // by apply, of pending
+
 	head    head              // includes every function applied so far
 	next    head              // also includes the entries of the running function
 	puts    map[string][]byte // in stored form; nil: deleted
@@ -39,14 +44,24 @@ func (t *tx) reset() {
 
 // Get implements broker.Tx.
 func (t *tx) Get(key string) ([]byte, error) {
-	if stored, ok := t.puts[key]; ok {
+	if stored, ok := t.put(key); ok {
 		return value(stored), nil
 	}
-	stored := t.records.Get([]byte(key))
-	if stored == nil {
-		return nil, nil
+	var val []byte
+	return val, t.pending.guard(func() (err error) {
+		if stored := t.records.Get([]byte(key)); stored != nil {
+			val, err = open(key, stored)
+		}
+		return err
+	})
+}
+
+// put returns what this transaction, or a pending one, has put under key.
+func (t *tx) put(key string) (stored []byte, ok bool) {
+	if stored, ok = t.puts[key]; !ok && t.pending != nil {
+		stored, ok = t.pending.puts[key]
 	}
-	return open(key, stored)
+	return stored, ok
 }
 
 // Put implements broker.Tx. It stores a copy of value.
@@ -74,36 +89,72 @@ func (t *tx) Scan(prefix, after string, f func(key string, value []byte) bool) e
 		from = after + "\x00"
 	}
 	put := t.putKeys(prefix, from)
-	c := t.records.Cursor()
-	k, v := c.Seek([]byte(from))
+	c := t.cursor()
+	if err := c.move(func() ([]byte, []byte) { return c.Seek([]byte(from)) }); err != nil {
+		return err
+	}
 	for {
-		if !bytes.HasPrefix(k, []byte(prefix)) {
-			k = nil
+		if !bytes.HasPrefix(c.k, []byte(prefix)) {
+			c.k = nil
 		}
-		if k == nil && len(put) == 0 {
+		if c.k == nil && len(put) == 0 {
 			return nil
 		}
-		if len(put) > 0 && (k == nil || put[0] <= string(k)) {
+		if len(put) > 0 && (c.k == nil || put[0] <= string(c.k)) {
 			key := put[0]
 			put = put[1:]
-			if key == string(k) {
-				k, v = c.Next()
+			if key == string(c.k) {
+				if err := c.move(c.Next); err != nil {
+					return err
+				}
 			}
-			if stored := t.puts[key]; stored != nil && !f(key, value(stored)) {
+			if stored, _ := t.put(key); stored != nil && !f(key, value(stored)) {
 				return nil
 			}
 			continue
 		}
-		key := string(k)
-		val, err := open(key, v)
-		if err != nil {
+		if done, err := c.visit(f); done || err != nil {
 			return err
 		}
-		if !f(key, val) {
-			return nil
+		if err := c.move(c.Next); err != nil {
+			return err
 		}
-		k, v = c.Next()
 	}
+}
+
+// cursor is a cursor over the records of the file, which may not have been checked.
+type cursor struct {
+	*bbolt.Cursor
+	pending *pending
+	k, v    []byte // nil: there is no record
+}
+
+func (t *tx) cursor() *cursor { return &cursor{Cursor: t.records.Cursor(), pending: t.pending} }
+
+// move goes to the record that next finds.
+func (c *cursor) move(next func() (k, v []byte)) error {
+	return c.pending.guard(func() error {
+		if c.k, c.v = next(); len(c.k) > bbolt.MaxKeySize {
+			return fmt.Errorf("%w: a key has %d bytes", ErrDamaged, len(c.k))
+		}
+		if c.pending != nil {
+			c.k = bytes.Clone(c.k) // a key that is outside the file fails here
+		}
+		return nil
+	})
+}
+
+// visit calls f with the record at the cursor. done: f wants no more.
+func (c *cursor) visit(f func(key string, value []byte) bool) (done bool, err error) {
+	key := string(c.k)
+	var val []byte
+	if err := c.pending.guard(func() (err error) {
+		val, err = open(key, c.v)
+		return err
+	}); err != nil {
+		return false, err
+	}
+	return !f(key, val), nil
 }
 
 // ScanBack implements broker.Tx. It visits the records as they were when it began.
@@ -113,35 +164,36 @@ func (t *tx) ScanBack(prefix, before string, f func(key string, value []byte) bo
 		n, _ := slices.BinarySearch(put, before)
 		put = put[:n]
 	}
-	c := t.records.Cursor()
-	k, v := seekBefore(c, prefix, before)
+	c := t.cursor()
+	if err := c.move(func() ([]byte, []byte) { return seekBefore(c.Cursor, prefix, before) }); err != nil {
+		return err
+	}
 	for {
-		if !bytes.HasPrefix(k, []byte(prefix)) {
-			k = nil
+		if !bytes.HasPrefix(c.k, []byte(prefix)) {
+			c.k = nil
 		}
-		if k == nil && len(put) == 0 {
+		if c.k == nil && len(put) == 0 {
 			return nil
 		}
-		if last := len(put) - 1; last >= 0 && (k == nil || put[last] >= string(k)) {
+		if last := len(put) - 1; last >= 0 && (c.k == nil || put[last] >= string(c.k)) {
 			key := put[last]
 			put = put[:last]
-			if key == string(k) {
-				k, v = c.Prev()
+			if key == string(c.k) {
+				if err := c.move(c.Prev); err != nil {
+					return err
+				}
 			}
-			if stored := t.puts[key]; stored != nil && !f(key, value(stored)) {
+			if stored, _ := t.put(key); stored != nil && !f(key, value(stored)) {
 				return nil
 			}
 			continue
 		}
-		key := string(k)
-		val, err := open(key, v)
-		if err != nil {
+		if done, err := c.visit(f); done || err != nil {
 			return err
 		}
-		if !f(key, val) {
-			return nil
+		if err := c.move(c.Prev); err != nil {
+			return err
 		}
-		k, v = c.Prev()
 	}
 }
 
@@ -172,16 +224,22 @@ func afterAll(prefix string) []byte {
 	return nil
 }
 
-// putKeys returns the keys that the running function has put, in order.
+// putKeys returns the keys that the running function, or a pending update, has put, in order.
 func (t *tx) putKeys(prefix, from string) []string {
 	var keys []string
-	for key := range t.puts {
-		if key >= from && strings.HasPrefix(key, prefix) {
-			keys = append(keys, key)
+	add := func(puts map[string][]byte) {
+		for key := range puts {
+			if key >= from && strings.HasPrefix(key, prefix) {
+				keys = append(keys, key)
+			}
 		}
 	}
+	add(t.puts)
+	if t.pending != nil {
+		add(t.pending.puts)
+	}
 	slices.Sort(keys)
-	return keys
+	return slices.Compact(keys)
 }
 
 // Append implements broker.Tx.
@@ -203,33 +261,61 @@ func (t *tx) Head() (broker.Revision, error) {
 	if !t.readOnly {
 		return t.next.revision, nil
 	}
+	if t.pending != nil {
+		return t.pending.head.revision, nil
+	}
 	h, err := readHead(t.view)
 	return h.revision, err
 }
 
-// apply writes the changes of the running function to the bbolt transaction.
+// apply writes the changes of the running function to the bbolt transaction, or to the pending updates.
 func (t *tx) apply() error {
 	for key, stored := range t.puts {
-		k := []byte(key)
-		if old := t.records.Get(k); old != nil {
-			t.next.remove(old)
-		}
-		if stored == nil {
-			if err := t.records.Delete(k); err != nil {
-				return err
-			}
-			continue
-		}
-		if err := t.records.Put(k, stored); err != nil {
+		old, err := t.old(key)
+		if err != nil {
 			return err
 		}
-		t.next.add(stored)
+		if old != nil {
+			t.next.remove(old)
+		}
+		if stored != nil {
+			t.next.add(stored)
+		}
+		switch {
+		case t.pending != nil:
+			t.pending.puts[key], t.changed[key] = stored, stored
+		case stored == nil:
+			err = t.records.Delete([]byte(key))
+		default:
+			err = t.records.Put([]byte(key), stored)
+		}
+		if err != nil {
+			return err
+		}
 	}
 	for i, stored := range t.entries {
+		if t.pending != nil {
+			t.pending.entries = append(t.pending.entries, stored)
+			continue
+		}
 		if err := t.log.Put(logKey(t.head.revision+broker.Revision(i)+1), stored); err != nil {
 			return err
 		}
 	}
 	t.head = t.next
 	return nil
+}
+
+// old returns a record in stored form as it was before the running function.
+func (t *tx) old(key string) (stored []byte, err error) {
+	if t.pending == nil {
+		return t.records.Get([]byte(key)), nil
+	}
+	if stored, ok := t.pending.puts[key]; ok {
+		return stored, nil
+	}
+	return stored, t.pending.guard(func() error {
+		stored = bytes.Clone(t.records.Get([]byte(key)))
+		return nil
+	})
 }

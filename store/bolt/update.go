@@ -18,12 +18,13 @@ import (
 // maxBatch is the limit of updates in one commit.
 const maxBatch = 512
 
-// stage is a point of the commit at which tests inject a fault.
+// stage is a point of a commit, or of the check, at which tests inject a fault.
 type stage int
 
 const (
 	beforeCommit stage = iota
 	afterCommit
+	beforeCheck // of the whole file, on a goroutine of its own
 )
 
 // request is one queued Update.
@@ -75,9 +76,22 @@ func (l *Ledger) View(ctx context.Context, f func(broker.Tx) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	return l.db.View(func(btx *bbolt.Tx) error {
-		return f(&tx{records: btx.Bucket(bucketRecords), readOnly: true, view: btx})
+	return l.view(func(btx *bbolt.Tx, p *pending) error {
+		return f(&tx{records: btx.Bucket(bucketRecords), readOnly: true, view: btx, pending: p})
 	})
+}
+
+// view runs f on a snapshot of the file, with the updates that are not in it.
+func (l *Ledger) view(f func(*bbolt.Tx, *pending) error) error {
+	l.state.RLock()
+	p := l.pending
+	btx, err := l.db.Begin(false)
+	l.state.RUnlock()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = btx.Rollback() }() // the end of a read fails only after another end
+	return f(btx, p)
 }
 
 func notCommitted(err error) error { return fmt.Errorf("%w: %w", broker.ErrNotCommitted, err) }
@@ -94,11 +108,21 @@ func (l *Ledger) notify() {
 func (l *Ledger) write() {
 	defer close(l.done)
 	for {
+		if l.verdict.Load() == nil {
+			select {
+			case err := <-l.result:
+				l.settle(err)
+			default:
+			}
+		}
 		batch, closed := l.dequeue()
 		switch {
 		case len(batch) > 0:
 			l.process(batch)
 		case closed:
+			if l.verdict.Load() == nil { // Close has cancelled it
+				l.settle(errors.Join(<-l.result, ErrClosed))
+			}
 			return
 		default:
 			<-l.wake
@@ -167,6 +191,9 @@ func (l *Ledger) commit(batch []*request) (ran []*request, err error) {
 	if err := l.stopped.Load(); err != nil {
 		return batch, notCommitted(*err)
 	}
+	if l.pending != nil {
+		return l.commitPending(batch)
+	}
 	btx, err := l.db.Begin(true)
 	if err != nil {
 		return batch, notCommitted(err)
@@ -174,15 +201,8 @@ func (l *Ledger) commit(batch []*request) (ran []*request, err error) {
 	t := &tx{records: btx.Bucket(bucketRecords), log: btx.Bucket(bucketLog), head: l.head}
 	t.log.FillPercent = 1       // entries are only appended
 	t.records.FillPercent = 0.8 // costs nothing for random keys, saves writes for ordered ones
-	for i, r := range batch {
-		if o, ok := l.run(r, t); !ok {
-			r.done <- o
-			continue
-		}
-		ran = append(ran, r)
-		if err := t.apply(); err != nil { // btx may have a part of it: discard the whole batch
-			return append(ran, batch[i+1:]...), errors.Join(notCommitted(err), btx.Rollback())
-		}
+	if ran, err = l.runAll(batch, t); err != nil {
+		return ran, errors.Join(notCommitted(err), btx.Rollback())
 	}
 	if t.head == l.head {
 		_ = btx.Rollback() // nothing was changed
@@ -201,6 +221,61 @@ func (l *Ledger) commit(batch []*request) (ran []*request, err error) {
 	return ran, nil
 }
 
+// commitPending is commit while the file is checked, or after it was found damaged. It only reads the file.
+func (l *Ledger) commitPending(batch []*request) (ran []*request, err error) {
+	btx, err := l.db.Begin(false)
+	if err != nil {
+		return batch, notCommitted(err)
+	}
+	defer func() { _ = btx.Rollback() }() // it was only read
+	next := l.pending.clone()
+	t := &tx{records: btx.Bucket(bucketRecords), head: l.head, pending: next, changed: map[string][]byte{}}
+	if ran, err = l.runAll(batch, t); err != nil {
+		return ran, notCommitted(err)
+	}
+	if t.head == l.head {
+		return ran, nil // nothing was changed
+	}
+	one := frame{From: l.head.encode(), Head: t.head.encode(), Entries: next.entries[len(l.pending.entries):]}
+	for key, stored := range t.changed {
+		one.Puts = append(one.Puts, put{[]byte(key), stored})
+	}
+	if err := l.fault(beforeCommit); err != nil {
+		return ran, notCommitted(err)
+	}
+	err = l.journal.append(one)
+	if err == nil {
+		err = l.fault(afterCommit)
+	} else if !errors.Is(err, errUnsynced) {
+		return ran, notCommitted(err)
+	}
+	if err != nil { // as for a commit, the next sync would not report it
+		l.stop(err)
+		return ran, fmt.Errorf("committing, outcome unknown: %w", err)
+	}
+	next.head, l.head = t.head, t.head
+	l.state.Lock()
+	l.pending = next
+	l.state.Unlock()
+	return ran, nil
+}
+
+// runAll runs the functions, each on the changes of the ones before it. After an error, which is of the file, all of
+// them fail.
+func (l *Ledger) runAll(batch []*request, t *tx) (ran []*request, err error) {
+	for i, r := range batch {
+		if o, ok := l.run(r, t); !ok {
+			r.done <- o
+			continue
+		}
+		ran = append(ran, r)
+		if err := t.apply(); err != nil {
+			return append(ran, batch[i+1:]...), err
+		}
+	}
+	return ran, nil
+}
+
 // run runs one function. It reports whether the changes in t must be applied.
 func (l *Ledger) run(r *request, t *tx) (o outcome, ok bool) {
 	t.reset()
@@ -215,8 +290,8 @@ func (l *Ledger) run(r *request, t *tx) (o outcome, ok bool) {
 	switch {
 	case len(t.puts) > 0 && len(t.entries) == 0:
 		return outcome{err: notCommitted(broker.ErrNoEntry)}, false
-	case len(t.entries) > 0 && !t.reserve && l.full.Load():
-		return outcome{err: notCommitted(ErrDiskFull)}, false
+	case len(t.entries) > 0 && !t.reserve && (t.pending != nil || l.full.Load()):
+		return outcome{err: notCommitted(l.Err())}, false
 	}
 	return outcome{}, true
 }
