@@ -27,6 +27,7 @@ type Question struct {
 	Tool      Tool          // the zero Tool for a report that names none
 	Args      args.Args     // for use
 	Receiver  spiffeid.ID   // for delegate
+	Open      *OpenRequest  // for open: the request
 	Violation ViolationCode // for report
 	Chain     Chain
 	Depth     int               // of the caller's delegation: 0 at the root
@@ -43,6 +44,7 @@ type Decision struct {
 	TTL         time.Duration // of an allow: the longest lifetime; zero: the tool's
 	Narrowing   Narrowing     // of an allow: the weakest acceptable label
 	Domains     []string      // of an allow to delegate: the trust domains that the permit names
+	Caps        Caps          // of an allow to open
 	Failed      bool          // an evaluation failed, so this is a deny
 	Remedy      string        // how to ask, in the bundle's own words, at most MaxRemedy bytes; may be empty
 }

@@ -28,24 +28,31 @@ func (e *Engine) Open(ctx context.Context, c broker.Caller, r broker.OpenRequest
 		return broker.Delegation{}, err
 	}
 	chain := broker.Chain{Task: r.Task, Opener: c.ID, Opened: now, Labels: r.Labels}
-	root := broker.Delegation{Holder: c.ID, Scope: scope, Budget: r.Budget, Depth: r.Depth, Created: now,
-		Heartbeat: r.Heartbeat, Expires: now.Add(cmp.Or(r.TTL, broker.DefaultChainTTL))}
+	root := broker.Delegation{Holder: c.ID, Scope: scope, Depth: r.Depth, Created: now, Heartbeat: r.Heartbeat}
 	if err := e.identify(&chain, &root); err != nil {
 		return broker.Delegation{}, err
 	}
 	policy := e.cfg.Policy()
-	q := broker.Question{Action: broker.ActionOpen, Caller: c, Chain: chain, Now: now}
+	q := broker.Question{Action: broker.ActionOpen, Caller: c, Chain: chain, Open: &r, Now: now}
 	if err := e.refuseCanary(ctx, op, policy, q, records.Lineage{}, nil, scope.Tools()...); err != nil {
 		return broker.Delegation{}, err
 	}
 	var deciders []string
+	var caps broker.Caps // of the permits of all the tools
 	for _, right := range scope {
 		d, err := e.permit(ctx, op, policy, q, right.Tool, records.Lineage{})
 		if err != nil {
 			return broker.Delegation{}, err
 		}
 		deciders = append(deciders, d.Policies...)
+		caps.Tighten(d.Caps)
 	}
+	capped, beyond := caps.Apply(r, nil)
+	if len(beyond) > 0 {
+		return broker.Delegation{}, e.recordDenial(ctx, c, records.Lineage{}, "",
+			records.OverCap(op, beyond).Decided(unique(deciders)))
+	}
+	root.Budget, root.Expires = capped.Budget, now.Add(cmp.Or(capped.TTL, broker.DefaultChainTTL))
 	err = e.update(ctx, op, func(tx *records.Tx) error {
 		f, err := tx.FenceOver(records.Lineage{Chain: chain, Nodes: []broker.Delegation{root}}, selector.Subject{})
 		if err != nil {

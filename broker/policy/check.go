@@ -43,6 +43,7 @@ type testYAML struct {
 	Proof     string              `yaml:"proof"`
 	At        string              `yaml:"at"`
 	Chain     chainYAML           `yaml:"chain"`
+	Open      *openYAML           `yaml:"open"`
 	History   map[string]pastYAML `yaml:"history"`
 
 	Expect      string   `yaml:"expect"`
@@ -51,7 +52,36 @@ type testYAML struct {
 	Failed      bool     `yaml:"failed"`
 	TTL         string   `yaml:"ttl"`
 	Narrowing   string   `yaml:"narrowing"`
+	Caps        string   `yaml:"caps"`
 	Policies    []string `yaml:"policies"`
+}
+
+// openYAML is a request to open.
+type openYAML struct {
+	Steps     int    `yaml:"steps"`
+	Live      int    `yaml:"live"`
+	PerMinute int    `yaml:"per_minute"`
+	Depth     int    `yaml:"depth"`
+	TTL       string `yaml:"ttl"`
+	Heartbeat string `yaml:"heartbeat"`
+}
+
+// request returns the request with the chain's task and labels.
+func (y openYAML) request(c broker.Chain) (r broker.OpenRequest, err error) {
+	r = broker.OpenRequest{Task: c.Task, Labels: c.Labels, Depth: y.Depth,
+		Budget: broker.Budget{Steps: y.Steps, Live: y.Live, PerMinute: y.PerMinute}}
+	for _, d := range []struct {
+		name, text string
+		into       *time.Duration
+	}{{"ttl", y.TTL, &r.TTL}, {"heartbeat", y.Heartbeat, &r.Heartbeat}} {
+		if d.text == "" {
+			continue
+		}
+		if *d.into, err = time.ParseDuration(d.text); err != nil || *d.into < 0 {
+			return r, fmt.Errorf("open.%s: %.40q is not a duration like 10m", d.name, d.text)
+		}
+	}
+	return r, nil
 }
 
 type chainYAML struct {
@@ -169,6 +199,9 @@ func (y testYAML) question() (q broker.Question, err error) {
 	if q.Caller.ID, err = spiffeid.FromString(y.Caller); err != nil {
 		return q, fmt.Errorf("caller: %w", err)
 	}
+	if y.Open != nil && q.Action != broker.ActionOpen {
+		return q, errors.New("only the action open takes open")
+	}
 	if y.Receiver != "" {
 		if q.Receiver, err = spiffeid.FromString(y.Receiver); err != nil {
 			return q, fmt.Errorf("receiver: %w", err)
@@ -179,8 +212,21 @@ func (y testYAML) question() (q broker.Question, err error) {
 			return q, fmt.Errorf("at: %.40q is not like 2026-03-02T10:00:00Z", y.At)
 		}
 	}
-	if err := y.past(&q); err != nil || y.Args == nil {
+	if err := y.past(&q); err != nil {
 		return q, err
+	}
+	if q.Action == broker.ActionOpen {
+		var open openYAML // of a row without: it asks for nothing
+		if y.Open != nil {
+			open = *y.Open
+		}
+		r, err := open.request(q.Chain)
+		if q.Open = &r; err != nil {
+			return q, err
+		}
+	}
+	if y.Args == nil {
+		return q, nil
 	}
 	text, err := asJSON(y.Args)
 	if err != nil {
@@ -233,12 +279,16 @@ func ago(now time.Time, s string) (time.Time, error) {
 // expectation is the decision that a row expects. Fields that the row does not state are not compared.
 type expectation struct {
 	broker.Decision
-	ttl, narrowing, policies bool // whether the row states them
+	ttl, narrowing, policies bool    // whether the row states them
+	caps                     *string // nil: not stated
 }
 
 func (y testYAML) want() (w expectation, err error) {
 	w.Allow, w.Approval, w.Failed, w.Policies = y.Expect == "allow", y.Approval, y.Failed, slices.Sorted(slices.Values(y.Policies))
 	w.ttl, w.narrowing, w.policies = y.TTL != "", y.Narrowing != "", y.Policies != nil
+	if y.Caps != "" {
+		w.caps = &y.Caps
+	}
 	if y.Expect != "allow" && y.Expect != "deny" {
 		return w, errors.New("expect must be allow or deny")
 	}
@@ -287,6 +337,9 @@ func (w expectation) mismatch(p *Policy, q broker.Question) string {
 	}
 	if w.narrowing {
 		note("narrowing", got.Narrowing, w.Narrowing)
+	}
+	if w.caps != nil && describeCaps(got.Caps) != *w.caps {
+		why = append(why, fmt.Sprintf("caps are %q, want %q", describeCaps(got.Caps), *w.caps))
 	}
 	if w.policies && !slices.Equal(got.Policies, w.Policies) {
 		note("policies", got.Policies, w.Policies)

@@ -180,6 +180,7 @@ func limit(d *broker.Decision, q *broker.Question, permits []*rule) {
 			d.TTL = r.ttl
 		}
 		d.Narrowing = max(d.Narrowing, r.narrowing)
+		d.Caps.Tighten(r.caps)
 		if a := r.approval; a.count > needed[a.group] {
 			needed[a.group] = a.count
 		}

@@ -18,6 +18,8 @@
 //	context.history    for each tool the chain has used before: count, since_first_seconds,
 //	                   since_last_seconds. Test membership first: context.history has "db.read" && …
 //	context.used       the set of their names
+//	context.open       for open only, the request: depth and ttl_seconds; steps, live, per_minute and
+//	                   heartbeat_seconds where it names them
 //	context.proof      "x509-svid" or "jwt-svid"
 //	context.now        hour (0–23), weekday (1 is Monday) and time (a datetime), in UTC
 //	context.receiver   an Agent, for delegate only
@@ -34,14 +36,19 @@
 //	@ttl("30s")                  on a permit to use: the longest lifetime of the secret
 //	@narrowing("native")         on a permit to use: the weakest label accepted
 //	@domains("a.example b.example")  on a permit to delegate: it allows delegation across these trust domains
+//	@max_steps("50"), @max_depth("2"), @max_ttl("15m")
+//	                             on a permit to open: the most that the chain may ask for
+//	@labels("team env")          on a permit to open: the only labels that the request may name
+//	@requires_labels("team")     on a permit to open: labels that the request or its envelope must have
 //	@any("principal tool")       on a permit: the scope parts deliberately left open
 //	@remedy("…")                 how to ask, shown with a denial or while an approval is pending. Taken from the
 //	                             forbids that match, the permits with unmet conditions, or the permits that need
 //	                             the approval; at most 256 bytes each, and 512 together
 //	@description("…")            for the reader
 //
-// When several permits match, all their limits apply: the shortest lifetime, the strongest label, every approval. An
-// additional permit can therefore tighten a conditional grant, but never loosen it.
+// When several permits match, all their limits apply: the shortest lifetime, the strongest label, every approval, the
+// least of each cap. The same holds for the permits of all tools of a chain. An additional permit can therefore tighten
+// a conditional grant, but never loosen it.
 //
 // # Policy test files
 //
@@ -58,6 +65,7 @@
 //	    proof: jwt-svid                           # x509-svid when absent
 //	    at: 2026-03-02T10:00:00Z                  # that Monday's ten o'clock when absent
 //	    chain: {task: nightly, opener: spiffe://…, labels: {env: prod}, age: 10m, depth: 1}
+//	    open: {steps: 50, live: 2, per_minute: 9, depth: 1, ttl: 10m, heartbeat: 5s}  # for open: the request
 //	    history: {db.read: {count: 2, first: 5m, last: 30s}}  # how long ago
 //	    expect: allow                             # required: allow or deny
 //	    consequence: revoke-chain                 # of the expected deny; deny when absent
@@ -65,8 +73,10 @@
 //	    failed: true                              # the deny is for a policy that failed; false when absent
 //	    ttl: 30s                                  # not compared when absent; the same for the next two
 //	    narrowing: native
+//	    caps: "max_steps: 50, labels: env team"   # of the expected allow to open
 //	    policies: [ticket-reader]                 # every policy that decided
 //
-// The broker refuses two kinds of allow, so a row with one counts as a deny. One is a delegation into another trust
-// domain that no permit names. The other is a tool with weaker narrowing than the permits require.
+// The broker refuses three kinds of allow, so a row with one counts as a deny. One is a delegation into another trust
+// domain that no permit names. The next is a tool with weaker narrowing than the permits require. The last is a request
+// to open that goes beyond the caps.
 package policy

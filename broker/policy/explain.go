@@ -16,7 +16,7 @@ type Explanation struct {
 	Granted  bool            `json:"granted"`           // allowed, and nothing is missing
 	Why      string          `json:"why"`               // one line for people
 	Unmet    []string        `json:"unmet,omitempty"`   // ids of permits for exactly this caller, action and tool with unmet conditions
-	Missing  []string        `json:"missing,omitempty"` // "tool:x", "permit:use:x", "approval:2 of oncall", "narrowing:native", "domains:a.example b.example"
+	Missing  []string        `json:"missing,omitempty"` // "tool:x", "permit:use:x", "approval:2 of oncall", "narrowing:native", "domains:a.example b.example", "budget:steps"
 	Remedy   string          `json:"remedy,omitempty"`  // how to ask; the @remedy of the policies if they have one
 }
 
@@ -64,7 +64,7 @@ func (e *Explanation) lacks(remedy, missing string) {
 	}
 }
 
-// allowed adds the requirements that an allow leaves open: narrowing, trust domains, approval.
+// allowed adds the requirements that an allow leaves open: narrowing, trust domains, caps, approval.
 func (e *Explanation) allowed(p *Policy, q *broker.Question) {
 	d := e.Decision
 	e.Why = "permitted by " + strings.Join(d.Policies, ", ")
@@ -73,6 +73,12 @@ func (e *Explanation) allowed(p *Policy, q *broker.Question) {
 	}
 	if lacksDomains(q, d) {
 		e.lacks("ask the platform team for a permit that names both trust domains", "domains:"+strings.Join(bothDomains(q), " "))
+	}
+	if q.Action == broker.ActionOpen && q.Open != nil {
+		_, beyond := d.Caps.Apply(*q.Open, nil)
+		for _, x := range beyond {
+			e.lacks("ask for "+x.Remedy, x.What)
+		}
 	}
 	if d.Approval != "" {
 		e.lacks(cmp.Or(d.Remedy, "ask "+d.Approval+" to approve"), "approval:"+d.Approval)

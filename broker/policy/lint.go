@@ -127,6 +127,7 @@ func (p *Policy) shape() fields {
 		"resource":  {"name": nil, "backend": nil, "narrowing": nil},
 		"context": {
 			"args": args, "history": history, "used": nil, "proof": nil, "receiver": nil, "violation": nil,
+			"open":  {"steps": nil, "live": nil, "per_minute": nil, "depth": nil, "ttl_seconds": nil, "heartbeat_seconds": nil},
 			"chain": {"task": nil, "opener": nil, "labels": nil, "depth": nil, "age_seconds": nil},
 			"now":   {"hour": nil, "weekday": nil, "time": nil},
 		},

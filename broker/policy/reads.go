@@ -18,7 +18,7 @@ func (n names) has(name string) bool { return n == nil || n[name] }
 // every covers the whole context.
 func every() reads {
 	r := reads{}
-	for _, member := range []string{"args", "chain", "history", "used", "proof", "now", "receiver", "violation"} {
+	for _, member := range []string{"args", "chain", "history", "used", "proof", "now", "receiver", "violation", "open"} {
 		r[member] = nil
 	}
 	return r

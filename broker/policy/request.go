@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"iter"
 	"strings"
 	"sync"
@@ -158,6 +159,8 @@ func (b *builder) member(q *broker.Question, member string, n names) cedar.Value
 		return cedar.String(q.Caller.Proof)
 	case member == "now":
 		return nowOf(q.Now.UTC())
+	case member == "open" && q.Action == broker.ActionOpen && q.Open != nil:
+		return b.asked(q.Open, n)
 	case member == "receiver" && q.Action == broker.ActionDelegate:
 		return uid(typeAgent, q.Receiver.String())
 	case member == "violation" && q.Action == broker.ActionReport:
@@ -187,6 +190,23 @@ func (b *builder) chain(q *broker.Question, n names) cedar.Value {
 	if n.has("age_seconds") {
 		m["age_seconds"] = seconds(q.Chain.Opened, q.Now)
 	}
+	return b.close(m)
+}
+
+// asked builds the member with the limits of a request to open. A limit that it does not ask for is absent.
+func (b *builder) asked(r *broker.OpenRequest, n names) cedar.Value {
+	m := b.open()
+	add := func(name string, number int64, present bool) {
+		if present && n.has(name) {
+			m[cedar.String(name)] = cedar.Long(number)
+		}
+	}
+	add("steps", int64(r.Budget.Steps), r.Budget.Steps > 0)
+	add("live", int64(r.Budget.Live), r.Budget.Live > 0)
+	add("per_minute", int64(r.Budget.PerMinute), r.Budget.PerMinute > 0)
+	add("depth", int64(r.Depth), true)
+	add("ttl_seconds", int64(cmp.Or(r.TTL, broker.DefaultChainTTL)/time.Second), true)
+	add("heartbeat_seconds", int64(r.Heartbeat/time.Second), r.Heartbeat > 0)
 	return b.close(m)
 }
 

@@ -3,6 +3,7 @@ package policy
 import (
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -31,6 +32,7 @@ type rule struct {
 	ttl       time.Duration // zero: no limit
 	narrowing broker.Narrowing
 	domains   []string
+	caps      broker.Caps
 	remedy    string
 	open      []string // the parts that @any leaves open
 }
@@ -61,11 +63,15 @@ func newRule(p *cedar.Policy, id cedar.PolicyID) (*rule, error) {
 }
 
 // checkReach refuses limits that nothing would enforce. The broker enforces approval, TTL and narrowing only for a
-// step, and trust domains only for a delegation.
+// step, caps only when a chain is opened, and trust domains only for a delegation.
 func (r *rule) checkReach() error {
 	limits := r.approval.count > 0 || r.ttl > 0 || r.narrowing > broker.NarrowNone
 	if limits && !slices.Equal(r.actions(), []broker.Action{broker.ActionUse}) {
 		return errors.New("@approval, @ttl and @narrowing apply to Action::\"use\" only; write a separate permit for the other actions")
+	}
+	if !reflect.ValueOf(r.caps).IsZero() && !slices.Equal(r.actions(), []broker.Action{broker.ActionOpen}) {
+		return errors.New("@max_steps, @max_depth, @max_ttl, @labels and @requires_labels apply to Action::\"open\" only; " +
+			"write a separate permit for the other actions")
 	}
 	if len(r.domains) > 0 && !slices.Contains(r.actions(), broker.ActionDelegate) {
 		return errors.New("@domains: the scope does not include Action::\"delegate\"")
@@ -100,7 +106,7 @@ func (r *rule) annotate(key, value string) (err error) {
 		}
 		return nil
 	}
-	if r.forbid && slices.Contains([]string{"approval", "ttl", "narrowing", "domains", "any"}, key) {
+	if r.forbid && slices.Contains(onPermits, key) {
 		return errors.New("belongs on a permit")
 	}
 	switch key {
@@ -115,10 +121,14 @@ func (r *rule) annotate(key, value string) (err error) {
 	case "any":
 		r.open = strings.Fields(value)
 	default:
-		return errors.New("unknown annotation")
+		return parseCap(&r.caps, key, value)
 	}
 	return err
 }
+
+// onPermits are the annotations of permits alone.
+var onPermits = []string{"approval", "ttl", "narrowing", "domains", "any", "max_steps", "max_depth", "max_ttl", "labels",
+	"requires_labels"}
 
 func parseApproval(s string) (approval, error) {
 	n, group, ok := strings.Cut(s, " of ")

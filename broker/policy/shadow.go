@@ -49,6 +49,9 @@ func describe(d broker.Decision) string {
 	if d.Narrowing > broker.NarrowNone {
 		s += " (narrowing: " + d.Narrowing.String() + ")"
 	}
+	if caps := describeCaps(d.Caps); caps != "" {
+		s += " (" + caps + ")"
+	}
 	return fmt.Sprintf("%s by %q", s, d.Policies)
 }
 

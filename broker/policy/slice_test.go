@@ -25,13 +25,14 @@ func randomCedar(r *rand.Rand, n int) string {
 			`principal is Agent in TrustDomain::"b.example"`, `principal`, `principal is Agent`, `principal == AgentGroup::"spiffe://a.example/ci"`,
 			`principal is AgentGroup`, `principal is AgentGroup in TrustDomain::"a.example"`), false
 		pAny = principal == "principal" || principal == "principal is Agent" || principal == "principal is AgentGroup"
-		action := one(r, `action == Action::"use"`, `action in [Action::"use", Action::"delegate"]`, `action in Action::"report"`, `action`)
+		action := one(r, `action == Action::"use"`, `action == Action::"open"`, `action in [Action::"use", Action::"delegate"]`, `action in Action::"report"`, `action`)
 		resource := one(r, `resource == Tool::"db.read"`, `resource in ToolGroup::"db"`, `resource is Tool in ToolGroup::"db"`, `resource == Tool::"mail"`, `resource`, `resource is Tool`,
 			`resource == ToolGroup::"db"`, `resource is ToolGroup in ToolGroup::"db"`)
 		when := one(r, ``, ``, ` when { context.args.env == "prod" }`, ` when { context.args has env && context.args.env == "prod" }`,
 			` unless { context.used.contains("mail") }`, ` when { context.chain.depth < 2 }`, ` when { context.receiver in AgentGroup::"spiffe://a.example/ci" }`,
 			` when { context.history has mail && context.history.mail.count > 1 }`,
 			` when { context.args == {env: "prod"} }`, ` when { {all: context.history}.all has mail }`, ` unless { {all: context}.all.chain.depth < 2 }`,
+			` when { context.open.depth < 2 }`, ` when { context has open && context.open has steps && context.open.steps < 9 }`,
 			` when { context.used.containsAny(["mail"]) }`, ` when { {u: context.used}.u.contains("mail") }`, ` when { context.used == ["mail"] }`,
 			` when { context.used.contains("db.write") || context.used.containsAny(["mail"]) }`,
 			` unless { context.used.contains(context.args.tool) }`, ` when { context.used.contains("db.read") || context.used.contains("mail") }`,
@@ -51,6 +52,9 @@ func randomCedar(r *rand.Rand, n int) string {
 			if action == `action == Action::"use"` {
 				notes += one(r, "", `@ttl("10s") `, `@approval("1 of oncall") `, `@narrowing("proxy") `)
 			}
+			if action == `action == Action::"open"` {
+				notes += one(r, "", `@max_steps("5") `, `@max_steps("9") @max_depth("1") `, `@labels("team") `, `@max_ttl("1m") @requires_labels("env") `)
+			}
 		} else {
 			notes = one(r, "", `@violation("revoke-step") `, `@violation("freeze-caller") `)
 		}
@@ -68,6 +72,9 @@ func randomQuestion(r *rand.Rand) broker.Question {
 		Violation: one[broker.ViolationCode](r, "canary", "outside_scope", "x"),
 		Depth:     r.IntN(4),
 		Now:       noon,
+	}
+	if q.Action == broker.ActionOpen {
+		q.Open = &broker.OpenRequest{Depth: r.IntN(4), Budget: broker.Budget{Steps: r.IntN(12)}}
 	}
 	if r.IntN(2) == 0 {
 		q.Args, _ = args.New(map[string]args.Value{"env": args.String(one(r, "prod", "test")), "tool": args.String("mail")})

@@ -234,7 +234,9 @@ func loadDir(dir string) (*policy.Policy, error) {
 // explainFlags are the flags of `pawl explain`: one question.
 type explainFlags struct {
 	caller, action, tool, receiver, task string
-	args, used                           []string
+	args, used, labels                   []string
+	steps, depth                         int
+	ttl                                  time.Duration
 	json                                 bool
 }
 
@@ -254,7 +256,11 @@ func explainCommand() *cobra.Command {
 	flags.StringVar(&f.tool, "tool", "", "the tool; required")
 	flags.StringArrayVar(&f.args, "arg", nil, "an argument: name=text, or name:=json")
 	flags.StringVar(&f.receiver, "to", "", "the receiver's SPIFFE ID, for delegate")
-	flags.StringVar(&f.task, "task", "explain", "the chain's task")
+	flags.StringVar(&f.task, "task", "explain", "the chain's task, as its opener claims it")
+	flags.StringArrayVar(&f.labels, "label", nil, "a label of the chain, as its opener claims it: name=text")
+	flags.IntVar(&f.steps, "steps", 0, "the budget that is asked for, for open")
+	flags.IntVar(&f.depth, "depth", 0, "the depth that is asked for, for open")
+	flags.DurationVar(&f.ttl, "ttl", 0, "the lifetime that is asked for, for open")
 	flags.StringArrayVar(&f.used, "used", nil, "a tool that the chain used a minute ago")
 	flags.BoolVar(&f.json, "json", false, "print JSON")
 	return c
@@ -302,6 +308,13 @@ func (f explainFlags) question(p *policy.Policy) (q broker.Question, err error) 
 	q = broker.Question{Action: broker.Action(f.action), Now: now, History: map[broker.ToolName]broker.Past{},
 		Caller: broker.Caller{ID: id, Proof: broker.ProofX509, NotAfter: now.Add(time.Hour)},
 		Chain:  broker.Chain{Task: f.task, Opener: id, Opened: now.Add(-time.Minute)}}
+	if q.Chain.Labels, err = labelsOf(f.labels); err != nil {
+		return q, err
+	}
+	if q.Action == broker.ActionOpen {
+		q.Open = &broker.OpenRequest{Task: f.task, Labels: q.Chain.Labels, Depth: f.depth, TTL: f.ttl,
+			Budget: broker.Budget{Steps: f.steps}}
+	}
 	name, err := broker.ParseToolName(f.tool)
 	if err != nil {
 		return q, fmt.Errorf("--tool: %w", err)
@@ -329,4 +342,16 @@ func (f explainFlags) question(p *policy.Policy) (q broker.Question, err error) 
 	}
 	q.Args, err = args.Parse(raw)
 	return q, err
+}
+
+func labelsOf(given []string) (map[string]string, error) {
+	labels := map[string]string{}
+	for _, one := range given {
+		name, value, ok := strings.Cut(one, "=")
+		if !ok || args.CheckName(name) != nil {
+			return nil, fmt.Errorf("--label: %.60q is not like team=payments", one)
+		}
+		labels[name] = value
+	}
+	return labels, nil
 }

@@ -1,6 +1,7 @@
 package records
 
 import (
+	"strings"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
@@ -24,6 +25,16 @@ func UnknownChain(op string, id broker.ChainID) *broker.Error {
 // UnknownRevocation refuses a revocation that does not exist.
 func UnknownRevocation(op string) *broker.Error {
 	return broker.Errorf(broker.NotFound, op, "there is no such revocation").With(broker.CodeRevocationUnknown)
+}
+
+// OverCap refuses a request to open a chain that goes beyond the caps of policy.
+func OverCap(op string, beyond []broker.Excess) *broker.Error {
+	var missing, remedies []string
+	for _, x := range beyond {
+		missing, remedies = append(missing, x.What), append(remedies, x.Remedy)
+	}
+	return broker.Errorf(broker.Denied, op, "the request goes beyond the caps of policy: %s", strings.Join(missing, ", ")).
+		With(broker.CodeChainOverCap).Lacks("ask for "+strings.Join(remedies, ", "), missing...)
 }
 
 // Fenced refuses a request under a fence.
