@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -37,7 +38,8 @@ type Config struct {
 	TrustDomains []string         // names of the trust domains with accepted workloads; required, compared exactly
 	Source       Source           // our SVID and the X.509 authorities; required
 	JWT          jwtbundle.Source // the JWT authorities; nil means that JWT-SVIDs are refused
-	Audience     string           // the only audience that a JWT-SVID may name; required with JWT, and only with it
+	Audience     string           // the audience that a JWT-SVID must name; required with JWT, and only with it
+	Companions   []string         // other audiences that a JWT-SVID may name beside it; empty: none
 	MaxJWTLife   time.Duration    // limit of a JWT-SVID's remaining lifetime; zero means 10 min
 	Leeway       time.Duration    // tolerated clock difference in a JWT-SVID's times, at most 1 min; zero means 5 s
 	MinTLS       uint16           // tls.VersionTLS12 or tls.VersionTLS13; zero means the latter
@@ -76,6 +78,8 @@ func (c *Config) check() error {
 		return errors.New("Source is required")
 	case (c.JWT == nil) != (c.Audience == ""):
 		return errors.New("JWT and Audience require each other")
+	case slices.Contains(c.Companions, "") || len(c.Companions) > 0 && c.JWT == nil:
+		return errors.New("Companions has an empty audience, or there is no Audience")
 	case c.MaxJWTLife < 0:
 		return errors.New("MaxJWTLife is negative")
 	case c.Leeway < 0 || c.Leeway > time.Minute:

@@ -109,8 +109,8 @@ func (a *Attestor) verifyJWT(t parsedJWT, key crypto.PublicKey, now time.Time) (
 
 // claims checks the audience and the times, and sets the validity period of v.
 func (a *Attestor) claims(c jwtClaims, v *vouched, now time.Time) error {
-	if aud, ok := onlyAudience(c.Aud); !ok || aud != a.config.Audience {
-		return refuse("the token is not for audience %q alone", a.config.Audience)
+	if err := a.checkAudience(c.Aud); err != nil {
+		return err
 	}
 	if c.Exp == nil {
 		return refuse("the token has no expiry")
@@ -134,17 +134,37 @@ func (a *Attestor) claims(c jwtClaims, v *vouched, now time.Time) error {
 	return nil
 }
 
-// onlyAudience returns the single audience of a string or of a list with one element.
-func onlyAudience(raw jsontext.Value) (string, bool) {
+// checkAudience requires our audience, once, and beside it none but the configured ones. A service that the token is for
+// too could present it here, in the agent's name.
+func (a *Attestor) checkAudience(raw jsontext.Value) error {
+	list, ours := audiences(raw), 0
+	for i, aud := range list {
+		switch {
+		case aud == a.config.Audience:
+			ours++
+		case !slices.Contains(a.config.Companions, aud):
+			return refuse("the token is for audience %.100q too, whose service could present it here: "+
+				"fetch one for %q alone, or name the other in jwt_companions", aud, a.config.Audience)
+		case slices.Contains(list[:i], aud):
+			ours = -len(list) // twice
+		}
+	}
+	if ours != 1 {
+		return refuse("the token is not for audience %q, once", a.config.Audience)
+	}
+	return nil
+}
+
+// audiences returns the audiences of a string or of a list. It is empty for anything else.
+func audiences(raw jsontext.Value) (list []string) {
 	var one string
 	if raw.Kind() == '"' && json.Unmarshal(raw, &one) == nil {
-		return one, true
+		return []string{one}
 	}
-	var list []string
-	if raw.Kind() != '[' || json.Unmarshal(raw, &list) != nil || len(list) != 1 {
-		return "", false
+	if raw.Kind() != '[' || json.Unmarshal(raw, &list) != nil {
+		return nil
 	}
-	return list[0], true
+	return list
 }
 
 // parseJWT parses a token strictly: every token has exactly one accepted spelling. The errors contain nothing of the

@@ -45,6 +45,7 @@ func TestSPIRE(t *testing.T) {
 	// This SPIRE issues SVIDs for one hour, JWT-SVIDs too.
 	a := newAttestor(t, attest.Config{
 		TrustDomains: []string{spire.TrustDomain()}, Source: ours, JWT: jwts, Audience: server, MaxJWTLife: time.Hour,
+		Companions: []string{"mail"},
 	})
 	url := serve(t, a, a.ServerTLS(), attest.Limits{})
 
@@ -59,8 +60,9 @@ func TestSPIRE(t *testing.T) {
 		}
 	}
 
-	fetch := func(audience string) string {
-		svid, err := jwts.FetchJWTSVID(ctx, jwtsvid.Params{Audience: audience, Subject: spiffeid.RequireFromString(agent)})
+	fetch := func(audience string, more ...string) string {
+		svid, err := jwts.FetchJWTSVID(ctx, jwtsvid.Params{Audience: audience, ExtraAudiences: more,
+			Subject: spiffeid.RequireFromString(agent)})
 		if err != nil {
 			t.Fatalf("FetchJWTSVID = %v", err)
 		}
@@ -73,6 +75,12 @@ func TestSPIRE(t *testing.T) {
 	}
 	if got := get(t, byToken, url, fetch("vault")); got.status != http.StatusUnauthorized {
 		t.Errorf("JWT-SVID for another audience: got %d, want 401", got.status)
+	}
+	if got := get(t, byToken, url, fetch(server, "mail")); got.status != http.StatusOK || got.id != agent {
+		t.Errorf("JWT-SVID with a companion: got %d %q, want 200 %q", got.status, got.id, agent)
+	}
+	if got := get(t, byToken, url, fetch(server, "mail", "orders")); got.status != http.StatusUnauthorized {
+		t.Errorf("JWT-SVID with another audience: got %d, want 401", got.status)
 	}
 
 	svid, err := theirs.GetX509SVID()

@@ -27,6 +27,17 @@ func (w *world) asRoot(path string, data map[string]any) {
 	}
 }
 
+// open counts the grants of a chain that are not closed.
+func (w *world) open(chain agent.ChainID) (n int) {
+	w.t.Helper()
+	for _, g := range w.grants() {
+		if g.Chain == string(chain) && g.State != string(broker.StateClosed) {
+			n++
+		}
+	}
+	return n
+}
+
 // TestQuota takes eighty steps under a budget of ten while a quota in Vault refuses the mints, and then the tokens. No
 // outcome is unknown, each agent is told how long to wait, and each grant is closed long before a mint could have
 // settled. Afterwards, and after a restart, the budget has all of its ten steps.
@@ -47,28 +58,30 @@ func TestQuota(t *testing.T) {
 	}
 	w.healthy(other)
 	w.asRoot("sys/quotas/config", map[string]any{"enable_rate_limit_response_headers": true})
-	for _, path := range []string{"database/creds", "auth/token/create"} {
+	for _, path := range []string{"database/creds/pawl-db-read", "auth/token/create"} {
 		w.asRoot("sys/quotas/rate-limit/q", map[string]any{"path": path, "rate": 1, "interval": "1h"})
 		if !within(5*time.Second, func() bool { _, _, err := take(t.Context(), other, 0); return err != nil }) {
 			t.Fatal("Vault refuses nothing in spite of its quota")
 		}
-		var all sync.WaitGroup
-		for range 4 {
-			all.Go(func() {
-				for range 10 {
+		for range 10 {
+			var all sync.WaitGroup
+			for range 4 {
+				all.Go(func() {
 					_, _, err := take(t.Context(), d, 0)
 					unavailable(t, "a step with a quota on "+path, err, broker.CodeVaultBusy)
 					var problem *agent.Error
 					if errors.As(err, &problem) && problem.RetryAfter() < time.Minute {
 						t.Errorf("the agent is to retry after %v, and Vault said an hour", problem.RetryAfter())
 					}
-				}
-			})
+				})
+			}
+			all.Wait()
+			if !within(20*time.Second, func() bool { return w.open(d.Info().Chain) == 0 }) {
+				t.Fatal("steps for which nothing was made are open")
+			}
 		}
-		all.Wait()
 		w.asRoot("sys/quotas/rate-limit/q", nil)
 	}
-	w.allClosed(70 * time.Second) // the lives of the steps that other took
 	s.Close()
 	w.here(nil, nil)
 	for range 10 {

@@ -23,8 +23,11 @@ type Config struct {
 	// the broker's own SPIFFE ID, of several that the Workload API can give its process; empty: the first one, which is
 	// chance if there are several
 	SPIFFEID    string `yaml:"spiffe_id"`
-	JWTAudience string `yaml:"jwt_audience"` // accept JWT-SVIDs for this one audience; empty: only X.509-SVIDs
-	Listen      Listen `yaml:"listen"`       // required
+	JWTAudience string `yaml:"jwt_audience"` // accept JWT-SVIDs for this audience alone; empty: only X.509-SVIDs
+	// other audiences that a JWT-SVID may have beside jwt_audience; the services under these names can present an agent's
+	// token here; empty: none
+	JWTCompanions []string `yaml:"jwt_companions"`
+	Listen        Listen   `yaml:"listen"` // required
 	// SPIFFE IDs of operators that may read, revoke and freeze over TLS; empty: only the local socket
 	Operators  []string           `yaml:"operators"`
 	Ledger     string             `yaml:"ledger"`      // file of the ledger; required
@@ -136,6 +139,9 @@ func (c Config) check() error {
 		need("vault.audience", c.Vault.Audience != "")
 	} else if c.Vault.Auth != "" && c.Vault.Auth != "cert" {
 		wrong = append(wrong, fmt.Errorf("vault.auth is %q; it is cert or jwt", c.Vault.Auth))
+	}
+	if len(c.JWTCompanions) > 0 {
+		need("jwt_audience (with jwt_companions)", c.JWTAudience != "")
 	}
 	if c.Listen.Operators != "" {
 		need("operators (with listen.operators)", len(c.Operators) > 0)

@@ -199,7 +199,7 @@ func logClose(log *slog.Logger, what string, err error) {
 func newAttestor(c Config, svids *svidSource) (*attest.Attestor, error) {
 	config := attest.Config{TrustDomains: c.TrustDomains, Source: svids}
 	if c.JWTAudience != "" {
-		config.JWT, config.Audience = svids, c.JWTAudience
+		config.JWT, config.Audience, config.Companions = svids, c.JWTAudience, c.JWTCompanions
 	}
 	return attest.New(config)
 }
