@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
@@ -34,7 +35,8 @@ var principal = regexp.MustCompile(`^[a-z_][a-z0-9_.-]{0,63}$`)
 
 // Load implements [broker.Backend]. The tool's Path is a mount and a role. Settings:
 //
-//	principal        the one user name to log in as; required
+//	principal        the one user name to log in as, or another principal that the host accepts, such as
+//	                 deploy@example.org, DOMAIN\svc or Role:prod; required. From an argument: a user name alone
 //	force_command    the command that sshd runs instead of the requested one; required for the label native
 //	source_address   addresses and networks to log in from, joined by commas
 //	arg.<argument>   instead of a fixed value: the field above that the argument fills as a whole
@@ -113,6 +115,9 @@ func (s *settings) set(t broker.Tool, key, value string) error {
 	if strings.Contains(value, "{{") || strings.Contains(value, "${arg") {
 		return errors.New("a value must be fixed or an argument, never a template")
 	}
+	if field == "principal" {
+		return checkFixedPrincipal(value)
+	}
 	return check(value)
 }
 
@@ -137,10 +142,22 @@ func (s settings) spec(args args.Args) (want spec, err error) {
 	return want, nil
 }
 
-// checkPrincipal rejects patterns, and lists, which Vault splits at commas.
+// checkFixedPrincipal accepts the principals of directories too, such as deploy@example.org, DOMAIN\svc and Role:prod.
+// The tool's author has written it. It rejects lists, which Vault splits at commas, text that Vault trims or that a
+// terminal does not show, and what its author may take for a pattern.
+func checkFixedPrincipal(s string) error {
+	bad := func(r rune) bool { return !unicode.IsPrint(r) || strings.ContainsRune(",*?\uFFFD", r) }
+	if s == "" || len(s) > 255 || strings.TrimSpace(s) != s || strings.ContainsFunc(s, bad) {
+		return errors.New("is not one principal: up to 255 bytes of printable text without commas, stars, question marks, " +
+			"and blanks at its ends")
+	}
+	return nil
+}
+
+// checkPrincipal accepts the user names of a host alone from an argument, which an agent chooses.
 func checkPrincipal(s string) error {
 	if !principal.MatchString(s) {
-		return errors.New("is not a user name")
+		return errors.New("is not a user name of a host: another principal must be fixed in the tool")
 	}
 	return nil
 }

@@ -68,6 +68,21 @@ func TestLoad(t *testing.T) {
 		{tool("ssh", broker.NarrowNative, with("force_command", "a\nb")), false},
 		{tool("ssh", broker.NarrowNative, with("principal", "root,admin")), false},
 		{tool("ssh", broker.NarrowNative, with("principal", "*")), false},
+		{tool("ssh", broker.NarrowNative, with("principal", "deploy@example.org")), true},
+		{tool("ssh", broker.NarrowNative, with("principal", `DOMAIN\svc`)), true},
+		{tool("ssh", broker.NarrowNative, with("principal", "Role:prod")), true},
+		{tool("ssh", broker.NarrowNative, with("principal", "Domain Admins")), true},
+		{tool("ssh", broker.NarrowNative, with("principal", "größe")), true},
+		{tool("ssh", broker.NarrowNative, with("principal", strings.Repeat("a", 255))), true},
+		{tool("ssh", broker.NarrowNative, with("principal", strings.Repeat("a", 256))), false},
+		{tool("ssh", broker.NarrowNative, with("principal", "")), false},
+		{tool("ssh", broker.NarrowNative, with("principal", " root")), false},
+		{tool("ssh", broker.NarrowNative, with("principal", "root ")), false},
+		{tool("ssh", broker.NarrowNative, with("principal", "a\u00a0b")), false},
+		{tool("ssh", broker.NarrowNative, with("principal", "a\u202eb")), false},
+		{tool("ssh", broker.NarrowNative, with("principal", "a\tb")), false},
+		{tool("ssh", broker.NarrowNative, with("principal", "a\xffb")), false},
+		{tool("ssh", broker.NarrowNative, with("principal", "{{identity.entity.name}}")), false},
 		{tool("ssh", broker.NarrowNative, with("source_address", "0.0.0.0/0")), false},
 		{tool("ssh", broker.NarrowNative, with("source_address", "10.0.0.1/8")), false},
 		{tool("ssh", broker.NarrowNative, with("extensions", "permit-port-forwarding")), false},
@@ -437,6 +452,48 @@ func TestRealForceCommand(t *testing.T) {
 		out, _, err := login(t, server, s, "root", "client")
 		if err != nil || !strings.Contains(out, want) || (out == "certificate\n") != (want == "certificate\n") || strings.Contains(out, "echo certificate") {
 			t.Errorf("with %q: %q, %v, want %q", settings, out, err, want)
+		}
+	}
+}
+
+// TestRealPrincipals logs in at a real sshd with principals of a directory, which a host maps to a user. Each
+// certificate has its own alone. From an argument such a principal is refused.
+func TestRealPrincipals(t *testing.T) {
+	e := newEngine(t, nil)
+	b := newBackend(t, "", nil)
+	all := []string{"deploy@example.org", `DOMAIN\svc`, "Role:prod"}
+	for i, principal := range all {
+		server := parts.OwnSSHD(t, parts.SSHDConfig{UserCAKeys: []byte(e.ca), Principals: []string{principal}})
+		for j, fixed := range all {
+			declared := tool(e.mount, broker.NarrowNative, map[string]string{"principal": fixed, "force_command": "echo in"})
+			if err := b.Load(declared); err != nil {
+				t.Fatalf("Load() with principal %q = %v", fixed, err)
+			}
+			m, _, err := b.Prepare(t.Context(), declared, grant(t, 1, "x"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			f, err := m.Finish(e.write(t, m.Path.String(), m.Data), time.Time{})
+			if err != nil {
+				t.Fatalf("Finish() with principal %q = %v", fixed, err)
+			}
+			var s issued
+			if err := json.Unmarshal(f.Secret.Reveal(), &s); err != nil {
+				t.Fatal(err)
+			}
+			if out, _, err := login(t, server, s, "root", "x"); i == j && (err != nil || out != "in\n") || i != j && !refused(err) {
+				t.Errorf("as %q where %q may log in: %q, %v", fixed, principal, out, err)
+			}
+		}
+		args, err := args.New(map[string]args.Value{"user": args.String(principal)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		g := broker.Grant{ID: "gr000000000000000000000001", Args: args, Expires: time.Now().Add(time.Minute)}
+		_, _, err = b.Prepare(t.Context(), tool(e.mount, broker.NarrowNative,
+			map[string]string{"arg.user": "principal", "force_command": "id"}, "user"), g)
+		if !errors.Is(err, broker.Malformed) {
+			t.Errorf("Prepare() with the argument %q = %v, want malformed", principal, err)
 		}
 	}
 }
