@@ -118,9 +118,7 @@ func start(
 	known := func(name broker.ToolName) bool { _, ok := s.Policy.Current().Tool(name); return ok }
 	s.metrics = newMetrics(known, s.Vault.Ready)
 	s.metrics.tester = tester
-	s.metrics.registry.MustRegister(newGauge("pawl_vault_clock_seconds",
-		"How far Vault's clock is ahead of the broker's, within a second at most; 0 before Vault's first answer.",
-		func() float64 { ahead, _, _ := s.Vault.Skew(); return ahead.Seconds() }))
+	s.metrics.addClock(s.Vault.Skew)
 	s.shadow = newShadow(log, s.metrics)
 	s.onClose(s.shadow.Close)
 	parts.Ledger, parts.Alarm = counted{parts.Ledger, s.metrics}, s.metrics.alarm(parts.Alarm)

@@ -3,6 +3,7 @@ package vault
 import (
 	"cmp"
 	"errors"
+	"fmt"
 	"net/http"
 	"strconv"
 	"strings"
@@ -98,9 +99,6 @@ var answers = []answer{
 		says: "Vault did not answer"},
 }
 
-// errStatus stands for a failure with a status of no other row.
-var errStatus = errors.New("vault returned another status")
-
 // answerTo returns the row of a failed request.
 func answerTo(err error) answer {
 	var f *failure
@@ -174,3 +172,58 @@ func retryAfter(h http.Header) time.Duration {
 	}
 	return max(0, min(wait, longestWait))
 }
+
+// failure is a response with an error status. Its text holds no value of a request. Of Vault's own text it keeps only
+// one of knownPhrases, since an engine may quote the failed statement, including its password.
+type failure struct {
+	status     int
+	phrase     string        // one of knownPhrases, or empty
+	retryAfter time.Duration // what the answer asks for; zero: nothing
+}
+
+func (f *failure) Error() string {
+	if f.phrase == "" {
+		return fmt.Sprintf("vault returned status %d", f.status)
+	}
+	return fmt.Sprintf("vault returned status %d: %s", f.status, f.phrase)
+}
+
+// Is reports which sentinel the response matches.
+func (f *failure) Is(target error) bool {
+	switch target {
+	case errForbidden:
+		return f.status == 403
+	case errWider:
+		return f.phrase == "child policies must be subset of parent" ||
+			f.phrase == "must be subset of the role's allowed policies"
+	case errSealed:
+		return f.status == 503 && f.phrase == "Vault is sealed"
+	}
+	return false
+}
+
+// Sentinels for errors.Is.
+var (
+	// errForbidden is Vault's 403. At a revocation it is an alarm and never counts as "already gone".
+	errForbidden = errors.New("vault: permission denied")
+	// errWider means that Vault refused a token with more rights than its parent has, or than the token role for root
+	// delegations allows.
+	errWider = errors.New("vault: a token's policies must be a subset of its parent's")
+	// errSealed means that Vault is sealed. It serves nothing until an operator unseals it.
+	errSealed = errors.New("vault: sealed")
+	// errNoSession means that the broker is not logged in to Vault.
+	errNoSession = errors.New("vault: not logged in")
+	// errNotSent means that the request certainly did not leave the process.
+	errNotSent = errors.New("the request was not sent")
+	// errTooLarge means that a response exceeded its limit.
+	errTooLarge = errors.New("vault's response exceeds the size limit")
+	// errShape means that a response is malformed.
+	errShape = errors.New("vault's response is malformed")
+	errCase  = fmt.Errorf("%w: it spells a known member in another case", errShape)
+	// errRights means that Vault gave a token other rights than the request asked for.
+	errRights = errors.New("its rights differ from the request")
+	// errSkew means that the clocks differ by more than [broker.MaxSkew].
+	errSkew = errors.New("the clocks of the broker and of vault differ")
+	// errStatus stands for a failure with a status of no other row.
+	errStatus = errors.New("vault returned another status")
+)

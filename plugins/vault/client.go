@@ -212,3 +212,41 @@ func (c *Client) recheckLogin() {
 	default:
 	}
 }
+
+// Skew returns how far Vault's clock is ahead of the broker's, and by how much that can be wrong. ok is false before
+// the first answer of Vault.
+func (c *Client) Skew() (ahead, uncertain time.Duration, ok bool) {
+	b, ok := c.wire.clock.read()
+	return (b.low + b.high) / 2, (b.high - b.low) / 2, ok
+}
+
+// CheckClock returns an error while Vault's clock certainly differs from the broker's by more than [broker.MaxSkew].
+// Certificates, which end by Vault's clock, are not issued then.
+func (c *Client) CheckClock() error { return c.wire.clock.check() }
+
+// clockLoop asks for Vault's time while no other request does. Vault answers sys/health in each of its states, and
+// without a token.
+func (c *Client) clockLoop(ctx context.Context) {
+	tick := time.NewTicker(clockPeriod)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if c.cfg.BehindProxy || c.wire.clock.quiet() {
+			_ = c.MeasureClock(ctx) // without an answer nothing is measured
+		}
+	}
+}
+
+// MeasureClock asks Vault for its time, for [Client.Skew] and [Client.CheckClock].
+func (c *Client) MeasureClock(ctx context.Context) error {
+	_, err := c.do(ctx, call{method: "GET", path: "sys/health", query: anyHealth})
+	return err
+}
+
+// anyHealth makes Vault answer 200 in each of its states.
+const anyHealth = "standbyok=true&perfstandbyok=true&activecode=200&standbycode=200&drsecondarycode=200&" +
+	"performancestandbycode=200&sealedcode=200&uninitcode=200&haunhealthycode=200&removedcode=200"

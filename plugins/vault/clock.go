@@ -1,9 +1,6 @@
 package vault
 
 import (
-	"context"
-	"errors"
-	"net/http"
 	"sync"
 	"time"
 
@@ -74,20 +71,9 @@ func (k *clock) quiet() bool {
 	return since >= clockPeriod-time.Second || since < 0 // the clock was set back
 }
 
-// errSkew means that the clocks differ by more than [broker.MaxSkew].
-var errSkew = errors.New("the clocks of the broker and of vault differ")
-
-// Skew returns how far Vault's clock is ahead of the broker's, and by how much that can be wrong. ok is false before
-// the first answer of Vault.
-func (c *Client) Skew() (ahead, uncertain time.Duration, ok bool) {
-	b, ok := c.wire.clock.read()
-	return (b.low + b.high) / 2, (b.high - b.low) / 2, ok
-}
-
-// CheckClock returns an error while Vault's clock certainly differs from the broker's by more than [broker.MaxSkew].
-// Certificates, which end by Vault's clock, are not issued then.
-func (c *Client) CheckClock() error {
-	b, ok := c.wire.clock.read()
+// check returns an error while the clocks certainly differ by more than [broker.MaxSkew].
+func (k *clock) check() error {
+	b, ok := k.read()
 	if !ok || b.low <= broker.MaxSkew && b.high >= -broker.MaxSkew {
 		return nil
 	}
@@ -97,45 +83,4 @@ func (c *Client) CheckClock() error {
 	}
 	return broker.Errorf(broker.Unavailable, "vault", "Vault's clock is %v %s the broker's, of at most %v: set them right",
 		ahead.Round(100*time.Millisecond), side, broker.MaxSkew).With(broker.CodeClockSkew).Because(errSkew).After(later)
-}
-
-// clockLoop asks for Vault's time while no other request does. Vault answers sys/health in each of its states, and
-// without a token.
-func (c *Client) clockLoop(ctx context.Context) {
-	tick := time.NewTicker(clockPeriod)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		if c.cfg.BehindProxy || c.wire.clock.quiet() {
-			_ = c.MeasureClock(ctx) // without an answer nothing is measured
-		}
-	}
-}
-
-// MeasureClock asks Vault for its time, for [Client.Skew] and [Client.CheckClock].
-func (c *Client) MeasureClock(ctx context.Context) error {
-	_, err := c.do(ctx, call{method: "GET", path: "sys/health", query: anyHealth})
-	return err
-}
-
-// anyHealth makes Vault answer 200 in each of its states.
-const anyHealth = "standbyok=true&perfstandbyok=true&activecode=200&standbycode=200&drsecondarycode=200&" +
-	"performancestandbycode=200&sealedcode=200&uninitcode=200&haunhealthycode=200&removedcode=200"
-
-// date observes the date of an answer. The date is a proxy's where one may answer in Vault's place.
-func (w *wire) date(h http.Header, sent time.Time) {
-	if dated, err := http.ParseTime(h.Get("Date")); err == nil && !w.proxied {
-		w.clock.observe(dated, sent, w.clock.now())
-	}
-}
-
-// serverTime observes the time in an answer of sys/health.
-func (w *wire) serverTime(unix int64, sent time.Time) {
-	if unix > 0 {
-		w.clock.observe(time.Unix(unix, 0), sent, w.clock.now())
-	}
 }

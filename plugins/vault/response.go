@@ -4,11 +4,9 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"strings"
-	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
 )
@@ -40,11 +38,6 @@ type auth struct {
 
 // maxDepth bounds the nesting of a response.
 const maxDepth = 32
-
-var (
-	errShape = errors.New("vault's response is malformed")
-	errCase  = fmt.Errorf("%w: it spells a known member in another case", errShape)
-)
 
 // decodeResponse reads exactly one JSON object. It refuses duplicate members, members that differ from a known one in
 // case alone, invalid UTF-8, nesting beyond 32 and anything after the object. Otherwise a proxy that adds a second
@@ -271,14 +264,7 @@ func (d decoder) members(depth int) (any, error) {
 	return m, nil
 }
 
-// failure is a response with an error status. Its text holds no value of a request. Of Vault's own text it keeps only
-// one of knownPhrases, since an engine may quote the failed statement, including its password.
-type failure struct {
-	status     int
-	phrase     string        // one of knownPhrases, or empty
-	retryAfter time.Duration // what the answer asks for; zero: nothing
-}
-
+// newFailure returns the failure of an answer with an error status.
 func newFailure(status int, header http.Header, raw []byte) *failure {
 	f := &failure{status: status, retryAfter: retryAfter(header)}
 	if resp, err := decodeResponse(raw); err == nil {
@@ -286,37 +272,3 @@ func newFailure(status int, header http.Header, raw []byte) *failure {
 	}
 	return f
 }
-
-func (f *failure) Error() string {
-	if f.phrase == "" {
-		return fmt.Sprintf("vault returned status %d", f.status)
-	}
-	return fmt.Sprintf("vault returned status %d: %s", f.status, f.phrase)
-}
-
-// Is reports which sentinel the response matches.
-func (f *failure) Is(target error) bool {
-	switch target {
-	case errForbidden:
-		return f.status == 403
-	case errWider:
-		return f.phrase == "child policies must be subset of parent" ||
-			f.phrase == "must be subset of the role's allowed policies"
-	case errSealed:
-		return f.status == 503 && f.phrase == "Vault is sealed"
-	}
-	return false
-}
-
-// Sentinels for errors.Is.
-var (
-	// errForbidden is Vault's 403. At a revocation it is an alarm and never counts as "already gone".
-	errForbidden = errors.New("vault: permission denied")
-	// errWider means that Vault refused a token with more rights than its parent has, or than the token role for root
-	// delegations allows.
-	errWider = errors.New("vault: a token's policies must be a subset of its parent's")
-	// errSealed means that Vault is sealed. It serves nothing until an operator unseals it.
-	errSealed = errors.New("vault: sealed")
-	// errNoSession means that the broker is not logged in to Vault.
-	errNoSession = errors.New("vault: not logged in")
-)

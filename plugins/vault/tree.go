@@ -171,9 +171,6 @@ func (c *Client) create(ctx context.Context, parent *node, path string, t newTok
 		expires: sent.Add(seconds(resp.Auth.LeaseDuration))}, nil
 }
 
-// errRights means that Vault gave a token other rights than the request asked for.
-var errRights = errors.New("its rights differ from the request")
-
 // markRefused records that Vault no longer accepts a token, so that the engine makes another.
 func (c *Client) markRefused(n *node) {
 	if n.parent == nil {

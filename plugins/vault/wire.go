@@ -70,12 +70,6 @@ type call struct {
 	contentType string
 }
 
-// errNotSent means that the request certainly did not leave the process.
-var errNotSent = errors.New("the request was not sent")
-
-// errTooLarge means that a response exceeded its limit.
-var errTooLarge = errors.New("vault's response exceeds the size limit")
-
 // send sends one request and reads the whole response, for as long as ctx allows. If the error is nil, the status is
 // 200, 202 or 204. Any other status is a *failure. The error for a request that was not sent wraps errNotSent.
 func (w *wire) send(ctx context.Context, c call) (response, error) {
@@ -202,4 +196,18 @@ func orEmpty(r io.Reader) io.Reader {
 		return strings.NewReader("")
 	}
 	return r
+}
+
+// date observes the date of an answer. The date is a proxy's where one may answer in Vault's place.
+func (w *wire) date(h http.Header, sent time.Time) {
+	if dated, err := http.ParseTime(h.Get("Date")); err == nil && !w.proxied {
+		w.clock.observe(dated, sent, w.clock.now())
+	}
+}
+
+// serverTime observes the time in an answer of sys/health.
+func (w *wire) serverTime(unix int64, sent time.Time) {
+	if unix > 0 {
+		w.clock.observe(time.Unix(unix, 0), sent, w.clock.now())
+	}
 }
