@@ -125,8 +125,11 @@ func TestAcknowledge(t *testing.T) {
 		if step.Context().Err() == nil {
 			t.Error("the client acknowledged before the step's context ended")
 		}
-		if lost--; lost >= 0 {
+		switch lost--; lost {
+		case 1:
 			return api.NewProblem(api.KindUnavailable, "ledger_unavailable", "")
+		case 0:
+			return api.NewProblem(api.KindOverLimit, api.CodeTooManyRequests, "").After(time.Millisecond)
 		}
 		return nil
 	}

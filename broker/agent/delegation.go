@@ -176,7 +176,11 @@ func (d *Delegation) follow() {
 			d.acknowledge(err)
 			return
 		}
-		_ = retry.Wait(d.ctx) // the loop ends with its context
+		wait := retry.Next()
+		if p := new(Error); errors.As(err, &p) {
+			wait = max(wait, p.RetryAfter())
+		}
+		_ = backoff.Sleep(d.ctx, wait) // the loop ends with its context
 	}
 	d.endAll(context.Cause(d.ctx))
 }
@@ -252,7 +256,7 @@ func (d *Delegation) acknowledge(err error) {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(d.client.ctx), ackTimeout)
 		err := d.client.http.Call(ctx, http.MethodPost, d.path("/acknowledge"), nil, in, nil)
 		cancel()
-		if !errors.Is(err, ErrUnavailable) {
+		if !errors.Is(err, ErrUnavailable) && !errors.Is(err, ErrOverLimit) {
 			return
 		}
 		_ = retry.Wait(d.client.ctx) // the loop ends with its context

@@ -22,10 +22,10 @@ func (s *Server) agentRoutes() []route {
 		route{"POST", "/v1/delegations/{id}/delegate", nil, forAgent(s, s.delegate)},
 		route{"POST", "/v1/delegations/{id}/steps", nil, forAgent(s, s.step)},
 		route{"GET", "/v1/delegations/{id}/events", nil, s.standingEvents},
-		route{"POST", "/v1/delegations/{id}/heartbeat", nil, forAgent(s, s.heartbeat)},
-		route{"POST", "/v1/delegations/{id}/acknowledge", nil, forAgent(s, s.acknowledge)},
+		route{"POST", "/v1/delegations/{id}/heartbeat", nil, forEnding(s, s.heartbeat)},
+		route{"POST", "/v1/delegations/{id}/acknowledge", nil, forEnding(s, s.acknowledge)},
 		route{"POST", "/v1/grants/{id}/collect", nil, forAgent(s, s.collect)},
-		route{"POST", "/v1/grants/{id}/close", nil, forAgent(s, s.closeGrant)},
+		route{"POST", "/v1/grants/{id}/close", nil, forEnding(s, s.closeGrant)},
 		route{"POST", "/v1/violations", nil, forAgent(s, s.report)},
 	)
 }
@@ -41,7 +41,7 @@ func (s *Server) commonRoutes() []route {
 			if err := s.cfg.Ready(); err != nil {
 				return api.NewProblem(api.KindUnavailable, api.Code(broker.CodeIssuingStopped), "").Because(err)
 			}
-			return reply(x, func(none) (answer, error) { return answer{status: http.StatusOK, body: api.Health{Status: "ok"}}, nil })
+			return reply(s, x, func(none) (answer, error) { return answer{status: http.StatusOK, body: api.Health{Status: "ok"}}, nil })
 		}},
 	}
 }
@@ -242,7 +242,7 @@ func (s *Server) standingEvents(x *exchange) error {
 	if err := checkType[none](x); err != nil {
 		return err
 	}
-	c, err := s.identify(x)
+	c, err := s.identify(x, s.acts)
 	if err != nil {
 		return err
 	}
@@ -257,7 +257,7 @@ func (s *Server) standingEvents(x *exchange) error {
 	d := first.Delegation
 	x.note(slog.String("chain", string(d.Chain)))
 	return s.follow(x, feed{
-		holder: c.ID.String(), event: api.EventStanding, until: c.NotAfter,
+		holder: c.ID.String(), most: s.cfg.Limits.Streams, event: api.EventStanding, until: c.NotAfter,
 		watch: func() (<-chan struct{}, func()) { return s.cfg.Broker.WatchFences(d.Chain) },
 		read: func(ctx context.Context) (any, bool, error) {
 			if !s.cfg.Now().Before(d.Expires) {

@@ -114,7 +114,7 @@ func TestDelivered(t *testing.T) {
 		t.Run(protocol, func(t *testing.T) {
 			t.Parallel()
 			h := &handsOut{fake: newFake()}
-			r := newRig(t, func(c *server.Config) { c.Broker = h })
+			r := newRig(t, func(c *server.Config) { c.Broker, c.Limits.Requests = h, 10_000 })
 			s, wait := plain(t, r.Agents())
 			var g errgroup.Group
 			g.SetLimit(8)
@@ -149,7 +149,7 @@ func TestDelivered(t *testing.T) {
 				case <-time.After(10 * time.Second):
 				}
 			}}
-			r := newRig(t, func(c *server.Config) { c.Broker = h })
+			r := newRig(t, func(c *server.Config) { c.Broker, c.Limits.Requests = h, 10_000 })
 			s, wait := plain(t, r.Agents())
 			var g errgroup.Group
 			g.SetLimit(8)

@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"os"
 	"time"
 
 	"github.com/go-json-experiment/json"
@@ -24,19 +25,29 @@ type answer struct {
 // forAgent builds an endpoint from a call. The endpoint checks the media type and size, authenticates, decodes
 // strictly, makes the call and encodes the answer. An In of none is a request without a body.
 func forAgent[In any](s *Server, call func(*exchange, broker.Caller, In) (answer, error)) endpoint {
+	return atRate(s, s.acts, call)
+}
+
+// forEnding is forAgent for a request that only ends something. It has a rate of its own.
+func forEnding[In any](s *Server, call func(*exchange, broker.Caller, In) (answer, error)) endpoint {
+	return atRate(s, s.endings, call)
+}
+
+func atRate[In any](s *Server, r *rates, call func(*exchange, broker.Caller, In) (answer, error)) endpoint {
 	return func(x *exchange) error {
 		if err := checkType[In](x); err != nil {
 			return err
 		}
-		c, err := s.identify(x)
+		c, err := s.identify(x, r)
 		if err != nil {
 			return err
 		}
-		return reply(x, func(in In) (answer, error) { return call(x, c, in) })
+		return reply(s, x, func(in In) (answer, error) { return call(x, c, in) })
 	}
 }
 
-// forOperator is forAgent for operators.
+// forOperator is forAgent for operators. They have no rate. Their reads are bounded by number, so that a revocation
+// never waits for them.
 func forOperator[In any](s *Server, call func(*exchange, broker.Operator, In) (answer, error)) endpoint {
 	return func(x *exchange) error {
 		if err := checkType[In](x); err != nil {
@@ -46,17 +57,26 @@ func forOperator[In any](s *Server, call func(*exchange, broker.Operator, In) (a
 		if err != nil {
 			return err
 		}
-		return reply(x, func(in In) (answer, error) { return call(x, o, in) })
+		if x.Method == http.MethodGet {
+			leave, err := s.beginRead(o)
+			if err != nil {
+				return err
+			}
+			defer leave()
+		}
+		return reply(s, x, func(in In) (answer, error) { return call(x, o, in) })
 	}
 }
 
-func (s *Server) identify(x *exchange) (broker.Caller, error) {
+// identify authenticates an agent, and counts its request.
+func (s *Server) identify(x *exchange, r *rates) (broker.Caller, error) {
 	c, err := s.cfg.Identify(x.Request)
 	if err != nil {
 		return broker.Caller{}, noIdentity(err)
 	}
-	x.note(slog.String("caller", c.ID.String()))
-	return c, nil
+	x.caller = c.ID.String()
+	x.note(slog.String("caller", x.caller))
+	return c, s.checkRate(r, x.caller)
 }
 
 func (s *Server) operator(x *exchange) (broker.Operator, error) {
@@ -64,6 +84,7 @@ func (s *Server) operator(x *exchange) (broker.Operator, error) {
 	if err != nil {
 		return broker.Operator{}, noIdentity(err)
 	}
+	x.caller = "operator " + o.Name
 	x.note(slog.String("operator", o.Name))
 	return o, nil
 }
@@ -88,9 +109,9 @@ func checkType[In any](x *exchange) error {
 	return nil
 }
 
-func reply[In any](x *exchange, call func(In) (answer, error)) error {
+func reply[In any](s *Server, x *exchange, call func(In) (answer, error)) error {
 	var in In
-	if err := decode(x, &in); err != nil {
+	if err := decode(s, x, &in); err != nil {
 		return err
 	}
 	a, err := call(in)
@@ -115,11 +136,11 @@ func reply[In any](x *exchange, call func(In) (answer, error)) error {
 }
 
 // decode decodes the body into in.
-func decode[In any](x *exchange, in *In) error {
+func decode[In any](s *Server, x *exchange, in *In) error {
 	if bodiless[In]() {
 		return nil
 	}
-	body, err := x.body()
+	body, err := s.body(x, api.MaxBody)
 	if err != nil {
 		return err
 	}
@@ -129,18 +150,66 @@ func decode[In any](x *exchange, in *In) error {
 	return nil
 }
 
-// body reads the whole request body, within the limits of size and time.
-func (x *exchange) body() ([]byte, error) {
+// body reads the whole request body, within the limits of size, time and number.
+func (s *Server) body(x *exchange, most int64) ([]byte, error) {
 	control := http.NewResponseController(x.w)
+	leave, limit := s.bodies.enter(x.caller, s.cfg.Limits.Bodies, control)
+	if leave == nil {
+		x.endConnection()
+		return nil, s.limited(limit, api.CodeTooManyBodies, time.Second, "%d bodies of %s are arriving",
+			s.cfg.Limits.Bodies, x.caller)
+	}
+	if limit != "" {
+		s.cfg.Limits.Refused(limit)
+	}
 	_ = control.SetReadDeadline(time.Now().Add(socketTime)) // a recorder in a test has no socket
-	body, err := io.ReadAll(http.MaxBytesReader(x.w, x.Body, api.MaxBody))
+	body, err := io.ReadAll(http.MaxBytesReader(x.w, x.Body, most))
+	dropped := leave()
 	_ = control.SetReadDeadline(time.Time{})
+	if err != nil {
+		x.endConnection()
+	}
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
 		return nil, api.NewProblem(api.KindMalformed, api.CodeTooLarge, "")
+	case err != nil && (dropped || errors.Is(err, os.ErrDeadlineExceeded)):
+		return nil, api.NewProblem(api.KindMalformed, api.CodeTooSlow, "").Because(err)
 	case err != nil:
 		return nil, malformed("the body could not be read").Because(err)
 	}
 	return body, nil
+}
+
+// endConnection ends a connection of HTTP/1.1 with the answer. Otherwise net/http would wait for the rest of the body
+// before it answers.
+func (x *exchange) endConnection() {
+	if x.ProtoMajor == 1 {
+		x.w.Header().Set("Connection", "close")
+	}
+}
+
+// limited returns the refusal of a request that a limit refuses.
+func (s *Server) limited(limit string, code api.Code, after time.Duration, format string, args ...any) error {
+	s.cfg.Limits.Refused(limit)
+	return api.NewProblem(api.KindOverLimit, code, fmt.Sprintf(format, args...)).After(after)
+}
+
+// beginRead counts a read of an operator. end reverses that.
+func (s *Server) beginRead(o broker.Operator) (end func(), err error) {
+	end, ok := s.reads.enter(o.Name, maxOperatorReads)
+	if !ok {
+		return nil, s.limited(LimitReads, api.CodeTooManyRequests, time.Second, "%d reads of %s are under way",
+			maxOperatorReads, o.Name)
+	}
+	return end, nil
+}
+
+// checkRate refuses a caller that sends requests too fast.
+func (s *Server) checkRate(r *rates, caller string) error {
+	wait := r.take(caller, s.cfg.Now())
+	if wait <= 0 {
+		return nil
+	}
+	return s.limited(r.name, api.CodeTooManyRequests, wait, "%s may send %d requests a second", caller, r.limit)
 }

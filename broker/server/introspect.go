@@ -45,15 +45,15 @@ func (s *Server) introspectRoute() []route {
 		if given := x.Header.Values("Content-Type"); len(given) != 1 || given[0] != api.FormType {
 			return api.NewProblem(api.KindMalformed, api.CodeMediaType, "the Content-Type must be "+api.FormType)
 		}
-		caller, err := s.identify(x)
+		caller, err := s.identify(x, s.introspections)
 		if err != nil {
 			return err
 		}
-		token, err := formToken(x)
+		token, err := s.formToken(x)
 		if err != nil {
 			return err
 		}
-		return reply(x, func(none) (answer, error) {
+		return reply(s, x, func(none) (answer, error) {
 			result, err := s.cfg.Introspect(x.Context(), token)
 			if !result.Active {
 				s.cfg.Broker.Present(x.Context(), caller, token)
@@ -64,8 +64,8 @@ func (s *Server) introspectRoute() []route {
 }
 
 // formToken reads the one token of a form. Other members, such as the hint, are ignored.
-func formToken(x *exchange) (string, error) {
-	body, err := x.body()
+func (s *Server) formToken(x *exchange) (string, error) {
+	body, err := s.body(x, api.MaxBody)
 	if err != nil {
 		return "", err
 	}

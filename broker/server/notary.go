@@ -47,9 +47,15 @@ func (s *Server) signed(mediaType string, call func(*exchange) ([]byte, error)) 
 		if err := checkType[none](x); err != nil {
 			return err
 		}
-		if _, err := s.operator(x); err != nil {
+		o, err := s.operator(x)
+		if err != nil {
 			return err
 		}
+		end, err := s.beginRead(o)
+		if err != nil {
+			return err
+		}
+		defer end()
 		body, err := call(x)
 		if err != nil {
 			return err

@@ -33,9 +33,15 @@ func (s *Server) operatorRoutes() []route {
 	routes = append(routes, s.notaryRoutes()...)
 	if s.cfg.Metrics != nil {
 		routes = append(routes, route{"GET", "/metrics", nil, func(x *exchange) error {
-			if _, err := s.operator(x); err != nil {
+			o, err := s.operator(x)
+			if err != nil {
 				return err
 			}
+			end, err := s.beginRead(o)
+			if err != nil {
+				return err
+			}
+			defer end()
 			s.cfg.Metrics.ServeHTTP(x.w, x.Request)
 			return nil
 		}})
@@ -166,7 +172,7 @@ func (s *Server) revocationEvents(x *exchange) error {
 		return err
 	}
 	return s.follow(x, feed{
-		holder: "operator " + o.Name, event: api.EventRevocation, interval: minReadInterval,
+		holder: "operator " + o.Name, most: maxOperatorStreams, event: api.EventRevocation, interval: minReadInterval,
 		watch: func() (<-chan struct{}, func()) { return s.cfg.Broker.Watch("") },
 		read:  func(ctx context.Context) (any, bool, error) { return s.progress(ctx, id) },
 	})

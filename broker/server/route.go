@@ -33,6 +33,7 @@ type exchange struct {
 	w      *recorder
 	began  time.Time // by the system's clock
 	id     string    // identifies the request in the log and in a problem
+	caller string    // the agent or operator; empty: no identity yet
 	events []slog.Attr
 }
 
@@ -175,5 +176,12 @@ func (s *Server) log(r route, x *exchange, err error, took time.Duration) {
 		}
 		attrs = append(attrs, slog.String("error", err.Error()))
 	}
-	s.cfg.Log.LogAttrs(x.Context(), level, "request", append(attrs, x.events...)...)
+	line := func() {
+		s.cfg.Log.LogAttrs(x.Context(), level, "request", append(attrs, x.events...)...)
+	}
+	if err != nil && problemOf(err).Kind == api.KindOverLimit { // a flood would fill the log
+		s.limitLog.Do(line)
+		return
+	}
+	line()
 }

@@ -12,6 +12,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/selector"
 )
@@ -113,7 +115,7 @@ type Config struct {
 	Ready     func() error     // readiness for /healthz; an error is logged and answered with 503. Nil: always ready
 	Metrics   http.Handler     // operators' GET /metrics; nil: there is no such endpoint
 	Heartbeat time.Duration    // the longest silence on a stream; zero: 15 s
-	Streams   int              // open streams of one caller; zero: 256
+	Limits    Limits           // of one caller
 }
 
 // Server is the HTTP side of a broker. Create one with [New].
@@ -122,8 +124,11 @@ type Server struct {
 	closed chan struct{} // closed by Close
 	once   sync.Once     // of Close
 
-	mu   sync.Mutex     // guards open
-	open map[string]int // open streams by holder
+	acts, endings, introspections *rates  // of agents
+	bodies                        bodies  // that are arriving
+	streams                       counted // open ones, by holder
+	reads                         counted // of operators, under way
+	limitLog                      rate.Sometimes
 }
 
 // New validates cfg and returns a server.
@@ -146,8 +151,11 @@ func New(cfg Config) (*Server, error) {
 		cfg.Ready = func() error { return nil }
 	}
 	cfg.Heartbeat = cmp.Or(cfg.Heartbeat, 15*time.Second)
-	cfg.Streams = cmp.Or(cfg.Streams, 256)
-	return &Server{cfg: cfg, closed: make(chan struct{}), open: map[string]int{}}, nil
+	cfg.Limits = cfg.Limits.orDefaults()
+	return &Server{cfg: cfg, closed: make(chan struct{}), limitLog: rate.Sometimes{Interval: time.Second},
+		acts:           newRates(LimitRequests, cfg.Limits.Requests),
+		endings:        newRates(LimitRequests, cfg.Limits.Requests),
+		introspections: newRates(LimitIntrospections, cfg.Limits.Introspections)}, nil
 }
 
 // Agents returns the handler of the agents' listener.

@@ -17,6 +17,7 @@ import (
 // feed is the content of a stream.
 type feed struct {
 	holder   string        // the stream counts against this holder's limit
+	most     int           // that limit
 	event    string        // the name of its events
 	until    time.Time     // the end of the holder's identity; zero: none
 	interval time.Duration // the shortest time between two reads
@@ -38,9 +39,9 @@ type stream struct {
 // disconnects, its identity expires or the server closes. A client that lost its stream connects again and receives
 // the present state: events carry state, not history.
 func (s *Server) follow(x *exchange, f feed) error {
-	leave, err := s.enter(f.holder)
-	if err != nil {
-		return err
+	leave, ok := s.streams.enter(f.holder, f.most)
+	if !ok {
+		return s.limited(LimitStreams, api.CodeTooManyStreams, time.Second, "%d streams of %s are open", f.most, f.holder)
 	}
 	defer leave()
 	st := &stream{x: x, control: http.NewResponseController(x.w)}
@@ -142,21 +143,4 @@ func (st *stream) write(text string) error {
 		return fmt.Errorf("%w: %w", errEnded, err)
 	}
 	return nil
-}
-
-// enter counts a stream against its holder. leave reverses that.
-func (s *Server) enter(holder string) (leave func(), err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.open[holder] >= s.cfg.Streams {
-		return nil, api.NewProblem(api.KindOverLimit, api.CodeTooManyStreams, fmt.Sprintf("%d streams are open", s.cfg.Streams)).After(time.Second)
-	}
-	s.open[holder]++
-	return func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.open[holder]--; s.open[holder] == 0 {
-			delete(s.open, holder)
-		}
-	}, nil
 }

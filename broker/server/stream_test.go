@@ -209,7 +209,7 @@ func TestStreamEndsWithIdentity(t *testing.T) {
 
 func TestStreamsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, ticking, func(c *server.Config) { c.Streams = 2 })
+		r := newRig(t, ticking, func(c *server.Config) { c.Limits.Streams = 2 })
 		h := r.Agents()
 		first, _ := listen(t, h, events), listen(t, h, events)
 		synctest.Wait()

@@ -3,6 +3,7 @@ package wire_test
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -11,6 +12,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -138,5 +141,53 @@ func TestStrangersTakeNoFiles(t *testing.T) {
 	if text := scrape(t, s); !strings.Contains(text, fmt.Sprintf("pawl_files{share=\"kept\"} %d\n", files/4)) ||
 		!strings.Contains(text, `pawl_limited_total{limit="stranger_connections",listener="agents"}`) {
 		t.Errorf("the metrics do not show the files kept and the limit:\n%s", text)
+	}
+}
+
+// TestLimitsOfACaller sends more requests than one caller may, over many connections with SVIDs of their own. That
+// caller is told so, and another one is not refused.
+func TestLimitsOfACaller(t *testing.T) {
+	s := newSite(t, "example.org")
+	s.identify()
+	s.config.Limits = wire.Limits{Requests: 3, Connections: 5}
+	w := s.start()
+	root := agent.DelegationID(s.open(w, nil).ID)
+	var requests, connections atomic.Int64
+	var callers sync.WaitGroup
+	for range 40 {
+		callers.Go(func() {
+			_, err := s.agent().Join(t.Context(), root)
+			switch p := new(agent.Error); {
+			case err == nil:
+			case errors.As(err, &p) && errors.Is(err, agent.ErrOverLimit) && p.Code == "too_many_requests" && p.RetryAfterMS > 0:
+				requests.Add(1)
+			case errors.As(err, &p) && errors.Is(err, agent.ErrOverLimit) && p.Code == "too_many_connections":
+				connections.Add(1)
+			case errors.Is(err, agent.ErrUnavailable): // a connection far beyond the limit
+			default:
+				t.Errorf("Join = %v, want success or a limit", err)
+			}
+		})
+	}
+	callers.Wait()
+	if requests.Load()+connections.Load() == 0 || connections.Load() == 0 {
+		t.Errorf("%d refused by rate, %d by connections; want some", requests.Load(), connections.Load())
+	}
+	other, err := agent.New(agent.Config{Address: "https://" + s.config.Listen.Agents,
+		Source: s.identities.Source(s.identities.ID("/other")), ServerID: s.identities.ID("/pawl")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if _, err := other.Open(t.Context(), agent.Chain{Task: "t",
+		Rights: []agent.Right{{Tool: "notes.read", Use: true}}}); err != nil {
+		t.Errorf("Open by another caller = %v, want success", err)
+	}
+	text := scrape(t, s)
+	for _, want := range []string{`pawl_limit{limit="requests"} 3`, `pawl_limit{limit="bodies"} 32`,
+		`pawl_limited_total{limit="connections",listener="agents"}`} {
+		if !strings.Contains(text, want) {
+			t.Errorf("the metrics have no %s", want)
+		}
 	}
 }

@@ -10,27 +10,49 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pawlsec/pawl/attest"
+	"github.com/pawlsec/pawl/broker/server"
 )
 
 // Limits bound what one caller, or a client without identity, can take of the broker. A caller is a SPIFFE ID, with all
 // of its SVIDs and connections. What a limit refuses is counted in pawl_limited_total, and the caller is told its code
 // and when to try again.
 type Limits struct {
-	Connections        int `yaml:"connections"`         // open connections of one caller; zero: 128
-	AddressConnections int `yaml:"address_connections"` // open connections without an SVID from one address, or one /64 of IPv6; zero: 64
+	// requests of an agent a second, in bursts of as many; close, heartbeat and acknowledge count apart; zero: 200
+	Requests int `yaml:"requests"`
+	// introspections of a service a second; zero: 2000
+	Introspections int `yaml:"introspections"`
+	Streams        int `yaml:"streams"` // open event streams of an agent; zero: 50
+	// request bodies of a caller that are arriving, and of all clients without identity together; zero: 32
+	Bodies      int `yaml:"bodies"`
+	Connections int `yaml:"connections"` // open connections of a caller; zero: 128
+	// open connections without an SVID from one address, or one /64 of IPv6; zero: 64
+	AddressConnections int `yaml:"address_connections"`
 }
 
 func (l Limits) orDefaults() Limits {
+	l.Requests = cmp.Or(l.Requests, 200)
+	l.Introspections = cmp.Or(l.Introspections, 2000)
+	l.Streams = cmp.Or(l.Streams, 50)
+	l.Bodies = cmp.Or(l.Bodies, 32)
 	l.Connections = cmp.Or(l.Connections, 128)
 	l.AddressConnections = cmp.Or(l.AddressConnections, 64)
 	return l
 }
 
+func (l Limits) ofRequests(refused func(string)) server.Limits {
+	return server.Limits{Requests: l.Requests, Introspections: l.Introspections, Streams: l.Streams, Bodies: l.Bodies,
+		Refused: refused}
+}
+
 // byName lists the limits by their configuration keys.
 func (l Limits) byName() map[string]int {
 	return map[string]int{
-		attest.LimitEach:    l.Connections,
-		attest.LimitAddress: l.AddressConnections,
+		server.LimitRequests:       l.Requests,
+		server.LimitIntrospections: l.Introspections,
+		server.LimitStreams:        l.Streams,
+		server.LimitBodies:         l.Bodies,
+		attest.LimitEach:           l.Connections,
+		attest.LimitAddress:        l.AddressConnections,
 	}
 }
 

@@ -224,7 +224,8 @@ func (s *Server) listen(
 	}
 	srv, err := server.New(server.Config{Broker: s.Broker, Identify: a.Identify, Operator: operators.identify,
 		Notary: notary, Signals: receiver, Introspect: introspect(s.active, s.Policy, backends),
-		StatusList: statusLists(backends), Metrics: s.metrics.handler(), Log: log, Now: time.Now,
+		StatusList: statusLists(backends), Limits: limits.ofRequests(s.metrics.limit("requests")),
+		Metrics: s.metrics.handler(), Log: log, Now: time.Now,
 		Ready: func() error { return errors.Join(svids.ready(), svids.asWhom(s.Vault.Ready()), s.Vault.CheckClock()) }})
 	if err != nil {
 		return err
@@ -248,7 +249,8 @@ func (s *Server) listen(
 	return nil
 }
 
-func (s *Server) serveTLS(name, address string, a *attest.Attestor, h http.Handler, limits attest.Limits) (net.Addr, error) {
+func (s *Server) serveTLS(name, address string, a *attest.Attestor, h http.Handler, limits attest.Limits,
+) (net.Addr, error) {
 	inner, err := net.Listen("tcp", address)
 	if err != nil {
 		return nil, err
@@ -258,7 +260,8 @@ func (s *Server) serveTLS(name, address string, a *attest.Attestor, h http.Handl
 }
 
 // serveBounded runs h on inner within the limits until Close. A nil config means no TLS.
-func (s *Server) serveBounded(name string, h http.Handler, inner net.Listener, config *tls.Config, limits attest.Limits) {
+func (s *Server) serveBounded(name string, h http.Handler, inner net.Listener, config *tls.Config,
+	limits attest.Limits) {
 	limits.Refused = s.metrics.limit(name)
 	l := attest.Listener(inner, config, limits)
 	s.metrics.addListener(name, l.Open)

@@ -24,6 +24,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/backoff"
 )
 
 // Source provides the caller's X.509-SVID and the trust bundles, both current, as *workloadapi.X509Source does.
@@ -53,8 +54,39 @@ type Client struct {
 	fresh   time.Duration
 	silence time.Duration
 
-	mu   sync.Mutex // guards pool, and the fields of every pool
-	pool *pool      // takes new requests; nil until the first
+	mu     sync.Mutex   // guards the fields below, and those of every pool
+	pool   *pool        // takes new requests; nil until the first
+	paused *api.Problem // the broker's last request for a pause; nil: none
+	until  time.Time    // the end of that pause
+}
+
+// maxPause bounds the pause that the broker can ask for.
+const maxPause = 5 * time.Second
+
+// pauseAs starts the pause that a refusal asks for, and returns the refusal. The broker asks for a pause when the
+// client sends requests too fast.
+func (c *Client) pauseAs(p *api.Problem) *api.Problem {
+	if p.Code == api.CodeTooManyRequests {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.paused, c.until = p, time.Now().Add(min(p.RetryAfter(), maxPause))
+	}
+	return p
+}
+
+// pause waits for the end of a pause. When ctx ends first, it returns the refusal that asked for the pause.
+func (c *Client) pause(ctx context.Context) error {
+	for {
+		c.mu.Lock()
+		asked, left := c.paused, time.Until(c.until)
+		c.mu.Unlock()
+		if left <= 0 {
+			return nil
+		}
+		if backoff.Sleep(ctx, left) != nil {
+			return asked
+		}
+	}
 }
 
 // pool holds the connections opened within one period of Config.Fresh.
@@ -209,12 +241,15 @@ func (c *Client) ask(ctx context.Context, method, path string, header http.Heade
 		return nil, noAnswer(cmp.Or(err, errors.New("the answer is too large")))
 	}
 	if resp.StatusCode < 200 || resp.StatusCode > 299 {
-		return nil, refusal(resp.StatusCode, raw)
+		return nil, c.pauseAs(refusal(resp.StatusCode, raw))
 	}
 	return raw, nil
 }
 
 func (c *Client) send(ctx context.Context, h *http.Client, method, path string, header http.Header, body io.Reader) (*http.Response, error) {
+	if err := c.pause(ctx); err != nil {
+		return nil, err
+	}
 	req, err := http.NewRequestWithContext(ctx, method, c.base+path, body)
 	if err != nil {
 		return nil, api.NewProblem(api.KindMalformed, "", err.Error())

@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-json-experiment/json"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
@@ -340,5 +341,40 @@ func sse(text string) http.HandlerFunc {
 		w.Header().Set("Content-Type", "text/event-stream")
 		_, _ = io.WriteString(w, text)
 		_ = http.NewResponseController(w).Flush() // a test server's writer flushes
+	}
+}
+
+// TestPause is asked for a pause. The next request waits for its end, and is not sent when its context ends first.
+func TestPause(t *testing.T) {
+	var requests atomic.Int64
+	c := plain(t, func(w http.ResponseWriter, _ *http.Request) {
+		p := api.NewProblem(api.KindOverLimit, api.CodeTooManyRequests, "").After(time.Millisecond)
+		switch requests.Add(1) {
+		case 1:
+		case 3:
+			p.After(time.Hour) // the client waits no longer than 5 s
+		default:
+			return
+		}
+		w.WriteHeader(p.Status)
+		_ = json.MarshalWrite(w, p)
+	})
+	call := func(ctx context.Context) error {
+		return c.Call(ctx, http.MethodPost, "/", nil, api.Nothing{}, nil)
+	}
+	if err := call(t.Context()); !errors.Is(err, api.KindOverLimit) {
+		t.Errorf("the first request = %v, want the limit", err)
+	}
+	if err := call(t.Context()); err != nil {
+		t.Errorf("the second request, after its pause = %v", err)
+	}
+	if err := call(t.Context()); !errors.Is(err, api.KindOverLimit) {
+		t.Errorf("the third request = %v, want the limit", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := call(ctx); !errors.Is(err, api.KindOverLimit) || requests.Load() != 3 {
+		t.Errorf("a request whose context ends in the pause = %v after %d requests, want the limit and none sent",
+			err, requests.Load())
 	}
 }

@@ -100,7 +100,7 @@ func (c *Client) Follow(ctx context.Context, path string, f func(Event) error) e
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK || resp.Header.Get("Content-Type") != "text/event-stream" {
 		raw, _ := io.ReadAll(io.LimitReader(resp.Body, maxEvent)) // refusal checks whether it is a problem
-		return refusal(resp.StatusCode, raw)
+		return c.pauseAs(refusal(resp.StatusCode, raw))
 	}
 	for events := newEvents(resp.Body); ; alarm.Reset(c.silence) {
 		ev, err := events.next()
