@@ -42,6 +42,10 @@ type Config struct {
 	MintBound  time.Duration
 	SweepEvery time.Duration // between two sweeps for orphans; zero means 1 min, negative never
 	Workers    int           // concurrent kills for each backend; zero means 8
+
+	Mints        int                // steps of one backend that run at a time; zero means 16
+	WaitingMints int                // steps of one caller that wait for that; zero means 64
+	Refused      func(limit string) // is called for each request that a limit refuses; nil means no call
 }
 
 // Engine runs the procedures. [New] makes one. It is safe for concurrent use.
@@ -55,6 +59,7 @@ type Engine struct {
 
 	watchdog   *volatile.Watchdog
 	deliveries volatile.Deliveries
+	turns      volatile.Turns
 	plans      volatile.Latest[string, planned] // by token
 
 	// expected has the holders that must acknowledge a revocation. The set does not change after the fence.

@@ -47,10 +47,17 @@ type issue struct {
 // Issue gives one secret for one step with one tool, or nothing.
 //
 // Errors: Malformed, Unauthenticated, NotFound (the delegation is not the caller's), Denied, Revoked, Expired, Conflict
-// (idempotency key), Unavailable. After Unavailable with CodeOutcomeUnknown the broker ends any secret that Vault may
-// have minted, and the agent asks again with a new key.
+// (idempotency key), OverLimit (too many steps of the caller wait), Unavailable. After Unavailable with
+// CodeOutcomeUnknown the broker ends any secret that Vault may have minted, and the agent asks again with a new key.
 func (e *Engine) Issue(ctx context.Context, c broker.Caller, r broker.StepRequest) (broker.Issued, error) {
-	s := &issue{e: e, caller: c, request: r, policy: e.cfg.Policy(), now: e.cfg.Now()}
+	policy := e.cfg.Policy()
+	tool, _ := policy.Tool(r.Tool) // steps with tools that do not exist wait for each other
+	done, err := e.turns.Take(ctx, tool.Backend, c.ID)
+	if err != nil {
+		return broker.Issued{}, err
+	}
+	defer done()
+	s := &issue{e: e, caller: c, request: r, policy: policy, now: e.cfg.Now()}
 	// Steps 0 and 1. A crash after them leaves nothing.
 	l, err := s.decide(ctx)
 	if err != nil {

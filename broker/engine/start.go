@@ -27,12 +27,17 @@ func New(cfg Config) (*Engine, error) {
 	if cfg.Alarm == nil {
 		cfg.Alarm = func(string, error) {}
 	}
+	if cfg.Refused == nil {
+		cfg.Refused = func(string) {}
+	}
 	cfg.MintTimeout = cmp.Or(cfg.MintTimeout, 10*time.Second)
 	cfg.MintBound = cmp.Or(cfg.MintBound, 90*time.Second)
 	cfg.SweepEvery = cmp.Or(cfg.SweepEvery, time.Minute)
 	cfg.Workers = cmp.Or(cfg.Workers, 8)
 	e := &Engine{cfg: cfg}
 	e.ctx, e.stop = context.WithCancel(context.Background())
+	e.turns = volatile.Turns{AtOnce: cfg.Mints, Each: cfg.WaitingMints, Longest: cfg.MintTimeout,
+		Refused: func() { cfg.Refused("waiting_mints") }}
 	e.touching.Most, e.plans.Most, e.expected.Most = maxTouches, maxPlans, maxExpected
 	e.index = indexing.Index{Cache: &e.cache, View: e.view, Update: e.update, Now: cfg.Now, Alarm: cfg.Alarm}
 	e.watchdog = volatile.NewWatchdog(cfg.Now, e.missedHeartbeat)

@@ -23,8 +23,11 @@ type Limits struct {
 	Introspections int `yaml:"introspections"`
 	Streams        int `yaml:"streams"` // open event streams of an agent; zero: 50
 	// request bodies of a caller that are arriving, and of all clients without identity together; zero: 32
-	Bodies      int `yaml:"bodies"`
-	Connections int `yaml:"connections"` // open connections of a caller; zero: 128
+	Bodies int `yaml:"bodies"`
+	// steps of one backend that run at a time; the callers whose steps wait for it take turns; zero: 16
+	Mints        int `yaml:"mints"`
+	WaitingMints int `yaml:"waiting_mints"` // steps of a caller that wait for their turn; zero: 64
+	Connections  int `yaml:"connections"`   // open connections of a caller; zero: 128
 	// open connections without an SVID from one address, or one /64 of IPv6; zero: 64
 	AddressConnections int `yaml:"address_connections"`
 }
@@ -34,6 +37,8 @@ func (l Limits) orDefaults() Limits {
 	l.Introspections = cmp.Or(l.Introspections, 2000)
 	l.Streams = cmp.Or(l.Streams, 50)
 	l.Bodies = cmp.Or(l.Bodies, 32)
+	l.Mints = cmp.Or(l.Mints, 16)
+	l.WaitingMints = cmp.Or(l.WaitingMints, 64)
 	l.Connections = cmp.Or(l.Connections, 128)
 	l.AddressConnections = cmp.Or(l.AddressConnections, 64)
 	return l
@@ -51,6 +56,8 @@ func (l Limits) byName() map[string]int {
 		server.LimitIntrospections: l.Introspections,
 		server.LimitStreams:        l.Streams,
 		server.LimitBodies:         l.Bodies,
+		"mints":                    l.Mints,
+		"waiting_mints":            l.WaitingMints,
 		attest.LimitEach:           l.Connections,
 		attest.LimitAddress:        l.AddressConnections,
 	}

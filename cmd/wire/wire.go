@@ -121,6 +121,7 @@ func start(
 	s.metrics.addClock(s.Vault.Skew)
 	s.shadow = newShadow(log, s.metrics)
 	s.onClose(s.shadow.Close)
+	parts.Refused = s.metrics.limit("agents")
 	parts.Ledger, parts.Alarm = counted{parts.Ledger, s.metrics}, s.metrics.alarm(parts.Alarm)
 	if s.Broker, err = engine.New(parts); err != nil {
 		return s, err
@@ -153,12 +154,14 @@ func start(
 
 // parts are the engine's, before the metrics wrap them.
 func (s *Server) parts(c Config, log *slog.Logger) engine.Config {
+	limits := c.Limits.orDefaults()
 	return engine.Config{
 		Ledger: s.Ledger, Vault: leaseLister{s.Vault, s.Policy, s.targets}, Backends: s.targets,
 		Policy: func() broker.Policy { return s.shadow.Beside(s.Policy.Current()) },
 		Alarm:  func(op string, err error) { log.Error("alarm", "op", op, "error", err) },
 		Now:    time.Now, Random: rand.Reader,
 		MintTimeout: c.Vault.MintTimeout, MintBound: c.Vault.MintBound, SweepEvery: c.SweepEvery,
+		Mints: limits.Mints, WaitingMints: limits.WaitingMints,
 	}
 }
 
