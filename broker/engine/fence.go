@@ -22,6 +22,13 @@ type fencing struct {
 	freeze               bool
 	now                  time.Time
 	check                bool // refuse a final rule that covers nothing and never can
+	matched              *matched
+}
+
+// matched is the match of a rule before its transaction: see matchOf.
+type matched struct {
+	first broker.RevocationID // of the rule with the same selector that was in force; empty: there was none
+	match records.Match
 }
 
 // fence is step 1 of Revoke, inside the caller's transaction: one mark, for any number of grants below. When the same
@@ -65,15 +72,14 @@ func (e *Engine) fenceRule(tx *records.Tx, f fencing, rv broker.Revocation, entr
 		rv, _, err := existing(tx, first, true)
 		return rv, err
 	}
-	var since time.Time
-	if first != nil {
-		since = first.At
-	}
 	if f.check {
-		match, err := tx.MatchOf(records.NewRule(s, mark), e.cfg.Policy(), since, f.now)
-		if err != nil {
-			return broker.Revocation{}, err
+		m := f.matched
+		if m == nil || m.first != revocationOfMark(first) { // another operator was faster
+			if m, err = matchOf(tx, e.cfg.Policy(), s, f); err != nil {
+				return broker.Revocation{}, err
+			}
 		}
+		match := m.match
 		if match == records.MatchesNothing && first != nil {
 			rv, _, err := existing(tx, first, false)
 			return rv, err
@@ -96,6 +102,29 @@ func (e *Engine) fenceRule(tx *records.Tx, f fencing, rv broker.Revocation, entr
 		return broker.Revocation{}, err
 	}
 	return rv, tx.PutRevocation(rv)
+}
+
+// matchOf finds what the rule of a selector covers that the rule in force does not. Revoke calls it before its
+// transaction, since all others wait for that one: with many chains in which only later steps can match, it takes long.
+func matchOf(tx *records.Tx, policy broker.Policy, s selector.Selector, f fencing) (*matched, error) {
+	first, err := tx.RuleLike(s.String(), f.freeze)
+	if err != nil {
+		return nil, err
+	}
+	var since time.Time
+	if first != nil {
+		since = first.At
+	}
+	rule := records.NewRule(s, broker.Fence{At: f.now, Frozen: f.freeze})
+	match, err := tx.MatchOf(rule, policy, since, f.now)
+	return &matched{revocationOfMark(first), match}, err
+}
+
+func revocationOfMark(mark *broker.Fence) broker.RevocationID {
+	if mark == nil {
+		return ""
+	}
+	return mark.Revocation
 }
 
 func nothingMatches(op string) *broker.Error {

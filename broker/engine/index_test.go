@@ -22,7 +22,8 @@ import (
 // countingLedger counts the records that are read: by key, and in scans.
 type countingLedger struct {
 	*brokertest.Memory
-	reads atomic.Int64
+	reads   atomic.Int64
+	updates atomic.Int64 // of the reads, those in updates: all other updates wait for them
 }
 
 type countingTx struct {
@@ -31,7 +32,10 @@ type countingTx struct {
 }
 
 func (l *countingLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
-	return l.Memory.Update(ctx, func(tx broker.Tx) error { return f(countingTx{tx, &l.reads}) })
+	before := l.reads.Load()
+	err := l.Memory.Update(ctx, func(tx broker.Tx) error { return f(countingTx{tx, &l.reads}) })
+	l.updates.Add(l.reads.Load() - before)
+	return err
 }
 
 func (l *countingLedger) View(ctx context.Context, f func(broker.Tx) error) error {
@@ -149,6 +153,9 @@ func (w *world) liftAll() error {
 		return err
 	}
 	for _, rv := range all {
+		if rv.Lifted {
+			continue
+		}
 		_, _ = w.Unfreeze(ctx, broker.Operator{Name: "first"}, rv.ID) // asks for the second
 		if _, err := w.Unfreeze(ctx, broker.Operator{Name: "second"}, rv.ID); err != nil {
 			return err
@@ -334,6 +341,32 @@ func TestIndexEnds(t *testing.T) {
 		}
 		if p, err := w.Plan(ctx, responder, selecting(t, "tool:note")); err != nil || p.Static != 1 {
 			t.Errorf("Plan = %+v, %v; want the static secret", p, err)
+		}
+	})
+}
+
+// TestFenceOfLaterSteps freezes a tool that many chains may use later, and none uses now. Others wait for the
+// transaction of the fence, so it reads as much with many chains as with few.
+func TestFenceOfLaterSteps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w, ledger := newCounted(t)
+		cost := func(more int) int64 {
+			for range more {
+				w.open("planner", broker.OpenRequest{})
+			}
+			before := ledger.updates.Load()
+			rv, err := w.Revoke(ctx, responder, selector.Request{Selector: selecting(t, "tool:deploy"), Reason: "a test", Freeze: true})
+			if err != nil || !rv.Nothing {
+				t.Fatalf("Revoke = %+v, %v; want one that covers nothing yet", rv, err)
+			}
+			n := ledger.updates.Load() - before
+			if err := w.liftAll(); err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+		if few, many := cost(10), cost(300); many > few+5 {
+			t.Errorf("the transaction of a fence reads %d records beside 10 chains, and %d beside 310; want as many", few, many)
 		}
 	})
 }

@@ -59,6 +59,14 @@ func (e *Engine) Revoke(ctx context.Context, o broker.Operator, r selector.Reque
 	// Step 1. A crash after it leaves the fence, and a revocation for which Resume runs steps 2 to 6.
 	f := fencing{by: o.Name, reason: r.Reason, selector: r.Selector.String(), freeze: r.Freeze, now: e.cfg.Now(),
 		check: true}
+	if _, _, _, one := r.Selector.Target(); !one {
+		if err := e.view(ctx, op, func(tx *records.Tx) (err error) {
+			f.matched, err = matchOf(tx, e.cfg.Policy(), r.Selector, f)
+			return err
+		}); err != nil {
+			f.matched = nil // the transaction decides
+		}
+	}
 	var rv broker.Revocation
 	err := e.update(ctx, op, func(tx *records.Tx) (err error) {
 		if f.target, err = targetOf(tx, r.Selector); err != nil {
