@@ -15,7 +15,9 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/volatile"
 )
 
-func caller(name string) spiffeid.ID { return spiffeid.RequireFromString("spiffe://example.org/" + name) }
+func caller(name string) spiffeid.ID {
+	return spiffeid.RequireFromString("spiffe://example.org/" + name)
+}
 
 // TestTurns has one caller with many steps at a backend, and two with one step each. Those wait for one turn of each
 // other caller at the most, and a step at another backend for none.
