@@ -49,7 +49,7 @@ func TestBadVault(t *testing.T) {
 		"500 after the mint":           {mintPath, status(500), broker.CodeOutcomeUnknown},
 		"412 after the mint":           {mintPath, status(412), broker.CodeOutcomeUnknown},
 		"429 after the mint":           {mintPath, status(429), broker.CodeOutcomeUnknown},
-		"a lie: 403 after the mint":    {mintPath, status(403), broker.CodeVaultDown},
+		"a lie: 403 after the mint":    {mintPath, status(403), broker.CodeVaultRefused},
 		"cut after the mint":           {mintPath, cut, broker.CodeOutcomeUnknown},
 		"redirect to another host":     {mintPath, redirect, broker.CodeOutcomeUnknown},
 		"nothing in a 200":             {mintPath, text(""), broker.CodeOutcomeUnknown},

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -61,12 +62,13 @@ func TestDoctor(t *testing.T) {
 	if !strings.Contains(out, "room for 68 logins at a time with 4 connections each") {
 		t.Errorf("pawl doctor does not say for how many logins the server has room:\n%s", out)
 	}
-	if err != nil || strings.Contains(out, "WRONG") || strings.Count(out, "ok ") != 8+len(env.Config.Backends) {
+	if err != nil || strings.Contains(out, "WRONG") || strings.Count(out, "ok ") != 9+len(env.Config.Backends) {
 		t.Fatalf("pawl doctor = %v\n%s\nwant everything ok", err, out)
 	}
 	if !strings.Contains(out, "the database is set up; ") {
 		t.Errorf("pawl doctor printed\n%s\nwant that the database is set up", out)
 	}
+	checkDoctorsClock(ctx, t, env.Config)
 	chmod := func(mode os.FileMode) func() error {
 		return func() error { return os.Chmod(env.Config.Ledger, mode) }
 	}
@@ -138,6 +140,27 @@ func TestDoctor(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+	}
+}
+
+// checkDoctorsClock holds that the doctor names a clock that is five seconds off, and none that is two seconds off.
+func checkDoctorsClock(ctx context.Context, t *testing.T, c wire.Config) {
+	t.Helper()
+	for _, ahead := range []time.Duration{-5 * time.Second, -2 * time.Second, 2 * time.Second, 5 * time.Second} {
+		d := doctor{c: c, out: io.Discard, now: func() time.Time { return time.Now().Add(ahead) }}
+		for _, check := range []func(context.Context) (string, error){d.identity, d.vaultRights} {
+			if _, err := check(ctx); err != nil {
+				t.Fatal(err)
+			}
+		}
+		found, err := d.clock(ctx)
+		if off := ahead.Abs() > 3*time.Second; (err != nil) != off || off && !strings.Contains(err.Error(), "Vault's clock is ") {
+			t.Errorf("with this machine %v ahead, the doctor's check of the clock is %q, %v", ahead, found, err)
+		}
+		if err := d.vault.Logout(ctx); err != nil {
+			t.Error(err)
+		}
+		d.vault.Close()
 	}
 }
 

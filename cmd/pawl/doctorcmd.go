@@ -83,8 +83,9 @@ func (d *doctor) sshd(ctx context.Context, h sshHost) error {
 type doctor struct {
 	c      wire.Config
 	out    io.Writer
-	svid   *x509svid.SVID // the broker's own; nil until it is fetched
-	vault  *vault.Client  // logged in like the broker; nil until then
+	svid   *x509svid.SVID   // the broker's own; nil until it is fetched
+	vault  *vault.Client    // logged in like the broker; nil until then
+	now    func() time.Time // nil: time.Now
 	faults int
 }
 
@@ -309,7 +310,7 @@ func (d *doctor) connect(ctx context.Context) (*vault.Client, error) {
 	}
 	client, err := vault.New(vault.Config{
 		Address: d.c.Vault.Address, Roots: roots, Namespace: d.c.Vault.Namespace, Login: d.login(),
-		BehindProxy: d.c.Vault.BehindProxy})
+		BehindProxy: d.c.Vault.BehindProxy, Now: d.now})
 	if err != nil {
 		return nil, err
 	}

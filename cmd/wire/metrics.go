@@ -156,11 +156,12 @@ func (m *metrics) addSubscriber(name string, lag func() time.Duration) {
 		ConstLabels: prometheus.Labels{"subscriber": name}}, func() float64 { return lag().Seconds() }))
 }
 
-// addClock adds the difference between the clocks.
-func (m *metrics) addClock(skew func() (ahead, uncertain time.Duration, ok bool)) {
+// withClock adds the difference between the clocks.
+func (m *metrics) withClock(skew func() (ahead, uncertain time.Duration, ok bool)) *metrics {
 	m.registry.MustRegister(newGauge("pawl_vault_clock_seconds",
 		"How far Vault's clock is ahead of the broker's, to about a second; 0 before Vault's first answer.",
 		func() float64 { ahead, _, _ := skew(); return ahead.Seconds() }))
+	return m
 }
 
 func (m *metrics) handler() http.Handler {

@@ -70,8 +70,7 @@ func StartRolledBack(ctx context.Context, c Config, log *slog.Logger, version in
 }
 
 func start(
-	ctx context.Context, c Config, log *slog.Logger, change func(*engine.Config), rollback int64,
-	now func() time.Time,
+	ctx context.Context, c Config, log *slog.Logger, change func(*engine.Config), rollback int64, now func() time.Time,
 ) (s *Server, err error) {
 	s = &Server{failed: make(chan error, 3), log: log}
 	defer func() {
@@ -115,10 +114,8 @@ func start(
 	if err != nil {
 		return s, err
 	}
-	known := func(name broker.ToolName) bool { _, ok := s.Policy.Current().Tool(name); return ok }
-	s.metrics = newMetrics(known, s.Vault.Ready)
+	s.metrics = newMetrics(s.declares, s.Vault.Ready).withClock(s.Vault.Skew)
 	s.metrics.tester = tester
-	s.metrics.addClock(s.Vault.Skew)
 	s.shadow = newShadow(log, s.metrics)
 	s.onClose(s.shadow.Close)
 	parts.Refused = s.metrics.limit("agents")
@@ -150,6 +147,12 @@ func start(
 	defer cancel()
 	svids.await(wait)
 	return s, nil
+}
+
+// declares reports whether the running bundle has a tool.
+func (s *Server) declares(name broker.ToolName) bool {
+	_, ok := s.Policy.Current().Tool(name)
+	return ok
 }
 
 // parts are the engine's, before the metrics wrap them.
