@@ -95,7 +95,10 @@ func recordOne(tx *records.Tx, g *broker.Grant, now time.Time, ended map[broker.
 	case g.State != old.State:
 		// An issue has changed the state since the read. The next check reads the new state.
 	case dead:
-		return tx.Finish(g, now, ended)
+		if err := tx.Finish(g, now, ended); err != nil || !g.NothingMade {
+			return err
+		}
+		return tx.CountStep(*g, -1)
 	case g.Outcome != old.Outcome || old.Ending == "" || givenUp(g.Evidence) != givenUp(old.Evidence):
 		if err := tx.PutGrant(*g); err != nil {
 			return err

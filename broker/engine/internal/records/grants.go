@@ -56,8 +56,8 @@ func (t *Tx) RereadGrant(e EncodedGrant) (g broker.Grant, unchanged, ok bool, er
 	return g, false, err == nil, err
 }
 
-// Finish makes a grant CLOSED, and counts it in ended for each delegation of its lineage. A grant for which nothing was
-// made is not counted as a step any more: an INTENT, or one with the mark.
+// Finish makes a grant CLOSED, and counts it in ended for each delegation of its lineage. For an INTENT nothing was made.
+// The caller takes a grant for which nothing was made off the steps, with CountStep.
 func (t *Tx) Finish(g *broker.Grant, now time.Time, ended map[broker.DelegationID]int) error {
 	l, err := t.Lineage("close", g.Delegation)
 	if err != nil {
@@ -66,11 +66,7 @@ func (t *Tx) Finish(g *broker.Grant, now time.Time, ended map[broker.DelegationI
 	for _, d := range l.Nodes {
 		ended[d.ID]++
 	}
-	if g.NothingMade = g.NothingMade || g.State == broker.StateIntent; g.NothingMade {
-		if err := t.countStep(l, *g, -1); err != nil {
-			return err
-		}
-	}
+	g.NothingMade = g.NothingMade || g.State == broker.StateIntent
 	g.State, g.Ended = broker.StateClosed, now
 	if err := t.PutGrant(*g); err != nil {
 		return err

@@ -21,7 +21,7 @@ func (t *Tx) Reopen(g *broker.Grant, found broker.Evidence) error {
 		return err
 	}
 	if g.NothingMade {
-		if err := t.countStep(l, *g, 1); err != nil {
+		if err := t.CountStep(*g, 1); err != nil {
 			return err
 		}
 		g.NothingMade = false

@@ -30,9 +30,13 @@ func (t *Tx) GiveBack(ended map[broker.DelegationID]int) error {
 	return nil
 }
 
-// countStep adds n to the steps of a grant in each delegation of its lineage: -1 when nothing was made for it, 1 when
+// CountStep adds n to the steps of a grant in each delegation of its lineage: -1 when nothing was made for it, 1 when
 // that turns out wrong. The limit per minute keeps the step: it bounds attempts, and renews itself.
-func (t *Tx) countStep(l Lineage, g broker.Grant, n int) error {
+func (t *Tx) CountStep(g broker.Grant, n int) error {
+	l, err := t.Lineage("close", g.Delegation)
+	if err != nil {
+		return err
+	}
 	for _, d := range l.Nodes {
 		u, err := t.Usage(d.ID)
 		if err != nil {
