@@ -46,6 +46,10 @@
 //	                             the approval; at most 256 bytes each, and 512 together
 //	@description("…")            for the reader
 //
+// A policy that is legal Cedar but wrong is refused when a bundle is built, signed, verified or loaded: a condition that
+// always fails, such as "in" on a string; one that can never hold; a scope that nothing can match; a group, a tool or a
+// member that does not exist. A condition that fails only sometimes, such as on an argument that may be absent, is not.
+//
 // When several permits match, all their limits apply: the shortest lifetime, the strongest label, every approval, the
 // least of each cap. The same holds for the permits of all tools of a chain. An additional permit can therefore tighten
 // a conditional grant, but never loosen it.

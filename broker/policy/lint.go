@@ -1,39 +1,86 @@
 package policy
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 
 	"github.com/cedar-policy/cedar-go"
 	scope "github.com/cedar-policy/cedar-go/x/exp/ast"
+	"github.com/cedar-policy/cedar-go/x/exp/eval"
 	"github.com/pawlsec/pawl/broker"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// lint finds policies that are valid Cedar but can never match: misspelt tools, actions, agents and context members.
-func (p *Policy) lint() {
+// maxWrong is the most wrong policies that an error lists.
+const maxWrong = 20
+
+// check refuses policies that are valid Cedar but wrong: they can never match, or a condition always fails. A misspelt
+// tool in a forbid lets through what it was meant to stop. It names all of them, each with its file and line.
+func (p *Policy) check() error {
 	if len(p.rules) == 0 {
 		p.warnings = append(p.warnings, "the bundle has no policy, so everything is denied")
 	}
 	shape := p.shape()
+	known := validators{}
+	var wrong []error
 	for _, r := range p.rules {
-		warn := func(format string, args ...any) {
-			p.warnings = append(p.warnings, fmt.Sprintf("%s: policy %q: ", r.where, r.id)+fmt.Sprintf(format, args...))
+		found := p.lint(r, shape)
+		if err := cmp.Or(checkConstant(r), p.checkTypes(r, known)); err != nil && len(found) == 0 {
+			found = append(found, err.Error())
 		}
-		p.lintScope(r, warn)
-		seen := map[string]bool{}
-		for _, c := range r.scope().Conditions {
-			scope.Inspect(scope.NewNode(c.Body), func(n scope.IsNode) bool {
-				for _, text := range p.lintNode(n, shape) {
-					if !seen[text] {
-						seen[text] = true
-						warn("%s", text)
-					}
-				}
-				return true
-			})
+		for _, text := range found {
+			wrong = append(wrong, fmt.Errorf("%s: policy %q: %s", r.where, r.id, text))
 		}
 	}
+	slices.SortStableFunc(wrong, func(a, b error) int { return cmp.Compare(a.Error(), b.Error()) })
+	if more := len(wrong) - maxWrong; more > 0 {
+		wrong = append(wrong[:maxWrong], fmt.Errorf("and %d more", more))
+	}
+	return errors.Join(wrong...)
+}
+
+// lint finds misspelt tools, actions, agents and context members.
+func (p *Policy) lint(r *rule, shape fields) (found []string) {
+	warn := func(format string, args ...any) {
+		if text := fmt.Sprintf(format, args...); !slices.Contains(found, text) {
+			found = append(found, text)
+		}
+	}
+	p.lintScope(r, warn)
+	for _, c := range r.scope().Conditions {
+		scope.Inspect(scope.NewNode(c.Body), func(n scope.IsNode) bool {
+			for _, text := range p.lintNode(n, shape) {
+				warn("%s", text)
+			}
+			return true
+		})
+	}
+	return found
+}
+
+// checkConstant refuses a condition that reads nothing of the question and does not hold.
+func checkConstant(r *rule) error {
+	for _, c := range r.scope().Conditions {
+		constant := true
+		scope.Inspect(scope.NewNode(c.Body), func(n scope.IsNode) bool {
+			_, reads := n.(scope.NodeTypeVariable)
+			constant = constant && !reads
+			return constant
+		})
+		if !constant {
+			continue
+		}
+		v, err := eval.Eval(c.Body, eval.Env{Entities: &world{tool: newTool(broker.Tool{})}})
+		if err != nil {
+			return fmt.Errorf("its condition always fails: %w", err)
+		}
+		if v != cedar.Boolean(c.Condition == scope.ConditionWhen) {
+			return errors.New("can match nothing: its condition never holds")
+		}
+	}
+	return nil
 }
 
 func (p *Policy) lintScope(r *rule, warn func(string, ...any)) {
@@ -110,29 +157,6 @@ func (p *Policy) unknown(e cedar.EntityUID) string {
 
 // fields holds the members of a record by name. Nil fields are a plain value, or of unknown form.
 type fields map[string]fields
-
-// shape returns the members that policies can read in this bundle.
-func (p *Policy) shape() fields {
-	past := fields{"count": nil, "since_first_seconds": nil, "since_last_seconds": nil}
-	args, history := fields{}, fields{}
-	for name, t := range p.tools {
-		history[string(name)] = past
-		for arg := range t.Arguments {
-			args[arg] = nil
-		}
-	}
-	return fields{
-		"principal": {"id": nil},
-		"action":    {},
-		"resource":  {"name": nil, "backend": nil, "narrowing": nil},
-		"context": {
-			"args": args, "history": history, "used": nil, "proof": nil, "receiver": nil, "violation": nil,
-			"open":  {"steps": nil, "live": nil, "per_minute": nil, "depth": nil, "ttl_seconds": nil, "heartbeat_seconds": nil},
-			"chain": {"task": nil, "opener": nil, "labels": nil, "depth": nil, "age_seconds": nil},
-			"now":   {"hour": nil, "weekday": nil, "time": nil},
-		},
-	}
-}
 
 func (p *Policy) lintNode(n scope.IsNode, shape fields) (found []string) {
 	entity := func(v cedar.Value) {

@@ -37,9 +37,21 @@ type tool struct {
 }
 
 // Load compiles a bundle. It refuses text that is not Cedar, two policies with one id, unknown or misplaced
-// annotations, and open scopes without @any. Policies that are legal but can match nothing are listed in
-// [Policy.Warnings]. Errors begin with "file:line: ".
+// annotations, and open scopes without @any. It also refuses policies that are legal Cedar but wrong: those that can
+// match nothing, and those with a condition that always fails. Errors begin with "file:line: ".
 func Load(b Bundle) (*Policy, error) {
+	p, err := compile(b)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.check(); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// compile compiles a bundle, wrong policies included.
+func compile(b Bundle) (*Policy, error) {
 	p := &Policy{
 		bundle:     b,
 		digest:     b.Digest(),
@@ -65,7 +77,6 @@ func Load(b Bundle) (*Policy, error) {
 	if err := p.checkSchema(b.content.Schema); err != nil {
 		return nil, err
 	}
-	p.lint()
 	idx := newIndex(p.rules)
 	for _, t := range p.tools {
 		t.relevant = idx.of(t)
@@ -156,5 +167,5 @@ func (p *Policy) Digest() string { return p.digest }
 // Bundle returns the bundle that the policy was loaded from.
 func (p *Policy) Bundle() Bundle { return p.bundle }
 
-// Warnings lists the policies, or parts of them, that can match nothing, one line each.
+// Warnings lists what is legal and unlikely to be meant, one line each.
 func (p *Policy) Warnings() []string { return slices.Clone(p.warnings) }

@@ -115,41 +115,6 @@ func TestBuildHasOneForm(t *testing.T) {
 	}
 }
 
-func TestWarnings(t *testing.T) {
-	when := func(s string) string {
-		return `@id("p") permit(principal == Agent::"spiffe://acme.example/x", action == Action::"use", resource == Tool::"db.read") when { ` + s + ` };`
-	}
-	for _, tt := range []struct{ cedar, want string }{
-		{``, "no policy, so everything is denied"},
-		{`forbid(principal, action, resource == Tool::"db.raed");`, `main.cedar:1: policy "main.cedar#1": can match nothing: Tool::"db.raed" does not exist`},
-		{`forbid(principal, action, resource in ToolGroup::"dv");`, `ToolGroup::"dv" does not exist`},
-		{`forbid(principal, action == Action::"sue", resource);`, `no such action`},
-		{`forbid(principal, action in [Action::"use", Action::"sue"], resource);`, `no such action`},
-		{`forbid(principal == Agent::"acme/x", action, resource);`, `Agent::"acme/x" does not exist`},
-		{`forbid(principal in AgentGroup::"spiffe://acme.example", action, resource);`, `AgentGroup::"spiffe://acme.example" does not exist`},
-		{`forbid(principal == AgentGroup::"spiffe://acme.example/x", action, resource);`, `principal cannot be AgentGroup`},
-		{`forbid(principal in TrustDomain::"spiffe://acme.example", action, resource);`, `does not exist`},
-		{`forbid(principal is User, action, resource);`, `principal is always Agent, never User`},
-		{`forbid(principal, action, resource is Tol in ToolGroup::"db");`, `resource is always Tool, never Tol`},
-		{`forbid(principal, action, resource == Agent::"spiffe://acme.example/x");`, `resource cannot be Agent`},
-		{when(`context.args.tabels == ["x"]`), `context.args never has a member "tabels"`},
-		{when(`context.arg.env == "x"`), `context never has a member "arg"`},
-		{when(`context.history has "db.raed"`), `context.history never has a member "db.raed"`},
-		{when(`context.history["db.read"].counts > 1`), `context.history.db.read never has a member "counts"`},
-		{when(`context.used.contains("db.raed")`), `context.used never has "db.raed"`},
-		{when(`context.chain.label has x`), `context.chain never has a member "label"`},
-		{when(`resource.narowing == "native"`), `resource never has a member "narowing"`},
-		{when(`context.receiver in AgentGroup::"ci"`), `AgentGroup::"ci" does not exist`},
-		{when(`resource in [Tool::"db.raed"]`), `Tool::"db.raed" does not exist`},
-		{when(`context.chain.labels.whatever == "x" && context.args has env && principal.id like "spiffe://*"`), ""},
-	} {
-		got := strings.Join(load(t, tt.cedar).Warnings(), "\n")
-		if tt.want == "" && got != "" || !strings.Contains(got, tt.want) {
-			t.Errorf("Warnings() of %s = %q, want %q", tt.cedar, got, tt.want)
-		}
-	}
-}
-
 // TestDeepInput checks that input made to exhaust a parser is answered, in time that grows only with its length.
 func TestDeepInput(t *testing.T) {
 	const n = 20_000

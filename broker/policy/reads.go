@@ -15,15 +15,6 @@ type names map[string]bool
 
 func (n names) has(name string) bool { return n == nil || n[name] }
 
-// every covers the whole context.
-func every() reads {
-	r := reads{}
-	for _, member := range []string{"args", "chain", "history", "used", "proof", "now", "receiver", "violation", "open"} {
-		r[member] = nil
-	}
-	return r
-}
-
 // add widens r by o.
 func (r reads) add(o reads) {
 	for member, n := range o {
@@ -41,8 +32,8 @@ func (r reads) add(o reads) {
 
 // readsOf finds context.member.name, context.used.contains("name"), context.member and a bare context. It counts each
 // occurrence of the context or a member, and each occurrence that is part of a longer expression. If the first count
-// is higher, the policy reads the context or the member as a whole.
-func readsOf(p *scope.Policy) reads {
+// is higher, the policy reads the context, which is every, or the member as a whole.
+func readsOf(p *scope.Policy, every reads) reads {
 	found := reads{}
 	nested := map[string]int{} // occurrences of "" (the context) or a member in a longer expression
 	total := map[string]int{}  // all occurrences
@@ -88,7 +79,7 @@ func readsOf(p *scope.Policy) reads {
 		})
 	}
 	if total[""] > nested[""] {
-		return every()
+		return every
 	}
 	for member := range found {
 		if total[member] > nested[member] {

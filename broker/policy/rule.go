@@ -55,7 +55,7 @@ func newRule(p *cedar.Policy, id cedar.PolicyID) (*rule, error) {
 	conditions := *r.scope()
 	conditions.Principal, conditions.Action, conditions.Resource = scope.ScopeTypeAll{}, scope.ScopeTypeAll{}, scope.ScopeTypeAll{}
 	r.when = cedar.NewPolicyFromAST((*ast.Policy)(&conditions))
-	r.reads = readsOf(r.scope())
+	r.reads = readsOf(r.scope(), every())
 	if err := r.checkReach(); err != nil {
 		return r, err
 	}

@@ -45,17 +45,31 @@ type header struct {
 	Typ string `json:"typ"`
 }
 
-// Sign signs the source with each of the private keys.
+// Sign signs the source with each of the private keys, unless [Load] refuses it.
 func Sign(s Source, keys ...jose.JSONWebKey) ([]byte, error) {
+	if _, err := Load(s.Unsigned()); err != nil {
+		return nil, fmt.Errorf("signing bundle: %w", err)
+	}
 	return addSignatures(envelope{Payload: encode(s.payload)}, keys)
 }
 
 // Cosign adds signatures to a signed bundle, so that the holders of several keys can sign separately. It keeps the
-// earlier signatures without checking them; [Verify] does that.
+// earlier signatures without checking them; [Verify] does that. It refuses what [Load] refuses.
 func Cosign(jws []byte, keys ...jose.JSONWebKey) ([]byte, error) {
 	e, _, err := open(jws)
 	if err != nil {
 		return nil, err
+	}
+	payload, err := broker.DecodeBase64URL(e.Payload)
+	if err != nil {
+		return nil, fmt.Errorf("%w: payload is not base64url", ErrMalformed)
+	}
+	s, err := parsePayload(payload)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := Load(s.Unsigned()); err != nil {
+		return nil, fmt.Errorf("signing bundle: %w", err)
 	}
 	return addSignatures(e, keys)
 }
@@ -101,12 +115,6 @@ func addSignatures(e envelope, keys []jose.JSONWebKey) ([]byte, error) {
 type Trust struct {
 	Keys []jose.JSONWebKey // public platform keys
 	Need int               // the number of different keys that must have signed, at least 1
-}
-
-// Bundle is content signed by enough trusted keys, unless it comes from [Source.Unsigned].
-type Bundle struct {
-	Source
-	Signers []string // ids of the keys with verified signatures, in the order of the envelope
 }
 
 // Verify opens a signed bundle. Each signature that claims a trusted key must be valid. Signatures of unknown keys

@@ -45,6 +45,12 @@ type document struct {
 	Text string `json:"text"`
 }
 
+// Bundle is content signed by enough trusted keys, unless it comes from [Source.Unsigned].
+type Bundle struct {
+	Source
+	Signers []string // ids of the keys with verified signatures, in the order of the envelope
+}
+
 // Name returns the bundle's name. Bundles of one name replace each other.
 func (s Source) Name() string { return s.content.Name }
 
@@ -64,6 +70,16 @@ func (s Source) Unsigned() Bundle { return Bundle{Source: s} }
 // Build reads an author's directory: bundle.yaml, tools.yaml, any number of *.cedar, and optionally violations.yaml
 // and schema.cedarschema. It ignores other files. Errors begin with the file, and with the line where it is known.
 func Build(dir fs.FS) (Source, error) {
+	s, err := read(dir)
+	if err != nil {
+		return Source{}, err
+	}
+	_, err = Load(s.Unsigned())
+	return s, err
+}
+
+// read reads an author's directory without a check of its policies.
+func read(dir fs.FS) (Source, error) {
 	var c content
 	if err := c.readHead(dir); err != nil {
 		return Source{}, err
@@ -74,12 +90,7 @@ func Build(dir fs.FS) (Source, error) {
 	if err := c.readCedar(dir); err != nil {
 		return Source{}, err
 	}
-	s, err := c.seal()
-	if err != nil {
-		return Source{}, err
-	}
-	_, err = Load(s.Unsigned())
-	return s, err
+	return c.seal()
 }
 
 func (c *content) readHead(dir fs.FS) error {
