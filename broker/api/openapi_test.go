@@ -68,6 +68,7 @@ var operations = []operation{
 	{"operators", "post", "/v1/canaries/{id}/pull", "Pull a canary", nil, api.Nothing{}, api.Canary{}, 200, ""},
 	{"operators", "get", "/v1/audit", "Read the audit log", auditPage, nil, api.Entries{}, 200, ""},
 	{"operators", "get", "/v1/audit/checkpoint", "Read a signed checkpoint of the audit log: a note over the root of its Merkle tree", nil, nil, medium(api.CheckpointType), 200, ""},
+	{"operators", "get", "/metrics", "Read the broker's metrics, in the format of Prometheus", nil, nil, medium(api.MetricsType), 200, ""},
 
 	{"both", "get", "/v1/openapi.json", "Read this document", nil, nil, nil, 200, ""},
 	{"both", "get", "/healthz", "Check whether the broker can answer requests", nil, nil, api.Health{}, 200, ""},

@@ -6,10 +6,11 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
-// Media types of signed documents.
+// Media types of answers that are not JSON.
 const (
 	ReportType     = "application/jose"          // a revocation's report, a compact JWS of typ "pawl-report+jws"
 	CheckpointType = "text/plain; charset=utf-8" // a checkpoint of the audit log, a signed note
+	MetricsType    = "text/plain"                // metrics for Prometheus; its own version of the format follows
 )
 
 // Chain is one task's tree of delegations.

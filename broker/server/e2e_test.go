@@ -67,7 +67,7 @@ func newWorld(t *testing.T) world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.agents, w.operators = serve(t, s.Agents()), serve(t, s.Operators())
+	w.agents, w.operators = serve(t, documented(t, s.Agents())), serve(t, documented(t, s.Operators()))
 	t.Cleanup(s.Close) // before the listeners close, which wait for streams
 	return w
 }

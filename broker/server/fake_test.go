@@ -17,6 +17,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/api/apitest"
 	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/broker/selector"
@@ -297,13 +298,14 @@ func (n fakeNotary) Checkpoint(context.Context) ([]byte, error) {
 // rig is a server over a fake. A request with the header Test-Identity has an identity.
 type rig struct {
 	*server.Server
+	t    *testing.T
 	fake *fake
 	log  *bytes.Buffer
 }
 
 func newRig(t *testing.T, alter ...func(*server.Config)) rig {
 	t.Helper()
-	r := rig{fake: newFake(), log: new(bytes.Buffer)}
+	r := rig{t: t, fake: newFake(), log: new(bytes.Buffer)}
 	cfg := server.Config{
 		Broker: r.fake, Now: func() time.Time { return noon }, Notary: fakeNotary{r.fake},
 		Signals: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusAccepted) }),
@@ -327,6 +329,9 @@ func newRig(t *testing.T, alter ...func(*server.Config)) rig {
 			}
 			return broker.Caller{ID: agentID, Proof: broker.ProofX509, NotAfter: noon.Add(time.Hour)}, nil
 		},
+		Metrics: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", api.MetricsType)
+		}),
 		Operator: func(req *http.Request) (broker.Operator, error) {
 			if req.Header.Get("Test-Identity") == "" {
 				return broker.Operator{}, broker.Errorf(broker.Unauthenticated, "operator", "no operator")
@@ -343,6 +348,19 @@ func newRig(t *testing.T, alter ...func(*server.Config)) rig {
 	}
 	r.Server = s
 	return r
+}
+
+// Agents and Operators compare each answer with the OpenAPI document.
+func (r rig) Agents() http.Handler    { return documented(r.t, r.Server.Agents()) }
+func (r rig) Operators() http.Handler { return documented(r.t, r.Server.Operators()) }
+
+func documented(t testing.TB, h http.Handler) http.Handler {
+	t.Helper()
+	d, err := apitest.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d.Handler(h, func(err error) { t.Errorf("the OpenAPI document is wrong: %v", err) })
 }
 
 func (r rig) handler(listener string) http.Handler {

@@ -361,7 +361,7 @@ func TestNew(t *testing.T) {
 }
 
 func TestHealthAndMetrics(t *testing.T) {
-	r := newRig(t)
+	r := newRig(t, func(c *server.Config) { c.Metrics = nil })
 	if w := r.ask("agents", "GET", "/healthz", "", "Test-Identity: "); w.Code != http.StatusOK {
 		t.Errorf("GET /healthz = %d, want 200", w.Code)
 	}

@@ -122,6 +122,7 @@ var matrix = map[string]struct{ anonymous, elsewhere int }{
 	"operators GET /v1/audit":                      {401, 404},
 	"operators GET /v1/audit/checkpoint":           {401, 404},
 	"operators GET /v1/revocations/{id}/report":    {401, 404},
+	"operators GET /metrics":                       {401, 404},
 	"operators GET /v1/openapi.json":               {200, 200},
 	"operators GET /healthz":                       {200, 200},
 }

@@ -171,7 +171,7 @@ func (s *stage) asks(d *agent.Delegation, tool string, args agent.Args) error {
 
 func (s *stage) operator() *operator.Client {
 	s.t.Helper()
-	c, err := operator.New(operator.Config{Address: "unix:" + s.socket})
+	c, err := operator.New(operator.Config{Address: "http://pawl", HTTP: &http.Client{Transport: documented(s.t, s.socket)}})
 	if err != nil {
 		s.t.Fatal(err)
 	}

@@ -20,6 +20,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/api/apitest"
 	"github.com/pawlsec/pawl/broker/api/client"
 	"github.com/pawlsec/pawl/broker/engine"
 	"github.com/pawlsec/pawl/broker/operator"
@@ -227,12 +228,25 @@ func newAgent(t *testing.T, config agent.Config) *agent.Client {
 
 func (w *world) operator() *operator.Client {
 	w.t.Helper()
-	c, err := operator.New(operator.Config{Address: "unix:" + w.config.Listen.Socket, Patience: -1})
+	c, err := operator.New(operator.Config{Address: "http://pawl", Patience: -1, HTTP: &http.Client{
+		Transport: documented(w.t, w.config.Listen.Socket)}})
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	w.t.Cleanup(c.Close)
 	return c
+}
+
+// documented connects to a socket for every host, and compares each answer with the OpenAPI document.
+func documented(t *testing.T, socket string) http.RoundTripper {
+	t.Helper()
+	d, err := apitest.Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d.Transport(&http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}}, func(err error) { t.Errorf("the OpenAPI document is wrong: %v", err) })
 }
 
 // grants reads every grant of the ledger over the operators' socket.
