@@ -37,6 +37,7 @@ const (
 	OpUnknown   Op = "unknown"   // the outcome of a mint is unknown
 	OpDenied    Op = "denied"
 	OpViolation Op = "violation"
+	OpSummed    Op = "summed" // refusals of a caller beyond the limit of those recorded one by one, counted for a minute
 	// OpEnd: a grant ended, since its agent closed it, it expired or its mint failed. Or final rules that cover no open
 	// chain were dropped.
 	OpEnd          Op = "end"

@@ -78,15 +78,16 @@ const (
 	CodeIssuingStopped    Code = "issuing_stopped"      // the broker doubts its clock, identity or restored ledger
 	CodeRevocationUnknown Code = "revocation_unknown"   // no such revocation
 	// CodeSelectorEmpty: the selector matches nothing, and nothing that is open can match later.
-	CodeSelectorEmpty Code = "selector_matches_nothing"
-	CodeCanaryUnknown Code = "canary_unknown"       // no such canary
-	CodeCanaryValue   Code = "canary_value"         // the leaked value is a canary: no grant handed it out
-	CodePlanStale     Code = "plan_stale"           // the set has grown since the plan
-	CodePlanUnknown   Code = "plan_unknown"         // the token is not from this broker, or is too old
-	CodeSecondPerson  Code = "second_person_needed" // unfreezing requires two people
-	CodePolicyOlder   Code = "policy_older"         // the policy bundle is not newer than the one in force
-	CodeTooManyMints  Code = "too_many_mints"       // too many steps of the caller wait for their mint
-	CodeLedgerShare   Code = "ledger_share"         // the caller has written its share of the ledger
+	CodeSelectorEmpty  Code = "selector_matches_nothing"
+	CodeCanaryUnknown  Code = "canary_unknown"       // no such canary
+	CodeCanaryValue    Code = "canary_value"         // the leaked value is a canary: no grant handed it out
+	CodePlanStale      Code = "plan_stale"           // the set has grown since the plan
+	CodePlanUnknown    Code = "plan_unknown"         // the token is not from this broker, or is too old
+	CodeSecondPerson   Code = "second_person_needed" // unfreezing requires two people
+	CodePolicyOlder    Code = "policy_older"         // the policy bundle is not newer than the one in force
+	CodeTooManyMints   Code = "too_many_mints"       // too many steps of the caller wait for their mint
+	CodeTooManyReports Code = "too_many_reports"     // too many reports of the caller without an effect
+	CodeLedgerShare    Code = "ledger_share"         // the caller has written its share of the ledger
 	// CodeTooManyConnections: too many connections of the SPIFFE ID are open, or without an SVID from the address.
 	CodeTooManyConnections Code = "too_many_connections"
 )

@@ -66,6 +66,7 @@ func Reasons() []Reason {
 		{CodeTooManyBodies, KindOverLimit, "Too many bodies of the caller's requests are arriving", true, "Send each body at once with its header. Nothing was done."},
 		{"too_many_connections", KindOverLimit, "Too many connections of the caller are open", true, "Close connections that you do not use, or send several requests over one. This connection is closed."},
 		{"too_many_mints", KindOverLimit, "Too many steps of the caller wait for their secrets", true, "Wait for the steps under way, then retry. Nothing was minted."},
+		{"too_many_reports", KindOverLimit, "The caller has reported too many violations in a minute", true, "Wait as long as Retry-After says. A report that revokes or freezes something is taken at any time."},
 		{"ledger_share", KindOverLimit, "The caller has used its share of the ledger", true, "Wait as long as Retry-After says. Closing steps and revoking still work."},
 
 		{"tool_unknown", KindDenied, "No such tool", false, "Use a tool that the policy bundle declares."},

@@ -3,12 +3,14 @@ package engine
 import (
 	"cmp"
 	"context"
+	"errors"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
+	"github.com/pawlsec/pawl/broker/engine/internal/volatile"
 )
 
 // breach is one violation of policy with the consequence that policy attaches to it. The broker notices it, or a
@@ -49,6 +51,7 @@ func (e *Engine) applyConsequence(ctx context.Context, v breach) (broker.Revocat
 	if len(v.lineage.Nodes) > 0 {
 		entry.Delegation = v.lineage.Leaf().ID
 	}
+	repeated := v.record == nil && !e.refusals.Record(entry)
 	f := fencing{by: cmp.Or(v.by, "pawl"), reason: cmp.Or(v.reason, "violation: "+string(v.code)), now: v.now}
 	var fences bool
 	f.target, fences = v.target()
@@ -72,8 +75,14 @@ func (e *Engine) applyConsequence(ctx context.Context, v breach) (broker.Revocat
 			frozen, err = e.fence(tx, fencing{by: f.by, selector: "spiffe:" + v.freeze.String(), freeze: true,
 				reason: f.reason, now: v.now})
 		}
+		if err == nil && repeated && !fenced.Fenced.Equal(v.now) && !frozen.Fenced.Equal(v.now) {
+			return volatile.ErrRepeated // it has no new effect, so there is nothing to record
+		}
 		return err
 	})
+	if errors.Is(err, volatile.ErrRepeated) {
+		err = e.refusals.Repeated(v.op, entry)
+	}
 	if err != nil {
 		e.reconcileUnconfirmed(fenced, err)
 		return broker.Revocation{}, err

@@ -74,6 +74,9 @@ func (e *Engine) recordDenial(ctx context.Context, c broker.Caller, l records.Li
 	if len(l.Nodes) > 0 {
 		entry.Delegation = l.Leaf().ID
 	}
+	if !e.refusals.Record(entry) {
+		return refusal
+	}
 	err := e.update(ctx, refusal.Op, func(tx *records.Tx) error { _, err := tx.Enter(entry); return err })
 	if err != nil {
 		e.cfg.Alarm("recording a denial", err)

@@ -45,6 +45,7 @@ type Config struct {
 
 	Mints        int                // steps of one backend that run at a time; zero means 16
 	WaitingMints int                // steps of one caller that wait for that; zero means 64
+	Refusals     int                // of one caller recorded one by one a minute; zero means 60
 	Refused      func(limit string) // is called for each request that a limit refuses; nil means no call
 }
 
@@ -60,6 +61,7 @@ type Engine struct {
 	watchdog   *volatile.Watchdog
 	deliveries volatile.Deliveries
 	turns      volatile.Turns
+	refusals   volatile.Refusals
 	plans      volatile.Latest[string, planned] // by token
 
 	// expected has the holders that must acknowledge a revocation. The set does not change after the fence.

@@ -38,6 +38,7 @@ func New(cfg Config) (*Engine, error) {
 	e.ctx, e.stop = context.WithCancel(context.Background())
 	e.turns = volatile.Turns{AtOnce: cfg.Mints, Each: cfg.WaitingMints, Longest: cfg.MintTimeout,
 		Refused: func() { cfg.Refused("waiting_mints") }}
+	e.refusals.Each = cfg.Refusals
 	e.touching.Most, e.plans.Most, e.expected.Most = maxTouches, maxPlans, maxExpected
 	e.index = indexing.Index{Cache: &e.cache, View: e.view, Update: e.update, Now: cfg.Now, Alarm: cfg.Alarm}
 	e.watchdog = volatile.NewWatchdog(cfg.Now, e.missedHeartbeat)
@@ -108,6 +109,11 @@ func (e *Engine) Resume(ctx context.Context) error {
 		e.watchdog.Beat(d, e.cfg.Now())
 	}
 	e.background(func() { e.watchdog.Run(e.ctx) })
+	e.background(func() {
+		e.refusals.Run(e.ctx, e.cfg.Now, e.cfg.Alarm, func(ctx context.Context, entries []broker.Entry) error {
+			return e.update(ctx, "refusals", func(tx *records.Tx) error { return tx.EnterAll(entries) })
+		})
+	})
 	e.background(e.reaper.Run)
 	e.background(func() { e.sweeper.Run(e.ctx) })
 	e.background(func() { e.index.Run(e.ctx) })

@@ -15,6 +15,8 @@ import (
 	"github.com/pawlsec/pawl/broker/args"
 )
 
+const violations = "/v1/violations"
+
 func (s *Server) agentRoutes() []route {
 	return append(slices.Concat(s.commonRoutes(), s.signalRoutes(), s.introspectRoute(), s.statusListRoute()),
 		route{"POST", "/v1/chains", nil, forAgent(s, s.openChain)},
@@ -26,7 +28,7 @@ func (s *Server) agentRoutes() []route {
 		route{"POST", "/v1/delegations/{id}/acknowledge", nil, forEnding(s, s.acknowledge)},
 		route{"POST", "/v1/grants/{id}/collect", nil, forAgent(s, s.collect)},
 		route{"POST", "/v1/grants/{id}/close", nil, forEnding(s, s.closeGrant)},
-		route{"POST", "/v1/violations", nil, forAgent(s, s.report)},
+		route{"POST", violations, nil, forAgent(s, s.report)},
 	)
 }
 

@@ -76,7 +76,10 @@ func (s *Server) identify(x *exchange, r *rates) (broker.Caller, error) {
 	}
 	x.caller = c.ID.String()
 	x.note(slog.String("caller", x.caller))
-	return c, s.checkRate(r, x.caller)
+	if err := s.checkRate(r, x.caller); err != nil {
+		return c, err
+	}
+	return c, s.checkShare(x, r)
 }
 
 func (s *Server) operator(x *exchange) (broker.Operator, error) {
@@ -212,4 +215,17 @@ func (s *Server) checkRate(r *rates, caller string) error {
 		return nil
 	}
 	return s.limited(r.name, api.CodeTooManyRequests, wait, "%s may send %d requests a second", caller, r.limit)
+}
+
+// checkShare refuses a caller that has written its share of the ledger, unless its request only reads, ends something
+// or reports a violation.
+func (s *Server) checkShare(x *exchange, r *rates) error {
+	if r != s.acts || x.Method == http.MethodGet || x.URL.Path == violations || s.cfg.Limits.Share == nil {
+		return nil
+	}
+	wait := s.cfg.Limits.Share(x.caller, s.cfg.Now())
+	if wait <= 0 {
+		return nil
+	}
+	return s.limited(LimitLedger, api.Code(broker.CodeLedgerShare), wait, "%s has written its share of the ledger", x.caller)
 }

@@ -19,6 +19,8 @@ type Limits struct {
 	Streams        int // open event streams of an agent; zero means 50
 	Bodies         int // request bodies that are arriving, and of all clients without identity together; zero means 32
 
+	// Share returns how long a caller must not write into the ledger, because it has written its share; nil: zero.
+	Share   func(caller string, now time.Time) time.Duration
 	Refused func(limit string) // is called for each request that a limit refuses; nil means no call
 }
 
@@ -29,6 +31,7 @@ const (
 	LimitStreams        = "streams"
 	LimitBodies         = "bodies"
 	LimitAllBodies      = "all_bodies"
+	LimitLedger         = "ledger_per_day"
 	LimitReads          = "operator_reads"
 )
 

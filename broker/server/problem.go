@@ -93,7 +93,7 @@ func (s *Server) refuse(x *exchange, err error) {
 }
 
 // grain is the unit of the time after which the broker says that an id is unknown.
-const grain = 10 * time.Millisecond
+const grain = 25 * time.Millisecond
 
 // holdBack waits until a whole number of grains has passed since the request came in. The id of another's delegation is
 // refused like one that nobody has, and the time of a look at its records must not tell them apart.

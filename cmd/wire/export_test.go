@@ -24,7 +24,7 @@ func Plugins() map[string][]string {
 // Counting wraps the ledger and the alarms of parts with metrics, as Start does.
 func Counting(parts *engine.Config, known func(broker.ToolName) bool, ready func() error) *metrics {
 	m := newMetrics(known, ready)
-	parts.Ledger, parts.Alarm = counted{parts.Ledger, m}, m.alarm(parts.Alarm)
+	parts.Ledger, parts.Alarm = counted{parts.Ledger, m, newShares(1 << 40)}, m.alarm(parts.Alarm)
 	return m
 }
 
@@ -45,4 +45,12 @@ func Tests(
 	m.tester = id
 	t.register(m.registry)
 	return t.run
+}
+
+// Charged returns the bytes of the ledger that an actor was charged for.
+func (s *Server) Charged(actor string) int64 {
+	s.shares.mu.Lock()
+	defer s.shares.mu.Unlock()
+	l := s.shares.byActor[actor].Value.(*share).limiter
+	return int64(float64(l.Burst()) - l.TokensAt(time.Now()))
 }

@@ -19,6 +19,7 @@ import (
 
 	"github.com/goccy/go-yaml"
 
+	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/operator"
@@ -190,4 +191,79 @@ func TestLimitsOfACaller(t *testing.T) {
 			t.Errorf("the metrics have no %s", want)
 		}
 	}
+}
+
+// TestShareOfTheLedger has a caller that opens chains until it has written its share. It can still end what it has, and
+// another caller can write.
+func TestShareOfTheLedger(t *testing.T) {
+	s := newSite(t, "example.org")
+	s.identify()
+	s.config.Limits = wire.Limits{LedgerPerDay: 1_000_000}
+	s.start()
+	open := agent.Chain{Task: "t", Rights: []agent.Right{{Tool: "notes.read", Use: true}}}
+	loud := s.agent()
+	var refusal *agent.Error
+	opened := 0
+	for ; opened < 1000 && refusal == nil; opened++ {
+		_, err := loud.Open(t.Context(), open)
+		errors.As(err, &refusal)
+	}
+	if refusal == nil || refusal.Code != "ledger_share" || refusal.Kind != agent.ErrOverLimit || refusal.RetryAfterMS < 1000 {
+		t.Fatalf("after %d chains: %v, want ledger_share", opened, refusal)
+	}
+	if opened < 20 {
+		t.Errorf("%d chains used a quarter of a megabyte up, want more", opened)
+	}
+	if _, err := loud.EndGrant(t.Context(), "gr000000000000000000000001"); !errors.Is(err, agent.ErrNotFound) {
+		t.Errorf("EndGrant of a grant that does not exist = %v, want not found", err)
+	}
+	other, err := agent.New(agent.Config{Address: "https://" + s.config.Listen.Agents,
+		Source: s.identities.Source(s.identities.ID("/other")), ServerID: s.identities.ID("/pawl")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if _, err := other.Open(t.Context(), open); err != nil {
+		t.Errorf("Open by another caller = %v, want success", err)
+	}
+}
+
+// TestShareCountsTheFile writes delegations into a real ledger. The file grows by no more than their caller is charged.
+func TestShareCountsTheFile(t *testing.T) {
+	s := newSite(t, "example.org")
+	w := s.start()
+	before := sizeOf(t, s.config.Ledger)
+	caller := broker.Caller{ID: s.identities.ID("/agent"), Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
+	root, err := w.Broker.Open(t.Context(), caller, broker.OpenRequest{Task: "t", Depth: 1,
+		Rights: []broker.Right{{Tool: "notes.read", Use: true, Delegate: true}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var writers sync.WaitGroup
+	for range 64 {
+		writers.Go(func() {
+			for range 400 {
+				if _, err := w.Broker.Delegate(t.Context(), caller, broker.DelegateRequest{From: root.ID, To: caller.ID,
+					Rights: []broker.Right{{Tool: "notes.read", Use: true}}}); err != nil {
+					t.Errorf("Delegate = %v", err)
+					return
+				}
+			}
+		})
+	}
+	writers.Wait()
+	grown, charged := sizeOf(t, s.config.Ledger)-before, w.Charged(caller.ID.String())
+	t.Logf("the file grew by %d bytes, and %d were charged", grown, charged)
+	if grown > charged || charged > 8*grown {
+		t.Errorf("the file grew by %d bytes and %d were charged; want at least as much, and not far more", grown, charged)
+	}
+}
+
+func sizeOf(t *testing.T, file string) int64 {
+	t.Helper()
+	info, err := os.Stat(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info.Size()
 }

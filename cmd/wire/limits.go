@@ -27,7 +27,11 @@ type Limits struct {
 	// steps of one backend that run at a time; the callers whose steps wait for it take turns; zero: 16
 	Mints        int `yaml:"mints"`
 	WaitingMints int `yaml:"waiting_mints"` // steps of a caller that wait for their turn; zero: 64
-	Connections  int `yaml:"connections"`   // open connections of a caller; zero: 128
+	// refusals of a caller that are recorded one by one in a minute; the others are counted in one entry; zero: 60
+	Refusals int `yaml:"refusals"`
+	// bytes of the ledger that a caller's requests may fill in a day, a quarter of it at once; zero: 2000000000
+	LedgerPerDay int64 `yaml:"ledger_per_day"`
+	Connections  int   `yaml:"connections"` // open connections of a caller; zero: 128
 	// open connections without an SVID from one address, or one /64 of IPv6; zero: 64
 	AddressConnections int `yaml:"address_connections"`
 }
@@ -39,14 +43,16 @@ func (l Limits) orDefaults() Limits {
 	l.Bodies = cmp.Or(l.Bodies, 32)
 	l.Mints = cmp.Or(l.Mints, 16)
 	l.WaitingMints = cmp.Or(l.WaitingMints, 64)
+	l.Refusals = cmp.Or(l.Refusals, 60)
+	l.LedgerPerDay = cmp.Or(l.LedgerPerDay, 2_000_000_000)
 	l.Connections = cmp.Or(l.Connections, 128)
 	l.AddressConnections = cmp.Or(l.AddressConnections, 64)
 	return l
 }
 
-func (l Limits) ofRequests(refused func(string)) server.Limits {
+func (l Limits) ofRequests(refused func(string), s *shares) server.Limits {
 	return server.Limits{Requests: l.Requests, Introspections: l.Introspections, Streams: l.Streams, Bodies: l.Bodies,
-		Refused: refused}
+		Share: s.wait, Refused: refused}
 }
 
 // byName lists the limits by their configuration keys.
@@ -58,6 +64,8 @@ func (l Limits) byName() map[string]int {
 		server.LimitBodies:         l.Bodies,
 		"mints":                    l.Mints,
 		"waiting_mints":            l.WaitingMints,
+		"refusals":                 l.Refusals,
+		server.LimitLedger:         int(l.LedgerPerDay),
 		attest.LimitEach:           l.Connections,
 		attest.LimitAddress:        l.AddressConnections,
 	}

@@ -270,34 +270,44 @@ func (m *metrics) closed(e broker.Entry) {
 	}
 }
 
-// counted is a ledger that counts the entries it commits.
+// counted is a ledger that counts the entries it commits, and what their callers write.
 type counted struct {
 	broker.Ledger
 	metrics *metrics
+	shares  *shares
 }
 
 // Update implements [broker.Ledger].
 func (l counted) Update(ctx context.Context, f func(broker.Tx) error) error {
-	var entries []broker.Entry
+	var counts countedTx
 	err := l.Ledger.Update(ctx, func(tx broker.Tx) error {
-		entries = entries[:0] // the ledger may call this again
-		return f(&countedTx{tx, &entries})
+		counts = countedTx{Tx: tx, entries: counts.entries[:0]} // the ledger may call this again
+		return f(&counts)
 	})
-	if err == nil {
-		for _, e := range entries {
+	if err == nil && len(counts.entries) > 0 {
+		for _, e := range counts.entries {
 			l.metrics.count(e)
 		}
+		l.shares.charge(counts.entries[0].Actor, counts.bytes, time.Now())
 	}
 	return err
 }
 
 type countedTx struct {
 	broker.Tx
-	entries *[]broker.Entry
+	entries []broker.Entry
+	bytes   int
 }
 
 // Append implements [broker.Tx].
 func (t *countedTx) Append(e broker.Entry) (broker.Revision, error) {
-	*t.entries = append(*t.entries, e)
+	t.entries = append(t.entries, e)
+	t.bytes += sizeOf(e)
 	return t.Tx.Append(e)
+}
+
+// Put implements [broker.Tx].
+func (t *countedTx) Put(key string, value []byte) error {
+	t.bytes += len(key) + len(value)
+	return t.Tx.Put(key, value)
 }

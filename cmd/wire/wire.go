@@ -35,6 +35,7 @@ type Server struct {
 	shadow            *policy.Shadow
 	targets           map[string]broker.Backend
 	files             files
+	shares            *shares
 	log               *slog.Logger
 	signer            *audit.Signer // nil without a key
 	agents, operators net.Addr
@@ -119,7 +120,7 @@ func start(
 	s.shadow = newShadow(log, s.metrics)
 	s.onClose(s.shadow.Close)
 	parts.Refused = s.metrics.limit("agents")
-	parts.Ledger, parts.Alarm = counted{parts.Ledger, s.metrics}, s.metrics.alarm(parts.Alarm)
+	parts.Ledger, parts.Alarm = counted{parts.Ledger, s.metrics, s.shares}, s.metrics.alarm(parts.Alarm)
 	if s.Broker, err = engine.New(parts); err != nil {
 		return s, err
 	}
@@ -158,13 +159,14 @@ func (s *Server) declares(name broker.ToolName) bool {
 // parts are the engine's, before the metrics wrap them.
 func (s *Server) parts(c Config, log *slog.Logger) engine.Config {
 	limits := c.Limits.orDefaults()
+	s.shares = newShares(limits.LedgerPerDay)
 	return engine.Config{
 		Ledger: s.Ledger, Vault: leaseLister{s.Vault, s.Policy, s.targets}, Backends: s.targets,
 		Policy: func() broker.Policy { return s.shadow.Beside(s.Policy.Current()) },
 		Alarm:  func(op string, err error) { log.Error("alarm", "op", op, "error", err) },
 		Now:    time.Now, Random: rand.Reader,
 		MintTimeout: c.Vault.MintTimeout, MintBound: c.Vault.MintBound, SweepEvery: c.SweepEvery,
-		Mints: limits.Mints, WaitingMints: limits.WaitingMints,
+		Mints: limits.Mints, WaitingMints: limits.WaitingMints, Refusals: limits.Refusals,
 	}
 }
 
@@ -230,7 +232,7 @@ func (s *Server) listen(
 	}
 	srv, err := server.New(server.Config{Broker: s.Broker, Identify: a.Identify, Operator: operators.identify,
 		Notary: notary, Signals: receiver, Introspect: introspect(s.active, s.Policy, backends),
-		StatusList: statusLists(backends), Limits: limits.ofRequests(s.metrics.limit("requests")),
+		StatusList: statusLists(backends), Limits: limits.ofRequests(s.metrics.limit("agents"), s.shares),
 		Metrics: s.metrics.handler(), Log: log, Now: time.Now,
 		Ready: func() error { return errors.Join(svids.ready(), svids.asWhom(s.Vault.Ready()), s.Vault.CheckClock()) }})
 	if err != nil {

@@ -124,3 +124,13 @@ func (c *ruleCache) parse(key string, raw []byte) (r Rule, err error) {
 	c.parsed[string(raw)] = r
 	return r, nil
 }
+
+// EnterAll is Enter for several entries.
+func (t *Tx) EnterAll(entries []broker.Entry) error {
+	for _, e := range entries {
+		if _, err := t.Enter(e); err != nil {
+			return err
+		}
+	}
+	return nil
+}

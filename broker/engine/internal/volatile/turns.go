@@ -81,7 +81,8 @@ func (t *Turns) Take(ctx context.Context, backend string, caller spiffeid.ID) (d
 	if !t.leave(b, caller, e, turn) {
 		done() // the turn came at the same moment
 	}
-	return nil, broker.Errorf(broker.Unavailable, "issue", "other steps at this backend take too long; nothing was minted").
+	return nil, broker.Errorf(broker.Unavailable, "issue",
+		"other steps at this backend take too long; nothing was minted").
 		With(broker.CodeBackendDown).After(time.Second)
 }
 
