@@ -136,6 +136,8 @@ func (st *stream) update(f feed) (final bool, err error) {
 
 func (st *stream) write(text string) error {
 	_ = st.control.SetWriteDeadline(time.Now().Add(socketTime)) // a recorder in a test has no socket
+	// HTTP/2 resets a stream when its deadline has passed, also one without a write in progress.
+	defer func() { _ = st.control.SetWriteDeadline(time.Time{}) }()
 	if _, err := st.x.w.Write([]byte(text)); err != nil {
 		return fmt.Errorf("%w: %w", errEnded, err)
 	}
