@@ -31,11 +31,15 @@ func newEngine(ctx context.Context, path string) (*embedded, error) {
 	if err != nil {
 		return nil, err
 	}
+	return newEngineOn(ctx, ledger)
+}
+
+func newEngineOn(ctx context.Context, ledger *bolt.Ledger) (e *embedded, err error) {
 	target, policy := brokertest.NewTarget(), brokertest.AllowAll(engineTool)
 	t := policy.Tools[engineTool]
 	t.TTL = broker.MaxTTL
 	policy.Tools[engineTool] = t
-	e := &embedded{ledger: ledger}
+	e = &embedded{ledger: ledger}
 	if e.Engine, err = engine.New(engine.Config{Ledger: ledger, Policy: func() broker.Policy { return policy }, Vault: brokertest.NewVault(target),
 		Backends: map[string]broker.Backend{"target": target}, Now: time.Now, Random: rand.Reader, SweepEvery: -1}); err != nil {
 		return nil, errors.Join(err, ledger.Close())
@@ -66,6 +70,11 @@ func (e *embedded) issue(ctx context.Context, d broker.Delegation) (broker.Issue
 // grow makes a chain with n live grants. It issues one and copies its records under other ids. To the engine the
 // copies are like the grants that it finds after a restart: it knows their secrets by name.
 func (e *embedded) grow(ctx context.Context, n int) (broker.Delegation, error) {
+	return e.growIn(ctx, n, "l/", 0)
+}
+
+// growIn is grow for grants in another list of the chain: "p/" has closed ones. Each has a number of entries.
+func (e *embedded) growIn(ctx context.Context, n int, list string, entries int) (broker.Delegation, error) {
 	d, err := e.open(ctx)
 	if err != nil {
 		return d, err
@@ -91,8 +100,15 @@ func (e *embedded) grow(ctx context.Context, n int) (broker.Delegation, error) {
 				if err := tx.Put("g/"+id, []byte(strings.ReplaceAll(string(raw), old, id))); err != nil {
 					return err
 				}
-				if err := tx.Put("l/"+string(d.Chain)+"/"+id, []byte{}); err != nil {
+				if err := tx.Put(list+string(d.Chain)+"/"+id, []byte{}); err != nil {
 					return err
+				}
+				for range entries {
+					_, err := tx.Append(broker.Entry{At: time.Now(), Actor: caller().ID.String(), Op: broker.OpIssued, Chain: d.Chain,
+						Delegation: d.ID, Grant: broker.GrantID(id), Tool: engineTool})
+					if err != nil {
+						return err
+					}
 				}
 			}
 			_, err := tx.Append(broker.Entry{At: time.Now(), Actor: "bench", Op: broker.OpIssued, Chain: d.Chain})

@@ -71,6 +71,7 @@ var sections = []section{
 	{"ledger", false, measureLedger},
 	{"fence", false, measureFence},
 	{"resume", false, measureResume},
+	{"first-fence", false, measureFirstFence},
 	{"idle", true, measureIdle},
 	{"dead", true, measureDead},
 	{"dead.pki", true, measureDeadCertificates},
