@@ -69,6 +69,8 @@ const (
 	CodeFrozen            Code = "frozen"               // no new secrets for now; may be lifted
 	CodeExpired           Code = "expired"              // the delegation, grant or identity has expired
 	CodeLedgerDown        Code = "ledger_unavailable"   // the ledger cannot commit
+	CodeLedgerChecking    Code = "ledger_checking"      // the ledger is checked after a start; fences are taken
+	CodeStopping          Code = "stopping"             // this broker is stopping; fences are taken
 	CodeVaultDown         Code = "vault_unavailable"    // Vault cannot mint; nothing is left behind
 	CodeVaultRefused      Code = "vault_refused"        // Vault refuses, and does so until a person changes Vault
 	CodeVaultBusy         Code = "vault_busy"           // Vault limits requests or leases; nothing is left behind

@@ -93,6 +93,8 @@ func Reasons() []Reason {
 		{"fenced", KindRevoked, "It is revoked", false, "Stop the work under this delegation now; it is final."},
 		{"frozen", KindRevoked, "No new secrets for now", true, "Pause; an operator may lift the freeze."},
 		{"ledger_unavailable", KindUnavailable, "The ledger cannot commit", true, "Retry later; nothing was handed out."},
+		{"ledger_checking", KindUnavailable, "The broker has just started and checks its ledger", true, "Wait as long as Retry-After says, then retry; nothing was handed out. Revoking and freezing work."},
+		{"stopping", KindUnavailable, "The broker is stopping", true, "Wait as long as Retry-After says, then retry; another process may answer. Revoking and freezing work."},
 		{"vault_unavailable", KindUnavailable, "Vault cannot mint", true, "Retry later; nothing is left behind."},
 		{"vault_refused", KindUnavailable, "Vault refuses the tool", false, "Tell the platform team: a policy, role or mount in Vault is missing or too narrow. Nothing is left behind."},
 		{"vault_busy", KindUnavailable, "Vault limits requests", true, "Wait as long as Retry-After says, then retry; nothing is left behind."},

@@ -108,8 +108,12 @@ func (e *Engine) update(ctx context.Context, op string, f func(*records.Tx) erro
 	if errors.As(err, &refusal) {
 		return refusal
 	}
-	return broker.Errorf(broker.Unavailable, op, "the ledger cannot record this now, and nothing was handed out").
+	refusal = broker.Errorf(broker.Unavailable, op, "the ledger cannot record this now, and nothing was handed out").
 		With(broker.CodeLedgerDown).Because(err)
+	if errors.Is(err, broker.ErrChecking) {
+		return refusal.With(broker.CodeLedgerChecking).After(time.Second)
+	}
+	return refusal
 }
 
 // view runs one read for the procedure op.

@@ -19,10 +19,10 @@ const violations = "/v1/violations"
 
 func (s *Server) agentRoutes() []route {
 	return append(slices.Concat(s.commonRoutes(), s.signalRoutes(), s.introspectRoute(), s.statusListRoute()),
-		route{"POST", "/v1/chains", nil, forAgent(s, s.openChain)},
+		route{"POST", "/v1/chains", nil, forAgent(s, whileIssuing(s, s.openChain))},
 		route{"GET", "/v1/delegations/{id}", nil, forAgent(s, s.standing)},
-		route{"POST", "/v1/delegations/{id}/delegate", nil, forAgent(s, s.delegate)},
-		route{"POST", "/v1/delegations/{id}/steps", nil, forAgent(s, s.step)},
+		route{"POST", "/v1/delegations/{id}/delegate", nil, forAgent(s, whileIssuing(s, s.delegate))},
+		route{"POST", "/v1/delegations/{id}/steps", nil, forAgent(s, whileIssuing(s, s.step))},
 		route{"GET", "/v1/delegations/{id}/events", nil, s.standingEvents},
 		route{"POST", "/v1/delegations/{id}/heartbeat", nil, forEnding(s, s.heartbeat)},
 		route{"POST", "/v1/delegations/{id}/acknowledge", nil, forEnding(s, s.acknowledge)},
@@ -30,6 +30,20 @@ func (s *Server) agentRoutes() []route {
 		route{"POST", "/v1/grants/{id}/close", nil, forEnding(s, s.closeGrant)},
 		route{"POST", violations, nil, forAgent(s, s.report)},
 	)
+}
+
+// whileIssuing refuses a call that would give out authority while the broker gives out none.
+func whileIssuing[In any](
+	s *Server, call func(*exchange, broker.Caller, In) (answer, error),
+) func(*exchange, broker.Caller, In) (answer, error) {
+	return func(x *exchange, c broker.Caller, in In) (answer, error) {
+		leave, err := s.cfg.Issuing()
+		if err != nil {
+			return answer{}, err
+		}
+		x.done = leave
+		return call(x, c, in)
+	}
 }
 
 // commonRoutes are on both listeners and require no identity.

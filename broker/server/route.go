@@ -34,6 +34,7 @@ type exchange struct {
 	began  time.Time // by the system's clock
 	id     string    // identifies the request in the log and in a problem
 	caller string    // the agent or operator; empty: no identity yet
+	done   func()    // called after the answer; nil: nothing
 	events []slog.Attr
 }
 
@@ -103,6 +104,11 @@ func (s *Server) serve(r route) http.Handler {
 		x := &exchange{Request: req, w: &recorder{ResponseWriter: w}, began: time.Now(), id: rand.Text()}
 		x.w.Header().Set("Cache-Control", "no-store")
 		x.w.Header().Set("X-Content-Type-Options", "nosniff")
+		defer func() {
+			if x.done != nil {
+				x.done()
+			}
+		}()
 		err := s.run(r, x)
 		if errors.Is(err, http.ErrAbortHandler) {
 			panic(http.ErrAbortHandler) // net/http closes the connection

@@ -110,12 +110,15 @@ type Config struct {
 	Introspect Introspect // agents' POST /v1/introspect; nil: there is no such endpoint
 	StatusList StatusList // agents' GET /v1/status-lists/{backend}; nil: there is no such endpoint
 
-	Log       *slog.Logger     // one event for each request, never a body; nil: none
-	Now       func() time.Time // required
-	Ready     func() error     // readiness for /healthz; an error is logged and answered with 503. Nil: always ready
-	Metrics   http.Handler     // operators' GET /metrics; nil: there is no such endpoint
-	Heartbeat time.Duration    // the longest silence on a stream; zero: 15 s
-	Limits    Limits           // of one caller
+	Log   *slog.Logger     // one event for each request, never a body; nil: none
+	Now   func() time.Time // required
+	Ready func() error     // readiness for /healthz; an error is logged and answered with 503. Nil: always ready
+	// Issuing is called before a request that gives out authority: to open a chain, to delegate, to take a step. An error
+	// is the answer. leave is called once, after the answer was sent. Nil: always.
+	Issuing   func() (leave func(), err error)
+	Metrics   http.Handler  // operators' GET /metrics; nil: there is no such endpoint
+	Heartbeat time.Duration // the longest silence on a stream; zero: 15 s
+	Limits    Limits        // of one caller
 }
 
 // Server is the HTTP side of a broker. Create one with [New].
@@ -149,6 +152,9 @@ func New(cfg Config) (*Server, error) {
 	}
 	if cfg.Ready == nil {
 		cfg.Ready = func() error { return nil }
+	}
+	if cfg.Issuing == nil {
+		cfg.Issuing = func() (func(), error) { return func() {}, nil }
 	}
 	cfg.Heartbeat = cmp.Or(cfg.Heartbeat, 15*time.Second)
 	cfg.Limits = cfg.Limits.orDefaults()

@@ -128,6 +128,7 @@ func Start(ctx context.Context, c Config) (e *Env, err error) {
 		return e, err
 	}
 	e.onClose(e.Broker.Close)
+	e.onClose(e.Broker.Drain)
 	return e, e.awaitLogin(ctx)
 }
 

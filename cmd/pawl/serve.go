@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -31,7 +32,9 @@ func serverCommand() *cobra.Command {
 		Use: "server --config FILE", Short: "Run the broker with a configuration file", Args: cobra.NoArgs,
 		Long: "Run the broker: serve agents and operators. A HUP signal reads the policy bundle again. The running\n" +
 			"bundle stays in force if the new one is not newer, lacks signatures, or has a tool that its backend\n" +
-			"refuses. TERM and INT stop the server; unfinished work is in the ledger, and the next start resumes it.\n" +
+			"refuses. TERM and INT stop the server within 15 s: it takes no new steps, ends those under way and the\n" +
+			"sealed secrets that were not collected, and takes fences until the end. A second signal ends it at once;\n" +
+			"unfinished work is in the ledger, and the next start resumes it.\n" +
 			"The ledger records the last bundle in force. A start with an older bundle is refused unless\n" +
 			"--allow-policy-rollback gives its version; the audit log records the user who started it.",
 		Example: "  pawl server --example > pawl.yaml\n  pawl server --config pawl.yaml --check\n" +
@@ -86,6 +89,17 @@ func checkConfig(cmd *cobra.Command, c wire.Config) error {
 	return nil
 }
 
+// exitAtSecond ends the process at the second signal. Unfinished work is in the ledger.
+func exitAtSecond(log *slog.Logger, stops <-chan os.Signal) {
+	<-stops
+	second := <-stops
+	log.Error("a second signal: ending at once; unfinished work is in the ledger", "signal", second.String())
+	os.Exit(128 + int(second.(syscall.Signal)))
+}
+
+// stopBound is how long the server may take to stop. Everything that it waits for has a shorter bound.
+const stopBound = 14 * time.Second
+
 func serve(ctx context.Context, c wire.Config, rollback int64) error {
 	log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
 	s, err := wire.StartRolledBack(ctx, c, log, rollback)
@@ -98,13 +112,20 @@ func serve(ctx context.Context, c wire.Config, rollback int64) error {
 	}
 	defer s.Close()
 	log.Info("serving", "agents", s.Agents().String(), "socket", c.Listen.Socket, "version", version())
+	stops := make(chan os.Signal, 2) // the signals that end ctx, and then the process
+	signal.Notify(stops, os.Interrupt, syscall.SIGTERM)
 	reload := make(chan os.Signal, 1)
 	signal.Notify(reload, syscall.SIGHUP)
 	defer signal.Stop(reload)
 	for {
 		select {
 		case <-ctx.Done():
-			log.Info("stopping")
+			go exitAtSecond(log, stops)
+			time.AfterFunc(stopBound, func() {
+				log.Error("stopping took too long, and ends now; unfinished work is in the ledger")
+				os.Exit(1)
+			})
+			s.Drain()
 			return nil
 		case err := <-s.Failed():
 			return err

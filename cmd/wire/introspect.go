@@ -33,9 +33,14 @@ type restorer interface {
 }
 
 // active reports whether introspection accepts a grant's token. Its answer is also the proof that a token is
-// dead. Backends are made before the broker, and call it only after the broker started.
+// dead. Backends are made before the broker, and call it only after the broker started. No token is active by a
+// ledger that was not checked: a fence may be missing from it.
 func (s *Server) active(ctx context.Context, id broker.GrantID) (bool, error) {
-	return s.Broker.Active(ctx, id)
+	good, err := s.Broker.Active(ctx, id)
+	if err != nil || !good {
+		return false, err
+	}
+	return true, s.checked("introspect")
 }
 
 // introspect answers introspection requests about the tokens of the backends that sign; nil without such a
@@ -100,15 +105,15 @@ func (s *Server) restore(ctx context.Context, backends map[string]broker.Backend
 		if err != nil {
 			return err
 		}
-		if err := b.Restore(grants, func(id broker.GrantID) (bool, error) { return s.active(ctx, id) }); err != nil {
+		if err := b.Restore(grants, func(id broker.GrantID) (bool, error) { return s.Broker.Active(ctx, id) }); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// statusLists serves the backends' status lists by name; nil when no backend has one.
-func statusLists(backends map[string]broker.Backend) server.StatusList {
+// statusLists serves the backends' status lists by name, once checked returns nil; nil when no backend has one.
+func statusLists(backends map[string]broker.Backend, checked func(op string) error) server.StatusList {
 	lists := map[string]statusLister{}
 	for name, backend := range backends {
 		if b, ok := backend.(statusLister); ok && b.HasStatusList() {
@@ -120,6 +125,9 @@ func statusLists(backends map[string]broker.Backend) server.StatusList {
 	}
 	return func(name string) ([]byte, error) {
 		if b, ok := lists[name]; ok {
+			if err := checked("status list"); err != nil {
+				return nil, err
+			}
 			return b.StatusList()
 		}
 		return nil, nil

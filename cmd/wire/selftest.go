@@ -269,7 +269,8 @@ func (s *Server) startSelfTest(c Config, alarm func(string, error)) error {
 	ctx, stop := context.WithCancel(context.Background())
 	var done sync.WaitGroup
 	done.Go(func() { t.run(ctx) })
-	s.onClose(func() { stop(); done.Wait() })
+	s.stopSelfTest = func() { stop(); done.Wait() }
+	s.onClose(s.stopSelfTest)
 	return nil
 }
 

@@ -40,7 +40,10 @@ type Server struct {
 	signer            *audit.Signer // nil without a key
 	agents, operators net.Addr
 	failed            chan error
-	closeFuncs        []func() // in the order of construction; Close runs them in reverse
+	gate              gate            // for requests that give out authority
+	stopSelfTest      func()          // nil without a self-test
+	shutdown          context.Context // bounds the end of the listeners
+	closeFuncs        []func()        // in the order of construction; Close runs them in reverse
 	closeOnce         sync.Once
 }
 
@@ -95,7 +98,7 @@ func start(
 	if s.Vault, err = s.login(c.Vault, svids, log, now); err != nil {
 		return s, err
 	}
-	if s.Ledger, err = bolt.Open(bolt.Config{Path: c.Ledger}); err != nil {
+	if s.Ledger, err = bolt.OpenUnchecked(bolt.Config{Path: c.Ledger}); err != nil {
 		return s, err
 	}
 	s.onClose(func() { logClose(log, "ledger", s.Ledger.Close()) })
@@ -141,13 +144,15 @@ func start(
 	if err := s.listen(ctx, c, attestor, svids, s.targets, log); err != nil {
 		return s, err
 	}
-	if err := errors.Join(s.startSender(c, svids, parts.Alarm, log), s.startSelfTest(c, parts.Alarm)); err != nil {
-		return s, err
-	}
+	s.watchCheck(parts.Alarm)
 	wait, cancel := context.WithTimeout(ctx, identityWait)
 	defer cancel()
 	svids.await(wait)
-	return s, nil
+	select {
+	case <-s.Ledger.Checked():
+	case <-wait.Done():
+	}
+	return s, errors.Join(s.startSender(c, svids, parts.Alarm, log), s.startSelfTest(c, parts.Alarm))
 }
 
 // declares reports whether the running bundle has a tool.
@@ -181,6 +186,9 @@ func (s *Server) onClose(f func()) { s.closeFuncs = append(s.closeFuncs, f) }
 // the ledger; the next start resumes it.
 func (s *Server) Close() {
 	s.closeOnce.Do(func() {
+		var cancel context.CancelFunc
+		s.shutdown, cancel = context.WithTimeout(context.Background(), closeWait)
+		defer cancel()
 		for i := len(s.closeFuncs) - 1; i >= 0; i-- {
 			s.closeFuncs[i]()
 		}
@@ -232,9 +240,12 @@ func (s *Server) listen(
 	}
 	srv, err := server.New(server.Config{Broker: s.Broker, Identify: a.Identify, Operator: operators.identify,
 		Notary: notary, Signals: receiver, Introspect: introspect(s.active, s.Policy, backends),
-		StatusList: statusLists(backends), Limits: limits.ofRequests(s.metrics.limit("agents"), s.shares),
-		Metrics: s.metrics.handler(), Log: log, Now: time.Now,
-		Ready: func() error { return errors.Join(svids.ready(), svids.asWhom(s.Vault.Ready()), s.Vault.CheckClock()) }})
+		StatusList: statusLists(backends, s.checked), Limits: limits.ofRequests(s.metrics.limit("agents"), s.shares),
+		Metrics: s.metrics.handler(), Log: log, Now: time.Now, Issuing: s.enterIssuing,
+		Ready: func() error {
+			return errors.Join(s.gate.open(), s.Ledger.Err(), svids.ready(), svids.asWhom(s.Vault.Ready()),
+				s.Vault.CheckClock())
+		}})
 	if err != nil {
 		return err
 	}
@@ -286,9 +297,7 @@ func (s *Server) serve(h *http.Server, l net.Listener) {
 		}
 	}()
 	s.onClose(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-		defer cancel()
-		if h.Shutdown(ctx) != nil {
+		if h.Shutdown(s.shutdown) != nil {
 			_ = h.Close() // it closes the connections that are still open after the grace period
 		}
 		<-done

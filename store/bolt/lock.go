@@ -22,7 +22,7 @@ func (l *Ledger) acquireLock(timeout time.Duration) (err error) {
 
 // waitLock makes the lock an exclusive one.
 func (l *Ledger) waitLock(timeout time.Duration) error {
-	for end := time.Now().Add(timeout); ; time.Sleep(lockPoll) {
+	for end := time.Now().Add(timeout); ; <-time.After(lockPoll) {
 		err := unix.Flock(int(l.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if !errors.Is(err, unix.EWOULDBLOCK) {
 			return err

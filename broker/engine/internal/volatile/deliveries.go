@@ -98,3 +98,15 @@ func (d *Deliveries) Drop(grants []broker.Grant) {
 		}
 	}
 }
+
+// Waiting returns the grants whose sealed secrets wait to be collected.
+func (d *Deliveries) Waiting() (ids []broker.GrantID) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for id, w := range d.waiting {
+		if w.sealed != nil {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
