@@ -63,6 +63,8 @@ type Grant struct {
 	// NothingMade says that Vault certainly made nothing for the grant. Such a grant is not counted in budgets and
 	// histories once it is CLOSED.
 	NothingMade bool `json:"nothing_made,omitempty"`
+	// Held grants end when no connection of their caller holds them.
+	Held bool `json:"held,omitempty"`
 }
 
 // Ending is the reason why a grant ended.
@@ -74,6 +76,7 @@ const (
 	EndingExpired Ending = "expired" // it expired
 	EndingRevoked Ending = "revoked" // it was fenced
 	EndingFailed  Ending = "failed"  // its secret was never handed over
+	EndingLost    Ending = "lost"    // it was held, and its holder is gone
 )
 
 // Outcome is the proven state of a secret. The zero value means that nothing is proven.

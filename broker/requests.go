@@ -48,6 +48,7 @@ type StepRequest struct {
 	Key        string        // idempotency key, at most 128 bytes; empty: every request is another step
 	TTL        time.Duration // zero: as long as tool, policy and delegation allow
 	Seal       *Seal         // nil: the secret is in the answer
+	Held       bool          // its secret ends when no connection of the caller holds the step any more
 }
 
 // Seal asks the broker to keep a step's secret instead of returning it. The secret stays encrypted to a key until its

@@ -12,6 +12,8 @@ import (
 	"github.com/go-json-experiment/json"
 
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/api/client"
+	"github.com/pawlsec/pawl/broker/backoff"
 )
 
 // Call describes the tool call that a step is for.
@@ -25,6 +27,12 @@ type Call struct {
 	// one step per key and delivers its secret once. A second answer is a *Repeated. At most 128
 	// bytes; empty: no key.
 	IdempotencyKey string
+
+	// Held ends the secret when this process ends, also when it is killed: the broker ends it about two
+	// seconds after the last connection that holds the step is gone, and within 12 s when this machine
+	// vanishes. A broker that restarts gives the step 30 s. A network that fails for longer than 1.5 s
+	// ends the step too.
+	Held bool
 
 	// Seal delivers the secret encrypted to a key, for its collector. The step's own Secret is then
 	// empty. Nil: the secret arrives with the step.
@@ -81,7 +89,7 @@ func (d *Delegation) begin(ctx context.Context, call Call) (*Step, error) {
 	if d.ctx.Err() != nil {
 		return nil, context.Cause(d.ctx)
 	}
-	in := api.StepRequest{Tool: call.Tool, Purpose: call.Purpose, TTLSeconds: seconds(call.TTL)}
+	in := api.StepRequest{Tool: call.Tool, Purpose: call.Purpose, TTLSeconds: seconds(call.TTL), Held: call.Held}
 	if len(call.Args) > 0 {
 		raw, err := json.Marshal(call.Args)
 		if err != nil {
@@ -112,7 +120,27 @@ func (d *Delegation) begin(ctx context.Context, call Call) (*Step, error) {
 		return nil, &Repeated{Grant: g}
 	}
 	d.resetSilence()
-	return d.start(ctx, asked, g, newSecret(out.Secret)), nil
+	s := d.start(ctx, asked, g, newSecret(out.Secret))
+	if call.Held {
+		d.client.background(s.hold)
+	}
+	return s, nil
+}
+
+// hold holds the step at the broker until its context ends. The broker ends each request after some seconds.
+func (s *Step) hold() {
+	path := "/v1/grants/" + segment(s.grant.ID) + "/hold"
+	retry := backoff.Exponential{First: 20 * time.Millisecond, Most: time.Second, Jitter: 0.5}
+	for s.ctx.Err() == nil {
+		err := s.delegation.client.http.Follow(s.ctx, path, func(client.Event) error { retry.Reset(); return nil })
+		if isFinal(err) {
+			s.cancel(err)
+			return
+		}
+		if err != nil {
+			_ = retry.Wait(s.ctx) // the loop ends with its context
+		}
+	}
 }
 
 // start makes the step of an answer. Its deadline counts from before the request. So it is never later

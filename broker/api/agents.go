@@ -63,6 +63,7 @@ type StepRequest struct {
 	Purpose    string         `json:"purpose,omitzero"`     // for the audit log; at most 256 bytes
 	TTLSeconds int64          `json:"ttl_seconds,omitzero"` // the lifetime of the secret; omitted: the longest allowed
 	Seal       *Seal          `json:"seal,omitzero"`        // omitted: the secret is in the answer
+	Held       bool           `json:"held,omitzero"`        // the secret ends 1.5 s after the last GET of /v1/grants/{id}/hold has ended
 }
 
 // Seal asks the broker to keep the secret, encrypted to a key, instead of returning it. One POST to

@@ -48,6 +48,7 @@ var operations = []operation{
 	{"agents", "post", "/v1/delegations/{id}/acknowledge", "Acknowledge a revocation as the holder; allowed under a fence and after the end, and a heartbeat", nil, api.AcknowledgeRequest{}, api.Nothing{}, 200, ""},
 	{"agents", "post", "/v1/grants/{id}/close", "End a step: its secret is revoked", nil, api.Nothing{}, api.Grant{}, 200, ""},
 	{"agents", "post", "/v1/grants/{id}/collect", "Collect a sealed secret, once", nil, api.Nothing{}, api.Collected{}, 200, ""},
+	{"agents", "get", "/v1/grants/{id}/hold", "Hold a step that was taken with held: its secret ends 1.5 s after the last such request has ended", nil, nil, nil, 200, "one comment; the broker ends the request after 10 s, and its client sends another one"},
 	{"agents", "post", "/v1/introspect", "Check whether a token from a step is active (RFC 7662); for any workload that the broker knows", nil, medium(api.FormType), api.Introspection{}, 200, ""},
 	{"agents", "post", "/v1/security-events", "Push a security event token (RFC 8935), if transmitters are configured; its signature authenticates it", nil, securityEvent, medium(""), 202, ""},
 	{"agents", "get", "/v1/status-lists/{backend}", "Read the signed status list that a backend's tokens name (draft-ietf-oauth-status-list), if one is configured; without an identity", nil, nil, medium(api.StatusListType), 200, ""},

@@ -62,6 +62,7 @@ type Engine struct {
 	deliveries volatile.Deliveries
 	turns      volatile.Turns
 	refusals   volatile.Refusals
+	holds      volatile.Holds
 	plans      volatile.Latest[string, planned] // by token
 
 	// expected has the holders that must acknowledge a revocation. The set does not change after the fence.

@@ -97,6 +97,9 @@ func (e *Engine) Issue(ctx context.Context, c broker.Caller, r broker.StepReques
 		e.reaper.EndNow(s.grant)
 		return broker.Issued{}, err
 	}
+	if s.grant.Held {
+		e.holds.Expect(s.grant.ID, holdGrace)
+	}
 	return broker.Issued{Grant: s.grant, Secret: secret}, nil // step 7, by the server; a crash leaves the ISSUED grant
 }
 
@@ -231,7 +234,7 @@ func (s *issue) buildGrant(l records.Lineage, d broker.Decision) error {
 	s.grant = broker.Grant{ID: broker.GrantID(id), Chain: l.Chain.ID, Delegation: l.Leaf().ID, Caller: s.caller.ID,
 		Tool: s.tool.Name, Backend: s.tool.Backend, Narrowing: s.tool.Narrowing, Args: s.request.Args,
 		ArgsDigest: hex.EncodeToString(digest[:]), Purpose: s.request.Purpose, Path: s.tool.Path,
-		State: broker.StateIntent, Created: s.now, Expires: expires, Bundle: s.policy.Digest(), Policies: d.Policies}
+		Held: s.request.Held, State: broker.StateIntent, Created: s.now, Expires: expires, Bundle: s.policy.Digest(), Policies: d.Policies}
 	return nil
 }
 

@@ -41,6 +41,7 @@ func New(cfg Config) (*Engine, error) {
 	e.refusals.Each = cfg.Refusals
 	e.touching.Most, e.plans.Most, e.expected.Most = maxTouches, maxPlans, maxExpected
 	e.index = indexing.Index{Cache: &e.cache, View: e.view, Update: e.update, Now: cfg.Now, Alarm: cfg.Alarm}
+	e.holds.Lost = e.holderLost
 	e.watchdog = volatile.NewWatchdog(cfg.Now, e.missedHeartbeat)
 	e.reaper = closing.New(closing.Config{Vault: cfg.Vault, Backends: cfg.Backends, Now: cfg.Now, Alarm: cfg.Alarm,
 		View: e.view, Update: e.update, Undeliverable: e.undeliverable, Discard: e.deliveries.Drop,
@@ -55,6 +56,7 @@ func New(cfg Config) (*Engine, error) {
 // Engine continues it.
 func (e *Engine) Stop() {
 	e.stop()
+	e.holds.Stop()
 	e.work.Wait()
 }
 
@@ -71,12 +73,16 @@ func (e *Engine) Resume(ctx context.Context) error {
 	var abandoned []broker.Grant
 	var unsettled []broker.Revocation
 	var watching []broker.Delegation
+	var held []broker.GrantID
 	err := e.view(ctx, op, func(tx *records.Tx) error {
-		alive, abandoned, unsettled = nil, nil, nil
+		alive, abandoned, unsettled, held = nil, nil, nil, nil
 		err := tx.EachLiveHead(func(g records.GrantHead) error {
 			lost := g.Sealed != "" && g.Collected.IsZero() // the sealed secret was in the memory of the last process
 			if g.State == broker.StateIssued && g.Ending == "" && !lost {
 				alive = append(alive, closing.Due{At: g.Expires, ID: g.ID, Backend: g.Backend})
+				if g.Held {
+					held = append(held, g.ID)
+				}
 			} else {
 				abandoned = append(abandoned, broker.Grant{ID: g.ID, Backend: g.Backend})
 			}
@@ -105,6 +111,9 @@ func (e *Engine) Resume(ctx context.Context) error {
 		return err
 	}
 	e.reaper.Fill(alive)
+	for _, id := range held {
+		e.holds.Expect(id, resumeGrace)
+	}
 	for _, d := range watching {
 		e.watchdog.Beat(d, e.cfg.Now())
 	}

@@ -28,6 +28,7 @@ func (s *Server) agentRoutes() []route {
 		route{"POST", "/v1/delegations/{id}/acknowledge", nil, forEnding(s, s.acknowledge)},
 		route{"POST", "/v1/grants/{id}/collect", nil, forAgent(s, s.collect)},
 		route{"POST", "/v1/grants/{id}/close", nil, forEnding(s, s.closeGrant)},
+		route{"GET", "/v1/grants/{id}/hold", nil, s.hold},
 		route{"POST", violations, nil, forAgent(s, s.report)},
 	)
 }
@@ -208,7 +209,7 @@ func stepRequest(x *exchange, in api.StepRequest) (r broker.StepRequest, err err
 		}
 		x.note(slog.String("sealed", r.Seal.Thumbprint))
 	}
-	r.Purpose = in.Purpose
+	r.Purpose, r.Held = in.Purpose, in.Held
 	r.TTL, err = seconds("ttl_seconds", in.TTLSeconds)
 	return r, err
 }

@@ -185,6 +185,10 @@ func (f *fake) Collect(_ context.Context, _ broker.Caller, id broker.GrantID) (b
 	return grant(), []byte("a.b.c.d.e"), f.answer(id)
 }
 
+func (f *fake) Hold(_ context.Context, _ broker.Caller, id broker.GrantID) (func(), error) {
+	return func() {}, f.answer(id)
+}
+
 func (f *fake) Report(_ context.Context, _ broker.Caller, r broker.ReportRequest) (broker.Reported, error) {
 	return broker.Reported{Consequence: broker.ConsequenceRevokeChain, Revocation: revocationID}, f.answer(r)
 }

@@ -101,6 +101,7 @@ var matrix = map[string]struct{ anonymous, elsewhere int }{
 	"agents POST /v1/delegations/{id}/acknowledge": {401, 404},
 	"agents POST /v1/grants/{id}/close":            {401, 404},
 	"agents POST /v1/grants/{id}/collect":          {401, 404},
+	"agents GET /v1/grants/{id}/hold":              {401, 404},
 	"agents POST /v1/violations":                   {401, 404},
 	"agents POST /v1/introspect":                   {401, 404},
 	"agents POST /v1/security-events":              {202, 404},

@@ -47,6 +47,7 @@ type Steps interface {
 	Close(context.Context, broker.Caller, broker.GrantID) (broker.Grant, error)
 	Collect(context.Context, broker.Caller, broker.GrantID) (broker.Grant, []byte, error)
 	Report(context.Context, broker.Caller, broker.ReportRequest) (broker.Reported, error)
+	Hold(context.Context, broker.Caller, broker.GrantID) (release func(), err error)
 }
 
 // Watcher notifies of changes. The channel of Watch is closed, or sent on, at the next change of the chain, or of any

@@ -11,6 +11,7 @@ import (
 
 	"github.com/go-json-experiment/json"
 
+	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/api"
 )
 
@@ -143,6 +144,55 @@ func (st *stream) write(text string) error {
 	}
 	if err := st.control.Flush(); err != nil {
 		return fmt.Errorf("%w: %w", errEnded, err)
+	}
+	return nil
+}
+
+// holdTime is the longest time for which one request holds a step. Its client then sends another one. So a client that
+// vanished without closing its connection holds no step for longer than this and the grace.
+const holdTime = 10 * time.Second
+
+// hold holds a step while the request is open. The end of the connection ends the request at once, and the step soon
+// after. The end of this process does not: the client holds the step at the next one.
+func (s *Server) hold(x *exchange) error {
+	if err := checkType[none](x); err != nil {
+		return err
+	}
+	c, err := s.identify(x, s.endings)
+	if err != nil {
+		return err
+	}
+	id, err := pathID(x, "grant", broker.ParseGrantID)
+	if err != nil {
+		return err
+	}
+	leave, ok := s.streams.enter("hold "+c.ID.String(), s.cfg.Limits.Streams)
+	if !ok {
+		return s.limited(LimitStreams, api.CodeTooManyStreams, time.Second, "%d steps of %s are held", s.cfg.Limits.Streams, c.ID)
+	}
+	defer leave()
+	release, err := s.cfg.Broker.Hold(x.Context(), c, id)
+	if err != nil {
+		return err
+	}
+	x.w.Header().Set("Content-Type", "text/event-stream")
+	x.w.WriteHeader(http.StatusOK)
+	st := &stream{x: x, control: http.NewResponseController(x.w)}
+	if err := st.write(": \n\n"); err != nil {
+		release()
+		return nil
+	}
+	end := time.NewTimer(min(holdTime, c.NotAfter.Sub(s.cfg.Now())))
+	defer end.Stop()
+	select {
+	case <-end.C:
+	case <-x.Context().Done():
+	case <-s.closed:
+	}
+	select {
+	case <-s.closed:
+	default:
+		release()
 	}
 	return nil
 }

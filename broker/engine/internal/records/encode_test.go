@@ -59,7 +59,7 @@ func full(t testing.TB) map[string]any {
 			Evidence: []broker.Evidence{{At: moment, Check: "vault: look the lease up", Outcome: broker.OutcomeDead,
 				Answer: "gone", Listed: true}, {At: moment, Check: "ledger", Answer: "no answer"}},
 			ArgsDigest: hex.EncodeToString(digest[:]), Longest: time.Minute, Sealed: "thumbprint", Collector: agent,
-			Collected: moment, NothingMade: true},
+			Collected: moment, Held: true, NothingMade: true},
 		"usage": Usage{Steps: 9, Live: 2, Minute: 1234, InIt: 3,
 			Tools: map[broker.ToolName]broker.Past{"deploy": {Count: 1, First: moment, Last: moment}}},
 		"revocation": broker.Revocation{ID: "rv000000000000000000000001", Selector: "chain:x", Reason: "a reason",
@@ -133,7 +133,7 @@ func checkFull(t *testing.T, name string, v reflect.Value) {
 func TestHead(t *testing.T) {
 	g := full(t)["grant"].(broker.Grant)
 	want := GrantHead{ID: g.ID, State: g.State, Backend: g.Backend, Expires: g.Expires, Ending: g.Ending,
-		Outcome: g.Outcome, Sealed: g.Sealed, Collected: g.Collected}
+		Outcome: g.Outcome, Sealed: g.Sealed, Collected: g.Collected, Held: g.Held}
 	raw, err := encode("grant", g)
 	if err != nil {
 		t.Fatal(err)

@@ -105,6 +105,7 @@ type GrantHead struct {
 
 	Sealed    string    `json:"sealed"`
 	Collected time.Time `json:"collected"`
+	Held      bool      `json:"held"`
 }
 
 // acknowledged is the record of an acknowledgement.

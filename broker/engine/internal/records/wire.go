@@ -237,11 +237,12 @@ type wireGrantHead struct {
 	Outcome   broker.Outcome    `cbor:"6,keyasint,omitempty"`
 	Sealed    string            `cbor:"7,keyasint,omitempty"`
 	Collected stamp             `cbor:"8,keyasint,omitempty"`
+	Held      bool              `cbor:"9,keyasint,omitempty"`
 }
 
 func (w wireGrantHead) head() GrantHead {
 	return GrantHead{ID: w.ID, State: w.State, Backend: w.Backend, Expires: w.Expires.time(), Ending: w.Ending,
-		Outcome: w.Outcome, Sealed: w.Sealed, Collected: w.Collected.time()}
+		Outcome: w.Outcome, Sealed: w.Sealed, Collected: w.Collected.time(), Held: w.Held}
 }
 
 type wireGrant struct {
@@ -273,7 +274,8 @@ type wireGrant struct {
 func grantWire(g broker.Grant) wireGrant {
 	w := wireGrant{
 		wireGrantHead: wireGrantHead{ID: g.ID, Backend: g.Backend, State: g.State, Expires: stampOf(g.Expires),
-			Ending: g.Ending, Outcome: g.Outcome, Sealed: g.Sealed, Collected: stampOf(g.Collected)},
+			Ending: g.Ending, Outcome: g.Outcome, Sealed: g.Sealed, Collected: stampOf(g.Collected),
+			Held: g.Held},
 		Chain: g.Chain, Delegation: g.Delegation, Caller: idText(g.Caller), Tool: g.Tool, Narrowing: g.Narrowing,
 		Purpose: g.Purpose, Path: g.Path.String(), Created: stampOf(g.Created), Bundle: g.Bundle, Policies: g.Policies,
 		Token: handleWire(g.Token), Deadline: stampOf(g.MintDeadline), Fence: fenceWire(g.Fence), Ended: stampOf(g.Ended),
@@ -297,7 +299,7 @@ func (w *wireGrant) grant() (g broker.Grant, err error) {
 		Narrowing: w.Narrowing, Purpose: w.Purpose, State: w.State, Created: w.Created.time(),
 		Expires: w.Expires.time(), Bundle: w.Bundle, Policies: w.Policies, Token: w.Token.handle(),
 		MintDeadline: w.Deadline.time(), Fence: w.Fence.fence(), Ending: w.Ending, Ended: w.Ended.time(), Outcome: w.Outcome,
-		ArgsDigest: w.ArgsDigest, Longest: w.Longest, Sealed: w.Sealed, Collected: w.Collected.time(),
+		ArgsDigest: w.ArgsDigest, Longest: w.Longest, Sealed: w.Sealed, Collected: w.Collected.time(), Held: w.Held,
 		NothingMade: w.Nothing}
 	if w.Path != "" {
 		if g.Path, err = broker.ParseVaultPath(w.Path); err != nil {
