@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"strings"
 	"time"
 
@@ -22,7 +21,7 @@ type stepFlags struct {
 	broker                          agent.Config
 	task, tool, delegation, purpose string
 	args                            []string
-	ttl                             time.Duration
+	ttl, grace                      time.Duration
 	print                           bool
 }
 
@@ -33,8 +32,13 @@ func stepCommand() *cobra.Command {
 		Short: "Take one step and run a command with its secret",
 		Long: "Take one step with the agent's identity from the SPIFFE Workload API. Run the command with the secret in\n" +
 			"its environment (PAWL_SECRET_USERNAME, PAWL_SECRET_PASSWORD, …), and end the secret when the command\n" +
-			"exits. If the chain is revoked, the command is stopped. The exit status is the command's. Without\n" +
-			"--delegation, a new chain is opened for the step.",
+			"exits. Without --delegation, a new chain is opened for the step.\n\n" +
+			"The command has a process group of its own, and gets the signals that pawl gets. If the chain is revoked,\n" +
+			"or the secret expires, the command and everything that it started get TERM, and KILL after --grace. On\n" +
+			"Linux this includes processes that left the group, and the command dies when pawl is killed. The secret\n" +
+			"ends within 2 s when pawl is killed, on every system, and within 12 s when its machine vanishes.\n\n" +
+			"The exit status is the command's; 128+N when signal N ended it; 127 when it was not found, 126 when it\n" +
+			"could not be run. A command that ends because its step ended gives 1.",
 		Example: "  pawl step --tool db.read --arg 'tables:=[\"orders\"]' -- \\\n" +
 			"    sh -c 'psql \"$PAWL_SECRET_URL\" -c \"SELECT * FROM orders\"'",
 		RunE: func(cmd *cobra.Command, command []string) error {
@@ -57,6 +61,7 @@ func stepCommand() *cobra.Command {
 	flags.StringVar(&f.task, "task", "pawl step", "the task of a new chain")
 	flags.StringVar(&f.purpose, "purpose", "", "the purpose of the step, for the audit")
 	flags.DurationVar(&f.ttl, "ttl", 0, "the secret's lifetime; zero: the longest allowed")
+	flags.DurationVar(&f.grace, "grace", 5*time.Second, "the time from TERM to KILL when the step is revoked or has expired")
 	flags.BoolVar(&f.print, "print", false, "print the secret, and end it when standard input closes")
 	return c
 }
@@ -87,12 +92,16 @@ func takeStep(cmd *cobra.Command, f stepFlags, command []string) error {
 	if err != nil {
 		return err
 	}
-	call := agent.Call{Tool: f.tool, Args: args, Purpose: f.purpose, TTL: f.ttl}
+	interrupted := ctx
+	if !f.print {
+		ctx = context.WithoutCancel(ctx) // signals are the command's from here on
+	}
+	call := agent.Call{Tool: f.tool, Args: args, Purpose: f.purpose, TTL: f.ttl, Held: true}
 	return d.Step(ctx, call, func(ctx context.Context, s *agent.Secret) error {
 		if f.print {
-			return printSecret(cmd, s)
+			return printSecret(ctx, cmd, s)
 		}
-		err := runWith(ctx, s, command)
+		err := runWith(ctx, interrupted, s, command, f.grace)
 		if ended := context.Cause(ctx); err != nil && ended != nil {
 			return fmt.Errorf("%s was stopped, because its step ended: %w", command[0], ended)
 		}
@@ -138,22 +147,32 @@ func parseArgs(given []string) (agent.Args, error) {
 	return args, nil
 }
 
-func printSecret(cmd *cobra.Command, s *agent.Secret) error {
+// printSecret returns when standard input or ctx ends.
+func printSecret(ctx context.Context, cmd *cobra.Command, s *agent.Secret) error {
 	raw := s.JSON()
 	defer clear(raw)
 	if _, err := fmt.Fprintf(cmd.OutOrStdout(), "%s\n", raw); err != nil {
 		return err
 	}
-	_, err := io.Copy(io.Discard, cmd.InOrStdin())
-	return err
+	closed := make(chan error, 1)
+	go func() { // it ends with the process: a read of standard input cannot be interrupted
+		_, err := io.Copy(io.Discard, cmd.InOrStdin())
+		closed <- err
+	}()
+	select {
+	case err := <-closed:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // runWith runs the command with the secret's members in its environment. It stops the command when ctx ends,
 // which it does when the step is revoked.
-func runWith(ctx context.Context, s *agent.Secret, command []string) error {
-	run := exec.CommandContext(ctx, command[0], command[1:]...)
-	run.Stdin, run.Stdout, run.Stderr = os.Stdin, os.Stdout, os.Stderr
-	run.Env = os.Environ()
+func runWith(
+	ctx, interrupted context.Context, s *agent.Secret, command []string, grace time.Duration,
+) error {
+	env := os.Environ()
 	var members map[string]json.RawMessage
 	raw := s.JSON()
 	defer clear(raw)
@@ -161,8 +180,8 @@ func runWith(ctx context.Context, s *agent.Secret, command []string) error {
 		return errors.New("the secret is not a JSON object")
 	}
 	for name := range members {
-		run.Env = append(run.Env, "PAWL_SECRET_"+strings.ToUpper(name)+"="+s.Field(name))
+		env = append(env, "PAWL_SECRET_"+strings.ToUpper(name)+"="+s.Field(name))
 	}
-	run.WaitDelay = 5 * time.Second
-	return run.Run()
+	v := supervisor{grace: grace}
+	return v.run(ctx, interrupted, command, env)
 }

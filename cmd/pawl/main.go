@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"os/signal"
 	"strings"
 	"syscall"
@@ -48,8 +47,8 @@ func report(err error) int {
 		return 0
 	}
 	// The command that a step ran has printed its own error.
-	if ran, ok := err.(*exec.ExitError); ok && ran.ExitCode() > 0 { //nolint:errorlint // a wrapped one is printed
-		return ran.ExitCode()
+	if ran, ok := err.(exited); ok { //nolint:errorlint // a wrapped one is printed
+		return ran.status
 	}
 	fmt.Fprintf(os.Stderr, "pawl: error: %s\n", oneLine(err.Error()))
 	var h hinted
@@ -61,8 +60,12 @@ func report(err error) int {
 		fmt.Fprintf(os.Stderr, "pawl: hint: %s\n", oneLine(p.Remedy))
 	}
 	var m misuse
-	if errors.As(err, &m) {
+	var u unstarted
+	switch {
+	case errors.As(err, &m):
 		return 2
+	case errors.As(err, &u):
+		return u.status
 	}
 	return 1
 }
