@@ -83,17 +83,6 @@ func (e *Engine) Collect(ctx context.Context, caller broker.Caller, id broker.Gr
 	return c.grant, sealed, nil
 }
 
-// EndWaiting ends each sealed secret that waits to be collected, before this process ends and loses it. It waits as ctx
-// allows for the proofs that they are dead, and returns their grants.
-//
-// Errors: Unavailable: the end is not recorded, and [Engine.Resume] of the next Engine ends them.
-func (e *Engine) EndWaiting(ctx context.Context) ([]broker.Grant, error) {
-	ended, err := e.reaper.End(ctx, "stop", broker.EndingFailed,
-		"the broker stopped before the sealed secret was collected", e.deliveries.Waiting()...)
-	e.reaper.AwaitClosed(ctx, "stop", ended)
-	return ended, err
-}
-
 const opCollect = "collect"
 
 // collection is one run of [Engine.Collect].

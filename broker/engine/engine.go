@@ -51,18 +51,18 @@ type Config struct {
 
 // Engine runs the procedures. [New] makes one. It is safe for concurrent use.
 type Engine struct {
-	cfg     Config
-	hub     volatile.Hub
-	cache   records.Cache
-	index   indexing.Index
-	reaper  *closing.Reaper
+	cfg    Config
+	hub    volatile.Hub
+	cache  records.Cache
+	index  indexing.Index
+	reaper *closing.Reaper
+	closing.Process
 	sweeper *sweeping.Sweeper
 
 	watchdog   *volatile.Watchdog
 	deliveries volatile.Deliveries
 	turns      volatile.Turns
 	refusals   volatile.Refusals
-	holds      volatile.Holds
 	plans      volatile.Latest[string, planned] // by token
 
 	// expected has the holders that must acknowledge a revocation. The set does not change after the fence.

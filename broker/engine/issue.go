@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/closing"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
@@ -98,7 +99,7 @@ func (e *Engine) Issue(ctx context.Context, c broker.Caller, r broker.StepReques
 		return broker.Issued{}, err
 	}
 	if s.grant.Held {
-		e.holds.Expect(s.grant.ID, holdGrace)
+		e.Holds.Expect(s.grant.ID, closing.HoldGrace)
 	}
 	return broker.Issued{Grant: s.grant, Secret: secret}, nil // step 7, by the server; a crash leaves the ISSUED grant
 }

@@ -41,7 +41,6 @@ func New(cfg Config) (*Engine, error) {
 	e.refusals.Each = cfg.Refusals
 	e.touching.Most, e.plans.Most, e.expected.Most = maxTouches, maxPlans, maxExpected
 	e.index = indexing.Index{Cache: &e.cache, View: e.view, Update: e.update, Now: cfg.Now, Alarm: cfg.Alarm}
-	e.holds.Lost = e.holderLost
 	e.watchdog = volatile.NewWatchdog(cfg.Now, e.missedHeartbeat)
 	e.reaper = closing.New(closing.Config{Vault: cfg.Vault, Backends: cfg.Backends, Now: cfg.Now, Alarm: cfg.Alarm,
 		View: e.view, Update: e.update, Undeliverable: e.undeliverable, Discard: e.deliveries.Drop,
@@ -49,6 +48,7 @@ func New(cfg Config) (*Engine, error) {
 	e.sweeper = sweeping.New(sweeping.Config{Vault: cfg.Vault, Backends: cfg.Backends, Reaper: e.reaper,
 		Policy: cfg.Policy, Now: cfg.Now, Alarm: cfg.Alarm, View: e.view, Update: e.update,
 		Retire: e.index.Retire, MintTimeout: cfg.MintTimeout, MintBound: cfg.MintBound, Every: cfg.SweepEvery})
+	e.Process = closing.Process{Reaper: e.reaper, Holds: closing.NewHolds(e.reaper), Waiting: e.deliveries.Waiting}
 	return e, nil
 }
 
@@ -56,7 +56,7 @@ func New(cfg Config) (*Engine, error) {
 // Engine continues it.
 func (e *Engine) Stop() {
 	e.stop()
-	e.holds.Stop()
+	e.Holds.Stop()
 	e.work.Wait()
 }
 
@@ -112,7 +112,7 @@ func (e *Engine) Resume(ctx context.Context) error {
 	}
 	e.reaper.Fill(alive)
 	for _, id := range held {
-		e.holds.Expect(id, resumeGrace)
+		e.Holds.Expect(id, closing.ResumeGrace)
 	}
 	for _, d := range watching {
 		e.watchdog.Beat(d, e.cfg.Now())

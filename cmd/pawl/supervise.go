@@ -27,7 +27,7 @@ func (e exited) Error() string { return e.how }
 // leaves behind: where the system allows, also of processes that left the group.
 type supervisor struct {
 	grace time.Duration // from TERM to KILL, when the step has ended
-	tty   int           // the terminal whose foreground is given to the command; -1: none
+	tty   int           // the terminal that the command gets the foreground of; -1: none
 
 	leader  int             // the process group, and the id of its leader
 	ended   bool            // the leader has ended

@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// becomeReaper makes this process the parent of every descendant whose own parent ends, as process 1 is anyway. So none
+// becomeReaper makes this process the parent of orphaned descendants, as process 1 is anyway. So none
 // of them leaves its sight, also after setsid.
 func becomeReaper() {
 	_ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) // an old kernel has none: then the group is all that is seen

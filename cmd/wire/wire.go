@@ -145,13 +145,7 @@ func start(
 		return s, err
 	}
 	s.watchCheck(parts.Alarm)
-	wait, cancel := context.WithTimeout(ctx, identityWait)
-	defer cancel()
-	svids.await(wait)
-	select {
-	case <-s.Ledger.Checked():
-	case <-wait.Done():
-	}
+	s.await(ctx, svids)
 	return s, errors.Join(s.startSender(c, svids, parts.Alarm, log), s.startSelfTest(c, parts.Alarm))
 }
 
@@ -172,6 +166,17 @@ func (s *Server) parts(c Config, log *slog.Logger) engine.Config {
 		Now:    time.Now, Random: rand.Reader,
 		MintTimeout: c.Vault.MintTimeout, MintBound: c.Vault.MintBound, SweepEvery: c.SweepEvery,
 		Mints: limits.Mints, WaitingMints: limits.WaitingMints, Refusals: limits.Refusals,
+	}
+}
+
+// await waits for the identity and for the check of the ledger.
+func (s *Server) await(ctx context.Context, svids *svidSource) {
+	wait, cancel := context.WithTimeout(ctx, identityWait)
+	defer cancel()
+	svids.await(wait)
+	select {
+	case <-s.Ledger.Checked():
+	case <-wait.Done():
 	}
 }
 
@@ -334,4 +339,82 @@ func (s *Server) login(c Vault, svids *svidSource, log *slog.Logger, now func() 
 	}
 	s.onClose(client.Close)
 	return client, nil
+}
+
+// enterIssuing lets in a request that gives out authority, unless the ledger was not checked or the broker stops.
+func (s *Server) enterIssuing() (leave func(), err error) {
+	if err := s.checked("issue"); err != nil {
+		return nil, err
+	}
+	return s.gate.enter()
+}
+
+// Drain prepares for [Server.Close]. From its first moment the broker is not ready and refuses to open chains, to
+// delegate and to take steps. Everything else goes on, so fences are taken until Close. Drain waits for the steps that
+// have begun, until their mints have ended or were given up. Then it ends the sealed secrets that were not collected,
+// which live in this process alone. It returns within 12 s.
+func (s *Server) Drain() {
+	inside, idle := s.gate.stop()
+	s.log.Info("stopping: no new steps; steps under way end", "steps", inside)
+	if s.stopSelfTest != nil {
+		s.stopSelfTest()
+	}
+	wait := time.NewTimer(mintWait)
+	defer wait.Stop()
+	select {
+	case <-idle:
+	case <-wait.C:
+		inside, _ = s.gate.stop()
+		s.log.Error("stopping although steps are under way; the next start ends what they made", "steps", inside)
+	}
+	if s.Broker == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), sealedWait)
+	defer cancel()
+	ended, err := s.Broker.EndWaiting(ctx)
+	for _, g := range ended {
+		s.log.Warn("a sealed secret was not collected, and is ended", "grant", g.ID, "chain", g.Chain,
+			"collector", g.Collector.String(), "dead", g.State == broker.StateClosed)
+	}
+	if err != nil {
+		s.log.Error("ending sealed secrets that were not collected; the next start ends them", "error", err)
+	}
+}
+
+// checked returns nil once the ledger's file was checked. Until then, and if the check failed, nothing may be handed out:
+// a fence may be missing.
+func (s *Server) checked(op string) error {
+	select {
+	case <-s.Ledger.Checked():
+	default:
+		return broker.Errorf(broker.Unavailable, op, "the broker has just started and checks its ledger").
+			With(broker.CodeLedgerChecking).After(time.Second)
+	}
+	if err := s.Ledger.Unchecked(); err != nil {
+		return broker.Errorf(broker.Unavailable, op, "the broker's ledger is damaged; operators must replace it").
+			With(broker.CodeIssuingStopped).Because(err).After(time.Minute)
+	}
+	return nil
+}
+
+// watchCheck reports the end of the ledger's check.
+func (s *Server) watchCheck(alarm func(string, error)) {
+	began := time.Now()
+	done := make(chan struct{})
+	stop := make(chan struct{})
+	go func() {
+		defer close(done)
+		select {
+		case <-stop:
+			return
+		case <-s.Ledger.Checked():
+		}
+		if err := s.Ledger.Unchecked(); err != nil {
+			alarm("the ledger failed its check: only fences and endings are taken", err)
+			return
+		}
+		s.log.Info("the ledger was checked", "took", time.Since(began))
+	}()
+	s.onClose(func() { close(stop); <-done })
 }

@@ -29,6 +29,7 @@ import (
 	berrors "go.etcd.io/bbolt/errors"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/store/bolt/internal/journal"
 )
 
 // Config configures a [Ledger].
@@ -82,7 +83,7 @@ type Ledger struct {
 	// Owned by the writer goroutine.
 	head    head
 	reserve reserve
-	journal *journal
+	journal *journal.File
 
 	stopped atomic.Pointer[error] // the reason why nothing is written; nil while the ledger runs
 	full    atomic.Bool           // the reserve was released
@@ -170,7 +171,11 @@ func (l *Ledger) open(timeout time.Duration) (*image, error) {
 			return nil, err
 		}
 	}
-	if err := l.acquireLock(timeout); err != nil {
+	var err error
+	if l.lock, err = os.OpenFile(l.path, os.O_RDWR, 0); err != nil {
+		return nil, err
+	}
+	if err := waitLock(l.lock, timeout); err != nil {
 		return nil, err
 	}
 	info, err := l.lock.Stat()
@@ -188,7 +193,7 @@ func (l *Ledger) open(timeout time.Duration) (*image, error) {
 	if err := im.open(); err != nil {
 		return nil, err
 	}
-	if l.journal, l.pending, err = readJournal(l.path+".pending", im.head); err != nil {
+	if l.journal, l.pending, err = readPending(l.path+".pending", im.head); err != nil {
 		return nil, err
 	}
 	l.head = l.pending.head
@@ -197,7 +202,7 @@ func (l *Ledger) open(timeout time.Duration) (*image, error) {
 	if l.db, err = bbolt.Open(l.path, 0o600, o); err != nil {
 		return nil, err
 	}
-	return im, l.waitLock(timeout) // bbolt has made it a shared one
+	return im, waitLock(l.lock, timeout) // bbolt has made it a shared one
 }
 
 // check is the goroutine that checks the whole file.
@@ -244,7 +249,7 @@ func (l *Ledger) takeIn() error {
 	old := l.db
 	l.db, l.pending = db, nil
 	l.state.Unlock()
-	return errors.Join(old.Close(), l.journal.remove()) // Close waits for its Views
+	return errors.Join(old.Close(), l.journal.Remove()) // Close waits for its Views
 }
 
 // Checked is closed when the check of the whole file has ended. [Ledger.Err] has the outcome.
@@ -352,7 +357,7 @@ func (l *Ledger) release() (err error) {
 		err = l.db.Close()
 	}
 	if l.journal != nil {
-		err = errors.Join(err, l.journal.close())
+		err = errors.Join(err, l.journal.Close())
 	}
 	if l.lock != nil {
 		err = errors.Join(err, l.lock.Close())

@@ -12,18 +12,10 @@ import (
 // lockPoll is the time between two attempts to get the lock.
 const lockPoll = 20 * time.Millisecond
 
-// acquireLock opens the file and locks it against every other process, also one that only reads.
-func (l *Ledger) acquireLock(timeout time.Duration) (err error) {
-	if l.lock, err = os.OpenFile(l.path, os.O_RDWR, 0); err != nil {
-		return err
-	}
-	return l.waitLock(timeout)
-}
-
-// waitLock makes the lock an exclusive one.
-func (l *Ledger) waitLock(timeout time.Duration) error {
+// waitLock locks a file against every other process, also one that only reads.
+func waitLock(f *os.File, timeout time.Duration) error {
 	for end := time.Now().Add(timeout); ; <-time.After(lockPoll) {
-		err := unix.Flock(int(l.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if !errors.Is(err, unix.EWOULDBLOCK) {
 			return err
 		}

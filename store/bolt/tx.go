@@ -2,14 +2,18 @@ package bolt
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"runtime/debug"
 	"slices"
 	"strings"
 
 	"go.etcd.io/bbolt"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/store/bolt/internal/journal"
 )
 
 var (
@@ -317,5 +321,126 @@ func (t *tx) old(key string) (stored []byte, err error) {
 	return stored, t.pending.guard(func() error {
 		stored = bytes.Clone(t.records.Get([]byte(key)))
 		return nil
+	})
+}
+
+// pending has the updates of the time in which the ledger's file is checked. A file that may be damaged is only read:
+// these updates are kept in a file of their own, and written to the ledger when the check has passed. If it fails, they
+// stay there, and the damaged file is left as it is.
+//
+// A pending is immutable. Each commit makes another one, so that a View keeps its snapshot.
+type pending struct {
+	from    head              // of the ledger's file
+	head    head              // with these updates
+	puts    map[string][]byte // in stored form; nil: deleted
+	entries [][]byte          // in stored form, from from.revision+1 on
+}
+
+// clone returns a copy that can be changed.
+func (p *pending) clone() *pending {
+	return &pending{from: p.from, head: p.head, puts: maps.Clone(p.puts), entries: p.entries[:len(p.entries):len(p.entries)]}
+}
+
+// guard runs f, which reads a file that was not checked. A page that leads bbolt out of the file is an error, not the end
+// of the process. For a nil p the check has passed.
+func (p *pending) guard(f func() error) (err error) {
+	if p == nil {
+		return f()
+	}
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("%w: it cannot be read: %v", ErrDamaged, v)
+		}
+	}()
+	return f()
+}
+
+// frame is one commit in the file of pending updates.
+type frame struct {
+	From    []byte   `json:"from"` // the head before it
+	Head    []byte   `json:"head"` // the head after it
+	Puts    []put    `json:"puts"`
+	Entries [][]byte `json:"entries"`
+}
+
+type put struct {
+	Key    []byte `json:"key"`
+	Stored []byte `json:"stored"` // nil: deleted
+}
+
+// readPending returns the updates of an earlier process that never reached the ledger, whose file has the head from.
+func readPending(path string, from head) (*journal.File, *pending, error) {
+	p := &pending{from: from, head: from, puts: map[string][]byte{}}
+	j, records, err := journal.Open(path)
+	if errors.Is(err, journal.ErrDamaged) {
+		err = fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	list := make([]frame, len(records))
+	for i, record := range records {
+		err = errors.Join(err, json.Unmarshal(record, &list[i]))
+	}
+	if n := len(list); n > 0 && bytes.Equal(list[n-1].Head, from.encode()) {
+		list = nil // they were written to the ledger, and the process ended before it removed them
+		j.Reset()
+	}
+	for i := 0; err == nil && i < len(list); i++ {
+		err = p.replay(list[i])
+	}
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("%s: %w", path, err), j.Close())
+	}
+	return j, p, nil
+}
+
+// replay adds a frame that was read.
+func (p *pending) replay(one frame) error {
+	next, err := decodeHead(one.Head)
+	switch {
+	case err != nil:
+		return err
+	case !bytes.Equal(one.From, p.head.encode()):
+		return fmt.Errorf("%w: the updates beside it, such as fences, follow revision %d of another copy; "+
+			"this one has revision %d", ErrDamaged, revisionOf(one.From), p.head.revision)
+	}
+	for _, c := range one.Puts {
+		p.puts[string(c.Key)] = c.Stored
+	}
+	p.entries, p.head = append(p.entries, one.Entries...), next
+	return nil
+}
+
+func revisionOf(encoded []byte) broker.Revision {
+	h, _ := decodeHead(encoded) // zero for one that is damaged
+	return h.revision
+}
+
+// fold writes the pending updates to the ledger in one transaction.
+func (p *pending) fold(db *bbolt.DB) error {
+	if p.head == p.from {
+		return nil
+	}
+	return db.Update(func(btx *bbolt.Tx) error {
+		records, log := btx.Bucket(bucketRecords), btx.Bucket(bucketLog)
+		for key, stored := range p.puts {
+			var err error
+			if stored == nil {
+				err = records.Delete([]byte(key))
+			} else {
+				err = records.Put([]byte(key), stored)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		for i, stored := range p.entries {
+			if err := log.Put(logKey(p.from.revision+broker.Revision(i)+1), stored); err != nil {
+				return err
+			}
+		}
+		return btx.Bucket(bucketMeta).Put(keyHead, p.head.encode())
 	})
 }

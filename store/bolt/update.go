@@ -2,6 +2,7 @@ package bolt
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -13,6 +14,7 @@ import (
 	"go.etcd.io/bbolt"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/store/bolt/internal/journal"
 )
 
 // maxBatch is the limit of updates in one commit.
@@ -243,10 +245,14 @@ func (l *Ledger) commitPending(batch []*request) (ran []*request, err error) {
 	if err := l.fault(beforeCommit); err != nil {
 		return ran, notCommitted(err)
 	}
-	err = l.journal.append(one)
+	record, err := json.Marshal(one)
+	if err != nil {
+		return ran, notCommitted(err)
+	}
+	err = l.journal.Append(record)
 	if err == nil {
 		err = l.fault(afterCommit)
-	} else if !errors.Is(err, errUnsynced) {
+	} else if !errors.Is(err, journal.ErrUnsynced) {
 		return ran, notCommitted(err)
 	}
 	if err != nil { // as for a commit, the next sync would not report it

@@ -209,3 +209,16 @@ func (t *Tx) LiveOrStatic(c broker.ChainID, id broker.GrantID) (live, static boo
 	static, err = t.has(keyStatic(c, id))
 	return false, static, err
 }
+
+// OwnGrant reads the caller's grant into g. A grant of another caller gets the same refusal as one that does not exist.
+func (t *Tx) OwnGrant(op string, c broker.Caller, id broker.GrantID, g *broker.Grant) error {
+	found, ok, err := t.Grant(id)
+	if err != nil {
+		return err
+	}
+	if !ok || found.Caller != c.ID {
+		return UnknownGrant(op)
+	}
+	*g = found
+	return nil
+}
