@@ -131,7 +131,7 @@ func (r *room) enter(raw net.Conn) (c *bound, limit string) {
 		}
 	}
 	if drop == nil && r.handshakes.Len() >= r.limits.Handshakes {
-		limit, drop = LimitHandshakes, idle(&r.handshakes)
+		limit, drop = LimitHandshakes, r.ofACrowd(&r.handshakes)
 	}
 	if drop == nil && strangers >= r.limits.Strangers {
 		if limit, drop = LimitStrangers, r.stranger(); drop == nil {
@@ -204,10 +204,23 @@ func idle(conns *list.List) (oldest *bound) {
 
 // stranger returns a connection without an SVID that may be dropped; nil: there is none.
 func (r *room) stranger() *bound {
-	if c := idle(&r.handshakes); c != nil {
+	if c := r.ofACrowd(&r.handshakes); c != nil {
 		return c
 	}
-	return idle(&r.strangers)
+	return r.ofACrowd(&r.strangers)
+}
+
+// ofACrowd returns the connection of a list without a request under way whose address has the most; of equals the
+// oldest. So a flood from some addresses does not drop a slow handshake from another; nil: there is none.
+func (r *room) ofACrowd(conns *list.List) (drop *bound) {
+	most := 0
+	for e := conns.Front(); e != nil; e = e.Next() {
+		c := e.Value.(*bound)
+		if n := r.holders[c.holder].conns.Len(); n > most && (c.busy.Load() == 0 || conns == &r.handshakes) {
+			most, drop = n, c
+		}
+	}
+	return drop
 }
 
 // ofTheMost returns the oldest idle connection of the holder with the most; nil: each has one, or all are busy.

@@ -262,3 +262,33 @@ func TestUnreadBody(t *testing.T) {
 	}
 	p.until("after the answer", 0, 0)
 }
+
+// TestFloodOfHandshakes fills the handshakes from one address. A slow handshake from another address is not dropped,
+// although it is older.
+func TestFloodOfHandshakes(t *testing.T) {
+	p := newPlace(t, attest.Limits{Handshakes: 5})
+	slow, err := net.Dial("tcp", p.address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer slow.Close()
+	p.until("one handshake", 0, 1)
+	for range 50 {
+		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 1, 1)}}
+		c, err := d.Dial("tcp", p.address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	p.until("a flood", 0, 5)
+	svid, err := p.s.X509SVID(p.s.ID("/agent/a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := tlsconfig.MTLSClientConfig(svid, p.s.Source(p.s.ID("/any")), tlsconfig.AuthorizeAny())
+	c := tls.Client(slow, config)
+	if status, _, err := ask(c, "/"); status != http.StatusOK {
+		t.Errorf("the slow handshake = %d, %v, want 200", status, err)
+	}
+}
