@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -76,7 +77,7 @@ func (s *Server) identify(x *exchange, r *rates) (broker.Caller, error) {
 	}
 	x.caller = c.ID.String()
 	x.note(slog.String("caller", x.caller))
-	if err := s.checkRate(r, x.caller); err != nil {
+	if err := s.checkRate(x.Context(), r, x.caller); err != nil {
 		return c, err
 	}
 	return c, s.checkShare(x, r)
@@ -209,10 +210,14 @@ func (s *Server) beginRead(o broker.Operator) (end func(), err error) {
 }
 
 // checkRate refuses a caller that sends requests too fast.
-func (s *Server) checkRate(r *rates, caller string) error {
+func (s *Server) checkRate(ctx context.Context, r *rates, caller string) error {
 	wait := r.take(caller, s.cfg.Now())
 	if wait <= 0 {
 		return nil
+	}
+	if leave, ok := s.held.enter(caller, maxHeld); ok {
+		hold(ctx)
+		leave()
 	}
 	return s.limited(r.name, api.CodeTooManyRequests, wait, "%s may send %d requests a second", caller, r.limit)
 }

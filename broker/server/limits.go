@@ -3,6 +3,7 @@ package server
 import (
 	"cmp"
 	"container/list"
+	"context"
 	"net/http"
 	"sync"
 	"time"
@@ -41,6 +42,7 @@ const (
 	maxOperatorStreams = 256   // of one operator
 	maxOperatorReads   = 64    // of one operator at a time
 	maxCallers         = 10000 // whose rates are remembered
+	maxHeld            = 1000  // refusals of one caller that are held back
 )
 
 func (l Limits) orDefaults() Limits {
@@ -183,4 +185,17 @@ func (c *counted) enter(holder string, most int) (leave func(), ok bool) {
 			delete(c.counts, holder)
 		}
 	}, true
+}
+
+// holdRefusal is how long the answer to a request beyond the rate is held back, so that a client which asks again at
+// once costs little.
+const holdRefusal = 250 * time.Millisecond
+
+func hold(ctx context.Context) {
+	timer := time.NewTimer(holdRefusal)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
 }

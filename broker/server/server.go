@@ -131,6 +131,7 @@ type Server struct {
 	acts, endings, introspections *rates  // of agents
 	bodies                        bodies  // that are arriving
 	streams                       counted // open ones, by holder
+	held                          counted // refusals that are held back, by caller
 	reads                         counted // of operators, under way
 	limitLog                      rate.Sometimes
 }

@@ -50,7 +50,7 @@ func (b *bench) alone(ctx context.Context, full bool) (took time.Duration, err e
 		return 0, err
 	}
 	w, err := openWorld(ctx, b, dir, dev.Config{MaxConnections: 60,
-		PostgresSettings: map[string]string{"synchronous_commit": "on"}})
+		PostgresSettings: map[string]string{"synchronous_commit": "on"}}, noLimits)
 	defer w.close()
 	if err != nil {
 		return 0, err

@@ -82,5 +82,6 @@ var sections = []section{
 	{"vault-down", true, measureVaultDown},
 	{"dead.many", true, measureDeadMany},
 	{"hostile", true, measureHostile},
+	{"flood", false, measureFlood},
 	{"alone", false, measureAlone},
 }

@@ -8,6 +8,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"os"
 	"os/exec"
@@ -38,6 +39,8 @@ type world struct {
 	broker   *brokerProcess
 	vaultPID int
 	operator *operator.Client
+	listener string      // address of the operators' listener
+	limits   wire.Limits // of the broker
 	admin    vault.Admin
 	direct   *vaultClient // with the root token
 	closers  []func()
@@ -48,12 +51,15 @@ const secretTTL = 14 * time.Minute
 
 func newWorld(ctx context.Context, b *bench) (*world, error) {
 	return openWorld(ctx, b, b.dir, dev.Config{MaxConnections: 1300,
-		PostgresSettings: map[string]string{"max_prepared_transactions": "5"}})
+		PostgresSettings: map[string]string{"max_prepared_transactions": "5"}}, noLimits)
 }
 
+// noLimits are for the measurements of one agent's speed.
+var noLimits = wire.Limits{Requests: 1_000_000, Streams: 1_000_000, LedgerPerDay: 1 << 50, Connections: 10_000, Refusals: 1_000_000}
+
 // openWorld starts the servers as in the configuration, and the broker with its files in dir.
-func openWorld(ctx context.Context, b *bench, dir string, c dev.Config) (w *world, err error) {
-	w = &world{program: filepath.Join(b.root, "build", "pawl")}
+func openWorld(ctx context.Context, b *bench, dir string, c dev.Config, limits wire.Limits) (w *world, err error) {
+	w = &world{program: filepath.Join(b.root, "build", "pawl"), limits: limits}
 	defer func() {
 		if err != nil {
 			w.close()
@@ -161,7 +167,14 @@ func (w *world) configure(ctx context.Context, dir string) error {
 	}
 	c := w.env.Config
 	c.Policy = wire.Policy{Bundle: filepath.Join(dir, "policy.jws"), Keys: filepath.Join(dir, "keys.json")}
-	c.Ledger = filepath.Join(dir, "ledger.db")
+	c.Ledger, c.Limits = filepath.Join(dir, "ledger.db"), w.limits
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	w.listener = free.Addr().String()
+	c.Listen.Operators = w.listener
+	_ = free.Close() // the broker takes it
 	w.config = filepath.Join(dir, "pawl.yaml")
 	raw, err := yaml.Marshal(c)
 	if err != nil {
