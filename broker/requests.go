@@ -1,6 +1,8 @@
 package broker
 
 import (
+	"fmt"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -109,6 +111,20 @@ type Adoption struct {
 // Operator is a person or system that may read and revoke. The operators' listener authenticates it. Every procedure
 // refuses the zero Operator.
 type Operator struct{ Name string }
+
+// localOperator begins the names of the operators at the local socket.
+const localOperator = "local:"
+
+// LocalOperator is a user of the broker's machine at the local socket.
+func LocalOperator(uid uint32) Operator {
+	return Operator{Name: fmt.Sprintf("%suid=%d", localOperator, uid)}
+}
+
+// SamePerson reports whether two operators, by their names, count as one person. The users of the local socket do: the
+// one who is root there is also each other user.
+func SamePerson(a, b string) bool {
+	return a == b || strings.HasPrefix(a, localOperator) && strings.HasPrefix(b, localOperator)
+}
 
 // Check refuses the zero Operator.
 func (o Operator) Check(op string) error {

@@ -58,19 +58,21 @@ type Revocation struct {
 	Freeze    bool         `json:"freeze,omitempty"`
 	Lifted    bool         `json:"lifted,omitempty"`    // the freeze was lifted
 	Unfreezer string       `json:"unfreezer,omitempty"` // the first operator who asked to lift it
-	Chain     ChainID      `json:"chain,omitempty"`     // of Node or Grant
-	Node      DelegationID `json:"node,omitempty"`      // the fence is on this node
-	Grant     GrantID      `json:"grant,omitempty"`     // or on this grant; without either it is a rule
-	Asked     time.Time    `json:"asked"`
-	Fenced    time.Time    `json:"fenced"`   // nothing is handed out after this
-	Revision  Revision     `json:"revision"` // of the fence
-	Closure   Closure      `json:"closure"`
-	Repeated  bool         `json:"-"`       // an earlier command is in force, and this one changed nothing
-	Dead      int          `json:"dead"`    // of Grants: proven dead
-	Alive     int          `json:"alive"`   // of Grants: shown to work still, statics included
-	Unknown   int          `json:"unknown"` // of Grants: not proven either way
-	Static    int          `json:"static"`  // of Alive: can only be rotated
-	Tokens    int          `json:"tokens"`  // delegation tokens that are not shown to be revoked yet
+	// LiftedAlone: root lifted it on a stopped broker, without a second person, for this reason. Empty: not so.
+	LiftedAlone string       `json:"lifted_alone,omitempty"`
+	Chain       ChainID      `json:"chain,omitempty"` // of Node or Grant
+	Node        DelegationID `json:"node,omitempty"`  // the fence is on this node
+	Grant       GrantID      `json:"grant,omitempty"` // or on this grant; without either it is a rule
+	Asked       time.Time    `json:"asked"`
+	Fenced      time.Time    `json:"fenced"`   // nothing is handed out after this
+	Revision    Revision     `json:"revision"` // of the fence
+	Closure     Closure      `json:"closure"`
+	Repeated    bool         `json:"-"`       // an earlier command is in force, and this one changed nothing
+	Dead        int          `json:"dead"`    // of Grants: proven dead
+	Alive       int          `json:"alive"`   // of Grants: shown to work still, statics included
+	Unknown     int          `json:"unknown"` // of Grants: not proven either way
+	Static      int          `json:"static"`  // of Alive: can only be rotated
+	Tokens      int          `json:"tokens"`  // delegation tokens that are not shown to be revoked yet
 
 	// Settled is when Closure became CLOSED, or became final because only statics are left. It is zero again when a
 	// secret is found to work that was proven dead.
@@ -81,6 +83,8 @@ type Revocation struct {
 
 	// Grants counts the grants that were not closed when it was fenced, and the static secrets handed out before.
 	Grants int `json:"grants"`
+	// Uncounted: the grants are not counted yet, and the counts are zero. Those of a freeze never are.
+	Uncounted bool `json:"uncounted,omitempty"`
 
 	// Unswept: a mint was in flight at the fence, and the sweep for its orphans has not finished.
 	Unswept bool `json:"unswept,omitempty"`

@@ -43,3 +43,11 @@ type Event struct {
 	Opener     spiffeid.ID // of the revocation's chain; zero for a rule
 	Tally      Tally       // of a closure: as of the entry
 }
+
+// Condition is something that is wrong with the running broker, as its health endpoints, metrics and `pawl doctor` name it.
+type Condition struct {
+	Part   string // "identity", "vault", or "tool " and a name
+	Code   Code   // a fixed word
+	Text   string // for operators
+	Blocks bool   // nothing is issued
+}

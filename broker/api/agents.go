@@ -181,9 +181,10 @@ type Introspection struct {
 	ID       string `json:"jti,omitzero"` // the grant's id
 }
 
-// Health is the answer of /healthz.
+// Health is the answer of /livez, /readyz and /healthz.
 type Health struct {
-	Status string `json:"status"` // always "ok"; a failure is a problem
+	Status     string      `json:"status"`              // always "ok"; a failure is a problem
+	Conditions []Condition `json:"conditions,omitzero"` // the faults
 }
 
 // The names of events on streams, each with the type of its data.

@@ -72,7 +72,9 @@ var operations = []operation{
 	{"operators", "get", "/metrics", "Read the broker's metrics, in the format of Prometheus", nil, nil, medium(api.MetricsType), 200, ""},
 
 	{"both", "get", "/v1/openapi.json", "Read this document", nil, nil, nil, 200, ""},
-	{"both", "get", "/healthz", "Check whether the broker can answer requests", nil, nil, api.Health{}, 200, ""},
+	{"both", "get", "/livez", "Check whether the broker runs: it fences and revokes also while it cannot issue", nil, nil, api.Health{}, 200, ""},
+	{"both", "get", "/readyz", "Check whether the broker can issue", nil, nil, api.Health{}, 200, ""},
+	{"both", "get", "/healthz", "The same as /readyz", nil, nil, api.Health{}, 200, ""},
 }
 
 var (

@@ -145,29 +145,35 @@ type RevokeRequest struct {
 // Revocation is one revocation and its progress, and the data of a "revocation" event. Fenced and dead are different:
 // from Fenced on nothing is handed out, and Dead counts the secrets shown not to work.
 type Revocation struct {
-	ID        string    `json:"id"`
-	Selector  string    `json:"selector"`
-	Reason    string    `json:"reason"`
-	By        string    `json:"by"`
-	Freeze    bool      `json:"freeze,omitzero"`
-	Unfreezer string    `json:"unfreezer,omitzero"` // the first operator who asked to lift the freeze
-	Lifted    bool      `json:"lifted,omitzero"`    // the freeze was lifted
-	Asked     time.Time `json:"asked"`
-	Fenced    time.Time `json:"fenced"`
-	Revision  uint64    `json:"revision"`            // of the fence in the ledger
-	Settled   time.Time `json:"settled,omitzero"`    // the closure is final since then, unless a failover of a target brings a secret back
-	Closure   string    `json:"closure"`             // "CLOSED", "PARTIAL" or "UNKNOWN"
-	Grants    int       `json:"grants"`              // not ended at the fence, and static secrets handed out before it
-	Dead      int       `json:"dead"`                // of these, proven dead
-	Alive     int       `json:"alive"`               // of these, shown to work, including static ones
-	Unknown   int       `json:"unknown"`             // of these, not proven either way
-	Static    int       `json:"static"`              // of those alive, secrets that can only be rotated
-	Tokens    int       `json:"tokens"`              // delegation tokens not yet confirmed revoked
-	LatestEnd time.Time `json:"latest_end,omitzero"` // the remaining secrets expire by then; omitted: none remain, or some never expire
+	ID        string `json:"id"`
+	Selector  string `json:"selector"`
+	Reason    string `json:"reason"`
+	By        string `json:"by"`
+	Freeze    bool   `json:"freeze,omitzero"`
+	Unfreezer string `json:"unfreezer,omitzero"` // the first operator who asked to lift the freeze
+	Lifted    bool   `json:"lifted,omitzero"`    // the freeze was lifted
+	// root lifted the freeze on a stopped broker, without a second person, for this reason
+	LiftedAlone string    `json:"lifted_alone,omitzero"`
+	Asked       time.Time `json:"asked"`
+	Fenced      time.Time `json:"fenced"`
+	Revision    uint64    `json:"revision"`            // of the fence in the ledger
+	Settled     time.Time `json:"settled,omitzero"`    // the closure is final since then, unless a failover of a target brings a secret back
+	Closure     string    `json:"closure"`             // "CLOSED", "PARTIAL" or "UNKNOWN"
+	Grants      int       `json:"grants"`              // not ended at the fence, and static secrets handed out before it
+	Dead        int       `json:"dead"`                // of these, proven dead
+	Alive       int       `json:"alive"`               // of these, shown to work, including static ones
+	Unknown     int       `json:"unknown"`             // of these, not proven either way
+	Static      int       `json:"static"`              // of those alive, secrets that can only be rotated
+	Tokens      int       `json:"tokens"`              // delegation tokens not yet confirmed revoked
+	Uncounted   bool      `json:"uncounted,omitzero"`  // the grants are not counted yet, and the counts are zero; those of a freeze never are
+	LatestEnd   time.Time `json:"latest_end,omitzero"` // the remaining secrets expire by then; omitted: none remain, or some never expire
 
 	Unswept       bool `json:"unswept,omitzero"`        // a mint was in progress at the fence, and the sweep for its possible leftovers has not ended
 	CoversNothing bool `json:"covers_nothing,omitzero"` // a rule that covered nothing when it was written; later requests may match it
 	Repeated      bool `json:"repeated,omitzero"`       // in the answer to a command: the same revocation already existed, as shown here, and the command changed nothing
+
+	// in the answer to a freeze: no two people can lift it, and what makes that possible
+	Warning string `json:"warning,omitzero"`
 
 	Acknowledged *Acknowledged `json:"acknowledged,omitzero"` // acknowledgements by holders; not in lists, and omitted if no holder had to be notified
 	Waiting      *Waiting      `json:"waiting,omitzero"`      // the grants for which it waits; not in lists, and omitted once it is settled

@@ -29,7 +29,17 @@ type Problem struct {
 	Revocation   string   `json:"revocation,omitzero"`     // id of the revocation that the request caused
 	Request      string   `json:"request,omitzero"`        // id of the request, and of its decision, in the broker's log
 
+	Conditions []Condition `json:"conditions,omitzero"` // of a health endpoint: the faults
+
 	cause error
+}
+
+// Condition is something that is wrong with the broker.
+type Condition struct {
+	Part   string `json:"part"`            // "identity", "vault", or "tool " and a name
+	Code   Code   `json:"code"`            // a fixed word, as in the metric pawl_condition
+	Detail string `json:"detail,omitzero"` // for operators only
+	Blocks bool   `json:"blocks"`          // nothing is issued
 }
 
 // NewProblem returns the problem for a code. An unknown code is kept, with the defaults of its kind.

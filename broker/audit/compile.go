@@ -14,6 +14,7 @@ import (
 // safe for concurrent use.
 type Source interface {
 	Revocation(context.Context, broker.RevocationID) (broker.Revocation, error)
+	Revocations(context.Context, broker.Page) (list []broker.Revocation, next string, err error)
 	Acknowledgements(context.Context, broker.RevocationID) ([]broker.Acknowledgement, error)
 	Chains(ctx context.Context, all bool, p broker.Page) (list []broker.ChainSummary, next string, err error)
 	Chain(context.Context, broker.ChainID, broker.Page) (broker.ChainView, error)
@@ -37,7 +38,7 @@ func Compile(ctx context.Context, src Source, log func(after broker.Revision) Lo
 	c := compiler{ctx: ctx, src: src, now: now, covers: covers, holders: map[string]bool{}, seen: map[broker.ChainID]bool{},
 		issued: map[broker.GrantID]broker.Revision{},
 		report: Report{Version: 1, Made: now.UTC(), Revocation: rv, Window: Window{Fenced: rv.Fenced}, Residual: Residual{Tokens: rv.Tokens}}}
-	for _, step := range []func() error{c.acknowledged, c.affected, func() error { return c.rule(log) }, c.nearby} {
+	for _, step := range []func() error{c.acknowledged, c.lifted, c.affected, func() error { return c.rule(log) }, c.nearby} {
 		if err := step(); err != nil {
 			return Report{}, err
 		}
@@ -69,6 +70,19 @@ func (c *compiler) acknowledged() error {
 	}
 	c.report.Agents = list
 	return err
+}
+
+// lifted names the freezes that one person lifted: whoever reads a report should know that it happened here.
+func (c *compiler) lifted() error {
+	return broker.EachPage(func(p broker.Page) (string, error) {
+		list, next, err := c.src.Revocations(c.ctx, p)
+		for _, rv := range list {
+			if rv.LiftedAlone != "" {
+				c.report.LiftedAlone = append(c.report.LiftedAlone, Lifted{Revocation: rv.ID, At: rv.Settled, Reason: rv.LiftedAlone})
+			}
+		}
+		return next, err
+	})
 }
 
 // affected reads the chains that the revocation can cover.
@@ -339,6 +353,9 @@ func (r *Report) utc() {
 	}
 	for i := range r.Timeline {
 		times = append(times, &r.Timeline[i].At)
+	}
+	for i := range r.LiftedAlone {
+		times = append(times, &r.LiftedAlone[i].At)
 	}
 	for i := range r.Agents {
 		times = append(times, &r.Agents[i].At)

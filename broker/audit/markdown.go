@@ -62,6 +62,9 @@ func (p *page) fenced(r Report) {
 	p.line("- Reason: %s", code(rv.Reason))
 	p.line("- Requested: %s", at(rv.Asked))
 	p.line("- Fenced: %s, revision %d. Nothing was handed out under it after that.", at(rv.Fenced), rv.Revision)
+	for _, l := range r.LiftedAlone {
+		p.line("- **One person lifted freeze %s**, on a stopped broker at %s: %s", l.Revocation, at(l.At), code(l.Reason))
+	}
 	for _, c := range r.Chains {
 		p.line("- Chain %s: %s, opened by %s at %s; %d delegations and %d grants in scope", c.ID, code(c.Task), code(c.Opener), at(c.Opened), c.Delegations, c.Grants)
 	}
@@ -75,6 +78,10 @@ func (p *page) dead(r Report) {
 		return
 	}
 	p.line("- Closure: **%s**", rv.Closure)
+	if rv.Uncounted {
+		p.line("- Its grants were not counted yet when this report was made")
+		return
+	}
 	p.line("- Grants that had not ended at the fence: %d", rv.Grants)
 	p.line("- Proven dead: %d", rv.Dead)
 	p.line("- Shown to be alive: %d, of which only rotation ends %d", rv.Alive, rv.Static)

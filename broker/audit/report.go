@@ -32,17 +32,25 @@ type Report struct {
 	Made       time.Time         `json:"made"`
 	Revocation broker.Revocation `json:"revocation"`
 
-	Chains        []Chain                  `json:"chains"`               // with something in scope
-	Timeline      []broker.Entry           `json:"timeline"`             // the decisions and their consequences; the progress of single grants is in Grants
-	TimelineMore  int                      `json:"timeline_more"`        // entries left out, the latest of the timeline
-	Grants        []Grant                  `json:"grants"`               // in scope, those that may still work first
-	GrantsMore    int                      `json:"grants_more"`          // left out
-	Agents        []broker.Acknowledgement `json:"agents,omitzero"`      // the holders notified, and when they acknowledged; not part of the closure
-	AgentsMore    int                      `json:"agents_more,omitzero"` // left out, after the holders without an acknowledgement
-	Window        Window                   `json:"window"`               // between the breach and the fence
-	Residual      Residual                 `json:"residual"`             // the remaining risk
-	Untouched     []Untouched              `json:"untouched"`            // close to it and not revoked
-	UntouchedMore int                      `json:"untouched_unseen"`     // open chains that were not searched for these
+	Chains        []Chain                  `json:"chains"`                // with something in scope
+	Timeline      []broker.Entry           `json:"timeline"`              // the decisions and their consequences; the progress of single grants is in Grants
+	TimelineMore  int                      `json:"timeline_more"`         // entries left out, the latest of the timeline
+	Grants        []Grant                  `json:"grants"`                // in scope, those that may still work first
+	GrantsMore    int                      `json:"grants_more"`           // left out
+	Agents        []broker.Acknowledgement `json:"agents,omitzero"`       // the holders notified, and when they acknowledged; not part of the closure
+	AgentsMore    int                      `json:"agents_more,omitzero"`  // left out, after the holders without an acknowledgement
+	Window        Window                   `json:"window"`                // between the breach and the fence
+	Residual      Residual                 `json:"residual"`              // the remaining risk
+	Untouched     []Untouched              `json:"untouched"`             // close to it and not revoked
+	UntouchedMore int                      `json:"untouched_unseen"`      // open chains that were not searched for these
+	LiftedAlone   []Lifted                 `json:"lifted_alone,omitzero"` // every freeze of this broker that root lifted without a second person
+}
+
+// Lifted is a freeze that root lifted on a stopped broker, without a second person.
+type Lifted struct {
+	Revocation broker.RevocationID `json:"revocation"`
+	At         time.Time           `json:"at"`
+	Reason     string              `json:"reason"`
 }
 
 // Chain is a chain with something in the revocation's scope.

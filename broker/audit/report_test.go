@@ -259,6 +259,10 @@ type fixed struct {
 	acks []broker.Acknowledgement
 }
 
+func (f fixed) Revocations(context.Context, broker.Page) ([]broker.Revocation, string, error) {
+	return nil, "", nil
+}
+
 func (f fixed) Revocation(context.Context, broker.RevocationID) (broker.Revocation, error) {
 	return f.rv, nil
 }

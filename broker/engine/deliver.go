@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"fmt"
+	"strings"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/engine/internal/closing"
@@ -52,7 +53,7 @@ func (e *Engine) MarkDelivered(ctx context.Context, subscriber string, upto brok
 // Errors: Unavailable.
 func (e *Engine) Event(ctx context.Context, entry broker.Entry) (ev broker.Event, ok bool, err error) {
 	switch {
-	case entry.Op == broker.OpUnfreeze && entry.Detail != unfreezeLifted:
+	case entry.Op == broker.OpUnfreeze && !strings.HasPrefix(entry.Detail, unfreezeLifted):
 		return broker.Event{}, false, nil
 	case entry.Op != broker.OpFence && entry.Op != broker.OpFreeze && entry.Op != broker.OpUnfreeze &&
 		entry.Op != broker.OpClosure:

@@ -40,7 +40,7 @@ func (e *Engine) fence(tx *records.Tx, f fencing) (broker.Revocation, error) {
 		return broker.Revocation{}, err
 	}
 	rv := broker.Revocation{ID: broker.RevocationID(id), Selector: f.selector, Reason: f.reason, By: f.by,
-		Freeze: f.freeze, Asked: f.now, Fenced: f.now, Closure: broker.ClosureUnknown, Grants: -1}
+		Freeze: f.freeze, Asked: f.now, Fenced: f.now, Closure: broker.ClosureUnknown, Uncounted: true}
 	op := broker.OpFence
 	if f.freeze {
 		op = broker.OpFreeze

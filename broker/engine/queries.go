@@ -54,8 +54,7 @@ func (e *Engine) Revocation(ctx context.Context, id broker.RevocationID) (rv bro
 		if rv, ok, err = tx.Revocation(id); err != nil || !ok {
 			return orNotFound(err, records.UnknownRevocation("revocation"))
 		}
-		if rv.Grants >= 0 || rv.Freeze {
-			rv.Grants = max(rv.Grants, 0)
+		if !rv.Uncounted || rv.Freeze {
 			return nil
 		}
 		left, _, err := tx.Under(rv) // step 6 has not recorded counts yet

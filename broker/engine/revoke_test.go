@@ -339,6 +339,36 @@ func TestFreezeAndUnfreeze(t *testing.T) {
 	}
 }
 
+// TestUnfreezeCountsPeople asks twice to lift a freeze. The users of the local socket are one person.
+func TestUnfreezeCountsPeople(t *testing.T) {
+	for _, row := range []struct {
+		first, second string
+		lifted        bool
+	}{
+		{"local:uid=0", "local:uid=0", false},
+		{"local:uid=1000", "local:uid=0", false}, // root can become the broker's user
+		{"local:uid=0", "local:uid=1000", false},
+		{"local:uid=0", "spiffe://example.org/ann", true},
+		{"spiffe://example.org/ann", "local:uid=0", true},
+		{"spiffe://example.org/ann", "spiffe://example.org/ann", false},
+		{"spiffe://example.org/ann", "spiffe://example.org/ben", true},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t)
+			root := w.open("root", broker.OpenRequest{})
+			rv, err := w.tryRevoke(true, "chain:%s", root.Chain)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = w.Unfreeze(ctx, broker.Operator{Name: row.first}, rv.ID)
+			refused(t, "Unfreeze by "+row.first, err, broker.Denied, broker.CodeSecondPerson)
+			if _, err = w.Unfreeze(ctx, broker.Operator{Name: row.second}, rv.ID); (err == nil) != row.lifted {
+				t.Errorf("Unfreeze by %s and %s = %v, want lifted %v", row.first, row.second, err, row.lifted)
+			}
+		})
+	}
+}
+
 // TestRevokingAFrozenNodeIsFinal holds that lifting a freeze does not lift a later revocation of the same node.
 func TestRevokingAFrozenNodeIsFinal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net/http"
 	"slices"
@@ -18,7 +19,7 @@ import (
 const violations = "/v1/violations"
 
 func (s *Server) agentRoutes() []route {
-	return append(slices.Concat(s.commonRoutes(), s.signalRoutes(), s.introspectRoute(), s.statusListRoute()),
+	return append(slices.Concat(s.commonRoutes(func(*exchange) bool { return false }), s.signalRoutes(), s.introspectRoute(), s.statusListRoute()),
 		route{"POST", "/v1/chains", nil, forAgent(s, whileIssuing(s, s.openChain))},
 		route{"GET", "/v1/delegations/{id}", nil, forAgent(s, s.standing)},
 		route{"POST", "/v1/delegations/{id}/delegate", nil, forAgent(s, whileIssuing(s, s.delegate))},
@@ -47,19 +48,45 @@ func whileIssuing[In any](
 	}
 }
 
-// commonRoutes are on both listeners and require no identity.
-func (s *Server) commonRoutes() []route {
+// commonRoutes are on both listeners and require no identity. known authenticates an operator.
+func (s *Server) commonRoutes(known func(*exchange) bool) []route {
 	return []route{
 		{"GET", "/v1/openapi.json", nil, func(x *exchange) error {
 			x.w.Header().Set("Content-Type", "application/json")
 			return x.write(http.StatusOK, api.OpenAPI)
 		}},
-		{"GET", "/healthz", nil, func(x *exchange) error {
-			if err := s.cfg.Ready(); err != nil {
-				return api.NewProblem(api.KindUnavailable, api.Code(broker.CodeIssuingStopped), "").Because(err)
+		{"GET", "/livez", nil, s.health(known, false)},
+		{"GET", "/readyz", nil, s.health(known, true)},
+		{"GET", "/healthz", nil, s.health(known, true)},
+	}
+}
+
+// health answers a probe. A broker that cannot issue still fences and revokes: it lives, and is not ready. The texts of
+// conditions name policies and addresses, so that only an operator gets them.
+func (s *Server) health(known func(*exchange) bool, readiness bool) endpoint {
+	return func(x *exchange) error {
+		found := s.cfg.Conditions()
+		detailed := len(found) > 0 && known(x)
+		var list []api.Condition
+		var blocking []error
+		for _, c := range found {
+			wire := api.Condition{Part: c.Part, Code: api.Code(c.Code), Blocks: c.Blocks}
+			if detailed {
+				wire.Detail = c.Text
 			}
-			return reply(s, x, func(none) (answer, error) { return answer{status: http.StatusOK, body: api.Health{Status: "ok"}}, nil })
-		}},
+			list = append(list, wire)
+			if c.Blocks {
+				blocking = append(blocking, errors.New(c.Text))
+			}
+		}
+		if readiness && len(blocking) > 0 {
+			p := api.NewProblem(api.KindUnavailable, api.Code(broker.CodeIssuingStopped), "").Because(errors.Join(blocking...))
+			p.Conditions = list
+			return p
+		}
+		return reply(s, x, func(none) (answer, error) {
+			return answer{status: http.StatusOK, body: api.Health{Status: "ok", Conditions: list}}, nil
+		})
 	}
 }
 

@@ -362,24 +362,63 @@ func TestNew(t *testing.T) {
 
 func TestHealthAndMetrics(t *testing.T) {
 	r := newRig(t, func(c *server.Config) { c.Metrics = nil })
-	if w := r.ask("agents", "GET", "/healthz", "", "Test-Identity: "); w.Code != http.StatusOK {
-		t.Errorf("GET /healthz = %d, want 200", w.Code)
+	for _, path := range []string{"/livez", "/readyz", "/healthz"} {
+		if w := r.ask("agents", "GET", path, "", "Test-Identity: "); w.Code != http.StatusOK || w.Body.String() != `{"status":"ok"}` {
+			t.Errorf("GET %s = %d %s, want 200", path, w.Code, w.Body)
+		}
 	}
 	if w := r.ask("operators", "GET", "/metrics", ""); w.Code != http.StatusNotFound {
 		t.Errorf("GET /metrics without Config.Metrics = %d, want 404", w.Code)
 	}
 	r = newRig(t, func(c *server.Config) {
-		c.Ready = func() error { return errors.New("inside-marker") }
 		c.Metrics = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "pawl_up 1") })
 	})
-	w := r.ask("agents", "GET", "/healthz", "")
-	if p := problem(t, w); p.Code != "issuing_stopped" || strings.Contains(w.Body.String(), "inside-marker") {
-		t.Errorf("GET /healthz when not ready = %+v, want issuing_stopped", p)
-	}
 	if w := r.ask("operators", "GET", "/metrics", ""); w.Body.String() != "pawl_up 1" {
 		t.Errorf("GET /metrics = %q, want the handler's answer", w.Body)
 	}
 	if w := r.ask("operators", "GET", "/metrics", "", "Test-Identity: "); w.Code != http.StatusUnauthorized {
 		t.Errorf("GET /metrics without identity = %d, want 401", w.Code)
+	}
+}
+
+// TestHealthNamesConditions asks each health endpoint of a broker with conditions, with an identity and without one. The
+// details are for operators.
+func TestHealthNamesConditions(t *testing.T) {
+	for _, row := range []struct {
+		blocks               bool
+		listener, path, with string
+		status               int
+		named, detailed      bool
+	}{
+		{true, "operators", "/readyz", "x", 503, true, true},
+		{true, "operators", "/healthz", "x", 503, true, true},
+		{true, "operators", "/livez", "x", 200, true, true},
+		{true, "operators", "/readyz", "", 503, true, false},
+		{true, "agents", "/readyz", "x", 503, true, false},
+		{true, "agents", "/readyz", "", 503, true, false},
+		{true, "agents", "/livez", "", 200, true, false},
+		{false, "operators", "/readyz", "x", 200, true, true},
+		{false, "agents", "/readyz", "", 200, true, false},
+	} {
+		r := newRig(t, func(c *server.Config) {
+			c.Conditions = func() []broker.Condition {
+				return []broker.Condition{{Part: "vault", Code: "vault_sealed", Text: "inside-marker", Blocks: row.blocks}}
+			}
+		})
+		var headers []string
+		if row.with == "" {
+			headers = append(headers, "Test-Identity: ")
+		}
+		w := r.ask(row.listener, "GET", row.path, "", headers...)
+		body := w.Body.String()
+		if w.Code != row.status || strings.Contains(body, "vault_sealed") != row.named ||
+			strings.Contains(body, "inside-marker") != row.detailed {
+			t.Errorf("%+v = %d %s", row, w.Code, body)
+		}
+		if row.status == http.StatusServiceUnavailable {
+			if p := problem(t, w); p.Code != "issuing_stopped" || len(p.Conditions) != 1 || !p.Conditions[0].Blocks {
+				t.Errorf("%+v: %+v, want issuing_stopped with the condition", row, p)
+			}
+		}
 	}
 }

@@ -107,6 +107,8 @@ var matrix = map[string]struct{ anonymous, elsewhere int }{
 	"agents POST /v1/security-events":              {202, 404},
 	"agents GET /v1/status-lists/{backend}":        {200, 404},
 	"agents GET /v1/openapi.json":                  {200, 200},
+	"agents GET /livez":                            {200, 200},
+	"agents GET /readyz":                           {200, 200},
 	"agents GET /healthz":                          {200, 200},
 	"operators GET /v1/chains":                     {401, 405},
 	"operators GET /v1/chains/{id}":                {401, 404},
@@ -125,6 +127,8 @@ var matrix = map[string]struct{ anonymous, elsewhere int }{
 	"operators GET /v1/revocations/{id}/report":    {401, 404},
 	"operators GET /metrics":                       {401, 404},
 	"operators GET /v1/openapi.json":               {200, 200},
+	"operators GET /livez":                         {200, 200},
+	"operators GET /readyz":                        {200, 200},
 	"operators GET /healthz":                       {200, 200},
 }
 
@@ -293,6 +297,9 @@ func (d document) check(s schema, raw jsontext.Value, at string) (faults []strin
 
 // absent lists the members that the objects of the fake do not have.
 var absent = map[string]bool{
+	"Revocation.lifted_alone": true, "Revocation.uncounted": true, "Revocation.warning": true,
+	"Revocations.revocations.lifted_alone": true, "Revocations.revocations.uncounted": true, "Revocations.revocations.warning": true,
+	"Problem.conditions": true, "Health.conditions": true, // TestHealthNamesConditions
 	"Standing.fence": true, "Issued.repeated": true, "Revocation.freeze": true, "Revocation.lifted": true, "Revocation.settled": true,
 	"Revocation.acknowledged": true, "Revocations.revocations.acknowledged": true, // only in a single revocation: TestAcknowledged
 	"Revocations.revocations.waiting": true, "Revocation.waiting": true,

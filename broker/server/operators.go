@@ -15,7 +15,7 @@ import (
 
 func (s *Server) operatorRoutes() []route {
 	page := []string{"after", "limit"}
-	routes := append(s.commonRoutes(),
+	routes := append(s.commonRoutes(func(x *exchange) bool { _, err := s.operator(x); return err == nil }),
 		route{"GET", "/v1/chains", []string{"all", "after", "limit"}, forOperator(s, s.chains)},
 		route{"GET", "/v1/chains/{id}", page, forOperator(s, s.chain)},
 		route{"GET", "/v1/chains/{id}/audit", page, forOperator(s, s.chainAudit)},
@@ -101,7 +101,11 @@ func (s *Server) revoke(x *exchange, o broker.Operator, in api.RevokeRequest) (a
 		Selector: sel, Reason: in.Reason, Plan: in.Plan, IncludeNew: in.IncludeNew, Freeze: in.Freeze,
 	})
 	x.note(slog.String("revocation", string(rv.ID)))
-	return answer{status: http.StatusAccepted, body: wireRevocation(rv)}, err
+	out := wireRevocation(rv)
+	if rv.Freeze {
+		out.Warning = s.cfg.FreezeWarning
+	}
+	return answer{status: http.StatusAccepted, body: out}, err
 }
 
 func (s *Server) unfreeze(x *exchange, o broker.Operator, _ api.Nothing) (answer, error) {
@@ -110,6 +114,10 @@ func (s *Server) unfreeze(x *exchange, o broker.Operator, _ api.Nothing) (answer
 		return answer{}, err
 	}
 	rv, err := s.cfg.Broker.Unfreeze(x.Context(), o, id)
+	if p := problemOf(err); err != nil && p.Code == api.Code(broker.CodeSecondPerson) && s.cfg.FreezeWarning != "" {
+		p.Remedy = s.cfg.FreezeWarning
+		err = p
+	}
 	return answer{status: http.StatusOK, body: wireRevocation(rv)}, err
 }
 

@@ -111,9 +111,15 @@ type Config struct {
 	Introspect Introspect // agents' POST /v1/introspect; nil: there is no such endpoint
 	StatusList StatusList // agents' GET /v1/status-lists/{backend}; nil: there is no such endpoint
 
-	Log   *slog.Logger     // one event for each request, never a body; nil: none
-	Now   func() time.Time // required
-	Ready func() error     // readiness for /healthz; an error is logged and answered with 503. Nil: always ready
+	// FreezeWarning says that no two people can lift a freeze, and what makes that possible; empty: two can. It is in the
+	// answers to a freeze and to a request to lift one.
+	FreezeWarning string
+
+	Log *slog.Logger     // one event for each request, never a body; nil: none
+	Now func() time.Time // required
+	// Conditions returns the broker's faults, for the health endpoints. One that blocks makes /readyz answer 503. Nil:
+	// nothing is.
+	Conditions func() []broker.Condition
 	// Issuing is called before a request that gives out authority: to open a chain, to delegate, to take a step. An error
 	// is the answer. leave is called once, after the answer was sent. Nil: always.
 	Issuing   func() (leave func(), err error)
@@ -152,8 +158,8 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Notary == nil {
 		cfg.Notary = unsigned{}
 	}
-	if cfg.Ready == nil {
-		cfg.Ready = func() error { return nil }
+	if cfg.Conditions == nil {
+		cfg.Conditions = func() []broker.Condition { return nil }
 	}
 	if cfg.Issuing == nil {
 		cfg.Issuing = func() (func(), error) { return func() {}, nil }

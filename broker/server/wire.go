@@ -184,6 +184,7 @@ func wirePlan(p broker.Plan) api.Plan {
 func wireRevocation(r broker.Revocation) api.Revocation {
 	return api.Revocation{
 		ID: string(r.ID), Selector: r.Selector, Reason: r.Reason, By: r.By, Freeze: r.Freeze, Unfreezer: r.Unfreezer, Lifted: r.Lifted,
+		LiftedAlone: r.LiftedAlone, Uncounted: r.Uncounted,
 		Asked: utc(r.Asked), Fenced: utc(r.Fenced), Revision: uint64(r.Revision), Settled: utc(r.Settled),
 		Closure: string(cmp.Or(r.Closure, broker.ClosureUnknown)), Grants: max(r.Grants, 0), Dead: r.Dead, Alive: r.Alive,
 		Unknown: r.Unknown, Static: r.Static, Tokens: r.Tokens, LatestEnd: utc(r.LatestEnd),

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -24,6 +25,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/cmd/wire"
 	"github.com/pawlsec/pawl/plugins/vault"
 )
@@ -110,6 +112,9 @@ func (d *doctor) run(ctx context.Context) error {
 			d.selfTest},
 	} {
 		d.check(ctx, check.what, check.hint, check.run)
+	}
+	if w := d.c.FreezeWarning(); w != "" {
+		fmt.Fprintf(d.out, "NOTE   %-16s %s\n", "freezes", w)
 	}
 	names := make([]string, 0, len(d.c.Backends))
 	for name := range d.c.Backends {
@@ -262,6 +267,13 @@ func (d *doctor) vaultRights(ctx context.Context) (string, error) {
 		return "", err
 	}
 	d.vault = client
+	var wrong []string
+	for _, c := range client.Check(ctx) {
+		wrong = append(wrong, c.Text)
+	}
+	if len(wrong) > 0 {
+		return "", errors.New(strings.Join(wrong, "; "))
+	}
 	stuck, err := client.Irrevocable(ctx)
 	if err != nil {
 		return "", fmt.Errorf("listing irrevocable leases: %w", err)
@@ -310,7 +322,9 @@ func (d *doctor) connect(ctx context.Context) (*vault.Client, error) {
 	}
 	client, err := vault.New(vault.Config{
 		Address: d.c.Vault.Address, Roots: roots, Namespace: d.c.Vault.Namespace, Login: d.login(),
-		BehindProxy: d.c.Vault.BehindProxy, Now: d.now})
+		BehindProxy: d.c.Vault.BehindProxy, Now: d.now,
+
+		IdentityPolicies: d.c.Vault.IdentityPolicies, Tools: d.access})
 	if err != nil {
 		return nil, err
 	}
@@ -328,6 +342,15 @@ func (d *doctor) connect(ctx context.Context) (*vault.Client, error) {
 			return nil, fmt.Errorf("logging in: %w", err)
 		}
 	}
+}
+
+// access lists the access to Vault of the bundle's tools; none without a bundle.
+func (d *doctor) access() []vault.Access {
+	running, err := wire.LoadPolicy(d.c.Policy)
+	if err != nil {
+		return nil
+	}
+	return wire.Access(running.Current().Tools(), d.c.Backends)
 }
 
 // lists checks that every authority of the tools' certificates has a revocation list.
@@ -401,18 +424,32 @@ func (d *doctor) ledger(context.Context) (string, error) {
 	return fmt.Sprintf("%s, %s; %d MiB free", d.c.Ledger, what, free>>20), nil
 }
 
-// broker requests the health of a running broker over the operators' socket.
+// broker requests the readiness of a running broker over the operators' socket. A condition that leaves other tools
+// working is a fault too.
 func (d *doctor) broker(ctx context.Context) (string, error) {
-	answer, err := d.get(ctx, "/healthz")
+	answer, err := d.get(ctx, "/readyz")
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
 		return "not running", nil
 	}
 	if err != nil {
 		return "", err
 	}
-	_ = answer.Body.Close() // only the status counts
-	if answer.StatusCode != http.StatusOK {
-		return "", fmt.Errorf("running but not ready: %s", answer.Status)
+	defer answer.Body.Close() //nolint:errcheck // only read
+	var health struct {
+		Conditions []api.Condition `json:"conditions"`
+	}
+	if err := json.NewDecoder(io.LimitReader(answer.Body, 1<<20)).Decode(&health); err != nil {
+		return "", fmt.Errorf("the broker's readiness answers %s, and not JSON", answer.Status)
+	}
+	var wrong []string
+	for _, c := range health.Conditions {
+		wrong = append(wrong, fmt.Sprintf("%s (%s): %s", c.Part, c.Code, c.Detail))
+	}
+	switch {
+	case answer.StatusCode != http.StatusOK:
+		return "", fmt.Errorf("running but not ready: %s", strings.Join(wrong, "; "))
+	case len(wrong) > 0:
+		return "", fmt.Errorf("running, but not all of it works: %s", strings.Join(wrong, "; "))
 	}
 	return "running and ready", nil
 }

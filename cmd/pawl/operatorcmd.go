@@ -21,6 +21,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/operator"
+	"github.com/pawlsec/pawl/cmd/wire"
 )
 
 // operatorFlags select the broker and the operator's way of authentication.
@@ -334,20 +335,54 @@ func freezeCommand() *cobra.Command {
 
 func unfreezeCommand() *cobra.Command {
 	var f operatorFlags
+	var offline bool
+	var config, reason string
 	c := &cobra.Command{
-		Use: "unfreeze REVOCATION", Short: "Lift a freeze; takes two operators", Args: cobra.ExactArgs(1),
-		Long:    "Lift a freeze. Two different operators must run this command. A revocation cannot be lifted.",
-		Example: "  pawl unfreeze rv0123456789abcdefghjkmnpq",
-		RunE: f.run(func(cmd *cobra.Command, c *operator.Client, args []string) error {
-			r, err := c.Unfreeze(cmd.Context(), args[0])
-			if err != nil {
-				return err
+		Use: "unfreeze REVOCATION", Short: "Lift a freeze; takes two people", Args: cobra.ExactArgs(1),
+		Long: "Lift a freeze. Two people must run this command: two operators by SPIFFE ID, or one of them and one user of\n" +
+			"the local socket. The users of the local socket count as one person. A revocation cannot be lifted.\n\n" +
+			"With --offline root lifts it alone, on the broker's machine and with the broker stopped. The audit log and\n" +
+			"every later report show that, with the reason.",
+		Example: "  pawl unfreeze rv0123456789abcdefghjkmnpq\n" +
+			"  pawl unfreeze --offline --config pawl.yaml --reason 'only one operator' rv0123456789abcdefghjkmnpq",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if offline {
+				if err := required(cmd, "config", "reason"); err != nil {
+					return err
+				}
+				return unfreezeAlone(cmd, config, args[0], reason)
 			}
-			return f.show(cmd, r, func(w io.Writer) { fmt.Fprintf(w, "%s is lifted\n", r.ID) })
-		}),
+			return f.run(func(cmd *cobra.Command, c *operator.Client, args []string) error {
+				r, err := c.Unfreeze(cmd.Context(), args[0])
+				if err != nil {
+					return err
+				}
+				return f.show(cmd, r, func(w io.Writer) { fmt.Fprintf(w, "%s is lifted\n", r.ID) })
+			})(cmd, args)
+		},
 	}
 	f.add(c)
+	c.Flags().BoolVar(&offline, "offline", false, "as root, in the ledger of a stopped broker, without a second person")
+	c.Flags().StringVar(&config, "config", "", "with --offline: the broker's configuration")
+	c.Flags().StringVar(&reason, "reason", "", "with --offline: the reason, for the audit and the reports")
 	return c
+}
+
+func unfreezeAlone(cmd *cobra.Command, file, revocation, reason string) error {
+	config, err := wire.ReadConfig(file)
+	if err != nil {
+		return hinted{err, "docs/configuration.md explains each key"}
+	}
+	id, err := broker.ParseRevocationID(revocation)
+	if err != nil {
+		return misuse{hinted{err, "pawl revoke list shows the ids of freezes"}}
+	}
+	rv, err := wire.UnfreezeAlone(cmd.Context(), config, id, reason)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(cmd.OutOrStdout(), "%s is lifted by one person; start the broker again\n", rv.ID)
+	return nil
 }
 
 // selectorArgs requires one selector, or --leaked instead.
@@ -384,6 +419,9 @@ func revoke(cmd *cobra.Command, c *operator.Client, f revokeFlags, args []string
 	if err != nil {
 		writeGrown(cmd.ErrOrStderr(), err)
 		return err
+	}
+	if r.Warning != "" {
+		fmt.Fprintf(cmd.ErrOrStderr(), "pawl: warning: %s\n", oneLine(r.Warning))
 	}
 	if freeze || f.noFollow {
 		return f.show(cmd, r, func(w io.Writer) { writeRevocation(w, r) })
@@ -472,9 +510,16 @@ func revocationLine(r api.Revocation) string {
 	if r.Repeated {
 		note += "; it existed already"
 	}
+	if r.LiftedAlone != "" {
+		note += "; lifted by one person: " + oneLine(r.LiftedAlone)
+	}
 	if r.Freeze {
 		return fmt.Sprintf("%s  %s at %s  %s%s", r.ID, strings.ToLower(stateWord(r)),
 			r.Fenced.UTC().Format(time.RFC3339), r.Selector, note)
+	}
+	if r.Uncounted {
+		return fmt.Sprintf("%s  fenced at %s  %s: its grants are not counted yet%s", r.ID,
+			r.Fenced.UTC().Format(time.RFC3339Nano), r.Closure, note)
 	}
 	line := fmt.Sprintf("%s  fenced at %s  %s: %d of %d dead, %d alive, %d unknown",
 		r.ID, r.Fenced.UTC().Format(time.RFC3339Nano), r.Closure, r.Dead, r.Grants, r.Alive, r.Unknown)

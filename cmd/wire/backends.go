@@ -91,7 +91,7 @@ func Access(tools []broker.Tool, backends map[string]Backend) (list []vault.Acce
 		}
 		path, write, leased := b.Access(t)
 		w, ok := p.bare.(wrapReporter)
-		list = append(list, vault.Access{Policy: t.Policy, Path: path, Write: write, Leased: leased, Wrap: ok && w.Wraps(t)})
+		list = append(list, vault.Access{Tool: t.Name, Policy: t.Policy, Path: path, Write: write, Leased: leased, Wrap: ok && w.Wraps(t)})
 	}
 	return list
 }

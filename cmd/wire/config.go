@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -69,15 +70,18 @@ type Policy struct {
 
 // Vault has the address of Vault and the broker's login there.
 type Vault struct {
-	Address     string        `yaml:"address"`      // https://host:port; required
-	CA          string        `yaml:"ca"`           // PEM file of the authorities of Vault's certificate; required
-	Namespace   string        `yaml:"namespace"`    // empty: the root namespace
-	Auth        string        `yaml:"auth"`         // kind of SVID for the login, cert or jwt; empty: cert
-	Mount       string        `yaml:"mount"`        // mount of the auth method; empty: the method's name
-	Role        string        `yaml:"role"`         // role of the auth method; empty: pawl-broker
-	Audience    string        `yaml:"audience"`     // audience of the JWT-SVID for Vault; required with jwt
-	MintTimeout time.Duration `yaml:"mint_timeout"` // how long the broker waits for a mint; zero: 10s
-	MintBound   time.Duration `yaml:"mint_bound"`   // Vault's max_request_duration; zero: 90s
+	Address   string `yaml:"address"`   // https://host:port; required
+	CA        string `yaml:"ca"`        // PEM file of the authorities of Vault's certificate; required
+	Namespace string `yaml:"namespace"` // empty: the root namespace
+	Auth      string `yaml:"auth"`      // kind of SVID for the login, cert or jwt; empty: cert
+	Mount     string `yaml:"mount"`     // mount of the auth method; empty: the method's name
+	Role      string `yaml:"role"`      // role of the auth method; empty: pawl-broker
+	Audience  string `yaml:"audience"`  // audience of the JWT-SVID for Vault; required with jwt
+	// policies that an entity or group of Vault's identity may give the broker's tokens, and with them every step's;
+	// empty: none, and nothing is issued while there is one
+	IdentityPolicies []string      `yaml:"identity_policies"`
+	MintTimeout      time.Duration `yaml:"mint_timeout"` // how long the broker waits for a mint; zero: 10s
+	MintBound        time.Duration `yaml:"mint_bound"`   // Vault's max_request_duration; zero: 90s
 	// true: a proxy before Vault may answer in its place, or send a request twice; then no answer shows that nothing was
 	// made, and steps that Vault refused count as unknown; docs/vault.md
 	BehindProxy bool `yaml:"behind_proxy"`
@@ -163,6 +167,21 @@ func (c Config) check() error {
 		wrong = append(wrong, s.check(name))
 	}
 	return errors.Join(wrong...)
+}
+
+// FreezeWarning says that no two people can lift a freeze of this configuration's broker, and what makes that possible.
+// Empty: two can. The users of the local socket count as one person.
+func (c Config) FreezeWarning() string {
+	people := 1
+	if c.Listen.Operators != "" {
+		people += len(slices.Compact(slices.Sorted(slices.Values(c.Operators))))
+	}
+	if people > 1 {
+		return ""
+	}
+	return "nobody can lift a freeze here: it takes two people, the users of the local socket count as one, and no other " +
+		"operator is configured: set operators and listen.operators; or as root, with the broker stopped: " +
+		"pawl unfreeze --offline --config FILE --reason TEXT REVOCATION"
 }
 
 // ownID parses spiffe_id; zero if there is none.

@@ -23,7 +23,7 @@ func Plugins() map[string][]string {
 
 // Counting wraps the ledger and the alarms of parts with metrics, as Start does.
 func Counting(parts *engine.Config, known func(broker.ToolName) bool, ready func() error) *metrics {
-	m := newMetrics(known, ready)
+	m := newMetrics(known, ready, func() []broker.Condition { return nil })
 	parts.Ledger, parts.Alarm = counted{parts.Ledger, m, newShares(1 << 40)}, m.alarm(parts.Alarm)
 	return m
 }

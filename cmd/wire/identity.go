@@ -58,7 +58,7 @@ func (o operators) identify(r *http.Request) (broker.Operator, error) {
 			return broker.Operator{}, broker.Errorf(broker.Unauthenticated, "operator",
 				"only root and the broker's own user may use this socket")
 		}
-		return broker.Operator{Name: fmt.Sprintf("local:uid=%d", peer.uid)}, nil
+		return broker.LocalOperator(peer.uid), nil
 	}
 	c, err := o.a.Identify(r)
 	if err != nil {

@@ -85,8 +85,8 @@ func oneIf(ok bool) float64 {
 }
 
 // newMetrics makes the metrics of a broker. known reports whether the bundle has a tool. ready returns nil while
-// Vault answers.
-func newMetrics(known func(broker.ToolName) bool, ready func() error) *metrics {
+// Vault answers. conditions returns the faults of the broker.
+func newMetrics(known func(broker.ToolName) bool, ready func() error, conditions func() []broker.Condition) *metrics {
 	m := &metrics{registry: prometheus.NewRegistry(), known: known, fenced: map[broker.RevocationID]time.Time{}}
 	m.steps = newCounterVec("pawl_steps_total",
 		"Steps, and reported violations, by tool and outcome: issued, denied, violation, unknown (whether Vault minted).",
@@ -105,11 +105,12 @@ func newMetrics(known func(broker.ToolName) bool, ready func() error) *metrics {
 	m.missed = newCounter("pawl_shadow_missed_total",
 		"Questions that were not put to the candidate policy bundle, or that it failed to answer.")
 	m.registry.MustRegister(m.limited, m.differences, m.missed, m.steps, m.fences, m.closure, m.orphans, m.alarms,
+		conditionGauges{conditions},
 		collectors.NewGoCollector(),
 		newGauge("pawl_live_grants", "Grants that are not closed.", func() float64 { return float64(m.live.Load()) }),
 		newGauge("pawl_shadow_candidate", "1 while a candidate policy bundle is compared.",
 			func() float64 { return oneIf(m.candidate.Load()) }),
-		newGauge("pawl_vault_ready", "1 while the broker is logged in to Vault.",
+		newGauge("pawl_vault_ready", "1 while the broker is logged in to Vault, and Vault answers its requests.",
 			func() float64 { return oneIf(ready() == nil) }),
 		newGauge("pawl_closure_lag_seconds", "Age of the oldest fence of this process that is not closed yet; 0 without one.",
 			func() float64 { return m.lag(time.Now()).Seconds() }))
@@ -310,4 +311,31 @@ func (t *countedTx) Append(e broker.Entry) (broker.Revision, error) {
 func (t *countedTx) Put(key string, value []byte) error {
 	t.bytes += len(key) + len(value)
 	return t.Tx.Put(key, value)
+}
+
+// conditionGauges are metrics of the broker's conditions, read at each scrape.
+type conditionGauges struct{ conditions func() []broker.Condition }
+
+var (
+	conditionDesc = prometheus.NewDesc("pawl_condition",
+		"1 for each thing that is wrong with the broker, by part and code; /readyz has the details for operators.",
+		[]string{"part", "code"}, nil)
+	readyDesc = prometheus.NewDesc("pawl_ready", "1 while the broker can issue, as /readyz answers.", nil, nil)
+)
+
+// Describe implements [prometheus.Collector].
+func (g conditionGauges) Describe(to chan<- *prometheus.Desc) { to <- conditionDesc; to <- readyDesc }
+
+// Collect implements [prometheus.Collector]. Each label is a tool of the bundle or a fixed word.
+func (g conditionGauges) Collect(to chan<- prometheus.Metric) {
+	ready := true
+	seen := map[[2]string]bool{}
+	for _, c := range g.conditions() {
+		ready = ready && !c.Blocks
+		if labels := [2]string{c.Part, string(c.Code)}; !seen[labels] {
+			seen[labels] = true
+			to <- prometheus.MustNewConstMetric(conditionDesc, prometheus.GaugeValue, 1, labels[:]...)
+		}
+	}
+	to <- prometheus.MustNewConstMetric(readyDesc, prometheus.GaugeValue, oneIf(ready))
 }

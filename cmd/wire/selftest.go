@@ -214,6 +214,9 @@ func (t *selfTest) awaitClosed(ctx context.Context, id broker.RevocationID) erro
 			cancel()
 		case <-ctx.Done():
 			cancel()
+			if rv.Uncounted {
+				return fmt.Errorf("the revocation is not CLOSED in time but %s, its grants not counted yet: %w", rv.Closure, ctx.Err())
+			}
 			return fmt.Errorf("the revocation is not CLOSED in time but %s: %d of %d proven dead: %w",
 				rv.Closure, rv.Dead, rv.Grants, ctx.Err())
 		}

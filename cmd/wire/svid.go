@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
+	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/backoff"
 )
 
@@ -202,18 +203,14 @@ func (s *svidSource) id() spiffeid.ID {
 	return s.own.ID
 }
 
-// asWhom adds the broker's identity to an error of another system, and the one before if it changed.
-func (s *svidSource) asWhom(err error) error {
+// asWhom adds the broker's identity to a text about another system.
+func (s *svidSource) asWhom(text string) string {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	switch {
-	case err == nil || s.own == nil:
-		return err
-	case s.before.IsZero():
-		return fmt.Errorf("%w; the broker is %s", err, s.own.ID)
+	if s.own == nil {
+		return text
 	}
-	return fmt.Errorf("%w; the broker is %s since its identity changed, and was %s: set spiffe_id",
-		err, s.own.ID, s.before)
+	return fmt.Sprintf("%s; the broker is %s", text, s.own.ID)
 }
 
 // OnX509ContextWatchError implements [workloadapi.X509ContextWatcher].
@@ -254,6 +251,14 @@ func (s *svidSource) await(ctx context.Context) {
 	case <-s.attempted:
 	case <-ctx.Done():
 	}
+}
+
+// conditions returns the present faults of the broker's identity.
+func (s *svidSource) conditions() []broker.Condition {
+	if err := s.ready(); err != nil {
+		return []broker.Condition{{Part: "identity", Code: "identity_missing", Text: err.Error(), Blocks: true}}
+	}
+	return nil
 }
 
 // ready returns why the broker cannot prove its identity; nil when it can.

@@ -36,6 +36,7 @@ type Server struct {
 	targets           map[string]broker.Backend
 	files             files
 	shares            *shares
+	configured        map[string]Backend
 	log               *slog.Logger
 	signer            *audit.Signer // nil without a key
 	agents, operators net.Addr
@@ -76,7 +77,7 @@ func StartRolledBack(ctx context.Context, c Config, log *slog.Logger, version in
 func start(
 	ctx context.Context, c Config, log *slog.Logger, change func(*engine.Config), rollback int64, now func() time.Time,
 ) (s *Server, err error) {
-	s = &Server{failed: make(chan error, 3), log: log}
+	s = &Server{failed: make(chan error, 3), log: log, configured: c.Backends}
 	defer func() {
 		if err != nil {
 			s.Close()
@@ -118,7 +119,8 @@ func start(
 	if err != nil {
 		return s, err
 	}
-	s.metrics = newMetrics(s.declares, s.Vault.Ready).withClock(s.Vault.Skew)
+	s.metrics = newMetrics(s.declares, s.Vault.Ready, func() []broker.Condition { return s.conditions(svids) }).
+		withClock(s.Vault.Skew)
 	s.metrics.tester = tester
 	s.shadow = newShadow(log, s.metrics)
 	s.onClose(s.shadow.Close)
@@ -228,6 +230,9 @@ func (s *Server) listen(
 	ctx context.Context, c Config, a *attest.Attestor, svids *svidSource,
 	backends map[string]broker.Backend, log *slog.Logger,
 ) error {
+	if w := c.FreezeWarning(); w != "" {
+		log.Warn(w)
+	}
 	var err error
 	if s.files, err = countFiles(); err != nil {
 		return err
@@ -246,11 +251,8 @@ func (s *Server) listen(
 	srv, err := server.New(server.Config{Broker: s.Broker, Identify: a.Identify, Operator: operators.identify,
 		Notary: notary, Signals: receiver, Introspect: introspect(s.active, s.Policy, backends),
 		StatusList: statusLists(backends, s.checked), Limits: limits.ofRequests(s.metrics.limit("agents"), s.shares),
-		Metrics: s.metrics.handler(), Log: log, Now: time.Now, Issuing: s.enterIssuing,
-		Ready: func() error {
-			return errors.Join(s.gate.open(), s.Ledger.Err(), svids.ready(), svids.asWhom(s.Vault.Ready()),
-				s.Vault.CheckClock())
-		}})
+		Metrics: s.metrics.handler(), Log: log, Now: time.Now, Issuing: s.enterIssuing, FreezeWarning: c.FreezeWarning(),
+		Conditions: func() []broker.Condition { return s.conditions(svids) }})
 	if err != nil {
 		return err
 	}
@@ -333,7 +335,8 @@ func (s *Server) login(c Vault, svids *svidSource, log *slog.Logger, now func() 
 		}
 	}
 	client, err := vault.New(vault.Config{Address: c.Address, Roots: roots, Namespace: c.Namespace, Login: login,
-		MintTimeout: c.MintTimeout, BehindProxy: c.BehindProxy, Now: now, Log: log})
+		MintTimeout: c.MintTimeout, BehindProxy: c.BehindProxy, Now: now, Log: log, IdentityPolicies: c.IdentityPolicies,
+		Tools: s.vaultAccess, CheckEvery: checkVaultEvery})
 	if err != nil {
 		return nil, err
 	}
@@ -417,4 +420,48 @@ func (s *Server) watchCheck(alarm func(string, error)) {
 		s.log.Info("the ledger was checked", "took", time.Since(began))
 	}()
 	s.onClose(func() { close(stop); <-done })
+}
+
+// checkVaultEvery is the time between two checks of Vault. A fault is named within this time and the two timeouts of a
+// check, which is less than ten seconds.
+const checkVaultEvery = 3 * time.Second
+
+// conditions returns the present faults of the broker.
+func (s *Server) conditions(svids *svidSource) (found []broker.Condition) {
+	found = svids.conditions()
+	if err := s.gate.open(); err != nil {
+		found = append(found, broker.Condition{Part: "broker", Code: broker.CodeStopping, Text: err.Error(), Blocks: true})
+	}
+	switch err := s.Ledger.Err(); {
+	case errors.Is(err, bolt.ErrChecking):
+		found = append(found, broker.Condition{Part: "ledger", Code: broker.CodeLedgerChecking, Text: err.Error(), Blocks: true})
+	case err != nil:
+		found = append(found, broker.Condition{Part: "ledger", Code: broker.CodeLedgerDown, Text: err.Error(), Blocks: true})
+	}
+	if err := s.Vault.CheckClock(); err != nil {
+		found = append(found, broker.Condition{Part: "vault", Code: broker.CodeClockSkew, Text: err.Error(), Blocks: true})
+	}
+	tools := len(s.vaultAccess())
+	broken := map[broker.ToolName]bool{}
+	for _, w := range s.Vault.Conditions() {
+		c := broker.Condition{Part: "vault", Code: w.Code, Text: w.Text, Blocks: w.Tool == "" && !w.Warn}
+		if c.Blocks {
+			c.Text = svids.asWhom(c.Text)
+		}
+		if w.Tool != "" {
+			c.Part, broken[w.Tool] = "tool "+string(w.Tool), true
+		}
+		found = append(found, c)
+	}
+	if tools > 0 && len(broken) == tools { // no agent can do anything
+		for i := range found {
+			found[i].Blocks = true
+		}
+	}
+	return found
+}
+
+// vaultAccess lists the tools' access to Vault, by the bundle in force.
+func (s *Server) vaultAccess() []vault.Access {
+	return Access(s.Policy.Current().Tools(), s.configured)
 }

@@ -35,6 +35,13 @@ type Config struct {
 	// BehindProxy says that a proxy between the broker and Vault may answer in Vault's place, or send a request twice.
 	// An answer then never shows that a mint made nothing.
 	BehindProxy bool
+	// IdentityPolicies are the policies that Vault's identity (an entity or a group) may give the broker's tokens beside
+	// their own. Nil allows none: a step's token would have a right that its tool does not name.
+	IdentityPolicies []string
+	// Tools returns the tools whose policies are checked. Nil checks none.
+	Tools func() []Access
+	// CheckEvery is the time between two checks of Vault ([Client.Check]). Zero: none by itself.
+	CheckEvery time.Duration
 
 	Now func() time.Time // nil: time.Now
 	Log *slog.Logger     // nil: logs nothing
@@ -43,7 +50,6 @@ type Config struct {
 // Limits of the client.
 const (
 	requestTimeout = 10 * time.Second // of a request other than a mint
-	maxResponse    = 1 << 20          // bytes of a response, unless a request sets another limit
 	maxSteps       = 1 << 16          // step tokens in memory at once
 )
 
@@ -57,6 +63,7 @@ type Client struct {
 	recheck        chan struct{} // makes the login loop check the login token now
 	firstLoginOnce sync.Once
 	firstLogin     chan struct{} // closed after the first login attempt, successful or not
+	probes         probes        // for checks of the tools' policies; mu guards its map
 
 	// mu guards the fields below. It is never held during a request.
 	mu       sync.Mutex
@@ -65,6 +72,9 @@ type Client struct {
 	nodes    map[string]*node              // every token that may have children, by accessor
 	current  map[broker.DelegationID]*node // the token in use for a delegation
 	steps    map[string]step               // step tokens before their mint, by accessor
+
+	conditions []Condition // of the last check
+	silent     int         // the last checks in a row without an answer
 }
 
 // New checks the configuration and starts to log in. It does not wait for the login, so a broker starts and fences
@@ -79,6 +89,7 @@ func New(cfg Config) (*Client, error) {
 		cfg: cfg, stop: stop,
 		recheck: make(chan struct{}, 1), firstLogin: make(chan struct{}),
 		nodes: map[string]*node{}, current: map[broker.DelegationID]*node{}, steps: map[string]step{},
+		probes: probes{of: map[string]probe{}},
 	}
 	c.wire = newWire(base, cfg, &tls.Config{
 		RootCAs:              cfg.Roots,
@@ -88,6 +99,7 @@ func New(cfg Config) (*Client, error) {
 	c.done.Go(func() { c.loginLoop(ctx) })
 	c.done.Go(func() { c.renewLoop(ctx) })
 	c.done.Go(func() { c.clockLoop(ctx) })
+	c.done.Go(func() { c.checkLoop(ctx) })
 	return c, nil
 }
 
@@ -99,8 +111,8 @@ func (c *Client) Close() {
 	c.wire.close()
 }
 
-// Ready returns nil while the broker is logged in, and otherwise the reason why not.
-func (c *Client) Ready() error {
+// loggedIn returns nil while the broker is logged in, and otherwise the reason why not.
+func (c *Client) loggedIn() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.session != nil && c.aliveLocked(c.session) {
@@ -197,7 +209,7 @@ func (c *Client) loginToken(ctx context.Context) (*node, error) {
 	case <-ctx.Done():
 		return nil, explain(fmt.Errorf("%w: %w", errNoSession, ctx.Err()))
 	}
-	if err := c.Ready(); err != nil {
+	if err := c.loggedIn(); err != nil {
 		return nil, explain(err)
 	}
 	c.mu.Lock()

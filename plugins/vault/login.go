@@ -34,7 +34,7 @@ type Login struct {
 func (l *Login) check() error {
 	cert := l.CertRole != "" && l.Certificate != nil && l.JWTRole == "" && l.JWT == nil
 	jwt := l.JWTRole != "" && l.JWT != nil && l.CertRole == "" && l.Certificate == nil
-	role := l.CertRole + l.JWTRole
+	role := l.role()
 	if l.token != "" {
 		cert, role = true, "token"
 	}
@@ -52,6 +52,9 @@ func (l *Login) check() error {
 func (l *Login) certificate() func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 	return l.Certificate
 }
+
+// role is the auth role, and the name of the policy of the broker's own token.
+func (l *Login) role() string { return l.CertRole + l.JWTRole }
 
 // login gets a new login token. It opens a new connection, so that it presents the current SVID.
 func (c *Client) login(ctx context.Context) (*node, error) {
@@ -129,7 +132,7 @@ func (c *Client) refreshLogin(ctx context.Context) (time.Duration, error) {
 		if err == nil {
 			return c.untilRenewal(s), c.setLoginErr(nil)
 		}
-		if !rejected(err) && c.Ready() == nil {
+		if !rejected(err) && c.loggedIn() == nil {
 			return 0, c.setLoginErr(err) // Vault is down; a new login would cost every delegation a new token
 		}
 	}

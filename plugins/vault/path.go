@@ -35,3 +35,14 @@ func parent(p broker.VaultPath) string {
 	s := p.String()
 	return s[:max(strings.LastIndexByte(s, '/'), 0)]
 }
+
+// Access is the access to Vault that one tool needs: the policy that its steps' tokens hold, and the one path that the
+// policy opens. The tool's backend defines the path.
+type Access struct {
+	Tool   broker.ToolName  // for messages
+	Policy string           // "pawl-tool-…"
+	Path   broker.VaultPath // the full mint path
+	Write  bool             // a mint is a write; otherwise a read
+	Leased bool             // Vault lists the leases below Path
+	Wrap   bool             // the mint asks for a wrapped response; the policy then refuses any other
+}

@@ -33,6 +33,7 @@ type auth struct {
 	Type          string
 	Policies      []string // the token's own
 	Identity      []string // added by an entity or group
+	Entity        string   // its id
 	Members       map[string]any
 }
 
@@ -123,6 +124,14 @@ func (d decoder) text(s *string) error {
 	return nil
 }
 
+// optionalText takes a null for an empty text.
+func (d decoder) optionalText(s *string) error {
+	if d.null() {
+		return nil
+	}
+	return d.text(s)
+}
+
 func (d decoder) integer(n *int64) error {
 	t, err := d.ReadToken()
 	if err != nil || t.Kind() != '0' {
@@ -185,6 +194,7 @@ func (d decoder) auth() (*auth, error) {
 		"token_type":        func() error { return own.text(&a.Type) },
 		"token_policies":    func() error { return own.texts(&a.Policies) },
 		"identity_policies": func() error { return own.texts(&a.Identity) },
+		"entity_id":         func() error { return own.optionalText(&a.Entity) },
 	})
 	if err != nil {
 		return nil, err
@@ -264,6 +274,9 @@ func (d decoder) members(depth int) (any, error) {
 	return m, nil
 }
 
+// badToken reports whether Vault does not know the token of the request, or it has ended.
+func (f *failure) badToken() bool { return f.phrase == "invalid token" || f.phrase == "bad token" }
+
 // newFailure returns the failure of an answer with an error status.
 func newFailure(status int, header http.Header, raw []byte) *failure {
 	f := &failure{status: status, retryAfter: retryAfter(header)}
@@ -271,4 +284,39 @@ func newFailure(status int, header http.Header, raw []byte) *failure {
 		f.phrase = phraseOf(resp.Errors)
 	}
 	return f
+}
+
+// wrapInfo is the member of a response that describes a wrapping token: a single-use token without a parent that opens
+// the response that Vault keeps.
+type wrapInfo struct {
+	Token           string
+	Accessor        string
+	TTL             int64  // seconds
+	CreationPath    string // the path of the wrapped request
+	WrappedAccessor string // accessor of the wrapped token
+	Members         map[string]any
+}
+
+func (d decoder) wrap() (*wrapInfo, error) {
+	if d.null() {
+		return nil, nil
+	}
+	raw, err := d.ReadValue()
+	if err != nil {
+		return nil, errShape
+	}
+	var w wrapInfo
+	own := decoder{jsontext.NewDecoder(bytes.NewBuffer(raw))}
+	err = own.object(2, map[string]func() error{
+		"token":            func() error { return own.text(&w.Token) },
+		"accessor":         func() error { return own.text(&w.Accessor) },
+		"ttl":              func() error { return own.integer(&w.TTL) },
+		"creation_path":    func() error { return own.text(&w.CreationPath) },
+		"wrapped_accessor": func() error { return own.text(&w.WrappedAccessor) },
+	})
+	if err != nil {
+		return nil, err
+	}
+	w.Members, err = decoder{jsontext.NewDecoder(bytes.NewBuffer(raw))}.data()
+	return &w, err
 }

@@ -16,16 +16,6 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Access is the access to Vault that one tool needs: the policy that its steps' tokens hold, and the one path that the
-// policy opens. The tool's backend defines the path.
-type Access struct {
-	Policy string           // "pawl-tool-…"
-	Path   broker.VaultPath // the full mint path
-	Write  bool             // a mint is a write; otherwise a read
-	Leased bool             // Vault lists the leases below Path
-	Wrap   bool             // the mint asks for a wrapped response; the policy then refuses any other
-}
-
 // SetupConfig describes the configuration that a broker needs in Vault.
 type SetupConfig struct {
 	BrokerID spiffeid.ID // required
@@ -210,6 +200,8 @@ path "auth/token/renew-self" { capabilities = ["update"] }
 path "auth/token/revoke-accessor" { capabilities = ["update"] }
 # Check whether a token is gone. Needs the accessor, too.
 path "auth/token/lookup-accessor" { capabilities = ["update"] }
+# Ask what a tool's policy permits, so that a missing one is noticed before an agent meets it.
+path "sys/capabilities-accessor" { capabilities = ["create", "update"] }
 # List the leases that Vault has stopped trying to revoke. Vault requires sudo for it.
 path "sys/leases" { capabilities = ["read", "sudo"] }
 `, s.TokenRole)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"strings"
 	"time"
 
@@ -14,6 +15,8 @@ import (
 type step struct {
 	token   string
 	expires time.Time // its hard expiry
+	tool    broker.ToolName
+	policy  string // its only one
 }
 
 // errTooManySteps means that maxSteps step tokens are in memory.
@@ -35,20 +38,23 @@ func (c *Client) CreateStepToken(ctx context.Context, g broker.Grant, displayNam
 	if full {
 		return broker.Handle{}, errTooManySteps
 	}
+	if err := c.reachable(); err != nil {
+		return broker.Handle{}, err
+	}
 	parent, err := c.touch(g.Delegation)
 	if err != nil {
-		return broker.Handle{}, err
+		return broker.Handle{}, c.told(err)
 	}
 	n, err := c.create(ctx, parent, "auth/token/create", newToken{
 		Policies: []string{policy}, DisplayName: displayName, TTL: formatTTL(life), ExplicitMaxTTL: formatTTL(life),
 		Meta: map[string]string{"pawl_grant": string(g.ID), "pawl_chain": string(g.Chain)},
 	})
 	if err != nil {
-		return broker.Handle{}, err
+		return broker.Handle{}, c.told(err)
 	}
 	h := broker.Handle{Accessor: n.accessor, Expires: c.cfg.Now().Add(life)}
 	c.mu.Lock()
-	c.steps[h.Accessor] = step{token: n.token, expires: h.Expires}
+	c.steps[h.Accessor] = step{token: n.token, expires: h.Expires, tool: g.Tool, policy: policy}
 	c.mu.Unlock()
 	return h, nil
 }
@@ -106,7 +112,7 @@ func (c *Client) minted(ctx context.Context, resp response, err error, path stri
 	broker.Lease, broker.Secret, error,
 ) {
 	if err != nil && c.notMinted(err) {
-		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: %w: %w", broker.ErrNotMinted, explain(err))
+		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: %w: %w", broker.ErrNotMinted, c.toldMint(err, s, path))
 	}
 	if err != nil {
 		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: %w", err)
@@ -123,6 +129,16 @@ func (c *Client) minted(ctx context.Context, resp response, err error, path stri
 func (c *Client) notMinted(err error) bool {
 	a := answerTo(err)
 	return a.nothing && (a.cause != nil || !c.cfg.BehindProxy)
+}
+
+// toldMint gives the failure of a mint that made nothing its reason for the agent: Vault refused the path to the step's
+// own policy, or the reason of the last check. A token that has ended, as a revoked one, is another reason.
+func (c *Client) toldMint(err error, s step, path string) error {
+	var f *failure
+	if errors.As(err, &f) && f.status == http.StatusForbidden && !f.badToken() && s.policy != "" {
+		return c.refusal(toolPolicyWrong(s.tool, s.policy, path)).Because(err)
+	}
+	return c.told(err)
 }
 
 // accept checks the response to a mint. A secret that it refuses exists in Vault, so its errors leave the outcome

@@ -87,6 +87,9 @@ func (c *Client) CreateDelegationToken(ctx context.Context, d broker.Delegation,
 		return broker.Handle{}, broker.Errorf(broker.Expired, "delegate", "the delegation has expired").
 			With(broker.CodeExpired)
 	}
+	if err := c.reachable(); err != nil {
+		return broker.Handle{}, err
+	}
 	var parent *node
 	var err error
 	path := "auth/token/create"
@@ -97,7 +100,7 @@ func (c *Client) CreateDelegationToken(ctx context.Context, d broker.Delegation,
 		parent, err = c.touch(d.Parent)
 	}
 	if err != nil {
-		return broker.Handle{}, err
+		return broker.Handle{}, c.told(err)
 	}
 	n, err := c.create(ctx, parent, path, newToken{
 		Policies: policies, DisplayName: string(d.ID), Renewable: true,
@@ -105,7 +108,7 @@ func (c *Client) CreateDelegationToken(ctx context.Context, d broker.Delegation,
 		Meta: map[string]string{"pawl_delegation": string(d.ID), "pawl_chain": string(d.Chain)},
 	})
 	if err != nil {
-		return broker.Handle{}, err
+		return broker.Handle{}, c.told(err)
 	}
 	n.maxExpires, n.lastUsed = c.cfg.Now().Add(life), c.cfg.Now()
 	c.mu.Lock()
@@ -162,8 +165,11 @@ func (c *Client) create(ctx context.Context, parent *node, path string, t newTok
 	}
 	want := slices.Compact(slices.Sorted(slices.Values(t.Policies)))
 	got := slices.Sorted(slices.Values(resp.Auth.Policies))
-	if !slices.Equal(want, got) || len(resp.Auth.Identity) > 0 || resp.Auth.Orphan ||
-		resp.Auth.Renewable != t.Renewable {
+	if wrong := c.foreignPolicies(resp.Auth.Identity, resp.Auth.Entity); wrong != (Condition{}) {
+		c.discard(ctx, resp.Auth.Accessor)
+		return nil, c.refusal(wrong).Because(errors.New(wrong.Text))
+	}
+	if !slices.Equal(want, got) || resp.Auth.Orphan || resp.Auth.Renewable != t.Renewable {
 		c.discard(ctx, resp.Auth.Accessor)
 		return nil, explain(fmt.Errorf("creating a vault token: %w", errRights))
 	}

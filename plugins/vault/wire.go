@@ -65,10 +65,14 @@ type call struct {
 	newConn  bool   // use a new connection
 	maxBytes int64  // limit of the response; zero: maxResponse
 	raw      bool   // return the body undecoded
+	root     bool   // in the root namespace, whatever the configuration says
 
 	rawBody     []byte // instead of body: bytes that are not JSON, of contentType
 	contentType string
 }
+
+// maxResponse is the limit in bytes of a response, unless a request sets another one.
+const maxResponse = 1 << 20
 
 // send sends one request and reads the whole response, for as long as ctx allows. If the error is nil, the status is
 // 200, 202 or 204. Any other status is a *failure. The error for a request that was not sent wraps errNotSent.
@@ -178,7 +182,7 @@ func (w *wire) request(ctx context.Context, c call) (*http.Request, error) {
 	if c.token != "" {
 		req.Header["X-Vault-Token"] = []string{c.token}
 	}
-	if w.namespace != "" {
+	if w.namespace != "" && !c.root {
 		req.Header["X-Vault-Namespace"] = []string{w.namespace}
 	}
 	if c.contentType != "" {

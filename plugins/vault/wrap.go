@@ -1,51 +1,14 @@
 package vault
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
 
-	"github.com/go-json-experiment/json/jsontext"
 	"github.com/pawlsec/pawl/broker"
 )
-
-// wrapInfo is the member of a response that describes a wrapping token: a single-use token without a parent that opens
-// the response that Vault keeps.
-type wrapInfo struct {
-	Token           string
-	Accessor        string
-	TTL             int64  // seconds
-	CreationPath    string // the path of the wrapped request
-	WrappedAccessor string // accessor of the wrapped token
-	Members         map[string]any
-}
-
-func (d decoder) wrap() (*wrapInfo, error) {
-	if d.null() {
-		return nil, nil
-	}
-	raw, err := d.ReadValue()
-	if err != nil {
-		return nil, errShape
-	}
-	var w wrapInfo
-	own := decoder{jsontext.NewDecoder(bytes.NewBuffer(raw))}
-	err = own.object(2, map[string]func() error{
-		"token":            func() error { return own.text(&w.Token) },
-		"accessor":         func() error { return own.text(&w.Accessor) },
-		"ttl":              func() error { return own.integer(&w.TTL) },
-		"creation_path":    func() error { return own.text(&w.CreationPath) },
-		"wrapped_accessor": func() error { return own.text(&w.WrappedAccessor) },
-	})
-	if err != nil {
-		return nil, err
-	}
-	w.Members, err = decoder{jsontext.NewDecoder(bytes.NewBuffer(raw))}.data()
-	return &w, err
-}
 
 // acceptWrapped checks a response that wraps a token. The response does not describe the wrapped token, so
 // acceptWrapped looks it up by its accessor. The wrapping token is not a child of the step's token, so acceptWrapped

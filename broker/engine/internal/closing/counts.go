@@ -38,6 +38,7 @@ func (c *Counts) add(outcome broker.Outcome, end time.Time) {
 // Apply updates the revocation's counts and its closure. Each closed grant was proven dead, except a static one. The
 // revocation's Tokens and Unswept must be up to date.
 func (c Counts) Apply(rv *broker.Revocation) {
+	rv.Uncounted = false
 	rv.Grants = max(rv.Grants, c.Total) // no grant can join after the fence
 	rv.Alive, rv.Unknown, rv.Static, rv.LatestEnd = c.Alive+c.Static, c.Left-c.Alive, c.Static, c.Latest
 	rv.Dead = rv.Grants - rv.Alive - rv.Unknown

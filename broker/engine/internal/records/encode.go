@@ -54,6 +54,9 @@ func decode(key string, raw []byte, rec any) (err error) {
 		err = errors.New("it is empty")
 	case raw[0] == jsonOpen:
 		err = json.Unmarshal(raw, rec)
+		if rv, ok := rec.(*broker.Revocation); ok {
+			rv.Grants, rv.Uncounted = counted(rv.Grants, rv.Uncounted)
+		}
 	case raw[0] == version1:
 		err = fromWire(raw[1:], rec)
 	default:

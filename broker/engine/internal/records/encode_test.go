@@ -65,7 +65,7 @@ func full(t testing.TB) map[string]any {
 		"revocation": broker.Revocation{ID: "rv000000000000000000000001", Selector: "chain:x", Reason: "a reason",
 			By: "ana", Freeze: true, Lifted: true, Unfreezer: "bo", Chain: chain, Node: root, Grant: grant,
 			Asked: moment, Fenced: moment, Revision: 8, Settled: moment, Closure: broker.ClosurePartial, Nothing: true,
-			Grants: 6, Dead: 1, Alive: 2, Unknown: 3, Static: 1, Tokens: 4, Unswept: true, LatestEnd: moment},
+			LiftedAlone: "alone", Uncounted: true, Grants: 6, Dead: 1, Alive: 2, Unknown: 3, Static: 1, Tokens: 4, Unswept: true, LatestEnd: moment},
 		"rule": Rule{Fence: *fence, Selector: "tool:db.read"},
 		"canary": broker.Canary{ID: "cn000000000000000000000001", Chain: chain, Note: "home", By: "ana",
 			Planted: moment, Touched: moment, Touches: 2},

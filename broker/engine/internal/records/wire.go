@@ -357,19 +357,25 @@ type wireRevocation struct {
 	Tokens    int                 `cbor:"22,keyasint,omitempty"`
 	Unswept   bool                `cbor:"23,keyasint,omitempty"`
 	LatestEnd stamp               `cbor:"24,keyasint,omitempty"`
+	Alone     string              `cbor:"25,keyasint,omitempty"`
+	Uncounted bool                `cbor:"26,keyasint,omitempty"`
 }
+
+// counted reads the number of grants. Older builds wrote -1 before the first count.
+func counted(grants int, uncounted bool) (int, bool) { return max(grants, 0), uncounted || grants < 0 }
 
 func revocationWire(rv broker.Revocation) wireRevocation {
 	return wireRevocation{rv.ID, rv.Selector, rv.Reason, rv.By, rv.Freeze, rv.Lifted, rv.Unfreezer, rv.Chain, rv.Node,
 		rv.Grant, stampOf(rv.Asked), stampOf(rv.Fenced), rv.Revision, stampOf(rv.Settled), rv.Closure, rv.Nothing,
-		rv.Grants, rv.Dead, rv.Alive, rv.Unknown, rv.Static, rv.Tokens, rv.Unswept, stampOf(rv.LatestEnd)}
+		rv.Grants, rv.Dead, rv.Alive, rv.Unknown, rv.Static, rv.Tokens, rv.Unswept, stampOf(rv.LatestEnd), rv.LiftedAlone, rv.Uncounted}
 }
 
 func (w wireRevocation) revocation() broker.Revocation {
+	grants, uncounted := counted(w.Grants, w.Uncounted)
 	return broker.Revocation{ID: w.ID, Selector: w.Selector, Reason: w.Reason, By: w.By, Freeze: w.Freeze,
 		Lifted: w.Lifted, Unfreezer: w.Unfreezer, Chain: w.Chain, Node: w.Node, Grant: w.Grant, Asked: w.Asked.time(),
 		Fenced: w.Fenced.time(), Revision: w.Revision, Settled: w.Settled.time(), Closure: w.Closure,
-		Nothing: w.Nothing, Grants: w.Grants, Dead: w.Dead, Alive: w.Alive, Unknown: w.Unknown, Static: w.Static,
+		Nothing: w.Nothing, Grants: grants, Uncounted: uncounted, LiftedAlone: w.Alone, Dead: w.Dead, Alive: w.Alive, Unknown: w.Unknown, Static: w.Static,
 		Tokens: w.Tokens, Unswept: w.Unswept, LatestEnd: w.LatestEnd.time()}
 }
 
