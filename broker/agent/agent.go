@@ -30,6 +30,7 @@ package agent
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -48,9 +49,14 @@ type Source = client.Source
 // Config names the broker and the agent's identity. Besides Address it has exactly one of Source, TLS
 // and HTTPClient; a unix socket needs none of them.
 type Config struct {
-	Address    string       // "https://host:port", or "unix:/path" of a socket; required
-	Source     Source       // the agent's identity; the client follows its rotations; requires ServerID
-	ServerID   spiffeid.ID  // the broker's identity; required with Source, and refused without it
+	Address  string      // "https://host:port", or "unix:/path" of a socket; required
+	Source   Source      // the agent's identity; the client follows its rotations; requires ServerID
+	ServerID spiffeid.ID // the broker's identity; required with Source, and refused without it
+
+	// ID is the SPIFFE ID, or the hint of the entry, of the agent's own SVID, where the Workload API can give this process
+	// several. FromEnvironment alone reads it. Empty: PAWL_ID, and without that the only SVID.
+	ID string
+
 	TLS        *tls.Config  // for an agent without a Source
 	HTTPClient *http.Client // used unchanged; an http:// address is accepted too
 
@@ -76,6 +82,9 @@ type Client struct {
 
 // New validates cfg and makes a client. It opens no connection.
 func New(cfg Config) (*Client, error) {
+	if cfg.ID != "" {
+		return nil, errors.New("agent: Config.ID is for FromEnvironment: a Source, TLS or HTTPClient has its identity")
+	}
 	h, err := client.New(client.Config{
 		Address: cfg.Address, Source: cfg.Source, ServerID: cfg.ServerID, TLS: cfg.TLS, HTTP: cfg.HTTPClient,
 	})

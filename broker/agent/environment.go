@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -21,6 +22,7 @@ type variable struct{ name, example string }
 var (
 	addressVariable  = variable{"PAWL_ADDRESS", "https://pawl.example.org:8443"}
 	serverIDVariable = variable{"PAWL_SERVER_ID", "spiffe://example.org/pawl"}
+	idVariable       = variable{"PAWL_ID", "spiffe://example.org/agent"}
 	socketVariable   = variable{workloadapi.SocketEnv, "unix:///run/spire/agent/public/api.sock"}
 )
 
@@ -41,14 +43,15 @@ func (e *EnvironmentError) add(v variable, wrong string) {
 // svidWait is how long FromEnvironment waits for the Workload API.
 const svidWait = 10 * time.Second
 
-// FromEnvironment makes a client from three variables, which `pawl dev --env FILE` writes:
+// FromEnvironment makes a client from these variables, which `pawl dev --env FILE` writes:
 //
 //	PAWL_ADDRESS            the broker's address, such as https://pawl.example.org:8443
 //	PAWL_SERVER_ID          the broker's SPIFFE ID, such as spiffe://example.org/pawl
 //	SPIFFE_ENDPOINT_SOCKET  the Workload API, such as unix:///run/spire/agent/public/api.sock
 //
-// The agent's identity is the default X.509-SVID of the Workload API. The client follows its rotations
-// until Close. FromEnvironment waits at most 10 s for the first SVID. It opens no connection to the
+// The agent's identity is the X.509-SVID of the Workload API. Where that gives this process several, the
+// variable PAWL_ID has the SPIFFE ID or the hint of the agent's own; without it the error wraps
+// [ErrIdentity]. The client chooses again at each rotation until Close. FromEnvironment waits at most 10 s for the first SVID. It opens no connection to the
 // broker. If PAWL_ADDRESS is "unix:/path", the other two are not needed. The error for missing and
 // malformed variables is an *[EnvironmentError].
 func FromEnvironment(ctx context.Context) (*Client, error) {
@@ -63,10 +66,11 @@ func (cfg Config) FromEnvironment(ctx context.Context) (*Client, error) {
 		return nil, err
 	}
 	var socket string
+	var own client.Identity
 	if !strings.HasPrefix(cfg.Address, "unix:") && cfg.TLS == nil && cfg.HTTPClient == nil {
 		cfg.serverIDFrom(&wrong)
 		if cfg.Source == nil {
-			socket = socketFrom(&wrong)
+			socket, own = socketFrom(&wrong), cfg.ownFrom(&wrong)
 		}
 	}
 	if len(wrong.Variables) > 0 {
@@ -75,7 +79,7 @@ func (cfg Config) FromEnvironment(ctx context.Context) (*Client, error) {
 	if socket == "" {
 		return New(cfg)
 	}
-	source, err := identity(ctx, socket)
+	source, err := identity(ctx, socket, own)
 	if err != nil {
 		return nil, err
 	}
@@ -137,14 +141,32 @@ func socketFrom(wrong *EnvironmentError) string {
 	return socket
 }
 
-// identity waits for the first SVID. The source outlives ctx and must be closed.
-func identity(ctx context.Context, socket string) (*workloadapi.X509Source, error) {
+// identity waits for the agent's SVID. The source outlives ctx and must be closed.
+func identity(ctx context.Context, socket string, own client.Identity) (client.CloserSource, error) {
 	ctx, cancel := context.WithTimeout(ctx, svidWait)
 	defer cancel()
-	source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr(socket)))
+	source, err := client.OpenIdentity(ctx, own, "set "+idVariable.name+" or Config.ID to the SPIFFE ID or the hint of its own",
+		workloadapi.WithAddr(socket))
+	if errors.Is(err, client.ErrIdentity) {
+		return nil, err
+	}
 	if err != nil {
 		return nil, fmt.Errorf("getting an X.509-SVID from the Workload API at %s (is this workload registered?): %w",
 			socket, err)
 	}
 	return source, nil
+}
+
+// ownFrom reads which of several SVIDs is the agent's own.
+func (cfg *Config) ownFrom(wrong *EnvironmentError) client.Identity {
+	text, given := cfg.ID, cfg.ID != ""
+	if !given {
+		text = os.Getenv(idVariable.name)
+	}
+	own, err := client.ParseIdentity(text)
+	if err != nil {
+		wrong.add(idVariable, "is neither a SPIFFE ID nor a hint")
+	}
+	cfg.ID = ""
+	return own
 }

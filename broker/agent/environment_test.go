@@ -11,9 +11,11 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
@@ -166,5 +168,111 @@ func TestNoWorkloadAPI(t *testing.T) {
 	_, err := agent.FromEnvironment(ctx)
 	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), socket) {
 		t.Errorf("FromEnvironment without a Workload API = %v, want the deadline and %s", err, socket)
+	}
+}
+
+// TestSeveralIdentities: of several SVIDs the agent takes the chosen one, at each update anew, and guesses none.
+func TestSeveralIdentities(t *testing.T) {
+	var given atomic.Value // []string, paths of the SPIFFE IDs of this process
+	var ids *workload.Server
+	ids, err := workload.New(workload.Config{TrustDomain: "example.org", Identify: func(workload.Peer) (all []spiffeid.ID) {
+		for _, path := range given.Load().([]string) {
+			all = append(all, ids.ID(path))
+		}
+		return all
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = ids.Close() }) // its sockets end with it
+	dir := t.TempDir()
+	socket, err := ids.Listen(filepath.Join(dir, "api"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	broker := ids.Source(ids.ID("/pawl"))
+	l, err := tls.Listen("tcp", "127.0.0.1:0",
+		tlsconfig.MTLSServerConfig(broker, broker, tlsconfig.AuthorizeMemberOf(ids.ID("/pawl").TrustDomain())))
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := make(chan string, 1)
+	script := newScript(t)
+	h := &http.Server{ErrorLog: log.New(io.Discard, "", 0), Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		id, _ := x509svid.IDFromCert(r.TLS.PeerCertificates[0]) // the test compares it
+		seen <- id.Path()
+		w.Header().Set("Connection", "close") // the next request makes a new handshake
+		script.ServeHTTP(w, r)
+	})}
+	go func() { _ = h.Serve(l) }() // it ends with Close
+	t.Cleanup(func() { _ = h.Close() })
+	environment(t, "https://"+l.Addr().String(), ids.ID("/pawl").String(), socket)
+	mine := ids.ID("/agent").String()
+
+	given.Store([]string{"/mesh", "/agent"})
+	for _, row := range []struct{ variable, id, is, text string }{
+		{"", "", "", "set PAWL_ID or Config.ID"},
+		{mine, "", "/agent", ""},
+		{"", mine, "/agent", ""},
+		{ids.ID("/mesh").String(), mine, "/agent", ""}, // the field replaces the variable
+		{"", ids.ID("/gone").String(), "", "not spiffe://example.org/gone, which was chosen"},
+		{"", "a-hint", "", `not hint "a-hint", which was chosen`},
+		{"https://example.org", "", "", "PAWL_ID is neither a SPIFFE ID nor a hint"},
+	} {
+		t.Setenv("PAWL_ID", row.variable)
+		c, err := agent.Config{ID: row.id}.FromEnvironment(t.Context())
+		if row.is == "" {
+			if err == nil || !strings.Contains(err.Error(), row.text) {
+				t.Errorf("FromEnvironment with PAWL_ID %q and ID %q = %v, want %q", row.variable, row.id, err, row.text)
+			}
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Open(t.Context(), agent.Chain{Task: "t"}); err != nil {
+			t.Fatal(err)
+		}
+		if is := <-seen; is != row.is {
+			t.Errorf("with PAWL_ID %q and ID %q the agent is %s, want %s", row.variable, row.id, is, row.is)
+		}
+		_ = c.Close() // TestFromEnvironment checks it
+	}
+
+	// A second entry comes while the agent runs, and its own goes.
+	t.Setenv("PAWL_ID", "")
+	given.Store([]string{"/agent"})
+	c, err := agent.FromEnvironment(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close() //nolint:errcheck // TestFromEnvironment checks it
+	for _, row := range []struct {
+		given    []string
+		is, text string
+	}{
+		{[]string{"/mesh", "/agent"}, "/agent", ""}, {[]string{"/mesh"}, "", "no longer spiffe://example.org/agent"},
+		{[]string{"/agent"}, "/agent", ""},
+	} {
+		given.Store(row.given)
+		ids.Rotate()
+		tick := time.NewTicker(10 * time.Millisecond)
+		for {
+			_, err := c.Open(t.Context(), agent.Chain{Task: "t"})
+			if err == nil {
+				if is := <-seen; is != "/agent" {
+					t.Fatalf("the agent became %s after %v", is, row.given)
+				}
+			}
+			if row.is != "" && err == nil || row.is == "" && err != nil && strings.Contains(err.Error(), row.text) {
+				break
+			}
+			select {
+			case <-tick.C:
+			case <-t.Context().Done():
+				t.Fatalf("after %v: %v", row.given, err)
+			}
+		}
+		tick.Stop()
 	}
 }

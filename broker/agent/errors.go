@@ -1,6 +1,13 @@
 package agent
 
-import "github.com/pawlsec/pawl/broker/api"
+import (
+	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/api/client"
+)
+
+// ErrIdentity means that the Workload API gives this process several SVIDs and none is chosen, or not the
+// chosen one. See [Config].
+var ErrIdentity = client.ErrIdentity
 
 // The kinds of errors, as targets of errors.Is.
 const (

@@ -217,11 +217,16 @@ func (s *SPIREServers) Authority(ctx context.Context, step string) error {
 // then returns when the Workload API issues that identity to us. With selectors (such as "unix:path:/bin/x") it
 // returns when the server has the entry; the agent synchronises every second.
 func (s *SPIREServers) Entry(ctx context.Context, spiffeID string, selectors ...string) error {
+	return s.EntryWithHint(ctx, spiffeID, "", selectors...)
+}
+
+// EntryWithHint is Entry with a hint, by which a workload can tell its SVIDs apart. Empty is none.
+func (s *SPIREServers) EntryWithHint(ctx context.Context, spiffeID, hint string, selectors ...string) error {
 	ours := len(selectors) == 0
 	if ours {
 		selectors = []string{"unix:uid:" + strconv.Itoa(os.Getuid())}
 	}
-	words := []string{"entry", "create", "-parentID", s.agentID, "-spiffeID", spiffeID}
+	words := []string{"entry", "create", "-parentID", s.agentID, "-spiffeID", spiffeID, "-hint", hint}
 	for _, selector := range selectors {
 		words = append(words, "-selector", selector)
 	}

@@ -55,6 +55,8 @@ func stepCommand() *cobra.Command {
 	flags := c.Flags()
 	flags.StringVar(&f.broker.Address, "address", "", "the broker's address, https://host:port ($PAWL_ADDRESS)")
 	flags.TextVar(&f.broker.ServerID, "server-id", spiffeid.ID{}, "the broker's SPIFFE `ID` ($PAWL_SERVER_ID)")
+	flags.StringVar(&f.broker.ID, "id", "",
+		"which of several SVIDs is the agent's own: its SPIFFE ID, or the hint of its entry ($PAWL_ID)")
 	flags.StringVar(&f.tool, "tool", "", "the tool; required")
 	flags.StringArrayVar(&f.args, "arg", nil, "an argument: name=text, or name:=json for lists, numbers and booleans")
 	flags.StringVar(&f.delegation, "delegation", "", "the delegation to use; empty: open a new chain")
@@ -115,6 +117,8 @@ func newAgent(ctx context.Context, cfg agent.Config) (*agent.Client, error) {
 	switch {
 	case errors.As(err, &missing):
 		err = misuse{hinted{err, "set the variables; `pawl dev --env FILE` writes them"}}
+	case errors.Is(err, agent.ErrIdentity):
+		err = hinted{err, "--id or PAWL_ID chooses"}
 	case errors.Is(err, context.DeadlineExceeded):
 		err = hinted{err, "check that the Workload API runs and that this workload is registered with it"}
 	}

@@ -237,9 +237,9 @@ func TestDoctorOnIdentity(t *testing.T) {
 		text  string
 	}{
 		{[]string{"/pawl"}, "", true, "spiffe://example.org/pawl until"},
-		{[]string{"/other", "/pawl"}, "", false, "2 identities, of which spiffe://example.org/other is the first by chance"},
+		{[]string{"/other", "/pawl"}, "", false, "spiffe://example.org/other and spiffe://example.org/pawl, and chance decides which is first: set spiffe_id"},
 		{[]string{"/other", "/pawl"}, "spiffe://example.org/pawl", true, "spiffe://example.org/pawl until"},
-		{[]string{"/other"}, "spiffe://example.org/pawl", false, "and not spiffe://example.org/pawl, which spiffe_id names"},
+		{[]string{"/other"}, "spiffe://example.org/pawl", false, "and not spiffe://example.org/pawl, which was chosen"},
 	} {
 		given = row.given
 		d := doctor{c: wire.Config{TrustDomains: []string{"example.org"}, WorkloadAPI: address, SPIFFEID: row.want}}

@@ -26,6 +26,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/api/client"
 	"github.com/pawlsec/pawl/cmd/wire"
 	"github.com/pawlsec/pawl/plugins/vault"
 )
@@ -200,16 +201,14 @@ func (d *doctor) identity(ctx context.Context) (string, error) {
 			return "", fmt.Errorf("the Workload API has no bundle of %s, so the broker refuses its workloads", td)
 		}
 	}
-	want := spiffeid.ID{} // a malformed one is an error of the configuration
-	if d.c.SPIFFEID != "" {
-		want, _ = spiffeid.FromString(d.c.SPIFFEID)
-	}
-	if d.svid, err = wire.ChooseSVID(got.SVIDs, want, spiffeid.ID{}); err != nil {
+	want, err := client.ParseIdentity(d.c.SPIFFEID)
+	if err != nil {
 		return "", err
 	}
-	if len(got.SVIDs) > 1 && want.IsZero() {
-		return "", fmt.Errorf("the Workload API gives this process %d identities, of which %s is the first by chance: "+
-			"set spiffe_id, or leave one entry for it", len(got.SVIDs), d.svid.ID)
+	d.svid, err = want.Choose(got.SVIDs, spiffeid.ID{},
+		"set spiffe_id to the SPIFFE ID or the hint of the broker's own entry, or leave one entry for it")
+	if err != nil {
+		return "", err
 	}
 	end := d.svid.Certificates[0].NotAfter
 	if left := time.Until(end); left <= 0 {

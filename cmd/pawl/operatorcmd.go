@@ -15,19 +15,19 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"golang.org/x/term"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/broker/api/client"
 	"github.com/pawlsec/pawl/broker/operator"
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
 // operatorFlags select the broker and the operator's way of authentication.
 type operatorFlags struct {
-	socket, address, serverID string
-	json                      bool
+	socket, address, serverID, id string
+	json                          bool
 }
 
 func (f *operatorFlags) add(c *cobra.Command) {
@@ -37,6 +37,8 @@ func (f *operatorFlags) add(c *cobra.Command) {
 		"or the operators' listener, https://host:port, with this process's SVID ($PAWL_OPERATORS)")
 	flags.StringVar(&f.serverID, "server-id", os.Getenv("PAWL_SERVER_ID"),
 		"the broker's SPIFFE ID; required with --operators ($PAWL_SERVER_ID)")
+	flags.StringVar(&f.id, "id", os.Getenv("PAWL_ID"),
+		"with --operators: which of several SVIDs is the operator's own, its SPIFFE ID or the hint of its entry ($PAWL_ID)")
 	flags.BoolVar(&f.json, "json", false, "print JSON")
 }
 
@@ -55,7 +57,14 @@ func (f *operatorFlags) client(ctx context.Context) (*operator.Client, error) {
 	}
 	wait, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	source, err := workloadapi.NewX509Source(wait)
+	own, err := client.ParseIdentity(f.id)
+	if err != nil {
+		return nil, misuse{fmt.Errorf("--id: %w", err)}
+	}
+	source, err := client.OpenIdentity(wait, own, "choose with --id or PAWL_ID")
+	if errors.Is(err, client.ErrIdentity) {
+		return nil, err
+	}
 	if err != nil {
 		return nil, hinted{fmt.Errorf("fetching this process's SVID from the Workload API: %w", err),
 			"set SPIFFE_ENDPOINT_SOCKET, or use --socket on the broker's machine"}

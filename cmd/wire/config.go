@@ -10,8 +10,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-
+	"github.com/pawlsec/pawl/broker/api/client"
 	"github.com/pawlsec/pawl/broker/policy"
 )
 
@@ -21,8 +20,8 @@ type Config struct {
 	TrustDomains []string `yaml:"trust_domains"` // the trust domains of the workloads that are let in; required
 	// address of the SPIFFE Workload API, unix:///path; empty: $SPIFFE_ENDPOINT_SOCKET
 	WorkloadAPI string `yaml:"workload_api"`
-	// the broker's own SPIFFE ID, of several that the Workload API can give its process; empty: the first one, which is
-	// chance if there are several
+	// which of several identities that the Workload API can give its process is the broker's own: its SPIFFE ID, or the
+	// hint of its entry in SPIRE; empty: the only one, and with several the broker has none
 	SPIFFEID    string `yaml:"spiffe_id"`
 	JWTAudience string `yaml:"jwt_audience"` // accept JWT-SVIDs for this audience alone; empty: only X.509-SVIDs
 	// other audiences that a JWT-SVID may have beside jwt_audience; the services under these names can present an agent's
@@ -135,7 +134,7 @@ func (c Config) check() error {
 	need("vault.address", c.Vault.Address != "")
 	need("vault.ca", c.Vault.CA != "")
 	need("backends", len(c.Backends) > 0)
-	if _, err := c.ownID(); err != nil {
+	if _, err := client.ParseIdentity(c.SPIFFEID); err != nil {
 		wrong = append(wrong, fmt.Errorf("spiffe_id: %w", err))
 	}
 	wrong = append(wrong, checkVaultNames("vault.", map[string]string{"mount": c.Vault.Mount, "role": c.Vault.Role}))
@@ -182,12 +181,4 @@ func (c Config) FreezeWarning() string {
 	return "nobody can lift a freeze here: it takes two people, the users of the local socket count as one, and no other " +
 		"operator is configured: set operators and listen.operators; or as root, with the broker stopped: " +
 		"pawl unfreeze --offline --config FILE --reason TEXT REVOCATION"
-}
-
-// ownID parses spiffe_id; zero if there is none.
-func (c Config) ownID() (spiffeid.ID, error) {
-	if c.SPIFFEID == "" {
-		return spiffeid.ID{}, nil
-	}
-	return spiffeid.FromString(c.SPIFFEID)
 }

@@ -34,6 +34,10 @@ func certificate(source x509svid.Source) (*tls.Certificate, error) {
 
 func jwtFor(svids *svidSource, audience string) func(context.Context) (string, error) {
 	return func(ctx context.Context) (string, error) {
+		if svids.id().IsZero() { // without a subject the Workload API gives the first of several
+			_, err := svids.GetX509SVID()
+			return "", fmt.Errorf("the broker's own JWT-SVID: %w", err)
+		}
 		svid, err := workloadapi.FetchJWTSVID(ctx, jwtsvid.Params{Audience: audience, Subject: svids.id()}, svids.options...)
 		if err != nil {
 			return "", fmt.Errorf("the broker's own JWT-SVID: %w", err)

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"strings"
 	"sync"
 	"time"
 
@@ -16,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/api/client"
 	"github.com/pawlsec/pawl/broker/backoff"
 )
 
@@ -24,24 +24,24 @@ import (
 // over its local socket, but nothing else. Safe for concurrent use.
 type svidSource struct {
 	options   []workloadapi.ClientOption
-	want      spiffeid.ID // the configured identity; zero: the first one of the first update
+	want      client.Identity // the configured choice of several
 	log       *slog.Logger
 	now       func() time.Time
 	attempted chan struct{} // closed after the first attempt to get the X.509 identity, successful or not
 
-	mu     sync.RWMutex // guards the fields below
-	x509   *workloadapi.X509Context
-	own    *x509svid.SVID // the broker's of x509; nil if x509 lacks it
-	before spiffeid.ID    // the broker's identity before own; zero: it never changed
-	jwts   *jwtbundle.Set
-	err    error // of the last attempt to get the X.509 identity; nil after a success
+	mu   sync.RWMutex // guards the fields below
+	x509 *workloadapi.X509Context
+	own  *x509svid.SVID // the broker's of x509; nil if x509 lacks it, or the choice is not clear
+	kept spiffeid.ID    // of the last own
+	jwts *jwtbundle.Set
+	err  error // of the last attempt to get the X.509 identity; nil after a success
 }
 
 var errNoIdentity = errors.New("the Workload API has not given the broker an identity yet")
 
 // newSVIDSource checks the Workload API's address. It fetches nothing before [Server.watchIdentity].
 func newSVIDSource(c Config, log *slog.Logger) (*svidSource, error) {
-	want, err := c.ownID()
+	want, err := client.ParseIdentity(c.SPIFFEID)
 	if err != nil {
 		return nil, fmt.Errorf("spiffe_id: %w", err)
 	}
@@ -137,60 +137,39 @@ type watcher struct {
 func (w watcher) OnX509ContextUpdate(c *workloadapi.X509Context) {
 	s := w.s
 	s.mu.Lock()
-	had, old := s.x509 != nil, s.own
-	own, err := ChooseSVID(c.SVIDs, s.want, idOf(old))
+	had, old := s.own != nil, s.kept
+	own, err := s.want.Choose(c.SVIDs, s.kept, chooseIdentity)
 	s.x509, s.own, s.err = c, own, err
-	if changed := old != nil && idOf(own) != old.ID; changed {
-		s.before = old.ID
+	if own != nil {
+		s.kept = own.ID
 	}
 	s.attemptedLocked()
+	ambiguous := s.ambiguousLocked()
 	s.mu.Unlock()
 	switch {
 	case err != nil:
-		s.log.Error("the broker has lost its identity, or has none", "error", err)
-	case old != nil && own.ID != old.ID:
-		s.log.Error("the broker's identity changed: set spiffe_id, and give its process one entry",
-			"from", old.ID.String(), "to", own.ID.String())
-	case !had || old == nil:
+		s.log.Error("the broker has no identity", "error", err)
+	case !old.IsZero() && own.ID != old:
+		s.log.Error("the broker's identity changed", "from", old.String(), "to", own.ID.String())
+	case !had:
 		s.log.Info("the broker has an identity", "spiffe_id", own.ID.String(), "until", own.Certificates[0].NotAfter)
 	}
-	if len(c.SVIDs) > 1 && s.want.IsZero() && !had {
-		s.log.Warn("the Workload API gives the broker several identities; chance decides which is first: set spiffe_id",
-			"spiffe_ids", idsOf(c.SVIDs))
+	if ambiguous != "" {
+		s.log.Warn(ambiguous)
 	}
 }
 
-// ChooseSVID returns the SVID with the wanted ID. If none is wanted, it returns the one with the present ID, and if
-// there is none either, the first one. Which one SPIRE gives first is chance.
-func ChooseSVID(all []*x509svid.SVID, want, present spiffeid.ID) (*x509svid.SVID, error) {
-	for _, id := range []spiffeid.ID{want, present} {
-		for _, svid := range all {
-			if !id.IsZero() && svid.ID == id {
-				return svid, nil
-			}
-		}
-		if id == want && !want.IsZero() {
-			return nil, fmt.Errorf("the Workload API gives this process %s, and not %s, which spiffe_id names: "+
-				"is its entry gone?", idsOf(all), want)
-		}
-	}
-	return all[0], nil // the Workload API gives at least one
-}
+// chooseIdentity is how an operator chooses the broker's identity.
+const chooseIdentity = "set spiffe_id in the configuration to the SPIFFE ID or the hint of the broker's own entry"
 
-// idsOf lists the SPIFFE IDs for a message.
-func idsOf(all []*x509svid.SVID) string {
-	var names []string
-	for _, svid := range all {
-		names = append(names, svid.ID.String())
+// ambiguousLocked says that a second identity came while the broker runs; empty if not. The broker keeps its own, and a
+// restart would refuse to guess.
+func (s *svidSource) ambiguousLocked() string {
+	if s.own == nil || !s.want.IsZero() || len(s.x509.SVIDs) == 1 {
+		return ""
 	}
-	return strings.Join(names, " and ")
-}
-
-func idOf(svid *x509svid.SVID) spiffeid.ID {
-	if svid == nil {
-		return spiffeid.ID{}
-	}
-	return svid.ID
+	_, err := s.want.Choose(s.x509.SVIDs, spiffeid.ID{}, chooseIdentity)
+	return fmt.Sprintf("the broker stays %s until it stops, and would not start again: %v", s.own.ID, err)
 }
 
 // id returns the broker's identity; zero while there is none.
@@ -198,7 +177,7 @@ func (s *svidSource) id() spiffeid.ID {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	if s.own == nil {
-		return s.want
+		return spiffeid.ID{}
 	}
 	return s.own.ID
 }
@@ -255,8 +234,17 @@ func (s *svidSource) await(ctx context.Context) {
 
 // conditions returns the present faults of the broker's identity.
 func (s *svidSource) conditions() []broker.Condition {
-	if err := s.ready(); err != nil {
+	err := s.ready()
+	s.mu.RLock()
+	ambiguous := s.ambiguousLocked()
+	s.mu.RUnlock()
+	switch {
+	case errors.Is(err, client.ErrIdentity):
+		return []broker.Condition{{Part: "identity", Code: "identity_ambiguous", Text: err.Error(), Blocks: true}}
+	case err != nil:
 		return []broker.Condition{{Part: "identity", Code: "identity_missing", Text: err.Error(), Blocks: true}}
+	case ambiguous != "":
+		return []broker.Condition{{Part: "identity", Code: "identity_ambiguous", Text: ambiguous}}
 	}
 	return nil
 }

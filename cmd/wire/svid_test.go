@@ -3,6 +3,7 @@ package wire_test
 import (
 	"bytes"
 	"crypto/tls"
+	"io"
 	"log/slog"
 	"net/http"
 	"strings"
@@ -14,7 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
-	"github.com/pawlsec/pawl/attest/workload"
+	"github.com/pawlsec/pawl/broker/api/client"
 	"github.com/pawlsec/pawl/cmd/parts"
 	"github.com/pawlsec/pawl/cmd/wire"
 )
@@ -28,12 +29,13 @@ func TestOwnIdentity(t *testing.T) {
 		is    []string   // path of the broker's identity after each; empty: it has none
 		log   string
 	}{
-		"an entry is added before": {"", [][]string{{"/pawl"}, {"/other", "/pawl"}}, []string{"/pawl", "/pawl"}, "has an identity"},
-		"several at the start":     {"", [][]string{{"/other", "/pawl"}}, []string{"/other"}, "chance decides which is first"},
-		"another entry":            {"", [][]string{{"/pawl"}, {"/other"}}, []string{"/pawl", "/other"}, "identity changed"},
-		"one is chosen":            {"/pawl", [][]string{{"/other", "/pawl"}}, []string{"/pawl"}, "has an identity"},
+		"an entry is added before": {"", [][]string{{"/pawl"}, {"/other", "/pawl"}}, []string{"/pawl", "/pawl"},
+			"would not start again"},
+		"several at the start": {"", [][]string{{"/other", "/pawl"}, {"/pawl"}}, []string{"", "/pawl"}, "chance decides which is first"},
+		"another entry":        {"", [][]string{{"/pawl"}, {"/other"}, {"/pawl"}}, []string{"/pawl", "", "/pawl"}, "and no longer spiffe://example.org/pawl"},
+		"one is chosen":        {"/pawl", [][]string{{"/other", "/pawl"}}, []string{"/pawl"}, "has an identity"},
 		"the chosen one goes": {"/pawl", [][]string{{"/pawl"}, {"/other"}, {"/other", "/pawl"}}, []string{"/pawl", "", "/pawl"},
-			"gives this process spiffe://example.org/other, and not spiffe://example.org/pawl, which spiffe_id names"},
+			"gives this process spiffe://example.org/other, and not spiffe://example.org/pawl, which was chosen"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newSite(t, "example.org")
@@ -66,65 +68,76 @@ func TestOwnIdentity(t *testing.T) {
 	}
 }
 
-// TestOwnIdentityWithSPIRE adds entries of other teams to a real SPIRE. Which of them is first is chance.
+// TestOwnIdentityWithSPIRE adds the entry of another team to a real SPIRE while the broker runs, in each way of choosing.
+// Which of the identities is first is chance. The health endpoint and the metric name a choice that is not made.
 func TestOwnIdentityWithSPIRE(t *testing.T) {
 	spire := parts.OwnSPIRE(t, parts.SPIREConfig{})
 	td := spiffeid.RequireTrustDomainFromString(spire.TrustDomain())
-	s := newSite(t, spire.TrustDomain())
-	s.config.WorkloadAPI = spire.WorkloadAPI()
 	own := spiffeid.RequireFromPath(td, "/pawl")
-	s.config.SPIFFEID = own.String()
-	if err := spire.Entry(t.Context(), own.String()); err != nil {
+	if err := spire.EntryWithHint(t.Context(), own.String(), "broker"); err != nil {
 		t.Fatal(err)
 	}
-	s.start()
-	within(t, 20*time.Second, "an identity", func() bool { return s.ownID() == own.String() })
-	first := own
-	for _, path := range []string{"/team/a", "/team/b", "/team/c"} {
-		if err := spire.Entry(t.Context(), spiffeid.RequireFromPath(td, path).String()); err != nil {
-			t.Fatal(err)
-		}
-		got, err := workloadapi.FetchX509Context(t.Context(), workloadapi.WithAddr(spire.WorkloadAPI()))
-		if err != nil {
-			t.Fatal(err)
-		}
-		first = got.DefaultSVID().ID
+	configured := func(chosen string) *site {
+		s := newSite(t, spire.TrustDomain())
+		s.config.WorkloadAPI, s.config.SPIFFEID = spire.WorkloadAPI(), chosen
+		return s
+	}
+	running := map[string]*site{"": configured(""), own.String(): configured(own.String()), "broker": configured("broker")}
+	for chosen, s := range running {
+		s.start()
+		within(t, 20*time.Second, "an identity with spiffe_id "+chosen, func() bool { return s.ownID() == own.String() })
+	}
+	if err := spire.EntryWithHint(t.Context(), spiffeid.RequireFromPath(td, "/mesh").String(), "mesh"); err != nil {
+		t.Fatal(err)
+	}
+	within(t, 10*time.Second, "the second entry named", func() bool {
+		return strings.Contains(readyz(t, running[""]), "identity_ambiguous")
+	})
+	body := readyz(t, running[""])
+	if !strings.Contains(body, own.String()) || !strings.Contains(body, td.IDString()+"/mesh") || !strings.Contains(body, "set spiffe_id") {
+		t.Errorf("GET /readyz = %s, want both identities named, and spiffe_id", body)
+	}
+	if page := metricsOf(t, running[""]); !strings.Contains(page, `pawl_condition{code="identity_ambiguous",part="identity"} 1`) {
+		t.Errorf("the metrics lack identity_ambiguous")
+	}
+	for chosen, s := range running {
 		if is := s.ownID(); is != own.String() {
-			t.Errorf("the broker is %s, want %s; SPIRE's first is %s", is, own, first)
+			t.Errorf("the broker with spiffe_id %q is %s after another entry, want %s", chosen, is, own)
+		}
+		if body := readyz(t, s); chosen != "" && strings.Contains(body, `"identity"`) {
+			t.Errorf("GET /readyz with spiffe_id %q = %s, want no word of identity", chosen, body)
 		}
 	}
-	t.Logf("SPIRE's first identity of four is %s", first)
+	for chosen, want := range map[string]string{"": "", own.String(): own.String(), "broker": own.String(), "nobody": ""} {
+		s := configured(chosen)
+		s.start()
+		if want == "" {
+			within(t, 10*time.Second, "no identity with spiffe_id "+chosen, func() bool {
+				return strings.Contains(readyz(t, s), "identity_ambiguous") && s.ownID() == ""
+			})
+			continue
+		}
+		within(t, 20*time.Second, "an identity with spiffe_id "+chosen, func() bool { return s.ownID() == want })
+	}
 }
 
-// TestChooseSVID holds which of several SVIDs is the broker's.
-func TestChooseSVID(t *testing.T) {
-	identities, err := workload.New(workload.Config{TrustDomain: "example.org"})
+// readyz is the body of /readyz, for an operator at the socket.
+func readyz(t *testing.T, s *site) string { return get(t, s, "/readyz") }
+
+func metricsOf(t *testing.T, s *site) string { return get(t, s, "/metrics") }
+
+func get(t *testing.T, s *site, path string) string {
+	t.Helper()
+	resp, err := (&http.Client{Transport: socketTransport(s)}).Get("http://pawl" + path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = identities.Close() }) // it has no sockets
-	var all []*x509svid.SVID
-	for _, path := range []string{"/a", "/b", "/c"} {
-		svid, err := identities.X509SVID(spiffeid.RequireFromString("spiffe://example.org" + path))
-		if err != nil {
-			t.Fatal(err)
-		}
-		all = append(all, svid)
+	defer resp.Body.Close() //nolint:errcheck // only read
+	raw, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
 	}
-	for _, row := range []struct{ want, present, is string }{
-		{"", "", "/a"}, {"", "/c", "/c"}, {"", "/gone", "/a"}, {"/b", "", "/b"}, {"/b", "/c", "/b"}, {"/gone", "/c", ""},
-	} {
-		id := func(path string) (id spiffeid.ID) {
-			if path != "" {
-				id = spiffeid.RequireFromString("spiffe://example.org" + path)
-			}
-			return id
-		}
-		got, err := wire.ChooseSVID(all, id(row.want), id(row.present))
-		if (err == nil) != (row.is != "") || err == nil && got.ID != id(row.is) {
-			t.Errorf("ChooseSVID(want %q, present %q) = %v, %v, want %q", row.want, row.present, got, err, row.is)
-		}
-	}
+	return string(raw)
 }
 
 // certificateOf is the broker's certificate at the agents' listener; nil if it refuses.
@@ -191,7 +204,11 @@ func TestStolenSVID(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		svid, err := wire.ChooseSVID(got.SVIDs, agent, agent)
+		var own client.Identity
+		if own, err = client.ParseIdentity(agent.String()); err != nil {
+			t.Fatal(err)
+		}
+		svid, err := own.Choose(got.SVIDs, agent, "choose")
 		if err != nil {
 			t.Fatal(err)
 		}
