@@ -39,7 +39,7 @@ func EachPage(f func(Page) (next string, err error)) error {
 // Event is an entry of the audit log for subscribers, with the state that it belongs to.
 type Event struct {
 	Entry      Entry
-	Revocation Revocation  // in its current state, which may be later than the entry
+	Revocation Revocation  // in its current state, which may be later than the entry; zero for a touched canary
 	Opener     spiffeid.ID // of the revocation's chain; zero for a rule
 	Tally      Tally       // of a closure: as of the entry
 }

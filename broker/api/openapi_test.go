@@ -84,6 +84,19 @@ var (
 
 const limit = "limit: the most items of the page; default 100, at most 1000"
 
+// TestIDPattern holds that ids of each kind match the document's pattern of an id in a path.
+func TestIDPattern(t *testing.T) {
+	pattern := regexp.MustCompile(`"pattern": "(.*)"`).FindStringSubmatch(string(api.OpenAPI))
+	if pattern == nil {
+		t.Fatal("the document has no pattern")
+	}
+	for _, prefix := range []string{"ch", "dl", "gr", "rv", "cn"} {
+		if id := prefix + "0123456789abcdefghjkmnpq"; !regexp.MustCompile(pattern[1]).MatchString(id) {
+			t.Errorf("the id %s does not match %s", id, pattern[1])
+		}
+	}
+}
+
 type object = map[string]any
 
 // TestOpenAPI compares openapi.json with the types. With -update it writes the file.

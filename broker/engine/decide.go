@@ -61,6 +61,8 @@ func (e *Engine) refuseCanary(ctx context.Context, op string, policy broker.Poli
 		err := e.refuseBreach(ctx, breach{op: op, code: broker.ViolationCanary, actor: q.Caller.ID.String(), lineage: l,
 			tool: name, decision: d, freeze: q.Caller.ID, noSecret: true, now: e.cfg.Now()}, refusal)
 		refusal.Revocation = ""
+		e.cfg.Alarm("canary", broker.Errorf(broker.Internal, op, "%s asked for the canary tool %q: %s", q.Caller.ID, name,
+			d.Consequence))
 		return err
 	}
 	return nil

@@ -47,12 +47,14 @@ func (e *Engine) MarkDelivered(ctx context.Context, subscriber string, upto brok
 	})
 }
 
-// Event returns the event that an entry records: a fence, a changed closure, a freeze, or a lifted freeze. ok is false
-// for every other entry.
+// Event returns the event that an entry records: a fence, a changed closure, a freeze, a lifted freeze, or a touched canary,
+// which has no revocation. ok is false for every other entry.
 //
 // Errors: Unavailable.
 func (e *Engine) Event(ctx context.Context, entry broker.Entry) (ev broker.Event, ok bool, err error) {
 	switch {
+	case entry.Op == broker.OpViolation && entry.Code == broker.Code(broker.ViolationCanary):
+		return canaryEvent(ctx, e, entry)
 	case entry.Op == broker.OpUnfreeze && !strings.HasPrefix(entry.Detail, unfreezeLifted):
 		return broker.Event{}, false, nil
 	case entry.Op != broker.OpFence && entry.Op != broker.OpFreeze && entry.Op != broker.OpUnfreeze &&
@@ -75,4 +77,18 @@ func (e *Engine) Event(ctx context.Context, entry broker.Entry) (ev broker.Event
 		ev.Tally, ok = closing.ParseTally(entry.Detail)
 	}
 	return ev, ok, err
+}
+
+// canaryEvent is the event of a touched canary. A fence that follows has an event of its own.
+func canaryEvent(ctx context.Context, e *Engine, entry broker.Entry) (ev broker.Event, ok bool, err error) {
+	ev = broker.Event{Entry: entry}
+	if entry.Chain == "" {
+		return ev, true, nil
+	}
+	err = e.view(ctx, "deliver", func(tx *records.Tx) error {
+		c, _, err := tx.Chain(entry.Chain)
+		ev.Opener = c.Opener
+		return err
+	})
+	return ev, err == nil, err
 }

@@ -1,6 +1,7 @@
 package signals
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -22,11 +23,12 @@ const (
 	KindClosure        = "closure"         // a revocation's closure changed
 	KindFreeze         = "freeze"
 	KindUnfreeze       = "unfreeze"
+	KindCanary         = "canary" // a canary tool or value was touched
 )
 
 // Kinds lists every kind.
 func Kinds() []string {
-	return []string{KindSessionRevoked, KindFenced, KindClosure, KindFreeze, KindUnfreeze}
+	return []string{KindSessionRevoked, KindFenced, KindClosure, KindFreeze, KindUnfreeze, KindCanary}
 }
 
 // kindsOf returns the kinds of events for an entry of the audit log, in the order of delivery.
@@ -38,6 +40,8 @@ func kindsOf(e broker.Event) []string {
 		return []string{KindClosure}
 	case broker.OpFreeze:
 		return []string{KindFreeze}
+	case broker.OpViolation:
+		return []string{KindCanary}
 	}
 	return []string{KindUnfreeze}
 }
@@ -71,6 +75,7 @@ type details struct {
 	Selector   string            `json:"selector,omitempty"`
 	Chain      string            `json:"chain,omitempty"`
 	By         string            `json:"by,omitempty"`
+	Tool       string            `json:"tool,omitempty"`
 	Closure    string            `json:"closure,omitempty"`
 	Counts     *counts           `json:"counts,omitempty"`
 }
@@ -82,9 +87,25 @@ type counts struct {
 	Unknown int `json:"unknown"`
 }
 
+// canarySubject returns the subject of a touched canary: the chain in which it was touched, or planted. Without a chain it is
+// the caller that asked for the tool, or the note of a value that belongs to no chain.
+func canarySubject(e broker.Event) subjectID {
+	switch {
+	case e.Entry.Chain != "":
+		return subjectID{Format: "complex", Session: &subjectID{Format: "opaque", ID: string(e.Entry.Chain)},
+			User: &subjectID{Format: "uri", URI: e.Opener.String()}}
+	case e.Entry.Tool != "":
+		return subjectID{Format: "uri", URI: e.Entry.Actor}
+	}
+	return subjectID{Format: "opaque", ID: e.Entry.Detail}
+}
+
 // subjectOf returns the subject of a revocation. A chain, a subtree or a grant is a session of the chain's opener. A
 // rule about one SPIFFE ID has that ID as its subject, and any other rule its selector.
 func subjectOf(e broker.Event) subjectID {
+	if e.Entry.Op == broker.OpViolation {
+		return canarySubject(e)
+	}
 	rv := e.Revocation
 	session := ""
 	switch {
@@ -117,10 +138,12 @@ func (s *Sender) tokenOf(to Subscriber, e broker.Event, kind string) ([]byte, er
 		fallthrough
 	case KindFenced, KindFreeze:
 		f.Reason = map[string]string{"en": rv.Reason}
+	case KindCanary:
+		f.Chain, f.Tool = string(e.Entry.Chain), string(e.Entry.Tool)
 	case KindClosure:
 		f.Closure, f.Counts = string(e.Tally.Closure), &counts{e.Tally.Grants, e.Tally.Dead, e.Tally.Alive, e.Tally.Unknown}
 	}
-	return json.Marshal(outgoing{Issuer: s.cfg.Issuer, Audience: to.Audience, ID: fmt.Sprintf("%s.%d.%s", rv.ID, e.Entry.Revision, kind),
+	return json.Marshal(outgoing{Issuer: s.cfg.Issuer, Audience: to.Audience, ID: fmt.Sprintf("%s.%d.%s", cmp.Or(string(rv.ID), "no-revocation"), e.Entry.Revision, kind),
 		Issued: s.cfg.Now().Unix(), Happened: at, Subject: subjectOf(e), Events: map[string]details{uri: f}})
 }
 

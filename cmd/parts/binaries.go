@@ -30,7 +30,8 @@ const (
 type Binaries struct {
 	// Cache is the directory of built servers. Empty is $PAWL_PARTS, or pawl/parts in the user's cache directory.
 	Cache string
-	// Source is the root of Pawl's source tree. Empty searches from the working directory upwards.
+	// Source is the root of Pawl's source tree. Empty searches from the working directory upwards. Without one the server
+	// that was built last is taken.
 	Source string
 	// NoBuild returns ErrMissing instead of building.
 	NoBuild bool
@@ -99,6 +100,9 @@ func (b Binaries) built(ctx context.Context, r recipe) (string, error) {
 	}
 	source, err := b.source()
 	if err != nil {
+		if dir := newest(cache, r); dir != "" {
+			return dir, nil
+		}
 		return "", missing(r.name, err.Error())
 	}
 	module := filepath.Join(source, "cmd", "parts", r.dir)
@@ -114,6 +118,19 @@ func (b Binaries) built(ctx context.Context, r recipe) (string, error) {
 		return "", missing(r.name, "build it with `make parts`, which takes about five minutes once")
 	}
 	return dir, b.build(ctx, r, module, dir)
+}
+
+// newest returns the directory of the recipe's programs that was built last, for a machine without the source; empty if
+// there is none.
+func newest(cache string, r recipe) (dir string) {
+	var last time.Time
+	all, _ := filepath.Glob(filepath.Join(cache, r.dir+"-*")) // an error is of the pattern, which is a constant
+	for _, found := range all {
+		if info, err := os.Stat(found); err == nil && complete(found, r) && info.ModTime().After(last) {
+			dir, last = found, info.ModTime()
+		}
+	}
+	return dir
 }
 
 func (b Binaries) cache() (string, error) {

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/pawlsec/pawl/cmd/parts"
 )
@@ -194,3 +195,35 @@ func TestServersDieWithTheirParent(t *testing.T) {
 }
 
 var _ parts.TB = (*testing.T)(nil)
+
+// TestBuiltServersNeedNoSource finds the server that was built last from a directory outside the source tree, as `pawl dev`
+// does on a machine that has the program and the cache alone.
+func TestBuiltServersNeedNoSource(t *testing.T) {
+	cache := t.TempDir()
+	t.Setenv("PATH", t.TempDir())
+	t.Chdir(t.TempDir())
+	b := parts.Binaries{Cache: cache, NoBuild: true}
+	if path, _, err := b.Vault(t.Context()); !errors.Is(err, parts.ErrMissing) {
+		t.Errorf("Vault with an empty cache = %q, %v, want ErrMissing", path, err)
+	}
+	for i, name := range []string{"vaultserver-2", "vaultserver-1", "building-3"} {
+		dir := filepath.Join(cache, name)
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, "vaultserver"), nil, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		at := time.Unix(int64(1_000_000+i), 0)
+		if err := os.Chtimes(dir, at, at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Mkdir(filepath.Join(cache, "vaultserver-empty"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	want := filepath.Join(cache, "vaultserver-1", "vaultserver")
+	if path, official, err := b.Vault(t.Context()); err != nil || official || path != want {
+		t.Errorf("Vault = %q, %v, %v, want %q", path, official, err, want)
+	}
+}

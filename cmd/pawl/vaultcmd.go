@@ -3,11 +3,14 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"text/tabwriter"
 	"time"
 
@@ -30,19 +33,20 @@ func vaultCommand() *cobra.Command {
 }
 
 func vaultPlanCommand() *cobra.Command {
-	var config, id, trust string
+	var config, id, trust, jwks string
 	c := &cobra.Command{
 		Use: "plan --config FILE --broker SPIFFE-ID", Args: cobra.NoArgs,
 		Short: "Print the writes that Vault needs, each with its reason",
 		Long: "Print the writes that Vault needs as JSON lines, each with its reason: the policies, the token roles\n" +
 			"and the auth role. Nothing is written to Vault. The trust domain's authorities come from --trust or from\n" +
-			"the Workload API.",
+			"the Workload API. With vault.auth jwt Vault needs the trust domain's JWT keys instead: it fetches them from\n" +
+			"--jwks-url and follows their rotation, or keeps a copy of those that the Workload API gives now.",
 		Example: "  pawl vault plan --config pawl.yaml --broker spiffe://example.org/pawl --trust bundle.pem",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := required(cmd, "config", "broker"); err != nil {
 				return err
 			}
-			setup, writes, err := vaultSetup(cmd.Context(), config, id, trust)
+			setup, writes, err := vaultSetup(cmd.Context(), config, id, trust, jwks)
 			if err != nil {
 				return err
 			}
@@ -65,10 +69,12 @@ func vaultPlanCommand() *cobra.Command {
 	c.Flags().StringVar(&id, "broker", "", "the broker's SPIFFE ID; required")
 	c.Flags().StringVar(&trust, "trust", "",
 		"PEM file of the trust domain's X.509 authorities; empty: fetch them from the Workload API")
+	c.Flags().StringVar(&jwks, "jwks-url", "",
+		"with vault.auth jwt: where Vault fetches the trust domain's JWT keys; empty: copy them from the Workload API")
 	return c
 }
 
-func vaultSetup(ctx context.Context, file, id, trust string) (vault.SetupConfig, []vault.Write, error) {
+func vaultSetup(ctx context.Context, file, id, trust, jwks string) (vault.SetupConfig, []vault.Write, error) {
 	broker, err := spiffeid.FromString(id)
 	if err != nil {
 		return vault.SetupConfig{}, nil, misuse{hinted{fmt.Errorf("--broker: %w", err),
@@ -82,7 +88,17 @@ func vaultSetup(ctx context.Context, file, id, trust string) (vault.SetupConfig,
 	if err != nil {
 		return vault.SetupConfig{}, nil, err
 	}
-	authorities, err := trustPEM(ctx, broker.TrustDomain(), config.WorkloadAPI, trust)
+	setup := vault.SetupConfig{BrokerID: broker, Role: config.Vault.Role, Mount: config.Vault.Mount}
+	if config.Vault.Auth == "jwt" {
+		setup.JWTAudience, setup.JWKSURL = config.Vault.Audience, jwks
+		if jwks == "" {
+			setup.JWTKeysPEM, err = jwtKeysPEM(ctx, broker.TrustDomain(), config.WorkloadAPI)
+		}
+	} else if jwks != "" {
+		err = misuse{errors.New("--jwks-url is for a configuration with vault.auth jwt")}
+	} else {
+		setup.TrustPEM, err = trustPEM(ctx, broker.TrustDomain(), config.WorkloadAPI, trust)
+	}
 	if err != nil {
 		return vault.SetupConfig{}, nil, err
 	}
@@ -92,8 +108,35 @@ func vaultSetup(ctx context.Context, file, id, trust string) (vault.SetupConfig,
 		return vault.SetupConfig{}, nil, err
 	}
 	writes, err := wire.Writes(tools, config.Backends)
-	return vault.SetupConfig{BrokerID: broker, TrustPEM: authorities, Role: config.Vault.Role,
-		Tools: wire.Access(tools, config.Backends), Reads: reads}, writes, err
+	setup.Tools, setup.Reads = wire.Access(tools, config.Backends), reads
+	return setup, writes, err
+}
+
+// jwtKeysPEM fetches the public keys of the trust domain's JWT authorities.
+func jwtKeysPEM(ctx context.Context, td spiffeid.TrustDomain, api string) (keys []string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	var options []workloadapi.ClientOption
+	if api != "" {
+		options = append(options, workloadapi.WithAddr(api))
+	}
+	bundles, err := workloadapi.FetchJWTBundles(ctx, options...)
+	if err != nil {
+		return nil, hinted{fmt.Errorf("fetching the JWT keys from the Workload API: %w", err), "name them with --jwks-url"}
+	}
+	bundle, err := bundles.GetJWTBundleForTrustDomain(td)
+	if err != nil {
+		return nil, err
+	}
+	authorities := bundle.JWTAuthorities()
+	for _, id := range slices.Sorted(maps.Keys(authorities)) {
+		der, err := x509.MarshalPKIXPublicKey(authorities[id])
+		if err != nil {
+			return nil, fmt.Errorf("the JWT key %q: %w", id, err)
+		}
+		keys = append(keys, string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})))
+	}
+	return keys, nil
 }
 
 func trustPEM(ctx context.Context, td spiffeid.TrustDomain, api, file string) (string, error) {

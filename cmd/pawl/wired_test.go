@@ -131,7 +131,7 @@ func wiredConfig(
 	source, err := policy.Build(fstest.MapFS{
 		"bundle.yaml": {Data: []byte("{name: wired, version: 1}")},
 		"tools.yaml": {Data: []byte("tools:\n  - {name: notes.read, backend: notes, narrowing: none, " +
-			"vault: {policy: pawl-notes, path: secret/notes}}\n")},
+			"vault: {policy: pawl-tool-notes, path: secret/notes}}\n")},
 		"main.cedar": {Data: []byte(notesPermit)},
 	})
 	if err != nil {

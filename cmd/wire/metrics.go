@@ -30,7 +30,8 @@ type metrics struct {
 	closure prometheus.Histogram
 	orphans prometheus.Counter
 	alarms  prometheus.Counter
-	live    atomic.Int64 // grants that are not closed
+	canary  *prometheus.CounterVec // by tool
+	live    atomic.Int64           // grants that are not closed
 
 	limited     *prometheus.CounterVec // by listener and limit
 	differences *prometheus.CounterVec // of the candidate policy, by action and tool
@@ -104,7 +105,9 @@ func newMetrics(known func(broker.ToolName) bool, ready func() error, conditions
 		"Questions that the candidate policy bundle would answer differently, by action and tool.", "action", "tool")
 	m.missed = newCounter("pawl_shadow_missed_total",
 		"Questions that were not put to the candidate policy bundle, or that it failed to answer.")
-	m.registry.MustRegister(m.limited, m.differences, m.missed, m.steps, m.fences, m.closure, m.orphans, m.alarms,
+	m.canary = newCounterVec("pawl_canary_touches_total",
+		"Touches of canaries, by tool; value: a planted value was presented.", "tool")
+	m.registry.MustRegister(m.canary, m.limited, m.differences, m.missed, m.steps, m.fences, m.closure, m.orphans, m.alarms,
 		conditionGauges{conditions},
 		collectors.NewGoCollector(),
 		newGauge("pawl_live_grants", "Grants that are not closed.", func() float64 { return float64(m.live.Load()) }),
@@ -223,6 +226,7 @@ func (m *metrics) count(e broker.Entry) {
 		m.step(e.Tool, "unknown")
 	case broker.OpViolation:
 		m.step(e.Tool, "violation")
+		m.touched(e)
 	case broker.OpDenied:
 		if e.Detail == "issue" { // the detail names the procedure that refused
 			m.step(e.Tool, "denied")
@@ -245,6 +249,17 @@ func (m *metrics) count(e broker.Entry) {
 
 func (m *metrics) step(tool broker.ToolName, outcome string) {
 	m.steps.WithLabelValues(m.label(tool), outcome).Inc()
+}
+
+// touched counts a touch of a canary.
+func (m *metrics) touched(e broker.Entry) {
+	switch {
+	case e.Code != broker.Code(broker.ViolationCanary):
+	case e.Tool == "":
+		m.canary.WithLabelValues("value").Inc()
+	default:
+		m.canary.WithLabelValues(m.label(e.Tool)).Inc()
+	}
 }
 
 // differs counts a question that the candidate policy would answer differently.

@@ -67,7 +67,8 @@ func newSite(t *testing.T, domain string) *site {
 	source, err := policy.Build(fstest.MapFS{
 		"bundle.yaml": {Data: []byte("{name: site, version: 1}")},
 		"tools.yaml": {Data: []byte("tools:\n  - {name: notes.read, backend: notes, narrowing: none, " +
-			"vault: {policy: pawl-notes, path: secret/notes}}\n")},
+			"vault: {policy: pawl-notes, path: secret/notes}}\n" +
+			"  - {name: keys.root, backend: notes, narrowing: none, canary: true, vault: {policy: pawl-keys, path: secret/keys}}\n")},
 		"main.cedar": {Data: []byte("@id(\"all\")\n@any(\"action tool\")\n" +
 			"permit (principal in TrustDomain::\"" + domain + "\", action, resource);\n")},
 	})

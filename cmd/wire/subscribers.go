@@ -32,7 +32,7 @@ type Subscriber struct {
 	ServerID string `yaml:"server_id"`
 	// authenticate with the broker's own X.509-SVID; there is no other way, so there are no static secrets
 	MTLS   bool     `yaml:"mtls"`
-	Events []string `yaml:"events"` // of session-revoked, chain-fenced, closure, freeze and unfreeze; empty: all
+	Events []string `yaml:"events"` // of session-revoked, chain-fenced, closure, freeze, unfreeze and canary; empty: all
 }
 
 var subscriberName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)

@@ -256,7 +256,7 @@ func TestRealJWT(t *testing.T) {
 		t.Fatal(err)
 	}
 	setup := s.setup
-	setup.TrustPEM, setup.JWTAudience = "", "vault"
+	setup.TrustPEM, setup.JWTAudience, setup.Mount = "", "vault", "jwt-"+s.setup.Role
 	setup.JWTKeysPEM = []string{string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))}
 	if _, err := vault.Setup(t.Context(), s.admin, setup); err != nil {
 		t.Fatalf("Setup() = %v", err)
@@ -266,7 +266,7 @@ func TestRealJWT(t *testing.T) {
 		want              bool
 	}{{brokerID, "vault", true}, {brokerID + "/x", "vault", false}, {brokerID, "other", false}} {
 		cfg := s.config()
-		cfg.Login = vault.Login{JWTRole: s.setup.Role, JWT: func(context.Context) (string, error) {
+		cfg.Login = vault.Login{Mount: setup.Mount, JWTRole: s.setup.Role, JWT: func(context.Context) (string, error) {
 			signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: key}, nil)
 			if err != nil {
 				return "", err

@@ -1,6 +1,7 @@
 package vault
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -32,6 +33,7 @@ type SetupConfig struct {
 	JWTAudience string   // required with either: the single audience of the broker's JWT-SVID
 
 	Role       string // auth role; empty: "pawl-broker"
+	Mount      string // of the auth method; empty: "cert" or "jwt". With both methods it must be empty
 	TokenRole  string // as in Config
 	Delegation string // as in Config
 	// LoginTTL is the period of the login token. Zero is 1 hour. If the broker dies, all its tokens end after that
@@ -84,10 +86,10 @@ func (s SetupConfig) Plan() ([]Write, error) {
 		},
 	})
 	if s.TrustPEM != "" {
-		plan = append(plan, enable("cert"), s.certRole())
+		plan = append(plan, enable("cert", s.mount("cert")), s.certRole())
 	}
 	if s.JWTAudience != "" {
-		plan = append(plan, enable("jwt"), s.jwtConfig(), s.jwtRole())
+		plan = append(plan, enable("jwt", s.mount("jwt")), s.jwtConfig(), s.jwtRole())
 	}
 	return plan, nil
 }
@@ -112,12 +114,19 @@ func (s *SetupConfig) complete() error {
 			"without it Vault would accept every audience")
 	case len(s.JWTKeysPEM) > 0 && s.JWKSURL != "":
 		return errors.New("JWTKeysPEM and JWKSURL are mutually exclusive")
+	case s.Mount != "" && jwt && s.TrustPEM != "":
+		return errors.New("Mount is of one auth method, and TrustPEM and JWTKeysPEM or JWKSURL ask for two")
 	case s.LoginTTL < time.Minute:
 		return errors.New("LoginTTL must be at least a minute")
 	case strings.ContainsAny(s.BrokerID.String(), "*,"):
 		return errors.New("BrokerID must not contain '*' or ',': Vault reads them as patterns")
 	case s.TrustPEM != "" && !x509.NewCertPool().AppendCertsFromPEM([]byte(s.TrustPEM)):
 		return errors.New("TrustPEM contains no certificate")
+	}
+	if s.Mount != "" {
+		if err := broker.CheckVaultName(s.Mount); err != nil {
+			return fmt.Errorf("Mount: %w", err)
+		}
 	}
 	if err := errors.Join(checkPolicy(s.Role), broker.CheckVaultName(s.TokenRole), checkPolicy(s.Delegation)); err != nil {
 		return err
@@ -160,8 +169,11 @@ func policy(why, name, text string) Write {
 	return Write{Why: why, Method: "PUT", Path: "sys/policies/acl/" + name, Data: map[string]any{"policy": text}}
 }
 
-func enable(method string) Write {
-	return Write{Why: "The auth method that checks the broker's SVID", Method: "POST", Path: "sys/auth/" + method,
+// mount is the mount of an auth method.
+func (s *SetupConfig) mount(method string) string { return cmp.Or(s.Mount, method) }
+
+func enable(method, mount string) Write {
+	return Write{Why: "The auth method that checks the broker's SVID", Method: "POST", Path: "sys/auth/" + mount,
 		Data: map[string]any{"type": method}, Exists: true}
 }
 
@@ -256,7 +268,7 @@ func (s *SetupConfig) certRole() Write {
 	return Write{
 		Why: "Log in with an X.509-SVID of exactly this SPIFFE ID. " +
 			"Vault keeps a copy of the authority: write it again after each rotation",
-		Method: "POST", Path: "auth/cert/certs/" + s.Role,
+		Method: "POST", Path: "auth/" + s.mount("cert") + "/certs/" + s.Role,
 		Data: s.tokenFields(map[string]any{
 			"certificate": s.TrustPEM, "allowed_uri_sans": []string{s.BrokerID.String()}, "display_name": s.Role,
 		}),
@@ -271,13 +283,13 @@ func (s *SetupConfig) jwtConfig() Write {
 		data = map[string]any{"jwks_url": s.JWKSURL, "jwt_supported_algs": algorithms}
 		why = "Where Vault fetches the keys that sign JWT-SVIDs"
 	}
-	return Write{Why: why, Method: "POST", Path: "auth/jwt/config", Data: data}
+	return Write{Why: why, Method: "POST", Path: "auth/" + s.mount("jwt") + "/config", Data: data}
 }
 
 func (s *SetupConfig) jwtRole() Write {
 	return Write{
 		Why:    "Log in with a JWT-SVID of exactly this SPIFFE ID and audience",
-		Method: "POST", Path: "auth/jwt/role/" + s.Role,
+		Method: "POST", Path: "auth/" + s.mount("jwt") + "/role/" + s.Role,
 		Data: s.tokenFields(map[string]any{
 			"role_type": "jwt", "user_claim": "sub", "bound_subject": s.BrokerID.String(),
 			"bound_audiences":   []string{s.JWTAudience},
