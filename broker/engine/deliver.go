@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -52,24 +53,25 @@ func (e *Engine) MarkDelivered(ctx context.Context, subscriber string, upto brok
 //
 // Errors: Unavailable.
 func (e *Engine) Event(ctx context.Context, entry broker.Entry) (ev broker.Event, ok bool, err error) {
+	canary := entry.Op == broker.OpViolation && entry.Code == broker.Code(broker.ViolationCanary)
 	switch {
-	case entry.Op == broker.OpViolation && entry.Code == broker.Code(broker.ViolationCanary):
-		return canaryEvent(ctx, e, entry)
 	case entry.Op == broker.OpUnfreeze && !strings.HasPrefix(entry.Detail, unfreezeLifted):
 		return broker.Event{}, false, nil
 	case entry.Op != broker.OpFence && entry.Op != broker.OpFreeze && entry.Op != broker.OpUnfreeze &&
-		entry.Op != broker.OpClosure:
+		entry.Op != broker.OpClosure && !canary:
 		return broker.Event{}, false, nil
 	}
 	err = e.view(ctx, "deliver", func(tx *records.Tx) error {
 		ev = broker.Event{Entry: entry}
-		if ev.Revocation, ok, err = tx.Revocation(entry.Revocation); err != nil || !ok {
+		if ev.Revocation, ok, err = tx.Revocation(entry.Revocation); err != nil || !ok && !canary {
 			return err
 		}
-		if ev.Revocation.Chain == "" {
+		ok = true
+		chain := cmp.Or(ev.Revocation.Chain, entry.Chain) // a canary's has no revocation, and a rule's no chain
+		if chain == "" {
 			return nil
 		}
-		c, _, err := tx.Chain(ev.Revocation.Chain)
+		c, _, err := tx.Chain(chain)
 		ev.Opener = c.Opener
 		return err
 	})
@@ -77,18 +79,4 @@ func (e *Engine) Event(ctx context.Context, entry broker.Entry) (ev broker.Event
 		ev.Tally, ok = closing.ParseTally(entry.Detail)
 	}
 	return ev, ok, err
-}
-
-// canaryEvent is the event of a touched canary. A fence that follows has an event of its own.
-func canaryEvent(ctx context.Context, e *Engine, entry broker.Entry) (ev broker.Event, ok bool, err error) {
-	ev = broker.Event{Entry: entry}
-	if entry.Chain == "" {
-		return ev, true, nil
-	}
-	err = e.view(ctx, "deliver", func(tx *records.Tx) error {
-		c, _, err := tx.Chain(entry.Chain)
-		ev.Opener = c.Opener
-		return err
-	})
-	return ev, err == nil, err
 }
