@@ -172,7 +172,7 @@ type Revocation struct {
 	CoversNothing bool `json:"covers_nothing,omitzero"` // a rule that covered nothing when it was written; later requests may match it
 	Repeated      bool `json:"repeated,omitzero"`       // in the answer to a command: the same revocation already existed, as shown here, and the command changed nothing
 
-	// in the answer to a freeze: no two people can lift it, and what makes that possible
+	// in the answer to a freeze: no two people can lift it, with the remedy
 	Warning string `json:"warning,omitzero"`
 
 	Acknowledged *Acknowledged `json:"acknowledged,omitzero"` // acknowledgements by holders; not in lists, and omitted if no holder had to be notified

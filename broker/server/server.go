@@ -111,8 +111,8 @@ type Config struct {
 	Introspect Introspect // agents' POST /v1/introspect; nil: there is no such endpoint
 	StatusList StatusList // agents' GET /v1/status-lists/{backend}; nil: there is no such endpoint
 
-	// FreezeWarning says that no two people can lift a freeze, and what makes that possible; empty: two can. It is in the
-	// answers to a freeze and to a request to lift one.
+	// FreezeWarning says that no two people can lift a freeze, with the remedy; empty: two can. It is in the answers to a
+	// freeze and to a request to lift one.
 	FreezeWarning string
 
 	Log *slog.Logger     // one event for each request, never a body; nil: none

@@ -168,7 +168,7 @@ func (c Config) check() error {
 	return errors.Join(wrong...)
 }
 
-// FreezeWarning says that no two people can lift a freeze of this configuration's broker, and what makes that possible.
+// FreezeWarning says that no two people can lift a freeze of this configuration's broker, with the remedy.
 // Empty: two can. The users of the local socket count as one person.
 func (c Config) FreezeWarning() string {
 	people := 1
