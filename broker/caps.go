@@ -1,9 +1,6 @@
 package broker
 
 import (
-	"cmp"
-	"fmt"
-	"maps"
 	"slices"
 	"time"
 )
@@ -40,44 +37,4 @@ func (c *Caps) Tighten(o Caps) {
 			c.Required = slices.Insert(slices.Clone(c.Required), i, name)
 		}
 	}
-}
-
-// Excess is one respect in which a request to open goes beyond the caps.
-type Excess struct {
-	What   string // "budget:steps", "depth", "ttl" or "label:team"
-	Remedy string // the request to make instead, such as "at most 50 steps"
-}
-
-// Apply gives the fields of r that are zero the value of their cap, where zero means no limit or a default. A depth of
-// zero is the least, and stays. It also returns each respect in which r goes beyond the caps. Signed are the labels of
-// r's envelope.
-func (c Caps) Apply(r OpenRequest, signed map[string]string) (OpenRequest, []Excess) {
-	var beyond []Excess
-	over := func(is bool, what, remedy string, args ...any) {
-		if is {
-			beyond = append(beyond, Excess{what, fmt.Sprintf(remedy, args...)})
-		}
-	}
-	if c.Steps > 0 {
-		over(r.Budget.Steps > c.Steps, "budget:steps", "at most %d steps", c.Steps)
-		r.Budget.Steps = cmp.Or(r.Budget.Steps, c.Steps)
-	}
-	if c.Depth != nil {
-		over(r.Depth > *c.Depth, "depth", "a depth of at most %d", *c.Depth)
-	}
-	if c.TTL > 0 {
-		over(r.TTL > c.TTL, "ttl", "a lifetime of at most %s", c.TTL)
-		r.TTL = cmp.Or(r.TTL, min(c.TTL, DefaultChainTTL))
-	}
-	if c.Labels != nil {
-		for _, name := range slices.Sorted(maps.Keys(r.Labels)) {
-			over(!slices.Contains(c.Labels, name), "label:"+name, "no label %q", name)
-		}
-	}
-	for _, name := range c.Required {
-		_, asked := r.Labels[name]
-		_, stated := signed[name]
-		over(!asked && !stated, "label:"+name, "the label %q", name)
-	}
-	return r, beyond
 }

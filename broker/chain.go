@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"strconv"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -14,6 +15,9 @@ type Chain struct {
 	Opened time.Time         `json:"opened"`
 	Labels map[string]string `json:"labels,omitempty"`
 	Root   DelegationID      `json:"root"`
+
+	// Envelope is the one that it was opened with, or nil. Task and Labels are the opener's own claims.
+	Envelope *Envelope `json:"envelope,omitempty"`
 }
 
 // Delegation is a node of a chain. Its holder may use some tools, or may pass them on, until a time.
@@ -40,4 +44,41 @@ type Fence struct {
 	At         time.Time    `json:"at"`
 	Revocation RevocationID `json:"revocation"`
 	Frozen     bool         `json:"frozen,omitempty"` // may be lifted; a later revocation makes it final
+}
+
+// Principal returns the one for whom the chain acts: the subject on whose behalf its envelope was issued, or its opener.
+// The form is a SPIFFE ID, or the issuer of the envelope, a space and the name of the subject.
+func (c Chain) Principal() string {
+	switch e := c.Envelope; {
+	case e == nil || e.Behalf == "":
+		return c.Opener.String()
+	case IsSPIFFE(e.Behalf):
+		return e.Behalf
+	default:
+		return e.Issuer + " " + e.Behalf
+	}
+}
+
+// Purpose describes the chain in one line: the task as its opener claims it, and the statements of its envelope.
+func (c Chain) Purpose() string {
+	e := c.Envelope
+	if e == nil {
+		return c.Task
+	}
+	text := c.Task + "; envelope " + strconv.Quote(e.ID) + " of " + e.Issuer
+	if e.Behalf != "" {
+		text += ", on behalf of " + strconv.Quote(e.Behalf)
+	}
+	if e.Task != "" {
+		text += ", task " + strconv.Quote(e.Task)
+	}
+	return text
+}
+
+// SignedLabels returns the labels of the chain's envelope; nil: it has none.
+func (c Chain) SignedLabels() map[string]string {
+	if c.Envelope == nil {
+		return nil
+	}
+	return c.Envelope.Labels
 }

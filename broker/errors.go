@@ -55,6 +55,7 @@ const (
 	CodeTooFast           Code = "too_fast"              // a limit per minute is spent; retry later
 	CodeDelegationUnknown Code = "delegation_unknown"    // no such delegation, or not held by the caller
 	CodeChainOverCap      Code = "chain_over_cap"        // requests a chain beyond the caps of policy
+	CodeEnvelopeRefused   Code = "envelope_refused"      // the envelope is not valid for the caller and now
 	CodeDelegationWider   Code = "delegation_wider"      // requests more than the parent may pass on
 	CodeDelegationDepth   Code = "delegation_depth"      // cannot be passed on again
 	CodeForeignDomain     Code = "foreign_trust_domain"  // receiver in another trust domain, and no permit names both

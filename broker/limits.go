@@ -7,7 +7,8 @@ const (
 	MaxDepth    = 8              // delegations below the root
 	MaxChainTTL = 24 * time.Hour // lifetime of a delegation
 	MaxTask     = 256            // bytes of the text of a task or a purpose
-	MaxLabels   = 16             // labels of a chain; each name and value has at most 64 bytes
+	MaxLabels   = 16             // labels of a chain; each name has at most 64 bytes
+	MaxLabel    = 64             // bytes of the value of a label
 	MaxRights   = 128            // rights of a delegation, at most one for each tool
 )
 

@@ -3,6 +3,9 @@ package broker
 import (
 	"context"
 	"errors"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // Ledger is the truth about chains, delegations, grants and revocations. It keeps records by key and an append-only log
@@ -63,6 +66,33 @@ type Policy interface {
 	Tool(ToolName) (Tool, bool)
 	// Digest identifies the bundle in grants and in the audit.
 	Digest() string
+}
+
+// EnvelopeVerifier is a [Policy] that names issuers of envelopes. A policy that is none refuses every envelope.
+type EnvelopeVerifier interface {
+	// VerifyEnvelope returns the content of an envelope that one of the issuers signed for the caller, and that is valid
+	// now. The error says why it is refused, has no part of the token, and is for the caller.
+	VerifyEnvelope(token string, caller spiffeid.ID, now time.Time) (Envelope, error)
+}
+
+// ReadEnvelope verifies the envelope of a request to open with the policy's issuers. It returns nil for an empty token.
+func ReadEnvelope(op string, p Policy, token string, caller spiffeid.ID, now time.Time) (*Envelope, *Error) {
+	if token == "" {
+		return nil, nil
+	}
+	refuse := func(why string) *Error {
+		return Errorf(Denied, op, "the envelope is refused: %s", why).With(CodeEnvelopeRefused).
+			Lacks("ask its issuer for another envelope, for your SPIFFE ID and this broker")
+	}
+	v, ok := p.(EnvelopeVerifier)
+	if !ok {
+		return nil, refuse("the bundle names no issuer")
+	}
+	e, err := v.VerifyEnvelope(token, caller, now)
+	if err != nil {
+		return nil, refuse(err.Error())
+	}
+	return &e, nil
 }
 
 // Vault is the part of Vault that the procedures use. The tokens of delegations form one tree below the broker's own

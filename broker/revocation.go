@@ -35,8 +35,10 @@ type Plan struct {
 type PlannedTask struct {
 	Chain       ChainID `json:"chain"`
 	Task        string  `json:"task"`
-	Delegations int     `json:"delegations"` // open
-	Grants      int     `json:"grants"`      // not closed yet
+	SignedTask  string  `json:"signed_task,omitempty"`  // of its envelope
+	Behalf      string  `json:"on_behalf_of,omitempty"` // of its envelope
+	Delegations int     `json:"delegations"`            // open
+	Grants      int     `json:"grants"`                 // not closed yet
 }
 
 // Closure is the honest state of a revocation.

@@ -128,7 +128,11 @@ type Chain struct {
 	Budget Budget            // over the whole chain; zero: no limits
 	Depth  int               // how many times it may be passed on, 0 to 8
 	TTL    time.Duration     // its lifetime, in whole seconds; zero: one hour
-	Labels map[string]string // for policies and selectors
+	Labels map[string]string // for selectors, and for policies as the agent's claim
+
+	// Envelope is a signed statement about the chain, from the system that gave the task: a JWT of an issuer that the
+	// policy bundle names. Empty: none.
+	Envelope string
 
 	// Heartbeat is the interval, in whole seconds, within which the agent promises to send a request;
 	// zero: no promise. The client keeps the promise until Leave or Close. Policy decides the
@@ -152,7 +156,7 @@ func (c *Client) open(ctx context.Context, ch Chain) (Info, error) {
 	}
 	in := api.OpenRequest{
 		Task: ch.Task, Rights: rights, Budget: ch.Budget, Depth: ch.Depth, TTLSeconds: seconds(ch.TTL),
-		Labels: ch.Labels, HeartbeatSeconds: seconds(ch.Heartbeat),
+		Labels: ch.Labels, HeartbeatSeconds: seconds(ch.Heartbeat), Envelope: ch.Envelope,
 	}
 	var out api.Delegation
 	if err := c.http.Call(ctx, http.MethodPost, "/v1/chains", nil, in, &out); err != nil {

@@ -35,12 +35,13 @@ type Budget struct {
 
 // OpenRequest opens a new chain. The caller holds its root delegation.
 type OpenRequest struct {
-	Task       string            `json:"task"`                 // the purpose of the chain; 1 to 256 bytes
+	Task       string            `json:"task"`                 // the purpose of the chain, as the caller claims it; 1 to 256 bytes
 	Rights     []Right           `json:"rights"`               // the permissions under it
 	Budget     Budget            `json:"budget,omitzero"`      // for the whole chain
 	Depth      int               `json:"depth,omitzero"`       // how many times it may be delegated, 0 to 8
 	TTLSeconds int64             `json:"ttl_seconds,omitzero"` // its lifetime; omitted: one hour
-	Labels     map[string]string `json:"labels,omitzero"`      // for policies and selectors
+	Labels     map[string]string `json:"labels,omitzero"`      // for selectors, and for policies as the caller's claim
+	Envelope   string            `json:"envelope,omitzero"`    // signed statements about the chain, of an issuer that the policy bundle names: a compact JWS of typ pawl-envelope+jwt; omitted: none
 
 	HeartbeatSeconds int64 `json:"heartbeat_seconds,omitzero"` // the longest interval between requests that the caller promises; omitted: no promise
 }

@@ -84,6 +84,7 @@ func Reasons() []Reason {
 		{"deliveries_full", KindUnavailable, "Too many sealed secrets are waiting to be collected", true, "Collect or close the waiting ones, then retry."},
 		{"key_other_seal", KindConflict, "The idempotency key was used for a step with another seal", false, "Use another key for another step."},
 		{"chain_over_cap", KindDenied, "It asks for more than policy lets a chain have", false, "Ask for what the remedy names. Leave a field out to get the most that is allowed."},
+		{"envelope_refused", KindDenied, "The signed envelope is refused", false, "Ask its issuer for another one; the detail says why this one is refused."},
 		{"delegation_wider", KindDenied, "It asks for more than the parent may delegate", false, "Leave out the items in missing."},
 		{"delegation_depth", KindDenied, "It may not be delegated any further", false, "Do the step yourself, or ask for a deeper delegation."},
 		{"foreign_trust_domain", KindDenied, "The receiver is in another trust domain", false, "Delegate inside the trust domain, or ask for a policy that names both."},

@@ -21,6 +21,20 @@ type Chain struct {
 	Opened time.Time         `json:"opened"`
 	Labels map[string]string `json:"labels,omitzero"`
 	Root   string            `json:"root"` // id of the root delegation
+
+	Envelope *Envelope `json:"envelope,omitzero"` // task and labels above are the opener's claims; omitted: it was opened with none
+}
+
+// Envelope has the signed statements about a chain.
+type Envelope struct {
+	Issuer     string            `json:"issuer"`
+	ID         string            `json:"id"`     // its jti
+	Digest     string            `json:"digest"` // "sha256:" and the hex digest of the token
+	Task       string            `json:"task,omitzero"`
+	Labels     map[string]string `json:"labels,omitzero"`
+	OnBehalfOf string            `json:"on_behalf_of,omitzero"` // a SPIFFE ID, or the issuer's name for a subject
+	Issued     time.Time         `json:"issued"`
+	Expires    time.Time         `json:"expires"`
 }
 
 // ChainSummary is a chain in a list.
@@ -129,8 +143,10 @@ type Plan struct {
 type PlannedTask struct {
 	Chain       string `json:"chain"`
 	Task        string `json:"task"`
-	Delegations int    `json:"delegations"` // open
-	Grants      int    `json:"grants"`      // not ended
+	SignedTask  string `json:"signed_task,omitzero"`  // of its envelope
+	OnBehalfOf  string `json:"on_behalf_of,omitzero"` // of its envelope
+	Delegations int    `json:"delegations"`           // open
+	Grants      int    `json:"grants"`                // not ended
 }
 
 // RevokeRequest asks for a final revocation, or for a freeze.

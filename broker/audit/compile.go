@@ -124,7 +124,8 @@ func (c *compiler) collect(id broker.ChainID) error {
 		return err
 	}
 	paths := pathsOf(v)
-	found := Chain{ID: id, Task: v.Chain.Task, Opener: v.Chain.Opener.String(), Opened: v.Chain.Opened}
+	found := Chain{ID: id, Task: v.Chain.Task, Opener: v.Chain.Opener.String(), Opened: v.Chain.Opened,
+		Envelope: v.Chain.Envelope}
 	var outside []broker.Delegation
 	for _, d := range v.Delegations {
 		if !c.covers(selector.Subject{Chain: v.Chain, Path: paths[d.ID]}) {

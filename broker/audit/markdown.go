@@ -67,6 +67,10 @@ func (p *page) fenced(r Report) {
 	}
 	for _, c := range r.Chains {
 		p.line("- Chain %s: %s, opened by %s at %s; %d delegations and %d grants in scope", c.ID, code(c.Task), code(c.Opener), at(c.Opened), c.Delegations, c.Grants)
+		if e := c.Envelope; e != nil {
+			p.line("  - Envelope %s of %s: task %s, on behalf of %s, issued at %s", code(e.ID), code(e.Issuer), code(e.Task),
+				code(e.Behalf), at(e.Issued))
+		}
 	}
 }
 

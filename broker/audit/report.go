@@ -61,6 +61,8 @@ type Chain struct {
 	Opened      time.Time      `json:"opened"`
 	Delegations int            `json:"delegations"` // in scope
 	Grants      int            `json:"grants"`      // in scope, including those that ended before the fence
+
+	Envelope *broker.Envelope `json:"envelope,omitzero"` // left out: it was opened with none, and the task is the opener's claim
 }
 
 // Grant is a grant in the revocation's scope.

@@ -1,6 +1,13 @@
 package brokertest
 
-import "github.com/pawlsec/pawl/broker"
+import (
+	"errors"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/pawlsec/pawl/broker"
+)
 
 // Path makes a Vault path of a constant. It panics if the text is no path.
 func Path(text string) broker.VaultPath {
@@ -15,6 +22,9 @@ func Path(text string) broker.VaultPath {
 type Policy struct {
 	Tools  map[broker.ToolName]broker.Tool
 	Answer func(broker.Question) broker.Decision // nil allows everything
+
+	// Envelopes has the content of each valid token. Each is for every caller until it expires.
+	Envelopes map[string]broker.Envelope
 }
 
 // AllowAll returns a policy that allows the named tools, on the backend "target", to every caller.
@@ -40,3 +50,11 @@ func (p *Policy) Tool(name broker.ToolName) (broker.Tool, bool) { t, ok := p.Too
 
 // Digest implements [broker.Policy].
 func (p *Policy) Digest() string { return "test" }
+
+// VerifyEnvelope implements [broker.EnvelopeVerifier].
+func (p *Policy) VerifyEnvelope(token string, _ spiffeid.ID, now time.Time) (broker.Envelope, error) {
+	if e, ok := p.Envelopes[token]; ok && now.Before(e.Expires) {
+		return e, nil
+	}
+	return broker.Envelope{}, errors.New("it is not one of the test's")
+}

@@ -137,11 +137,8 @@ func checkText(op, name, s string, least, most int) error {
 	if len(s) < least || len(s) > most {
 		return broker.Errorf(broker.Malformed, op, "%s must be %d to %d bytes", name, least, most)
 	}
-	for _, r := range s {
-		if r < ' ' || r == 0x7f || r == 0xfffd || r >= 0x80 && r < 0xa0 ||
-			r >= 0x2028 && r <= 0x202e || r >= 0x2066 && r <= 0x2069 {
-			return broker.Errorf(broker.Malformed, op, "%s has a control character or is not valid UTF-8", name)
-		}
+	if !broker.PlainText(s) {
+		return broker.Errorf(broker.Malformed, op, "%s has a control character or is not valid UTF-8", name)
 	}
 	return nil
 }

@@ -33,6 +33,11 @@ func (e *Engine) Open(ctx context.Context, c broker.Caller, r broker.OpenRequest
 		return broker.Delegation{}, err
 	}
 	policy := e.cfg.Policy()
+	envelope, refusal := broker.ReadEnvelope(op, policy, r.Envelope, c.ID, now)
+	if refusal != nil {
+		return broker.Delegation{}, e.recordDenial(ctx, c, records.Lineage{}, "", refusal)
+	}
+	chain.Envelope = envelope
 	q := broker.Question{Action: broker.ActionOpen, Caller: c, Chain: chain, Open: &r, Now: now}
 	if err := e.refuseCanary(ctx, op, policy, q, records.Lineage{}, nil, scope.Tools()...); err != nil {
 		return broker.Delegation{}, err
@@ -47,12 +52,15 @@ func (e *Engine) Open(ctx context.Context, c broker.Caller, r broker.OpenRequest
 		deciders = append(deciders, d.Policies...)
 		caps.Tighten(d.Caps)
 	}
-	capped, beyond := caps.Apply(r, nil)
+	capped, beyond := r.Capped(caps, chain.SignedLabels())
 	if len(beyond) > 0 {
 		return broker.Delegation{}, e.recordDenial(ctx, c, records.Lineage{}, "",
 			records.OverCap(op, beyond).Decided(unique(deciders)))
 	}
 	root.Budget, root.Expires = capped.Budget, now.Add(cmp.Or(capped.TTL, broker.DefaultChainTTL))
+	if chain.Envelope != nil && chain.Envelope.Expires.Before(root.Expires) {
+		root.Expires = chain.Envelope.Expires
+	}
 	err = e.update(ctx, op, func(tx *records.Tx) error {
 		f, err := tx.FenceOver(records.Lineage{Chain: chain, Nodes: []broker.Delegation{root}}, selector.Subject{})
 		if err != nil {
@@ -65,7 +73,7 @@ func (e *Engine) Open(ctx context.Context, c broker.Caller, r broker.OpenRequest
 			return err
 		}
 		return tx.AddDelegation(root, broker.Entry{At: now, Actor: c.ID.String(), Op: broker.OpOpen,
-			Bundle: policy.Digest(), Policies: unique(deciders), Detail: r.Task})
+			Bundle: policy.Digest(), Policies: unique(deciders), Detail: chain.Purpose()})
 	})
 	if err != nil {
 		return broker.Delegation{}, err
@@ -100,7 +108,7 @@ func checkOpen(op string, r broker.OpenRequest) (broker.Scope, error) {
 			return nil, broker.Errorf(broker.Malformed, op,
 				"label names are lower-case letters, digits and underscores, at most 64")
 		}
-		if err := checkText(op, "the value of label "+name, value, 0, 64); err != nil {
+		if err := checkText(op, "the value of label "+name, value, 0, broker.MaxLabel); err != nil {
 			return nil, err
 		}
 	}

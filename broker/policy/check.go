@@ -90,6 +90,16 @@ type chainYAML struct {
 	Labels map[string]string `yaml:"labels"`
 	Age    string            `yaml:"age"`
 	Depth  int               `yaml:"depth"`
+
+	Envelope *envelopeYAML `yaml:"envelope"`
+}
+
+// envelopeYAML is the content of the envelope that a chain was opened with.
+type envelopeYAML struct {
+	Issuer string            `yaml:"issuer"`
+	Task   string            `yaml:"task"`
+	Labels map[string]string `yaml:"labels"`
+	Behalf string            `yaml:"on_behalf_of"`
 }
 
 type pastYAML struct {
@@ -239,6 +249,9 @@ func (y testYAML) question() (q broker.Question, err error) {
 // past fills in the chain and its history before the question.
 func (y testYAML) past(q *broker.Question) (err error) {
 	q.Chain = broker.Chain{Task: y.Chain.Task, Labels: y.Chain.Labels, Opener: q.Caller.ID}
+	if e := y.Chain.Envelope; e != nil {
+		q.Chain.Envelope = &broker.Envelope{Issuer: e.Issuer, Task: e.Task, Labels: e.Labels, Behalf: e.Behalf}
+	}
 	q.Depth = y.Chain.Depth
 	if y.Chain.Opener != "" {
 		if q.Chain.Opener, err = spiffeid.FromString(y.Chain.Opener); err != nil {

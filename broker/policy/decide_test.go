@@ -20,6 +20,10 @@ func given(a args.Args) change {
 func label(k, v string) change {
 	return func(q *broker.Question) { q.Chain.Labels = map[string]string{k: v} }
 }
+func claims(task string) change { return func(q *broker.Question) { q.Chain.Task = task } }
+func signed(e broker.Envelope) change {
+	return func(q *broker.Question) { q.Chain.Envelope = &e }
+}
 func past(tool broker.ToolName, n int, last time.Duration) change {
 	return func(q *broker.Question) {
 		if q.History == nil {
@@ -63,8 +67,25 @@ func TestDecide(t *testing.T) {
 			use("db.read"), allowed},
 		{"set of strings", ci + ` when { ["a", "b"].containsAll(context.args.tables) };`, use("db.read", given(list("a", "b"))), allowed},
 		{"set of strings, one outside", ci + ` when { ["a", "b"].containsAll(context.args.tables) };`, use("db.read", given(list("a", "c"))), denied},
-		{"label", ci + ` when { context.chain.labels has env && context.chain.labels.env == "prod" };`, use("db.read", label("env", "prod")), allowed},
-		{"no label", ci + ` when { context.chain.labels has env && context.chain.labels.env == "prod" };`, use("db.read"), denied},
+		{"label", ci + ` when { context has labels && context.labels has env && context.labels.env == "prod" };`,
+			use("db.read", signed(broker.Envelope{Labels: map[string]string{"env": "prod", "site": "x"}})), allowed},
+		{"no label", ci + ` when { context has labels && context.labels has env && context.labels.env == "prod" };`,
+			use("db.read", signed(broker.Envelope{})), denied},
+		{"a label that the agent claims is no label", ci + ` when { context has labels && context.labels has env && context.labels.env == "prod" };`,
+			use("db.read", label("env", "prod")), denied},
+		{"a label without a check denies", ci + ` when { context.labels.env == "prod" };`, use("db.read", label("env", "prod")),
+			broker.Decision{Failed: true, Policies: []string{"ci"}}},
+		{"task", ci + ` when { context has task && context.task == "urgent" };`, use("db.read", signed(broker.Envelope{Task: "urgent"})), allowed},
+		{"a task that the agent claims is no task", ci + ` when { context has task && context.task == "urgent" };`, use("db.read", claims("urgent")), denied},
+		{"an envelope without a task", ci + ` when { context has task };`, use("db.read", claims("urgent"), signed(broker.Envelope{Behalf: "x"})), denied},
+		{"on whose behalf, and who says so", ci + ` when { context has on_behalf_of && context.on_behalf_of == "ana" && context.issuer == "https://hr.example" };`,
+			use("db.read", signed(broker.Envelope{Behalf: "ana", Issuer: "https://hr.example"})), allowed},
+		{"claims may be trusted by name", `@trusts_claims ` + ci + ` when { context.claimed.task == "urgent" && context.claimed.labels has env && context.claimed.labels.env == "prod" };`,
+			use("db.read", claims("urgent"), label("env", "prod")), allowed},
+		{"an envelope does not replace a claim", `@trusts_claims ` + ci + ` when { context.claimed == {task: "nightly", labels: {}} };`,
+			use("db.read", signed(broker.Envelope{Task: "urgent", Labels: map[string]string{"env": "prod"}})), allowed},
+		{"a forbid may read claims", ci + `; @id("no") forbid(principal, action, resource) when { context.claimed.labels has env };`,
+			use("db.read", label("env", "prod")), forbidden(0, "no")},
 		{"required label of the tool", ci + ` when { resource.narrowing == "native" && resource.backend == "postgres" };`, use("db.read"), allowed},
 		{"office hours", ci + ` when { context.now.hour >= 8 && context.now.hour < 18 && context.now.weekday <= 5 };`, use("db.read"), allowed},
 		{"after hours", ci + ` when { context.now.hour >= 13 };`, use("db.read"), denied},
@@ -73,13 +94,13 @@ func TestDecide(t *testing.T) {
 		{"Sunday is the seventh", ci + ` when { context.now.weekday == 7 };`, use("db.read", func(q *broker.Question) { q.Now = noon.AddDate(0, 0, 4) }), allowed},
 		{"Monday is the first", ci + ` when { context.now.weekday == 1 };`, use("db.read", func(q *broker.Question) { q.Now = noon.AddDate(0, 0, 5) }), allowed},
 		{"a count of zero is no use", ci + ` unless { context.history has "mail" };`, use("db.read", past("mail", 0, 0)), allowed},
-		{"a member as a whole", ci + ` when { context.chain == {task: "nightly", opener: Agent::"spiffe://acme.example/ci/runner", labels: {}, depth: 0, age_seconds: 60} };`,
+		{"a member as a whole", ci + ` when { context.chain == {opener: Agent::"spiffe://acme.example/ci/runner", depth: 0, age_seconds: 60} };`,
 			use("db.read"), allowed},
 		{"a member as a whole beside its parts", ci + ` when { context.args has limit || context.args == {tables: ["a"]} };`, use("db.read", given(list("a"))), allowed},
-		{"parts in one policy, the whole in another", `@id("x") forbid(principal, action, resource) when { context.args has limit };` + ci + ` when { {a: context}.a.args == {tables: ["a"]} };`,
+		{"parts in one policy, the whole in another", `@id("x") forbid(principal, action, resource) when { context.args has limit }; @trusts_claims ` + ci + ` when { {a: context}.a.args == {tables: ["a"]} };`,
 			use("db.read", given(list("a"))), allowed},
 		{"age never counts backwards", ci + ` when { context.chain.age_seconds == 0 };`, use("db.read", func(q *broker.Question) { q.Chain.Opened = noon.Add(time.Hour) }), allowed},
-		{"whole context", ci + ` when { {c: context}.c.used.contains("mail") };`, use("db.read", past("mail", 1, 0)), allowed},
+		{"whole context", "@trusts_claims " + ci + ` when { {c: context}.c.used.contains("mail") };`, use("db.read", past("mail", 1, 0)), allowed},
 
 		{"forbid wins", ci + `; @id("no") forbid(principal, action, resource);`, use("db.read"), forbidden(0, "no")},
 		{"most severe forbid", `@id("a") @violation("revoke-step") forbid(principal, action, resource);

@@ -14,7 +14,13 @@
 //	           resource.backend, resource.narrowing. A report that names no tool has Tool::""
 //
 //	context.args       the step's arguments: strings, longs, booleans, sets of strings
-//	context.chain      task, opener (an Agent), labels, depth, age_seconds
+//	context.chain      opener (an Agent), depth, age_seconds
+//	context.claimed    task and labels, in the words of the chain's opener. A permit that reads them needs
+//	                   @trusts_claims
+//	context.task, context.labels, context.on_behalf_of, context.issuer
+//	                   the statements of the chain's envelope, which the issuer signed. Without an envelope
+//	                   they do not exist; labels exists with any envelope, the others if it has the claim.
+//	                   on_behalf_of is a string: a SPIFFE ID, or the issuer's name for a subject
 //	context.history    for each tool the chain has used before: count, since_first_seconds,
 //	                   since_last_seconds. Test membership first: context.history has "db.read" && …
 //	context.used       the set of their names
@@ -40,6 +46,7 @@
 //	                             on a permit to open: the most that the chain may ask for
 //	@labels("team env")          on a permit to open: the only labels that the request may name
 //	@requires_labels("team")     on a permit to open: labels that the request or its envelope must have
+//	@trusts_claims               on a permit: it depends on what the agent says of itself
 //	@any("principal tool")       on a permit: the scope parts deliberately left open
 //	@remedy("…")                 how to ask, shown with a denial or while an approval is pending. Taken from the
 //	                             forbids that match, the permits with unmet conditions, or the permits that need
@@ -68,7 +75,8 @@
 //	    violation: canary                         # for report
 //	    proof: jwt-svid                           # x509-svid when absent
 //	    at: 2026-03-02T10:00:00Z                  # that Monday's ten o'clock when absent
-//	    chain: {task: nightly, opener: spiffe://…, labels: {env: prod}, age: 10m, depth: 1}
+//	    chain: {task: nightly, opener: spiffe://…, labels: {env: prod}, age: 10m, depth: 1}  # its claims
+//	      # in chain: envelope: {issuer: https://…, task: nightly, labels: {env: prod}, on_behalf_of: ana}
 //	    open: {steps: 50, live: 2, per_minute: 9, depth: 1, ttl: 10m, heartbeat: 5s}  # for open: the request
 //	    history: {db.read: {count: 2, first: 5m, last: 30s}}  # how long ago
 //	    expect: allow                             # required: allow or deny

@@ -75,7 +75,7 @@ func (e *Explanation) allowed(p *Policy, q *broker.Question) {
 		e.lacks("ask the platform team for a permit that names both trust domains", "domains:"+strings.Join(bothDomains(q), " "))
 	}
 	if q.Action == broker.ActionOpen && q.Open != nil {
-		_, beyond := d.Caps.Apply(*q.Open, nil)
+		_, beyond := q.Open.Capped(d.Caps, q.Chain.SignedLabels())
 		for _, x := range beyond {
 			e.lacks("ask for "+x.Remedy, x.What)
 		}

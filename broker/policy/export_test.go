@@ -64,7 +64,7 @@ func (p *Policy) Relevant(q broker.Question) int { return len(p.evaluate(&q, p.r
 
 // SignRaw signs any payload.
 func SignRaw(payload []byte, keys ...jose.JSONWebKey) []byte {
-	jws, err := addSignatures(envelope{Payload: encode(payload)}, keys)
+	jws, err := addSignatures(signedJSON{Payload: encode(payload)}, keys)
 	if err != nil {
 		panic(err)
 	}

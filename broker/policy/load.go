@@ -6,11 +6,14 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/cedar-policy/cedar-go"
 	"github.com/cedar-policy/cedar-go/x/exp/schema"
 	"github.com/cedar-policy/cedar-go/x/exp/schema/validate"
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/envelope"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // Policy is one compiled bundle. It is immutable, implements [broker.Policy], and is safe for
@@ -23,10 +26,14 @@ type Policy struct {
 	rules      []*rule // in the order of their ids
 	byID       map[cedar.PolicyID]*rule
 	violations map[broker.ViolationCode]broker.Consequence
+	issuers    envelope.Issuers
 	warnings   []string
 }
 
-var _ broker.Policy = (*Policy)(nil)
+var _ interface {
+	broker.Policy
+	broker.EnvelopeVerifier
+} = (*Policy)(nil)
 
 // tool is a declared tool with its Cedar entity and the rules that can match it.
 type tool struct {
@@ -70,6 +77,10 @@ func compile(b Bundle) (*Policy, error) {
 	p.violations[broker.ViolationCanary] = broker.ConsequenceRevokeChain
 	for code, name := range b.content.Violations {
 		p.violations[code], _ = broker.ParseConsequence(name) // content.check validated it
+	}
+	var err error
+	if p.issuers, err = b.content.issuers(); err != nil {
+		return nil, err
 	}
 	if err := p.compile(b.content.Policies); err != nil {
 		return nil, err
@@ -159,6 +170,11 @@ func (p *Policy) Tools() []broker.Tool {
 	}
 	slices.SortFunc(tools, func(a, b broker.Tool) int { return cmp.Compare(a.Name, b.Name) })
 	return tools
+}
+
+// VerifyEnvelope implements [broker.EnvelopeVerifier] with the bundle's issuers.
+func (p *Policy) VerifyEnvelope(token string, caller spiffeid.ID, now time.Time) (broker.Envelope, error) {
+	return p.issuers.Verify(token, caller, now)
 }
 
 // Digest identifies the bundle: "sha256:" and the hex digest.

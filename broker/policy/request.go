@@ -3,6 +3,7 @@ package policy
 import (
 	"cmp"
 	"iter"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -151,6 +152,10 @@ func (b *builder) member(q *broker.Question, member string, n names) cedar.Value
 		return b.args(q.Args, n)
 	case member == "chain":
 		return b.chain(q, n)
+	case member == "claimed":
+		return b.claimed(q.Chain, n)
+	case q.Chain.Envelope != nil && slices.Contains(signed, member):
+		return b.signed(q.Chain.Envelope, member, n)
 	case member == "history":
 		return b.history(q.History, n, q.Now)
 	case member == "used":
@@ -171,24 +176,50 @@ func (b *builder) member(q *broker.Question, member string, n names) cedar.Value
 
 func (b *builder) chain(q *broker.Question, n names) cedar.Value {
 	m := b.open()
-	if n.has("task") {
-		m["task"] = cedar.String(q.Chain.Task)
-	}
 	if n.has("opener") && !q.Chain.Opener.IsZero() {
 		m["opener"] = uid(typeAgent, q.Chain.Opener.String())
-	}
-	if n.has("labels") {
-		labels := b.open()
-		for name, value := range q.Chain.Labels {
-			labels[cedar.String(name)] = cedar.String(value)
-		}
-		m["labels"] = b.close(labels)
 	}
 	if n.has("depth") {
 		m["depth"] = cedar.Long(q.Depth)
 	}
 	if n.has("age_seconds") {
 		m["age_seconds"] = seconds(q.Chain.Opened, q.Now)
+	}
+	return b.close(m)
+}
+
+// claimed builds the member with the words of the chain's opener.
+func (b *builder) claimed(c broker.Chain, n names) cedar.Value {
+	m := b.open()
+	if n.has("task") {
+		m["task"] = cedar.String(c.Task)
+	}
+	if n.has("labels") {
+		m["labels"] = b.labels(c.Labels, nil)
+	}
+	return b.close(m)
+}
+
+// signed are the members that come from an envelope alone.
+var signed = []string{"task", "labels", "on_behalf_of", "issuer"}
+
+// signed builds one of them. A text that the envelope does not state is absent. Labels are there, perhaps none.
+func (b *builder) signed(e *broker.Envelope, member string, n names) cedar.Value {
+	if member == "labels" {
+		return b.labels(e.Labels, n)
+	}
+	if text := map[string]string{"task": e.Task, "on_behalf_of": e.Behalf, "issuer": e.Issuer}[member]; text != "" {
+		return cedar.String(text)
+	}
+	return nil
+}
+
+func (b *builder) labels(labels map[string]string, n names) cedar.Value {
+	m := b.open()
+	for name, value := range labels {
+		if n.has(name) {
+			m[cedar.String(name)] = cedar.String(value)
+		}
 	}
 	return b.close(m)
 }

@@ -25,6 +25,7 @@ type rule struct {
 	forbid bool
 	reads  reads
 
+	trusts      bool // @trusts_claims
 	violation   bool // sets a consequence
 	consequence broker.Consequence
 
@@ -59,7 +60,24 @@ func newRule(p *cedar.Policy, id cedar.PolicyID) (*rule, error) {
 	if err := r.checkReach(); err != nil {
 		return r, err
 	}
+	if err := r.checkClaims(); err != nil {
+		return r, err
+	}
 	return r, r.checkOpen()
+}
+
+// checkClaims refuses a permit that depends on what an agent says of itself, unless it says so. A forbid may read
+// claims, since it only takes away.
+func (r *rule) checkClaims() error {
+	_, reads := r.reads["claimed"]
+	switch {
+	case r.forbid || reads == r.trusts:
+		return nil
+	case reads:
+		return errors.New("permits by context.claimed, or by the whole context with it, which is the agent's own word; read context.task, context.labels " +
+			"or context.on_behalf_of of a signed envelope, or add @trusts_claims")
+	}
+	return errors.New("@trusts_claims: the conditions do not read context.claimed")
 }
 
 // checkReach refuses limits that nothing would enforce. The broker enforces approval, TTL and narrowing only for a
@@ -118,6 +136,10 @@ func (r *rule) annotate(key, value string) (err error) {
 		r.narrowing, err = broker.ParseNarrowing(value)
 	case "domains":
 		r.domains, err = parseDomains(value)
+	case "trusts_claims":
+		if r.trusts = true; value != "" {
+			err = errors.New("takes no value")
+		}
 	case "any":
 		r.open = strings.Fields(value)
 	default:
@@ -127,8 +149,8 @@ func (r *rule) annotate(key, value string) (err error) {
 }
 
 // onPermits are the annotations of permits alone.
-var onPermits = []string{"approval", "ttl", "narrowing", "domains", "any", "max_steps", "max_depth", "max_ttl", "labels",
-	"requires_labels"}
+var onPermits = []string{"approval", "ttl", "narrowing", "domains", "any", "trusts_claims", "max_steps", "max_depth",
+	"max_ttl", "labels", "requires_labels"}
 
 func parseApproval(s string) (approval, error) {
 	n, group, ok := strings.Cut(s, " of ")

@@ -32,7 +32,12 @@ type word struct {
 
 var vocabulary = []word{
 	{"args", arguments{}, nil},
-	{"chain", members{"task": text, "opener": agent, "labels": labels{}, "depth": number, "age_seconds": number}, nil},
+	{"chain", members{"opener": agent, "depth": number, "age_seconds": number}, nil},
+	{"claimed", members{"task": text, "labels": labels{}}, nil},
+	{"task", text, nil},
+	{"labels", labels{}, nil},
+	{"on_behalf_of", text, nil},
+	{"issuer", text, nil},
 	{"history", history{}, nil},
 	{"used", schema.SetType{Element: text}, nil},
 	{"proof", text, nil},

@@ -175,7 +175,7 @@ func (s *Shadow) compare(a answered) {
 
 // Change is one difference between two bundles.
 type Change struct {
-	What string `json:"what"`           // "tool", "policy", "violation", "schema" or "version"
+	What string `json:"what"`           // "tool", "policy", "violation", "issuer", "schema" or "version"
 	Name string `json:"name,omitempty"` // which one; empty for schema and version
 	How  string `json:"how"`            // "added", "removed" or "changed"
 }
@@ -203,7 +203,7 @@ func Changes(from, to *Policy) []Change {
 		}
 	}
 	a, b := from.parts(), to.parts()
-	for _, what := range []string{"version", "tool", "policy", "violation", "schema"} {
+	for _, what := range []string{"version", "tool", "policy", "violation", "issuer", "schema"} {
 		add(what, a[what], b[what])
 	}
 	return found
@@ -213,7 +213,7 @@ func Changes(from, to *Policy) []Change {
 func (p *Policy) parts() map[string]map[string][]byte {
 	c := p.bundle.content
 	parts := map[string]map[string][]byte{"version": {"": fmt.Append(nil, c.Version)},
-		"tool": {}, "policy": {}, "violation": {}, "schema": {}}
+		"tool": {}, "policy": {}, "violation": {}, "issuer": {}, "schema": {}}
 	for _, t := range c.Tools {
 		parts["tool"][t.Name], _ = json.Marshal(t, json.Deterministic(true)) // cannot fail: it was decoded from JSON
 	}
@@ -222,6 +222,9 @@ func (p *Policy) parts() map[string]map[string][]byte {
 	}
 	for code, consequence := range c.Violations {
 		parts["violation"][string(code)] = []byte(consequence)
+	}
+	for _, i := range c.Issuers {
+		parts["issuer"][i.Issuer], _ = json.Marshal(i, json.Deterministic(true)) // the same
 	}
 	if c.Schema != nil {
 		parts["schema"][""] = []byte(c.Schema.Text)

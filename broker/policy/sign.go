@@ -25,9 +25,9 @@ var (
 	ErrUnderSigned = errors.New("bundle is not signed by enough trusted keys")
 )
 
-// envelope is a JWS in general JSON serialisation, RFC 7515 section 7.2.1, without unprotected
+// signedJSON is a JWS in general JSON serialisation, RFC 7515 section 7.2.1, without unprotected
 // headers.
-type envelope struct {
+type signedJSON struct {
 	Payload    string      `json:"payload"`
 	Signatures []signature `json:"signatures"`
 }
@@ -50,7 +50,7 @@ func Sign(s Source, keys ...jose.JSONWebKey) ([]byte, error) {
 	if _, err := Load(s.Unsigned()); err != nil {
 		return nil, fmt.Errorf("signing bundle: %w", err)
 	}
-	return addSignatures(envelope{Payload: encode(s.payload)}, keys)
+	return addSignatures(signedJSON{Payload: encode(s.payload)}, keys)
 }
 
 // Cosign adds signatures to a signed bundle, so that the holders of several keys can sign separately. It keeps the
@@ -76,7 +76,7 @@ func Cosign(jws []byte, keys ...jose.JSONWebKey) ([]byte, error) {
 
 func encode(b []byte) string { return base64.RawURLEncoding.EncodeToString(b) }
 
-func addSignatures(e envelope, keys []jose.JSONWebKey) ([]byte, error) {
+func addSignatures(e signedJSON, keys []jose.JSONWebKey) ([]byte, error) {
 	if len(keys) == 0 {
 		return nil, errors.New("signing bundle: no key")
 	}
@@ -184,8 +184,8 @@ func (t Trust) byID() (map[string]jose.JSONWebKey, error) {
 }
 
 // open decodes the envelope and checks only its form.
-func open(jws []byte) (envelope, []header, error) {
-	var e envelope
+func open(jws []byte) (signedJSON, []header, error) {
+	var e signedJSON
 	if len(jws) > MaxBundle {
 		return e, nil, fmt.Errorf("%w: %d bytes, at most %d", ErrOversized, len(jws), MaxBundle)
 	}
@@ -212,7 +212,7 @@ func open(jws []byte) (envelope, []header, error) {
 }
 
 // verified reports whether one signature is valid under the one algorithm of its key.
-func (e envelope) verified(i int, k jose.JSONWebKey) bool {
+func (e signedJSON) verified(i int, k jose.JSONWebKey) bool {
 	s := e.Signatures[i]
 	if _, err := broker.DecodeBase64URL(s.Signature); err != nil {
 		return false

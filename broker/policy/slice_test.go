@@ -32,6 +32,9 @@ func randomCedar(r *rand.Rand, n int) string {
 			` unless { context.used.contains("mail") }`, ` when { context.chain.depth < 2 }`, ` when { context.receiver in AgentGroup::"spiffe://a.example/ci" }`,
 			` when { context.history has mail && context.history.mail.count > 1 }`,
 			` when { context.args == {env: "prod"} }`, ` when { {all: context.history}.all has mail }`, ` unless { {all: context}.all.chain.depth < 2 }`,
+			` when { context.claimed.task == "a" }`, ` when { context.claimed.labels has team && context.claimed == {task: "a", labels: {team: "x"}} }`,
+			` when { context has labels && context.labels has team }`, ` when { context.labels.team == "x" && context.task == "a" }`,
+			` when { context has on_behalf_of && context.on_behalf_of == "ana" && context.issuer != "x" }`, ` unless { context.labels == {team: "x"} }`,
 			` when { context.open.depth < 2 }`, ` when { context has open && context.open has steps && context.open.steps < 9 }`,
 			` when { context.used.containsAny(["mail"]) }`, ` when { {u: context.used}.u.contains("mail") }`, ` when { context.used == ["mail"] }`,
 			` when { context.used.contains("db.write") || context.used.containsAny(["mail"]) }`,
@@ -51,6 +54,9 @@ func randomCedar(r *rand.Rand, n int) string {
 			}
 			if action == `action == Action::"use"` {
 				notes += one(r, "", `@ttl("10s") `, `@approval("1 of oncall") `, `@narrowing("proxy") `)
+			}
+			if strings.Contains(when, "all: context}") || strings.Contains(when, "context.claimed") {
+				notes += "@trusts_claims "
 			}
 			if action == `action == Action::"open"` {
 				notes += one(r, "", `@max_steps("5") `, `@max_steps("9") @max_depth("1") `, `@labels("team") `, `@max_ttl("1m") @requires_labels("env") `)
@@ -72,6 +78,16 @@ func randomQuestion(r *rand.Rand) broker.Question {
 		Violation: one[broker.ViolationCode](r, "canary", "outside_scope", "x"),
 		Depth:     r.IntN(4),
 		Now:       noon,
+	}
+	q.Chain.Task = one(r, "a", "b")
+	if r.IntN(2) == 0 {
+		q.Chain.Labels = map[string]string{"team": one(r, "x", "y")}
+	}
+	if r.IntN(2) == 0 {
+		q.Chain.Envelope = &broker.Envelope{Issuer: "i", Task: one(r, "", "a", "b"), Behalf: one(r, "", "ana")}
+		if r.IntN(2) == 0 {
+			q.Chain.Envelope.Labels = map[string]string{"team": one(r, "x", "y"), "env": "prod"}
+		}
 	}
 	if q.Action == broker.ActionOpen {
 		q.Open = &broker.OpenRequest{Depth: r.IntN(4), Budget: broker.Budget{Steps: r.IntN(12)}}
@@ -183,7 +199,7 @@ func benchPolicy(b *testing.B, n int) *policy.Policy {
 	for i := range n {
 		switch {
 		case i%10 == 0:
-			fmt.Fprintf(&text, "@id(\"f%d\") forbid(principal, action == Action::\"use\", resource == Tool::\"t%d.read\") when { context.chain.labels has env && context.chain.labels.env == \"lab%d\" };\n", i, i/100, i)
+			fmt.Fprintf(&text, "@id(\"f%d\") forbid(principal, action == Action::\"use\", resource == Tool::\"t%d.read\") when { context.claimed.labels has env && context.claimed.labels.env == \"lab%d\" };\n", i, i/100, i)
 		default:
 			fmt.Fprintf(&text, "@id(\"p%d\") permit(principal in AgentGroup::\"spiffe://acme.example/team%d\", action == Action::\"use\", resource == Tool::\"t%d.read\") when { [\"orders\"].containsAll(context.args.tables) };\n", i, i, i%max(10, n/10))
 		}

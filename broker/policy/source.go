@@ -11,10 +11,12 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"github.com/go-json-experiment/json"
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/envelope"
 )
 
 // Limits of a bundle, checked before anything is parsed.
@@ -36,6 +38,7 @@ type content struct {
 	Version    int64                           `json:"version"`
 	Tools      []toolDecl                      `json:"tools"`
 	Policies   []document                      `json:"policies"`
+	Issuers    []issuerDecl                    `json:"issuers,omitempty"`
 	Schema     *document                       `json:"schema,omitempty"`
 	Violations map[broker.ViolationCode]string `json:"violations,omitempty"`
 }
@@ -67,8 +70,8 @@ func (s Source) Digest() string {
 // accepts bundles only from [Verify].
 func (s Source) Unsigned() Bundle { return Bundle{Source: s} }
 
-// Build reads an author's directory: bundle.yaml, tools.yaml, any number of *.cedar, and optionally violations.yaml
-// and schema.cedarschema. It ignores other files. Errors begin with the file, and with the line where it is known.
+// Build reads an author's directory: bundle.yaml, tools.yaml, any number of *.cedar, and optionally violations.yaml,
+// issuers.yaml and schema.cedarschema. It ignores other files. Errors begin with the file, and with the line where it is known.
 func Build(dir fs.FS) (Source, error) {
 	s, err := read(dir)
 	if err != nil {
@@ -85,6 +88,9 @@ func read(dir fs.FS) (Source, error) {
 		return Source{}, err
 	}
 	if err := c.readTools(dir); err != nil {
+		return Source{}, err
+	}
+	if err := c.readIssuers(dir); err != nil {
 		return Source{}, err
 	}
 	if err := c.readCedar(dir); err != nil {
@@ -139,6 +145,32 @@ func (c *content) readTools(dir fs.FS) error {
 		c.Tools = append(c.Tools, d)
 	}
 	slices.SortFunc(c.Tools, func(a, b toolDecl) int { return strings.Compare(a.Name, b.Name) })
+	return nil
+}
+
+func (c *content) readIssuers(dir fs.FS) error {
+	raw, err := readFile(dir, "issuers.yaml")
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var doc struct {
+		Issuers []row[issuerDecl] `yaml:"issuers"`
+	}
+	if err := ReadYAML("issuers.yaml", raw, &doc); err != nil {
+		return err
+	}
+	for _, r := range doc.Issuers {
+		if age, err := time.ParseDuration(r.value.MaxAge); err == nil {
+			r.value.MaxAge = age.String() // one spelling; issuer refuses text that does not parse
+		}
+		if _, err := r.value.issuer(); err != nil {
+			return fmt.Errorf("issuers.yaml:%d: %w", r.line, err)
+		}
+		c.Issuers = append(c.Issuers, r.value)
+	}
 	return nil
 }
 
@@ -229,6 +261,9 @@ func (c content) check() error {
 			return fmt.Errorf("tools.yaml: tool %.60q is declared twice or out of order", c.Tools[i].Name)
 		}
 	}
+	if _, err := c.issuers(); err != nil {
+		return err
+	}
 	last := ""
 	for _, d := range c.Policies {
 		if path.Ext(d.File) != ".cedar" || !plainName(d.File) || d.File <= last {
@@ -250,6 +285,26 @@ func (c content) check() error {
 		}
 	}
 	return nil
+}
+
+// issuers checks all of them.
+func (c content) issuers() (envelope.Issuers, error) {
+	if len(c.Issuers) > maxIssuers {
+		return envelope.Issuers{}, fmt.Errorf("issuers.yaml: more than %d issuers", maxIssuers)
+	}
+	var list []envelope.Issuer
+	for _, d := range c.Issuers {
+		i, err := d.issuer()
+		if err != nil {
+			return envelope.Issuers{}, fmt.Errorf("issuers.yaml: issuer %.60q: %w", d.Issuer, err)
+		}
+		list = append(list, i)
+	}
+	all, err := envelope.New(list...)
+	if err != nil {
+		return all, fmt.Errorf("issuers.yaml: %w", err)
+	}
+	return all, nil
 }
 
 // words reports whether s has the form of a violation code.

@@ -30,7 +30,7 @@ var wrongPolicies = []struct{ cedar, why string }{
 	{when(`context.args.env.contains("prod")`), `condition always fails`},
 	{when(`context.args.tables like "*"`), `condition always fails`},
 	{when(`!context.args.env`), `condition always fails`},
-	{when(`context.chain.task && true`), `condition always fails`},
+	{when(`context.task && true`), `condition always fails`},
 	{when(`context.now.time < 5`), `condition always fails`},
 	{when(`context.used.count > 1`), `condition always fails`},
 	{when(`ip("10.0.0.1").isInRange("10.0.0.0/8")`), `condition always fails`},
@@ -120,8 +120,8 @@ var rightPolicies = []string{
 	when(`context.args.tables == []`), when(`context.args has env && context.args.env like "prod-*"`),
 	when(`!(context.args has env) && context.chain.depth == 0`), when(`context.args == {tables: ["a"]}`),
 	when(`if context.args has env then context.args.env == "x" else true`), when(`true`),
-	when(`context.chain.labels has env && context.chain.labels.env == "prod"`), when(`context.chain.labels.whatever == "x"`),
-	when(`context.args.env == context.chain.labels.env`), when(`context.chain.opener == principal`),
+	when(`context.labels has env && context.labels.env == "prod"`), when(`context.labels.whatever == "x"`),
+	when(`context.args.env == context.labels.env`), when(`context.chain.opener == principal`),
 	when(`context.chain.opener in AgentGroup::"spiffe://acme.example/ci"`), when(`principal.id like "spiffe://*"`),
 	when(`principal in [AgentGroup::"spiffe://acme.example/ci", TrustDomain::"acme.example"]`),
 	when(`principal is Agent && resource is Tool`), when(`resource.narrowing == "native" && resource.backend == "postgres"`),
@@ -130,7 +130,8 @@ var rightPolicies = []string{
 	when(`context.now.hour >= 8 && context.now.hour < 18 && context.now.weekday <= 5`),
 	when(`context.now.time < datetime("2030-01-01")`), when(`context.now.time.toTime() < duration("18h")`),
 	when(`context.proof == "x509-svid"`), when(`context has receiver || context.chain.depth < 2`),
-	when(`{c: context}.c.used.contains("mail")`), when(`context.chain.age_seconds < 600 || context.chain.task == "nightly"`),
+	"@trusts_claims " + when(`{c: context}.c.used.contains("mail")`),
+	when(`context.chain.age_seconds < 600 || context.task == "nightly"`),
 	`forbid(principal, action, resource) when { context.args has env && context.args.env == "prod" };`,
 	`forbid(principal, action, resource) when { context has violation && context.violation == "canary" };`,
 	`forbid(principal, action == Action::"delegate", resource) unless { context.receiver in TrustDomain::"acme.example" };`,
@@ -152,10 +153,17 @@ func TestRightPolicies(t *testing.T) {
 // TestVocabulary asks a question with each word of the table, so that a word without a value does not stay.
 func TestVocabulary(t *testing.T) {
 	for _, name := range policy.Words() {
-		cedar := `@id("p") @any("principal action tool") permit(principal, action, resource) when { context has ` + name + ` };`
+		trusts := ""
+		if name == "claimed" {
+			trusts = "@trusts_claims "
+		}
+		cedar := trusts + `@id("p") @any("principal action tool") permit(principal, action, resource) when { context has ` + name + ` };`
 		p := load(t, cedar)
 		has := p.Decide(use("db.read")).Allow || p.Decide(use("db.read", delegate("spiffe://acme.example/x"))).Allow ||
-			p.Decide(use("db.read", report("canary"))).Allow || p.Decide(use("db.read", asks(broker.OpenRequest{}))).Allow
+			p.Decide(use("db.read", report("canary"))).Allow || p.Decide(use("db.read", asks(broker.OpenRequest{}))).Allow ||
+			p.Decide(use("db.read", func(q *broker.Question) {
+				q.Chain.Envelope = &broker.Envelope{Task: "t", Behalf: "b", Issuer: "i"}
+			})).Allow
 		if !has {
 			t.Errorf("no question has context.%s", name)
 		}

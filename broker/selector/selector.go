@@ -189,10 +189,11 @@ func (t term) holds(s Subject) verdict {
 	case "spiffe":
 		return yesIf(len(s.Path) > 0 && withinPath(t.value, s.Path[len(s.Path)-1].Holder.String()))
 	case "task":
-		return yesIf(s.Chain.Task == t.value)
+		return yesIf(s.Chain.Task == t.value || s.Chain.Envelope != nil && s.Chain.Envelope.Task == t.value)
 	case "label":
-		value, ok := s.Chain.Labels[t.name]
-		return yesIf(ok && value == t.value)
+		claimed, is := s.Chain.Labels[t.name]
+		signed, also := s.Chain.SignedLabels()[t.name]
+		return yesIf(is && claimed == t.value || also && signed == t.value)
 	case "since", "until":
 		if s.At.IsZero() {
 			return open

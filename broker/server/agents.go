@@ -104,7 +104,8 @@ func (s *Server) openChain(x *exchange, c broker.Caller, in api.OpenRequest) (an
 		return answer{}, err
 	}
 	d, err := s.cfg.Broker.Open(x.Context(), c, broker.OpenRequest{
-		Task: in.Task, Rights: rights, Budget: budgetOf(in.Budget), Depth: in.Depth, TTL: ttl, Labels: in.Labels, Heartbeat: beat,
+		Task: in.Task, Rights: rights, Budget: budgetOf(in.Budget), Depth: in.Depth, TTL: ttl, Labels: in.Labels,
+		Heartbeat: beat, Envelope: in.Envelope,
 	})
 	x.note(slog.String("chain", string(d.Chain)), slog.String("delegation", string(d.ID)))
 	return answer{status: http.StatusCreated, body: wireDelegation(d)}, err

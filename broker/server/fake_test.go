@@ -122,7 +122,9 @@ func grant() broker.Grant {
 }
 
 func chain() broker.Chain {
-	return broker.Chain{ID: chainID, Task: "t", Opener: agentID, Opened: noon, Labels: map[string]string{"env": "prod"}, Root: delegationID}
+	return broker.Chain{ID: chainID, Task: "t", Opener: agentID, Opened: noon, Labels: map[string]string{"env": "prod"}, Root: delegationID,
+		Envelope: &broker.Envelope{Issuer: "https://desk.example", ID: "j-1", Digest: "sha256:00", Task: "ticket 17",
+			Labels: map[string]string{"team": "payments"}, Behalf: "ana", Issued: noon, Expires: noon.Add(time.Hour)}}
 }
 
 func revocation() broker.Revocation {
@@ -219,7 +221,7 @@ func (f *fake) WatchFences(id broker.ChainID) (<-chan struct{}, func()) { return
 
 func (f *fake) Plan(_ context.Context, _ broker.Operator, s selector.Selector) (broker.Plan, error) {
 	return broker.Plan{Token: "pl", Selector: s.String(), Revision: 3, Made: noon, Chains: 1, Nodes: 2, Later: 1, Grants: 3, Issued: 2, Live: 1,
-		ByBackend: map[string]int{"db": 3}, Tasks: []broker.PlannedTask{{Chain: chainID, Task: "t", Delegations: 2, Grants: 3}}, TasksMore: 1,
+		ByBackend: map[string]int{"db": 3}, Tasks: []broker.PlannedTask{{Chain: chainID, Task: "t", SignedTask: "ticket 17", Behalf: "ana", Delegations: 2, Grants: 3}}, TasksMore: 1,
 		ByTool: map[broker.ToolName]int{"postgres": 3}, ByLabel: map[string]int{"native": 3}, ByCaller: map[string]int{agentID.String(): 3},
 		Static: 1, LatestEnd: noon}, f.answer(s)
 }

@@ -319,8 +319,9 @@ func TestConversions(t *testing.T) {
 		status               int
 		want                 any
 	}{
-		{"agents", "/v1/chains", `{"task":"t","labels":{"env":"prod"},` + shared + `}`, 201,
-			broker.OpenRequest{Task: "t", Rights: rights, Budget: budget, Depth: 2, TTL: time.Minute, Labels: map[string]string{"env": "prod"}}},
+		{"agents", "/v1/chains", `{"task":"t","labels":{"env":"prod"},"envelope":"a.b.c",` + shared + `}`, 201,
+			broker.OpenRequest{Task: "t", Rights: rights, Budget: budget, Depth: 2, TTL: time.Minute, Labels: map[string]string{"env": "prod"},
+				Envelope: "a.b.c"}},
 		{"agents", "/v1/delegations/" + string(delegationID) + "/delegate", `{"to":"spiffe://example.org/agent",` + shared + `}`, 201,
 			broker.DelegateRequest{From: delegationID, To: agentID, Rights: rights, Budget: budget, Depth: 2, TTL: time.Minute}},
 		{"agents", "/v1/violations", `{"delegation":"` + string(delegationID) + `","grant":"` + string(grantID) + `","violation":"canary","detail":"d"}`, 200,

@@ -162,7 +162,15 @@ func wireRecord(g broker.Grant) api.GrantRecord {
 }
 
 func wireChain(c broker.Chain) api.Chain {
-	return api.Chain{ID: string(c.ID), Task: c.Task, Opener: c.Opener.String(), Opened: utc(c.Opened), Labels: c.Labels, Root: string(c.Root)}
+	return api.Chain{ID: string(c.ID), Task: c.Task, Opener: c.Opener.String(), Opened: utc(c.Opened), Labels: c.Labels, Root: string(c.Root), Envelope: wireEnvelope(c.Envelope)}
+}
+
+func wireEnvelope(e *broker.Envelope) *api.Envelope {
+	if e == nil {
+		return nil
+	}
+	return &api.Envelope{Issuer: e.Issuer, ID: e.ID, Digest: e.Digest, Task: e.Task, Labels: e.Labels, OnBehalfOf: e.Behalf,
+		Issued: utc(e.Issued), Expires: utc(e.Expires)}
 }
 
 func wireSummary(s broker.ChainSummary) api.ChainSummary {
@@ -175,7 +183,8 @@ func wirePlan(p broker.Plan) api.Plan {
 		Chains: p.Chains, Delegations: p.Nodes, Later: p.Later, Grants: p.Grants, Issued: p.Issued, Live: p.Live,
 		ByTool: counts(p.ByTool), ByBackend: counts(p.ByBackend), ByNarrowing: counts(p.ByLabel), ByCaller: counts(p.ByCaller),
 		Tasks: each(p.Tasks, func(t broker.PlannedTask) api.PlannedTask {
-			return api.PlannedTask{Chain: string(t.Chain), Task: t.Task, Delegations: t.Delegations, Grants: t.Grants}
+			return api.PlannedTask{Chain: string(t.Chain), Task: t.Task, SignedTask: t.SignedTask, OnBehalfOf: t.Behalf,
+				Delegations: t.Delegations, Grants: t.Grants}
 		}), TasksMore: p.TasksMore,
 		Static: p.Static, LatestEnd: utc(p.LatestEnd),
 	}

@@ -18,6 +18,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/jws"
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
@@ -94,7 +95,7 @@ func New(cfg Config) (*Receiver, error) {
 		}
 		r.transmitters[t.Issuer], r.keys[t.Issuer] = t, map[string]jose.JSONWebKey{}
 		for _, k := range t.Keys {
-			if alg, err := algorithm(k); err != nil || string(alg) != k.Algorithm {
+			if alg, err := jws.Algorithm(k); err != nil || string(alg) != k.Algorithm {
 				return nil, fmt.Errorf("signals: a key of transmitter %d is not from ParseKeys", i+1)
 			}
 			r.keys[t.Issuer][k.KeyID] = k
@@ -180,11 +181,11 @@ func (r *Receiver) authenticate(o opened) (Transmitter, error) {
 	if !known {
 		return t, &Refusal{"invalid_issuer", "the issuer is not a known transmitter"}
 	}
-	key, known := r.keys[c.Issuer][o.header.Kid]
+	key, known := r.keys[c.Issuer][o.Kid]
 	if !known {
 		return t, &Refusal{"invalid_key", "the key is not one of the issuer's"}
 	}
-	if !o.signedBy(key) {
+	if !o.SignedBy(key) {
 		return t, &Refusal{"invalid_key", "the signature does not match the key and its algorithm"}
 	}
 	if len(c.Audience) != 1 || c.Audience[0] != t.Audience {

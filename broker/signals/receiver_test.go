@@ -29,6 +29,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/broker/engine"
+	"github.com/pawlsec/pawl/broker/jws"
 	"github.com/pawlsec/pawl/broker/selector"
 	"github.com/pawlsec/pawl/broker/signals"
 )
@@ -73,7 +74,7 @@ func newRig(t testing.TB) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	keys, err := signals.ParseKeys(set)
+	keys, err := jws.ParseKeys(set)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -390,11 +391,11 @@ func TestParseKeys(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got, err := signals.ParseKeys(raw); err == nil {
+		if got, err := jws.ParseKeys(raw); err == nil {
 			t.Errorf("ParseKeys of %s = %v, want an error", name, got)
 		}
 	}
-	if _, err := signals.ParseKeys([]byte("[")); err == nil {
+	if _, err := jws.ParseKeys([]byte("[")); err == nil {
 		t.Error("ParseKeys of invalid JSON = nil, want an error")
 	}
 }
@@ -465,7 +466,7 @@ func receiverOver(t *testing.T, r *rig, revoke func(context.Context, broker.Oper
 	if err != nil {
 		t.Fatal(err)
 	}
-	keys, err := signals.ParseKeys(set)
+	keys, err := jws.ParseKeys(set)
 	if err != nil {
 		t.Fatal(err)
 	}

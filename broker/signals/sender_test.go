@@ -25,6 +25,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/broker/engine"
+	"github.com/pawlsec/pawl/broker/jws"
 	"github.com/pawlsec/pawl/broker/selector"
 	"github.com/pawlsec/pawl/broker/signals"
 )
@@ -325,7 +326,7 @@ func TestSenderToReceiver(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	keys, err := signals.ParseKeys(set)
+	keys, err := jws.ParseKeys(set)
 	if err != nil {
 		t.Fatal(err)
 	}

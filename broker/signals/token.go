@@ -1,25 +1,23 @@
 package signals
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"slices"
 	"time"
 
-	"github.com/go-jose/go-jose/v4"
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
 
-	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/jws"
 )
 
 // Limits of a token.
 const (
-	MaxToken = 16 << 10         // bytes
+	MaxToken = jws.MaxToken
 	MaxAge   = 5 * time.Minute  // since the token was issued
 	MaxSkew  = 30 * time.Second // how far a transmitter's clock may be ahead of ours
-	maxID    = 256              // bytes of a jti, kid or subject's name
+	maxID    = jws.MaxID        // bytes of a jti or subject's name
 )
 
 // tokenType is the only typ of a token, RFC 8417 section 2.3.
@@ -31,35 +29,15 @@ const (
 	credentialChange = "https://schemas.openid.net/secevent/caep/event-type/credential-change"
 )
 
-// header lists the only members that a token's protected header may have. Others, such as jwk, x5c and crit, are
-// unknown members and refused.
-type header struct {
-	Alg string `json:"alg"`
-	Kid string `json:"kid"`
-	Typ string `json:"typ"`
-}
-
 // claims lists the claims that are read. Others are ignored.
 type claims struct {
 	Issuer   string                    `json:"iss"`
 	ID       string                    `json:"jti"`
 	Issued   *int64                    `json:"iat"`
 	Expires  *int64                    `json:"exp"`
-	Audience audience                  `json:"aud"`
+	Audience jws.Audience              `json:"aud"`
 	Subject  subject                   `json:"sub_id"`
 	Events   map[string]jsontext.Value `json:"events"`
-}
-
-// audience is one string or a list of them.
-type audience []string
-
-// UnmarshalJSON decodes both forms.
-func (a *audience) UnmarshalJSON(raw []byte) error {
-	if jsontext.Value(raw).Kind() != jsontext.KindString {
-		return json.Unmarshal(raw, (*[]string)(a))
-	}
-	*a = audience{""}
-	return json.Unmarshal(raw, &(*a)[0])
 }
 
 // subject is a subject identifier of RFC 9493, or the complex one of the Shared Signals Framework.
@@ -77,53 +55,21 @@ type event struct {
 	Change string `json:"change_type"` // of credential-change
 }
 
-// opened is a decoded compact JWS. Nothing in it is authenticated yet.
+// opened is a decoded token. Nothing in it is authenticated yet.
 type opened struct {
-	token  string
-	header header
+	jws.Token
 	claims claims
 }
 
 // open decodes a token and checks its form.
 func open(token []byte) (o opened, err error) {
-	if len(token) > MaxToken {
-		return o, fmt.Errorf("the token is longer than %d bytes", MaxToken)
+	if o.Token, err = jws.Open(token, tokenType); err != nil {
+		return o, err
 	}
-	parts := bytes.Split(token, []byte("."))
-	if len(parts) != 3 {
-		return o, errors.New("the token is not a compact JWS")
-	}
-	var plain [3][]byte
-	for i, part := range parts {
-		if plain[i], err = broker.DecodeBase64URL(string(part)); err != nil {
-			return o, errors.New("the token is not base64url")
-		}
-	}
-	if err := json.Unmarshal(plain[0], &o.header, json.RejectUnknownMembers(true)); err != nil {
-		return o, errors.New("the token's header must be a JSON object with alg, kid and typ alone")
-	}
-	if o.header.Typ != tokenType {
-		return o, fmt.Errorf("the token's typ is not %s", tokenType)
-	}
-	if err := json.Unmarshal(plain[1], &o.claims); err != nil {
+	if err := json.Unmarshal(o.Payload, &o.claims); err != nil {
 		return o, errors.New("the token's claims cannot be decoded")
 	}
-	o.token = string(token)
 	return o, nil
-}
-
-// signedBy reports whether the key signed the token, with the key's own algorithm.
-func (o opened) signedBy(k jose.JSONWebKey) bool {
-	alg := jose.SignatureAlgorithm(k.Algorithm)
-	if o.header.Alg != k.Algorithm {
-		return false
-	}
-	jws, err := jose.ParseSignedCompact(o.token, []jose.SignatureAlgorithm{alg})
-	if err != nil {
-		return false
-	}
-	_, err = jws.Verify(k)
-	return err == nil
 }
 
 // checkTime refuses a token that is too old, from the future, or expired.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,6 +21,7 @@ import (
 type stepFlags struct {
 	broker                          agent.Config
 	task, tool, delegation, purpose string
+	envelope                        string
 	args                            []string
 	ttl, grace                      time.Duration
 	print                           bool
@@ -61,6 +63,7 @@ func stepCommand() *cobra.Command {
 	flags.StringArrayVar(&f.args, "arg", nil, "an argument: name=text, or name:=json for lists, numbers and booleans")
 	flags.StringVar(&f.delegation, "delegation", "", "the delegation to use; empty: open a new chain")
 	flags.StringVar(&f.task, "task", "pawl step", "the task of a new chain")
+	flags.StringVar(&f.envelope, "envelope", "", "`file` of the signed envelope of a new chain ($PAWL_ENVELOPE)")
 	flags.StringVar(&f.purpose, "purpose", "", "the purpose of the step, for the audit")
 	flags.DurationVar(&f.ttl, "ttl", 0, "the secret's lifetime; zero: the longest allowed")
 	flags.DurationVar(&f.grace, "grace", 5*time.Second, "the time from TERM to KILL when the step is revoked or has expired")
@@ -79,6 +82,10 @@ func takeStep(cmd *cobra.Command, f stepFlags, command []string) error {
 			return misuse{hinted{fmt.Errorf("--delegation: %w", err), "pawl step --help shows the flags"}}
 		}
 	}
+	envelope, err := readEnvelope(f)
+	if err != nil {
+		return err
+	}
 	ctx := cmd.Context()
 	client, err := newAgent(ctx, f.broker)
 	if err != nil {
@@ -89,7 +96,7 @@ func takeStep(cmd *cobra.Command, f stepFlags, command []string) error {
 	if delegation != "" {
 		d, err = client.Join(ctx, delegation)
 	} else {
-		d, err = client.Open(ctx, agent.Chain{Task: f.task, Rights: []agent.Right{{Tool: f.tool, Use: true}}})
+		d, err = client.Open(ctx, agent.Chain{Task: f.task, Rights: []agent.Right{{Tool: f.tool, Use: true}}, Envelope: envelope})
 	}
 	if err != nil {
 		return err
@@ -109,6 +116,20 @@ func takeStep(cmd *cobra.Command, f stepFlags, command []string) error {
 		}
 		return err
 	})
+}
+
+// readEnvelope reads the envelope's file, if there is one.
+func readEnvelope(f stepFlags) (string, error) {
+	file := cmp.Or(f.envelope, os.Getenv("PAWL_ENVELOPE"))
+	if file == "" || f.delegation != "" {
+		if f.envelope != "" {
+			return "", misuse{hinted{errors.New("--envelope belongs to a new chain, and --delegation names one"),
+				"pawl step --help shows the flags"}}
+		}
+		return "", nil
+	}
+	raw, err := os.ReadFile(file)
+	return strings.TrimSpace(string(raw)), err
 }
 
 func newAgent(ctx context.Context, cfg agent.Config) (*agent.Client, error) {

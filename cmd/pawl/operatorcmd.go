@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -226,6 +227,10 @@ func fenceWord(f *api.Fence) string {
 // writeChain draws the tree, and under each delegation its grants.
 func writeChain(w io.Writer, v api.ChainView) {
 	fmt.Fprintf(w, "%s  %s, opened by %s\n", v.Chain.ID, oneLine(v.Chain.Task), v.Chain.Opener)
+	if e := v.Chain.Envelope; e != nil {
+		fmt.Fprintf(w, "  envelope %s of %s: task %s, on behalf of %s\n", oneLine(e.ID), oneLine(e.Issuer),
+			cmp.Or(oneLine(e.Task), "(none)"), cmp.Or(oneLine(e.OnBehalfOf), "(none)"))
+	}
 	children := map[string][]api.Delegation{}
 	for _, d := range v.Delegations {
 		children[d.Parent] = append(children[d.Parent], d)
@@ -462,7 +467,8 @@ func writePlan(w io.Writer, p api.Plan, verb string, planOnly bool) {
 		}
 	}
 	for _, t := range p.Tasks {
-		fmt.Fprintf(w, "  breaks\t%s\t%s\t%d grants, %d delegations\n", t.Chain, oneLine(t.Task), t.Grants, t.Delegations)
+		fmt.Fprintf(w, "  breaks\t%s\t%s\t%d grants, %d delegations%s\n", t.Chain, oneLine(t.Task), t.Grants, t.Delegations,
+			signedTask(t))
 	}
 	if p.TasksMore > 0 {
 		fmt.Fprintf(w, "  breaks\t%d more\n", p.TasksMore)
@@ -670,4 +676,15 @@ func firstOf(ids ...string) string {
 		}
 	}
 	return ""
+}
+
+// signedTask is the end of a planned task's line: the statements of its envelope.
+func signedTask(t api.PlannedTask) (text string) {
+	if t.SignedTask != "" {
+		text += ", signed task " + oneLine(t.SignedTask)
+	}
+	if t.OnBehalfOf != "" {
+		text += ", on behalf of " + oneLine(t.OnBehalfOf)
+	}
+	return text
 }

@@ -235,6 +235,8 @@ func loadDir(dir string) (*policy.Policy, error) {
 type explainFlags struct {
 	caller, action, tool, receiver, task string
 	args, used, labels                   []string
+	signed                               broker.Envelope
+	signedLabels                         []string
 	steps, depth                         int
 	ttl                                  time.Duration
 	json                                 bool
@@ -258,6 +260,10 @@ func explainCommand() *cobra.Command {
 	flags.StringVar(&f.receiver, "to", "", "the receiver's SPIFFE ID, for delegate")
 	flags.StringVar(&f.task, "task", "explain", "the chain's task, as its opener claims it")
 	flags.StringArrayVar(&f.labels, "label", nil, "a label of the chain, as its opener claims it: name=text")
+	flags.StringVar(&f.signed.Issuer, "issuer", "", "the issuer of the chain's envelope")
+	flags.StringVar(&f.signed.Task, "signed-task", "", "the task in the chain's envelope")
+	flags.StringArrayVar(&f.signedLabels, "signed-label", nil, "a label in the chain's envelope: name=text")
+	flags.StringVar(&f.signed.Behalf, "on-behalf-of", "", "the subject in the chain's envelope")
 	flags.IntVar(&f.steps, "steps", 0, "the budget that is asked for, for open")
 	flags.IntVar(&f.depth, "depth", 0, "the depth that is asked for, for open")
 	flags.DurationVar(&f.ttl, "ttl", 0, "the lifetime that is asked for, for open")
@@ -308,8 +314,14 @@ func (f explainFlags) question(p *policy.Policy) (q broker.Question, err error) 
 	q = broker.Question{Action: broker.Action(f.action), Now: now, History: map[broker.ToolName]broker.Past{},
 		Caller: broker.Caller{ID: id, Proof: broker.ProofX509, NotAfter: now.Add(time.Hour)},
 		Chain:  broker.Chain{Task: f.task, Opener: id, Opened: now.Add(-time.Minute)}}
-	if q.Chain.Labels, err = labelsOf(f.labels); err != nil {
+	if q.Chain.Labels, err = labelsOf("--label", f.labels); err != nil {
 		return q, err
+	}
+	if f.signed.Labels, err = labelsOf("--signed-label", f.signedLabels); err != nil {
+		return q, err
+	}
+	if s := f.signed; s.Issuer != "" || s.Task != "" || s.Behalf != "" || len(s.Labels) > 0 {
+		q.Chain.Envelope = &s
 	}
 	if q.Action == broker.ActionOpen {
 		q.Open = &broker.OpenRequest{Task: f.task, Labels: q.Chain.Labels, Depth: f.depth, TTL: f.ttl,
@@ -344,12 +356,12 @@ func (f explainFlags) question(p *policy.Policy) (q broker.Question, err error) 
 	return q, err
 }
 
-func labelsOf(given []string) (map[string]string, error) {
+func labelsOf(flag string, given []string) (map[string]string, error) {
 	labels := map[string]string{}
 	for _, one := range given {
 		name, value, ok := strings.Cut(one, "=")
 		if !ok || args.CheckName(name) != nil {
-			return nil, fmt.Errorf("--label: %.60q is not like team=payments", one)
+			return nil, fmt.Errorf("%s: %.60q is not like team=payments", flag, one)
 		}
 		labels[name] = value
 	}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/audit"
+	"github.com/pawlsec/pawl/broker/jws"
 	"github.com/pawlsec/pawl/broker/policy"
 	"github.com/pawlsec/pawl/broker/selector"
 	"github.com/pawlsec/pawl/broker/server"
@@ -104,7 +105,7 @@ func LoadTransmitters(c Config) (list []signals.Transmitter, err error) {
 		}
 		t := signals.Transmitter{Issuer: from.Issuer, Audience: from.Audience, Freeze: from.Action == "freeze",
 			ChainLabel: from.ChainLabel, Subjects: map[string]selector.Selector{}}
-		if t.Keys, err = signals.ParseKeys(raw); err != nil {
+		if t.Keys, err = jws.ParseKeys(raw); err != nil {
 			return nil, fmt.Errorf("signals: keys of %s in %q: %w", from.Issuer, from.Keys, err)
 		}
 		for subject, text := range from.Subjects {

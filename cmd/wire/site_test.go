@@ -33,6 +33,7 @@ type site struct {
 	behind     atomic.Int64 // nanoseconds by which the clock of identities is late
 	config     wire.Config
 	public     jose.JSONWebKey // verifies the broker's signatures
+	private    jose.JSONWebKey // of the platform, and of the broker's signatures
 }
 
 func newSite(t *testing.T, domain string) *site {
@@ -63,33 +64,43 @@ func newSite(t *testing.T, domain string) *site {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.public = public
-	source, err := policy.Build(fstest.MapFS{
-		"bundle.yaml": {Data: []byte("{name: site, version: 1}")},
-		"tools.yaml": {Data: []byte("tools:\n  - {name: notes.read, backend: notes, narrowing: none, " +
-			"vault: {policy: pawl-notes, path: secret/notes}}\n" +
-			"  - {name: keys.root, backend: notes, narrowing: none, canary: true, vault: {policy: pawl-keys, path: secret/keys}}\n")},
-		"main.cedar": {Data: []byte("@id(\"all\")\n@any(\"action tool\")\n" +
-			"permit (principal in TrustDomain::\"" + domain + "\", action, resource);\n")},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	bundle, err := policy.Sign(source, private)
-	if err != nil {
-		t.Fatal(err)
-	}
+	s.public, s.private = public, private
 	authority := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.identities.Bundle().X509Authorities()[0].Raw})
 	s.config = wire.Config{
 		TrustDomains: []string{domain}, WorkloadAPI: "unix://" + s.path("workload.sock"),
 		Listen: wire.Listen{Agents: freeAddress(t), Socket: s.path("admin.sock")}, Ledger: s.path("ledger.db"),
-		Policy: wire.Policy{Bundle: s.file("policy.jws", bundle),
+		Policy: wire.Policy{Bundle: s.bundle(nil),
 			Keys: s.file("keys.json", jose.JSONWebKeySet{Keys: []jose.JSONWebKey{public}})},
 		Vault:      wire.Vault{Address: "https://127.0.0.1:1", CA: s.file("ca.pem", authority)},
 		Backends:   map[string]wire.Backend{"notes": {Plugin: "kv"}},
 		SweepEvery: -1, SigningKey: s.file("signing.key", private),
 	}
 	return s
+}
+
+// bundle signs a bundle, writes it, and returns its path. The files replace those of the same name, or are added.
+func (s *site) bundle(files map[string]string) string {
+	s.t.Helper()
+	dir := fstest.MapFS{
+		"bundle.yaml": {Data: []byte("{name: site, version: 1}")},
+		"tools.yaml": {Data: []byte("tools:\n  - {name: notes.read, backend: notes, narrowing: none, " +
+			"vault: {policy: pawl-notes, path: secret/notes}}\n" +
+			"  - {name: keys.root, backend: notes, narrowing: none, canary: true, vault: {policy: pawl-keys, path: secret/keys}}\n")},
+		"main.cedar": {Data: []byte("@id(\"all\")\n@any(\"action tool\")\n" +
+			"permit (principal in TrustDomain::\"" + s.identities.ID("/pawl").TrustDomain().Name() + "\", action, resource);\n")},
+	}
+	for name, text := range files {
+		dir[name] = &fstest.MapFile{Data: []byte(text)}
+	}
+	source, err := policy.Build(dir)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	signed, err := policy.Sign(source, s.private)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return s.file("policy.jws", signed)
 }
 
 // freeAddress returns an address with a free port, which a broker can listen on more than once.

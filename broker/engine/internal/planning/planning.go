@@ -74,6 +74,9 @@ func (c *Counter) taskOf(chain broker.Chain) *broker.PlannedTask {
 	t, ok := c.tasks[chain.ID]
 	if !ok {
 		t = &broker.PlannedTask{Chain: chain.ID, Task: chain.Task}
+		if chain.Envelope != nil {
+			t.SignedTask, t.Behalf = chain.Envelope.Task, chain.Envelope.Behalf
+		}
 		c.tasks[chain.ID] = t
 	}
 	return t

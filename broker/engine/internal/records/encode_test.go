@@ -41,7 +41,9 @@ func full(t testing.TB) map[string]any {
 	constraints := map[string]args.Constraint{"table": tables, "none": {}}
 	return map[string]any{
 		"chain": broker.Chain{ID: chain, Task: "weekly report", Opener: agent, Opened: moment,
-			Labels: map[string]string{"env": "prod"}, Root: root},
+			Labels: map[string]string{"env": "prod"}, Root: root,
+			Envelope: &broker.Envelope{Issuer: "https://desk.example", ID: "j-1", Digest: "sha256:x", Task: "ticket 17",
+				Labels: map[string]string{"team": "payments"}, Behalf: "ana", Issued: moment, Expires: moment.Add(time.Hour)}},
 		"delegation": broker.Delegation{ID: node, Chain: chain, Parent: root, Holder: agent,
 			Scope: broker.Scope{{Tool: "db.read", Use: true, Delegate: true, Args: constraints},
 				{Tool: "deploy", Use: true}},

@@ -86,16 +86,45 @@ type wireChain struct {
 	Opened stamp               `cbor:"4,keyasint"`
 	Labels map[string]string   `cbor:"5,keyasint,omitempty"`
 	Root   broker.DelegationID `cbor:"6,keyasint"`
+
+	Envelope *wireEnvelope `cbor:"7,keyasint,omitempty"`
+}
+
+type wireEnvelope struct {
+	Issuer  string            `cbor:"1,keyasint"`
+	ID      string            `cbor:"2,keyasint"`
+	Digest  string            `cbor:"3,keyasint"`
+	Task    string            `cbor:"4,keyasint,omitempty"`
+	Labels  map[string]string `cbor:"5,keyasint,omitempty"`
+	Behalf  string            `cbor:"6,keyasint,omitempty"`
+	Issued  stamp             `cbor:"7,keyasint"`
+	Expires stamp             `cbor:"8,keyasint"`
+}
+
+func envelopeWire(e *broker.Envelope) *wireEnvelope {
+	if e == nil {
+		return nil
+	}
+	return &wireEnvelope{e.Issuer, e.ID, e.Digest, e.Task, e.Labels, e.Behalf, stampOf(e.Issued), stampOf(e.Expires)}
+}
+
+func (w *wireEnvelope) envelope() *broker.Envelope {
+	if w == nil {
+		return nil
+	}
+	return &broker.Envelope{Issuer: w.Issuer, ID: w.ID, Digest: w.Digest, Task: w.Task, Labels: w.Labels,
+		Behalf: w.Behalf, Issued: w.Issued.time(), Expires: w.Expires.time()}
 }
 
 func chainWire(c broker.Chain) wireChain {
-	return wireChain{c.ID, c.Task, idText(c.Opener), stampOf(c.Opened), c.Labels, c.Root}
+	return wireChain{c.ID, c.Task, idText(c.Opener), stampOf(c.Opened), c.Labels, c.Root,
+		envelopeWire(c.Envelope)}
 }
 
 func (w wireChain) chain() (broker.Chain, error) {
 	opener, err := idOf(w.Opener)
 	return broker.Chain{ID: w.ID, Task: w.Task, Opener: opener, Opened: w.Opened.time(), Labels: w.Labels,
-		Root: w.Root}, err
+		Root: w.Root, Envelope: w.Envelope.envelope()}, err
 }
 
 type wireRight struct {

@@ -1,4 +1,4 @@
-package signals
+package jws
 
 import (
 	"crypto/ecdsa"
@@ -12,7 +12,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 )
 
-// ParseKeys parses a transmitter's JWK set. Every key must be public, have a unique kid and one algorithm: its alg,
+// ParseKeys parses the JWK set of another party. Every key must be public, have a unique kid and one algorithm: its alg,
 // or the default of its type. Keys for other uses are skipped.
 func ParseKeys(raw []byte) ([]jose.JSONWebKey, error) {
 	var set jose.JSONWebKeySet
@@ -25,11 +25,11 @@ func ParseKeys(raw []byte) ([]jose.JSONWebKey, error) {
 		if k.Use != "" && k.Use != "sig" {
 			continue
 		}
-		alg, err := algorithm(k)
+		alg, err := Algorithm(k)
 		if err != nil {
 			return nil, fmt.Errorf("key %d: %w", i+1, err)
 		}
-		if k.KeyID == "" || len(k.KeyID) > maxID || seen[k.KeyID] {
+		if k.KeyID == "" || len(k.KeyID) > MaxID || seen[k.KeyID] {
 			return nil, fmt.Errorf("key %d has no unique kid", i+1)
 		}
 		seen[k.KeyID] = true
@@ -41,8 +41,8 @@ func ParseKeys(raw []byte) ([]jose.JSONWebKey, error) {
 	return keys, nil
 }
 
-// algorithm binds a key to one algorithm. go-jose accepts any algorithm that the token names.
-func algorithm(k jose.JSONWebKey) (jose.SignatureAlgorithm, error) {
+// Algorithm binds a key to one algorithm. go-jose accepts any algorithm that the token names.
+func Algorithm(k jose.JSONWebKey) (jose.SignatureAlgorithm, error) {
 	if !k.Valid() {
 		return "", errors.New("not a valid key")
 	}
