@@ -33,6 +33,19 @@ type Question struct {
 	Depth     int               // of the caller's delegation: 0 at the root
 	History   map[ToolName]Past // the earlier steps of the whole chain
 	Now       time.Time
+
+	// CallerHistory has the earlier steps of the caller in all chains, in each window of the policy's rules. A step
+	// counts for its caller and for the principal of its chain.
+	CallerHistory map[time.Duration]map[ToolName]Past
+}
+
+// Limit bounds the steps of a caller, and of a chain's principal, in all chains together.
+type Limit struct {
+	Policy string        // the id of the permit under which they are counted
+	Steps  int           // at most, in any Window
+	Window time.Duration // whole minutes up to an hour, or whole hours up to MaxWindow
+	Label  string        // the name of a label of the envelope by which they are counted apart; empty: none
+	Value  string        // of that label
 }
 
 // Decision is allow or deny, with its limits and consequences. The zero Decision denies.
@@ -45,6 +58,7 @@ type Decision struct {
 	Narrowing   Narrowing     // of an allow: the weakest acceptable label
 	Domains     []string      // of an allow to delegate: the trust domains that the permit names
 	Caps        Caps          // of an allow to open
+	Limits      []Limit       // of an allow to use
 	Failed      bool          // an evaluation failed, so this is a deny
 	Remedy      string        // how to ask, in the bundle's own words, at most MaxRemedy bytes; may be empty
 }

@@ -65,6 +65,9 @@ type Grant struct {
 	NothingMade bool `json:"nothing_made,omitempty"`
 	// Held grants end when no connection of their caller holds them.
 	Held bool `json:"held,omitempty"`
+
+	// Counted has the keys of the ledger's records in which the step counts for its caller and its chain's principal.
+	Counted []string `json:"counted,omitempty"`
 }
 
 // Ending is the reason why a grant ended.

@@ -12,6 +12,9 @@ const (
 	MaxRights   = 128            // rights of a delegation, at most one for each tool
 )
 
+// MaxWindow is the longest time over which the steps of a caller are counted.
+const MaxWindow = 168 * time.Hour
+
 // DefaultChainTTL is the lifetime of a chain if the request to open it sets none.
 const DefaultChainTTL = time.Hour
 

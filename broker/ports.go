@@ -75,6 +75,21 @@ type EnvelopeVerifier interface {
 	VerifyEnvelope(token string, caller spiffeid.ID, now time.Time) (Envelope, error)
 }
 
+// CallerPolicy is a [Policy] with rules over the steps of a caller in all chains. For a policy that is none, no such
+// history is kept.
+type CallerPolicy interface {
+	// CallerWindows returns the windows of these rules.
+	CallerWindows() []time.Duration
+}
+
+// CallerWindows returns the windows of the policy's rules over the steps of a caller in all chains.
+func CallerWindows(p Policy) []time.Duration {
+	if c, ok := p.(CallerPolicy); ok {
+		return c.CallerWindows()
+	}
+	return nil
+}
+
 // ReadEnvelope verifies the envelope of a request to open with the policy's issuers. It returns nil for an empty token.
 func ReadEnvelope(op string, p Policy, token string, caller spiffeid.ID, now time.Time) (*Envelope, *Error) {
 	if token == "" {

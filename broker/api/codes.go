@@ -13,6 +13,7 @@ const (
 	CodeNoEndpoint     Code = "no_such_endpoint"
 	CodeTooFast        Code = "too_fast"
 	CodeTooManyStreams Code = "too_many_streams"
+	CodeCallerLimit    Code = "caller_limit"
 	CodeNoAnswer       Code = "no_answer"
 	CodeRepeated       Code = "repeated"
 	CodeNoSigningKey   Code = "no_signing_key"
@@ -78,6 +79,7 @@ func Reasons() []Reason {
 		{"narrowing_too_weak", KindDenied, "The tool's secret is broader than policy accepts", false, "Use a tool with a stronger label."},
 		{"budget_exhausted", KindDenied, "A limit of the chain is exhausted", false, "Finish with the secrets you have. If the limit is on live secrets, close finished steps."},
 		{CodeTooFast, KindDenied, "A limit per minute is exhausted", true, "Wait as long as Retry-After says, then retry."},
+		{CodeCallerLimit, KindDenied, "A limit on your steps in all chains is reached", true, "Wait as long as Retry-After says, then retry. Another chain does not help."},
 		{"delegation_unknown", KindNotFound, "You hold no such delegation", false, "Check the id. A delegation belongs to exactly one SPIFFE ID."},
 		{"already_collected", KindConflict, "The sealed secret was already collected", false, "It was handed out, and it may have been revoked because of this second attempt. Take another step. Inform the platform team if you did not collect it the first time."},
 		{"delivery_lost", KindExpired, "The sealed secret is no longer kept", false, "It is being ended. Take another step."},

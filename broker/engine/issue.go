@@ -7,6 +7,8 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -37,7 +39,8 @@ type issue struct {
 	policy    broker.Policy
 	tool      broker.Tool
 	now       time.Time
-	asked     broker.Question // to policy in step 1, with the history of that moment
+	asked     broker.Question // to policy in step 1, with the histories of that moment
+	use       records.CallerUse
 	answer    broker.Decision // of policy in step 1
 	grant     broker.Grant
 	saved     records.EncodedGrant // the grant as this issue recorded it last
@@ -127,6 +130,15 @@ func (s *issue) decide(ctx context.Context) (l records.Lineage, err error) {
 	s.tool, _ = s.policy.Tool(s.request.Tool)
 	s.asked = broker.Question{Action: broker.ActionUse, Caller: s.caller, Tool: s.tool, Args: s.request.Args,
 		Chain: l.Chain, Depth: l.Depth(), History: history, Now: s.now}
+	s.use = records.CallerUse{Subjects: records.Subjects(s.caller, l.Chain), Windows: broker.CallerWindows(s.policy)}
+	if len(s.use.Windows) > 0 {
+		if err := s.e.view(ctx, opIssue, func(tx *records.Tx) (err error) {
+			s.asked.CallerHistory, err = tx.CallerHistory(s.use, s.now)
+			return err
+		}); err != nil {
+			return l, err
+		}
+	}
 	if err := s.e.refuseCanary(ctx, opIssue, s.policy, s.asked, l, nil, s.request.Tool); err != nil {
 		return l, err
 	}
@@ -134,6 +146,7 @@ func (s *issue) decide(ctx context.Context) (l records.Lineage, err error) {
 	if s.answer, err = s.e.permit(ctx, opIssue, s.policy, s.asked, s.request.Tool, l); err != nil {
 		return l, err
 	}
+	s.use.Limits = s.answer.Limits
 	if err := s.checkScope(ctx, l); err != nil {
 		return l, err
 	}
@@ -235,7 +248,8 @@ func (s *issue) buildGrant(l records.Lineage, d broker.Decision) error {
 	s.grant = broker.Grant{ID: broker.GrantID(id), Chain: l.Chain.ID, Delegation: l.Leaf().ID, Caller: s.caller.ID,
 		Tool: s.tool.Name, Backend: s.tool.Backend, Narrowing: s.tool.Narrowing, Args: s.request.Args,
 		ArgsDigest: hex.EncodeToString(digest[:]), Purpose: s.request.Purpose, Path: s.tool.Path,
-		Held: s.request.Held, State: broker.StateIntent, Created: s.now, Expires: expires, Bundle: s.policy.Digest(), Policies: d.Policies}
+		Held: s.request.Held, State: broker.StateIntent, Created: s.now, Expires: expires, Bundle: s.policy.Digest(),
+		Policies: d.Policies, Counted: s.use.Keys(s.tool.Name)}
 	return nil
 }
 
@@ -317,7 +331,8 @@ func (s *issue) claimKey(tx *records.Tx) (known bool, err error) {
 	return true, nil
 }
 
-// spendBudgets counts the step on every node of the lineage. Steps in flight count.
+// spendBudgets counts the step on every node of the lineage, and for its caller and its chain's principal. Steps in
+// flight count.
 func (s *issue) spendBudgets(tx *records.Tx, l records.Lineage) error {
 	for i, d := range l.Nodes {
 		u, err := tx.Usage(d.ID)
@@ -325,7 +340,10 @@ func (s *issue) spendBudgets(tx *records.Tx, l records.Lineage) error {
 			return err
 		}
 		if i == 0 {
-			if err := s.redecide(u); err != nil {
+			if err := s.redecide(tx, u); err != nil {
+				return err
+			}
+			if err := tx.OverLimit(opIssue, s.use, s.now); err != nil {
 				return err
 			}
 		}
@@ -337,23 +355,29 @@ func (s *issue) spendBudgets(tx *records.Tx, l records.Lineage) error {
 			return err
 		}
 	}
-	return nil
+	return tx.CountCaller(s.grant.Counted, s.tool.Name, s.now)
 }
 
-// redecide decides again when other steps of the chain have begun since step 1, or have come to nothing: a policy over
-// the history must hold when steps race. A decision is a pure function, so it is cheap inside a transaction.
-func (s *issue) redecide(u records.Usage) error {
-	if records.SameHistory(s.asked.History, u.Tools) {
+// redecide decides again when other steps of the chain or of its caller have begun since step 1, or have come to nothing:
+// a policy over the history must hold when steps race. A decision is a pure function, so it is cheap inside a
+// transaction.
+func (s *issue) redecide(tx *records.Tx, u records.Usage) error {
+	caller, err := tx.CallerHistory(s.use, s.now)
+	if err != nil {
+		return err
+	}
+	if records.SameHistory(s.asked.History, u.Tools) && maps.EqualFunc(caller, s.asked.CallerHistory, maps.Equal) {
 		return nil
 	}
 	q := s.asked
-	q.History = u.Tools
+	q.History, q.CallerHistory = u.Tools, caller
 	d := s.policy.Decide(q)
 	if !d.Allow || d.Failed {
 		return &deniedNow{q, d}
 	}
-	if d.Approval != s.answer.Approval || d.Narrowing != s.answer.Narrowing || d.TTL != s.answer.TTL {
-		return broker.Errorf(broker.Conflict, opIssue, "another step of the chain came between; ask again").
+	if d.Approval != s.answer.Approval || d.Narrowing != s.answer.Narrowing || d.TTL != s.answer.TTL ||
+		!slices.Equal(d.Limits, s.answer.Limits) {
+		return broker.Errorf(broker.Conflict, opIssue, "another step of the chain or of its caller came between; ask again").
 			After(time.Millisecond)
 	}
 	return nil

@@ -52,7 +52,7 @@ func (s *issue) budgetSpent(ctx context.Context, l records.Lineage) (spent bool)
 			}
 			spent = spent || u.Exceeded(d.Budget, s.tool.Name, s.now) != ""
 		}
-		return nil
+		return tx.OverLimit(opIssue, s.use, s.now)
 	}) != nil || spent
 }
 

@@ -28,8 +28,9 @@ type world struct {
 	target *brokertest.Target
 	policy *brokertest.Policy
 
-	sweepEvery  time.Duration // zero: never
-	brokerVault broker.Vault  // wraps vault for the broker; nil: the broker uses vault itself
+	sweepEvery  time.Duration                          // zero: never
+	wrap        func(*brokertest.Policy) broker.Policy // the policy that the broker sees; nil: policy itself
+	brokerVault broker.Vault                           // wraps vault for the broker; nil: the broker uses vault itself
 
 	mu     sync.Mutex // guards alarms
 	alarms []string
@@ -79,7 +80,7 @@ func (w *world) start(ledger broker.Ledger) {
 	if vault == nil {
 		vault = w.vault
 	}
-	b, err := engine.New(engine.Config{Ledger: ledger, Policy: func() broker.Policy { return w.policy }, Vault: vault,
+	b, err := engine.New(engine.Config{Ledger: ledger, Policy: w.snapshot, Vault: vault,
 		Alarm: func(op string, err error) {
 			w.mu.Lock()
 			defer w.mu.Unlock()
@@ -96,6 +97,14 @@ func (w *world) start(ledger broker.Ledger) {
 	}
 	w.Engine = b
 	w.t.Cleanup(b.Stop)
+}
+
+// snapshot returns the policy that the broker sees.
+func (w *world) snapshot() broker.Policy {
+	if w.wrap != nil {
+		return w.wrap(w.policy)
+	}
+	return w.policy
 }
 
 var ctx = context.Background()

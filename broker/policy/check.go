@@ -45,6 +45,7 @@ type testYAML struct {
 	Chain     chainYAML           `yaml:"chain"`
 	Open      *openYAML           `yaml:"open"`
 	History   map[string]pastYAML `yaml:"history"`
+	Elsewhere map[string]pastYAML `yaml:"caller_history"`
 
 	Expect      string   `yaml:"expect"`
 	Consequence string   `yaml:"consequence"`
@@ -261,20 +262,41 @@ func (y testYAML) past(q *broker.Question) (err error) {
 	if q.Chain.Opened, err = ago(q.Now, y.Chain.Age); err != nil {
 		return fmt.Errorf("chain.age: %w", err)
 	}
-	q.History = make(map[broker.ToolName]broker.Past, len(y.History))
-	for name, h := range y.History {
-		past := broker.Past{Count: h.Count}
-		if past.Last, err = ago(q.Now, h.Last); err != nil {
-			return fmt.Errorf("history of %q: last: %w", name, err)
+	if q.History, err = pastOf(y.History, q.Now); err != nil {
+		return err
+	}
+	elsewhere, err := pastOf(y.Elsewhere, q.Now)
+	q.CallerHistory = map[time.Duration]map[broker.ToolName]broker.Past{}
+	for w := time.Minute; w <= broker.MaxWindow; w += time.Minute {
+		if w > time.Hour && w%time.Hour > 0 {
+			continue
 		}
-		if past.First = past.Last; h.First != "" {
-			if past.First, err = ago(q.Now, h.First); err != nil {
-				return fmt.Errorf("history of %q: first: %w", name, err)
+		q.CallerHistory[w] = map[broker.ToolName]broker.Past{}
+		for name, past := range elsewhere {
+			if past.Last.After(q.Now.Add(-w)) {
+				q.CallerHistory[w][name] = past
 			}
 		}
-		q.History[broker.ToolName(name)] = past
 	}
-	return nil
+	return err
+}
+
+func pastOf(given map[string]pastYAML, now time.Time) (map[broker.ToolName]broker.Past, error) {
+	history := make(map[broker.ToolName]broker.Past, len(given))
+	for name, h := range given {
+		past := broker.Past{Count: h.Count}
+		var err error
+		if past.Last, err = ago(now, h.Last); err != nil {
+			return nil, fmt.Errorf("history of %q: last: %w", name, err)
+		}
+		if past.First = past.Last; h.First != "" {
+			if past.First, err = ago(now, h.First); err != nil {
+				return nil, fmt.Errorf("history of %q: first: %w", name, err)
+			}
+		}
+		history[broker.ToolName(name)] = past
+	}
+	return history, nil
 }
 
 // ago returns the instant that lies the duration s before now. Empty text means now.

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/cedar-policy/cedar-go"
 	"github.com/pawlsec/pawl/broker"
@@ -74,20 +75,52 @@ func (p *Policy) evaluate(q *broker.Question, choose chooser) (v verdict) {
 	if v.rules = rules; len(rules) == 0 {
 		return v
 	}
-	_, found := cedar.Authorize(batch(rules), &world{tool: t}, cedar.Request{
+	request := cedar.Request{
 		Principal: uid(typeAgent, q.Caller.ID.String()),
 		Action:    uid(typeAction, string(q.Action)),
 		Resource:  t.uid,
-		Context:   contextOf(q, members),
-	})
-	v.decided = slices.Grow(v.decided, len(found.Reasons))
-	for _, reason := range found.Reasons {
-		v.decided = append(v.decided, p.byID[reason.PolicyID])
 	}
-	for _, err := range found.Errors {
-		v.failed = append(v.failed, p.byID[err.PolicyID])
+	var permits []*rule
+	for _, part := range p.byWindow(rules) {
+		request.Context = contextOf(q, members, part.window)
+		_, found := cedar.Authorize(batch(part.rules), &world{tool: t}, request)
+		for _, reason := range found.Reasons {
+			if r := p.byID[reason.PolicyID]; r.forbid {
+				v.decided = append(v.decided, r)
+			} else if _, ok := r.limitOf(q); ok {
+				permits = append(permits, r)
+			}
+		}
+		for _, err := range found.Errors {
+			v.failed = append(v.failed, p.byID[err.PolicyID])
+		}
+	}
+	if len(v.decided) == 0 {
+		v.decided = permits
 	}
 	return v
+}
+
+// windowed are rules that see the history of the caller in one window; zero: in none.
+type windowed struct {
+	window time.Duration
+	rules  []*rule
+}
+
+// byWindow divides the rules by the window of the caller's history that they see: the context differs only in that.
+func (p *Policy) byWindow(rules []*rule) []windowed {
+	if len(p.windows) == 0 {
+		return []windowed{{0, rules}}
+	}
+	var parts []windowed
+	for _, r := range rules {
+		i := slices.IndexFunc(parts, func(w windowed) bool { return w.window == r.window })
+		if i < 0 {
+			i, parts = len(parts), append(parts, windowed{window: r.window})
+		}
+		parts[i].rules = append(parts[i].rules, r)
+	}
+	return parts
 }
 
 // batch gives Cedar the rules with their conditions alone, because their scopes match.
@@ -181,10 +214,14 @@ func limit(d *broker.Decision, q *broker.Question, permits []*rule) {
 		}
 		d.Narrowing = max(d.Narrowing, r.narrowing)
 		d.Caps.Tighten(r.caps)
+		if l, _ := r.limitOf(q); l.Steps > 0 {
+			d.Limits = append(d.Limits, l)
+		}
 		if a := r.approval; a.count > needed[a.group] {
 			needed[a.group] = a.count
 		}
 	}
+	slices.SortFunc(d.Limits, func(a, b broker.Limit) int { return strings.Compare(a.Policy, b.Policy) })
 	d.Approval = approvals(needed)
 }
 
@@ -211,4 +248,15 @@ func bothDomains(q *broker.Question) []string {
 // namesBoth reports whether the permit names both trust domains of a delegation.
 func (r *rule) namesBoth(q *broker.Question) bool {
 	return all(bothDomains(q), func(d string) bool { return slices.Contains(r.domains, d) })
+}
+
+// limitOf returns the limit of a permit for a question. Without the label by which it counts the permit permits nothing,
+// so ok is false.
+func (r *rule) limitOf(q *broker.Question) (l broker.Limit, ok bool) {
+	l = r.limit
+	if l.Label == "" {
+		return l, true
+	}
+	l.Value, ok = q.Chain.SignedLabels()[l.Label]
+	return l, ok
 }

@@ -23,6 +23,8 @@
 //	                   on_behalf_of is a string: a SPIFFE ID, or the issuer's name for a subject
 //	context.history    for each tool the chain has used before: count, since_first_seconds,
 //	                   since_last_seconds. Test membership first: context.history has "db.read" && …
+//	context.caller     history and used of the caller, or of the chain's principal, in all chains, within the
+//	                   @window of the policy. For use only
 //	context.used       the set of their names
 //	context.open       for open only, the request: depth and ttl_seconds; steps, live, per_minute and
 //	                   heartbeat_seconds where it names them
@@ -46,6 +48,9 @@
 //	                             on a permit to open: the most that the chain may ask for
 //	@labels("team env")          on a permit to open: the only labels that the request may name
 //	@requires_labels("team")     on a permit to open: labels that the request or its envelope must have
+//	@limit("10 per hour")        on a permit to use: the most steps of a caller under it, in all chains
+//	@per("caller label:team")    beside @limit: count apart by a label of the envelope; "caller" when absent
+//	@window("24h")               on a policy for use that reads context.caller: over which time
 //	@trusts_claims               on a permit: it depends on what the agent says of itself
 //	@any("principal tool")       on a permit: the scope parts deliberately left open
 //	@remedy("…")                 how to ask, shown with a denial or while an approval is pending. Taken from the
@@ -79,6 +84,7 @@
 //	      # in chain: envelope: {issuer: https://…, task: nightly, labels: {env: prod}, on_behalf_of: ana}
 //	    open: {steps: 50, live: 2, per_minute: 9, depth: 1, ttl: 10m, heartbeat: 5s}  # for open: the request
 //	    history: {db.read: {count: 2, first: 5m, last: 30s}}  # how long ago
+//	    caller_history: {db.read: {count: 2, last: 30m}}      # the same, in all chains
 //	    expect: allow                             # required: allow or deny
 //	    consequence: revoke-chain                 # of the expected deny; deny when absent
 //	    approval: 2 of oncall                     # of the expected allow; none when absent

@@ -27,12 +27,14 @@ type Policy struct {
 	byID       map[cedar.PolicyID]*rule
 	violations map[broker.ViolationCode]broker.Consequence
 	issuers    envelope.Issuers
+	windows    []time.Duration // of the rules over the history of a caller
 	warnings   []string
 }
 
 var _ interface {
 	broker.Policy
 	broker.EnvelopeVerifier
+	broker.CallerPolicy
 } = (*Policy)(nil)
 
 // tool is a declared tool with its Cedar entity and the rules that can match it.
@@ -113,6 +115,9 @@ func (p *Policy) compile(docs []document) error {
 			}
 			p.byID[r.id] = r
 			p.rules = append(p.rules, r)
+			if r.window > 0 && !slices.Contains(p.windows, r.window) {
+				p.windows = append(p.windows, r.window)
+			}
 		}
 		if len(p.rules) > MaxPolicies {
 			return fmt.Errorf("%s: more than %d policies", d.File, MaxPolicies)
@@ -171,6 +176,9 @@ func (p *Policy) Tools() []broker.Tool {
 	slices.SortFunc(tools, func(a, b broker.Tool) int { return cmp.Compare(a.Name, b.Name) })
 	return tools
 }
+
+// CallerWindows implements [broker.CallerPolicy].
+func (p *Policy) CallerWindows() []time.Duration { return p.windows }
 
 // VerifyEnvelope implements [broker.EnvelopeVerifier] with the bundle's issuers.
 func (p *Policy) VerifyEnvelope(token string, caller spiffeid.ID, now time.Time) (broker.Envelope, error) {

@@ -79,7 +79,11 @@ func readsOf(p *scope.Policy, every reads) reads {
 		})
 	}
 	if total[""] > nested[""] {
-		return every
+		all := maps.Clone(every)
+		if _, named := found["caller"]; !named {
+			delete(all, "caller") // needs a window of its own
+		}
+		return all
 	}
 	for member := range found {
 		if total[member] > nested[member] {

@@ -94,15 +94,18 @@ func appendGroups(all []cedar.EntityUID, id spiffeid.ID) []cedar.EntityUID {
 	return all
 }
 
-// contextOf builds the context members that are read. Cedar hashes every record it receives, so building all of them
+// contextOf builds the context members that are read, with the caller's history in the window. Cedar hashes every record it receives, so building all of them
 // would cost more than the decision.
-func contextOf(q *broker.Question, r reads) cedar.Record {
+func contextOf(q *broker.Question, r reads, window time.Duration) cedar.Record {
 	b := builders.Get().(*builder)
 	c := b.open()
 	for member, n := range r {
 		if v := b.member(q, member, n); v != nil {
 			c[cedar.String(member)] = v
 		}
+	}
+	if n, read := r["caller"]; read && window > 0 {
+		c["caller"] = b.caller(q, n, window)
 	}
 	made := b.close(c)
 	builders.Put(b) // skipped by a panic, which may leave data in the builder
@@ -285,6 +288,19 @@ func (b *builder) history(history map[broker.ToolName]broker.Past, n names, now 
 		one["since_first_seconds"] = seconds(past.First, now)
 		one["since_last_seconds"] = seconds(past.Last, now)
 		m[cedar.String(name)] = b.close(one)
+	}
+	return b.close(m)
+}
+
+// caller builds the member with the steps of the caller in all chains, in one window.
+func (b *builder) caller(q *broker.Question, n names, window time.Duration) cedar.Value {
+	past := q.CallerHistory[window]
+	m := b.open()
+	if n.has("history") {
+		m["history"] = b.history(past, nil, q.Now)
+	}
+	if n.has("used") {
+		m["used"] = b.used(past, nil)
 	}
 	return b.close(m)
 }

@@ -26,6 +26,7 @@ type rule struct {
 	reads  reads
 
 	trusts      bool // @trusts_claims
+	named, per  bool // @id, @per
 	violation   bool // sets a consequence
 	consequence broker.Consequence
 
@@ -34,6 +35,8 @@ type rule struct {
 	narrowing broker.Narrowing
 	domains   []string
 	caps      broker.Caps
+	limit     broker.Limit
+	window    time.Duration // of context.caller; zero: it is not read
 	remedy    string
 	open      []string // the parts that @any leaves open
 }
@@ -63,7 +66,33 @@ func newRule(p *cedar.Policy, id cedar.PolicyID) (*rule, error) {
 	if err := r.checkClaims(); err != nil {
 		return r, err
 	}
+	if err := r.checkCaller(); err != nil {
+		return r, err
+	}
 	return r, r.checkOpen()
+}
+
+// checkCaller refuses a limit or a window that has no effect, and a rule over the caller's history without a window. A
+// limit counts under the id of its policy, so the id must not change when another policy is added before it.
+func (r *rule) checkCaller() error {
+	_, reads := r.reads["caller"]
+	limited := r.limit.Steps > 0
+	switch {
+	case r.per && !limited:
+		return errors.New("@per: there is no @limit")
+	case limited && !r.named:
+		return errors.New("@limit: needs an @id, under which the steps are counted")
+	case r.window > 0 && !reads:
+		return errors.New("@window: the conditions do not read context.caller")
+	case reads && r.window == 0:
+		return errors.New("reads context.caller; say over which time with @window(\"24h\")")
+	case (limited || r.window > 0) && !slices.Equal(r.actions(), []broker.Action{broker.ActionUse}):
+		return errors.New("@limit and @window apply to Action::\"use\" only; write a separate policy for the other actions")
+	}
+	if limited {
+		r.limit.Policy = string(r.id)
+	}
+	return nil
 }
 
 // checkClaims refuses a permit that depends on what an agent says of itself, unless it says so. A forbid may read
@@ -102,7 +131,7 @@ func (r *rule) scope() *scope.Policy { return (*scope.Policy)(r.policy.AST()) }
 func (r *rule) annotate(key, value string) (err error) {
 	switch key {
 	case "id":
-		r.id = cedar.PolicyID(value)
+		r.id, r.named = cedar.PolicyID(value), true
 		if !plainName(strings.NewReplacer("/", "-", "#", "-", ":", "-").Replace(value)) {
 			return fmt.Errorf("%.60q must be letters, digits and any of -_./#:", value)
 		}
@@ -115,6 +144,9 @@ func (r *rule) annotate(key, value string) (err error) {
 			return errors.New("longer than 256 bytes")
 		}
 		return nil
+	case "window":
+		r.window, err = parseWindow(value)
+		return err
 	case "violation":
 		if !r.forbid {
 			return errors.New("belongs on a forbid")
@@ -136,6 +168,13 @@ func (r *rule) annotate(key, value string) (err error) {
 		r.narrowing, err = broker.ParseNarrowing(value)
 	case "domains":
 		r.domains, err = parseDomains(value)
+	case "limit":
+		per := r.limit.Label
+		r.limit, err = parseLimit(value)
+		r.limit.Label = per
+	case "per":
+		r.per = true
+		r.limit.Label, err = parsePer(value)
 	case "trusts_claims":
 		if r.trusts = true; value != "" {
 			err = errors.New("takes no value")
@@ -149,7 +188,7 @@ func (r *rule) annotate(key, value string) (err error) {
 }
 
 // onPermits are the annotations of permits alone.
-var onPermits = []string{"approval", "ttl", "narrowing", "domains", "any", "trusts_claims", "max_steps", "max_depth",
+var onPermits = []string{"approval", "ttl", "narrowing", "domains", "any", "trusts_claims", "limit", "per", "max_steps", "max_depth",
 	"max_ttl", "labels", "requires_labels"}
 
 func parseApproval(s string) (approval, error) {

@@ -42,6 +42,7 @@ var vocabulary = []word{
 	{"used", schema.SetType{Element: text}, nil},
 	{"proof", text, nil},
 	{"now", members{"hour": number, "weekday": number, "time": schema.ExtensionType("datetime")}, nil},
+	{"caller", members{"history": history{}, "used": schema.SetType{Element: text}}, []broker.Action{broker.ActionUse}},
 	{"open", members{"steps": number, "live": number, "per_minute": number, "depth": number, "ttl_seconds": number,
 		"heartbeat_seconds": number}, []broker.Action{broker.ActionOpen}},
 	{"receiver", agent, []broker.Action{broker.ActionDelegate}},
@@ -259,7 +260,7 @@ func (q question) try(conditions *scope.Policy, r reads) error {
 		sample.History[name] = broker.Past{Count: 1}
 	}
 	env := eval.Env{Principal: uid(typeAgent, sampleAgent.String()), Action: uid(typeAction, string(q.action)),
-		Resource: q.tool.uid, Context: contextOf(&sample, r), Entities: &world{tool: q.tool}}
+		Resource: q.tool.uid, Context: contextOf(&sample, r, time.Hour), Entities: &world{tool: q.tool}}
 	for _, c := range conditions.Conditions {
 		if _, err := eval.Eval(c.Body, env); err != nil && strings.HasPrefix(err.Error(), "type error") {
 			return firstLine(err)

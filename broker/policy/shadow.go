@@ -9,6 +9,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/go-json-experiment/json"
 	"github.com/pawlsec/pawl/broker"
@@ -48,6 +49,9 @@ func describe(d broker.Decision) string {
 	}
 	if d.Narrowing > broker.NarrowNone {
 		s += " (narrowing: " + d.Narrowing.String() + ")"
+	}
+	for _, l := range d.Limits {
+		s += fmt.Sprintf(" (limit: %d per %v)", l.Steps, l.Window)
 	}
 	if caps := describeCaps(d.Caps); caps != "" {
 		s += " (" + caps + ")"
@@ -147,6 +151,17 @@ func (p shadowed) Decide(q broker.Question) broker.Decision {
 		p.shadow.report.Missed(ErrShadowBusy)
 	}
 	return live
+}
+
+// CallerWindows returns the windows of both, so that the candidate sees the histories that it needs.
+func (p shadowed) CallerWindows() []time.Duration {
+	all := slices.Clone(p.Policy.windows)
+	for _, w := range p.candidate.windows {
+		if !slices.Contains(all, w) {
+			all = append(all, w)
+		}
+	}
+	return all
 }
 
 func (s *Shadow) run() {

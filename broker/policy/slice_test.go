@@ -53,7 +53,8 @@ func randomCedar(r *rand.Rand, n int) string {
 				notes = fmt.Sprintf("@any(%q) ", strings.Join(open, " "))
 			}
 			if action == `action == Action::"use"` {
-				notes += one(r, "", `@ttl("10s") `, `@approval("1 of oncall") `, `@narrowing("proxy") `)
+				notes += one(r, "", `@ttl("10s") `, `@approval("1 of oncall") `, `@narrowing("proxy") `,
+					`@limit("3 per hour") `, `@limit("9 per 24h") @per("caller label:team") `)
 			}
 			if strings.Contains(when, "all: context}") || strings.Contains(when, "context.claimed") {
 				notes += "@trusts_claims "
@@ -63,6 +64,11 @@ func randomCedar(r *rand.Rand, n int) string {
 			}
 		} else {
 			notes = one(r, "", `@violation("revoke-step") `, `@violation("freeze-caller") `)
+		}
+		if action == `action == Action::"use"` && r.IntN(4) == 0 {
+			notes += one(r, `@window("1h") `, `@window("24h") `)
+			when += one(r, ` when { context.caller.history has mail }`, ` unless { context.caller.used.contains("mail") }`,
+				` when { context.caller.history.mail.count > 1 }`)
 		}
 		fmt.Fprintf(&b, "@id(\"p%d\") %s%s(%s, %s, %s)%s;\n", i, notes, effect, principal, action, resource, when)
 	}
@@ -80,6 +86,9 @@ func randomQuestion(r *rand.Rand) broker.Question {
 		Now:       noon,
 	}
 	q.Chain.Task = one(r, "a", "b")
+	q.CallerHistory = map[time.Duration]map[broker.ToolName]broker.Past{
+		time.Hour:      {"mail": {Count: r.IntN(3), First: noon, Last: noon}},
+		24 * time.Hour: {"mail": {Count: r.IntN(3), First: noon, Last: noon}}}
 	if r.IntN(2) == 0 {
 		q.Chain.Labels = map[string]string{"team": one(r, "x", "y")}
 	}

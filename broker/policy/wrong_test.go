@@ -153,11 +153,13 @@ func TestRightPolicies(t *testing.T) {
 // TestVocabulary asks a question with each word of the table, so that a word without a value does not stay.
 func TestVocabulary(t *testing.T) {
 	for _, name := range policy.Words() {
-		trusts := ""
-		if name == "claimed" {
-			trusts = "@trusts_claims "
+		cedar := `@id("p") @any("principal action tool") permit(principal, action, resource) when { context has ` + name + ` };`
+		switch name {
+		case "claimed":
+			cedar = "@trusts_claims " + cedar
+		case "caller":
+			cedar = `@window("24h") @any("principal tool") permit(principal, action == Action::"use", resource) when { context has caller };`
 		}
-		cedar := trusts + `@id("p") @any("principal action tool") permit(principal, action, resource) when { context has ` + name + ` };`
 		p := load(t, cedar)
 		has := p.Decide(use("db.read")).Allow || p.Decide(use("db.read", delegate("spiffe://acme.example/x"))).Allow ||
 			p.Decide(use("db.read", report("canary"))).Allow || p.Decide(use("db.read", asks(broker.OpenRequest{}))).Allow ||

@@ -80,6 +80,8 @@ func toWire(rec any) (any, error) {
 		return chainWire(r), nil
 	case Usage:
 		return usageWire(r), nil
+	case Tally:
+		return tallyWire(r), nil
 	case broker.Revocation:
 		return revocationWire(r), nil
 	case Rule:
@@ -109,6 +111,8 @@ func fromWire(raw []byte, rec any) (err error) {
 		*r, err = read(raw, func(w *wireChain) (broker.Chain, error) { return w.chain() })
 	case *Usage:
 		*r, err = read(raw, func(w *wireUsage) (Usage, error) { return w.usage(), nil })
+	case *Tally:
+		*r, err = read(raw, func(w *wireTally) (Tally, error) { return w.tally(), nil })
 	case *broker.Revocation:
 		*r, err = read(raw, func(w *wireRevocation) (broker.Revocation, error) { return w.revocation(), nil })
 	case *Rule:

@@ -25,6 +25,8 @@ import (
 //	n/DIGEST         a canary value
 //	o/OPENER END/CHAIN the caller opened the chain, which ends then (no content)
 //	p/CHAIN/GRANT    the grant is closed (no content)
+//	q/h/SUBJECT/TOOL the steps of a subject with a tool, in all chains, over time; both parts are digests
+//	q/l/HASH         the steps of a subject under a limit, in all chains, over time
 //	r/REVOCATION     a revocation
 //	t/SUBSCRIBER     a subscriber's delivery cursor
 //	u/DELEGATION     the usage of a delegation
@@ -42,6 +44,7 @@ const (
 	prefixMember     = "m/"
 	prefixCanary     = "n/"
 	prefixPast       = "p/"
+	prefixTally      = "q/"
 	prefixRevocation = "r/"
 	prefixRule       = "f/"
 	prefixStatic     = "w/"

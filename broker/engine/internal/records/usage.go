@@ -30,8 +30,8 @@ func (t *Tx) GiveBack(ended map[broker.DelegationID]int) error {
 	return nil
 }
 
-// CountStep adds n to the steps of a grant in each delegation of its lineage: -1 when nothing was made for it, 1 when
-// that turns out wrong. The limit per minute keeps the step: it bounds attempts, and renews itself.
+// CountStep adds n to the steps of a grant in each delegation of its lineage, and of its caller in all chains: -1 when
+// nothing was made for it, 1 when that turns out wrong. The limit per minute keeps the step: it bounds attempts, and renews itself.
 func (t *Tx) CountStep(g broker.Grant, n int) error {
 	l, err := t.Lineage("close", g.Delegation)
 	if err != nil {
@@ -47,5 +47,5 @@ func (t *Tx) CountStep(g broker.Grant, n int) error {
 			return err
 		}
 	}
-	return nil
+	return t.ChangeCaller(g, n)
 }

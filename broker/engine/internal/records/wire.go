@@ -298,6 +298,7 @@ type wireGrant struct {
 	Longest    time.Duration       `cbor:"28,keyasint,omitempty"`
 	Collector  string              `cbor:"29,keyasint,omitempty"`
 	Nothing    bool                `cbor:"30,keyasint,omitempty"`
+	Counted    []string            `cbor:"31,keyasint,omitempty"`
 }
 
 func grantWire(g broker.Grant) wireGrant {
@@ -310,6 +311,7 @@ func grantWire(g broker.Grant) wireGrant {
 		Token: handleWire(g.Token), Deadline: stampOf(g.MintDeadline), Fence: fenceWire(g.Fence), Ended: stampOf(g.Ended),
 		ArgsDigest: g.ArgsDigest, Longest: g.Longest, Collector: idText(g.Collector),
 		Nothing: g.NothingMade,
+		Counted: g.Counted,
 	}
 	if canon := g.Args.Canonical(); len(canon) > len("{}") {
 		w.Args = canon
@@ -329,7 +331,7 @@ func (w *wireGrant) grant() (g broker.Grant, err error) {
 		Expires: w.Expires.time(), Bundle: w.Bundle, Policies: w.Policies, Token: w.Token.handle(),
 		MintDeadline: w.Deadline.time(), Fence: w.Fence.fence(), Ending: w.Ending, Ended: w.Ended.time(), Outcome: w.Outcome,
 		ArgsDigest: w.ArgsDigest, Longest: w.Longest, Sealed: w.Sealed, Collected: w.Collected.time(), Held: w.Held,
-		NothingMade: w.Nothing}
+		NothingMade: w.Nothing, Counted: w.Counted}
 	if w.Path != "" {
 		if g.Path, err = broker.ParseVaultPath(w.Path); err != nil {
 			return g, err
@@ -406,6 +408,35 @@ func (w wireRevocation) revocation() broker.Revocation {
 		Fenced: w.Fenced.time(), Revision: w.Revision, Settled: w.Settled.time(), Closure: w.Closure,
 		Nothing: w.Nothing, Grants: grants, Uncounted: uncounted, LiftedAlone: w.Alone, Dead: w.Dead, Alive: w.Alive, Unknown: w.Unknown, Static: w.Static,
 		Tokens: w.Tokens, Unswept: w.Unswept, LatestEnd: w.LatestEnd.time()}
+}
+
+type wireTally struct {
+	Tool    broker.ToolName `cbor:"1,keyasint,omitempty"`
+	Buckets []wireBucket    `cbor:"2,keyasint,omitempty"`
+	Last    stamp           `cbor:"3,keyasint"`
+}
+
+type wireBucket struct {
+	_       struct{} `cbor:",toarray"`
+	First   stamp
+	Minutes int
+	Count   int
+}
+
+func tallyWire(t Tally) wireTally {
+	w := wireTally{Tool: t.Tool, Last: stampOf(t.Last)}
+	for _, b := range t.Buckets {
+		w.Buckets = append(w.Buckets, wireBucket{First: stampOf(b.First), Minutes: b.Minutes, Count: b.Count})
+	}
+	return w
+}
+
+func (w *wireTally) tally() Tally {
+	t := Tally{Tool: w.Tool, Last: w.Last.time()}
+	for _, b := range w.Buckets {
+		t.Buckets = append(t.Buckets, Bucket{First: b.First.time(), Minutes: b.Minutes, Count: b.Count})
+	}
+	return t
 }
 
 type wireRule struct {
