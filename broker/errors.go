@@ -54,6 +54,7 @@ const (
 	CodeBudgetExhausted   Code = "budget_exhausted"      // a limit of the chain is spent
 	CodeTooFast           Code = "too_fast"              // a limit per minute is spent; retry later
 	CodeCallerLimit       Code = "caller_limit"          // a limit on the caller's steps in all chains is reached
+	CodeManyChains        Code = "too_many_chains"       // the caller has as many open chains as it may
 	CodeDelegationUnknown Code = "delegation_unknown"    // no such delegation, or not held by the caller
 	CodeChainOverCap      Code = "chain_over_cap"        // requests a chain beyond the caps of policy
 	CodeEnvelopeRefused   Code = "envelope_refused"      // the envelope is not valid for the caller and now

@@ -12,6 +12,9 @@ const (
 	MaxRights   = 128            // rights of a delegation, at most one for each tool
 )
 
+// MaxOpenChains is how many chains of one opener may be open at a time, where the configuration has no other number.
+const MaxOpenChains = 1000
+
 // MaxWindow is the longest time over which the steps of a caller are counted.
 const MaxWindow = 168 * time.Hour
 

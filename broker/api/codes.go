@@ -14,6 +14,7 @@ const (
 	CodeTooFast        Code = "too_fast"
 	CodeTooManyStreams Code = "too_many_streams"
 	CodeCallerLimit    Code = "caller_limit"
+	CodeManyChains     Code = "too_many_chains"
 	CodeNoAnswer       Code = "no_answer"
 	CodeRepeated       Code = "repeated"
 	CodeNoSigningKey   Code = "no_signing_key"
@@ -80,6 +81,7 @@ func Reasons() []Reason {
 		{"budget_exhausted", KindDenied, "A limit of the chain is exhausted", false, "Finish with the secrets you have. If the limit is on live secrets, close finished steps."},
 		{CodeTooFast, KindDenied, "A limit per minute is exhausted", true, "Wait as long as Retry-After says, then retry."},
 		{CodeCallerLimit, KindDenied, "A limit on your steps in all chains is reached", true, "Wait as long as Retry-After says, then retry. Another chain does not help."},
+		{CodeManyChains, KindDenied, "You have too many open chains", true, "Use a chain that you have, or wait as long as Retry-After says: then the next one ends."},
 		{"delegation_unknown", KindNotFound, "You hold no such delegation", false, "Check the id. A delegation belongs to exactly one SPIFFE ID."},
 		{"already_collected", KindConflict, "The sealed secret was already collected", false, "It was handed out, and it may have been revoked because of this second attempt. Take another step. Inform the platform team if you did not collect it the first time."},
 		{"delivery_lost", KindExpired, "The sealed secret is no longer kept", false, "It is being ended. Take another step."},

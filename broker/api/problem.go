@@ -111,7 +111,7 @@ func (k Kind) Error() string { return string(k) }
 // Status returns the HTTP status of a kind and code. The kind decides, unless HTTP has a status for the code itself.
 func Status(kind Kind, code Code) int {
 	switch code {
-	case CodeTooFast, CodeCallerLimit:
+	case CodeTooFast, CodeCallerLimit, CodeManyChains:
 		return http.StatusTooManyRequests
 	case CodeTooSlow:
 		return http.StatusRequestTimeout

@@ -47,6 +47,7 @@ type Config struct {
 	WaitingMints int                // steps of one caller that wait for that; zero means 64
 	Refusals     int                // of one caller recorded one by one a minute; zero means 60
 	Refused      func(limit string) // is called for each request that a limit refuses; nil means no call
+	OpenChains   int                // chains of one opener that are open at a time; zero means broker.MaxOpenChains
 }
 
 // Engine runs the procedures. [New] makes one. It is safe for concurrent use.

@@ -3,6 +3,7 @@ package engine
 import (
 	"cmp"
 	"context"
+	"errors"
 	"slices"
 	"time"
 
@@ -69,12 +70,19 @@ func (e *Engine) Open(ctx context.Context, c broker.Caller, r broker.OpenRequest
 		if f != nil {
 			return records.Fenced(op, f)
 		}
+		if err := tx.OverOpen(op, c.ID.String(), now, e.cfg.OpenChains); err != nil {
+			return err
+		}
 		if err := tx.AddChain(chain); err != nil {
 			return err
 		}
 		return tx.AddDelegation(root, broker.Entry{At: now, Actor: c.ID.String(), Op: broker.OpOpen,
 			Bundle: policy.Digest(), Policies: unique(deciders), Detail: chain.Purpose()})
 	})
+	if errors.As(err, &refusal) && refusal.Code == broker.CodeManyChains {
+		e.cfg.Refused("open_chains")
+		return broker.Delegation{}, e.recordDenial(ctx, c, records.Lineage{}, "", refusal)
+	}
 	if err != nil {
 		return broker.Delegation{}, err
 	}

@@ -34,6 +34,7 @@ func New(cfg Config) (*Engine, error) {
 	cfg.MintBound = cmp.Or(cfg.MintBound, 90*time.Second)
 	cfg.SweepEvery = cmp.Or(cfg.SweepEvery, time.Minute)
 	cfg.Workers = cmp.Or(cfg.Workers, 8)
+	cfg.OpenChains = cmp.Or(cfg.OpenChains, broker.MaxOpenChains)
 	e := &Engine{cfg: cfg}
 	e.ctx, e.stop = context.WithCancel(context.Background())
 	e.turns = volatile.Turns{AtOnce: cfg.Mints, Each: cfg.WaitingMints, Longest: cfg.MintTimeout,

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pawlsec/pawl/attest"
+	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/server"
 )
 
@@ -31,6 +32,7 @@ type Limits struct {
 	Refusals int `yaml:"refusals"`
 	// bytes of the ledger that a caller's requests may fill in a day, a quarter of it at once; zero: 2000000000
 	LedgerPerDay int64 `yaml:"ledger_per_day"`
+	OpenChains   int   `yaml:"open_chains"` // open chains of an agent; zero: 1000
 	Connections  int   `yaml:"connections"` // open connections of a caller; zero: 128
 	// open connections without an SVID from one address, or one /64 of IPv6; zero: 64
 	AddressConnections int `yaml:"address_connections"`
@@ -45,6 +47,7 @@ func (l Limits) orDefaults() Limits {
 	l.WaitingMints = cmp.Or(l.WaitingMints, 64)
 	l.Refusals = cmp.Or(l.Refusals, 60)
 	l.LedgerPerDay = cmp.Or(l.LedgerPerDay, 2_000_000_000)
+	l.OpenChains = cmp.Or(l.OpenChains, broker.MaxOpenChains)
 	l.Connections = cmp.Or(l.Connections, 128)
 	l.AddressConnections = cmp.Or(l.AddressConnections, 64)
 	return l
@@ -66,6 +69,7 @@ func (l Limits) byName() map[string]int {
 		"waiting_mints":            l.WaitingMints,
 		"refusals":                 l.Refusals,
 		server.LimitLedger:         int(l.LedgerPerDay),
+		"open_chains":              l.OpenChains,
 		attest.LimitEach:           l.Connections,
 		attest.LimitAddress:        l.AddressConnections,
 	}

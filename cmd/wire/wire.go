@@ -168,6 +168,7 @@ func (s *Server) parts(c Config, log *slog.Logger) engine.Config {
 		Now:    time.Now, Random: rand.Reader,
 		MintTimeout: c.Vault.MintTimeout, MintBound: c.Vault.MintBound, SweepEvery: c.SweepEvery,
 		Mints: limits.Mints, WaitingMints: limits.WaitingMints, Refusals: limits.Refusals,
+		OpenChains: limits.OpenChains,
 	}
 }
 

@@ -43,6 +43,12 @@ func (t *Tx) indexOf(c broker.Chain) (k keysOfIndex, err error) {
 	for name, value := range c.Labels {
 		add(indexTerm("label", name, value))
 	}
+	if e := c.Envelope; e != nil { // selectors select by its words too
+		add(indexTerm("task", "", e.Task))
+		for name, value := range e.Labels {
+			add(indexTerm("label", name, value))
+		}
+	}
 	for _, right := range root.Scope { // a child has no tool that its root does not have
 		add(indexTerm("tool", "", string(right.Tool)))
 	}
@@ -122,6 +128,33 @@ func (t *Tx) OpenChains(opener string, now time.Time, most int) (n int, err erro
 	prefix = prefix[:len(prefix)-len(broker.IDTime(now))-1]
 	err = t.tx.Scan(prefix, prefix+broker.IDTime(now), func(string, []byte) bool { n++; return n < most })
 	return n, err
+}
+
+// OverOpen refuses another chain of an opener that has as many open ones as it may. It says when the next one ends.
+func (t *Tx) OverOpen(op string, opener string, now time.Time, most int) error {
+	n, err := t.OpenChains(opener, now, most)
+	if err != nil || most <= 0 || n < most {
+		return err
+	}
+	prefix := strings.TrimSuffix(keyOpener(opener, now, ""), "/")
+	var first broker.ChainID
+	if err := t.tx.Scan(prefix[:len(prefix)-len(noTime)], prefix, func(key string, _ []byte) bool {
+		_, first = endAndChain(key)
+		return false
+	}); err != nil {
+		return err
+	}
+	c, _, err := t.Chain(first)
+	if err != nil {
+		return err
+	}
+	root, _, err := t.Delegation(c.Root)
+	if err != nil {
+		return err
+	}
+	return broker.Errorf(broker.Denied, op, "you have %d open chains, and may have no more", most).
+		With(broker.CodeManyChains).After(max(root.Expires.Sub(now), 0)+time.Second). // the index has times of less precision
+		Lacks("use a chain that you have, or wait until one ends", "open_chains")
 }
 
 // Everywhere is the place of all chains: see [Tx.EachLive].
