@@ -10,8 +10,9 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// TestCapsAtOpen checks that a chain gets no more than the caps of all permits of its tools allow: what it leaves out is
-// the cap, and more is refused with the cap named.
+// TestCapsAtOpen checks that a chain gets no more than the caps of all permits of its tools allow. A field that it leaves
+// out is the cap
+// and more is refused with the cap named.
 func TestCapsAtOpen(t *testing.T) {
 	depth := func(n int) *int { return &n }
 	caps := map[broker.ToolName]broker.Caps{

@@ -39,7 +39,7 @@ func TestCaps(t *testing.T) {
 	}
 }
 
-// TestCapsAreWellFormed checks what is refused at load, and where caps have no effect and are therefore refused.
+// TestCapsAreWellFormed checks the refusals at load, also where caps have no effect and are therefore refused.
 func TestCapsAreWellFormed(t *testing.T) {
 	const open = ` permit(principal in TrustDomain::"acme.example", action == Action::"open", resource == Tool::"db.read");`
 	for _, tt := range []struct{ cedar, want string }{
@@ -61,7 +61,7 @@ func TestCapsAreWellFormed(t *testing.T) {
 	}
 }
 
-// TestOpenIsSeen checks that policy sees what is asked of it at open, and only there.
+// TestOpenIsSeen checks that policy sees the request to open, and only at open.
 func TestOpenIsSeen(t *testing.T) {
 	permit := func(action, when string) string {
 		return `permit(principal in TrustDomain::"acme.example", action == Action::"` + action + `", resource == Tool::"db.read") when { ` + when + " };"
