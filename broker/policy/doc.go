@@ -51,7 +51,7 @@
 //	@limit("10 per hour")        on a permit to use: the most steps of a caller under it, in all chains
 //	@per("caller label:team")    beside @limit: count apart by a label of the envelope; "caller" when absent
 //	@window("24h")               on a policy for use that reads context.caller: over which time
-//	@trusts_claims               on a permit: it depends on what the agent says of itself
+//	@trusts_claims               on a permit: it depends on the agent's own word
 //	@any("principal tool")       on a permit: the scope parts deliberately left open
 //	@remedy("…")                 how to ask, shown with a denial or while an approval is pending. Taken from the
 //	                             forbids that match, the permits with unmet conditions, or the permits that need

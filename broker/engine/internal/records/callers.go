@@ -176,15 +176,3 @@ func (t *Tx) dropOver(key string, now time.Time) error {
 	}
 	return each(gone, err, t.drop)
 }
-
-// ChangeCaller adds n to the records in which a grant's step was counted: -1 when nothing was made for it, 1 when that
-// turns out wrong.
-func (t *Tx) ChangeCaller(g broker.Grant, n int) error {
-	return each(g.Counted, nil, func(key string) error {
-		tally, ok, err := load[Tally](t, key)
-		if err != nil || !ok {
-			return err
-		}
-		return save(t, key, tally.Change(g.Created, n))
-	})
-}

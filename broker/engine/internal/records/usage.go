@@ -47,5 +47,17 @@ func (t *Tx) CountStep(g broker.Grant, n int) error {
 			return err
 		}
 	}
-	return t.ChangeCaller(g, n)
+	return t.changeCaller(g, n)
+}
+
+// changeCaller adds n to the records in which a grant's step was counted: -1 when nothing was made for it, 1 when that
+// turns out wrong.
+func (t *Tx) changeCaller(g broker.Grant, n int) error {
+	return each(g.Counted, nil, func(key string) error {
+		tally, ok, err := load[Tally](t, key)
+		if err != nil || !ok {
+			return err
+		}
+		return save(t, key, tally.Change(g.Created, n))
+	})
 }
