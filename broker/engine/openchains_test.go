@@ -16,6 +16,9 @@ import (
 func TestOpenChainsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
+		w.Stop()
+		w.mostChains, w.vault = broker.MaxOpenChains, w.vault.Restarted()
+		w.start(w.ledger)
 		open := func(name string, ttl time.Duration) error {
 			_, err := w.Open(ctx, as(name), broker.OpenRequest{Task: "t", Rights: use("db.read"), TTL: ttl})
 			return err

@@ -28,6 +28,7 @@ type world struct {
 	target *brokertest.Target
 	policy *brokertest.Policy
 
+	mostChains  int                                    // zero: as many as a test opens
 	sweepEvery  time.Duration                          // zero: never
 	wrap        func(*brokertest.Policy) broker.Policy // the policy that the broker sees; nil: policy itself
 	brokerVault broker.Vault                           // wraps vault for the broker; nil: the broker uses vault itself
@@ -88,7 +89,7 @@ func (w *world) start(ledger broker.Ledger) {
 		},
 		Backends: map[string]broker.Backend{"target": w.target, "keeper": staticBackend{w.target}},
 		Now:      w.clock, Random: rand.Reader,
-		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: cmp.Or(w.sweepEvery, -1)})
+		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: cmp.Or(w.sweepEvery, -1), OpenChains: cmp.Or(w.mostChains, 1<<20)})
 	if err != nil {
 		w.t.Fatal(err)
 	}
