@@ -71,7 +71,7 @@ func unfreeze(ctx context.Context, e *Engine, o broker.Operator, id broker.Revoc
 		}
 		detail := decide(&rv)
 		if strings.HasPrefix(detail, unfreezeLifted) {
-			if err := e.lift(tx, &rv); err != nil {
+			if err := lift(tx, &rv, e.cfg.Now()); err != nil {
 				return err
 			}
 		}
@@ -85,8 +85,8 @@ func unfreeze(ctx context.Context, e *Engine, o broker.Operator, id broker.Revoc
 }
 
 // lift removes the freeze's mark, unless a final fence has replaced it.
-func (e *Engine) lift(tx *records.Tx, rv *broker.Revocation) error {
-	rv.Lifted, rv.Settled = true, e.cfg.Now()
+func lift(tx *records.Tx, rv *broker.Revocation, now time.Time) error {
+	rv.Lifted, rv.Settled = true, now
 	switch {
 	case rv.Node != "":
 		d, _, err := tx.Delegation(rv.Node)

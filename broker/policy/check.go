@@ -12,6 +12,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/yaml"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
@@ -147,15 +148,15 @@ func runTests(p *Policy, file string, raw []byte) ([]Result, error) {
 	}
 	results := make([]Result, 0, len(rows))
 	for _, r := range rows {
-		q, err := r.value.question()
+		q, err := r.Value.question()
 		if err != nil {
-			return nil, fmt.Errorf("%s:%d: %w", file, r.line, err)
+			return nil, fmt.Errorf("%s:%d: %w", file, r.Line, err)
 		}
-		want, err := r.value.want()
+		want, err := r.Value.want()
 		if err != nil {
-			return nil, fmt.Errorf("%s:%d: %w", file, r.line, err)
+			return nil, fmt.Errorf("%s:%d: %w", file, r.Line, err)
 		}
-		results = append(results, Result{file, r.line, r.value.Name, want.mismatch(p, q)})
+		results = append(results, Result{file, r.Line, r.Value.Name, want.mismatch(p, q)})
 	}
 	return results, nil
 }
@@ -168,20 +169,20 @@ func Questions(file string, raw []byte) ([]broker.Question, error) {
 	}
 	questions := make([]broker.Question, 0, len(rows))
 	for _, r := range rows {
-		q, err := r.value.question()
+		q, err := r.Value.question()
 		if err != nil {
-			return nil, fmt.Errorf("%s:%d: %w", file, r.line, err)
+			return nil, fmt.Errorf("%s:%d: %w", file, r.Line, err)
 		}
 		questions = append(questions, q)
 	}
 	return questions, nil
 }
 
-func readTests(file string, raw []byte) ([]row[testYAML], error) {
+func readTests(file string, raw []byte) ([]yaml.Row[testYAML], error) {
 	var doc struct {
-		Tests []row[testYAML] `yaml:"tests"`
+		Tests []yaml.Row[testYAML] `yaml:"tests"`
 	}
-	if err := ReadYAML(file, raw, &doc); err != nil {
+	if err := yaml.Read(file, raw, &doc); err != nil {
 		return nil, err
 	}
 	if len(doc.Tests) == 0 {
@@ -239,7 +240,7 @@ func (y testYAML) question() (q broker.Question, err error) {
 	if y.Args == nil {
 		return q, nil
 	}
-	text, err := asJSON(y.Args)
+	text, err := yaml.AsJSON(y.Args)
 	if err != nil {
 		return q, fmt.Errorf("args %w", err)
 	}

@@ -17,12 +17,13 @@ import (
 	"github.com/go-json-experiment/json"
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/envelope"
+	"github.com/pawlsec/pawl/broker/yaml"
 )
 
 // Limits of a bundle, checked before anything is parsed.
 const (
-	MaxBundle   = 4 << 20   // bytes of a signed bundle
-	MaxFile     = 256 << 10 // bytes of one file in it
+	MaxBundle   = 4 << 20      // bytes of a signed bundle
+	MaxFile     = yaml.MaxFile // bytes of one file in it
 	MaxTools    = 1024
 	MaxPolicies = 10_000
 )
@@ -108,7 +109,7 @@ func (c *content) readHead(dir fs.FS) error {
 	if err != nil {
 		return err
 	}
-	if err := ReadYAML("bundle.yaml", raw, &head); err != nil {
+	if err := yaml.Read("bundle.yaml", raw, &head); err != nil {
 		return err
 	}
 	c.Name, c.Version = head.Name, head.Version
@@ -119,7 +120,7 @@ func (c *content) readHead(dir fs.FS) error {
 	if err != nil {
 		return err
 	}
-	return ReadYAML("violations.yaml", raw, &c.Violations)
+	return yaml.Read("violations.yaml", raw, &c.Violations)
 }
 
 func (c *content) readTools(dir fs.FS) error {
@@ -128,19 +129,19 @@ func (c *content) readTools(dir fs.FS) error {
 		return err
 	}
 	var doc struct {
-		Tools []row[toolYAML] `yaml:"tools"`
+		Tools []yaml.Row[toolYAML] `yaml:"tools"`
 	}
-	if err := ReadYAML("tools.yaml", raw, &doc); err != nil {
+	if err := yaml.Read("tools.yaml", raw, &doc); err != nil {
 		return err
 	}
 	c.Tools = []toolDecl{}
 	for _, r := range doc.Tools {
-		d, err := r.value.decl()
+		d, err := r.Value.decl()
 		if err == nil {
 			_, err = d.tool()
 		}
 		if err != nil {
-			return fmt.Errorf("tools.yaml:%d: tool %.60q: %w", r.line, r.value.Name, err)
+			return fmt.Errorf("tools.yaml:%d: tool %.60q: %w", r.Line, r.Value.Name, err)
 		}
 		c.Tools = append(c.Tools, d)
 	}
@@ -157,19 +158,19 @@ func (c *content) readIssuers(dir fs.FS) error {
 		return err
 	}
 	var doc struct {
-		Issuers []row[issuerDecl] `yaml:"issuers"`
+		Issuers []yaml.Row[issuerDecl] `yaml:"issuers"`
 	}
-	if err := ReadYAML("issuers.yaml", raw, &doc); err != nil {
+	if err := yaml.Read("issuers.yaml", raw, &doc); err != nil {
 		return err
 	}
 	for _, r := range doc.Issuers {
-		if age, err := time.ParseDuration(r.value.MaxAge); err == nil {
-			r.value.MaxAge = age.String() // one spelling; issuer refuses text that does not parse
+		if age, err := time.ParseDuration(r.Value.MaxAge); err == nil {
+			r.Value.MaxAge = age.String() // one spelling; issuer refuses text that does not parse
 		}
-		if _, err := r.value.issuer(); err != nil {
-			return fmt.Errorf("issuers.yaml:%d: %w", r.line, err)
+		if _, err := r.Value.issuer(); err != nil {
+			return fmt.Errorf("issuers.yaml:%d: %w", r.Line, err)
 		}
-		c.Issuers = append(c.Issuers, r.value)
+		c.Issuers = append(c.Issuers, r.Value)
 	}
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
+	"github.com/pawlsec/pawl/broker/yaml"
 )
 
 // toolDecl is a tool in the form of a payload.
@@ -65,7 +66,7 @@ func (y toolYAML) decl() (toolDecl, error) {
 	for name, p := range y.Arguments {
 		decl := paramDecl{Kind: p.Kind, Required: p.Required}
 		if p.Constraint != nil {
-			raw, err := asJSON(p.Constraint)
+			raw, err := yaml.AsJSON(p.Constraint)
 			if err != nil {
 				return d, fmt.Errorf("argument %q: constraint %w", name, err)
 			}

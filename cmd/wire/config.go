@@ -12,6 +12,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker/api/client"
 	"github.com/pawlsec/pawl/broker/policy"
+	"github.com/pawlsec/pawl/broker/yaml"
 )
 
 // Config is the configuration file of `pawl server`. Unknown keys are errors. Durations are
@@ -104,12 +105,12 @@ func ReadConfig(path string) (Config, error) {
 	return c, nil
 }
 
-// ParseConfig reads YAML strictly, by the rules of [policy.ReadYAML]. The error names each required field
+// ParseConfig reads YAML strictly, by the rules of [yaml.Read]. The error names each required field
 // that is missing.
 func ParseConfig(raw []byte) (Config, error) {
 	var c Config
-	err := policy.ReadYAML("", raw, &c)
-	if errors.Is(err, policy.ErrNoDocument) {
+	err := yaml.Read("", raw, &c)
+	if errors.Is(err, yaml.ErrNoDocument) {
 		err = errors.New("is empty; see `pawl server --example`")
 	}
 	if err != nil {

@@ -53,7 +53,7 @@ var tree = rules{
 		{pattern: "broker/api", cycle: 2, why: asToday},
 		{pattern: "broker/audit", cycle: 4, why: asToday},
 		{pattern: "broker/brokertest", cycle: 2, why: asToday},
-		{pattern: "broker/policy", cycle: 11, why: asToday},
+		{pattern: "broker/policy", cycle: 9, why: asToday},
 		{pattern: "broker/server", cycle: 13, why: asToday},
 		{pattern: "broker/signals", cycle: 2, why: asToday},
 		{pattern: "cmd/bench", cycle: 5, why: asToday},

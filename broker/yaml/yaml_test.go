@@ -1,4 +1,4 @@
-package policy_test
+package yaml_test
 
 import (
 	"errors"
@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/pawlsec/pawl/broker/policy"
+	"github.com/pawlsec/pawl/broker/yaml"
 )
 
 // TestYAMLIsBounded feeds the reader input that takes its parser minutes or gigabytes. Each must be refused quickly,
@@ -15,18 +15,18 @@ import (
 func TestYAMLIsBounded(t *testing.T) {
 	numbered := func(format string) string {
 		var s strings.Builder
-		for i := 0; s.Len() < policy.MaxFile-100; i++ {
+		for i := 0; s.Len() < yaml.MaxFile-100; i++ {
 			fmt.Fprintf(&s, format, i)
 		}
 		return s.String()
 	}
-	full := func(unit string) string { return strings.Repeat(unit, (policy.MaxFile-100)/len(unit)) }
+	full := func(unit string) string { return strings.Repeat(unit, (yaml.MaxFile-100)/len(unit)) }
 	deep := ""
 	for i := range 40 {
 		deep += strings.Repeat("    ", i) + "a:\n"
 	}
 	for what, row := range map[string]struct{ raw, want string }{
-		"a large file":                {strings.Repeat("#\n", policy.MaxFile), "f: larger than 262144 bytes"},
+		"a large file":                {strings.Repeat("#\n", yaml.MaxFile), "f: larger than 262144 bytes"},
 		"blank lines in a text":       {"a: |\n  x" + full("\n"), "f:67: more than 64 blank lines in a row; remove some"},
 		"lines of spaces":             {"a: |\n  x\n" + full(" \r\n"), "f:67: more than 64 blank lines in a row"},
 		"reserved marks":              {full("@"), "f:1: longer than 4096 bytes; break it into several lines"},
@@ -54,29 +54,32 @@ func TestYAMLIsBounded(t *testing.T) {
 		"nothing but a comment":       {"# x\n", "f: holds no document"},
 		"a document that is only one": {"---\na: b\n", ""},
 	} {
-		err := soon(t, what, func() error { return policy.ReadYAML("f", []byte(row.raw), new(any)) })
+		err := soon(t, what, func() error { return yaml.Read("f", []byte(row.raw), new(any)) })
 		if row.want == "" && err != nil || row.want != "" && (err == nil || !strings.HasPrefix(err.Error(), row.want)) {
-			t.Errorf("%s: ReadYAML = %v, want an error that begins with %q", what, err, row.want)
+			t.Errorf("%s: Read = %v, want an error that begins with %q", what, err, row.want)
 		}
 	}
-	if err := policy.ReadYAML("", []byte("a: [\n"), new(any)); err == nil || !strings.HasPrefix(err.Error(), "line 1: ") {
-		t.Errorf("ReadYAML of no file = %v, want an error that begins with the line", err)
+	if err := yaml.Read("", []byte("a: [\n"), new(any)); err == nil || !strings.HasPrefix(err.Error(), "line 1: ") {
+		t.Errorf("Read of no file = %v, want an error that begins with the line", err)
 	}
-	if err := policy.ReadYAML("", nil, new(any)); !errors.Is(err, policy.ErrNoDocument) {
-		t.Errorf("ReadYAML of nothing = %v, want %v", err, policy.ErrNoDocument)
+	if err := yaml.Read("", nil, new(any)); !errors.Is(err, yaml.ErrNoDocument) {
+		t.Errorf("Read of nothing = %v, want %v", err, yaml.ErrNoDocument)
 	}
 }
+
+// maxTools is the most tools that a bundle may have.
+const maxTools = 1024
 
 // TestYAMLHasRoom checks that files of a realistic size are within the limits.
 func TestYAMLHasRoom(t *testing.T) {
 	var tools strings.Builder
 	tools.WriteString("tools:\n")
-	for i := range policy.MaxTools {
+	for i := range maxTools {
 		fmt.Fprintf(&tools, "  - name: shop.team-%d.read\n    backend: shop\n    narrowing: native\n    ttl: 60s\n    vault: {policy: p-%d, path: database/creds/p-%d}\n"+
 			"    arguments:\n      tables: {kind: list, required: true, constraint: {one_of: [a, b, c]}}\n", i, i, i)
 	}
-	if err := soon(t, "many tools", func() error { return policy.ReadYAML("f", []byte(tools.String()), new(any)) }); err != nil {
-		t.Errorf("ReadYAML of %d bytes with %d tools = %v", tools.Len(), policy.MaxTools, err)
+	if err := soon(t, "many tools", func() error { return yaml.Read("f", []byte(tools.String()), new(any)) }); err != nil {
+		t.Errorf("Read of %d bytes with %d tools = %v", tools.Len(), maxTools, err)
 	}
 }
 

@@ -1,4 +1,5 @@
-package policy
+// Package yaml reads the YAML of policies and of the configuration: strictly, and in bounded time.
+package yaml
 
 import (
 	"bytes"
@@ -27,15 +28,18 @@ const (
 	maxKey     = 128  // bytes
 )
 
+// MaxFile is the largest size of a file in bytes.
+const MaxFile = 256 << 10
+
 // ErrNoDocument is in the error for an empty file.
 var ErrNoDocument = errors.New("holds no document; exactly one document is required")
 
 var errDocuments = errors.New("holds more than one document; exactly one document is required")
 
-// ReadYAML decodes one document strictly and in bounded time, whatever the bytes are. Unknown and repeated keys,
+// Read decodes one document strictly and in bounded time, whatever the bytes are. Unknown and repeated keys,
 // anchors, aliases, merge keys, tags and a second document are errors. Errors begin with "file:line: ", or with "line
 // N: " where file is empty.
-func ReadYAML(file string, raw []byte, v any) error {
+func Read(file string, raw []byte, v any) error {
 	if err := checkLimits(raw); err != nil {
 		return located(file, err)
 	}
@@ -232,19 +236,20 @@ func located(file string, err error) error {
 	return fmt.Errorf("%s:%d: %s", file, at, text)
 }
 
-// row is a list element that remembers its line.
-type row[T any] struct {
-	value T
-	line  int
+// Row is a list element that remembers its line.
+type Row[T any] struct {
+	Value T
+	Line  int
 }
 
-func (r *row[T]) UnmarshalYAML(n ast.Node) error {
-	r.line = line(n)
-	return yaml.NodeToValue(n, &r.value, yaml.Strict())
+// UnmarshalYAML decodes the element.
+func (r *Row[T]) UnmarshalYAML(n ast.Node) error {
+	r.Line = line(n)
+	return yaml.NodeToValue(n, &r.Value, yaml.Strict())
 }
 
-// asJSON encodes a decoded YAML value as JSON, for parsers of this project that read JSON.
-func asJSON(v any) (json.RawMessage, error) {
+// AsJSON encodes a decoded YAML value as JSON, for parsers of this project that read JSON.
+func AsJSON(v any) (json.RawMessage, error) {
 	raw, err := json.Marshal(v)
 	if err != nil {
 		return nil, errors.New("must consist of maps with string keys, lists and scalars")
