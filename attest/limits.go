@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// Limits bound what a client can hold of a listener, and the lifetime of a connection. A connection without an SVID is
+// Limits bound the share of a client in a listener, and the lifetime of a connection. A connection without an SVID is
 // one whose handshake is not complete, or that has sent no client certificate.
 type Limits struct {
 	Handshake  time.Duration // time for a TLS handshake; zero means 5 s

@@ -52,7 +52,7 @@ type Chains struct {
 	Next   string         `json:"next,omitzero"` // the next page starts after it; omitted: this is the last page
 }
 
-// ChainView is one chain, with a page of what is under it: its delegations, and after them its grants.
+// ChainView is one chain, with a page of its content: its delegations, and after them its grants.
 type ChainView struct {
 	Chain       Chain         `json:"chain"`
 	Delegations []Delegation  `json:"delegations"`

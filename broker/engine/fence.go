@@ -104,7 +104,7 @@ func (e *Engine) fenceRule(tx *records.Tx, f fencing, rv broker.Revocation, entr
 	return rv, tx.PutRevocation(rv)
 }
 
-// matchOf finds what the rule of a selector covers that the rule in force does not. Revoke calls it before its
+// matchOf finds the records that the rule of a selector covers and that the rule in force does not. Revoke calls it before its
 // transaction, since all others wait for that one: with many chains in which only later steps can match, it takes long.
 func matchOf(tx *records.Tx, policy broker.Policy, s selector.Selector, f fencing) (*matched, error) {
 	first, err := tx.RuleLike(s.String(), f.freeze)

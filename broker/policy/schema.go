@@ -82,7 +82,7 @@ type (
 	history   struct{}
 )
 
-// question is what a condition is checked for: an action on a tool.
+// question is the subject of a check: an action on a tool.
 type question struct {
 	action broker.Action
 	tool   *tool

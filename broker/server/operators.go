@@ -226,7 +226,7 @@ func pageOf(x *exchange) (after broker.Revision, limit int, err error) {
 	return after, p.Limit, err
 }
 
-// pageAfter returns the page that a request asks for. The cursor of a list is what the page before has in next.
+// pageAfter returns the page that a request asks for. The cursor of a list is the next of the page before.
 func pageAfter(x *exchange, check ...func(after string) error) (broker.Page, error) {
 	p := broker.Page{Limit: broker.DefaultPage}
 	query := x.URL.Query()

@@ -206,7 +206,7 @@ func TestDoctorOnSelfTest(t *testing.T) {
 	}
 }
 
-// TestDoctorOnIdentity holds what the doctor says of the identities that the Workload API gives the broker's process.
+// TestDoctorOnIdentity holds the answers of the doctor about the identities that the Workload API gives the broker's process.
 func TestDoctorOnIdentity(t *testing.T) {
 	var given []string
 	var identities *workload.Server

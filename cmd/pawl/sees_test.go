@@ -69,7 +69,7 @@ func (s *seen) within(what string, ok func() string) {
 	}
 }
 
-// refused returns what is wrong with the error of a step; empty if it has the code, a text with detail, and says whether
+// refused returns the fault in the error of a step; empty if it has the code, a text with detail, and says whether
 // to retry.
 func refused(err error, code api.Code, detail string, retryable bool) string {
 	var p *agent.Error

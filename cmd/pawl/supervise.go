@@ -98,7 +98,7 @@ func (v *supervisor) wait(ctx context.Context) {
 	for {
 		last := v.reap()
 		if v.ended && over != nil {
-			return // the step goes on until now; what the command left behind lives on without its secret
+			return // the step goes on until now; processes that the command left behind live on without its secret
 		}
 		if last && v.ended && syscall.Kill(-v.leader, 0) != nil { // the group can outlive its leader, unseen
 			return

@@ -193,7 +193,7 @@ func TestLimitsOfACaller(t *testing.T) {
 	}
 }
 
-// TestShareOfTheLedger has a caller that opens chains until it has written its share. It can still end what it has, and
+// TestShareOfTheLedger has a caller that opens chains until it has written its share. It can still end its steps, and
 // another caller can write.
 func TestShareOfTheLedger(t *testing.T) {
 	s := newSite(t, "example.org")

@@ -15,7 +15,7 @@ import (
 )
 
 // Limits bound what one caller, or a client without identity, can take of the broker. A caller is a SPIFFE ID, with all
-// of its SVIDs and connections. What a limit refuses is counted in pawl_limited_total, and the caller is told its code
+// of its SVIDs and connections. A refusal by a limit is counted in pawl_limited_total, and the caller is told its code
 // and when to try again.
 type Limits struct {
 	// requests of an agent a second, in bursts of as many; close, heartbeat and acknowledge count apart; zero: 200

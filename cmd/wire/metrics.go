@@ -120,7 +120,7 @@ func newMetrics(known func(broker.ToolName) bool, ready func() error, conditions
 	return m
 }
 
-// limit returns a function that counts what a limit of a listener refuses.
+// limit returns a function that counts the refusals by a limit of a listener.
 func (m *metrics) limit(listener string) func(string) {
 	return func(limit string) { m.limited.WithLabelValues(listener, limit).Inc() }
 }

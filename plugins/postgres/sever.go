@@ -162,7 +162,7 @@ type loginState struct {
 	sessions          int
 }
 
-// primary is what the primary shows of some grants, read over one connection.
+// primary is the state of some grants at the primary, read over one connection.
 type primary struct {
 	found    []loginState
 	prepared map[string]string // see preparedAt
@@ -171,7 +171,7 @@ type primary struct {
 	at       position          // after everything else
 }
 
-// inspect reads what the primary shows of the grants and of the named logins. If ids is nil, it reads all grants.
+// inspect reads the state at the primary of the grants and of the named logins. If ids is nil, it reads all grants.
 func (b *Backend) inspect(ctx context.Context, ids, names []string) (p primary, err error) {
 	err = b.revoker.onPrimary(ctx, func(ctx context.Context, conn *pgxpool.Conn) (err error) {
 		if p.found, err = inspectAt(ctx, conn, ids); err != nil {

@@ -156,7 +156,7 @@ func phraseOf(texts []string) string {
 	return ""
 }
 
-// longestWait bounds what a header Retry-After may ask for.
+// longestWait bounds the wait of a header Retry-After.
 const longestWait = time.Hour
 
 // retryAfter reads the header Retry-After, in seconds or as a date. It is zero if there is none.
@@ -178,7 +178,7 @@ func retryAfter(h http.Header) time.Duration {
 type failure struct {
 	status     int
 	phrase     string        // one of knownPhrases, or empty
-	retryAfter time.Duration // what the answer asks for; zero: nothing
+	retryAfter time.Duration // of the answer's header; zero: none
 }
 
 func (f *failure) Error() string {

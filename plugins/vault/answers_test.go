@@ -90,7 +90,7 @@ func (s *site) remove(t *testing.T, path string) {
 	}
 }
 
-// permit replaces what the policy of tool a permits.
+// permit replaces the paths that the policy of tool a permits.
 func (s *site) permit(t *testing.T, path string) {
 	t.Helper()
 	s.write(t, "sys/policies/acl/"+s.a(), map[string]any{"policy": fmt.Sprintf("path %q {capabilities = [\"create\", \"update\"]}", path)})

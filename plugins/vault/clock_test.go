@@ -12,7 +12,7 @@ import (
 	"github.com/pawlsec/pawl/plugins/vault"
 )
 
-// checkSkew checks what a client says of a Vault whose clock is ahead.
+// checkSkew checks the answer of a client about a Vault whose clock is ahead.
 func checkSkew(t *testing.T, c *vault.Client, ahead time.Duration) {
 	t.Helper()
 	if low, high := c.Bounds(); low > ahead || high < ahead || high-low > 3*time.Second {

@@ -60,7 +60,7 @@ func (t *tx) Get(key string) ([]byte, error) {
 	})
 }
 
-// put returns what this transaction, or a pending one, has put under key.
+// put returns the value that this transaction, or a pending one, has put under key.
 func (t *tx) put(key string) (stored []byte, ok bool) {
 	if stored, ok = t.puts[key]; !ok && t.pending != nil {
 		stored, ok = t.pending.puts[key]

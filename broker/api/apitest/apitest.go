@@ -288,7 +288,7 @@ func pointerTo(path ...string) (p string) {
 	return p
 }
 
-// Handler wraps a handler of the broker. It gives report what is wrong with the document.
+// Handler wraps a handler of the broker. It gives report each fault of the document.
 func (d *Document) Handler(next http.Handler, report func(error)) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		var asked bytes.Buffer

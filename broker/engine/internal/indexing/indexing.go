@@ -1,4 +1,4 @@
-// Package indexing keeps the ledger's index of chains complete, and takes out of it what is not needed any more.
+// Package indexing keeps the ledger's index of chains complete, and takes out of it all that is not needed any more.
 package indexing
 
 import (
@@ -39,7 +39,7 @@ func (x Index) Run(ctx context.Context) {
 	}
 }
 
-// complete compares the index with the chains, and adds what it lacks. From then on the index is used; until then all
+// complete compares the index with the chains, and adds the missing keys. From then on the index is used; until then all
 // chains are read, as without it. An earlier build wrote none, so the ledger may lack any part of it.
 //
 // A crash in it leaves a part of the index, which the next process adds to.

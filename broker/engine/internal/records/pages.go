@@ -9,7 +9,7 @@ import (
 )
 
 // A page ends with the id after which the next one begins; empty: it is the last. An id does not change and begins with
-// its time, so a list stays in order while others write. What was added since the first page is not in the later ones of
+// its time, so a list stays in order while others write. An item that was added since the first page is not in the later ones of
 // a list that begins with the newest.
 
 // mostPassed is how many chains a page passes over at most. It then ends early, and the next one continues.

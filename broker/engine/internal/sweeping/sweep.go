@@ -1,4 +1,4 @@
-// Package sweeping compares what Vault and the targets hold with the ledger, and ends what the ledger does not know.
+// Package sweeping compares the leases and logins of Vault and the targets with the ledger, and ends those that it does not know.
 package sweeping
 
 import (
@@ -28,7 +28,7 @@ type Config struct {
 	View   func(ctx context.Context, op string, f func(*records.Tx) error) error
 	Update func(ctx context.Context, op string, f func(*records.Tx) error) error
 
-	Retire func(context.Context) error // drops what the ledger's index has of chains that ended long ago
+	Retire func(context.Context) error // drops the keys in the ledger's index of chains that ended long ago
 
 	MintTimeout time.Duration // of one mint
 	MintBound   time.Duration // how long Vault may take to complete a request after the client gave it up
