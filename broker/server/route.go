@@ -31,10 +31,10 @@ type endpoint func(*exchange) error
 type exchange struct {
 	*http.Request
 	w      *recorder
-	began  time.Time // by the system's clock
-	id     string    // identifies the request in the log and in a problem
-	caller string    // the agent or operator; empty: no identity yet
-	done   func()    // called after the answer; nil: nothing
+	began  time.Time
+	id     string // identifies the request in the log and in a problem
+	caller string // the agent or operator; empty: no identity yet
+	done   func() // called after the answer; nil: nothing
 	events []slog.Attr
 }
 
@@ -101,7 +101,7 @@ func refuseMethod(allowed []string) endpoint {
 func (s *Server) serve(r route) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		start := s.cfg.Now()
-		x := &exchange{Request: req, w: &recorder{ResponseWriter: w}, began: time.Now(), id: rand.Text()}
+		x := &exchange{Request: req, w: &recorder{ResponseWriter: w}, began: start, id: rand.Text()}
 		x.w.Header().Set("Cache-Control", "no-store")
 		x.w.Header().Set("X-Content-Type-Options", "nosniff")
 		defer func() {
