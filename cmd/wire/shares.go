@@ -11,8 +11,8 @@ import (
 )
 
 // shares bounds what each caller writes into the ledger. A caller may write a quarter of a day's share at once, and the
-// rest over the day. Entries and records count with the space that they take in the file, which is measured in
-// cmd/bench. A restart forgets the sum.
+// rest over the day. Entries and records count with an estimate of the space that they take in the file;
+// TestShareCountsTheFile compares it with a file of delegations. A restart forgets the sum.
 type shares struct {
 	perDay int64 // bytes
 
