@@ -66,12 +66,17 @@ func (s *stage) ended(d *agent.Delegation, tool string, args agent.Args, revocat
 // TestSupportAgentAsksBeforeARestart: the agent reads its ticket and inspects hosts alone. It gets no secret for a
 // restart without an approval.
 func TestSupportAgentAsksBeforeARestart(t *testing.T) {
-	s := situation(t, "support")
-	d := s.open("/support/agent", agent.Chain{Rights: rights("tickets.read", "host.inspect", "host.restart"), Labels: map[string]string{"ticket": "T-17"}})
+	desk := newHelpDesk(t)
+	s := newStage(t, desk.names(t, "../../broker/policy/testdata/support"))
+	all := rights("tickets.read", "host.inspect", "host.restart")
+	claimed := s.open("/support/agent", agent.Chain{Rights: all, Labels: map[string]string{"ticket": "T-17"}})
+	s.refused(claimed, "tickets.read", agent.Args{"ticket": "T-17"}, broker.CodePolicyDenied)
+	d := s.open("/support/agent", agent.Chain{Rights: all,
+		Envelope: desk.ticket(t, s.identities.ID("/support/agent").String(), "T-17")})
 	restart := agent.Args{"host": "test-3", "service": "web"}
 
 	s.do(d, "tickets.read", agent.Args{"ticket": "T-17"})
-	advises(t, s.refused(d, "tickets.read", agent.Args{"ticket": "T-18"}, broker.CodePolicyDenied), "open the chain with the label ticket, and ask for that ticket")
+	advises(t, s.refused(d, "tickets.read", agent.Args{"ticket": "T-18"}, broker.CodePolicyDenied), "open the chain with the help desk's envelope for the ticket, and ask for that ticket")
 	advises(t, s.refused(d, "host.restart", restart, broker.CodePolicyDenied, "look-before-restart"), "inspect the host first")
 	s.do(d, "host.inspect", agent.Args{"host": "test-3"})
 	advises(t, s.approval(d, "host.restart", restart, "1 of oncall", "support-restarts"), "raise it in the channel of whoever is on call, with the ticket")

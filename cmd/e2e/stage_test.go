@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/fstest"
 	"time"
@@ -41,8 +42,9 @@ type stage struct {
 	t          *testing.T
 	target     *brokertest.Target
 	identities *workload.Server
-	address    string // of the agents' listener
-	socket     string // of the operators'
+	address    string       // of the agents' listener
+	socket     string       // of the operators'
+	canaries   atomic.Int32 // alarms about them
 }
 
 func newStage(t *testing.T, dir fs.FS) *stage {
@@ -60,6 +62,10 @@ func newStage(t *testing.T, dir fs.FS) *stage {
 	}
 	b, err := engine.New(engine.Config{Ledger: brokertest.NewMemory(), Policy: running.Policy, Vault: brokertest.NewVault(s.target), Backends: backends,
 		Now: time.Now, Random: rand.Reader, SweepEvery: -1, Alarm: func(op string, err error) {
+			if op == "canary" {
+				s.canaries.Add(1)
+				return
+			}
 			t.Errorf("alarm: %s: %v", op, err)
 		}})
 	if err != nil {

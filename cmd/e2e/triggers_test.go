@@ -355,6 +355,9 @@ func (tr trigger) play(o *offence, what broker.Consequence) (revocation string) 
 	if canary := answered(o.t, refusal(o.t, tr.name, tr.event(o), tr.kind, code), "canary.keys"); canary != plain {
 		o.t.Errorf("the answer to %s is %s, and to a tool without a permit %s", tr.name, canary, plain)
 	}
+	if n := o.canaries.Load(); n != 1 {
+		o.t.Errorf("%s raised %d alarms, want one", tr.name, n)
+	}
 	return o.revoked()
 }
 
