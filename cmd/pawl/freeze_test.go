@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -58,7 +59,7 @@ func TestFreezeThatNobodyCanLift(t *testing.T) {
 	if err := os.WriteFile(file, raw, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	var log bytes.Buffer
+	var log recordedLog
 	s, err := wire.Start(ctx, config, slog.New(slog.NewTextHandler(&log, nil)))
 	if err != nil {
 		t.Fatal(err)
@@ -146,4 +147,22 @@ func TestFreezeThatNobodyCanLift(t *testing.T) {
 			t.Errorf("the report of %s as text lacks the lifted freeze:\n%s", id, text)
 		}
 	}
+}
+
+// recordedLog is a log. Safe for concurrent use.
+type recordedLog struct {
+	mu   sync.Mutex // guards text
+	text strings.Builder
+}
+
+func (l *recordedLog) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(b)
+}
+
+func (l *recordedLog) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
 }

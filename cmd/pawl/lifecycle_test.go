@@ -280,7 +280,7 @@ func TestPolicyLifecycle(t *testing.T) {
 		}
 	}
 	idle, newer := l.bundle(5, notesTool,
-		notesPermit+`@id("idle") forbid (principal, action, resource == Tool::"notes.write");`, 2)
+		notesPermit+`@id("idle") forbid (principal == Agent::"spiffe://example.org/idle", action, resource);`, 2)
 	if line := l.reload(idle); line.Msg != msgInForce || line.text["bundle"] != newer {
 		t.Fatalf("a newer bundle: %s", line.raw)
 	}

@@ -236,7 +236,7 @@ func (c *Client) diagnose(ctx context.Context, cause error) Condition {
 func (c *Client) told(err error) error {
 	var known *broker.Error
 	if err = explain(err); !errors.As(err, &known) ||
-		known.Code != broker.CodeVaultDown && known.Code != broker.CodeVaultRefused {
+		known.Code != broker.CodeVaultDown && known.Code != broker.CodeVaultPolicy {
 		return err
 	}
 	for _, w := range c.Conditions() {

@@ -135,7 +135,7 @@ func (c *Client) notMinted(err error) bool {
 // own policy, or the reason of the last check. A token that has ended, as a revoked one, is another reason.
 func (c *Client) toldMint(err error, s step, path string) error {
 	var f *failure
-	if errors.As(err, &f) && f.status == http.StatusForbidden && !f.badToken() && s.policy != "" {
+	if errors.As(err, &f) && f.status == http.StatusForbidden && f.phrase == "permission denied" && s.policy != "" {
 		return c.refusal(toolPolicyWrong(s.tool, s.policy, path)).Because(err)
 	}
 	return c.told(err)
