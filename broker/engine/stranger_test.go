@@ -2,6 +2,7 @@ package engine_test
 
 import (
 	"reflect"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 
@@ -63,16 +64,16 @@ func TestStrangerLearnsNothing(t *testing.T) {
 					w.policy.Answer = func(q broker.Question) broker.Decision {
 						return broker.Decision{Allow: q.Action != broker.ActionReport, Consequence: consequence}
 					}
-					updates := 0
-					w.ledger.Fail(func(int, []broker.Entry) brokertest.Fault { updates++; return brokertest.None })
+					var updates atomic.Int32
+					w.ledger.Fail(func(int, []broker.Entry) brokertest.Fault { updates.Add(1); return brokertest.None })
 					unknown := present(w, "dl000000000000000000000001", "gr000000000000000000000001")
 					synctest.Wait()
-					before := updates
+					before := updates.Load()
 					others := present(w, root.ID, grant)
 					if !reflect.DeepEqual(unknown, others) {
 						t.Errorf("for an id that nobody has: %#v\nfor another's: %#v", unknown, others)
 					}
-					if mine := updates - before; mine != before {
+					if mine := updates.Load() - before; mine != before {
 						t.Errorf("another's id took %d updates, and one that nobody has %d", mine, before)
 					}
 				})

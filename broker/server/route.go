@@ -31,8 +31,8 @@ type endpoint func(*exchange) error
 type exchange struct {
 	*http.Request
 	w      *recorder
-	began  time.Time // by the system's clock
-	id     string    // identifies the request in the log and in a problem
+	began  time.Time
+	id     string // identifies the request in the log and in a problem
 	events []slog.Attr
 }
 
@@ -99,7 +99,7 @@ func refuseMethod(allowed []string) endpoint {
 func (s *Server) serve(r route) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		start := s.cfg.Now()
-		x := &exchange{Request: req, w: &recorder{ResponseWriter: w}, began: time.Now(), id: rand.Text()}
+		x := &exchange{Request: req, w: &recorder{ResponseWriter: w}, began: start, id: rand.Text()}
 		x.w.Header().Set("Cache-Control", "no-store")
 		x.w.Header().Set("X-Content-Type-Options", "nosniff")
 		err := s.run(r, x)
