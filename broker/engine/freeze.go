@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"time"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
@@ -32,7 +33,7 @@ func (e *Engine) Unfreeze(ctx context.Context, o broker.Operator, id broker.Revo
 		}
 		if second = rv.Unfreezer != "" && rv.Unfreezer != o.Name; !second {
 			rv.Unfreezer = o.Name
-		} else if err := e.lift(tx, &rv); err != nil {
+		} else if err := lift(tx, &rv, e.cfg.Now()); err != nil {
 			return err
 		}
 		detail := map[bool]string{false: "asked for", true: unfreezeLifted}[second]
@@ -50,8 +51,8 @@ func (e *Engine) Unfreeze(ctx context.Context, o broker.Operator, id broker.Revo
 }
 
 // lift removes the freeze's mark, unless a final fence has replaced it.
-func (e *Engine) lift(tx *records.Tx, rv *broker.Revocation) error {
-	rv.Lifted, rv.Settled = true, e.cfg.Now()
+func lift(tx *records.Tx, rv *broker.Revocation, now time.Time) error {
+	rv.Lifted, rv.Settled = true, now
 	switch {
 	case rv.Node != "":
 		d, _, err := tx.Delegation(rv.Node)

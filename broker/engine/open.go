@@ -30,7 +30,7 @@ func (e *Engine) Open(ctx context.Context, c broker.Caller, r broker.OpenRequest
 	chain := broker.Chain{Task: r.Task, Opener: c.ID, Opened: now, Labels: r.Labels}
 	root := broker.Delegation{Holder: c.ID, Scope: scope, Budget: r.Budget, Depth: r.Depth, Created: now,
 		Heartbeat: r.Heartbeat, Expires: now.Add(cmp.Or(r.TTL, broker.DefaultChainTTL))}
-	if err := e.identify(&chain, &root); err != nil {
+	if err := identify(e.newID, &chain, &root); err != nil {
 		return broker.Delegation{}, err
 	}
 	policy := e.cfg.Policy()
@@ -67,12 +67,12 @@ func (e *Engine) Open(ctx context.Context, c broker.Caller, r broker.OpenRequest
 	return root, nil
 }
 
-func (e *Engine) identify(chain *broker.Chain, root *broker.Delegation) error {
-	ch, err := e.newID("ch")
+func identify(newID func(prefix string) (string, error), chain *broker.Chain, root *broker.Delegation) error {
+	ch, err := newID("ch")
 	if err != nil {
 		return err
 	}
-	dl, err := e.newID("dl")
+	dl, err := newID("dl")
 	if err != nil {
 		return err
 	}
