@@ -158,7 +158,8 @@ func (h *hunt) chase(row huntRow, q quarry) string {
 		return w.closure == row.end && time.Now().After(hold) && (row.end != broker.ClosureClosed || len(w.works) == 0)
 	})
 	if !ended {
-		h.Fatalf("after %v the closure is %s, and %q work; want %s", huntPatience, w.closure, w.works, row.end)
+		h.Fatalf("after %v the closure is %s, and %q work; want %s; evidence %s", huntPatience, w.closure, w.works, row.end,
+			h.evidence())
 	}
 	within(huntHold, func() bool { w.look(); return false }) // nothing comes back
 	w.mark()
