@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/server"
 )
 
@@ -192,9 +193,10 @@ func TestSlowBodies(t *testing.T) {
 func TestOperatorsReads(t *testing.T) {
 	blocked, done := make(chan struct{}, 100), make(chan struct{})
 	r := newRig(t, func(c *server.Config) {
-		c.Metrics = http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		c.Metrics = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			blocked <- struct{}{}
 			<-done
+			w.Header().Set("Content-Type", api.MetricsType)
 		})
 		c.Operator = func(req *http.Request) (broker.Operator, error) {
 			return broker.Operator{Name: req.Header.Get("Test-Caller")}, nil
