@@ -173,7 +173,7 @@ func (p *prober) keep(cert *ssh.Certificate) {
 const maxKinds = 4
 
 // firstWait bounds the queries before a write of the list. The write does not wait longer for a host that is away.
-const firstWait = time.Second
+const firstWait = 2 * time.Second
 
 // before asks the hosts about certificates that are going to be listed, one of each kind. A refusal after the write shows
 // that a host reads the list only if the host accepted such a certificate right before it: a host that has no list for a
