@@ -39,6 +39,8 @@ var answers = []answer{
 		says: "the broker is not logged in to Vault"},
 	{when: "no connection, or no handshake: the request was not sent", cause: errNotSent, nothing: true,
 		code: broker.CodeVaultDown, wait: soon, says: "Vault cannot be reached"},
+	{when: "Vault closed a kept-alive connection before any of the request was written", cause: errNotWritten, nothing: true,
+		code: broker.CodeVaultDown, wait: soon, says: "Vault closed the connection before the request was sent"},
 	{when: "the clocks differ by more than 3s", cause: errSkew, nothing: true, code: broker.CodeClockSkew, wait: later,
 		says: "the clocks of the broker and of Vault differ"},
 	{when: "a rate limit quota", status: 429, phrase: "rate limit quota exceeded", nothing: true,
@@ -95,7 +97,8 @@ var answers = []answer{
 		says: "Vault's answer cannot be used"},
 	{when: "an answer that is too large", cause: errTooLarge, code: broker.CodeVaultDown, wait: soon,
 		says: "Vault's answer is too large"},
-	{when: "no answer: a timeout, or a connection that broke after the request", code: broker.CodeVaultDown, wait: soon,
+	{when: "no answer: a timeout, or a connection that broke when some of the request may have been written",
+		code: broker.CodeVaultDown, wait: soon,
 		says: "Vault did not answer"},
 }
 
@@ -215,6 +218,8 @@ var (
 	errNoSession = errors.New("vault: not logged in")
 	// errNotSent means that the request certainly did not leave the process.
 	errNotSent = errors.New("the request was not sent")
+	// errNotWritten means that the request certainly did not leave the process, although it had a connection.
+	errNotWritten = errors.New("the connection was closed before the request was written")
 	// errTooLarge means that a response exceeded its limit.
 	errTooLarge = errors.New("vault's response exceeds the size limit")
 	// errShape means that a response is malformed.

@@ -133,11 +133,15 @@ var cases = map[string]case_{
 	"a rate limit quota": spoilt(func(t *testing.T, s *site, _ *broker.Mint) {
 		s.write(t, "sys/quotas/rate-limit/"+s.pki, map[string]any{"path": s.pki, "rate": 1, "interval": "1h"})
 	}),
-	"a lease count quota":                                                   faked(respond(429, errorBody("1 error occurred:\n\t* request path \"a\": lease count quota exceeded\n\n"))),
-	"any other 429, such as a proxy's":                                      faked(respond(429, "<html>slow down")),
-	"overloaded: refused before it was handled":                             faked(respond(503, errorBody("Vault server temporarily overloaded"))),
-	"overloaded while it was handled":                                       faked(respond(503, errorBody("overloaded, try again later"))),
-	"a standby that finds no active node":                                   faked(respond(500, errorBody("local node not active but active cluster node not found"))),
+	"a lease count quota":                       faked(respond(429, errorBody("1 error occurred:\n\t* request path \"a\": lease count quota exceeded\n\n"))),
+	"any other 429, such as a proxy's":          faked(respond(429, "<html>slow down")),
+	"overloaded: refused before it was handled": faked(respond(503, errorBody("Vault server temporarily overloaded"))),
+	"overloaded while it was handled":           faked(respond(503, errorBody("overloaded, try again later"))),
+	"a standby that finds no active node":       faked(respond(500, errorBody("local node not active but active cluster node not found"))),
+	"Vault closed a kept-alive connection before any of the request was written": func(t *testing.T, change func(*vault.Config)) error {
+		r := newRelay(t, newSite(t, parts.NeedVault(t)))
+		return r.cut(t, change, r.mint("a"), false)
+	},
 	"any other 500, also after a mint: an engine or an audit device failed": faked(respond(500, errorBody("internal error"))),
 	"any other status, such as a proxy's":                                   faked(respond(502, "<html>bad gateway")),
 	"an answer that is no acceptable secret or token":                       faked(respond(200, "<html>log in")),
@@ -195,7 +199,7 @@ var cases = map[string]case_{
 		m.Data = map[string]any{"common_name": strings.Repeat("a", 2<<20)}
 	}),
 	"a request that is too large": faked(respond(413, errorBody("http: request body too large"))),
-	"no answer: a timeout, or a connection that broke after the request": broken(func(t *testing.T, s *site, _ *broker.Mint) {
+	"no answer: a timeout, or a connection that broke when some of the request may have been written": broken(func(t *testing.T, s *site, _ *broker.Mint) {
 		if err := s.Pause(); err != nil {
 			t.Fatal(err)
 		}

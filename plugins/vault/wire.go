@@ -31,11 +31,16 @@ type wire struct {
 }
 
 func newWire(base *url.URL, cfg Config, conf *tls.Config) *wire {
-	dial := net.Dialer{Timeout: 5 * time.Second, KeepAlive: 15 * time.Second}
+	dialer := tls.Dialer{Config: conf, NetDialer: &net.Dialer{
+		Timeout: 10 * time.Second, KeepAlive: 15 * time.Second}} // the timeout includes the handshake
 	keepAlive := &http.Transport{
-		DialContext:            dial.DialContext,
-		TLSClientConfig:        conf,
-		TLSHandshakeTimeout:    5 * time.Second,
+		DialTLSContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			inner, err := dialer.DialContext(ctx, network, address)
+			if err != nil {
+				return nil, err
+			}
+			return &conn{Conn: inner}, nil
+		},
 		DisableCompression:     true,
 		MaxIdleConns:           128,
 		MaxIdleConnsPerHost:    128,
@@ -75,13 +80,12 @@ type call struct {
 const maxResponse = 1 << 20
 
 // send sends one request and reads the whole response, for as long as ctx allows. If the error is nil, the status is
-// 200, 202 or 204. Any other status is a *failure. The error for a request that was not sent wraps errNotSent.
+// 200, 202 or 204. Any other status is a *failure. The error for a request that certainly was not sent, if it is to be
+// sent once, wraps errNotSent or errNotWritten.
 func (w *wire) send(ctx context.Context, c call) (response, error) {
-	connected := false
+	var s sending
 	if c.once {
-		ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-			GotConn: func(httptrace.GotConnInfo) { connected = true },
-		})
+		ctx = httptrace.WithClientTrace(ctx, s.trace())
 	}
 	req, err := w.request(ctx, c)
 	if err != nil {
@@ -93,8 +97,10 @@ func (w *wire) send(ctx context.Context, c call) (response, error) {
 	}
 	sent := w.clock.now()
 	resp, err := transport.RoundTrip(req)
-	if err != nil && c.once && !connected {
-		return response{}, fmt.Errorf("sending a request to vault: %w: %w", errNotSent, err)
+	if err != nil && c.once {
+		if cause := s.cause(); cause != nil {
+			err = fmt.Errorf("%w: %w", cause, err)
+		}
 	}
 	if err != nil {
 		return response{}, fmt.Errorf("sending a request to vault: %w", err)
