@@ -52,31 +52,46 @@ type Server struct {
 // Workload API need be up: fencing over the operators' socket works without them, the broker issues
 // nothing, and it retries. A wrong configuration is an error.
 func Start(ctx context.Context, c Config, log *slog.Logger) (s *Server, err error) {
-	return start(ctx, c, log, func(*engine.Config) {}, 0, time.Now)
+	return start(ctx, c, log, variant{})
 }
 
 // StartWith is Start with a hook that changes the engine's parts, for tests that inject faults between
 // them.
 func StartWith(ctx context.Context, c Config, log *slog.Logger, change func(*engine.Config)) (s *Server, err error) {
-	return start(ctx, c, log, change, 0, time.Now)
+	return start(ctx, c, log, variant{change: change})
 }
 
 // StartAt is Start with another clock for the engine, for the plugins whose secrets end by Vault's clock, and for the
 // client of Vault. It is for tests in which Vault's clock differs.
 func StartAt(ctx context.Context, c Config, log *slog.Logger, now func() time.Time) (s *Server, err error) {
-	return start(ctx, c, log, func(e *engine.Config) { e.Now = now }, 0, now)
+	return start(ctx, c, log, variant{change: func(e *engine.Config) { e.Now = now }, now: now})
+}
+
+// StartHeld is Start with a check of the ledger that begins when hold returns. It is for tests of a check that takes long.
+func StartHeld(ctx context.Context, c Config, log *slog.Logger, hold func()) (s *Server, err error) {
+	return start(ctx, c, log, variant{hold: hold})
 }
 
 // StartRolledBack is Start for a policy bundle that is not newer than the last one in force. It accepts
 // exactly this version, and the audit log records the rollback and the user who started the broker. Version
 // zero is Start.
 func StartRolledBack(ctx context.Context, c Config, log *slog.Logger, version int64) (s *Server, err error) {
-	return start(ctx, c, log, func(*engine.Config) {}, version, time.Now)
+	return start(ctx, c, log, variant{rollback: version})
 }
 
-func start(
-	ctx context.Context, c Config, log *slog.Logger, change func(*engine.Config), rollback int64, now func() time.Time,
-) (s *Server, err error) {
+// variant is how a start differs from Start. The zero value is Start.
+type variant struct {
+	change   func(*engine.Config) // changes the engine's parts; nil: nothing
+	rollback int64                // the version of [StartRolledBack]
+	now      func() time.Time     // nil: time.Now
+	hold     func()               // runs before the check of the ledger; nil: nothing
+}
+
+func start(ctx context.Context, c Config, log *slog.Logger, v variant) (s *Server, err error) {
+	now := v.now
+	if now == nil {
+		now = time.Now
+	}
 	s = &Server{failed: make(chan error, 3), log: log, configured: c.Backends}
 	defer func() {
 		if err != nil {
@@ -99,7 +114,7 @@ func start(
 	if s.Vault, err = s.login(c.Vault, svids, log, now); err != nil {
 		return s, err
 	}
-	if s.Ledger, err = bolt.OpenUnchecked(bolt.Config{Path: c.Ledger}); err != nil {
+	if s.Ledger, err = bolt.OpenUnchecked(bolt.Config{Path: c.Ledger, BeforeCheck: v.hold}); err != nil {
 		return s, err
 	}
 	s.onClose(func() { logClose(log, "ledger", s.Ledger.Close()) })
@@ -114,7 +129,9 @@ func start(
 		return s, err
 	}
 	parts := s.parts(c, log)
-	change(&parts)
+	if v.change != nil {
+		v.change(&parts)
+	}
 	tester, err := SelfTester(c)
 	if err != nil {
 		return s, err
@@ -130,7 +147,7 @@ func start(
 		return s, err
 	}
 	s.onClose(s.Broker.Stop)
-	if err := s.adopt(ctx, s.Policy.Current(), rollback); err != nil {
+	if err := s.adopt(ctx, s.Policy.Current(), v.rollback); err != nil {
 		return s, err
 	}
 	s.reloadCandidate(c)

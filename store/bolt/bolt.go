@@ -43,6 +43,8 @@ type Config struct {
 	Reserve int64
 	// Now is the clock for the interval between attempts to reacquire the reserve. Nil: time.Now.
 	Now func() time.Time
+	// BeforeCheck runs before the check of the whole file, and may block. It is for tests of a long check. Nil: nothing.
+	BeforeCheck func()
 
 	fault func(stage) error // set by tests
 }
@@ -158,7 +160,7 @@ func OpenUnchecked(c Config) (*Ledger, error) {
 	case err != nil:
 		return nil, errors.Join(fmt.Errorf("opening ledger %q: %w", c.Path, err), l.release())
 	}
-	go l.check(im)
+	go l.check(im, c.BeforeCheck)
 	go l.write()
 	return l, nil
 }
@@ -206,12 +208,11 @@ func (l *Ledger) open(timeout time.Duration) (*image, error) {
 }
 
 // check is the goroutine that checks the whole file.
-func (l *Ledger) check(im *image) {
-	err := l.fault(beforeCheck)
-	if err == nil {
-		err = im.check()
+func (l *Ledger) check(im *image, before func()) {
+	if before != nil {
+		before()
 	}
-	l.result <- err
+	l.result <- im.check()
 	l.notify()
 }
 

@@ -1,13 +1,12 @@
 package bolt
 
-// Stage is a point of a commit, or of the check.
+// Stage is a point of a commit.
 type Stage = stage
 
 // The stages.
 const (
 	BeforeCommit = beforeCommit
 	AfterCommit  = afterCommit
-	BeforeCheck  = beforeCheck
 )
 
 // WithFault adds f, which returns the error to inject at a stage. It runs on the writer's goroutine and may block.

@@ -24,13 +24,7 @@ import (
 func held(t testing.TB, path string) (l *bolt.Ledger, check func()) {
 	t.Helper()
 	begin := make(chan struct{})
-	c := bolt.WithFault(bolt.Config{Path: path, Reserve: -1}, func(at bolt.Stage) error {
-		if at == bolt.BeforeCheck {
-			<-begin
-		}
-		return nil
-	})
-	l, err := bolt.OpenUnchecked(c)
+	l, err := bolt.OpenUnchecked(bolt.Config{Path: path, Reserve: -1, BeforeCheck: func() { <-begin }})
 	if err != nil {
 		t.Fatalf("OpenUnchecked(%q) = %v, want nil", path, err)
 	}
@@ -354,13 +348,7 @@ func TestUncheckedDamage(t *testing.T) {
 			t.Fatal(err)
 		}
 		begin := make(chan struct{})
-		c := bolt.WithFault(bolt.Config{Path: path, Reserve: -1}, func(at bolt.Stage) error {
-			if at == bolt.BeforeCheck {
-				<-begin
-			}
-			return nil
-		})
-		l, err := bolt.OpenUnchecked(c)
+		l, err := bolt.OpenUnchecked(bolt.Config{Path: path, Reserve: -1, BeforeCheck: func() { <-begin }})
 		if err != nil {
 			continue
 		}

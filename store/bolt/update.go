@@ -20,13 +20,12 @@ import (
 // maxBatch is the limit of updates in one commit.
 const maxBatch = 512
 
-// stage is a point of a commit, or of the check, at which tests inject a fault.
+// stage is a point of a commit at which tests inject a fault.
 type stage int
 
 const (
 	beforeCommit stage = iota
 	afterCommit
-	beforeCheck // of the whole file, on a goroutine of its own
 )
 
 // request is one queued Update.
