@@ -41,6 +41,8 @@ type Config struct {
 	NoPostgres bool
 	// ForgetfulVault keeps Vault's storage in memory: that Vault cannot be restarted.
 	ForgetfulVault bool
+	// StandbyVault runs a second node of Vault, and implies ForgetfulVault.
+	StandbyVault bool
 	// MaxConnections is PostgreSQL's limit. Zero is 300.
 	MaxConnections int
 	// PostgresSettings are further settings of PostgreSQL. Nil adds none.
@@ -163,8 +165,8 @@ func (e *Env) identities(c Config) (err error) {
 func (e *Env) servers(ctx context.Context, c Config) (err error) {
 	e.report("starting Vault")
 	if e.Vault, err = parts.Vault(ctx, parts.VaultConfig{
-		Persistent: !c.ForgetfulVault, MaxRequestDuration: c.MaxRequestDuration,
-		RevokeRetryBase: c.RevokeRetryBase, Binaries: parts.Binaries{Progress: e.progress}}); err != nil {
+		Persistent: !c.ForgetfulVault && !c.StandbyVault, Standby: c.StandbyVault,
+		MaxRequestDuration: c.MaxRequestDuration, RevokeRetryBase: c.RevokeRetryBase, Binaries: parts.Binaries{Progress: e.progress}}); err != nil {
 		return fmt.Errorf("starting Vault: %w", err)
 	}
 	e.onClose(func() { _ = e.Vault.Close() }) // best effort: a development server

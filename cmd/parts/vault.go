@@ -23,6 +23,9 @@ type VaultConfig struct {
 	// default of 10 s, ten minutes in total. Only the server built here accepts another value; with one on PATH,
 	// Vault returns ErrMissing.
 	RevokeRetryBase time.Duration
+	// Standby runs a second node over the same storage, which StepDown makes the active one. A standby forwards requests.
+	// It excludes Persistent. Only the server built here has it; with one on PATH, Vault returns ErrMissing.
+	Standby bool
 	// Binaries says where the program comes from. Zero finds or builds it.
 	Binaries Binaries
 }
@@ -36,6 +39,7 @@ type VaultServer struct {
 	run       command
 	process   *process
 	address   string
+	standby   string // empty without Standby
 	authority []byte
 	unsealKey string
 	rootToken string
@@ -49,6 +53,9 @@ func Vault(ctx context.Context, config VaultConfig) (*VaultServer, error) {
 	}
 	if official && config.RevokeRetryBase != 0 {
 		return nil, missing("Vault", "the one on PATH does not support another back-off between attempts at a revocation")
+	}
+	if official && config.Standby {
+		return nil, missing("Vault", "the one on PATH does not run a standby in memory")
 	}
 	workdir, err := newWorkdir("vault", "KILL")
 	if err != nil {
@@ -80,6 +87,12 @@ func (v *VaultServer) prepare(path string, official bool) error {
 			return err
 		}
 	}
+	if v.config.Standby {
+		if port, err = freePort(); err != nil {
+			return err
+		}
+		v.standby = fmt.Sprintf("127.0.0.1:%d", port)
+	}
 	if !official {
 		v.run = command{path: path, args: v.flags()}
 		return nil
@@ -105,6 +118,9 @@ func (v *VaultServer) flags() []string {
 		"-max-request-duration=" + v.config.MaxRequestDuration.String(),
 		"-revoke-retry-base=" + v.config.RevokeRetryBase.String(),
 		"-log-level=" + logLevel,
+	}
+	if v.standby != "" {
+		flags = append(flags, "-standby="+v.standby)
 	}
 	if v.config.Persistent {
 		flags = append(flags, "-storage="+v.workdir.path("storage"))
@@ -160,16 +176,21 @@ func (v *VaultServer) start(ctx context.Context) error {
 		}
 		v.unsealKey, v.rootToken = secrets.KeysB64[0], secrets.RootToken
 	}
-	return v.Unseal(ctx)
+	if err := v.Unseal(ctx); err != nil || v.standby == "" {
+		return err
+	}
+	return v.unsealStandby(ctx)
 }
 
 // Client returns a new client that holds the root token and never retries.
-func (v *VaultServer) Client() (*api.Client, error) {
+func (v *VaultServer) Client() (*api.Client, error) { return v.client(v.Address()) }
+
+func (v *VaultServer) client(address string) (*api.Client, error) {
 	config := api.DefaultConfig()
 	if config.Error != nil {
 		return nil, fmt.Errorf("preparing a Vault client: %w", config.Error)
 	}
-	config.Address, config.MaxRetries = v.Address(), 0
+	config.Address, config.MaxRetries = address, 0
 	if err := config.ConfigureTLS(&api.TLSConfig{CACertBytes: v.authority}); err != nil {
 		return nil, fmt.Errorf("preparing a Vault client: %w", err)
 	}
@@ -207,6 +228,48 @@ func (v *VaultServer) Seal(ctx context.Context) error {
 		return fmt.Errorf("sealing Vault: %w", err)
 	}
 	return nil
+}
+
+// StepDown makes the other node the active one, and returns when this one is a standby that forwards requests.
+func (v *VaultServer) StepDown(ctx context.Context) error {
+	client, err := v.Client()
+	if err != nil {
+		return err
+	}
+	if err := client.Sys().StepDownWithContext(ctx); err != nil {
+		return fmt.Errorf("stepping down: %w", err)
+	}
+	return v.process.ready(ctx, func(ctx context.Context) error {
+		health, err := client.Sys().HealthWithContext(ctx)
+		if err == nil && !health.Standby {
+			err = errors.New("still active")
+		}
+		if err == nil {
+			_, err = client.Auth().Token().LookupSelfWithContext(ctx)
+		}
+		return err
+	})
+}
+
+// Cut cuts the network between the two nodes: a standby forwards no requests. It does not wait for the effect.
+func (v *VaultServer) Cut() error { return v.process.signal(syscall.SIGUSR1) }
+
+// Mend undoes Cut.
+func (v *VaultServer) Mend() error { return v.process.signal(syscall.SIGUSR2) }
+
+// unsealStandby unseals the second node.
+func (v *VaultServer) unsealStandby(ctx context.Context) error {
+	client, err := v.client("https://" + v.standby)
+	if err != nil {
+		return err
+	}
+	return v.process.ready(ctx, func(ctx context.Context) error {
+		status, err := client.Sys().UnsealWithContext(ctx, v.unsealKey)
+		if err == nil && status.Sealed {
+			err = errors.New("still sealed")
+		}
+		return err
+	})
 }
 
 // Unseal unseals the server and returns when it answers requests again.

@@ -173,3 +173,17 @@ func port(address string) string {
 	_, port, _ := net.SplitHostPort(address)
 	return port
 }
+
+func TestVaultStandbyForwards(t *testing.T) {
+	ctx, server := startContext(t), parts.OwnVault(t, parts.VaultConfig{Standby: true})
+	if err := server.StepDown(ctx); err != nil {
+		t.Fatalf("StepDown() = %v, want nil", err)
+	}
+	client := rootClient(t, server)
+	if err := client.Sys().MountWithContext(ctx, "forwarded", &api.MountInput{Type: "kv"}); err != nil {
+		t.Errorf("mounting at a standby: %v", err)
+	}
+	if health, err := client.Sys().HealthWithContext(ctx); err != nil || !health.Standby {
+		t.Errorf("health = %+v, %v, want a standby", health, err)
+	}
+}

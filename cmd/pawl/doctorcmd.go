@@ -249,8 +249,12 @@ func (d *doctor) vaultHealth(ctx context.Context) (string, error) {
 	}
 	_ = answer.Body.Close() // only the status counts
 	switch answer.StatusCode {
-	case http.StatusOK, http.StatusTooManyRequests: // active, or a standby that forwards
+	case http.StatusOK:
 		return d.c.Vault.Address + " is unsealed", nil
+	case http.StatusTooManyRequests: // the check of the rights shows whether it forwards
+		return d.c.Vault.Address + " is unsealed, a standby", nil
+	case 474:
+		return "", fmt.Errorf("%s is a standby that has lost the active node", d.c.Vault.Address)
 	case http.StatusNotImplemented:
 		return "", fmt.Errorf("%s is not initialised", d.c.Vault.Address)
 	case http.StatusServiceUnavailable:

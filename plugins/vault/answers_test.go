@@ -138,6 +138,10 @@ var cases = map[string]case_{
 	"overloaded: refused before it was handled": faked(respond(503, errorBody("Vault server temporarily overloaded"))),
 	"overloaded while it was handled":           faked(respond(503, errorBody("overloaded, try again later"))),
 	"a standby that finds no active node":       faked(respond(500, errorBody("local node not active but active cluster node not found"))),
+	"a standby that redirects: it forwards nothing, or lost the active node while it forwarded": faked(func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, "https://127.0.0.1:1"+r.URL.Path, http.StatusTemporaryRedirect)
+	}),
+	"a standby that lost the active node while it forwarded": faked(respond(503, errorBody("no active Vault instance found"))),
 	"Vault closed a kept-alive connection before any of the request was written": func(t *testing.T, change func(*vault.Config)) error {
 		r := newRelay(t, newSite(t, parts.NeedVault(t)))
 		return r.cut(t, change, r.mint("a"), false)

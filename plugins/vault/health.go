@@ -18,7 +18,7 @@ const (
 	codeUnreachable   broker.Code = "vault_unreachable"   // no answer
 	codeSealed        broker.Code = "vault_sealed"        // sealed
 	codeUninitialized broker.Code = "vault_uninitialized" // not initialised
-	codeStandby       broker.Code = "vault_standby"       // a standby that reaches no active node
+	codeStandby       broker.Code = "vault_standby"       // a standby that does not get requests to an active node
 	codeErrors        broker.Code = "vault_errors"        // it answers with errors
 	codeLogin         broker.Code = "vault_login"         // it refuses the login
 	codeBrokerPolicy  broker.Code = "vault_broker_policy" // the broker's own policy lacks a path
@@ -220,9 +220,12 @@ func (c *Client) diagnose(ctx context.Context, cause error) Condition {
 		return wrong(codeErrors, "Vault answers with errors", "is active and unsealed, and a request failed: %v", cause)
 	}
 	switch f.status {
-	case http.StatusTooManyRequests, 472, 473: // a standby, one of disaster recovery, one for performance
-		return wrong(codeStandby, "Vault is a standby without an active node",
-			"is a standby that does not reach an active node: %v", cause)
+	case http.StatusTooManyRequests, 472, 473, 474: // a standby; of disaster recovery; for performance; without the active node
+		return wrong(codeStandby, "Vault is a standby that does not reach an active node",
+			"is a standby that does not get requests to an active node: %v; is one active, and do the nodes reach each "+
+				"other's cluster addresses?", cause)
+	case 530:
+		return wrong(codeErrors, "Vault was removed from its cluster", "was removed from its cluster")
 	case http.StatusNotImplemented:
 		return wrong(codeUninitialized, "Vault is not initialised", "is not initialised")
 	case http.StatusServiceUnavailable:

@@ -18,6 +18,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"sync"
 	"syscall"
 	"time"
 
@@ -40,6 +41,7 @@ import (
 	"github.com/hashicorp/vault/sdk/physical/file"
 	"github.com/hashicorp/vault/sdk/physical/inmem"
 	"github.com/hashicorp/vault/vault"
+	"github.com/hashicorp/vault/vault/cluster"
 )
 
 // options are the command-line flags.
@@ -49,6 +51,7 @@ type options struct {
 	keyFile     string
 	storage     string        // directory; empty keeps everything in memory
 	maxDuration time.Duration // of one request; zero is Vault's own default of 90 s
+	standby     string        // host:port of a second node over the same storage; empty: none
 	retryBase   time.Duration // base of the back-off after a failed revocation; zero is Vault's own default of 10 s
 	logLevel    string
 }
@@ -61,6 +64,7 @@ func main() {
 	flag.StringVar(&o.storage, "storage", "", "`directory` that keeps state across a restart; in memory if empty")
 	flag.DurationVar(&o.maxDuration, "max-request-duration", 0, "how long one request may take; 0 is Vault's default, 90s")
 	flag.DurationVar(&o.retryBase, "revoke-retry-base", 0, "base of the back-off before a failed revocation is retried; 0 is Vault's default, 10s")
+	flag.StringVar(&o.standby, "standby", "", "`host:port` of a second node in this process, over the same storage in memory; none if empty")
 	flag.StringVar(&o.logLevel, "log-level", "warn", "trace, debug, info, warn or error")
 	flag.Parse()
 
@@ -76,16 +80,44 @@ func main() {
 // run serves until ctx ends, then seals the core so that file storage stays consistent.
 func run(ctx context.Context, o options) error {
 	logger := hclog.New(&hclog.LoggerOptions{Name: "vault", Level: hclog.LevelFromString(o.logLevel), Output: os.Stderr})
-	listener, err := listen(o)
+	storage, err := newStorage(o, logger)
+	if err != nil {
+		return fmt.Errorf("opening storage: %w", err)
+	}
+	nodes := []string{o.address}
+	if o.standby != "" {
+		nodes = append(nodes, o.standby)
+	}
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	ended := make(chan error, len(nodes))
+	for _, address := range nodes {
+		go func() { ended <- serve(ctx, o, address, storage, logger) }()
+	}
+	for range nodes { // the end of one node ends the other
+		err = errors.Join(err, <-ended)
+		stop()
+	}
+	return err
+}
+
+// serve runs one node until ctx ends.
+func serve(ctx context.Context, o options, address string, storage physical.Backend, logger hclog.Logger) error {
+	listener, err := listen(o, address)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = listener.Close() }() // the server below closes it, except after an early error
 	url := "https://" + listener.Addr().String()
 
-	core, err := newCore(o, url, logger)
+	core, err := newCore(o, url, storage, logger)
 	if err != nil {
 		return fmt.Errorf("starting the core: %w", err)
+	}
+	if o.standby != "" {
+		core.SetClusterListenerAddrs([]*net.TCPAddr{anyPort})
+		core.SetClusterHandler(vaulthttp.Handler.Handler(&vault.HandlerProperties{
+			Core: core, ListenerConfig: &configutil.Listener{MaxRequestDuration: o.maxDuration}}))
 	}
 	server := &http.Server{
 		Handler: vaulthttp.Handler.Handler(&vault.HandlerProperties{
@@ -111,12 +143,12 @@ func run(ctx context.Context, o options) error {
 }
 
 // listen requests a certificate from every client and requires none. The cert auth method checks it.
-func listen(o options) (net.Listener, error) {
+func listen(o options, address string) (net.Listener, error) {
 	pair, err := tls.LoadX509KeyPair(o.certFile, o.keyFile)
 	if err != nil {
 		return nil, fmt.Errorf("loading -cert and -key: %w", err)
 	}
-	listener, err := tls.Listen("tcp", o.address, &tls.Config{
+	listener, err := tls.Listen("tcp", address, &tls.Config{
 		Certificates: []tls.Certificate{pair},
 		ClientAuth:   tls.RequestClientCert,
 		MinVersion:   tls.VersionTLS12,
@@ -128,15 +160,11 @@ func listen(o options) (net.Listener, error) {
 	return listener, nil
 }
 
-func newCore(o options, url string, logger hclog.Logger) (*vault.Core, error) {
-	storage, err := newStorage(o.storage, logger)
-	if err != nil {
-		return nil, fmt.Errorf("opening storage: %w", err)
-	}
+func newCore(o options, url string, storage physical.Backend, logger hclog.Logger) (*vault.Core, error) {
 	if o.maxDuration > 0 {
 		vault.DefaultMaxRequestDuration = o.maxDuration // bounds a revocation in the background
 	}
-	return vault.NewCore(&vault.CoreConfig{
+	config := &vault.CoreConfig{
 		Physical:           storage,
 		Logger:             logger,
 		RedirectAddr:       url,
@@ -147,10 +175,71 @@ func newCore(o options, url string, logger hclog.Logger) (*vault.Core, error) {
 		AuditBackends:      map[string]audit.Factory{"file": audit.NewFileBackend},
 
 		ExpirationRevokeRetryBase: o.retryBase,
-	})
+	}
+	if o.standby != "" {
+		config.HAPhysical = storage.(physical.HABackend)
+		config.ClusterAddr = "https://" + anyPort.String()
+		config.ClusterNetworkLayer = newNetwork(logger)
+		config.ClusterHeartbeatInterval = time.Second // a standby soon sees that it does not reach the active node
+	}
+	return vault.NewCore(config)
 }
 
-func newStorage(dir string, logger hclog.Logger) (physical.Backend, error) {
+// anyPort has Vault take a free port for the other node, and announce it.
+var anyPort = &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)}
+
+// network connects a node with the other one. The signal USR1 cuts it, as a firewall between the nodes would: clients still
+// reach both. USR2 mends it.
+type network struct {
+	*cluster.TCPLayer
+
+	mu    sync.Mutex // guards the fields below
+	cut   bool
+	conns []net.Conn // that the node made to the other one
+}
+
+func newNetwork(logger hclog.Logger) *network {
+	n := &network{TCPLayer: cluster.NewTCPLayer([]*net.TCPAddr{anyPort}, logger)}
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGUSR1, syscall.SIGUSR2)
+	go func() {
+		for s := range signals {
+			n.mu.Lock()
+			n.cut = s == syscall.SIGUSR1
+			if n.cut {
+				for _, c := range n.conns {
+					_ = c.Close() // that may have ended
+				}
+				n.conns = nil
+			}
+			n.mu.Unlock()
+		}
+	}()
+	return n
+}
+
+// Dial implements cluster.NetworkLayer.
+func (n *network) Dial(address string, timeout time.Duration, config *tls.Config) (*tls.Conn, error) {
+	n.mu.Lock()
+	cut := n.cut
+	n.mu.Unlock()
+	if cut {
+		return nil, errors.New("the network between the nodes is cut")
+	}
+	conn, err := n.TCPLayer.Dial(address, timeout, config)
+	if err == nil {
+		n.mu.Lock()
+		n.conns = append(n.conns, conn)
+		n.mu.Unlock()
+	}
+	return conn, err
+}
+
+func newStorage(o options, logger hclog.Logger) (physical.Backend, error) {
+	dir := o.storage
+	if o.standby != "" {
+		return inmem.NewInmemHA(nil, logger)
+	}
 	if dir == "" {
 		return inmem.NewInmem(nil, logger)
 	}
