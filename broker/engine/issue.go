@@ -435,6 +435,9 @@ func (s *issue) mint(ctx context.Context, prefetched *stepToken) (broker.Secret,
 	// Step 4. A crash after it leaves a HANDLE. Resume revokes the accessor, and with it every lease of the token.
 	if err := s.recordHandle(ctx, token, m.TTL); err != nil {
 		s.e.kill(ctx, token)
+		if broker.KindOf(err) == broker.Unavailable {
+			s.recordNothing(ctx) // the commit may have succeeded, and nothing is minted
+		}
 		return broker.Secret{}, err
 	}
 	if mintCtx.Err() != nil {

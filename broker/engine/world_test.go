@@ -28,10 +28,11 @@ type world struct {
 	target *brokertest.Target
 	policy *brokertest.Policy
 
-	mostChains  int                                    // zero: as many as a test opens
-	sweepEvery  time.Duration                          // zero: never
-	wrap        func(*brokertest.Policy) broker.Policy // the policy that the broker sees; nil: policy itself
-	brokerVault broker.Vault                           // wraps vault for the broker; nil: the broker uses vault itself
+	mostChains   int                                    // zero: as many as a test opens
+	mostRefusals int                                    // recorded one by one a minute; zero: the default
+	sweepEvery   time.Duration                          // zero: never
+	wrap         func(*brokertest.Policy) broker.Policy // the policy that the broker sees; nil: policy itself
+	brokerVault  broker.Vault                           // wraps vault for the broker; nil: the broker uses vault itself
 
 	mu     sync.Mutex // guards alarms
 	alarms []string
@@ -89,7 +90,8 @@ func (w *world) start(ledger broker.Ledger) {
 		},
 		Backends: map[string]broker.Backend{"target": w.target, "keeper": staticBackend{w.target}},
 		Now:      w.clock, Random: rand.Reader,
-		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: cmp.Or(w.sweepEvery, -1), OpenChains: cmp.Or(w.mostChains, 1<<20)})
+		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: cmp.Or(w.sweepEvery, -1), OpenChains: cmp.Or(w.mostChains, 1<<20),
+		Refusals: w.mostRefusals})
 	if err != nil {
 		w.t.Fatal(err)
 	}

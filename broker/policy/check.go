@@ -267,19 +267,26 @@ func (y testYAML) past(q *broker.Question) (err error) {
 		return err
 	}
 	elsewhere, err := pastOf(y.Elsewhere, q.Now)
-	q.CallerHistory = map[time.Duration]map[broker.ToolName]broker.Past{}
+	q.CallerHistory = InWindows(elsewhere, q.Now)
+	return err
+}
+
+// InWindows returns the history of a caller as a policy sees it in each window that a rule can have. The steps with one
+// tool leave a window together, with the last of them.
+func InWindows(history map[broker.ToolName]broker.Past, now time.Time) map[time.Duration]map[broker.ToolName]broker.Past {
+	windows := map[time.Duration]map[broker.ToolName]broker.Past{}
 	for w := time.Minute; w <= broker.MaxWindow; w += time.Minute {
 		if w > time.Hour && w%time.Hour > 0 {
 			continue
 		}
-		q.CallerHistory[w] = map[broker.ToolName]broker.Past{}
-		for name, past := range elsewhere {
-			if past.Last.After(q.Now.Add(-w)) {
-				q.CallerHistory[w][name] = past
+		windows[w] = map[broker.ToolName]broker.Past{}
+		for name, past := range history {
+			if !past.Last.Before(now.Add(-w)) { // the oldest minute counts whole
+				windows[w][name] = past
 			}
 		}
 	}
-	return err
+	return windows
 }
 
 func pastOf(given map[string]pastYAML, now time.Time) (map[broker.ToolName]broker.Past, error) {

@@ -94,7 +94,7 @@
 //	    caps: "max_steps: 50, labels: env team"   # of the expected allow to open
 //	    policies: [ticket-reader]                 # every policy that decided
 //
-// The broker refuses three kinds of allow, so a row with one counts as a deny. One is a delegation into another trust
-// domain that no permit names. The next is a tool with weaker narrowing than the permits require. The last is a request
-// to open that goes beyond the caps.
+// The broker refuses four kinds of allow, so a row with one counts as a deny. One is a delegation into another trust
+// domain that no permit names. The next is a tool with weaker narrowing than the permits require. Another is a request
+// to open that goes beyond the caps. The last is a step whose limit the steps of caller_history have reached.
 package policy

@@ -16,11 +16,13 @@ type Explanation struct {
 	Granted  bool            `json:"granted"`           // allowed, and nothing is missing
 	Why      string          `json:"why"`               // one line for people
 	Unmet    []string        `json:"unmet,omitempty"`   // ids of permits for exactly this caller, action and tool with unmet conditions
-	Missing  []string        `json:"missing,omitempty"` // "tool:x", "permit:use:x", "approval:2 of oncall", "narrowing:native", "domains:a.example b.example", "budget:steps"
+	Missing  []string        `json:"missing,omitempty"` // "tool:x", "permit:use:x", "approval:2 of oncall", "narrowing:native", "domains:a.example b.example", "budget:steps", "limit:writes"
+	Limits   []string        `json:"limits,omitempty"`  // of an allow, with the steps that count: "writes: 3 of 10 in 1h0m0s"
 	Remedy   string          `json:"remedy,omitempty"`  // how to ask; the @remedy of the policies if they have one
 }
 
-// Explain answers a question like [Policy.Decide] and gives the reasons.
+// Explain answers a question like [Policy.Decide] and gives the reasons. It compares the history of the caller with the
+// limits too, which the broker does by its ledger.
 func (p *Policy) Explain(q broker.Question) Explanation {
 	if p.isCanary(&q) {
 		return Explanation{Decision: p.Decide(q), Why: "the tool is a canary; no caller may use it",
@@ -64,7 +66,7 @@ func (e *Explanation) lacks(remedy, missing string) {
 	}
 }
 
-// allowed adds the requirements that an allow leaves open: narrowing, trust domains, caps, approval.
+// allowed adds the requirements that an allow leaves open: narrowing, trust domains, caps, limits, approval.
 func (e *Explanation) allowed(p *Policy, q *broker.Question) {
 	d := e.Decision
 	e.Why = "permitted by " + strings.Join(d.Policies, ", ")
@@ -80,10 +82,33 @@ func (e *Explanation) allowed(p *Policy, q *broker.Question) {
 			e.lacks("ask for "+x.Remedy, x.What)
 		}
 	}
+	for _, l := range d.Limits {
+		n := p.counted(q, l)
+		e.Limits = append(e.Limits, fmt.Sprintf("%s: %d of %d in %s", l.Policy, n, l.Steps, l.Window))
+		if n >= l.Steps {
+			e.lacks("wait, or ask the platform team for a higher limit", "limit:"+l.Policy)
+		}
+	}
 	if d.Approval != "" {
 		e.lacks(cmp.Or(d.Remedy, "ask "+d.Approval+" to approve"), "approval:"+d.Approval)
 	}
 	e.Granted = len(e.Missing) == 0
+}
+
+// counted returns how many steps of the caller's history count under a limit: those with a tool for which the same
+// question has that limit. The broker counts each step as it was decided, and its own arguments may decide otherwise.
+func (p *Policy) counted(q *broker.Question, l broker.Limit) (n int) {
+	for tool, past := range q.CallerHistory[l.Window] {
+		if past.Count == 0 {
+			continue
+		}
+		asked := *q
+		asked.Tool, _ = p.Tool(tool)
+		if slices.Contains(p.Decide(asked).Limits, l) {
+			n += past.Count
+		}
+	}
+	return n
 }
 
 // lacksDomains reports whether no permit names both trust domains of an allowed delegation.

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 	"testing/fstest"
+	"time"
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/policy"
@@ -50,6 +51,45 @@ func TestExplain(t *testing.T) {
 		}
 		if text := e.Why + e.Remedy + strings.Join(e.Unmet, ""); strings.Contains(text, "context") || strings.Contains(text, "read-other") {
 			t.Errorf("%s: Explain shows policy text or another caller's policy: %+v", tt.name, e)
+		}
+	}
+}
+
+// TestExplainLimits compares the steps of the caller's history with the limits. A step with another tool counts under a
+// limit when its permit is for that tool too.
+func TestExplainLimits(t *testing.T) {
+	p := load(t, `
+@id("reads") @any("tool") @limit("3 per hour") permit(principal in TrustDomain::"acme.example", action == Action::"use", resource) when { ["db.read", "mail"].contains(resource.name) };
+@id("mails") @limit("2 per 24h") permit(principal in TrustDomain::"acme.example", action == Action::"use", resource == Tool::"mail");
+@id("writes") permit(principal in TrustDomain::"acme.example", action == Action::"use", resource == Tool::"db.write");`)
+	did := func(ago time.Duration, counts map[broker.ToolName]int) change {
+		return func(q *broker.Question) {
+			history := map[broker.ToolName]broker.Past{}
+			for tool, n := range counts {
+				history[tool] = broker.Past{Count: n, First: noon.Add(-ago), Last: noon.Add(-ago)}
+			}
+			q.CallerHistory = policy.InWindows(history, noon)
+		}
+	}
+	for _, tt := range []struct {
+		name            string
+		q               broker.Question
+		granted         bool
+		limits, missing []string
+	}{
+		{"none used", use("db.read"), true, []string{"reads: 0 of 3 in 1h0m0s"}, nil},
+		{"some used", use("db.read", did(time.Minute, map[broker.ToolName]int{"db.read": 2})), true, []string{"reads: 2 of 3 in 1h0m0s"}, nil},
+		{"reached", use("db.read", did(time.Minute, map[broker.ToolName]int{"db.read": 3})), false, []string{"reads: 3 of 3 in 1h0m0s"}, []string{"limit:reads"}},
+		{"reached by another tool of the permit", use("db.read", did(time.Minute, map[broker.ToolName]int{"db.read": 1, "mail": 2})), false,
+			[]string{"reads: 3 of 3 in 1h0m0s"}, []string{"limit:reads"}},
+		{"not by a tool of another permit", use("db.read", did(time.Minute, map[broker.ToolName]int{"db.write": 9})), true, []string{"reads: 0 of 3 in 1h0m0s"}, nil},
+		{"each in its window", use("mail", did(2*time.Hour, map[broker.ToolName]int{"mail": 2})), false,
+			[]string{"mails: 2 of 2 in 24h0m0s", "reads: 0 of 3 in 1h0m0s"}, []string{"limit:mails"}},
+		{"no limit", use("db.write", did(time.Minute, map[broker.ToolName]int{"db.write": 9})), true, nil, nil},
+	} {
+		e := p.Explain(tt.q)
+		if e.Granted != tt.granted || !slices.Equal(e.Limits, tt.limits) || !slices.Equal(e.Missing, tt.missing) {
+			t.Errorf("%s: Explain = %+v, want granted %v, limits %q, missing %q", tt.name, e, tt.granted, tt.limits, tt.missing)
 		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -360,26 +361,20 @@ func newRig(t *testing.T, alter ...func(*server.Config)) rig {
 func (r rig) Agents() http.Handler    { return documented(r.t, r.Server.Agents()) }
 func (r rig) Operators() http.Handler { return documented(r.t, r.Server.Operators()) }
 
-func documented(t testing.TB, h http.Handler) http.Handler {
-	t.Helper()
+// openapi is the OpenAPI document. All tests of the package together must see each of its answers.
+var openapi = sync.OnceValue(func() *apitest.Document {
 	d, err := apitest.Read()
 	if err != nil {
-		t.Fatal(err)
+		panic(err)
 	}
-	var mu sync.Mutex
-	ended := false // requests that a test leaves behind are not its own any more
-	t.Cleanup(func() {
-		mu.Lock()
-		defer mu.Unlock()
-		ended = true
-	})
-	return d.Handler(h, func(err error) {
-		mu.Lock()
-		defer mu.Unlock()
-		if !ended {
-			t.Errorf("the OpenAPI document is wrong: %v", err)
-		}
-	})
+	return d
+})
+
+func TestMain(m *testing.M) { os.Exit(openapi().Main(m)) }
+
+func documented(t testing.TB, h http.Handler) http.Handler {
+	t.Helper()
+	return openapi().For(t)(h)
 }
 
 func (r rig) handler(listener string) http.Handler {

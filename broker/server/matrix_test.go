@@ -89,6 +89,17 @@ func TestDocumentedRoutes(t *testing.T) {
 	}
 }
 
+// TestUnknownQuery has each operation refused for a query parameter that it does not have.
+func TestUnknownQuery(t *testing.T) {
+	r := newRig(t)
+	operations(t, func(listener, method, path string, _ operation) {
+		path = strings.NewReplacer("{id}", "dl"+strings.Repeat("0", 24), "{backend}", "tokens").Replace(path)
+		if w := r.ask(listener, method, path+"?no=such", ""); w.Code != http.StatusBadRequest {
+			t.Errorf("%s %s?no=such = %d %s, want 400", method, path, w.Code, w.Body)
+		}
+	})
+}
+
 // matrix has a row for each endpoint: its status without an identity, and the status of the same request on the other
 // listener. It is reviewed by hand. TestMatrix refuses an endpoint that is not listed.
 var matrix = map[string]struct{ anonymous, elsewhere int }{

@@ -97,7 +97,7 @@ func (r *run) next() {
 		r.process = startProcess(r.w.t, r.w.file, with(envStop, r.cell.point))
 		go r.watch(r.process)
 	case n == 1:
-		r.here, _ = r.w.start(nil, newFaults(r.reach).install) // the ledger may refuse its first commit
+		r.here, _ = r.w.start(nil, wire.Hooks{Engine: newFaults(r.reach).install}) // the ledger may refuse its first commit
 	default:
 		r.here = r.w.here(nil, nil)
 	}

@@ -31,12 +31,10 @@ var byVaultsClock = map[string]agent.Call{
 // at starts a broker whose clock is ahead by some nanoseconds, and opens a chain for the tools.
 func (w *world) at(ahead *atomic.Int64, tools ...string) *agent.Delegation {
 	w.t.Helper()
-	s, err := wire.StartAt(w.t.Context(), w.config, slog.New(slog.NewTextHandler(keptLog(w.t, w.file), nil)),
-		func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) })
-	if err != nil {
+	if _, err := w.start(slog.New(slog.NewTextHandler(keptLog(w.t, w.file), nil)),
+		wire.Hooks{Now: func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }}); err != nil {
 		w.t.Fatal(err)
 	}
-	w.t.Cleanup(s.Close)
 	chain := agent.Chain{Task: "the clock"}
 	for _, tool := range tools {
 		chain.Rights = append(chain.Rights, agent.Right{Tool: tool, Use: true})

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"testing"
 	"time"
@@ -54,14 +55,22 @@ func (d helpDesk) names(t *testing.T, path string) fs.FS {
 // ticket signs an envelope about a ticket for one agent.
 func (d helpDesk) ticket(t *testing.T, agent, ticket string) string {
 	t.Helper()
+	return d.seal(t, agent, map[string]any{"jti": ticket, "labels": map[string]string{"ticket": ticket}})
+}
+
+// seal signs an envelope with further claims for one agent.
+func (d helpDesk) seal(t *testing.T, agent string, more map[string]any) string {
+	t.Helper()
 	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.EdDSA, Key: jose.JSONWebKey{Key: d.key, KeyID: "k1"}},
 		(&jose.SignerOptions{}).WithType(envelope.Type))
 	if err != nil {
 		t.Fatal(err)
 	}
 	now := time.Now()
-	claims, err := json.Marshal(map[string]any{"iss": helpDeskName, "aud": "pawl.acme.example", "sub": agent, "jti": ticket,
-		"iat": now.Unix(), "exp": now.Add(time.Hour).Unix(), "labels": map[string]string{"ticket": ticket}})
+	all := map[string]any{"iss": helpDeskName, "aud": "pawl.acme.example", "sub": agent, "jti": "E-1",
+		"iat": now.Unix(), "exp": now.Add(time.Hour).Unix()}
+	maps.Copy(all, more)
+	claims, err := json.Marshal(all)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,13 +2,17 @@ package e2e_test
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/cmd/dev"
+	"github.com/pawlsec/pawl/cmd/wire"
 )
 
 // stepTTL is the life of secrets where the broker is killed: the tests wait for the expiry of unrevoked secrets.
@@ -60,9 +64,29 @@ func TestKillWalk(t *testing.T) {
 			t.Parallel()
 			env := <-envs
 			defer func() { envs <- env }()
-			killAt(t, newWorld(t, env, nil), point)
+			killAt(t, newBounded(t, env), point)
 		})
 	}
+}
+
+// The bounds of the agent in the walk: of steps in an hour, and of open chains. The walk takes at most three steps.
+const (
+	walkSteps  = 4
+	walkChains = 2
+)
+
+// newBounded is a world in which every step is counted for its caller, in a limit and in the history that policy sees.
+func newBounded(t *testing.T, env *dev.Env) *world {
+	t.Helper()
+	cedar := strings.ReplaceAll(tenAnHour, "10 per hour", fmt.Sprint(walkSteps, " per hour")) + `
+@id("no-admin-after-reads")
+@window("1h")
+forbid (principal, action == Action::"use", resource == Tool::"db.admin") when { context.caller.history has "db.read" };
+`
+	return newWorld(t, env, func(c *wire.Config) {
+		c.Policy = sign(t, limited(t, env, newHelpDesk(t), cedar))
+		c.Limits.OpenChains = walkChains
+	})
 }
 
 // environments starts one environment for each parallel run.
@@ -78,7 +102,7 @@ func environments(t *testing.T) chan *dev.Env {
 func walk(t *testing.T, envs chan *dev.Env) []string {
 	env := <-envs
 	defer func() { envs <- env }()
-	w := newWorld(t, env, nil)
+	w := newBounded(t, env)
 	p := startProcess(t, w.file)
 	if err := (&play{w: w}).run(t.Context()); err != nil {
 		t.Fatalf("%v\n%s", err, p.said())
@@ -130,6 +154,7 @@ func killAt(t *testing.T, w *world, point string) {
 	w.known()
 	played.continues(ctx)
 	w.allClosed(stepTTL + 3*bound)
+	played.exhausts(ctx)
 	for _, l := range played.got {
 		if w.oracle.works(l) {
 			t.Errorf("login %s works", l.Username)
@@ -154,5 +179,47 @@ func (p *play) continues(ctx context.Context) {
 	}
 	if err != nil {
 		p.w.t.Errorf("a step after the restart: %v", err)
+	}
+}
+
+// exhausts opens chains and takes steps until the caller's limits refuse more. As many must count as there are: of chains
+// by the broker's own list, of steps those for which a mint may have been sent.
+func (p *play) exhausts(ctx context.Context) {
+	p.w.t.Helper()
+	client := p.w.agent("planner")
+	var err error
+	for range walkChains + 1 {
+		var d *agent.Delegation
+		if d, err = client.Open(ctx, agent.Chain{Task: "walk", Rights: rights("db.read")}); err != nil {
+			break
+		}
+		p.root = d
+	}
+	refusal(p.w.t, "one chain too many", err, api.KindDenied, broker.CodeManyChains)
+	chains, err := p.w.operator().Chains(ctx, false)
+	if err != nil || len(chains) != walkChains {
+		p.w.t.Errorf("%d chains are open, %v, want %d", len(chains), err, walkChains)
+	}
+	for range walkSteps + 1 {
+		var s *agent.Step
+		if s, err = p.step(ctx); err != nil {
+			break
+		}
+		if err := s.Close(ctx); err != nil {
+			p.w.t.Errorf("closing a step: %v", err)
+		}
+	}
+	refusal(p.w.t, "one step too many", err, api.KindDenied, broker.CodeCallerLimit)
+	counted := 0
+	for _, e := range p.w.entries() {
+		switch {
+		case e.Op == string(broker.OpHandle):
+			counted++
+		case e.Op == string(broker.OpEnd) && e.Detail == "nothing was made":
+			counted--
+		}
+	}
+	if counted != walkSteps {
+		p.w.t.Errorf("the limit is reached after %d steps for which a mint may have been sent, want %d", counted, walkSteps)
 	}
 }

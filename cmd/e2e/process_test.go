@@ -53,8 +53,8 @@ func TestMain(m *testing.M) {
 	}
 }
 
-// serve runs a broker until its standard input ends. It prints the points that it passes on standard output, and a line
-// when it is ready.
+// serve runs a broker until its standard input ends. It prints the points that it passes on standard output, a line when
+// it is ready, and what the comparison with the OpenAPI document found.
 func serve(path string) error {
 	config, err := wire.ReadConfig(path)
 	if err != nil {
@@ -78,7 +78,9 @@ func serve(path string) error {
 	})
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	s, err := wire.StartWith(ctx, config, slog.New(slog.NewTextHandler(os.Stderr, nil)), f.install)
+	document().Notify(func(answer string) { fmt.Println("answered", answer) })
+	s, err := wire.StartWith(ctx, config, slog.New(slog.NewTextHandler(os.Stderr, nil)), wire.Hooks{Engine: f.install,
+		Handler: document().Wrap(func(err error) { fmt.Println("undocumented", strings.Join(strings.Fields(err.Error()), " ")) })})
 	if err != nil {
 		return err
 	}
@@ -126,7 +128,7 @@ func startProcess(t *testing.T, config string, options ...func(*exec.Cmd)) *proc
 		t.Fatal(err)
 	}
 	t.Cleanup(p.kill)
-	go p.read(out)
+	go p.read(t, out)
 	select {
 	case address := <-p.ready:
 		p.ready <- address
@@ -143,7 +145,7 @@ func with(name, value string) func(*exec.Cmd) {
 	return func(c *exec.Cmd) { c.Env = append(c.Env, name+"="+value) }
 }
 
-func (p *process) read(out io.Reader) {
+func (p *process) read(t *testing.T, out io.Reader) {
 	lines := bufio.NewScanner(out)
 	for lines.Scan() {
 		if point, ok := strings.CutPrefix(lines.Text(), "point "); ok {
@@ -160,6 +162,12 @@ func (p *process) read(out io.Reader) {
 		}
 		if address, ok := strings.CutPrefix(lines.Text(), "ready "); ok {
 			p.ready <- address
+		}
+		if answer, ok := strings.CutPrefix(lines.Text(), "answered "); ok {
+			document().See(answer)
+		}
+		if fault, ok := strings.CutPrefix(lines.Text(), "undocumented "); ok {
+			t.Errorf("the OpenAPI document is wrong: %s", fault) // the process ends before its test
 		}
 	}
 	_ = p.cmd.Wait() // the test knows already how it ended

@@ -127,8 +127,9 @@ func (s *stage) serve(b *engine.Engine) {
 		t.Fatal(err)
 	}
 	s.address = "https://" + agents.Addr().String()
-	s.run(attest.Server(srv.Agents(), attest.Limits{}), attest.Listener(agents, a.ServerTLS(), attest.Limits{}))
-	s.run(&http.Server{Handler: srv.Operators(), ReadHeaderTimeout: time.Minute}, operators)
+	documented := document().For(t)
+	s.run(attest.Server(documented(srv.Agents()), attest.Limits{}), attest.Listener(agents, a.ServerTLS(), attest.Limits{}))
+	s.run(&http.Server{Handler: documented(srv.Operators()), ReadHeaderTimeout: time.Minute}, operators)
 	t.Cleanup(srv.Close) // before the other clean-ups: it ends the streams
 }
 
@@ -177,7 +178,7 @@ func (s *stage) asks(d *agent.Delegation, tool string, args agent.Args) error {
 
 func (s *stage) operator() *operator.Client {
 	s.t.Helper()
-	c, err := operator.New(operator.Config{Address: "http://pawl", HTTP: &http.Client{Transport: documented(s.t, s.socket)}})
+	c, err := operator.New(operator.Config{Address: "unix:" + s.socket})
 	if err != nil {
 		s.t.Fatal(err)
 	}

@@ -150,10 +150,7 @@ func freeAddress(t *testing.T) string {
 // here starts the broker in this process. Its log is shown when the test fails.
 func (w *world) here(log *slog.Logger, change func(*engine.Config)) *wire.Server {
 	w.t.Helper()
-	if change == nil {
-		change = func(*engine.Config) {}
-	}
-	s, err := w.start(log, change)
+	s, err := w.start(log, wire.Hooks{Engine: change})
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -161,7 +158,7 @@ func (w *world) here(log *slog.Logger, change func(*engine.Config)) *wire.Server
 }
 
 // start is like here, for a broker that may fail to start.
-func (w *world) start(log *slog.Logger, change func(*engine.Config)) (*wire.Server, error) {
+func (w *world) start(log *slog.Logger, h wire.Hooks) (*wire.Server, error) {
 	w.t.Helper()
 	if log == nil {
 		said := &logBuffer{}
@@ -174,7 +171,10 @@ func (w *world) start(log *slog.Logger, change func(*engine.Config)) (*wire.Serv
 	}
 	ctx, cancel := context.WithTimeout(w.t.Context(), 30*time.Second)
 	defer cancel()
-	s, err := wire.StartWith(ctx, w.config, log, change)
+	if h.Handler == nil {
+		h.Handler = document().For(w.t)
+	}
+	s, err := wire.StartWith(ctx, w.config, log, h)
 	if err != nil {
 		return nil, err
 	}
@@ -228,8 +228,7 @@ func newAgent(t *testing.T, config agent.Config) *agent.Client {
 
 func (w *world) operator() *operator.Client {
 	w.t.Helper()
-	c, err := operator.New(operator.Config{Address: "http://pawl", Patience: -1, HTTP: &http.Client{
-		Transport: documented(w.t, w.config.Listen.Socket)}})
+	c, err := operator.New(operator.Config{Address: "unix:" + w.config.Listen.Socket, Patience: -1})
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -237,17 +236,14 @@ func (w *world) operator() *operator.Client {
 	return c
 }
 
-// documented connects to a socket for every host, and compares each answer with the OpenAPI document.
-func documented(t *testing.T, socket string) http.RoundTripper {
-	t.Helper()
+// document is the OpenAPI document, with which every answer of every broker is compared.
+var document = sync.OnceValue(func() *apitest.Document {
 	d, err := apitest.Read()
 	if err != nil {
-		t.Fatal(err)
+		panic(err)
 	}
-	return d.Transport(&http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", socket)
-	}}, func(err error) { t.Errorf("the OpenAPI document is wrong: %v", err) })
-}
+	return d
+})
 
 // grants reads every grant of the ledger over the operators' socket.
 func (w *world) grants() (grants []api.GrantRecord) {

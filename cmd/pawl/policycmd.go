@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -234,7 +235,8 @@ func loadDir(dir string) (*policy.Policy, error) {
 // explainFlags are the flags of `pawl explain`: one question.
 type explainFlags struct {
 	caller, action, tool, receiver, task string
-	args, used, labels                   []string
+	args, labels                         []string
+	used, callerUsed                     []string
 	signed                               broker.Envelope
 	signedLabels                         []string
 	steps, depth                         int
@@ -267,7 +269,9 @@ func explainCommand() *cobra.Command {
 	flags.IntVar(&f.steps, "steps", 0, "the budget that is asked for, for open")
 	flags.IntVar(&f.depth, "depth", 0, "the depth that is asked for, for open")
 	flags.DurationVar(&f.ttl, "ttl", 0, "the lifetime that is asked for, for open")
-	flags.StringArrayVar(&f.used, "used", nil, "a tool that the chain used a minute ago")
+	flags.StringArrayVar(&f.used, "used", nil, "a tool that the chain used a minute ago, or tool=count")
+	flags.StringArrayVar(&f.callerUsed, "caller-used", nil,
+		"a tool that the caller, or the chain's principal, used in another chain a minute ago, or tool=count")
 	flags.BoolVar(&f.json, "json", false, "print JSON")
 	return c
 }
@@ -294,7 +298,7 @@ func explain(cmd *cobra.Command, f explainFlags, dir string) error {
 	for _, part := range []struct {
 		title string
 		list  []string
-	}{{"decided by", e.Decision.Policies}, {"conditions not met", e.Unmet}, {"missing", e.Missing}} {
+	}{{"decided by", e.Decision.Policies}, {"conditions not met", e.Unmet}, {"limits", e.Limits}, {"missing", e.Missing}} {
 		if len(part.list) > 0 {
 			fmt.Fprintf(out, "  %s: %s\n", part.title, strings.Join(part.list, ", "))
 		}
@@ -340,9 +344,8 @@ func (f explainFlags) question(p *policy.Policy) (q broker.Question, err error) 
 			return q, fmt.Errorf("--to: %w", err)
 		}
 	}
-	for _, used := range f.used {
-		at := now.Add(-time.Minute)
-		q.History[broker.ToolName(used)] = broker.Past{Count: 1, First: at, Last: at}
+	if err := f.past(p, &q); err != nil {
+		return q, err
 	}
 	given, err := parseArgs(f.args)
 	if err != nil {
@@ -354,6 +357,49 @@ func (f explainFlags) question(p *policy.Policy) (q broker.Question, err error) 
 	}
 	q.Args, err = args.Parse(raw)
 	return q, err
+}
+
+// past fills in the histories. The steps of the chain are in the history of its principal too.
+func (f explainFlags) past(p *policy.Policy, q *broker.Question) error {
+	at := q.Now.Add(-time.Minute)
+	caller := map[broker.ToolName]broker.Past{}
+	add := func(history map[broker.ToolName]broker.Past, name broker.ToolName, n int) {
+		history[name] = broker.Past{Count: history[name].Count + n, First: at, Last: at}
+	}
+	for _, part := range []struct {
+		flag  string
+		given []string
+	}{{"--used", f.used}, {"--caller-used", f.callerUsed}} {
+		for _, one := range part.given {
+			name, n, err := usedTool(p, one)
+			if err != nil {
+				return fmt.Errorf("%s: %w", part.flag, err)
+			}
+			if part.flag == "--used" {
+				add(q.History, name, n)
+			}
+			add(caller, name, n)
+		}
+	}
+	q.CallerHistory = policy.InWindows(caller, q.Now)
+	return nil
+}
+
+// usedTool parses a tool and how often it was used, such as "mail" or "mail=3".
+func usedTool(p *policy.Policy, given string) (name broker.ToolName, n int, err error) {
+	text, count, counted := strings.Cut(given, "=")
+	if name, err = broker.ParseToolName(text); err != nil {
+		return name, 0, err
+	}
+	if _, known := p.Tool(name); !known {
+		return name, 0, fmt.Errorf("the bundle has no tool %q", name)
+	}
+	if n = 1; counted {
+		if n, err = strconv.Atoi(count); err != nil || n < 1 {
+			return name, 0, fmt.Errorf("%.60q is not like mail=3", given)
+		}
+	}
+	return name, n, nil
 }
 
 func labelsOf(flag string, given []string) (map[string]string, error) {

@@ -89,7 +89,7 @@ func (s *seen) restart(ctx context.Context) (check func()) {
 	hold, started := make(chan struct{}), make(chan error, 1)
 	go func() {
 		var err error
-		s.env.Broker, err = wire.StartHeld(ctx, s.env.Config, slog.New(slog.DiscardHandler), func() { <-hold })
+		s.env.Broker, err = wire.StartWith(ctx, s.env.Config, slog.New(slog.DiscardHandler), wire.Hooks{Check: func() { <-hold }})
 		started <- err
 	}()
 	check = sync.OnceFunc(func() {

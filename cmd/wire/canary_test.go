@@ -3,7 +3,6 @@ package wire_test
 import (
 	"encoding/json"
 	"errors"
-	"log/slog"
 	"strings"
 	"testing"
 	"time"
@@ -24,11 +23,7 @@ func TestCanaryToolIsSeen(t *testing.T) {
 	subscriber.Events = []string{"canary"}
 	s.config.Subscribers = map[string]wire.Subscriber{"soc": subscriber}
 	var log syncBuffer
-	w, err := wire.Start(t.Context(), s.config, slog.New(slog.NewTextHandler(&log, nil)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(w.Close)
+	w := s.startLogging(&log)
 	root := s.open(w, nil)
 	caller := broker.Caller{ID: root.Holder, Proof: broker.ProofX509, NotAfter: time.Now().Add(time.Hour)}
 	ctx := t.Context()

@@ -4,10 +4,12 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"encoding/pem"
+	"io"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/fstest"
@@ -19,6 +21,7 @@ import (
 	"github.com/pawlsec/pawl/attest/workload"
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/broker/api/apitest"
 	"github.com/pawlsec/pawl/broker/operator"
 	"github.com/pawlsec/pawl/broker/policy"
 	"github.com/pawlsec/pawl/cmd/wire"
@@ -140,9 +143,23 @@ func (s *site) identify() {
 	}
 }
 
+// document is the OpenAPI document, with which the answers of every site are compared.
+var document = sync.OnceValues(apitest.Read)
+
 func (s *site) start() *wire.Server {
 	s.t.Helper()
-	w, err := wire.Start(s.t.Context(), s.config, slog.New(slog.DiscardHandler))
+	return s.startLogging(io.Discard)
+}
+
+// startLogging is start with a log.
+func (s *site) startLogging(to io.Writer) *wire.Server {
+	s.t.Helper()
+	d, err := document()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	w, err := wire.StartWith(s.t.Context(), s.config, slog.New(slog.NewTextHandler(to, nil)),
+		wire.Hooks{Handler: d.For(s.t)})
 	if err != nil {
 		s.t.Fatal(err)
 	}

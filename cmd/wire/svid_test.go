@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/tls"
 	"io"
-	"log/slog"
 	"net/http"
 	"strings"
 	"sync"
@@ -17,7 +16,6 @@ import (
 
 	"github.com/pawlsec/pawl/broker/api/client"
 	"github.com/pawlsec/pawl/cmd/parts"
-	"github.com/pawlsec/pawl/cmd/wire"
 )
 
 // TestOwnIdentity gives the broker's process several identities, in each order, while it runs. Another team's entry
@@ -45,11 +43,7 @@ func TestOwnIdentity(t *testing.T) {
 			s.given.Store(row.given[0])
 			s.identify()
 			var log syncBuffer
-			w, err := wire.Start(t.Context(), s.config, slog.New(slog.NewTextHandler(&log, nil)))
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(w.Close)
+			s.startLogging(&log)
 			for i, is := range row.is {
 				s.given.Store(row.given[i])
 				before := s.serial()

@@ -3,7 +3,6 @@ package wire_test
 import (
 	"bytes"
 	"errors"
-	"log/slog"
 	"net/http"
 	"os"
 	"strings"
@@ -15,7 +14,6 @@ import (
 
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
-	"github.com/pawlsec/pawl/cmd/wire"
 )
 
 // TestUncheckedLedger starts a broker on a ledger that lost a record. The check finds that after the start: the broker
@@ -44,10 +42,7 @@ func TestUncheckedLedger(t *testing.T) {
 	}
 	for _, root := range []string{string(first.Chain), string(second.Chain)} {
 		log := &lockedBuffer{}
-		w, err := wire.Start(t.Context(), s.config, slog.New(slog.NewTextHandler(log, nil)))
-		if err != nil {
-			t.Fatal(err)
-		}
+		w := s.startLogging(log)
 		rv, err := s.operator().Revoke(t.Context(), api.RevokeRequest{Selector: "chain:" + root, Reason: "test"})
 		if err != nil || rv.Fenced.IsZero() {
 			t.Errorf("Revoke = %+v, %v, want fenced", rv, err)

@@ -38,6 +38,7 @@ type Server struct {
 	shares            *shares
 	configured        map[string]Backend
 	log               *slog.Logger
+	hooks             Hooks
 	signer            *audit.Signer // nil without a key
 	agents, operators net.Addr
 	failed            chan error
@@ -52,47 +53,48 @@ type Server struct {
 // Workload API need be up: fencing over the operators' socket works without them, the broker issues
 // nothing, and it retries. A wrong configuration is an error.
 func Start(ctx context.Context, c Config, log *slog.Logger) (s *Server, err error) {
-	return start(ctx, c, log, variant{})
+	return start(ctx, c, log, Hooks{}, 0)
 }
 
-// StartWith is Start with a hook that changes the engine's parts, for tests that inject faults between
-// them.
-func StartWith(ctx context.Context, c Config, log *slog.Logger, change func(*engine.Config)) (s *Server, err error) {
-	return start(ctx, c, log, variant{change: change})
+// Hooks change parts of a broker, for tests. Each may be nil.
+type Hooks struct {
+	Engine  func(*engine.Config)            // changes the engine's parts, such as to inject faults between them
+	Handler func(http.Handler) http.Handler // wraps the handler of each listener
+	Check   func()                          // runs before the check of the ledger, such as to hold it up
+	// Now is another clock for the engine, for the plugins whose secrets end by Vault's clock, and for the client of
+	// Vault.
+	Now func() time.Time
 }
 
-// StartAt is Start with another clock for the engine, for the plugins whose secrets end by Vault's clock, and for the
-// client of Vault. It is for tests in which Vault's clock differs.
-func StartAt(ctx context.Context, c Config, log *slog.Logger, now func() time.Time) (s *Server, err error) {
-	return start(ctx, c, log, variant{change: func(e *engine.Config) { e.Now = now }, now: now})
+// orNone returns the hooks with those that are nil as ones that change nothing.
+func (h Hooks) orNone() Hooks {
+	if h.Engine == nil {
+		h.Engine = func(*engine.Config) {}
+	}
+	if h.Handler == nil {
+		h.Handler = func(next http.Handler) http.Handler { return next }
+	}
+	if h.Now == nil {
+		h.Now = time.Now
+	}
+	return h
 }
 
-// StartHeld is Start with a check of the ledger that begins when hold returns. It is for tests of a check that takes long.
-func StartHeld(ctx context.Context, c Config, log *slog.Logger, hold func()) (s *Server, err error) {
-	return start(ctx, c, log, variant{hold: hold})
+// StartWith is Start with hooks.
+func StartWith(ctx context.Context, c Config, log *slog.Logger, h Hooks) (s *Server, err error) {
+	return start(ctx, c, log, h, 0)
 }
 
 // StartRolledBack is Start for a policy bundle that is not newer than the last one in force. It accepts
 // exactly this version, and the audit log records the rollback and the user who started the broker. Version
 // zero is Start.
 func StartRolledBack(ctx context.Context, c Config, log *slog.Logger, version int64) (s *Server, err error) {
-	return start(ctx, c, log, variant{rollback: version})
+	return start(ctx, c, log, Hooks{}, version)
 }
 
-// variant is how a start differs from Start. The zero value is Start.
-type variant struct {
-	change   func(*engine.Config) // changes the engine's parts; nil: nothing
-	rollback int64                // the version of [StartRolledBack]
-	now      func() time.Time     // nil: time.Now
-	hold     func()               // runs before the check of the ledger; nil: nothing
-}
-
-func start(ctx context.Context, c Config, log *slog.Logger, v variant) (s *Server, err error) {
-	now := v.now
-	if now == nil {
-		now = time.Now
-	}
-	s = &Server{failed: make(chan error, 3), log: log, configured: c.Backends}
+func start(ctx context.Context, c Config, log *slog.Logger, h Hooks, rollback int64) (s *Server, err error) {
+	h = h.orNone()
+	s = &Server{failed: make(chan error, 3), log: log, configured: c.Backends, hooks: h}
 	defer func() {
 		if err != nil {
 			s.Close()
@@ -111,17 +113,17 @@ func start(ctx context.Context, c Config, log *slog.Logger, v variant) (s *Serve
 		return s, err
 	}
 	s.watchIdentity(svids, c.JWTAudience != "")
-	if s.Vault, err = s.login(c.Vault, svids, log, now); err != nil {
+	if s.Vault, err = s.login(c.Vault, svids, log, h.Now); err != nil {
 		return s, err
 	}
-	if s.Ledger, err = bolt.OpenUnchecked(bolt.Config{Path: c.Ledger, BeforeCheck: v.hold}); err != nil {
+	if s.Ledger, err = bolt.OpenUnchecked(bolt.Config{Path: c.Ledger, BeforeCheck: h.Check}); err != nil {
 		return s, err
 	}
 	s.onClose(func() { logClose(log, "ledger", s.Ledger.Close()) })
 	if s.signer, err = LoadSigner(c); err != nil {
 		return s, err
 	}
-	opener := opener{vault: s.Vault, log: log, now: now, onClose: s.onClose, active: s.active, sign: s.sign}
+	opener := opener{vault: s.Vault, log: log, now: h.Now, onClose: s.onClose, active: s.active, sign: s.sign}
 	if s.targets, err = backends(opener, c.Backends); err != nil {
 		return s, err
 	}
@@ -129,9 +131,7 @@ func start(ctx context.Context, c Config, log *slog.Logger, v variant) (s *Serve
 		return s, err
 	}
 	parts := s.parts(c, log)
-	if v.change != nil {
-		v.change(&parts)
-	}
+	h.Engine(&parts)
 	tester, err := SelfTester(c)
 	if err != nil {
 		return s, err
@@ -147,7 +147,7 @@ func start(ctx context.Context, c Config, log *slog.Logger, v variant) (s *Serve
 		return s, err
 	}
 	s.onClose(s.Broker.Stop)
-	if err := s.adopt(ctx, s.Policy.Current(), v.rollback); err != nil {
+	if err := s.adopt(ctx, s.Policy.Current(), rollback); err != nil {
 		return s, err
 	}
 	s.reloadCandidate(c)
@@ -182,7 +182,7 @@ func (s *Server) parts(c Config, log *slog.Logger) engine.Config {
 		Ledger: s.Ledger, Vault: leaseLister{s.Vault, s.Policy, s.targets}, Backends: s.targets,
 		Policy: func() broker.Policy { return s.shadow.Beside(s.Policy.Current()) },
 		Alarm:  func(op string, err error) { log.Error("alarm", "op", op, "error", err) },
-		Now:    time.Now, Random: rand.Reader,
+		Now:    s.hooks.Now, Random: rand.Reader,
 		MintTimeout: c.Vault.MintTimeout, MintBound: c.Vault.MintBound, SweepEvery: c.SweepEvery,
 		Mints: limits.Mints, WaitingMints: limits.WaitingMints, Refusals: limits.Refusals,
 		OpenChains: limits.OpenChains,
@@ -275,16 +275,17 @@ func (s *Server) listen(
 		return err
 	}
 	s.metrics.addLimits(limits, s.files)
-	if err := s.serveSocket(c.Listen.Socket, srv.Operators(), log); err != nil {
+	forAgents, forOperators := s.hooks.Handler(srv.Agents()), s.hooks.Handler(srv.Operators())
+	if err := s.serveSocket(c.Listen.Socket, forOperators, log); err != nil {
 		return fmt.Errorf("listening on the operators' socket: %w", err)
 	}
 	defer s.onClose(srv.Close) // registered last, so that Close ends the streams first
-	if s.agents, err = s.serveTLS("agents", c.Listen.Agents, a, srv.Agents(), attest.Limits{Log: log, Each: limits.Connections,
+	if s.agents, err = s.serveTLS("agents", c.Listen.Agents, a, forAgents, attest.Limits{Log: log, Each: limits.Connections,
 		Address: limits.AddressConnections, Strangers: s.files.strangers, Most: s.files.agents}); err != nil {
 		return fmt.Errorf("listening for agents: %w", err)
 	}
 	if c.Listen.Operators != "" {
-		if s.operators, err = s.serveTLS("operators", c.Listen.Operators, a, srv.Operators(),
+		if s.operators, err = s.serveTLS("operators", c.Listen.Operators, a, forOperators,
 			attest.Limits{Log: log, Each: max(s.files.operators/4, 4), Address: limits.AddressConnections,
 				Strangers: max(s.files.operators/2, 4), Most: s.files.operators}); err != nil {
 			return fmt.Errorf("listening for operators: %w", err)

@@ -3,6 +3,7 @@ package apitest
 
 import (
 	"bytes"
+	"flag"
 	"fmt"
 	"io"
 	"mime"
@@ -12,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"testing"
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
 
@@ -26,7 +28,8 @@ type Document struct {
 
 	mu      sync.Mutex // guards the fields below, and the compiler
 	schemas map[string]*jsonschema.Schema
-	checked map[string]int
+	seen    map[string]bool
+	notify  func(answer string)
 }
 
 // where is the name of the document for its schemas.
@@ -39,7 +42,7 @@ func Read() (*Document, error) {
 		return nil, err
 	}
 	d := &Document{doc: doc, compiler: jsonschema.NewCompiler(), mux: http.NewServeMux(),
-		schemas: map[string]*jsonschema.Schema{}, checked: map[string]int{}}
+		schemas: map[string]*jsonschema.Schema{}, seen: map[string]bool{}}
 	d.compiler.DefaultDraft(jsonschema.Draft2020) // the dialect of OpenAPI 3.1
 	d.compiler.AssertFormat()
 	if err := d.compiler.AddResource(where, doc); err != nil {
@@ -52,15 +55,41 @@ func Read() (*Document, error) {
 	return d, nil
 }
 
-// Checked returns how many answers were compared with each operation and status, such as "get /v1/chains 200".
-func (d *Document) Checked() map[string]int {
+// See counts an answer of the document as seen, such as "get /v1/chains 200" or "get /v1/chains default".
+func (d *Document) See(answer string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	all := map[string]int{}
-	for key, n := range d.checked {
-		all[key] = n
+	if !d.seen[answer] && d.notify != nil {
+		d.notify(answer)
 	}
-	return all
+	d.seen[answer] = true
+}
+
+// Notify calls f once for each answer that is seen from now on, for another process that must know.
+func (d *Document) Notify(f func(answer string)) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.notify = f
+}
+
+// Unseen lists the answers of the document that no exchange had: each status of each operation. "default" are its
+// refusals.
+func (d *Document) Unseen() (list []string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	paths, _ := at(d.doc, "paths").(map[string]any)
+	for path, item := range paths {
+		for method, operation := range item.(map[string]any) {
+			responses, _ := at(operation, "responses").(map[string]any)
+			for status := range responses {
+				if answer := method + " " + path + " " + status; !d.seen[answer] {
+					list = append(list, answer)
+				}
+			}
+		}
+	}
+	slices.Sort(list)
+	return list
 }
 
 // Exchange is a request and its answer.
@@ -95,9 +124,7 @@ func (d *Document) Check(x Exchange) error {
 		}
 		response = at(operation, "responses", status)
 	}
-	d.mu.Lock()
-	d.checked[fmt.Sprint(method, " ", path, " ", x.Status)]++
-	d.mu.Unlock()
+	d.See(method + " " + path + " " + status)
 	if err := d.body(x, response, pointer+pointerTo("responses", status)); err != nil {
 		return fmt.Errorf("%s %s answers %d: %w", x.Method, path, x.Status, err)
 	}
@@ -288,29 +315,61 @@ func pointerTo(path ...string) (p string) {
 	return p
 }
 
-// Handler wraps a handler of the broker. It gives report each fault of the document.
-func (d *Document) Handler(next http.Handler, report func(error)) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		var asked bytes.Buffer
-		r.Body = teeBody{io.TeeReader(r.Body, &asked), r.Body}
-		url := *r.URL
-		rec := &recorder{ResponseWriter: w}
-		defer func() {
-			if v := recover(); v != nil {
-				panic(v) // an answer that was cut off
+// Wrap returns a function that wraps the handlers of a broker. It gives report each fault of the document.
+func (d *Document) Wrap(report func(error)) func(http.Handler) http.Handler {
+	return func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			var asked bytes.Buffer
+			ctx, url := r.Context(), *r.URL
+			r.Body = teeBody{io.TeeReader(r.Body, &asked), r.Body}
+			rec := &recorder{ResponseWriter: w}
+			next.ServeHTTP(rec, r) // a panic is an answer that was cut off
+			if rec.broken || rec.status == 0 && ctx.Err() != nil {
+				return // the client was gone
 			}
 			if rec.status == 0 {
 				rec.status = http.StatusOK
 			}
-			if rec.broken {
-				return
-			}
 			if err := d.Check(Exchange{r.Method, &url, asked.Bytes(), rec.status, w.Header(), rec.body.Bytes()}); err != nil {
 				report(err)
 			}
-		}()
-		next.ServeHTTP(rec, r)
+		})
+	}
+}
+
+// For is Wrap for a test: a fault of the document fails the test, until the test has ended.
+func (d *Document) For(t testing.TB) func(http.Handler) http.Handler {
+	t.Helper()
+	var mu sync.Mutex
+	ended := false // requests that a test leaves behind are not its own any more
+	t.Cleanup(func() {
+		mu.Lock()
+		defer mu.Unlock()
+		ended = true
 	})
+	return d.Wrap(func(err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		if !ended {
+			t.Errorf("the OpenAPI document is wrong: %v", err)
+		}
+	})
+}
+
+// Main runs the tests of a package in which the document's every answer must be seen, and returns the exit code. It
+// does not ask for them where only some tests run.
+func (d *Document) Main(m *testing.M) int {
+	code := m.Run()
+	for _, name := range []string{"test.run", "test.skip", "test.list", "test.fuzz"} {
+		if f := flag.Lookup(name); f != nil && f.Value.String() != "" {
+			return code
+		}
+	}
+	if unseen := d.Unseen(); len(unseen) > 0 && code == 0 {
+		fmt.Printf("no test of this package saw these answers of the OpenAPI document:\n\t%s\nFAIL\n", strings.Join(unseen, "\n\t"))
+		return 1
+	}
+	return code
 }
 
 type teeBody struct {
@@ -345,41 +404,3 @@ func (w *recorder) Write(b []byte) (int, error) {
 
 // Unwrap lets http.ResponseController reach the wrapped writer.
 func (w *recorder) Unwrap() http.ResponseWriter { return w.ResponseWriter }
-
-// Transport wraps a client's transport. Streams are left out: their answers do not end.
-func (d *Document) Transport(next http.RoundTripper, report func(error)) http.RoundTripper {
-	return transport{d, next, report}
-}
-
-type transport struct {
-	*Document
-	next   http.RoundTripper
-	report func(error)
-}
-
-func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
-	var asked []byte
-	if r.Body != nil {
-		var err error
-		if asked, err = io.ReadAll(r.Body); err != nil {
-			return nil, err
-		}
-		_ = r.Body.Close() // it was read
-		r = r.Clone(r.Context())
-		r.Body = io.NopCloser(bytes.NewReader(asked))
-	}
-	res, err := t.next.RoundTrip(r)
-	if err != nil || strings.HasPrefix(res.Header.Get("Content-Type"), "text/event-stream") {
-		return res, err
-	}
-	answer, err := io.ReadAll(res.Body)
-	_ = res.Body.Close() // it was read
-	if err != nil {
-		return nil, err
-	}
-	res.Body = io.NopCloser(bytes.NewReader(answer))
-	if err := t.Check(Exchange{r.Method, r.URL, asked, res.StatusCode, res.Header, answer}); err != nil {
-		t.report(err)
-	}
-	return res, nil
-}
