@@ -11,6 +11,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/pawlsec/pawl/cmd/bench/report"
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
@@ -26,7 +27,7 @@ func measureAlone(ctx context.Context, b *bench) error {
 		if b.late(30 * time.Second) {
 			return errLate
 		}
-		var dead samples
+		var dead report.Samples
 		for range pick(b, 3, 1) {
 			took, err := b.alone(ctx, a.full)
 			if err != nil {
@@ -34,7 +35,7 @@ func measureAlone(ctx context.Context, b *bench) error {
 			}
 			dead = append(dead, took.Seconds())
 		}
-		b.report.add(row{Name: a.name, Unit: "s", N: innocents * len(dead),
+		b.report.Add(report.Row{Name: a.name, Unit: "s", N: innocents * len(dead),
 			Note: "from the acknowledgement until no login and no session works, without the synchronous standby and " +
 				"without Vault" + a.note}, dead, nil)
 	}

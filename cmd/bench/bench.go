@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"regexp"
 	"time"
+
+	"github.com/pawlsec/pawl/cmd/bench/report"
 )
 
 // options are the flags of the command line.
@@ -30,7 +32,7 @@ type section struct {
 // bench is one run.
 type bench struct {
 	options
-	report report
+	report report.Report
 	dir    string // for ledgers and files of this run, on the disk of the source tree
 	world  *world // the real servers; nil until a section needs them
 	broken error  // the reason why there is no world
@@ -53,7 +55,7 @@ const quickTime = 165 * time.Second
 
 // late reports whether a quick run has no time left for a measurement of this duration.
 func (b *bench) late(takes time.Duration) bool {
-	return b.quick && time.Since(b.report.began)+takes > quickTime
+	return b.quick && time.Since(b.report.Began)+takes > quickTime
 }
 
 func run(ctx context.Context, o options, sections []section) error {
@@ -67,8 +69,8 @@ func run(ctx context.Context, o options, sections []section) error {
 	}
 	defer os.RemoveAll(dir) //nolint:errcheck // below build/, which `make clean` removes
 	b := &bench{options: o, dir: dir}
-	b.report.began = time.Now()
-	b.report.machine = machine()
+	b.report.Began = time.Now()
+	b.report.Machine = machine()
 	defer func() {
 		if b.broken == nil && b.world != nil {
 			b.world.close()
@@ -84,11 +86,11 @@ func run(ctx context.Context, o options, sections []section) error {
 			err = b.section(ctx, s)
 		}
 		if err != nil {
-			b.report.leaveOut(s.name, err)
+			b.report.LeaveOut(s.name, err)
 			fmt.Fprintf(os.Stderr, "bench: %s: left out: %v\n", s.name, err)
 		}
 	}
-	b.report.took = time.Since(b.report.began)
+	b.report.Took = time.Since(b.report.Began)
 	return b.write(build)
 }
 
@@ -109,12 +111,12 @@ func (b *bench) section(ctx context.Context, s section) error {
 // write prints the table and stores everything.
 func (b *bench) write(build string) error {
 	r := &b.report
-	r.judge()
-	r.table(os.Stdout)
-	if err := r.writeJSON(filepath.Join(build, "bench.json")); err != nil {
+	r.Judge()
+	r.Table(os.Stdout)
+	if err := r.WriteJSON(filepath.Join(build, "bench.json")); err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(build, "bench.svg"), []byte(r.chart()), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(build, "bench.svg"), []byte(r.Chart()), 0o644); err != nil {
 		return err
 	}
 	if !b.page {
@@ -125,6 +127,6 @@ func (b *bench) write(build string) error {
 		return err
 	}
 	return errors.Join(
-		os.WriteFile(filepath.Join(docs, "performance.svg"), []byte(r.chart()), 0o644),
-		os.WriteFile(filepath.Join(docs, "performance.md"), []byte(r.page(b.quick)), 0o644))
+		os.WriteFile(filepath.Join(docs, "performance.svg"), []byte(r.Chart()), 0o644),
+		os.WriteFile(filepath.Join(docs, "performance.md"), []byte(r.Page(b.quick)), 0o644))
 }

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/cmd/bench/report"
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
@@ -35,7 +36,7 @@ func measureChain(ctx context.Context, b *bench) error {
 	mine := w.direct.as(token)
 	defer mine.close()
 	n := pick(b, 500, 100)
-	err = b.pair(ctx, row{Name: "open.p50_ms", Unit: "ms",
+	err = b.pair(ctx, report.Row{Name: "open.p50_ms", Unit: "ms",
 		Against: "creating a token in Vault; ours creates none before the first step"}, n,
 		func() error {
 			_, err := client.Open(ctx, agent.Chain{Task: "bench", Rights: rights("notes.read")})
@@ -45,7 +46,7 @@ func measureChain(ctx context.Context, b *bench) error {
 	if err != nil {
 		return err
 	}
-	if err := b.pair(ctx, row{Name: "delegate.p50_ms", Unit: "ms", Against: "creating a token in Vault"}, n,
+	if err := b.pair(ctx, report.Row{Name: "delegate.p50_ms", Unit: "ms", Against: "creating a token in Vault"}, n,
 		func() error {
 			_, err := root.Delegate(ctx, dev.Agent("bench-child").String(), agent.Share{Rights: []agent.Right{{Tool: "notes.read", Use: true}}})
 			return err
@@ -65,8 +66,8 @@ func measureChain(ctx context.Context, b *bench) error {
 }
 
 // pair times two functions in turns and reports their medians.
-func (b *bench) pair(ctx context.Context, w row, n int, ours, theirs func() error) error {
-	var took [2]samples
+func (b *bench) pair(ctx context.Context, w report.Row, n int, ours, theirs func() error) error {
+	var took [2]report.Samples
 	for range n {
 		for i, f := range []func() error{ours, theirs} {
 			began := time.Now()
@@ -79,7 +80,7 @@ func (b *bench) pair(ctx context.Context, w row, n int, ours, theirs func() erro
 			return ctx.Err()
 		}
 	}
-	b.report.addQuantile(w, 0.5, took[0], took[1])
+	b.report.AddQuantile(w, 0.5, took[0], took[1])
 	return nil
 }
 
@@ -94,7 +95,7 @@ func (b *bench) closing(ctx context.Context, client *agent.Client, t target, n i
 		return err
 	}
 	defer d.Leave()
-	var ours, theirs samples
+	var ours, theirs report.Samples
 	for start := time.Now(); len(ours) < n && time.Since(start) < longest; {
 		s, err := d.Begin(ctx, agent.Call{Tool: t.tool, Args: t.args})
 		if err != nil {
@@ -115,7 +116,7 @@ func (b *bench) closing(ctx context.Context, client *agent.Client, t target, n i
 		}
 		theirs = append(theirs, ms(time.Since(began)))
 	}
-	b.report.addQuantile(row{Name: "close." + t.name + ".p50_ms", Unit: "ms",
+	b.report.AddQuantile(report.Row{Name: "close." + t.name + ".p50_ms", Unit: "ms",
 		Against: "revoking the lease in Vault, synchronously; ours also proves at the target"}, 0.5, ours, theirs)
 	return nil
 }

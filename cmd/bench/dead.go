@@ -12,6 +12,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/cmd/bench/report"
 )
 
 // login is a live database credential. Up to [most] of them have an open session that reads through a cursor.
@@ -55,7 +56,7 @@ func measureDead(ctx context.Context, b *bench) error {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			b.report.leaveOut(fmt.Sprintf("dead.postgres.%d", n), err)
+			b.report.LeaveOut(fmt.Sprintf("dead.postgres.%d", n), err)
 		}
 	}
 	return nil
@@ -102,7 +103,7 @@ func (b *bench) dead(ctx context.Context, n int) error {
 				return err
 			case err != nil:
 				seen[i].failed = true
-				b.report.leaveOut(fmt.Sprintf("dead.postgres.%d.%s", n, way.label), err)
+				b.report.LeaveOut(fmt.Sprintf("dead.postgres.%d.%s", n, way.label), err)
 			default:
 				seen[i].refused = append(seen[i].refused, d.refused.Seconds())
 				seen[i].dead = append(seen[i].dead, d.dead.Seconds())
@@ -117,8 +118,8 @@ func (b *bench) dead(ctx context.Context, n int) error {
 
 // deaths are the rounds of one way.
 type deaths struct {
-	refused, dead, command samples // in seconds
-	left                   int     // sessions that were not ended
+	refused, dead, command report.Samples // in seconds
+	left                   int            // sessions that were not ended
 	failed                 bool
 }
 
@@ -128,10 +129,10 @@ func (b *bench) reportDead(n int, seen []deaths) {
 	if n > most {
 		note = "without sessions: PostgreSQL would have to take as many connections"
 	}
-	b.report.add(row{Name: name + "seconds", Unit: "s", N: n * len(ours.dead), Against: ways[1].name, Note: note}, ours.dead, seen[1].dead)
-	b.report.add(row{Name: name + "refused_seconds", Unit: "s", N: n * len(ours.refused), Against: ways[1].name,
+	b.report.Add(report.Row{Name: name + "seconds", Unit: "s", N: n * len(ours.dead), Against: ways[1].name, Note: note}, ours.dead, seen[1].dead)
+	b.report.Add(report.Row{Name: name + "refused_seconds", Unit: "s", N: n * len(ours.refused), Against: ways[1].name,
 		Note: "until the last login is refused and, with ours, the last right is removed"}, ours.refused, seen[1].refused)
-	b.report.add(row{Name: name + "closed_seconds", Unit: "s", N: n * len(ours.command),
+	b.report.Add(report.Row{Name: name + "closed_seconds", Unit: "s", N: n * len(ours.command),
 		Note: "until the broker has evidence for each and calls the revocation CLOSED"}, ours.command, nil)
 	for i, way := range ways {
 		if way.label == "" || len(seen[i].dead) == 0 {
@@ -141,7 +142,7 @@ func (b *bench) reportDead(n int, seen []deaths) {
 		if seen[i].left > 0 {
 			more += fmt.Sprintf("; theirs left %d sessions open and reading, so it is timed to the end of the logins alone", seen[i].left)
 		}
-		b.report.add(row{Name: name + way.label, Unit: "s", N: n * len(ours.dead), Against: way.name, Note: more}, ours.dead, seen[i].dead)
+		b.report.Add(report.Row{Name: name + way.label, Unit: "s", N: n * len(ours.dead), Against: way.name, Note: more}, ours.dead, seen[i].dead)
 	}
 }
 
@@ -157,7 +158,7 @@ type death struct {
 func (b *bench) end(ctx context.Context, way way, n int) (d death, err error) {
 	patience := 12 * time.Minute
 	if b.quick {
-		patience = min(patience, quickTime-time.Since(b.report.began))
+		patience = min(patience, quickTime-time.Since(b.report.Began))
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, patience, errLate)
 	defer cancel()

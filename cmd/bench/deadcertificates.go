@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/cmd/bench/report"
 )
 
 // holders is the number of chains, or of tokens in a Vault without Pawl. Each has its share of the certificates.
@@ -19,10 +20,10 @@ const holders = 16
 // have each of them.
 func measureDeadCertificates(ctx context.Context, b *bench) error {
 	n := pick(b, 2000, 200)
-	var ours, theirs samples
+	var ours, theirs report.Samples
 	for range pick(b, 3, 1) {
 		for _, way := range []struct {
-			took  *samples
+			took  *report.Samples
 			begin func(context.Context, *world, int) (serials []string, end func(context.Context) error, err error)
 		}{{&ours, certificatesOurs}, {&theirs, certificatesTheirs}} {
 			serials, end, err := way.begin(ctx, b.world, n)
@@ -39,7 +40,7 @@ func measureDeadCertificates(ctx context.Context, b *bench) error {
 			}
 		}
 	}
-	b.report.add(row{Name: fmt.Sprintf("dead.pki.%d.closed_seconds", n), Unit: "s", N: n * len(ours),
+	b.report.Add(report.Row{Name: fmt.Sprintf("dead.pki.%d.closed_seconds", n), Unit: "s", N: n * len(ours),
 		Against: "Vault alone: the tokens are revoked, and when no lease is left the list is rebuilt once",
 		Note:    "until the broker has evidence for each and calls the revocations CLOSED; then an observer finds each on the list"}, ours, theirs)
 	return nil

@@ -12,6 +12,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/policy"
+	"github.com/pawlsec/pawl/cmd/bench/report"
 )
 
 // measurePolicy times decisions over bundles of 10, 100 and 1,000 policies, sliced by scope, and compares them with
@@ -37,7 +38,7 @@ func measurePolicy(_ context.Context, b *bench) error {
 		if c.one {
 			count /= 10
 		}
-		took := [2]samples{}
+		took := [2]report.Samples{}
 		for range count {
 			for i, f := range []func() bool{ours, theirs} {
 				began := time.Now()
@@ -52,8 +53,8 @@ func measurePolicy(_ context.Context, b *bench) error {
 		if c.one {
 			note = "the worst case: every policy is in scope"
 		}
-		b.report.addQuantile(row{Name: "policy." + c.name + ".p99_us", Unit: "µs", Against: against, Note: note}, 0.99, took[0], took[1])
-		b.report.addQuantile(row{Name: "policy." + c.name + ".p50_us", Unit: "µs", Against: against, Note: note}, 0.5, took[0], took[1])
+		b.report.AddQuantile(report.Row{Name: "policy." + c.name + ".p99_us", Unit: "µs", Against: against, Note: note}, 0.99, took[0], took[1])
+		b.report.AddQuantile(report.Row{Name: "policy." + c.name + ".p50_us", Unit: "µs", Against: against, Note: note}, 0.5, took[0], took[1])
 	}
 	return nil
 }

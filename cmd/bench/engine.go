@@ -15,6 +15,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/broker/engine"
+	"github.com/pawlsec/pawl/cmd/bench/report"
 	"github.com/pawlsec/pawl/store/bolt"
 )
 
@@ -123,7 +124,7 @@ func (e *embedded) growIn(ctx context.Context, n int, list string, entries int) 
 // measureLedger times issuing without Vault: three durable transactions for each issue.
 func measureLedger(ctx context.Context, b *bench) error {
 	const clients = 64
-	var ours, theirs samples
+	var ours, theirs report.Samples
 	n := 0
 	for round := range pick(b, 5, 3) {
 		l, err := engineRound(ctx, filepath.Join(b.dir, fmt.Sprintf("engine-%d.db", round)), clients, pick(b, 3*time.Second, time.Second))
@@ -136,7 +137,7 @@ func measureLedger(ctx context.Context, b *bench) error {
 		}
 		theirs = append(theirs, l.perSecond())
 	}
-	b.report.add(row{Name: "ledger.bolt.c64.per_s", Unit: "per second", N: n,
+	b.report.Add(report.Row{Name: "ledger.bolt.c64.per_s", Unit: "per second", N: n,
 		Against: "bbolt alone: 64 writers, three durable batched transactions each, with a record of 800 bytes and an entry of 300 bytes"}, ours, theirs)
 	return nil
 }

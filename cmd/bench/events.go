@@ -10,6 +10,7 @@ import (
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/api/client"
+	"github.com/pawlsec/pawl/cmd/bench/report"
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
@@ -68,11 +69,11 @@ func measureEvents(ctx context.Context, b *bench) error {
 	if err := l.failed(); err != nil {
 		return err
 	}
-	b.report.addQuantile(row{Name: "events.listeners_10000.p99_ms", Unit: "ms",
+	b.report.AddQuantile(report.Row{Name: "events.listeners_10000.p99_ms", Unit: "ms",
 		Against: "the answer to the command, sent once it is fenced",
-		Note:    fmt.Sprintf("%d streams over mTLS; the listeners run on the same processors", listeners)}, 0.99, l.latency, samples{fenced})
-	b.report.add(row{Name: "events.listeners_10000.rss_mb", Unit: "MB", N: listeners,
-		Note: "of the broker with all streams open"}, samples{before / 1e6}, nil)
+		Note:    fmt.Sprintf("%d streams over mTLS; the listeners run on the same processors", listeners)}, 0.99, l.latency, report.Samples{fenced})
+	b.report.Add(report.Row{Name: "events.listeners_10000.rss_mb", Unit: "MB", N: listeners,
+		Note: "of the broker with all streams open"}, report.Samples{before / 1e6}, nil)
 	return nil
 }
 
@@ -82,7 +83,7 @@ type listening struct {
 
 	mu      sync.Mutex // guards the fields below
 	began   time.Time
-	latency samples // from began to the fence, in milliseconds
+	latency report.Samples // from began to the fence, in milliseconds
 	err     error
 }
 

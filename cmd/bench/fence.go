@@ -13,6 +13,7 @@ import (
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/selector"
+	"github.com/pawlsec/pawl/cmd/bench/report"
 )
 
 // load is the number of issues a second while fences are measured.
@@ -39,7 +40,7 @@ func measureFence(ctx context.Context, b *bench) (err error) {
 	if err != nil {
 		return err
 	}
-	took := make([]samples, len(sizes))
+	took := make([]report.Samples, len(sizes))
 	for range pick(b, 500, 100) {
 		for _, i := range rand.Perm(len(sizes)) {
 			d, err := e.freeze(ctx, chains[i])
@@ -57,16 +58,16 @@ func measureFence(ctx context.Context, b *bench) (err error) {
 		return err
 	}
 	for i, n := range sizes {
-		b.report.addQuantile(row{Name: fmt.Sprintf("fence.%d.p99_ms", n), Unit: "ms", Against: "a chain of 10 grants",
+		b.report.AddQuantile(report.Row{Name: fmt.Sprintf("fence.%d.p99_ms", n), Unit: "ms", Against: "a chain of 10 grants",
 			Note: fmt.Sprintf("both under a load of %d steps", issued)}, 0.99, took[i], took[0])
 	}
-	b.report.addQuantile(row{Name: "fence.flatness", Unit: "ms, p50",
+	b.report.AddQuantile(report.Row{Name: "fence.flatness", Unit: "ms, p50",
 		Against: "a chain of 10 grants; ours is a chain of 100,000"}, 0.5, took[len(took)-1], took[0])
-	b.report.addQuantile(row{Name: "fence.while_closing.p99_ms", Unit: "ms",
+	b.report.AddQuantile(report.Row{Name: "fence.while_closing.p99_ms", Unit: "ms",
 		Against: "the same chain of 10 while nothing is closed",
 		Note:    fmt.Sprintf("ours while %d grants of another chain are closed", sizes[large])}, 0.99, closing, took[0])
-	b.report.add(row{Name: fmt.Sprintf("close.engine.%d.seconds", sizes[large]), Unit: "s", N: sizes[large],
-		Note: "from the command until each grant's end is proven and recorded; Vault and target in memory"}, samples{seconds}, nil)
+	b.report.Add(report.Row{Name: fmt.Sprintf("close.engine.%d.seconds", sizes[large]), Unit: "s", N: sizes[large],
+		Note: "from the command until each grant's end is proven and recorded; Vault and target in memory"}, report.Samples{seconds}, nil)
 	return nil
 }
 
@@ -119,7 +120,7 @@ func (e *embedded) freeze(ctx context.Context, chain broker.ChainID) (time.Durat
 
 // fenceWhileClosing revokes a large chain for good and meanwhile times fences on another one. It also gives the time
 // until the large one is CLOSED.
-func (e *embedded) fenceWhileClosing(ctx context.Context, small, large broker.ChainID, n int) (took samples, seconds float64, err error) {
+func (e *embedded) fenceWhileClosing(ctx context.Context, small, large broker.ChainID, n int) (took report.Samples, seconds float64, err error) {
 	s, err := selector.Parse("chain:" + string(large))
 	if err != nil {
 		return nil, 0, err
@@ -209,14 +210,14 @@ func measureVaultDown(ctx context.Context, b *bench) error {
 	if err != nil {
 		return err
 	}
-	b.report.addQuantile(row{Name: "fence.vault_down.p99_ms", Unit: "ms",
+	b.report.AddQuantile(report.Row{Name: "fence.vault_down.p99_ms", Unit: "ms",
 		Against: "the same with Vault up; both over the operators' socket"}, 0.99, down, up)
-	b.report.addQuantile(row{Name: "fence.vault_hanging.p99_ms", Unit: "ms",
+	b.report.AddQuantile(report.Row{Name: "fence.vault_hanging.p99_ms", Unit: "ms",
 		Against: "the same with Vault up"}, 0.99, hanging, up)
 	return nil
 }
 
-func (w *world) fences(ctx context.Context, chains []string) (took samples, err error) {
+func (w *world) fences(ctx context.Context, chains []string) (took report.Samples, err error) {
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for _, chain := range chains {

@@ -2,39 +2,30 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
+	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"time"
-
-	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
-	"golang.org/x/sys/unix"
 
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/operator"
+	"github.com/pawlsec/pawl/cmd/bench/flooder"
+	"github.com/pawlsec/pawl/cmd/bench/report"
 	"github.com/pawlsec/pawl/cmd/dev"
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// The flood: silent connections as many as this process may have files, loops of one agent that never pause, and bodies
-// that do not come.
-const (
-	floodSilent = 20_000
-	floodLoops  = 512
-	floodBodies = 1000
-)
-
 // measureFlood times revocations, and the steps of another agent, while strangers and one agent flood the broker.
 func measureFlood(ctx context.Context, b *bench) error {
+	if b.late(50 * time.Second) {
+		return errLate
+	}
 	dir := filepath.Join(b.dir, "flood")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
@@ -57,34 +48,96 @@ func measureFlood(ctx context.Context, b *bench) error {
 	if err != nil {
 		return err
 	}
-	flooding, stop := context.WithCancel(ctx)
-	f := &flood{world: w}
-	if err := f.begin(flooding); err != nil {
-		stop()
-		return err
-	}
-	flooded, err := b.beside(ctx, w, remote)
-	stop()
-	f.running.Wait()
+	f, err := w.startFlooder(ctx, dir)
 	if err != nil {
 		return err
 	}
-	note := fmt.Sprintf("%d silent connections at a time, %d loops with %d answers 429 and %d others, %d slow bodies; %d requests of the others failed",
-		f.silent, floodLoops, f.limited.Load(), f.answered.Load(), floodBodies, flooded.failed)
-	b.report.addQuantile(row{Name: "flood.revoke.socket.p99_ms", Unit: "ms", Against: "quiet", Note: note}, 0.99,
-		flooded.socket, quiet.socket)
-	b.report.addQuantile(row{Name: "flood.revoke.listener.p99_ms", Unit: "ms", Against: "quiet"}, 0.99,
-		flooded.listener, quiet.listener)
-	b.report.addQuantile(row{Name: "flood.other.p99_ms", Unit: "ms", Against: "quiet",
-		Note: "a db.read step of another agent"}, 0.99, flooded.steps, quiet.steps)
-	b.report.add(row{Name: "flood.rss_mb", Unit: "MB", Note: "of the broker, at most"}, flooded.memory, nil)
+	defer f.kill()
+	before, began := w.processors(f), time.Now()
+	loud, err := b.beside(ctx, w, remote)
+	if err != nil {
+		return err
+	}
+	share := w.processors(f).since(before, time.Since(began))
+	sent, err := f.end()
+	if err != nil {
+		return err
+	}
+	peak, err := peakResident(w.broker.cmd.Process.Pid)
+	if err != nil {
+		return err
+	}
+	b.reportFlood(quiet, loud, share, sent, peak)
 	return nil
 }
 
-// besides are the latencies of those that flood nothing.
-type besides struct {
-	socket, listener, steps, memory samples
-	failed                          int // requests
+func (b *bench) reportFlood(quiet, loud besides, share shares, sent flooder.Sent, peak float64) {
+	note := fmt.Sprintf("beside %s; they come from a process of its own with a lower priority, which stands for other machines", sent)
+	add := func(name string, q float64, ours, theirs timed, note string) {
+		if ours.failed > 0 {
+			note += "; failed: " + ours.failures()
+		}
+		b.report.AddQuantile(report.Row{Name: name, Unit: "ms", Against: "the same without the flood", Failed: ours.failed,
+			Note: note}, q, ours.took, theirs.took)
+	}
+	add("flood.revoke.socket.p99_ms", 0.99, loud.socket, quiet.socket, note)
+	add("flood.revoke.listener.p99_ms", 0.99, loud.listener, quiet.listener, note)
+	add("flood.other.p50_ms", 0.5, loud.steps, quiet.steps, "a db.read step of another agent")
+	add("flood.other.p99_ms", 0.99, loud.steps, quiet.steps, "a db.read step of another agent")
+	b.report.Add(report.Row{Name: "flood.rss_mb", Unit: "MB", Note: "of the broker, at most"}, report.Samples{peak / 1e6}, nil)
+	for _, p := range []struct {
+		name  string
+		share float64
+	}{{"broker", share.broker}, {"flooder", share.flooder}, {"vault", share.vault}, {"idle", share.idle}} {
+		b.report.Add(report.Row{Name: "flood.cpu." + p.name, Unit: "% of all processors",
+			Note: "during the flood; PostgreSQL and the measuring clients take the rest"}, report.Samples{100 * p.share}, nil)
+	}
+}
+
+// besides are the requests of those that flood nothing.
+type besides struct{ socket, listener, steps timed }
+
+// timed are requests of one kind.
+type timed struct {
+	took   report.Samples   // of those that succeeded, in milliseconds
+	codes  map[api.Code]int // of the others
+	failed int
+}
+
+// longestRequest is the time after which a request has failed.
+const longestRequest = 30 * time.Second
+
+// try makes a request and records it.
+func (t *timed) try(ctx context.Context, f func(context.Context) error) {
+	ctx, cancel := context.WithTimeout(ctx, longestRequest)
+	defer cancel()
+	began := time.Now()
+	if err := f(ctx); err != nil {
+		t.fail(err)
+		return
+	}
+	t.took = append(t.took, ms(time.Since(began)))
+}
+
+func (t *timed) fail(err error) {
+	if t.codes == nil {
+		t.codes = map[api.Code]int{}
+	}
+	code := api.Code("other")
+	if p := new(api.Problem); errors.As(err, &p) {
+		code = p.Code
+	}
+	t.codes[code]++
+	t.failed++
+}
+
+// failures lists the codes of the requests that failed.
+func (t *timed) failures() string {
+	var list []string
+	for _, c := range slices.Sorted(maps.Keys(t.codes)) {
+		list = append(list, fmt.Sprintf("%d %s", t.codes[c], c))
+	}
+	return strings.Join(list, ", ")
 }
 
 // beside takes steps of an agent and revokes each chain, over the socket and the listener in turns.
@@ -94,151 +147,56 @@ func (b *bench) beside(ctx context.Context, w *world, remote *operator.Client) (
 		return m, err
 	}
 	defer client.Close() //nolint:errcheck // it always succeeds
-	for i := range pick(b, 200, 60) {
-		d, err := client.Open(ctx, agent.Chain{Task: "bench", Rights: []agent.Right{{Tool: "db.read", Use: true}}})
+	start := time.Now()
+	for i := range pick(b, 400, 60) {
+		if ctx.Err() != nil {
+			return m, ctx.Err()
+		}
+		if b.quick && time.Since(start) > 15*time.Second {
+			break
+		}
+		opening, cancel := context.WithTimeout(ctx, longestRequest)
+		d, err := client.Open(opening, agent.Chain{Task: "bench", Rights: []agent.Right{{Tool: "db.read", Use: true}}})
+		cancel()
 		if err != nil {
-			m.failed++
+			m.steps.fail(err) // without a chain there is no step
 			continue
 		}
-		began := time.Now()
-		if _, err = d.Begin(ctx, agent.Call{Tool: "db.read", Args: agent.Args{"tables": []string{"orders"}}}); err != nil {
-			m.failed++
-			d.Leave()
-			continue
-		}
-		m.steps = append(m.steps, ms(time.Since(began)))
+		m.steps.try(ctx, func(ctx context.Context) error {
+			_, err := d.Begin(ctx, agent.Call{Tool: "db.read", Args: agent.Args{"tables": []string{"orders"}}})
+			return err
+		})
 		d.Leave()
-		over, took := w.operator, &m.socket
+		over, of := w.operator, &m.socket
 		if i%2 == 1 {
-			over, took = remote, &m.listener
+			over, of = remote, &m.listener
 		}
-		began = time.Now()
-		if _, err := over.Revoke(ctx, api.RevokeRequest{Selector: "chain:" + string(d.Info().Chain), Reason: "bench"}); err != nil {
-			m.failed++
-			continue
-		}
-		*took = append(*took, ms(time.Since(began)))
-		if rss, err := resident(w.broker.cmd.Process.Pid); err == nil {
-			m.memory = samples{max(append(m.memory, 0)[0], rss/1e6)}
-		}
+		of.try(ctx, func(ctx context.Context) error {
+			_, err := over.Revoke(ctx, api.RevokeRequest{Selector: "chain:" + string(d.Info().Chain), Reason: "bench"})
+			return err
+		})
 	}
 	return m, nil
 }
 
-type flood struct {
-	*world
-	silent            int
-	running           sync.WaitGroup
-	limited, answered atomic.Int64
+// processors is the processor time that was used since some moment.
+type processors struct{ broker, flooder, vault, idle time.Duration }
+
+// shares are parts of the time of all processors.
+type shares struct{ broker, flooder, vault, idle float64 }
+
+// processors reads the processor time of the broker, of Vault and of a flooder. What cannot be read is zero.
+func (w *world) processors(f *flood) (p processors) {
+	p.broker, _ = cpuTime(w.broker.cmd.Process.Pid)
+	p.flooder, _ = cpuTime(f.cmd.Process.Pid)
+	p.vault, _ = cpuTime(w.vaultPID)
+	p.idle, _ = idleTime()
+	return p
 }
 
-func (f *flood) begin(ctx context.Context) error {
-	var files unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
-		return err
-	}
-	f.silent = min(floodSilent, int(files.Cur)-3000)
-	address := f.broker.agents
-	each := f.silent / 100
-	for i := range 100 {
-		local := &net.TCPAddr{IP: net.IPv4(127, 0, 2, byte(1+i))}
-		f.running.Go(func() { keepOpen(ctx, address, local, each) })
-	}
-	loud, err := f.agent("bench-loud")
-	if err != nil {
-		return err
-	}
-	defer loud.Close() //nolint:errcheck // it always succeeds
-	d, err := loud.Open(ctx, agent.Chain{Task: "loops", Rights: []agent.Right{{Tool: "db.read", Use: true}}})
-	if err != nil {
-		return err
-	}
-	path := "https://" + address + "/v1/delegations/" + string(d.ID()) + "/steps"
-	clients := make([]*http.Client, 8)
-	for i := range clients {
-		clients[i] = &http.Client{Transport: &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: f.tls("bench-loud")}}
-	}
-	for i := range floodLoops {
-		f.running.Go(func() { f.loop(ctx, clients[i%len(clients)], path) })
-	}
-	for i := range floodBodies {
-		config := f.tls(fmt.Sprintf("bench-slow-%d", i/32))
-		local := &net.TCPAddr{IP: net.IPv4(127, 0, 3, byte(1+i/32))}
-		f.running.Go(func() { slowBodies(ctx, address, local, config) })
-	}
-	return nil
-}
-
-func (f *flood) tls(name string) *tls.Config {
-	source := f.env.Identities.Source(dev.Agent(name))
-	return tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(dev.BrokerID))
-}
-
-// loop takes steps without a pause.
-func (f *flood) loop(ctx context.Context, c *http.Client, path string) {
-	for ctx.Err() == nil {
-		req, err := http.NewRequestWithContext(ctx, http.MethodPost, path,
-			strings.NewReader(`{"tool":"db.read","args":{"tables":["orders"]}}`))
-		if err != nil {
-			return
-		}
-		req.Header.Set("Content-Type", "application/json")
-		resp, err := c.Do(req)
-		if err != nil {
-			continue
-		}
-		_, _ = io.Copy(io.Discard, resp.Body)
-		_ = resp.Body.Close()
-		if resp.StatusCode == http.StatusTooManyRequests {
-			f.limited.Add(1)
-		} else {
-			f.answered.Add(1)
-		}
-	}
-}
-
-// keepOpen keeps n silent connections open from one address. It replaces the oldest all the time.
-func keepOpen(ctx context.Context, address string, local net.Addr, n int) {
-	open := make(chan net.Conn, n)
-	d := net.Dialer{LocalAddr: local, Timeout: time.Second}
-	for ctx.Err() == nil {
-		if len(open) == n {
-			_ = (<-open).Close()
-		}
-		if c, err := d.DialContext(ctx, "tcp", address); err == nil {
-			open <- c
-		}
-		if len(open) == n {
-			pause(ctx, 500*time.Millisecond)
-		}
-	}
-	close(open)
-	for c := range open {
-		_ = c.Close()
-	}
-}
-
-// slowBodies sends a header and the first byte of its body, again whenever the broker ends the connection.
-func slowBodies(ctx context.Context, address string, local net.Addr, config *tls.Config) {
-	for ctx.Err() == nil {
-		d := tls.Dialer{NetDialer: &net.Dialer{LocalAddr: local, Timeout: 5 * time.Second}, Config: config}
-		c, err := d.DialContext(ctx, "tcp", address)
-		if err != nil {
-			pause(ctx, 100*time.Millisecond)
-			continue
-		}
-		end := context.AfterFunc(ctx, func() { _ = c.Close() })
-		_, _ = io.WriteString(c, "POST /v1/chains HTTP/1.1\r\nHost: pawl\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
-		_, _ = io.Copy(io.Discard, c)
-		end()
-		_ = c.Close()
-		pause(ctx, time.Second)
-	}
-}
-
-func pause(ctx context.Context, d time.Duration) {
-	select {
-	case <-time.After(d):
-	case <-ctx.Done():
-	}
+// since returns the shares of the time that has passed since before.
+func (p processors) since(before processors, passed time.Duration) shares {
+	all := float64(passed) * float64(runtime.NumCPU())
+	return shares{float64(p.broker-before.broker) / all, float64(p.flooder-before.flooder) / all,
+		float64(p.vault-before.vault) / all, float64(p.idle-before.idle) / all}
 }

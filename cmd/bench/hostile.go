@@ -9,6 +9,8 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/pawlsec/pawl/cmd/bench/report"
 )
 
 // innocents is how many logins, each with an open session, are ended beside a hostile one.
@@ -50,14 +52,14 @@ func measureHostile(ctx context.Context, b *bench) error {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			b.report.leaveOut("hostile."+h.name, err)
+			b.report.LeaveOut("hostile."+h.name, err)
 		}
 	}
 	return nil
 }
 
 func (b *bench) hostile(ctx context.Context, h hostility) error {
-	var dead, without, closed samples
+	var dead, without, closed report.Samples
 	for range pick(b, 5, 3) {
 		alone, _, err := b.endBeside(ctx, nil)
 		if err != nil {
@@ -70,9 +72,9 @@ func (b *bench) hostile(ctx context.Context, h hostility) error {
 		without, dead, closed = append(without, alone.Seconds()), append(dead, beside.Seconds()),
 			append(closed, command.Seconds())
 	}
-	b.report.add(row{Name: "hostile." + h.name + ".seconds", Unit: "s", N: innocents * len(dead),
+	b.report.Add(report.Row{Name: "hostile." + h.name + ".seconds", Unit: "s", N: innocents * len(dead),
 		Against: "the same without the hostile login", Note: "until 40 innocent logins and their sessions are dead"}, dead, without)
-	b.report.add(row{Name: "hostile." + h.name + ".closed_seconds", Unit: "s", N: len(closed),
+	b.report.Add(report.Row{Name: "hostile." + h.name + ".closed_seconds", Unit: "s", N: len(closed),
 		Note: "until the hostile login is proven dead, too"}, closed, nil)
 	return nil
 }

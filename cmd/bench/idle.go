@@ -9,6 +9,7 @@ import (
 
 	"github.com/goccy/go-yaml"
 
+	"github.com/pawlsec/pawl/cmd/bench/report"
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
@@ -19,12 +20,12 @@ func measureIdle(ctx context.Context, b *bench) error {
 	if err != nil {
 		return err
 	}
-	var beside samples
+	var beside report.Samples
 	if theirs, err := resident(w.vaultPID); err == nil {
-		beside = samples{theirs / 1e6}
+		beside = report.Samples{theirs / 1e6}
 	}
-	b.report.add(row{Name: "idle.rss_mb", Unit: "MB",
-		Against: "Vault", Note: "after one step"}, samples{ours / 1e6}, beside)
+	b.report.Add(report.Row{Name: "idle.rss_mb", Unit: "MB",
+		Against: "Vault", Note: "after one step"}, report.Samples{ours / 1e6}, beside)
 	if err := b.binarySize(); err != nil {
 		return err
 	}
@@ -36,13 +37,13 @@ func (b *bench) binarySize() error {
 	if err != nil {
 		return err
 	}
-	var beside samples
+	var beside report.Samples
 	if vault, err := os.Stat(fmt.Sprintf("/proc/%d/exe", b.world.vaultPID)); err == nil {
-		beside = samples{float64(vault.Size()) / 1e6}
+		beside = report.Samples{float64(vault.Size()) / 1e6}
 	}
-	b.report.add(row{Name: "binary.size_mb", Unit: "MB",
+	b.report.Add(report.Row{Name: "binary.size_mb", Unit: "MB",
 		Against: "the Vault server of this run, built with six engines"},
-		samples{float64(info.Size()) / 1e6}, beside)
+		report.Samples{float64(info.Size()) / 1e6}, beside)
 	return nil
 }
 
@@ -71,7 +72,7 @@ func (b *bench) coldStart(ctx context.Context) error {
 	if err := os.WriteFile(file, raw, 0o600); err != nil {
 		return err
 	}
-	var took samples
+	var took report.Samples
 	for range pick(b, 5, 3) {
 		p, err := startBroker(ctx, b.world.program, file, filepath.Join(dir, "log"))
 		if err != nil {
@@ -82,7 +83,7 @@ func (b *bench) coldStart(ctx context.Context) error {
 			return err
 		}
 	}
-	b.report.add(row{Name: "coldstart.seconds", Unit: "s",
+	b.report.Add(report.Row{Name: "coldstart.seconds", Unit: "s",
 		Note: "from starting the program to serving, with a new ledger"}, took, nil)
 	return nil
 }

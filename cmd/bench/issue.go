@@ -11,6 +11,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/cmd/bench/report"
 )
 
 // target is one kind of secret: the step through Pawl, and the same call to Vault.
@@ -94,7 +95,7 @@ func measureIssue(ctx context.Context, b *bench) error {
 				if ctx.Err() != nil {
 					return ctx.Err()
 				}
-				b.report.leaveOut(fmt.Sprintf("issue.%s.c%d", t.name, clients), err)
+				b.report.LeaveOut(fmt.Sprintf("issue.%s.c%d", t.name, clients), err)
 			}
 		}
 	}
@@ -226,7 +227,7 @@ func (w *world) cpu() (used [2]time.Duration) {
 
 func (b *bench) reportIssue(t target, clients int, ours, theirs []turn) {
 	prefix := fmt.Sprintf("issue.%s.c%d.", t.name, clients)
-	of := func(turns []turn, f func(turn) float64) (s samples) {
+	of := func(turns []turn, f func(turn) float64) (s report.Samples) {
 		for _, u := range turns {
 			s = append(s, f(u))
 		}
@@ -236,10 +237,10 @@ func (b *bench) reportIssue(t target, clients int, ours, theirs []turn) {
 	for _, u := range ours {
 		n += len(u.latencies)
 	}
-	p50 := func(u turn) float64 { return u.latencies.median() }
-	p99 := func(u turn) float64 { return u.latencies.quantile(0.99) }
+	p50 := func(u turn) float64 { return u.latencies.Median() }
+	p99 := func(u turn) float64 { return u.latencies.Quantile(0.99) }
 	add := func(name, unit string, f func(turn) float64) {
-		b.report.add(row{Name: prefix + name, Unit: unit, N: n,
+		b.report.Add(report.Row{Name: prefix + name, Unit: unit, N: n,
 			Against: "the same call made directly to Vault"}, of(ours, f), of(theirs, f))
 	}
 	add("throughput", "per second", turn.perSecond)
@@ -251,16 +252,16 @@ func (b *bench) reportIssue(t target, clients int, ours, theirs []turn) {
 		for i := range added {
 			added[i] -= base[i]
 		}
-		b.report.add(row{Name: prefix + "added_p50_ms", Unit: "ms", N: n,
+		b.report.Add(report.Row{Name: prefix + "added_p50_ms", Unit: "ms", N: n,
 			Against: "p50 of the direct call; ours is the added time"}, added, base)
 	}
 	if clients == 16 && b.world.vaultPID != 0 && theirs[0].vault > 0 {
 		name := "issue." + t.name + "."
 		direct := of(theirs, func(u turn) float64 { return u.perIssue(u.vault) })
-		b.report.add(row{Name: name + "cpu_vs_vault", Unit: "ms of CPU per issue", N: n,
+		b.report.Add(report.Row{Name: name + "cpu_vs_vault", Unit: "ms of CPU per issue", N: n,
 			Against: "Vault's own CPU time for the direct call, 16 clients"},
 			of(ours, func(u turn) float64 { return u.perIssue(u.broker) }), direct)
-		b.report.add(row{Name: name + "vault_cpu", Unit: "ms of CPU per issue", N: n,
+		b.report.Add(report.Row{Name: name + "vault_cpu", Unit: "ms of CPU per issue", N: n,
 			Against: "Vault's own CPU time for the direct call; ours is Vault's CPU time for a step through Pawl, including the step's token"},
 			of(ours, func(u turn) float64 { return u.perIssue(u.vault) }), direct)
 	}

@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/pawlsec/pawl/cmd/bench/flooder"
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
@@ -32,6 +33,9 @@ func main() {
 }
 
 func command(ctx context.Context, args []string) error {
+	if len(args) == 2 && args[0] == flooderCommand {
+		return flooder.Run(ctx, args[1])
+	}
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	var o options
 	flags.BoolVar(&o.quick, "quick", false, "fewer rounds and sizes, in under three minutes")
@@ -72,6 +76,7 @@ var sections = []section{
 	{"fence", false, measureFence},
 	{"resume", false, measureResume},
 	{"first-fence", false, measureFirstFence},
+	{"chains", false, measureChains},
 	{"idle", true, measureIdle},
 	{"dead", true, measureDead},
 	{"dead.pki", true, measureDeadCertificates},
@@ -83,5 +88,6 @@ var sections = []section{
 	{"dead.many", true, measureDeadMany},
 	{"hostile", true, measureHostile},
 	{"flood", false, measureFlood},
+	{"growth", false, measureGrowth},
 	{"alone", false, measureAlone},
 }

@@ -122,9 +122,29 @@ func procStat(pid int) ([]string, error) {
 	return fields, nil
 }
 
+// idleTime gives the time for which processors had nothing to do, of all processors together, since the machine started.
+func idleTime() (time.Duration, error) {
+	line, err := procLine("/proc/stat", "cpu ")
+	if err != nil {
+		return 0, err
+	}
+	fields := strings.Fields(line)
+	if len(fields) < 5 {
+		return 0, errNoProc
+	}
+	idle, idleErr := strconv.ParseInt(fields[3], 10, 64)
+	waiting, waitingErr := strconv.ParseInt(fields[4], 10, 64) // for a disk
+	return time.Duration(idle+waiting) * 10 * time.Millisecond, errors.Join(idleErr, waitingErr)
+}
+
+// peakResident gives the most memory in bytes that a process has had resident.
+func peakResident(pid int) (float64, error) { return procBytes(pid, "VmHWM:") }
+
 // resident gives a process's resident memory in bytes.
-func resident(pid int) (float64, error) {
-	kb, err := procLine(fmt.Sprintf("/proc/%d/status", pid), "VmRSS:")
+func resident(pid int) (float64, error) { return procBytes(pid, "VmRSS:") }
+
+func procBytes(pid int, key string) (float64, error) {
+	kb, err := procLine(fmt.Sprintf("/proc/%d/status", pid), key)
 	if err != nil {
 		return 0, err
 	}

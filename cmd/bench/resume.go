@@ -9,6 +9,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/selector"
+	"github.com/pawlsec/pawl/cmd/bench/report"
 	"github.com/pawlsec/pawl/store/bolt"
 )
 
@@ -28,7 +29,7 @@ func measureResume(ctx context.Context, b *bench) error {
 	if err := e.close(); err != nil {
 		return err
 	}
-	var seconds, opening, bytes samples
+	var seconds, opening, bytes report.Samples
 	for range pick(b, 5, 3) {
 		before := heap()
 		began := time.Now()
@@ -47,9 +48,9 @@ func measureResume(ctx context.Context, b *bench) error {
 		}
 		opening = append(opening, opened.Seconds())
 	}
-	b.report.add(row{Name: "resume.100000.seconds", Unit: "s", N: grants,
+	b.report.Add(report.Row{Name: "resume.100000.seconds", Unit: "s", N: grants,
 		Against: "opening the ledger alone, which reads and checks the whole file; ours also resumes"}, seconds, opening)
-	b.report.add(row{Name: "resume.bytes_per_grant", Unit: "bytes", N: grants,
+	b.report.Add(report.Row{Name: "resume.bytes_per_grant", Unit: "bytes", N: grants,
 		Note: "of heap, after a collection"}, bytes, nil)
 	return nil
 }
@@ -72,7 +73,7 @@ func measureFirstFence(ctx context.Context, b *bench) error {
 	if err := errors.Join(err, e.close()); err != nil {
 		return err
 	}
-	var fence, check samples
+	var fence, check report.Samples
 	for _, s := range chains {
 		began := time.Now()
 		ledger, err := bolt.OpenUnchecked(bolt.Config{Path: path, Reserve: -1})
@@ -92,7 +93,7 @@ func measureFirstFence(ctx context.Context, b *bench) error {
 			return err
 		}
 	}
-	b.report.add(row{Name: "fence.first.150000.ms", Unit: "ms", N: steps,
+	b.report.Add(report.Row{Name: "fence.first.150000.ms", Unit: "ms", N: steps,
 		Against: "the check of the whole file, for which a fence had to wait", Note: "from the start of the process's work"}, fence, check)
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/cmd/bench/report"
 )
 
 // measureStranger presents the id of another's delegation and one that nobody has, in turns, and reports Welch's t of
@@ -27,7 +28,7 @@ func measureStranger(ctx context.Context, b *bench) error {
 	}
 	defer thief.Close() //nolint:errcheck // it always succeeds
 	ids := [2]agent.DelegationID{held.ID(), "dl" + agent.DelegationID(fmt.Sprintf("%024d", 1))}
-	var took [2]samples
+	var took [2]report.Samples
 	for range 1000 {
 		for i, id := range ids {
 			began := time.Now()
@@ -40,16 +41,16 @@ func measureStranger(ctx context.Context, b *bench) error {
 			return ctx.Err()
 		}
 	}
-	b.report.add(row{Name: "stranger.t", Unit: "Welch's t", N: 1000, Aim: "2.58",
+	b.report.Add(report.Row{Name: "stranger.t", Unit: "Welch's t", N: 1000, Aim: "2.58",
 		Against: "of the times of 1,000 refusals of another's delegation and of one that nobody has"},
-		samples{math.Abs(welch(took[0], took[1]))}, nil)
-	b.report.addQuantile(row{Name: "stranger.p50_ms", Unit: "ms", Against: "an id that nobody has"}, 0.5, took[0], took[1])
+		report.Samples{math.Abs(welch(took[0], took[1]))}, nil)
+	b.report.AddQuantile(report.Row{Name: "stranger.p50_ms", Unit: "ms", Against: "an id that nobody has"}, 0.5, took[0], took[1])
 	return nil
 }
 
 // welch returns the t statistic of the difference of two means.
-func welch(a, b samples) float64 {
-	mean := func(s samples) (mean, variance float64) {
+func welch(a, b report.Samples) float64 {
+	mean := func(s report.Samples) (mean, variance float64) {
 		for _, x := range s {
 			mean += x / float64(len(s))
 		}

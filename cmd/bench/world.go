@@ -91,7 +91,7 @@ func openWorld(ctx context.Context, b *bench, dir string, c dev.Config, limits w
 	w.later(func() { _ = w.broker.stop() }) // its files are removed with the rest
 	address := strings.TrimPrefix(w.env.Vault.Address(), "https://")
 	if w.vaultPID, err = childWith(address); err != nil {
-		b.report.leaveOut("CPU time of Vault", err)
+		b.report.LeaveOut("CPU time of Vault", err)
 	}
 	if w.operator, err = operator.New(operator.Config{Address: "unix:" + w.env.Config.Listen.Socket}); err != nil {
 		return w, err

@@ -56,7 +56,7 @@ var tree = rules{
 		{pattern: "broker/policy", cycle: 9, why: asToday},
 		{pattern: "broker/server", cycle: 13, why: asToday},
 		{pattern: "broker/signals", cycle: 2, why: asToday},
-		{pattern: "cmd/bench", cycle: 5, why: asToday},
+		{pattern: "cmd/bench", cycle: 2, why: asToday},
 		{pattern: "cmd/demo", cycle: 3, why: asToday},
 		{pattern: "cmd/dev", cycle: 2, why: asToday},
 		{pattern: "cmd/drill", cycle: 2, why: asToday},

@@ -1,12 +1,12 @@
-package main
+package report
 
 import (
 	"fmt"
 	"strings"
 )
 
-// page gives the text of docs/performance.md.
-func (r *report) page(quick bool) string {
+// Page gives the text of docs/performance.md.
+func (r *Report) Page(quick bool) string {
 	var b strings.Builder
 	b.WriteString("# Performance\n\n" + intro + "\n")
 	if quick {
@@ -28,10 +28,10 @@ func (r *report) page(quick bool) string {
 		}
 	}
 	b.WriteString("\n## Method\n\n" + method + "\n## Repeat it\n\n" + repeat + "\n## The machine\n\n")
-	for _, line := range r.machine {
+	for _, line := range r.Machine {
 		fmt.Fprintf(&b, "- %s\n", line)
 	}
-	fmt.Fprintf(&b, "- %s, %.0f s in all\n", r.began.UTC().Format("2006-01-02 15:04 UTC"), r.took.Seconds())
+	fmt.Fprintf(&b, "- %s, %.0f s in all\n", r.Began.UTC().Format("2006-01-02 15:04 UTC"), r.Took.Seconds())
 	return b.String()
 }
 
@@ -87,7 +87,7 @@ const (
 		"`build/pawl`, and Vault on first use. Without PostgreSQL its rows are left out, and the page says so.\n"
 )
 
-func (r *report) markdown(b *strings.Builder, rows []row) {
+func (r *Report) markdown(b *strings.Builder, rows []Row) {
 	fmt.Fprintf(b, "| %s |\n|%s\n", strings.Join(heads, " | "), strings.Repeat("---|", len(heads)))
 	for _, w := range rows {
 		cells := w.cells()
@@ -96,8 +96,8 @@ func (r *report) markdown(b *strings.Builder, rows []row) {
 	}
 }
 
-func (r *report) aimed(b *strings.Builder) {
-	var rows []row
+func (r *Report) aimed(b *strings.Builder) {
+	var rows []Row
 	for _, w := range r.rows {
 		if w.Met != nil {
 			rows = append(rows, w)
@@ -106,16 +106,19 @@ func (r *report) aimed(b *strings.Builder) {
 	r.markdown(b, rows)
 }
 
-func (r *report) shortfalls(b *strings.Builder) {
+func (r *Report) shortfalls(b *strings.Builder) {
 	none := true
 	for _, w := range r.rows {
 		if w.Met == nil || *w.Met {
 			continue
 		}
 		none = false
-		got := figure(w.Ours) + " " + w.Unit
+		got := Figure(w.Ours) + " " + w.Unit
 		if strings.Contains(w.Aim, "×") {
-			got = "×" + figure(*w.Ratio)
+			got = "×" + Figure(*w.Ratio)
+		}
+		if w.Failed > 0 {
+			got += fmt.Sprintf(", %d failed", w.Failed)
 		}
 		fmt.Fprintf(b, "- `%s`: target %s, measured %s.%s\n", w.Name, w.Aim, got, reason(w.Name))
 	}
@@ -167,7 +170,7 @@ func reason(name string) string {
 }
 
 // notes lists the comparisons and the notes of the rows, each text once with the rows that it is about.
-func (r *report) notes() string {
+func (r *Report) notes() string {
 	var b strings.Builder
 	at := map[string]int{}
 	var texts []string

@@ -1,4 +1,4 @@
-package main
+package report
 
 import (
 	"encoding/json"
@@ -9,17 +9,16 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 )
 
 func TestQuantile(t *testing.T) {
-	s := samples{5, 1, 4, 2, 3}
+	s := Samples{5, 1, 4, 2, 3}
 	for _, row := range []struct{ q, want float64 }{{0, 1}, {0.2, 1}, {0.5, 3}, {0.8, 4}, {0.81, 5}, {0.99, 5}, {1, 5}} {
-		if got := s.quantile(row.q); got != row.want {
-			t.Errorf("%v.quantile(%v) = %v, want %v", s, row.q, got, row.want)
+		if got := s.Quantile(row.q); got != row.want {
+			t.Errorf("%v.Quantile(%v) = %v, want %v", s, row.q, got, row.want)
 		}
 	}
-	if got := (samples{4, 1, 2, 9}).median(); got != 3 {
+	if got := (Samples{4, 1, 2, 9}).Median(); got != 3 {
 		t.Errorf("median of 1, 2, 4, 9 = %v, want 3", got)
 	}
 	if s[0] != 5 {
@@ -27,47 +26,21 @@ func TestQuantile(t *testing.T) {
 	}
 }
 
-func TestClosedLoop(t *testing.T) {
-	l := closedLoop(4, time.Minute, 100, func(int) error { return nil })
-	if len(l.latencies) != 100 || l.err != nil {
-		t.Errorf("closedLoop made %d calls, %v; want the 100 that it may, and no error", len(l.latencies), l.err)
-	}
-	no := errors.New("no")
-	l = closedLoop(4, time.Minute, 1<<30, func(int) error { return no })
-	if len(l.latencies) != 0 || !errors.Is(l.err, no) {
-		t.Errorf("closedLoop counts %d calls that failed, with %v", len(l.latencies), l.err)
-	}
-}
-
-func TestEach(t *testing.T) {
-	seen := make([]bool, 50)
-	if err := each(7, len(seen), func(i int) error { seen[i] = true; return nil }); err != nil {
-		t.Fatal(err)
-	}
-	for i, ok := range seen {
-		if !ok {
-			t.Errorf("each left out %d", i)
-		}
-	}
-	no := errors.New("no")
-	if err := each(2, 5, func(int) error { return no }); !errors.Is(err, no) {
-		t.Errorf("each = %v, want %v", err, no)
-	}
-}
-
 // full is a report with a row of each kind.
-func full() *report {
-	var r report
-	r.add(row{Name: "dead.postgres.1000.seconds", Unit: "s", Against: "vault"}, samples{0.3, 0.2, 0.4}, samples{2})
-	r.add(row{Name: "dead.postgres.10000.seconds", Unit: "s"}, samples{3}, nil)
-	r.add(row{Name: "dead.postgres.1000.vs_vault_best", Unit: "s"}, samples{0.5}, samples{2})
-	r.add(row{Name: "issue.kv.c1.added_p50_ms", Unit: "ms"}, samples{1, 2, 3}, samples{0.4})
-	r.add(row{Name: "issue.postgres.c16.throughput", Unit: "per second"}, samples{95}, samples{100})
-	r.add(row{Name: "idle.rss_mb", Unit: "MB"}, samples{30}, samples{100})
-	r.addQuantile(row{Name: "fence.10.p99_ms", Unit: "ms"}, 0.99, samples{1, 2, 30}, samples{1, 2, 30})
-	r.add(row{Name: "resume.100000.seconds", Unit: "s"}, nil, nil)
-	r.leaveOut("events", errors.New("there was no time"))
-	r.judge()
+func full() *Report {
+	var r Report
+	r.Add(Row{Name: "dead.postgres.1000.seconds", Unit: "s", Against: "vault"}, Samples{0.3, 0.2, 0.4}, Samples{2})
+	r.Add(Row{Name: "dead.postgres.10000.seconds", Unit: "s"}, Samples{3}, nil)
+	r.Add(Row{Name: "dead.postgres.1000.vs_vault_best", Unit: "s"}, Samples{0.5}, Samples{2})
+	r.Add(Row{Name: "issue.kv.c1.added_p50_ms", Unit: "ms"}, Samples{1, 2, 3}, Samples{0.4})
+	r.Add(Row{Name: "issue.postgres.c16.throughput", Unit: "per second"}, Samples{95}, Samples{100})
+	r.Add(Row{Name: "idle.rss_mb", Unit: "MB"}, Samples{30}, Samples{100})
+	r.AddQuantile(Row{Name: "flood.other.p99_ms", Unit: "ms"}, 0.99, Samples{20, 79}, Samples{10})
+	r.AddQuantile(Row{Name: "flood.revoke.socket.p99_ms", Unit: "ms", Failed: 41, Note: "41 backend_down"}, 0.99, Samples{20}, Samples{10})
+	r.AddQuantile(Row{Name: "fence.10.p99_ms", Unit: "ms"}, 0.99, Samples{1, 2, 30}, Samples{1, 2, 30})
+	r.Add(Row{Name: "resume.100000.seconds", Unit: "s"}, nil, nil)
+	r.LeaveOut("events", errors.New("there was no time"))
+	r.Judge()
 	return &r
 }
 
@@ -84,6 +57,8 @@ func TestJudge(t *testing.T) {
 		{"issue.postgres.c16.throughput", 0.95, "≥ ×0.9 met"},
 		{"idle.rss_mb", 0.3, ""},
 		{"fence.10.p99_ms", 1, "≤ 20 missed"},
+		{"flood.other.p99_ms", 7.9, "≤ ×3 + 50 met"},
+		{"flood.revoke.socket.p99_ms", 2, "≤ 250 missed: 41 failed"},
 	} {
 		w, ok := r.row(want.name)
 		if !ok || w.Ratio == nil || *w.Ratio-want.ratio > 1e-9 || want.ratio-*w.Ratio > 1e-9 || w.verdict() != want.verdict {
@@ -103,7 +78,7 @@ func TestJudge(t *testing.T) {
 
 func TestJSON(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "bench.json")
-	if err := full().writeJSON(file); err != nil {
+	if err := full().WriteJSON(file); err != nil {
 		t.Fatal(err)
 	}
 	raw, err := os.ReadFile(file)
@@ -124,7 +99,7 @@ func TestJSON(t *testing.T) {
 }
 
 func TestChartIsXML(t *testing.T) {
-	chart := full().chart()
+	chart := full().Chart()
 	for d := xml.NewDecoder(strings.NewReader(chart)); ; {
 		if _, err := d.Token(); errors.Is(err, io.EOF) {
 			break
@@ -138,9 +113,10 @@ func TestChartIsXML(t *testing.T) {
 }
 
 func TestPage(t *testing.T) {
-	page := full().page(true)
+	page := full().Page(true)
 	for _, want := range []string{"`dead.postgres.1000.vs_vault_best`: target ≥ ×5, measured ×4.00.", "| `idle.rss_mb` | MB | 30.0 | 100 | 0.3 |",
-		"- `events`: there was no time", "quick run", "compared with vault"} {
+		"- `events`: there was no time", "quick run", "compared with vault",
+		"- `flood.revoke.socket.p99_ms`: target ≤ 250, measured 20.0 ms, 41 failed."} {
 		if !strings.Contains(page, want) {
 			t.Errorf("the page lacks %q", want)
 		}

@@ -1,4 +1,4 @@
-package main
+package report
 
 import (
 	"fmt"
@@ -20,9 +20,9 @@ type panel struct {
 	bars  []bar
 }
 
-// chart draws the table's rows about the time to death, issuing and fencing. It is one SVG without scripts or
+// Chart draws the table's rows about the time to death, issuing and fencing. It is one SVG without scripts or
 // embedded fonts, legible on light and dark pages.
-func (r *report) chart() string {
+func (r *Report) Chart() string {
 	panels := []panel{r.deadPanel(), r.throughputPanel(), r.fencePanel()}
 	const width, left, high = 860, 330, 22
 	var body strings.Builder
@@ -71,51 +71,50 @@ func (p panel) bounds() (least, most float64) {
 	return least / 2, most
 }
 
-func (r *report) row(name string) (row, bool) {
+func (r *Report) row(name string) (Row, bool) {
 	for _, w := range r.rows {
 		if w.Name == name {
 			return w, true
 		}
 	}
-	return row{}, false
+	return Row{}, false
 }
 
-func (r *report) deadPanel() panel {
+func (r *Report) deadPanel() panel {
 	p := panel{title: "1,000 PostgreSQL credentials: seconds from the command until every one is dead (shorter is better, logarithmic)"}
 	if w, ok := r.row("dead.postgres.1000.seconds"); ok {
-		p.bars = append(p.bars, bar{"Pawl", figure(w.Ours) + " s", w.Ours, true})
+		p.bars = append(p.bars, bar{"Pawl", Figure(w.Ours) + " s", w.Ours, true})
 	}
-	for _, way := range ways[1:] {
-		w, ok := r.row("dead.postgres.1000." + way.label)
-		if !ok || w.Theirs == nil || w.Ratio == nil {
+	for _, w := range r.rows {
+		if !strings.HasPrefix(w.Name, "dead.postgres.1000.vs_") || w.Against == "" || w.Theirs == nil || w.Ratio == nil {
 			continue
 		}
-		p.bars = append(p.bars, bar{strings.ToUpper(way.name[:1]) + way.name[1:], fmt.Sprintf("%s s, ×%s", figure(*w.Theirs), figure(*w.Ratio)), *w.Theirs, false})
+		p.bars = append(p.bars, bar{strings.ToUpper(w.Against[:1]) + w.Against[1:], fmt.Sprintf("%s s, ×%s", Figure(*w.Theirs), Figure(*w.Ratio)), *w.Theirs, false})
 	}
 	return p
 }
 
-func (r *report) throughputPanel() panel {
+func (r *Report) throughputPanel() panel {
 	p := panel{title: "Secrets a second, 16 clients: through Pawl and directly from Vault (longer is better, logarithmic)"}
 	for _, tool := range []string{"kv", "jwt", "pki", "ssh", "postgres"} {
 		if w, ok := r.row("issue." + tool + ".c16.throughput"); ok && w.Theirs != nil {
-			p.bars = append(p.bars, bar{tool + ", through Pawl", figure(w.Ours), w.Ours, true}, bar{tool + ", directly", figure(*w.Theirs), *w.Theirs, false})
+			p.bars = append(p.bars, bar{tool + ", through Pawl", Figure(w.Ours), w.Ours, true}, bar{tool + ", directly", Figure(*w.Theirs), *w.Theirs, false})
 		}
 	}
 	return p
 }
 
-func (r *report) fencePanel() panel {
+func (r *Report) fencePanel() panel {
 	p := panel{title: "Milliseconds to fence, p99 (shorter is better, logarithmic)"}
 	for _, n := range []string{"10", "100", "1000", "10000", "100000"} {
 		if w, ok := r.row("fence." + n + ".p99_ms"); ok {
-			p.bars = append(p.bars, bar{"chain of " + n + " live grants", figure(w.Ours) + " ms", w.Ours, true})
+			p.bars = append(p.bars, bar{"chain of " + n + " live grants", Figure(w.Ours) + " ms", w.Ours, true})
 		}
 	}
 	if w, ok := r.row("fence.vault_down.p99_ms"); ok {
-		p.bars = append(p.bars, bar{"over the socket, Vault down", figure(w.Ours) + " ms", w.Ours, true})
+		p.bars = append(p.bars, bar{"over the socket, Vault down", Figure(w.Ours) + " ms", w.Ours, true})
 		if w.Theirs != nil {
-			p.bars = append(p.bars, bar{"over the socket, Vault up", figure(*w.Theirs) + " ms", *w.Theirs, true})
+			p.bars = append(p.bars, bar{"over the socket, Vault up", Figure(*w.Theirs) + " ms", *w.Theirs, true})
 		}
 	}
 	return p

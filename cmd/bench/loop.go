@@ -2,43 +2,21 @@ package main
 
 import (
 	"context"
-	"math"
-	"slices"
 	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
+
+	"github.com/pawlsec/pawl/cmd/bench/report"
 )
-
-// samples are measurements of one thing.
-type samples []float64
-
-// quantile gives the smallest sample that a share q of all samples do not exceed; NaN without samples.
-func (s samples) quantile(q float64) float64 {
-	if len(s) == 0 {
-		return math.NaN()
-	}
-	sorted := slices.Sorted(slices.Values(s))
-	at := int(math.Ceil(q*float64(len(sorted)))) - 1
-	return sorted[min(max(at, 0), len(sorted)-1)]
-}
-
-// median gives the middle sample, or the mean of the middle two.
-func (s samples) median() float64 {
-	if len(s)%2 == 1 || len(s) == 0 {
-		return s.quantile(0.5)
-	}
-	sorted := slices.Sorted(slices.Values(s))
-	return (sorted[len(s)/2-1] + sorted[len(s)/2]) / 2
-}
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
 // loop is the result of a closed loop of clients.
 type loop struct {
 	took      time.Duration
-	latencies samples // in milliseconds
-	err       error   // the first; it stops its client
+	latencies report.Samples // in milliseconds
+	err       error          // the first; it stops its client
 }
 
 func (l loop) perSecond() float64 { return float64(len(l.latencies)) / l.took.Seconds() }
@@ -58,7 +36,7 @@ func closedLoop(clients int, d time.Duration, most int, f func(client int) error
 	start := time.Now()
 	for c := range clients {
 		wg.Go(func() {
-			var mine samples
+			var mine report.Samples
 			for next(start.Add(d)) {
 				began := time.Now()
 				if err := f(c); err != nil {
