@@ -13,6 +13,7 @@ import (
 type Limits struct {
 	Handshake  time.Duration // time for a TLS handshake; zero means 5 s
 	Handshakes int           // concurrent handshakes; zero means 512
+	Computing  int           // handshakes that compute at a time; zero means half of the processors
 	First      time.Duration // time from the handshake to the first request; zero means 10 s
 	Age        time.Duration // age at which a connection is closed, between requests; zero means 5 min
 	Idle       time.Duration // time without a request; zero means 1 min
@@ -45,6 +46,7 @@ const (
 func (l Limits) orDefaults() Limits {
 	orDefault(&l.Handshake, 5*time.Second)
 	orDefault(&l.Handshakes, 512)
+	orDefault(&l.Computing, halfOfThem())
 	orDefault(&l.Age, 5*time.Minute)
 	orDefault(&l.Idle, time.Minute)
 	orDefault(&l.Header, 5*time.Second)

@@ -17,6 +17,8 @@ import (
 //   - Connections without an SVID drop each other: one beyond a limit drops the oldest that is in its handshake, or
 //     else the oldest without a request under way. An honest handshake takes milliseconds, so clients that stall theirs drop
 //     each other.
+//   - Handshakes compute in turn, and addresses take turns, so that a flood of them leaves processors to the requests. One
+//     that waits for its client has no turn.
 //   - One beyond the limit of its SPIFFE ID is let in to be told: [Attestor.Identify] refuses each of its requests by
 //     name, and it is closed after the first. Some more beyond that are closed without an answer.
 //   - One beyond the limit of all kinds drops one without an SVID, or an idle one of the SPIFFE ID with the most.
@@ -27,6 +29,7 @@ func Listener(inner net.Listener, config *tls.Config, limits Limits) *Bounded {
 		logFailed: rate.Sometimes{Interval: time.Second}, logRefused: rate.Sometimes{Interval: time.Second},
 	}
 	l.room.init(l.limits)
+	l.processors.free = l.limits.Computing
 	l.running.Go(l.accept)
 	return l
 }
@@ -34,9 +37,10 @@ func Listener(inner net.Listener, config *tls.Config, limits Limits) *Bounded {
 // Bounded is a listener with limits. Make one with [Listener].
 type Bounded struct {
 	net.Listener
-	config *tls.Config
-	limits Limits
-	room   room
+	config     *tls.Config
+	limits     Limits
+	room       room
+	processors processors
 
 	ready   chan net.Conn
 	failed  chan error
@@ -119,7 +123,11 @@ func (l *Bounded) handshake(c *bound) net.Conn {
 	ctx, cancel := context.WithTimeout(context.Background(), l.limits.Handshake)
 	defer cancel()
 	conn := tls.Server(c, l.config)
-	if err := conn.HandshakeContext(ctx); err != nil {
+	c.processors = &l.processors
+	err := conn.HandshakeContext(ctx)
+	c.rest()
+	c.processors = nil
+	if err != nil {
 		l.logFailed.Do(func() {
 			l.limits.Log.Info("TLS handshake refused", "client", c.RemoteAddr().String(), "error", err.Error())
 		})

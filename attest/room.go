@@ -35,10 +35,15 @@ type holding struct {
 // bound is a connection that takes a place in a room until it is closed.
 type bound struct {
 	net.Conn
-	room *room
-	busy atomic.Int32  // requests under way: their headers were read, and they are not answered
-	used atomic.Bool   // a request has come
-	over *broker.Error // refuses every request; nil: within the limit. Set before the connection is served
+	room    *room
+	address string
+	busy    atomic.Int32  // requests under way: their headers were read, and they are not answered
+	used    atomic.Bool   // a request has come
+	over    *broker.Error // refuses every request; nil: within the limit. Set before the connection is served
+
+	ended      chan struct{} // closed when the place was given back
+	processors *processors   // of its handshake; nil: it is not in one. The handshake's goroutine has this and the next
+	computes   bool          // has a turn
 
 	// The room's mutex guards the rest.
 	holder string
@@ -62,6 +67,28 @@ func boundOf(c net.Conn) *bound {
 
 // NetConn returns the connection that inner accepted.
 func (c *bound) NetConn() net.Conn { return c.Conn }
+
+// Read reads. A handshake has no turn to compute while it waits for its peer.
+func (c *bound) Read(p []byte) (int, error) {
+	if c.processors == nil {
+		return c.Conn.Read(p)
+	}
+	c.rest()
+	n, err := c.Conn.Read(p)
+	if err == nil && !c.processors.take(c.address, c.ended) {
+		return 0, net.ErrClosed
+	}
+	c.computes = err == nil
+	return n, err
+}
+
+// rest ends the connection's turn, if it has one.
+func (c *bound) rest() {
+	if c.computes {
+		c.processors.give()
+		c.computes = false
+	}
+}
 
 // Close closes the connection and gives its place back.
 func (c *bound) Close() error {
@@ -111,7 +138,7 @@ func (r *room) counts() (identified, strangers int) {
 // dropped one has reached.
 func (r *room) enter(raw net.Conn) (c *bound, limit string) {
 	address := addressOf(raw)
-	c = &bound{Conn: raw, room: r}
+	c = &bound{Conn: raw, room: r, address: address, ended: make(chan struct{})}
 	var drop *bound
 	defer func() {
 		if drop != nil {
@@ -271,6 +298,7 @@ func (r *room) leaveLocked(c *bound) {
 		return
 	}
 	c.gone = true
+	close(c.ended)
 	r.releaseLocked(c)
 	if c.in != nil {
 		c.in.Remove(c.place)

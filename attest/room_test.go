@@ -37,6 +37,12 @@ type place struct {
 
 func newPlace(t *testing.T, limits attest.Limits) *place {
 	t.Helper()
+	return newPlaceWith(t, limits, func() {})
+}
+
+// newPlaceWith is newPlace with a function that each handshake calls while it computes.
+func newPlaceWith(t *testing.T, limits attest.Limits, compute func()) *place {
+	t.Helper()
 	p := &place{t: t, s: newWorkload(t, &clock{time.Now()}), refused: map[string]int{}, waiting: make(chan struct{}, 100)}
 	c := config(p.s, &clock{time.Now()})
 	a := newAttestor(t, c)
@@ -52,6 +58,11 @@ func newPlace(t *testing.T, limits attest.Limits) *place {
 	p.address = inner.Addr().String()
 	conf := a.ServerTLS()
 	conf.ClientAuth = tls.RequestClientCert // as with JWT-SVIDs
+	own := conf.GetCertificate
+	conf.GetCertificate = func(h *tls.ClientHelloInfo) (*tls.Certificate, error) {
+		compute()
+		return own(h)
+	}
 	p.listener = attest.Listener(inner, conf, limits)
 	end := make(chan struct{})
 	server := attest.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
