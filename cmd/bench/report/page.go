@@ -71,6 +71,17 @@ const (
 		"- Fence: the engine in process on the embedded ledger, with a load of 50 issues a second. Repeated fences of\n" +
 		"  one chain are freezes: the same transaction, lifted in between. With Vault down: revocations over the\n" +
 		"  operators' socket of the broker's process.\n" +
+		"- Flood: 20,000 silent connections from 100 addresses, 512 loops of one agent that never pause and 1,000 slow\n" +
+		"  bodies of 32 agents, at once. They come from a process of its own with a lower priority (nice 10), which\n" +
+		"  opens 500 silent connections and at most 100 with an SVID a second once all are there: on one machine a\n" +
+		"  flood without a pace would measure the processors. Another agent opens a chain, takes a step and is revoked,\n" +
+		"  one after the other. A row in which a request failed misses its target. `flood.cpu` has the shares of the\n" +
+		"  processors; the idle rest of the machine is the room for a larger flood.\n" +
+		"- Growth: callers with a small part of the default share of the ledger write, each in its own way, until they\n" +
+		"  are refused. The largest factor from share to file counts. After that one goes on for two minutes with the\n" +
+		"  requests that no share refuses.\n" +
+		"- Chains: open chains of 500 agents, and eight of another one, in the engine in process, behind the operators'\n" +
+		"  endpoints on a Unix socket.\n" +
 		"- Ledger, resume: the engine on the embedded ledger with a Vault and target in memory. The process that\n" +
 		"  measures policy, fence, ledger and resume collects garbage as the broker does: when the heap has grown by\n" +
 		"  200%, on both sides.\n"
@@ -155,6 +166,10 @@ var reasons = []struct{ prefix, suffix, why string }{
 	{"dead.", "vs_vault_best",
 		" Both sides wait for the same processes to end: see `vs_floor`. `refused_seconds` is how long a login " +
 			"was still possible."},
+	{"flood.other.", "p99_ms",
+		" The loops' own steps take the rest of Vault and of PostgreSQL, on the same processors."},
+	{"flood.", "p99_ms",
+		" Broker, Vault, PostgreSQL and the flood share the processors: see `flood.cpu`."},
 	{"policy.", "",
 		" The median is far below. One call in a hundred is interrupted by a collection or by other work of the " +
 			"machine."},
