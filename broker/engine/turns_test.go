@@ -19,8 +19,8 @@ func (v slowMints) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (br
 	return v.Vault.Mint(ctx, h, m)
 }
 
-// TestManyStepsOfOneCaller begins two hundred steps of one caller, over two chains. Some are refused by name. A step of
-// another caller waits for none of them, and a revocation neither.
+// TestManyStepsOfOneCaller begins two hundred steps of one caller, over two chains. Some are refused by name, and a
+// step of another caller waits for one mint, while a revocation waits for none.
 func TestManyStepsOfOneCaller(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -47,8 +47,8 @@ func TestManyStepsOfOneCaller(t *testing.T) {
 			})
 		}
 		synctest.Wait()
-		if refused != 200-4-64 {
-			t.Errorf("%d steps were refused, want all but 4 that run and 64 that wait", refused)
+		if refused != 200-16-64 {
+			t.Errorf("%d steps were refused, want all but 16 that run and 64 that wait", refused)
 		}
 		step := func(tool broker.ToolName) (waited time.Duration) {
 			began := time.Now()
@@ -69,8 +69,8 @@ func TestManyStepsOfOneCaller(t *testing.T) {
 			time.Since(began) > 0 {
 			t.Errorf("Revoke = %v after %v, want at once", err, time.Since(began))
 		}
-		if waited := step("db.read"); waited != time.Second {
-			t.Errorf("another caller's step took %v, want its own mint's second", waited)
+		if waited := step("db.read"); waited > 2*time.Second {
+			t.Errorf("another caller's step took %v, want one mint and its own", waited)
 		}
 	})
 }

@@ -25,7 +25,7 @@ type Limits struct {
 	Streams        int `yaml:"streams"` // open event streams of an agent; zero: 50
 	// request bodies of a caller that are arriving, and of all clients without identity together; zero: 32
 	Bodies int `yaml:"bodies"`
-	// steps of one backend that run at a time, a quarter of one caller; callers with steps that wait take turns; zero: 16
+	// steps of one backend that run at a time; the callers whose steps wait for it take turns; zero: 16
 	Mints        int `yaml:"mints"`
 	WaitingMints int `yaml:"waiting_mints"` // steps of a caller that wait for their turn; zero: 64
 	// refusals of a caller that are recorded one by one in a minute; the others are counted in one entry; zero: 60

@@ -12,10 +12,9 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// Turns lets callers mint in turn. A number of steps run at a time for each backend, of which one caller has a quarter at
-// most: another one finds a place, and a backend that is not busy. The callers with steps that wait get the next place in
-// rounds: a caller with many steps waits for itself. A backend that hangs holds up its own steps only. A restart loses
-// the steps that wait, and nothing was recorded for them.
+// Turns lets callers mint in turn. A number of steps run at a time for each backend, and the callers with steps that
+// wait for that backend get the next place in rounds: a caller with many steps waits for itself. A backend that hangs
+// holds up its own steps only. A restart loses the steps that wait, and nothing was recorded for them.
 type Turns struct {
 	AtOnce  int           // steps of one backend that run at a time; zero means 16
 	Each    int           // steps of one caller that wait; zero means 64
@@ -29,8 +28,7 @@ type Turns struct {
 
 // turns are those of one backend.
 type turns struct {
-	running map[spiffeid.ID]int           // by caller
-	all     int                           // that run
+	running int
 	callers list.List                     // of *queue: those with waiting steps, the next one first
 	queues  map[spiffeid.ID]*list.Element // in callers
 }
@@ -48,15 +46,15 @@ func (t *Turns) Take(ctx context.Context, backend string, caller spiffeid.ID) (d
 	t.mu.Lock()
 	b := t.backends[backend]
 	if b == nil {
-		b = &turns{running: map[spiffeid.ID]int{}, queues: map[spiffeid.ID]*list.Element{}}
+		b = &turns{queues: map[spiffeid.ID]*list.Element{}}
 		if t.backends == nil {
 			t.backends, t.waiting = map[string]*turns{}, map[spiffeid.ID]int{}
 		}
 		t.backends[backend] = b
 	}
-	done = func() { t.done(backend, b, caller) }
-	if t.roomLocked(b, caller) {
-		b.beginLocked(caller)
+	done = func() { t.done(backend, b) }
+	if b.running < cmp.Or(t.AtOnce, 16) {
+		b.running++
 		t.mu.Unlock()
 		return done, nil
 	}
@@ -88,17 +86,6 @@ func (t *Turns) Take(ctx context.Context, backend string, caller spiffeid.ID) (d
 		With(broker.CodeBackendDown).After(time.Second)
 }
 
-// roomLocked reports whether a step of a caller may run now.
-func (t *Turns) roomLocked(b *turns, caller spiffeid.ID) bool {
-	most := cmp.Or(t.AtOnce, 16)
-	return b.all < most && b.running[caller] < max(most/4, 1)
-}
-
-func (b *turns) beginLocked(caller spiffeid.ID) {
-	b.all++
-	b.running[caller]++
-}
-
 func (t *Turns) waitLocked(b *turns, caller spiffeid.ID, turn chan struct{}) *list.Element {
 	t.waiting[caller]++
 	at := b.queues[caller]
@@ -124,28 +111,21 @@ func (t *Turns) leave(b *turns, caller spiffeid.ID, e *list.Element, turn chan s
 	return true
 }
 
-// done gives the place of a step of a caller to the first step of the next caller that may have it.
-func (t *Turns) done(name string, b *turns, caller spiffeid.ID) {
+// done gives a place to the first step of the next caller.
+func (t *Turns) done(name string, b *turns) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	b.all--
-	if b.running[caller]--; b.running[caller] == 0 {
-		delete(b.running, caller)
-	}
-	for at := b.callers.Front(); at != nil; at = at.Next() {
-		q := at.Value.(*queue)
-		if !t.roomLocked(b, q.caller) {
-			continue // few callers have all their places
+	at := b.callers.Front()
+	if at == nil {
+		if b.running--; b.running == 0 {
+			delete(t.backends, name)
 		}
-		b.beginLocked(q.caller)
-		close(q.steps.Remove(q.steps.Front()).(chan struct{}))
-		b.callers.MoveToBack(at)
-		t.leftLocked(b, at)
 		return
 	}
-	if b.all == 0 {
-		delete(t.backends, name)
-	}
+	steps := &at.Value.(*queue).steps
+	close(steps.Remove(steps.Front()).(chan struct{}))
+	b.callers.MoveToBack(at)
+	t.leftLocked(b, at)
 }
 
 // leftLocked forgets a step that waits no more, and a queue without steps.

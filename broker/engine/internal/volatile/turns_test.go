@@ -65,64 +65,6 @@ func TestTurns(t *testing.T) {
 	})
 }
 
-// TestPlacesOfOneCaller has callers with many steps at a backend. Each has a quarter of the places at most, so a step of
-// another caller runs at once. No step waits while it may run.
-func TestPlacesOfOneCaller(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		turns := volatile.Turns{AtOnce: 8, Longest: time.Hour}
-		var mu sync.Mutex // guards running, most
-		running, most := map[string]int{}, map[string]int{}
-		count := func(name string, n int) {
-			mu.Lock()
-			defer mu.Unlock()
-			for _, of := range []string{name, "all"} {
-				running[of] += n
-				most[of] = max(most[of], running[of])
-			}
-		}
-		var steps sync.WaitGroup
-		begin := func(name string, n int) {
-			for i := range n {
-				steps.Go(func() {
-					done, err := turns.Take(t.Context(), "db", caller(name))
-					if err != nil {
-						t.Errorf("Take of %s = %v", name, err)
-						return
-					}
-					count(name, 1)
-					time.Sleep(time.Second + time.Duration(i)*time.Millisecond) // on synctest's clock
-					count(name, -1)
-					done()
-				})
-			}
-			synctest.Wait()
-		}
-		want := func(what string, want map[string]int) {
-			mu.Lock()
-			defer mu.Unlock()
-			for name, n := range want {
-				if running[name] != n {
-					t.Errorf("%s: %d steps of %s run, want %d", what, running[name], name, n)
-				}
-			}
-		}
-		begin("loops", 10)
-		want("one caller", map[string]int{"loops": 2})
-		begin("other", 1)
-		want("a second one", map[string]int{"loops": 2, "other": 1})
-		for _, name := range []string{"a", "b", "c"} {
-			begin(name, 10)
-		}
-		want("five callers", map[string]int{"loops": 2, "other": 1, "a": 2, "b": 2, "c": 1, "all": 8})
-		time.Sleep(1500 * time.Millisecond) // the first of each have ended
-		want("after a turn", map[string]int{"loops": 2, "other": 0, "a": 2, "b": 2, "c": 2, "all": 8})
-		steps.Wait()
-		if most["all"] != 8 || most["loops"] != 2 || turns.Waiting() != 0 || turns.Kept() != 0 {
-			t.Errorf("at most %v ran; %d wait and %d records are kept at the end", most, turns.Waiting(), turns.Kept())
-		}
-	})
-}
-
 // TestTurnGivenUp has steps whose requests end, or whose turn does not come, while they wait.
 func TestTurnGivenUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
