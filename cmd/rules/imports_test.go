@@ -137,7 +137,7 @@ var homes = []struct {
 	{"github.com/spf13/cobra", []string{"cmd/pawl"}, "commands are the surface, not the inside"},
 	{"google.golang.org/grpc", []string{"attest/workload"}, "only the Workload API is gRPC"},
 	{"golang.org/x/crypto/ssh", []string{"plugins/ssh", "cmd/*"}, "one plugin speaks SSH"},
-	{"testing", []string{"broker/brokertest"}, "no program that we ship links package testing"},
+	{"testing", []string{"broker/api/apitest", "broker/brokertest"}, "no program that we ship links package testing"},
 	{"pgregory.net/rapid", nil, "it draws cases for tests"},
 }
 
@@ -348,7 +348,7 @@ func TestModuleGraph(t *testing.T) {
 	}
 	for dep := range strings.Lines(string(list(t, "-deps", "./cmd/pawl"))) {
 		switch dep = strings.TrimSpace(dep); dep {
-		case "testing", module + "/broker/brokertest":
+		case "testing", module + "/broker/brokertest", module + "/broker/api/apitest":
 			t.Errorf("cmd/pawl links %s, which is for tests", dep)
 		}
 	}
