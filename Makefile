@@ -5,7 +5,7 @@
 
 GO       ?= go
 PACKAGES ?= ./...
-TIMEOUT  ?= 20m
+TIMEOUT  ?= 40m
 FUZZTIME ?= 3s
 
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
