@@ -32,7 +32,7 @@ type wire struct {
 
 func newWire(base *url.URL, cfg Config, conf *tls.Config) *wire {
 	dialer := tls.Dialer{Config: conf, NetDialer: &net.Dialer{
-		Timeout: 10 * time.Second, KeepAlive: 15 * time.Second}} // the timeout includes the handshake
+		Timeout: 5 * time.Second, KeepAlive: 15 * time.Second}} // the timeout includes the handshake
 	keepAlive := &http.Transport{
 		DialTLSContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 			inner, err := dialer.DialContext(ctx, network, address)
