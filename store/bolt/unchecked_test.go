@@ -148,11 +148,11 @@ func copyFile(t testing.TB, to, from string) {
 	}
 }
 
-// TestLarge is about a ledger of 150,000 closed steps. A fence does not wait for the check of the file, and a file that
+// TestLarge is about a ledger of 15,000 closed steps. A fence does not wait for the check of the file, and a file that
 // bbolt has compacted is the same ledger.
 func TestLarge(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "ledger")
-	large(t, path, 150_000)
+	large(t, path, 15_000)
 	t.Run("a fence does not wait for the check", func(t *testing.T) {
 		before, err := os.Stat(path)
 		if err != nil {
