@@ -314,6 +314,9 @@ func (s *issue) recordIntent(tx *records.Tx, next records.EncodedGrant) error {
 	}
 	s.saved, s.grant = next, next.Grant
 	_, err = tx.Enter(s.entry(broker.OpIntent, s.grant.Purpose))
+	if err == nil && s.grant.State == broker.StateHandle {
+		_, err = tx.Enter(s.entry(broker.OpHandle, ""))
+	}
 	return err
 }
 

@@ -73,8 +73,8 @@ func TestOneCommitForAStep(t *testing.T) {
 			if point == "mint" {
 				atMint++
 				entries, err := w.ledger.Entries(ctx, 0, 10_000)
-				if n := len(entries); err != nil || entries[n-1].Op != broker.OpIntent {
-					t.Errorf("the last durable entry before the mint = %+v, %v; want the intent", entries[n-1], err)
+				if n := len(entries); err != nil || entries[n-1].Op != broker.OpHandle || entries[n-2].Op != broker.OpIntent {
+					t.Errorf("the last durable entry before the mint = %+v, %v; want the handle, after the intent", entries[n-1], err)
 				}
 			}
 			return nil
@@ -83,12 +83,12 @@ func TestOneCommitForAStep(t *testing.T) {
 		if l.waited != 1 || l.ordered != 1 || atMint != 1 {
 			t.Errorf("the step waited for %d commits and ordered %d, with %d mints; want 1 of each", l.waited, l.ordered, atMint)
 		}
-		if ops := w.durableOps(got.Grant.ID); !slices.Equal(ops, []broker.Op{broker.OpIntent}) {
-			t.Errorf("durable at the hand-over: %v, want the intent alone", ops)
+		if ops := w.durableOps(got.Grant.ID); !slices.Equal(ops, []broker.Op{broker.OpIntent, broker.OpHandle}) {
+			t.Errorf("durable at the hand-over: %v, want the intent and the handle", ops)
 		}
 		untilDurable()
-		if ops := w.durableOps(got.Grant.ID); !slices.Equal(ops, []broker.Op{broker.OpIntent, broker.OpIssued}) {
-			t.Errorf("durable %v later: %v, want the intent and ISSUED", broker.MaxOrderDelay, ops)
+		if ops := w.durableOps(got.Grant.ID); !slices.Equal(ops, []broker.Op{broker.OpIntent, broker.OpHandle, broker.OpIssued}) {
+			t.Errorf("durable %v later: %v, want these and ISSUED", broker.MaxOrderDelay, ops)
 		}
 	})
 }
