@@ -90,8 +90,9 @@ func (w *world) start(ledger broker.Ledger) {
 		},
 		Backends: map[string]broker.Backend{"target": w.target, "keeper": staticBackend{w.target}},
 		Now:      w.clock, Random: rand.Reader,
-		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: cmp.Or(w.sweepEvery, -1), OpenChains: cmp.Or(w.mostChains, 1<<20),
-		Refusals: w.mostRefusals})
+		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: cmp.Or(w.sweepEvery, -1),
+		OpenChains: cmp.Or(w.mostChains, 1<<20),
+		Refusals:   w.mostRefusals})
 	if err != nil {
 		w.t.Fatal(err)
 	}

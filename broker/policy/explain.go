@@ -13,12 +13,14 @@ import (
 // and repeats values of the question. It contains no policy text and nothing about other callers.
 type Explanation struct {
 	Decision broker.Decision `json:"decision"`
-	Granted  bool            `json:"granted"`           // allowed, and nothing is missing
-	Why      string          `json:"why"`               // one line for people
-	Unmet    []string        `json:"unmet,omitempty"`   // ids of permits for exactly this caller, action and tool with unmet conditions
-	Missing  []string        `json:"missing,omitempty"` // "tool:x", "permit:use:x", "approval:2 of oncall", "narrowing:native", "domains:a.example b.example", "budget:steps", "limit:writes"
-	Limits   []string        `json:"limits,omitempty"`  // of an allow, with the steps that count: "writes: 3 of 10 in 1h0m0s"
-	Remedy   string          `json:"remedy,omitempty"`  // how to ask; the @remedy of the policies if they have one
+	Granted  bool            `json:"granted"`         // allowed, and nothing is missing
+	Why      string          `json:"why"`             // one line for people
+	Unmet    []string        `json:"unmet,omitempty"` // ids of permits for exactly this caller, action and tool with unmet conditions
+	// Missing is such as "tool:x", "permit:use:x", "approval:2 of oncall", "narrowing:native",
+	// "domains:a.example b.example", "budget:steps", "limit:writes".
+	Missing []string `json:"missing,omitempty"`
+	Limits  []string `json:"limits,omitempty"` // of an allow, with the steps that count: "writes: 3 of 10 in 1h0m0s"
+	Remedy  string   `json:"remedy,omitempty"` // how to ask; the @remedy of the policies if they have one
 }
 
 // Explain answers a question like [Policy.Decide] and gives the reasons. It compares the history of the caller with the

@@ -129,7 +129,8 @@ func (b *bench) reportDead(n int, seen []deaths) {
 	if n > most {
 		note = "without sessions: PostgreSQL would have to take as many connections"
 	}
-	b.report.Add(report.Row{Name: name + "seconds", Unit: "s", N: n * len(ours.dead), Against: ways[1].name, Note: note}, ours.dead, seen[1].dead)
+	b.report.Add(report.Row{Name: name + "seconds", Unit: "s", N: n * len(ours.dead), Against: ways[1].name, Note: note},
+		ours.dead, seen[1].dead)
 	b.report.Add(report.Row{Name: name + "refused_seconds", Unit: "s", N: n * len(ours.refused), Against: ways[1].name,
 		Note: "until the last login is refused and, with ours, the last right is removed"}, ours.refused, seen[1].refused)
 	b.report.Add(report.Row{Name: name + "closed_seconds", Unit: "s", N: n * len(ours.command),
@@ -142,7 +143,8 @@ func (b *bench) reportDead(n int, seen []deaths) {
 		if seen[i].left > 0 {
 			more += fmt.Sprintf("; theirs left %d sessions open and reading, so it is timed to the end of the logins alone", seen[i].left)
 		}
-		b.report.Add(report.Row{Name: name + way.label, Unit: "s", N: n * len(ours.dead), Against: way.name, Note: more}, ours.dead, seen[i].dead)
+		b.report.Add(report.Row{Name: name + way.label, Unit: "s", N: n * len(ours.dead), Against: way.name, Note: more},
+			ours.dead, seen[i].dead)
 	}
 }
 

@@ -53,8 +53,10 @@ func measurePolicy(_ context.Context, b *bench) error {
 		if c.one {
 			note = "the worst case: every policy is in scope"
 		}
-		b.report.AddQuantile(report.Row{Name: "policy." + c.name + ".p99_us", Unit: "µs", Against: against, Note: note}, 0.99, took[0], took[1])
-		b.report.AddQuantile(report.Row{Name: "policy." + c.name + ".p50_us", Unit: "µs", Against: against, Note: note}, 0.5, took[0], took[1])
+		b.report.AddQuantile(report.Row{Name: "policy." + c.name + ".p99_us", Unit: "µs", Against: against, Note: note},
+			0.99, took[0], took[1])
+		b.report.AddQuantile(report.Row{Name: "policy." + c.name + ".p50_us", Unit: "µs", Against: against, Note: note},
+			0.5, took[0], took[1])
 	}
 	return nil
 }

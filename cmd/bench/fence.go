@@ -120,7 +120,9 @@ func (e *embedded) freeze(ctx context.Context, chain broker.ChainID) (time.Durat
 
 // fenceWhileClosing revokes a large chain for good and meanwhile times fences on another one. It also gives the time
 // until the large one is CLOSED.
-func (e *embedded) fenceWhileClosing(ctx context.Context, small, large broker.ChainID, n int) (took report.Samples, seconds float64, err error) {
+func (e *embedded) fenceWhileClosing(
+	ctx context.Context, small, large broker.ChainID, n int,
+) (took report.Samples, seconds float64, err error) {
 	s, err := selector.Parse("chain:" + string(large))
 	if err != nil {
 		return nil, 0, err

@@ -67,7 +67,8 @@ func measureGrowth(ctx context.Context, b *bench) error {
 			"share refuses, whichever is more; pages of the file in use"},
 		report.Samples{(factor*dailyShare/4 + max(factor*dailyShare*3/4, daily)) / 1e9}, nil)
 	b.report.Add(report.Row{Name: "growth.unshared.gb_per_day", Unit: "GB a day",
-		Note: fmt.Sprintf("of it, reports with new codes, denied steps and endings after the share is used up, over %s; a heartbeat writes nothing", unrefused)},
+		Note: fmt.Sprintf("of it, reports with new codes, denied steps and endings after the share is used up, over %s; "+
+			"a heartbeat writes nothing", unrefused)},
 		report.Samples{daily / 1e9}, nil)
 	b.report.Add(report.Row{Name: "growth.per_share", Unit: "bytes of the file per byte of the share", Note: strings.Join(each, ", ")},
 		report.Samples{factor}, nil)

@@ -35,7 +35,8 @@ func (l login) enter(ctx context.Context) (inside, error) {
 		return inside{}, errors.New("logging in: " + stateOf(err))
 	}
 	// On a slow machine others take longer to enter than a session may be idle.
-	_, err = conn.Exec(ctx, "SET idle_in_transaction_session_timeout = 0; BEGIN; DECLARE c NO SCROLL CURSOR FOR SELECT generate_series(1, 1000000), item FROM orders")
+	_, err = conn.Exec(ctx, "SET idle_in_transaction_session_timeout = 0; BEGIN; "+
+		"DECLARE c NO SCROLL CURSOR FOR SELECT generate_series(1, 1000000), item FROM orders")
 	if err != nil {
 		return inside{}, errors.New("beginning to read: " + stateOf(err))
 	}

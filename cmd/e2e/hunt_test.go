@@ -131,7 +131,10 @@ func (h *hunt) working(q quarry) (all []string) {
 func (h *hunt) chase(row huntRow, q quarry) string {
 	h.Helper()
 	var works []string
-	if all := func() bool { works = h.working(q); return len(works) == len(q.ways) }; !within(5*time.Second, all) || len(works) == 0 {
+	if !within(5*time.Second, func() bool {
+		works = h.working(q)
+		return len(works) == len(q.ways) && len(works) > 0
+	}) {
 		h.Fatalf("before the revocation only %q of %d ways work, so the row tests nothing", works, len(q.ways))
 	}
 	if q.change != nil {

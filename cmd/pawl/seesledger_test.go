@@ -115,7 +115,8 @@ func (s *seen) restart(ctx context.Context) (check func()) {
 func (s *seen) refusedEverywhere(ctx context.Context, row fault) {
 	s.t.Helper()
 	_, opened := s.client.Open(ctx, chain)
-	_, delegated := s.d.Delegate(ctx, dev.Agent("fetcher").String(), agent.Share{Rights: []agent.Right{{Tool: "notes.read", Use: true}}})
+	_, delegated := s.d.Delegate(ctx, dev.Agent("fetcher").String(), agent.Share{
+		Rights: []agent.Right{{Tool: "notes.read", Use: true}}})
 	for what, err := range map[string]error{"open": opened, "delegate": delegated, "step": s.step(row.tool)} {
 		var p *agent.Error
 		if !errors.As(err, &p) || p.Code != row.code || p.RetryAfter() == 0 {

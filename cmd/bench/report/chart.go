@@ -98,7 +98,8 @@ func (r *Report) throughputPanel() panel {
 	p := panel{title: "Secrets a second, 16 clients: through Pawl and directly from Vault (longer is better, logarithmic)"}
 	for _, tool := range []string{"kv", "jwt", "pki", "ssh", "postgres"} {
 		if w, ok := r.row("issue." + tool + ".c16.throughput"); ok && w.Theirs != nil {
-			p.bars = append(p.bars, bar{tool + ", through Pawl", Figure(w.Ours), w.Ours, true}, bar{tool + ", directly", Figure(*w.Theirs), *w.Theirs, false})
+			p.bars = append(p.bars, bar{tool + ", through Pawl", Figure(w.Ours), w.Ours, true},
+				bar{tool + ", directly", Figure(*w.Theirs), *w.Theirs, false})
 		}
 	}
 	return p
