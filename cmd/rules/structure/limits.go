@@ -60,7 +60,7 @@ var tree = rules{
 		{pattern: "cmd/demo", cycle: 3, why: asToday},
 		{pattern: "cmd/dev", cycle: 2, why: asToday},
 		{pattern: "cmd/drill", cycle: 2, why: asToday},
-		{pattern: "cmd/pawl", cycle: 11, why: asToday},
+		{pattern: "cmd/pawl", cycle: 2, why: asToday},
 		{pattern: "cmd/wire", cycle: 9, why: asToday},
 		{pattern: "plugins/exec", cycle: 5, why: asToday},
 		{pattern: "plugins/jwt", cycle: 4, why: asToday},
