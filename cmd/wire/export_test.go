@@ -47,6 +47,16 @@ func Tests(
 	return t.run
 }
 
+// Tokens returns what gives the broker's JWT-SVIDs for Vault, and watch, which begins to watch its identity as Start does.
+func Tokens(c Config, audience string) (token func(context.Context) (string, error), watch func() *Server, err error) {
+	svids, err := newSVIDSource(c, slog.New(slog.DiscardHandler))
+	return jwtFor(svids, audience), func() *Server {
+		s := &Server{}
+		s.watchIdentity(svids, false)
+		return s
+	}, err
+}
+
 // Charged returns the bytes of the ledger that an actor was charged for.
 func (s *Server) Charged(actor string) int64 {
 	s.shares.mu.Lock()

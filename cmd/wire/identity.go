@@ -34,6 +34,7 @@ func certificate(source x509svid.Source) (*tls.Certificate, error) {
 
 func jwtFor(svids *svidSource, audience string) func(context.Context) (string, error) {
 	return func(ctx context.Context) (string, error) {
+		svids.await(ctx)         // otherwise the first login of a start may be too early
 		if svids.id().IsZero() { // without a subject the Workload API gives the first of several
 			_, err := svids.GetX509SVID()
 			return "", fmt.Errorf("the broker's own JWT-SVID: %w", err)

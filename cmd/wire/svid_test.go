@@ -2,6 +2,7 @@ package wire_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"io"
 	"net/http"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker/api/client"
 	"github.com/pawlsec/pawl/cmd/parts"
+	"github.com/pawlsec/pawl/cmd/wire"
 )
 
 // TestOwnIdentity gives the broker's process several identities, in each order, while it runs. Another team's entry
@@ -59,6 +61,48 @@ func TestOwnIdentity(t *testing.T) {
 			}
 			within(t, 20*time.Second, "a line of the log with "+row.log, func() bool { return strings.Contains(log.String(), row.log) })
 		})
+	}
+}
+
+// waited is a context that says when something waits for its end.
+type waited struct {
+	context.Context
+	once sync.Once
+	by   chan struct{}
+}
+
+func (w *waited) Done() <-chan struct{} {
+	w.once.Do(func() { close(w.by) })
+	return w.Context.Done()
+}
+
+// TestFirstToken asks for a JWT-SVID before the Workload API has given an identity, as the first login at Vault may. It
+// waits: a login that fails is tried again only after half a second, and every step fails until then.
+func TestFirstToken(t *testing.T) {
+	s := newSite(t, "example.org")
+	s.identify()
+	token, watch, err := wire.Tokens(s.config, "vault")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := &waited{Context: t.Context(), by: make(chan struct{})}
+	type answer struct {
+		token string
+		err   error
+	}
+	got := make(chan answer, 1)
+	go func() {
+		jwt, err := token(ctx)
+		got <- answer{jwt, err}
+	}()
+	select {
+	case a := <-got:
+		t.Fatalf("a token before the first identity = %q, %v, want it to wait", a.token, a.err)
+	case <-ctx.by:
+	}
+	defer watch().Close()
+	if a := <-got; a.err != nil || a.token == "" {
+		t.Errorf("a token after the first identity = %q, %v", a.token, a.err)
 	}
 }
 

@@ -349,7 +349,7 @@ func (s *Server) login(c Vault, svids *svidSource, log *slog.Logger, now func() 
 	} else {
 		login.CertRole = role
 		login.Certificate = func(r *tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			svids.await(r.Context()) // otherwise the first login of every start would be too early
+			svids.await(r.Context()) // as in jwtFor
 			return certificate(svids)
 		}
 	}
