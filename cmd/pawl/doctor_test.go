@@ -24,6 +24,7 @@ import (
 
 // TestDoctor runs the doctor on a healthy broker, and then breaks one part per row.
 func TestDoctor(t *testing.T) {
+	t.Parallel()
 	parts.NeedVault(t)
 	parts.NeedPostgreSQL(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -166,6 +167,7 @@ func checkDoctorsClock(ctx context.Context, t *testing.T, c wire.Config) {
 
 // TestDoctorOnSelfTest holds that the doctor reports the result of the self-test from the broker's metrics.
 func TestDoctorOnSelfTest(t *testing.T) {
+	t.Parallel()
 	dir, err := os.MkdirTemp("", "pawl") // t.TempDir is too long for a socket's path
 	if err != nil {
 		t.Fatal(err)
@@ -208,6 +210,7 @@ func TestDoctorOnSelfTest(t *testing.T) {
 
 // TestDoctorOnIdentity holds the answers of the doctor about the identities that the Workload API gives the broker's process.
 func TestDoctorOnIdentity(t *testing.T) {
+	t.Parallel()
 	var given []string
 	var identities *workload.Server
 	identities, err := workload.New(workload.Config{TrustDomain: "example.org",

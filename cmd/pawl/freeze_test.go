@@ -36,6 +36,7 @@ func runPawl(ctx context.Context, args ...string) (out string, err error) {
 // TestFreezeThatNobodyCanLift freezes where root at the local socket is the only operator. Each place says so, and root
 // lifts the freeze on the stopped broker. The audit log and every later report show that.
 func TestFreezeThatNobodyCanLift(t *testing.T) {
+	t.Parallel()
 	if os.Getuid() != 0 {
 		t.Fatal("the tests run as root")
 	}

@@ -238,6 +238,7 @@ func (l *lifecycle) audit(op broker.Op) (found []api.Entry) {
 // log has the cause of a refusal, the running bundle still decides, and the audit has each change with the
 // responsible user.
 func TestPolicyLifecycle(t *testing.T) {
+	t.Parallel()
 	l := newLifecycle(t)
 	good := func(version int) []byte { jws, _ := l.bundle(version, notesTool, notesPermit, 2); return jws }
 	tool := func(old, new string) []byte {
@@ -342,6 +343,7 @@ func tampered(t *testing.T, jws []byte) []byte {
 // TestCandidate holds that a candidate gets the running bundle's questions and changes no answer. Each difference
 // is logged and counted, without arguments.
 func TestCandidate(t *testing.T) {
+	t.Parallel()
 	l := newLifecycle(t)
 	live, _ := l.bundle(3, notesTool, notesPermit, 2)
 	stricter, _ := l.bundle(4, notesTool, notesPermit+

@@ -25,6 +25,7 @@ import (
 
 // TestOperatorScripts runs operators' commands against the real engine in memory, on a local socket.
 func TestOperatorScripts(t *testing.T) {
+	t.Parallel()
 	dir, err := os.MkdirTemp("", "pawl") // t.TempDir is too long for a socket's path
 	if err != nil {
 		t.Fatal(err)

@@ -40,6 +40,7 @@ type scene struct {
 //	disconnect    closes every connection of an operator
 //	json FILE     fails unless FILE has only JSON values
 func TestResponderScripts(t *testing.T) {
+	t.Parallel()
 	testscript.Run(t, testscript.Params{Dir: "testdata/responder", RequireExplicitExec: true, RequireUniqueNames: true,
 		Setup: func(e *testscript.Env) error { return newScene(t, e) },
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){

@@ -12,6 +12,7 @@ func TestMain(m *testing.M) { testscript.Main(m, map[string]func(){"pawl": main}
 
 // TestScripts runs the commands that need no servers, as a user types them.
 func TestScripts(t *testing.T) {
+	t.Parallel()
 	bundles, err := filepath.Abs("../../broker/policy/testdata")
 	if err != nil {
 		t.Fatal(err)

@@ -96,6 +96,7 @@ type fault struct {
 // TestOperatorSeesFaults breaks Vault in one way per row. Within ten seconds the health endpoints, the metrics, the
 // doctor and the agent's error name it, and after the repair none does.
 func TestOperatorSeesFaults(t *testing.T) {
+	t.Parallel()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	s := newSeen(ctx, t, dev.Config{NoPostgres: true})

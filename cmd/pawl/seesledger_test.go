@@ -23,6 +23,7 @@ import (
 // endings are taken, nothing is handed out, and everything says why. Then all goes on with what was there before, or, if
 // the ledger is damaged, everything says that.
 func TestOperatorSeesLedgerCheck(t *testing.T) {
+	t.Parallel()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	s := newSeen(ctx, t, dev.Config{NoPostgres: true, ForgetfulVault: true, Agents: freeAddress(t)})

@@ -16,6 +16,7 @@ import (
 // TestOperatorSeesStandby has the node at vault.address step down. While it forwards requests to the active node nothing
 // is wrong. When the network between the nodes is cut, it redirects clients, and that is named like every fault.
 func TestOperatorSeesStandby(t *testing.T) {
+	t.Parallel()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	s := newSeen(ctx, t, dev.Config{NoPostgres: true, StandbyVault: true})

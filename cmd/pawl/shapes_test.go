@@ -13,6 +13,7 @@ import (
 
 // TestShapes lists the shapes of a real database and drops the views on a table.
 func TestShapes(t *testing.T) {
+	t.Parallel()
 	server := parts.NeedPostgreSQL(t)
 	dsn, err := server.CreateDatabase(t.Context())
 	if err != nil {

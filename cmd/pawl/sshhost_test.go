@@ -13,6 +13,7 @@ import (
 // TestDoctorOnSSHHost runs the doctor against the configurations of real sshd: it finds a ForceCommand in whatever block
 // it is, a missing list, and an empty one.
 func TestDoctorOnSSHHost(t *testing.T) {
+	t.Parallel()
 	krl, empty := filepath.Join(t.TempDir(), "krl"), filepath.Join(t.TempDir(), "empty")
 	if _, err := ssh.New(ssh.Config{KRL: krl}); err != nil {
 		t.Fatal(err)

@@ -22,11 +22,12 @@ import (
 
 // stepper runs `pawl step` against a real broker with a real Vault.
 type stepper struct {
-	t        *testing.T
-	env      *dev.Env
-	broker   *program
-	dir      string
-	operator *operator.Client
+	t         *testing.T
+	env       *dev.Env
+	broker    *program
+	dir       string
+	variables []string // of the steps' processes
+	operator  *operator.Client
 }
 
 func newStepper(t *testing.T) *stepper {
@@ -47,10 +48,8 @@ func newStepper(t *testing.T) *stepper {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Setenv("PAWL_ADDRESS", "https://"+env.Config.Listen.Agents)
-	t.Setenv("PAWL_SERVER_ID", dev.BrokerID.String())
-	t.Setenv("SPIFFE_ENDPOINT_SOCKET", socket)
-	t.Setenv("DIR", s.dir)
+	s.variables = []string{"PAWL_ADDRESS=https://" + env.Config.Listen.Agents, "PAWL_SERVER_ID=" + dev.BrokerID.String(),
+		"SPIFFE_ENDPOINT_SOCKET=" + socket, "DIR=" + s.dir}
 	return s
 }
 
@@ -64,7 +63,7 @@ func (s *stepper) start() {
 func (s *stepper) step(script string, flags ...string) *program {
 	s.t.Helper()
 	args := append([]string{"step", "--tool", "tls.call", "--arg", "name=a.agents.pawl.dev"}, flags...)
-	return run(s.t, append(args, "--", "sh", "-c", script)...)
+	return startProgram(s.t, s.variables, append(args, "--", "sh", "-c", script)...)
 }
 
 // chain is that of the only step that is open.
@@ -141,6 +140,7 @@ func TestStepEndsAll(t *testing.T) {
 		t.Log("other systems show no process that left the group")
 		return
 	}
+	t.Parallel()
 	s := newStepper(t)
 	p := s.step(`
 		setsid sh -c 'trap "" TERM; (sleep 600 & echo $! > $DIR/deep); echo $$ > $DIR/own; while :; do sleep 600; done' &
@@ -167,6 +167,7 @@ func TestStepEndsAll(t *testing.T) {
 
 // TestStepSignals sends each signal to pawl. The command gets it.
 func TestStepSignals(t *testing.T) {
+	t.Parallel()
 	s := newStepper(t)
 	p := s.step(`for s in HUP INT QUIT USR1 USR2 WINCH TERM; do trap "echo got $s." $s; done
 		trap 'exit 9' ALRM; echo $$ > $DIR/shell; echo ready; while :; do sleep 0.05; done`)
@@ -190,16 +191,17 @@ func TestStepSignals(t *testing.T) {
 		}
 	}
 	args := []string{"step", "--tool", "tls.call", "--arg", "name=a.agents.pawl.dev", "--"}
-	if how := run(t, append(args, "no-such-command")...).ends(); how != "exit status 127" {
+	if how := startProgram(t, s.variables, append(args, "no-such-command")...).ends(); how != "exit status 127" {
 		t.Errorf("a command that does not exist: %s, want status 127", how)
 	}
-	if how := run(t, append(args, s.dir)...).ends(); how != "exit status 126" {
+	if how := startProgram(t, s.variables, append(args, s.dir)...).ends(); how != "exit status 126" {
 		t.Errorf("a command that is a directory: %s, want status 126", how)
 	}
 }
 
 // TestStepKilled kills pawl with KILL. The broker ends the grant because its holder is gone, and the command dies.
 func TestStepKilled(t *testing.T) {
+	t.Parallel()
 	s := newStepper(t)
 	p := s.step("echo $$ > $DIR/command; echo ready; exec sleep 600")
 	p.says("ready")
@@ -220,6 +222,7 @@ func TestStepKilled(t *testing.T) {
 
 // TestStepSurvivesBroker restarts the broker under a step. The step goes on, and is held at the new process.
 func TestStepSurvivesBroker(t *testing.T) {
+	t.Parallel()
 	s := newStepper(t)
 	p := s.step(`trap 'exit 0' TERM; echo ready; while :; do sleep 0.1; done`)
 	p.says("ready")
@@ -242,7 +245,8 @@ func TestStepReaps(t *testing.T) {
 		t.Log("a namespace of processes needs Linux and root")
 		return
 	}
-	newStepper(t)
+	t.Parallel()
+	s := newStepper(t)
 	pawl, err := exec.LookPath("pawl")
 	if err != nil {
 		t.Fatal(err)
@@ -254,6 +258,7 @@ func TestStepReaps(t *testing.T) {
 		[ "$z" = 0 ] && echo no zombies && exit 0; done; echo "$z zombies"; exit 1`
 	c := exec.CommandContext(ctx, "unshare", "--fork", "--pid", "--mount-proc", pawl, "step", "--tool", "tls.call",
 		"--arg", "name=a.agents.pawl.dev", "--", "sh", "-c", script)
+	c.Env = append(os.Environ(), s.variables...)
 	if out, err := c.CombinedOutput(); err != nil || !strings.Contains(string(out), "no zombies") {
 		t.Errorf("pawl step as process 1: %v\n%s", err, out)
 	}

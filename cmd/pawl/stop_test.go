@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"os"
 	"os/exec"
 	"strings"
 	"sync"
@@ -55,7 +56,14 @@ func (o *output) String() string {
 // run starts pawl with arguments.
 func run(t *testing.T, args ...string) *program {
 	t.Helper()
+	return startProgram(t, nil, args...)
+}
+
+// startProgram also sets variables, each as NAME=VALUE. The tests run in parallel: t.Setenv is not for them.
+func startProgram(t *testing.T, variables []string, args ...string) *program {
+	t.Helper()
 	p := &program{t: t, cmd: exec.Command("pawl", args...), exited: make(chan struct{})}
+	p.cmd.Env = append(os.Environ(), variables...)
 	p.said.fresh = make(chan struct{}, 1)
 	p.cmd.Stdout, p.cmd.Stderr = &p.said, &p.said
 	if err := p.cmd.Start(); err != nil {
@@ -236,6 +244,7 @@ func TestStop(t *testing.T) {
 		answer bool
 	}{{"TERM, and Vault answers", syscall.SIGTERM, true}, {"INT, and Vault does not", syscall.SIGINT, false}} {
 		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
 			s := newStopping(t)
 			follow := make(chan error, 1)
 			streams, err := client.New(client.Config{Address: s.address,
@@ -297,6 +306,7 @@ func TestStop(t *testing.T) {
 
 // TestStopTwice sends a second signal while the broker waits for a step.
 func TestStopTwice(t *testing.T) {
+	t.Parallel()
 	s := newStopping(t)
 	s.broker.signal(syscall.SIGTERM)
 	s.broker.says("stopping: no new steps")
@@ -308,17 +318,18 @@ func TestStopTwice(t *testing.T) {
 
 // TestStopDev ends `pawl dev` and `pawl demo` early. Nothing of them stays.
 func TestStopDev(t *testing.T) {
+	t.Parallel()
 	parts.NeedVault(t)
-	t.Setenv("TMPDIR", t.TempDir())
+	temporary := []string{"TMPDIR=" + t.TempDir()}
 	for _, signal := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
-		p := run(t, "dev", "--no-postgres")
+		p := startProgram(t, temporary, "dev", "--no-postgres")
 		p.says("ready; interrupt to stop")
 		p.signal(signal)
 		if how := p.ends(); how != "exit status 0" {
 			t.Errorf("pawl dev ended with %s after %v, want status 0:\n%s", how, signal, p.said.String())
 		}
 	}
-	p := run(t, "demo", "--no-postgres", "--timeline", "")
+	p := startProgram(t, temporary, "demo", "--no-postgres", "--timeline", "")
 	p.says("pawl: starting the broker")
 	p.signal(syscall.SIGTERM)
 	if how := p.ends(); how != "exit status 1" {

@@ -17,6 +17,7 @@ import (
 // TestVaultPlanForEachLogin prints the plan for each kind of login. It has the auth method of vault.auth at vault.mount, and
 // no other.
 func TestVaultPlanForEachLogin(t *testing.T) {
+	t.Parallel()
 	dir, err := os.MkdirTemp("", "pawl") // t.TempDir is too long for a socket's path
 	if err != nil {
 		t.Fatal(err)

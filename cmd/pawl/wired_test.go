@@ -38,6 +38,7 @@ import (
 // TLS, and the agent's chain is fenced. The operator gets the signed report, the checkpoint and the metrics
 // over the local socket.
 func TestWired(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	dir, err := os.MkdirTemp("", "pawl") // t.TempDir is too long for a socket's path
 	if err != nil {
