@@ -43,7 +43,7 @@ type Config struct {
 	SweepEvery time.Duration // between two sweeps for orphans; zero means 1 min, negative never
 	Workers    int           // concurrent kills for each backend; zero means 8
 
-	Mints        int                // steps of one backend that run at a time; zero means 16
+	Mints        int                // steps of one backend that run at a time; zero means 64
 	WaitingMints int                // steps of one caller that wait for that; zero means 64
 	Refusals     int                // of one caller recorded one by one a minute; zero means 60
 	Refused      func(limit string) // is called for each request that a limit refuses; nil means no call

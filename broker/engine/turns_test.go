@@ -47,8 +47,8 @@ func TestManyStepsOfOneCaller(t *testing.T) {
 			})
 		}
 		synctest.Wait()
-		if refused != 200-16-64 {
-			t.Errorf("%d steps were refused, want all but 16 that run and 64 that wait", refused)
+		if refused != 200-64-64 {
+			t.Errorf("%d steps were refused, want all but 64 that run and 64 that wait", refused)
 		}
 		step := func(tool broker.ToolName) (waited time.Duration) {
 			began := time.Now()

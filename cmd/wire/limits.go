@@ -25,7 +25,7 @@ type Limits struct {
 	Streams        int `yaml:"streams"` // open event streams of an agent; zero: 50
 	// request bodies of a caller that are arriving, and of all clients without identity together; zero: 32
 	Bodies int `yaml:"bodies"`
-	// steps of one backend that run at a time; the callers whose steps wait for it take turns; zero: 16
+	// steps of one backend that run at a time; the callers whose steps wait for it take turns; zero: 64
 	Mints        int `yaml:"mints"`
 	WaitingMints int `yaml:"waiting_mints"` // steps of a caller that wait for their turn; zero: 64
 	// refusals of a caller that are recorded one by one in a minute; the others are counted in one entry; zero: 60
@@ -43,7 +43,7 @@ func (l Limits) orDefaults() Limits {
 	l.Introspections = cmp.Or(l.Introspections, 2000)
 	l.Streams = cmp.Or(l.Streams, 50)
 	l.Bodies = cmp.Or(l.Bodies, 32)
-	l.Mints = cmp.Or(l.Mints, 16)
+	l.Mints = cmp.Or(l.Mints, 64)
 	l.WaitingMints = cmp.Or(l.WaitingMints, 64)
 	l.Refusals = cmp.Or(l.Refusals, 60)
 	l.LedgerPerDay = cmp.Or(l.LedgerPerDay, 2_000_000_000)

@@ -16,7 +16,7 @@ import (
 // wait for that backend get the next place in rounds: a caller with many steps waits for itself. A backend that hangs
 // holds up its own steps only. A restart loses the steps that wait, and nothing was recorded for them.
 type Turns struct {
-	AtOnce  int           // steps of one backend that run at a time; zero means 16
+	AtOnce  int           // steps of one backend that run at a time; zero means 64
 	Each    int           // steps of one caller that wait; zero means 64
 	Longest time.Duration // that a step waits
 	Refused func()        // is called for each step that Each refuses; nil means no call
@@ -53,7 +53,7 @@ func (t *Turns) Take(ctx context.Context, backend string, caller spiffeid.ID) (d
 		t.backends[backend] = b
 	}
 	done = func() { t.done(backend, b) }
-	if b.running < cmp.Or(t.AtOnce, 16) {
+	if b.running < cmp.Or(t.AtOnce, 64) {
 		b.running++
 		t.mu.Unlock()
 		return done, nil
