@@ -270,18 +270,7 @@ func TestIndexIsAdded(t *testing.T) {
 		}
 		synctest.Wait()
 		w.Stop()
-		want := indexKeys(t, w.ledger)
-		if err := w.ledger.Update(ctx, func(tx broker.Tx) error {
-			for _, key := range want {
-				if err := tx.Put(key, nil); err != nil {
-					return err
-				}
-			}
-			_, err := tx.Append(broker.Entry{Op: broker.OpResume})
-			return err
-		}); err != nil {
-			t.Fatal(err)
-		}
+		want := w.dropIndex()
 		w.start(w.ledger)
 		s := selecting(t, "spiffe:spiffe://example.org/* or tool:note")
 		before, err := w.Plan(ctx, responder, s)
@@ -306,6 +295,86 @@ func TestIndexIsAdded(t *testing.T) {
 }
 
 // indexKeys lists the keys of the index.
+// lateIndex commits the first keys of the index only once a view has begun, and that view reads only once the index is
+// complete.
+type lateIndex struct {
+	*brokertest.Memory
+	armed atomic.Bool
+	begun chan struct{}
+}
+
+type indexingTx struct {
+	broker.Tx
+	indexes *bool
+}
+
+func (tx indexingTx) Put(key string, value []byte) error {
+	*tx.indexes = *tx.indexes || strings.HasPrefix(key, "o/")
+	return tx.Tx.Put(key, value)
+}
+
+func (l *lateIndex) Update(ctx context.Context, f func(broker.Tx) error) error {
+	return l.Memory.Update(ctx, func(tx broker.Tx) error {
+		indexes := false
+		err := f(indexingTx{tx, &indexes})
+		if indexes {
+			<-l.begun
+		}
+		return err
+	})
+}
+
+func (l *lateIndex) View(ctx context.Context, f func(broker.Tx) error) error {
+	return l.Memory.View(ctx, func(tx broker.Tx) error {
+		if l.armed.CompareAndSwap(true, false) {
+			close(l.begun)
+			synctest.Wait()
+		}
+		return f(tx)
+	})
+}
+
+// TestIndexIsNewerThanAView completes the index after a plan's view has begun. The view cannot see the index, so the plan
+// must not use it.
+func TestIndexIsNewerThanAView(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.open("a", broker.OpenRequest{})
+		synctest.Wait()
+		w.Stop()
+		w.dropIndex()
+		l := &lateIndex{Memory: w.ledger, begun: make(chan struct{})}
+		w.start(l)
+		synctest.Wait()
+		l.armed.Store(true)
+		if p, err := w.Plan(ctx, responder, selecting(t, "spiffe:spiffe://example.org/a")); err != nil || p.Chains != 1 {
+			t.Errorf("Plan beside the end of the indexing = %+v, %v; want the open chain", p, err)
+		}
+		l.armed.Store(false)
+		if p, err := w.Plan(ctx, responder, selecting(t, "spiffe:spiffe://example.org/a")); err != nil || p.Chains != 1 {
+			t.Errorf("Plan with the index = %+v, %v; want the open chain", p, err)
+		}
+	})
+}
+
+// dropIndex leaves the ledger as an earlier build does, and returns the keys that it had.
+func (w *world) dropIndex() []string {
+	w.t.Helper()
+	keys := indexKeys(w.t, w.ledger)
+	if err := w.ledger.Update(ctx, func(tx broker.Tx) error {
+		for _, key := range keys {
+			if err := tx.Put(key, nil); err != nil {
+				return err
+			}
+		}
+		_, err := tx.Append(broker.Entry{Op: broker.OpResume})
+		return err
+	}); err != nil {
+		w.t.Fatal(err)
+	}
+	return keys
+}
+
 func indexKeys(t *testing.T, l broker.Ledger) (list []string) {
 	t.Helper()
 	if err := l.View(ctx, func(tx broker.Tx) error {

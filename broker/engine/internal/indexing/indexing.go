@@ -74,8 +74,13 @@ func (x Index) complete(ctx context.Context) error {
 			return err
 		}
 	}
-	x.Cache.SetIndexed()
-	return nil
+	return x.View(ctx, "index", func(tx *records.Tx) error {
+		head, err := tx.Head()
+		if err == nil {
+			x.Cache.SetIndexed(head)
+		}
+		return err
+	})
 }
 
 // Retire takes chains out of the index that have ended.

@@ -177,8 +177,9 @@ func (t *Tx) Places(rv broker.Revocation, open time.Time, policy broker.Policy) 
 		g, _, err := t.Grant(rv.Grant)
 		p.put(g.Chain)
 		return p.list, err
-	case !t.cache.indexed.Load():
-		return Everywhere, nil
+	}
+	if indexed, err := t.hasIndex(); err != nil || !indexed {
+		return Everywhere, err
 	}
 	s, err := selector.ParseRecorded(rv.Selector)
 	if err != nil {
@@ -466,5 +467,15 @@ func (t *Tx) ToIndex(now time.Time) ([]broker.ChainID, error) {
 	return p.list, cmp.Or(err, p.withGrants(prefixLive), p.withGrants(prefixStatic))
 }
 
-// SetIndexed says that the index lists all that it must: from now on it is used.
-func (c *Cache) SetIndexed() { c.indexed.Store(true) }
+// SetIndexed says that the index lists all that it must from a revision on.
+func (c *Cache) SetIndexed(from broker.Revision) { c.indexed.Store(uint64(from) + 1) }
+
+// hasIndex reports whether the transaction sees a complete index. One that began before the index was complete does not.
+func (t *Tx) hasIndex() (bool, error) {
+	from := t.cache.indexed.Load()
+	if from == 0 {
+		return false, nil
+	}
+	head, err := t.Head()
+	return uint64(head)+1 >= from, err
+}

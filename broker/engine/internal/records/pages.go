@@ -18,7 +18,9 @@ const mostPassed = 1000
 // Chains lists chains, the newest first: all, or those that are open or have live grants.
 func (t *Tx) Chains(all bool, now time.Time, p broker.Page) (list []broker.ChainSummary, next string, err error) {
 	prefix := prefixChain
-	if !all && t.cache.indexed.Load() {
+	if indexed, err := t.hasIndex(); err != nil {
+		return nil, "", err
+	} else if !all && indexed {
 		prefix = keyOpen("")
 	}
 	for passed := 0; ; {

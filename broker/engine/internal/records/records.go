@@ -19,7 +19,7 @@ type Cache struct {
 	usages      decoded[Usage]
 	rules       ruleCache
 
-	indexed atomic.Bool // the index lists all that it must: see index.go
+	indexed atomic.Uint64 // one more than the revision from which on the index lists all that it must; 0: it does not yet
 }
 
 // Tx is one transaction of the ledger. The records that it returns may be shared and must not be changed in place. One
