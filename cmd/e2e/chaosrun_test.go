@@ -190,8 +190,9 @@ func (r *run) play() {
 	r.step(part)
 	other := r.open("stranger")
 	r.step(other)
-	r.again("looking", func(ctx context.Context) error { _, err := w.operator().Chains(ctx, true); return err })
-	w.known()
+	var grants []api.GrantRecord
+	r.again("looking", func(context.Context) (err error) { grants, err = w.readGrants(); return err })
+	w.known(grants)
 	r.violate(other)
 	r.refuses(other, "stranger")
 	r.revoke(root)

@@ -151,7 +151,7 @@ func killAt(t *testing.T, w *world, point string) {
 	p.gone(t)
 
 	p = startProcess(t, w.file)
-	w.known()
+	w.known(w.grants())
 	played.continues(ctx)
 	w.allClosed(stepTTL + 3*bound)
 	played.exhausts(ctx)
