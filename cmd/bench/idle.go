@@ -59,6 +59,7 @@ func (b *bench) coldStart(ctx context.Context) error {
 		return err
 	}
 	c.Listen.Socket, c.Ledger = filepath.Join(dir, "s"), filepath.Join(dir, "ledger.db")
+	c.Listen.Operators = "" // the other broker has the address
 	for name, backend := range c.Backends {
 		if backend.KRL != "" {
 			backend.KRL = filepath.Join(dir, "krl")
