@@ -34,6 +34,8 @@ func certificate(source x509svid.Source) (*tls.Certificate, error) {
 
 func jwtFor(svids *svidSource, audience string) func(context.Context) (string, error) {
 	return func(ctx context.Context) (string, error) {
+		ctx, cancel := context.WithTimeout(ctx, identityWait) // a Workload API that hangs must not hold up the report of that
+		defer cancel()
 		svids.await(ctx)         // otherwise the first login of a start may be too early
 		if svids.id().IsZero() { // without a subject the Workload API gives the first of several
 			_, err := svids.GetX509SVID()

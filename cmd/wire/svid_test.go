@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -104,6 +105,22 @@ func TestFirstToken(t *testing.T) {
 	if a := <-got; a.err != nil || a.token == "" {
 		t.Errorf("a token after the first identity = %q, %v", a.token, a.err)
 	}
+}
+
+// TestTokenWithoutWorkloadAPI asks for a JWT-SVID of a Workload API that never answers. The login must end and be
+// reported, so the wait has a bound.
+func TestTokenWithoutWorkloadAPI(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		token, _, err := wire.Tokens(wire.Config{WorkloadAPI: "unix:///nowhere.sock"}, "vault")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		if _, err := token(ctx); err == nil || ctx.Err() != nil {
+			t.Errorf("a token without an identity = %v, after a minute: %v; want an error before", err, ctx.Err())
+		}
+	})
 }
 
 // TestOwnIdentityWithSPIRE adds the entry of another team to a real SPIRE while the broker runs, in each way of choosing.
