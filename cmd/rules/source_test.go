@@ -81,7 +81,7 @@ func findings(file string, source []byte) (found []string) {
 		name := s.Sel.Name
 		switch {
 		case name == "Reveal" && !isTest && !in(reveals, file):
-			say(s.Pos(), "Reveal: a secret is opened in the API's encoder and nowhere else")
+			say(s.Pos(), "Reveal: a secret is opened only where it goes to its recipient: add the file to reveals, with the reason")
 		case (name == "Skip" || name == "Skipf" || name == "SkipNow") && !in(skips, file):
 			say(s.Pos(), "%s: call cmd/parts, so that PAWL_REQUIRE can make the missing part a failure", name)
 		case of == nil || of.Name != "time":

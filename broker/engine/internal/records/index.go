@@ -16,7 +16,8 @@ import (
 // keepEnded after its end, and for as long as one of its static secrets works.
 //
 // The index may list too much, never too little. So each chain that it finds is read and tested like any other. It is
-// not used before Reindex has compared it with the chains: an earlier build wrote none, and may have run in between.
+// not used before it was compared with the chains: an earlier build wrote none, and may have run in between. Nor does a
+// transaction use it that began before: see hasIndex.
 
 // keepEnded is how long the terms of a chain are listed after its end. A revocation of that time finds the delegations
 // that were open at its fence.
