@@ -1,0 +1,69 @@
+package model_test
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/pawlsec/pawl/broker/engine/internal/model"
+)
+
+// alone are the configurations with one issue, crashes and failed writes.
+func alone() (list []model.Machine) {
+	for _, known := range []bool{true, false} {
+		for _, leased := range []bool{true, false} {
+			list = append(list, model.Machine{Grants: 1, Crashes: 2, Failures: 2, Known: known, Leased: leased})
+		}
+	}
+	return list
+}
+
+// TestPromisesHold checks the promises in every state of every configuration.
+func TestPromisesHold(t *testing.T) {
+	for _, m := range append(alone(),
+		model.Machine{Grants: 2, Crashes: 1, Known: true, Leased: true},
+		model.Machine{Grants: 2, Crashes: 1, Known: true}) {
+		states, broken := m.Check()
+		t.Logf("%+v: %d states", m, states)
+		if broken != nil {
+			t.Errorf("%+v: %v", m, broken)
+		}
+		if states < 1000 {
+			t.Errorf("%+v has %d states, want 1,000 or more: some moves are missing", m, states)
+		}
+	}
+}
+
+// TestFaultsAreFound holds that the search can fail: it finds the broken promise of each fault.
+func TestFaultsAreFound(t *testing.T) {
+	for name, row := range map[string]struct {
+		fault   model.Fault
+		promise string
+	}{
+		"ISSUED passes a fence":             {model.IssuedPasses, "handed out after the fence's acknowledgement"},
+		"a fence is acknowledged too early": {model.EarlyAnswer, "an acknowledged fence is not durable"},
+		"a mint is sent too early":          {model.EarlyMint, "that the ledger does not know"},
+		"HANDLE's latest end is too early":  {model.ShortEnd, "outlives the latest end"},
+		"a HANDLE is closed too early":      {model.EarlyClose, "whose grant is CLOSED"},
+		"its life is forgotten":             {model.CloseAtDeadline, "whose grant is CLOSED"},
+		"a failed write is ignored":         {model.FailureIgnored, "nothing ends it"},
+		"a checkpoint is ahead of the disk": {model.SignsOrdered, "a signed entry of the log was lost"},
+		"the disk changes the order":        {model.Reordered, "is not durable with it"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			found := ""
+			for _, m := range alone() {
+				m.Fault = row.fault
+				if _, broken := m.Check(); broken != nil {
+					found = broken.Error()
+					if !strings.Contains(broken.Promise, row.promise) {
+						t.Errorf("%+v: found %q, want %q", m, broken.Promise, row.promise)
+					}
+				}
+			}
+			if found == "" {
+				t.Fatalf("no broken promise was found, want %q", row.promise)
+			}
+			t.Log(found)
+		})
+	}
+}

@@ -1,0 +1,231 @@
+package model
+
+// moves calls visit with each move that the state allows, and the state after it.
+func (m Machine) moves(s state, visit func(move, state)) {
+	for i := range m.Grants {
+		m.issue(s, i, visit)
+		m.vault(s, i, visit)
+		m.end(s, i, visit)
+	}
+	m.revoke(s, visit)
+	m.disk(s, visit)
+	m.time(s, visit)
+}
+
+// issue is steps 2 to 7 of one issue.
+func (m Machine) issue(s state, i int, visit func(move, state)) {
+	seen, g := s.visible(), s.steps[i]
+	if g.at == idle && i > 0 && s.steps[i-1].at == idle {
+		return // issues are alike: the first begins first
+	}
+	to := func(what string, next at, writes ...record) {
+		if len(writes) > 0 && !s.canWrite() {
+			return
+		}
+		t := s
+		t.steps[i].at = next
+		for _, w := range writes {
+			t.order(write{grant: uint8(i), to: w})
+		}
+		if next == recording {
+			t.steps[i].begun = s.now
+		}
+		visit(move{what, i}, t)
+	}
+	withHandle := record{handle, s.now + mintTimeout + mintBound, s.now + mintTimeout + mintBound + life}
+	if m.Fault == ShortEnd {
+		withHandle.end = s.now + life
+	}
+	switch {
+	case g.at == idle && !seen.fence && m.Known:
+		to("INTENT and HANDLE are ordered", recording, withHandle)
+	case g.at == idle && !seen.fence:
+		to("INTENT is ordered", intending, record{phase: intent})
+	case g.at == intending && s.durable.grants[i].phase == intent:
+		to("INTENT is durable", intended)
+	case g.at == intended && seen.fence:
+		to("refused as fenced", refused)
+	case g.at == intended:
+		to("HANDLE is ordered", recording, withHandle)
+	case g.at == recording && s.now > g.begun+mintTimeout:
+		to("refused: recording took too long", refused)
+	case g.at == recording && (s.durable.grants[i].phase == handle || m.Fault == EarlyMint):
+		t := s
+		t.steps[i].at, t.steps[i].request = sent, true
+		visit(move{"the mint is sent", i}, t)
+	case g.at == sent && s.now > g.begun+mintTimeout:
+		to("the mint's answer did not come", refused)
+	case g.at == answered && (seen.fence || seen.grants[i].phase == closed || s.stopped):
+		to("refused as fenced", refused)
+	case g.at == answered && m.Fault == IssuedPasses:
+		to("no fence is found", checked)
+	case (g.at == answered || g.at == checked) && s.canWrite():
+		t := s
+		t.order(write{grant: uint8(i), to: record{issued, seen.grants[i].mintBy, g.end}})
+		t.steps[i].at, t.steps[i].held = done, true
+		t.late = t.late || s.fence == acknowledged
+		visit(move{"ISSUED is ordered, and the secret handed over", i}, t)
+	}
+}
+
+// vault carries a mint out, or not. The worst case counts: it does so also after the token was killed.
+func (m Machine) vault(s state, i int, visit func(move, state)) {
+	if !s.steps[i].request {
+		return
+	}
+	t := s
+	g := &t.steps[i]
+	g.request, g.alive, g.end = false, true, s.now+life
+	lost := t
+	if g.at == sent {
+		g.at, lost.steps[i].at = answered, refused
+		visit(move{"Vault mints, and its answer is lost", i}, lost)
+	}
+	visit(move{"Vault mints", i}, t)
+	t = s
+	t.steps[i].request = false
+	if s.steps[i].at == sent {
+		t.steps[i].at = refused
+	}
+	visit(move{"Vault refuses the mint", i}, t)
+}
+
+// end is the reaper: it kills a secret that must end, and closes the grant of a dead one.
+func (m Machine) end(s state, i int, visit func(move, state)) {
+	seen, g := s.visible(), s.steps[i]
+	r := seen.grants[i]
+	if r.phase == none || r.phase == closed {
+		return
+	}
+	abandoned := r.phase != issued && !g.at.issuing()
+	if !seen.fence && !g.ending && !abandoned && s.now <= r.end {
+		return
+	}
+	if m.Leased && g.alive && r.phase != intent {
+		t := s
+		t.steps[i].alive = false
+		visit(move{"its token is killed", i}, t)
+	}
+	dead := s.now > r.end // of a secret without a lease; nothing else shows it
+	if m.Leased {
+		dead = !g.alive
+	}
+	switch {
+	case g.at.issuing() || !s.canWrite():
+		return
+	case r.phase == intent: // nothing was minted
+	case r.phase == handle && s.now <= r.mintBy && m.Fault != EarlyClose:
+		return
+	case r.phase == handle && m.Fault == CloseAtDeadline:
+	case !dead:
+		return
+	}
+	t := s
+	t.order(write{grant: uint8(i), to: record{closed, r.mintBy, r.end}})
+	t.steps[i].ending = false
+	visit(move{"CLOSED is ordered", i}, t)
+}
+
+// revoke is an operator's fence over all grants.
+func (m Machine) revoke(s state, visit func(move, state)) {
+	switch {
+	case s.fence == unasked && s.canWrite():
+		t := s
+		for i, g := range s.steps {
+			if g.held && s.visible().grants[i].phase == issued {
+				t.owed |= 1 << i
+			}
+		}
+		t.order(write{fence: true})
+		t.fence = asked
+		visit(move{"the fence is ordered", -1}, t)
+	case s.fence == asked && (s.durable.fence || m.Fault == EarlyAnswer):
+		t := s
+		t.fence = acknowledged
+		visit(move{"the fence is acknowledged", -1}, t)
+	}
+}
+
+// disk makes writes durable, fails, or loses them with the process.
+func (m Machine) disk(s state, visit func(move, state)) {
+	t := s
+	for range s.n {
+		t.take(0)
+		visit(move{"writes become durable, the oldest first", -1}, t)
+	}
+	if m.Fault == Reordered {
+		for i := uint8(1); i < s.n; i++ {
+			t = s
+			t.take(i)
+			visit(move{"a later write becomes durable alone", -1}, t)
+		}
+	}
+	if m.Fault == SignsOrdered && s.signed < s.n {
+		t = s
+		t.signed = s.n
+		visit(move{"a checkpoint is signed", -1}, t)
+	}
+	if int(s.crashes) < m.Crashes {
+		visit(move{"crash; what was not durable is lost; resume", -1}, s.crashed())
+	}
+	if int(s.failures) < m.Failures && s.n > 0 {
+		t = m.failed(s)
+		t.drop()
+		visit(move{"a write fails, and nothing of it is left", -1}, t)
+		t = m.failed(s)
+		for range s.n {
+			t.take(0)
+		}
+		t.stopped = true
+		visit(move{"a write fails, although it is on the disk", -1}, t)
+	}
+}
+
+// crashed is the state of the next process, which has resumed. It ends each grant that is not ISSUED.
+func (s state) crashed() state {
+	s.drop()
+	for i := range s.steps {
+		if s.steps[i].at != idle {
+			s.steps[i].at = gone
+		}
+		s.steps[i].ending = false
+	}
+	if s.fence == asked { // without an answer the operator asks again
+		s.fence, s.owed = unasked, 0
+	}
+	s.stopped = false
+	s.crashes++
+	return s
+}
+
+// failed is how the process takes the failure of everything that is not durable. The log is as before.
+func (m Machine) failed(s state) state {
+	for _, w := range s.log[:s.n] {
+		g := &s.steps[w.grant]
+		switch {
+		case w.fence && s.fence == asked:
+			s.fence, s.owed = unasked, 0
+		case w.fence:
+		case g.at == intending || g.at == recording:
+			g.at = refused
+		case g.at == done && w.to.phase == issued && m.Fault != FailureIgnored:
+			g.ending = true
+		}
+	}
+	s.failures++
+	return s
+}
+
+// time passes. Secrets reach their end, and Vault works on no request for ever.
+func (m Machine) time(s state, visit func(move, state)) {
+	if s.now >= lastTick {
+		return
+	}
+	s.now++
+	for i := range s.steps {
+		g := &s.steps[i]
+		g.alive = g.alive && g.end >= s.now
+		g.request = g.request && s.now <= g.begun+mintTimeout+mintBound
+	}
+	visit(move{"time passes", -1}, s)
+}
