@@ -20,12 +20,26 @@ type Ledger interface {
 	// the store the outcome is unknown, and only a new read can tell. A transaction that puts a record and appends no
 	// entry is refused. f may run more than once.
 	Update(ctx context.Context, f func(Tx) error) error
-	// View runs f on a consistent snapshot. The snapshot is not older than the last Update that returned before the
-	// call. Put and Append fail inside View.
+	// Order is [Ledger.Update] that does not wait until f's changes are durable. When Order returns nil, they have their
+	// place among all others, and every later transaction sees them. They are durable with the next Update that changes
+	// something and returns nil, and within [MaxOrderDelay] on a store that works. A crash before that loses them,
+	// together with all that was ordered after them.
+	//
+	// After Order has returned nil, or just before, the store calls done, once: with nil when the changes are durable,
+	// and before the Update returns that made them so. With an error when their write failed: then they are gone, or the
+	// outcome is unknown, as after an error of Update. done must not block and must not use the ledger. It is not called
+	// when Order returns an error.
+	Order(ctx context.Context, f func(Tx) error, done func(error)) error
+	// View runs f on a consistent snapshot. The snapshot is not older than the last Update or Order that returned before
+	// the call. Put and Append fail inside View.
 	View(ctx context.Context, f func(Tx) error) error
-	// Entries returns at most limit entries of the audit log after a revision, oldest first.
+	// Entries returns at most limit entries of the audit log after a revision, oldest first. It returns durable ones
+	// alone, so that an entry that is signed or sent elsewhere stays in the log.
 	Entries(ctx context.Context, after Revision, limit int) ([]Entry, error)
 }
+
+// MaxOrderDelay is how long the changes of [Ledger.Order] wait for an Update that makes them durable.
+const MaxOrderDelay = 5 * time.Millisecond
 
 // Tx is one transaction. One goroutine uses it, and only until f returns.
 type Tx interface {

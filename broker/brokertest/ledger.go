@@ -13,9 +13,9 @@ import (
 )
 
 // Ledger is the suite that every ledger must pass. open returns an empty ledger and closes it with Cleanup. reopen
-// closes the given ledger and opens its data on disk again. Without reopen, durability is not tested. If a ledger has
-// the methods Entries and Verify, the suite tests them too.
-func Ledger(t *testing.T, open func(testing.TB) broker.Ledger, reopen ...func(testing.TB, broker.Ledger) broker.Ledger) {
+// closes the given ledger and opens its data on disk again. crash opens the data that a crash at this moment would
+// leave. If a ledger has the method Verify, the suite tests it too.
+func Ledger(t *testing.T, open func(testing.TB) broker.Ledger, reopen, crash again) {
 	cases := []struct {
 		name string
 		f    func(*ledgerTest)
@@ -40,14 +40,26 @@ func Ledger(t *testing.T, open func(testing.TB) broker.Ledger, reopen ...func(te
 		{"no phantoms", testPhantom},
 		{"a view reads the last update", testViewFresh},
 		{"a view is one snapshot", testViewConsistent},
+		{"what is ordered is seen at once", testOrderSeen},
+		{"what is ordered becomes durable", testOrderDone},
+		{"what is ordered is durable with an update", testOrderWithUpdate},
+		{"an order that fails changes nothing", testOrderDiscards},
+		{"orders and updates have one order", testOrderCounter},
+		{"nothing is ordered after the fence", testOrderFence},
+		{"a view sees what was ordered, once", testOrderViews},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) { c.f(&ledgerTest{TB: t, Ledger: open(t)}) })
 	}
-	for _, again := range reopen {
-		t.Run("durable", func(t *testing.T) { testDurable(&ledgerTest{TB: t, Ledger: open(t)}, again) })
-	}
+	t.Run("durable", func(t *testing.T) { testDurable(&ledgerTest{TB: t, Ledger: open(t)}, reopen) })
+	t.Run("what was ordered is durable after a close", func(t *testing.T) {
+		testOrderDurable(&ledgerTest{TB: t, Ledger: open(t)}, reopen)
+	})
+	t.Run("a crash loses the last orders alone", func(t *testing.T) { testOrderCrash(t, open, crash) })
 }
+
+// again opens the data of a ledger again. The ledger itself is not used after that.
+type again = func(testing.TB, broker.Ledger) broker.Ledger
 
 // ledgerTest is one case with its ledger.
 type ledgerTest struct {
@@ -421,7 +433,7 @@ func (t *ledgerTest) logHolds(last broker.Revision) {
 	}
 }
 
-func testDurable(t *ledgerTest, reopen func(testing.TB, broker.Ledger) broker.Ledger) {
+func testDurable(t *ledgerTest, reopen again) {
 	big := bytes.Repeat([]byte("x"), 100_000)
 	entry := broker.Entry{At: Epoch, Actor: "test", Op: broker.OpFence, Chain: "ch", Delegation: "dl", Grant: "gr",
 		Revocation: "rv", Tool: "t", Code: broker.CodeFenced, Bundle: "b", Policies: []string{"p", "q"}, Detail: "<&>\u2028"}

@@ -1,11 +1,13 @@
 package brokertest
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/pawlsec/pawl/broker"
 )
@@ -24,18 +26,34 @@ const (
 var ErrFault = errors.New("a fault injected by the test")
 
 // Memory is a broker.Ledger in memory. Updates run one at a time on their callers' goroutines. Views run on snapshots
-// and do not wait.
+// and do not wait. Durable changes survive [Memory.Crash].
 type Memory struct {
-	// turn is held while an update runs.
+	// turn is held while an update runs, and while one becomes durable.
 	turn sync.Mutex
 
 	// mu guards the fields below. Records are replaced and entries are appended, so a snapshot of either never
 	// changes.
 	mu      sync.Mutex
-	records *record
-	entries []broker.Entry
+	now     snapshot // with the ordered changes
+	durable snapshot
+	ordered []ordered // since durable
 	fault   func(n int, entries []broker.Entry) Fault
 	commits int
+	crashed bool
+}
+
+type snapshot struct {
+	records *record
+	entries []broker.Entry
+}
+
+// clipped is a snapshot to which other entries can be appended than were.
+func (s snapshot) clipped() snapshot { return snapshot{s.records, slices.Clip(s.entries)} }
+
+// ordered is an update that is not durable.
+type ordered struct {
+	appended []broker.Entry
+	done     func(error)
 }
 
 var _ broker.Ledger = (*Memory)(nil)
@@ -43,51 +61,123 @@ var _ broker.Ledger = (*Memory)(nil)
 // NewMemory returns an empty ledger.
 func NewMemory() *Memory { return &Memory{} }
 
-// Fail lets f decide about each update that succeeded and appended an entry. n counts these updates from 1, starting
-// with this call, and entries are the appended ones. f is called by one goroutine at a time and must not use the
-// ledger. Nil: no faults.
+// Fail lets f decide about each update that succeeded and appended an entry, as it becomes durable. n counts these
+// updates from 1, starting with this call, and entries are the appended ones. f is called by one goroutine at a time and
+// must not use the ledger. Updates that become durable together fail together. Nil: no faults.
 func (m *Memory) Fail(f func(n int, entries []broker.Entry) Fault) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.fault, m.commits = f, 0
 }
 
+// Crash returns the ledger as the next process finds it: with the durable changes. m no longer changes.
+func (m *Memory) Crash() *Memory {
+	m.turn.Lock()
+	defer m.turn.Unlock()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.crashed = true
+	left := m.durable.clipped()
+	return &Memory{now: left, durable: left}
+}
+
 // Update implements broker.Ledger. f must not call Update.
 func (m *Memory) Update(ctx context.Context, f func(broker.Tx) error) error {
 	m.turn.Lock()
 	defer m.turn.Unlock()
-	if err := ctx.Err(); err != nil {
-		return fmt.Errorf("%w: %w", broker.ErrNotCommitted, err)
-	}
-	tx := m.begin()
-	if err := f(tx); err != nil {
+	tx, err := m.run(ctx, f)
+	if err != nil || tx == nil {
 		return err
-	}
-	switch {
-	case len(tx.appended) == 0 && tx.put:
-		return fmt.Errorf("%w: %w", broker.ErrNotCommitted, broker.ErrNoEntry)
-	case len(tx.appended) == 0:
-		return nil
 	}
 	return m.commit(tx)
 }
 
+// Order implements broker.Ledger. f must not call Update or Order.
+func (m *Memory) Order(ctx context.Context, f func(broker.Tx) error, done func(error)) error {
+	m.turn.Lock()
+	defer m.turn.Unlock()
+	tx, err := m.run(ctx, f)
+	if err != nil {
+		return err
+	}
+	if tx == nil {
+		done(nil)
+		return nil
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.now = snapshot{tx.records, append(tx.entries, tx.appended...)}
+	if m.ordered = append(m.ordered, ordered{tx.appended, done}); len(m.ordered) == 1 {
+		time.AfterFunc(broker.MaxOrderDelay, m.Flush)
+	}
+	return nil
+}
+
+// Flush makes the ordered changes durable.
+func (m *Memory) Flush() {
+	m.turn.Lock()
+	defer m.turn.Unlock()
+	_ = m.commit(nil) // each ordered update has been told
+}
+
+// run runs f in a transaction. It returns nil when f changed nothing.
+func (m *Memory) run(ctx context.Context, f func(broker.Tx) error) (*memoryTx, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("%w: %w", broker.ErrNotCommitted, err)
+	}
+	tx := m.begin()
+	if err := f(tx); err != nil {
+		return nil, err
+	}
+	switch {
+	case tx.crashed:
+		return nil, fmt.Errorf("%w: %w", broker.ErrNotCommitted, ErrFault)
+	case len(tx.appended) == 0 && tx.put:
+		return nil, fmt.Errorf("%w: %w", broker.ErrNotCommitted, broker.ErrNoEntry)
+	case len(tx.appended) == 0:
+		return nil, nil
+	}
+	return tx, nil
+}
+
+// commit makes the ordered changes durable, and the transaction over it, if there is one.
 func (m *Memory) commit(tx *memoryTx) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	waiting, fault := m.ordered, None
+	if m.crashed || tx == nil && len(waiting) == 0 {
+		return nil
+	}
+	m.ordered = nil
+	for _, o := range waiting {
+		fault = cmp.Or(fault, m.strikeLocked(o.appended))
+	}
+	if tx != nil {
+		fault = cmp.Or(fault, m.strikeLocked(tx.appended))
+		m.now = snapshot{tx.records, append(tx.entries, tx.appended...)}
+	}
+	var err error
+	switch fault {
+	case NotCommitted:
+		m.now, err = m.durable.clipped(), fmt.Errorf("%w: %w", broker.ErrNotCommitted, ErrFault)
+	case CommittedButFails:
+		m.durable, err = m.now, fmt.Errorf("outcome unknown: %w", ErrFault)
+	default:
+		m.durable = m.now
+	}
+	for _, o := range waiting {
+		o.done(err)
+	}
+	return err
+}
+
+// strikeLocked asks for the fault of one update.
+func (m *Memory) strikeLocked(entries []broker.Entry) Fault {
 	m.commits++
-	fault := None
-	if m.fault != nil {
-		fault = m.fault(m.commits, slices.Clone(tx.appended))
+	if m.fault == nil {
+		return None
 	}
-	if fault == NotCommitted {
-		return fmt.Errorf("%w: %w", broker.ErrNotCommitted, ErrFault)
-	}
-	m.records, m.entries = tx.records, append(m.entries, tx.appended...)
-	if fault == CommittedButFails {
-		return fmt.Errorf("outcome unknown: %w", ErrFault)
-	}
-	return nil
+	return m.fault(m.commits, slices.Clone(entries))
 }
 
 // View implements broker.Ledger.
@@ -105,7 +195,9 @@ func (m *Memory) Entries(ctx context.Context, after broker.Revision, limit int) 
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	all := m.begin().entries
+	m.mu.Lock()
+	all := m.durable.entries
+	m.mu.Unlock()
 	all = all[min(uint64(after), uint64(len(all))):]
 	return slices.Clone(all[:max(0, min(limit, len(all)))]), nil
 }
@@ -113,7 +205,7 @@ func (m *Memory) Entries(ctx context.Context, after broker.Revision, limit int) 
 func (m *Memory) begin() *memoryTx {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return &memoryTx{records: m.records, entries: m.entries}
+	return &memoryTx{records: m.now.records, entries: m.now.entries, crashed: m.crashed}
 }
 
 // Head implements broker.Tx.
@@ -128,6 +220,7 @@ type memoryTx struct {
 	appended []broker.Entry
 	put      bool
 	readOnly bool
+	crashed  bool // the ledger takes nothing more
 }
 
 var errReadOnly = errors.New("a view is read-only")

@@ -71,9 +71,17 @@ type faultyLedger struct {
 }
 
 func (l faultyLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
+	return l.write(f, func(f func(broker.Tx) error) error { return l.Ledger.Update(ctx, f) })
+}
+
+func (l faultyLedger) Order(ctx context.Context, f func(broker.Tx) error, done func(error)) error {
+	return l.write(f, func(f func(broker.Tx) error) error { return l.Ledger.Order(ctx, f, done) })
+}
+
+func (l faultyLedger) write(f func(broker.Tx) error, write func(func(broker.Tx) error) error) error {
 	var what string
 	var refused error // permanent: a ledger may run f again
-	err := l.Ledger.Update(ctx, func(tx broker.Tx) error {
+	err := write(func(tx broker.Tx) error {
 		noting := &notingTx{Tx: tx}
 		if err := f(noting); err != nil {
 			return err

@@ -295,8 +295,18 @@ type counted struct {
 
 // Update implements [broker.Ledger].
 func (l counted) Update(ctx context.Context, f func(broker.Tx) error) error {
+	return l.count(f, func(f func(broker.Tx) error) error { return l.Ledger.Update(ctx, f) })
+}
+
+// Order implements [broker.Ledger].
+func (l counted) Order(ctx context.Context, f func(broker.Tx) error, done func(error)) error {
+	return l.count(f, func(f func(broker.Tx) error) error { return l.Ledger.Order(ctx, f, done) })
+}
+
+// count counts what f does in a transaction of write.
+func (l counted) count(f func(broker.Tx) error, write func(func(broker.Tx) error) error) error {
 	var counts countedTx
-	err := l.Ledger.Update(ctx, func(tx broker.Tx) error {
+	err := write(func(tx broker.Tx) error {
 		counts = countedTx{Tx: tx, entries: counts.entries[:0]} // the ledger may call this again
 		return f(&counts)
 	})

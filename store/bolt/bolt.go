@@ -2,7 +2,11 @@
 //
 // Updates wait in a queue. One goroutine takes all that wait and runs them in order, each on the result of the ones
 // before it. It commits them together in one bbolt transaction with one sync. A failed update does not affect the
-// others. There is no timer: a commit starts as soon as the previous one ends.
+// others. A commit starts as soon as the previous one ends.
+//
+// What [Ledger.Order] takes waits in memory for the next of these commits, or for one of its own after a few
+// milliseconds. Views and updates read it there. So a process that is killed loses it, as a power failure does, and the
+// file has at every moment a beginning of the order.
 //
 // The file detects damage. Every record has a digest, the audit log is a chain of digests, and the head has the count
 // and the checksum of both. The whole file is read before any of it is trusted, and a truncated or changed file is
@@ -83,9 +87,11 @@ type Ledger struct {
 	fault func(stage) error
 
 	// Owned by the writer goroutine.
-	head    head
+	head    head // with the ordered changes
 	reserve reserve
 	journal *journal.File
+	waiting []func(error) // to be called when the ordered changes are durable, or lost
+	oldest  time.Time     // when the first of them was ordered
 
 	stopped atomic.Pointer[error] // the reason why nothing is written; nil while the ledger runs
 	full    atomic.Bool           // the reserve was released
@@ -100,7 +106,7 @@ type Ledger struct {
 	// state guards the file that is read, and the updates that are not in it.
 	state   sync.RWMutex
 	db      *bbolt.DB // read only until the check has passed
-	pending *pending  // nil from then on
+	pending *pending  // until then the updates beside the file; from then on the ordered changes, or nil
 
 	// mu guards the queue.
 	mu     sync.Mutex

@@ -1,7 +1,9 @@
 package bolt_test
 
 import (
+	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"github.com/pawlsec/pawl/broker"
@@ -11,9 +13,18 @@ import (
 
 func TestLedger(t *testing.T) {
 	paths := map[broker.Ledger]string{}
+	var writing sync.Mutex // held while a file is copied: bbolt writes nothing before a commit
 	open := func(t testing.TB, path string) broker.Ledger {
 		t.Helper()
-		l := mustOpen(t, bolt.Config{Path: path, Reserve: -1})
+		l := mustOpen(t, bolt.WithFault(bolt.Config{Path: path, Reserve: -1}, func(at bolt.Stage) error {
+			switch at {
+			case bolt.BeforeCommit:
+				writing.Lock()
+			case bolt.AfterCommit:
+				writing.Unlock()
+			}
+			return nil
+		}))
 		paths[l] = path
 		return l
 	}
@@ -24,6 +35,19 @@ func TestLedger(t *testing.T) {
 				t.Fatalf("Close = %v, want nil", err)
 			}
 			return open(t, paths[l])
+		},
+		func(t testing.TB, l broker.Ledger) broker.Ledger {
+			writing.Lock()
+			left, err := os.ReadFile(paths[l])
+			writing.Unlock()
+			path := filepath.Join(t.TempDir(), "ledger")
+			if err == nil {
+				err = os.WriteFile(path, left, 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			return open(t, path)
 		})
 }
 

@@ -171,7 +171,7 @@ func checkRecord(key, stored []byte) error {
 	return nil
 }
 
-// Entries returns up to limit entries of the audit log with a revision greater than after.
+// Entries returns up to limit durable entries of the audit log with a revision greater than after.
 func (l *Ledger) Entries(ctx context.Context, after broker.Revision, limit int) (list []broker.Entry, err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -200,7 +200,7 @@ func (l *Ledger) Entries(ctx context.Context, after broker.Revision, limit int) 
 			}
 			return nil
 		})
-		if err != nil || p == nil {
+		if err != nil || p.isOrdered() { // ordered changes are not durable
 			return err
 		}
 		for i, stored := range p.entries {

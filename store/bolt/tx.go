@@ -141,7 +141,7 @@ func (c *cursor) move(next func() (k, v []byte)) error {
 		if c.k, c.v = next(); len(c.k) > bbolt.MaxKeySize {
 			return fmt.Errorf("%w: a key has %d bytes", ErrDamaged, len(c.k))
 		}
-		if c.pending != nil {
+		if !c.pending.isOrdered() {
 			c.k = bytes.Clone(c.k) // a key that is outside the file fails here
 		}
 		return nil
@@ -324,12 +324,17 @@ func (t *tx) old(key string) (stored []byte, err error) {
 	})
 }
 
-// pending has the updates of the time in which the ledger's file is checked. A file that may be damaged is only read:
-// these updates are kept in a file of their own, and written to the ledger when the check has passed. If it fails, they
-// stay there, and the damaged file is left as it is.
+// pending has the updates that are not in the ledger's file. There are two kinds, never at the same time.
+//
+// Those of the time in which the file is checked: one that may be damaged is only read, so they are kept in a file of
+// their own, and written to the ledger when the check has passed. If it fails, they stay there, and the damaged file is
+// left as it is.
+//
+// Those that are ordered and not durable (ordered is set): they are in memory alone until the next commit.
 //
 // A pending is immutable. Each commit makes another one, so that a View keeps its snapshot.
 type pending struct {
+	ordered bool
 	from    head              // of the ledger's file
 	head    head              // with these updates
 	puts    map[string][]byte // in stored form; nil: deleted
@@ -338,13 +343,17 @@ type pending struct {
 
 // clone returns a copy that can be changed.
 func (p *pending) clone() *pending {
-	return &pending{from: p.from, head: p.head, puts: maps.Clone(p.puts), entries: p.entries[:len(p.entries):len(p.entries)]}
+	return &pending{ordered: p.ordered, from: p.from, head: p.head, puts: maps.Clone(p.puts),
+		entries: p.entries[:len(p.entries):len(p.entries)]}
 }
 
+// isOrdered reports whether the file was checked: all that is pending, if anything, is ordered.
+func (p *pending) isOrdered() bool { return p == nil || p.ordered }
+
 // guard runs f, which reads a file that was not checked. A page that leads bbolt out of the file is an error, not the end
-// of the process. For a nil p the check has passed.
+// of the process.
 func (p *pending) guard(f func() error) (err error) {
-	if p == nil {
+	if p.isOrdered() {
 		return f()
 	}
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
@@ -424,23 +433,34 @@ func (p *pending) fold(db *bbolt.DB) error {
 		return nil
 	}
 	return db.Update(func(btx *bbolt.Tx) error {
-		records, log := btx.Bucket(bucketRecords), btx.Bucket(bucketLog)
-		for key, stored := range p.puts {
-			var err error
-			if stored == nil {
-				err = records.Delete([]byte(key))
-			} else {
-				err = records.Put([]byte(key), stored)
-			}
-			if err != nil {
-				return err
-			}
-		}
-		for i, stored := range p.entries {
-			if err := log.Put(logKey(p.from.revision+broker.Revision(i)+1), stored); err != nil {
-				return err
-			}
+		if err := p.foldInto(btx); err != nil {
+			return err
 		}
 		return btx.Bucket(bucketMeta).Put(keyHead, p.head.encode())
 	})
+}
+
+// foldInto puts the pending updates into a transaction, but for the head.
+func (p *pending) foldInto(btx *bbolt.Tx) error {
+	if p == nil {
+		return nil
+	}
+	records, log := btx.Bucket(bucketRecords), btx.Bucket(bucketLog)
+	for key, stored := range p.puts {
+		var err error
+		if stored == nil {
+			err = records.Delete([]byte(key))
+		} else {
+			err = records.Put([]byte(key), stored)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	for i, stored := range p.entries {
+		if err := log.Put(logKey(p.from.revision+broker.Revision(i)+1), stored); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"runtime/debug"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"go.etcd.io/bbolt"
 
@@ -28,9 +29,10 @@ const (
 	afterCommit
 )
 
-// request is one queued Update.
+// request is one queued Update or Order.
 type request struct {
 	f       func(broker.Tx) error
+	durable func(error)  // of an Order; nil: it is an Update
 	claimed atomic.Bool  // by the writer, or by its caller when ctx is done
 	done    chan outcome // of size 1: the writer never waits for a caller
 }
@@ -44,10 +46,20 @@ type outcome struct {
 // anything slow, because every other Update waits for it. Update re-raises a panic of f. If ctx is done before f has
 // begun, nothing is changed. After that Update ignores ctx and waits for the outcome.
 func (l *Ledger) Update(ctx context.Context, f func(broker.Tx) error) error {
+	return l.enqueue(ctx, &request{f: f})
+}
+
+// Order implements broker.Ledger. It is [Ledger.Update] but for the sync: it waits only for one that is under way.
+func (l *Ledger) Order(ctx context.Context, f func(broker.Tx) error, done func(error)) error {
+	return l.enqueue(ctx, &request{f: f, durable: done})
+}
+
+// enqueue gives the request to the writer and waits for the outcome.
+func (l *Ledger) enqueue(ctx context.Context, r *request) error {
 	if err := ctx.Err(); err != nil {
 		return notCommitted(err)
 	}
-	r := &request{f: f, done: make(chan outcome, 1)}
+	r.done = make(chan outcome, 1)
 	l.mu.Lock()
 	if l.closed {
 		l.mu.Unlock()
@@ -92,6 +104,14 @@ func (l *Ledger) view(f func(*bbolt.Tx, *pending) error) error {
 		return err
 	}
 	defer func() { _ = btx.Rollback() }() // the end of a read fails only after another end
+	if p != nil && p.ordered {
+		switch h, err := readHead(btx); {
+		case err != nil:
+			return err
+		case h != p.from:
+			p = nil // a commit has just taken all of it into the file
+		}
+	}
 	return f(btx, p)
 }
 
@@ -118,15 +138,15 @@ func (l *Ledger) write() {
 		}
 		batch, closed := l.dequeue()
 		switch {
-		case len(batch) > 0:
-			l.process(batch)
+		case len(batch) > 0 || l.mustSync(closed):
+			l.process(batch, l.mustSync(closed))
 		case closed:
 			if l.verdict.Load() == nil { // Close has cancelled it
 				l.settle(errors.Join(<-l.result, ErrClosed))
 			}
 			return
 		default:
-			<-l.wake
+			l.sleep()
 		}
 	}
 }
@@ -160,39 +180,56 @@ func (l *Ledger) gather() {
 	}
 }
 
-// process commits the batch and sends the outcome to every caller.
-func (l *Ledger) process(batch []*request) {
+// process runs the Orders of the batch, and then commits the rest of it with all ordered changes. It sends
+// the outcome to every caller. Without a rest it commits only if sync is set.
+func (l *Ledger) process(batch []*request, sync bool) {
 	if l.full.Load() && l.reserve.due() && l.reserve.acquire() == nil {
 		l.full.Store(false)
 	}
-	claimed := batch[:0]
+	var updates, orders []*request
 	for _, r := range batch {
-		if r.claimed.CompareAndSwap(false, true) {
-			claimed = append(claimed, r)
+		switch {
+		case !r.claimed.CompareAndSwap(false, true):
+		case r.durable != nil && l.pending.isOrdered():
+			orders = append(orders, r)
+		default:
+			updates = append(updates, r)
 		}
 	}
-	ran, err := l.commit(claimed)
+	l.order(orders)
+	if len(updates) == 0 && !sync {
+		return
+	}
+	ran, err := l.commit(updates, sync)
 	if isFull(err) && l.stopped.Load() == nil {
-		// Nothing was written. Fences and endings may use the reserve; the other updates fail with ErrDiskFull.
+		// Nothing was written. Fences and endings may use the reserve, and so may ordered changes: their callers have gone
+		// on. The other updates fail with ErrDiskFull.
 		l.full.Store(true)
 		l.reserve.release()
-		ran, err = l.commit(ran)
+		ran, err = l.commit(ran, sync)
 	}
 	if isFull(err) {
 		err = fmt.Errorf("%w: %w", ErrDiskFull, err)
 	}
+	if err != nil {
+		l.dropOrdered(err)
+	}
 	for _, r := range ran {
+		if r.durable != nil && err == nil { // an Order while the file is checked
+			r.durable(nil)
+		}
 		r.done <- outcome{err: err}
 	}
 }
 
-// commit runs the functions and commits their changes. It sends the outcome of each failed function itself, and returns
-// the other requests with their common outcome.
-func (l *Ledger) commit(batch []*request) (ran []*request, err error) {
+// commit runs the functions on the ordered changes, and commits both. It sends the outcome of each failed function itself,
+// and returns the other requests with their common outcome. If the functions change nothing, the ordered changes wait on,
+// unless sync is set.
+func (l *Ledger) commit(batch []*request, sync bool) (ran []*request, err error) {
 	if err := l.stopped.Load(); err != nil {
 		return batch, notCommitted(*err)
 	}
-	if l.pending != nil {
+	if !l.pending.isOrdered() {
 		return l.commitPending(batch)
 	}
 	btx, err := l.db.Begin(true)
@@ -202,10 +239,13 @@ func (l *Ledger) commit(batch []*request) (ran []*request, err error) {
 	t := &tx{records: btx.Bucket(bucketRecords), log: btx.Bucket(bucketLog), head: l.head}
 	t.log.FillPercent = 1       // entries are only appended
 	t.records.FillPercent = 0.8 // costs nothing for random keys, saves writes for ordered ones
+	if err := l.pending.foldInto(btx); err != nil {
+		return batch, errors.Join(notCommitted(err), btx.Rollback())
+	}
 	if ran, err = l.runAll(batch, t); err != nil {
 		return ran, errors.Join(notCommitted(err), btx.Rollback())
 	}
-	if t.head == l.head {
+	if t.head == l.head && (l.pending == nil || !sync) {
 		_ = btx.Rollback() // nothing was changed
 		return ran, nil
 	}
@@ -219,6 +259,7 @@ func (l *Ledger) commit(batch []*request) (ran []*request, err error) {
 		return ran, err
 	}
 	l.head = t.head
+	l.settleOrdered(nil)
 	return ran, nil
 }
 
@@ -295,7 +336,7 @@ func (l *Ledger) run(r *request, t *tx) (o outcome, ok bool) {
 	switch {
 	case len(t.puts) > 0 && len(t.entries) == 0:
 		return outcome{err: notCommitted(broker.ErrNoEntry)}, false
-	case len(t.entries) > 0 && !t.reserve && (t.pending != nil || l.full.Load()):
+	case len(t.entries) > 0 && !t.reserve && (!t.pending.isOrdered() || l.full.Load()):
 		return outcome{err: notCommitted(l.Err())}, false
 	}
 	return outcome{}, true
@@ -352,3 +393,99 @@ func isFull(err error) bool {
 }
 
 func noRoom(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
+
+// order runs the functions on a copy of the ordered changes, and publishes it. It sends the outcomes: nothing waits for a
+// sync.
+func (l *Ledger) order(batch []*request) {
+	if len(batch) == 0 {
+		return
+	}
+	ran, err := l.runOrdered(batch)
+	for _, r := range ran {
+		r.done <- outcome{err: err}
+	}
+}
+
+func (l *Ledger) runOrdered(batch []*request) (ran []*request, err error) {
+	if err := l.stopped.Load(); err != nil {
+		return batch, notCommitted(*err)
+	}
+	btx, err := l.db.Begin(false)
+	if err != nil {
+		return batch, notCommitted(err)
+	}
+	defer func() { _ = btx.Rollback() }() // it was only read
+	next := &pending{ordered: true, from: l.head, head: l.head, puts: map[string][]byte{}}
+	if l.pending != nil {
+		next = l.pending.clone()
+	}
+	t := &tx{records: btx.Bucket(bucketRecords), head: l.head, pending: next, changed: map[string][]byte{}}
+	if ran, err = l.runAll(batch, t); err != nil {
+		return ran, notCommitted(err)
+	}
+	if t.head == l.head && l.pending == nil {
+		for _, r := range ran {
+			r.durable(nil) // nothing was changed, and all that they read is durable
+		}
+		return ran, nil
+	}
+	if len(l.waiting) == 0 {
+		l.oldest = time.Now()
+	}
+	for _, r := range ran {
+		l.waiting = append(l.waiting, r.durable)
+	}
+	next.head, l.head = t.head, t.head
+	l.publish(next)
+	return ran, nil
+}
+
+// publish has Views read the ordered changes of p.
+func (l *Ledger) publish(p *pending) {
+	l.state.Lock()
+	l.pending = p
+	l.state.Unlock()
+}
+
+// settleOrdered reports that the ordered changes are in the file, or are lost.
+func (l *Ledger) settleOrdered(err error) {
+	if l.pending != nil {
+		l.publish(nil)
+	}
+	told := l.waiting
+	l.waiting = nil
+	for _, durable := range told {
+		durable(err)
+	}
+}
+
+// dropOrdered gives up the ordered changes after a commit that failed. Nothing else was built on it: what ran after it has
+// failed too.
+func (l *Ledger) dropOrdered(err error) {
+	if !l.pending.isOrdered() {
+		return
+	}
+	if l.pending != nil {
+		l.head = l.pending.from
+	}
+	l.settleOrdered(err)
+}
+
+// mustSync reports whether the ordered changes must be committed now, without an update. closed: the ledger is closed.
+func (l *Ledger) mustSync(closed bool) bool {
+	return len(l.waiting) > 0 && (closed || time.Since(l.oldest) >= broker.MaxOrderDelay)
+}
+
+// sleep waits for the next request, and no longer than ordered changes may wait.
+func (l *Ledger) sleep() {
+	if len(l.waiting) == 0 {
+		<-l.wake
+		return
+	}
+	timer := time.NewTimer(time.Until(l.oldest.Add(broker.MaxOrderDelay)))
+	defer timer.Stop()
+	select {
+	case <-l.wake:
+	case <-timer.C:
+	}
+}
