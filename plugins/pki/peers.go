@@ -50,6 +50,9 @@ func (p peers) mark(f *broker.Finished) {
 
 // expiry returns the time by which a grant's certificate expires.
 func expiry(g broker.Grant) time.Time {
+	if g.State == broker.StateHandle && g.Lease.Expires.IsZero() {
+		return g.LatestEnd().UTC() // a crash may have lost the record of a certificate that was handed over
+	}
 	if g.Lease.Expires.After(g.Expires) {
 		return g.Lease.Expires.UTC()
 	}

@@ -279,6 +279,21 @@ func TestLists(t *testing.T) {
 	}
 }
 
+// TestUnrecorded holds that a certificate whose record a crash may have lost is not called expired before its latest end.
+func TestUnrecorded(t *testing.T) {
+	a := newAuthority(t)
+	lost := a.grant258()
+	lost.Lease, lost.State, lost.Longest = broker.Lease{}, broker.StateHandle, 5*time.Minute
+	lost.Expires = time.Now().Add(-2 * time.Minute)
+	lost.Created = lost.Expires.Add(-time.Minute)
+	ended := lost
+	lost.MintDeadline, ended.MintDeadline = time.Now().Add(-time.Minute), time.Now().Add(-10*time.Minute)
+	e, err := newBackend(t, vaultOf(a, a.sign(t, time.Now().Add(time.Hour)))).Prove(t.Context(), []broker.Grant{lost, ended})
+	if err != nil || e[0].Outcome == broker.OutcomeDead || e[1].Outcome != broker.OutcomeDead {
+		t.Errorf("Prove() = %+v, %v, want only the second dead", e, err)
+	}
+}
+
 // TestLongList checks that a list of several megabytes proves its certificates dead, and no others.
 func TestLongList(t *testing.T) {
 	entries := make([]x509.RevocationListEntry, 200_000)

@@ -242,6 +242,9 @@ func (b *Backend) Restore(grants []broker.Grant, active func(broker.GrantID) (bo
 }
 
 func end(g broker.Grant) time.Time {
+	if g.State == broker.StateHandle && g.Lease.Expires.IsZero() {
+		return g.LatestEnd() // a crash may have lost the record of a certificate that was handed over
+	}
 	if g.Lease.Expires.After(g.Expires) {
 		return g.Lease.Expires
 	}

@@ -395,6 +395,21 @@ func TestKRL(t *testing.T) {
 	}
 }
 
+// TestProveUnrecorded holds that a certificate whose record a crash may have lost is not called expired before its
+// latest end.
+func TestProveUnrecorded(t *testing.T) {
+	b := newBackend(t, "", nil)
+	lost := grant(t, 1, "")
+	lost.State, lost.Expires, lost.Longest = broker.StateHandle, time.Now().Add(-2*time.Minute), 5*time.Minute
+	lost.Created = lost.Expires.Add(-time.Minute)
+	ended := lost
+	lost.MintDeadline, ended.MintDeadline = time.Now().Add(-time.Minute), time.Now().Add(-10*time.Minute)
+	e, err := b.Prove(t.Context(), []broker.Grant{lost, ended})
+	if err != nil || e[0].Outcome == broker.OutcomeDead || e[1].Outcome != broker.OutcomeDead {
+		t.Errorf("Prove() = %+v, %v, want only the second dead", e, err)
+	}
+}
+
 func TestProveWithoutList(t *testing.T) {
 	b := newBackend(t, "", nil)
 	g, expired := grant(t, 1, ""), grant(t, 2, "")
