@@ -78,7 +78,7 @@ const (
 	EndingClosed  Ending = "closed"  // its agent closed it
 	EndingExpired Ending = "expired" // it expired
 	EndingRevoked Ending = "revoked" // it was fenced
-	EndingFailed  Ending = "failed"  // its secret was never handed over
+	EndingFailed  Ending = "failed"  // the ledger has no record that its secret was handed over
 	EndingLost    Ending = "lost"    // it was held, and its holder is gone
 )
 

@@ -17,6 +17,10 @@ type Mint struct {
 	// record of the token inside.
 	Wrap bool
 
+	// Named says that the secret can be ended only by what its answer names, which no other record has. The secret is
+	// handed out when its lease is durable in the ledger, not before.
+	Named bool
+
 	// Absolute says that the secret ends at a time by Vault's clock, as a certificate does. It may then end MaxSkew later
 	// than TTL allows, and is not asked for while the clocks differ by more.
 	Absolute bool

@@ -79,7 +79,7 @@ type Grant struct {
 	Lease      string              `json:"lease,omitzero"` // Vault's lease id
 	Ref        string              `json:"ref,omitzero"`   // the backend's name for the secret
 	Created    time.Time           `json:"created"`
-	HandedOver time.Time           `json:"handed_over,omitzero"` // from then on the agent may have had the secret; left out: never
+	HandedOver time.Time           `json:"handed_over,omitzero"` // from then on the agent may have had the secret; left out: not recorded
 	Ended      time.Time           `json:"ended,omitzero"`       // with evidence; left out: not ended
 	Ending     broker.Ending       `json:"ending,omitzero"`
 	Before     bool                `json:"before,omitzero"` // ended before the fence

@@ -288,6 +288,7 @@ func TestCollectWithoutLedger(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		g := w.issue("root", sealed(w.open("root", broker.OpenRequest{}), "")).Grant
+		untilDurable()
 		w.ledger.Fail(func(int, []broker.Entry) brokertest.Fault { return brokertest.NotCommitted })
 		_, bytes, err := w.Collect(ctx, as("root"), g.ID)
 		if refused(t, "Collect", err, broker.Unavailable, broker.CodeLedgerDown); bytes != nil {

@@ -97,8 +97,13 @@ func (e *Engine) newID(prefix string) (string, error) {
 // update runs one transaction for the procedure op. After the commit it wakes the watchers of the chains that have
 // entries in it.
 func (e *Engine) update(ctx context.Context, op string, f func(*records.Tx) error) error {
+	return record(e, op, f, func(f func(broker.Tx) error) error { return e.cfg.Ledger.Update(ctx, f) })
+}
+
+// record runs one transaction by write: an Update of the ledger, or an Order.
+func record(e *Engine, op string, f func(*records.Tx) error, write func(func(broker.Tx) error) error) error {
 	var last volatile.TopicTx
-	err := e.cfg.Ledger.Update(ctx, func(tx broker.Tx) error {
+	err := write(func(tx broker.Tx) error {
 		last = volatile.TopicTx{Tx: tx}
 		return f(e.cache.In(&last))
 	})

@@ -145,6 +145,10 @@ func (l blindLedger) Update(ctx context.Context, f func(broker.Tx) error) error 
 	return l.Ledger.Update(ctx, func(tx broker.Tx) error { return f(blindTx{tx}) })
 }
 
+func (l blindLedger) Order(ctx context.Context, f func(broker.Tx) error, done func(error)) error {
+	return l.Ledger.Order(ctx, func(tx broker.Tx) error { return f(blindTx{tx}) }, done)
+}
+
 type blindTx struct{ broker.Tx }
 
 // hasFence reports whether a record has a field for a fence: delegations and grants have.

@@ -38,6 +38,13 @@ func (l *countingLedger) Update(ctx context.Context, f func(broker.Tx) error) er
 	return err
 }
 
+func (l *countingLedger) Order(ctx context.Context, f func(broker.Tx) error, done func(error)) error {
+	before := l.reads.Load()
+	err := l.Memory.Order(ctx, func(tx broker.Tx) error { return f(countingTx{tx, &l.reads}) }, done)
+	l.updates.Add(l.reads.Load() - before)
+	return err
+}
+
 func (l *countingLedger) View(ctx context.Context, f func(broker.Tx) error) error {
 	return l.Memory.View(ctx, func(tx broker.Tx) error { return f(countingTx{tx, &l.reads}) })
 }

@@ -22,14 +22,14 @@ import (
 //  0. Check the identity and the request.                              decide
 //  1. Decide on one policy snapshot, and narrow the grant.             decide
 //  2. Commit the intended grant: INTENT.                               intend
-//  3. Create the step's token below the delegation's token.            obtainToken; prefetchToken, concurrently with 2
-//  4. Commit the token's accessor: HANDLE.                             recordHandle
+//  3. Create the step's token below the delegation's token.            obtainToken; prefetchToken, before 2
+//  4. Commit the token's accessor: HANDLE.                             recordHandle; intend, where 3 came first
 //  5. Mint, once.                                                      mint
-//  6. Commit the lease: ISSUED. This is the commit point.              recordIssued
+//  6. Order the lease: ISSUED. This is the commit point.               recordIssued
 //  7. Hand the secret over, or seal it for its collector.              the server, or deliver
 //
 // The process may die between any two steps. Each step names the state that a crash after it leaves. From that state
-// Resume ends everything that the issue may have created.
+// Resume ends everything that the issue may have created. Package internal/model checks the procedure in all orders.
 
 // issue is one run of the procedure.
 type issue struct {
@@ -73,13 +73,18 @@ func (e *Engine) Issue(ctx context.Context, c broker.Caller, r broker.StepReques
 			return broker.Issued{}, err
 		}
 	}
-	// Step 2, and step 3 concurrently where the token is unlikely to be wasted.
+	// Step 3 first where the token is unlikely to be wasted. Step 2 then does the work of step 4.
 	prefetched := s.prefetchToken(ctx, l)
-	if err := s.intend(ctx); err != nil {
+	mintCtx, cancel := detached(ctx, e.cfg.MintTimeout) // of a mint for that token: see step 4
+	defer cancel()
+	if err := s.intend(ctx, prefetched); err != nil {
 		prefetched.drop(ctx, e)
 		e.deliveries.Take(reserved)
-		if broker.KindOf(err) == broker.Unavailable {
-			e.reaper.EndNow(s.grant) // the commit may have succeeded
+		if broker.KindOf(err) == broker.Unavailable { // the commit may have succeeded, and nothing is minted
+			if prefetched.made() {
+				s.recordNothing(ctx)
+			}
+			e.reaper.EndNow(s.grant)
 		}
 		return broker.Issued{}, s.refuseIntent(ctx, l, err)
 	}
@@ -90,7 +95,7 @@ func (e *Engine) Issue(ctx context.Context, c broker.Caller, r broker.StepReques
 	}
 	e.reaper.BeginMint(s.grant)
 	defer e.reaper.EndMint(s.grant.ID)
-	secret, err := s.mint(ctx, prefetched) // steps 3 to 6
+	secret, err := s.issue(ctx, mintCtx, prefetched) // steps 3 to 6
 	if err == nil && r.Seal != nil {
 		err = s.deliver(secret)
 		secret = broker.Secret{}
@@ -261,15 +266,29 @@ func expiries(nodes []broker.Delegation) (list []time.Time) {
 }
 
 // intend is step 2, one transaction. No node of the lineage is fenced, no budget is exceeded, policy allows the step
-// with the present history, and the idempotency key is new. Then it records the INTENT.
+// with the present history, and the idempotency key is new. Then it records the INTENT. Where step 3 came first, it
+// records the HANDLE with it: step 4.
 //
-// A crash after it leaves an INTENT without a token's accessor, so Vault has minted nothing for it.
-func (s *issue) intend(ctx context.Context) error {
-	next, err := records.EncodeGrant(s.grant)
+// A crash after it leaves an INTENT without a token's accessor, so Vault has minted nothing for it; or a HANDLE, as step
+// 4 leaves it.
+func (s *issue) intend(ctx context.Context, prefetched *stepToken) error {
+	intended := s.grant
+	if prefetched.made() {
+		intended = s.withHandle(intended, prefetched.token, prefetched.mint.TTL)
+	}
+	next, err := records.EncodeGrant(intended)
 	if err != nil {
 		return err
 	}
 	return s.e.update(ctx, opIssue, func(tx *records.Tx) error { return s.recordIntent(tx, next) })
+}
+
+// withHandle returns the grant with the record of its step's token. MintDeadline is after the last moment at which Vault
+// may complete the mint, since the mint's timeout begins before this call.
+func (s *issue) withHandle(g broker.Grant, token broker.Handle, longest time.Duration) broker.Grant {
+	g.State, g.Token, g.Longest = broker.StateHandle, token, longest
+	g.MintDeadline = s.e.cfg.Now().Add(s.e.cfg.MintTimeout + s.e.cfg.MintBound)
+	return g
 }
 
 func (s *issue) recordIntent(tx *records.Tx, next records.EncodedGrant) error {
@@ -280,6 +299,9 @@ func (s *issue) recordIntent(tx *records.Tx, next records.EncodedGrant) error {
 	}
 	if err := tx.CheckUsable(opIssue, l, l.Subject(s.grant), s.now); err != nil {
 		return err
+	}
+	if !s.now.Before(s.grant.Expires) {
+		return tooLate()
 	}
 	if known, err := s.claimKey(tx); known || err != nil {
 		return err
@@ -292,6 +314,9 @@ func (s *issue) recordIntent(tx *records.Tx, next records.EncodedGrant) error {
 	}
 	s.saved, s.grant = next, next.Grant
 	_, err = tx.Enter(s.entry(broker.OpIntent, s.grant.Purpose))
+	if err == nil && s.grant.State == broker.StateHandle {
+		_, err = tx.Enter(s.entry(broker.OpHandle, ""))
+	}
 	return err
 }
 
@@ -420,9 +445,12 @@ func (s *issue) refuseIntent(ctx context.Context, l records.Lineage, err error) 
 	return s.deny(ctx, l, refusal)
 }
 
-// mint is steps 3 to 6. After an error the reaper ends the grant: the ledger has the accessor of any token that may
-// have minted.
-func (s *issue) mint(ctx context.Context, prefetched *stepToken) (broker.Secret, error) {
+// issue is steps 3 to 6. After an error the reaper ends the grant: the ledger has the accessor of any token that may
+// have minted. mintCtx is of the mint for a prefetched token.
+func (s *issue) issue(ctx, mintCtx context.Context, prefetched *stepToken) (broker.Secret, error) {
+	if prefetched.made() { // step 2 has recorded it
+		return s.mint(ctx, mintCtx, prefetched.mint, prefetched.token)
+	}
 	// Step 3. A crash after it leaves an INTENT, and a token that no process holds and that has no lease. Resume closes
 	// the INTENT, and Vault expires the token at its hard maximum.
 	m, token, err := s.obtainToken(ctx, prefetched)
@@ -440,6 +468,11 @@ func (s *issue) mint(ctx context.Context, prefetched *stepToken) (broker.Secret,
 		}
 		return broker.Secret{}, err
 	}
+	return s.mint(ctx, mintCtx, m, token)
+}
+
+// mint is steps 5 and 6.
+func (s *issue) mint(ctx, mintCtx context.Context, m broker.Mint, token broker.Handle) (broker.Secret, error) {
 	if mintCtx.Err() != nil {
 		s.recordNothing(ctx)
 		return broker.Secret{}, broker.Errorf(broker.Unavailable, opIssue,
@@ -453,8 +486,9 @@ func (s *issue) mint(ctx context.Context, prefetched *stepToken) (broker.Secret,
 		return broker.Secret{}, s.mintFailed(ctx, err)
 	}
 	// Step 6, the commit point. A crash after it leaves an ISSUED grant, which ends at its expiry. A sealed secret is
-	// lost with the process, so Resume ends its grant at once.
-	if err := s.recordIssued(ctx, lease); err != nil {
+	// lost with the process, so Resume ends its grant at once. A crash before ISSUED is durable leaves the HANDLE of step
+	// 4, although the secret may have been handed over: Resume ends it, and its latest end is in the HANDLE.
+	if err := s.recordIssued(ctx, lease, m.Named); err != nil {
 		secret.Wipe()
 		s.e.sweeper.Suspect() // the ledger may not know the lease
 		return broker.Secret{}, err
@@ -462,13 +496,10 @@ func (s *issue) mint(ctx context.Context, prefetched *stepToken) (broker.Secret,
 	return secret, nil
 }
 
-// recordHandle is step 4. Settles is after the last moment at which Vault may complete the mint, since the mint's
-// timeout began before this call.
+// recordHandle is step 4.
 func (s *issue) recordHandle(ctx context.Context, token broker.Handle, longest time.Duration) error {
-	settles := s.e.cfg.Now().Add(s.e.cfg.MintTimeout + s.e.cfg.MintBound)
 	record := func(g broker.Grant) (records.EncodedGrant, error) {
-		g.State, g.Token, g.Longest, g.MintDeadline = broker.StateHandle, token, longest, settles
-		return records.EncodeGrant(g)
+		return records.EncodeGrant(s.withHandle(g, token, longest))
 	}
 	expected, err := record(s.grant)
 	if err != nil {
@@ -495,7 +526,10 @@ func (s *issue) recordHandle(ctx context.Context, token broker.Handle, longest t
 
 // recordIssued is step 6. When the grant was fenced or expired meanwhile, it records the lease nevertheless and returns
 // the refusal. The reaper then revokes the lease by name.
-func (s *issue) recordIssued(ctx context.Context, lease broker.Lease) error {
+//
+// The record is ordered, not waited for: the HANDLE is durable, and ends whatever it made. It is waited for where a crash
+// would lose more than that: the only name of the secret, or the end of all that is obtained with it.
+func (s *issue) recordIssued(ctx context.Context, lease broker.Lease, named bool) error {
 	record := func(g broker.Grant, refusal error) (records.EncodedGrant, error) {
 		if g.State, g.Lease = broker.StateIssued, lease; refusal != nil {
 			g.State, g.Ending = broker.StateHandle, broker.EndingFailed
@@ -507,7 +541,7 @@ func (s *issue) recordIssued(ctx context.Context, lease broker.Lease) error {
 		return err
 	}
 	var refusal error
-	err = s.e.update(ctx, opIssue, func(tx *records.Tx) error {
+	commit := func(tx *records.Tx) error {
 		g, err := s.recheck(tx)
 		if refusal = err; err != nil && broker.KindOf(err) != broker.Revoked && broker.KindOf(err) != broker.Expired {
 			return err
@@ -526,11 +560,29 @@ func (s *issue) recordIssued(ctx context.Context, lease broker.Lease) error {
 		}
 		_, err = tx.Enter(s.entry(op, ""))
 		return err
-	})
+	}
+	if named || !lease.Outlives.IsZero() {
+		err = s.e.update(ctx, opIssue, commit)
+	} else {
+		err = s.order(ctx, commit)
+	}
 	if err != nil {
 		return err
 	}
 	return refusal
+}
+
+// order is [Engine.update] that does not wait for the disk. When the write fails later, it ends the grant.
+func (s *issue) order(ctx context.Context, f func(*records.Tx) error) error {
+	e, g := s.e, s.grant
+	lost := func(err error) {
+		if err == nil || e.ctx.Err() != nil { // the next process ends the HANDLE
+			return
+		}
+		e.cfg.Alarm("recording a secret that was handed out; it is ended", err)
+		e.reaper.EndLost(g)
+	}
+	return record(e, opIssue, f, func(f func(broker.Tx) error) error { return e.cfg.Ledger.Order(ctx, f, lost) })
 }
 
 // save writes the grant and keeps it.
@@ -563,10 +615,14 @@ func (s *issue) recheck(tx *records.Tx) (broker.Grant, error) {
 		return g, err
 	}
 	if !now.Before(g.Expires) {
-		return g, broker.Errorf(broker.Expired, opIssue, "issuing took longer than the secret's lifetime").
-			With(broker.CodeExpired)
+		return g, tooLate()
 	}
 	return g, nil
+}
+
+func tooLate() *broker.Error {
+	return broker.Errorf(broker.Expired, opIssue, "issuing took longer than the secret's lifetime").
+		With(broker.CodeExpired)
 }
 
 // mintFailed classifies a failed mint: fenced or expired, certainly not minted, or unknown. The reaper ends the grant

@@ -430,7 +430,7 @@ func crashAtEachAct(t *testing.T, points map[string]bool, steps int) {
 
 			w.ledger.Fail(nil)
 			w.target.Fail(nil)
-			w.vault = w.vault.Restarted()
+			w.vault, w.ledger = w.vault.Restarted(), w.ledger.Crash()
 			w.start(w.ledger)
 			if got.Grant.ID != "" && d.at != "" {
 				pass(time.Second)

@@ -19,7 +19,7 @@ type slowLedger struct {
 	delay time.Duration
 }
 
-func (l slowLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
+func (l *slowLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
 	var appended bool
 	err := l.Ledger.Update(ctx, func(tx broker.Tx) error {
 		appended = false
@@ -62,22 +62,35 @@ func (v *mintVault) Mint(ctx context.Context, token broker.Handle, m broker.Mint
 	return lease, secret, err
 }
 
-// TestMintEndsBeforeItsGrantSettles delays the record of the step's token. However long that takes, no mint is under
-// way once the grant settles. The broker sends no mint after the mint's deadline.
+// TestMintEndsBeforeItsGrantSettles delays the record of the step's token, alone and with the intent. However long that
+// takes, no mint is under way once the grant settles. The broker sends no mint after the mint's deadline.
 func TestMintEndsBeforeItsGrantSettles(t *testing.T) {
 	const mintBound = 5 * time.Second // as in start
 	for _, row := range []struct {
 		name  string
+		first bool // step of the delegation: its handle is not known before the intent
 		delay time.Duration
 		mints int32
-	}{{"at once", 0, 1}, {"after a second", time.Second, 1}, {"after the mint's deadline", 3 * time.Second, 0}} {
+	}{
+		{"at once", true, 0, 1}, {"after a second", true, time.Second, 1},
+		{"after the mint's deadline", true, 3 * time.Second, 0},
+		{"with the intent, at once", false, 0, 1}, {"with the intent, after a second", false, time.Second, 1},
+		{"with the intent, after the mint's deadline", false, 3 * time.Second, 0},
+	} {
 		t.Run(row.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				vault := &mintVault{Vault: w.vault}
 				w.brokerVault = vault
-				w.start(slowLedger{w.ledger, broker.OpHandle, row.delay})
+				ledger := &slowLedger{w.ledger, broker.OpHandle, row.delay}
+				w.start(ledger)
 				root := w.open("planner", broker.OpenRequest{})
+				if !row.first {
+					ledger.op, ledger.delay = "", 0
+					w.issue("planner", step(root, "db.read"))
+					ledger.op, ledger.delay = broker.OpIntent, row.delay
+					vault.mints.Store(0)
+				}
 				got, err := w.Issue(ctx, as("planner"), step(root, "db.read"))
 				if n := vault.mints.Load(); n != row.mints {
 					t.Fatalf("the broker sent %d mints, want %d", n, row.mints)
@@ -142,6 +155,14 @@ func (l rerunLedger) Update(ctx context.Context, f func(broker.Tx) error) error 
 		return err
 	}
 	return l.Ledger.Update(ctx, f)
+}
+
+func (l rerunLedger) Order(ctx context.Context, f func(broker.Tx) error, done func(error)) error {
+	err := l.Ledger.Order(ctx, func(tx broker.Tx) error { return cmp.Or(f(tx), errAgain) }, func(error) {})
+	if !errors.Is(err, errAgain) {
+		return err
+	}
+	return l.Ledger.Order(ctx, f, done)
 }
 
 // TestIssueInRerunTransactions issues a step on a ledger that runs each function of an update again, as a ledger may.

@@ -64,12 +64,14 @@ func closesThrough(t *testing.T, revoke revoking, fault brokertest.Fault, n int)
 		}
 		return nil
 	})
-	lost := false // the fence of a violation was not committed, and no request repeats it
+	// The fence of a violation was not committed, and no request repeats it. It fails with the ISSUED before it, too.
+	lost := false
 	w.ledger.Fail(func(i int, entries []broker.Entry) brokertest.Fault {
 		if i != n {
 			return brokertest.None
 		}
-		failed, lost = true, fault == brokertest.NotCommitted && entries[0].Op == broker.OpViolation
+		failed = true
+		lost = fault == brokertest.NotCommitted && (entries[0].Op == broker.OpViolation || entries[0].Op == broker.OpIssued)
 		return fault
 	})
 	if err := revoke(w, root); err != nil {

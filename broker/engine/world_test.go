@@ -33,6 +33,7 @@ type world struct {
 	sweepEvery   time.Duration                          // zero: never
 	wrap         func(*brokertest.Policy) broker.Policy // the policy that the broker sees; nil: policy itself
 	brokerVault  broker.Vault                           // wraps vault for the broker; nil: the broker uses vault itself
+	backend      broker.Backend                         // wraps target for the broker; nil: the broker uses target itself
 
 	mu     sync.Mutex // guards alarms
 	alarms []string
@@ -82,13 +83,17 @@ func (w *world) start(ledger broker.Ledger) {
 	if vault == nil {
 		vault = w.vault
 	}
+	var backend broker.Backend = w.target
+	if w.backend != nil {
+		backend = w.backend
+	}
 	b, err := engine.New(engine.Config{Ledger: ledger, Policy: w.snapshot, Vault: vault,
 		Alarm: func(op string, err error) {
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			w.alarms = append(w.alarms, op+": "+err.Error())
 		},
-		Backends: map[string]broker.Backend{"target": w.target, "keeper": staticBackend{w.target}},
+		Backends: map[string]broker.Backend{"target": backend, "keeper": staticBackend{w.target}},
 		Now:      w.clock, Random: rand.Reader,
 		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: cmp.Or(w.sweepEvery, -1),
 		OpenChains: cmp.Or(w.mostChains, 1<<20),

@@ -104,7 +104,7 @@ func (b *Backend) Prepare(ctx context.Context, t broker.Tool, g broker.Grant) (b
 	if err != nil {
 		return broker.Mint{}, "", fmt.Errorf("exec: %s: %w", b.cfg.Name, err)
 	}
-	m := broker.Mint{Path: path, Leased: leased, TTL: g.Expires.Sub(b.cfg.Now()),
+	m := broker.Mint{Path: path, Leased: leased, TTL: g.Expires.Sub(b.cfg.Now()), Named: ref != "",
 		Finish: func(answer map[string]any, _ time.Time) (broker.Finished, error) {
 			return finish(answer, r.Secret, ref)
 		}}

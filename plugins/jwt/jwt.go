@@ -164,7 +164,8 @@ func (b *Backend) mint(t broker.Tool, g broker.Grant, s settings, c claims, key 
 	path, _, _ := b.Access(t)
 	return broker.Mint{
 		Path: path, TTL: g.Expires.Sub(now) + time.Second,
-		Data: map[string]any{"input": base64.StdEncoding.EncodeToString([]byte(input)), "marshaling_algorithm": "jws", "key_version": key.version},
+		Named: b.list != nil, // its index on the status list is in its lease
+		Data:  map[string]any{"input": base64.StdEncoding.EncodeToString([]byte(input)), "marshaling_algorithm": "jws", "key_version": key.version},
 		Finish: func(answer map[string]any, _ time.Time) (broker.Finished, error) {
 			f, err := finish(answer, input, key, c)
 			if err == nil && s.outlives > 0 {

@@ -71,6 +71,7 @@ func (b *Backend) Prepare(_ context.Context, t broker.Tool, g broker.Grant) (bro
 	ttl := fmt.Sprintf("%ds", int64(life/time.Second))
 	return broker.Mint{
 		Path: t.Path, Auth: true, Wrap: s.wrap, TTL: life,
+		Named: s.wrap, // a wrapping token has no parent, so only its accessor ends it
 		Data: map[string]any{
 			"policies": policies, "no_default_policy": true, "renewable": false, "type": "service",
 			"ttl": ttl, "explicit_max_ttl": ttl, "num_uses": s.uses, "display_name": string(g.ID),

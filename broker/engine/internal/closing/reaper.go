@@ -45,6 +45,7 @@ type Config struct {
 type Reaper struct {
 	cfg     Config
 	minting sched.Busy[broker.GrantID] // an issue of this process works on the grant: its mint may be in flight
+	lost    sched.Busy[broker.GrantID] // grants whose ISSUED the ledger has failed to write
 	wake    sched.Signal               // wakes Run: the heap has a new first item
 
 	mu        sync.Mutex // guards the fields below
@@ -101,6 +102,13 @@ func (r *Reaper) EndNow(grants ...broker.Grant) {
 		now[i] = Due{ID: g.ID, Backend: g.Backend}
 	}
 	r.dispatch(now)
+}
+
+// EndLost ends a grant whose ISSUED the ledger has failed to write. Its secret may be in use. It stays a grant that must
+// end for as long as the process lives, whatever the ledger has of it: such a failure is rare.
+func (r *Reaper) EndLost(g broker.Grant) {
+	r.lost.Begin(g.ID)
+	r.EndNow(g)
 }
 
 // EndFenced is [Reaper.EndNow] for grants that were read after their fence. The worker severs them without reading them

@@ -80,8 +80,11 @@ func (v verdict) lease() broker.Evidence {
 	case v.g.State == broker.StateHandle && (v.minting || v.now.Before(v.g.MintDeadline)):
 		e.Check, e.Outcome = "ledger", broker.OutcomeUnknown
 		e.Answer = "a mint may still be on its way until " + text(v.g.MintDeadline)
-	case v.g.State == broker.StateHandle:
+	case v.g.State == broker.StateHandle && v.probed:
 		e.Check, e.Answer = "ledger", "no mint can be on its way any more"
+	case v.g.State == broker.StateHandle && v.now.Before(v.g.LatestEnd()): // a secret may have been handed over
+		e.Check, e.Outcome = "ledger", broker.OutcomeUnknown
+		e.Answer = "what it made is not recorded, and ends by itself at " + text(v.g.LatestEnd())
 	case v.probed:
 		e.Check, e.Answer = "ledger", "this engine gives no lease; the target decides"
 	case v.now.Before(v.g.LatestEnd()):

@@ -156,7 +156,7 @@ func (r *Reaper) MustEnd(tx *records.Tx, g *broker.Grant, now time.Time) (bool, 
 		g.Ending = broker.EndingRevoked
 	case !now.Before(g.Expires):
 		g.Ending = broker.EndingExpired
-	case r.cfg.Undeliverable(g):
+	case r.cfg.Undeliverable(g), r.lost.Has(g.ID):
 		g.Ending = broker.EndingFailed
 	case g.State != broker.StateIssued && !r.IsMinting(g.ID):
 		g.Ending = broker.EndingFailed // the process that was issuing it is gone
