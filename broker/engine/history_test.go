@@ -223,8 +223,9 @@ func (tx blindTx) Scan(prefix, after string, f func(string, []byte) bool) error 
 type round struct {
 	*world
 	*recorder
-	vault  *delayingVault
-	chains []*roundChain
+	vault    *delayingVault
+	chains   []*roundChain
+	attempts int // of each client
 }
 
 type roundChain struct {
@@ -241,7 +242,7 @@ const (
 	roundAttempts = 125 // of each client
 )
 
-func newRound(t *testing.T, ledger func(broker.Ledger) broker.Ledger) *round {
+func newRound(t *testing.T, attempts int, ledger func(broker.Ledger) broker.Ledger) *round {
 	w := &world{t: t, ledger: brokertest.NewMemory(), target: brokertest.NewTarget(),
 		policy: brokertest.AllowAll("db.read", "deploy")}
 	w.policy.Answer = func(q broker.Question) broker.Decision {
@@ -250,7 +251,7 @@ func newRound(t *testing.T, ledger func(broker.Ledger) broker.Ledger) *round {
 		}
 		return broker.Decision{Allow: true}
 	}
-	s := &round{world: w, recorder: &recorder{seen: map[broker.ChainID][]porcupine.Operation{}}}
+	s := &round{world: w, recorder: &recorder{seen: map[broker.ChainID][]porcupine.Operation{}}, attempts: attempts}
 	s.vault = &delayingVault{Vault: brokertest.NewVault(w.target), recorder: s.recorder,
 		acknowledged: map[broker.ChainID]chan struct{}{}, grants: map[string]broker.Grant{},
 		delayed: map[broker.ChainID]int{}, arrived: map[broker.GrantID]int64{}}
@@ -268,7 +269,7 @@ func newRound(t *testing.T, ledger func(broker.Ledger) broker.Ledger) *round {
 	t.Cleanup(b.Stop)
 	for range roundChains {
 		c := &roundChain{d: map[string]broker.Delegation{}, full: make(chan struct{})}
-		c.after = roundAttempts * roundClients / roundChains / 20 * rand.Int64N(8)
+		c.after = int64(attempts) * roundClients / roundChains / 20 * rand.Int64N(8)
 		root := w.open("root", broker.OpenRequest{Depth: 1, Rights: use("db.read", "deploy")})
 		leaf, err := w.Delegate(ctx, as("root"), broker.DelegateRequest{From: root.ID, To: as("agent").ID,
 			Rights: use("db.read", "deploy")})
@@ -354,7 +355,7 @@ func (s *round) try(c captured, client int) {
 // client takes steps in the chains in turn. From time to time it tries a secret that it has captured, and it returns
 // them all.
 func (s *round) client(n int) (kept []captured) {
-	for i := range roundAttempts {
+	for i := range s.attempts {
 		if got, ok := s.attempt(s.chains[(i+n)%roundChains], n); ok {
 			kept = append(kept, got)
 		}
@@ -394,7 +395,7 @@ func TestHistories(t *testing.T) {
 	var handed, refused, used int
 	for range 100_000 / (roundClients * roundAttempts) {
 		synctest.Test(t, func(t *testing.T) {
-			s := newRound(t, func(l broker.Ledger) broker.Ledger { return l })
+			s := newRound(t, roundAttempts, func(l broker.Ledger) broker.Ledger { return l })
 			if got := s.run(); got != porcupine.Ok {
 				t.Fatalf("porcupine's result = %s, want %s", got, porcupine.Ok)
 			}
@@ -426,7 +427,7 @@ func TestHistoriesWithoutTheConditionalCommit(t *testing.T) {
 	for range 10 {
 		found := false
 		synctest.Test(t, func(t *testing.T) {
-			s := newRound(t, func(l broker.Ledger) broker.Ledger { return blindLedger{l} })
+			s := newRound(t, roundAttempts, func(l broker.Ledger) broker.Ledger { return blindLedger{l} })
 			found = s.run() == porcupine.Illegal
 		})
 		if found {
