@@ -18,6 +18,7 @@ type Machine struct {
 	Failures int   // most writes that fail while the process lives on
 	Known    bool  // the handle is known before the intent: INTENT and HANDLE are one record
 	Leased   bool  // the secret has a lease: a kill ends it, and its target shows it. Otherwise time alone does
+	Shared   bool  // the steps have no tokens of their own: their delegation's token mints. Without Leased
 	Fault    Fault // zero: none
 }
 
@@ -36,6 +37,9 @@ const (
 	FailureIgnored        // the process leaves a secret alive that it handed out on a write that failed
 	SignsOrdered          // a checkpoint has entries that are not durable
 	Reordered             // the disk may take a later write without an earlier one
+	EarlyUse              // a delegation's token mints when its record is ordered, not when it is durable
+	KillsShared           // the end of a step without a token of its own kills its delegation's token
+	LeavesToken           // a revocation is CLOSED with no thought of the delegation's tokens
 )
 
 // The times, in ticks.
@@ -49,6 +53,7 @@ const (
 const (
 	maxGrants = 2
 	maxLog    = 8
+	maxTokens = 2 // of the delegation
 )
 
 // at is where the process stands with one issue.
@@ -91,28 +96,40 @@ type record struct {
 // ledger has the records that a reader sees.
 type ledger struct {
 	grants [maxGrants]record
+	tokens tokens
 	fence  bool // over all grants
 }
 
-// write is one transaction: a fence, or a grant's record.
+// tokens is a set of the delegation's tokens, as bits.
+type tokens uint8
+
+func (t tokens) has(token uint8) bool { return t&(1<<token) != 0 }
+
+// write is one transaction: a fence, a token of the delegation, or a grant's record.
 type write struct {
-	fence bool
-	grant uint8
-	to    record
+	fence  bool
+	tokens tokens
+	grant  uint8
+	to     record
 }
 
 func (l *ledger) apply(w write) {
-	if w.fence {
+	switch {
+	case w.fence:
 		l.fence = true
-		return
+	case w.tokens != 0:
+		l.tokens |= w.tokens
+	default:
+		l.grants[w.grant] = w.to
 	}
-	l.grants[w.grant] = w.to
 }
 
 // step is one issue, with what Vault and the client have of it.
 type step struct {
 	at      at
 	begun   uint8 // when the mint's time began
+	shared  bool  // the delegation's token mints
+	token   uint8 // that one
 	request bool  // at Vault: it may still be carried out
 	alive   bool  // the secret works
 	end     uint8 // of the secret
@@ -126,6 +143,16 @@ const (
 	unasked fencing = iota
 	asked           // the fence is ordered
 	acknowledged
+	settled // the revocation is CLOSED
+)
+
+// holding is where the process stands with its token of the delegation.
+type holding uint8
+
+const (
+	without holding = iota
+	naming          // Vault has made it, and its record is ordered
+	inUse           // its record is durable
 )
 
 // state is one state of the whole. States are compared, so there is no pointer in it.
@@ -139,6 +166,10 @@ type state struct {
 	stopped bool // after a write with an unknown outcome nothing is written until a restart
 
 	crashes, failures uint8
+
+	holding holding // of the token that was made last
+	made    uint8   // tokens of the delegation so far
+	works   tokens  // those that Vault accepts
 
 	signed    uint8 // writes in log that a checkpoint has
 	owed      uint8 // grants that were ISSUED before the fence was ordered, as bits
@@ -234,7 +265,11 @@ func (s *state) broken() string {
 	switch {
 	case s.late:
 		return "a secret was handed out after the fence's acknowledgement"
-	case s.fence == acknowledged && !s.durable.fence:
+	case s.holding == inUse && !s.works.has(s.made-1) && !s.visible().fence:
+		return "a delegation's token was killed without a fence"
+	case s.fence == settled && s.holding == inUse && s.works.has(s.made-1):
+		return "a revocation is CLOSED, and a token of its delegation can mint"
+	case s.fence >= acknowledged && !s.durable.fence:
 		return "an acknowledged fence is not durable"
 	case s.rewritten:
 		return "a signed entry of the log was lost"
@@ -242,8 +277,10 @@ func (s *state) broken() string {
 	for i, g := range s.steps {
 		now, onDisk := s.visible().grants[i], s.durable.grants[i]
 		switch {
-		case s.fence == acknowledged && s.owed&(1<<i) != 0 && onDisk.phase < issued:
+		case s.fence >= acknowledged && s.owed&(1<<i) != 0 && onDisk.phase < issued:
 			return "what was ordered before a fence is not durable with it"
+		case g.request && g.shared && !s.durable.tokens.has(g.token):
+			return "a mint is under way with a token that the ledger does not know"
 		case !g.alive:
 			continue
 		case onDisk.phase < handle: // as a crash would leave it

@@ -14,14 +14,15 @@ func alone() (list []model.Machine) {
 			list = append(list, model.Machine{Grants: 1, Crashes: 2, Failures: 2, Known: known, Leased: leased})
 		}
 	}
-	return list
+	return append(list, model.Machine{Grants: 1, Crashes: 1, Failures: 1, Shared: true})
 }
 
 // TestPromisesHold checks the promises in every state of every configuration.
 func TestPromisesHold(t *testing.T) {
 	for _, m := range append(alone(),
 		model.Machine{Grants: 2, Crashes: 1, Known: true, Leased: true},
-		model.Machine{Grants: 2, Crashes: 1, Known: true}) {
+		model.Machine{Grants: 2, Crashes: 1, Known: true},
+		model.Machine{Grants: 2, Shared: true}) {
 		states, broken := m.Check()
 		t.Logf("%+v: %d states", m, states)
 		if broken != nil {
@@ -39,15 +40,18 @@ func TestFaultsAreFound(t *testing.T) {
 		fault   model.Fault
 		promise string
 	}{
-		"ISSUED passes a fence":             {model.IssuedPasses, "handed out after the fence's acknowledgement"},
-		"a fence is acknowledged too early": {model.EarlyAnswer, "an acknowledged fence is not durable"},
-		"a mint is sent too early":          {model.EarlyMint, "that the ledger does not know"},
-		"HANDLE's latest end is too early":  {model.ShortEnd, "outlives the latest end"},
-		"a HANDLE is closed too early":      {model.EarlyClose, "whose grant is CLOSED"},
-		"its life is forgotten":             {model.CloseAtDeadline, "whose grant is CLOSED"},
-		"a failed write is ignored":         {model.FailureIgnored, "nothing ends it"},
-		"a checkpoint is ahead of the disk": {model.SignsOrdered, "a signed entry of the log was lost"},
-		"the disk changes the order":        {model.Reordered, "is not durable with it"},
+		"ISSUED passes a fence":              {model.IssuedPasses, "handed out after the fence's acknowledgement"},
+		"a fence is acknowledged too early":  {model.EarlyAnswer, "an acknowledged fence is not durable"},
+		"a mint is sent too early":           {model.EarlyMint, "that the ledger does not know"},
+		"HANDLE's latest end is too early":   {model.ShortEnd, "outlives the latest end"},
+		"a HANDLE is closed too early":       {model.EarlyClose, "whose grant is CLOSED"},
+		"its life is forgotten":              {model.CloseAtDeadline, "whose grant is CLOSED"},
+		"a failed write is ignored":          {model.FailureIgnored, "nothing ends it"},
+		"a checkpoint is ahead of the disk":  {model.SignsOrdered, "a signed entry of the log was lost"},
+		"the disk changes the order":         {model.Reordered, "is not durable with it"},
+		"a token is used before its record":  {model.EarlyUse, "with a token that the ledger does not know"},
+		"a step's end kills another's token": {model.KillsShared, "was killed without a fence"},
+		"a token outlives its revocation":    {model.LeavesToken, "a token of its delegation can mint"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			found := ""

@@ -7,6 +7,7 @@ func (m Machine) moves(s state, visit func(move, state)) {
 		m.vault(s, i, visit)
 		m.end(s, i, visit)
 	}
+	m.delegate(s, visit)
 	m.revoke(s, visit)
 	m.disk(s, visit)
 	m.time(s, visit)
@@ -29,6 +30,9 @@ func (m Machine) issue(s state, i int, visit func(move, state)) {
 		}
 		if next == recording {
 			t.steps[i].begun = s.now
+			if m.Shared {
+				t.steps[i].shared, t.steps[i].token = true, s.made-1
+			}
 		}
 		visit(move{what, i}, t)
 	}
@@ -36,8 +40,12 @@ func (m Machine) issue(s state, i int, visit func(move, state)) {
 	if m.Fault == ShortEnd {
 		withHandle.end = s.now + life
 	}
+	known := m.Known
+	if m.Shared {
+		known = s.holding == inUse
+	}
 	switch {
-	case g.at == idle && !seen.fence && m.Known:
+	case g.at == idle && !seen.fence && known:
 		to("INTENT and HANDLE are ordered", recording, withHandle)
 	case g.at == idle && !seen.fence:
 		to("INTENT is ordered", intending, record{phase: intent})
@@ -45,7 +53,7 @@ func (m Machine) issue(s state, i int, visit func(move, state)) {
 		to("INTENT is durable", intended)
 	case g.at == intended && seen.fence:
 		to("refused as fenced", refused)
-	case g.at == intended:
+	case g.at == intended && (known || !m.Shared):
 		to("HANDLE is ordered", recording, withHandle)
 	case g.at == recording && s.now > g.begun+mintTimeout:
 		to("refused: recording took too long", refused)
@@ -63,7 +71,7 @@ func (m Machine) issue(s state, i int, visit func(move, state)) {
 		t := s
 		t.order(write{grant: uint8(i), to: record{issued, seen.grants[i].mintBy, g.end}})
 		t.steps[i].at, t.steps[i].held = done, true
-		t.late = t.late || s.fence == acknowledged
+		t.late = t.late || s.fence >= acknowledged
 		visit(move{"ISSUED is ordered, and the secret handed over", i}, t)
 	}
 }
@@ -101,6 +109,11 @@ func (m Machine) end(s state, i int, visit func(move, state)) {
 	if !seen.fence && !g.ending && !abandoned && s.now <= r.end {
 		return
 	}
+	if m.Fault == KillsShared && r.phase == handle && !g.at.issuing() && s.works != 0 {
+		t := s
+		t.works = 0
+		visit(move{"the delegation's token is killed", i}, t)
+	}
 	if m.Leased && g.alive && r.phase != intent {
 		t := s
 		t.steps[i].alive = false
@@ -126,6 +139,22 @@ func (m Machine) end(s state, i int, visit func(move, state)) {
 	visit(move{"CLOSED is ordered", i}, t)
 }
 
+// delegate makes a token of the delegation, records it, and puts it into use.
+func (m Machine) delegate(s state, visit func(move, state)) {
+	t := s
+	switch {
+	case !m.Shared:
+	case s.holding == without && s.made < maxTokens && s.canWrite() && !s.visible().fence:
+		t.holding, t.works = naming, s.works|1<<s.made
+		t.order(write{tokens: 1 << s.made})
+		t.made++
+		visit(move{"the delegation's token is made and ordered", -1}, t)
+	case s.holding == naming && (s.durable.tokens.has(s.made-1) || m.Fault == EarlyUse):
+		t.holding = inUse
+		visit(move{"the delegation's token is put into use", -1}, t)
+	}
+}
+
 // revoke is an operator's fence over all grants.
 func (m Machine) revoke(s state, visit func(move, state)) {
 	switch {
@@ -143,7 +172,29 @@ func (m Machine) revoke(s state, visit func(move, state)) {
 		t := s
 		t.fence = acknowledged
 		visit(move{"the fence is acknowledged", -1}, t)
+	case s.fence == acknowledged && m.Shared:
+		m.settle(s, visit)
 	}
+}
+
+// settle kills the delegation's tokens that the ledger knows, and then calls the revocation CLOSED.
+func (m Machine) settle(s state, visit func(move, state)) {
+	t, seen := s, s.visible()
+	if left := s.works & seen.tokens; left != 0 {
+		t.works &^= left
+		visit(move{"the delegation's tokens are killed", -1}, t)
+		if m.Fault != LeavesToken {
+			return
+		}
+	}
+	for _, g := range seen.grants {
+		if g.phase != none && g.phase != closed {
+			return
+		}
+	}
+	t = s
+	t.fence = settled
+	visit(move{"the revocation is CLOSED", -1}, t)
 }
 
 // disk makes writes durable, fails, or loses them with the process.
@@ -193,7 +244,8 @@ func (s state) crashed() state {
 	if s.fence == asked { // without an answer the operator asks again
 		s.fence, s.owed = unasked, 0
 	}
-	s.stopped = false
+	s.stopped, s.holding = false, without
+	s.works &= s.durable.tokens // no process has the others, which end by themselves
 	s.crashes++
 	return s
 }
@@ -206,6 +258,10 @@ func (m Machine) failed(s state) state {
 		case w.fence && s.fence == asked:
 			s.fence, s.owed = unasked, 0
 		case w.fence:
+		case w.tokens != 0 && s.holding == naming: // it is killed, and never used
+			s.holding = without
+			s.works &^= w.tokens
+		case w.tokens != 0:
 		case g.at == intending || g.at == recording:
 			g.at = refused
 		case g.at == done && w.to.phase == issued && m.Fault != FailureIgnored:
