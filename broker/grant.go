@@ -15,7 +15,7 @@ type GrantState string
 // The states of a grant.
 const (
 	StateIntent GrantState = "INTENT" // recorded; nothing in Vault can mint for it yet
-	StateHandle GrantState = "HANDLE" // the step's token is recorded; a mint may have been sent
+	StateHandle GrantState = "HANDLE" // the token that mints is recorded; a mint may have been sent
 	StateIssued GrantState = "ISSUED" // the lease is recorded, and the secret may be handed over
 	StateClosed GrantState = "CLOSED" // ended; Evidence has the reasons to believe so
 )
@@ -37,7 +37,7 @@ type Grant struct {
 	Expires    time.Time    `json:"expires"`
 	Bundle     string       `json:"bundle"`
 	Policies   []string     `json:"policies,omitempty"`
-	Token      Handle       `json:"token,omitzero"`  // from HANDLE on
+	Token      Handle       `json:"token,omitzero"`  // from HANDLE on; zero: the step has no token of its own
 	Lease      Lease        `json:"lease,omitzero"`  // from ISSUED on
 	Fence      *Fence       `json:"fence,omitempty"` // on this grant alone
 	Ending     Ending       `json:"ending,omitempty"`
@@ -47,6 +47,10 @@ type Grant struct {
 
 	// MintDeadline is the time after which no mint for this grant can complete, from HANDLE on.
 	MintDeadline time.Time `json:"settles,omitzero"`
+
+	// DelegationToken is the delegation's token that mints, from HANDLE on, for a step without a token of its own. It ends
+	// with its delegation, never with this grant.
+	DelegationToken Handle `json:"delegation_token,omitzero"`
 
 	// ArgsDigest is the SHA-256 of the canonical Args in hex, as of the intent. The jwt and token tools write it into
 	// their tokens. It is empty in a grant of a version that did not record it.
@@ -129,8 +133,18 @@ type Lease struct {
 	// secret that cannot be ended sooner.
 	Outlives time.Time `json:"outlives,omitzero"`
 
+	// Request is Vault's request_id of the mint, as in Vault's audit log. It is empty in a grant of a version that did not
+	// record it, and where the answer of the mint was lost.
+	Request string `json:"request,omitempty"`
+
 	// Digests identify the values of the secret that cannot be guessed.
 	Digests []ValueDigest `json:"digests,omitempty"`
+}
+
+// Unrecorded reports whether the grant may have made a secret of which the ledger knows nothing but the end: the answer of
+// its mint was lost, or a crash came before the record of the hand-over was durable. While the issue goes on it is false.
+func (g Grant) Unrecorded() bool {
+	return g.State == StateHandle && g.Ending != "" && g.Lease.Expires.IsZero() && !g.NothingMade
 }
 
 // LatestEnd is the time by which the grant's secret has ended even if every revocation fails. It is never earlier

@@ -11,7 +11,14 @@ type Mint struct {
 	Data   map[string]any // body; nil: the request reads the path
 	Leased bool           // refuse an answer without a lease id
 	Auth   bool           // the answer is a token, and Finish gets its member "auth"
-	TTL    time.Duration  // the longest acceptable lifetime; an answer with a longer one is refused
+
+	// NoLease says that the secret has no lease, so a token of its own would end nothing: its step needs none. An answer
+	// with a lease or a token is refused.
+	NoLease bool
+	// Shared is set by the engine for a step without a token of its own. Nil: the step has one.
+	Shared *SharedToken
+
+	TTL time.Duration // the longest acceptable lifetime; an answer with a longer one is refused
 
 	// Wrap, which requires Auth, asks for a wrapped answer. Finish gets the member "wrap_info"; its "auth" is Vault's
 	// record of the token inside.
@@ -32,6 +39,14 @@ type Mint struct {
 	// Finish makes the agent's secret from the answer's data, and gives the backend's name for it. It gets the expiry
 	// of Vault's lease, or zero without a lease.
 	Finish func(answer map[string]any, expires time.Time) (Finished, error)
+}
+
+// SharedToken says for which step a delegation's token mints.
+type SharedToken struct {
+	Grant   GrantID
+	Tool    ToolName
+	Policy  string    // the tool's Vault policy, which the token has among others
+	Expires time.Time // of the grant
 }
 
 // Finished is a secret that is ready for delivery.

@@ -149,14 +149,18 @@ type TokenTree interface {
 // ErrNoParent means that the parent of a new token is not in memory.
 var ErrNoParent = errors.New("the parent's token is not in memory")
 
-// Minter makes the token of one step, and the secret with it. Safe for concurrent use.
+// Minter makes the token of one step, where it needs one, and the secret. Safe for concurrent use.
 type Minter interface {
 	// CreateStepToken makes the token of a step below its delegation's: step 3 of issue. The token holds one Vault
 	// policy, may have no children and ends at g.Expires in any case. Its display name and its metadata have the
 	// grant's id.
 	CreateStepToken(ctx context.Context, g Grant, displayName, policy string) (Handle, error)
-	// Mint sends one request with the step's token, once: step 5 of issue. An error that wraps ErrNotMinted means that
-	// certainly nothing was made. After any other error the outcome is unknown.
+	// DelegationToken returns the token in use of g's delegation, for a step without a token of its own: step 3 of issue.
+	// The error is an ErrNoParent if there is none in memory.
+	DelegationToken(g Grant, policy string) (Handle, error)
+	// Mint sends one request with the step's token, once, or with its delegation's where m.Shared is set: step 5 of
+	// issue. The caller calls it once for a grant. An error that wraps ErrNotMinted means that certainly nothing was
+	// made. After any other error the outcome is unknown.
 	Mint(ctx context.Context, token Handle, m Mint) (Lease, Secret, error)
 }
 

@@ -70,9 +70,13 @@ type Tool struct {
 	Narrowing Narrowing            // the place that enforces the narrowing of the secret
 	TTL       time.Duration        // lifetime of a secret unless the request sets a shorter one; zero: DefaultTTL
 	Arguments map[string]Parameter // every argument that it takes; others are refused
-	Policy    string               // the Vault policy of a step's token
+	Policy    string               // the Vault policy that permits the mint
 	Path      VaultPath            // mount and role in Vault; the backend defines the meaning of the segments
 	Settings  map[string]string    // for the backend, which checks them when the tool is loaded
+
+	// StepToken asks for a Vault token of each step's own, with Policy alone, also where the secrets have no lease. False:
+	// only steps with a lease have one, and the delegation's token mints the others.
+	StepToken bool
 
 	// Canary marks a tool that no caller has a reason to use. A request for it is a violation, and nothing is ever
 	// minted.

@@ -146,6 +146,17 @@ func (v *Vault) CreateStepToken(_ context.Context, g broker.Grant, _, _ string) 
 	return h, v.fault("child done")
 }
 
+// DelegationToken implements [broker.Minter].
+func (v *Vault) DelegationToken(g broker.Grant, _ string) (broker.Handle, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	parent := v.held[g.Delegation]
+	if parent == "" || v.tokens[parent].dead {
+		return broker.Handle{}, broker.ErrNoParent
+	}
+	return broker.Handle{Accessor: parent, Expires: g.Expires.Add(time.Hour)}, nil
+}
+
 // Mint implements [broker.Minter].
 func (v *Vault) Mint(_ context.Context, h broker.Handle, m broker.Mint) (broker.Lease, broker.Secret, error) {
 	if err := v.fault("mint"); err != nil {
@@ -158,6 +169,9 @@ func (v *Vault) Mint(_ context.Context, h broker.Handle, m broker.Mint) (broker.
 		return broker.Lease{}, broker.Secret{}, fmt.Errorf("permission denied: %w", broker.ErrNotMinted)
 	}
 	v.mu.Unlock()
+	if m.Shared != nil {
+		return v.mintShared(*m.Shared, m)
+	}
 	password := v.Target.create(t.grant) // the credential exists before the lease is written
 	if err := v.fault("mint created"); err != nil {
 		return broker.Lease{}, broker.Secret{}, err
@@ -173,6 +187,20 @@ func (v *Vault) Mint(_ context.Context, h broker.Handle, m broker.Mint) (broker.
 	}
 	done, err := m.Finish(map[string]any{"password": password}, h.Expires)
 	return broker.Lease{ID: id, Ref: done.Ref, Expires: h.Expires, Digests: done.Digests}, done.Secret, err
+}
+
+// mintShared mints without a lease. No end of a token ends the secret.
+func (v *Vault) mintShared(s broker.SharedToken, m broker.Mint) (broker.Lease, broker.Secret, error) {
+	password := v.Target.create(s.Grant)
+	if err := v.fault("mint done"); err != nil {
+		return broker.Lease{}, broker.Secret{}, err
+	}
+	v.mu.Lock()
+	v.n++
+	request := fmt.Sprintf("request-%d", v.n)
+	v.mu.Unlock()
+	done, err := m.Finish(map[string]any{"password": password}, s.Expires)
+	return broker.Lease{Ref: done.Ref, Expires: s.Expires, Digests: done.Digests, Request: request}, done.Secret, err
 }
 
 // Kill implements [broker.Killer]. As in Vault, everything below the token ends too.

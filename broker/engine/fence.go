@@ -29,6 +29,8 @@ type fencing struct {
 type matched struct {
 	first broker.RevocationID // of the rule with the same selector that was in force; empty: there was none
 	match records.Match
+
+	refusal *broker.Error // where it matches nothing
 }
 
 // fence is step 1 of Revoke, inside the caller's transaction: one mark, for any number of grants below. When the same
@@ -85,7 +87,7 @@ func (e *Engine) fenceRule(tx *records.Tx, f fencing, rv broker.Revocation, entr
 			return rv, err
 		}
 		if match == records.MatchesNothing && !f.freeze {
-			return broker.Revocation{}, nothingMatches("revoke")
+			return broker.Revocation{}, m.refusal
 		}
 		rv.Nothing = match != records.MatchesNow
 	}
@@ -116,8 +118,11 @@ func matchOf(tx *records.Tx, policy broker.Policy, s selector.Selector, f fencin
 		since = first.At
 	}
 	rule := records.NewRule(s, broker.Fence{At: f.now, Frozen: f.freeze})
-	match, err := tx.MatchOf(rule, policy, since, f.now)
-	return &matched{revocationOfMark(first), match}, err
+	m := &matched{first: revocationOfMark(first)}
+	if m.match, err = tx.MatchOf(rule, policy, since, f.now); err == nil && m.match == records.MatchesNothing {
+		m.refusal, err = tx.NothingMatches("revoke", s)
+	}
+	return m, err
 }
 
 func revocationOfMark(mark *broker.Fence) broker.RevocationID {
@@ -125,12 +130,6 @@ func revocationOfMark(mark *broker.Fence) broker.RevocationID {
 		return ""
 	}
 	return mark.Revocation
-}
-
-func nothingMatches(op string) *broker.Error {
-	return broker.Errorf(broker.NotFound, op,
-		"the selector matches nothing that is open or alive, and no step that can still be taken").
-		With(broker.CodeSelectorEmpty).Lacks("check its spelling; pawl chain list shows the open chains", "selector")
 }
 
 // existing returns the revocation of the mark in force, when the mark is at least as strong as the requested one.

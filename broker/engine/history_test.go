@@ -85,8 +85,8 @@ type delayingVault struct {
 	*recorder
 	acknowledged map[broker.ChainID]chan struct{}
 
-	mu      sync.Mutex // guards grants, delayed and arrived
-	grants  map[string]broker.Grant
+	mu      sync.Mutex              // guards grants, delayed and arrived
+	grants  map[string]broker.Grant // by the step's token, or by id
 	delayed map[broker.ChainID]int
 	arrived map[broker.GrantID]int64
 }
@@ -103,9 +103,20 @@ func (v *delayingVault) CreateStepToken(ctx context.Context, g broker.Grant, nam
 	return h, err
 }
 
+func (v *delayingVault) DelegationToken(g broker.Grant, policy string) (broker.Handle, error) {
+	h, err := v.Vault.DelegationToken(g, policy)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.grants[string(g.ID)] = g
+	return h, err
+}
+
 func (v *delayingVault) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (broker.Lease, broker.Secret, error) {
 	v.mu.Lock()
 	g := v.grants[h.Accessor]
+	if m.Shared != nil {
+		g = v.grants[string(m.Shared.Grant)]
+	}
 	before, after := false, false
 	if v.delayed[g.Chain] < mostDelayed && rand.N(10) == 0 {
 		v.delayed[g.Chain]++
@@ -242,6 +253,7 @@ const (
 	roundAttempts = 125 // of each client
 )
 
+// newRound makes a round. In about half of them the secrets have no lease, and their steps no token of their own.
 func newRound(t *testing.T, attempts int, ledger func(broker.Ledger) broker.Ledger) *round {
 	w := &world{t: t, ledger: brokertest.NewMemory(), target: brokertest.NewTarget(),
 		policy: brokertest.AllowAll("db.read", "deploy")}
@@ -256,8 +268,12 @@ func newRound(t *testing.T, attempts int, ledger func(broker.Ledger) broker.Ledg
 		acknowledged: map[broker.ChainID]chan struct{}{}, grants: map[string]broker.Grant{},
 		delayed: map[broker.ChainID]int{}, arrived: map[broker.GrantID]int64{}}
 	w.vault = s.vault.Vault // for wantAllClosed
+	var backend broker.Backend = w.target
+	if rand.N(2) == 0 {
+		backend = sharedTarget{w.target}
+	}
 	b, err := engine.New(engine.Config{Ledger: ledger(w.ledger), Policy: func() broker.Policy { return w.policy },
-		Vault: s.vault, Backends: map[string]broker.Backend{"target": w.target}, Now: time.Now, Random: crand.Reader,
+		Vault: s.vault, Backends: map[string]broker.Backend{"target": backend}, Now: time.Now, Random: crand.Reader,
 		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: -1})
 	if err != nil {
 		t.Fatal(err)

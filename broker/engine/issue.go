@@ -274,7 +274,7 @@ func expiries(nodes []broker.Delegation) (list []time.Time) {
 func (s *issue) intend(ctx context.Context, prefetched *stepToken) error {
 	intended := s.grant
 	if prefetched.made() {
-		intended = s.withHandle(intended, prefetched.token, prefetched.mint.TTL)
+		intended = s.withHandle(intended, prefetched.token, prefetched.mint)
 	}
 	next, err := records.EncodeGrant(intended)
 	if err != nil {
@@ -283,10 +283,15 @@ func (s *issue) intend(ctx context.Context, prefetched *stepToken) error {
 	return s.e.update(ctx, opIssue, func(tx *records.Tx) error { return s.recordIntent(tx, next) })
 }
 
-// withHandle returns the grant with the record of its step's token. MintDeadline is after the last moment at which Vault
+// withHandle returns the grant with the record of the token that mints. MintDeadline is after the last moment at which Vault
 // may complete the mint, since the mint's timeout begins before this call.
-func (s *issue) withHandle(g broker.Grant, token broker.Handle, longest time.Duration) broker.Grant {
-	g.State, g.Token, g.Longest = broker.StateHandle, token, longest
+func (s *issue) withHandle(g broker.Grant, token broker.Handle, m broker.Mint) broker.Grant {
+	g.State, g.Longest = broker.StateHandle, m.TTL
+	if m.Shared != nil {
+		g.DelegationToken = token
+	} else {
+		g.Token = token
+	}
 	g.MintDeadline = s.e.cfg.Now().Add(s.e.cfg.MintTimeout + s.e.cfg.MintBound)
 	return g
 }
@@ -461,8 +466,10 @@ func (s *issue) issue(ctx, mintCtx context.Context, prefetched *stepToken) (brok
 	mintCtx, cancel := detached(ctx, s.e.cfg.MintTimeout)
 	defer cancel()
 	// Step 4. A crash after it leaves a HANDLE. Resume revokes the accessor, and with it every lease of the token.
-	if err := s.recordHandle(ctx, token, m.TTL); err != nil {
-		s.e.kill(ctx, token)
+	if err := s.recordHandle(ctx, token, m); err != nil {
+		if m.Shared == nil {
+			s.e.kill(ctx, token)
+		}
 		if broker.KindOf(err) == broker.Unavailable {
 			s.recordNothing(ctx) // the commit may have succeeded, and nothing is minted
 		}
@@ -490,16 +497,16 @@ func (s *issue) mint(ctx, mintCtx context.Context, m broker.Mint, token broker.H
 	// 4, although the secret may have been handed over: Resume ends it, and its latest end is in the HANDLE.
 	if err := s.recordIssued(ctx, lease, m.Named); err != nil {
 		secret.Wipe()
-		s.e.sweeper.Suspect() // the ledger may not know the lease
+		s.suspect() // the ledger may not know the lease
 		return broker.Secret{}, err
 	}
 	return secret, nil
 }
 
 // recordHandle is step 4.
-func (s *issue) recordHandle(ctx context.Context, token broker.Handle, longest time.Duration) error {
+func (s *issue) recordHandle(ctx context.Context, token broker.Handle, m broker.Mint) error {
 	record := func(g broker.Grant) (records.EncodedGrant, error) {
-		return records.EncodeGrant(s.withHandle(g, token, longest))
+		return records.EncodeGrant(s.withHandle(g, token, m))
 	}
 	expected, err := record(s.grant)
 	if err != nil {
@@ -626,13 +633,13 @@ func tooLate() *broker.Error {
 }
 
 // mintFailed classifies a failed mint: fenced or expired, certainly not minted, or unknown. The reaper ends the grant
-// in each case. A fence makes the reaper kill the step's token, and Vault then refuses the mint. The agent gets the
-// fence as the reason, not Vault's refusal.
+// in each case. A fence makes the broker kill the token that mints, and Vault then refuses the mint. The agent gets the
+// fence as the reason, not Vault's refusal. No failed step ends a token that it shares.
 func (s *issue) mintFailed(ctx context.Context, err error) error {
 	if errors.Is(err, broker.ErrNotMinted) {
 		s.recordNothing(ctx)
 	} else {
-		s.e.sweeper.Suspect()
+		s.suspect()
 	}
 	var ended error
 	readErr := s.e.view(context.WithoutCancel(ctx), opIssue, func(tx *records.Tx) error {
@@ -657,6 +664,13 @@ func (s *issue) mintFailed(ctx context.Context, err error) error {
 	return broker.Errorf(broker.Unavailable, opIssue,
 		"it is not known whether Vault minted; the broker ends any secret that exists").
 		With(broker.CodeOutcomeUnknown).Because(err).Lacks("ask again, with a new idempotency key").After(time.Second)
+}
+
+// suspect tells the sweeper of a lease that the ledger may not know. A step that shares a token has none.
+func (s *issue) suspect() {
+	if s.grant.DelegationToken.Accessor == "" {
+		s.e.sweeper.Suspect()
+	}
 }
 
 // recordNothing records that Vault certainly made nothing. The reaper then closes the grant at once, and gives the step

@@ -31,8 +31,9 @@ func (e *Engine) Plan(ctx context.Context, o broker.Operator, s selector.Selecto
 	}
 	plan := broker.Plan{Selector: s.String(), Made: e.cfg.Now()}
 	var set []string
+	var nothing *broker.Error
 	err := e.view(ctx, op, func(tx *records.Tx) (err error) {
-		plan = broker.Plan{Selector: plan.Selector, Made: plan.Made}
+		plan, nothing = broker.Plan{Selector: plan.Selector, Made: plan.Made}, nil
 		if plan.Revision, err = tx.Head(); err != nil {
 			return err
 		}
@@ -43,13 +44,16 @@ func (e *Engine) Plan(ctx context.Context, o broker.Operator, s selector.Selecto
 		if err == nil {
 			set, err = e.resolve(tx, rv, &plan)
 		}
+		if err == nil && len(set) == 0 && plan.Later == 0 {
+			nothing, err = tx.NothingMatches(op, s)
+		}
 		return err
 	})
 	if err != nil {
 		return broker.Plan{}, err
 	}
-	if len(set) == 0 && plan.Later == 0 {
-		return plan, nothingMatches(op)
+	if nothing != nil {
+		return plan, nothing
 	}
 	hash := sha256.New()
 	fmt.Fprintln(hash, plan.Selector, plan.Made.UnixNano())

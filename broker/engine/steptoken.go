@@ -28,7 +28,7 @@ func (s *issue) prefetchToken(ctx context.Context, l records.Lineage) *stepToken
 	defer cancel()
 	t, name := &stepToken{}, ""
 	if t.mint, name, t.err = s.e.prepare(ctx, s.tool, s.grant); t.err == nil {
-		t.token, t.err = s.e.cfg.Vault.CreateStepToken(ctx, s.grant, name, s.tool.Policy)
+		t.token, t.err = s.tokenFor(ctx, t.mint, name)
 	}
 	s.now = s.e.cfg.Now() // of step 2: Vault may have taken seconds
 	return t
@@ -54,18 +54,30 @@ func (s *issue) budgetSpent(ctx context.Context, l records.Lineage) (spent bool)
 // made reports whether there is a token.
 func (t *stepToken) made() bool { return t != nil && t.err == nil }
 
-// drop kills the token of a refused step, beside the answer.
+// drop kills the token of a refused step, beside the answer, unless the step shares it.
 func (t *stepToken) drop(ctx context.Context, e *Engine) {
-	if t.made() {
+	if t.made() && t.mint.Shared == nil {
 		e.background(func() { e.kill(ctx, t.token) })
 	}
 }
 
-// prepare narrows the mint to the step's arguments. Some backends create an object at the target for it.
+// tokenFor gives the token that mints: one of the step's own, or that of its delegation.
+func (s *issue) tokenFor(ctx context.Context, m broker.Mint, name string) (broker.Handle, error) {
+	if m.Shared != nil {
+		return s.e.cfg.Vault.DelegationToken(s.grant, s.tool.Policy)
+	}
+	return s.e.cfg.Vault.CreateStepToken(ctx, s.grant, name, s.tool.Policy)
+}
+
+// prepare narrows the mint to the step's arguments. Some backends create an object at the target for it. A secret without
+// a lease is minted with the delegation's token, unless its tool asks for a token of each step's own.
 func (e *Engine) prepare(ctx context.Context, t broker.Tool, g broker.Grant) (broker.Mint, string, error) {
 	m, name, err := e.cfg.Backends[g.Backend].Prepare(ctx, t, g)
 	if err != nil {
 		err = asUnavailable(err, broker.CodeBackendDown, "the tool's target cannot be prepared; nothing was made")
+	}
+	if m.NoLease && !t.StepToken {
+		m.Shared = &broker.SharedToken{Grant: g.ID, Tool: t.Name, Policy: t.Policy, Expires: g.Expires}
 	}
 	return m, name, err
 }
@@ -94,7 +106,7 @@ func (s *issue) createToken(ctx context.Context) (m broker.Mint, token broker.Ha
 		if err := s.e.ensureToken(ctx, opIssue, s.grant.Delegation, s.policy); err != nil {
 			return m, token, err
 		}
-		token, err = s.e.cfg.Vault.CreateStepToken(ctx, s.grant, name, s.tool.Policy)
+		token, err = s.tokenFor(ctx, m, name)
 		if !errors.Is(err, broker.ErrNoParent) {
 			break
 		}

@@ -159,6 +159,23 @@ func TestRemedy(t *testing.T) {
 	}
 }
 
+// TestStepTokenOfATool checks that a tool can ask for a Vault token of each step's own, and that others do not.
+func TestStepTokenOfATool(t *testing.T) {
+	dir := sources(`@id("all") @any("principal action tool") permit(principal, action, resource);`)
+	dir["tools.yaml"].Data = append(dir["tools.yaml"].Data,
+		"  - {name: keys.own, backend: kv, narrowing: none, step_token: true, vault: {policy: pawl-tool-keys, path: kv/keys}}\n"+
+			"  - {name: keys.shared, backend: kv, narrowing: none, vault: {policy: pawl-tool-keys, path: kv/keys}}\n"...)
+	p, err := policy.Load(build(t, dir).Unsigned())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[broker.ToolName]bool{"keys.own": true, "keys.shared": false} {
+		if tool, ok := p.Tool(name); !ok || tool.StepToken != want {
+			t.Errorf("Tool(%s).StepToken = %v, %v; want %v", name, tool.StepToken, ok, want)
+		}
+	}
+}
+
 // TestCanary checks that a canary is denied despite any permit, with the consequence in violations.yaml. Without one
 // there, the consequence is the end of the whole chain.
 func TestCanary(t *testing.T) {

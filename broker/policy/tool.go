@@ -22,6 +22,7 @@ type toolDecl struct {
 	Vault     vaultDecl            `json:"vault"`
 	Settings  map[string]string    `json:"settings,omitempty"`
 	Canary    bool                 `json:"canary,omitempty"`
+	StepToken bool                 `json:"step_token,omitempty"`
 }
 
 type paramDecl struct {
@@ -46,8 +47,9 @@ type toolYAML struct {
 		Policy string `yaml:"policy"`
 		Path   string `yaml:"path"`
 	} `yaml:"vault"`
-	Settings map[string]string `yaml:"settings"`
-	Canary   bool              `yaml:"canary"`
+	Settings  map[string]string `yaml:"settings"`
+	Canary    bool              `yaml:"canary"`
+	StepToken bool              `yaml:"step_token"`
 }
 
 type paramYAML struct {
@@ -59,7 +61,7 @@ type paramYAML struct {
 // decl converts a tool to the payload's form.
 func (y toolYAML) decl() (toolDecl, error) {
 	d := toolDecl{Name: y.Name, Backend: y.Backend, Narrowing: y.Narrowing, TTL: y.TTL,
-		Vault: vaultDecl(y.Vault), Settings: y.Settings, Canary: y.Canary}
+		Vault: vaultDecl(y.Vault), Settings: y.Settings, Canary: y.Canary, StepToken: y.StepToken}
 	if ttl, err := time.ParseDuration(y.TTL); err == nil {
 		d.TTL = ttl.String() // one spelling; tool refuses text that does not parse
 	}
@@ -92,7 +94,7 @@ func (d toolDecl) tool() (t broker.Tool, err error) {
 	if _, err := broker.ParseToolName(d.Backend); err != nil {
 		return t, fmt.Errorf("backend %.60q is not a name", d.Backend)
 	}
-	t.Backend, t.Canary = d.Backend, d.Canary
+	t.Backend, t.Canary, t.StepToken = d.Backend, d.Canary, d.StepToken
 	if t.Narrowing, err = broker.ParseNarrowing(d.Narrowing); err != nil {
 		return t, err
 	}

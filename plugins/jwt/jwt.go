@@ -163,7 +163,7 @@ func (b *Backend) mint(t broker.Tool, g broker.Grant, s settings, c claims, key 
 	}
 	path, _, _ := b.Access(t)
 	return broker.Mint{
-		Path: path, TTL: g.Expires.Sub(now) + time.Second,
+		Path: path, TTL: g.Expires.Sub(now) + time.Second, NoLease: true,
 		Named: b.list != nil, // its index on the status list is in its lease
 		Data:  map[string]any{"input": base64.StdEncoding.EncodeToString([]byte(input)), "marshaling_algorithm": "jws", "key_version": key.version},
 		Finish: func(answer map[string]any, _ time.Time) (broker.Finished, error) {

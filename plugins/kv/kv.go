@@ -54,7 +54,7 @@ func (b *Backend) Prepare(_ context.Context, t broker.Tool, g broker.Grant) (bro
 		return broker.Mint{}, "", err
 	}
 	path, _, _ := b.Access(t)
-	return broker.Mint{Path: path, Finish: finish}, string(g.ID), nil
+	return broker.Mint{Path: path, NoLease: true, Finish: finish}, string(g.ID), nil
 }
 
 func finish(answer map[string]any, _ time.Time) (broker.Finished, error) {

@@ -113,7 +113,7 @@ func (b *Backend) Prepare(_ context.Context, t broker.Tool, g broker.Grant) (bro
 	want.life = (g.Expires.Sub(b.now()) + time.Second - 1).Truncate(time.Second)
 	path, _, _ := b.Access(t)
 	return broker.Mint{
-		Path: path, TTL: want.life, Absolute: true,
+		Path: path, TTL: want.life, Absolute: true, NoLease: true,
 		Data: map[string]any{
 			"public_key": string(ssh.MarshalAuthorizedKey(want.key)), "cert_type": "user", "key_id": want.keyID, "valid_principals": want.principal,
 			"ttl": strconv.FormatInt(int64(want.life/time.Second), 10) + "s", "critical_options": want.options, "extensions": want.extensions,

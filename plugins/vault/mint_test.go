@@ -141,7 +141,11 @@ func drip(w http.ResponseWriter, r *http.Request) {
 
 // TestMintOnce drops a reused connection after the request. By default net/http would resend a GET.
 func TestMintOnce(t *testing.T) {
-	for _, method := range []string{"GET", "POST"} {
+	for _, row := range []struct {
+		method string
+		shared bool
+	}{{"GET", false}, {"POST", false}, {"GET", true}, {"POST", true}} {
+		method := row.method
 		f := newFake(t, dropConnection)
 		c := f.client(t, nil)
 		m := plainMint(brokertest.Path("database/creds/a"))
@@ -150,6 +154,9 @@ func TestMintOnce(t *testing.T) {
 		}
 		for i := range 20 {
 			h := child(t, c, rootID, time.Minute, "pawl-tool-a") // leaves a connection for the mint to reuse
+			if row.shared {
+				h, m = shared(t, c, rootID, "pawl-tool-a", m)
+			}
 			_, _, err := c.Mint(t.Context(), h, m)
 			if err == nil || errors.Is(err, broker.ErrNotMinted) {
 				t.Errorf("Mint(%s) on a dropped connection = %v, want an unknown outcome", method, err)

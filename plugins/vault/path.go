@@ -36,7 +36,7 @@ func parent(p broker.VaultPath) string {
 	return s[:max(strings.LastIndexByte(s, '/'), 0)]
 }
 
-// Access is the access to Vault that one tool needs: the policy that its steps' tokens hold, and the one path that the
+// Access is the access to Vault that one tool needs: the policy that its mints need, and the one path that the
 // policy opens. The tool's backend defines the path.
 type Access struct {
 	Tool   broker.ToolName  // for messages

@@ -13,6 +13,7 @@ import (
 
 // response holds the members of a Vault response that the client reads.
 type response struct {
+	RequestID     string // as in Vault's audit log; empty: none that a ledger could keep
 	LeaseID       string
 	LeaseDuration int64          // seconds
 	Data          map[string]any // numbers are json.Number; nil when absent or null
@@ -37,6 +38,9 @@ type auth struct {
 	Members       map[string]any
 }
 
+// maxRequestID bounds the id of a request. Vault's have 36 characters.
+const maxRequestID = 64
+
 // maxDepth bounds the nesting of a response.
 const maxDepth = 32
 
@@ -53,6 +57,13 @@ func decodeResponse(raw []byte) (resp response, err error) {
 		"errors":         func() error { return d.texts(&resp.Errors) },
 		"wrap_info":      func() (err error) { resp.Wrap, err = d.wrap(); return err },
 
+		"request_id": func() error {
+			err := d.optionalText(&resp.RequestID)
+			if len(resp.RequestID) > maxRequestID || !validToken(resp.RequestID) {
+				resp.RequestID = ""
+			}
+			return err
+		},
 		"server_time_utc": func() error { return d.integer(&resp.ServerTime) },
 	})
 	if err != nil {

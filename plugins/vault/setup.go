@@ -73,7 +73,7 @@ func (s SetupConfig) Plan() ([]Write, error) {
 		policy("What a delegation's token may do besides its tools", s.Delegation, delegationPolicy),
 	}
 	for _, a := range s.policies() {
-		plan = append(plan, policy("What a step's token may do: mint, and nothing else", a[0].Policy, toolPolicy(a)))
+		plan = append(plan, policy("What a mint with this tool may do, and nothing else", a[0].Policy, toolPolicy(a)))
 	}
 	plan = append(plan, Write{
 		Why: "The token role with which the broker makes the tokens of root delegations. " +

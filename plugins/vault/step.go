@@ -5,24 +5,27 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
 )
 
-// step is a step's token, in memory from Child to Mint.
+// step is the token that mints for a step. One of its own is in memory from CreateStepToken to Mint.
 type step struct {
 	token   string
-	expires time.Time // its hard expiry
+	expires time.Time // of the token, or of a step without one of its own
 	tool    broker.ToolName
-	policy  string // its only one
+	grant   broker.GrantID
+	policy  string // of the tool
+	shared  *node  // the delegation's token; nil: it is the step's own, and policy its only one
 }
 
 // errTooManySteps means that maxSteps step tokens are in memory.
 var errTooManySteps = errors.New("too many vault step tokens wait for their mint")
 
-// Child implements [broker.Minter]. An ErrNoParent means that the delegation has no usable token in memory: branch it
+// CreateStepToken implements [broker.Minter]. An ErrNoParent means that the delegation has no usable token in memory: branch it
 // again.
 func (c *Client) CreateStepToken(ctx context.Context, g broker.Grant, displayName, policy string) (broker.Handle, error) {
 	if err := broker.CheckVaultName(displayName); err != nil {
@@ -54,28 +57,84 @@ func (c *Client) CreateStepToken(ctx context.Context, g broker.Grant, displayNam
 	}
 	h := broker.Handle{Accessor: n.accessor, Expires: c.cfg.Now().Add(life)}
 	c.mu.Lock()
-	c.steps[h.Accessor] = step{token: n.token, expires: h.Expires, tool: g.Tool, policy: policy}
+	c.steps[h.Accessor] = step{token: n.token, expires: h.Expires, tool: g.Tool, grant: g.ID, policy: policy}
 	c.mu.Unlock()
 	return h, nil
 }
 
-// Mint implements [broker.Minter]. It drops the token from memory before it sends the request, so that one handle can
-// never mint twice.
-func (c *Client) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (broker.Lease, broker.Secret, error) {
+// nearEnd is how close to its end a delegation's token that can be renewed is taken for ended. Vault's answer to a mint
+// could be that it has ended, and no mint is sent twice.
+const nearEnd = time.Second
+
+// DelegationToken implements [broker.Minter]. It asks Vault nothing. The token has the policies that its delegation's
+// tools had when it was made. An errWider means that the tool's policy is none of them, as Vault answers for a token
+// below it.
+func (c *Client) DelegationToken(g broker.Grant, policy string) (broker.Handle, error) {
+	if !c.cfg.Now().Before(g.Expires) {
+		return broker.Handle{}, broker.Errorf(broker.Expired, "issue", "the step has expired").With(broker.CodeExpired)
+	}
+	if err := c.reachable(); err != nil {
+		return broker.Handle{}, err
+	}
+	n, err := c.touch(g.Delegation)
+	if err != nil {
+		return broker.Handle{}, c.told(err)
+	}
 	c.mu.Lock()
-	s, ok := c.steps[h.Accessor]
-	delete(c.steps, h.Accessor)
+	left := n.expires.Sub(c.cfg.Now())
+	ending := left < nearEnd && n.expires.Before(n.maxExpires.Add(-nearEnd))
 	c.mu.Unlock()
+	if ending {
+		c.markRefused(n)
+		return broker.Handle{}, fmt.Errorf("delegation %s: %w", g.Delegation, broker.ErrNoParent)
+	}
+	if !slices.Contains(n.policies, policy) {
+		return broker.Handle{}, broker.Errorf(broker.Denied, "issue", "the delegation's token in Vault was made without the "+
+			"policy of tool %q", g.Tool).With(broker.CodeDelegationWider).Because(errWider)
+	}
+	return broker.Handle{Accessor: n.accessor, Expires: n.maxExpires}, nil
+}
+
+// minter returns the token that mints. It drops a step's own token from memory before the request is sent, so that one
+// handle of a step can never mint twice.
+func (c *Client) minter(h broker.Handle, m broker.Mint) (s step, ok bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if m.Shared == nil {
+		s, ok = c.steps[h.Accessor]
+		delete(c.steps, h.Accessor)
+		return s, ok
+	}
+	n := c.nodes[h.Accessor]
+	if n == nil || n.parent == nil || !n.inUse || !c.aliveLocked(n) {
+		return step{}, false
+	}
+	return step{token: n.token, expires: m.Shared.Expires, tool: m.Shared.Tool, grant: m.Shared.Grant,
+		policy: m.Shared.Policy, shared: n}, true
+}
+
+// mayShare reports whether a delegation's token may send a mint. Its own policy permits it to make tokens too.
+func mayShare(m broker.Mint) bool {
+	mount := m.Path.Segments()[0]
+	return m.NoLease && mount != "auth" && mount != "sys"
+}
+
+// Mint implements [broker.Minter]. A mint with a delegation's token is refused unless its backend says that the secret
+// has no lease: nothing that the grant's end must end may hang on a token that stays. The header X-Correlation-Id has
+// the grant's id: Vault writes it to its audit log, also where the answer is lost.
+func (c *Client) Mint(ctx context.Context, h broker.Handle, m broker.Mint) (broker.Lease, broker.Secret, error) {
+	s, ok := c.minter(h, m)
 	now := c.cfg.Now()
 	if !ok || !now.Before(s.expires) {
 		return broker.Lease{}, broker.Secret{},
-			fmt.Errorf("minting: the step's token is not in memory: %w", broker.ErrNotMinted)
+			fmt.Errorf("minting: the token that mints is not in memory: %w", broker.ErrNotMinted)
 	}
-	if m.Path.IsZero() || m.Finish == nil || m.Wrap && (!m.Auth || m.TTL <= 0) {
+	if m.Path.IsZero() || m.Finish == nil || m.Wrap && (!m.Auth || m.TTL <= 0) || m.NoLease && (m.Leased || m.Auth) ||
+		s.shared != nil && !mayShare(m) {
 		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: the request is malformed: %w", broker.ErrNotMinted)
 	}
 	path := m.Path.String()
-	r := call{method: "GET", path: path, token: s.token, once: true}
+	r := call{method: "GET", path: path, token: s.token, once: true, correlation: string(s.grant)}
 	if m.Data != nil {
 		r.method, r.body = "POST", m.Data
 	}
@@ -111,6 +170,10 @@ func (c *Client) signAgain(ctx context.Context, r call, s step, m broker.Mint) (
 func (c *Client) minted(ctx context.Context, resp response, err error, path string, s step, m broker.Mint) (
 	broker.Lease, broker.Secret, error,
 ) {
+	var f *failure
+	if s.shared != nil && errors.As(err, &f) && f.badToken() {
+		c.markRefused(s.shared) // the next step makes another
+	}
 	if err != nil && c.notMinted(err) {
 		return broker.Lease{}, broker.Secret{}, fmt.Errorf("minting: %w: %w", broker.ErrNotMinted, c.toldMint(err, s, path))
 	}
@@ -156,13 +219,17 @@ func (c *Client) accept(ctx context.Context, resp response, path string, s step,
 	switch {
 	case m.Auth || resp.Data == nil || resp.Auth != nil || resp.Wrap != nil:
 		return broker.Lease{}, broker.Secret{}, errors.New("vault's response is not a secret")
+	case m.NoLease && resp.LeaseID != "":
+		c.endStray(ctx, resp.LeaseID)
+		return broker.Lease{}, broker.Secret{}, errors.New("vault's response has a lease, and such a tool's has none: " +
+			"another engine is mounted at its path")
 	case m.Leased && resp.LeaseID == "":
 		return broker.Lease{}, broker.Secret{},
 			errors.New("vault's response has no lease id: this secret could not be revoked")
 	case resp.LeaseDuration < 0 || resp.LeaseID != "" && resp.LeaseDuration == 0:
 		return broker.Lease{}, broker.Secret{}, errors.New("vault's lease has no expiry")
 	}
-	lease := broker.Lease{Expires: s.expires}
+	lease := broker.Lease{Expires: s.expires, Request: resp.RequestID}
 	var end time.Time
 	if resp.LeaseID != "" {
 		rest, below := strings.CutPrefix(resp.LeaseID, path+"/")
@@ -181,6 +248,14 @@ func (c *Client) accept(ctx context.Context, resp response, path string, s step,
 	return finish(m, resp.Data, lease, end, now)
 }
 
+// endStray revokes a lease that no tool was to give, as far as the broker's policy permits. It ends with the token that
+// made it at the latest.
+func (c *Client) endStray(ctx context.Context, lease string) {
+	if err := c.Revoke(context.WithoutCancel(ctx), lease); err != nil {
+		c.cfg.Log.Warn("a lease that no tool was to give was not revoked", "error", err)
+	}
+}
+
 // acceptToken checks a response that is a token. A token below the step's token ends with it.
 func (c *Client) acceptToken(resp response, s step, m broker.Mint) (broker.Lease, broker.Secret, error) {
 	if err := resp.checkToken("service"); err != nil {
@@ -196,7 +271,7 @@ func (c *Client) acceptToken(resp response, s step, m broker.Mint) (broker.Lease
 	if end.After(s.expires) {
 		end = s.expires
 	}
-	return finish(m, resp.Auth.Members, broker.Lease{Expires: end}, end, now)
+	return finish(m, resp.Auth.Members, broker.Lease{Expires: end, Request: resp.RequestID}, end, now)
 }
 
 // finish lets the backend turn the response into the secret for the agent.

@@ -18,6 +18,7 @@ type node struct {
 	token      string
 	accessor   string
 	parent     *node     // nil: a login token
+	policies   []string  // as asked of Vault, and compared with its answer
 	maxExpires time.Time // its expiry, however often it is renewed
 	renewed    time.Time // when it was created or last renewed
 	expires    time.Time // unless it is renewed
@@ -173,7 +174,7 @@ func (c *Client) create(ctx context.Context, parent *node, path string, t newTok
 		c.discard(ctx, resp.Auth.Accessor)
 		return nil, explain(fmt.Errorf("creating a vault token: %w", errRights))
 	}
-	return &node{token: resp.Auth.Token, accessor: resp.Auth.Accessor, parent: parent, renewed: sent,
+	return &node{token: resp.Auth.Token, accessor: resp.Auth.Accessor, parent: parent, policies: want, renewed: sent,
 		expires: sent.Add(seconds(resp.Auth.LeaseDuration))}, nil
 }
 

@@ -60,17 +60,19 @@ func (w *wire) close() { w.keepAlive.CloseIdleConnections() }
 
 // call is one request.
 type call struct {
-	method   string
-	path     string // below /v1/; constants and valid names
-	query    string // a constant
-	token    string
-	body     any    // nil: none
-	wrap     string // lifetime of a wrapping token for the response; empty: not wrapped
-	once     bool   // no layer may send it twice
-	newConn  bool   // use a new connection
-	maxBytes int64  // limit of the response; zero: maxResponse
-	raw      bool   // return the body undecoded
-	root     bool   // in the root namespace, whatever the configuration says
+	method string
+	path   string // below /v1/; constants and valid names
+	query  string // a constant
+	token  string
+	body   any    // nil: none
+	wrap   string // lifetime of a wrapping token for the response; empty: not wrapped
+
+	correlation string // for Vault's audit log, which has it by default; empty: none
+	once        bool   // no layer may send it twice
+	newConn     bool   // use a new connection
+	maxBytes    int64  // limit of the response; zero: maxResponse
+	raw         bool   // return the body undecoded
+	root        bool   // in the root namespace, whatever the configuration says
 
 	rawBody     []byte // instead of body: bytes that are not JSON, of contentType
 	contentType string
@@ -196,6 +198,9 @@ func (w *wire) request(ctx context.Context, c call) (*http.Request, error) {
 	}
 	if c.wrap != "" {
 		req.Header["X-Vault-Wrap-Ttl"] = []string{c.wrap}
+	}
+	if c.correlation != "" {
+		req.Header["X-Correlation-Id"] = []string{c.correlation}
 	}
 	req.Header["X-Vault-Request"] = []string{"true"}
 	return req, nil

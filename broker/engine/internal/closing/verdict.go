@@ -7,8 +7,8 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// verdict decides the outcome of one grant. Dead needs all of these answers: Vault has revoked the token and no longer
-// knows the lease, and no mint can be in flight. If the target can be probed, it must refuse the secret too.
+// verdict decides the outcome of one grant. Dead needs all of these answers: Vault has revoked the step's token, if
+// it had one, and no longer knows the lease, and no mint can be in flight. If the target can be probed, it must refuse the secret too.
 type verdict struct {
 	g       broker.Grant
 	killed  killAnswer      // to the revocation of the step's token
@@ -35,7 +35,11 @@ func (v verdict) outcome() (broker.Outcome, []broker.Evidence) {
 		return broker.OutcomeDead, []broker.Evidence{{At: v.now, Check: "ledger", Outcome: broker.OutcomeDead,
 			Answer: "no token was recorded for it, so nothing was minted"}}
 	}
-	evidence := []broker.Evidence{v.token(), v.lease()}
+	var evidence []broker.Evidence
+	if v.g.DelegationToken.Accessor == "" { // otherwise no token ends with the grant
+		evidence = append(evidence, v.token())
+	}
+	evidence = append(evidence, v.lease())
 	// A secret that only a rotation ends was not read for this grant when nothing was made.
 	if v.probed && (!v.g.NothingMade || v.found.Outcome != broker.OutcomeStatic) {
 		evidence = append(evidence, v.found)

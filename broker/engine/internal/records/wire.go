@@ -246,6 +246,7 @@ type wireLease struct {
 	Expires  stamp                `cbor:"3,keyasint,omitempty"`
 	Outlives stamp                `cbor:"4,keyasint,omitempty"`
 	Digests  []broker.ValueDigest `cbor:"5,keyasint,omitempty"`
+	Request  string               `cbor:"6,keyasint,omitempty"`
 }
 
 type wireEvidence struct {
@@ -299,6 +300,7 @@ type wireGrant struct {
 	Collector  string              `cbor:"29,keyasint,omitempty"`
 	Nothing    bool                `cbor:"30,keyasint,omitempty"`
 	Counted    []string            `cbor:"31,keyasint,omitempty"`
+	Shared     wireHandle          `cbor:"32,keyasint,omitzero"`
 }
 
 func grantWire(g broker.Grant) wireGrant {
@@ -312,12 +314,14 @@ func grantWire(g broker.Grant) wireGrant {
 		ArgsDigest: g.ArgsDigest, Longest: g.Longest, Collector: idText(g.Collector),
 		Nothing: g.NothingMade,
 		Counted: g.Counted,
+		Shared:  handleWire(g.DelegationToken),
 	}
 	if canon := g.Args.Canonical(); len(canon) > len("{}") {
 		w.Args = canon
 	}
-	if l := g.Lease; l.ID != "" || l.Ref != "" || !l.Expires.IsZero() || !l.Outlives.IsZero() || len(l.Digests) > 0 {
-		w.Lease = &wireLease{l.ID, l.Ref, stampOf(l.Expires), stampOf(l.Outlives), l.Digests}
+	if l := g.Lease; l.ID != "" || l.Ref != "" || !l.Expires.IsZero() || !l.Outlives.IsZero() || len(l.Digests) > 0 ||
+		l.Request != "" {
+		w.Lease = &wireLease{l.ID, l.Ref, stampOf(l.Expires), stampOf(l.Outlives), l.Digests, l.Request}
 	}
 	for _, e := range g.Evidence {
 		w.Evidence = append(w.Evidence, wireEvidence{stampOf(e.At), e.Check, e.Outcome, e.Answer, e.Listed})
@@ -331,7 +335,7 @@ func (w *wireGrant) grant() (g broker.Grant, err error) {
 		Expires: w.Expires.time(), Bundle: w.Bundle, Policies: w.Policies, Token: w.Token.handle(),
 		MintDeadline: w.Deadline.time(), Fence: w.Fence.fence(), Ending: w.Ending, Ended: w.Ended.time(), Outcome: w.Outcome,
 		ArgsDigest: w.ArgsDigest, Longest: w.Longest, Sealed: w.Sealed, Collected: w.Collected.time(), Held: w.Held,
-		NothingMade: w.Nothing, Counted: w.Counted}
+		NothingMade: w.Nothing, Counted: w.Counted, DelegationToken: w.Shared.handle()}
 	if w.Path != "" {
 		if g.Path, err = broker.ParseVaultPath(w.Path); err != nil {
 			return g, err
@@ -354,7 +358,7 @@ func (w *wireGrant) grant() (g broker.Grant, err error) {
 	}
 	if l := w.Lease; l != nil {
 		g.Lease = broker.Lease{ID: l.ID, Ref: l.Ref, Expires: l.Expires.time(), Outlives: l.Outlives.time(),
-			Digests: l.Digests}
+			Digests: l.Digests, Request: l.Request}
 	}
 	for _, e := range w.Evidence {
 		g.Evidence = append(g.Evidence, broker.Evidence{At: e.At.time(), Check: e.Check, Outcome: e.Outcome,
