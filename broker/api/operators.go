@@ -66,10 +66,11 @@ type GrantRecord struct {
 	Caller   string         `json:"caller"` // a SPIFFE ID
 	Args     jsontext.Value `json:"args"`
 	Purpose  string         `json:"purpose,omitzero"`
-	Path     string         `json:"path,omitzero"`  // the Vault mount and role that mint it
-	Lease    string         `json:"lease,omitzero"` // Vault's lease id
-	Ref      string         `json:"ref,omitzero"`   // the backend's name for the secret
-	Fence    *Fence         `json:"fence,omitzero"` // on this grant alone
+	Path     string         `json:"path,omitzero"`    // the Vault mount and role that mint it
+	Lease    string         `json:"lease,omitzero"`   // Vault's lease id
+	Ref      string         `json:"ref,omitzero"`     // the backend's name for the secret
+	Request  string         `json:"request,omitzero"` // the id of the mint's request in Vault's audit log; omitted: not recorded
+	Fence    *Fence         `json:"fence,omitzero"`   // on this grant alone
 	Evidence []Evidence     `json:"evidence,omitzero"`
 }
 

@@ -211,7 +211,7 @@ func (c *compiler) grant(g broker.Grant, handed time.Time) {
 	fenced := c.report.Revocation.Fenced
 	out := Grant{ID: g.ID, Chain: g.Chain, Delegation: g.Delegation, Caller: g.Caller.String(), Tool: g.Tool,
 		Narrowing: g.Narrowing.String(), Args: string(g.Args.Canonical()), Purpose: g.Purpose, Path: g.Path.String(), Lease: g.Lease.ID,
-		Ref: g.Lease.Ref, Created: g.Created, HandedOver: handed, Ended: g.Ended, Ending: g.Ending,
+		Ref: g.Lease.Ref, Request: g.Lease.Request, Created: g.Created, HandedOver: handed, Ended: g.Ended, Ending: g.Ending,
 		Before: !g.Ended.IsZero() && g.Ended.Before(fenced), Outcome: g.Outcome, LatestEnd: g.LatestEnd(), Evidence: g.Evidence}
 	c.report.Grants = append(c.report.Grants, out)
 	r := &c.report.Residual

@@ -172,7 +172,7 @@ func (p *page) grants(r Report) {
 		p.line("### %s: %s\n", g.ID, status(g))
 		p.line("- %s for %s, arguments %s, purpose %s", code(string(g.Tool)), code(g.Caller), code(g.Args), code(g.Purpose))
 		p.line("- Narrowing: %s. Requested %s, handed over %s, ended %s, latest end %s", g.Narrowing, at(g.Created), at(g.HandedOver), at(g.Ended), at(g.LatestEnd))
-		p.line("- Lease %s, name at the target %s", code(g.Lease), code(g.Ref))
+		p.line("- Lease %s, name at the target %s, request in Vault's audit log %s", code(g.Lease), code(g.Ref), code(g.Request))
 		for _, e := range g.Evidence {
 			p.line("- Evidence, %s: %s: %s (%s)", at(e.At), code(e.Check), code(e.Answer), e.Outcome)
 		}

@@ -75,9 +75,10 @@ type Grant struct {
 	Narrowing  string              `json:"narrowing"`
 	Args       string              `json:"args"` // canonical JSON, byte for byte
 	Purpose    string              `json:"purpose,omitzero"`
-	Path       string              `json:"path,omitzero"`  // Vault mount and role
-	Lease      string              `json:"lease,omitzero"` // Vault's lease id
-	Ref        string              `json:"ref,omitzero"`   // the backend's name for the secret
+	Path       string              `json:"path,omitzero"`    // Vault mount and role
+	Lease      string              `json:"lease,omitzero"`   // Vault's lease id
+	Ref        string              `json:"ref,omitzero"`     // the backend's name for the secret
+	Request    string              `json:"request,omitzero"` // the id of the mint's request in Vault's audit log; left out: not recorded
 	Created    time.Time           `json:"created"`
 	HandedOver time.Time           `json:"handed_over,omitzero"` // from then on the agent may have had the secret; left out: not recorded
 	Ended      time.Time           `json:"ended,omitzero"`       // with evidence; left out: not ended

@@ -115,7 +115,7 @@ func grant() broker.Grant {
 		ID: grantID, Chain: chainID, Delegation: delegationID, Caller: agentID, Tool: "postgres", Backend: "postgres",
 		Narrowing: broker.NarrowNative, Args: args, ArgsDigest: "5e", Purpose: "reading", Path: brokertest.Path("database/creds"), State: broker.StateIssued,
 		Created: noon, Expires: noon.Add(time.Minute), Bundle: "sha256:00", Policies: []string{"p1"},
-		Token: broker.Handle{Accessor: "accessor-marker"}, Lease: broker.Lease{ID: "database/creds/x", Ref: "pawl-x", Expires: noon.Add(30 * time.Second)},
+		Token: broker.Handle{Accessor: "accessor-marker"}, Lease: broker.Lease{ID: "database/creds/x", Ref: "pawl-x", Request: "request-x", Expires: noon.Add(30 * time.Second)},
 		Fence: fence(), Ending: broker.EndingClosed, Ended: noon, Outcome: broker.OutcomeDead,
 		Evidence: []broker.Evidence{{At: noon, Check: "vault", Outcome: broker.OutcomeDead, Answer: "gone"}},
 		Sealed:   "thumb", Collector: agentID, Collected: noon,

@@ -154,7 +154,7 @@ func idText(id spiffeid.ID) string {
 func wireRecord(g broker.Grant) api.GrantRecord {
 	return api.GrantRecord{
 		Grant: wireGrant(g), Caller: g.Caller.String(), Args: jsontext.Value(g.Args.Canonical()), Purpose: g.Purpose,
-		Path: g.Path.String(), Lease: g.Lease.ID, Ref: g.Lease.Ref, Fence: wireFence(g.Fence),
+		Path: g.Path.String(), Lease: g.Lease.ID, Ref: g.Lease.Ref, Request: g.Lease.Request, Fence: wireFence(g.Fence),
 		Evidence: each(g.Evidence, func(e broker.Evidence) api.Evidence {
 			return api.Evidence{At: utc(e.At), Check: e.Check, Outcome: string(e.Outcome), Answer: e.Answer}
 		}),
