@@ -262,7 +262,7 @@ func (b *bench) reportIssue(t target, clients int, ours, theirs []turn) {
 			Against: "Vault's own CPU time for the direct call, 16 clients"},
 			of(ours, func(u turn) float64 { return u.perIssue(u.broker) }), direct)
 		b.report.Add(report.Row{Name: name + "vault_cpu", Unit: "ms of CPU per issue", N: n,
-			Against: "Vault's own CPU time for the direct call; ours is Vault's CPU time for a step through Pawl, including the step's token"},
+			Against: "Vault's own CPU time for the direct call; ours is Vault's CPU time for a step through Pawl, including the step's token where it has one"},
 			of(ours, func(u turn) float64 { return u.perIssue(u.vault) }), direct)
 	}
 }
