@@ -80,6 +80,7 @@ const (
 	CodeVaultIdentity     Code = "vault_identity_policy" // Vault's identity gives the broker's tokens a policy of its own
 	CodeVaultBusy         Code = "vault_busy"            // Vault limits requests or leases; nothing is left behind
 	CodeClockSkew         Code = "clock_skew"            // the clocks of the broker and of Vault differ too much
+	CodeLeasesLeft        Code = "leases_left"           // Vault does not remove the leases of secrets that are dead
 	CodeOutcomeUnknown    Code = "outcome_unknown"       // a mint may have succeeded: it is revoked. Use a new key
 	CodeBackendDown       Code = "backend_unavailable"   // the tool's target cannot be prepared
 	CodeIssuingStopped    Code = "issuing_stopped"       // the broker doubts its clock, identity or restored ledger

@@ -115,6 +115,10 @@ type Evidence struct {
 	// Listed means that the death of the secret rests on a list, or on an answer that a verifier must request. A
 	// verifier that checks neither accepts the secret until it expires.
 	Listed bool `json:"listed,omitempty"`
+
+	// Final means that the target alone shows the secret dead, and that it stays so: nothing that Vault does with the
+	// lease, or fails to do, makes it work again. The zero value leaves the lease a part of the proof.
+	Final bool `json:"final,omitempty"`
 }
 
 // Handle is a Vault token as the ledger knows it: by its accessor, which can end the token but not use it.

@@ -218,7 +218,8 @@ type Severer interface {
 // Prover checks at the target whether secrets are dead.
 type Prover interface {
 	// Prove returns one Evidence for each grant, in order. It searches for everything with the grant's id, so that it
-	// also finds a secret if the answer of its mint was lost.
+	// also finds a secret if the answer of its mint was lost. With a Final one the grant is closed before Vault has
+	// removed its lease.
 	Prove(ctx context.Context, grants []Grant) ([]Evidence, error)
 }
 

@@ -91,6 +91,10 @@ type Revocation struct {
 	// Unswept: a mint was in flight at the fence, and the sweep for its orphans has not finished.
 	Unswept bool `json:"unswept,omitempty"`
 
+	// Leases counts the leases that Vault has still to remove for grants that are CLOSED. It is housekeeping and not part
+	// of the closure: the target has shown that their secrets are dead.
+	Leases int `json:"leases,omitempty"`
+
 	// LatestEnd is the time by which everything that is left ends by itself. Zero: nothing is left, or it never ends.
 	LatestEnd time.Time `json:"latest_end,omitzero"`
 }

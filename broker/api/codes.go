@@ -104,6 +104,7 @@ func Reasons() []Reason {
 		{"vault_refused", KindUnavailable, "Vault refuses the tool", false, "Tell the platform team: a policy, role or mount in Vault is missing or too narrow. Nothing is left behind."},
 		{"vault_busy", KindUnavailable, "Vault limits requests", true, "Wait as long as Retry-After says, then retry; nothing is left behind."},
 		{"clock_skew", KindUnavailable, "The clocks of the broker and Vault differ", true, "Tell the platform team, and use other tools meanwhile: only secrets that end by Vault's clock are refused."},
+		{"leases_left", KindUnavailable, "Vault does not remove leases", true, "Nothing to do for agents: the secrets are dead at their target. The platform team finds the cause in Vault's log, such as a database that Vault cannot reach."},
 		{"vault_policy", KindUnavailable, "The tool is not set up in Vault", false, "Do other work; a retry changes nothing. Inform the platform team: the detail names the policy."},
 		{"vault_identity_policy", KindUnavailable, "Vault gives the broker's tokens a right too many", false, "Do other work; a retry changes nothing. Inform the platform team: the detail names the policy."},
 		{"outcome_unknown", KindUnavailable, "A secret may have been minted and is being revoked", true, "Retry with a new idempotency key."},

@@ -182,6 +182,7 @@ type Revocation struct {
 	Unknown     int       `json:"unknown"`             // of these, not proven either way
 	Static      int       `json:"static"`              // of those alive, secrets that can only be rotated
 	Tokens      int       `json:"tokens"`              // delegation tokens not yet confirmed revoked
+	Leases      int       `json:"leases"`              // leases of dead secrets that Vault has still to remove: housekeeping, and no part of the closure
 	Uncounted   bool      `json:"uncounted,omitzero"`  // the grants are not counted yet, and the counts are zero; those of a freeze never are
 	LatestEnd   time.Time `json:"latest_end,omitzero"` // the remaining secrets expire by then; omitted: none remain, or some never expire
 

@@ -91,6 +91,7 @@ func (p *page) dead(r Report) {
 	p.line("- Shown to be alive: %d, of which only rotation ends %d", rv.Alive, rv.Static)
 	p.line("- Not proven either way: %d", rv.Unknown)
 	p.line("- Delegation tokens not confirmed revoked: %d", rv.Tokens)
+	p.line("- Leases still being removed: %d. Their secrets are among the dead: this is housekeeping in Vault.", rv.Leases)
 	if rv.Settled.IsZero() {
 		p.line("- Not settled yet when this report was made")
 	} else {

@@ -381,6 +381,13 @@ func TestMarkdown(t *testing.T) {
 	if strings.Contains(page, "\n# Dead") || strings.Contains(page, "\u202e") || !strings.Contains(page, "```` ``` ") || !strings.Contains(page, `a \| b`) {
 		t.Errorf("external text leaves its place in the page:\n%s", page)
 	}
+	r.Revocation = broker.Revocation{Closure: broker.ClosureClosed, Grants: 7, Dead: 7, Leases: 3}
+	for _, want := range []string{"- Proven dead: 7\n", "- Shown to be alive: 0, of", "- Not proven either way: 0\n",
+		"- Leases still being removed: 3. Their secrets are among the dead"} {
+		if closed := r.Markdown(); !strings.Contains(closed, want) {
+			t.Errorf("the page of a closed revocation with leases lacks %q:\n%s", want, closed)
+		}
+	}
 	fenced, dead := strings.Index(page, "## Fenced"), strings.Index(page, "## Dead")
 	if fenced < 0 || dead < fenced {
 		t.Errorf("fenced and dead are not two sections of the page:\n%s", page)

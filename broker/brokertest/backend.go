@@ -206,6 +206,9 @@ func (t *trial) prove(ctx context.Context, list ...live) ([]broker.Evidence, err
 		if e.Check == "" || e.Answer == "" {
 			t.errorf("Prove returned an empty Check or Answer: %q, %q", e.Check, e.Answer)
 		}
+		if e.Final && e.Outcome != broker.OutcomeDead {
+			t.errorf("Prove returned a final %q: only a dead secret stays what it is", e.Outcome)
+		}
 		if leaks(list[i], e.Check+" "+e.Answer+" "+list[i].Lease.Ref) {
 			t.errorf("the texts of Prove, or the lease's Ref, contain a part of the secret")
 		}

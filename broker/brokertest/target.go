@@ -22,6 +22,14 @@ type Target struct {
 	ended  map[broker.GrantID]string // of each that worked before
 
 	watchers []chan struct{}
+	final    bool // its proofs are final
+}
+
+// ProveFinally makes the target's proofs final from now on.
+func (t *Target) ProveFinally() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.final = true
 }
 
 // NewTarget returns an empty Target.
@@ -158,9 +166,9 @@ func (t *Target) Prove(_ context.Context, grants []broker.Grant) ([]broker.Evide
 	defer t.mu.Unlock()
 	found := make([]broker.Evidence, len(grants))
 	for i, g := range grants {
-		found[i] = broker.Evidence{Check: "target: try the login", Outcome: broker.OutcomeDead, Answer: "refused"}
+		found[i] = broker.Evidence{Check: "target: try the login", Outcome: broker.OutcomeDead, Answer: "refused", Final: t.final}
 		if _, alive := t.logins[g.ID]; alive {
-			found[i].Outcome, found[i].Answer = broker.OutcomeAlive, "accepted"
+			found[i].Outcome, found[i].Answer, found[i].Final = broker.OutcomeAlive, "accepted", false
 		}
 	}
 	return found, nil

@@ -62,7 +62,11 @@ func (e *Engine) Revocation(ctx context.Context, id broker.RevocationID) (rv bro
 			return err
 		}
 		static, err := tx.StaticUnder(rv)
-		closing.CountsOf(left, len(static)).Apply(&rv)
+		if err != nil {
+			return err
+		}
+		leftovers, err := tx.LeftoversUnder(rv)
+		closing.CountsOf(left, len(static), len(leftovers)).Apply(&rv)
 		return err
 	})
 	return rv, err

@@ -100,9 +100,12 @@ func (e *Engine) reconcileOpened(id broker.RevocationID) {
 	}
 }
 
+// finished reports whether nothing is left to do for a revocation: it has settled, and Vault has removed all leases.
+func finished(rv broker.Revocation) bool { return rv.Freeze || !rv.Settled.IsZero() && rv.Leases == 0 }
+
 // reconcile starts steps 2 to 6 in the background, unless this process runs them already.
 func (e *Engine) reconcile(rv broker.Revocation) {
-	if rv.Freeze || !rv.Settled.IsZero() || !e.reconciling.Begin(rv.ID) {
+	if finished(rv) || !e.reconciling.Begin(rv.ID) {
 		return
 	}
 	e.background(func() {
@@ -173,7 +176,7 @@ type reconciler struct {
 
 	started time.Time
 	read    time.Time     // the last read of the ledger
-	delayed bool          // step 3 waits for severing
+	delayed bool          // step 3 waits for severing, or the grants must be listed again
 	minWait time.Duration // between two rounds; longer with more grants left, since each round may write
 	absent  bool          // the ledger does not have the revocation: see reconcileUnconfirmed
 }
@@ -219,7 +222,7 @@ func (r *reconciler) changed() <-chan struct{} {
 	return r.progress.Changed
 }
 
-// round runs steps 2 to 6 once, as far as they can go now. done: the revocation has settled.
+// round runs steps 2 to 6 once, as far as they can go now. done: the revocation has settled, and no lease is left.
 func (r *reconciler) round(ctx context.Context) (done bool, err error) {
 	r.delayed = false
 	if r.progress == nil {
@@ -248,6 +251,7 @@ func (r *reconciler) round(ctx context.Context) (done bool, err error) {
 func (r *reconciler) start(ctx context.Context) error {
 	var grants []broker.Grant
 	var static []broker.GrantID
+	var leftovers []broker.Grant
 	err := r.e.view(ctx, "revoke", func(tx *records.Tx) error {
 		_, ok, err := tx.Revocation(r.rv.ID)
 		if r.absent = err == nil && !ok; err != nil || !ok {
@@ -256,7 +260,10 @@ func (r *reconciler) start(ctx context.Context) error {
 		if grants, r.nodes, err = tx.Under(r.rv); err != nil {
 			return err
 		}
-		static, err = tx.StaticUnder(r.rv)
+		if static, err = tx.StaticUnder(r.rv); err != nil {
+			return err
+		}
+		leftovers, err = tx.LeftoversUnder(r.rv)
 		return err
 	})
 	if err != nil || r.absent {
@@ -269,7 +276,7 @@ func (r *reconciler) start(ctx context.Context) error {
 			r.inFlight, r.rv.Unswept = append(r.inFlight, g.ID), true
 		}
 	}
-	r.progress = r.e.reaper.Follow(grants, static)
+	r.progress = r.e.reaper.Follow(grants, static, leftovers)
 	r.e.progress.Store(r.rv.ID, r.progress)
 	r.e.reaper.EndFenced(grants)
 	return r.reread(ctx) // a worker may have closed a grant between the view and Follow
@@ -281,26 +288,51 @@ const rereadEvery = 5 * time.Second
 // reread updates the progress from the ledger, which is authoritative.
 func (r *reconciler) reread(ctx context.Context) error {
 	r.read = r.e.cfg.Now()
-	closed := map[broker.GrantID]broker.Outcome{}
+	closed := map[broker.GrantID]closing.Found{}
+	var removed []broker.GrantID
 	err := r.e.view(ctx, "revoke", func(tx *records.Tx) error {
 		clear(closed)
+		removed = nil
+		now, _, err := tx.Revocation(r.rv.ID)
+		if err != nil {
+			return err
+		}
+		if now.Alive != r.rv.Alive { // a sweep has made grants live again, and record starts anew
+			r.stored = broker.Revocation{}
+		}
 		for id, f := range r.progress.Left() {
 			live, static, err := tx.LiveOrStatic(f.Chain, id)
+			if err != nil {
+				return err
+			}
+			left, err := tx.HasLeftover(f.Chain, id)
 			if err != nil {
 				return err
 			}
 			switch {
 			case live:
 			case static:
-				closed[id] = broker.OutcomeStatic
+				closed[id] = closing.Found{Chain: f.Chain, Outcome: broker.OutcomeStatic}
 			default:
-				closed[id] = broker.OutcomeDead
+				closed[id] = closing.Found{Chain: f.Chain, Outcome: broker.OutcomeDead, Leftover: left}
+			}
+		}
+		for id, chain := range r.progress.Leftovers() {
+			left, err := tx.HasLeftover(chain, id)
+			if err != nil {
+				return err
+			}
+			if !left {
+				removed = append(removed, id)
 			}
 		}
 		return nil
 	})
-	for id, outcome := range closed {
-		r.progress.Report(id, closing.Found{Outcome: outcome}, true)
+	for id, f := range closed {
+		r.progress.Report(id, f, true)
+	}
+	for _, id := range removed {
+		r.progress.Removed(id)
 	}
 	return err
 }
@@ -374,7 +406,8 @@ func (r *reconciler) sweep(ctx context.Context) error {
 }
 
 // record is step 6: it computes the counts and the closure, and records them when they changed. pending counts tokens.
-// A revocation has settled when every grant is closed, every token is dead and the sweep is done.
+// A revocation has settled when every grant is closed, every token is dead and the sweep is done. It is done when Vault
+// has removed the leases too.
 //
 // A crash before it leaves the previous closure, and the next process computes it again. After a settled closure,
 // Resume has no work left.
@@ -383,10 +416,11 @@ func (r *reconciler) record(ctx context.Context, counts closing.Counts, pending 
 	recounted := func(rv broker.Revocation) broker.Revocation {
 		rv.Tokens, rv.Unswept = pending, r.rv.Unswept
 		counts.Apply(&rv)
-		done = counts.Left == 0 && pending == 0 && !rv.Unswept
-		if done && rv.Settled.IsZero() {
+		settled := counts.Left == 0 && pending == 0 && !rv.Unswept
+		if settled && rv.Settled.IsZero() {
 			rv.Settled = now
 		}
+		done = settled && rv.Leases == 0
 		return rv
 	}
 	// Without this check, hundreds of revocations that wait for Vault would write in each round and delay new fences.
@@ -421,7 +455,7 @@ func (r *reconciler) record(ctx context.Context, counts closing.Counts, pending 
 	})
 	if opened { // list the grants again
 		r.close()
-		r.progress = nil
+		r.progress, r.delayed = nil, true
 	}
 	if err != nil || opened {
 		r.stored = broker.Revocation{}

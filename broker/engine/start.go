@@ -65,7 +65,7 @@ func (e *Engine) Stop() {
 // first request. It runs the functions of the normal path:
 //   - It ends the grants that were in flight when the last process died.
 //   - It schedules the end of the grants that are alive.
-//   - It reconciles the revocations that have not settled.
+//   - It reconciles the revocations that have not settled, and has Vault remove the leases of closed grants.
 //
 // Errors: Unavailable when the ledger cannot be read or written.
 func (e *Engine) Resume(ctx context.Context) error {
@@ -93,7 +93,7 @@ func (e *Engine) Resume(ctx context.Context) error {
 			return err
 		}
 		return tx.EachRevocation(func(rv broker.Revocation) error {
-			if rv.Settled.IsZero() {
+			if !finished(rv) {
 				unsettled = append(unsettled, rv)
 			}
 			return nil
@@ -125,6 +125,7 @@ func (e *Engine) Resume(ctx context.Context) error {
 		})
 	})
 	e.background(e.reaper.Run)
+	e.background(e.reaper.RemoveLeftovers)
 	e.background(func() { e.sweeper.Run(e.ctx) })
 	e.background(func() { e.index.Run(e.ctx) })
 	e.reaper.WatchTargets()

@@ -130,7 +130,7 @@ func chain() broker.Chain {
 
 func revocation() broker.Revocation {
 	return broker.Revocation{ID: revocationID, Selector: "chain:x", Reason: "r", By: "ann", Unfreezer: "bob", Asked: noon, Fenced: noon,
-		Revision: 7, Closure: broker.ClosurePartial, Grants: 4, Dead: 1, Alive: 1, Unknown: 2, Static: 1, Tokens: 1, LatestEnd: noon, Unswept: true, Nothing: true, Repeated: true}
+		Revision: 7, Closure: broker.ClosurePartial, Grants: 4, Dead: 1, Alive: 1, Unknown: 2, Static: 1, Tokens: 1, Leases: 5, LatestEnd: noon, Unswept: true, Nothing: true, Repeated: true}
 }
 
 func entry() broker.Entry {

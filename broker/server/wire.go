@@ -196,7 +196,7 @@ func wireRevocation(r broker.Revocation) api.Revocation {
 		LiftedAlone: r.LiftedAlone, Uncounted: r.Uncounted,
 		Asked: utc(r.Asked), Fenced: utc(r.Fenced), Revision: uint64(r.Revision), Settled: utc(r.Settled),
 		Closure: string(cmp.Or(r.Closure, broker.ClosureUnknown)), Grants: max(r.Grants, 0), Dead: r.Dead, Alive: r.Alive,
-		Unknown: r.Unknown, Static: r.Static, Tokens: r.Tokens, LatestEnd: utc(r.LatestEnd),
+		Unknown: r.Unknown, Static: r.Static, Tokens: r.Tokens, Leases: r.Leases, LatestEnd: utc(r.LatestEnd),
 		Unswept: r.Unswept, CoversNothing: r.Nothing, Repeated: r.Repeated,
 	}
 }

@@ -108,6 +108,7 @@ func (b *bench) dead(ctx context.Context, n int) error {
 				seen[i].refused = append(seen[i].refused, d.refused.Seconds())
 				seen[i].dead = append(seen[i].dead, d.dead.Seconds())
 				seen[i].command = append(seen[i].command, d.command.Seconds())
+				seen[i].removed = append(seen[i].removed, d.removed.Seconds())
 				seen[i].left = max(seen[i].left, d.sessions)
 			}
 		}
@@ -119,6 +120,7 @@ func (b *bench) dead(ctx context.Context, n int) error {
 // deaths are the rounds of one way.
 type deaths struct {
 	refused, dead, command report.Samples // in seconds
+	removed                report.Samples // in seconds; ours alone
 	left                   int            // sessions that were not ended
 	failed                 bool
 }
@@ -135,6 +137,8 @@ func (b *bench) reportDead(n int, seen []deaths) {
 		Note: "until the last login is refused and, with ours, the last right is removed"}, ours.refused, seen[1].refused)
 	b.report.Add(report.Row{Name: name + "closed_seconds", Unit: "s", N: n * len(ours.command),
 		Note: "until the broker has evidence for each and calls the revocation CLOSED"}, ours.command, nil)
+	b.report.Add(report.Row{Name: name + "removed_seconds", Unit: "s", N: n * len(ours.removed),
+		Note: "until Vault has removed the last lease, which nothing waits for"}, ours.removed, nil)
 	for i, way := range ways {
 		if way.label == "" || len(seen[i].dead) == 0 {
 			continue
@@ -153,6 +157,7 @@ type death struct {
 	refused  time.Duration // until every login was refused
 	dead     time.Duration // until no login and, unless sessions were left, no session existed
 	command  time.Duration // until the command returned, with everything that it waits for
+	removed  time.Duration // ours: until Vault has removed the last lease
 	sessions int           // that stayed open after the logins were gone
 }
 
@@ -196,8 +201,16 @@ func (b *bench) end(ctx context.Context, way way, n int) (d death, err error) {
 		return d, err
 	}
 	d.refused, d.dead, d.sessions = seen.refused.Sub(began), seen.dead.Sub(began), seen.left
-	return d, confirm(ctx, w, logins, seen.left)
+	if err := confirm(ctx, w, logins, seen.left); err != nil || way.label != "" {
+		return d, err
+	}
+	err = w.direct.noLeases(ctx, oursPath) // otherwise Vault would be at work in the next way
+	d.removed = time.Since(began)
+	return d, err
 }
+
+// oursPath is the Vault path of db.read.
+const oursPath = "database/creds/pawl-bench-read"
 
 // vacuum removes the dead rows that the previous way left in the catalogs. Vault's default statements write a row
 // for each table and login, and the next way would be slower for them.

@@ -36,7 +36,7 @@ func targets(w *world) []target {
 		list = append(list, target{name: "postgres", tool: "db.read", args: agent.Args{"tables": []string{"orders"}}, direct: func(ctx context.Context, c *vaultClient) error {
 			_, err := c.ask(ctx, "GET", "plain/creds/best", nil)
 			return err
-		}, ours: "database/creds/pawl-bench-read", theirs: "plain/creds/best"})
+		}, ours: oursPath, theirs: "plain/creds/best"})
 	}
 	return list
 }

@@ -26,3 +26,16 @@ func TestAckLine(t *testing.T) {
 		}
 	}
 }
+
+// TestLeasesAreNotAlive holds that the line of a revocation names the leases that Vault has still to remove beside its
+// closure, and counts none of them as alive or unknown.
+func TestLeasesAreNotAlive(t *testing.T) {
+	r := api.Revocation{Closure: "CLOSED", Grants: 7, Dead: 7, Leases: 3}
+	const want = "CLOSED: 7 of 7 dead, 0 alive, 0 unknown; leases still being removed: 3"
+	if got := revocationLine(r); !strings.HasSuffix(got, want) {
+		t.Errorf("revocationLine(%+v) = %q, want %q at its end", r, got, want)
+	}
+	if r.Leases = 0; strings.Contains(revocationLine(r), "leases") {
+		t.Errorf("revocationLine(%+v) = %q, want no word about leases", r, revocationLine(r))
+	}
+}

@@ -279,6 +279,9 @@ func revocationLine(r api.Revocation) string {
 	if r.Tokens > 0 {
 		note += fmt.Sprintf("; delegation tokens not confirmed revoked: %d", r.Tokens)
 	}
+	if r.Leases > 0 {
+		note += fmt.Sprintf("; leases still being removed: %d", r.Leases)
+	}
 	if r.Unswept {
 		note += "; the sweep for the secrets of unfinished mints is not complete"
 	}

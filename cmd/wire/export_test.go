@@ -64,3 +64,6 @@ func (s *Server) Charged(actor string) int64 {
 	l := s.shares.byActor[actor].Value.(*share).limiter
 	return int64(float64(l.Burst()) - l.TokensAt(time.Now()))
 }
+
+// Leftovers gives the faults for so many leftover leases, and so many of them stuck.
+func Leftovers(n, stuck int) []broker.Condition { return leftovers(n, stuck) }

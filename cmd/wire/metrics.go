@@ -187,6 +187,15 @@ func (m *metrics) seed(ctx context.Context, b *engine.Engine) error {
 	m.registry.MustRegister(newGauge("pawl_irrevocable_leases",
 		"Leases of this broker that Vault has given up revoking, as of the last sweep; a person must end each by hand.",
 		func() float64 { return float64(b.Irrevocable()) }))
+	for state, of := range map[string]func() int{
+		"removing": func() int { n, stuck := b.Leftovers(); return n - stuck },
+		"stuck":    func() int { _, stuck := b.Leftovers(); return stuck },
+	} {
+		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "pawl_leftover_leases",
+			Help: "Leases that Vault has still to remove for closed grants, whose secrets are dead at their target. Stuck: " +
+				"for minutes, without progress.",
+			ConstLabels: prometheus.Labels{"state": state}}, func() float64 { return float64(of()) }))
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return broker.EachPage(func(p broker.Page) (string, error) {

@@ -64,7 +64,8 @@ func TestMetrics(t *testing.T) {
 	}
 	lines(t, scrape(), `pawl_steps_total{outcome="issued",tool="db"} 2`,
 		`pawl_steps_total{outcome="denied",tool="other"} 1`,
-		`pawl_live_grants 2`, `pawl_vault_ready 0`, `pawl_irrevocable_leases 0`, `pawl_closure_lag_seconds 0`)
+		`pawl_live_grants 2`, `pawl_vault_ready 0`, `pawl_irrevocable_leases 0`,
+		`pawl_leftover_leases{state="removing"} 0`, `pawl_leftover_leases{state="stuck"} 0`, `pawl_closure_lag_seconds 0`)
 	b.Stop()
 
 	b, scrape = start()
@@ -107,5 +108,18 @@ func lines(t *testing.T, page string, want ...string) {
 		if !strings.Contains("\n"+page, "\n"+line+"\n") {
 			t.Errorf("the metrics lack %q:\n%s", line, regexp.MustCompile(`(?m)^pawl_.*$`).FindAllString(page, -1))
 		}
+	}
+}
+
+// TestStuckLeasesAreAFault holds that leases that Vault does not remove are a fault of the broker that stops no issue,
+// and that leases on their way are none.
+func TestStuckLeasesAreAFault(t *testing.T) {
+	if found := wire.Leftovers(1000, 0); len(found) != 0 {
+		t.Errorf("the faults for leases on their way are %v, want none", found)
+	}
+	found := wire.Leftovers(5, 2)
+	if len(found) != 1 || found[0].Code != broker.CodeLeasesLeft || found[0].Blocks ||
+		!strings.Contains(found[0].Text, "leases still being removed: 5, of which Vault has left 2") {
+		t.Errorf("the faults for stuck leases are %+v, want one with both numbers that blocks nothing", found)
 	}
 }

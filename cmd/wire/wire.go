@@ -460,6 +460,9 @@ func (s *Server) conditions(svids *svidSource) (found []broker.Condition) {
 	if err := s.Vault.CheckClock(); err != nil {
 		found = append(found, broker.Condition{Part: "vault", Code: broker.CodeClockSkew, Text: err.Error(), Blocks: true})
 	}
+	if s.Broker != nil { // nil before the end of the start
+		found = append(found, leftovers(s.Broker.Leftovers())...)
+	}
 	tools := len(s.vaultAccess())
 	broken := map[broker.ToolName]bool{}
 	for _, w := range s.Vault.Conditions() {
@@ -478,6 +481,16 @@ func (s *Server) conditions(svids *svidSource) (found []broker.Condition) {
 		}
 	}
 	return found
+}
+
+// leftovers is the fault that Vault does not remove the leases of closed grants. It keeps nothing from being issued.
+func leftovers(n, stuck int) []broker.Condition {
+	if stuck == 0 {
+		return nil
+	}
+	return []broker.Condition{{Part: "vault", Code: broker.CodeLeasesLeft, Text: fmt.Sprintf("leases still being "+
+		"removed: %d, of which Vault has left %d for minutes. Their secrets are dead at the target. The broker retries, "+
+		"and an operator must find the cause", n, stuck)}}
 }
 
 // vaultAccess lists the tools' access to Vault, by the bundle in force.

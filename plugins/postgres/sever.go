@@ -216,7 +216,8 @@ const evidenceCheck = "postgres: pg_roles, pg_stat_activity and pg_prepared_xact
 // transactions that outlived their login. A grant is dead if none of its logins can log in or has rights, no session is
 // open, and no prepared transaction is left. An issued grant is dead only if this server made its login since it was
 // last promoted: the tool or the backend may point at another server than before. It must be dead at every standby, too,
-// and the standby must have replayed its end.
+// and the standby must have replayed its end. It is dead
+// for good, whatever Vault does with its lease, once it can get no other login.
 func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	var names []string
 	for _, g := range grants {
@@ -253,6 +254,10 @@ func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Ev
 		}
 	}
 	b.hosts.doubt(ctx, grants, evidence, p.at.identity)
+	for i, g := range grants {
+		// A renewed lease moves VALID UNTIL at the most, which counts for nothing, and no other login can be made.
+		evidence[i].Final = evidence[i].Outcome == broker.OutcomeDead && p.final[string(g.ID)]
+	}
 	return evidence, nil
 }
 

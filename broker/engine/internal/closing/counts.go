@@ -13,13 +13,14 @@ type Counts struct {
 	Left   int       // not closed
 	Alive  int       // of these, shown to work
 	Static int       // closed, while the static secret still works
+	Leases int       // closed, while Vault has still to remove the lease
 	Total  int       // left and static, when they were first listed
 	Latest time.Time // when the last of those left ends by itself
 }
 
-// CountsOf counts the listed grants that are not closed, and the number of static ones.
-func CountsOf(left []broker.Grant, static int) Counts {
-	c := Counts{Left: len(left), Static: static, Total: len(left) + static}
+// CountsOf counts the listed grants that are not closed, with the numbers of static ones and of leftover leases.
+func CountsOf(left []broker.Grant, static, leases int) Counts {
+	c := Counts{Left: len(left), Static: static, Leases: leases, Total: len(left) + static}
 	for _, g := range left {
 		c.add(g.Outcome, g.LatestEnd())
 	}
@@ -42,6 +43,7 @@ func (c Counts) Apply(rv *broker.Revocation) {
 	rv.Grants = max(rv.Grants, c.Total) // no grant can join after the fence
 	rv.Alive, rv.Unknown, rv.Static, rv.LatestEnd = c.Alive+c.Static, c.Left-c.Alive, c.Static, c.Latest
 	rv.Dead = rv.Grants - rv.Alive - rv.Unknown
+	rv.Leases = c.Leases // whatever they are, the closure does not depend on them
 	switch {
 	case rv.Alive > 0:
 		rv.Closure = broker.ClosurePartial
@@ -56,7 +58,11 @@ const tallyFormat = "%d dead, %d alive, %d unknown of %d"
 
 // FormatTally formats the revocation's closure and counts for the audit log.
 func FormatTally(rv broker.Revocation) string {
-	return fmt.Sprintf("%s: "+tallyFormat, rv.Closure, rv.Dead, rv.Alive, rv.Unknown, rv.Grants)
+	text := fmt.Sprintf("%s: "+tallyFormat, rv.Closure, rv.Dead, rv.Alive, rv.Unknown, rv.Grants)
+	if rv.Leases > 0 {
+		text += fmt.Sprintf("; leases still being removed: %d", rv.Leases)
+	}
+	return text
 }
 
 // ParseTally parses the text of FormatTally.

@@ -2,6 +2,7 @@ package closing
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -17,10 +18,11 @@ type Found struct {
 	LatestEnd time.Time // when its secret ends by itself
 	Why       string    // the check that has not shown it dead, and its answer
 	Until     time.Time // when the cause of the wait ends by itself
+	Leftover  bool      // it is closed, and Vault has still to remove its lease
 }
 
 func foundOf(g *broker.Grant, now time.Time) Found {
-	f := Found{Chain: g.Chain, Outcome: g.Outcome, LatestEnd: g.LatestEnd(), Why: "not checked yet"}
+	f := Found{Chain: g.Chain, Outcome: g.Outcome, LatestEnd: g.LatestEnd(), Why: "not checked yet", Leftover: isLeftover(g)}
 	if f.Until = f.LatestEnd; g.State == broker.StateHandle && g.Lease.Expires.IsZero() && !g.NothingMade && now.Before(g.MintDeadline) {
 		f.Until = g.MintDeadline
 	}
@@ -44,22 +46,27 @@ type Waiting struct {
 type Progress struct {
 	Changed sched.Signal // a worker has reported
 
-	r      *Reaper
-	mu     sync.Mutex // guards left and static
-	left   map[broker.GrantID]Found
-	static map[broker.GrantID]bool // closed, while the static secret still works
+	r         *Reaper
+	mu        sync.Mutex // guards the fields below
+	left      map[broker.GrantID]Found
+	static    map[broker.GrantID]bool           // closed, while the static secret still works
+	leftovers map[broker.GrantID]broker.ChainID // closed, while Vault has still to remove the lease
 }
 
-// Follow returns the progress of grants that were read as not closed, and of static ones that are closed. The caller
-// must call Close.
-func (r *Reaper) Follow(grants []broker.Grant, static []broker.GrantID) *Progress {
+// Follow returns the progress of grants that were read as not closed, and of static ones and ones with leftover leases
+// that are closed. The caller must call Close.
+func (r *Reaper) Follow(grants []broker.Grant, static []broker.GrantID, leftovers []broker.Grant) *Progress {
 	p := &Progress{r: r, Changed: sched.NewSignal(), left: make(map[broker.GrantID]Found, len(grants)),
-		static: map[broker.GrantID]bool{}}
+		static: map[broker.GrantID]bool{}, leftovers: map[broker.GrantID]broker.ChainID{}}
 	for _, id := range static {
 		p.static[id] = true
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	for _, g := range leftovers {
+		p.leftovers[g.ID] = g.Chain
+		r.progress[g.ID] = append(r.progress[g.ID], p)
+	}
 	for _, g := range grants {
 		p.left[g.ID] = foundOf(&g, r.cfg.Now())
 		r.progress[g.ID] = append(r.progress[g.ID], p)
@@ -72,6 +79,9 @@ func (p *Progress) Close() {
 	p.r.mu.Lock()
 	defer p.r.mu.Unlock()
 	for id := range p.Left() {
+		p.r.unfollowLocked(id, p)
+	}
+	for id := range p.Leftovers() {
 		p.r.unfollowLocked(id, p)
 	}
 }
@@ -99,6 +109,13 @@ func (p *Progress) Left() map[broker.GrantID]Found {
 	return left
 }
 
+// Leftovers returns a copy of the closed grants of which Vault has still to remove the lease.
+func (p *Progress) Leftovers() map[broker.GrantID]broker.ChainID {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return maps.Clone(p.leftovers)
+}
+
 // Last returns the n grants, of those that are not closed, of which the wait ends last: the last one first.
 func (p *Progress) Last(n int) []Waiting {
 	later := func(a, b Waiting) int { return cmp.Or(b.Until.Compare(a.Until), cmp.Compare(a.ID, b.ID)) }
@@ -119,7 +136,7 @@ func (p *Progress) Last(n int) []Waiting {
 func (p *Progress) Counts() Counts {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	c := Counts{Left: len(p.left), Static: len(p.static)}
+	c := Counts{Left: len(p.left), Static: len(p.static), Leases: len(p.leftovers)}
 	for _, f := range p.left {
 		c.add(f.Outcome, f.LatestEnd)
 	}
@@ -138,7 +155,18 @@ func (p *Progress) Report(id broker.GrantID, f Found, closed bool) {
 		if f.Outcome == broker.OutcomeStatic {
 			p.static[id] = true
 		}
+		if f.Leftover {
+			p.leftovers[id] = f.Chain
+		}
 	}
+	p.Changed.Notify()
+}
+
+// Removed notes that Vault has removed the lease of a closed grant.
+func (p *Progress) Removed(id broker.GrantID) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.leftovers, id)
 	p.Changed.Notify()
 }
 
@@ -155,7 +183,9 @@ func (r *Reaper) report(grants []broker.Grant) {
 		if !closed {
 			continue
 		}
-		delete(r.progress, g.ID)
+		if !isLeftover(g) { // the followers also wait for the end of its lease
+			delete(r.progress, g.ID)
+		}
 		for _, done := range r.waiting[g.ID] {
 			close(done)
 		}

@@ -40,7 +40,7 @@ func (w *worker) kill(pass []broker.Grant) []killAnswer {
 	_, lastErr := w.r.Limited()
 	for batch := range slices.Chunk(ask, batchSize) {
 		ctx, cancel := context.WithTimeout(w.r.cfg.Context, time.Minute)
-		w.parallel(len(batch), func(k int) {
+		w.r.parallel(len(batch), func(k int) {
 			i := batch[k]
 			mu.Lock()
 			answers[i].err = lastErr
@@ -81,9 +81,9 @@ func (w *worker) killOne(ctx context.Context, g broker.Grant) killAnswer {
 }
 
 // parallel runs f for 0 to n-1, at most Config.Workers at once.
-func (w *worker) parallel(n int, f func(i int)) {
+func (r *Reaper) parallel(n int, f func(i int)) {
 	var group errgroup.Group
-	group.SetLimit(w.r.cfg.Workers)
+	group.SetLimit(r.cfg.Workers)
 	for i := range n {
 		group.Go(func() error { f(i); return nil })
 	}
@@ -115,30 +115,38 @@ func (w *worker) prove(ctx context.Context, pass []broker.Grant) []broker.Eviden
 // goneAnswer is Vault's answer about a lease.
 type goneAnswer struct{ asked, answered, gone bool }
 
-func (w *worker) leasesGone(ctx context.Context, pass []broker.Grant) []goneAnswer {
+// leasesGone asks Vault about the leases of a pass, but not about those of secrets that are dead for good. Such a secret
+// is one that its target alone shows dead, and whose token was revoked before that was asked: nothing can mint for it.
+func (w *worker) leasesGone(
+	ctx context.Context, pass []broker.Grant, killed []killAnswer, found []broker.Evidence,
+) []goneAnswer {
 	answers := make([]goneAnswer, len(pass))
 	var leases []string
 	var at []int
 	for i, g := range pass {
-		if g.Lease.ID != "" {
+		final := found[i].Final && found[i].Outcome == broker.OutcomeDead && killed[i].err == nil
+		if g.Lease.ID != "" && !final {
 			answers[i].asked = true
 			leases, at = append(leases, g.Lease.ID), append(at, i)
 		}
 	}
-	if len(leases) == 0 {
-		return answers
-	}
-	gone, err := w.r.cfg.Vault.LeasesGone(ctx, leases)
-	if err != nil {
-		w.alarm("looking leases up in Vault", err)
-	}
-	if err != nil || len(gone) != len(leases) {
-		return answers
-	}
+	gone, ok := w.r.leasesGone(ctx, leases)
 	for k, i := range at {
-		answers[i].answered, answers[i].gone = true, gone[k]
+		answers[i].answered, answers[i].gone = ok, ok && gone[k]
 	}
 	return answers
+}
+
+// leasesGone reports for each lease whether Vault no longer knows it. ok is false if Vault has not answered.
+func (r *Reaper) leasesGone(ctx context.Context, leases []string) (gone []bool, ok bool) {
+	if len(leases) == 0 {
+		return nil, true
+	}
+	gone, err := r.cfg.Vault.LeasesGone(ctx, leases)
+	if err != nil {
+		r.alarm("looking leases up in Vault", err)
+	}
+	return gone, err == nil && len(gone) == len(leases)
 }
 
 // checksBeforeRevoke is the number of checks, over more than a second, in which Vault may end a lease after its token.
@@ -149,19 +157,25 @@ const checksBeforeRevoke = 7
 // lease that it wrote during the kill is in no queue of Vault's. A lease that Vault has given up revoking is revoked by
 // name at each check. Every sweep resets its number of checks, which would never reach checksBeforeRevoke.
 func (w *worker) revokeLeft(ctx context.Context, pass []broker.Grant, gone []goneAnswer, taken map[broker.GrantID]Due) {
-	w.parallel(len(pass), func(i int) {
+	w.r.parallel(len(pass), func(i int) {
 		if !gone[i].answered || gone[i].gone {
 			return
 		}
 		if taken[pass[i].ID].attempt < checksBeforeRevoke && !w.r.isGivenUp(pass[i].Lease.ID) {
 			return
 		}
-		one, cancel := context.WithTimeout(ctx, w.r.cfg.CallTimeout)
-		defer cancel()
-		if err := w.r.cfg.Vault.Revoke(one, pass[i].Lease.ID); err == nil {
-			gone[i].gone = true
-		} else {
-			w.alarm("revoking a lease that outlived its token", err)
-		}
+		gone[i].gone = w.r.revokeLease(ctx, pass[i].Lease.ID) == nil
 	})
+}
+
+// revokeLease revokes a lease by name.
+func (r *Reaper) revokeLease(ctx context.Context, lease string) error {
+	one, cancel := context.WithTimeout(ctx, r.cfg.CallTimeout)
+	defer cancel()
+	err := r.cfg.Vault.Revoke(one, lease)
+	if err != nil {
+		r.Limit(err)
+		r.alarm("revoking a lease that outlived its token", err)
+	}
+	return err
 }

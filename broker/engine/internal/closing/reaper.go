@@ -46,7 +46,8 @@ type Reaper struct {
 	cfg     Config
 	minting sched.Busy[broker.GrantID] // an issue of this process works on the grant: its mint may be in flight
 	lost    sched.Busy[broker.GrantID] // grants whose ISSUED the ledger has failed to write
-	wake    sched.Signal               // wakes Run: the heap has a new first item
+	left    leftovers
+	wake    sched.Signal // wakes Run: the heap has a new first item
 
 	mu        sync.Mutex // guards the fields below
 	due       sched.Heap[Due]
@@ -62,7 +63,7 @@ type Reaper struct {
 
 // New makes a Reaper. Nothing is scheduled before [Reaper.Run].
 func New(cfg Config) *Reaper {
-	return &Reaper{cfg: cfg, wake: sched.NewSignal(), nextCheck: map[broker.GrantID]time.Time{},
+	return &Reaper{cfg: cfg, wake: sched.NewSignal(), left: newLeftovers(cfg.Now()), nextCheck: map[broker.GrantID]time.Time{},
 		workers: map[string]*worker{}, waiting: map[broker.GrantID][]chan struct{}{},
 		progress: map[broker.GrantID][]*Progress{}, replaced: map[string]int{}}
 }

@@ -141,7 +141,7 @@ func TestFewAreNotDelayedByMany(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				revoked := w.issued(many, "mm", "target", broker.EndingRevoked)
-				progress := w.Follow(revoked, nil)
+				progress := w.Follow(revoked, nil, nil)
 				defer progress.Close()
 				w.EndFenced(revoked)
 				time.Sleep(10 * time.Second)

@@ -83,6 +83,7 @@ func (r *Reaper) Reopen(ctx context.Context, backend string, ids []broker.GrantI
 			}
 			return n, err
 		}
+		r.forgetLeftovers(grants)
 		r.EndNow(grants...)
 		for _, rv := range opened {
 			r.cfg.Reconcile(rv)
@@ -186,8 +187,12 @@ func reopenRevocation(
 	if err != nil {
 		return rv, err
 	}
+	leftovers, err := tx.LeftoversUnder(rv) // the leases of these grants are a part of their proof again
+	if err != nil {
+		return rv, err
+	}
 	before := rv.Closure
-	rv.Settled, rv.Closure = time.Time{}, broker.ClosurePartial
+	rv.Settled, rv.Closure, rv.Leases = time.Time{}, broker.ClosurePartial, len(leftovers)
 	rv.Alive += len(grants)
 	rv.Grants = max(rv.Grants, rv.Alive+rv.Unknown)
 	rv.Dead = rv.Grants - rv.Alive - rv.Unknown

@@ -28,6 +28,7 @@ func (w *worker) store(batch []broker.Grant, asked int) (rest []broker.Grant) {
 			}
 		}
 		w.mu.Unlock()
+		w.r.addLeftovers(batch[:n])
 		w.r.report(batch[:n])
 		batch = batch[n:]
 	}
@@ -78,6 +79,7 @@ func (w *worker) discardOld(batch []broker.Grant, asked int) {
 		g := &batch[i]
 		if n := len(g.Evidence); n > 0 && g.Outcome == broker.OutcomeDead && g.State != broker.StateIntent {
 			g.Outcome, g.Evidence[n-1].Outcome = broker.OutcomeUnknown, broker.OutcomeUnknown
+			g.Evidence[n-1].Final = false
 			g.Evidence[n-1].Answer += "; another server may have taken its place since"
 		}
 	}
@@ -91,14 +93,21 @@ func recordOne(tx *records.Tx, g *broker.Grant, now time.Time, ended map[broker.
 	g.NothingMade = g.NothingMade || old.NothingMade // an issue may have recorded it since the read
 	switch dead := g.Outcome == broker.OutcomeDead || g.Outcome == broker.OutcomeStatic; {
 	case !ok || old.State == broker.StateClosed:
-		g.State, g.Outcome = broker.StateClosed, old.Outcome
+		g.State, g.Outcome, g.Evidence, g.Ended = broker.StateClosed, old.Outcome, old.Evidence, old.Ended
 	case g.State != old.State:
 		// An issue has changed the state since the read. The next check reads the new state.
 	case dead:
-		if err := tx.Finish(g, now, ended); err != nil || !g.NothingMade {
+		if err := tx.Finish(g, now, ended); err != nil {
 			return err
 		}
-		return tx.CountStep(*g, -1)
+		if isLeftover(g) {
+			if err := tx.MarkLeftover(*g); err != nil {
+				return err
+			}
+		}
+		if g.NothingMade {
+			return tx.CountStep(*g, -1)
+		}
 	case g.Outcome != old.Outcome || old.Ending == "" || givenUp(g.Evidence) != givenUp(old.Evidence):
 		if err := tx.PutGrant(*g); err != nil {
 			return err

@@ -7,8 +7,10 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// verdict decides the outcome of one grant. Dead needs all of these answers: Vault has revoked the step's token, if
-// it had one, and no longer knows the lease, and no mint can be in flight. If the target can be probed, it must refuse the secret too.
+// verdict decides the outcome of one grant. Dead needs all of these answers: Vault has revoked the step's token, if it
+// had one, and no longer knows the lease, and no mint can be in flight. If the target can be probed, it must refuse the
+// secret too. Where the target alone shows it dead for good, Vault is not asked about the lease, and may remove it
+// later.
 type verdict struct {
 	g       broker.Grant
 	killed  killAnswer      // to the revocation of the step's token
@@ -22,6 +24,16 @@ type verdict struct {
 
 // answerGivenUp is the evidence for a lease that Vault lists as irrevocable. Ledgers hold the text: it must not change.
 const answerGivenUp = "still there, and Vault has given up revoking it: it is tried again, and needs a person"
+
+// answerLeftover is the evidence about a lease that Vault removes after its grant was closed. Ledgers hold the text: it
+// must not change.
+const answerLeftover = "Vault removes the lease by itself; the target decides"
+
+// isLeftover reports whether a grant was closed while Vault had still to remove its lease.
+func isLeftover(g *broker.Grant) bool {
+	return g.State == broker.StateClosed &&
+		slices.ContainsFunc(g.Evidence, func(e broker.Evidence) bool { return e.Answer == answerLeftover })
+}
 
 func givenUp(evidence []broker.Evidence) bool {
 	return slices.ContainsFunc(evidence, func(e broker.Evidence) bool { return e.Answer == answerGivenUp })
@@ -79,6 +91,8 @@ func (v verdict) lease() broker.Evidence {
 			e.Answer = answerGivenUp
 		}
 	case v.gone.asked:
+	case v.g.Lease.ID != "":
+		e.Check, e.Answer = "ledger", answerLeftover
 	case v.g.NothingMade:
 		e.Check, e.Answer = "vault: answer to the mint", "refused, so nothing was made"
 	case v.g.State == broker.StateHandle && (v.minting || v.now.Before(v.g.MintDeadline)):

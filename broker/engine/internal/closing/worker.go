@@ -74,11 +74,13 @@ func (w *worker) runSever() {
 }
 
 // alarm raises an alarm, unless the engine stops.
-func (w *worker) alarm(op string, err error) {
-	if w.r.cfg.Context.Err() == nil {
-		w.r.cfg.Alarm(op, err)
+func (r *Reaper) alarm(op string, err error) {
+	if r.cfg.Context.Err() == nil {
+		r.cfg.Alarm(op, err)
 	}
 }
+
+func (w *worker) alarm(op string, err error) { w.r.alarm(op, err) }
 
 func (w *worker) await(q *queue) bool {
 	select {
@@ -229,7 +231,7 @@ func (w *worker) closeProven(pass []broker.Grant, taken map[broker.GrantID]Due) 
 	defer cancel()
 	asked := w.servers()
 	found := w.prove(ctx, pass)
-	gone := w.leasesGone(ctx, pass)
+	gone := w.leasesGone(ctx, pass, killed, found)
 	w.revokeLeft(ctx, pass, gone, taken)
 	now := w.r.cfg.Now()
 	for i := range pass {

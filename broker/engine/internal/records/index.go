@@ -229,7 +229,7 @@ func (p *places) add(term selector.Term, policy broker.Policy) error {
 		return p.listed(keyTerms(indexTerm(term.Key(), term.Name(), term.Value()) + " "))
 	}
 	// The other terms select grants: those that there are, and later ones of tools.
-	for _, prefix := range []string{prefixLive, prefixStatic} {
+	for _, prefix := range []string{prefixLive, prefixStatic, prefixLeftover} {
 		if err := p.withGrants(prefix); err != nil {
 			return err
 		}
@@ -299,14 +299,14 @@ func (t *Tx) first(prefix, after string) (first string, err error) {
 	return first, err
 }
 
-// hasGrants reports whether a chain has grants that are live or static.
+// hasGrants reports whether a chain has grants that are live or static, or leases that Vault has still to remove.
 func (t *Tx) hasGrants(id broker.ChainID) (bool, error) {
-	live, err := t.first(inChain(prefixLive, id), "")
-	if err != nil || live != "" {
-		return live != "", err
+	for _, prefix := range []string{prefixLive, prefixStatic, prefixLeftover} {
+		if key, err := t.first(inChain(prefix, id), ""); err != nil || key != "" {
+			return key != "", err
+		}
 	}
-	static, err := t.first(inChain(prefixStatic, id), "")
-	return static != "", err
+	return false, nil
 }
 
 // retireAtOnce is the most chains that one transaction takes out of the index.

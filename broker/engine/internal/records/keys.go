@@ -30,6 +30,7 @@ import (
 //	r/REVOCATION     a revocation
 //	t/SUBSCRIBER     a subscriber's delivery cursor
 //	u/DELEGATION     the usage of a delegation
+//	v/CHAIN/GRANT    the grant is closed and Vault has still to remove its lease (no content)
 //	w/CHAIN/GRANT    the grant is closed and its static secret still works (no content)
 //	x/DELEG/GRANT    the grant was fenced by itself or by a rule (no content)
 //	y/DELEGATION     the delegation has a heartbeat (no content)
@@ -49,6 +50,7 @@ const (
 	prefixRule       = "f/"
 	prefixStatic     = "w/"
 	prefixHeartbeat  = "y/"
+	prefixLeftover   = "v/"
 
 	keyBundle = "b/policy"
 )
@@ -64,6 +66,9 @@ func keyLive(c broker.ChainID, g broker.GrantID) string { return inChain(prefixL
 func keyPast(c broker.ChainID, g broker.GrantID) string { return inChain(prefixPast, c) + string(g) }
 func keyStatic(c broker.ChainID, g broker.GrantID) string {
 	return inChain(prefixStatic, c) + string(g)
+}
+func keyLeftover(c broker.ChainID, g broker.GrantID) string {
+	return inChain(prefixLeftover, c) + string(g)
 }
 func keyRevocation(id broker.RevocationID) string { return prefixRevocation + string(id) }
 func keyRule(id broker.RevocationID) string       { return prefixRule + string(id) }

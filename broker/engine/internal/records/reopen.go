@@ -36,6 +36,9 @@ func (t *Tx) Reopen(g *broker.Grant, found broker.Evidence) error {
 	if err := t.drop(keyPast(g.Chain, g.ID)); err != nil {
 		return err
 	}
+	if _, err := t.DropLeftover(g.Chain, g.ID); err != nil { // its lease is a part of the proof again
+		return err
+	}
 	if err := t.indexID(g.Chain); err != nil {
 		return err
 	}

@@ -255,6 +255,7 @@ type wireEvidence struct {
 	Outcome broker.Outcome `cbor:"3,keyasint,omitempty"`
 	Answer  string         `cbor:"4,keyasint"`
 	Listed  bool           `cbor:"5,keyasint,omitempty"`
+	Final   bool           `cbor:"6,keyasint,omitempty"`
 }
 
 // wireGrantHead has the keys of a grant that decide when it must end. Decoding it skips the other keys.
@@ -324,7 +325,7 @@ func grantWire(g broker.Grant) wireGrant {
 		w.Lease = &wireLease{l.ID, l.Ref, stampOf(l.Expires), stampOf(l.Outlives), l.Digests, l.Request}
 	}
 	for _, e := range g.Evidence {
-		w.Evidence = append(w.Evidence, wireEvidence{stampOf(e.At), e.Check, e.Outcome, e.Answer, e.Listed})
+		w.Evidence = append(w.Evidence, wireEvidence{stampOf(e.At), e.Check, e.Outcome, e.Answer, e.Listed, e.Final})
 	}
 	return w
 }
@@ -362,7 +363,7 @@ func (w *wireGrant) grant() (g broker.Grant, err error) {
 	}
 	for _, e := range w.Evidence {
 		g.Evidence = append(g.Evidence, broker.Evidence{At: e.At.time(), Check: e.Check, Outcome: e.Outcome,
-			Answer: e.Answer, Listed: e.Listed})
+			Answer: e.Answer, Listed: e.Listed, Final: e.Final})
 	}
 	return g, nil
 }
@@ -394,6 +395,7 @@ type wireRevocation struct {
 	LatestEnd stamp               `cbor:"24,keyasint,omitempty"`
 	Alone     string              `cbor:"25,keyasint,omitempty"`
 	Uncounted bool                `cbor:"26,keyasint,omitempty"`
+	Leases    int                 `cbor:"27,keyasint,omitempty"`
 }
 
 // counted reads the number of grants. Older builds wrote -1 before the first count.
@@ -402,7 +404,8 @@ func counted(grants int, uncounted bool) (int, bool) { return max(grants, 0), un
 func revocationWire(rv broker.Revocation) wireRevocation {
 	return wireRevocation{rv.ID, rv.Selector, rv.Reason, rv.By, rv.Freeze, rv.Lifted, rv.Unfreezer, rv.Chain, rv.Node,
 		rv.Grant, stampOf(rv.Asked), stampOf(rv.Fenced), rv.Revision, stampOf(rv.Settled), rv.Closure, rv.Nothing,
-		rv.Grants, rv.Dead, rv.Alive, rv.Unknown, rv.Static, rv.Tokens, rv.Unswept, stampOf(rv.LatestEnd), rv.LiftedAlone, rv.Uncounted}
+		rv.Grants, rv.Dead, rv.Alive, rv.Unknown, rv.Static, rv.Tokens, rv.Unswept, stampOf(rv.LatestEnd), rv.LiftedAlone, rv.Uncounted,
+		rv.Leases}
 }
 
 func (w wireRevocation) revocation() broker.Revocation {
@@ -411,7 +414,7 @@ func (w wireRevocation) revocation() broker.Revocation {
 		Lifted: w.Lifted, Unfreezer: w.Unfreezer, Chain: w.Chain, Node: w.Node, Grant: w.Grant, Asked: w.Asked.time(),
 		Fenced: w.Fenced.time(), Revision: w.Revision, Settled: w.Settled.time(), Closure: w.Closure,
 		Nothing: w.Nothing, Grants: grants, Uncounted: uncounted, LiftedAlone: w.Alone, Dead: w.Dead, Alive: w.Alive, Unknown: w.Unknown, Static: w.Static,
-		Tokens: w.Tokens, Unswept: w.Unswept, LatestEnd: w.LatestEnd.time()}
+		Tokens: w.Tokens, Unswept: w.Unswept, LatestEnd: w.LatestEnd.time(), Leases: w.Leases}
 }
 
 type wireTally struct {

@@ -137,7 +137,8 @@ func (s *Sweeper) sweepLeases(ctx context.Context, lister broker.LeaseLister, to
 	now := s.cfg.Now() // a lease that is young now may be recorded during the look-ups
 	if err := s.cfg.View(ctx, "sweep", func(tx *records.Tx) error {
 		known := map[string]bool{}
-		err := tx.EachLive(records.Everywhere, func(g broker.Grant) error { known[g.Lease.ID] = true; return nil })
+		know := func(g broker.Grant) error { known[g.Lease.ID] = true; return nil }
+		err := cmp.Or(tx.EachLive(records.Everywhere, know), tx.EachLeftover(records.Everywhere, know))
 		ids = slices.DeleteFunc(slices.Clone(ids), func(id string) bool { return known[id] })
 		return err
 	}); err != nil || len(ids) == 0 {
@@ -177,10 +178,18 @@ func (s *Sweeper) retryIrrevocable(ctx context.Context, lister broker.Irrevocabl
 		if err := s.cfg.View(ctx, "sweep", func(tx *records.Tx) error {
 			clear(ours)
 			again = nil
-			return tx.EachLive(records.Everywhere, func(g broker.Grant) error {
+			if err := tx.EachLive(records.Everywhere, func(g broker.Grant) error {
 				if listed[g.Lease.ID] {
 					ours[g.Lease.ID] = true
 					again = append(again, g)
+				}
+				return nil
+			}); err != nil {
+				return err
+			}
+			return tx.EachLeftover(records.Everywhere, func(g broker.Grant) error { // their next look-up revokes them
+				if listed[g.Lease.ID] {
+					ours[g.Lease.ID] = true
 				}
 				return nil
 			})
