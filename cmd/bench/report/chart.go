@@ -71,14 +71,7 @@ func (p panel) bounds() (least, most float64) {
 	return least / 2, most
 }
 
-func (r *Report) row(name string) (Row, bool) {
-	for _, w := range r.rows {
-		if w.Name == name {
-			return w, true
-		}
-	}
-	return Row{}, false
-}
+func (r *Report) row(name string) (Row, bool) { return find(r.rows, name) }
 
 func (r *Report) deadPanel() panel {
 	p := panel{title: "1,000 PostgreSQL credentials: seconds from the command until every one is dead (shorter is better, logarithmic)"}
