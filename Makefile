@@ -29,8 +29,11 @@ test: parts
 demo: parts build ## the main job on real parts, half a minute
 	build/pawl demo
 
-bench: parts ## Pawl beside Vault, measured; QUICK=1: in under three minutes
-	$(GO) run ./cmd/bench $(if $(QUICK),-quick)
+# QUICK=1 holds the ratios to their bounds and leaves docs/ alone. AGAINST=COMMIT runs that commit in turns with this
+# tree, a quick run each; ONLY is a regular expression of the sections.
+bench: parts ## Pawl beside Vault, measured; QUICK=1: in under three minutes, with the gate; AGAINST=COMMIT: in turns with it
+	$(GO) run ./cmd/bench $(if $(AGAINST),-against $(AGAINST) -quick,$(if $(QUICK),-quick -gate -page=false)) \
+		$(if $(ONLY),-only '$(ONLY)')
 
 chaos: parts ## every mishap at every point, and Vault down in the middle of 10,000: about an hour; the tests play a sample
 	$(GO) test ./cmd/e2e -run Chaos -chaos -parallel 8 -v -count=1 -timeout 3h

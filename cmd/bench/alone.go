@@ -57,7 +57,7 @@ func (b *bench) alone(ctx context.Context, full bool) (took time.Duration, err e
 		return 0, err
 	}
 	if w.env.Postgres == nil {
-		return 0, errors.New("there is no PostgreSQL on this machine")
+		return 0, errNoPostgres
 	}
 	standby, err := w.env.Postgres.Standby(ctx)
 	if err != nil {

@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/pawlsec/pawl/cmd/bench/report"
@@ -17,6 +19,7 @@ type options struct {
 	quick   bool
 	root    string         // of the source tree: build/ and docs/ are below it
 	only    *regexp.Regexp // sections to measure
+	rows    []string       // rows to measure, where a section can measure a part of its rows; empty: all
 	page    bool           // write docs/performance.md
 	profile string         // of this process; empty: none
 }
@@ -46,6 +49,14 @@ func pick[T any](b *bench, n, quick T) T {
 	return n
 }
 
+// wants reports whether a row with this prefix is to be measured.
+func (b *bench) wants(prefix string) bool {
+	return len(b.rows) == 0 || slices.ContainsFunc(b.rows, func(row string) bool { return strings.HasPrefix(row, prefix) })
+}
+
+// errNoPostgres is the reason why a machine has no rows of PostgreSQL.
+var errNoPostgres = errors.New("there is no PostgreSQL on this machine")
+
 // errLate is the reason why a quick run leaves out a long measurement.
 var errLate = errors.New("a quick run had no time left for it")
 
@@ -58,14 +69,15 @@ func (b *bench) late(takes time.Duration) bool {
 	return b.quick && time.Since(b.report.Began)+takes > quickTime
 }
 
-func run(ctx context.Context, o options, sections []section) error {
+// run measures the sections, and writes the report.
+func run(ctx context.Context, o options, sections []section) (*report.Report, error) {
 	build := filepath.Join(o.root, "build")
 	if err := os.MkdirAll(build, 0o755); err != nil {
-		return err
+		return nil, err
 	}
 	dir, err := os.MkdirTemp(build, "bench-")
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer os.RemoveAll(dir) //nolint:errcheck // below build/, which `make clean` removes
 	b := &bench{options: o, dir: dir}
@@ -91,7 +103,7 @@ func run(ctx context.Context, o options, sections []section) error {
 		}
 	}
 	b.report.Took = time.Since(b.report.Began)
-	return b.write(build)
+	return &b.report, b.write(build)
 }
 
 func (b *bench) section(ctx context.Context, s section) error {
@@ -116,6 +128,9 @@ func (b *bench) write(build string) error {
 	if err := r.WriteJSON(filepath.Join(build, "bench.json")); err != nil {
 		return err
 	}
+	if len(b.rows) > 0 { // a part of a run that has drawn its chart
+		return nil
+	}
 	if err := os.WriteFile(filepath.Join(build, "bench.svg"), []byte(r.Chart()), 0o644); err != nil {
 		return err
 	}
@@ -128,5 +143,19 @@ func (b *bench) write(build string) error {
 	}
 	return errors.Join(
 		os.WriteFile(filepath.Join(docs, "performance.svg"), []byte(r.Chart()), 0o644),
-		os.WriteFile(filepath.Join(docs, "performance.md"), []byte(r.Page(b.quick)), 0o644))
+		os.WriteFile(filepath.Join(docs, "performance.md"), []byte(r.Page(b.quick)), 0o644),
+		promise(filepath.Join(docs, "promises.md"), r))
+}
+
+// promise writes the figures of this run beside the bounds of docs/promises.md.
+func promise(page string, r *report.Report) error {
+	old, err := os.ReadFile(page)
+	if err != nil {
+		return err
+	}
+	text, err := report.Promises(string(old), r.Rows())
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(page, []byte(text), 0o644)
 }

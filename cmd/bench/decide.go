@@ -24,6 +24,9 @@ func measurePolicy(_ context.Context, b *bench) error {
 		n    int
 		one  bool // every policy matches the question's agent and tool
 	}{{"10", 10, false}, {"100", 100, false}, {"1000", 1000, false}, {"1000_all_apply", 1000, true}} {
+		if !b.wants("policy." + c.name + ".") {
+			continue
+		}
 		against := "the bundle unsliced: cedar-go over all of its policies"
 		text := manyPolicies(c.n, c.one)
 		ours, err := decisions(text)

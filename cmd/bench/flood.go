@@ -36,7 +36,7 @@ func measureFlood(ctx context.Context, b *bench) error {
 	}
 	defer w.close()
 	if w.env.Postgres == nil {
-		return errors.New("there is no PostgreSQL on this machine")
+		return errNoPostgres
 	}
 	remote, err := operator.New(operator.Config{Address: "https://" + w.listener,
 		Source: w.env.Identities.Source(dev.OperatorID), ServerID: dev.BrokerID})

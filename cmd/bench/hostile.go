@@ -38,7 +38,7 @@ var hostilities = []hostility{
 // measureHostile ends forty logins beside a hostile one and without it, in turns.
 func measureHostile(ctx context.Context, b *bench) error {
 	if b.world.env.Postgres == nil {
-		return errors.New("there is no PostgreSQL on this machine")
+		return errNoPostgres
 	}
 	if err := b.world.superuser(ctx, "GRANT EXECUTE ON FUNCTION lo_create(oid) TO PUBLIC"); err != nil {
 		return err

@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/pawlsec/pawl/cmd/bench/against"
 	"github.com/pawlsec/pawl/cmd/bench/flooder"
 	"github.com/pawlsec/pawl/cmd/wire"
 )
@@ -43,12 +44,21 @@ func command(ctx context.Context, args []string) error {
 	flags.BoolVar(&o.page, "page", true, "write docs/performance.md and its chart; only with all sections")
 	flags.StringVar(&o.profile, "cpuprofile", "", "file for a CPU profile of this process, which runs the engine's rows")
 	only := flags.String("only", "", "regular expression of the sections to measure; empty: all")
+	gate := flags.Bool("gate", false, "fail when a ratio is more than twice its bound in three runs out of three")
+	older := flags.String("against", "", "run an older commit of this repository in turns with this tree, and compare their rows")
+	rounds := flags.Int("rounds", 4, "with -against: how often each build is run")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
 	var err error
+	switch {
+	case flags.NArg() > 0:
+		return fmt.Errorf("%q is no flag: `go run ./cmd/bench -h` lists them", flags.Arg(0))
+	case *older != "" && *gate:
+		return errors.New("-gate holds the rows of one build, and -against compares two: give one of them")
+	}
 	if o.only, err = regexp.Compile(*only); err != nil {
-		return err
+		return fmt.Errorf("-only: %w", err)
 	}
 	if o.root, err = filepath.Abs(o.root); err != nil {
 		return err
@@ -65,9 +75,26 @@ func command(ctx context.Context, args []string) error {
 		}
 		defer pprof.StopCPUProfile()
 	}
+	if *older != "" {
+		return compare(ctx, against.Config{Root: o.root, Commit: *older, Rounds: *rounds, Quick: o.quick, Only: *only, Log: os.Stderr})
+	}
 	ctx, cancel := context.WithTimeout(ctx, 90*time.Minute)
 	defer cancel()
-	return run(ctx, o, sections)
+	if *gate {
+		return held(ctx, o, sections)
+	}
+	_, err = run(ctx, o, sections)
+	return err
+}
+
+// compare prints the rows of an older commit beside those of this tree, and stores them in build/against.json.
+func compare(ctx context.Context, c against.Config) error {
+	compared, err := against.Run(ctx, c)
+	if err != nil {
+		return err
+	}
+	compared.Table(os.Stdout)
+	return compared.WriteJSON(filepath.Join(c.Root, "build", "against.json"))
 }
 
 var sections = []section{

@@ -32,7 +32,11 @@ func full() *Report {
 	r.Add(Row{Name: "dead.postgres.1000.seconds", Unit: "s", Against: "vault"}, Samples{0.3, 0.2, 0.4}, Samples{2})
 	r.Add(Row{Name: "dead.postgres.10000.seconds", Unit: "s"}, Samples{3}, nil)
 	r.Add(Row{Name: "dead.postgres.1000.vs_vault_best", Unit: "s"}, Samples{0.5}, Samples{2})
-	r.Add(Row{Name: "issue.kv.c1.added_p50_ms", Unit: "ms"}, Samples{1, 2, 3}, Samples{0.4})
+	r.Add(Row{Name: "issue.kv.c1.added_of_commit_ms", Unit: "ms"}, Samples{1, 2, 3}, Samples{1.25})
+	r.Add(Row{Name: "issue.jwt.c1.added_of_commit_ms", Unit: "ms"}, Samples{1, 2.1, 3}, Samples{1.25})
+	r.Add(Row{Name: "dead.postgres.100.vs_floor", Unit: "s"}, Samples{2}, Samples{2})
+	r.Add(Row{Name: "dead.postgres.1000.vs_floor", Unit: "s"}, Samples{2}, Samples{1.75})
+	r.Add(Row{Name: "dead.postgres.1000.closed_seconds", Unit: "s"}, Samples{3.2}, Samples{2})
 	r.Add(Row{Name: "issue.postgres.c16.throughput", Unit: "per second"}, Samples{95}, Samples{100})
 	r.Add(Row{Name: "idle.rss_mb", Unit: "MB"}, Samples{30}, Samples{100})
 	r.AddQuantile(Row{Name: "flood.other.p99_ms", Unit: "ms"}, 0.99, Samples{20, 79}, Samples{10})
@@ -53,8 +57,12 @@ func TestJudge(t *testing.T) {
 	}{
 		{"dead.postgres.1000.seconds", 0.15, "≤ 0.4 met"},
 		{"dead.postgres.1000.vs_vault_best", 4, "≥ ×5 missed"},
-		{"issue.kv.c1.added_p50_ms", 5, "≤ 2 met"},
-		{"issue.postgres.c16.throughput", 0.95, "≥ ×0.9 met"},
+		{"issue.kv.c1.added_of_commit_ms", 1.6, "≤ ×1.2 + 0.5 met"},
+		{"issue.jwt.c1.added_of_commit_ms", 1.68, "≤ ×1.2 + 0.5 missed"},
+		{"dead.postgres.100.vs_floor", 1, ""},
+		{"dead.postgres.1000.vs_floor", 0.875, "≥ ×0.87 met"},
+		{"dead.postgres.1000.closed_seconds", 1.6, "≤ ×1.5 missed"},
+		{"issue.postgres.c16.throughput", 0.95, "≥ ×0.95 met"},
 		{"idle.rss_mb", 0.3, ""},
 		{"fence.10.p99_ms", 1, "≤ 20 missed"},
 		{"flood.other.p99_ms", 7.9, "≤ ×3 + 50 met"},
