@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/pawlsec/pawl/cmd/bench/process"
 	"github.com/pawlsec/pawl/cmd/bench/report"
 )
 
@@ -82,7 +83,7 @@ func run(ctx context.Context, o options, sections []section) (*report.Report, er
 	defer os.RemoveAll(dir) //nolint:errcheck // below build/, which `make clean` removes
 	b := &bench{options: o, dir: dir}
 	b.report.Began = time.Now()
-	b.report.Machine = machine()
+	b.report.Machine = process.Machine()
 	defer func() {
 		if b.broken == nil && b.world != nil {
 			b.world.close()

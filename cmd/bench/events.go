@@ -10,6 +10,7 @@ import (
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/api/client"
+	"github.com/pawlsec/pawl/cmd/bench/process"
 	"github.com/pawlsec/pawl/cmd/bench/report"
 	"github.com/pawlsec/pawl/cmd/dev"
 )
@@ -42,7 +43,7 @@ func measureEvents(ctx context.Context, b *bench) error {
 		if err != nil {
 			return err
 		}
-		c, err := client.New(client.Config{Address: "https://" + w.broker.agents, Source: w.env.Identities.Source(dev.Agent(name)),
+		c, err := client.New(client.Config{Address: "https://" + w.broker.Agents, Source: w.env.Identities.Source(dev.Agent(name)),
 			ServerID: dev.BrokerID, Fresh: time.Minute})
 		if err != nil {
 			return err
@@ -59,7 +60,7 @@ func measureEvents(ctx context.Context, b *bench) error {
 	if err := l.failed(); err != nil {
 		return err
 	}
-	before, _ := resident(w.broker.cmd.Process.Pid) // zero where it cannot be read
+	before, _ := process.Resident(w.broker.PID()) // zero where it cannot be read
 	l.begin()
 	if _, err := w.operator.Revoke(ctx, api.RevokeRequest{Selector: "chain:" + string(d.Info().Chain), Reason: "bench"}); err != nil {
 		return err

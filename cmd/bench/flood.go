@@ -16,6 +16,7 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/operator"
 	"github.com/pawlsec/pawl/cmd/bench/flooder"
+	"github.com/pawlsec/pawl/cmd/bench/process"
 	"github.com/pawlsec/pawl/cmd/bench/report"
 	"github.com/pawlsec/pawl/cmd/dev"
 	"github.com/pawlsec/pawl/cmd/wire"
@@ -63,7 +64,7 @@ func measureFlood(ctx context.Context, b *bench) error {
 	if err != nil {
 		return err
 	}
-	peak, err := peakResident(w.broker.cmd.Process.Pid)
+	peak, err := process.PeakResident(w.broker.PID())
 	if err != nil {
 		return err
 	}
@@ -187,10 +188,10 @@ type shares struct{ broker, flooder, vault, idle float64 }
 
 // processors reads the processor time of the broker, of Vault and of a flooder. What cannot be read is zero.
 func (w *world) processors(f *flood) (p processors) {
-	p.broker, _ = cpuTime(w.broker.cmd.Process.Pid)
-	p.flooder, _ = cpuTime(f.cmd.Process.Pid)
-	p.vault, _ = cpuTime(w.vaultPID)
-	p.idle, _ = idleTime()
+	p.broker, _ = process.CPUTime(w.broker.PID())
+	p.flooder, _ = process.CPUTime(f.cmd.Process.Pid)
+	p.vault, _ = process.CPUTime(w.vaultPID)
+	p.idle, _ = process.IdleTime()
 	return p
 }
 

@@ -13,6 +13,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/cmd/bench/flooder"
+	"github.com/pawlsec/pawl/cmd/bench/process"
 	"github.com/pawlsec/pawl/cmd/dev"
 )
 
@@ -37,7 +38,7 @@ func (w *world) startFlooder(ctx context.Context, dir string) (*flood, error) {
 	if err != nil {
 		return nil, err
 	}
-	o := flooder.Orders{Address: w.broker.agents, Path: "/v1/delegations/" + string(d.ID()) + "/steps"}
+	o := flooder.Orders{Address: w.broker.Agents, Path: "/v1/delegations/" + string(d.ID()) + "/steps"}
 	if o.Loud, err = w.identity("bench-loud"); err != nil {
 		return nil, err
 	}
@@ -61,7 +62,7 @@ func (w *world) startFlooder(ctx context.Context, dir string) (*flood, error) {
 		return nil, err
 	}
 	f := &flood{cmd: exec.CommandContext(ctx, "nice", "-n", "10", program, flooderCommand, file)}
-	f.cmd.Stderr, f.cmd.SysProcAttr = os.Stderr, withParent()
+	f.cmd.Stderr, f.cmd.SysProcAttr = os.Stderr, process.WithParent()
 	if f.in, err = f.cmd.StdinPipe(); err != nil {
 		return nil, err
 	}

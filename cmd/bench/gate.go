@@ -12,8 +12,8 @@ import (
 	"github.com/pawlsec/pawl/cmd/bench/report"
 )
 
-// held measures the sections and holds the rows of build/bench.json to their bounds. It repeats what was missed, up to
-// three runs in all, and keeps the rows of the first run in the file with what the others measured of them.
+// held measures the sections and holds the rows of build/bench.json to their bounds. It repeats the missed rows, up to
+// three runs in all, and keeps the rows of the first run in the file, with the figures of the others.
 func held(ctx context.Context, o options, sections []section) error {
 	file := filepath.Join(o.root, "build", "bench.json")
 	g := report.NewGate()

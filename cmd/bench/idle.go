@@ -9,6 +9,7 @@ import (
 
 	"github.com/goccy/go-yaml"
 
+	"github.com/pawlsec/pawl/cmd/bench/process"
 	"github.com/pawlsec/pawl/cmd/bench/report"
 	"github.com/pawlsec/pawl/cmd/wire"
 )
@@ -16,12 +17,12 @@ import (
 // measureIdle measures an idle broker: memory, size on disk, time to start.
 func measureIdle(ctx context.Context, b *bench) error {
 	w := b.world
-	ours, err := resident(w.broker.cmd.Process.Pid)
+	ours, err := process.Resident(w.broker.PID())
 	if err != nil {
 		return err
 	}
 	var beside report.Samples
-	if theirs, err := resident(w.vaultPID); err == nil {
+	if theirs, err := process.Resident(w.vaultPID); err == nil {
 		beside = report.Samples{theirs / 1e6}
 	}
 	b.report.Add(report.Row{Name: "idle.rss_mb", Unit: "MB",
@@ -75,12 +76,12 @@ func (b *bench) coldStart(ctx context.Context) error {
 	}
 	var took report.Samples
 	for range pick(b, 5, 3) {
-		p, err := startBroker(ctx, b.world.program, file, filepath.Join(dir, "log"))
+		p, err := process.StartBroker(ctx, b.world.program, file, filepath.Join(dir, "log"))
 		if err != nil {
 			return err
 		}
-		took = append(took, p.started.Seconds())
-		if err := errors.Join(p.stop(), os.RemoveAll(c.Ledger), os.RemoveAll(c.Ledger+".reserve")); err != nil {
+		took = append(took, p.Started.Seconds())
+		if err := errors.Join(p.Stop(), os.RemoveAll(c.Ledger), os.RemoveAll(c.Ledger+".reserve")); err != nil {
 			return err
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/cmd/bench/process"
 	"github.com/pawlsec/pawl/cmd/bench/report"
 )
 
@@ -220,8 +221,8 @@ func (w *world) clocked(b *bench, clients int, f func(int) error) turn {
 
 // cpu gives the CPU time that broker and Vault have used; zero where it cannot be read.
 func (w *world) cpu() (used [2]time.Duration) {
-	used[0], _ = cpuTime(w.broker.cmd.Process.Pid)
-	used[1], _ = cpuTime(w.vaultPID)
+	used[0], _ = process.CPUTime(w.broker.PID())
+	used[1], _ = process.CPUTime(w.vaultPID)
 	return used
 }
 

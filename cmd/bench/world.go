@@ -24,6 +24,7 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/operator"
 	"github.com/pawlsec/pawl/broker/policy"
+	"github.com/pawlsec/pawl/cmd/bench/process"
 	"github.com/pawlsec/pawl/cmd/dev"
 	"github.com/pawlsec/pawl/cmd/wire"
 	"github.com/pawlsec/pawl/plugins/postgres"
@@ -36,7 +37,7 @@ type world struct {
 	env      *dev.Env
 	program  string // pawl
 	config   string // of the broker
-	broker   *brokerProcess
+	broker   *process.Broker
 	vaultPID int
 	operator *operator.Client
 	listener string      // address of the operators' listener
@@ -85,12 +86,12 @@ func openWorld(ctx context.Context, b *bench, dir string, c dev.Config, limits w
 	if err := w.configure(ctx, dir); err != nil {
 		return w, err
 	}
-	if w.broker, err = startBroker(ctx, w.program, w.config, filepath.Join(b.root, "build", "bench-broker.log")); err != nil {
+	if w.broker, err = process.StartBroker(ctx, w.program, w.config, filepath.Join(b.root, "build", "bench-broker.log")); err != nil {
 		return w, err
 	}
-	w.later(func() { _ = w.broker.stop() }) // its files are removed with the rest
+	w.later(func() { _ = w.broker.Stop() }) // its files are removed with the rest
 	address := strings.TrimPrefix(w.env.Vault.Address(), "https://")
-	if w.vaultPID, err = childWith(address); err != nil {
+	if w.vaultPID, err = process.ChildWith(address); err != nil {
 		b.report.LeaveOut("CPU time of Vault", err)
 	}
 	if w.operator, err = operator.New(operator.Config{Address: "unix:" + w.env.Config.Listen.Socket}); err != nil {
@@ -297,7 +298,7 @@ func (w *world) database() string {
 
 // agent returns a client with its own identity and connections.
 func (w *world) agent(name string) (*agent.Client, error) {
-	return agent.New(agent.Config{Address: "https://" + w.broker.agents, Source: w.env.Identities.Source(dev.Agent(name)), ServerID: dev.BrokerID})
+	return agent.New(agent.Config{Address: "https://" + w.broker.Agents, Source: w.env.Identities.Source(dev.Agent(name)), ServerID: dev.BrokerID})
 }
 
 // ready waits until the broker takes a step: then it is logged in to Vault.

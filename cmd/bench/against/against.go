@@ -23,7 +23,7 @@ type Config struct {
 	Rounds int    // each build is run once in each; at least 1
 	Quick  bool
 	Only   string    // regular expression of the sections; empty: all
-	Log    io.Writer // what both builds, git and go print
+	Log    io.Writer // the output of both builds and of go
 }
 
 // program is the package of the measurements below the root of a tree.
@@ -103,7 +103,7 @@ func (c Config) resolve(ctx context.Context) (commit string, err error) {
 	return commit, nil
 }
 
-// git runs git in the source tree and returns what it printed, without the last newline.
+// git runs git in the source tree and returns its output, without the last newline.
 func (c Config) git(ctx context.Context, args ...string) (string, error) {
 	out, err := exec.CommandContext(ctx, "git", append([]string{"-C", c.Root}, args...)...).CombinedOutput()
 	return strings.TrimSpace(string(out)), err
@@ -162,7 +162,7 @@ func (c Config) measure(ctx context.Context, b side) ([]report.Row, error) {
 	return rows, nil
 }
 
-// head keeps the beginning of what was written to it: a program that misses a flag says so first.
+// head keeps the beginning of an output: a program that misses a flag says so first.
 type head struct{ strings.Builder }
 
 func (t *head) Write(p []byte) (int, error) {

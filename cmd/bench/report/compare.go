@@ -90,7 +90,7 @@ func at(rounds [][]Row, i int, name string) (Row, bool) {
 	return find(rounds[i], name)
 }
 
-// Comparison is what two builds measured in turns.
+// Comparison has the rows that two builds measured in turns.
 type Comparison struct {
 	Old, New string // the builds, in words
 	Pairs    []Pair

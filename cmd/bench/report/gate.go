@@ -124,7 +124,7 @@ func (g *Gate) Mark(rows []Row) {
 	}
 }
 
-// Print says what was held, for people.
+// Print lists the bounds that were missed or not measured, for people.
 func (g *Gate) Print(out io.Writer) {
 	measured := 0
 	for _, b := range g.bounds {

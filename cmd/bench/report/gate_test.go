@@ -129,7 +129,7 @@ func TestGateWithout(t *testing.T) {
 	}
 }
 
-// TestGateInFile checks that bench.json keeps what the gate saw.
+// TestGateInFile checks that bench.json keeps the figures of the gate.
 func TestGateInFile(t *testing.T) {
 	const row = "issue.ssh.c16.throughput"
 	rows := with(good(), row, 4)

@@ -1,4 +1,5 @@
-package main
+// Package process starts a broker in a process of its own, and reads the system's figures of processes and the machine.
+package process
 
 import (
 	"bufio"
@@ -18,18 +19,21 @@ import (
 	"time"
 )
 
-// brokerProcess is `pawl server` in a process of its own, so that its CPU time and memory can be read.
-type brokerProcess struct {
+// Broker is `pawl server` in a process of its own, so that its CPU time and memory can be read.
+type Broker struct {
+	Agents  string        // address of the agents' listener
+	Started time.Duration // until it served
 	cmd     *exec.Cmd
-	agents  string // address
-	started time.Duration
 	exited  chan struct{}
 }
 
-// startBroker starts the program and returns when it serves.
-func startBroker(ctx context.Context, program, config, log string) (*brokerProcess, error) {
+// PID is that of the process.
+func (p *Broker) PID() int { return p.cmd.Process.Pid }
+
+// StartBroker starts the program and returns when it serves.
+func StartBroker(ctx context.Context, program, config, log string) (*Broker, error) {
 	cmd := exec.Command(program, "server", "--config", config)
-	cmd.SysProcAttr = withParent()
+	cmd.SysProcAttr = WithParent()
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
 		return nil, err
@@ -42,7 +46,7 @@ func startBroker(ctx context.Context, program, config, log string) (*brokerProce
 	if err := cmd.Start(); err != nil {
 		return nil, errors.Join(err, file.Close())
 	}
-	p := &brokerProcess{cmd: cmd, exited: make(chan struct{})}
+	p := &Broker{cmd: cmd, exited: make(chan struct{})}
 	serving := make(chan string, 1)
 	go func() {
 		defer close(p.exited)
@@ -51,14 +55,14 @@ func startBroker(ctx context.Context, program, config, log string) (*brokerProce
 		_ = file.Close() // the log of a run that has ended
 	}()
 	select {
-	case p.agents = <-serving:
-		p.started = time.Since(began)
+	case p.Agents = <-serving:
+		p.Started = time.Since(began)
 		return p, nil
 	case <-p.exited:
 		text, _ := os.ReadFile(log)
 		return nil, fmt.Errorf("the broker ended: %s", bytes.TrimSpace(text[max(0, len(text)-1000):]))
 	case <-ctx.Done():
-		return nil, errors.Join(ctx.Err(), p.stop())
+		return nil, errors.Join(ctx.Err(), p.Stop())
 	}
 }
 
@@ -78,7 +82,8 @@ func readLog(from io.Reader, to io.Writer, serving chan<- string) {
 	_, _ = io.Copy(io.Discard, from) // a line longer than the buffer must not block the broker
 }
 
-func (p *brokerProcess) stop() error {
+// Stop ends the process and returns when it is gone.
+func (p *Broker) Stop() error {
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
 	}
@@ -94,8 +99,8 @@ func (p *brokerProcess) stop() error {
 // errNoProc means that this system has no /proc as Linux has.
 var errNoProc = errors.New("there is no /proc")
 
-// cpuTime gives the processor time that a process has used, to the system's tick of 10 ms.
-func cpuTime(pid int) (time.Duration, error) {
+// CPUTime gives the processor time that a process has used, to the system's tick of 10 ms.
+func CPUTime(pid int) (time.Duration, error) {
 	fields, err := procStat(pid)
 	if err != nil {
 		return 0, err
@@ -122,8 +127,8 @@ func procStat(pid int) ([]string, error) {
 	return fields, nil
 }
 
-// idleTime gives the time for which processors had nothing to do, of all processors together, since the machine started.
-func idleTime() (time.Duration, error) {
+// IdleTime gives the time for which processors had nothing to do, of all processors together, since the machine started.
+func IdleTime() (time.Duration, error) {
 	line, err := procLine("/proc/stat", "cpu ")
 	if err != nil {
 		return 0, err
@@ -137,11 +142,11 @@ func idleTime() (time.Duration, error) {
 	return time.Duration(idle+waiting) * 10 * time.Millisecond, errors.Join(idleErr, waitingErr)
 }
 
-// peakResident gives the most memory in bytes that a process has had resident.
-func peakResident(pid int) (float64, error) { return procBytes(pid, "VmHWM:") }
+// PeakResident gives the most memory in bytes that a process has had resident.
+func PeakResident(pid int) (float64, error) { return procBytes(pid, "VmHWM:") }
 
-// resident gives a process's resident memory in bytes.
-func resident(pid int) (float64, error) { return procBytes(pid, "VmRSS:") }
+// Resident gives a process's resident memory in bytes.
+func Resident(pid int) (float64, error) { return procBytes(pid, "VmRSS:") }
 
 func procBytes(pid int, key string) (float64, error) {
 	kb, err := procLine(fmt.Sprintf("/proc/%d/status", pid), key)
@@ -165,8 +170,8 @@ func procLine(file, key string) (string, error) {
 	return "", errNoProc
 }
 
-// childWith finds the child of this process with text in its command line.
-func childWith(text string) (pid int, err error) {
+// ChildWith finds the child of this process with text in its command line.
+func ChildWith(text string) (pid int, err error) {
 	dirs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
 		return 0, err
@@ -187,8 +192,8 @@ func childWith(text string) (pid int, err error) {
 	return 0, errors.New("the process was not found")
 }
 
-// machine describes the machine of this run.
-func machine() (lines []string) {
+// Machine describes the machine of this run, a line each.
+func Machine() (lines []string) {
 	model, err := procLine("/proc/cpuinfo", "model name")
 	if err != nil {
 		model = runtime.GOARCH
@@ -206,4 +211,26 @@ func machine() (lines []string) {
 		lines = append(lines, "load of the machine at the start of the run: "+strings.Fields(string(load))[0])
 	}
 	return lines
+}
+
+// GrownBy gives by how many kB a process grew for each of n connections, which it keeps open meanwhile. A first tenth
+// is not counted: it fills the buffers that all share.
+func GrownBy(pid, n int, open func() (close func(), err error)) (kb float64, err error) {
+	var before float64
+	for i := range n + n/10 {
+		if i == n/10 {
+			if before, err = Resident(pid); err != nil {
+				return 0, err
+			}
+		}
+		end, err := open()
+		if end != nil {
+			defer end()
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
+	after, err := Resident(pid)
+	return (after - before) / float64(n) / 1000, err
 }
