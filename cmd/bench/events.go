@@ -34,6 +34,7 @@ func measureEvents(ctx context.Context, b *bench) error {
 	if err != nil {
 		return err
 	}
+	alone, _ := process.Resident(w.broker.PID()) // zero where it cannot be read
 	l := &listening{}
 	l.ready.Add(listeners)
 	l.done.Add(listeners)
@@ -75,6 +76,9 @@ func measureEvents(ctx context.Context, b *bench) error {
 		Note:    fmt.Sprintf("%d streams over mTLS; the listeners run on the same processors", listeners)}, 0.99, l.latency, report.Samples{fenced})
 	b.report.Add(report.Row{Name: "events.listeners_10000.rss_mb", Unit: "MB", N: listeners,
 		Note: "of the broker with all streams open"}, report.Samples{before / 1e6}, nil)
+	b.report.Add(report.Row{Name: "events.listeners_10000.kb_each", Unit: "kB", N: listeners,
+		Note: fmt.Sprintf("by how much the broker grew for each stream; %d on a connection", perAgent)},
+		report.Samples{(before - alone) / float64(listeners) / 1000}, nil)
 	return nil
 }
 

@@ -105,6 +105,7 @@ var sections = []section{
 	{"first-fence", false, measureFirstFence},
 	{"chains", false, measureChains},
 	{"idle", true, measureIdle},
+	{"connections", true, measureConnections},
 	{"dead", true, measureDead},
 	{"dead.pki", true, measureDeadCertificates},
 	{"issue", true, measureIssue},
