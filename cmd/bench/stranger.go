@@ -44,23 +44,7 @@ func measureStranger(ctx context.Context, b *bench) error {
 	}
 	b.report.Add(report.Row{Name: "stranger.t", Unit: "Welch's t", N: n, Aim: "2.58",
 		Against: "of the times of refusals of another's delegation and of one that nobody has"},
-		report.Samples{math.Abs(welch(took[0], took[1]))}, nil)
+		report.Samples{math.Abs(report.Welch(took[0], took[1]))}, nil)
 	b.report.AddQuantile(report.Row{Name: "stranger.p50_ms", Unit: "ms", Against: "an id that nobody has"}, 0.5, took[0], took[1])
 	return nil
-}
-
-// welch returns the t statistic of the difference of two means.
-func welch(a, b report.Samples) float64 {
-	mean := func(s report.Samples) (mean, variance float64) {
-		for _, x := range s {
-			mean += x / float64(len(s))
-		}
-		for _, x := range s {
-			variance += (x - mean) * (x - mean) / float64(len(s)-1)
-		}
-		return mean, variance
-	}
-	m1, v1 := mean(a)
-	m2, v2 := mean(b)
-	return (m1 - m2) / math.Sqrt(v1/float64(len(a))+v2/float64(len(b)))
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/xml"
 	"errors"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -23,6 +24,13 @@ func TestQuantile(t *testing.T) {
 	}
 	if s[0] != 5 {
 		t.Error("quantile has sorted its receiver")
+	}
+}
+
+func TestWelch(t *testing.T) {
+	// Means 2 and 5, variances 1 and 4: -3 / sqrt(1/3 + 4/3).
+	if got := Welch(Samples{1, 2, 3}, Samples{3, 5, 7}); math.Abs(got+2.32379) > 1e-4 {
+		t.Errorf("Welch = %v, want -2.32379", got)
 	}
 }
 

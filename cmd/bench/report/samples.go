@@ -26,3 +26,19 @@ func (s Samples) Median() float64 {
 	sorted := slices.Sorted(slices.Values(s))
 	return (sorted[len(s)/2-1] + sorted[len(s)/2]) / 2
 }
+
+// Welch returns the t statistic of the difference of two means.
+func Welch(a, b Samples) float64 {
+	mean := func(s Samples) (mean, variance float64) {
+		for _, x := range s {
+			mean += x / float64(len(s))
+		}
+		for _, x := range s {
+			variance += (x - mean) * (x - mean) / float64(len(s)-1)
+		}
+		return mean, variance
+	}
+	m1, v1 := mean(a)
+	m2, v2 := mean(b)
+	return (m1 - m2) / math.Sqrt(v1/float64(len(a))+v2/float64(len(b)))
+}
