@@ -117,14 +117,22 @@ func (c Config) remove(ctx context.Context, dir, tree string) error {
 	if err := os.RemoveAll(dir); err != nil {
 		return fmt.Errorf("removing the checkout: %w: remove %s and run `git worktree prune`", err, dir)
 	}
-	_, err := c.git(ctx, "worktree", "prune")
-	return err
+	if out, err := c.git(ctx, "worktree", "prune"); err != nil {
+		return fmt.Errorf("the checkout is removed, and git still lists it: %w: run `git worktree prune`: %s", err, out)
+	}
+	return nil
 }
 
 func (c Config) compile(ctx context.Context, b side) error {
 	cmd := exec.CommandContext(ctx, "go", "build", "-o", b.file, "./"+program)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = b.root, c.Log, c.Log
-	if err := cmd.Run(); err != nil {
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) } // go ends its compilers
+	cmd.WaitDelay = time.Minute
+	err := cmd.Run()
+	switch {
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case err != nil:
 		return fmt.Errorf("building %s of %s: %w: its lines above say why; take a commit that this Go builds", program, b.name, err)
 	}
 	return nil
