@@ -96,7 +96,7 @@ func killTokensAt(t *testing.T, w *world, point string) {
 	p.gone(t)
 
 	p = startProcess(t, w.file)
-	w.known()
+	w.known(w.grants())
 	known := map[string]bool{}
 	for _, g := range w.grants() {
 		known[g.ID] = g.State != string(broker.StateIntent)
