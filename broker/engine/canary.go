@@ -11,6 +11,7 @@ import (
 	"github.com/pawlsec/pawl/broker/backoff"
 	"github.com/pawlsec/pawl/broker/engine/internal/draw"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
+	"github.com/pawlsec/pawl/broker/engine/internal/requests"
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
@@ -25,7 +26,7 @@ func (e *Engine) Plant(ctx context.Context, o broker.Operator, r broker.PlantReq
 	if err := o.Check(op); err != nil {
 		return broker.Canary{}, "", err
 	}
-	if err := checkText(op, "note", r.Note, 0, broker.MaxTask); err != nil {
+	if err := requests.CheckText(op, "note", r.Note, 0, broker.MaxTask); err != nil {
 		return broker.Canary{}, "", err
 	}
 	switch r.Like {

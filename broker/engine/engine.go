@@ -138,17 +138,6 @@ func detached(ctx context.Context, d time.Duration) (context.Context, context.Ca
 	return context.WithTimeout(context.WithoutCancel(ctx), d)
 }
 
-// checkText refuses text that is too long, is not UTF-8, or could forge a line of a log or terminal.
-func checkText(op, name, s string, least, most int) error {
-	if len(s) < least || len(s) > most {
-		return broker.Errorf(broker.Malformed, op, "%s must be %d to %d bytes", name, least, most)
-	}
-	if !broker.PlainText(s) {
-		return broker.Errorf(broker.Malformed, op, "%s has a control character or is not valid UTF-8", name)
-	}
-	return nil
-}
-
 // asUnavailable returns a classified error as it is, and any other as the cause of an Unavailable.
 func asUnavailable(err error, code broker.Code, msg string) error {
 	var refusal *broker.Error

@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/requests"
 )
 
 // Shrink returns the delegation that Delegate makes of a request below path, and whether Delegate accepts the request.
@@ -12,6 +13,6 @@ func Shrink(path []broker.Delegation, r broker.DelegateRequest, now time.Time) (
 	if err != nil {
 		return broker.Delegation{}, false
 	}
-	child = childOf(path[len(path)-1], r, scope, now)
-	return child, refuseWider("delegate", path, child, r.TTL) == nil
+	child = requests.ChildOf(path[len(path)-1], r, scope, now)
+	return child, requests.RefuseWider("delegate", path, child, r.TTL) == nil
 }

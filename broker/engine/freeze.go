@@ -7,6 +7,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
+	"github.com/pawlsec/pawl/broker/engine/internal/requests"
 )
 
 // unfreezeLifted begins the detail of the entry that lifts a freeze. The entry of the first request has another.
@@ -43,7 +44,7 @@ func (e *Engine) Unfreeze(ctx context.Context, o broker.Operator, id broker.Revo
 func UnfreezeAlone(ctx context.Context, l broker.Ledger, now func() time.Time, o broker.Operator, id broker.RevocationID,
 	reason string,
 ) (broker.Revocation, error) {
-	if err := checkText("unfreeze", "reason", reason, 1, broker.MaxTask); err != nil {
+	if err := requests.CheckText("unfreeze", "reason", reason, 1, broker.MaxTask); err != nil {
 		return broker.Revocation{}, err
 	}
 	e := &Engine{cfg: Config{Ledger: l, Now: now}}

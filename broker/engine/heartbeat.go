@@ -8,14 +8,6 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-func checkHeartbeat(op string, d time.Duration) error {
-	if d != 0 && (d < broker.MinHeartbeat || d > broker.MaxChainTTL) {
-		return broker.Errorf(broker.Malformed, op, "the heartbeat must be %s to %s, or none",
-			broker.MinHeartbeat, broker.MaxChainTTL)
-	}
-	return nil
-}
-
 // missedHeartbeat records the violation of a missed heartbeat and applies its consequence. recorded is false when the
 // ledger failed and the watchdog must retry.
 func (e *Engine) missedHeartbeat(ctx context.Context, id broker.DelegationID) (recorded bool) {

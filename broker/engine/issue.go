@@ -15,6 +15,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/engine/internal/closing"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
+	"github.com/pawlsec/pawl/broker/engine/internal/requests"
 )
 
 // Issue, the numbered procedure (docs/architecture.md):
@@ -119,10 +120,10 @@ func (s *issue) decide(ctx context.Context) (l records.Lineage, err error) {
 	if err := s.caller.Check(opIssue, s.now); err != nil {
 		return l, err
 	}
-	if err := checkText(opIssue, "purpose", s.request.Purpose, 0, broker.MaxTask); err != nil {
+	if err := requests.CheckText(opIssue, "purpose", s.request.Purpose, 0, broker.MaxTask); err != nil {
 		return l, err
 	}
-	if err := checkText(opIssue, "idempotency key", s.request.Key, 0, 128); err != nil {
+	if err := requests.CheckText(opIssue, "idempotency key", s.request.Key, 0, 128); err != nil {
 		return l, err
 	}
 	if s.request.TTL < 0 {

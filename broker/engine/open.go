@@ -7,11 +7,9 @@ import (
 	"slices"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-
 	"github.com/pawlsec/pawl/broker"
-	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
+	"github.com/pawlsec/pawl/broker/engine/internal/requests"
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
@@ -24,7 +22,7 @@ func (e *Engine) Open(ctx context.Context, c broker.Caller, r broker.OpenRequest
 	if err := c.Check(op, now); err != nil {
 		return broker.Delegation{}, err
 	}
-	scope, err := checkOpen(op, r)
+	scope, err := requests.CheckOpen(op, r)
 	if err != nil {
 		return broker.Delegation{}, err
 	}
@@ -104,47 +102,6 @@ func identify(newID func(prefix string) (string, error), chain *broker.Chain, ro
 	return nil
 }
 
-func checkOpen(op string, r broker.OpenRequest) (broker.Scope, error) {
-	if err := checkText(op, "task", r.Task, 1, broker.MaxTask); err != nil {
-		return nil, err
-	}
-	if len(r.Labels) > broker.MaxLabels {
-		return nil, broker.Errorf(broker.Malformed, op, "at most %d labels", broker.MaxLabels)
-	}
-	for name, value := range r.Labels {
-		if err := args.CheckName(name); err != nil {
-			return nil, broker.Errorf(broker.Malformed, op,
-				"label names are lower-case letters, digits and underscores, at most 64")
-		}
-		if err := checkText(op, "the value of label "+name, value, 0, broker.MaxLabel); err != nil {
-			return nil, err
-		}
-	}
-	if err := checkHeartbeat(op, r.Heartbeat); err != nil {
-		return nil, err
-	}
-	return checkShare(op, r.Rights, r.Budget, r.Depth, r.TTL)
-}
-
-// checkShare validates the fields that OpenRequest and DelegateRequest share.
-func checkShare(op string, rights []broker.Right, budget broker.Budget, depth int, ttl time.Duration,
-) (broker.Scope, error) {
-	scope, err := broker.NewScope(rights)
-	if err != nil {
-		return nil, broker.Errorf(broker.Malformed, op, "%v", err)
-	}
-	if err := budget.Check(); err != nil {
-		return nil, broker.Errorf(broker.Malformed, op, "%v", err)
-	}
-	if depth < 0 || depth > broker.MaxDepth {
-		return nil, broker.Errorf(broker.Malformed, op, "depth must be 0 to %d", broker.MaxDepth)
-	}
-	if ttl < 0 || ttl > broker.MaxChainTTL {
-		return nil, broker.Errorf(broker.Malformed, op, "the lifetime must be at most %s", broker.MaxChainTTL)
-	}
-	return scope, nil
-}
-
 // Delegate passes a part of the caller's delegation on to another SPIFFE ID and returns the child. The child allows
 // nothing that the parent may not pass on: authority only gets narrower.
 //
@@ -155,11 +112,11 @@ func (e *Engine) Delegate(ctx context.Context, c broker.Caller, r broker.Delegat
 	if err := c.Check(op, now); err != nil {
 		return broker.Delegation{}, err
 	}
-	scope, err := checkShare(op, r.Rights, r.Budget, r.Depth, r.TTL)
+	scope, err := requests.CheckShare(op, r.Rights, r.Budget, r.Depth, r.TTL)
 	if err != nil {
 		return broker.Delegation{}, err
 	}
-	if err := checkHeartbeat(op, r.Heartbeat); err != nil {
+	if err := requests.CheckHeartbeat(op, r.Heartbeat); err != nil {
 		return broker.Delegation{}, err
 	}
 	if r.To.IsZero() || r.To.Path() == "" {
@@ -176,9 +133,9 @@ func (e *Engine) Delegate(ctx context.Context, c broker.Caller, r broker.Delegat
 	policy := e.cfg.Policy()
 	q := broker.Question{Action: broker.ActionDelegate, Caller: c, Receiver: r.To, Chain: l.Chain, Depth: l.Depth(),
 		History: history, Now: now}
-	child := childOf(l.Leaf(), r, scope, now)
+	child := requests.ChildOf(l.Leaf(), r, scope, now)
 	child.ID = broker.DelegationID(id)
-	wider := refuseWider(op, l.Nodes, child, r.TTL)
+	wider := requests.RefuseWider(op, l.Nodes, child, r.TTL)
 	if err := e.refuseCanary(ctx, op, policy, q, l, wider, scope.Tools()...); err != nil {
 		return broker.Delegation{}, err
 	}
@@ -206,59 +163,6 @@ func (e *Engine) Delegate(ctx context.Context, c broker.Caller, r broker.Delegat
 	return child, nil
 }
 
-// childOf builds the child that r asks for under d. Zero fields of r take d's limit, and the child expires with d at
-// the latest. The caller checks that the child is narrower.
-func childOf(d broker.Delegation, r broker.DelegateRequest, scope broker.Scope, now time.Time) broker.Delegation {
-	expires := d.Expires
-	if r.TTL > 0 && now.Add(r.TTL).Before(expires) {
-		expires = now.Add(r.TTL)
-	}
-	budget := broker.Budget{
-		Steps:     cmp.Or(r.Budget.Steps, d.Budget.Steps),
-		Live:      cmp.Or(r.Budget.Live, d.Budget.Live),
-		PerMinute: cmp.Or(r.Budget.PerMinute, d.Budget.PerMinute),
-		Tools:     map[broker.ToolName]int{},
-	}
-	for tool, n := range d.Budget.Tools {
-		budget.Tools[tool] = n
-	}
-	for tool, n := range r.Budget.Tools {
-		budget.Tools[tool] = cmp.Or(n, budget.Tools[tool])
-	}
-	return broker.Delegation{Chain: d.Chain, Parent: d.ID, Holder: r.To, Scope: scope, Budget: budget,
-		Depth: r.Depth, Created: now, Expires: expires, Heartbeat: cmp.Or(r.Heartbeat, d.Heartbeat)}
-}
-
-// refuseWider refuses a child that is wider than its parent, the last of path, in any respect; nil: it is not. It also
-// refuses one whose holder is in the path already and would gain by it. It compares the requested lifetime with the
-// parent's whole lifetime, not with the remaining part: a holder that asks for what it was given gets the remainder.
-func refuseWider(op string, path []broker.Delegation, child broker.Delegation, ttl time.Duration) *broker.Error {
-	parent := path[len(path)-1]
-	if parent.Depth == 0 {
-		return broker.Errorf(broker.Denied, op, "this delegation may not be passed on any further").
-			With(broker.CodeDelegationDepth).Lacks("open the chain with more depth", "depth")
-	}
-	wider := append(parent.Scope.Wider(child.Scope), parent.Budget.Wider(child.Budget)...)
-	if i := slices.IndexFunc(path, func(d broker.Delegation) bool { return d.Holder == child.Holder }); i >= 0 {
-		wider = append(wider, path[i].Scope.Gains(child.Scope)...)
-	}
-	if child.Depth >= parent.Depth {
-		wider = append(wider, "depth")
-	}
-	if ttl > parent.Expires.Sub(parent.Created) {
-		wider = append(wider, "ttl")
-	}
-	if parent.Heartbeat > 0 && child.Heartbeat > parent.Heartbeat {
-		wider = append(wider, "heartbeat")
-	}
-	if len(wider) > 0 {
-		return broker.Errorf(broker.Denied, op, "the delegation asks for more than yours may pass on").
-			With(broker.CodeDelegationWider).
-			Lacks("ask for less, or ask your delegator for a wider delegation", wider...)
-	}
-	return nil
-}
-
 // permitAll asks policy for each tool of a scope. When the receiver is in another trust domain, a permit must name both
 // domains.
 func (e *Engine) permitAll(ctx context.Context, op string, policy broker.Policy, q broker.Question, scope broker.Scope,
@@ -268,7 +172,7 @@ func (e *Engine) permitAll(ctx context.Context, op string, policy broker.Policy,
 		if err != nil {
 			return nil, err
 		}
-		if !permitsBoth(d.Domains, q.Caller.ID.TrustDomain(), q.Receiver.TrustDomain()) {
+		if !requests.PermitsBoth(d.Domains, q.Caller.ID.TrustDomain(), q.Receiver.TrustDomain()) {
 			return nil, e.recordDenial(ctx, q.Caller, l, right.Tool,
 				broker.Errorf(broker.Denied, op, "the receiver is in another trust domain and no policy names both").
 					With(broker.CodeForeignDomain).Decided(d.Policies).
@@ -277,10 +181,6 @@ func (e *Engine) permitAll(ctx context.Context, op string, policy broker.Policy,
 		deciders = append(deciders, d.Policies...)
 	}
 	return unique(deciders), nil
-}
-
-func permitsBoth(domains []string, from, to spiffeid.TrustDomain) bool {
-	return from == to || slices.Contains(domains, from.Name()) && slices.Contains(domains, to.Name())
 }
 
 func unique(s []string) []string {

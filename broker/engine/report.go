@@ -6,6 +6,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/args"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
+	"github.com/pawlsec/pawl/broker/engine/internal/requests"
 )
 
 // Report records a violation and applies the consequence that policy attaches to it. The reporter is a holder of the
@@ -22,7 +23,7 @@ func (e *Engine) Report(ctx context.Context, c broker.Caller, r broker.ReportReq
 		return broker.Reported{}, broker.Errorf(broker.Malformed, op,
 			"a violation's code is lower-case letters, digits and underscores, at most 64")
 	}
-	if err := checkText(op, "detail", r.Detail, 0, broker.MaxTask); err != nil {
+	if err := requests.CheckText(op, "detail", r.Detail, 0, broker.MaxTask); err != nil {
 		return broker.Reported{}, err
 	}
 	var l records.Lineage

@@ -9,6 +9,7 @@ import (
 	"github.com/pawlsec/pawl/broker/backoff"
 	"github.com/pawlsec/pawl/broker/engine/internal/closing"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
+	"github.com/pawlsec/pawl/broker/engine/internal/requests"
 	"github.com/pawlsec/pawl/broker/engine/internal/sweeping"
 	"github.com/pawlsec/pawl/broker/selector"
 )
@@ -43,7 +44,7 @@ func (e *Engine) Revoke(ctx context.Context, o broker.Operator, r selector.Reque
 	if err := o.Check(op); err != nil {
 		return broker.Revocation{}, err
 	}
-	if err := checkText(op, "reason", r.Reason, 1, broker.MaxTask); err != nil {
+	if err := requests.CheckText(op, "reason", r.Reason, 1, broker.MaxTask); err != nil {
 		return broker.Revocation{}, err
 	}
 	if rv, isCanary, err := e.touchLeaked(ctx, o, r.Selector); isCanary {

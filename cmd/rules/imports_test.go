@@ -65,6 +65,7 @@ var rows = []row{
 		"it keeps the index of chains, and knows no procedure"},
 	{"broker/engine/internal/model", nil, nil, "a model that shared code with the engine would share its mistakes"},
 	{"broker/engine/internal/planning", []string{"broker"}, nil, "it counts, and reads no ledger"},
+	{"broker/engine/internal/requests", []string{"broker", "broker/args"}, nil, "it reads a request and no ledger"},
 	{"broker/engine/internal/sched", nil, nil, "a heap and a set of keys know nothing of the domain"},
 	{"broker/engine/internal/volatile", []string{"broker", "broker/engine/internal/sched"}, nil, "it keeps what a restart loses, and decides nothing"},
 	{"broker/engine/internal/closing", []string{"broker", "broker/args", "broker/engine/internal/records", "broker/engine/internal/sched"}, []string{"store/*"},
