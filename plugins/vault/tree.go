@@ -196,32 +196,6 @@ func (c *Client) discard(ctx context.Context, accessor string) {
 	}
 }
 
-// checkToken checks that a response carries a token of the given type.
-func (resp response) checkToken(kind string) error {
-	switch {
-	case resp.Auth == nil || !validToken(resp.Auth.Token) || !validToken(resp.Auth.Accessor) || resp.Wrap != nil:
-		return errors.New("vault's response carries no token")
-	case resp.Auth.Type != kind:
-		return fmt.Errorf("vault's token is not of type %s", kind)
-	case resp.Auth.LeaseDuration <= 0 || resp.Auth.LeaseDuration > maxLeaseSeconds:
-		return errors.New("vault's token has no expiry, or one more than ten years away")
-	}
-	return nil
-}
-
-// maxLeaseSeconds is the longest lease duration that a response may have: ten years.
-const maxLeaseSeconds = 10 * 366 * 24 * 3600
-
-// validToken reports whether s can be a token or an accessor: printable ASCII without blanks, at most 4,096 bytes.
-func validToken(s string) bool {
-	for i := 0; i < len(s); i++ {
-		if s[i] <= ' ' || s[i] >= 0x7f {
-			return false
-		}
-	}
-	return s != "" && len(s) <= 4096
-}
-
 // renewLoop renews the tokens of delegations in use and drops expired tokens from memory.
 func (c *Client) renewLoop(ctx context.Context) {
 	tick := time.NewTicker(c.cfg.DeadMan / 4)

@@ -77,3 +77,30 @@ func (r Rule) MayCoverStep(l Lineage, policy broker.Policy, now time.Time) bool 
 	}
 	return false
 }
+
+// NothingMatches refuses a selector that matches nothing. Of a leaked value it says whether secrets live of which the ledger
+// has no digest: one of them may be the value.
+func (t *Tx) NothingMatches(op string, s selector.Selector) (*broker.Error, error) {
+	refusal := broker.Errorf(broker.NotFound, op,
+		"the selector matches nothing that is open or alive, and no step that can still be taken").
+		With(broker.CodeSelectorEmpty).Lacks("check its spelling; pawl chain list shows the open chains", "selector")
+	if _, leaked := s.LeakedValue(); !leaked {
+		return refusal, nil
+	}
+	n, latest := 0, time.Time{}
+	err := t.EachLive(Everywhere, func(g broker.Grant) error {
+		if g.Unrecorded() {
+			n++
+			if end := g.LatestEnd(); end.After(latest) {
+				latest = end
+			}
+		}
+		return nil
+	})
+	if err != nil || n == 0 {
+		return refusal, err
+	}
+	return broker.Errorf(broker.NotFound, op, "no secret that is recorded has this value, but %d that may have it are not "+
+		"recorded: the broker is ending them, and the last ends at %s", n, latest.UTC().Format(time.RFC3339)).
+		With(broker.CodeSelectorEmpty).Lacks("revoke the chain in whose hands it was, or ask again after that time", "selector"), nil
+}

@@ -5,7 +5,6 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
-	"github.com/pawlsec/pawl/broker/selector"
 )
 
 // UnknownDelegation refuses a delegation that does not exist, with the same text as one of another holder.
@@ -26,33 +25,6 @@ func UnknownChain(op string, id broker.ChainID) *broker.Error {
 // UnknownRevocation refuses a revocation that does not exist.
 func UnknownRevocation(op string) *broker.Error {
 	return broker.Errorf(broker.NotFound, op, "there is no such revocation").With(broker.CodeRevocationUnknown)
-}
-
-// NothingMatches refuses a selector that matches nothing. Of a leaked value it says whether secrets live of which the ledger
-// has no digest: one of them may be the value.
-func (t *Tx) NothingMatches(op string, s selector.Selector) (*broker.Error, error) {
-	refusal := broker.Errorf(broker.NotFound, op,
-		"the selector matches nothing that is open or alive, and no step that can still be taken").
-		With(broker.CodeSelectorEmpty).Lacks("check its spelling; pawl chain list shows the open chains", "selector")
-	if _, leaked := s.LeakedValue(); !leaked {
-		return refusal, nil
-	}
-	n, latest := 0, time.Time{}
-	err := t.EachLive(Everywhere, func(g broker.Grant) error {
-		if g.Unrecorded() {
-			n++
-			if end := g.LatestEnd(); end.After(latest) {
-				latest = end
-			}
-		}
-		return nil
-	})
-	if err != nil || n == 0 {
-		return refusal, err
-	}
-	return broker.Errorf(broker.NotFound, op, "no secret that is recorded has this value, but %d that may have it are not "+
-		"recorded: the broker is ending them, and the last ends at %s", n, latest.UTC().Format(time.RFC3339)).
-		With(broker.CodeSelectorEmpty).Lacks("revoke the chain in whose hands it was, or ask again after that time", "selector"), nil
 }
 
 // OverCap refuses a request to open a chain that goes beyond the caps of policy.
