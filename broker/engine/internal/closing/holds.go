@@ -135,3 +135,11 @@ func (h *Holds) Stop() {
 		one.timer.Stop()
 	}
 }
+
+// Leftovers counts the leases that Vault has still to remove for closed grants, and those of them that are stuck.
+func (p Process) Leftovers() (n, stuck int) {
+	l, now := &p.Reaper.left, p.Reaper.cfg.Now()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.by), l.stuckLocked(now)
+}

@@ -49,6 +49,9 @@ const (
 // revocation.
 var leftoverRetry = backoff.Exponential{First: time.Second, Most: 10 * time.Second}
 
+// removedAtOnce is the number of leases that one transaction takes off the list.
+const removedAtOnce = 100
+
 // leftoverPause is the least time between two look-ups. Leases that were left one after the other are looked up
 // together, which costs Vault one list.
 const leftoverPause = time.Second
@@ -96,14 +99,6 @@ func (r *Reaper) removed(ids []broker.GrantID) {
 		}
 		delete(r.progress, id)
 	}
-}
-
-// Leftovers counts the leases that Vault has still to remove for closed grants, and those of them that are stuck.
-func (p Process) Leftovers() (n, stuck int) {
-	l, now := &p.Reaper.left, p.Reaper.cfg.Now()
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return len(l.by), l.stuckLocked(now)
 }
 
 func (l *leftovers) stuckLocked(now time.Time) (n int) {
@@ -192,7 +187,7 @@ func (r *Reaper) lookUpLeftovers(due []leftover) time.Duration {
 				removed = append(removed, one)
 			}
 		}
-		for part := range slices.Chunk(removed, reopenAtOnce) {
+		for part := range slices.Chunk(removed, removedAtOnce) {
 			if err := r.dropLeftovers(ctx, part); err != nil {
 				r.alarm("recording leases that Vault has removed", err)
 				break

@@ -11,15 +11,9 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// killAnswer is Vault's answer to the revocation of a step's token.
-type killAnswer struct {
-	at  time.Time // of the confirmation
-	err error
-}
-
-// kill revokes the steps' tokens concurrently. After one failed call it sends Vault no more calls in this pass, and none before the time that
-// Vault named. A token
-// with a confirmation is not revoked again by this process, since a revoked token does not come back.
+// kill revokes the steps' tokens concurrently. After one failed call it sends Vault no more calls in this pass, and none
+// before the time that Vault named. A token with a confirmation is not revoked again by this process, since a revoked
+// token does not come back.
 func (w *worker) kill(pass []broker.Grant) []killAnswer {
 	answers := make([]killAnswer, len(pass))
 	var ask []int
@@ -111,9 +105,6 @@ func (w *worker) prove(ctx context.Context, pass []broker.Grant) []broker.Eviden
 	}
 	return answers
 }
-
-// goneAnswer is Vault's answer about a lease.
-type goneAnswer struct{ asked, answered, gone bool }
 
 // leasesGone asks Vault about the leases of a pass, but not about those of secrets that are dead for good. Such a secret
 // is one that its target alone shows dead, and whose token was revoked before that was asked: nothing can mint for it.

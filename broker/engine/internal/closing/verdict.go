@@ -22,6 +22,15 @@ type verdict struct {
 	now     time.Time
 }
 
+// killAnswer is Vault's answer to the revocation of a step's token.
+type killAnswer struct {
+	at  time.Time // of the confirmation
+	err error
+}
+
+// goneAnswer is Vault's answer about a lease.
+type goneAnswer struct{ asked, answered, gone bool }
+
 // answerGivenUp is the evidence for a lease that Vault lists as irrevocable. Ledgers hold the text: it must not change.
 const answerGivenUp = "still there, and Vault has given up revoking it: it is tried again, and needs a person"
 
