@@ -250,18 +250,26 @@ func (c *Client) told(err error) error {
 	return err
 }
 
-// reachable returns an error when Vault has not answered the last checks.
+// reachable returns an error when Vault has not answered the last checks, or is a standby without the active node. Such a
+// standby answers a mint in a way that leaves open whether something was made, so no mint is sent to it.
 func (c *Client) reachable() error {
 	c.mu.Lock()
 	silent := c.silent >= silentChecks
+	standby := slices.ContainsFunc(c.conditions, func(w Condition) bool { return w.Code == codeStandby })
 	c.mu.Unlock()
-	if silent {
+	switch {
+	case silent:
 		return c.told(errSilent)
+	case standby:
+		return c.told(errStandby)
 	}
 	return nil
 }
 
-var errSilent = errors.New("not asked: vault did not answer the last checks")
+var (
+	errSilent  = errors.New("not asked: vault did not answer the last checks")
+	errStandby = errors.New("not asked: vault was a standby without the active node at the last check")
+)
 
 // refusal is the error for an agent when its step meets the condition. Only a person can end the wrong setup of Vault, so
 // that the agent should not try again.
