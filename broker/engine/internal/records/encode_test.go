@@ -54,9 +54,9 @@ func full(t testing.TB) map[string]any {
 			Backend: "postgres", Narrowing: broker.NarrowNative, Args: given, Purpose: "rows",
 			Path: path, State: broker.StateClosed, Created: moment, Expires: moment.Add(time.Minute),
 			Bundle: "sha256:" + strings.Repeat("0", 64), Policies: []string{"readers", "hours"},
-			Token: token, MintDeadline: moment,
+			Token: token, DelegationToken: token, MintDeadline: moment,
 			Lease: broker.Lease{ID: "database/creds/reader/x", Ref: "login", Expires: moment, Outlives: moment,
-				Digests: []broker.ValueDigest{"d"}},
+				Request: "f9f6c4f5", Digests: []broker.ValueDigest{"d"}},
 			Fence: fence, Ending: broker.EndingRevoked, Ended: moment, Outcome: broker.OutcomeDead,
 			Evidence: []broker.Evidence{{At: moment, Check: "vault: look the lease up", Outcome: broker.OutcomeDead,
 				Answer: "gone", Listed: true, Final: true}, {At: moment, Check: "ledger", Answer: "no answer"}},
@@ -122,11 +122,15 @@ func asJSON(t *testing.T, v any) string {
 	return string(raw)
 }
 
-// checkFull fails the test when a field of the struct is zero.
+// checkFull fails the test when a field of the struct is zero, or one of a struct in it.
 func checkFull(t *testing.T, name string, v reflect.Value) {
 	t.Helper()
 	for i := range v.NumField() {
-		if f := v.Type().Field(i); f.IsExported() && f.Tag.Get("json") != "-" && v.Field(i).IsZero() {
+		f := v.Type().Field(i)
+		if f.IsExported() && f.Type.Kind() == reflect.Struct {
+			checkFull(t, name+"."+f.Name, v.Field(i))
+		}
+		if f.IsExported() && f.Tag.Get("json") != "-" && v.Field(i).IsZero() {
 			t.Errorf("full does not set %s.%s", name, f.Name)
 		}
 	}
