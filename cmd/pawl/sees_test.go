@@ -58,12 +58,18 @@ func (s *seen) step(tool string) error {
 // within waits until ok returns an empty text, and fails the test with the last one after ten seconds.
 func (s *seen) within(what string, ok func() string) {
 	s.t.Helper()
+	s.withinTime(10*time.Second, what, ok)
+}
+
+// withinTime is within for a wait that is not the broker's.
+func (s *seen) withinTime(d time.Duration, what string, ok func() string) {
+	s.t.Helper()
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
-	for end, wrong := time.After(10*time.Second), ok(); wrong != ""; wrong = ok() {
+	for end, wrong := time.After(d), ok(); wrong != ""; wrong = ok() {
 		select {
 		case <-end:
-			s.t.Errorf("%s: after 10 s still %s", what, wrong)
+			s.t.Errorf("%s: after %s still %s", what, d, wrong)
 			return
 		case <-tick.C:
 		}

@@ -54,17 +54,19 @@ func TestOperatorSeesStandby(t *testing.T) {
 	if err := row.repair(); err != nil {
 		t.Fatal(err)
 	}
+	s.answers(http.StatusTooManyRequests)
 	s.healthy("after " + row.name)
 }
 
-// answers waits until Vault answers a request for its health with a status.
+// answers waits until Vault answers a request for its health with a status. A standby takes its own time to find the
+// active node, or to notice that it has lost it.
 func (s *seen) answers(status int) {
 	s.t.Helper()
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(s.env.Vault.CAPEM())
 	c := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
 		TLSClientConfig: &tls.Config{RootCAs: roots}}}
-	s.within("the health of Vault", func() string {
+	s.withinTime(time.Minute, "the health of Vault", func() string {
 		answer, err := c.Get(s.env.Vault.Address() + "/v1/sys/health")
 		if err != nil {
 			return err.Error()
