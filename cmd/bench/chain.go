@@ -29,12 +29,12 @@ func measureChain(ctx context.Context, b *bench) error {
 	if err != nil {
 		return err
 	}
-	token, _, err := w.direct.child(ctx)
+	token, _, err := w.direct.Child(ctx)
 	if err != nil {
 		return err
 	}
-	mine := w.direct.as(token)
-	defer mine.close()
+	mine := w.direct.As(token)
+	defer mine.Close()
 	n := pick(b, 500, 100)
 	err = b.pair(ctx, report.Row{Name: "open.p50_ms", Unit: "ms",
 		Against: "creating a token in Vault; ours creates none before the first step"}, n,
@@ -42,7 +42,7 @@ func measureChain(ctx context.Context, b *bench) error {
 			_, err := client.Open(ctx, agent.Chain{Task: "bench", Rights: rights("notes.read")})
 			return err
 		},
-		func() error { _, _, err := w.direct.child(ctx); return err })
+		func() error { _, _, err := w.direct.Child(ctx); return err })
 	if err != nil {
 		return err
 	}
@@ -51,7 +51,7 @@ func measureChain(ctx context.Context, b *bench) error {
 			_, err := root.Delegate(ctx, dev.Agent("bench-child").String(), agent.Share{Rights: []agent.Right{{Tool: "notes.read", Use: true}}})
 			return err
 		},
-		func() error { _, _, err := w.direct.child(ctx); return err }); err != nil {
+		func() error { _, _, err := w.direct.Child(ctx); return err }); err != nil {
 		return err
 	}
 	for _, t := range targets(w) {
@@ -106,12 +106,12 @@ func (b *bench) closing(ctx context.Context, client *agent.Client, t target, n i
 			return err
 		}
 		ours = append(ours, ms(time.Since(began)))
-		lease, err := b.world.direct.leased(ctx, t.theirs)
+		lease, err := b.world.direct.Leased(ctx, t.theirs)
 		if err != nil {
 			return err
 		}
 		began = time.Now()
-		if _, err := b.world.direct.ask(ctx, "POST", "sys/leases/revoke", map[string]any{"lease_id": lease, "sync": true}); err != nil {
+		if _, err := b.world.direct.Ask(ctx, "POST", "sys/leases/revoke", map[string]any{"lease_id": lease, "sync": true}); err != nil {
 			return err
 		}
 		theirs = append(theirs, ms(time.Since(began)))
@@ -119,14 +119,4 @@ func (b *bench) closing(ctx context.Context, client *agent.Client, t target, n i
 	b.report.AddQuantile(report.Row{Name: "close." + t.name + ".p50_ms", Unit: "ms",
 		Against: "revoking the lease in Vault, synchronously; ours also proves at the target"}, 0.5, ours, theirs)
 	return nil
-}
-
-// leased makes one leased secret directly.
-func (c *vaultClient) leased(ctx context.Context, path string) (lease string, err error) {
-	method, body := "GET", any(nil)
-	if path == "pki/issue/plain" {
-		method, body = "POST", map[string]any{"common_name": "a.agents.pawl.dev", "ttl": "14m"}
-	}
-	a, err := c.ask(ctx, method, path, body)
-	return a.LeaseID, err
 }

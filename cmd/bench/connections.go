@@ -35,9 +35,9 @@ func measureConnections(ctx context.Context, b *bench) error {
 	var beside report.Samples
 	if w.vaultPID != 0 {
 		theirs, err := process.GrownBy(w.vaultPID, n, func() (close func(), err error) {
-			c := w.direct.as(w.env.Vault.RootToken())
-			_, err = c.ask(ctx, "GET", "sys/health", nil)
-			return c.close, err
+			c := w.direct.As(w.env.Vault.RootToken())
+			_, err = c.Ask(ctx, "GET", "sys/health", nil)
+			return c.Close, err
 		})
 		if err != nil {
 			return err

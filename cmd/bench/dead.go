@@ -12,6 +12,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
+	"github.com/pawlsec/pawl/cmd/bench/plain"
 	"github.com/pawlsec/pawl/cmd/bench/report"
 )
 
@@ -225,7 +226,7 @@ func (b *bench) end(ctx context.Context, way way, n int) (d death, err error) {
 	if err := confirm(ctx, w, logins, seen.left); err != nil || way.label != "" {
 		return d, err
 	}
-	err = w.direct.noLeases(ctx, oursPath) // otherwise Vault would be at work in the next way
+	err = w.direct.NoLeases(ctx, oursPath) // otherwise Vault would be at work in the next way
 	d.removed = time.Since(began)
 	return d, err
 }
@@ -318,27 +319,27 @@ func takeOurs(
 // issueUnderToken makes credentials of a role with one token. The command revokes the token.
 func issueUnderToken(role string) func(context.Context, *world, int) ([]login, func(context.Context) error, error) {
 	return func(ctx context.Context, w *world, n int) ([]login, func(context.Context) error, error) {
-		logins, _, accessor, err := w.direct.credentials(ctx, role, n)
+		logins, _, accessor, err := credentials(ctx, w.direct, role, n)
 		return logins, func(ctx context.Context) error {
-			_, err := w.direct.ask(ctx, "POST", "auth/token/revoke-accessor", map[string]any{"accessor": accessor})
+			_, err := w.direct.Ask(ctx, "POST", "auth/token/revoke-accessor", map[string]any{"accessor": accessor})
 			return err
 		}, err
 	}
 }
 
 func issueForPrefix(ctx context.Context, w *world, n int) ([]login, func(context.Context) error, error) {
-	logins, _, _, err := w.direct.credentials(ctx, "best", n)
+	logins, _, _, err := credentials(ctx, w.direct, "best", n)
 	return logins, func(ctx context.Context) error {
-		_, err := w.direct.ask(ctx, "POST", "sys/leases/revoke-prefix/plain/creds/best", map[string]any{"sync": true})
+		_, err := w.direct.Ask(ctx, "POST", "sys/leases/revoke-prefix/plain/creds/best", map[string]any{"sync": true})
 		return err
 	}, err
 }
 
 func issueForLeases(ctx context.Context, w *world, n int) ([]login, func(context.Context) error, error) {
-	logins, leases, _, err := w.direct.credentials(ctx, "best", n)
+	logins, leases, _, err := credentials(ctx, w.direct, "best", n)
 	return logins, func(ctx context.Context) error {
 		return each(16, n, func(i int) error {
-			_, err := w.direct.ask(ctx, "POST", "sys/leases/revoke", map[string]any{"lease_id": leases[i], "sync": true})
+			_, err := w.direct.Ask(ctx, "POST", "sys/leases/revoke", map[string]any{"lease_id": leases[i], "sync": true})
 			return err
 		})
 	}, err
@@ -347,7 +348,7 @@ func issueForLeases(ctx context.Context, w *world, n int) ([]login, func(context
 // issueForFloor ends logins as fast as this PostgreSQL can: the time that remains is the time that its processes
 // take to end. Afterwards Vault revokes its own leases.
 func issueForFloor(ctx context.Context, w *world, n int) ([]login, func(context.Context) error, error) {
-	logins, _, accessor, err := w.direct.credentials(ctx, "best", n)
+	logins, _, accessor, err := credentials(ctx, w.direct, "best", n)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -369,25 +370,25 @@ func issueForFloor(ctx context.Context, w *world, n int) ([]login, func(context.
 		if _, err := conn.Exec(ctx, "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = ANY($1)", names); err != nil {
 			return err
 		}
-		if _, err := w.direct.ask(ctx, "POST", "auth/token/revoke-accessor", map[string]any{"accessor": accessor}); err != nil {
+		if _, err := w.direct.Ask(ctx, "POST", "auth/token/revoke-accessor", map[string]any{"accessor": accessor}); err != nil {
 			return err
 		}
-		return w.direct.noLeases(ctx, "plain/creds/best")
+		return w.direct.NoLeases(ctx, "plain/creds/best")
 	}, nil
 }
 
 // credentials makes n database credentials below one token.
-func (c *vaultClient) credentials(ctx context.Context, role string, n int) (logins []login, leases []string, accessor string, err error) {
-	token, accessor, err := c.child(ctx)
+func credentials(ctx context.Context, c *plain.Vault, role string, n int) (logins []login, leases []string, accessor string, err error) {
+	token, accessor, err := c.Child(ctx)
 	if err != nil {
 		return nil, nil, "", err
 	}
-	mine := c.as(token)
-	defer mine.close()
+	mine := c.As(token)
+	defer mine.Close()
 	logins, leases = make([]login, n), make([]string, n)
 	err = each(16, n, func(i int) error {
-		a, err := mine.ask(ctx, "GET", "plain/creds/"+role, nil)
-		logins[i].username, logins[i].password, leases[i] = a.text("username"), a.text("password"), a.LeaseID
+		a, err := mine.Ask(ctx, "GET", "plain/creds/"+role, nil)
+		logins[i].username, logins[i].password, leases[i] = a.Text("username"), a.Text("password"), a.LeaseID
 		return err
 	})
 	return logins, leases, accessor, err

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/cmd/bench/plain"
 	"github.com/pawlsec/pawl/cmd/bench/report"
 )
 
@@ -77,42 +78,42 @@ func certificatesOurs(ctx context.Context, w *world, n int) (serials []string, e
 func certificatesTheirs(ctx context.Context, w *world, n int) (serials []string, end func(context.Context) error, err error) {
 	accessors, serials := make([]string, holders), make([]string, n)
 	err = each(holders, holders, func(i int) error {
-		token, accessor, err := w.direct.child(ctx)
+		token, accessor, err := w.direct.Child(ctx)
 		if err != nil {
 			return err
 		}
 		accessors[i] = accessor
-		mine := w.direct.as(token)
-		defer mine.close()
+		mine := w.direct.As(token)
+		defer mine.Close()
 		for k := i; k < n && err == nil; k += holders {
-			var a vaultAnswer
-			a, err = mine.ask(ctx, "POST", "pki/issue/plain", map[string]any{"common_name": "a.agents.pawl.dev", "exclude_cn_from_sans": true, "ttl": "14m"})
-			serials[k] = a.text("serial_number")
+			var a plain.Answer
+			a, err = mine.Ask(ctx, "POST", "pki/issue/plain", map[string]any{"common_name": "a.agents.pawl.dev", "exclude_cn_from_sans": true, "ttl": "14m"})
+			serials[k] = a.Text("serial_number")
 		}
 		return err
 	})
 	return serials, func(ctx context.Context) error {
 		if err := each(holders, holders, func(i int) error {
-			_, err := w.direct.ask(ctx, "POST", "auth/token/revoke-accessor", map[string]any{"accessor": accessors[i]})
+			_, err := w.direct.Ask(ctx, "POST", "auth/token/revoke-accessor", map[string]any{"accessor": accessors[i]})
 			return err
 		}); err != nil {
 			return err
 		}
-		if err := w.direct.noLeases(ctx, "pki/issue/plain"); err != nil {
+		if err := w.direct.NoLeases(ctx, "pki/issue/plain"); err != nil {
 			return err
 		}
-		_, err := w.direct.ask(ctx, "GET", "pki/crl/rotate", nil)
+		_, err := w.direct.Ask(ctx, "GET", "pki/crl/rotate", nil)
 		return err
 	}, err
 }
 
 // listed checks, as a relying party would, that the served list has each certificate.
 func (w *world) listed(ctx context.Context, serials []string) error {
-	a, err := w.direct.ask(ctx, "GET", "pki/cert/crl", nil)
+	a, err := w.direct.Ask(ctx, "GET", "pki/cert/crl", nil)
 	if err != nil {
 		return err
 	}
-	block, _ := pem.Decode([]byte(a.text("certificate")))
+	block, _ := pem.Decode([]byte(a.Text("certificate")))
 	if block == nil {
 		return errors.New("vault serves no revocation list")
 	}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/cmd/bench/plain"
 	"github.com/pawlsec/pawl/cmd/bench/process"
 	"github.com/pawlsec/pawl/cmd/bench/report"
 )
@@ -21,7 +22,7 @@ type target struct {
 	name   string
 	tool   string
 	args   agent.Args
-	direct func(context.Context, *vaultClient) error
+	direct func(context.Context, *plain.Vault) error
 	ours   string // path of our leases in Vault; empty: the engine gives none
 	theirs string
 }
@@ -35,34 +36,34 @@ func targets(w *world) []target {
 		{name: "ssh", tool: "host.uptime", direct: signKey},
 	}
 	if w.env.Postgres != nil {
-		list = append(list, target{name: "postgres", tool: "db.read", args: agent.Args{"tables": []string{"orders"}}, direct: func(ctx context.Context, c *vaultClient) error {
-			_, err := c.ask(ctx, "GET", "plain/creds/best", nil)
+		list = append(list, target{name: "postgres", tool: "db.read", args: agent.Args{"tables": []string{"orders"}}, direct: func(ctx context.Context, c *plain.Vault) error {
+			_, err := c.Ask(ctx, "GET", "plain/creds/best", nil)
 			return err
 		}, ours: oursPath, theirs: "plain/creds/best"})
 	}
 	return list
 }
 
-func readNote(ctx context.Context, c *vaultClient) error {
-	_, err := c.ask(ctx, "GET", "secret/data/notes", nil)
+func readNote(ctx context.Context, c *plain.Vault) error {
+	_, err := c.Ask(ctx, "GET", "secret/data/notes", nil)
 	return err
 }
 
-func signToken(ctx context.Context, c *vaultClient) error {
+func signToken(ctx context.Context, c *plain.Vault) error {
 	claims := fmt.Sprintf(`{"iss":"https://pawl.dev","sub":"spiffe://pawl.dev/agent/bench","aud":"https://orders.pawl.dev","exp":%d,"iat":%d,"jti":"%s","scope":"read"}`,
 		time.Now().Add(secretTTL).Unix(), time.Now().Unix(), rand.Text())
 	input := base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"ES256","kid":"pawl-tokens:1","typ":"JWT"}`)) + "." + base64.RawURLEncoding.EncodeToString([]byte(claims))
-	_, err := c.ask(ctx, "POST", "transit/sign/pawl-tokens/sha2-256", map[string]any{
+	_, err := c.Ask(ctx, "POST", "transit/sign/pawl-tokens/sha2-256", map[string]any{
 		"input": base64.StdEncoding.EncodeToString([]byte(input)), "marshaling_algorithm": "jws"})
 	return err
 }
 
-func issueCertificate(ctx context.Context, c *vaultClient) error {
-	_, err := c.ask(ctx, "POST", "pki/issue/plain", map[string]any{"common_name": "a.agents.pawl.dev", "exclude_cn_from_sans": true, "ttl": "14m"})
+func issueCertificate(ctx context.Context, c *plain.Vault) error {
+	_, err := c.Ask(ctx, "POST", "pki/issue/plain", map[string]any{"common_name": "a.agents.pawl.dev", "exclude_cn_from_sans": true, "ttl": "14m"})
 	return err
 }
 
-func signKey(ctx context.Context, c *vaultClient) error {
+func signKey(ctx context.Context, c *plain.Vault) error {
 	public, _, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		return err
@@ -71,7 +72,7 @@ func signKey(ctx context.Context, c *vaultClient) error {
 	if err != nil {
 		return err
 	}
-	_, err = c.ask(ctx, "POST", "ssh/sign/pawl-uptime", map[string]any{"public_key": string(ssh.MarshalAuthorizedKey(key)), "cert_type": "user",
+	_, err = c.Ask(ctx, "POST", "ssh/sign/pawl-uptime", map[string]any{"public_key": string(ssh.MarshalAuthorizedKey(key)), "cert_type": "user",
 		"valid_principals": "pawl", "ttl": "14m", "critical_options": map[string]string{"force-command": "uptime"}})
 	return err
 }
@@ -184,30 +185,30 @@ func (w *world) through(ctx context.Context, b *bench, t target, agents []*agent
 	if err := w.revoke(ctx, chains); err != nil {
 		return u, fmt.Errorf("ending a round: %w", err)
 	}
-	return u, u.outcome(w.direct.noLeases(ctx, t.ours))
+	return u, u.outcome(w.direct.NoLeases(ctx, t.ours))
 }
 
 // around makes the same calls to Vault. Each client has a token and connections of its own.
 func (w *world) around(ctx context.Context, b *bench, t target, n int) (turn, error) {
-	clients, accessors := make([]*vaultClient, n), make([]string, n)
+	clients, accessors := make([]*plain.Vault, n), make([]string, n)
 	if err := each(16, n, func(i int) error {
-		token, accessor, err := w.direct.child(ctx)
+		token, accessor, err := w.direct.Child(ctx)
 		if err != nil {
 			return err
 		}
-		clients[i], accessors[i] = w.direct.as(token), accessor
+		clients[i], accessors[i] = w.direct.As(token), accessor
 		return t.direct(ctx, clients[i])
 	}); err != nil {
 		return turn{}, err
 	}
 	u := w.clocked(b, n, func(i int) error { return t.direct(ctx, clients[i]) })
 	for i, c := range clients {
-		c.close()
-		if _, err := w.direct.ask(ctx, "POST", "auth/token/revoke-accessor", map[string]any{"accessor": accessors[i]}); err != nil {
+		c.Close()
+		if _, err := w.direct.Ask(ctx, "POST", "auth/token/revoke-accessor", map[string]any{"accessor": accessors[i]}); err != nil {
 			return u, err
 		}
 	}
-	return u, u.outcome(w.direct.noLeases(ctx, t.theirs))
+	return u, u.outcome(w.direct.NoLeases(ctx, t.theirs))
 }
 
 func (u turn) outcome(err error) error {

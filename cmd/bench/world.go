@@ -24,6 +24,7 @@ import (
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/broker/operator"
 	"github.com/pawlsec/pawl/broker/policy"
+	"github.com/pawlsec/pawl/cmd/bench/plain"
 	"github.com/pawlsec/pawl/cmd/bench/process"
 	"github.com/pawlsec/pawl/cmd/dev"
 	"github.com/pawlsec/pawl/cmd/wire"
@@ -43,7 +44,7 @@ type world struct {
 	listener string      // address of the operators' listener
 	limits   wire.Limits // of the broker
 	admin    vault.Admin
-	direct   *vaultClient // with the root token
+	direct   *plain.Vault // with the root token
 	closers  []func()
 }
 
@@ -79,7 +80,7 @@ func openWorld(ctx context.Context, b *bench, dir string, c dev.Config, limits w
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(w.env.Vault.CAPEM())
 	w.admin = vault.Admin{Address: w.env.Vault.Address(), Roots: roots, Token: w.env.Vault.RootToken()}
-	w.direct = newVaultClient(w.env.Vault.Address(), roots, w.env.Vault.RootToken())
+	w.direct = plain.NewVault(w.env.Vault.Address(), roots, w.env.Vault.RootToken())
 	if err := w.teachVault(ctx); err != nil {
 		return w, err
 	}
