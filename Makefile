@@ -31,8 +31,8 @@ demo: parts build ## the main job on real parts, half a minute
 
 # QUICK=1 holds the ratios to their bounds and leaves docs/ alone. AGAINST=COMMIT runs that commit in turns with this
 # tree, a quick run each; ONLY is a regular expression of the sections.
-bench: parts ## Pawl beside Vault, measured; QUICK=1: in under three minutes, with the gate; AGAINST=COMMIT: in turns with it
-	$(GO) run ./cmd/bench $(if $(AGAINST),-against $(AGAINST) -quick,$(if $(QUICK),-quick -gate -page=false)) \
+bench: parts ## Pawl beside Vault, measured; QUICK=1: in under three minutes, with the gate; FULL=1: with an hour under load; AGAINST=COMMIT: in turns with it
+	$(GO) run ./cmd/bench $(if $(AGAINST),-against $(AGAINST) -quick,$(if $(QUICK),-quick -gate -page=false,$(if $(FULL),-soak 1h))) \
 		$(if $(ONLY),-only '$(ONLY)')
 
 chaos: parts ## every mishap at every point, and Vault down in the middle of 10,000: about an hour; the tests play a sample

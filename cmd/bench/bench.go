@@ -21,6 +21,7 @@ type options struct {
 	root    string         // of the source tree: build/ and docs/ are below it
 	only    *regexp.Regexp // sections to measure
 	rows    []string       // rows to measure, where a section can measure a part of its rows; empty: all
+	soak    time.Duration  // of the load that shows growth; zero: none
 	page    bool           // write docs/performance.md
 	profile string         // of this process; empty: none
 }

@@ -180,19 +180,12 @@ func unsharedActs(ctx context.Context, c *agent.Client, d *agent.Delegation, i i
 	return err
 }
 
-// usedBytes returns the size of the pages in use in a ledger that a broker has open. It reads a copy that no commit
-// changed while it was made.
+// usedBytes returns the size of the pages in use in a ledger that a broker has open. It reads a copy.
 func usedBytes(file string) (n float64, err error) {
-	copied := file + ".copy"
+	copied, err := copyOf(file)
 	defer os.Remove(copied) //nolint:errcheck // below build/, which `make clean` removes
-	for range 1000 {
-		var unchanged bool
-		if unchanged, err = copyLedger(copied, file); err != nil {
-			return 0, err
-		}
-		if unchanged {
-			break
-		}
+	if err != nil {
+		return 0, err
 	}
 	db, err := bbolt.Open(copied, 0o600, &bbolt.Options{ReadOnly: true})
 	if err != nil {
@@ -206,6 +199,18 @@ func usedBytes(file string) (n float64, err error) {
 			return nil
 		})
 	})
+}
+
+// copyOf makes a copy of a ledger that a broker has open, which no commit changed while it was made.
+func copyOf(file string) (copied string, err error) {
+	copied = file + ".copy"
+	for range 1000 {
+		unchanged, err := copyLedger(copied, file)
+		if unchanged || err != nil {
+			return copied, err
+		}
+	}
+	return copied, errors.New("the ledger changed in each of 1,000 copies")
 }
 
 // copyLedger copies a ledger, and reports whether it stayed the same. A commit changes one of the first two pages.

@@ -45,6 +45,7 @@ func command(ctx context.Context, args []string) error {
 	flags.StringVar(&o.profile, "cpuprofile", "", "file for a CPU profile of this process, which runs the engine's rows")
 	only := flags.String("only", "", "regular expression of the sections to measure; empty: all")
 	gate := flags.Bool("gate", false, "fail when a ratio is more than twice its bound in three runs out of three")
+	flags.DurationVar(&o.soak, "soak", 0, "keep a load on the broker for this time, and compare what it holds at the end with a sixth of the time, ten minutes at most")
 	older := flags.String("against", "", "run an older commit of this repository in turns with this tree, and compare their rows")
 	rounds := flags.Int("rounds", 4, "with -against: how often each build is run")
 	if err := flags.Parse(args); err != nil {
@@ -78,7 +79,7 @@ func command(ctx context.Context, args []string) error {
 	if *older != "" {
 		return compare(ctx, against.Config{Root: o.root, Commit: *older, Rounds: *rounds, Quick: o.quick, Only: *only, Log: os.Stderr})
 	}
-	ctx, cancel := context.WithTimeout(ctx, 90*time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 90*time.Minute+o.soak)
 	defer cancel()
 	if *gate {
 		return held(ctx, o, sections)
@@ -118,4 +119,5 @@ var sections = []section{
 	{"flood", false, measureFlood},
 	{"growth", false, measureGrowth},
 	{"alone", false, measureAlone},
+	{"soak", false, measureSoak},
 }

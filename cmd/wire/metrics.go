@@ -3,6 +3,7 @@ package wire
 import (
 	"context"
 	"net/http"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -18,6 +19,9 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/engine"
 )
+
+// liveHeap adds go_gc_heap_live_bytes to the metrics: the bytes that the last garbage collection left.
+var liveHeap = collectors.GoRuntimeMetricsRule{Matcher: regexp.MustCompile("^/gc/heap/live:bytes$")}
 
 // metrics counts the entries that the ledger commits. Labels are the bundle's tools and fixed words: no id,
 // and no name that an outsider can choose.
@@ -109,7 +113,7 @@ func newMetrics(known func(broker.ToolName) bool, ready func() error, conditions
 		"Touches of canaries, by tool; value: a planted value was presented.", "tool")
 	m.registry.MustRegister(m.canary, m.limited, m.differences, m.missed, m.steps, m.fences, m.closure, m.orphans, m.alarms,
 		conditionGauges{conditions},
-		collectors.NewGoCollector(),
+		collectors.NewGoCollector(collectors.WithGoCollectorRuntimeMetrics(liveHeap)),
 		newGauge("pawl_live_grants", "Grants that are not closed.", func() float64 { return float64(m.live.Load()) }),
 		newGauge("pawl_shadow_candidate", "1 while a candidate policy bundle is compared.",
 			func() float64 { return oneIf(m.candidate.Load()) }),
