@@ -15,6 +15,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/brokertest"
 	"github.com/pawlsec/pawl/broker/engine"
+	"github.com/pawlsec/pawl/cmd/bench/process"
 	"github.com/pawlsec/pawl/cmd/bench/report"
 	"github.com/pawlsec/pawl/store/bolt"
 )
@@ -150,14 +151,14 @@ func (b *bench) stepBytes(ctx context.Context) error {
 	if err := takeAndClose(ctx, path, n/5); err != nil { // the first steps also fill half-empty pages
 		return err
 	}
-	before, err := usedBytes(path)
+	before, err := process.UsedBytes(path)
 	if err != nil {
 		return err
 	}
 	if err := takeAndClose(ctx, path, n); err != nil {
 		return err
 	}
-	after, err := usedBytes(path)
+	after, err := process.UsedBytes(path)
 	if err != nil {
 		return err
 	}

@@ -1,21 +1,18 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"time"
 
-	"go.etcd.io/bbolt"
-
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/cmd/bench/process"
 	"github.com/pawlsec/pawl/cmd/bench/report"
 	"github.com/pawlsec/pawl/cmd/dev"
 	"github.com/pawlsec/pawl/cmd/wire"
@@ -96,7 +93,7 @@ func (g *grower) until(ctx context.Context, name string, act action) (grown floa
 	if g.held, err = g.client.Open(ctx, largeChain()); err != nil {
 		return 0, err
 	}
-	before, err := usedBytes(g.file)
+	before, err := process.UsedBytes(g.file)
 	if err != nil {
 		return 0, err
 	}
@@ -113,13 +110,13 @@ func (g *grower) until(ctx context.Context, name string, act action) (grown floa
 	if !errors.Is(err, full) {
 		return 0, fmt.Errorf("it ended with %w", err)
 	}
-	after, err := usedBytes(g.file)
+	after, err := process.UsedBytes(g.file)
 	return after - before, err
 }
 
 // during acts as the last caller for a time. It returns by how much the file grew.
 func (g *grower) during(ctx context.Context, d time.Duration, act action) (grown float64, err error) {
-	before, err := usedBytes(g.file)
+	before, err := process.UsedBytes(g.file)
 	if err != nil {
 		return 0, err
 	}
@@ -127,7 +124,7 @@ func (g *grower) during(ctx context.Context, d time.Duration, act action) (grown
 		_ = act(ctx, g.client, g.held, int(g.acts.Add(1))) // it may be refused: the file shows whether it was recorded
 		return ctx.Err()
 	})
-	after, err := usedBytes(g.file)
+	after, err := process.UsedBytes(g.file)
 	return after - before, errors.Join(l.err, err)
 }
 
@@ -178,60 +175,4 @@ func unsharedActs(ctx context.Context, c *agent.Client, d *agent.Delegation, i i
 		_, err = c.EndGrant(ctx, agent.GrantID(fmt.Sprintf("gr%024d", i)))
 	}
 	return err
-}
-
-// usedBytes returns the size of the pages in use in a ledger that a broker has open. It reads a copy.
-func usedBytes(file string) (n float64, err error) {
-	copied, err := copyOf(file)
-	defer os.Remove(copied) //nolint:errcheck // below build/, which `make clean` removes
-	if err != nil {
-		return 0, err
-	}
-	db, err := bbolt.Open(copied, 0o600, &bbolt.Options{ReadOnly: true})
-	if err != nil {
-		return 0, err
-	}
-	defer db.Close() //nolint:errcheck // it was only read
-	return n, db.View(func(tx *bbolt.Tx) error {
-		return tx.ForEach(func(_ []byte, of *bbolt.Bucket) error {
-			s := of.Stats()
-			n += float64(s.BranchAlloc + s.LeafAlloc)
-			return nil
-		})
-	})
-}
-
-// copyOf makes a copy of a ledger that a broker has open, which no commit changed while it was made.
-func copyOf(file string) (copied string, err error) {
-	copied = file + ".copy"
-	for range 1000 {
-		unchanged, err := copyLedger(copied, file)
-		if unchanged || err != nil {
-			return copied, err
-		}
-	}
-	return copied, errors.New("the ledger changed in each of 1,000 copies")
-}
-
-// copyLedger copies a ledger, and reports whether it stayed the same. A commit changes one of the first two pages.
-func copyLedger(to, from string) (unchanged bool, err error) {
-	in, err := os.Open(from)
-	if err != nil {
-		return false, err
-	}
-	defer in.Close() //nolint:errcheck // it was only read
-	before, after := make([]byte, 2*os.Getpagesize()), make([]byte, 2*os.Getpagesize())
-	if _, err := in.ReadAt(before, 0); err != nil {
-		return false, err
-	}
-	out, err := os.Create(to)
-	if err != nil {
-		return false, err
-	}
-	_, err = io.Copy(out, in)
-	if err := errors.Join(err, out.Close()); err != nil {
-		return false, err
-	}
-	_, err = in.ReadAt(after, 0)
-	return bytes.Equal(before, after), err
 }

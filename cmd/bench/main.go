@@ -45,7 +45,7 @@ func command(ctx context.Context, args []string) error {
 	flags.StringVar(&o.profile, "cpuprofile", "", "file for a CPU profile of this process, which runs the engine's rows")
 	only := flags.String("only", "", "regular expression of the sections to measure; empty: all")
 	gate := flags.Bool("gate", false, "fail when a ratio is more than twice its bound in three runs out of three")
-	flags.DurationVar(&o.soak, "soak", 0, "keep a load on the broker for this time, and compare what it holds at the end with a sixth of the time, ten minutes at most")
+	flags.DurationVar(&o.soak, "soak", 0, "keep a load on the broker for this time, and compare its memory at the end with that after a sixth of the time, ten minutes at most")
 	older := flags.String("against", "", "run an older commit of this repository in turns with this tree, and compare their rows")
 	rounds := flags.Int("rounds", 4, "with -against: how often each build is run")
 	if err := flags.Parse(args); err != nil {

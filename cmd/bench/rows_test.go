@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/cmd/bench/process"
 	"github.com/pawlsec/pawl/cmd/bench/report"
 )
 
@@ -39,7 +40,7 @@ func TestTakeAndClose(t *testing.T) {
 	if count["g"] != 2*n || count["p"] != 2*n || count["l"] != 0 {
 		t.Errorf("the ledger has %v, want %d closed steps and no live one", count, 2*n)
 	}
-	if used, err := usedBytes(path); err != nil || used < 2*n*500 {
+	if used, err := process.UsedBytes(path); err != nil || used < 2*n*500 {
 		t.Errorf("%d steps use %v bytes, %v; want at least 500 for each", 2*n, used, err)
 	}
 }

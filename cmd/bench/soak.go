@@ -1,21 +1,15 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"net"
-	"net/http"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"time"
 
-	"go.etcd.io/bbolt"
-
 	"github.com/pawlsec/pawl/broker/agent"
+	"github.com/pawlsec/pawl/cmd/bench/process"
 	"github.com/pawlsec/pawl/cmd/bench/report"
 	"github.com/pawlsec/pawl/cmd/bench/soak"
 	"github.com/pawlsec/pawl/cmd/dev"
@@ -24,8 +18,8 @@ import (
 // soaked is the number of agents of a soak.
 const soaked = 16
 
-// measureSoak keeps a broker under half of the load that it can take, with sixty revocations, and compares what it
-// holds at the end with what it held at minute ten.
+// measureSoak keeps a broker under half of the load that it can take, with sixty revocations, and compares its
+// memory, files and goroutines at the end with those at minute ten.
 func measureSoak(ctx context.Context, b *bench) error {
 	if b.soak == 0 {
 		return errors.New("it takes an hour: `make bench FULL=1` has it")
@@ -110,7 +104,7 @@ func (s *soaking) revoke(ctx context.Context) error {
 
 // read samples the broker's process and its ledger.
 func (s *soaking) read(ctx context.Context) (one soak.Sample, err error) {
-	metrics, err := s.metrics(ctx)
+	metrics, err := process.Metrics(ctx, s.env.Config.Listen.Socket)
 	if err != nil {
 		return one, err
 	}
@@ -123,51 +117,6 @@ func (s *soaking) read(ctx context.Context) (one soak.Sample, err error) {
 		return one, err
 	}
 	one.Files = float64(len(files))
-	one.Free, one.Size, err = freePages(s.ledger)
+	one.Free, one.Size, err = process.FreePages(s.ledger)
 	return one, err
-}
-
-// metrics reads the broker's metrics that have no labels.
-func (s *soaking) metrics(ctx context.Context) (map[string]float64, error) {
-	c := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", s.env.Config.Listen.Socket)
-		}}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://broker/metrics", nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := c.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close() //nolint:errcheck // it was read
-	found := map[string]float64{}
-	lines := bufio.NewScanner(resp.Body)
-	for lines.Scan() {
-		name, text, _ := strings.Cut(lines.Text(), " ")
-		if f, err := strconv.ParseFloat(text, 64); err == nil {
-			found[name] = f
-		}
-	}
-	return found, lines.Err()
-}
-
-// freePages counts the pages that no record uses in a ledger that a broker has open, and its bytes. It reads a copy.
-func freePages(file string) (free, size float64, err error) {
-	copied, err := copyOf(file)
-	defer os.Remove(copied) //nolint:errcheck // below build/, which `make clean` removes
-	if err != nil {
-		return 0, 0, err
-	}
-	db, err := bbolt.Open(copied, 0o600, &bbolt.Options{ReadOnly: true, PreLoadFreelist: true})
-	if err != nil {
-		return 0, 0, err
-	}
-	defer db.Close() //nolint:errcheck // it was only read
-	info, err := os.Stat(copied)
-	if err != nil {
-		return 0, 0, err
-	}
-	return float64(db.Stats().FreePageN), float64(info.Size()), nil
 }

@@ -1,4 +1,4 @@
-// Package soak keeps a broker under a steady load for a long time, and shows whether what it holds grows.
+// Package soak keeps a broker under a steady load for a long time, and shows whether its memory, files or ledger grow.
 package soak
 
 import (
@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// Sample is what the broker's process held at one time.
+// Sample has the figures of the broker's process at one time.
 type Sample struct {
 	At         time.Duration // since the load began
 	Steps      int           // taken and closed until then
@@ -34,7 +34,7 @@ type Config struct {
 // MostFailed is the share of the steps that may fail: a step that meets a revocation does.
 const MostFailed = 0.001
 
-// Run puts the load on the broker and samples what it holds. It returns the samples so far with any error: of a sample,
+// Run puts the load on the broker and samples its figures. It returns the samples so far with any error: of a sample,
 // of a revocation, or that too many steps failed.
 func Run(ctx context.Context, c Config) (samples []Sample, err error) {
 	ctx, stop := context.WithTimeout(ctx, c.For)
