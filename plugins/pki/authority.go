@@ -38,13 +38,19 @@ const by = " by "
 // resumed ends the name of a certificate if servers resume its sessions although it is on their list.
 const resumed = " resumed"
 
+// asks ends the name of a certificate, before resumed, if its servers ask the OCSP responder.
+const asks = " asks"
+
 // refOf returns a grant's name for a certificate: the serial number, and the authority that issued it.
 func refOf(serial string, a authority) string { return serial + by + a.key + "/" + a.name }
 
-// parseRef splits the name of a certificate, without the ending resumed. Grants of an earlier version have the serial
+// asksFor reports whether the servers that accept a certificate ask the OCSP responder about it.
+func asksFor(ref string) bool { return strings.HasSuffix(strings.TrimSuffix(ref, resumed), asks) }
+
+// parseRef splits the name of a certificate, without the endings. Grants of an earlier version have the serial
 // number alone: their authority is unknown.
 func parseRef(ref string) (serial string, a authority) {
-	serial, rest, _ := strings.Cut(strings.TrimSuffix(ref, resumed), by)
+	serial, rest, _ := strings.Cut(strings.TrimSuffix(strings.TrimSuffix(ref, resumed), asks), by)
 	a.key, a.name, _ = strings.Cut(rest, "/")
 	return serial, a
 }

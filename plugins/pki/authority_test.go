@@ -175,6 +175,58 @@ func TestRealOCSP(t *testing.T) {
 	prove("disables both its lists and its OCSP responder", alive, alive, alive)
 }
 
+// TestRealAsked proves certificates of servers that ask the responder of an engine whose list lags. A few are shown dead
+// by the responder alone: no list is fetched or made, and nothing is read of the certificates. Many are shown dead by the
+// list, and so is one of servers that check the list, although the responder calls it revoked.
+func TestRealAsked(t *testing.T) {
+	e := newEngine(t, role(nil))
+	v := &counting{reader: reader{e.Client}}
+	b := newBackend(t, v)
+	e.write(t, e.mount+"/config/crl", map[string]any{"auto_rebuild": true})
+	take := func(n int, revocation string) (grants []broker.Grant) {
+		for range n {
+			s, err := e.issueFor(t, b, "spiffe://example.org/a", revocation)
+			if err != nil {
+				t.Fatal(err)
+			}
+			grants = append(grants, e.grantOf(s))
+			e.write(t, "sys/leases/revoke", map[string]any{"lease_id": s.lease, "sync": true})
+		}
+		return grants
+	}
+	prove := func(what string, grants []broker.Grant, by string, want broker.Outcome) {
+		t.Helper()
+		evidence, err := b.Prove(t.Context(), grants)
+		if err != nil {
+			t.Fatalf("Prove() = %v", err)
+		}
+		for _, one := range evidence {
+			if one.Outcome != want || !strings.Contains(one.Check, by) || one.Listed != (want == broker.OutcomeDead) {
+				t.Errorf("Prove(%s) = %+v, want %s by %s", what, one, want, by)
+			}
+		}
+	}
+	s, err := e.issueFor(t, b, "spiffe://example.org/a", "ocsp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	v.take()
+	prove("not revoked", []broker.Grant{e.grantOf(s)}, "OCSP", broker.OutcomeAlive)
+	few := take(16, "ocsp")
+	prove("a few", few, "OCSP", broker.OutcomeDead)
+	if reads, rotated := v.take(); reads != 1 || rotated != 0 { // the authority's certificate
+		t.Errorf("%d reads and %d new lists for certificates of servers that ask, want 1 and none", reads, rotated)
+	}
+	prove("one of servers that check the list", take(1, "list"), "list", broker.OutcomeDead)
+	if _, rotated := v.take(); rotated != 1 {
+		t.Errorf("%d new lists for one of servers that check it, want 1", rotated)
+	}
+	e.write(t, e.mount+"/config/crl", map[string]any{"auto_rebuild": false})
+	prove("many", take(17, "ocsp"), "list", broker.OutcomeDead)
+	e.write(t, e.mount+"/config/crl", map[string]any{"ocsp_disable": true})
+	prove("without a responder", take(2, "ocsp"), "list", broker.OutcomeDead)
+}
+
 // TestRealRenewedIssuer renews an authority on the same key under the same name, so that both have the same lists, and
 // then takes the right to sign lists from one. Certificates booked under it are on no list, and the evidence says why.
 func TestRealRenewedIssuer(t *testing.T) {

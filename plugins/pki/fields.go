@@ -36,6 +36,9 @@ func load(t broker.Tool) (fields, error) {
 			return nil, fmt.Errorf("tool %q: argument %q fills no field: set arg.%s", t.Name, name, name)
 		}
 	}
+	if f.asked() && strings.HasPrefix(f["peers"].fixed, "resume-unlisted") {
+		return nil, fmt.Errorf("tool %q: with revocation ocsp its servers check no list: peers cannot be resume-unlisted", t.Name)
+	}
 	for name := range f {
 		if checks[name] != nil {
 			return f, nil
@@ -43,6 +46,9 @@ func load(t broker.Tool) (fields, error) {
 	}
 	return nil, fmt.Errorf("tool %q: a certificate needs a name", t.Name)
 }
+
+// asked reports whether the tool's servers ask the OCSP responder.
+func (f fields) asked() bool { return f["revocation"].fixed == "ocsp" }
 
 func (f fields) set(t broker.Tool, key, value string) error {
 	name, isArg := strings.CutPrefix(key, "arg.")
@@ -72,6 +78,13 @@ func (f fields) fix(key, value string) error {
 	if key == "usage" {
 		if usages[value] == nil || value == "" {
 			return errors.New("must be client, server or both")
+		}
+		f[key] = field{fixed: value}
+		return nil
+	}
+	if key == "revocation" {
+		if value != "list" && value != "ocsp" {
+			return errors.New("must be list or ocsp")
 		}
 		f[key] = field{fixed: value}
 		return nil

@@ -64,6 +64,8 @@ type names struct {
 //	arg.<argument>  the fields that the argument fills: common_name, alt_names, uri_sans, ip_sans, joined by commas
 //	common_name, alt_names, uri_sans, ip_sans   a fixed value (lists joined by commas)
 //	usage           "client", "server" or "both": the extended key usage that the certificate must have; default client
+//	revocation      how the servers learn that a certificate was revoked: "list" (the default), or "ocsp" if each of them
+//	                asks Vault's responder at each handshake: the responder's answer alone then shows it dead
 //	peers           the servers that accept the certificate: "handshake" (the default) if each connection is a new
 //	                handshake; "resume 24h" if they resume sessions without a check, and have dropped every session at
 //	                most 24h after the certificate's end; "resume-unlisted 24h" if they do so, but refuse the session of
@@ -101,6 +103,9 @@ func (b *Backend) Prepare(_ context.Context, t broker.Tool, g broker.Grant) (bro
 		Finish: func(answer map[string]any, _ time.Time) (broker.Finished, error) {
 			f, err := b.finish(answer, want, usages[fields["usage"].fixed], life)
 			if err == nil {
+				if fields.asked() {
+					f.Ref += asks
+				}
 				servers, _ := parsePeers(fields["peers"].fixed) // load has parsed it
 				servers.mark(&f)
 			}

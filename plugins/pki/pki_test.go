@@ -133,6 +133,11 @@ func TestLoad(t *testing.T) {
 		{tool(map[string]string{"common_name": "a.example.org", "peers": "handshake 1h"}), false},
 		{tool(map[string]string{"common_name": "a.example.org", "peers": "nginx"}), false},
 		{tool(map[string]string{"usage": "client", "peers": "handshake"}), false},
+		{tool(map[string]string{"common_name": "a.example.org", "revocation": "list", "peers": "resume-unlisted 10m"}), true},
+		{tool(map[string]string{"common_name": "a.example.org", "revocation": "ocsp", "peers": "resume 10m"}), true},
+		{tool(map[string]string{"common_name": "a.example.org", "revocation": "ocsp", "peers": "resume-unlisted 10m"}), false},
+		{tool(map[string]string{"common_name": "a.example.org", "revocation": "both"}), false},
+		{tool(map[string]string{"revocation": "ocsp"}), false},
 		{tool(good), false}, {tool(good, "name:integer"), false}, {optional, false}, {noRole, false},
 		{tool(good, "name:string", "other:string"), false},
 		{tool(map[string]string{"usage": "client"}), false}, {tool(nil), false},
@@ -227,11 +232,17 @@ type issued struct {
 
 func (e *engine) issue(t *testing.T, b *pki.Backend, uri string) (issued, error) {
 	t.Helper()
+	return e.issueFor(t, b, uri, "list")
+}
+
+// issueFor is issue for servers that learn of a revocation in this way.
+func (e *engine) issueFor(t *testing.T, b *pki.Backend, uri, revocation string) (issued, error) {
+	t.Helper()
 	args, err := args.New(map[string]args.Value{"id": args.String(uri)})
 	if err != nil {
 		t.Fatal(err)
 	}
-	tl := tool(map[string]string{"arg.id": "uri_sans", "common_name": "agent.example.org"}, "id:string")
+	tl := tool(map[string]string{"arg.id": "uri_sans", "common_name": "agent.example.org", "revocation": revocation}, "id:string")
 	tl.Path = brokertest.Path(e.mount + "/agent")
 	m, _, err := b.Prepare(t.Context(), tl, broker.Grant{ID: "gr1", Args: args, Expires: time.Now().Add(time.Minute)})
 	if err != nil {

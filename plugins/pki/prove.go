@@ -22,9 +22,10 @@ import (
 // Prove implements [broker.Prover]. A certificate is dead when it is on the revocation list that Vault serves for the
 // certificate's own authority. Vault's own record of the revocation does not count: with auto_rebuild the list follows
 // hours later. Prove then asks Vault to rebuild the list, once for the whole batch. Where the engine makes no lists and
-// has an OCSP responder, the responder's answer counts. A server that checks neither accepts the certificate until it
-// expires. If the response of the mint was lost, only the certificate's expiry proves it dead. While the tool's servers
-// may resume a session of the certificate, neither expiry nor, where they check no list then, the list proves it dead.
+// has an OCSP responder, the responder's answer counts. It also does for a few certificates of servers that ask it. A
+// server that checks neither accepts the certificate until it expires. If the response of the mint was lost, only the
+// certificate's expiry proves it dead. While the tool's servers may resume a session of the certificate, neither expiry
+// nor, where they check no list then, the list proves it dead.
 func (b *Backend) Prove(ctx context.Context, grants []broker.Grant) ([]broker.Evidence, error) {
 	out := make([]broker.Evidence, len(grants))
 	mounts := map[string][]int{}
@@ -90,9 +91,13 @@ type record struct {
 	unstored bool // Vault has no such certificate
 }
 
-// prove checks the list of the engine's default authority first: usually it is the only one. Every list is fetched
-// during the proof, so each certificate on it is already revoked.
-func (p *proof) prove(ctx context.Context, rest []int) error {
+// prove asks the responder about a few certificates of servers that ask it: a list takes Vault longer the more
+// certificates were revoked. For the others it checks the list of the engine's default authority first, which is usually
+// the only one. Every list is fetched during the proof, so each certificate on it is already revoked.
+func (p *proof) prove(ctx context.Context, rest []int) (err error) {
+	if rest, err = p.concludeAsked(ctx, rest); err != nil || len(rest) == 0 {
+		return err
+	}
 	if err := p.fetchList(ctx, rest, p.mount, "crl"); err != nil {
 		return err
 	}
@@ -102,9 +107,10 @@ func (p *proof) prove(ctx context.Context, rest []int) error {
 	if err := p.readSample(ctx, rest); err != nil {
 		return err
 	}
-	var err error
-	if p.issuers, err = p.b.issuers.of(ctx, p.mount); err != nil {
-		return err
+	if p.issuers == nil {
+		if p.issuers, err = p.b.issuers.of(ctx, p.mount); err != nil {
+			return err
+		}
 	}
 	if err := p.fetchOwn(ctx, rest); err != nil { // other authorities, and revocations of a moment ago
 		return err
@@ -258,30 +264,77 @@ func (p *proof) concludeByOCSP(ctx context.Context, rest []int) (others []int) {
 	rand.Shuffle(len(asked), func(i, k int) { asked[i], asked[k] = asked[k], asked[i] })
 	asked = slices.DeleteFunc(asked, func(i int) bool { return len(p.issuers[p.by[i]]) == 0 })
 	asked = asked[:min(maxAsked, len(asked))]
-	answers := make([]string, len(p.grants))
+	answers := p.ask(ctx, asked)
+	for _, i := range rest {
+		if answers[i] == nil || answers[i].Status != ocsp.Revoked {
+			others = append(others, i)
+			continue
+		}
+		p.concludeRevoked(i, answers[i])
+	}
+	return others
+}
+
+// fewAsked is the largest number of certificates of one engine that a proof shows dead by its responder alone. A list
+// shows more of them with fewer requests.
+const fewAsked = 16
+
+// concludeAsked concludes about a few certificates of servers that ask the responder. It returns the others, those
+// without an answer among them.
+func (p *proof) concludeAsked(ctx context.Context, rest []int) (others []int, err error) {
+	var asked []int
+	for _, i := range rest {
+		if asksFor(p.grants[i].Lease.Ref) {
+			asked = append(asked, i)
+		}
+	}
+	if len(asked) == 0 || len(asked) > fewAsked {
+		return rest, nil
+	}
+	if p.issuers, err = p.b.issuers.of(ctx, p.mount); err != nil {
+		return nil, err
+	}
+	asked = slices.DeleteFunc(asked, func(i int) bool { return len(p.issuers[p.by[i]]) == 0 })
+	answers := p.ask(ctx, asked)
+	for _, i := range rest {
+		switch a := answers[i]; {
+		case a == nil || a.Status != ocsp.Revoked && a.Status != ocsp.Good:
+			others = append(others, i)
+		case a.Status == ocsp.Revoked:
+			p.concludeRevoked(i, a)
+		default:
+			p.conclude(i, broker.OutcomeAlive, "not revoked")
+			p.out[i].Check = checkOCSP
+		}
+	}
+	return others, nil
+}
+
+// ask asks the responder about certificates whose authorities Vault has. The result has no answer where none came.
+func (p *proof) ask(ctx context.Context, about []int) []*ocsp.Response {
+	answers := make([]*ocsp.Response, len(p.grants))
 	var g errgroup.Group
 	g.SetLimit(8)
-	for _, i := range asked {
+	for _, i := range about {
 		g.Go(func() error {
-			signer := p.issuers[p.by[i]][0].cert
-			answer, err := askOCSP(ctx, p.b.vault, p.mount, signer, p.serials[i], p.b.now())
-			if err == nil && answer.Status == ocsp.Revoked {
-				answers[i] = fmt.Sprintf("revoked at %s, by the OCSP responder for %s; a server that does not ask accepts it until %s",
-					answer.RevokedAt.UTC().Format(time.RFC3339), signer.Subject, expiry(p.grants[i]).Format(time.RFC3339))
+			answer, err := askOCSP(ctx, p.b.vault, p.mount, p.issuers[p.by[i]][0].cert, p.serials[i], p.b.now())
+			if err == nil {
+				answers[i] = answer
 			}
 			return nil // without an answer it stays as it is
 		})
 	}
 	_ = g.Wait() // none of them fails
-	for _, i := range rest {
-		if answers[i] == "" {
-			others = append(others, i)
-			continue
-		}
-		p.conclude(i, broker.OutcomeDead, answers[i])
-		p.out[i].Check, p.out[i].Listed = "pki: the OCSP responder that Vault serves", true
-	}
-	return others
+	return answers
+}
+
+const checkOCSP = "pki: the OCSP responder that Vault serves"
+
+func (p *proof) concludeRevoked(i int, a *ocsp.Response) {
+	p.conclude(i, broker.OutcomeDead, fmt.Sprintf(
+		"revoked at %s, by the OCSP responder for %s; a server that does not ask accepts it until %s",
+		a.RevokedAt.UTC().Format(time.RFC3339), p.issuers[p.by[i]][0].cert.Subject, expiry(p.grants[i]).Format(time.RFC3339)))
+	p.out[i].Check, p.out[i].Listed = checkOCSP, true
 }
 
 // config is an engine's configuration of its lists.
