@@ -38,6 +38,15 @@ type Ledger interface {
 	Entries(ctx context.Context, after Revision, limit int) ([]Entry, error)
 }
 
+// Urgent returns a context for a [Ledger.Update] that reduces authority, such as a fence. A store may run it before other
+// updates that wait, and in a transaction without them. It passes over none of them twice.
+func Urgent(ctx context.Context) context.Context { return context.WithValue(ctx, urgent{}, true) }
+
+// IsUrgent reports whether the context is of [Urgent].
+func IsUrgent(ctx context.Context) bool { return ctx.Value(urgent{}) != nil }
+
+type urgent struct{}
+
 // MaxOrderDelay is how long the changes of [Ledger.Order] wait for an Update that makes them durable.
 const MaxOrderDelay = 5 * time.Millisecond
 

@@ -56,6 +56,9 @@ func (e *Engine) applyConsequence(ctx context.Context, v breach) (broker.Revocat
 	var fences bool
 	f.target, fences = v.target()
 	var fenced, frozen broker.Revocation
+	if fences || v.decision.Consequence == broker.ConsequenceFreezeCaller {
+		ctx = broker.Urgent(ctx)
+	}
 	err := e.update(ctx, v.op, func(tx *records.Tx) (err error) {
 		fenced, frozen = broker.Revocation{}, broker.Revocation{}
 		if v.record != nil {

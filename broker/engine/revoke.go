@@ -69,7 +69,7 @@ func (e *Engine) Revoke(ctx context.Context, o broker.Operator, r selector.Reque
 		}
 	}
 	var rv broker.Revocation
-	err := e.update(ctx, op, func(tx *records.Tx) (err error) {
+	err := e.update(broker.Urgent(ctx), op, func(tx *records.Tx) (err error) {
 		if f.target, err = targetOf(tx, r.Selector); err != nil {
 			return err
 		}

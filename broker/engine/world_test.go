@@ -87,7 +87,7 @@ func (w *world) start(ledger broker.Ledger) {
 	if w.backend != nil {
 		backend = w.backend
 	}
-	b, err := engine.New(engine.Config{Ledger: ledger, Policy: w.snapshot, Vault: vault,
+	b, err := engine.New(engine.Config{Ledger: urgency{ledger, w.t}, Policy: w.snapshot, Vault: vault,
 		Alarm: func(op string, err error) {
 			w.mu.Lock()
 			defer w.mu.Unlock()
@@ -260,4 +260,34 @@ func (w whole) Canaries(ctx context.Context) (list []broker.Canary, err error) {
 		return next, err
 	})
 	return list, err
+}
+
+// urgency fails the test when a fence is recorded by an update that is not urgent, or an issue or an end by one that is.
+type urgency struct {
+	broker.Ledger
+	t *testing.T
+}
+
+func (l urgency) Update(ctx context.Context, f func(broker.Tx) error) error {
+	return l.Ledger.Update(ctx, func(tx broker.Tx) error { return f(urgencyTx{tx, l.t, broker.IsUrgent(ctx)}) })
+}
+
+type urgencyTx struct {
+	broker.Tx
+	t      *testing.T
+	urgent bool
+}
+
+func (tx urgencyTx) Append(e broker.Entry) (broker.Revision, error) {
+	switch e.Op {
+	case broker.OpFence, broker.OpFreeze:
+		if !tx.urgent {
+			tx.t.Errorf("%s is recorded by an update that is not urgent", e.Op)
+		}
+	case broker.OpOpen, broker.OpIntent, broker.OpHandle, broker.OpEnd:
+		if tx.urgent {
+			tx.t.Errorf("%s is recorded by an urgent update", e.Op)
+		}
+	}
+	return tx.Tx.Append(e)
 }

@@ -111,6 +111,8 @@ type Ledger struct {
 	// mu guards the queue.
 	mu     sync.Mutex
 	queue  []*request
+	urgent []*request // go first
+	passed bool       // the last batch were urgent ones alone, while others waited
 	closed bool
 }
 

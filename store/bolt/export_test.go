@@ -19,7 +19,7 @@ func WithFault(c Config, f func(Stage) error) Config {
 func (l *Ledger) Waiting() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return len(l.queue)
+	return len(l.queue) + len(l.urgent)
 }
 
 // Seal returns a record in stored form.

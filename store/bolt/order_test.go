@@ -1,10 +1,12 @@
 package bolt_test
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -171,5 +173,51 @@ func TestOrdersOnAFullDisk(t *testing.T) {
 	<-order(t, l, enter(broker.OpEnd, "end")) // it reduces authority
 	if got := keys(t, l); !slices.Equal(got, []string{"end", "issued"}) {
 		t.Errorf("keys = %q, want end and issued", got)
+	}
+}
+
+// TestUrgent holds that an urgent update waits for the commit that is under way alone: it runs before all that wait, in
+// a commit without them. The next commit has these, although another urgent update has come.
+func TestUrgent(t *testing.T) {
+	h := newHang()
+	l := mustOpen(t, bolt.WithFault(bolt.Config{Path: filepath.Join(t.TempDir(), "ledger"), Reserve: -1}, h.strike))
+	var ran []string // by the writer alone, and read while it is held
+	var all sync.WaitGroup
+	update := func(ctx context.Context, key string) {
+		all.Go(func() {
+			if err := l.Update(ctx, func(tx broker.Tx) error {
+				ran = append(ran, key)
+				return enter(broker.OpFence, key)(tx)
+			}); err != nil {
+				t.Errorf("Update(%s) = %v, want nil", key, err)
+			}
+		})
+	}
+	commit := func(want ...string) {
+		t.Helper()
+		<-h.held
+		if !slices.Equal(ran, want) {
+			t.Errorf("the commit is of %q, want %q", ran, want)
+		}
+		ran = nil
+	}
+	update(t.Context(), "first")
+	commit("first")
+	for i, key := range []string{"a", "b"} {
+		update(t.Context(), key)
+		until(t, key+" waits", func() bool { return l.Waiting() == i+1 })
+	}
+	update(broker.Urgent(t.Context()), "fence")
+	until(t, "the fence waits", func() bool { return l.Waiting() == 3 })
+	h.free <- struct{}{}
+	commit("fence")
+	update(broker.Urgent(t.Context()), "another")
+	until(t, "another waits", func() bool { return l.Waiting() == 3 })
+	h.free <- struct{}{}
+	commit("another", "a", "b")
+	h.free <- struct{}{}
+	all.Wait()
+	if err := l.Verify(t.Context()); err != nil {
+		t.Errorf("Verify = %v, want nil", err)
 	}
 }

@@ -33,6 +33,7 @@ const (
 type request struct {
 	f       func(broker.Tx) error
 	durable func(error)  // of an Order; nil: it is an Update
+	urgent  bool         // see broker.Urgent
 	claimed atomic.Bool  // by the writer, or by its caller when ctx is done
 	done    chan outcome // of size 1: the writer never waits for a caller
 }
@@ -46,7 +47,7 @@ type outcome struct {
 // anything slow, because every other Update waits for it. Update re-raises a panic of f. If ctx is done before f has
 // begun, nothing is changed. After that Update ignores ctx and waits for the outcome.
 func (l *Ledger) Update(ctx context.Context, f func(broker.Tx) error) error {
-	return l.enqueue(ctx, &request{f: f})
+	return l.enqueue(ctx, &request{f: f, urgent: broker.IsUrgent(ctx)})
 }
 
 // Order implements broker.Ledger. It is [Ledger.Update] but for the sync: it waits only for one that is under way.
@@ -65,7 +66,11 @@ func (l *Ledger) enqueue(ctx context.Context, r *request) error {
 		l.mu.Unlock()
 		return notCommitted(ErrClosed)
 	}
-	l.queue = append(l.queue, r)
+	if r.urgent {
+		l.urgent = append(l.urgent, r)
+	} else {
+		l.queue = append(l.queue, r)
+	}
 	l.mu.Unlock()
 	l.notify()
 
@@ -151,13 +156,18 @@ func (l *Ledger) write() {
 	}
 }
 
-// dequeue removes up to maxBatch requests from the queue.
+// dequeue removes up to maxBatch requests from the queue, and the urgent ones. These are a batch of their own while
+// others wait, which then are in the next batch.
 func (l *Ledger) dequeue() (batch []*request, closed bool) {
 	l.gather()
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	batch, l.urgent = l.urgent, nil
+	if l.passed = len(batch) > 0 && len(l.queue) > 0 && !l.passed; l.passed {
+		return batch, l.closed
+	}
 	n := min(len(l.queue), maxBatch)
-	batch = l.queue[:n:n]
+	batch = append(batch, l.queue[:n]...)
 	l.queue = l.queue[n:]
 	if len(l.queue) == 0 {
 		l.queue = nil
@@ -166,9 +176,15 @@ func (l *Ledger) dequeue() (batch []*request, closed bool) {
 }
 
 // gather first lets other runnable goroutines enqueue their next updates, such as the callers of the previous batch.
-// Without it every second batch would have only one or two updates.
+// Without it every second batch would have only one or two updates. An urgent update waits for none of them.
 func (l *Ledger) gather() {
 	for n := -1; ; {
+		l.mu.Lock()
+		urgent := len(l.urgent) > 0
+		l.mu.Unlock()
+		if urgent {
+			return
+		}
 		runtime.Gosched()
 		l.mu.Lock()
 		m := len(l.queue)
