@@ -3,6 +3,7 @@ package engine_test
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -77,4 +78,58 @@ func TestTargetsSeverFirst(t *testing.T) {
 			})
 		})
 	}
+}
+
+// endings is a ledger that notes the order in which grants are recorded as CLOSED.
+type endings struct {
+	*brokertest.Memory
+	order []broker.GrantID
+}
+
+func (l *endings) Update(ctx context.Context, f func(broker.Tx) error) error {
+	var ended []broker.GrantID
+	err := l.Memory.Update(ctx, func(tx broker.Tx) error {
+		ended = nil
+		return f(endingsTx{tx, &ended})
+	})
+	if err == nil && len(ended) > 1 { // not those that each worker records beside it
+		l.order = append(l.order, ended...)
+	}
+	return err
+}
+
+type endingsTx struct {
+	broker.Tx
+	ended *[]broker.GrantID
+}
+
+func (tx endingsTx) Append(e broker.Entry) (broker.Revision, error) {
+	if e.Op == broker.OpClosed && e.Grant != "" {
+		*tx.ended = append(*tx.ended, e.Grant)
+	}
+	return tx.Tx.Append(e)
+}
+
+// TestNeighboursAreClosedTogether holds that a large revocation records its grants in the order of their ids. Those of
+// one transaction share pages of the ledger's file, so that its commit is short and no fence waits long for it.
+func TestNeighboursAreClosedTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.Stop()
+		w.target.ProveFinally() // so that one check closes them
+		l := &endings{Memory: w.ledger}
+		w.start(l)
+		root := w.open("root", broker.OpenRequest{})
+		for range 500 {
+			w.issue("root", step(root, "db.read"))
+		}
+		rv := w.revoke("chain:%s", root.Chain)
+		pass(10 * time.Second)
+		w.wantClosure(rv, broker.ClosureClosed)
+		synctest.Wait()
+		if len(l.order) < 400 || !slices.IsSorted(l.order) {
+			t.Errorf("%d grants were recorded together, sorted: %v; want nearly all 500, in the order of their ids",
+				len(l.order), slices.IsSorted(l.order))
+		}
+	})
 }

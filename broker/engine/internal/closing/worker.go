@@ -1,7 +1,9 @@
 package closing
 
 import (
+	"cmp"
 	"context"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -92,18 +94,19 @@ func (w *worker) await(q *queue) bool {
 }
 
 // grantsToEnd returns the due grants that must end now. It reads those that were enqueued without their record. A grant
-// that need not end yet was due too early, because the clock was ahead: it is scheduled again for its expiry.
+// that need not end yet was due too early, because the clock was ahead: it is scheduled again for its expiry. The order
+// is that of values.
 func (w *worker) grantsToEnd(due map[broker.GrantID]Due) (grants []broker.Grant) {
 	now := w.r.cfg.Now()
 	var notYet []Due
 	err := w.r.cfg.View(w.r.cfg.Context, "close", func(tx *records.Tx) error {
 		grants, notYet = nil, nil
-		for id, d := range due {
+		for _, d := range values(due) {
 			if d.grant != nil {
 				grants = append(grants, *d.grant)
 				continue
 			}
-			g, ok, err := tx.Grant(id)
+			g, ok, err := tx.Grant(d.ID)
 			if err != nil {
 				return err
 			}
@@ -117,7 +120,7 @@ func (w *worker) grantsToEnd(due map[broker.GrantID]Due) (grants []broker.Grant)
 			if must {
 				grants = append(grants, g)
 			} else {
-				notYet = append(notYet, Due{At: g.Expires, ID: id, Backend: w.backend})
+				notYet = append(notYet, Due{At: g.Expires, ID: d.ID, Backend: w.backend})
 			}
 		}
 		return nil
@@ -191,12 +194,10 @@ func (w *worker) runClose(q *queue) {
 	}
 }
 
+// values returns the due grants in the order of their ids. Neighbours share the pages of the ledger: two hundred grants
+// in any order are six hundred pages in one commit, for which every fence waits.
 func values(due map[broker.GrantID]Due) []Due {
-	list := make([]Due, 0, len(due))
-	for _, d := range due {
-		list = append(list, d)
-	}
-	return list
+	return slices.SortedFunc(maps.Values(due), func(a, b Due) int { return cmp.Compare(a.ID, b.ID) })
 }
 
 // closePass closes the grants of a pass that can be closed. It schedules the others for about the same time, so that
