@@ -116,6 +116,8 @@ const tools = `tools:
   - {name: tls.call, backend: pki, narrowing: native, ttl: 14m,
      arguments: {name: {kind: string, required: true}}, settings: {arg.name: common_name},
      vault: {policy: pawl-tool-tls-call, path: pki/pawl-client}}
+  - {name: tls.ask, backend: pki, narrowing: native, ttl: 14m, arguments: {name: {kind: string, required: true}},
+     settings: {arg.name: common_name, revocation: ocsp}, vault: {policy: pawl-tool-tls-ask, path: pki/pawl-client}}
   - {name: notes.read, backend: notes, narrowing: none, ttl: 14m,
      vault: {policy: pawl-tool-notes-read, path: secret/notes}}
   - {name: api.call, backend: tokens, narrowing: native, ttl: 14m,
