@@ -95,8 +95,10 @@ var rows = []row{
 	{"attest", []string{"broker"}, []string{"attest/workload"}, "it makes a Caller of an SVID and decides nothing"},
 	{"attest/workload", nil, nil, "other packages start it in their tests of anything that speaks SPIFFE"},
 	{"store/bolt/internal/journal", nil, nil, "it keeps bytes, and knows no ledger"},
-	{"store/bolt", []string{"broker", "broker/args", "broker/selector", "store/bolt/internal/journal"}, nil,
+	{"store/bolt", []string{"broker", "broker/args", "broker/selector", "store/bolt/internal/journal"}, []string{"store/power"},
 		"an adapter may have rooms of its own"},
+	{"store/power", nil, []string{"broker", "broker/selector", "store/bolt"},
+		"a loss of power knows files, and nothing of what is in them"},
 	{"store/*", []string{"broker", "broker/args", "broker/selector"}, nil,
 		"adapters never import each other: each can be removed alone"},
 	{"plugins/*", []string{"broker", "broker/args", "broker/selector"}, nil,
@@ -120,6 +122,7 @@ var only = []struct {
 	{"broker/engine", []string{"cmd/*", "broker/brokertest"}, "adapters know the ports, and only cmd wires"},
 	{"broker/api/apitest", nil, "it is for tests"},
 	{"broker/brokertest", []string{"cmd/bench"}, "it has failures to order, which a running broker must not"},
+	{"store/power", nil, "it is for tests"},
 	{"cmd/parts", []string{"cmd/*", "cmd/parts/*"}, "it starts servers with root tokens, which are for development"},
 	{"cmd/*", []string{"cmd/*", "cmd/parts/*"}, "only cmd wires, and nothing depends on the wiring"},
 }
@@ -139,7 +142,7 @@ var homes = []struct {
 	{"github.com/spf13/cobra", []string{"cmd/pawl"}, "commands are the surface, not the inside"},
 	{"google.golang.org/grpc", []string{"attest/workload"}, "only the Workload API is gRPC"},
 	{"golang.org/x/crypto/ssh", []string{"plugins/ssh", "cmd/*"}, "one plugin speaks SSH"},
-	{"testing", []string{"broker/api/apitest", "broker/brokertest"}, "no program that we ship links package testing"},
+	{"testing", []string{"broker/api/apitest", "broker/brokertest", "store/power"}, "no program that we ship links package testing"},
 	{"pgregory.net/rapid", nil, "it draws cases for tests"},
 }
 
@@ -350,7 +353,7 @@ func TestModuleGraph(t *testing.T) {
 	}
 	for dep := range strings.Lines(string(list(t, "-deps", "./cmd/pawl"))) {
 		switch dep = strings.TrimSpace(dep); dep {
-		case "testing", module + "/broker/brokertest", module + "/broker/api/apitest":
+		case "testing", module + "/broker/brokertest", module + "/broker/api/apitest", module + "/store/power":
 			t.Errorf("cmd/pawl links %s, which is for tests", dep)
 		}
 	}
