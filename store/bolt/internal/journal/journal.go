@@ -23,12 +23,14 @@ const header = 8 + sha256.Size
 
 // File is a journal. It exists on disk from the first record until Remove.
 type File struct {
-	path string
-	file *os.File // nil: there is no file yet
-	size int64    // of the records that count
+	path  string
+	file  *os.File // nil: there is no file yet
+	named bool     // the file's name is durable
+	size  int64    // of the records that count
 }
 
-// Open returns a journal and its records. An incomplete record at the end was not acknowledged, and is dropped.
+// Open returns a journal and its records. The last one may be incomplete: a loss of power may have left any part of it.
+// It was not acknowledged, and is dropped. One that is damaged before a good one is an error: it was durable.
 func Open(path string) (j *File, records [][]byte, err error) {
 	j = &File{path: path}
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
@@ -39,59 +41,63 @@ func Open(path string) (j *File, records [][]byte, err error) {
 		return nil, nil, err
 	}
 	raw, err := io.ReadAll(f)
-	for err == nil && len(raw) > 0 {
-		var record []byte
-		var n int
-		if record, n, err = decode(raw); n == 0 {
+	for record, n := decode(raw); n > 0; record, n = decode(raw) {
+		records, raw, j.size = append(records, record), raw[n:], j.size+int64(n)
+	}
+	for from := range raw {
+		if _, n := decode(raw[from:]); n > 0 {
+			err = ErrDamaged
 			break
 		}
-		records, raw, j.size = append(records, record), raw[n:], j.size+int64(n)
+	}
+	if err == nil { // a process that was killed may not have synced what is read here
+		err = errors.Join(f.Sync(), j.syncDir())
 	}
 	if err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("%s: %w", path, err), f.Close())
 	}
-	j.file = f
+	j.file, j.named = f, true
 	return j, records, nil
 }
 
-// decode returns the first record and the bytes that it takes; zero: there is no complete one.
-func decode(raw []byte) (record []byte, n int, err error) {
+// decode returns the record with which raw begins, and the bytes that it takes; zero: there is none.
+func decode(raw []byte) (record []byte, n int) {
 	if len(raw) < header {
-		return nil, 0, nil
+		return nil, 0
 	}
 	size := binary.BigEndian.Uint64(raw)
-	if size > uint64(len(raw)-header) {
-		return nil, 0, nil
+	if size == 0 || size > uint64(len(raw)-header) {
+		return nil, 0
 	}
 	n = header + int(size)
-	switch record = raw[header:n]; {
-	case sha256.Sum256(record) == [sha256.Size]byte(raw[8:header]):
-		return record, n, nil
-	case n == len(raw):
-		return nil, 0, nil
+	if record = raw[header:n]; sha256.Sum256(record) != [sha256.Size]byte(raw[8:header]) {
+		return nil, 0
 	}
-	return nil, 0, ErrDamaged
+	return record, n
 }
 
 // Reset forgets all records. The next Append writes over them.
 func (j *File) Reset() { j.size = 0 }
 
-// Append makes a record durable. After an error it does not count, unless the error wraps ErrUnsynced.
+// Append makes a record durable, which must not be empty. After an error it does not count, unless the error wraps ErrUnsynced.
 func (j *File) Append(record []byte) (err error) {
 	if j.file == nil {
 		if j.file, err = os.OpenFile(j.path, os.O_RDWR|os.O_CREATE, 0o600); err != nil {
 			return err
 		}
+	}
+	if !j.named {
 		if err := j.syncDir(); err != nil {
 			return err
 		}
+		j.named = true
+	}
+	if err := j.cut(); err != nil {
+		return err
 	}
 	sum := sha256.Sum256(record)
 	raw := append(binary.BigEndian.AppendUint64(nil, uint64(len(record))), sum[:]...)
 	raw = append(raw, record...)
-	if err := j.file.Truncate(j.size); err != nil { // what an attempt that failed left behind
-		return err
-	}
 	if _, err := j.file.WriteAt(raw, j.size); err != nil {
 		return err
 	}
@@ -102,13 +108,23 @@ func (j *File) Append(record []byte) (err error) {
 	return nil
 }
 
+// cut removes what is behind the records: of an attempt that failed, or from before Reset. It is gone for good before
+// anything is written over it. Else a loss of power could leave a mixture, with good records behind a torn one.
+func (j *File) cut() error {
+	info, err := j.file.Stat()
+	if err != nil || info.Size() == j.size {
+		return err
+	}
+	return errors.Join(j.file.Truncate(j.size), j.file.Sync())
+}
+
 // Remove deletes the file.
 func (j *File) Remove() error {
 	if j.file == nil {
 		return nil
 	}
 	err := errors.Join(j.file.Close(), os.Remove(j.path))
-	j.file, j.size = nil, 0
+	j.file, j.named, j.size = nil, false, 0
 	return errors.Join(err, j.syncDir())
 }
 
