@@ -93,6 +93,7 @@ type Ledger struct {
 	waiting []func(error) // to be called when the ordered changes are durable, or lost
 	oldest  time.Time     // when the first of them was ordered
 
+	synced  atomic.Uint64         // the revision of the last entry that is durable
 	stopped atomic.Pointer[error] // the reason why nothing is written; nil while the ledger runs
 	full    atomic.Bool           // the reserve was released
 	wake    chan struct{}         // signals that the queue or closed has changed, or that the check has ended
@@ -188,6 +189,10 @@ func (l *Ledger) open(timeout time.Duration) (*image, error) {
 	if err := waitLock(l.lock, timeout); err != nil {
 		return nil, err
 	}
+	// A process that was killed may not have synced what is read here.
+	if err := errors.Join(l.lock.Sync(), syncDir(l.path)); err != nil {
+		return nil, err
+	}
 	info, err := l.lock.Stat()
 	if err != nil {
 		return nil, err
@@ -207,6 +212,7 @@ func (l *Ledger) open(timeout time.Duration) (*image, error) {
 		return nil, err
 	}
 	l.head = l.pending.head
+	l.synced.Store(uint64(l.head.revision))
 	o := l.options(timeout)
 	o.ReadOnly = true
 	if l.db, err = bbolt.Open(l.path, 0o600, o); err != nil {
@@ -258,7 +264,11 @@ func (l *Ledger) takeIn() error {
 	old := l.db
 	l.db, l.pending = db, nil
 	l.state.Unlock()
-	return errors.Join(old.Close(), l.journal.Remove()) // Close waits for its Views
+	err = l.journal.Remove()
+	if err != nil { // it may be there at the next start, which takes it in only if nothing was committed since
+		l.stop(err)
+	}
+	return errors.Join(old.Close(), err) // Close waits for its Views
 }
 
 // Checked is closed when the check of the whole file has ended. [Ledger.Err] has the outcome.
@@ -282,7 +292,7 @@ func options(timeout time.Duration) *bbolt.Options {
 }
 
 // create makes an empty ledger at a temporary path and links it to path. A crash leaves either no ledger or a complete
-// one.
+// one. The caller makes the name durable.
 func create(path string) error {
 	fresh := path + ".new"
 	if err := os.Remove(fresh); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -310,10 +320,7 @@ func create(path string) error {
 	if err := os.Link(fresh, path); err != nil { // Rename would replace a ledger that appeared meanwhile
 		return err
 	}
-	if err := os.Remove(fresh); err != nil {
-		return err
-	}
-	return syncDir(path)
+	return os.Remove(fresh)
 }
 
 // syncDir makes the names in path's directory durable.

@@ -187,12 +187,17 @@ func (l *Ledger) Entries(ctx context.Context, after broker.Revision, limit int) 
 		list = append(list, e)
 		return nil
 	}
+	// A reader of bbolt sees a commit that is written and not synced.
+	synced := broker.Revision(l.synced.Load())
 	err = l.view(func(btx *bbolt.Tx, p *pending) error {
 		err := p.guard(func() error {
 			c := btx.Bucket(bucketLog).Cursor()
 			for k, v := c.Seek(logKey(after + 1)); k != nil && len(list) < limit; k, v = c.Next() {
 				if len(k) != 8 {
 					return fmt.Errorf("%w: audit entry %x has a wrong key", ErrDamaged, k)
+				}
+				if broker.Revision(binary.BigEndian.Uint64(k)) > synced {
+					return nil
 				}
 				if err := add(broker.Revision(binary.BigEndian.Uint64(k)), v); err != nil {
 					return err
@@ -205,7 +210,7 @@ func (l *Ledger) Entries(ctx context.Context, after broker.Revision, limit int) 
 		}
 		for i, stored := range p.entries {
 			r := p.from.revision + broker.Revision(i) + 1
-			if r <= after || len(list) >= limit {
+			if r <= after || r > synced || len(list) >= limit {
 				continue
 			}
 			if err := add(r, stored); err != nil {

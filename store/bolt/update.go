@@ -275,6 +275,7 @@ func (l *Ledger) commit(batch []*request, sync bool) (ran []*request, err error)
 		return ran, err
 	}
 	l.head = t.head
+	l.synced.Store(uint64(l.head.revision))
 	l.settleOrdered(nil)
 	return ran, nil
 }
@@ -316,9 +317,8 @@ func (l *Ledger) commitPending(batch []*request) (ran []*request, err error) {
 		return ran, fmt.Errorf("committing, outcome unknown: %w", err)
 	}
 	next.head, l.head = t.head, t.head
-	l.state.Lock()
-	l.pending = next
-	l.state.Unlock()
+	l.synced.Store(uint64(l.head.revision))
+	l.publish(next)
 	return ran, nil
 }
 
