@@ -146,9 +146,10 @@ type Lease struct {
 }
 
 // Unrecorded reports whether the grant may have made a secret of which the ledger knows nothing but the end: the answer of
-// its mint was lost, or a crash came before the record of the hand-over was durable. While the issue goes on it is false.
-func (g Grant) Unrecorded() bool {
-	return g.State == StateHandle && g.Ending != "" && g.Lease.Expires.IsZero() && !g.NothingMade
+// its mint was lost, or a crash came before the record of the hand-over was durable. While the issue goes on it is false:
+// a grant older than the broker's process, which began at started, is not being issued.
+func (g Grant) Unrecorded(started time.Time) bool {
+	return g.State == StateHandle && (g.Ending != "" || !g.Created.After(started)) && g.Lease.Expires.IsZero() && !g.NothingMade
 }
 
 // LatestEnd is the time by which the grant's secret has ended even if every revocation fails. It is never earlier

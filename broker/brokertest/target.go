@@ -37,6 +37,13 @@ func NewTarget() *Target {
 	return &Target{logins: map[broker.GrantID]string{}, ended: map[broker.GrantID]string{}}
 }
 
+// copy returns the same target as it is now, apart from this one. No one watches it.
+func (t *Target) copy() *Target {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return &Target{n: t.n, logins: maps.Clone(t.logins), ended: maps.Clone(t.ended), final: t.final}
+}
+
 // Forget makes all logins work again that have ended, as a failover to a server that missed their end.
 func (t *Target) Forget() {
 	t.mu.Lock()

@@ -53,6 +53,19 @@ func (v *Vault) Restarted() *Vault {
 		held: map[broker.DelegationID]string{}, leases: maps.Clone(v.leases)}
 }
 
+// Copy returns the same Vault and target as they are now, apart from these, as a new broker process finds them.
+func (v *Vault) Copy() *Vault {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	next := &Vault{Target: v.Target.copy(), n: v.n + 1_000_000, tokens: map[string]*token{},
+		held: map[broker.DelegationID]string{}, leases: maps.Clone(v.leases)}
+	for accessor, t := range v.tokens {
+		same := *t
+		next.tokens[accessor] = &same
+	}
+	return next
+}
+
 // LeaseIDs returns the ids of the live leases.
 func (v *Vault) LeaseIDs() []string {
 	v.mu.Lock()

@@ -74,6 +74,8 @@ type Engine struct {
 	touching    sched.Busy[broker.ValueDigest]   // presented values that are being recorded
 	tokenLocks  sched.Locks[broker.DelegationID] // serialize the creation of one delegation's token
 
+	started time.Time // when Resume was called
+
 	ctx  context.Context // ends with Stop: the lifetime of background work
 	stop context.CancelFunc
 	work sync.WaitGroup

@@ -77,7 +77,7 @@ func (e *Engine) fenceRule(tx *records.Tx, f fencing, rv broker.Revocation, entr
 	if f.check {
 		m := f.matched
 		if m == nil || m.first != revocationOfMark(first) { // another operator was faster
-			if m, err = matchOf(tx, e.cfg.Policy(), s, f); err != nil {
+			if m, err = matchOf(tx, e.cfg.Policy(), s, f, e.started); err != nil {
 				return broker.Revocation{}, err
 			}
 		}
@@ -108,7 +108,7 @@ func (e *Engine) fenceRule(tx *records.Tx, f fencing, rv broker.Revocation, entr
 
 // matchOf finds the records that the rule of a selector covers and that the rule in force does not. Revoke calls it before its
 // transaction, since all others wait for that one: with many chains in which only later steps can match, it takes long.
-func matchOf(tx *records.Tx, policy broker.Policy, s selector.Selector, f fencing) (*matched, error) {
+func matchOf(tx *records.Tx, policy broker.Policy, s selector.Selector, f fencing, started time.Time) (*matched, error) {
 	first, err := tx.RuleLike(s.String(), f.freeze)
 	if err != nil {
 		return nil, err
@@ -120,7 +120,7 @@ func matchOf(tx *records.Tx, policy broker.Policy, s selector.Selector, f fencin
 	rule := records.NewRule(s, broker.Fence{At: f.now, Frozen: f.freeze})
 	m := &matched{first: revocationOfMark(first)}
 	if m.match, err = tx.MatchOf(rule, policy, since, f.now); err == nil && m.match == records.MatchesNothing {
-		m.refusal, err = tx.NothingMatches("revoke", s)
+		m.refusal, err = tx.NothingMatches("revoke", s, started)
 	}
 	return m, err
 }

@@ -45,7 +45,7 @@ func (e *Engine) Plan(ctx context.Context, o broker.Operator, s selector.Selecto
 			set, err = e.resolve(tx, rv, &plan)
 		}
 		if err == nil && len(set) == 0 && plan.Later == 0 {
-			nothing, err = tx.NothingMatches(op, s)
+			nothing, err = tx.NothingMatches(op, s, e.started)
 		}
 		return err
 	})

@@ -62,7 +62,7 @@ func (e *Engine) Revoke(ctx context.Context, o broker.Operator, r selector.Reque
 		check: true}
 	if _, _, _, one := r.Selector.Target(); !one {
 		if err := e.view(ctx, op, func(tx *records.Tx) (err error) {
-			f.matched, err = matchOf(tx, e.cfg.Policy(), r.Selector, f)
+			f.matched, err = matchOf(tx, e.cfg.Policy(), r.Selector, f, e.started)
 			return err
 		}); err != nil {
 			f.matched = nil // the transaction decides

@@ -267,15 +267,20 @@ func TestPerhapsAliveAfterACrash(t *testing.T) {
 		untilDurable()
 		got := w.issue("planner", step(root, "db.write"))
 		w.crash()
+		_, err := w.tryRevoke(false, "%s", leakedFrom(t, got))
+		refused(t, "Revoke of the value", err, broker.NotFound, broker.CodeSelectorEmpty)
+		if !strings.Contains(err.Error(), "1 that may have it are not recorded") {
+			t.Errorf("Revoke of the value = %v, want it to name the secret that is not recorded", err)
+		}
 		pass(time.Second)
 		g := w.grantIn(root.Chain, got.Grant.ID)
 		if g.State != broker.StateHandle || g.DelegationToken.Accessor == "" || g.LatestEnd().Before(got.Grant.LatestEnd()) {
 			t.Fatalf("after the crash = %s, latest end %v; want HANDLE and %v or later", g.State, g.LatestEnd(), got.Grant.LatestEnd())
 		}
-		_, err := w.tryRevoke(false, "%s", leakedFrom(t, got))
-		refused(t, "Revoke of the value", err, broker.NotFound, broker.CodeSelectorEmpty)
+		_, err = w.tryRevoke(false, "%s", leakedFrom(t, got))
+		refused(t, "Revoke of the value, later", err, broker.NotFound, broker.CodeSelectorEmpty)
 		if !strings.Contains(err.Error(), "1 that may have it are not recorded") {
-			t.Errorf("Revoke of the value = %v, want it to name the secret that is not recorded", err)
+			t.Errorf("Revoke of the value, later = %v, want it to name the secret that is not recorded", err)
 		}
 		rv := w.revoke("chain:%s", root.Chain)
 		pass(10 * time.Second)

@@ -70,6 +70,7 @@ func (e *Engine) Stop() {
 // Errors: Unavailable when the ledger cannot be read or written.
 func (e *Engine) Resume(ctx context.Context) error {
 	const op = "resume"
+	e.started = e.cfg.Now()
 	var alive []closing.Due
 	var abandoned []broker.Grant
 	var unsettled []broker.Revocation

@@ -79,8 +79,8 @@ func (r Rule) MayCoverStep(l Lineage, policy broker.Policy, now time.Time) bool 
 }
 
 // NothingMatches refuses a selector that matches nothing. Of a leaked value it says whether secrets live of which the ledger
-// has no digest: one of them may be the value.
-func (t *Tx) NothingMatches(op string, s selector.Selector) (*broker.Error, error) {
+// has no digest: one of them may be the value. The broker's process began at started.
+func (t *Tx) NothingMatches(op string, s selector.Selector, started time.Time) (*broker.Error, error) {
 	refusal := broker.Errorf(broker.NotFound, op,
 		"the selector matches nothing that is open or alive, and no step that can still be taken").
 		With(broker.CodeSelectorEmpty).Lacks("check its spelling; pawl chain list shows the open chains", "selector")
@@ -89,7 +89,7 @@ func (t *Tx) NothingMatches(op string, s selector.Selector) (*broker.Error, erro
 	}
 	n, latest := 0, time.Time{}
 	err := t.EachLive(Everywhere, func(g broker.Grant) error {
-		if g.Unrecorded() {
+		if g.Unrecorded(started) {
 			n++
 			if end := g.LatestEnd(); end.After(latest) {
 				latest = end
