@@ -14,7 +14,7 @@ GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 # The race detector needs a C compiler; without one the tests run without it.
 RACE := $(shell [ "$$($(GO) env CGO_ENABLED)" = 1 ] && echo -race)
 
-.PHONY: build parts test demo bench chaos fuzz lint vuln clean
+.PHONY: build parts test demo bench chaos power fuzz lint vuln clean
 
 build: ## build/pawl
 	$(GO) build -o build/pawl ./cmd/pawl
@@ -37,6 +37,11 @@ bench: parts ## Pawl beside Vault, measured; QUICK=1: in under three minutes, wi
 
 chaos: parts ## every mishap at every point, and Vault down in the middle of 10,000: about an hour; the tests play a sample
 	$(GO) test ./cmd/e2e -run Chaos -chaos -parallel 8 -v -count=1 -timeout 3h
+
+ROUNDS ?= 20
+
+power: ## a loss of power at every sync, in ROUNDS rounds, and a failure of every write: about ten minutes; the tests play a sample
+	$(GO) test ./store/power ./store/bolt -run '^(TestLossOfPower|TestPowerLoss|TestFaultAtEachWrite)$$' -power $(ROUNDS) -v -count=1 -timeout 2h
 
 # A target that fails is run again: an input that broke it was saved and breaks it again, while Go's own fuzzer
 # sometimes fails only because its time was up.
