@@ -37,7 +37,7 @@ func NewTarget() *Target {
 	return &Target{logins: map[broker.GrantID]string{}, ended: map[broker.GrantID]string{}}
 }
 
-// copy returns the same target as it is now, apart from this one. No one watches it.
+// copy returns the same target as it is now, apart from this one, and without watchers.
 func (t *Target) copy() *Target {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -331,7 +331,7 @@ func (d *Disk) image(now state, draw Draw) Image {
 	im := Image{}
 	for _, name := range slices.Sorted(maps.Keys(names)) {
 		im[name] = d.durable.files[names[name]]
-		if written, ok := now.files[names[name]]; ok { // else nothing was written since, or nobody can see it
+		if written, ok := now.files[names[name]]; ok { // else it has no name that programs see
 			im[name] = im[name].mix(written, draw)
 		}
 	}
