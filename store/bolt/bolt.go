@@ -189,7 +189,7 @@ func (l *Ledger) open(timeout time.Duration) (*image, error) {
 	if err := waitLock(l.lock, timeout); err != nil {
 		return nil, err
 	}
-	// A process that was killed may not have synced what is read here.
+	// A process that was killed may not have synced its last writes.
 	if err := errors.Join(l.lock.Sync(), syncDir(l.path)); err != nil {
 		return nil, err
 	}

@@ -24,7 +24,7 @@ import (
 // rounds is the number of rounds in which power is lost.
 var rounds = flag.Int("power", 1, "the number of rounds in which power is lost")
 
-// player writes to a ledger on a disk that loses its power, and keeps what it was answered.
+// player writes to a ledger on a disk that loses its power, and keeps the answers.
 type player struct {
 	t    *testing.T
 	path string
@@ -39,7 +39,7 @@ type player struct {
 	full   bool         // the disk is
 }
 
-// answers are what the callers of a ledger were answered, by key.
+// answers are those to the callers of a ledger, by key.
 type answers struct {
 	opened          bool // Open has returned
 	durable, undone map[string]bool
@@ -52,7 +52,7 @@ func (a answers) clone() answers {
 	return c
 }
 
-// loss is a loss of power: what it leaves, and what was answered before it.
+// loss is a loss of power: the disk after it, and the answers before it.
 type loss struct {
 	at     string
 	told   answers
@@ -252,7 +252,7 @@ func (p *player) setFull(full bool) {
 	p.full = full
 }
 
-// check opens the ledger of an image, and returns what is wrong with it.
+// check opens the ledger of an image, and returns its faults.
 func (a answers) check(dir string, im power.Image) error {
 	if _, ok := im["ledger"]; !ok && !a.opened {
 		return nil
@@ -288,8 +288,8 @@ func (a answers) check(dir string, im power.Image) error {
 	return err
 }
 
-// play plays every loss of power of the work on a ledger. From some of these moments it goes on, with what the loss
-// leaves or what a process leaves that is killed, and plays losses once more. It returns the number of images, and what is
+// play plays every loss of power of the work on a ledger. From some of these moments it goes on, with the
+// disk after the loss or after a kill of the process, and plays losses once more. It returns the number of images, and what is
 // wrong with the first bad one.
 func play(t *testing.T, seed uint64, answer func(power.Call) syscall.Errno) (n int, bad error) {
 	r := rand.New(rand.NewPCG(seed, 1))
@@ -394,7 +394,7 @@ func TestPowerLossFindsSyncs(t *testing.T) {
 }
 
 // TestFaultAtEachWrite fails one call on a file after the other, with two errors. Each caller is answered, once, and the
-// answer is true for what the disk holds.
+// answer is true for the disk.
 func TestFaultAtEachWrite(t *testing.T) {
 	power.Run(t, func(t *testing.T) {
 		step := 7 // in the suite

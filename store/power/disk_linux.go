@@ -103,7 +103,7 @@ func watch(dir string, on func(Call) syscall.Errno, remember func(now state) sta
 	}, nil
 }
 
-// Left is what a process leaves that ends now, while the power stays: all that it wrote, of which a part is durable.
+// Left is the disk when a process ends now and the power stays: all its writes, of which a part is durable.
 type Left struct{ now, durable state }
 
 // Left returns it. Call it in on, or when no call is made.
@@ -122,7 +122,7 @@ func (s state) clone() state {
 	return c
 }
 
-// Watch is [Watch] on a directory into which what was left is written.
+// Watch is [Watch] on a directory that is made from l.
 func (l Left) Watch(dir string, on func(Call) syscall.Errno) (d *Disk, stop func(), err error) {
 	all := Image{}
 	for name, i := range l.now.names {
@@ -286,7 +286,7 @@ func Some(r *rand.Rand, p float64) Draw { return func() bool { return r.Float64(
 // Image is the content of the disk after a loss of power.
 type Image map[string]content
 
-// Left returns the image as what was left: all of it is durable.
+// Left returns the image as a disk: all of it is durable.
 func (im Image) Left() Left {
 	s := state{names: map[string]inode{}, files: map[inode]content{}}
 	for name, c := range im {
@@ -296,7 +296,7 @@ func (im Image) Left() Left {
 	return Left{s, s}
 }
 
-// Images returns what a loss of power now leaves, for each of the draws. It leaves out an image that equals the first.
+// Images returns the disk after a loss of power now, for each of the draws. It leaves out an image that equals the first.
 // Call it in on, or when no call is made.
 func (d *Disk) Images(draws ...Draw) ([]Image, error) {
 	d.mu.Lock()
@@ -342,7 +342,7 @@ func (c content) equal(other content) bool {
 	return c.size == other.size && maps.EqualFunc(c.pages, other.pages, func(a, b *page) bool { return a == b || *a == *b })
 }
 
-// mix returns the content with a part of what was written.
+// mix returns the content with a part of the written one.
 func (c content) mix(written content, draw Draw) content {
 	mixed := content{size: c.size, pages: map[int64]*page{}}
 	if written.size != c.size && draw() {
@@ -378,7 +378,7 @@ func (c content) mix(written content, draw Draw) content {
 	return mixed
 }
 
-// cut drops what is beyond the size, and pages of zeros.
+// cut drops the pages beyond the size, and those of zeros.
 func (c content) cut() {
 	for n, p := range c.pages {
 		if left := c.size - n*pageSize; left < pageSize {

@@ -62,7 +62,7 @@ type faults struct {
 	longer   bool // secrets live longer than their answers say
 }
 
-// facts are what the clients were answered.
+// facts are the answers to the clients.
 type facts struct {
 	opened bool            // the ledger
 	acked  broker.Revision // by an Update
@@ -85,7 +85,7 @@ type fence struct {
 	under  []broker.Delegation
 }
 
-// loss is a loss of power: what it leaves, and what the clients had been answered.
+// loss is a loss of power: the disk after it, and the answers before it.
 type loss struct {
 	at     string
 	now    time.Time
@@ -358,7 +358,7 @@ func run(t *testing.T, seed uint64, faulty faults) (lost []loss, log []broker.En
 	return lost, log
 }
 
-// after starts a broker on what a loss of power leaves, and returns what is wrong.
+// after starts a broker on the disk after a loss of power, and returns the faults.
 func (x loss) after(t *testing.T, im power.Image, log []broker.Entry) (bad []string) {
 	say := func(format string, args ...any) { bad = append(bad, fmt.Sprintf(format, args...)) }
 	synctest.Test(t, func(t *testing.T) {
@@ -448,7 +448,7 @@ func (w *world) checkSecrets(x loss, say func(string, ...any)) map[broker.GrantI
 	return known
 }
 
-// checkFences checks that what was fenced is refused, and that no answer about a leaked value denies a secret of which
+// checkFences checks that fenced steps are refused, and that no answer about a leaked value denies a secret of which
 // the loss took the digest.
 func (w *world) checkFences(x loss, known map[broker.GrantID]broker.Grant, say func(string, ...any)) {
 	for _, h := range x.facts.handed {
@@ -494,7 +494,7 @@ func (w *world) checkEnd(x loss, say func(string, ...any)) {
 	}
 }
 
-// TestLossOfPower plays a loss of power at each sync in the life of a broker, and starts the next one on what is left.
+// TestLossOfPower plays a loss of power at each sync in the life of a broker, and starts the next one on its disk.
 // In the suite it checks one image of each loss, in all rounds all of them.
 func TestLossOfPower(t *testing.T) {
 	power.Run(t, func(t *testing.T) {

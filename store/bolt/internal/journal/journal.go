@@ -50,7 +50,7 @@ func Open(path string) (j *File, records [][]byte, err error) {
 			break
 		}
 	}
-	if err == nil { // a process that was killed may not have synced what is read here
+	if err == nil { // a process that was killed may not have synced its last writes
 		err = errors.Join(f.Sync(), j.syncDir())
 	}
 	if err != nil {
@@ -108,7 +108,7 @@ func (j *File) Append(record []byte) (err error) {
 	return nil
 }
 
-// cut removes what is behind the records: of an attempt that failed, or from before Reset. It is gone for good before
+// cut removes the bytes behind the records: of an attempt that failed, or from before Reset. It is gone for good before
 // anything is written over it. Else a loss of power could leave a mixture, with good records behind a torn one.
 func (j *File) cut() error {
 	info, err := j.file.Stat()
