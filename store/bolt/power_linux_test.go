@@ -288,9 +288,9 @@ func (a answers) check(dir string, im power.Image) error {
 	return err
 }
 
-// play plays every loss of power of the work on a ledger. From some of these moments it goes on, with the
-// disk after the loss or after a kill of the process, and plays losses once more. It returns the number of images, and what is
-// wrong with the first bad one.
+// play plays every loss of power of the work on a ledger. From some of these moments it goes on, with the disk after the
+// loss or after a kill of the process, and plays losses once more. It returns the number of images, and the faults of the
+// first bad one.
 func play(t *testing.T, seed uint64, answer func(power.Call) syscall.Errno) (n int, bad error) {
 	r := rand.New(rand.NewPCG(seed, 1))
 	try := func(p *player, share float64) error {
