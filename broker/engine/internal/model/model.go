@@ -19,6 +19,7 @@ type Machine struct {
 	Known    bool  // the handle is known before the intent: INTENT and HANDLE are one record
 	Leased   bool  // the secret has a lease: a kill ends it, and its target shows it. Otherwise time alone does
 	Shared   bool  // the steps have no tokens of their own: their delegation's token mints. Without Leased
+	Ahead    bool  // the token of a later step may be made ahead, and recorded. With Leased
 	Fault    Fault // zero: none
 }
 
@@ -40,6 +41,13 @@ const (
 	EarlyUse              // a delegation's token mints when its record is ordered, not when it is durable
 	KillsShared           // the end of a step without a token of its own kills its delegation's token
 	LeavesToken           // a revocation is CLOSED with no thought of the delegation's tokens
+	TakenTwice            // a token that was made ahead is offered to two steps
+	TakenLate             // one is used after its tool has changed
+	HandleLeft            // a step that takes one records no handle: it was recorded before
+	DropsFirst            // the record of one that nobody took is dropped before the token is killed
+	LeavesAhead           // a revocation is CLOSED with no thought of the tokens that were made ahead
+	ForgetsAhead          // the next process ends no token that was made ahead
+	KeepsUnrecorded       // one is offered although its record failed
 )
 
 // The times, in ticks.
@@ -61,6 +69,7 @@ type at uint8
 
 const (
 	idle      at = iota
+	taking       // it has a token that was made ahead
 	intending    // INTENT is ordered
 	intended     // INTENT is durable
 	recording    // HANDLE is ordered
@@ -73,7 +82,7 @@ const (
 )
 
 // issuing reports whether an issue of this process works on the grant.
-func (a at) issuing() bool { return a >= intending && a <= checked }
+func (a at) issuing() bool { return a >= taking && a <= checked }
 
 // phase is a grant's state in the ledger.
 type phase uint8
@@ -97,6 +106,7 @@ type record struct {
 type ledger struct {
 	grants [maxGrants]record
 	tokens tokens
+	ahead  bool // the token that was made ahead
 	fence  bool // over all grants
 }
 
@@ -105,12 +115,15 @@ type tokens uint8
 
 func (t tokens) has(token uint8) bool { return t&(1<<token) != 0 }
 
-// write is one transaction: a fence, a token of the delegation, or a grant's record.
+// write is one transaction: a fence, a token of the delegation, a token that was made ahead or is dropped, or a grant's
+// record, with which such a token may be dropped.
 type write struct {
 	fence  bool
 	tokens tokens
+	ahead  bool
+	drops  bool // the record of the token that was made ahead
 	grant  uint8
-	to     record
+	to     record // none: not of a grant
 }
 
 func (l *ledger) apply(w write) {
@@ -119,9 +132,10 @@ func (l *ledger) apply(w write) {
 		l.fence = true
 	case w.tokens != 0:
 		l.tokens |= w.tokens
-	default:
+	case w.to.phase != none:
 		l.grants[w.grant] = w.to
 	}
+	l.ahead = l.ahead && !w.drops || w.ahead
 }
 
 // step is one issue, with what Vault and the client have of it.
@@ -129,6 +143,7 @@ type step struct {
 	at      at
 	begun   uint8 // when the mint's time began
 	shared  bool  // the delegation's token mints
+	ahead   bool  // the token that was made ahead mints
 	token   uint8 // that one
 	request bool  // at Vault: it may still be carried out
 	alive   bool  // the secret works
@@ -155,6 +170,26 @@ const (
 	inUse           // its record is durable
 )
 
+// keeping is where the process stands with a token that it made ahead.
+type keeping uint8
+
+const (
+	unmade   keeping = iota
+	unnamed          // Vault has made it
+	offered          // its record is ordered: the next step may take it
+	taken            // by a step, which has it from now on
+	ending           // it must be killed, and its record dropped
+	over             // its record is dropped, or was never there
+	orphaned         // the process that had it crashed
+)
+
+// ahead is a token that is made before its step.
+type ahead struct {
+	at    keeping
+	works bool // Vault accepts it
+	known bool // its record was durable once
+}
+
 // state is one state of the whole. States are compared, so there is no pointer in it.
 type state struct {
 	now     uint8
@@ -170,6 +205,10 @@ type state struct {
 	holding holding // of the token that was made last
 	made    uint8   // tokens of the delegation so far
 	works   tokens  // those that Vault accepts
+
+	ahead   ahead
+	changed bool // the tool has changed since the token was made ahead
+	stale   bool // a step took it nevertheless
 
 	signed    uint8 // writes in log that a checkpoint has
 	owed      uint8 // grants that were ISSUED before the fence was ordered, as bits
@@ -202,6 +241,7 @@ func (s *state) drop() {
 // take makes write i of the log durable.
 func (s *state) take(i uint8) {
 	s.durable.apply(s.log[i])
+	s.ahead.known = s.ahead.known || s.durable.ahead
 	copy(s.log[i:], s.log[i+1:])
 	s.n--
 	s.log[s.n] = write{}
@@ -273,6 +313,11 @@ func (s *state) broken() string {
 		return "an acknowledged fence is not durable"
 	case s.rewritten:
 		return "a signed entry of the log was lost"
+	case s.stale:
+		return "a step uses a token that was made before its tool changed"
+	}
+	if broken := s.brokenAhead(); broken != "" {
+		return broken
 	}
 	for i, g := range s.steps {
 		now, onDisk := s.visible().grants[i], s.durable.grants[i]
@@ -292,6 +337,34 @@ func (s *state) broken() string {
 		case g.held && g.at == done && now.phase == handle && !g.ending:
 			return "a client has a secret that is not recorded, and nothing ends it"
 		}
+	}
+	return ""
+}
+
+// owners counts the steps that have the token that was made ahead, as a ledger has it.
+func (s *state) owners(l ledger) (n int) {
+	for i, g := range s.steps {
+		if g.ahead && l.grants[i].phase >= handle {
+			n++
+		}
+	}
+	return n
+}
+
+// brokenAhead is broken for the token that was made ahead.
+func (s *state) brokenAhead() string {
+	seen, a := s.visible(), s.ahead
+	switch {
+	case s.owners(seen) > 1:
+		return "two steps have one token"
+	case a.works && a.known && !s.durable.ahead && s.owners(s.durable) == 0:
+		return "a token that was made ahead works, and the ledger has forgotten it"
+	case s.fence == settled && a.works && (seen.ahead || a.at == offered):
+		return "a revocation is CLOSED, and a token that was made ahead can mint"
+	case a.at == orphaned && seen.ahead:
+		return "a token that was made ahead is recorded, and nothing ends it"
+	case a.at == offered && !seen.ahead && s.owners(seen) == 0:
+		return "a token that was made ahead is offered without a record"
 	}
 	return ""
 }

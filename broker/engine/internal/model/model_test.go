@@ -17,9 +17,15 @@ func alone() (list []model.Machine) {
 	return append(list, model.Machine{Grants: 1, Crashes: 1, Failures: 1, Shared: true})
 }
 
+// ahead are the configurations with a token that is made ahead.
+func ahead() []model.Machine {
+	return []model.Machine{{Grants: 1, Crashes: 1, Failures: 1, Leased: true, Ahead: true},
+		{Grants: 2, Leased: true, Ahead: true}}
+}
+
 // TestPromisesHold checks the promises in every state of every configuration.
 func TestPromisesHold(t *testing.T) {
-	for _, m := range append(alone(),
+	for _, m := range append(append(alone(), ahead()...),
 		model.Machine{Grants: 2, Crashes: 1, Known: true, Leased: true},
 		model.Machine{Grants: 2, Crashes: 1, Known: true},
 		model.Machine{Grants: 2, Shared: true}) {
@@ -52,10 +58,20 @@ func TestFaultsAreFound(t *testing.T) {
 		"a token is used before its record":  {model.EarlyUse, "with a token that the ledger does not know"},
 		"a step's end kills another's token": {model.KillsShared, "was killed without a fence"},
 		"a token outlives its revocation":    {model.LeavesToken, "a token of its delegation can mint"},
+		"a token is taken twice":             {model.TakenTwice, "two steps have one token"},
+		"a token is taken too late":          {model.TakenLate, "before its tool changed"},
+		"a taken token is not recorded":      {model.HandleLeft, "the ledger has forgotten it"},
+		"an unused token is forgotten first": {model.DropsFirst, "the ledger has forgotten it"},
+		"an unused token outlives all":       {model.LeavesAhead, "a token that was made ahead can mint"},
+		"a restart forgets unused tokens":    {model.ForgetsAhead, "nothing ends it"},
+		"an unrecorded token is offered":     {model.KeepsUnrecorded, "is offered without a record"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			found := ""
-			for _, m := range alone() {
+			found, machines := "", alone()
+			if row.fault >= model.TakenTwice {
+				machines = ahead()
+			}
+			for _, m := range machines {
 				m.Fault = row.fault
 				if _, broken := m.Check(); broken != nil {
 					found = broken.Error()

@@ -8,6 +8,8 @@ func (m Machine) moves(s state, visit func(move, state)) {
 		m.end(s, i, visit)
 	}
 	m.delegate(s, visit)
+	m.ahead(s, visit)
+	m.change(s, visit)
 	m.revoke(s, visit)
 	m.disk(s, visit)
 	m.time(s, visit)
@@ -26,7 +28,7 @@ func (m Machine) issue(s state, i int, visit func(move, state)) {
 		t := s
 		t.steps[i].at = next
 		for _, w := range writes {
-			t.order(write{grant: uint8(i), to: w})
+			t.order(write{grant: uint8(i), to: w, drops: g.at == taking})
 		}
 		if next == recording {
 			t.steps[i].begun = s.now
@@ -45,6 +47,16 @@ func (m Machine) issue(s state, i int, visit func(move, state)) {
 		known = s.holding == inUse
 	}
 	switch {
+	case g.at == idle && m.Ahead:
+		m.take(s, i, visit)
+	case g.at == taking && (seen.fence || s.stopped):
+		t := s
+		t.steps[i].at, t.ahead.at = refused, ending
+		visit(move{"refused, and its token is to end", i}, t)
+	case g.at == taking && m.Fault == HandleLeft:
+		to("INTENT is ordered, without a handle", recording, record{phase: intent})
+	case g.at == taking:
+		to("INTENT and HANDLE are ordered, and the token's record is dropped", recording, withHandle)
 	case g.at == idle && !seen.fence && known:
 		to("INTENT and HANDLE are ordered", recording, withHandle)
 	case g.at == idle && !seen.fence:
@@ -57,7 +69,7 @@ func (m Machine) issue(s state, i int, visit func(move, state)) {
 		to("HANDLE is ordered", recording, withHandle)
 	case g.at == recording && s.now > g.begun+mintTimeout:
 		to("refused: recording took too long", refused)
-	case g.at == recording && (s.durable.grants[i].phase == handle || m.Fault == EarlyMint):
+	case g.at == recording && (s.durable.grants[i].phase == handle || m.Fault == EarlyMint || m.Fault == HandleLeft):
 		t := s
 		t.steps[i].at, t.steps[i].request = sent, true
 		visit(move{"the mint is sent", i}, t)
@@ -114,14 +126,16 @@ func (m Machine) end(s state, i int, visit func(move, state)) {
 		t.works = 0
 		visit(move{"the delegation's token is killed", i}, t)
 	}
-	if m.Leased && g.alive && r.phase != intent {
+	works := g.ahead && s.ahead.works
+	if m.Leased && (g.alive || works) && r.phase != intent {
 		t := s
 		t.steps[i].alive = false
+		t.ahead.works = s.ahead.works && !works
 		visit(move{"its token is killed", i}, t)
 	}
 	dead := s.now > r.end // of a secret without a lease; nothing else shows it
 	if m.Leased {
-		dead = !g.alive
+		dead = !g.alive && !works
 	}
 	switch {
 	case g.at.issuing() || !s.canWrite():
@@ -155,6 +169,60 @@ func (m Machine) delegate(s state, visit func(move, state)) {
 	}
 }
 
+// take gives a step the token that was made ahead for it. Steps without one are in the other configurations.
+func (m Machine) take(s state, i int, visit func(move, state)) {
+	if s.ahead.at != offered || s.changed && m.Fault != TakenLate {
+		return
+	}
+	s.steps[i].at, s.steps[i].ahead, s.stale = taking, true, s.changed
+	if m.Fault != TakenTwice {
+		s.ahead.at = taken
+	}
+	visit(move{"the token that was made ahead is taken", i}, s)
+}
+
+// ahead makes a token ahead, records it, and ends it when nobody takes it.
+func (m Machine) ahead(s state, visit func(move, state)) {
+	recorded := s.visible().ahead
+	to := func(what string, next ahead, writes ...write) {
+		t := s
+		t.ahead = next
+		for _, w := range writes {
+			t.order(w)
+		}
+		visit(move{what, -1}, t)
+	}
+	a := func(at keeping, works bool) ahead { return ahead{at, works, s.ahead.known} }
+	switch at, works := s.ahead.at, s.ahead.works; {
+	case !m.Ahead:
+	case at == unmade && !s.visible().fence:
+		to("a token is made ahead", a(unnamed, true))
+	case at == unnamed && (s.visible().fence || s.stopped):
+		to("its record is refused", a(ending, true))
+	case at == unnamed && s.canWrite():
+		to("its record is ordered", a(offered, true), write{ahead: true})
+	case at == offered:
+		to("nobody takes it, or its tool has changed", a(ending, works))
+	case at == ending && works:
+		to("it is killed", a(ending, false))
+		if m.Fault == DropsFirst && recorded && s.canWrite() {
+			to("its record is dropped", a(ending, true), write{drops: true})
+		}
+	case at == ending && !recorded:
+		to("it is over", a(over, false))
+	case at == ending && s.canWrite():
+		to("its record is dropped", a(over, false), write{drops: true})
+	}
+}
+
+// change is that of a tool, by policy.
+func (m Machine) change(s state, visit func(move, state)) {
+	if at := s.ahead.at; !s.changed && (at == unnamed || at == offered) {
+		s.changed = true
+		visit(move{"the tool changes", -1}, s)
+	}
+}
+
 // revoke is an operator's fence over all grants.
 func (m Machine) revoke(s state, visit func(move, state)) {
 	switch {
@@ -172,14 +240,22 @@ func (m Machine) revoke(s state, visit func(move, state)) {
 		t := s
 		t.fence = acknowledged
 		visit(move{"the fence is acknowledged", -1}, t)
-	case s.fence == acknowledged && m.Shared:
+	case s.fence == acknowledged && (m.Shared || m.Ahead):
 		m.settle(s, visit)
 	}
 }
 
-// settle kills the delegation's tokens that the ledger knows, and then calls the revocation CLOSED.
+// settle kills the delegation's tokens that the ledger knows, and those that were made ahead, and then calls the revocation
+// CLOSED.
 func (m Machine) settle(s state, visit func(move, state)) {
 	t, seen := s, s.visible()
+	if s.ahead.works && seen.ahead && m.Fault != LeavesAhead {
+		if t.ahead.works = false; s.ahead.at == offered {
+			t.ahead.at = ending
+		}
+		visit(move{"the token that was made ahead is killed", -1}, t)
+		return
+	}
 	if left := s.works & seen.tokens; left != 0 {
 		t.works &^= left
 		visit(move{"the delegation's tokens are killed", -1}, t)
@@ -217,7 +293,7 @@ func (m Machine) disk(s state, visit func(move, state)) {
 		visit(move{"a checkpoint is signed", -1}, t)
 	}
 	if int(s.crashes) < m.Crashes {
-		visit(move{"crash; what was not durable is lost; resume", -1}, s.crashed())
+		visit(move{"crash; what was not durable is lost; resume", -1}, m.crashed(s))
 	}
 	if int(s.failures) < m.Failures && s.n > 0 {
 		t = m.failed(s)
@@ -232,9 +308,17 @@ func (m Machine) disk(s state, visit func(move, state)) {
 	}
 }
 
-// crashed is the state of the next process, which has resumed. It ends each grant that is not ISSUED.
-func (s state) crashed() state {
+// crashed is the state of the next process, which has resumed. It ends each grant that is not ISSUED, and each token that
+// was made ahead.
+func (m Machine) crashed(s state) state {
 	s.drop()
+	switch {
+	case s.ahead.at == unmade:
+	case s.durable.ahead && m.Fault != ForgetsAhead:
+		s.ahead.at = ending
+	default:
+		s.ahead.at = orphaned
+	}
 	for i := range s.steps {
 		if s.steps[i].at != idle {
 			s.steps[i].at = gone
@@ -262,6 +346,13 @@ func (m Machine) failed(s state) state {
 			s.holding = without
 			s.works &^= w.tokens
 		case w.tokens != 0:
+		case w.ahead && s.ahead.at == offered && m.Fault != KeepsUnrecorded:
+			s.ahead.at = ending
+		case w.drops && s.ahead.at == over:
+			s.ahead.at = ending // its record may be there still
+		case w.to.phase == none:
+		case w.drops && g.at == recording:
+			g.at, s.ahead.at = refused, ending
 		case g.at == intending || g.at == recording:
 			g.at = refused
 		case g.at == done && w.to.phase == issued && m.Fault != FailureIgnored:
