@@ -29,7 +29,7 @@ type Op string
 const (
 	OpOpen      Op = "open"
 	OpDelegate  Op = "delegate"
-	OpToken     Op = "token" // a delegation's Vault token was recorded
+	OpToken     Op = "token" // a Vault token was recorded: a delegation's, or one made ahead for the step Grant
 	OpIntent    Op = "intent"
 	OpHandle    Op = "handle"
 	OpIssued    Op = "issued"

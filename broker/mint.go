@@ -19,6 +19,8 @@ type Mint struct {
 	Shared *SharedToken
 
 	TTL time.Duration // the longest acceptable lifetime; an answer with a longer one is refused
+	// Expires is the end of the step, where its token was made ahead and outlives it. Zero: they end together.
+	Expires time.Time
 
 	// Wrap, which requires Auth, asks for a wrapped answer. Finish gets the member "wrap_info"; its "auth" is Vault's
 	// record of the token inside.

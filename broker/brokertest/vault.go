@@ -85,6 +85,26 @@ func (v *Vault) Steps() (n int) {
 	return n
 }
 
+// Last returns the accessor of the step's token that was made last.
+func (v *Vault) Last() (accessor string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for n := v.n; n > 0 && accessor == ""; n-- {
+		if name := fmt.Sprintf("accessor-%d", n); v.tokens[name] != nil && v.tokens[name].grant != "" {
+			accessor = name
+		}
+	}
+	return accessor
+}
+
+// Alive reports whether a token is alive.
+func (v *Vault) Alive(accessor string) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	t := v.tokens[accessor]
+	return t != nil && !t.dead
+}
+
 // Fail sets a function that is called before and after each call that creates or ends something ("child", "child
 // done", …). If it returns an error, the call fails at that point. Nil removes the function.
 func (v *Vault) Fail(f func(point string) error) {
@@ -199,7 +219,11 @@ func (v *Vault) Mint(_ context.Context, h broker.Handle, m broker.Mint) (broker.
 		return broker.Lease{}, broker.Secret{}, err
 	}
 	done, err := m.Finish(map[string]any{"password": password}, h.Expires)
-	return broker.Lease{ID: id, Ref: done.Ref, Expires: h.Expires, Digests: done.Digests}, done.Secret, err
+	end := h.Expires
+	if !m.Expires.IsZero() { // its token outlives it
+		end = m.Expires
+	}
+	return broker.Lease{ID: id, Ref: done.Ref, Expires: end, Digests: done.Digests}, done.Secret, err
 }
 
 // mintShared mints without a lease. No end of a token ends the secret.

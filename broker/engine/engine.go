@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/ahead"
 	"github.com/pawlsec/pawl/broker/engine/internal/closing"
 	"github.com/pawlsec/pawl/broker/engine/internal/indexing"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
@@ -56,6 +57,7 @@ type Engine struct {
 	hub    volatile.Hub
 	cache  records.Cache
 	index  indexing.Index
+	ahead  *ahead.Book
 	reaper *closing.Reaper
 	closing.Process
 	sweeper *sweeping.Sweeper

@@ -44,6 +44,7 @@ type issue struct {
 	use       records.CallerUse
 	answer    broker.Decision // of policy in step 1
 	grant     broker.Grant
+	name      string               // of the token that mints
 	saved     records.EncodedGrant // the grant as this issue recorded it last
 	unchanged bool                 // the last read found the grant as saved
 	repeated  bool                 // the idempotency key was used for this step before
@@ -281,7 +282,13 @@ func (s *issue) intend(ctx context.Context, prefetched *stepToken) error {
 	if err != nil {
 		return err
 	}
-	return s.e.update(ctx, opIssue, func(tx *records.Tx) error { return s.recordIntent(tx, next) })
+	return s.e.update(ctx, opIssue, func(tx *records.Tx) error {
+		err := s.recordIntent(tx, next)
+		if err == nil && !s.repeated && prefetched.made() && prefetched.ahead != nil {
+			err = prefetched.ahead.DropRecord(tx)
+		}
+		return err
+	})
 }
 
 // withHandle returns the grant with the record of the token that mints. MintDeadline is after the last moment at which Vault
@@ -487,6 +494,7 @@ func (s *issue) mint(ctx, mintCtx context.Context, m broker.Mint, token broker.H
 			"recording the token took longer than a mint may; nothing was minted").
 			With(broker.CodeLedgerDown).After(time.Second)
 	}
+	s.e.ahead.Next(s.grant, s.tool, m, s.name)
 	// Step 5, without a retry. A crash after it leaves a HANDLE, and a lease that the ledger may not know. Resume
 	// revokes the accessor, waits until no mint can be in flight, and the sweep ends a lease that outlived its token.
 	lease, secret, err := s.e.cfg.Vault.Mint(mintCtx, token, m)

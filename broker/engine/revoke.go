@@ -168,12 +168,13 @@ type reconciler struct {
 	rv     broker.Revocation
 	stored broker.Revocation // as last read from or written to the ledger; zero: not known
 
-	progress *closing.Progress   // of the grants under the fence
-	total    int                 // grants under the fence at the start, static ones included
-	inFlight []broker.GrantID    // grants with a mint in flight at the start
-	backends map[string]bool     // of the grants at the start
-	nodes    []broker.Delegation // with Vault tokens, root first; after the fence no delegation gets another token
-	killed   map[string]bool     // accessors that Vault confirmed as revoked to this process
+	progress *closing.Progress // of the grants under the fence
+	total    int               // grants under the fence at the start, static ones included
+	inFlight []broker.GrantID  // grants with a mint in flight at the start
+	backends map[string]bool   // of the grants at the start
+	tokens   []broker.Handle   // of delegations, root first, and made ahead; after the fence there is no other
+	ahead    []broker.Grant    // the tokens that were made ahead
+	killed   map[string]bool   // accessors that Vault confirmed as revoked to this process
 
 	started time.Time
 	read    time.Time     // the last read of the ledger
@@ -253,12 +254,16 @@ func (r *reconciler) start(ctx context.Context) error {
 	var grants []broker.Grant
 	var static []broker.GrantID
 	var leftovers []broker.Grant
+	var nodes []broker.Delegation
 	err := r.e.view(ctx, "revoke", func(tx *records.Tx) error {
 		_, ok, err := tx.Revocation(r.rv.ID)
 		if r.absent = err == nil && !ok; err != nil || !ok {
 			return err
 		}
-		if grants, r.nodes, err = tx.Under(r.rv); err != nil {
+		if grants, nodes, err = tx.Under(r.rv); err != nil {
+			return err
+		}
+		if r.ahead, err = tx.AheadUnder(r.rv); err != nil {
 			return err
 		}
 		if static, err = tx.StaticUnder(r.rv); err != nil {
@@ -270,6 +275,7 @@ func (r *reconciler) start(ctx context.Context) error {
 	if err != nil || r.absent {
 		return err
 	}
+	r.tokens = tokensOf(nodes, r.ahead)
 	r.total, r.backends, r.started = len(grants)+len(static), map[string]bool{}, r.e.cfg.Now()
 	for _, g := range grants {
 		r.backends[g.Backend] = true
@@ -342,35 +348,49 @@ func (r *reconciler) reread(ctx context.Context) error {
 // below one by one, at the same database. Each revocation would lock its login against the bulk.
 const headStart = 2 * time.Second
 
+// tokensOf returns the tokens of delegations, and those that were made ahead below them.
+func tokensOf(nodes []broker.Delegation, madeAhead []broker.Grant) (tokens []broker.Handle) {
+	for _, d := range nodes {
+		tokens = append(tokens, d.Tokens...)
+	}
+	for _, g := range madeAhead {
+		tokens = append(tokens, g.Token)
+	}
+	return tokens
+}
+
 // killTokens is step 3 for the delegations. It kills their tokens, root first: where Vault can, one call ends the whole
-// subtree. It returns the number of tokens without a confirmation. The workers kill the steps' tokens and leases. A token
-// past its end needs no kill, once EndTolerance has passed for Vault's clock and its whole seconds.
+// subtree. Those that were made ahead follow. It returns the number of tokens without a confirmation. The workers kill
+// the steps' tokens and leases. A token past its end needs no kill, once EndTolerance has passed for Vault's clock and
+// its whole seconds.
 //
 // A crash after it leaves dead tokens of which the ledger has no record. The next process kills them again, which Vault
 // confirms.
 func (r *reconciler) killTokens(ctx context.Context) (pending int) {
 	now := r.e.cfg.Now()
-	r.delayed = len(r.nodes) > 0 && now.Sub(r.started) < headStart && r.e.reaper.Severing(r.backends)
-	for _, d := range r.nodes {
-		for _, t := range d.Tokens {
-			if r.killed[t.Accessor] || !t.Expires.IsZero() && now.After(t.Expires.Add(broker.EndTolerance)) {
-				continue
-			}
-			if _, limited := r.e.reaper.Limited(); r.delayed || pending > 0 || limited != nil {
-				pending++ // for a later round: after one failed call Vault gets no more in this round
-				continue
-			}
-			killCtx, cancel := context.WithTimeout(ctx, r.e.cfg.MintTimeout)
-			err := r.e.cfg.Vault.Kill(killCtx, t.Accessor)
-			cancel()
-			if err != nil {
-				r.e.reaper.Limit(err)
-				r.e.cfg.Alarm("revoking the tokens of "+string(r.rv.ID), err)
-				pending++
-				continue
-			}
-			r.killed[t.Accessor] = true
+	r.delayed = len(r.tokens) > 0 && now.Sub(r.started) < headStart && r.e.reaper.Severing(r.backends)
+	for _, t := range r.tokens {
+		if r.killed[t.Accessor] || !t.Expires.IsZero() && now.After(t.Expires.Add(broker.EndTolerance)) {
+			continue
 		}
+		if _, limited := r.e.reaper.Limited(); r.delayed || pending > 0 || limited != nil {
+			pending++ // for a later round: after one failed call Vault gets no more in this round
+			continue
+		}
+		killCtx, cancel := context.WithTimeout(ctx, r.e.cfg.MintTimeout)
+		err := r.e.cfg.Vault.Kill(killCtx, t.Accessor)
+		cancel()
+		if err != nil {
+			r.e.reaper.Limit(err)
+			r.e.cfg.Alarm("revoking the tokens of "+string(r.rv.ID), err)
+			pending++
+			continue
+		}
+		r.killed[t.Accessor] = true
+	}
+	if pending == 0 {
+		r.e.ahead.Recorded(true, r.ahead...)
+		r.ahead = nil
 	}
 	return pending
 }
@@ -475,20 +495,23 @@ func (e *Engine) endUnfenced(ctx context.Context, r selector.Request, f fencing,
 	}
 	endCtx, cancel := detached(ctx, 30*time.Second)
 	defer cancel()
-	var grants []broker.Grant
+	var grants, madeAhead []broker.Grant
 	var nodes []broker.Delegation
 	err := e.view(endCtx, "revoke", func(tx *records.Tx) (err error) {
 		if f.target, err = targetOf(tx, r.Selector); err != nil {
 			return err
 		}
-		grants, nodes, err = tx.Under(broker.Revocation{Selector: f.selector, Node: f.target.node, Grant: f.target.grant,
-			Fenced: f.now})
+		rv := broker.Revocation{Selector: f.selector, Node: f.target.node, Grant: f.target.grant, Fenced: f.now}
+		if grants, nodes, err = tx.Under(rv); err != nil {
+			return err
+		}
+		madeAhead, err = tx.AheadUnder(rv)
 		return err
 	})
 	if err != nil {
 		return cause
 	}
-	failed := e.endWithoutLedger(endCtx, grants, nodes)
+	failed := e.endWithoutLedger(endCtx, grants, tokensOf(nodes, madeAhead))
 	return broker.Errorf(broker.Unavailable, "revoke", "the ledger cannot record the fence: %d known secrets were "+
 		"severed and killed without a record, %d calls failed; once the ledger is back, nothing prevents new ones",
 		len(grants), failed).
@@ -496,12 +519,8 @@ func (e *Engine) endUnfenced(ctx context.Context, r selector.Request, f fencing,
 }
 
 // endWithoutLedger severs and kills without a read of the ledger. It returns the number of failed calls.
-func (e *Engine) endWithoutLedger(ctx context.Context, grants []broker.Grant, nodes []broker.Delegation) (failed int) {
+func (e *Engine) endWithoutLedger(ctx context.Context, grants []broker.Grant, tokens []broker.Handle) (failed int) {
 	by := map[string][]broker.Grant{}
-	var tokens []broker.Handle
-	for _, d := range nodes {
-		tokens = append(tokens, d.Tokens...)
-	}
 	for _, g := range grants {
 		by[g.Backend] = append(by[g.Backend], g)
 		if g.Token.Accessor != "" {

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/ahead"
 	"github.com/pawlsec/pawl/broker/engine/internal/closing"
 	"github.com/pawlsec/pawl/broker/engine/internal/indexing"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
@@ -46,6 +47,12 @@ func New(cfg Config) (*Engine, error) {
 	e.reaper = closing.New(closing.Config{Vault: cfg.Vault, Backends: cfg.Backends, Now: cfg.Now, Alarm: cfg.Alarm,
 		View: e.view, Update: e.update, Undeliverable: e.undeliverable, Discard: e.deliveries.Drop,
 		Reconcile: e.reconcile, Context: e.ctx, Background: e.background, CallTimeout: cfg.MintTimeout, Workers: cfg.Workers})
+	e.ahead = ahead.New(ahead.Config{Vault: cfg.Vault, Now: cfg.Now, Alarm: cfg.Alarm, NewID: e.newID, Update: e.update,
+		Order: func(ctx context.Context, op string, f func(*records.Tx) error, lost func(error)) error {
+			return record(e, op, f, func(f func(broker.Tx) error) error { return e.cfg.Ledger.Order(ctx, f, lost) })
+		},
+		Limits: e.reaper, Busy: func() bool { return e.turns.Waiting() > 0 },
+		Context: e.ctx, Background: e.background, CallTimeout: cfg.MintTimeout})
 	e.sweeper = sweeping.New(sweeping.Config{Vault: cfg.Vault, Backends: cfg.Backends, Reaper: e.reaper,
 		Policy: cfg.Policy, Now: cfg.Now, Alarm: cfg.Alarm, View: e.view, Update: e.update,
 		Retire: e.index.Retire, MintTimeout: cfg.MintTimeout, MintBound: cfg.MintBound, Every: cfg.SweepEvery})
@@ -63,7 +70,7 @@ func (e *Engine) Stop() {
 
 // Resume reads the unfinished work from the ledger and starts the background work. The caller calls it once, before the
 // first request. It runs the functions of the normal path:
-//   - It ends the grants that were in flight when the last process died.
+//   - It ends the grants that were in flight when the last process died, and the tokens that it had made ahead.
 //   - It schedules the end of the grants that are alive.
 //   - It reconciles the revocations that have not settled, and has Vault remove the leases of closed grants.
 //
@@ -72,12 +79,12 @@ func (e *Engine) Resume(ctx context.Context) error {
 	const op = "resume"
 	e.started = e.cfg.Now()
 	var alive []closing.Due
-	var abandoned []broker.Grant
+	var abandoned, madeAhead []broker.Grant
 	var unsettled []broker.Revocation
 	var watching []broker.Delegation
 	var held []broker.GrantID
 	err := e.view(ctx, op, func(tx *records.Tx) error {
-		alive, abandoned, unsettled, held = nil, nil, nil, nil
+		alive, abandoned, madeAhead, unsettled, held = nil, nil, nil, nil, nil
 		err := tx.EachLiveHead(func(g records.GrantHead) error {
 			lost := g.Sealed != "" && g.Collected.IsZero() // the sealed secret was in the memory of the last process
 			if g.State == broker.StateIssued && g.Ending == "" && !lost {
@@ -90,7 +97,10 @@ func (e *Engine) Resume(ctx context.Context) error {
 			}
 			return nil
 		})
-		if err != nil {
+		if err := cmp.Or(err, tx.EachAhead(records.Everywhere, func(g broker.Grant) error {
+			madeAhead = append(madeAhead, g)
+			return nil
+		})); err != nil {
 			return err
 		}
 		return tx.EachRevocation(func(rv broker.Revocation) error {
@@ -125,6 +135,8 @@ func (e *Engine) Resume(ctx context.Context) error {
 			return e.update(ctx, "refusals", func(tx *records.Tx) error { return tx.EnterAll(entries) })
 		})
 	})
+	e.ahead.Recorded(false, madeAhead...)
+	e.background(e.ahead.Run)
 	e.background(e.reaper.Run)
 	e.background(e.reaper.RemoveLeftovers)
 	e.background(func() { e.sweeper.Run(e.ctx) })

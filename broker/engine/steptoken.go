@@ -5,6 +5,7 @@ import (
 	"errors"
 
 	"github.com/pawlsec/pawl/broker"
+	"github.com/pawlsec/pawl/broker/engine/internal/ahead"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
@@ -14,6 +15,7 @@ import (
 type stepToken struct {
 	mint  broker.Mint
 	token broker.Handle
+	ahead *ahead.Token // nil: it was made for this step
 	err   error
 }
 
@@ -26,12 +28,37 @@ func (s *issue) prefetchToken(ctx context.Context, l records.Lineage) *stepToken
 	// The call outlives the request: the accessor of a created token must become known.
 	ctx, cancel := detached(ctx, s.e.cfg.MintTimeout)
 	defer cancel()
-	t, name := &stepToken{}, ""
-	if t.mint, name, t.err = s.e.prepare(ctx, s.tool, s.grant); t.err == nil {
-		t.token, t.err = s.tokenFor(ctx, t.mint, name)
+	t := s.takeAhead(ctx)
+	if t == nil {
+		t = &stepToken{}
+		if t.mint, s.name, t.err = s.e.prepare(ctx, s.tool, s.grant); t.err == nil {
+			t.token, t.err = s.tokenFor(ctx, t.mint, s.name)
+		}
 	}
 	s.now = s.e.cfg.Now() // of step 2: Vault may have taken seconds
 	return t
+}
+
+// takeAhead takes the token that was made ahead for the step, and goes on with the grant's id that was drawn with it. Nil:
+// there is none that fits.
+func (s *issue) takeAhead(ctx context.Context) *stepToken {
+	if s.request.Seal != nil { // the id of its grant is known to the deliveries
+		return nil
+	}
+	a := s.e.ahead.Take(ctx, s.grant)
+	if a == nil {
+		return nil
+	}
+	g := s.grant
+	g.ID = a.Grant.ID
+	m, name, err := s.e.prepare(ctx, s.tool, g)
+	if err != nil || !a.Named(name) || !ahead.Fits(m, g) {
+		s.e.ahead.Drop(a)
+		return nil
+	}
+	m.Expires = g.Expires
+	s.grant, s.name = g, name
+	return &stepToken{mint: m, token: a.Grant.Token, ahead: a}
 }
 
 // budgetSpent reports whether a budget of the lineage is spent, or cannot be read.
@@ -56,7 +83,10 @@ func (t *stepToken) made() bool { return t != nil && t.err == nil }
 
 // drop kills the token of a refused step, beside the answer, unless the step shares it.
 func (t *stepToken) drop(ctx context.Context, e *Engine) {
-	if t.made() && t.mint.Shared == nil {
+	switch {
+	case t != nil && t.ahead != nil:
+		e.ahead.Drop(t.ahead)
+	case t.made() && t.mint.Shared == nil:
 		e.background(func() { e.kill(ctx, t.token) })
 	}
 }
@@ -98,15 +128,14 @@ func (s *issue) obtainToken(ctx context.Context, prefetched *stepToken,
 }
 
 func (s *issue) createToken(ctx context.Context) (m broker.Mint, token broker.Handle, err error) {
-	m, name, err := s.e.prepare(ctx, s.tool, s.grant)
-	if err != nil {
+	if m, s.name, err = s.e.prepare(ctx, s.tool, s.grant); err != nil {
 		return m, token, err
 	}
 	for range 2 {
 		if err := s.e.ensureToken(ctx, opIssue, s.grant.Delegation, s.policy); err != nil {
 			return m, token, err
 		}
-		token, err = s.tokenFor(ctx, m, name)
+		token, err = s.tokenFor(ctx, m, s.name)
 		if !errors.Is(err, broker.ErrNoParent) {
 			break
 		}

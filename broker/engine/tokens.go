@@ -48,6 +48,7 @@ func (e *Engine) ensureToken(ctx context.Context, op string, id broker.Delegatio
 		return err
 	}
 	e.cfg.Vault.Activate(id, token)
+	e.ahead.DropUnder(id) // they ended with the former token
 	return nil
 }
 

@@ -60,6 +60,8 @@ var rows = []row{
 	{"broker/selector", []string{"broker", "broker/args"}, nil, "a selector knows no ledger and no procedure"},
 	{"broker/engine/internal/records", []string{"broker", "broker/args", "broker/selector"}, []string{"store/*"},
 		"records know no procedure"},
+	{"broker/engine/internal/ahead", []string{"broker", "broker/engine/internal/records"}, nil,
+		"it makes tokens and ends them, and knows no issue"},
 	{"broker/engine/internal/draw", nil, nil, "it draws values, and knows nothing of the domain"},
 	{"broker/engine/internal/indexing", []string{"broker", "broker/engine/internal/records"}, nil,
 		"it keeps the index of chains, and knows no procedure"},

@@ -230,6 +230,9 @@ func (c *Client) accept(ctx context.Context, resp response, path string, s step,
 		return broker.Lease{}, broker.Secret{}, errors.New("vault's lease has no expiry")
 	}
 	lease := broker.Lease{Expires: s.expires, Request: resp.RequestID}
+	if resp.LeaseID == "" && !m.Expires.IsZero() {
+		lease.Expires = m.Expires
+	}
 	var end time.Time
 	if resp.LeaseID != "" {
 		rest, below := strings.CutPrefix(resp.LeaseID, path+"/")

@@ -176,13 +176,17 @@ func eachGrant[T any](t *Tx, prefix string, chains []broker.ChainID, f func(T) e
 	})
 }
 
+// MostAhead is by how much a grant's id may be older than the grant: the id is drawn with a token that is made ahead.
+const MostAhead = 15 * time.Second
+
 // RecentGrants returns the grants of a backend that were created after a time, closed ones included. The time is exact
 // to some milliseconds.
 func (t *Tx) RecentGrants(backend string, after time.Time) (list []broker.Grant, err error) {
-	first := keyGrant(broker.GrantID("gr" + broker.IDTime(after)))
+	first := keyGrant(broker.GrantID("gr" + broker.IDTime(after.Add(-MostAhead))))
+	after = after.Add(-8 * time.Millisecond) // as exact as the times of ids
 	scanErr := t.tx.Scan(prefixGrant, first, func(key string, raw []byte) bool {
 		var g broker.Grant
-		if err = decode(key, raw, &g); err == nil && g.Backend == backend {
+		if err = decode(key, raw, &g); err == nil && g.Backend == backend && g.Created.After(after) {
 			list = append(list, g)
 		}
 		return err == nil

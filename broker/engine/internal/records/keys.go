@@ -19,6 +19,7 @@ import (
 //	g/GRANT          a grant
 //	h/REV/DELEG      the acknowledgement of a revocation by a delegation's holder
 //	i/TERM END/CHAIN a term of selectors that the chain has, and when the chain ends (no content)
+//	j/CHAIN/GRANT    a token that was made ahead, for the step that may take it
 //	k/DELEG/HASH     an idempotency key, with the grant it was used for
 //	l/CHAIN/GRANT    the grant is not closed (no content)
 //	m/CHAIN/DELEG    the delegation belongs to the chain (no content)
@@ -51,6 +52,7 @@ const (
 	prefixStatic     = "w/"
 	prefixHeartbeat  = "y/"
 	prefixLeftover   = "v/"
+	prefixAhead      = "j/"
 
 	keyBundle = "b/policy"
 )
@@ -70,8 +72,9 @@ func keyStatic(c broker.ChainID, g broker.GrantID) string {
 func keyLeftover(c broker.ChainID, g broker.GrantID) string {
 	return inChain(prefixLeftover, c) + string(g)
 }
-func keyRevocation(id broker.RevocationID) string { return prefixRevocation + string(id) }
-func keyRule(id broker.RevocationID) string       { return prefixRule + string(id) }
+func keyAhead(c broker.ChainID, g broker.GrantID) string { return inChain(prefixAhead, c) + string(g) }
+func keyRevocation(id broker.RevocationID) string        { return prefixRevocation + string(id) }
+func keyRule(id broker.RevocationID) string              { return prefixRule + string(id) }
 func keyFenced(d broker.DelegationID, g broker.GrantID) string {
 	return "x/" + string(d) + "/" + string(g)
 }

@@ -41,10 +41,11 @@ func (c *Cache) In(tx broker.Tx) *Tx { return &Tx{tx: tx, cache: c} }
 func (t *Tx) Head() (broker.Revision, error) { return t.tx.Head() }
 
 // Enter appends an entry to the audit log and lists its revision by chain, for reports. It does not list the intent and
-// the handle of an issue, since later entries of the issue tell more.
+// the handle of an issue, nor a token that was made ahead for it, since later entries of the issue tell more.
 func (t *Tx) Enter(e broker.Entry) (broker.Revision, error) {
 	rev, err := t.tx.Append(e)
-	if err != nil || e.Chain == "" || e.Op == broker.OpIntent || e.Op == broker.OpHandle {
+	if err != nil || e.Chain == "" || e.Op == broker.OpIntent || e.Op == broker.OpHandle ||
+		e.Op == broker.OpToken && e.Grant != "" {
 		return rev, err
 	}
 	return rev, t.mark(keyEvent(e.Chain, rev))
