@@ -288,9 +288,14 @@ func TestPerhapsAliveAfterACrash(t *testing.T) {
 		if err != nil || now.Closure == broker.ClosureClosed || now.LatestEnd.Before(g.LatestEnd()) {
 			t.Errorf("Revocation = %+v, %v; want it not CLOSED, until %v", now, err, g.LatestEnd())
 		}
-		pass(time.Until(got.Grant.LatestEnd()))
-		if g := w.grantIn(root.Chain, got.Grant.ID); g.State == broker.StateClosed {
-			t.Error("the grant is CLOSED at the end of its secret, while a mint of the crashed process could still be younger")
+		if last := g.MintDeadline.Add(g.Expires.Sub(g.Created)); g.LatestEnd().Before(last) {
+			t.Errorf("the latest end is %v, and a mint of the crashed process may give a secret until %v", g.LatestEnd(), last)
+		}
+		pass(time.Until(g.LatestEnd()) - 2*time.Second)
+		short, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		if g, err := w.Close(short, as("planner"), got.Grant.ID); err != nil || g.State == broker.StateClosed { // checks it now
+			t.Errorf("a second before its latest end the grant is %s, %v; want it not CLOSED", g.State, err)
 		}
 		pass(20 * time.Minute)
 		w.wantClosure(rv, broker.ClosureClosed)
