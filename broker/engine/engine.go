@@ -104,6 +104,11 @@ func (e *Engine) update(ctx context.Context, op string, f func(*records.Tx) erro
 	return record(e, op, f, func(f func(broker.Tx) error) error { return e.cfg.Ledger.Update(ctx, f) })
 }
 
+// order is [Engine.update] that does not wait for the disk. done is called as [broker.Ledger] has it.
+func (e *Engine) order(ctx context.Context, op string, f func(*records.Tx) error, done func(error)) error {
+	return record(e, op, f, func(f func(broker.Tx) error) error { return e.cfg.Ledger.Order(ctx, f, done) })
+}
+
 // record runs one transaction by write: an Update of the ledger, or an Order.
 func record(e *Engine, op string, f func(*records.Tx) error, write func(func(broker.Tx) error) error) error {
 	var last volatile.TopicTx

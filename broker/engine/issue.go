@@ -598,7 +598,7 @@ func (s *issue) order(ctx context.Context, f func(*records.Tx) error) error {
 		e.cfg.Alarm("recording a secret that was handed out; it is ended", err)
 		e.reaper.EndLost(g)
 	}
-	return record(e, opIssue, f, func(f func(broker.Tx) error) error { return e.cfg.Ledger.Order(ctx, f, lost) })
+	return e.order(ctx, opIssue, f, lost)
 }
 
 // save writes the grant and keeps it.

@@ -107,7 +107,7 @@ func TestPlanCounts(t *testing.T) {
 			w.open("root", broker.OpenRequest{Task: "idle"})
 		}
 		w.open("other", broker.OpenRequest{})
-		synctest.Wait() // the grant with the lost answer is being ended
+		untilDurable() // the grant with the lost answer is being ended
 		entries, err := w.Entries(ctx, 0, 1000)
 		if err != nil {
 			t.Fatal(err)

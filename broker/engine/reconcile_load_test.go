@@ -74,12 +74,20 @@ type tickingLedger struct {
 }
 
 func (l *tickingLedger) Update(ctx context.Context, f func(broker.Tx) error) error {
-	return l.Ledger.Update(ctx, func(tx broker.Tx) error {
+	return l.Ledger.Update(ctx, l.ticking(f))
+}
+
+func (l *tickingLedger) Order(ctx context.Context, f func(broker.Tx) error, done func(error)) error {
+	return l.Ledger.Order(ctx, l.ticking(f), done)
+}
+
+func (l *tickingLedger) ticking(f func(broker.Tx) error) func(broker.Tx) error {
+	return func(tx broker.Tx) error {
 		t := &tickingTx{Tx: tx, l: l}
 		err := f(t)
 		l.most.Store(max(l.most.Load(), t.closed))
 		return err
-	})
+	}
 }
 
 type tickingTx struct {

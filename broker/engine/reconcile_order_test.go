@@ -86,12 +86,12 @@ type endings struct {
 	order []broker.GrantID
 }
 
-func (l *endings) Update(ctx context.Context, f func(broker.Tx) error) error {
+func (l *endings) Order(ctx context.Context, f func(broker.Tx) error, done func(error)) error {
 	var ended []broker.GrantID
-	err := l.Memory.Update(ctx, func(tx broker.Tx) error {
+	err := l.Memory.Order(ctx, func(tx broker.Tx) error {
 		ended = nil
 		return f(endingsTx{tx, &ended})
-	})
+	}, done)
 	if err == nil && len(ended) > 1 { // not those that each worker records beside it
 		l.order = append(l.order, ended...)
 	}

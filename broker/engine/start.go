@@ -45,7 +45,7 @@ func New(cfg Config) (*Engine, error) {
 	e.index = indexing.Index{Cache: &e.cache, View: e.view, Update: e.update, Now: cfg.Now, Alarm: cfg.Alarm}
 	e.watchdog = volatile.NewWatchdog(cfg.Now, e.missedHeartbeat)
 	e.reaper = closing.New(closing.Config{Vault: cfg.Vault, Backends: cfg.Backends, Now: cfg.Now, Alarm: cfg.Alarm,
-		View: e.view, Update: e.update, Undeliverable: e.undeliverable, Discard: e.deliveries.Drop,
+		View: e.view, Update: e.update, Order: e.order, Undeliverable: e.undeliverable, Discard: e.deliveries.Drop,
 		Reconcile: e.reconcile, Context: e.ctx, Background: e.background, CallTimeout: cfg.MintTimeout, Workers: cfg.Workers})
 	e.ahead = ahead.New(ahead.Config{Vault: cfg.Vault, Now: cfg.Now, Alarm: cfg.Alarm, NewID: e.newID, Update: e.update,
 		Order: func(ctx context.Context, op string, f func(*records.Tx) error, lost func(error)) error {
@@ -56,7 +56,8 @@ func New(cfg Config) (*Engine, error) {
 	e.sweeper = sweeping.New(sweeping.Config{Vault: cfg.Vault, Backends: cfg.Backends, Reaper: e.reaper,
 		Policy: cfg.Policy, Now: cfg.Now, Alarm: cfg.Alarm, View: e.view, Update: e.update,
 		Retire: e.index.Retire, MintTimeout: cfg.MintTimeout, MintBound: cfg.MintBound, Every: cfg.SweepEvery})
-	e.Process = closing.Process{Reaper: e.reaper, Holds: closing.NewHolds(e.reaper), Waiting: e.deliveries.Waiting}
+	e.Process = closing.Process{Reaper: e.reaper, Holds: closing.NewHolds(e.reaper), Waiting: e.deliveries.Waiting,
+		Beat: e.watchdog.BeatAgain}
 	return e, nil
 }
 

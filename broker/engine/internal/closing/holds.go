@@ -21,6 +21,8 @@ type Process struct {
 	Reaper  *Reaper
 	Holds   *Holds
 	Waiting func() []broker.GrantID // the sealed secrets that wait to be collected
+
+	Beat func(broker.DelegationID, time.Time) // notes a sign of life of a holder
 }
 
 // Hold holds a step that was taken to be held, until release is called. Without any request that holds it, the step's

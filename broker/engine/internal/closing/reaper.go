@@ -24,6 +24,7 @@ type Config struct {
 
 	View   func(ctx context.Context, op string, f func(*records.Tx) error) error
 	Update func(ctx context.Context, op string, f func(*records.Tx) error) error
+	Order  func(ctx context.Context, op string, f func(*records.Tx) error, done func(error)) error
 
 	Undeliverable func(*broker.Grant) bool // reports whether no collector can get the grant's sealed secret any more
 	Discard       func([]broker.Grant)     // drops the sealed secrets of grants that end
@@ -46,6 +47,7 @@ type Reaper struct {
 	cfg     Config
 	minting sched.Busy[broker.GrantID] // an issue of this process works on the grant: its mint may be in flight
 	lost    sched.Busy[broker.GrantID] // grants whose ISSUED the ledger has failed to write
+	asked   sched.Busy[broker.GrantID] // their agents close them, and the ledger does not have that yet
 	left    leftovers
 	wake    sched.Signal // wakes Run: the heap has a new first item
 

@@ -52,6 +52,9 @@ func newWorld(t *testing.T) *world {
 			return w.ledger.View(ctx, func(tx broker.Tx) error { return f(w.cache.In(tx)) })
 		},
 		Update: w.update, Undeliverable: func(*broker.Grant) bool { return false }, Discard: func([]broker.Grant) {},
+		Order: func(ctx context.Context, _ string, f func(*records.Tx) error, done func(error)) error {
+			return w.ledger.Order(ctx, func(tx broker.Tx) error { return f(w.cache.In(tx)) }, done)
+		},
 		Context: ctx, Background: work.Go, CallTimeout: 10 * time.Second, Workers: 8})
 	work.Go(w.Run)
 

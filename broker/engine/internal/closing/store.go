@@ -2,6 +2,8 @@ package closing
 
 import (
 	"context"
+	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
@@ -9,30 +11,61 @@ import (
 )
 
 // store records a batch and returns the grants that are not closed. asked is the count of servers
-// before the target was asked about them.
+// before the target was asked about them. It waits until the records are durable only where an agent waits for them:
+// everything else that ends is dead by what is durable already, a fence or its own end, and a crash has it ended again.
 func (w *worker) store(batch []broker.Grant, asked int) (rest []broker.Grant) {
 	ctx, cancel := context.WithTimeout(w.r.cfg.Context, time.Minute)
 	defer cancel()
 	for len(batch) > 0 {
 		n, err := w.record(ctx, batch, asked)
 		if err != nil {
-			w.alarm("recording closed grants", err)
+			w.alarm(opRecord, err)
 			return append(rest, batch...)
 		}
-		w.mu.Lock()
 		for _, g := range batch[:n] {
-			if g.State == broker.StateClosed {
-				delete(w.killed, g.Token.Accessor)
-			} else {
+			if g.State != broker.StateClosed {
 				rest = append(rest, g)
 			}
 		}
-		w.mu.Unlock()
-		w.r.addLeftovers(batch[:n])
-		w.r.report(batch[:n])
 		batch = batch[n:]
 	}
 	return rest
+}
+
+const opRecord = "recording closed grants"
+
+// recorded takes note of grants whose records are durable.
+func (w *worker) recorded(grants []broker.Grant) {
+	w.mu.Lock()
+	for _, g := range grants {
+		if g.State == broker.StateClosed {
+			delete(w.killed, g.Token.Accessor)
+		}
+		if g.Ending != "" {
+			w.r.asked.End(g.ID)
+		}
+	}
+	w.mu.Unlock()
+	w.r.addLeftovers(grants)
+	w.r.report(grants)
+}
+
+// lostRecord has the grants checked again whose records the ledger has failed to write.
+func (w *worker) lostRecord(grants []broker.Grant, err error) {
+	w.alarm(opRecord, err)
+	spread := rand.Float64()
+	for _, g := range grants {
+		w.r.schedule(w.retry(g.ID, 1, spread))
+	}
+}
+
+// awaited reports whether an agent waits for the end of one of the grants.
+func (r *Reaper) awaited(grants []broker.Grant) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.ContainsFunc(grants, func(g broker.Grant) bool {
+		return len(r.waiting[g.ID]) > 0 || r.asked.Has(g.ID)
+	})
 }
 
 // recordTime bounds the time in which one transaction of a worker adds grants. Every fence and intent waits for the
@@ -42,8 +75,9 @@ const recordTime = 2 * time.Millisecond
 // record stores the outcomes of the first n grants of a batch, at least one. A closed grant leaves the live ones and
 // returns its place in the budgets. A grant with an unchanged outcome is not written again.
 func (w *worker) record(ctx context.Context, batch []broker.Grant, asked int) (n int, err error) {
+	const op = "close"
 	now := w.r.cfg.Now()
-	err = w.r.cfg.Update(ctx, "close", func(tx *records.Tx) error {
+	write := func(tx *records.Tx) error {
 		n = 0
 		w.discardOld(batch, asked)
 		began := w.r.cfg.Now()
@@ -58,6 +92,19 @@ func (w *worker) record(ctx context.Context, batch []broker.Grant, asked int) (n
 			}
 		}
 		return tx.GiveBack(ended)
+	}
+	if w.r.awaited(batch) {
+		if err = w.r.cfg.Update(ctx, op, write); err == nil {
+			w.recorded(batch[:n])
+		}
+		return n, err
+	}
+	err = w.r.cfg.Order(ctx, op, write, func(err error) {
+		if err != nil {
+			w.lostRecord(batch[:n], err)
+		} else {
+			w.recorded(batch[:n])
+		}
 	})
 	return n, err
 }
@@ -97,7 +144,7 @@ func recordOne(tx *records.Tx, g *broker.Grant, now time.Time, ended map[broker.
 	case g.State != old.State:
 		// An issue has changed the state since the read. The next check reads the new state.
 	case dead:
-		if err := tx.Finish(g, now, ended); err != nil {
+		if err := tx.Finish(g, endEntry(g, old, broker.OpClosed, now), ended); err != nil {
 			return err
 		}
 		if isLeftover(g) {
@@ -112,8 +159,17 @@ func recordOne(tx *records.Tx, g *broker.Grant, now time.Time, ended map[broker.
 		if err := tx.PutGrant(*g); err != nil {
 			return err
 		}
-		_, err := tx.Enter(records.GrantEntry(g, broker.OpEnd, now))
+		_, err := tx.Enter(endEntry(g, old, broker.OpEnd, now))
 		return err
 	}
 	return nil
+}
+
+// endEntry is the entry of a grant's end. It is the agent's where the ledger has not recorded yet that the agent closed it.
+func endEntry(g *broker.Grant, old broker.Grant, op broker.Op, now time.Time) broker.Entry {
+	entry := records.GrantEntry(g, op, now)
+	if old.Ending == "" && g.Ending == broker.EndingClosed {
+		entry.Actor = g.Caller.String()
+	}
+	return entry
 }

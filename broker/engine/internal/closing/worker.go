@@ -111,6 +111,7 @@ func (w *worker) grantsToEnd(due map[broker.GrantID]Due) (grants []broker.Grant)
 				return err
 			}
 			if !ok || g.State == broker.StateClosed {
+				w.r.asked.End(d.ID)
 				continue
 			}
 			must, err := w.r.MustEnd(tx, &g, now)
@@ -161,6 +162,8 @@ func (r *Reaper) MustEnd(tx *records.Tx, g *broker.Grant, now time.Time) (bool, 
 		g.Ending = broker.EndingRevoked
 	case !now.Before(g.Expires):
 		g.Ending = broker.EndingExpired
+	case r.asked.Has(g.ID):
+		g.Ending = broker.EndingClosed
 	case r.cfg.Undeliverable(g), r.lost.Has(g.ID):
 		g.Ending = broker.EndingFailed
 	case g.State != broker.StateIssued && !r.IsMinting(g.ID):

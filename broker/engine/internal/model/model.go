@@ -20,6 +20,7 @@ type Machine struct {
 	Leased   bool  // the secret has a lease: a kill ends it, and its target shows it. Otherwise time alone does
 	Shared   bool  // the steps have no tokens of their own: their delegation's token mints. Without Leased
 	Ahead    bool  // the token of a later step may be made ahead, and recorded. With Leased
+	Closes   bool  // agents close their steps. With Shared: at a target that asks the ledger whether a secret is ended
 	Fault    Fault // zero: none
 }
 
@@ -48,6 +49,7 @@ const (
 	LeavesAhead           // a revocation is CLOSED with no thought of the tokens that were made ahead
 	ForgetsAhead          // the next process ends no token that was made ahead
 	KeepsUnrecorded       // one is offered although its record failed
+	EarlyClosed           // an agent is answered when CLOSED is ordered, not when it is durable
 )
 
 // The times, in ticks.
@@ -150,6 +152,8 @@ type step struct {
 	end     uint8 // of the secret
 	held    bool  // a client has the secret
 	ending  bool  // this process knows that it must end the grant
+	closing bool  // its agent has asked this process to close it
+	told    bool  // its agent was answered that it is CLOSED
 }
 
 type fencing uint8
@@ -326,6 +330,8 @@ func (s *state) broken() string {
 			return "what was ordered before a fence is not durable with it"
 		case g.request && g.shared && !s.durable.tokens.has(g.token):
 			return "a mint is under way with a token that the ledger does not know"
+		case g.told && onDisk.phase != closed:
+			return "an agent was answered CLOSED, and a crash leaves the grant open"
 		case !g.alive:
 			continue
 		case onDisk.phase < handle: // as a crash would leave it

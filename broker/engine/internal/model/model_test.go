@@ -1,6 +1,7 @@
 package model_test
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -23,9 +24,15 @@ func ahead() []model.Machine {
 		{Grants: 2, Leased: true, Ahead: true}}
 }
 
+// closed are the configurations whose agents close their steps.
+func closed() []model.Machine {
+	return []model.Machine{{Grants: 1, Crashes: 1, Failures: 1, Shared: true, Closes: true},
+		{Grants: 1, Crashes: 1, Failures: 1, Known: true, Leased: true, Closes: true}}
+}
+
 // TestPromisesHold checks the promises in every state of every configuration.
 func TestPromisesHold(t *testing.T) {
-	for _, m := range append(append(alone(), ahead()...),
+	for _, m := range append(slices.Concat(alone(), ahead(), closed()),
 		model.Machine{Grants: 2, Crashes: 1, Known: true, Leased: true},
 		model.Machine{Grants: 2, Crashes: 1, Known: true},
 		model.Machine{Grants: 2, Shared: true}) {
@@ -65,10 +72,14 @@ func TestFaultsAreFound(t *testing.T) {
 		"an unused token outlives all":       {model.LeavesAhead, "a token that was made ahead can mint"},
 		"a restart forgets unused tokens":    {model.ForgetsAhead, "nothing ends it"},
 		"an unrecorded token is offered":     {model.KeepsUnrecorded, "is offered without a record"},
+		"an agent is answered too early":     {model.EarlyClosed, "leaves the grant open"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			found, machines := "", alone()
-			if row.fault >= model.TakenTwice {
+			switch {
+			case row.fault == model.EarlyClosed:
+				machines = closed()
+			case row.fault >= model.TakenTwice:
 				machines = ahead()
 			}
 			for _, m := range machines {

@@ -114,11 +114,21 @@ func (m Machine) vault(s state, i int, visit func(move, state)) {
 func (m Machine) end(s state, i int, visit func(move, state)) {
 	seen, g := s.visible(), s.steps[i]
 	r := seen.grants[i]
+	if g.closing && !g.told && r.phase == closed && (s.durable.grants[i].phase == closed || m.Fault == EarlyClosed) {
+		t := s
+		t.steps[i].told = true
+		visit(move{"its agent is answered CLOSED", i}, t)
+	}
 	if r.phase == none || r.phase == closed {
 		return
 	}
 	abandoned := r.phase != issued && !g.at.issuing()
-	if !seen.fence && !g.ending && !abandoned && s.now <= r.end {
+	if m.Closes && g.held && g.at == done && r.phase == issued && !g.closing {
+		t := s
+		t.steps[i].closing = true
+		visit(move{"its agent closes it", i}, t)
+	}
+	if !seen.fence && !g.ending && !g.closing && !abandoned && s.now <= r.end {
 		return
 	}
 	if m.Fault == KillsShared && r.phase == handle && !g.at.issuing() && s.works != 0 {
@@ -133,8 +143,13 @@ func (m Machine) end(s state, i int, visit func(move, state)) {
 		t.ahead.works = s.ahead.works && !works
 		visit(move{"its token is killed", i}, t)
 	}
+	if g.closing && !m.Leased && g.alive {
+		t := s
+		t.steps[i].alive = false
+		visit(move{"its target is told that it has ended", i}, t)
+	}
 	dead := s.now > r.end // of a secret without a lease; nothing else shows it
-	if m.Leased {
+	if m.Leased || g.closing {
 		dead = !g.alive && !works
 	}
 	switch {
@@ -324,6 +339,9 @@ func (m Machine) crashed(s state) state {
 			s.steps[i].at = gone
 		}
 		s.steps[i].ending = false
+		if g := &s.steps[i]; g.closing && s.durable.grants[i].phase != closed { // the target asks the next process
+			g.closing, g.alive = false, g.alive || g.shared && s.now <= g.end
+		}
 	}
 	if s.fence == asked { // without an answer the operator asks again
 		s.fence, s.owed = unasked, 0

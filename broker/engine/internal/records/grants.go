@@ -56,9 +56,10 @@ func (t *Tx) RereadGrant(e EncodedGrant) (g broker.Grant, unchanged, ok bool, er
 	return g, false, err == nil, err
 }
 
-// Finish makes a grant CLOSED, and counts it in ended for each delegation of its lineage. For an INTENT nothing was made.
+// Finish makes a grant CLOSED at the time of the entry, which it appends, and counts the grant in ended for each delegation
+// of its lineage. For an INTENT nothing was made.
 // The caller takes a grant for which nothing was made off the steps, with CountStep.
-func (t *Tx) Finish(g *broker.Grant, now time.Time, ended map[broker.DelegationID]int) error {
+func (t *Tx) Finish(g *broker.Grant, entry broker.Entry, ended map[broker.DelegationID]int) error {
 	l, err := t.Lineage("close", g.Delegation)
 	if err != nil {
 		return err
@@ -67,7 +68,7 @@ func (t *Tx) Finish(g *broker.Grant, now time.Time, ended map[broker.DelegationI
 		ended[d.ID]++
 	}
 	g.NothingMade = g.NothingMade || g.State == broker.StateIntent
-	g.State, g.Ended = broker.StateClosed, now
+	g.State, g.Ended = broker.StateClosed, entry.At
 	if err := t.PutGrant(*g); err != nil {
 		return err
 	}
@@ -87,7 +88,7 @@ func (t *Tx) Finish(g *broker.Grant, now time.Time, ended map[broker.DelegationI
 			return err
 		}
 	}
-	_, err = t.Enter(GrantEntry(g, broker.OpClosed, now))
+	_, err = t.Enter(entry)
 	return err
 }
 
