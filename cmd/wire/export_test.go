@@ -58,11 +58,28 @@ func Tokens(c Config, audience string) (token func(context.Context) (string, err
 }
 
 // Charged returns the bytes of the ledger that an actor was charged for.
-func (s *Server) Charged(actor string) int64 {
-	s.shares.mu.Lock()
-	defer s.shares.mu.Unlock()
-	l := s.shares.byActor[actor].Value.(*share).limiter
+func (s *Server) Charged(actor string) int64 { return s.shares.charged(actor) }
+
+func (s *shares) charged(actor string) int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	one := s.byActor[actor]
+	if one == nil {
+		return 0
+	}
+	l := one.Value.(*share).limiter
 	return int64(float64(l.Burst()) - l.TokensAt(time.Now()))
+}
+
+// ChargedFor returns the bytes that each actor is charged for after one update of a ledger.
+func ChargedFor(l broker.Ledger, f func(broker.Tx) error, actors ...string) (bytes []int64, err error) {
+	known := func(broker.ToolName) bool { return true }
+	c := counted{l, newMetrics(known, func() error { return nil }, func() []broker.Condition { return nil }), newShares(1 << 40)}
+	err = c.Update(context.Background(), f)
+	for _, actor := range actors {
+		bytes = append(bytes, c.shares.charged(actor))
+	}
+	return bytes, err
 }
 
 // Leftovers gives the faults for so many leftover leases, and so many of them stuck.

@@ -320,28 +320,35 @@ func (l counted) Order(ctx context.Context, f func(broker.Tx) error, done func(e
 func (l counted) count(f func(broker.Tx) error, write func(func(broker.Tx) error) error) error {
 	var counts countedTx
 	err := write(func(tx broker.Tx) error {
-		counts = countedTx{Tx: tx, entries: counts.entries[:0]} // the ledger may call this again
+		counts = countedTx{Tx: tx, entries: counts.entries[:0], written: map[string]int{}} // the ledger may call this again
 		return f(&counts)
 	})
 	if err == nil && len(counts.entries) > 0 {
 		for _, e := range counts.entries {
 			l.metrics.count(e)
 		}
-		l.shares.charge(counts.entries[0].Actor, counts.bytes, time.Now())
+		counts.written[counts.entries[0].Actor] += counts.bytes
+		for actor, bytes := range counts.written {
+			l.shares.charge(actor, bytes, time.Now())
+		}
 	}
 	return err
 }
 
+// countedTx counts what a transaction writes. The records before an entry are its actor's: a transaction may have the
+// ends of many callers' grants.
 type countedTx struct {
 	broker.Tx
 	entries []broker.Entry
-	bytes   int
+	written map[string]int // bytes, by actor
+	bytes   int            // since the last entry
 }
 
 // Append implements [broker.Tx].
 func (t *countedTx) Append(e broker.Entry) (broker.Revision, error) {
 	t.entries = append(t.entries, e)
-	t.bytes += sizeOf(e)
+	t.written[e.Actor] += t.bytes + sizeOf(e)
+	t.bytes = 0
 	return t.Tx.Append(e)
 }
 
