@@ -24,6 +24,8 @@ type options struct {
 	soak    time.Duration  // of the load that shows growth; zero: none
 	page    bool           // write docs/performance.md
 	profile string         // of this process; empty: none
+
+	profileBroker string // file for a profile of the broker; empty: none
 }
 
 // section is a part of the run. It leaves out of the report whatever it cannot measure, with the reason. Its error

@@ -76,7 +76,7 @@ func (b *bench) coldStart(ctx context.Context) error {
 	}
 	var took report.Samples
 	for range pick(b, 5, 3) {
-		p, err := process.StartBroker(ctx, b.world.program, file, filepath.Join(dir, "log"))
+		p, err := process.StartBroker(ctx, []string{b.world.program}, file, filepath.Join(dir, "log"))
 		if err != nil {
 			return err
 		}

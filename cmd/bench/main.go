@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime/pprof"
+	"strings"
 	"syscall"
 	"time"
 
@@ -37,12 +38,18 @@ func command(ctx context.Context, args []string) error {
 	if len(args) == 2 && args[0] == flooderCommand {
 		return flooder.Run(ctx, args[1])
 	}
+	if len(args) == 5 && args[0] == brokerCommand { // broker FILE server --config FILE
+		return serveProfiled(ctx, args[1], args[4])
+	}
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	var o options
 	flags.BoolVar(&o.quick, "quick", false, "fewer rounds and sizes, in under three minutes")
 	flags.StringVar(&o.root, "C", ".", "root of the source tree")
 	flags.BoolVar(&o.page, "page", true, "write docs/performance.md and its chart; only with all sections")
 	flags.StringVar(&o.profile, "cpuprofile", "", "file for a CPU profile of this process, which runs the engine's rows")
+	flags.StringVar(&o.profileBroker, "profile-broker", "",
+		"file for a CPU profile of the broker, which this program then runs instead of pawl; the memory's is beside it, in FILE.mem")
+	rows := flags.String("rows", "", "beginnings of the names of the rows to measure, with commas; empty: all")
 	only := flags.String("only", "", "regular expression of the sections to measure; empty: all")
 	gate := flags.Bool("gate", false, "fail when a ratio is more than twice its bound in three runs out of three")
 	flags.DurationVar(&o.soak, "soak", 0, "keep a load on the broker for this time, and compare its memory at the end with that after a sixth of the time, ten minutes at most")
@@ -64,7 +71,15 @@ func command(ctx context.Context, args []string) error {
 	if o.root, err = filepath.Abs(o.root); err != nil {
 		return err
 	}
-	o.page = o.page && *only == ""
+	if *rows != "" {
+		o.rows = strings.Split(*rows, ",")
+	}
+	if o.profileBroker != "" {
+		if o.profileBroker, err = filepath.Abs(o.profileBroker); err != nil {
+			return err
+		}
+	}
+	o.page = o.page && *only == "" && *rows == "" && o.profileBroker == ""
 	if o.profile != "" {
 		f, err := os.Create(o.profile)
 		if err != nil {

@@ -87,7 +87,15 @@ func openWorld(ctx context.Context, b *bench, dir string, c dev.Config, limits w
 	if err := w.configure(ctx, dir); err != nil {
 		return w, err
 	}
-	if w.broker, err = process.StartBroker(ctx, w.program, w.config, filepath.Join(b.root, "build", "bench-broker.log")); err != nil {
+	program := []string{w.program}
+	if b.profileBroker != "" && b.world == nil {
+		self, err := os.Executable()
+		if err != nil {
+			return w, err
+		}
+		program = []string{self, brokerCommand, b.profileBroker}
+	}
+	if w.broker, err = process.StartBroker(ctx, program, w.config, filepath.Join(b.root, "build", "bench-broker.log")); err != nil {
 		return w, err
 	}
 	w.later(func() { _ = w.broker.Stop() }) // its files are removed with the rest

@@ -30,9 +30,9 @@ type Broker struct {
 // PID is that of the process.
 func (p *Broker) PID() int { return p.cmd.Process.Pid }
 
-// StartBroker starts the program and returns when it serves.
-func StartBroker(ctx context.Context, program, config, log string) (*Broker, error) {
-	cmd := exec.Command(program, "server", "--config", config)
+// StartBroker starts the program, with its first arguments, and returns when it serves.
+func StartBroker(ctx context.Context, program []string, config, log string) (*Broker, error) {
+	cmd := exec.Command(program[0], append(program[1:len(program):len(program)], "server", "--config", config)...)
 	cmd.SysProcAttr = WithParent()
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
