@@ -84,12 +84,13 @@ func (h *head) chain(e *broker.Entry) ([]byte, error) {
 
 // extend advances the head by one entry.
 func (h *head) extend(text []byte) {
-	sum := sha256.New()
-	sum.Write(h.link[:])
-	sum.Write(text)
-	sum.Sum(h.link[:0])
+	var room [onStack]byte
+	h.link = sha256.Sum256(append(append(room[:0], h.link[:]...), text...))
 	h.revision++
 }
+
+// onStack is the size of a buffer for the digest of one record or entry. A longer one is on the heap.
+const onStack = 2048
 
 // verify advances the head by the entry stored under key, or returns an error if the entry is not the next one.
 func (h *head) verify(key, stored []byte) error {
@@ -132,19 +133,16 @@ func logKey(r broker.Revision) []byte { return binary.BigEndian.AppendUint64(nil
 // seal returns a record in stored form.
 func seal(key string, value []byte) []byte {
 	stored := make([]byte, sealSize, sealSize+len(value))
-	s := sealOf([]byte(key), value)
+	s := sealOf(key, value)
 	copy(stored, s[:])
 	return append(stored, value...)
 }
 
-func sealOf(key, value []byte) (s [sealSize]byte) {
-	h := sha256.New()
-	var n [4]byte
-	binary.BigEndian.PutUint32(n[:], uint32(len(key)))
-	h.Write(n[:])
-	h.Write(key)
-	h.Write(value)
-	copy(s[:], h.Sum(nil))
+func sealOf[T string | []byte](key T, value []byte) (s [sealSize]byte) {
+	var room [onStack]byte
+	text := append(binary.BigEndian.AppendUint32(room[:0], uint32(len(key))), key...)
+	sum := sha256.Sum256(append(text, value...))
+	copy(s[:], sum[:])
 	return s
 }
 
@@ -158,13 +156,13 @@ func value(stored []byte) []byte {
 
 // open checks a stored record and returns its value.
 func open(key string, stored []byte) ([]byte, error) {
-	if err := checkRecord([]byte(key), stored); err != nil {
+	if err := checkRecord(key, stored); err != nil {
 		return nil, err
 	}
 	return stored[sealSize:], nil
 }
 
-func checkRecord(key, stored []byte) error {
+func checkRecord[T string | []byte](key T, stored []byte) error {
 	if len(stored) < sealSize || [sealSize]byte(stored[:sealSize]) != sealOf(key, stored[sealSize:]) {
 		return fmt.Errorf("%w: record %q has a wrong seal", ErrDamaged, key)
 	}

@@ -20,8 +20,8 @@ const (
 
 var encoder, decoder = modes()
 
-func modes() (cbor.EncMode, cbor.DecMode) {
-	enc, err := cbor.EncOptions{Sort: cbor.SortNone}.EncMode()
+func modes() (cbor.UserBufferEncMode, cbor.DecMode) {
+	enc, err := cbor.EncOptions{Sort: cbor.SortNone}.UserBufferEncMode()
 	if err != nil {
 		panic("records: the encoder's options are wrong: " + err.Error())
 	}
@@ -39,13 +39,18 @@ func encode(key string, rec any) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encoding record %q: %w", key, err)
 	}
-	out := bytes.NewBuffer(make([]byte, 0, 512))
+	out := buffers.Get().(*bytes.Buffer)
+	defer buffers.Put(out)
+	out.Reset()
 	out.WriteByte(version1)
-	if err := encoder.NewEncoder(out).Encode(wire); err != nil {
+	if err := encoder.MarshalToBuffer(wire, out); err != nil {
 		return nil, fmt.Errorf("encoding record %q: %w", key, err)
 	}
-	return out.Bytes(), nil
+	return bytes.Clone(out.Bytes()), nil
 }
+
+// buffers are of records that are being encoded: they have no secrets.
+var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
 // decode decodes a record of any format.
 func decode(key string, raw []byte, rec any) (err error) {
