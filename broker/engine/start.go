@@ -42,7 +42,6 @@ func New(cfg Config) (*Engine, error) {
 		Refused: func() { cfg.Refused("waiting_mints") }}
 	e.refusals.Each = cfg.Refusals
 	e.touching.Most, e.plans.Most, e.expected.Most = maxTouches, maxPlans, maxExpected
-	e.index = indexing.Index{Cache: &e.cache, View: e.view, Update: e.update, Now: cfg.Now, Alarm: cfg.Alarm}
 	e.watchdog = volatile.NewWatchdog(cfg.Now, e.missedHeartbeat)
 	e.reaper = closing.New(closing.Config{Vault: cfg.Vault, Backends: cfg.Backends, Now: cfg.Now, Alarm: cfg.Alarm,
 		View: e.view, Update: e.update, Order: e.order, Undeliverable: e.undeliverable, Discard: e.deliveries.Drop,
@@ -53,6 +52,8 @@ func New(cfg Config) (*Engine, error) {
 		},
 		Limits: e.reaper, Busy: func() bool { return e.turns.Waiting() > 0 },
 		Context: e.ctx, Background: e.background, CallTimeout: cfg.MintTimeout})
+	e.index = indexing.Index{Cache: &e.cache, View: e.view, Update: e.update, Now: cfg.Now, Alarm: cfg.Alarm,
+		Schedule: e.reaper.Schedule}
 	e.sweeper = sweeping.New(sweeping.Config{Vault: cfg.Vault, Backends: cfg.Backends, Reaper: e.reaper,
 		Policy: cfg.Policy, Now: cfg.Now, Alarm: cfg.Alarm, View: e.view, Update: e.update,
 		Retire: e.index.Retire, MintTimeout: cfg.MintTimeout, MintBound: cfg.MintBound, Every: cfg.SweepEvery})
@@ -79,24 +80,18 @@ func (e *Engine) Stop() {
 func (e *Engine) Resume(ctx context.Context) error {
 	const op = "resume"
 	e.started = e.cfg.Now()
-	var alive []closing.Due
-	var abandoned, madeAhead []broker.Grant
+	var live []records.Scheduled
+	var madeAhead []broker.Grant
 	var unsettled []broker.Revocation
 	var watching []broker.Delegation
 	var held []broker.GrantID
 	err := e.view(ctx, op, func(tx *records.Tx) error {
-		alive, abandoned, madeAhead, unsettled, held = nil, nil, nil, nil, nil
-		err := tx.EachLiveHead(func(g records.GrantHead) error {
-			lost := g.Sealed != "" && g.Collected.IsZero() // the sealed secret was in the memory of the last process
-			if g.State == broker.StateIssued && g.Ending == "" && !lost {
-				alive = append(alive, closing.Due{At: g.Expires, ID: g.ID, Backend: g.Backend})
-				if g.Held {
-					held = append(held, g.ID)
-				}
-			} else {
-				abandoned = append(abandoned, broker.Grant{ID: g.ID, Backend: g.Backend})
+		live, madeAhead, unsettled, held = nil, nil, nil, nil
+		err := tx.EachScheduled(func(s records.Scheduled) {
+			live = append(live, s)
+			if s.Held && !s.Abandoned {
+				held = append(held, s.ID)
 			}
-			return nil
 		})
 		if err := cmp.Or(err, tx.EachAhead(records.Everywhere, func(g broker.Grant) error {
 			madeAhead = append(madeAhead, g)
@@ -123,7 +118,6 @@ func (e *Engine) Resume(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	e.reaper.Fill(alive)
 	for _, id := range held {
 		e.Holds.Expect(id, closing.ResumeGrace)
 	}
@@ -143,7 +137,7 @@ func (e *Engine) Resume(ctx context.Context) error {
 	e.background(func() { e.sweeper.Run(e.ctx) })
 	e.background(func() { e.index.Run(e.ctx) })
 	e.reaper.WatchTargets()
-	e.reaper.EndNow(abandoned...)
+	e.reaper.Schedule(live)
 	for _, rv := range unsettled {
 		e.reconcile(rv)
 	}

@@ -87,9 +87,15 @@ func (e *embedded) growIn(ctx context.Context, n int, list string, entries int) 
 	}
 	old := string(first.Grant.ID)
 	var raw []byte
+	listed := []byte{} // in the list of live grants
 	if err := e.ledger.View(ctx, func(tx broker.Tx) error {
 		v, err := tx.Get("g/" + old)
 		raw = append(raw, v...)
+		if err != nil || list != "l/" {
+			return err
+		}
+		v, err = tx.Get(list + string(d.Chain) + "/" + old)
+		listed = append(listed, v...)
 		return err
 	}); err != nil || raw == nil {
 		return d, errors.Join(err, errors.New("the ledger does not store grants under g/"))
@@ -102,7 +108,7 @@ func (e *embedded) growIn(ctx context.Context, n int, list string, entries int) 
 				if err := tx.Put("g/"+id, []byte(strings.ReplaceAll(string(raw), old, id))); err != nil {
 					return err
 				}
-				if err := tx.Put(list+string(d.Chain)+"/"+id, []byte{}); err != nil {
+				if err := tx.Put(list+string(d.Chain)+"/"+id, listed); err != nil {
 					return err
 				}
 				for range entries {

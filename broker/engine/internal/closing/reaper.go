@@ -162,11 +162,22 @@ func (r *Reaper) worker(backend string) *worker {
 	return w
 }
 
-// Fill schedules many grants at once.
-func (r *Reaper) Fill(due []Due) {
+// Schedule takes over grants from the list of live ones: it ends the abandoned ones now, and the others at their expiry.
+func (r *Reaper) Schedule(list []records.Scheduled) {
+	var due []Due
+	var abandoned []broker.Grant
+	for _, s := range list {
+		if s.Abandoned {
+			abandoned = append(abandoned, broker.Grant{ID: s.ID, Backend: s.Backend})
+		} else {
+			due = append(due, Due{At: s.Expires, ID: s.ID, Backend: s.Backend})
+		}
+	}
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	r.due.Fill(due)
+	r.mu.Unlock()
+	r.wake.Notify()
+	r.EndNow(abandoned...)
 }
 
 // maxWait is about the longest delay of [worker.retry].

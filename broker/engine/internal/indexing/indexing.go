@@ -1,4 +1,5 @@
-// Package indexing keeps the ledger's index of chains complete, and takes out of it all that is not needed any more.
+// Package indexing keeps the ledger's index of chains and its schedule of live grants complete, and takes out of the
+// index all that is not needed any more.
 package indexing
 
 import (
@@ -19,22 +20,65 @@ type Index struct {
 	Update func(ctx context.Context, op string, f func(*records.Tx) error) error
 	Now    func() time.Time
 	Alarm  func(op string, err error)
+
+	Schedule func([]records.Scheduled) // schedules the ends of grants
 }
 
 // atOnce is the number of chains that one transaction compares with the index, so that a fence waits for few.
 const atOnce = 256
 
-// Run completes the index, until the ledger lets it.
+// Run completes the index, and then the schedule, until the ledger lets it.
 func (x Index) Run(ctx context.Context) {
+	x.until(ctx, "comparing the index of chains", x.complete)
+	x.until(ctx, "comparing the schedule of live grants", x.reschedule)
+}
+
+// until calls f until it succeeds.
+func (x Index) until(ctx context.Context, op string, f func(context.Context) error) {
 	retry := backoff.Exponential{First: 100 * time.Millisecond, Most: 10 * time.Second}
 	for {
-		err := x.complete(ctx)
+		err := f(ctx)
 		if err == nil || ctx.Err() != nil {
 			return
 		}
-		x.Alarm("comparing the index of chains", err)
+		x.Alarm(op, err)
 		if retry.Wait(ctx) != nil {
 			return
+		}
+	}
+}
+
+// reschedule compares the list of live grants, from which this process took its schedule, with the grants. An earlier
+// build listed the ids alone, and may have run since this build listed more: then a grant that it was ending is listed as
+// one that ends at its expiry. What differs is listed anew, and scheduled as it is.
+//
+// A crash in it leaves a part of the list, which the next process corrects.
+func (x Index) reschedule(ctx context.Context) error {
+	const op = "schedule"
+	for last := ""; ; {
+		var plain, wrong []broker.GrantID
+		if err := x.View(ctx, op, func(tx *records.Tx) (err error) {
+			plain, wrong, last, err = tx.Misscheduled(last, atOnce)
+			return err
+		}); err != nil {
+			return err
+		}
+		if all := append(plain, wrong...); len(all) > 0 {
+			var list []records.Scheduled
+			if err := x.Update(ctx, op, func(tx *records.Tx) (err error) {
+				if list, err = tx.Reschedule(all); err != nil {
+					return err
+				}
+				_, err = tx.Enter(broker.Entry{At: x.Now(), Actor: "pawl", Op: broker.OpResume,
+					Detail: fmt.Sprintf("scheduled %d live grants", len(all))})
+				return err
+			}); err != nil {
+				return err
+			}
+			x.Schedule(slices.DeleteFunc(list, func(s records.Scheduled) bool { return !slices.Contains(wrong, s.ID) }))
+		}
+		if last == "" {
+			return nil
 		}
 	}
 }

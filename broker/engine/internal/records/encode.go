@@ -79,6 +79,8 @@ func toWire(rec any) (any, error) {
 	switch r := rec.(type) {
 	case broker.Grant:
 		return grantWire(r), nil
+	case Scheduled:
+		return wireScheduled{r.Backend, stampOf(r.Expires), r.Abandoned, r.Held}, nil
 	case broker.Delegation:
 		return delegationWire(r)
 	case broker.Chain:
@@ -108,8 +110,10 @@ func fromWire(raw []byte, rec any) (err error) {
 	switch r := rec.(type) {
 	case *broker.Grant:
 		*r, err = read(raw, (*wireGrant).grant)
-	case *GrantHead:
-		*r, err = read(raw, func(w *wireGrantHead) (GrantHead, error) { return w.head(), nil })
+	case *Scheduled:
+		*r, err = read(raw, func(w *wireScheduled) (Scheduled, error) {
+			return Scheduled{Backend: w.Backend, Expires: w.Expires.time(), Abandoned: w.Abandoned, Held: w.Held}, nil
+		})
 	case *broker.Delegation:
 		*r, err = read(raw, func(w *wireDelegation) (broker.Delegation, error) { return w.delegation() })
 	case *broker.Chain:

@@ -75,6 +75,7 @@ func full(t testing.TB) map[string]any {
 		"bundle":       Bundle{Name: "main", Version: 3, Digest: "sha256:x", Since: moment, By: "pawl"},
 		"acknowledged": acknowledged{At: moment},
 		"cursor":       cursor{Revision: 99},
+		"scheduled":    Scheduled{Backend: "shop", Expires: moment, Abandoned: true, Held: true},
 	}
 }
 
@@ -132,27 +133,6 @@ func checkFull(t *testing.T, name string, v reflect.Value) {
 		}
 		if f.IsExported() && f.Tag.Get("json") != "-" && v.Field(i).IsZero() {
 			t.Errorf("full does not set %s.%s", name, f.Name)
-		}
-	}
-}
-
-// TestHead holds that the head of a grant is decoded from every format.
-func TestHead(t *testing.T) {
-	g := full(t)["grant"].(broker.Grant)
-	want := GrantHead{ID: g.ID, State: g.State, Backend: g.Backend, Expires: g.Expires, Ending: g.Ending,
-		Outcome: g.Outcome, Sealed: g.Sealed, Collected: g.Collected, Held: g.Held}
-	raw, err := encode("grant", g)
-	if err != nil {
-		t.Fatal(err)
-	}
-	older, err := json.Marshal(g)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for format, raw := range map[string][]byte{"the latest format": raw, "JSON": older} {
-		var got GrantHead
-		if err := decode("grant", raw, &got); err != nil || got != want {
-			t.Errorf("the head of %s = %+v, %v; want %+v", format, got, err, want)
 		}
 	}
 }
@@ -250,16 +230,15 @@ func BenchmarkGrant(b *testing.B) {
 			_ = json.Unmarshal(older, &got)
 		}
 	})
-	b.Run("head", func(b *testing.B) {
+	live, err := encode("l", scheduledOf(&g))
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Run("scheduled", func(b *testing.B) {
+		b.ReportMetric(float64(len(live)), "bytes")
 		for b.Loop() {
-			var got GrantHead
-			_ = decode("g", raw, &got)
-		}
-	})
-	b.Run("head/json", func(b *testing.B) {
-		for b.Loop() {
-			var got GrantHead
-			_ = json.Unmarshal(older, &got)
+			var got Scheduled
+			_ = decode("l", live, &got)
 		}
 	})
 }

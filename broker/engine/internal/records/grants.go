@@ -14,33 +14,45 @@ func (t *Tx) Grant(id broker.GrantID) (broker.Grant, bool, error) {
 }
 
 // PutGrant overwrites an existing grant.
-func (t *Tx) PutGrant(g broker.Grant) error { return save(t, keyGrant(g.ID), g) }
+func (t *Tx) PutGrant(g broker.Grant) error {
+	e, err := EncodeGrant(g)
+	if err != nil {
+		return err
+	}
+	return t.PutEncoded(e)
+}
 
 // EncodedGrant is a grant in its encoded form. An issue encodes it before its transaction, since all other transactions
 // wait for that one.
 type EncodedGrant struct {
-	Grant broker.Grant
-	raw   []byte
+	Grant  broker.Grant
+	raw    []byte
+	listed []byte // in the list of live grants; nil: it is closed
 }
 
 // EncodeGrant encodes a grant.
-func EncodeGrant(g broker.Grant) (EncodedGrant, error) {
-	raw, err := encode(keyGrant(g.ID), g)
-	return EncodedGrant{g, raw}, err
+func EncodeGrant(g broker.Grant) (e EncodedGrant, err error) {
+	e.Grant = g
+	if e.raw, err = encode(keyGrant(g.ID), g); err == nil && g.State != broker.StateClosed {
+		e.listed, err = encode(keyLive(g.Chain, g.ID), scheduledOf(&g))
+	}
+	return e, err
 }
 
-// PutEncoded writes an encoded grant.
-func (t *Tx) PutEncoded(e EncodedGrant) error { return t.tx.Put(keyGrant(e.Grant.ID), e.raw) }
+// PutEncoded writes an encoded grant, and lists one that is not closed as live.
+func (t *Tx) PutEncoded(e EncodedGrant) error {
+	if err := t.tx.Put(keyGrant(e.Grant.ID), e.raw); err != nil || e.listed == nil {
+		return err
+	}
+	return t.tx.Put(keyLive(e.Grant.Chain, e.Grant.ID), e.listed)
+}
 
-// AddEncoded writes a new grant and lists it as live.
+// AddEncoded writes a new grant.
 func (t *Tx) AddEncoded(e EncodedGrant) error {
 	if err := t.PutEncoded(e); err != nil {
 		return err
 	}
-	if err := t.indexID(e.Grant.Chain); err != nil {
-		return err
-	}
-	return t.mark(keyLive(e.Grant.Chain, e.Grant.ID))
+	return t.indexID(e.Grant.Chain)
 }
 
 // RereadGrant reads the grant of e again. It decodes the grant only when its bytes have changed.
@@ -148,11 +160,6 @@ func (t *Tx) FormerTools(policy broker.Policy) (tools []broker.Tool, err error) 
 		return nil
 	})
 	return tools, err
-}
-
-// EachLiveHead is EachLive for all chains, with the grants' heads alone.
-func (t *Tx) EachLiveHead(f func(GrantHead) error) error {
-	return eachGrant(t, prefixLive, Everywhere, f)
 }
 
 // EachLiveID calls f with the id of each grant of the chains that is not closed. An empty chain stands for all chains.

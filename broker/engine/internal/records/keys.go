@@ -21,7 +21,7 @@ import (
 //	i/TERM END/CHAIN a term of selectors that the chain has, and when the chain ends (no content)
 //	j/CHAIN/GRANT    a token that was made ahead, for the step that may take it
 //	k/DELEG/HASH     an idempotency key, with the grant it was used for
-//	l/CHAIN/GRANT    the grant is not closed (no content)
+//	l/CHAIN/GRANT    the grant is not closed, and when it must end
 //	m/CHAIN/DELEG    the delegation belongs to the chain (no content)
 //	n/DIGEST         a canary value
 //	o/OPENER END/CHAIN the caller opened the chain, which ends then (no content)

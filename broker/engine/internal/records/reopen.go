@@ -39,10 +39,7 @@ func (t *Tx) Reopen(g *broker.Grant, found broker.Evidence) error {
 	if _, err := t.DropLeftover(g.Chain, g.ID); err != nil { // its lease is a part of the proof again
 		return err
 	}
-	if err := t.indexID(g.Chain); err != nil {
-		return err
-	}
-	return t.mark(keyLive(g.Chain, g.ID))
+	return t.indexID(g.Chain)
 }
 
 // RevocationsOver returns the final revocations that cover some of the grants, with these.

@@ -93,19 +93,22 @@ func NewRule(s selector.Selector, mark broker.Fence) Rule {
 	return Rule{Fence: mark, Selector: s.String(), parsed: s}
 }
 
-// GrantHead is the part of a grant that decides when the grant must end. Resume decodes only the heads, since there may
-// be a hundred thousand.
-type GrantHead struct {
-	ID      broker.GrantID    `json:"id"`
-	State   broker.GrantState `json:"state"`
-	Backend string            `json:"backend"`
-	Expires time.Time         `json:"expires"`
-	Ending  broker.Ending     `json:"ending"`
-	Outcome broker.Outcome    `json:"outcome"`
+// Scheduled is what the list of live grants has of a grant: when it must end after a restart. A restart reads the list
+// alone, since there may be a hundred thousand.
+type Scheduled struct {
+	ID      broker.GrantID `json:"-"` // the key has it
+	Backend string         `json:"backend"`
+	Expires time.Time      `json:"expires"`
+	// Abandoned: it ends at the next start, whatever its expiry. It is in flight, or ending already, or a sealed secret
+	// that was not collected, which only the memory of its process has.
+	Abandoned bool `json:"abandoned"`
+	Held      bool `json:"held"`
+}
 
-	Sealed    string    `json:"sealed"`
-	Collected time.Time `json:"collected"`
-	Held      bool      `json:"held"`
+// scheduledOf returns what the list of live grants has of a grant.
+func scheduledOf(g *broker.Grant) Scheduled {
+	return Scheduled{ID: g.ID, Backend: g.Backend, Expires: g.Expires, Held: g.Held,
+		Abandoned: g.State != broker.StateIssued || g.Ending != "" || g.Sealed != "" && g.Collected.IsZero()}
 }
 
 // acknowledged is the record of an acknowledgement.

@@ -258,8 +258,14 @@ type wireEvidence struct {
 	Final   bool           `cbor:"6,keyasint,omitempty"`
 }
 
-// wireGrantHead has the keys of a grant that decide when it must end. Decoding it skips the other keys.
-type wireGrantHead struct {
+type wireScheduled struct {
+	Backend   string `cbor:"1,keyasint"`
+	Expires   stamp  `cbor:"2,keyasint"`
+	Abandoned bool   `cbor:"3,keyasint,omitempty"`
+	Held      bool   `cbor:"4,keyasint,omitempty"`
+}
+
+type wireGrant struct {
 	ID        broker.GrantID    `cbor:"1,keyasint"`
 	Backend   string            `cbor:"2,keyasint"`
 	State     broker.GrantState `cbor:"3,keyasint"`
@@ -269,15 +275,6 @@ type wireGrantHead struct {
 	Sealed    string            `cbor:"7,keyasint,omitempty"`
 	Collected stamp             `cbor:"8,keyasint,omitempty"`
 	Held      bool              `cbor:"9,keyasint,omitempty"`
-}
-
-func (w wireGrantHead) head() GrantHead {
-	return GrantHead{ID: w.ID, State: w.State, Backend: w.Backend, Expires: w.Expires.time(), Ending: w.Ending,
-		Outcome: w.Outcome, Sealed: w.Sealed, Collected: w.Collected.time(), Held: w.Held}
-}
-
-type wireGrant struct {
-	wireGrantHead
 
 	Chain      broker.ChainID      `cbor:"10,keyasint"`
 	Delegation broker.DelegationID `cbor:"11,keyasint"`
@@ -306,9 +303,8 @@ type wireGrant struct {
 
 func grantWire(g broker.Grant) wireGrant {
 	w := wireGrant{
-		wireGrantHead: wireGrantHead{ID: g.ID, Backend: g.Backend, State: g.State, Expires: stampOf(g.Expires),
-			Ending: g.Ending, Outcome: g.Outcome, Sealed: g.Sealed, Collected: stampOf(g.Collected),
-			Held: g.Held},
+		ID: g.ID, Backend: g.Backend, State: g.State, Expires: stampOf(g.Expires), Ending: g.Ending, Outcome: g.Outcome,
+		Sealed: g.Sealed, Collected: stampOf(g.Collected), Held: g.Held,
 		Chain: g.Chain, Delegation: g.Delegation, Caller: idText(g.Caller), Tool: g.Tool, Narrowing: g.Narrowing,
 		Purpose: g.Purpose, Path: g.Path.String(), Created: stampOf(g.Created), Bundle: g.Bundle, Policies: g.Policies,
 		Token: handleWire(g.Token), Deadline: stampOf(g.MintDeadline), Fence: fenceWire(g.Fence), Ended: stampOf(g.Ended),
