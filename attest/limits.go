@@ -85,8 +85,9 @@ func Server(h http.Handler, limits Limits) *http.Server {
 		MaxHeaderBytes:    l.HeaderSize,
 		ReadHeaderTimeout: l.Header,
 		IdleTimeout:       l.Idle,
-		// A body has at most 64 KiB. The defaults keep 1 MiB of unread bodies for each connection.
-		HTTP2: &http.HTTP2Config{MaxReceiveBufferPerConnection: 256 << 10, MaxReceiveBufferPerStream: 64 << 10},
+		// A body has at most 64 KiB. The defaults keep 1 MiB of unread bodies for each connection, and read frames of 1 MiB.
+		HTTP2: &http.HTTP2Config{MaxReceiveBufferPerConnection: 256 << 10, MaxReceiveBufferPerStream: 64 << 10,
+			MaxReadFrameSize: 16 << 10},
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			ctx = context.WithValue(ctx, bornKey{}, l.Now())
 			if c := boundOf(c); c != nil {
@@ -107,10 +108,30 @@ func Server(h http.Handler, limits Limits) *http.Server {
 				w.Header().Set("Connection", "close")
 			}
 			if r.ContentLength != 0 {
-				// net/http reads the rest of a body that the handler leaves, for as long as it takes.
-				_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(l.Body)) // a test's recorder has no socket
+				defer within(l.Body, r, http.NewResponseController(w))()
 			}
 			h.ServeHTTP(w, r)
 		}),
+	}
+}
+
+// within lets the reads of a request's body fail after d. Over HTTP/1.1 that holds after the handler too: net/http reads
+// the rest of a body that the handler leaves, for as long as it takes. Over HTTP/2 it drops the rest, and each deadline is
+// a message to the goroutine of the connection: it is set only once the time is over. A test's recorder has no socket, so
+// the errors are ignored.
+func within(d time.Duration, r *http.Request, control *http.ResponseController) (stop func()) {
+	if r.ProtoMajor == 1 {
+		_ = control.SetReadDeadline(time.Now().Add(d))
+		return func() {}
+	}
+	set := make(chan struct{})
+	timer := time.AfterFunc(d, func() {
+		defer close(set)
+		_ = control.SetReadDeadline(time.Unix(1, 0))
+	})
+	return func() {
+		if !timer.Stop() {
+			<-set // net/http ends the process when the request is over before it
+		}
 	}
 }

@@ -2,11 +2,13 @@ package attest_test
 
 import (
 	"bufio"
+	"context"
 	"crypto/tls"
 	"errors"
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -195,5 +197,51 @@ func TestHeaderLimits(t *testing.T) {
 	}
 	if _, err := send(head); !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
 		t.Errorf("a header that does not end: %v, want the connection closed", err)
+	}
+}
+
+// TestStalledBody holds that the read of a body that does not come fails after the limit, and that a handler which returns
+// at that very moment harms nothing.
+func TestStalledBody(t *testing.T) {
+	for name, http2 := range map[string]bool{"HTTP/1.1": false, "HTTP/2": true} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				protocols := new(http.Protocols)
+				protocols.SetHTTP1(!http2)
+				protocols.SetUnencryptedHTTP2(http2)
+				limits := attest.Limits{Body: 3 * time.Second, First: time.Hour}
+				inner := newPipes()
+				server := attest.Server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					if r.URL.Path == "/late" {
+						time.Sleep(3 * time.Second) // on synctest's clock
+						return
+					}
+					if _, err := io.ReadAll(r.Body); !errors.Is(err, os.ErrDeadlineExceeded) {
+						t.Errorf("reading the body = %v, want that its time has passed", err)
+					}
+				}), limits)
+				server.Protocols = protocols
+				ended := make(chan error, 1)
+				go func() { ended <- server.Serve(attest.Listener(inner, nil, limits)) }()
+				transport := &http.Transport{Protocols: protocols,
+					DialContext: func(context.Context, string, string) (net.Conn, error) { return inner.dial(), nil }}
+				for _, path := range []string{"/", "/late", "/late", "/late"} {
+					body, never := io.Pipe()
+					req, err := http.NewRequest(http.MethodPost, "http://pawl"+path, body)
+					if err != nil {
+						t.Fatal(err)
+					}
+					began := time.Now()
+					resp, err := transport.RoundTrip(req)
+					if took := time.Since(began); err != nil || resp.StatusCode != http.StatusOK || took != 3*time.Second {
+						t.Errorf("%s was answered with %+v, %v after %v, want 200 after 3 s", path, resp, err, took)
+					}
+					_ = never.Close()
+					transport.CloseIdleConnections()
+				}
+				_ = server.Close()
+				<-ended
+			})
+		})
 	}
 }

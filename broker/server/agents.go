@@ -295,14 +295,14 @@ func (s *Server) standingEvents(x *exchange) error {
 	if err != nil {
 		return err
 	}
-	first, err := s.cfg.Broker.Status(x.Context(), c, id)
-	if err != nil {
+	var first broker.Status
+	if err := apart(func() (err error) { first, err = s.cfg.Broker.Status(x.Context(), c, id); return err }); err != nil {
 		return err
 	}
 	d := first.Delegation
 	x.note(slog.String("chain", string(d.Chain)))
 	return s.follow(x, feed{
-		holder: c.ID.String(), most: s.cfg.Limits.Streams, event: api.EventStanding, until: c.NotAfter,
+		holder: c.ID.String(), most: s.cfg.Limits.Streams, event: api.EventStanding, until: c.NotAfter, apart: true,
 		watch: func() (<-chan struct{}, func()) { return s.cfg.Broker.WatchFences(d.Chain) },
 		read: func(ctx context.Context) (any, bool, error) {
 			if !s.cfg.Now().Before(d.Expires) {

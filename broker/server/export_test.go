@@ -35,3 +35,6 @@ func RememberedCallers(n int) int {
 	}
 	return len(r.byCaller)
 }
+
+// Apart runs a function beside its request.
+var Apart = apart

@@ -110,10 +110,31 @@ func (x *exchange) holdBack(now time.Time) {
 // Config.Now.
 const socketTime = 10 * time.Second
 
+// withinSocketTime lets the reads or writes of a request fail after socketTime, by set, its SetReadDeadline or
+// SetWriteDeadline. stop ends that. Over HTTP/2 each call of set is a message to the goroutine of the connection, and a
+// deadline that has passed also resets a stream without a write in progress. So there it is called only once the time is
+// over. A recorder in a test has no socket, so the errors of set are ignored.
+func (x *exchange) withinSocketTime(set func(time.Time) error) (stop func()) {
+	if x.ProtoMajor == 1 {
+		_ = set(time.Now().Add(socketTime))
+		return func() { _ = set(time.Time{}) }
+	}
+	passed := make(chan struct{})
+	timer := time.AfterFunc(socketTime, func() {
+		defer close(passed)
+		_ = set(time.Unix(1, 0))
+	})
+	return func() {
+		if !timer.Stop() {
+			<-passed // net/http ends the process when the request is over before it
+		}
+	}
+}
+
 // write sends the status and body of an answer within socketTime.
 func (x *exchange) write(status int, body []byte) error {
 	control := http.NewResponseController(x.w)
-	_ = control.SetWriteDeadline(time.Now().Add(socketTime)) // a recorder in a test has no socket
+	defer x.withinSocketTime(control.SetWriteDeadline)()
 	x.w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	x.w.WriteHeader(status)
 	_, err := x.w.Write(body)

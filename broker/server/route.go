@@ -109,7 +109,7 @@ func (s *Server) serve(r route) http.Handler {
 				x.done()
 			}
 		}()
-		err := s.run(r, x)
+		err := caught(func() error { return s.run(r, x) })
 		if errors.Is(err, http.ErrAbortHandler) {
 			panic(http.ErrAbortHandler) // net/http closes the connection
 		}
@@ -120,8 +120,8 @@ func (s *Server) serve(r route) http.Handler {
 	})
 }
 
-// run turns a panic in one request into an error of that request, so that no request can harm another.
-func (s *Server) run(r route, x *exchange) (err error) {
+// caught turns a panic in one request into an error of that request, so that no request can harm another.
+func caught(f func() error) (err error) {
 	defer func() {
 		switch p := recover().(type) {
 		case nil:
@@ -136,6 +136,11 @@ func (s *Server) run(r route, x *exchange) (err error) {
 			err = fmt.Errorf("panic: %T\n%s", p, debug.Stack())
 		}
 	}()
+	return f()
+}
+
+// run checks the request line and calls the endpoint.
+func (s *Server) run(r route, x *exchange) error {
 	// GET routes match HEAD too. An endless answer without a body is of no use.
 	if r.method != "" && x.Method != r.method {
 		return refuseMethod([]string{r.method})(x)

@@ -134,11 +134,12 @@ type Server struct {
 	closed chan struct{} // closed by Close
 	once   sync.Once     // of Close
 
-	acts, endings, introspections *rates  // of agents
-	bodies                        bodies  // that are arriving
-	streams                       counted // open ones, by holder
-	held                          counted // refusals that are held back, by caller
-	reads                         counted // of operators, under way
+	acts, endings, introspections *rates        // of agents
+	bodies                        bodies        // that are arriving
+	streams                       counted       // open ones, by holder
+	turns                         chan struct{} // of streams that read apart
+	held                          counted       // refusals that are held back, by caller
+	reads                         counted       // of operators, under way
 	limitLog                      rate.Sometimes
 }
 
@@ -166,7 +167,7 @@ func New(cfg Config) (*Server, error) {
 	}
 	cfg.Heartbeat = cmp.Or(cfg.Heartbeat, 15*time.Second)
 	cfg.Limits = cfg.Limits.orDefaults()
-	return &Server{cfg: cfg, closed: make(chan struct{}), limitLog: rate.Sometimes{Interval: time.Second},
+	return &Server{cfg: cfg, closed: make(chan struct{}), turns: make(chan struct{}, readsAtOnce), limitLog: rate.Sometimes{Interval: time.Second},
 		acts:           newRates(LimitRequests, cfg.Limits.Requests),
 		endings:        newRates(LimitRequests, cfg.Limits.Requests),
 		introspections: newRates(LimitIntrospections, cfg.Limits.Introspections)}, nil

@@ -22,6 +22,7 @@ type feed struct {
 	event    string        // the name of its events
 	until    time.Time     // the end of the holder's identity; zero: none
 	interval time.Duration // the shortest time between two reads
+	apart    bool          // there may be many such streams: see apart
 	// watch returns a channel that is closed when it is time to read again.
 	watch func() (changed <-chan struct{}, cancel func())
 	// read returns the data of an event, and whether it is the last.
@@ -58,7 +59,7 @@ func (s *Server) follow(x *exchange, f feed) error {
 	for {
 		// Watch before reading, so that a change in between is not lost.
 		changed, cancel := f.watch()
-		final, err := st.update(f)
+		final, err := s.update(st, f)
 		if err == nil && !final {
 			err = s.wait(x.Context(), st, changed, beat.C, expired, f.interval)
 		}
@@ -104,41 +105,80 @@ func (s *Server) wait(ctx context.Context, st *stream, changed <-chan struct{}, 
 	}
 }
 
-// update sends one event if the state has changed. An error before the first event becomes the answer. A later one
-// becomes the last event. An unavailable or internal error is not sent: the client should connect again.
-func (st *stream) update(f feed) (final bool, err error) {
+// event is what a stream sends next.
+type event struct {
+	name  string
+	data  []byte
+	final bool
+}
+
+// next reads the state. An error before the first event becomes the answer. A later one becomes the last event, and is
+// returned with it. An unavailable or internal error is not sent: the client should connect again.
+func (st *stream) next(f feed) (ev event, err error) {
 	data, final, err := f.read(st.x.Context())
-	name := f.event
+	ev = event{name: f.event, final: final}
 	if err != nil {
 		p := *problemOf(err)
 		if st.sent == 0 || st.x.Context().Err() != nil || p.Kind == api.KindUnavailable || p.Kind == api.KindInternal {
-			return true, err
+			return event{}, err
 		}
 		p.Request = st.x.id
-		name, data, final = api.EventProblem, &p, true
+		ev.name, ev.final, data = api.EventProblem, true, &p
 	}
 	raw, jsonErr := json.Marshal(data, json.Deterministic(true))
 	if jsonErr != nil {
-		return true, fmt.Errorf("encoding an event: %w", jsonErr)
+		return event{}, fmt.Errorf("encoding an event: %w", jsonErr)
 	}
-	if st.sent > 0 && bytes.Equal(raw, st.last) {
-		return final, nil
+	ev.data = raw
+	return ev, err
+}
+
+// update sends one event if the state has changed.
+func (s *Server) update(st *stream, f feed) (final bool, err error) {
+	var ev event
+	read := func() (err error) { ev, err = st.next(f); return err }
+	if f.apart {
+		s.turns <- struct{}{} // a fence wakes thousands of streams at once
+		err = apart(read)
+		<-s.turns
+	} else {
+		err = read()
+	}
+	if ev.data == nil {
+		return true, err
+	}
+	if st.sent > 0 && bytes.Equal(ev.data, st.last) {
+		return ev.final, nil
 	}
 	if st.sent == 0 {
 		st.x.w.Header().Set("Content-Type", "text/event-stream")
 		st.x.w.WriteHeader(http.StatusOK)
 	}
-	st.sent, st.last = st.sent+1, raw
-	if writeErr := st.write(fmt.Sprintf("id: %d\nevent: %s\ndata: %s\n\n", st.sent, name, raw)); writeErr != nil {
+	st.sent, st.last = st.sent+1, ev.data
+	if writeErr := st.write(fmt.Sprintf("id: %d\nevent: %s\ndata: %s\n\n", st.sent, ev.name, ev.data)); writeErr != nil {
 		return true, writeErr
 	}
-	return final, err
+	return ev.final, err
+}
+
+// readsAtOnce is how many streams read at a time apart from their goroutines. A read waits neither for a client nor for a
+// write of the ledger.
+const readsAtOnce = 64
+
+// apart runs f in a goroutine of its own and waits for it. A stream waits for hours, with the stack that its deepest call
+// has left it: to read the ledger and encode an event takes several times that of waiting. A panic of f becomes its error.
+func apart(f func() error) (err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		err = caught(f)
+	}()
+	<-done
+	return err
 }
 
 func (st *stream) write(text string) error {
-	_ = st.control.SetWriteDeadline(time.Now().Add(socketTime)) // a recorder in a test has no socket
-	// HTTP/2 resets a stream when its deadline has passed, also one without a write in progress.
-	defer func() { _ = st.control.SetWriteDeadline(time.Time{}) }()
+	defer st.x.withinSocketTime(st.control.SetWriteDeadline)()
 	if _, err := st.x.w.Write([]byte(text)); err != nil {
 		return fmt.Errorf("%w: %w", errEnded, err)
 	}
