@@ -18,6 +18,7 @@ import (
 
 	"github.com/pawlsec/pawl/cmd/bench/against"
 	"github.com/pawlsec/pawl/cmd/bench/flooder"
+	"github.com/pawlsec/pawl/cmd/bench/profiled"
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
@@ -38,8 +39,8 @@ func command(ctx context.Context, args []string) error {
 	if len(args) == 2 && args[0] == flooderCommand {
 		return flooder.Run(ctx, args[1])
 	}
-	if len(args) == 5 && args[0] == brokerCommand { // broker FILE server --config FILE
-		return serveProfiled(ctx, args[1], args[4])
+	if len(args) == 5 && args[0] == profiled.Command { // broker FILE server --config FILE
+		return profiled.Run(ctx, args[1], args[4])
 	}
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	var o options

@@ -26,6 +26,7 @@ import (
 	"github.com/pawlsec/pawl/broker/policy"
 	"github.com/pawlsec/pawl/cmd/bench/plain"
 	"github.com/pawlsec/pawl/cmd/bench/process"
+	"github.com/pawlsec/pawl/cmd/bench/profiled"
 	"github.com/pawlsec/pawl/cmd/dev"
 	"github.com/pawlsec/pawl/cmd/wire"
 	"github.com/pawlsec/pawl/plugins/postgres"
@@ -93,7 +94,7 @@ func openWorld(ctx context.Context, b *bench, dir string, c dev.Config, limits w
 		if err != nil {
 			return w, err
 		}
-		program = []string{self, brokerCommand, b.profileBroker}
+		program = []string{self, profiled.Command, b.profileBroker}
 	}
 	if w.broker, err = process.StartBroker(ctx, program, w.config, filepath.Join(b.root, "build", "bench-broker.log")); err != nil {
 		return w, err

@@ -1,4 +1,5 @@
-package main
+// Package profiled runs a broker that records profiles of itself.
+package profiled
 
 import (
 	"context"
@@ -11,16 +12,16 @@ import (
 	"github.com/pawlsec/pawl/cmd/wire"
 )
 
-// brokerCommand is the argument that makes this program a broker that records profiles of itself, before the file for
-// them and the arguments of `pawl`.
-const brokerCommand = "broker"
+// Command is the argument that makes the program of the measurements such a broker, before the file for the profiles and
+// the arguments of `pawl`.
+const Command = "broker"
 
 // allocations is the end of the name of the profile of memory.
 const allocations = ".mem"
 
-// serveProfiled runs the broker of a configuration until ctx ends. Then it writes a CPU profile to file, and one of the
+// Run runs the broker of a configuration until ctx ends. Then it writes a CPU profile to file, and one of the
 // memory beside it: what was allocated, and what is in use.
-func serveProfiled(ctx context.Context, file, config string) (err error) {
+func Run(ctx context.Context, file, config string) (err error) {
 	c, err := wire.ReadConfig(config)
 	if err != nil {
 		return err
