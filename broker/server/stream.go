@@ -105,7 +105,7 @@ func (s *Server) wait(ctx context.Context, st *stream, changed <-chan struct{}, 
 	}
 }
 
-// event is what a stream sends next.
+// event is the next event of a stream.
 type event struct {
 	name  string
 	data  []byte

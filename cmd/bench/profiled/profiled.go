@@ -20,7 +20,7 @@ const Command = "broker"
 const allocations = ".mem"
 
 // Run runs the broker of a configuration until ctx ends. Then it writes a CPU profile to file, and one of the
-// memory beside it: what was allocated, and what is in use.
+// memory beside it: all allocations, and the live heap.
 func Run(ctx context.Context, file, config string) (err error) {
 	c, err := wire.ReadConfig(config)
 	if err != nil {

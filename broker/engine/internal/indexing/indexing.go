@@ -50,7 +50,7 @@ func (x Index) until(ctx context.Context, op string, f func(context.Context) err
 
 // reschedule compares the list of live grants, from which this process took its schedule, with the grants. An earlier
 // build listed the ids alone, and may have run since this build listed more: then a grant that it was ending is listed as
-// one that ends at its expiry. What differs is listed anew, and scheduled as it is.
+// one that ends at its expiry. Each item that differs is listed and scheduled anew.
 //
 // A crash in it leaves a part of the list, which the next process corrects.
 func (x Index) reschedule(ctx context.Context) error {

@@ -6,7 +6,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-// EachScheduled calls f with what the list of live grants has of each. An earlier build listed the id alone: such a grant
+// EachScheduled calls f with each item of the list of live grants. An earlier build listed the id alone: such a grant
 // is read.
 func (t *Tx) EachScheduled(f func(Scheduled)) error {
 	var unread []broker.GrantID

@@ -93,7 +93,7 @@ func NewRule(s selector.Selector, mark broker.Fence) Rule {
 	return Rule{Fence: mark, Selector: s.String(), parsed: s}
 }
 
-// Scheduled is what the list of live grants has of a grant: when it must end after a restart. A restart reads the list
+// Scheduled is an item of the list of live grants: when the grant must end after a restart. A restart reads the list
 // alone, since there may be a hundred thousand.
 type Scheduled struct {
 	ID      broker.GrantID `json:"-"` // the key has it
@@ -105,7 +105,7 @@ type Scheduled struct {
 	Held      bool `json:"held"`
 }
 
-// scheduledOf returns what the list of live grants has of a grant.
+// scheduledOf returns the item of a grant.
 func scheduledOf(g *broker.Grant) Scheduled {
 	return Scheduled{ID: g.ID, Backend: g.Backend, Expires: g.Expires, Held: g.Held,
 		Abandoned: g.State != broker.StateIssued || g.Ending != "" || g.Sealed != "" && g.Collected.IsZero()}
