@@ -117,7 +117,7 @@ func Server(h http.Handler, limits Limits) *http.Server {
 
 // within lets the reads of a request's body fail after d. Over HTTP/1.1 that holds after the handler too: net/http reads
 // the rest of a body that the handler leaves, for as long as it takes. Over HTTP/2 it drops the rest, and each deadline is
-// a message to the goroutine of the connection: it is set only when the time has passed. A test's recorder has no socket, so
+// a message to the goroutine of the connection: it is set only after that time. A test's recorder has no socket, so
 // the errors are ignored.
 func within(d time.Duration, r *http.Request, control *http.ResponseController) (stop func()) {
 	if r.ProtoMajor == 1 {

@@ -112,8 +112,8 @@ const socketTime = 10 * time.Second
 
 // withinSocketTime lets the reads or writes of a request fail after socketTime, by set, its SetReadDeadline or
 // SetWriteDeadline. stop ends that. Over HTTP/2 each call of set is a message to the goroutine of the connection, and a
-// deadline that has passed also resets a stream without a write in progress. So there it is called only when the time has
-// passed. A recorder in a test has no socket, so the errors of set are ignored.
+// deadline that has passed also resets a stream without a write in progress. So there it is called only after the
+// time. A recorder in a test has no socket, so the errors of set are ignored.
 func (x *exchange) withinSocketTime(set func(time.Time) error) (stop func()) {
 	if x.ProtoMajor == 1 {
 		_ = set(time.Now().Add(socketTime))

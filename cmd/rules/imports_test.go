@@ -126,7 +126,7 @@ var only = []struct {
 	{"broker/brokertest", []string{"cmd/bench"}, "it has failures to order, which a running broker must not"},
 	{"store/power", nil, "it is for tests"},
 	{"cmd/parts", []string{"cmd/*", "cmd/parts/*"}, "it starts servers with root tokens, which are for development"},
-	{"cmd/*", []string{"cmd/*", "cmd/parts/*"}, "only cmd wires, and nothing depends on the wiring"},
+	{"cmd/*", []string{"cmd/*", "cmd/parts/*", "cmd/bench/profiled"}, "only cmd wires, and nothing depends on the wiring"},
 }
 
 // homes lists the packages that may use a dependency, and the reason why no other may. cmd/bench is never shipped. It
