@@ -107,6 +107,7 @@ var rows = []row{
 		"adapters never import each other: each can be removed alone"},
 	{"cmd/parts", nil, nil, "all tests start servers by it, so it can depend on nothing that they test"},
 	{"cmd/parts/*", []string{"cmd/parts"}, nil, "the builders and runners of real servers know nothing of the product"},
+	{"cmd/bench/profiled", []string{"cmd/wire"}, nil, "it runs the broker, and measures nothing"},
 	{"cmd/bench/*", []string{"cmd/bench/*"}, nil, "the report and the flooder of the measurements know nothing of the product"},
 	{"cmd/rules/*", nil, nil, "a check of the tree must not depend on the tree"},
 	{"cmd/wire", []string{"attest", "broker", "broker/*", "broker/api/client", "store/*", "plugins/*"}, []string{"attest/workload", "broker/api/apitest"},
