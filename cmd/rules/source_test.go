@@ -41,10 +41,8 @@ var skips = []place{
 // never read the clock.
 var clocks = []place{
 	{"broker/brokertest/backend.go", "its clock is that of testing/synctest"},
-	{"broker/server/exchange.go", "deadlines of sockets are the operating system's time"},
 	{"broker/server/problem.go", "deadlines of sockets are the operating system's time"},
 	{"broker/server/signals.go", "deadlines of sockets are the operating system's time"},
-	{"broker/server/stream.go", "deadlines of sockets are the operating system's time"},
 	{"broker/agent/seal.go", "an SDK runs in another program's process"},
 	{"broker/agent/step.go", "an SDK runs in another program's process"},
 	{"broker/api/client/client.go", "an SDK runs in another program's process"},

@@ -65,8 +65,8 @@ type Disk struct {
 	durable state
 }
 
-// Skip is the answer to a sync that does nothing, as if the code did not make it.
-const Skip = syscall.Errno(1 << 20)
+// Omit is the answer to a sync that does nothing, as if the code did not make it.
+const Omit = syscall.Errno(1 << 20)
 
 // Watch begins to watch a directory, until stop. All that is in it is durable. on runs before each call, while its
 // caller waits, and returns the error that the call is to fail with; zero: it is made. on must not write a file, nor wait
@@ -154,7 +154,7 @@ func (d *Disk) answer(call, path string, fd int, offset int64) syscall.Errno {
 	}
 	c := Call{Name: call, File: name, Offset: offset}
 	switch errno := d.on(c); {
-	case errno == Skip:
+	case errno == Omit:
 		return 0
 	case errno != 0 || !c.Syncs():
 		return errno
