@@ -382,8 +382,8 @@ func TestTokenAheadCrash(t *testing.T) {
 			w.target.Fail(d.act)
 			_, err := w.Issue(ctx, as("planner"), step(root, "db.read"))
 			pass(2 * ahead.Wait)
-			finished = err == nil && d.at == ""
-			points[d.at] = true
+			finished = err == nil && d.point() == ""
+			points[d.point()] = true
 			made = append(made, w.aheads()...)
 			w.ledger.Fail(nil)
 			w.target.Fail(nil)

@@ -380,6 +380,13 @@ func (d *crash) act(point string) error {
 	return nil
 }
 
+// point returns the point of the crash; empty: the process lives.
+func (d *crash) point() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.at
+}
+
 // TestCrashAnywhere crashes the broker before and after each act of Issue and Close on the ledger, Vault and the
 // target. After a restart, every secret of the process before must end. A delegation's second step is tested too: its
 // token is made while its intent is committed, in either order.
@@ -424,15 +431,15 @@ func crashAtEachAct(t *testing.T, points map[string]bool, steps int) {
 				defer cancel()
 				_, err = w.Close(ctx, as("planner"), got.Grant.ID)
 			}
-			finished = err == nil && d.at == ""
-			points[d.at] = true
+			finished = err == nil && d.point() == ""
+			points[d.point()] = true
 			w.Stop()
 
 			w.ledger.Fail(nil)
 			w.target.Fail(nil)
 			w.vault, w.ledger = w.vault.Restarted(), w.ledger.Crash()
 			w.start(w.ledger)
-			if got.Grant.ID != "" && d.at != "" {
+			if got.Grant.ID != "" && d.point() != "" {
 				pass(time.Second)
 			}
 			pass(2 * time.Minute)
