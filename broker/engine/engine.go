@@ -49,6 +49,7 @@ type Config struct {
 	Refusals     int                // of one caller recorded one by one a minute; zero means 60
 	Refused      func(limit string) // is called for each request that a limit refuses; nil means no call
 	OpenChains   int                // chains of one opener that are open at a time; zero means broker.MaxOpenChains
+	NoTokenAhead bool               // the token of a step is made when the step asks for it
 }
 
 // Engine runs the procedures. [New] makes one. It is safe for concurrent use.

@@ -50,7 +50,7 @@ func New(cfg Config) (*Engine, error) {
 		Order: func(ctx context.Context, op string, f func(*records.Tx) error, lost func(error)) error {
 			return record(e, op, f, func(f func(broker.Tx) error) error { return e.cfg.Ledger.Order(ctx, f, lost) })
 		},
-		Limits: e.reaper, Busy: func() bool { return e.turns.Waiting() > 0 },
+		Limits: e.reaper, Busy: func() bool { return cfg.NoTokenAhead || e.turns.Waiting() > 0 },
 		Context: e.ctx, Background: e.background, CallTimeout: cfg.MintTimeout})
 	e.index = indexing.Index{Cache: &e.cache, View: e.view, Update: e.update, Now: cfg.Now, Alarm: cfg.Alarm,
 		Schedule: e.reaper.Schedule}

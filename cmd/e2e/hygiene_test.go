@@ -249,13 +249,13 @@ func (w *world) playAll(t *testing.T, p *proxy, kept needles, c *agent.Client) (
 	refuse("budget", begin("notes.read", nil))
 	_, err = c.Join(ctx, agent.DelegationID("dl"+strings.Repeat("0", 24)))
 	refuse("a delegation that is not there", err)
+	p.spoil(childPath, quoting) // before a second step has a token that was made ahead
+	refuse("echo in place of a token", begin("db.read", agent.Args{"tables": []string{"orders"}}))
 	for name, f := range map[string]fault{"500": status(500), "cut": cut, "half": body(func(s string) string { return s[:len(s)/2] }),
 		"no lease": member(t, "lease_id", nil), "echo": quoting} {
 		p.spoil(mintPath, f)
 		refuse(name+" after the mint", begin("db.read", agent.Args{"tables": []string{"orders"}}))
 	}
-	p.spoil(childPath, quoting)
-	refuse("echo in place of a token", begin("db.read", agent.Args{"tables": []string{"orders"}}))
 	if err := w.env.Vault.Seal(ctx); err != nil {
 		t.Fatal(err)
 	}

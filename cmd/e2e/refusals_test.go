@@ -45,7 +45,10 @@ func TestQuota(t *testing.T) {
 	t.Parallel()
 	need(t, true)
 	env := newEnv(t, dev.Config{})
-	w := newWorld(t, env, func(c *wire.Config) { c.Vault.MintTimeout, c.Vault.MintBound = 10*time.Second, 90*time.Second })
+	w := newWorld(t, env, func(c *wire.Config) {
+		c.Vault.MintTimeout, c.Vault.MintBound = 10*time.Second, 90*time.Second
+		c.Vault.NoTokenAhead = true // each step meets the quota on tokens
+	})
 	s := w.here(nil, nil)
 	d, err := w.agent("planner").Open(t.Context(), agent.Chain{Task: "quota", Budget: api.Budget{Steps: 10},
 		Rights: []agent.Right{{Tool: "db.read", Use: true}}})

@@ -18,6 +18,7 @@ import (
 	"github.com/pawlsec/pawl/broker/agent"
 	"github.com/pawlsec/pawl/broker/api"
 	"github.com/pawlsec/pawl/cmd/dev"
+	"github.com/pawlsec/pawl/cmd/wire"
 )
 
 // tick gives a pause in which nothing is sent.
@@ -70,7 +71,7 @@ func TestBadVault(t *testing.T) {
 		"redirect of the step's token": {childPath, redirect, broker.CodeVaultDown},
 		"nothing in place of a token":  {childPath, text(""), broker.CodeVaultDown},
 	}
-	w := newWorld(t, env, nil)
+	w := newWorld(t, env, func(c *wire.Config) { c.Vault.NoTokenAhead = true }) // each step asks Vault for its token
 	p.use(t, &w.config)
 	w.here(nil, nil)
 	d, err := w.agent("planner").Open(t.Context(), agent.Chain{Task: "bad vault", Rights: []agent.Right{{Tool: "db.read", Use: true}}})

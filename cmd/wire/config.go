@@ -85,6 +85,8 @@ type Vault struct {
 	// true: a proxy before Vault may answer in its place, or send a request twice; then no answer shows that nothing was
 	// made, and steps that Vault refused count as unknown; docs/vault.md
 	BehindProxy bool `yaml:"behind_proxy"`
+	// true: the token of a step is made when the step asks for it, never ahead; docs/vault.md
+	NoTokenAhead bool `yaml:"no_token_ahead"`
 }
 
 // ReadConfig reads and validates a file.

@@ -185,7 +185,7 @@ func (s *Server) parts(c Config, log *slog.Logger) engine.Config {
 		Now:    s.hooks.Now, Random: rand.Reader,
 		MintTimeout: c.Vault.MintTimeout, MintBound: c.Vault.MintBound, SweepEvery: c.SweepEvery,
 		Mints: limits.Mints, WaitingMints: limits.WaitingMints, Refusals: limits.Refusals,
-		OpenChains: limits.OpenChains,
+		OpenChains: limits.OpenChains, NoTokenAhead: c.Vault.NoTokenAhead,
 	}
 }
 

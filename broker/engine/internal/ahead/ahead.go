@@ -40,7 +40,7 @@ type Config struct {
 	Order func(ctx context.Context, op string, f func(*records.Tx) error, lost func(error)) error
 
 	Limits Limits
-	Busy   func() bool // steps wait for their turn: no token is made ahead
+	Busy   func() bool // no token is made ahead, for example while steps wait for their turn
 
 	Context     context.Context // the lifetime of background work
 	Background  func(func())    // runs f in a goroutine that the owner waits for
