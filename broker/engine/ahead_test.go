@@ -56,6 +56,26 @@ func newAhead(t *testing.T) (w *world, root broker.Delegation, acts *actCounter)
 	return w, root, acts
 }
 
+// TestNoTokenAhead holds that no token is made ahead where the configuration says so.
+func TestNoTokenAhead(t *testing.T) {
+	for _, none := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t)
+			w.Stop()
+			w.backend, w.noTokenAhead = endingTarget{w.target}, none
+			w.start(w.ledger)
+			root := w.open("planner", broker.OpenRequest{})
+			for range 3 {
+				w.issue("planner", step(root, "db.read"))
+				synctest.Wait()
+			}
+			if ids := w.aheads(); (len(ids) == 0) != none {
+				t.Errorf("with NoTokenAhead %v made ahead: %v", none, ids)
+			}
+		})
+	}
+}
+
 // aheads returns the grants' ids of the recorded tokens that were made ahead, as the ledger has them.
 func (w *world) aheads() (ids []broker.GrantID) {
 	w.t.Helper()

@@ -31,6 +31,7 @@ type world struct {
 	mostChains   int                                    // zero: as many as a test opens
 	mostRefusals int                                    // recorded one by one a minute; zero: the default
 	sweepEvery   time.Duration                          // zero: never
+	noTokenAhead bool                                   // as in the configuration
 	wrap         func(*brokertest.Policy) broker.Policy // the policy that the broker sees; nil: policy itself
 	brokerVault  broker.Vault                           // wraps vault for the broker; nil: the broker uses vault itself
 	backend      broker.Backend                         // wraps target for the broker; nil: the broker uses target itself
@@ -97,7 +98,7 @@ func (w *world) start(ledger broker.Ledger) {
 		Now:      w.clock, Random: rand.Reader,
 		MintTimeout: 2 * time.Second, MintBound: 5 * time.Second, SweepEvery: cmp.Or(w.sweepEvery, -1),
 		OpenChains: cmp.Or(w.mostChains, 1<<20),
-		Refusals:   w.mostRefusals})
+		Refusals:   w.mostRefusals, NoTokenAhead: w.noTokenAhead})
 	if err != nil {
 		w.t.Fatal(err)
 	}
