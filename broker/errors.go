@@ -73,6 +73,7 @@ const (
 	CodeExpired           Code = "expired"               // the delegation, grant or identity has expired
 	CodeLedgerDown        Code = "ledger_unavailable"    // the ledger cannot commit
 	CodeLedgerChecking    Code = "ledger_checking"       // the ledger is checked after a start; fences are taken
+	CodeArchiveDamaged    Code = "archive_damaged"       // a segment of the archive is missing or damaged; revoking works
 	CodeStopping          Code = "stopping"              // this broker is stopping; fences are taken
 	CodeVaultDown         Code = "vault_unavailable"     // Vault cannot mint; nothing is left behind
 	CodeVaultRefused      Code = "vault_refused"         // Vault refuses, and does so until a person changes Vault

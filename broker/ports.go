@@ -69,6 +69,44 @@ type Tx interface {
 	// Head returns the revision of the last entry that this transaction sees, its own included. It is 0 if there is
 	// none.
 	Head() (Revision, error)
+	// Trim removes the entries up to a revision from the audit log, after they were kept elsewhere. Entries returns the
+	// later ones alone from then on, and revisions go on. It needs an Update of a store that was checked.
+	Trim(through Revision) error
+}
+
+// Archive keeps records and entries that the ledger needs no more, in segments that are written once. What decides about
+// authority reads the ledger alone, so no fault of the archive keeps the broker from revoking.
+//
+// All methods are safe for concurrent use. Errors with CodeArchiveDamaged name the segment that is missing or damaged.
+type Archive interface {
+	// History is the ledger's View with all that was archived. A record of the ledger comes before an archived one with
+	// its key. Only the segments are opened that may have what f reads.
+	History(ctx context.Context, f func(Tx) error) error
+	// Add makes a segment of records, in any order, and of the oldest entries of the log that were made before a time, at
+	// most as many as a segment takes. When it returns nil, the segment is durable and the ledger lists it. With nothing
+	// to keep the Segment is zero. After an error it may be listed: see Unfinished. There may be no unfinished one.
+	Add(ctx context.Context, records []Archived, before time.Time) (Segment, error)
+	// Unfinished returns the listed segment whose records were not all removed from the ledger, if there is one.
+	Unfinished(ctx context.Context) (s Segment, ok bool, err error)
+	// Records calls f with the records of a segment, in the order of their keys, some at a time.
+	Records(ctx context.Context, s Segment, f func([]Archived) error) error
+	// Finish records in a transaction that the records of a segment were removed from the ledger.
+	Finish(tx Tx, s Segment) error
+}
+
+// Archived is a record as a segment has it.
+type Archived struct {
+	Key   string
+	Value []byte
+}
+
+// Segment is one file of an [Archive].
+type Segment struct {
+	Number  uint64 // from 1, without gaps
+	Name    string
+	Records uint64
+	First   Revision // of its first entry; after Last: it has none
+	Last    Revision // of the last archived entry, in this segment or an earlier one
 }
 
 // ErrNotCommitted means that a failed Update certainly left nothing behind.

@@ -98,6 +98,7 @@ func Reasons() []Reason {
 		{"fenced", KindRevoked, "It is revoked", false, "Stop the work under this delegation now; it is final."},
 		{"frozen", KindRevoked, "No new secrets for now", true, "Pause; an operator may lift the freeze."},
 		{"ledger_unavailable", KindUnavailable, "The ledger cannot commit", true, "Retry later; nothing was handed out."},
+		{"archive_damaged", KindUnavailable, "A part of the archive is missing or damaged", false, "Ask an operator to restore the named segment from a backup. Steps, revoking and freezing work."},
 		{"ledger_checking", KindUnavailable, "The broker has just started and checks its ledger", true, "Wait as long as Retry-After says, then retry; nothing was handed out. Revoking and freezing work."},
 		{"stopping", KindUnavailable, "The broker is stopping", true, "Wait as long as Retry-After says, then retry; another process may answer. Revoking and freezing work."},
 		{"vault_unavailable", KindUnavailable, "Vault cannot mint", true, "Retry later; nothing is left behind."},

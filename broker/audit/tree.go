@@ -2,8 +2,13 @@ package audit
 
 import (
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"iter"
+	"math/bits"
+	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/go-json-experiment/json"
 	"golang.org/x/mod/sumdb/tlog"
@@ -76,3 +81,44 @@ func (t *Tree) Grow(log Log, limit int64) error {
 	}
 	return nil
 }
+
+// MarshalText returns the size of the tree and the roots of its full subtrees, separated by spaces. A tree that was read
+// from it grows as this one does.
+func (t Tree) MarshalText() ([]byte, error) {
+	text := strconv.FormatInt(t.size, 10)
+	for _, h := range t.edge {
+		text += " " + h.String()
+	}
+	return []byte(text), nil
+}
+
+// UnmarshalText reads what [Tree.MarshalText] returns, in this one spelling.
+func (t *Tree) UnmarshalText(text []byte) error {
+	first, rest, _ := strings.Cut(string(text), " ")
+	size, err := strconv.ParseInt(first, 10, 64)
+	if err != nil || size < 0 || strconv.FormatInt(size, 10) != first {
+		return errors.New("the size of a tree is not a number")
+	}
+	read := Tree{size: size}
+	for _, one := range strings.Fields(rest) {
+		h, err := tlog.ParseHash(one)
+		if err != nil {
+			return errors.New("a root of a tree is not a hash")
+		}
+		read.edge = append(read.edge, h)
+	}
+	if len(read.edge) != bits.OnesCount64(uint64(size)) {
+		return fmt.Errorf("a tree of %d entries has %d roots", size, len(read.edge))
+	}
+	if again, _ := read.MarshalText(); string(again) != string(text) { // it returns no error
+		return errors.New("a tree has another spelling")
+	}
+	*t = read
+	return nil
+}
+
+// Clone returns a copy that grows by itself.
+func (t *Tree) Clone() Tree { return Tree{t.size, slices.Clone(t.edge)} }
+
+// Is reports whether both trees have the same entries.
+func (t *Tree) Is(other Tree) bool { return t.size == other.size && slices.Equal(t.edge, other.edge) }

@@ -34,6 +34,8 @@ func Ledger(t *testing.T, open func(testing.TB) broker.Ledger, reopen, crash aga
 		{"cancelled before it started", testCancelled},
 		{"revisions", testRevisions},
 		{"head", testHead},
+		{"trim", testTrim},
+		{"trim is an update", testTrimRefused},
 		{"counter", testCounter},
 		{"one fails, the others do not", testNeighbours},
 		{"no intent after the fence", testFence},
@@ -51,6 +53,7 @@ func Ledger(t *testing.T, open func(testing.TB) broker.Ledger, reopen, crash aga
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) { c.f(&ledgerTest{TB: t, Ledger: open(t)}) })
 	}
+	t.Run("trimmed is durable", func(t *testing.T) { testTrimDurable(&ledgerTest{TB: t, Ledger: open(t)}, reopen) })
 	t.Run("durable", func(t *testing.T) { testDurable(&ledgerTest{TB: t, Ledger: open(t)}, reopen) })
 	t.Run("what was ordered is durable after a close", func(t *testing.T) {
 		testOrderDurable(&ledgerTest{TB: t, Ledger: open(t)}, reopen)

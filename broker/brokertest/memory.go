@@ -45,10 +45,11 @@ type Memory struct {
 type snapshot struct {
 	records *record
 	entries []broker.Entry
+	trimmed broker.Revision // the entries up to it are not returned any more
 }
 
 // clipped is a snapshot to which other entries can be appended than were.
-func (s snapshot) clipped() snapshot { return snapshot{s.records, slices.Clip(s.entries)} }
+func (s snapshot) clipped() snapshot { return snapshot{s.records, slices.Clip(s.entries), s.trimmed} }
 
 // ordered is an update that is not durable.
 type ordered struct {
@@ -106,7 +107,7 @@ func (m *Memory) Order(ctx context.Context, f func(broker.Tx) error, done func(e
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.now = snapshot{tx.records, append(tx.entries, tx.appended...)}
+	m.now = tx.after()
 	if m.ordered = append(m.ordered, ordered{tx.appended, done}); len(m.ordered) == 1 {
 		time.AfterFunc(broker.MaxOrderDelay, m.Flush)
 	}
@@ -154,7 +155,7 @@ func (m *Memory) commit(tx *memoryTx) error {
 	}
 	if tx != nil {
 		fault = cmp.Or(fault, m.strikeLocked(tx.appended))
-		m.now = snapshot{tx.records, append(tx.entries, tx.appended...)}
+		m.now = tx.after()
 	}
 	var err error
 	switch fault {
@@ -197,6 +198,7 @@ func (m *Memory) Entries(ctx context.Context, after broker.Revision, limit int) 
 	}
 	m.mu.Lock()
 	all := m.durable.entries
+	after = max(after, m.durable.trimmed)
 	m.mu.Unlock()
 	all = all[min(uint64(after), uint64(len(all))):]
 	return slices.Clone(all[:max(0, min(limit, len(all)))]), nil
@@ -205,7 +207,7 @@ func (m *Memory) Entries(ctx context.Context, after broker.Revision, limit int) 
 func (m *Memory) begin() *memoryTx {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return &memoryTx{records: m.now.records, entries: m.now.entries, crashed: m.crashed}
+	return &memoryTx{records: m.now.records, entries: m.now.entries, trimmed: m.now.trimmed, crashed: m.crashed}
 }
 
 // Head implements broker.Tx.
@@ -218,9 +220,15 @@ type memoryTx struct {
 	records  *record
 	entries  []broker.Entry // only read
 	appended []broker.Entry
+	trimmed  broker.Revision
 	put      bool
 	readOnly bool
 	crashed  bool // the ledger takes nothing more
+}
+
+// after is the ledger with the transaction.
+func (tx *memoryTx) after() snapshot {
+	return snapshot{tx.records, append(tx.entries, tx.appended...), tx.trimmed}
 }
 
 var errReadOnly = errors.New("a view is read-only")
@@ -250,6 +258,17 @@ func (tx *memoryTx) Scan(prefix, after string, f func(key string, value []byte) 
 
 func (tx *memoryTx) ScanBack(prefix, before string, f func(key string, value []byte) bool) error {
 	tx.records.scanBack(prefix, before, f)
+	return nil
+}
+
+func (tx *memoryTx) Trim(through broker.Revision) error {
+	switch {
+	case tx.readOnly:
+		return errReadOnly
+	case through > broker.Revision(len(tx.entries)):
+		return errors.New("the log has no such entry")
+	}
+	tx.trimmed, tx.put = max(tx.trimmed, through), true
 	return nil
 }
 

@@ -65,7 +65,9 @@ var (
 )
 
 const (
-	schema         = 1
+	// schema 2 has a log that may begin after its first entry. It is written with the first Trim.
+	schema         = 2
+	schemaWhole    = 1
 	lockTimeout    = time.Second
 	defaultReserve = 64 << 20
 	// mapSize is address space, not memory or disk. A smaller file can grow without waiting for readers.
@@ -78,6 +80,7 @@ var (
 	bucketLog     = []byte("log")
 	keySchema     = []byte("schema")
 	keyHead       = []byte("head")
+	keyBase       = []byte("base") // the head before the first entry of the log; none: the log is whole
 )
 
 // Ledger implements broker.Ledger in a bbolt file.
@@ -309,7 +312,7 @@ func create(path string) error {
 			}
 		}
 		meta := tx.Bucket(bucketMeta)
-		if err := meta.Put(keySchema, fmt.Append(nil, schema)); err != nil {
+		if err := meta.Put(keySchema, fmt.Append(nil, schemaWhole)); err != nil {
 			return err
 		}
 		return meta.Put(keyHead, head{}.encode())

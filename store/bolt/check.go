@@ -46,6 +46,7 @@ type image struct {
 
 	buckets   map[string][]byte
 	head      head        // as stored
+	base      head        // of the entry before the first one of the log
 	cancelled func() bool // ends the check
 }
 
@@ -127,6 +128,9 @@ func (im *image) open() error {
 	if err := checkSchema(meta[string(keySchema)]); err != nil {
 		return err
 	}
+	if im.base, err = decodeBase(meta[string(keyBase)]); err != nil {
+		return err
+	}
 	im.head, err = decodeHead(meta[string(keyHead)])
 	return err
 }
@@ -136,7 +140,7 @@ func (im *image) open() error {
 // exactly. Pages that are listed as free are not in use. This takes about as long as reading and hashing the file.
 // Errors wrap ErrDamaged.
 func (im *image) check() error {
-	var h head
+	h := im.base
 	if err := im.bucket(im.buckets[string(bucketLog)], h.verify); err != nil {
 		return err
 	}

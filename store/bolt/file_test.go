@@ -69,8 +69,8 @@ func TestOpenRefuses(t *testing.T) {
 		want   error
 		text   string
 	}{
-		{"newer schema", func(tx *bbolt.Tx) error { return tx.Bucket([]byte("meta")).Put([]byte("schema"), []byte("2")) },
-			bolt.ErrNewer, "schema 2, this version supports schemas up to 1"},
+		{"newer schema", func(tx *bbolt.Tx) error { return tx.Bucket([]byte("meta")).Put([]byte("schema"), []byte("3")) },
+			bolt.ErrNewer, "schema 3, this version supports schemas up to 2"},
 		{"no schema", func(tx *bbolt.Tx) error { return tx.Bucket([]byte("meta")).Delete([]byte("schema")) },
 			bolt.ErrDamaged, "schema"},
 		{"no head", func(tx *bbolt.Tx) error { return tx.Bucket([]byte("meta")).Delete([]byte("head")) },

@@ -1,6 +1,7 @@
 package bolt
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
@@ -57,6 +58,41 @@ func decodeHead(b []byte) (h head, err error) {
 	h.records = binary.BigEndian.Uint64(b[8+linkSize:])
 	copy(h.sum[:], b[16+linkSize:])
 	return h, nil
+}
+
+// decodeBase returns the head with which the check of the log begins: that of its first entry's predecessor.
+func decodeBase(b []byte) (h head, err error) {
+	if b == nil {
+		return head{}, nil
+	}
+	if h, err = decodeHead(b); err == nil && (h.records != 0 || h.sum != [sealSize]byte{}) {
+		err = fmt.Errorf("%w: the beginning of its log counts records", ErrDamaged)
+	}
+	return h, err
+}
+
+// trim removes the entries up to a revision from the log.
+func trim(log, meta *bbolt.Bucket, through broker.Revision) error {
+	base, err := decodeBase(meta.Get(keyBase))
+	if err != nil || through <= base.revision {
+		return err
+	}
+	last := log.Get(logKey(through))
+	if len(last) < linkSize {
+		return fmt.Errorf("trimming the log: it has no entry %d", through)
+	}
+	base.revision = through
+	copy(base.link[:], last)
+	c := log.Cursor()
+	for k, _ := c.First(); k != nil && bytes.Compare(k, logKey(through)) <= 0; k, _ = c.First() {
+		if err := log.Delete(k); err != nil {
+			return err
+		}
+	}
+	if err := meta.Put(keySchema, fmt.Append(nil, schema)); err != nil {
+		return err
+	}
+	return meta.Put(keyBase, base.encode())
 }
 
 func readHead(tx *bbolt.Tx) (head, error) { return decodeHead(tx.Bucket(bucketMeta).Get(keyHead)) }
@@ -230,7 +266,10 @@ func (l *Ledger) Verify(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			var h head
+			h, err := decodeBase(btx.Bucket(bucketMeta).Get(keyBase))
+			if err != nil {
+				return err
+			}
 			err = btx.Bucket(bucketLog).ForEach(func(k, v []byte) error {
 				return errors.Join(ctx.Err(), h.verify(k, v))
 			})

@@ -18,6 +18,7 @@ import (
 
 var (
 	errReadOnly = errors.New("a view cannot change the ledger")
+	errTrim     = errors.New("the log is only trimmed in an Update, of a ledger that was checked")
 	errKey      = fmt.Errorf("a key must have 1 to %d bytes", bbolt.MaxKeySize)
 )
 
@@ -25,6 +26,7 @@ var (
 // has succeeded.
 type tx struct {
 	records, log *bbolt.Bucket
+	meta         *bbolt.Bucket // nil: entries cannot be removed
 	readOnly     bool
 	view         *bbolt.Tx // set only if readOnly
 
@@ -37,13 +39,14 @@ type tx struct {
 	next    head              // also includes the entries of the running function
 	puts    map[string][]byte // in stored form; nil: deleted
 	entries [][]byte          // in stored form, from head.revision+1 on
+	trimmed broker.Revision   // the running function removes the entries up to it; 0: none
 	reserve bool              // one of the entries may use the reserve
 }
 
 // reset discards the changes of a function that failed.
 func (t *tx) reset() {
 	clear(t.puts)
-	t.next, t.entries, t.reserve = t.head, t.entries[:0], false
+	t.next, t.entries, t.trimmed, t.reserve = t.head, t.entries[:0], 0, false
 }
 
 // Get implements broker.Tx.
@@ -260,6 +263,20 @@ func (t *tx) Append(e broker.Entry) (broker.Revision, error) {
 	return e.Revision, nil
 }
 
+// Trim implements broker.Tx.
+func (t *tx) Trim(through broker.Revision) error {
+	switch {
+	case t.readOnly:
+		return errReadOnly
+	case t.meta == nil:
+		return errTrim
+	case through > t.head.revision:
+		return fmt.Errorf("trimming the log: it has no entry %d", through)
+	}
+	t.trimmed = max(t.trimmed, through)
+	return nil
+}
+
 // Head implements broker.Tx.
 func (t *tx) Head() (broker.Revision, error) {
 	if !t.readOnly {
@@ -307,6 +324,9 @@ func (t *tx) apply() error {
 		}
 	}
 	t.head = t.next
+	if t.trimmed > 0 {
+		return trim(t.log, t.meta, t.trimmed)
+	}
 	return nil
 }
 

@@ -252,7 +252,7 @@ func (l *Ledger) commit(batch []*request, sync bool) (ran []*request, err error)
 	if err != nil {
 		return batch, notCommitted(err)
 	}
-	t := &tx{records: btx.Bucket(bucketRecords), log: btx.Bucket(bucketLog), head: l.head}
+	t := &tx{records: btx.Bucket(bucketRecords), log: btx.Bucket(bucketLog), meta: btx.Bucket(bucketMeta), head: l.head}
 	t.log.FillPercent = 1       // entries are only appended
 	t.records.FillPercent = 0.8 // costs nothing for random keys, saves writes for ordered ones
 	if err := l.pending.foldInto(btx); err != nil {
@@ -350,7 +350,7 @@ func (l *Ledger) run(r *request, t *tx) (o outcome, ok bool) {
 		return outcome{err: err}, false
 	}
 	switch {
-	case len(t.puts) > 0 && len(t.entries) == 0:
+	case (len(t.puts) > 0 || t.trimmed > 0) && len(t.entries) == 0:
 		return outcome{err: notCommitted(broker.ErrNoEntry)}, false
 	case len(t.entries) > 0 && !t.reserve && (!t.pending.isOrdered() || l.full.Load()):
 		return outcome{err: notCommitted(l.Err())}, false
