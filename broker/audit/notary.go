@@ -34,12 +34,15 @@ func (read Entries) From(ctx context.Context, after broker.Revision) Log {
 	}
 }
 
-// NotaryConfig configures a [Notary]. Every field is required.
+// NotaryConfig configures a [Notary]. Every field but Archived is required.
 type NotaryConfig struct {
 	Source  Source
 	Entries Entries
 	Signer  *Signer
 	Now     func() time.Time
+
+	// Archived returns the tree of the entries that were archived, so that these are not read again. Nil: there are none.
+	Archived func(context.Context) (Tree, error)
 }
 
 // Notary signs reports and checkpoints of one broker's ledger. Create one with [NewNotary]; it is safe for concurrent
@@ -54,7 +57,7 @@ type Notary struct {
 // NewNotary validates cfg and returns a notary.
 func NewNotary(cfg NotaryConfig) (*Notary, error) {
 	if cfg.Source == nil || cfg.Entries == nil || cfg.Signer == nil || cfg.Now == nil {
-		return nil, errors.New("audit: every field of NotaryConfig is required")
+		return nil, errors.New("audit: every field of NotaryConfig but Archived is required")
 	}
 	return &Notary{cfg: cfg, growing: make(chan struct{}, 1)}, nil
 }
@@ -77,6 +80,13 @@ func (n *Notary) Checkpoint(ctx context.Context) ([]byte, error) {
 		defer func() { <-n.growing }()
 	case <-ctx.Done():
 		return nil, ctx.Err()
+	}
+	if n.cfg.Archived != nil && n.tree.Size() == 0 {
+		t, err := n.cfg.Archived(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("reading the tree of the archive: %w", err)
+		}
+		n.tree = t
 	}
 	log := n.cfg.Entries.From(ctx, broker.Revision(n.tree.Size()))
 	if err := n.tree.Grow(log, 0); err != nil {

@@ -106,13 +106,14 @@ const maxExpected = 32
 func (e *Engine) Acknowledgements(ctx context.Context, id broker.RevocationID,
 ) (list []broker.Acknowledgement, err error) {
 	const op = "revocation"
-	err = e.view(ctx, op, func(tx *records.Tx) error {
-		rv, ok, err := tx.Revocation(id)
-		if err != nil || !ok {
-			return orNotFound(err, records.UnknownRevocation(op))
-		}
+	rv, err := e.Revocation(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	err = e.past.Since(ctx, op, rv.Fenced, func(tx *records.Tx) error {
 		holders, known := e.expected.Get(id)
 		if !known {
+			var err error
 			if holders, err = tx.ExpectedHolders(rv, e.cfg.Now()); err != nil {
 				return err
 			}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/engine/internal/ahead"
+	"github.com/pawlsec/pawl/broker/engine/internal/archiving"
 	"github.com/pawlsec/pawl/broker/engine/internal/closing"
 	"github.com/pawlsec/pawl/broker/engine/internal/indexing"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
@@ -49,6 +50,9 @@ type Config struct {
 	Refusals     int                // of one caller recorded one by one a minute; zero means 60
 	Refused      func(limit string) // is called for each request that a limit refuses; nil means no call
 	OpenChains   int                // chains of one opener that are open at a time; zero means broker.MaxOpenChains
+
+	Archive broker.Archive // keeps what is closed and older than Keep; nil means that it all stays in the ledger
+	Keep    time.Duration  // zero means for ever
 }
 
 // Engine runs the procedures. [New] makes one. It is safe for concurrent use.
@@ -61,6 +65,7 @@ type Engine struct {
 	reaper *closing.Reaper
 	closing.Process
 	sweeper *sweeping.Sweeper
+	past    archiving.Mover
 
 	watchdog   *volatile.Watchdog
 	deliveries volatile.Deliveries

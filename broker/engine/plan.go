@@ -53,7 +53,7 @@ func (e *Engine) Plan(ctx context.Context, o broker.Operator, s selector.Selecto
 		return broker.Plan{}, err
 	}
 	if nothing != nil {
-		return plan, nothing
+		return plan, e.past.NothingMatches(ctx, nothing, s)
 	}
 	hash := sha256.New()
 	fmt.Fprintln(hash, plan.Selector, plan.Made.UnixNano())

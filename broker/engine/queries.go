@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/pawlsec/pawl/broker"
@@ -15,7 +16,11 @@ import (
 // Errors: Unavailable.
 func (e *Engine) Chains(ctx context.Context, all bool, p broker.Page,
 ) (list []broker.ChainSummary, next string, err error) {
-	err = e.view(ctx, "chains", func(tx *records.Tx) (err error) {
+	read := e.view // a chain that is open is not archived
+	if all && !p.Recent {
+		read = e.past.History
+	}
+	err = read(ctx, "chains", func(tx *records.Tx) (err error) {
 		list, next, err = tx.Chains(all, e.cfg.Now(), p)
 		return err
 	})
@@ -26,7 +31,7 @@ func (e *Engine) Chains(ctx context.Context, all bool, p broker.Page,
 //
 // Errors: NotFound, Unavailable.
 func (e *Engine) Chain(ctx context.Context, id broker.ChainID, p broker.Page) (v broker.ChainView, err error) {
-	err = e.view(ctx, "chain", func(tx *records.Tx) (err error) {
+	err = e.past.Find(ctx, "chain", func(tx *records.Tx) (err error) {
 		v, err = tx.ChainView(id, p)
 		return err
 	})
@@ -49,7 +54,7 @@ func (e *Engine) Recent(ctx context.Context, backend string, after time.Time) (l
 //
 // Errors: NotFound with CodeRevocationUnknown, Unavailable.
 func (e *Engine) Revocation(ctx context.Context, id broker.RevocationID) (rv broker.Revocation, err error) {
-	err = e.view(ctx, "revocation", func(tx *records.Tx) error {
+	err = e.past.Find(ctx, "revocation", func(tx *records.Tx) error {
 		var ok bool
 		if rv, ok, err = tx.Revocation(id); err != nil || !ok {
 			return orNotFound(err, records.UnknownRevocation("revocation"))
@@ -77,7 +82,11 @@ func (e *Engine) Revocation(ctx context.Context, id broker.RevocationID) (rv bro
 // Errors: Unavailable.
 func (e *Engine) Revocations(ctx context.Context, p broker.Page,
 ) (list []broker.Revocation, next string, err error) {
-	err = e.view(ctx, "revocations", func(tx *records.Tx) (err error) {
+	read := e.past.History
+	if p.Recent {
+		read = e.view
+	}
+	err = read(ctx, "revocations", func(tx *records.Tx) (err error) {
 		list, next, err = tx.Revocations(p)
 		return err
 	})
@@ -89,6 +98,10 @@ func (e *Engine) Revocations(ctx context.Context, p broker.Page,
 // Errors: Unavailable.
 func (e *Engine) Entries(ctx context.Context, after broker.Revision, limit int) ([]broker.Entry, error) {
 	list, err := e.cfg.Ledger.Entries(ctx, after, limit)
+	var refusal *broker.Error
+	if errors.As(err, &refusal) { // of the archive
+		return nil, refusal
+	}
 	if err != nil {
 		return nil, broker.Errorf(broker.Unavailable, "audit", "the ledger cannot be read now").
 			With(broker.CodeLedgerDown).Because(err)
@@ -100,10 +113,16 @@ func (e *Engine) Entries(ctx context.Context, after broker.Revision, limit int) 
 func (e *Engine) ChainEntries(ctx context.Context, id broker.ChainID, after broker.Revision, limit int,
 ) (list []broker.Entry, err error) {
 	var revisions []broker.Revision
-	err = e.view(ctx, "audit", func(tx *records.Tx) (err error) {
+	err = e.past.Find(ctx, "audit", func(tx *records.Tx) (err error) {
+		if _, ok, err := tx.Chain(id); err != nil || !ok {
+			return orNotFound(err, records.UnknownChain("audit", id))
+		}
 		revisions, err = tx.ChainRevisions(id, after, limit)
 		return err
 	})
+	if broker.KindOf(err) == broker.NotFound {
+		return nil, nil
+	}
 	for _, r := range revisions {
 		one, err := e.Entries(ctx, r-1, 1)
 		if err != nil {

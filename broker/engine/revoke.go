@@ -85,6 +85,9 @@ func (e *Engine) Revoke(ctx context.Context, o broker.Operator, r selector.Reque
 		e.reconcileUnconfirmed(rv, err)
 		return broker.Revocation{}, e.endUnfenced(ctx, r, f, err)
 	}
+	if f.matched != nil && f.matched.refusal != nil && errors.Is(err, f.matched.refusal) {
+		return broker.Revocation{}, e.past.NothingMatches(ctx, f.matched.refusal, r.Selector)
+	}
 	if err != nil {
 		return broker.Revocation{}, err
 	}

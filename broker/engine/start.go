@@ -8,6 +8,7 @@ import (
 
 	"github.com/pawlsec/pawl/broker"
 	"github.com/pawlsec/pawl/broker/engine/internal/ahead"
+	"github.com/pawlsec/pawl/broker/engine/internal/archiving"
 	"github.com/pawlsec/pawl/broker/engine/internal/closing"
 	"github.com/pawlsec/pawl/broker/engine/internal/indexing"
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
@@ -42,6 +43,8 @@ func New(cfg Config) (*Engine, error) {
 		Refused: func() { cfg.Refused("waiting_mints") }}
 	e.refusals.Each = cfg.Refusals
 	e.touching.Most, e.plans.Most, e.expected.Most = maxTouches, maxPlans, maxExpected
+	e.past = archiving.Mover{Archive: cfg.Archive, Keep: cfg.Keep, Cache: &e.cache, View: e.view, Update: e.update,
+		Now: cfg.Now, Alarm: cfg.Alarm}
 	e.watchdog = volatile.NewWatchdog(cfg.Now, e.missedHeartbeat)
 	e.reaper = closing.New(closing.Config{Vault: cfg.Vault, Backends: cfg.Backends, Now: cfg.Now, Alarm: cfg.Alarm,
 		View: e.view, Update: e.update, Order: e.order, Undeliverable: e.undeliverable, Discard: e.deliveries.Drop,
@@ -136,6 +139,7 @@ func (e *Engine) Resume(ctx context.Context) error {
 	e.background(e.reaper.RemoveLeftovers)
 	e.background(func() { e.sweeper.Run(e.ctx) })
 	e.background(func() { e.index.Run(e.ctx) })
+	e.background(func() { e.past.Run(e.ctx) })
 	e.reaper.WatchTargets()
 	e.reaper.Schedule(live)
 	for _, rv := range unsettled {

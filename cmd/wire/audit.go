@@ -86,6 +86,17 @@ func LoadSigner(c Config) (*audit.Signer, error) {
 	return signer, nil
 }
 
+// signSegment signs the segments of the archive with the configured key; nil without a key.
+func (s *Server) signSegment() func(string, []byte) ([]byte, error) {
+	if s.signer == nil {
+		return nil
+	}
+	return func(_ string, manifest []byte) ([]byte, error) { return s.signer.SignAs(segmentType, manifest) }
+}
+
+// segmentType is the type of a signature of a segment.
+const segmentType = "pawl-segment+json"
+
 // notary makes the notary that signs with the configured key; nil without a key: the server then refuses
 // requests for signatures.
 func (s *Server) notary() (server.Notary, error) {
@@ -93,7 +104,8 @@ func (s *Server) notary() (server.Notary, error) {
 		return nil, nil
 	}
 	return audit.NewNotary(audit.NotaryConfig{
-		Source: s.Broker, Entries: s.Broker.Entries, Signer: s.signer, Now: time.Now})
+		Source: s.Broker, Entries: s.Broker.Entries, Signer: s.signer, Now: time.Now,
+		Archived: s.archive.Tree})
 }
 
 // LoadTransmitters reads the configured transmitters' keys.
@@ -125,7 +137,7 @@ func (s *Server) receiver(ctx context.Context, c Config, log *slog.Logger) (http
 		return nil, err
 	}
 	var before []broker.Revocation
-	err = broker.EachPage(func(p broker.Page) (string, error) {
+	err = broker.EachRecentPage(func(p broker.Page) (string, error) {
 		list, next, err := s.Broker.Revocations(ctx, p)
 		before = append(before, list...)
 		return next, err

@@ -30,8 +30,11 @@ type Config struct {
 	JWTCompanions []string `yaml:"jwt_companions"`
 	Listen        Listen   `yaml:"listen"` // required
 	// SPIFFE IDs of operators that may read, revoke and freeze over TLS; empty: only the local socket
-	Operators  []string           `yaml:"operators"`
-	Ledger     string             `yaml:"ledger"`      // file of the ledger; required
+	Operators []string `yaml:"operators"`
+	Ledger    string   `yaml:"ledger"` // file of the ledger; required
+	// how long chains and revocations that have ended stay in the ledger, with the audit log of that time, before they
+	// move to segments in the directory LEDGER.archive; at least 1h; zero: for ever
+	Keep       time.Duration      `yaml:"keep"`
 	Policy     Policy             `yaml:"policy"`      // required
 	Vault      Vault              `yaml:"vault"`       // required
 	Backends   map[string]Backend `yaml:"backends"`    // by the name that tools use; at least one
@@ -119,6 +122,10 @@ func ParseConfig(raw []byte) (Config, error) {
 	return c, c.check()
 }
 
+// minKeep is the least time for which the ledger keeps what has ended. The index of chains needs it, and it is longer
+// than the life of a secret and the time in which a lost mint can complete.
+const minKeep = time.Hour
+
 func (c Config) check() error {
 	var wrong []error
 	need := func(name string, ok bool) {
@@ -130,6 +137,9 @@ func (c Config) check() error {
 	need("listen.agents", c.Listen.Agents != "")
 	need("listen.socket", c.Listen.Socket != "")
 	need("ledger", c.Ledger != "")
+	if c.Keep != 0 && c.Keep < minKeep {
+		wrong = append(wrong, fmt.Errorf("keep is %s; it is at least %s, or zero for ever", c.Keep, minKeep))
+	}
 	need("policy.bundle", c.Policy.Bundle != "")
 	need("policy.keys", c.Policy.Keys != "")
 	need("vault.address", c.Vault.Address != "")

@@ -202,7 +202,7 @@ func (m *metrics) seed(ctx context.Context, b *engine.Engine) error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return broker.EachPage(func(p broker.Page) (string, error) {
+	return broker.EachRecentPage(func(p broker.Page) (string, error) {
 		chains, next, err := b.Chains(ctx, true, p)
 		for _, c := range chains {
 			if !m.tester.IsZero() && c.Chain.Opener == m.tester {

@@ -21,6 +21,7 @@ import (
 	"github.com/pawlsec/pawl/broker/policy"
 	"github.com/pawlsec/pawl/broker/server"
 	"github.com/pawlsec/pawl/plugins/vault"
+	"github.com/pawlsec/pawl/store/archive"
 	"github.com/pawlsec/pawl/store/bolt"
 )
 
@@ -30,6 +31,8 @@ type Server struct {
 	Policy *policy.Running
 	Ledger *bolt.Ledger
 	Vault  *vault.Client
+
+	archive *archive.Archive // of the ledger
 
 	metrics           *metrics
 	shadow            *policy.Shadow
@@ -123,6 +126,9 @@ func start(ctx context.Context, c Config, log *slog.Logger, h Hooks, rollback in
 	if s.signer, err = LoadSigner(c); err != nil {
 		return s, err
 	}
+	if s.archive, err = archive.New(archive.Config{Ledger: s.Ledger, Dir: c.Ledger + ".archive", Sign: s.signSegment()}); err != nil {
+		return s, err
+	}
 	opener := opener{vault: s.Vault, log: log, now: h.Now, onClose: s.onClose, active: s.active, sign: s.sign}
 	if s.targets, err = backends(opener, c.Backends); err != nil {
 		return s, err
@@ -179,7 +185,7 @@ func (s *Server) parts(c Config, log *slog.Logger) engine.Config {
 	limits := c.Limits.orDefaults()
 	s.shares = newShares(limits.LedgerPerDay)
 	return engine.Config{
-		Ledger: s.Ledger, Vault: leaseLister{s.Vault, s.Policy, s.targets}, Backends: s.targets,
+		Ledger: s.archive, Archive: s.archive, Keep: c.Keep, Vault: leaseLister{s.Vault, s.Policy, s.targets}, Backends: s.targets,
 		Policy: func() broker.Policy { return s.shadow.Beside(s.Policy.Current()) },
 		Alarm:  func(op string, err error) { log.Error("alarm", "op", op, "error", err) },
 		Now:    s.hooks.Now, Random: rand.Reader,
@@ -437,6 +443,9 @@ func (s *Server) watchCheck(alarm func(string, error)) {
 			return
 		}
 		s.log.Info("the ledger was checked", "took", time.Since(began))
+		if err := s.archive.Missing(context.Background()); err != nil {
+			alarm("the archive is not whole: reports and lists of that time are refused, and all else works", err)
+		}
 	}()
 	s.onClose(func() { close(stop); <-done })
 }

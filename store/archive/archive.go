@@ -213,28 +213,48 @@ func (a *Archive) History(ctx context.Context, f func(broker.Tx) error) error {
 
 // Entries implements broker.Ledger, with the archived entries.
 func (a *Archive) Entries(ctx context.Context, after broker.Revision, limit int) (list []broker.Entry, err error) {
-	if uint64(after) >= a.last.Load() {
-		return a.Ledger.Entries(ctx, after, limit)
-	}
-	segments, err := a.List(ctx)
-	if err != nil {
-		return nil, err
-	}
-	for _, s := range segments {
-		if uint64(after) >= uint64(s.Tree.Size()) {
-			continue
-		}
-		part, err := a.entries(s, after, limit-len(list))
-		if list = append(list, part...); err != nil {
-			return nil, err
+	for range maxAgain {
+		for uint64(after) < a.last.Load() && len(list) < limit {
+			s, err := a.with(ctx, after+1)
+			if err != nil {
+				return nil, err
+			}
+			if s.Number == 0 {
+				break // it is being listed, and the ledger has it
+			}
+			part, err := a.entries(s, after, limit-len(list))
+			if err != nil {
+				return nil, err
+			}
+			list, after = append(list, part...), after+broker.Revision(len(part))
 		}
 		if len(list) >= limit {
 			return list, nil
 		}
-		after = broker.Revision(s.Tree.Size())
+		rest, err := a.Ledger.Entries(ctx, after, limit-len(list))
+		if err != nil {
+			return nil, err
+		}
+		if len(rest) > 0 && rest[0].Revision == after+1 || len(rest) == 0 && uint64(after) >= a.last.Load() {
+			return append(list, rest...), nil
+		}
+		// A move took the next entries out of the ledger since the segments were read: they are there now.
 	}
-	rest, err := a.Ledger.Entries(ctx, after, limit-len(list))
-	return append(list, rest...), err
+	return nil, fmt.Errorf("reading the audit log: entry %d is neither in the ledger nor in the archive", after+1)
+}
+
+// maxAgain bounds how often Entries begins again while entries are moved.
+const maxAgain = 10
+
+// with returns the segment that has an entry; its number is zero if none has.
+func (a *Archive) with(ctx context.Context, r broker.Revision) (Segment, error) {
+	list, err := a.List(ctx)
+	for _, s := range list {
+		if s.First <= r && r <= broker.Revision(s.Tree.Size()) {
+			return s, err
+		}
+	}
+	return Segment{}, err
 }
 
 // entries reads at most limit entries of one segment after a revision.

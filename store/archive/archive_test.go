@@ -222,6 +222,48 @@ func TestMove(t *testing.T) {
 	w.holds()
 }
 
+// hooked is a ledger that runs a function before it reads entries.
+type hooked struct {
+	broker.Ledger
+	before func()
+}
+
+func (h *hooked) Entries(ctx context.Context, after broker.Revision, limit int) ([]broker.Entry, error) {
+	if f := h.before; f != nil {
+		h.before = nil
+		f()
+	}
+	return h.Ledger.Entries(ctx, after, limit)
+}
+
+// TestEntriesWhileMoving moves entries between the two reads of one page.
+func TestEntriesWhileMoving(t *testing.T) {
+	for _, moved := range []int{0, 2} { // before the page is read
+		w := newWorld(t)
+		for i := range 6 {
+			w.put(i, fmt.Sprintf("c/%d", i))
+		}
+		if moved > 0 {
+			w.move(moved, "c/0")
+		}
+		h := &hooked{Ledger: w.ledger}
+		a, err := archive.New(archive.Config{Ledger: h, Dir: w.dir})
+		must(t, err)
+		w.Archive = a
+		h.before = func() { w.move(5, "c/1") }
+		list, err := a.Entries(t.Context(), 0, 6)
+		must(t, err)
+		if len(list) != 6 {
+			t.Fatalf("Entries = %d entries, want 6", len(list))
+		}
+		for i, e := range list {
+			if e.Revision != broker.Revision(i+1) {
+				t.Errorf("after %d moved: entry %d is revision %d", moved, i+1, e.Revision)
+			}
+		}
+	}
+}
+
 // TestMergedScan compares scans over many segments with those of a ledger that has all.
 func TestMergedScan(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))

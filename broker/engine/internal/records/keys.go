@@ -29,6 +29,7 @@ import (
 //	q/h/SUBJECT/TOOL the steps of a subject with a tool, in all chains, over time; both parts are digests
 //	q/l/HASH         the steps of a subject under a limit, in all chains, over time
 //	r/REVOCATION     a revocation
+//	s/NUMBER         a segment of the archive, which store/archive writes
 //	t/SUBSCRIBER     a subscriber's delivery cursor
 //	u/DELEGATION     the usage of a delegation
 //	v/CHAIN/GRANT    the grant is closed and Vault has still to remove its lease (no content)
@@ -36,6 +37,7 @@ import (
 //	x/DELEG/GRANT    the grant was fenced by itself or by a rule (no content)
 //	y/DELEGATION     the delegation has a heartbeat (no content)
 //	z/END/CHAIN      the chain ends then, and the index lists it (no content)
+//	D/DIGEST/GRANT   in the archive alone: the closed grant handed out this value (no content)
 //
 // END is the time in the form of [broker.IDTime].
 const (
