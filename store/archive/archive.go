@@ -11,7 +11,6 @@ import (
 	"math"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -33,37 +32,13 @@ type Config struct {
 	fault func(stage) error // set by tests
 }
 
-// stage is a point of an Add at which tests inject a fault.
-type stage int
-
-const (
-	written stage = iota // under a temporary name
-	renamed              // durable, and not listed
-	listed               // durable and listed
-)
-
-const (
-	tempSuffix     = ".tmp"
-	unlistedSuffix = ".unlisted"
-)
+const unlistedSuffix = ".unlisted"
 
 // maxEntries and maxEntryBytes bound the entries of one segment.
 const (
 	maxEntries    = 200_000
 	maxEntryBytes = 64 << 20
 )
-
-// Segment is the ledger's record of a segment.
-type Segment struct {
-	Number  uint64               `json:"number"`
-	Digest  string               `json:"digest"` // SHA-256 of its footer, in hexadecimal
-	Size    int64                `json:"size"`   // bytes of the file
-	Records uint64               `json:"records"`
-	First   broker.Revision      `json:"first"`  // of its first entry
-	Tree    audit.Tree           `json:"tree"`   // of the audit log up to its last entry
-	Ranges  map[string][2]string `json:"ranges"` // the first and last key of each family, such as "g"
-	Removed bool                 `json:"removed"`
-}
 
 // Archive is a ledger with its archive. It implements broker.Archive, and broker.Ledger: Entries returns what was
 // archived too. Everything else of the ledger is as without it. Safe for concurrent use.
@@ -135,33 +110,6 @@ func read(tx broker.Tx) (list []Segment, err error) {
 	return list, errors.Join(err, scanErr)
 }
 
-// mayHave reports whether the segment may have a key from one to another. An empty to is after all keys.
-func (s Segment) mayHave(from, to string) bool {
-	name, _, one := strings.Cut(from, "/")
-	if !one {
-		return true
-	}
-	r, ok := s.Ranges[name]
-	return ok && from <= r[1] && (to == "" || to >= r[0]) || ok && strings.HasPrefix(r[1], from)
-}
-
-// fault names the segment in an error.
-func (s Segment) fault(err error) error {
-	var refusal *broker.Error
-	if err == nil || errors.As(err, &refusal) {
-		return err
-	}
-	why := "cannot be read"
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		why = "is missing"
-	case errors.Is(err, errDamaged):
-		why = "is damaged, or is not the one that was written"
-	}
-	return broker.Errorf(broker.Unavailable, "archive", "segment %s of the archive %s: restore it from a backup",
-		nameOf(s.Number), why).With(broker.CodeArchiveDamaged).Because(err)
-}
-
 // open opens the file of a segment and compares it with the ledger's record.
 func (a *Archive) open(s Segment) (*file, *os.File, error) {
 	in, err := os.Open(filepath.Join(a.cfg.Dir, nameOf(s.Number)))
@@ -205,7 +153,7 @@ func (a *Archive) History(ctx context.Context, f func(broker.Tx) error) error {
 		if err != nil {
 			return err
 		}
-		m := newMerged(a, tx, list)
+		m := newMerged(a.open, tx, list)
 		defer m.close()
 		return f(m)
 	})
@@ -351,11 +299,6 @@ func (c *counter) Write(b []byte) (int, error) {
 	return n, err
 }
 
-func (s Segment) public() broker.Segment {
-	return broker.Segment{Number: s.Number, Name: nameOf(s.Number), Records: s.Records, First: s.First,
-		Last: broker.Revision(s.Tree.Size())}
-}
-
 // place returns the path of a new segment. A file that is there was not listed: it is put aside, since an operator may
 // have restored an older copy of the ledger by mistake.
 func (a *Archive) place(number uint64) (string, error) {
@@ -411,20 +354,6 @@ func (a *Archive) list(ctx context.Context, s Segment) error {
 				s.Tree.Size(), s.Digest)})
 		return err
 	})
-}
-
-// rangesOf returns the first and last key of each family.
-func rangesOf(records []broker.Archived) map[string][2]string {
-	ranges := map[string][2]string{}
-	for _, r := range records {
-		name, _, _ := strings.Cut(r.Key, "/")
-		if was, ok := ranges[name]; !ok {
-			ranges[name] = [2]string{r.Key, r.Key}
-		} else {
-			ranges[name] = [2]string{min(was[0], r.Key), max(was[1], r.Key)}
-		}
-	}
-	return ranges
 }
 
 // Unfinished implements broker.Archive.

@@ -22,8 +22,8 @@ type merged struct {
 
 // reader reads one segment, for one view.
 type reader struct {
-	archive *Archive
-	listed  Segment
+	opened func(Segment) (*file, *os.File, error)
+	listed Segment
 
 	open  *os.File // nil: not yet
 	file  *file
@@ -36,7 +36,7 @@ func (r *reader) load() (err error) {
 	if r.file != nil {
 		return nil
 	}
-	r.file, r.open, err = r.archive.open(r.listed)
+	r.file, r.open, err = r.opened(r.listed)
 	r.block = -1
 	return err
 }
@@ -274,10 +274,10 @@ func (c *cursor) reaches(block int) bool {
 }
 
 // newMerged makes a view of segments, which are listed from the oldest.
-func newMerged(a *Archive, tx broker.Tx, list []Segment) *merged {
+func newMerged(open func(Segment) (*file, *os.File, error), tx broker.Tx, list []Segment) *merged {
 	m := &merged{Tx: tx}
 	for _, s := range slices.Backward(list) {
-		m.list = append(m.list, &reader{archive: a, listed: s, block: -1})
+		m.list = append(m.list, &reader{opened: open, listed: s, block: -1})
 	}
 	return m
 }

@@ -16,6 +16,17 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
+// stage is a point of an Add at which tests inject a fault.
+type stage int
+
+const (
+	written stage = iota // under a temporary name
+	renamed              // durable, and not listed
+	listed               // durable and listed
+)
+
+const tempSuffix = ".tmp"
+
 // writer writes one segment.
 type writer struct {
 	out  io.Writer
