@@ -1,4 +1,4 @@
-// Package archiving moves what is closed and old from the ledger to its archive, and reads it there.
+// Package archiving moves closed and old records from the ledger to its archive, and reads it there.
 package archiving
 
 import (
@@ -12,11 +12,11 @@ import (
 	"github.com/pawlsec/pawl/broker/engine/internal/records"
 )
 
-// Mover moves records and entries, and reads what was moved. Without an Archive there is nothing of this, and its reads
+// Mover moves records and entries, and reads them there. Without an Archive there is nothing of this, and its reads
 // are those of the ledger. All other fields are required.
 type Mover struct {
 	Archive broker.Archive
-	Keep    time.Duration // how long what has ended stays in the ledger; zero: for ever
+	Keep    time.Duration // how long ended chains stay in the ledger; zero: for ever
 	Cache   *records.Cache
 	View    func(ctx context.Context, op string, f func(*records.Tx) error) error
 	Update  func(ctx context.Context, op string, f func(*records.Tx) error) error
@@ -35,7 +35,7 @@ const (
 	revocations   = 1000 // of one segment
 )
 
-// Run moves what is old, on a schedule, until ctx ends.
+// Run moves old records, on a schedule, until ctx ends.
 func (m Mover) Run(ctx context.Context) {
 	if m.Archive == nil || m.Keep <= 0 {
 		return
@@ -65,7 +65,7 @@ func (m Mover) Run(ctx context.Context) {
 	}
 }
 
-// Move finishes an interrupted move, or makes one segment of what is old. With few it waits for more, unless all is
+// Move finishes an interrupted move, or makes one segment of old records. With few of them it waits for more, unless all is
 // set. moved is false when there was nothing to do.
 //
 // Step 1 reads the records, in several views: what changes afterwards is not removed. Step 2 has the archive keep them.

@@ -10,7 +10,7 @@ import (
 	"github.com/pawlsec/pawl/broker/selector"
 )
 
-// History is a view of the ledger with what was archived.
+// History is a view of the ledger with all archived records.
 func (m Mover) History(ctx context.Context, op string, f func(*records.Tx) error) error {
 	if m.Archive == nil {
 		return m.View(ctx, op, f)
@@ -23,7 +23,7 @@ func (m Mover) History(ctx context.Context, op string, f func(*records.Tx) error
 	return broker.Errorf(broker.Unavailable, op, "the archive cannot be read now").With(broker.CodeLedgerDown).Because(err)
 }
 
-// Find is a view of the ledger, and one with what was archived if f finds nothing in the first. A chain or a revocation
+// Find is a view of the ledger, and one with all archived records if f finds nothing in the first. A chain or a revocation
 // that the ledger has is there as a whole. So a damaged archive hides nothing of it.
 func (m Mover) Find(ctx context.Context, op string, f func(*records.Tx) error) error {
 	err := m.View(ctx, op, f)
@@ -33,7 +33,7 @@ func (m Mover) Find(ctx context.Context, op string, f func(*records.Tx) error) e
 	return err
 }
 
-// Since is a view with all chains that were open at a time: with what was archived if they may be there.
+// Since is a view with all chains that were open at a time: with all archived records if they may be there.
 func (m Mover) Since(ctx context.Context, op string, at time.Time, f func(*records.Tx) error) error {
 	if m.Now().Sub(at) < m.Keep {
 		return m.View(ctx, op, f)
