@@ -53,7 +53,7 @@ const (
 	OpPull         Op = "pull"         // an operator removed a canary
 	OpResume       Op = "resume"       // the broker started and took its unfinished work up again
 	OpPolicy       Op = "policy"       // a policy bundle came into force
-	OpArchived     Op = "archived"     // a segment of the archive was listed, or what it has was removed from the ledger
+	OpArchived     Op = "archived"     // a segment of the archive was listed, or its records were removed from the ledger
 	OpDelivered    Op = "delivered"    // the delivery cursor of a subscriber moved to a revision
 )
 

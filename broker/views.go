@@ -24,13 +24,13 @@ type Page struct {
 	After string // the id at which the former page ended; empty: from the start
 	Limit int    // the most items, over 0
 
-	Recent bool // leave out what was archived
+	Recent bool // leave out archived items
 }
 
 // EachPage calls f with each page of a list, until f returns no next one. It asks for pages of the largest size.
 func EachPage(f func(Page) (next string, err error)) error { return eachPage(Page{Limit: MaxPage}, f) }
 
-// EachRecentPage is EachPage without what was archived.
+// EachRecentPage is EachPage without archived items.
 func EachRecentPage(f func(Page) (next string, err error)) error {
 	return eachPage(Page{Limit: MaxPage, Recent: true}, f)
 }

@@ -103,9 +103,11 @@ func (s *Server) notary() (server.Notary, error) {
 	if s.signer == nil {
 		return nil, nil
 	}
-	return audit.NewNotary(audit.NotaryConfig{
-		Source: s.Broker, Entries: s.Broker.Entries, Signer: s.signer, Now: time.Now,
-		Archived: s.archive.Tree})
+	c := audit.NotaryConfig{Source: s.Broker, Entries: s.Broker.Entries, Signer: s.signer, Now: time.Now}
+	if s.archive != nil {
+		c.Archived = s.archive.Tree
+	}
+	return audit.NewNotary(c)
 }
 
 // LoadTransmitters reads the configured transmitters' keys.

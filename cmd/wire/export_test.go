@@ -12,6 +12,9 @@ import (
 	"github.com/pawlsec/pawl/broker/engine"
 )
 
+// OpenArchive is openArchive.
+var OpenArchive = openArchive
+
 // Plugins gives the table's configuration keys, by plugin.
 func Plugins() map[string][]string {
 	keys := map[string][]string{}

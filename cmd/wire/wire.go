@@ -32,7 +32,7 @@ type Server struct {
 	Ledger *bolt.Ledger
 	Vault  *vault.Client
 
-	archive *archive.Archive // of the ledger
+	archive *archive.Archive // of the ledger; nil: it has none
 
 	metrics           *metrics
 	shadow            *policy.Shadow
@@ -126,7 +126,7 @@ func start(ctx context.Context, c Config, log *slog.Logger, h Hooks, rollback in
 	if s.signer, err = LoadSigner(c); err != nil {
 		return s, err
 	}
-	if s.archive, err = archive.New(archive.Config{Ledger: s.Ledger, Dir: c.Ledger + ".archive", Sign: s.signSegment()}); err != nil {
+	if s.archive, err = openArchive(ctx, s.Ledger, c, s.signSegment()); err != nil {
 		return s, err
 	}
 	opener := opener{vault: s.Vault, log: log, now: h.Now, onClose: s.onClose, active: s.active, sign: s.sign}
@@ -184,8 +184,10 @@ func (s *Server) declares(name broker.ToolName) bool {
 func (s *Server) parts(c Config, log *slog.Logger) engine.Config {
 	limits := c.Limits.orDefaults()
 	s.shares = newShares(limits.LedgerPerDay)
+	ledger, past := s.ledgers()
 	return engine.Config{
-		Ledger: s.archive, Archive: s.archive, Keep: c.Keep, Vault: leaseLister{s.Vault, s.Policy, s.targets}, Backends: s.targets,
+		Ledger: ledger, Archive: past, Keep: c.Keep,
+		Vault: leaseLister{s.Vault, s.Policy, s.targets}, Backends: s.targets,
 		Policy: func() broker.Policy { return s.shadow.Beside(s.Policy.Current()) },
 		Alarm:  func(op string, err error) { log.Error("alarm", "op", op, "error", err) },
 		Now:    s.hooks.Now, Random: rand.Reader,
@@ -443,6 +445,9 @@ func (s *Server) watchCheck(alarm func(string, error)) {
 			return
 		}
 		s.log.Info("the ledger was checked", "took", time.Since(began))
+		if s.archive == nil {
+			return
+		}
 		if err := s.archive.Missing(context.Background()); err != nil {
 			alarm("the archive is not whole: reports and lists of that time are refused, and all else works", err)
 		}

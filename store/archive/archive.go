@@ -55,8 +55,7 @@ type Archive struct {
 
 var _ broker.Archive = (*Archive)(nil)
 
-// New returns the archive of a ledger. It removes what an interrupted Add left behind. It does not need the segments:
-// see [Archive.Missing].
+// New returns the archive of a ledger. It does not look at the segments: see [Archive.Missing].
 func New(c Config) (*Archive, error) {
 	if c.Ledger == nil || c.Dir == "" {
 		return nil, errors.New("archive: Ledger and Dir are required")
@@ -66,10 +65,6 @@ func New(c Config) (*Archive, error) {
 	}
 	if c.fault == nil {
 		c.fault = func(stage) error { return nil }
-	}
-	temps, _ := filepath.Glob(filepath.Join(c.Dir, "*"+tempSuffix)) // of a directory without a pattern in its name
-	for _, path := range temps {
-		_ = os.Remove(path) // the next Add replaces it, or says why not
 	}
 	a := &Archive{Ledger: c.Ledger, cfg: c, parsed: map[uint64]*file{}}
 	list, err := a.List(context.Background())
@@ -236,9 +231,9 @@ func (a *Archive) entries(s Segment, after broker.Revision, limit int) (list []b
 
 // Add implements broker.Archive.
 //
-// Step 1 writes the segment under a temporary name: a crash leaves a file that the next start removes. Step 2 makes it
+// Step 1 writes the segment under a temporary name: a crash leaves a file that the next Add replaces. Step 2 makes it
 // durable under its own name: a crash leaves a file that the ledger does not list, which the next Add puts aside. Step
-// 3 lists it in the ledger. From then on it counts, and what it has can be removed from the ledger.
+// 3 lists it in the ledger. From then on it counts, and its records can be removed from the ledger.
 func (a *Archive) Add(ctx context.Context, records []broker.Archived, before time.Time) (broker.Segment, error) {
 	a.adding.Lock()
 	defer a.adding.Unlock()

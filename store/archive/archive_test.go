@@ -75,7 +75,7 @@ func (w *world) records(keys ...string) (list []broker.Archived) {
 	return list
 }
 
-// remove does what the engine does after an Add.
+// remove removes the records, as the engine after an Add.
 func (w *world) remove(s broker.Segment) {
 	w.Helper()
 	if err := w.Records(w.Context(), s, func(part []broker.Archived) error {

@@ -26,7 +26,7 @@ import (
 	"github.com/pawlsec/pawl/store/archive"
 )
 
-// office is a broker that keeps what has ended for two hours.
+// office is a broker that keeps ended chains for two hours.
 type office struct {
 	*testing.T
 	*engine.Engine
@@ -135,7 +135,7 @@ func (o *office) fill() (leaked string) {
 
 func pass(d time.Duration) { <-time.After(d); synctest.Wait() }
 
-// answers are the answers of all queries about what has ended.
+// answers are the answers of all queries about ended chains.
 type answers struct {
 	Chains      []broker.ChainSummary
 	Views       []broker.ChainView

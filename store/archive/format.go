@@ -69,7 +69,7 @@ type item struct {
 	value []byte
 }
 
-// manifest is what a signature covers.
+// manifest is the text that a signature covers.
 type manifest struct {
 	Segment  string          `json:"segment"` // the file's name
 	Digest   []byte          `json:"digest"`

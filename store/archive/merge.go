@@ -11,7 +11,7 @@ import (
 	"github.com/pawlsec/pawl/broker"
 )
 
-var errReadOnly = errors.New("what is archived cannot be changed")
+var errReadOnly = errors.New("archived records cannot be changed")
 
 // merged is a view of the ledger with all that was archived. A record of the ledger comes before an archived one with
 // its key.

@@ -77,7 +77,7 @@ func (tw *tableWriter) flush() error {
 	return tw.w.write(raw)
 }
 
-// content is what a segment gets.
+// content is the content of a new segment.
 type content struct {
 	number   uint64
 	previous []byte
@@ -149,8 +149,7 @@ func (c content) finish(w *writer) (footer, []byte, error) {
 }
 
 // create makes the content of a new file durable under a name of its own: a temporary file, its sync, a rename, and the
-// sync of the directory. A crash leaves a temporary file, which the next start removes, or one that the ledger does not
-// list.
+// sync of the directory. A crash leaves a temporary file, which the next one replaces, or one that the ledger does not list.
 func create(path string, fault func(stage) error, f func(io.Writer) error) error {
 	temp := path + tempSuffix
 	out, err := os.OpenFile(temp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
@@ -160,9 +159,10 @@ func create(path string, fault func(stage) error, f func(io.Writer) error) error
 	if err = f(out); err == nil {
 		err = out.Sync()
 	}
-	if err = errors.Join(err, out.Close()); err == nil {
-		err = fault(written)
+	if err = errors.Join(err, out.Close()); err != nil {
+		return errors.Join(err, os.Remove(temp)) // the disk may be full
 	}
+	err = fault(written)
 	if err == nil {
 		err = os.Rename(temp, path)
 	}

@@ -44,7 +44,7 @@ func (m Mover) Since(ctx context.Context, op string, at time.Time, f func(*recor
 // NothingMatches adds to the refusal of a leaked value which closed grant handed it out, if one did.
 func (m Mover) NothingMatches(ctx context.Context, refusal *broker.Error, s selector.Selector) *broker.Error {
 	digest, leaked := s.LeakedValue()
-	if !leaked {
+	if !leaked || m.Archive == nil {
 		return refusal
 	}
 	var g broker.Grant

@@ -279,7 +279,7 @@ func (t *Tx) Kept(heads []string) (kept []broker.ChainID, err error) {
 	return kept, err
 }
 
-// DropArchived removes the second part of what a segment has: the records with these keys.
+// DropArchived removes the second part of the records of a segment: those with these keys.
 func (t *Tx) DropArchived(list []broker.Archived, kept map[string]bool) error {
 	return each(list, nil, func(r broker.Archived) error {
 		switch r.Key[:2] {
