@@ -18,7 +18,7 @@ type Limits struct {
 	Age        time.Duration // age at which a connection is closed, between requests; zero means 5 min
 	Idle       time.Duration // time without a request; zero means 1 min
 	Header     time.Duration // time to read a request's header; zero means 5 s
-	Body       time.Duration // time to read a request's body, unless the handler sets another; zero means 10 s
+	Body       time.Duration // time to read a body; over HTTP/1.1 a handler may set another; zero means 10 s
 	HeaderSize int           // size of a request's header in bytes; zero means 32 KiB
 
 	Each      int // connections of one SPIFFE ID; zero means 128
